@@ -1,0 +1,308 @@
+"""Make the environments below `.venvs/` and the wheel below `dist/` that the Makefile runs.
+
+    python3 scripts/envs.py TARGET...
+
+    build   maturin and nothing else, on the interpreter that runs this script
+    wheel   one abi3 wheel, built by `build`
+    base    every extra and the wheel, on the interpreter that runs this script
+    newest  the same on the newest CPython found; a link to `base` where that is as new
+    demo    the extra `demo` alone and the wheel, on the newest CPython: shows that it is complete
+
+A target that is up to date costs nothing. What makes one stale is content, never a time stamp: a
+fresh clone, a `git switch` or a touched file changes times without changing a byte. An environment
+is made anew when the interpreter, its own place or a requirement in pyproject.toml changes, the
+wheel when a file that goes into it does.
+
+Needs the standard library only. It starts on any Python 3.8+, so that a machine whose `python3` is
+too old is told so, or is served by a newer one, instead of shown a syntax error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = ROOT / ".venvs"
+DIST = ROOT / "dist"
+
+OLDEST = (3, 11)
+# Not "whatever is newest": numpy and its like publish wheels months after a new CPython, and until
+# then pip would try to compile them here. Raise it with the classifiers in pyproject.toml.
+NEWEST = (3, 14)
+
+# What decides the bytes of the wheel. Directories stand for all files below them.
+WHEEL_INPUTS = (
+    "rust",
+    "python",
+    ".cargo",
+    "Cargo.toml",
+    "Cargo.lock",
+    "build.rs",
+    "rust-toolchain.toml",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
+
+EXTRAS = {"base": ("test", "lint", "bench", "demo"), "demo": ("demo",)}
+EXTRAS["newest"] = EXTRAS["base"]
+
+# Printed by a candidate interpreter about itself: its path is the real one behind a pyenv shim or a
+# virtual environment. Debian ships ensurepip apart, and without it no environment can be made.
+PROBE = """
+import importlib.util, json, platform, sys, sysconfig
+print(json.dumps({
+    "path": getattr(sys, "_base_executable", None) or sys.executable,
+    "version": list(sys.version_info[:3]),
+    "usable": platform.python_implementation() == "CPython"
+        and sys.version_info.releaselevel == "final"
+        and not sysconfig.get_config_var("Py_GIL_DISABLED")
+        and all(importlib.util.find_spec(m) for m in ("venv", "ensurepip")),
+}))
+"""
+
+
+class EnvsError(Exception):
+    """Something that the user can act on; shown without a traceback."""
+
+
+def say(text: str) -> None:
+    print(f"envs: {text}", flush=True)
+
+
+class Interpreter:
+    def __init__(self, path: str, version: tuple[int, ...], usable: bool) -> None:
+        self.path = path
+        self.version = version
+        self.usable = usable and version >= OLDEST
+
+    def __str__(self) -> str:
+        return f"CPython {'.'.join(map(str, self.version))}"
+
+
+def probe(executable: str | Path) -> Interpreter | None:
+    """Ask an interpreter what it is; None when it does not run, like an inactive pyenv shim."""
+    try:
+        done = subprocess.run(
+            [str(executable), "-I", "-c", PROBE],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return Interpreter(found["path"], tuple(found["version"]), found["usable"])
+
+
+def newest(base: Interpreter | None) -> Interpreter | None:
+    """Find the newest usable CPython; `base` wins a tie, for another patch level tests nothing."""
+    names = [f"python3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
+    places = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+    candidates = [place / name for place in places for name in names]
+    roots = {Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")}
+    pyenv = shutil.which("pyenv")
+    if pyenv:
+        asked = subprocess.run(
+            [pyenv, "root"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if asked.returncode == 0:
+            roots.add(Path(asked.stdout.strip()))
+    for root in sorted(roots):
+        candidates += sorted(root.glob("versions/3.*/bin/python"))
+
+    best = base if base and base.usable else None
+    for candidate in candidates:
+        if not candidate.is_file():
+            continue
+        found = probe(candidate)
+        if found is None or not found.usable or found.version[:2] > NEWEST:
+            continue
+        if (
+            best is None
+            or found.version[:2] > best.version[:2]
+            or (best is not base and found.version > best.version)
+        ):
+            best = found
+    return best
+
+
+def run(*command: str | Path) -> None:
+    # Not check=True: the tool has printed its own error, and a traceback below would only hide it.
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode != 0:
+        raise EnvsError(f"exit status {done.returncode} from: {' '.join(map(str, command))}")
+
+
+def read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def requirements(role: str) -> list[str]:
+    # Not at the top: it came with 3.11, and this file has to start on less.
+    import tomllib
+
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if role == "build":
+        return list(config["build-system"]["requires"])
+    project = config["project"]
+    wanted = list(project["dependencies"])
+    for extra in EXTRAS[role]:
+        wanted += project["optional-dependencies"][extra]
+    return sorted(set(wanted))
+
+
+def remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def environment(role: str, interpreter: Interpreter) -> Path:
+    """Make `.venvs/<role>` unless it is there and current; return its python."""
+    home = VENVS / role
+    python = home / "bin" / "python"
+    wanted = requirements(role)
+    key = json.dumps([str(home), interpreter.path, list(interpreter.version), wanted], indent=1)
+    # Written last, so that an environment whose making was interrupted counts as none.
+    stamp = home / "zcache-key.json"
+    if not home.is_symlink() and python.exists() and read(stamp) == key:
+        return python
+    say(f".venvs/{role}: {interpreter}, installing {len(wanted)} requirements and what they need")
+    began = time.monotonic()
+    remove(home)
+    run(interpreter.path, "-m", "venv", home)
+    # --no-compile: an import compiles what it needs; all of botocore and sympy takes half a minute.
+    pip = (python, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-compile", *wanted)
+    stamp.write_text(key, encoding="utf-8")
+    say(f".venvs/{role}: ready after {time.monotonic() - began:.0f} s")
+    return python
+
+
+def digest() -> str:
+    """Hash the names and bytes of all wheel inputs, so that a file that went away counts too."""
+    total = hashlib.sha256()
+    for name in WHEEL_INPUTS:
+        top = ROOT / name
+        files = sorted(top.rglob("*")) if top.is_dir() else [top]
+        for path in files:
+            if not path.is_file() or "__pycache__" in path.parts or path.suffix in {".pyc", ".so"}:
+                continue
+            total.update(f"{path.relative_to(ROOT).as_posix()}\0{path.stat().st_size}\0".encode())
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def wheel(base: Interpreter) -> tuple[Path, str]:
+    """Build the wheel unless `dist/` has it from the same bytes; return it and their digest."""
+    if not shutil.which("cargo"):
+        raise EnvsError("no cargo on PATH; the wheel needs a Rust toolchain")
+    # Before the digest: cargo writes Cargo.lock where there is none, and that file is an input.
+    if not (ROOT / "Cargo.lock").exists():
+        run("cargo", "generate-lockfile")
+    wanted = digest()
+    stamp = DIST / "wheel-key"
+    built = sorted(DIST.glob("zarr_zcache-*.whl"))
+    if len(built) != 1 or read(stamp) != wanted:
+        python = environment("build", base)
+        say("dist: building the wheel (release profile)")
+        for old in (*built, stamp):
+            old.unlink(missing_ok=True)
+        locked = ["--locked"] if os.environ.get("CI") else []
+        run(
+            python.with_name("maturin"),
+            "build",
+            "--release",
+            *locked,
+            "--out",
+            DIST,
+            "--interpreter",
+            python,
+        )
+        built = sorted(DIST.glob("zarr_zcache-*.whl"))
+        if len(built) != 1 or "-abi3-" not in built[0].name:
+            raise EnvsError(f"wanted one abi3 wheel, maturin made {[path.name for path in built]}")
+        stamp.write_text(wanted, encoding="utf-8")
+    return built[0], wanted
+
+
+def install(role: str, python: Path, base: Interpreter) -> None:
+    """Put the current wheel into an environment."""
+    built, wanted = wheel(base)
+    stamp = VENVS / role / "zcache-wheel"
+    if read(stamp) == wanted:
+        return
+    pip = (python, "-m", "pip", "--disable-pip-version-check")
+    # --force-reinstall: the version seldom changes between two builds, the content does.
+    run(*pip, "install", "--quiet", "--no-deps", "--force-reinstall", built)
+    # The requirements came from pyproject.toml; this reads the ones that the wheel states.
+    run(*pip, "check")
+    # -I: neither the working directory nor PYTHONPATH may stand in for the installed package.
+    run(
+        python,
+        "-I",
+        "-c",
+        "import pathlib, sys, zcache, zcache._core, zarr;"
+        "assert pathlib.Path(zcache.__file__).is_relative_to(sys.prefix), zcache.__file__;"
+        f"print('envs: .venvs/{role}: has {built.name} beside zarr', zarr.__version__)",
+    )
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def main(targets: list[str]) -> None:
+    known = ("build", "wheel", "base", "newest", "demo")
+    if not targets or not set(targets) <= set(known):
+        raise EnvsError(f"usage: envs.py TARGET..., where a target is one of {', '.join(known)}")
+    here = probe(sys.executable)
+    if here is None or not here.usable:
+        other = newest(None)
+        if other is None:
+            raise EnvsError(
+                f"{sys.executable} is no CPython 3.11+ with the GIL, venv and ensurepip, and "
+                "neither PATH nor pyenv has one; install one, or name it with make PYTHON=..."
+            )
+        say(f"{sys.executable} cannot be used (needs CPython 3.11+ with venv): taking {other.path}")
+        os.execv(other.path, [other.path, str(Path(__file__).resolve()), *targets])
+
+    top = None
+    for target in targets:
+        if target in {"newest", "demo"}:
+            top = top or newest(here) or here
+        if target == "build":
+            environment("build", here)
+        elif target == "wheel":
+            wheel(here)
+        elif target == "newest" and top is not None and top.version[:2] == here.version[:2]:
+            install("base", environment("base", here), here)
+            link = VENVS / "newest"
+            if not link.is_symlink():
+                remove(link)
+                link.symlink_to("base")
+        else:
+            chosen = here if target == "base" or top is None else top
+            install(target, environment(target, chosen), here)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except EnvsError as error:
+        sys.exit(f"envs: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
