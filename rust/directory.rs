@@ -1,0 +1,182 @@
+//! The index of a cache directory, and the lock around each of its steps.
+//!
+//! A step takes the lock, looks whether the files can be used, sets the mark, works, takes the mark
+//! away and gives the lock back. Whoever finds the mark set knows that its owner died in the middle
+//! of a step: the index is emptied and filled again from a walk of the directory. The walk holds
+//! no lock; until it is complete the index refuses new values, for it does not know yet what is
+//! there.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::cache::{Cache, Limits};
+use crate::cells::Block;
+use crate::error::{Fault, Res};
+use crate::mapped::{Mapped, OpenError};
+
+/// Times that a step looks for the lock before it says that it is busy. A step takes microseconds,
+/// so whoever does not get the lock within a millisecond waits for one that is stopped.
+const TRIES: u32 = 40;
+const PAUSE: Duration = Duration::from_micros(25);
+
+/// An index in a directory.
+#[derive(Debug)]
+pub struct Directory<T> {
+    cache: Cache<Mapped, T>,
+}
+
+/// Why a step could not be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepError {
+    /// Somebody else has the lock, for longer than a step takes.
+    Busy,
+    /// The index cannot be used; see [`Directory::restart`].
+    Fault(Fault),
+}
+
+impl From<Fault> for StepError {
+    fn from(fault: Fault) -> Self {
+        StepError::Fault(fault)
+    }
+}
+
+impl<T: Clone> Directory<T> {
+    /// Opens the index below `root`, a directory that exists. Waits for the lock.
+    ///
+    /// The flag says that the index is new: the caller walks the directory, gives what it finds to
+    /// `adopt`, and then calls [`Directory::complete`].
+    pub fn open(root: &Path, limits: Limits, seed: u64) -> Result<(Self, bool), OpenError> {
+        let (block, fresh) = Mapped::open(root, limits.max_size)?;
+        let mut directory = Directory {
+            cache: Cache::over(block, limits),
+        };
+        let sound = match directory.prepare(fresh, seed) {
+            Ok(()) => true,
+            // What looked right at first was not.
+            Err(_) if !fresh => {
+                directory.block().reset()?;
+                directory.block().register();
+                if directory.prepare(true, seed).is_err() {
+                    return Err(OpenError::Unsuitable("one that cannot hold the index"));
+                }
+                false
+            }
+            Err(_) => return Err(OpenError::Unsuitable("one that cannot hold the index")),
+        };
+        directory.block().end(true);
+        Ok((directory, fresh || !sound))
+    }
+
+    fn prepare(&mut self, fresh: bool, seed: u64) -> Res<()> {
+        if fresh {
+            return self.cache.init(seed);
+        }
+        let dead = self.block().dead();
+        self.cache.bury(&dead)
+    }
+
+    fn block(&mut self) -> &mut Mapped {
+        &mut self.cache.cells.block
+    }
+
+    /// Takes one step. `relax` is called while somebody else has the lock.
+    pub fn step<R>(
+        &mut self,
+        mut relax: impl FnMut(Duration),
+        work: impl FnOnce(&mut Cache<Mapped, T>) -> Res<R>,
+    ) -> Result<R, StepError> {
+        self.lock(&mut relax)?;
+        let result = self.begin().and_then(|()| work(&mut self.cache));
+        self.block().end(!matches!(result, Err(Fault::Corrupt(_))));
+        Ok(result?)
+    }
+
+    fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
+        for _ in 0..TRIES {
+            match self.block().try_lock() {
+                Ok(true) => return Ok(()),
+                Ok(false) => relax(PAUSE),
+                Err(_) => return Err(Fault::Corrupt("the lock of the index does not work").into()),
+            }
+        }
+        Err(StepError::Busy)
+    }
+
+    fn begin(&mut self) -> Res<()> {
+        if self.block().begin()? {
+            self.cache.renew();
+            self.block().register();
+        }
+        Ok(())
+    }
+
+    /// Empties an index that cannot be used any more, or whose rebuilder has died. True asks the
+    /// caller to fill it, as after [`Directory::open`]; false says that somebody else does.
+    pub fn restart(&mut self, seed: u64) -> Result<bool, StepError> {
+        self.lock(&mut |pause| std::thread::sleep(pause))?;
+        let result = self.restart_locked(seed);
+        self.block().end(!matches!(result, Err(Fault::Corrupt(_))));
+        Ok(result?)
+    }
+
+    fn restart_locked(&mut self, seed: u64) -> Res<bool> {
+        if self.begin().is_ok() {
+            let dead = self.block().dead();
+            match self.block().rebuilder() {
+                // Somebody else was faster.
+                None => return Ok(false),
+                Some(n) if !dead.contains(&n) => return Ok(false),
+                Some(_) => {}
+            }
+        }
+        self.block().reset().map_err(|_| Fault::Full)?;
+        self.cache.renew();
+        self.block().register();
+        self.cache.init(seed)?;
+        Ok(true)
+    }
+
+    /// Takes over from participants that have died. Returns their places, and whether one of them
+    /// was filling the index, so that [`Directory::restart`] is due.
+    pub fn reap(&mut self) -> Result<(Vec<usize>, bool), StepError> {
+        self.step(std::thread::sleep, |cache| {
+            let dead = cache.cells.block.dead();
+            cache.bury(&dead)?;
+            let lost = cache
+                .cells
+                .block
+                .rebuilder()
+                .is_some_and(|n| dead.contains(&n));
+            Ok((dead, lost))
+        })
+    }
+
+    /// Whether there is no other live participant.
+    pub fn alone(&mut self) -> Result<bool, StepError> {
+        self.step(std::thread::sleep, |cache| {
+            let block = &cache.cells.block;
+            let live = block.participants().iter().filter(|p| p.live != 0).count();
+            Ok(live == 1 + block.dead().len())
+        })
+    }
+
+    /// Says that everything that is in the directory was adopted.
+    pub fn complete(&mut self) -> Result<(), StepError> {
+        self.step(std::thread::sleep, |cache| {
+            cache.cells.block.complete();
+            Ok(())
+        })
+    }
+
+    /// Where to wait for the lock without holding up anybody.
+    pub fn waiter(&self) -> impl Fn() -> std::io::Result<()> + Send + 'static {
+        let path = self.cache.cells.block.lock_path();
+        move || Mapped::wait(&path)
+    }
+
+    /// The place of this participant.
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.cache.cells.block.me()
+    }
+}

@@ -1,0 +1,190 @@
+//! Flights: the source reads under way, so that one read serves everyone who asks, and the tickets
+//! that decide whether what a read brings may be kept.
+//!
+//! A ticket names a flight. A write, delete, prefix delete or clear makes the tickets of the keys
+//! that it touches void, before it begins and after it has ended: what was read before the end of
+//! a write is never kept after it, and a reader that comes later never joins such a flight. Writes
+//! of other processes show in the version of the key, with which a flight is opened and asked for.
+
+use std::collections::HashMap;
+
+use crate::cells::Version;
+use crate::key::Span;
+
+/// Names one flight for as long as the process lives.
+pub type Ticket = u64;
+
+#[derive(Debug)]
+struct Flight<T> {
+    ticket: Ticket,
+    span: Span,
+    void: bool,
+    /// Version of the key when the flight was opened.
+    version: Version,
+    /// What the readers wait on; `None` for the copy that a writer puts into the cache.
+    payload: Option<T>,
+}
+
+/// All flights of one cache.
+#[derive(Debug)]
+pub struct Flights<T> {
+    by_key: HashMap<Box<str>, Vec<Flight<T>>>,
+    writers: HashMap<Box<str>, Writers>,
+    next: Ticket,
+}
+
+#[derive(Debug, Default)]
+struct Writers {
+    active: usize,
+    overlapped: bool,
+    /// Version of the key once the first of them had begun.
+    version: Version,
+}
+
+impl<T> Default for Flights<T> {
+    fn default() -> Self {
+        Flights {
+            by_key: HashMap::new(),
+            writers: HashMap::new(),
+            next: 1,
+        }
+    }
+}
+
+impl<T: Clone> Flights<T> {
+    /// The flight that a reader of this span may join: of the same span, or of the full value.
+    #[must_use]
+    pub fn joinable(&self, key: &str, span: Span, version: Version) -> Option<(Span, T)> {
+        let open = self
+            .by_key
+            .get(key)?
+            .iter()
+            .filter(|f| !f.void && f.version == version);
+        open.filter(|f| f.span == span || f.span == Span::Full)
+            .find_map(|f| f.payload.clone().map(|payload| (f.span, payload)))
+    }
+
+    /// Opens a flight.
+    pub fn open(&mut self, key: &str, span: Span, payload: Option<T>, version: Version) -> Ticket {
+        let ticket = self.next;
+        self.next += 1;
+        let flight = Flight {
+            ticket,
+            span,
+            void: false,
+            version,
+            payload,
+        };
+        match self.by_key.get_mut(key) {
+            Some(flights) => flights.push(flight),
+            None => {
+                self.by_key.insert(key.into(), vec![flight]);
+            }
+        }
+        ticket
+    }
+
+    /// Whether what this flight brings may be kept.
+    #[must_use]
+    pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> bool {
+        let mut flights = self.by_key.get(key).into_iter().flatten();
+        flights.any(|f| f.ticket == ticket && !f.void && f.version == version)
+    }
+
+    /// Closes a flight and hands out what its readers waited on.
+    pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<T> {
+        let flights = self.by_key.get_mut(key)?;
+        let at = flights.iter().position(|f| f.ticket == ticket)?;
+        let flight = flights.swap_remove(at);
+        if flights.is_empty() {
+            self.by_key.remove(key);
+        }
+        flight.payload
+    }
+
+    /// Makes the flights of one key void.
+    pub fn void_key(&mut self, key: &str) {
+        for flight in self.by_key.get_mut(key).into_iter().flatten() {
+            flight.void = true;
+        }
+    }
+
+    /// Makes the flights of all keys void that `covers` accepts, and spoils the writers among
+    /// them: what they write may be gone again already.
+    pub fn void_where(&mut self, covers: impl Fn(&str) -> bool) {
+        for (key, flights) in &mut self.by_key {
+            if covers(key) {
+                flights.iter_mut().for_each(|f| f.void = true);
+            }
+        }
+        for (key, writers) in &mut self.writers {
+            if covers(key) {
+                writers.overlapped = true;
+            }
+        }
+    }
+
+    /// Makes everything void: the index was emptied.
+    pub fn void_all(&mut self) {
+        self.void_where(|_| true);
+    }
+
+    /// A writer of this key begins. `version` is the one that it has made.
+    pub fn begin_write(&mut self, key: &str, version: Version) {
+        self.void_key(key);
+        match self.writers.get_mut(key) {
+            Some(writers) => {
+                writers.active += 1;
+                writers.overlapped = true;
+            }
+            None => {
+                self.writers.insert(
+                    key.into(),
+                    Writers {
+                        active: 1,
+                        overlapped: false,
+                        version,
+                    },
+                );
+            }
+        }
+    }
+
+    /// A writer of this key has ended, at this version. True when it was alone all the time, so that the source is
+    /// known to hold what it wrote.
+    pub fn end_write(&mut self, key: &str, version: Version) -> bool {
+        self.void_key(key);
+        let Some(writers) = self.writers.get_mut(key) else {
+            return false;
+        };
+        writers.active = writers.active.saturating_sub(1);
+        let alone = !writers.overlapped && writers.version == version;
+        if writers.active == 0 {
+            self.writers.remove(key);
+        }
+        alone
+    }
+
+    /// Takes all flights and writers out. Tickets go on from where they are: one that somebody
+    /// still holds never becomes valid again.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        let fresh = Flights {
+            next: self.next,
+            ..Flights::default()
+        };
+        std::mem::replace(self, fresh)
+    }
+
+    /// Flights that are open.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_key.values().map(Vec::len).sum()
+    }
+
+    /// Whether no flight is open and nobody writes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty() && self.writers.is_empty()
+    }
+}

@@ -1,0 +1,316 @@
+//! Keys: what identifies an entry, how its text is cut into interned parts, and under which name
+//! its bytes lie in the cache store.
+//!
+//! A Zarr key such as `era5/2m_temperature/c/120/44/7` is a *path* of directories and a *tail*.
+//! The directories (`era5`, `2m_temperature`, `c`) are shared by millions of keys and are stored
+//! once; the tail (`120/44/7`) is stored with the entry. The tail is what follows the last `c/`
+//! where that is made of chunk coordinates only (the default chunk key encoding of format 3), else
+//! what follows the last slash. The cut depends on the key alone, so a lookup never searches.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// Prefix in the cache store that is reserved for zcache itself.
+pub const RESERVED: &str = ".zcache/";
+
+/// Which bytes of a key an entry holds; the three requests of `zarr.abc.store` and the whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Span {
+    /// The whole value.
+    Full,
+    /// `RangeByteRequest`: from `start` (inclusive) to `end` (exclusive).
+    Range {
+        /// First byte.
+        start: u64,
+        /// One past the last byte asked for; the value may end earlier.
+        end: u64,
+    },
+    /// `OffsetByteRequest`: everything from this byte on.
+    Offset(u64),
+    /// `SuffixByteRequest`: up to this many bytes at the end.
+    Suffix(u64),
+}
+
+impl Span {
+    /// Name under which the bytes of `key` lie in the cache store: a full value under its own key,
+    /// so that the cached part of a dataset is itself readable as Zarr; a range under the reserved
+    /// prefix, where `@` keeps the file of `a` apart from the directory of `a/b`.
+    #[must_use]
+    pub fn cache_key(self, key: &str) -> String {
+        match self {
+            Span::Full => key.to_owned(),
+            Span::Range { start, end } => format!("{RESERVED}ranges/{key}@{start}-{end}"),
+            Span::Offset(from) => format!("{RESERVED}ranges/{key}@{from}-"),
+            Span::Suffix(count) => format!("{RESERVED}ranges/{key}@-{count}"),
+        }
+    }
+
+    /// The inverse of [`Span::cache_key`]; `None` for a name that zcache never gives.
+    #[must_use]
+    pub fn parse(cache_key: &str) -> Option<(&str, Span)> {
+        let Some(rest) = cache_key.strip_prefix(RESERVED) else {
+            return Some((cache_key, Span::Full));
+        };
+        let (key, range) = rest.strip_prefix("ranges/")?.rsplit_once('@')?;
+        let (from, to) = range.split_once('-')?;
+        let number = |text: &str| text.parse::<u64>().ok().filter(|n| n.to_string() == text);
+        let span = match (from, to) {
+            ("", count) => Span::Suffix(number(count)?),
+            (from, "") => Span::Offset(number(from)?),
+            (from, to) => Span::Range {
+                start: number(from)?,
+                end: number(to)?,
+            },
+        };
+        Some((key, span))
+    }
+}
+
+/// Cuts a key into its directories (with the trailing slash, or empty) and its tail.
+#[must_use]
+pub fn split(key: &str) -> (&str, &str) {
+    let coordinates = key.trim_end_matches(|c: char| c.is_ascii_digit() || c == '/' || c == '.');
+    let chunk_at = coordinates.len() + 1;
+    if (coordinates == "c" || coordinates.ends_with("/c"))
+        && let (Some(dirs), Some(tail)) = (key.get(..chunk_at), key.get(chunk_at..))
+        && dirs.ends_with('/')
+        && !tail.is_empty()
+    {
+        return (dirs, tail);
+    }
+    match key.rfind('/') {
+        Some(slash) => key.split_at(slash + 1),
+        None => ("", key),
+    }
+}
+
+/// The directories of the first half of [`split`], outermost first.
+pub fn directories(dirs: &str) -> impl Iterator<Item = &str> {
+    dirs.split_inclusive('/')
+        .map(|dir| dir.strip_suffix('/').unwrap_or(dir))
+}
+
+/// Text as a cell stores it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Text<'a> {
+    /// Chunk coordinates, two characters to a byte.
+    Packed([u8; INLINE], u8),
+    /// Any other text, byte for byte.
+    Raw(&'a [u8]),
+}
+
+/// Bytes of text that fit into the cell of an entry.
+pub const INLINE: usize = 8;
+
+const ALPHABET: &[u8; 13] = b"0123456789/.-";
+const PAD: u8 = 15;
+
+impl<'a> Text<'a> {
+    /// Packs what can be packed into one cell; the same text always gives the same result.
+    #[must_use]
+    pub fn new(text: &'a str) -> Self {
+        let raw = text.as_bytes();
+        if raw.is_empty() || raw.len() > 2 * INLINE {
+            return Text::Raw(raw);
+        }
+        let mut packed = [0u8; INLINE];
+        for (byte, pair) in packed.iter_mut().zip(raw.chunks(2)) {
+            let (Some(high), Some(low)) = (
+                pair.first().and_then(|c| nibble(*c)),
+                pair.get(1).map_or(Some(PAD), |c| nibble(*c)),
+            ) else {
+                return Text::Raw(raw);
+            };
+            *byte = high << 4 | low;
+        }
+        Text::Packed(packed, u8::try_from(raw.len().div_ceil(2)).unwrap_or(0))
+    }
+
+    /// The bytes to store and to hash.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Text::Packed(bytes, len) => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            Text::Raw(bytes) => bytes,
+        }
+    }
+
+    /// Whether the bytes are packed.
+    #[must_use]
+    pub fn packed(&self) -> bool {
+        matches!(self, Text::Packed(..))
+    }
+}
+
+fn nibble(c: u8) -> Option<u8> {
+    match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'/' => Some(10),
+        b'.' => Some(11),
+        b'-' => Some(12),
+        _ => None,
+    }
+}
+
+/// Appends packed bytes as text; false where they are no packed text.
+pub fn unpack(bytes: &[u8], out: &mut Vec<u8>) -> bool {
+    for &byte in bytes {
+        for value in [byte >> 4, byte & 15] {
+            match ALPHABET.get(usize::from(value)) {
+                Some(c) => out.push(*c),
+                None if value == PAD => {}
+                None => return false,
+            }
+        }
+    }
+    true
+}
+
+/// A range as text of a cell: two numbers as LEB128, so that the common ones fit inline.
+#[derive(Clone, Copy, Debug)]
+pub struct SpanText {
+    bytes: [u8; 20],
+    len: usize,
+}
+
+impl SpanText {
+    /// Encodes what the kind of a cell does not say already.
+    #[must_use]
+    pub fn new(span: Span) -> Self {
+        let mut text = SpanText {
+            bytes: [0; 20],
+            len: 0,
+        };
+        match span {
+            Span::Full => {}
+            Span::Range { start, end } => {
+                text.number(start);
+                text.number(end.wrapping_sub(start));
+            }
+            Span::Offset(n) | Span::Suffix(n) => text.number(n),
+        }
+        text
+    }
+
+    fn number(&mut self, mut n: u64) {
+        loop {
+            let low = (n & 0x7f) as u8;
+            n >>= 7;
+            if let Some(byte) = self.bytes.get_mut(self.len) {
+                *byte = if n == 0 { low } else { low | 0x80 };
+            }
+            self.len += 1;
+            if n == 0 {
+                return;
+            }
+        }
+    }
+
+    /// The encoded bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+
+    /// Reads one number from the front of `bytes`.
+    pub fn read(bytes: &mut &[u8]) -> Option<u64> {
+        let mut n = 0u64;
+        for shift in (0..64).step_by(7) {
+            let (first, rest) = bytes.split_first()?;
+            *bytes = rest;
+            n |= u64::from(first & 0x7f).checked_shl(shift)?;
+            if first & 0x80 == 0 {
+                return Some(n);
+            }
+        }
+        None
+    }
+}
+
+/// Hash of a text below a directory whose own hash is `seed`.
+#[must_use]
+pub fn hash(bytes: &[u8], seed: u64, salt: u8) -> u64 {
+    xxh3_64_with_seed(bytes, seed.wrapping_add(u64::from(salt)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_at_the_chunk_marker_or_the_last_slash() {
+        for (key, dirs, tail) in [
+            (
+                "era5/2m_temperature/c/120/44/7",
+                "era5/2m_temperature/c/",
+                "120/44/7",
+            ),
+            ("c/0", "c/", "0"),
+            ("c/0.1", "c/", "0.1"),
+            ("c", "", "c"),
+            ("c/", "c/", ""),
+            ("cc/0/1", "cc/0/", "1"),
+            ("a/zarr.json", "a/", "zarr.json"),
+            ("zarr.json", "", "zarr.json"),
+            ("", "", ""),
+            ("12", "", "12"),
+            ("a/0.0.1", "a/", "0.0.1"),
+            ("a/c/x/0", "a/c/x/", "0"),
+            ("a/c//", "a/c/", "/"),
+            ("ü/c/1", "ü/c/", "1"),
+            ("/", "/", ""),
+        ] {
+            assert_eq!(split(key), (dirs, tail), "{key}");
+        }
+    }
+
+    #[test]
+    fn packing_is_reversible() {
+        for text in ["0", "120/44/7", "0.0.1", "1234567890123456", "-/.", "9"] {
+            let Text::Packed(..) = Text::new(text) else {
+                panic!("{text} is not packed")
+            };
+            let mut out = Vec::new();
+            assert!(unpack(Text::new(text).bytes(), &mut out));
+            assert_eq!(out, text.as_bytes());
+        }
+        for text in ["", "zarr.json", "12345678901234567", "1 2"] {
+            assert_eq!(Text::new(text), Text::Raw(text.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn numbers_are_reversible() {
+        for n in [0, 1, 127, 128, 1 << 35, u64::MAX - 1, u64::MAX] {
+            let text = SpanText::new(Span::Suffix(n));
+            let mut bytes = text.bytes();
+            assert_eq!(SpanText::read(&mut bytes), Some(n));
+            assert!(bytes.is_empty());
+        }
+    }
+
+    #[test]
+    fn cache_keys_are_reversible() {
+        for (key, span) in [
+            ("a/b", Span::Full),
+            (
+                "a@3/b",
+                Span::Range {
+                    start: 0,
+                    end: u64::MAX,
+                },
+            ),
+            ("a/b", Span::Offset(7)),
+            ("a@1-2", Span::Suffix(0)),
+        ] {
+            assert_eq!(Span::parse(&span.cache_key(key)), Some((key, span)));
+        }
+        for name in [
+            ".zcache/x",
+            ".zcache/ranges/a",
+            ".zcache/ranges/a@1",
+            ".zcache/ranges/a@01-2",
+        ] {
+            assert_eq!(Span::parse(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! The core of zcache: an exact LRU index with sizes, ages, byte ranges and prefixes, and the fill
+//! and write protocol on top of it.
+//!
+//! ```text
+//! key ──▶ cells ──▶ table, names ──▶ entries ──▶ cache ──▶ python
+//!                                     flights ──▶
+//! ```
+//!
+//! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
+//! no use first (deletes that failed), then what is stale, then the least recently used.
+//!
+//! **Threads.** The core is single-threaded data. Its one owner puts it behind one lock, takes
+//! the lock once per step, and never holds it over I/O, an await or a call into Python.
+//!
+//! **Memory.** 56 bytes a cell and 4.6 to 9.2 bytes of table for each entry whose tail fits into 8
+//! bytes (16 characters of chunk coordinates); a longer tail takes one cell more for each 51
+//! bytes. Directories and keys with ranges are one cell each, shared by everything below them.
+//!
+//! Plain `cargo test` runs all of this without Python; `python` is one thin file behind the feature
+//! of the same name.
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod cache;
+pub mod cells;
+#[cfg(unix)]
+pub mod directory;
+mod entries;
+pub mod error;
+pub mod flights;
+pub mod key;
+#[cfg(unix)]
+pub mod mapped;
+mod names;
+mod table;
+mod validate;
+
+#[cfg(feature = "python")]
+mod python;

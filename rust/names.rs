@@ -1,0 +1,488 @@
+//! Names: the tree of directories, keys and ranges that the cells form, and the way from a key to
+//! its cell and back.
+//!
+//! Every directory is a cell, stored once for all keys below it. An entry is a child of its
+//! directory, a range is a child of the `Object` cell of its key. So one key, one key with all its
+//! ranges, and one prefix are each reached without looking at any other key.
+
+use crate::cells::{Block, COUNT, Cell, Cells, Kind, LONG, List, ROOT, TEXT_PER_CELL};
+use crate::error::{Fault, Res};
+use crate::key::{self, INLINE, Span, SpanText, Text};
+
+impl Span {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Span::Full => Kind::Value,
+            Span::Range { .. } => Kind::Range,
+            Span::Offset(_) => Kind::Offset,
+            Span::Suffix(_) => Kind::Suffix,
+        }
+    }
+}
+
+fn salt(kind: Kind, packed: bool) -> u8 {
+    kind as u8 | u8::from(packed) << 4
+}
+
+impl<B: Block> Cells<B> {
+    /// Makes the root.
+    pub(crate) fn names_init(&mut self, seed: u64) -> Res<()> {
+        self.header_mut().seed = seed;
+        self.header_mut().used = ROOT;
+        self.ensure(2)?;
+        let mut cell = Cell::new(Kind::Dir);
+        cell.size = seed;
+        let root = self.alloc(cell)?;
+        if root == ROOT {
+            Ok(())
+        } else {
+            Err(Fault::Corrupt("a root that is not the first cell"))
+        }
+    }
+
+    /// Hash of the name of a cell.
+    pub(crate) fn hash_of(&self, i: u32) -> Res<u64> {
+        let cell = self.get(i)?;
+        match cell.kind()? {
+            Kind::Dir | Kind::Object => Ok(cell.size),
+            Kind::Free | Kind::Text => Err(Fault::Corrupt("a nameless cell in the table")),
+            kind => {
+                let seed = self.get(cell.parent)?.size;
+                let salt = salt(kind, cell.packed());
+                if cell.text_len == LONG {
+                    let mut text = Vec::new();
+                    self.read_text(i, &mut text)?;
+                    Ok(key::hash(&text, seed, salt))
+                } else {
+                    Ok(key::hash(inline(cell)?, seed, salt))
+                }
+            }
+        }
+    }
+
+    /// Appends the stored bytes of a cell's text.
+    fn read_text(&self, i: u32, out: &mut Vec<u8>) -> Res<()> {
+        let cell = self.get(i)?;
+        if cell.text_len != LONG {
+            out.extend_from_slice(inline(cell)?);
+            return Ok(());
+        }
+        let (mut at, mut left) = long(cell);
+        if left > self.block.cells().len() * TEXT_PER_CELL {
+            return Err(Fault::Corrupt("a text longer than the index"));
+        }
+        while left > 0 {
+            let (next, bytes) = self.text_cell(at)?;
+            let bytes = bytes.get(..left.min(TEXT_PER_CELL)).unwrap_or_default();
+            out.extend_from_slice(bytes);
+            left -= bytes.len();
+            at = next;
+        }
+        Ok(())
+    }
+
+    fn text_cell(&self, i: u32) -> Res<(u32, &[u8])> {
+        let cell = self.get(i)?;
+        if cell.kind()? != Kind::Text {
+            return Err(Fault::Corrupt(
+                "a text that continues in another cell's place",
+            ));
+        }
+        let bytes = bytemuck::bytes_of(cell).get(4..4 + TEXT_PER_CELL);
+        Ok((cell.older, bytes.unwrap_or_default()))
+    }
+
+    fn text_is(&self, i: u32, text: &[u8]) -> Res<bool> {
+        let cell = self.get(i)?;
+        if cell.text_len != LONG {
+            return Ok(inline(cell)? == text);
+        }
+        let (mut at, len) = long(cell);
+        if len != text.len() {
+            return Ok(false);
+        }
+        for part in text.chunks(TEXT_PER_CELL) {
+            let (next, bytes) = self.text_cell(at)?;
+            if bytes.get(..part.len()) != Some(part) {
+                return Ok(false);
+            }
+            at = next;
+        }
+        Ok(true)
+    }
+
+    fn write_text(&mut self, i: u32, text: &[u8], packed: bool) -> Res<()> {
+        let len = text.len();
+        if len <= INLINE {
+            let cell = self.get_mut(i)?;
+            cell.text_len = len as u8;
+            cell.set_packed(packed);
+            if let Some(place) = cell.text.get_mut(..len) {
+                place.copy_from_slice(text);
+            }
+            return Ok(());
+        }
+        let mut first = 0;
+        for part in text.chunks(TEXT_PER_CELL).rev() {
+            let mut cell = Cell::new(Kind::Text);
+            cell.older = first;
+            if let Some(place) = bytemuck::bytes_of_mut(&mut cell).get_mut(4..4 + part.len()) {
+                place.copy_from_slice(part);
+            }
+            first = self.alloc(cell)?;
+        }
+        let cell = self.get_mut(i)?;
+        cell.text_len = LONG;
+        let [a, b, c, d] = first.to_le_bytes();
+        let [e, f, g, h] = u32::try_from(len).map_err(|_| Fault::Full)?.to_le_bytes();
+        cell.text = [a, b, c, d, e, f, g, h];
+        Ok(())
+    }
+
+    fn free_with_text(&mut self, i: u32) -> Res<()> {
+        let cell = *self.get(i)?;
+        if cell.text_len == LONG {
+            let (mut at, len) = long(&cell);
+            for _ in 0..len.div_ceil(TEXT_PER_CELL) {
+                let (next, _) = self.text_cell(at)?;
+                self.free(at)?;
+                at = next;
+            }
+        }
+        self.free(i)
+    }
+
+    /// Whether cell `i` is named by these directories, outermost first, below the root.
+    fn is_dir(&self, mut i: u32, dirs: &str) -> Res<bool> {
+        let mut rest = dirs;
+        while let Some(path) = rest.strip_suffix('/') {
+            let name = path
+                .rfind('/')
+                .map_or(path, |slash| path.get(slash + 1..).unwrap_or(""));
+            let cell = self.get(i)?;
+            if cell.kind()? != Kind::Dir || !self.text_is(i, name.as_bytes())? {
+                return Ok(false);
+            }
+            i = cell.parent;
+            rest = path.get(..path.len() - name.len()).unwrap_or("");
+        }
+        Ok(i == ROOT)
+    }
+
+    fn dir_hash(&self, dirs: &str) -> u64 {
+        key::directories(dirs).fold(self.header().seed, |seed, name| {
+            key::hash(name.as_bytes(), seed, salt(Kind::Dir, false))
+        })
+    }
+
+    /// The directory with this path (empty, or with a trailing slash).
+    pub(crate) fn find_dir(&self, dirs: &str) -> Res<Option<u32>> {
+        if dirs.is_empty() {
+            return Ok(Some(ROOT));
+        }
+        self.table_find(self.dir_hash(dirs), |i| self.is_dir(i, dirs))
+    }
+
+    /// The child of kind `kind` of directory `dirs` with this tail.
+    fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<(u64, Option<u32>)> {
+        let text = Text::new(tail);
+        let hash = key::hash(text.bytes(), self.dir_hash(dirs), salt(kind, text.packed()));
+        let found = self.table_find(hash, |i| {
+            let cell = self.get(i)?;
+            Ok(cell.kind()? == kind
+                && cell.packed() == text.packed()
+                && self.text_is(i, text.bytes())?
+                && self.is_dir(cell.parent, dirs)?)
+        })?;
+        Ok((hash, found))
+    }
+
+    /// The `Object` cell of a key.
+    pub(crate) fn find_object(&self, key: &str) -> Res<Option<u32>> {
+        let (dirs, tail) = key::split(key);
+        Ok(self.find_named(dirs, tail, Kind::Object)?.1)
+    }
+
+    /// The child of object `object` that is this range.
+    pub(crate) fn find_range(&self, object: u32, span: Span) -> Res<Option<u32>> {
+        let text = SpanText::new(span);
+        self.find_child(object, span.kind(), text.bytes(), false)
+    }
+
+    fn find_child(&self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<Option<u32>> {
+        let hash = key::hash(text, self.get(parent)?.size, salt(kind, packed));
+        self.table_find(hash, |i| {
+            let cell = self.get(i)?;
+            Ok(cell.parent == parent
+                && cell.kind()? == kind
+                && cell.packed() == packed
+                && self.text_is(i, text)?)
+        })
+    }
+
+    /// The entry of a key and span, in any state.
+    #[inline]
+    pub(crate) fn find(&self, key: &str, span: Span) -> Res<Option<u32>> {
+        if span == Span::Full {
+            let (dirs, tail) = key::split(key);
+            return Ok(self.find_named(dirs, tail, Kind::Value)?.1);
+        }
+        match self.find_object(key)? {
+            Some(object) => self.find_range(object, span),
+            None => Ok(None),
+        }
+    }
+
+    /// Makes the cell of an entry that is not there yet, with its directories.
+    pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<u32> {
+        let (dirs, tail) = key::split(key);
+        u32::try_from(key.len()).map_err(|_| Fault::Full)?;
+        // All cells first: what follows cannot run out of them half way.
+        let count = key::directories(dirs).count() + 2;
+        self.ensure(2 * count + key.len() / TEXT_PER_CELL + 2)?;
+        let mut at = ROOT;
+        let made = self.insert_below(&mut at, dirs, tail, span);
+        if made.is_err() {
+            // The table cannot grow: the cells above the missing one lead to nothing.
+            self.prune(at)?;
+        }
+        made
+    }
+
+    /// Makes the cells of a key from the root down; `at` is the deepest one that is there.
+    fn insert_below(&mut self, at: &mut u32, dirs: &str, tail: &str, span: Span) -> Res<u32> {
+        for name in key::directories(dirs) {
+            *at = self.child_of(*at, Kind::Dir, name.as_bytes(), false)?;
+        }
+        let text = Text::new(tail);
+        if span == Span::Full {
+            return self.child(*at, Kind::Value, text.bytes(), text.packed());
+        }
+        *at = self.child_of(*at, Kind::Object, text.bytes(), text.packed())?;
+        self.child(*at, span.kind(), SpanText::new(span).bytes(), false)
+    }
+
+    /// The child with this name, made where it is missing.
+    fn child_of(&mut self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<u32> {
+        match self.find_child(parent, kind, text, packed)? {
+            Some(child) => Ok(child),
+            None => self.child(parent, kind, text, packed),
+        }
+    }
+
+    fn child(&mut self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<u32> {
+        let hash = key::hash(text, self.get(parent)?.size, salt(kind, packed));
+        let first = self.get(parent)?.older;
+        let mut cell = Cell::new(kind);
+        cell.parent = parent;
+        cell.right = first;
+        if matches!(kind, Kind::Dir | Kind::Object) {
+            cell.size = hash;
+        }
+        let i = self.alloc(cell)?;
+        self.write_text(i, text, packed)?;
+        if let Err(fault) = self.table_insert(hash, i) {
+            self.free_with_text(i)?;
+            return Err(fault);
+        }
+        if first != 0 {
+            self.get_mut(first)?.left = i;
+        }
+        let above = self.get_mut(parent)?;
+        above.older = i;
+        above.newer = above.newer.checked_add(1).ok_or(COUNT)?;
+        Ok(i)
+    }
+
+    /// Takes the name of an entry away and frees its cell; it must be in no other list.
+    pub(crate) fn remove(&mut self, i: u32) -> Res<()> {
+        let parent = self.get(i)?.parent;
+        self.remove_child(i)?;
+        self.prune(parent)
+    }
+
+    fn remove_child(&mut self, i: u32) -> Res<()> {
+        self.table_remove(self.hash_of(i)?, i)?;
+        let cell = *self.get(i)?;
+        if cell.left == 0 {
+            self.get_mut(cell.parent)?.older = cell.right;
+        } else {
+            self.get_mut(cell.left)?.right = cell.right;
+        }
+        if cell.right != 0 {
+            self.get_mut(cell.right)?.left = cell.left;
+        }
+        let above = self.get_mut(cell.parent)?;
+        above.newer = above
+            .newer
+            .checked_sub(1)
+            .ok_or(Fault::Corrupt("a child too many"))?;
+        if above.kind()? == Kind::Object {
+            if above.earlier == i {
+                above.earlier = 0;
+            }
+            if above.later == i {
+                above.later = 0;
+            }
+        }
+        self.free_with_text(i)
+    }
+
+    /// Removes a directory or object without children, and those above it that this empties.
+    fn prune(&mut self, mut i: u32) -> Res<()> {
+        while i != ROOT {
+            let cell = self.get(i)?;
+            if !matches!(cell.kind()?, Kind::Dir | Kind::Object) {
+                return Err(Fault::Corrupt("a parent that cannot have children"));
+            }
+            if cell.older != 0 {
+                break;
+            }
+            let parent = cell.parent;
+            self.remove_child(i)?;
+            i = parent;
+        }
+        Ok(())
+    }
+
+    /// Appends the key of a cell to `out` and says which bytes of it the cell holds.
+    pub(crate) fn name(&self, i: u32) -> Res<(String, Span)> {
+        let cell = *self.get(i)?;
+        let mut span = Span::Full;
+        let mut at = i;
+        if !matches!(cell.kind()?, Kind::Value | Kind::Object | Kind::Dir) {
+            let mut stored = Vec::new();
+            self.read_text(i, &mut stored)?;
+            span = span_of(cell.kind()?, &stored)?;
+            at = cell.parent;
+        }
+        let mut path = Vec::new();
+        let mut steps = 0;
+        while at != ROOT {
+            path.push(at);
+            at = self.get(at)?.parent;
+            steps += 1;
+            if steps > self.block.cells().len() {
+                return Err(Fault::Corrupt("a directory inside itself"));
+            }
+        }
+        let mut key = Vec::new();
+        for (n, &part) in path.iter().rev().enumerate() {
+            if n > 0 {
+                key.push(b'/');
+            }
+            let from = key.len();
+            self.read_text(part, &mut key)?;
+            if self.get(part)?.packed() {
+                let stored = key.split_off(from);
+                if !key::unpack(&stored, &mut key) {
+                    return Err(Fault::Corrupt("a packed text of other characters"));
+                }
+            }
+        }
+        let key = String::from_utf8(key).map_err(|_| Fault::Corrupt("a key that is not UTF-8"))?;
+        Ok((key, span))
+    }
+
+    /// Up to `limit` entries in the directory or object `top` and below, in any state that `want`
+    /// accepts; work is proportional to what is found, plus what `want` refuses.
+    pub(crate) fn entries_below(
+        &self,
+        top: u32,
+        limit: usize,
+        mut want: impl FnMut(&Self, u32) -> Res<bool>,
+    ) -> Res<Vec<u32>> {
+        let mut found = Vec::new();
+        // Every cell is entered once and left once.
+        let mut steps = 2 * self.block.cells().len();
+        let mut step = || {
+            steps = steps
+                .checked_sub(1)
+                .ok_or(Fault::Corrupt("a directory inside itself"))?;
+            Ok(())
+        };
+        let mut at = self.get(top)?.older;
+        while at != 0 && found.len() < limit {
+            step()?;
+            let cell = self.get(at)?;
+            if matches!(cell.kind()?, Kind::Dir | Kind::Object) {
+                if cell.older == 0 {
+                    return Err(Fault::Corrupt("a directory without children"));
+                }
+                at = cell.older;
+                continue;
+            }
+            if want(self, at)? {
+                found.push(at);
+            }
+            let mut climb = at;
+            loop {
+                step()?;
+                let cell = self.get(climb)?;
+                if cell.right != 0 {
+                    at = cell.right;
+                    break;
+                }
+                climb = cell.parent;
+                if climb == top || climb == 0 {
+                    return Ok(found);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Walks a list from its first cell; an error where it is longer than there are cells.
+    pub(crate) fn walk(&self, list: List) -> Res<Vec<u32>> {
+        let mut cells = Vec::new();
+        let mut at = self.list(list)[0];
+        while at != 0 {
+            if cells.len() > self.block.cells().len() {
+                return Err(Fault::Corrupt("a list that bites its tail"));
+            }
+            cells.push(at);
+            at = self.neighbour(list, at, true)?;
+        }
+        Ok(cells)
+    }
+}
+
+fn inline(cell: &Cell) -> Res<&[u8]> {
+    cell.text
+        .get(..usize::from(cell.text_len))
+        .ok_or(Fault::Corrupt("a text longer than its cell"))
+}
+
+fn long(cell: &Cell) -> (u32, usize) {
+    let [a, b, c, d, e, f, g, h] = cell.text;
+    (
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]) as usize,
+    )
+}
+
+/// Decodes the text of a range's cell.
+pub(crate) fn span_of(kind: Kind, mut text: &[u8]) -> Res<Span> {
+    let mut number = || SpanText::read(&mut text).ok_or(Fault::Corrupt("a range without numbers"));
+    Ok(match kind {
+        Kind::Range => {
+            let start = number()?;
+            Span::Range {
+                start,
+                end: start.wrapping_add(number()?),
+            }
+        }
+        Kind::Offset => Span::Offset(number()?),
+        Kind::Suffix => Span::Suffix(number()?),
+        _ => Span::Full,
+    })
+}
+
+impl<B: Block> Cells<B> {
+    /// The span of an entry, without its key.
+    pub(crate) fn span(&self, i: u32) -> Res<Span> {
+        let mut text = Vec::new();
+        self.read_text(i, &mut text)?;
+        span_of(self.get(i)?.kind()?, &text)
+    }
+}
