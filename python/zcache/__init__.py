@@ -1,0 +1,15 @@
+"""zcache: the cache between a slow Zarr store and the people who read it.
+
+>>> import zarr
+>>> from zcache import CacheStore
+>>> source = zarr.storage.MemoryStore()  # or S3, GCS, HTTP, NFS
+>>> store = CacheStore(source, max_size="2 GiB")
+
+`CacheStore` takes the place of `zarr.experimental.cache_store.CacheStore` without a change at the
+call site.
+"""
+
+from zcache._core import __version__
+from zcache.store import CacheStore
+
+__all__ = ["CacheStore", "__version__"]

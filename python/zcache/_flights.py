@@ -1,0 +1,164 @@
+"""Waiting for a source read that somebody else makes: tasks, threads and event loops alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+# Guards the short moments in which waiters come and go; never held while anything waits or runs.
+# Reentrant, for inside one the garbage collector may end a reader whose event loop is gone, and that
+# ends a flight.
+_lock = threading.RLock()
+
+PATIENCE: Final = 1.0
+"""Seconds after which a waiter asks whether the reader can still make progress."""
+PAUSE: Final = 0.05
+"""Seconds between two looks at the queue of a thread pool that the reader may need."""
+LONGEST: Final = 30.0
+"""Seconds that a thread waits at most for a coroutine: nobody knows what else that waits for."""
+
+
+class Flight:
+    """One source read and those who wait for it.
+
+    It ends once, in one of three ways: delivered (bytes, or None for a missing key), failed (the
+    source's error), or abandoned (its reader was cancelled, or cannot go on), upon which every
+    waiter starts over and one of them becomes the next reader.
+    """
+
+    __slots__ = ("_waiters", "abandoned", "data", "done", "error", "loop", "trace")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self.done = False
+        self.data: bytes | None = None
+        self.error: Exception | None = None
+        self.trace: TracebackType | None = None
+        self.abandoned = False
+        self._waiters: list[threading.Event | asyncio.Future[None]] | None = None
+
+    def deliver(self, data: bytes | None) -> None:
+        """End with the value."""
+        self._end(data, None, abandoned=False)
+
+    def fail(self, error: Exception) -> None:
+        """End with the source's error."""
+        self._end(None, error, abandoned=False)
+
+    def abandon(self) -> None:
+        """End without a result; the waiters start over."""
+        self._end(None, None, abandoned=True)
+
+    def _end(self, data: bytes | None, error: Exception | None, *, abandoned: bool) -> None:
+        with _lock:
+            if self.done:
+                return
+            self.data, self.error, self.abandoned = data, error, abandoned
+            self.trace = None if error is None else error.__traceback__
+            self.done = True
+            waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            if isinstance(waiter, threading.Event):
+                waiter.set()
+                continue
+            loop = waiter.get_loop()
+            if loop is asyncio._get_running_loop():
+                _wake(waiter)
+            else:
+                # A loop that is closed has taken with it everyone who waited there.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(_wake, waiter)
+
+    def _enlist(self, waiter: threading.Event | asyncio.Future[None]) -> bool:
+        with _lock:
+            waiters = self._waiters
+            if waiters is None:
+                waiters = self._waiters = []
+            waiters.append(waiter)
+            # Asked last: what the garbage collector ends in between has not seen the waiter.
+            return not self.done
+
+    async def wait(self) -> bool:
+        """Wait from a coroutine.
+
+        Returns
+        -------
+        bool
+            False if the flight cannot end, because its reader's event loop has stopped.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        if not self._enlist(waiter):
+            return True
+        if self.loop is None or self.loop is loop:
+            await waiter
+            return True
+        if self.loop.is_closed():
+            return self.done
+        while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
+            if not self.loop.is_running():
+                return self.done
+        return True
+
+    def wait_sync(self) -> bool:
+        """Wait from a thread.
+
+        Returns
+        -------
+        bool
+            False if the flight cannot end, because its reader is a coroutine whose event loop has
+            stopped, is blocked, or needs the very thread that would wait.
+        """
+        waiter = threading.Event()
+        if not self._enlist(waiter):
+            return True
+        loop = self.loop
+        if loop is None:
+            return waiter.wait()  # For a thread, which needs nobody.
+        if loop is asyncio._get_running_loop():
+            return self.done
+        pool: Any = getattr(loop, "_default_executor", None)
+        belongs = threading.current_thread() in getattr(pool, "_threads", ())
+        pause = PAUSE if belongs else PATIENCE
+        # Of other sorts of event loops nobody can see the pool.
+        longest = LONGEST if hasattr(loop, "_default_executor") else PATIENCE
+        waited = total = 0.0
+        pulse = _pulse(loop)
+        while pulse is not None:
+            if belongs and pool._work_queue.qsize():
+                break
+            if waiter.wait(pause):
+                return True
+            waited += pause
+            total += pause
+            if waited >= PATIENCE:
+                if total >= longest or not pulse.is_set():
+                    break
+                pulse, waited = _pulse(loop), 0.0
+        return self.done
+
+
+def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
+    """An event that a loop sets unless it is blocked; None if it is closed."""
+    pulse = threading.Event()
+    try:
+        loop.call_soon_threadsafe(pulse.set)
+    except RuntimeError:
+        return None
+    return pulse
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def after_fork() -> None:
+    """Start with a lock of our own: the thread that held the parent's may not exist here."""
+    global _lock
+    _lock = threading.RLock()

@@ -1,0 +1,336 @@
+"""How bytes get into the cache store and out of it again, for each sort of store.
+
+A port has two faces with the same methods: coroutines for callers in an event loop, and the same
+coroutines without a suspension for callers that have none (see `drive`). An error that is raised as
+an `Exception` means that the operation is over. Where anything else is raised (a cancellation),
+the operation may go on behind our back, and its `late` callback is told how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from zarr.core.buffer.core import default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache import _files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
+
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._books import Books
+
+T = TypeVar("T")
+Outcome = list[Exception | None]
+"""For each delete None, or why it failed."""
+
+
+def drive(steps: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, without an event loop."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    steps.close()
+    raise RuntimeError("a synchronous call had to wait for an event loop")
+
+
+async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException], None]) -> T:
+    """Await `work`; if the caller is cancelled, let it go on and tell `late` how it ended.
+
+    A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
+    Until it has ended nobody knows what is there, so it is never cut off in the middle.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except Exception:
+        raise
+    except BaseException:
+        if task.done():
+            late(_result(task))
+        else:
+            _unfinished.add(task)
+            task.add_done_callback(_unfinished.discard)
+            task.add_done_callback(lambda task: late(_result(task)))
+        raise
+
+
+# The event loop itself keeps only weak references to its tasks.
+_unfinished: set[asyncio.Task[Any]] = set()
+
+
+def _result(task: asyncio.Future[T] | Future[T]) -> Any:
+    if task.cancelled():
+        return asyncio.CancelledError()
+    error = task.exception()
+    return task.result() if error is None else error
+
+
+class Port(Protocol):
+    """Traffic with a cache store. Names are keys of the cache store."""
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        """Read a value, or None where there is none."""
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        """Write a value."""
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        """Delete values. One that is gone already counts as deleted."""
+
+
+def to_cpu_buffer(data: bytes) -> Buffer:
+    """A buffer over immutable bytes."""
+    return default_buffer_prototype().buffer.from_bytes(data)
+
+
+class StorePort:
+    """Any store, through its coroutines."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        return await self._store.get(name, prototype, byte_range)
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        await settle(self._store.set(name, to_cpu_buffer(data)), late)
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        return await settle(self._delete(names), late)
+
+    async def _delete(self, names: Sequence[str]) -> Outcome:
+        return [await self._delete_one(name) for name in names]
+
+    async def _delete_one(self, name: str) -> Exception | None:
+        try:
+            await self._store.delete(name)
+        except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+            # It may have failed after it took effect, or because the value is gone already.
+            try:
+                return error if await self._store.exists(name) else None
+            except Exception:  # noqa: BLE001 - then nobody knows
+                return error
+        return None
+
+
+class SyncPort:
+    """A store by its synchronous methods: memory, or any from a thread that may block."""
+
+    def __init__(self, store: Store) -> None:
+        self._store: Any = store
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        found: Buffer | None = self._store.get_sync(
+            name, prototype=prototype, byte_range=byte_range
+        )
+        return found
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        try:
+            self._store.set_sync(name, to_cpu_buffer(data))
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        try:
+            return [self._delete_one(name) for name in names]
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+    def _delete_one(self, name: str) -> Exception | None:
+        try:
+            self._store.delete_sync(name)
+        except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+            try:
+                found = self._store.get_sync(name, prototype=default_buffer_prototype())
+            except Exception:  # noqa: BLE001 - then nobody knows
+                return error
+            return None if found is None else error
+        return None
+
+
+class MemoryPort(SyncPort):
+    """A dict of this process."""
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        # Not by `set_sync`: zarr 3.4 would keep a copy that whoever reads it can write to.
+        self._store._store_dict[name] = to_cpu_buffer(data)
+
+
+class LocalPort:
+    """A directory, from an event loop.
+
+    The work is done in threads of our own, so that it neither waits for the event loop's own threads
+    nor ends with it.
+    """
+
+    def __init__(self, blocking: LocalSyncPort) -> None:
+        self._blocking = blocking
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        work = self._blocking.read_now
+        return await asyncio.wrap_future(_pool().submit(work, name, prototype, byte_range))
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        await _in_thread(_pool().submit(self._blocking.write_now, name, data), late)
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        return await _in_thread(_pool().submit(self._blocking.delete_now, names), late)
+
+
+class LocalSyncPort:
+    """A directory, from a thread that may block.
+
+    Parameters
+    ----------
+    store : LocalStore
+        The directory.
+    books : Books
+        Knows the names for unfinished files, and the clock.
+    """
+
+    def __init__(self, store: LocalStore, books: Books) -> None:
+        self._store = store
+        self._root = os.path.abspath(store.root)
+        self._books = books
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, name)
+
+    def read_now(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        return self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
+
+    def write_now(self, name: str, data: bytes) -> None:
+        _files.write_new(self._path(name), data, self._books.tmp(), self._books.now())
+
+    def delete_now(self, names: Sequence[str]) -> Outcome:
+        return [self._remove(name) for name in names]
+
+    def _remove(self, name: str) -> Exception | None:
+        try:
+            # What is there but is not ours does not count, and stays.
+            _files.remove(self._path(name))
+        except OSError as error:
+            return error
+        except ValueError:
+            return None  # A name that no file can have.
+        return None
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        return self.read_now(name, prototype, byte_range)
+
+    async def write(
+        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
+    ) -> None:
+        try:
+            self.write_now(name, data)
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        try:
+            return self.delete_now(names)
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+
+async def _in_thread(work: Future[T], late: Callable[[T | BaseException], None]) -> T:
+    try:
+        return await asyncio.wrap_future(work)
+    except Exception:
+        raise
+    except BaseException:
+        work.add_done_callback(lambda work: late(_result(work)))
+        raise
+
+
+_THREADS = 8
+_executor: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+def _pool() -> ThreadPoolExecutor:
+    global _executor
+    if _executor is None:
+        with _lock:
+            if _executor is None:
+                _executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="zcache")
+    return _executor
+
+
+def after_fork() -> None:
+    """The threads of the pool have stayed with the parent."""
+    global _executor, _lock
+    _lock = threading.Lock()
+    _executor = None
+
+
+def ports(store: Store, books: Books) -> tuple[Port, Port]:
+    """The two faces of a cache store: for event loops, and for threads without one."""
+    if type(store) is MemoryStore:
+        port = MemoryPort(store)
+        return port, port
+    if type(store) is LocalStore:
+        blocking = LocalSyncPort(store, books)
+        return LocalPort(blocking), blocking
+    return StorePort(store), SyncPort(store)
+
+
+async def in_thread(work: Callable[[], None]) -> None:
+    """Do what may take long, out of the way of the event loop."""
+    await asyncio.wrap_future(_pool().submit(work))
+
+
+def background(work: Callable[[], None]) -> None:
+    """Do something without waiting for it."""
+    _pool().submit(work)

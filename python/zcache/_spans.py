@@ -1,0 +1,76 @@
+"""Byte requests as the index takes them, and keys that it takes at all."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TypeAlias
+
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+
+if TYPE_CHECKING:
+    from zarr.abc.store import ByteRequest
+
+RESERVED = ".zcache"
+"""First part of the keys that zcache keeps for itself in the cache store."""
+
+Span: TypeAlias = tuple[int, int, int]
+"""A byte request for the index: kind (1 range, 2 offset, 3 suffix) and its numbers."""
+
+_LIMIT = 2**63
+
+
+def to_span(byte_range: ByteRequest | None) -> Span | None:
+    """Convert a byte request; None stands for the whole value.
+
+    Raises
+    ------
+    ValueError
+        Where stores differ in what they make of the request (negative numbers, an end before the
+        start, an unknown type): the source has to answer it, each time.
+    """
+    kind = type(byte_range)
+    if byte_range is None:
+        return None
+    if kind is RangeByteRequest and 0 <= byte_range.start <= byte_range.end < _LIMIT:  # type: ignore[union-attr]
+        return (1, byte_range.start, byte_range.end)  # type: ignore[union-attr]
+    if kind is OffsetByteRequest and 0 <= byte_range.offset < _LIMIT:  # type: ignore[union-attr]
+        return (2, byte_range.offset, 0)  # type: ignore[union-attr]
+    if kind is SuffixByteRequest and 0 <= byte_range.suffix < _LIMIT:  # type: ignore[union-attr]
+        return (3, byte_range.suffix, 0)  # type: ignore[union-attr]
+    raise ValueError(f"no cacheable byte request: {byte_range!r}")
+
+
+def to_request(span: Span | None) -> ByteRequest | None:
+    """The inverse of `to_span`."""
+    if span is None:
+        return None
+    kind, first, second = span
+    if kind == 1:
+        return RangeByteRequest(first, second)
+    return OffsetByteRequest(first) if kind == 2 else SuffixByteRequest(first)
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key is a plain relative path: it names one value, and only one key names it."""
+    if "\0" in key or (os.name == "nt" and ("\\" in key or ":" in key)):
+        return False
+    return not any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def is_reserved(key: str) -> bool:
+    """Whether a key belongs to zcache itself."""
+    return key == RESERVED or key.startswith(RESERVED + "/")
+
+
+def is_encodable(key: str) -> bool:
+    """Whether a key is text: lone surrogates are not."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_known(key: str) -> bool:
+    """Whether the cache may hold this key."""
+    return is_plain(key) and not is_reserved(key) and is_encodable(key)

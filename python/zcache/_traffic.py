@@ -1,0 +1,97 @@
+"""How the protocol reaches the source and the cache store, with an event loop or without one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from zarr.storage import MemoryStore
+
+from zcache._ports import in_thread, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._flights import Flight
+    from zcache._ports import Port
+
+
+class Traffic:
+    """How the protocol reaches a source and the cache store: this one from an event loop."""
+
+    __slots__ = ("port", "source")
+
+    def __init__(self, source: Store, port: Port) -> None:
+        self.source: Any = source
+        self.port = port
+
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that a read depends on."""
+        return asyncio.get_running_loop()
+
+    async def read(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        """Read from the source."""
+        found: Buffer | None = await self.source.get(key, prototype, byte_range)
+        return found
+
+    async def change(
+        self, work: Awaitable[None], late: Callable[[BaseException | None], None]
+    ) -> None:
+        """Change the source; see `settle`."""
+        if type(self.source) is MemoryStore:
+            await _now(work, late)  # It never suspends, so it cannot be cut off either.
+        else:
+            await settle(_as_coroutine(work), late)
+
+    async def wait(self, flight: Flight) -> bool:
+        """Wait for a flight; False asks the caller to read in its place."""
+        return await flight.wait()
+
+    async def block(self, work: Callable[[], None]) -> None:
+        """Do what may take long, out of the way of everybody else."""
+        await in_thread(work)
+
+
+async def _as_coroutine(work: Awaitable[None]) -> None:
+    await work
+
+
+async def _now(work: Awaitable[None], late: Callable[[BaseException | None], None]) -> None:
+    try:
+        await work
+    except Exception:
+        raise
+    except BaseException as interrupt:
+        late(interrupt)
+        raise
+
+
+class SyncTraffic(Traffic):
+    """The same from a thread that may block."""
+
+    __slots__ = ()
+
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return None
+
+    async def read(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        found: Buffer | None = self.source.get_sync(key, prototype=prototype, byte_range=byte_range)
+        return found
+
+    async def change(
+        self, work: Awaitable[None], late: Callable[[BaseException | None], None]
+    ) -> None:
+        await _now(work, late)
+
+    async def wait(self, flight: Flight) -> bool:
+        return flight.wait_sync()
+
+    async def block(self, work: Callable[[], None]) -> None:
+        work()
