@@ -1,0 +1,78 @@
+"""Fixtures and profiles for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, settings
+
+from support import Clock
+from zcache._engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Nothing here is about time, and stores do I/O: no deadline. zarr's strategies filter a lot.
+_COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+        HealthCheck.data_too_large,
+    ],
+}
+settings.register_profile("laptop", max_examples=30, stateful_step_count=20, **_COMMON)
+settings.register_profile("ci", max_examples=60, stateful_step_count=30, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "laptop")
+
+ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_interim.zarr"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that ages are counted by, in the hands of the test."""
+    clock = Clock()
+    monkeypatch.setattr(Engine, "now", lambda _: clock())
+    return clock
+
+
+@pytest.fixture(scope="session")
+def era_interim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A real group: geopotential `z` and wind `u`, chunked, and wind `v`, sharded. Read only!
+
+    Where the data does not come with the checkout, a stand-in of the same layout.
+    """
+    if ERA_INTERIM.is_dir():
+        yield ERA_INTERIM
+        return
+    path = tmp_path_factory.mktemp("era_interim") / "era_interim.zarr"
+    make_era_interim(path)
+    yield path
+
+
+def make_era_interim(path: Path) -> None:
+    """Write the stand-in."""
+    group = zarr.open_group(path, mode="w")
+    shape = (2, 3, 241, 480)
+    dimensions = ("month", "level", "latitude", "longitude")
+    noise = np.random.default_rng(0)
+    for name in ("z", "u", "v"):
+        array = group.create_array(
+            name,
+            shape=shape,
+            chunks=(1, 1, 61, 120),
+            shards=(1, 3, 244, 480) if name == "v" else None,
+            dtype="int16",
+            dimension_names=dimensions,
+        )
+        array[:] = noise.integers(-1000, 1000, shape).cumsum(axis=-1).astype("int16")
+    for name, size in zip(dimensions, shape, strict=True):
+        index = group.create_array(name, shape=(size,), dtype="int32", dimension_names=(name,))
+        index[:] = np.arange(size)
+    zarr.consolidate_metadata(path)

@@ -1,0 +1,443 @@
+//! The index against a reference that is too simple to be wrong: any operations in any order, and
+//! after each of them every book, the recency order, every answer and every victim compared.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/keys.rs"]
+mod keys;
+#[path = "core/reference.rs"]
+mod reference;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use reference::{Model, Name, Sighting};
+use zcache::cache::{Cache, Joined, Limits, Room, Victim};
+use zcache::cells::Heap;
+use zcache::key::Span;
+
+/// One step. Keys, spans and what is under way are picked by index from what there is.
+#[derive(Clone, Debug)]
+enum Step {
+    Lookup(Index, Index),
+    /// A whole fill at once, so that there is something to find and to evict.
+    Fill(Index, Index, u64),
+    Join(Index, Index, bool),
+    Land(Index),
+    /// Reserve under a ticket, for the span of its flight or for another one.
+    Reserve(Index, Option<Index>, u64),
+    /// Report the victims of a reservation: bit by bit dropped or failed.
+    Settle(Index, u64),
+    Commit(Index),
+    Abort(Index),
+    BeginWrite(Index),
+    EndWrite(Index, bool),
+    Forget(Index),
+    /// A prefix of a key, cut at any slash or character, with slashes after it.
+    DropPrefix(Index, Index, usize),
+    Orphans(usize),
+    /// Report victims that no reservation waits for.
+    Settled(usize, u64),
+    Discard(Index),
+    Fork,
+    Clock(u64),
+    Tick(i64),
+    /// Misuse: numbers that name nothing.
+    Nonsense(u32),
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    use Step::*;
+    let i = any::<Index>;
+    prop_oneof![
+        14 => (i(), i()).prop_map(|(k, s)| Lookup(k, s)),
+        14 => (i(), i(), size()).prop_map(|(k, s, n)| Fill(k, s, n)),
+        16 => (i(), i(), prop::bool::weighted(0.1)).prop_map(|(k, s, a)| Join(k, s, a)),
+        4 => i().prop_map(Land),
+        18 => (i(), prop::option::weighted(0.2, i()), size()).prop_map(|(t, s, n)| Reserve(t, s, n)),
+        12 => (i(), bits()).prop_map(|(r, b)| Settle(r, b)),
+        18 => i().prop_map(Commit),
+        3 => i().prop_map(Abort),
+        3 => i().prop_map(BeginWrite),
+        4 => (i(), prop::bool::weighted(0.8)).prop_map(|(k, ok)| EndWrite(k, ok)),
+        2 => i().prop_map(Forget),
+        3 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| DropPrefix(k, c, n)),
+        3 => (0usize..4).prop_map(Orphans),
+        6 => (1usize..6, bits()).prop_map(|(n, b)| Settled(n, b)),
+        3 => i().prop_map(Discard),
+        1 => Just(Fork),
+        1 => keys::time().prop_map(Clock),
+        6 => (-1500i64..2500).prop_map(Tick),
+        1 => any::<u32>().prop_map(Nonsense),
+    ]
+}
+
+/// Most deletes succeed.
+fn bits() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => Just(u64::MAX), 1 => Just(0), 1 => any::<u64>()]
+}
+
+fn size() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        1 => Just(0),
+        8 => 1u64..40,
+        3 => 40u64..400,
+        1 => (0u64..3).prop_map(|n| (u64::MAX / 2).wrapping_add(n)),
+        1 => (0u64..40).prop_map(|n| u64::MAX - n),
+    ]
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let max_size = prop_oneof![
+        8 => 50u64..600,
+        1 => Just(0),
+        2 => Just(u64::MAX),
+        1 => (0u64..100).prop_map(|n| u64::MAX - n),
+    ];
+    let max_age = prop_oneof![
+        2 => Just(None),
+        4 => (1u64..4000).prop_map(Some),
+        1 => prop::sample::select(vec![Some(0), Some(u64::MAX)]),
+    ];
+    (max_size, max_age, any::<bool>(), any::<bool>()).prop_map(
+        |(max_size, max_age, lenient, flat)| Limits {
+            max_size,
+            max_age,
+            lenient,
+            flat,
+        },
+    )
+}
+
+/// Victims that somebody still has to report.
+type Pending = Vec<(u32, Name)>;
+
+struct Run {
+    cache: Cache<Heap, u32>,
+    model: Model,
+    keys: Vec<String>,
+    spans: Vec<Span>,
+    now: u64,
+    tickets: Vec<(Name, u64)>,
+    reservations: Vec<(u64, Pending)>,
+    pending: Pending,
+    sightings: Vec<Sighting>,
+}
+
+impl Run {
+    fn new(limits: Limits, seed: u64, keys: Vec<String>, spans: Vec<Span>) -> Self {
+        Run {
+            cache: Cache::new(Heap::default(), limits, seed).unwrap(),
+            model: Model::new(limits),
+            keys,
+            spans,
+            now: 1_000,
+            tickets: Vec::new(),
+            reservations: Vec::new(),
+            pending: Vec::new(),
+            sightings: Vec::new(),
+        }
+    }
+
+    fn note(&self, victims: &[Victim]) -> Pending {
+        let cells = victims.iter().map(|victim| victim.cell);
+        cells.zip(self.model.names(victims)).collect()
+    }
+
+    fn step(&mut self, step: &Step) {
+        match step {
+            Step::Lookup(key, span) => self.lookup(&pick(&self.keys, key), pick(&self.spans, span)),
+            Step::Fill(key, span, size) => {
+                self.fill(&pick(&self.keys, key), pick(&self.spans, span), *size);
+            }
+            Step::Join(key, span, anyway) => {
+                self.join(&pick(&self.keys, key), pick(&self.spans, span), *anyway);
+            }
+            Step::Land(at) => {
+                if let Some(at) = place(&self.tickets, at) {
+                    self.land(at);
+                }
+            }
+            Step::Reserve(at, span, size) => {
+                if let Some(at) = place(&self.tickets, at) {
+                    let ((key, own), ticket) = self.tickets[at].clone();
+                    let span = span.as_ref().map_or(own, |span| pick(&self.spans, span));
+                    self.reserve(&(key, span), *size, ticket);
+                }
+            }
+            Step::Settle(at, bits) => {
+                if let Some(at) = place(&self.reservations, at) {
+                    self.settle(at, *bits);
+                }
+            }
+            Step::Commit(at) => {
+                if let Some(at) = place(&self.reservations, at) {
+                    self.commit(at);
+                }
+            }
+            Step::Abort(at) => {
+                if let Some(at) = place(&self.reservations, at) {
+                    let (id, waiting) = self.reservations.swap_remove(at);
+                    self.pending.extend(waiting);
+                    let victims = self.cache.abort(id).unwrap();
+                    self.pending.extend(self.note(&victims));
+                    self.model.aborted(id, &victims);
+                }
+            }
+            Step::BeginWrite(key) => {
+                let key = pick(&self.keys, key);
+                let victims = self.cache.begin_write(&key).unwrap();
+                self.pending.extend(self.note(&victims));
+                self.model.write_begun(&key, &victims);
+            }
+            Step::EndWrite(key, ok) => {
+                let key = pick(&self.keys, key);
+                let (victims, ticket) = self.cache.end_write(&key, *ok).unwrap();
+                self.pending.extend(self.note(&victims));
+                self.model.write_ended(&key, *ok, &victims, ticket);
+                self.tickets.extend(ticket.map(|t| ((key, Span::Full), t)));
+            }
+            Step::Forget(key) => {
+                let key = pick(&self.keys, key);
+                let victims = self.cache.forget(&key).unwrap();
+                self.pending.extend(self.note(&victims));
+                self.model.key_dropped(&key, &victims);
+            }
+            Step::DropPrefix(key, cut, slashes) => self.drop_prefix(key, cut, *slashes),
+            Step::Orphans(limit) => {
+                let victims = self.cache.orphans(*limit).unwrap();
+                self.pending.extend(self.note(&victims));
+                self.model.orphans_taken(*limit, &victims);
+            }
+            Step::Settled(count, bits) => {
+                let count = (*count).min(self.pending.len());
+                let (dropped, failed) = sort(self.pending.drain(..count).collect(), *bits);
+                self.cache
+                    .settled(&cells(&dropped), &cells(&failed))
+                    .unwrap();
+                self.model.settled(&names(&dropped), &names(&failed));
+            }
+            Step::Discard(at) => {
+                if let Some(at) = place(&self.sightings, at) {
+                    let sighting = self.sightings[at].clone();
+                    let victims = self.cache.discard(sighting.handle).unwrap();
+                    self.pending.extend(self.note(&victims));
+                    self.model.discarded(&sighting, &victims);
+                }
+            }
+            Step::Fork => {
+                let fresh = self.cache.after_fork().unwrap();
+                assert_eq!(fresh.len(), self.model.in_flight().0);
+                self.model.forked();
+                // Whoever was to report these does not live here.
+                self.reservations.clear();
+                self.pending.clear();
+            }
+            Step::Clock(now) => self.now = *now,
+            Step::Tick(by) => self.now = self.now.saturating_add_signed(*by),
+            Step::Nonsense(n) => self.nonsense(*n),
+        }
+    }
+
+    fn lookup(&mut self, key: &str, span: Span) {
+        let peeked = self.cache.peek(key, span, self.now).unwrap();
+        let found = self.cache.lookup(key, span, self.now).unwrap();
+        assert_eq!(peeked, found);
+        self.model.check_found(key, span, self.now, found.as_ref());
+        let sighting = self.model.looked_up(key, found.as_ref());
+        self.sightings.extend(sighting);
+    }
+
+    fn join(&mut self, key: &str, span: Span, anyway: bool) {
+        let found = self.cache.peek(key, span, self.now).unwrap();
+        self.model.check_found(key, span, self.now, found.as_ref());
+        let payload = self.tickets.len() as u32;
+        let joined = self
+            .cache
+            .join(key, span, payload, self.now, anyway)
+            .unwrap();
+        let ready = found.is_some() && !anyway;
+        self.model.joined(key, span, payload, ready, &joined);
+        if let Joined::Lead(ticket) = joined {
+            self.tickets.push(((key.to_owned(), span), ticket));
+        }
+    }
+
+    fn fill(&mut self, key: &str, span: Span, size: u64) {
+        let open = self.tickets.len();
+        self.join(key, span, false);
+        if open == self.tickets.len() {
+            return;
+        }
+        let (name, ticket) = self.tickets[open].clone();
+        let others = self.reservations.len();
+        self.reserve(&name, size, ticket);
+        while others < self.reservations.len() {
+            if self.reservations[others].1.is_empty() {
+                self.commit(others);
+            } else {
+                self.settle(others, u64::MAX);
+            }
+        }
+        self.land(open);
+    }
+
+    fn land(&mut self, at: usize) {
+        let ((key, _), ticket) = self.tickets.swap_remove(at);
+        let got = self.cache.land(&key, ticket);
+        self.model.landed(&key, ticket, got);
+    }
+
+    fn commit(&mut self, at: usize) {
+        let (id, waiting) = self.reservations.swap_remove(at);
+        self.pending.extend(waiting);
+        let checksum = id as u32;
+        let victims = self.cache.commit(id, checksum, self.now).unwrap();
+        self.pending.extend(self.note(&victims));
+        self.model.committed(id, checksum, self.now, &victims);
+    }
+
+    fn reserve(&mut self, name: &Name, size: u64, ticket: u64) {
+        let (key, span) = name;
+        let room = self
+            .cache
+            .reserve(key, *span, size, ticket, self.now)
+            .unwrap();
+        let waiting = self.victims(&room);
+        self.model.reserved(name, size, ticket, self.now, &room);
+        if let Room::Granted(id) | Room::Evict(id, _) = room {
+            self.reservations.push((id, waiting));
+        }
+    }
+
+    fn settle(&mut self, at: usize, bits: u64) {
+        let (id, waiting) = self.reservations.swap_remove(at);
+        let (dropped, failed) = sort(waiting, bits);
+        let room = self
+            .cache
+            .settle(id, &cells(&dropped), &cells(&failed), self.now)
+            .unwrap();
+        // A cell that has become free may be another entry's by now, never a victim's.
+        let waiting = self.victims(&room);
+        let (dropped, failed) = (names(&dropped), names(&failed));
+        self.model
+            .settled_for(id, &dropped, &failed, self.now, &room);
+        if let Room::Granted(id) | Room::Evict(id, _) = room {
+            self.reservations.push((id, waiting));
+        }
+    }
+
+    fn victims(&self, room: &Room) -> Pending {
+        match room {
+            Room::Evict(_, victims) => self.note(victims),
+            Room::Granted(_) | Room::Refused(_) => Vec::new(),
+        }
+    }
+
+    fn drop_prefix(&mut self, key: &Index, cut: &Index, slashes: usize) {
+        let key = pick(&self.keys, key);
+        let at_slashes = key.match_indices('/').map(|(at, _)| at);
+        let mut cuts: Vec<usize> = at_slashes.chain([key.len()]).collect();
+        if slashes == 2 {
+            cuts = key.char_indices().map(|(at, _)| at).collect();
+        }
+        let end = place(&cuts, cut).map_or(0, |at| cuts[at]);
+        let prefix = key[..end].to_owned() + &"/".repeat(slashes);
+        self.cache.void_prefix(&prefix);
+        self.model.prefix_voided(&prefix);
+        loop {
+            let victims = self.cache.sweep(&prefix).unwrap();
+            self.pending.extend(self.note(&victims));
+            if !self.model.swept(&prefix, &victims) {
+                return;
+            }
+        }
+    }
+
+    fn nonsense(&mut self, n: u32) {
+        let unknown = [0, 1, u32::MAX, n | 1 << 30];
+        self.cache.settled(&unknown, &unknown).unwrap();
+        let id = u64::from(n) + (1 << 40);
+        assert!(self.cache.commit(id, n, self.now).unwrap().is_empty());
+        assert!(self.cache.abort(id).unwrap().is_empty());
+        assert_eq!(self.cache.land("zarr.json", id), None);
+        let room = self.cache.settle(id, &unknown, &unknown, self.now).unwrap();
+        self.model.settled_for(id, &[], &[], self.now, &room);
+    }
+
+    fn check(&self) {
+        self.cache.validate().unwrap();
+        let mut entries = self.cache.entries().unwrap();
+        entries.sort_by(|one, other| (&one.0, one.1).cmp(&(&other.0, other.1)));
+        assert_eq!(entries, self.model.entries());
+        assert_eq!(self.cache.recency().unwrap(), self.model.recency());
+        assert_eq!(self.cache.len() as usize, self.model.recency().len());
+        let physical = self.model.physical();
+        assert_eq!(u128::from(self.cache.current_size()), physical);
+        let bound = u128::from(self.cache.limits().max_size);
+        assert!(physical + self.model.promised() <= bound);
+        assert_eq!(self.cache.stats(), self.model.stats());
+        assert_eq!(self.cache.in_flight(), self.model.in_flight());
+    }
+}
+
+fn place<T>(from: &[T], at: &Index) -> Option<usize> {
+    (!from.is_empty()).then(|| at.index(from.len()))
+}
+
+fn pick<T: Clone>(from: &[T], at: &Index) -> T {
+    at.get(from).clone()
+}
+
+fn sort(victims: Pending, bits: u64) -> (Pending, Pending) {
+    let numbered = victims.into_iter().enumerate();
+    let (dropped, failed): (Vec<_>, Vec<_>) =
+        numbered.partition(|(n, _)| bits >> (n % 64) & 1 == 1);
+    let strip = |list: Vec<(usize, (u32, Name))>| list.into_iter().map(|(_, victim)| victim);
+    (strip(dropped).collect(), strip(failed).collect())
+}
+
+fn cells(victims: &Pending) -> Vec<u32> {
+    victims.iter().map(|(cell, _)| *cell).collect()
+}
+
+fn names(victims: &Pending) -> Vec<Name> {
+    victims.iter().map(|(_, name)| name.clone()).collect()
+}
+
+/// A few keys, so that they meet again and again, some of them below others.
+fn pool() -> impl Strategy<Value = Vec<String>> {
+    let tail = prop::sample::select(vec!["/", "/0", "/c/0", "0", "/c/0/0", "//", "/zarr.json"]);
+    let more = prop::collection::vec((any::<Index>(), tail), 0..3);
+    (prop::collection::vec(keys::key(), 1..6), more).prop_map(|(mut keys, more)| {
+        for (at, tail) in more {
+            keys.push(at.get(&keys).clone() + tail);
+        }
+        keys
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn does_what_the_reference_does(
+        limits in limits(),
+        seed in any::<u64>(),
+        keys in pool(),
+        spans in prop::collection::vec(keys::span(), 1..5),
+        steps in prop::collection::vec(steps(), 1..120),
+    ) {
+        let mut run = Run::new(limits, seed, keys, spans);
+        run.check();
+        for step in &steps {
+            run.step(step);
+            run.check();
+        }
+    }
+}
