@@ -368,11 +368,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if !self.cells.block.is_complete() {
             return Ok(self.refuse(Refusal::Rebuilding));
         }
+        let held = self.cells.find(key, span)?;
+        // What it replaces goes even if there is no room for itself; see `proceed`.
+        let too_large = size > self.bound();
+        if too_large && !self.is_outdated(held, now)? {
+            return Ok(self.refuse(Refusal::TooLarge));
+        }
         if !self.is_valid(key, ticket) {
             return Ok(self.refuse(Refusal::Void));
         }
         let mut own = None;
-        if let Some(i) = self.cells.find(key, span)? {
+        if let Some(i) = held {
             let cell = self.cells.get(i)?;
             own = match cell.state() {
                 State::Present if self.is_stale(cell, now) => Some(i),
@@ -380,10 +386,6 @@ impl<B: Block, T: Clone> Cache<B, T> {
                 State::Orphan => Some(i),
                 State::Writing | State::Dropping => return Ok(self.refuse(Refusal::Busy)),
             };
-        }
-        // What it replaces goes even if there is no room for itself; see `proceed`.
-        if size > self.bound() && own.is_none() {
-            return Ok(self.refuse(Refusal::TooLarge));
         }
         if span == Span::Full && self.conflicts(key)? {
             return Ok(self.refuse(Refusal::Conflict));
@@ -402,6 +404,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
         };
         self.reservations.insert(id, reservation);
         self.proceed(id, own, now)
+    }
+
+    /// Whether an entry is there of which nobody can make use any more.
+    fn is_outdated(&self, held: Option<u32>, now: u64) -> Res<bool> {
+        let Some(i) = held else { return Ok(false) };
+        let cell = self.cells.get(i)?;
+        let stale = cell.state() == State::Present && self.is_stale(cell, now);
+        Ok(stale || cell.state() == State::Orphan)
     }
 
     /// Reports the deletes that a reservation asked for, and goes on with it.
@@ -444,11 +454,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     fn version(&self, key: &str) -> Version {
-        self.cells.block.version(key::hash(key.as_bytes(), 0, 0))
+        self.cells.block.version(shared_hash(key))
     }
 
     fn is_valid(&self, key: &str, ticket: Ticket) -> bool {
         self.flights.valid(key, ticket, self.version(key))
+            && !self.cells.block.is_written(shared_hash(key))
     }
 
     fn proceed(&mut self, id: u64, own: Option<u32>, now: u64) -> Res<Room> {
@@ -584,6 +595,18 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.reservations.contains_key(&id)
     }
 
+    /// Whether it is for this participant to [`Cache::adopt`].
+    #[must_use]
+    pub fn is_filled_here(&self) -> bool {
+        self.cells.block.is_filled_here()
+    }
+
+    /// Whether the index knows all that is in the cache store.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.cells.block.is_complete()
+    }
+
     /// Changes the bounds; a smaller size is enforced before new bytes are written.
     pub fn rebound(&mut self, max_size: u64, max_age: Option<u64>) {
         self.limits.max_size = max_size;
@@ -717,6 +740,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// A write of this key begins: nothing that is cached of it is valid from now on.
     pub fn begin_write(&mut self, key: &str) -> Res<Vec<Victim>> {
         self.change(key);
+        self.cells.block.mark_write(Some(shared_hash(key)), true);
         self.flights.begin_write(key, self.version(key));
         self.drop_key(key)
     }
@@ -726,6 +750,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub fn end_write(&mut self, key: &str, ok: bool) -> Res<(Vec<Victim>, Option<Ticket>)> {
         let alone = self.flights.end_write(key, self.version(key));
         self.change(key);
+        self.cells.block.mark_write(Some(shared_hash(key)), false);
         let version = self.version(key);
         let victims = self.drop_key(key)?;
         let ticket = (ok && alone).then(|| self.flights.open(key, Span::Full, None, version));
@@ -733,7 +758,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     fn change(&mut self, key: &str) {
-        self.cells.block.change_key(key::hash(key.as_bytes(), 0, 0));
+        self.cells.block.change_key(shared_hash(key));
     }
 
     /// The source has no such key.
@@ -747,6 +772,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let prefix = prefix.trim_end_matches('/');
         self.cells.block.change_all();
         self.flights.void_where(|key| is_below(key, prefix));
+    }
+
+    /// A write below a prefix begins or ends: until then nobody fills anything.
+    pub fn mark_change(&mut self, begins: bool) {
+        self.cells.block.mark_write(None, begins);
     }
 
     /// Drops entries below a prefix ("" is everything), a batch at a time; to be called until it
@@ -829,10 +859,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub(crate) fn bury(&mut self, dead: &[usize]) -> Res<()> {
         for &n in dead {
             let block = &mut self.cells.block;
-            if let Some(participant) = block.participants_mut().get_mut(n) {
-                let promised = std::mem::take(participant).promised;
-                let header = block.header_mut();
-                header.promised = header.promised.saturating_sub(promised);
+            let gone = block.bury(n);
+            let header = block.header_mut();
+            header.promised = header.promised.saturating_sub(gone.promised);
+            if gone.is_writing() {
+                // What was read while it wrote may be older than what it has written.
+                block.change_all();
             }
             for i in self.cells.walk(List::Busy)? {
                 if self.cells.get(i)?.earlier as usize == n + 1 {
@@ -852,7 +884,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if self.cells.find(key, span)?.is_some() {
             return Ok(false);
         }
+        // A key that was written since the index was emptied: the walk may have seen the old value.
+        let written = self.version(key) != self.cells.block.first_version();
         let i = self.cells.begin_writing(key, span, size)?;
+        if written {
+            self.cells.get_mut(i)?.set_state(State::Dropping);
+            self.cells.orphan(i)?;
+            return Ok(true);
+        }
         self.cells.make_present(i, None, fetched)?;
         if fetched == 0 {
             self.cells.undate(i)?;
@@ -926,7 +965,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.cells.validate()?;
         let mut rooms = self.reservations.values().map(|r| r.room);
         let promised = rooms.try_fold(0u64, u64::checked_add);
-        if promised != Some(self.cells.header().promised) {
+        let block = &self.cells.block;
+        // Where others share the index, each knows its own part only.
+        let booked = block.participants().get(block.me());
+        let booked = booked.map_or(self.cells.header().promised, |me| me.promised);
+        if promised != Some(booked) {
             return Err(Fault::Corrupt("promised bytes that no reservation holds"));
         }
         for reservation in self.reservations.values().filter(|r| r.cell != 0) {
@@ -937,11 +980,18 @@ impl<B: Block, T: Clone> Cache<B, T> {
             }
         }
         let header = self.cells.header();
-        if header.physical.saturating_add(header.promised) > self.limits.max_size {
+        // A directory may have been opened with a smaller bound; the next fill enforces it.
+        let alone = self.cells.block.participants().is_empty();
+        if alone && header.physical.saturating_add(header.promised) > self.limits.max_size {
             return Err(Fault::Corrupt("more bytes than the bound allows"));
         }
         Ok(())
     }
+}
+
+/// What the versions of keys go by: the same in every process, whatever its seed.
+fn shared_hash(key: &str) -> u64 {
+    key::hash(key.as_bytes(), 0, 0)
 }
 
 /// Tells the contents of one cell from those that it may have later; never 0.

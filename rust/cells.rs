@@ -251,6 +251,10 @@ impl Header {
     };
 }
 
+/// Keys that one participant can name as being written; where it writes more at once, no key may be
+/// filled meanwhile.
+pub const WRITES: usize = 32;
+
 /// One of those who share an index: a process, or a store of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -261,8 +265,11 @@ pub struct Participant {
     pub bound: u64,
     /// Whether this place is taken; its owner may have died since.
     pub live: u32,
-    /// Keeps it a multiple of 8 bytes.
-    pub reserved: u32,
+    /// Writes under way that `writes` does not name, those of prefixes among them.
+    pub unnamed: u32,
+    /// Versions (plus one) of the keys that it is writing; 0 where there is none. What was read
+    /// before a write has ended is not kept, and of a writer that has died nobody hears the end.
+    pub writes: [u16; WRITES],
 }
 
 impl Participant {
@@ -271,8 +278,15 @@ impl Participant {
         promised: 0,
         bound: 0,
         live: 0,
-        reserved: 0,
+        unnamed: 0,
+        writes: [0; WRITES],
     };
+
+    /// Whether it is writing anything.
+    #[must_use]
+    pub fn is_writing(&self) -> bool {
+        self.unnamed != 0 || self.writes != [0; WRITES]
+    }
 }
 
 /// The memory behind an index: the heap, or files that several processes map.
@@ -307,10 +321,24 @@ pub trait Block {
     fn version(&self, _key: u64) -> Version {
         [0; 2]
     }
+    /// The version of all keys when the index was emptied.
+    fn first_version(&self) -> Version {
+        [0; 2]
+    }
     /// This key is being written, or was.
     fn change_key(&mut self, _key: u64) {}
     /// Any key may have been written.
     fn change_all(&mut self) {}
+    /// A write of this key, or of what nobody can name, begins or ends.
+    fn mark_write(&mut self, _key: Option<u64>, _begins: bool) {}
+    /// Whether somebody is writing this key.
+    fn is_written(&self, _key: u64) -> bool {
+        false
+    }
+    /// Takes a participant out of the list.
+    fn bury(&mut self, _n: usize) -> Participant {
+        Participant::NONE
+    }
     /// Those who share the index; none where it is not shared.
     fn participants(&self) -> &[Participant] {
         &[]
@@ -322,6 +350,10 @@ pub trait Block {
     /// The place of this participant.
     fn me(&self) -> usize {
         0
+    }
+    /// Whether it is for this participant to enter what is in the cache store.
+    fn is_filled_here(&self) -> bool {
+        true
     }
     /// Whether the index knows all that is in the cache store.
     fn is_complete(&self) -> bool {
@@ -465,12 +497,12 @@ impl<B: Block> Cells<B> {
                 return Err(Fault::Corrupt("a cell in use among the free ones"));
             }
             let header = self.header_mut();
-            header.free_count -= 1;
+            header.free_count = header.free_count.saturating_sub(1);
             std::mem::replace(&mut header.free, free.older)
         } else {
             let i = header.used;
             self.get(i)?;
-            self.header_mut().used = i + 1;
+            self.header_mut().used = i.saturating_add(1);
             i
         };
         *self.get_mut(i)? = cell;

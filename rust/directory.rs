@@ -7,12 +7,13 @@
 //! there.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cache::{Cache, Limits};
 use crate::cells::Block;
 use crate::error::{Fault, Res};
-use crate::mapped::{Mapped, OpenError};
+use crate::mapped::{Locks, Mapped, OpenError};
 
 /// Times that a step looks for the lock before it says that it is busy. A step takes microseconds,
 /// so whoever does not get the lock within a millisecond waits for one that is stopped.
@@ -55,13 +56,12 @@ impl<T: Clone> Directory<T> {
             // What looked right at first was not.
             Err(_) if !fresh => {
                 directory.block().reset()?;
-                directory.block().register();
                 if directory.prepare(true, seed).is_err() {
-                    return Err(OpenError::Unsuitable("one that cannot hold the index"));
+                    return Err(rustix::io::Errno::NOSPC.into());
                 }
                 false
             }
-            Err(_) => return Err(OpenError::Unsuitable("one that cannot hold the index")),
+            Err(_) => return Err(rustix::io::Errno::NOSPC.into()),
         };
         directory.block().end(true);
         Ok((directory, fresh || !sound))
@@ -69,10 +69,15 @@ impl<T: Clone> Directory<T> {
 
     fn prepare(&mut self, fresh: bool, seed: u64) -> Res<()> {
         if fresh {
+            self.block().register();
             return self.cache.init(seed);
         }
-        let dead = self.block().dead();
-        self.cache.bury(&dead)
+        let mut dead = self.block().dead();
+        // Whoever had this place before is dead too.
+        dead.push(self.place());
+        self.cache.bury(&dead)?;
+        self.block().register();
+        Ok(())
     }
 
     fn block(&mut self) -> &mut Mapped {
@@ -112,11 +117,27 @@ impl<T: Clone> Directory<T> {
 
     /// Empties an index that cannot be used any more, or whose rebuilder has died. True asks the
     /// caller to fill it, as after [`Directory::open`]; false says that somebody else does.
+    ///
+    /// # Errors
+    /// [`StepError::Busy`] where somebody else has the lock; else the index cannot be used at all.
     pub fn restart(&mut self, seed: u64) -> Result<bool, StepError> {
+        if self.block().is_gone() {
+            return self.reopen(seed);
+        }
         self.lock(&mut |pause| std::thread::sleep(pause))?;
         let result = self.restart_locked(seed);
         self.block().end(!matches!(result, Err(Fault::Corrupt(_))));
         Ok(result?)
+    }
+
+    /// Opens the files anew that somebody has removed.
+    fn reopen(&mut self, seed: u64) -> Result<bool, StepError> {
+        let root = self.block().root().to_owned();
+        let opened = Directory::<T>::open(&root, self.cache.limits(), seed);
+        let (directory, fresh) = opened.map_err(|_| Fault::Full)?;
+        self.cache.renew();
+        self.block().replace(directory.cache.cells.block);
+        Ok(fresh)
     }
 
     fn restart_locked(&mut self, seed: u64) -> Res<bool> {
@@ -168,8 +189,14 @@ impl<T: Clone> Directory<T> {
         })
     }
 
+    /// See [`Locks`].
+    #[must_use]
+    pub fn locks(&self) -> Arc<Locks> {
+        self.cache.cells.block.locks()
+    }
+
     /// Where to wait for the lock without holding up anybody.
-    pub fn waiter(&self) -> impl Fn() -> std::io::Result<()> + Send + 'static {
+    pub fn waiter(&self) -> impl Fn() + Send + 'static {
         let path = self.cache.cells.block.lock_path();
         move || Mapped::wait(&path)
     }

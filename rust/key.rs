@@ -65,6 +65,16 @@ impl Span {
     }
 }
 
+/// Whether a cache may hold this key: a plain relative path, so that it names one value and only
+/// one key names it, outside of what is reserved for zcache.
+#[must_use]
+pub fn is_known(key: &str) -> bool {
+    let foreign = |c: char| c == '\0' || cfg!(windows) && matches!(c, '\\' | ':');
+    !key.contains(foreign)
+        && !key.split('/').any(|part| matches!(part, "" | "." | ".."))
+        && key.split('/').next() != Some(".zcache")
+}
+
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.
 #[must_use]
 pub fn split(key: &str) -> (&str, &str) {
@@ -260,6 +270,28 @@ mod tests {
             ("/", "/", ""),
         ] {
             assert_eq!(split(key), (dirs, tail), "{key}");
+        }
+    }
+
+    #[test]
+    fn only_plain_relative_paths_are_known() {
+        for key in ["a", "a/b", ".zcachet", "a/.zcache/b", "ü", "..."] {
+            assert!(is_known(key), "{key}");
+        }
+        for key in [
+            "",
+            "/",
+            "/a",
+            "a/",
+            "a//b",
+            "./a",
+            "a/..",
+            "..",
+            ".zcache",
+            ".zcache/a",
+            "a\0",
+        ] {
+            assert!(!is_known(key), "{key}");
         }
     }
 

@@ -5,24 +5,31 @@
 //! each step, and one `p<n>` for each participant is locked as long as that participant lives. The
 //! kernel releases both sorts of lock when their holder dies, however it dies.
 //!
-//! Nothing in the files is trusted. Whoever takes the lock checks the format, the lengths and the
-//! mark that its holder sets while it works; the numbers inside are checked as they are used. What
-//! does not fit means that the index is thrown away and rebuilt from a walk of the directory.
+//! Nothing in the files is trusted. Whoever takes the lock checks the format, the lengths, the
+//! checksum of the header and the mark that its holder sets while it works; the numbers inside are
+//! checked as they are used. What does not fit means that the index is thrown away and rebuilt from
+//! a walk of the directory.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, fstat};
 
-use crate::cells::{Block, Cell, Header, MAX_CELLS, Participant};
+use crate::cells::{Block, Cell, Header, MAX_CELLS, Participant, Version};
 use crate::error::{Fault, Res};
 use crate::table::SEGMENT;
 
 /// Participants (processes, or stores of one process) that may share a directory.
-pub const PARTICIPANTS: usize = 64;
+pub const PARTICIPANTS: usize = 256;
 /// Versions of keys; two keys share one by chance.
 const VERSIONS: usize = 16 * 1024;
 
@@ -35,11 +42,19 @@ const BYTE_ORDER: u32 = 0x0102_0304;
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 struct Head {
     magic: u64,
+    /// Participant (plus one) that works on the index now, or died while it did.
+    dirty: u32,
+    /// CRC32C of what follows, up to the participants; right whenever `dirty` is 0.
+    check: u32,
     format: u32,
     byte_order: u32,
     cell_size: u32,
-    /// Participant (plus one) that works on the index now, or died while it did.
-    dirty: u32,
+    /// Participants that are writing to the source.
+    writers: u32,
+    /// Places from this one on were never taken.
+    places: u32,
+    /// Keeps what follows a multiple of 8 bytes.
+    reserved: u32,
     /// Participant (plus one) that rebuilds the index, or died while it did.
     rebuilding: u32,
     /// Changes with every prefix that is written or deleted.
@@ -56,7 +71,10 @@ struct Head {
     participants: [Participant; PARTICIPANTS],
 }
 
-const HEAD: usize = 4096;
+/// What `Head::check` is about.
+const CHECKED: std::ops::Range<usize> = offset_of!(Head, format)..offset_of!(Head, participants);
+
+const HEAD: usize = 24 * 1024;
 const DIRECTORY: usize = HEAD + VERSIONS * size_of::<u32>();
 const _: () = assert!(size_of::<Head>() <= HEAD);
 
@@ -71,7 +89,27 @@ pub struct Mapped {
     bound: u64,
     generation: u64,
     /// Locked as long as this participant lives, and only read by the kernel.
-    _alive: File,
+    alive: File,
+    locks: Arc<Locks>,
+}
+
+/// The descriptors whose locks a forked child would keep alive after its parent has died. Readable
+/// without the lock of the index: a thread that has stayed with the parent may hold that.
+#[derive(Debug, Default)]
+pub struct Locks([AtomicI32; 2]);
+
+impl Locks {
+    /// Their numbers.
+    #[must_use]
+    pub fn fds(&self) -> [RawFd; 2] {
+        self.0.each_ref().map(|fd| fd.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, files: [&File; 2]) {
+        for (fd, file) in self.0.iter().zip(files) {
+            fd.store(file.as_raw_fd(), Ordering::Relaxed);
+        }
+    }
 }
 
 /// Why a directory cannot be used, or not now.
@@ -147,7 +185,7 @@ const CELLS: usize = 2;
 
 impl Mapped {
     /// Opens the files below `root`, a directory that exists, waits for the lock and takes a place
-    /// among the participants. The lock is held when this returns.
+    /// among the participants, but is not in their list yet. The lock is held when this returns.
     ///
     /// The flag says that the index is new and empty; the caller fills it.
     pub fn open(root: &Path, bound: u64) -> Result<(Self, bool), OpenError> {
@@ -165,8 +203,10 @@ impl Mapped {
         }
         // An empty file cannot be mapped.
         for file in &files {
-            if file.metadata()?.len() == 0 {
-                extend(file, 0, HEAD)?;
+            match file.metadata()?.len() as usize {
+                0 => extend(file, 0, HEAD)?,
+                // A copy of the directory may have holes.
+                len => extend(file, 0, len)?,
             }
         }
         let (me, alive) = take_place(root)?;
@@ -180,18 +220,22 @@ impl Mapped {
             me,
             bound,
             generation: 0,
-            _alive: alive,
+            alive,
+            locks: Arc::default(),
         };
+        mapped.locks.set([&mapped.lock, &mapped.alive]);
+        let rebuilt = mapped.rebuilder();
         let sound = mapped.head().looks_right()
             && mapped.head().dirty == 0
-            && mapped.head().rebuilding == 0
+            && mapped.head().check == mapped.checksum()
             && mapped.head().boot == boot()
+            // Whoever rebuilds it goes on with that, unless it has died; at our place it has.
+            && rebuilt.is_none_or(|n| n != me && is_alive(root, n))
             && mapped.remap().is_ok();
         if !sound {
             mapped.reset()?;
         }
         mapped.head_mut().dirty = me as u32 + 1;
-        mapped.register();
         Ok((mapped, !sound))
     }
 
@@ -234,6 +278,8 @@ impl Mapped {
     pub fn register(&mut self) {
         let (me, bound) = (self.me, self.bound);
         self.generation = self.head().generation;
+        let head = self.head_mut();
+        head.places = head.places.max(me as u32 + 1);
         if let Some(participant) = self.head_mut().participants.get_mut(me) {
             *participant = Participant {
                 live: 1,
@@ -252,12 +298,40 @@ impl Mapped {
         }
     }
 
-    /// Waits for the lock, in the place of a step that found it taken, and gives it back.
-    pub fn wait(path: &Path) -> io::Result<()> {
+    /// Waits for the lock, in the place of a step that found it taken, and gives it back. Returns
+    /// early on a signal, and where the file is gone: the next step then finds out more.
+    pub fn wait(path: &Path) {
         // Through a file of its own: the lock belongs to the open file, which others may use now.
-        let file = open(path)?;
-        file.lock()?;
-        file.unlock()
+        if !File::open(path).is_ok_and(|file| file.lock().is_ok()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether somebody has removed the files, so that others would not find them.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        let gone = |file| fstat(file).is_ok_and(|status| status.st_nlink == 0);
+        gone(&self.lock) || self.files.iter().any(gone)
+    }
+
+    /// Goes on with other files, opened by the same participant. The place of the old ones is free
+    /// from then on.
+    pub fn replace(&mut self, mut other: Mapped) {
+        other.locks = Arc::clone(&self.locks);
+        other.locks.set([&other.lock, &other.alive]);
+        *self = other;
+    }
+
+    /// See [`Locks`].
+    #[must_use]
+    pub fn locks(&self) -> Arc<Locks> {
+        Arc::clone(&self.locks)
+    }
+
+    /// Directory of the files.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// The file that is locked around each step.
@@ -269,38 +343,63 @@ impl Mapped {
     /// Looks at the files after the lock was taken; an error means that they cannot be used.
     /// Returns whether somebody has emptied the index meanwhile.
     pub fn begin(&mut self) -> Res<bool> {
-        let len = self.files[0].metadata().map_or(0, |meta| meta.len());
+        let status = fstat(&self.files[0]).map_err(|_| NO_MAP)?;
+        if status.st_nlink == 0 {
+            return Err(Fault::Corrupt("its files were removed"));
+        }
+        let len = status.st_size as u64;
         if len < DIRECTORY as u64 {
-            return Err(Fault::Corrupt("the head of the index is cut off"));
+            return Err(Fault::Corrupt("the head is cut off"));
         }
         if len != self.maps[0].len() as u64 {
             self.maps[0] = map(&self.files[0]).map_err(|_| NO_MAP)?;
         }
         let head = self.head();
         if !head.looks_right() {
-            return Err(Fault::Corrupt("the head of the index is not ours"));
+            return Err(Fault::Corrupt("the head is not ours"));
         }
         if head.dirty != 0 {
             return Err(Fault::Corrupt("the last one at work has died"));
         }
+        if head.check != self.checksum() {
+            return Err(Fault::Corrupt("the head is damaged"));
+        }
         self.remap()?;
-        let renewed = self.head().generation != self.generation;
-        self.head_mut().dirty = self.me as u32 + 1;
-        Ok(renewed)
+        let me = self.me;
+        let head = self.head_mut();
+        // Whoever was taken for dead is not in the list any more.
+        let buried = head.participants.get(me).is_none_or(|p| p.live == 0);
+        head.dirty = me as u32 + 1;
+        Ok(buried || self.head().generation != self.generation)
     }
 
     /// Ends what `begin` has begun and gives the lock back. A step that failed leaves its mark.
     pub fn end(&mut self, sound: bool) {
         if sound {
-            self.head_mut().dirty = 0;
+            let check = self.checksum();
+            let head = self.head_mut();
+            head.check = check;
+            head.dirty = 0;
         }
         // A lock that cannot be given back is given back by the kernel when the file is closed.
         let _ = self.lock.unlock();
     }
 
-    /// Says that the index is complete.
+    fn checksum(&self) -> u32 {
+        crc32c::crc32c(self.maps[0].get(CHECKED).unwrap_or_default())
+    }
+
+    /// Says that the index is complete, if it is for this participant to say so.
     pub fn complete(&mut self) {
-        self.head_mut().rebuilding = 0;
+        if self.is_rebuilder() {
+            self.head_mut().rebuilding = 0;
+        }
+    }
+
+    /// Whether this participant fills the index.
+    #[must_use]
+    pub fn is_rebuilder(&self) -> bool {
+        self.rebuilder() == Some(self.me)
     }
 
     /// The participant that fills the index.
@@ -312,7 +411,7 @@ impl Mapped {
     /// Participants that are in the list but not alive any more.
     #[must_use]
     pub fn dead(&self) -> Vec<usize> {
-        let list = self.head().participants.iter().enumerate();
+        let list = self.participants().iter().enumerate();
         let others = list.filter(|(n, participant)| *n != self.me && participant.live != 0);
         others
             .map(|(n, _)| n)
@@ -322,14 +421,14 @@ impl Mapped {
 
     /// Maps as much of the files as is in use.
     fn remap(&mut self) -> Res<()> {
-        let head = *self.head();
+        let head = self.head();
         let wanted = [
             DIRECTORY as u64 + head.directory.saturating_mul(4),
             head.slots.saturating_mul(4),
             head.cells.saturating_mul(size_of::<Cell>() as u64),
         ];
         for ((file, map_of), wanted) in self.files.iter().zip(&mut self.maps).zip(wanted) {
-            let len = file.metadata().map_or(0, |meta| meta.len());
+            let len = fstat(file).map_or(0, |status| status.st_size as u64);
             if len < wanted {
                 return Err(Fault::Corrupt("a file of the index is cut off"));
             }
@@ -359,7 +458,11 @@ impl Mapped {
             return Err(Fault::Full);
         };
         if len > map_of.len() {
-            extend(file, map_of.len(), len).map_err(|_| Fault::Full)?;
+            // Each growth makes everybody map the file anew, so it grows by a part of itself.
+            let more = len.max(map_of.len() + map_of.len() / 8);
+            extend(file, map_of.len(), more)
+                .or_else(|_| extend(file, map_of.len(), len))
+                .map_err(|_| Fault::Full)?;
             *map_of = map(file).map_err(|_| Fault::Full)?;
         }
         Ok(())
@@ -369,10 +472,14 @@ impl Mapped {
 const NO_MAP: Fault = Fault::Corrupt("a file of the index cannot be mapped");
 static NO_HEAD: Head = Head {
     magic: 0,
+    dirty: 0,
+    check: 0,
     format: 0,
     byte_order: 0,
     cell_size: 0,
-    dirty: 0,
+    writers: 0,
+    places: 0,
+    reserved: 0,
     rebuilding: 0,
     epoch: 0,
     generation: 0,
@@ -393,6 +500,7 @@ impl Head {
             && self.cells <= MAX_CELLS as u64
             && u64::from(self.header.used) <= self.cells
             && u64::from(self.header.segments).saturating_mul(SEGMENT as u64) <= self.slots
+            && self.places as usize <= PARTICIPANTS
             && self.slots <= 1 << 32
             && self.directory <= 1 << 20
     }
@@ -404,7 +512,11 @@ fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
     let (from, len) = (from as u64, (to - from) as u64);
     match fallocate(file, FallocateFlags::empty(), from, len) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => file.set_len(to as u64),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+            let end = file.metadata()?.len();
+            let zeros = vec![0; to.saturating_sub(end as usize)];
+            file.write_all_at(&zeros, end)
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -425,7 +537,12 @@ fn take_place(root: &Path) -> Result<(usize, File), OpenError> {
 
 fn is_alive(root: &Path, n: usize) -> bool {
     // A place that cannot be asked about counts as taken.
-    open(&place(root, n)).is_ok_and(|file| file.try_lock().is_err())
+    open(&place(root, n)).map_or(true, |file| file.try_lock().is_err())
+}
+
+/// What stands for a key in `Participant::writes`.
+fn write_name(key: u64) -> u16 {
+    (key as usize % VERSIONS) as u16 + 1
 }
 
 /// A number that no earlier index of this directory has had.
@@ -492,6 +609,9 @@ impl Block for Mapped {
         let bytes = self.maps[0].get(at..at + 4).and_then(|b| b.try_into().ok());
         [bytes.map_or(0, u32::from_ne_bytes), self.head().epoch]
     }
+    fn first_version(&self) -> Version {
+        [0, self.head().generation as u32]
+    }
     fn change_key(&mut self, key: u64) {
         let [version, _] = self.version(key);
         let at = HEAD + (key as usize % VERSIONS) * 4;
@@ -503,14 +623,58 @@ impl Block for Mapped {
         let head = self.head_mut();
         head.epoch = head.epoch.wrapping_add(1);
     }
+    fn mark_write(&mut self, key: Option<u64>, begins: bool) {
+        let me = self.me;
+        let head = self.head_mut();
+        let Some(participant) = head.participants.get_mut(me) else {
+            return;
+        };
+        let before = participant.is_writing();
+        let name = key.map_or(0, write_name);
+        // A free place, or the one with this name; a key whose number is 0 has no place.
+        let sought = if begins { 0 } else { name };
+        let mut writes = participant.writes.iter_mut();
+        match writes.find(|at| name != 0 && **at == sought) {
+            Some(at) => *at = if begins { name } else { 0 },
+            None if begins => participant.unnamed = participant.unnamed.saturating_add(1),
+            None => participant.unnamed = participant.unnamed.saturating_sub(1),
+        }
+        match (before, participant.is_writing()) {
+            (false, true) => head.writers = head.writers.saturating_add(1),
+            (true, false) => head.writers = head.writers.saturating_sub(1),
+            _ => {}
+        }
+    }
+    fn is_written(&self, key: u64) -> bool {
+        let name = write_name(key);
+        // Of its own writes a process knows by its flights which keys they are about.
+        let written = |(n, p): (usize, &Participant)| {
+            p.writes.contains(&name) || p.unnamed != 0 && n != self.me
+        };
+        self.head().writers != 0 && self.participants().iter().enumerate().any(written)
+    }
+    fn bury(&mut self, n: usize) -> Participant {
+        let head = self.head_mut();
+        let gone = head.participants.get_mut(n).map(std::mem::take);
+        let gone = gone.unwrap_or_default();
+        head.writers = head.writers.saturating_sub(u32::from(gone.is_writing()));
+        gone
+    }
     fn participants(&self) -> &[Participant] {
-        &self.head().participants
+        let head = self.head();
+        let places = head.places as usize;
+        head.participants.get(..places).unwrap_or_default()
     }
     fn participants_mut(&mut self) -> &mut [Participant] {
-        &mut self.head_mut().participants
+        let head = self.head_mut();
+        let places = head.places as usize;
+        head.participants.get_mut(..places).unwrap_or_default()
     }
     fn me(&self) -> usize {
         self.me
+    }
+    fn is_filled_here(&self) -> bool {
+        self.is_rebuilder()
     }
     fn is_complete(&self) -> bool {
         self.head().rebuilding == 0

@@ -11,15 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
+use pyo3::types::PyString;
 
 use crate::cache::{self, Cache, Found, Joined, Limits, Refusal, Room, Verify, Victim};
 use crate::cells::{Heap, State};
 use crate::error::Fault;
-use crate::key::Span;
+use crate::key::{self, Span};
 #[cfg(unix)]
 use crate::{
     directory::{Directory, StepError},
-    mapped::{OpenError, PARTICIPANTS},
+    mapped::{Locks, OpenError, PARTICIPANTS},
 };
 
 pyo3::create_exception!(
@@ -31,9 +32,19 @@ pyo3::create_exception!(
 
 impl From<Fault> for PyErr {
     fn from(fault: Fault) -> Self {
-        CorruptIndexError::new_err(fault.to_string())
+        match fault {
+            Fault::Corrupt(what) => CorruptIndexError::new_err(what),
+            Fault::Full => IndexFullError::new_err(fault.to_string()),
+        }
     }
 }
+
+pyo3::create_exception!(
+    _core,
+    IndexFullError,
+    PyOSError,
+    "The index cannot grow any further."
+);
 
 pyo3::create_exception!(
     _core,
@@ -57,8 +68,9 @@ impl From<OpenError> for PyErr {
     fn from(error: OpenError) -> Self {
         match error {
             OpenError::Io(error) => error.into(),
-            OpenError::Crowded => PyOSError::new_err(format!(
-                "{PARTICIPANTS} processes use the index of this directory already"
+            OpenError::Crowded => PyOSError::new_err((
+                rustix::io::Errno::USERS.raw_os_error(),
+                format!("{PARTICIPANTS} processes use the index of this directory already"),
             )),
             OpenError::Unsuitable(what) => PyOSError::new_err(format!(
                 "the file system ({what}) does not share locks and mappings between its users"
@@ -133,7 +145,7 @@ struct Index {
 enum Backing {
     Memory(Mutex<Core>),
     #[cfg(unix)]
-    Shared(Mutex<Directory<Flight>>),
+    Shared(Mutex<Directory<Flight>>, Arc<Locks>),
 }
 
 /// Takes one step of the index: `work` sees the cache, whatever is behind it.
@@ -148,7 +160,7 @@ macro_rules! step {
                 result.map_err(PyErr::from)
             }
             #[cfg(unix)]
-            Backing::Shared(lock) => {
+            Backing::Shared(lock, _) => {
                 let mut guard = lock.lock_py_attached($py).map_err(poisoned)?;
                 let relax = |pause| $py.detach(|| std::thread::sleep(pause));
                 let result = guard.step(relax, |$cache| $work);
@@ -201,9 +213,10 @@ impl Index {
     ) -> PyResult<(Self, bool)> {
         let limits = limits(max_size, max_age, lenient, flat, verify)?;
         let (directory, fresh) = py.detach(|| Directory::open(&root, limits, seed))?;
+        let locks = directory.locks();
         Ok((
             Index {
-                backing: Backing::Shared(Mutex::new(directory)),
+                backing: Backing::Shared(Mutex::new(directory), locks),
             },
             fresh,
         ))
@@ -234,20 +247,21 @@ impl Index {
         Ok(found.map(|found| found.length))
     }
 
-    #[pyo3(signature = (key, raw, now, /))]
+    #[pyo3(signature = (key, raw, now, size=None, /))]
     fn discard(
         &self,
         py: Python<'_>,
         key: &str,
         raw: RawSpan,
         now: f64,
+        size: Option<u64>,
     ) -> PyResult<Vec<RawVictim>> {
         let span = span(raw)?;
         let victims = step!(self, py, |cache| {
-            let handle = cache
-                .peek(key, span, millis(now))?
-                .map(|found| found.handle);
-            cache.discard(handle.unwrap_or(u64::MAX))
+            let found = cache.peek(key, span, millis(now))?;
+            // One of another size has taken its place meanwhile.
+            let same = found.filter(|found| size.is_none_or(|size| size == found.size));
+            cache.discard(same.map_or(u64::MAX, |found| found.handle))
         })?;
         Ok(raw_victims(victims))
     }
@@ -395,10 +409,13 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    #[pyo3(signature = (prefix, /))]
-    fn void_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<()> {
+    #[pyo3(signature = (prefix, begins=None, /))]
+    fn void_prefix(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.void_prefix(prefix);
+            if let Some(begins) = begins {
+                cache.mark_change(begins);
+            }
             Ok(())
         })
     }
@@ -493,14 +510,41 @@ impl Index {
     }
 
     #[pyo3(signature = (values, /))]
-    fn adopt(&self, py: Python<'_>, values: Vec<(u64, u64, String)>) -> PyResult<usize> {
+    fn adopt(&self, py: Python<'_>, values: Vec<(u64, u64, String)>) -> PyResult<bool> {
         step!(self, py, |cache| {
-            let mut count = 0;
-            for (fetched, size, name) in &values {
-                count += usize::from(cache.adopt(name, *size, *fetched)?);
+            if !cache.is_filled_here() {
+                return Ok(false);
             }
-            Ok(count)
+            for (fetched, size, name) in &values {
+                cache.adopt(name, *size, *fetched)?;
+            }
+            Ok(true)
         })
+    }
+
+    #[getter]
+    fn is_complete(&self, py: Python<'_>) -> PyResult<bool> {
+        step!(self, py, |cache| Ok(cache.is_complete()))
+    }
+
+    fn condemn(&self, py: Python<'_>) -> PyResult<()> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(()),
+            #[cfg(unix)]
+            Backing::Shared(..) => step!(self, py, |_cache| Err(Fault::Corrupt(
+                "a size that is not the one of its file"
+            ))),
+        }
+    }
+
+    /// Descriptors of the locks, for a forked child to let go of them.
+    #[cfg(unix)]
+    #[getter]
+    fn locks(&self) -> Vec<i32> {
+        match &self.backing {
+            Backing::Memory(_) => Vec::new(),
+            Backing::Shared(_, locks) => locks.fds().into(),
+        }
     }
 
     #[pyo3(signature = (max_size, max_age, /))]
@@ -527,7 +571,9 @@ impl Index {
     fn place(&self, py: Python<'_>) -> PyResult<Option<usize>> {
         match &self.backing {
             Backing::Memory(_) => Ok(None),
-            Backing::Shared(lock) => Ok(Some(lock.lock_py_attached(py).map_err(poisoned)?.place())),
+            Backing::Shared(lock, _) => {
+                Ok(Some(lock.lock_py_attached(py).map_err(poisoned)?.place()))
+            }
         }
     }
 
@@ -536,7 +582,7 @@ impl Index {
     fn alone(&self, py: Python<'_>) -> PyResult<bool> {
         match &self.backing {
             Backing::Memory(_) => Ok(true),
-            Backing::Shared(lock) => py.detach(|| Ok(guarded(lock)?.alone()?)),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.alone()?)),
         }
     }
 
@@ -544,7 +590,7 @@ impl Index {
     fn complete(&self, py: Python<'_>) -> PyResult<()> {
         match &self.backing {
             Backing::Memory(_) => Ok(()),
-            Backing::Shared(lock) => py.detach(|| Ok(guarded(lock)?.complete()?)),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.complete()?)),
         }
     }
 
@@ -553,7 +599,7 @@ impl Index {
     fn restart(&self, py: Python<'_>, seed: u64) -> PyResult<bool> {
         match &self.backing {
             Backing::Memory(_) => Ok(false),
-            Backing::Shared(lock) => py.detach(|| Ok(guarded(lock)?.restart(seed)?)),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.restart(seed)?)),
         }
     }
 
@@ -561,7 +607,7 @@ impl Index {
     fn reap(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
         match &self.backing {
             Backing::Memory(_) => Ok((Vec::new(), false)),
-            Backing::Shared(lock) => py.detach(|| Ok(guarded(lock)?.reap()?)),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.reap()?)),
         }
     }
 
@@ -569,9 +615,10 @@ impl Index {
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
         match &self.backing {
             Backing::Memory(_) => Ok(()),
-            Backing::Shared(lock) => {
+            Backing::Shared(lock, _) => {
                 let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
-                Ok(py.detach(wait)?)
+                py.detach(wait);
+                Ok(())
             }
         }
     }
@@ -659,6 +706,13 @@ fn select(size: u64, raw: RawSpan, lenient: bool) -> PyResult<Option<(u64, u64)>
     Ok(cache::select(size, span(raw)?, lenient))
 }
 
+#[pyfunction]
+#[pyo3(signature = (key, /))]
+fn is_known(key: &Bound<'_, PyString>) -> bool {
+    // Lone surrogates are no text, and no file system and no index takes them.
+    key.to_str().is_ok_and(key::is_known)
+}
+
 /// Bytes from which on other threads may run while a checksum is computed.
 const DETACH_FROM: usize = 64 * 1024;
 
@@ -678,11 +732,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         "CorruptIndexError",
         module.py().get_type::<CorruptIndexError>(),
     )?;
+    module.add("IndexFullError", module.py().get_type::<IndexFullError>())?;
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Index>()?;
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;
     module.add_function(wrap_pyfunction!(checksum, module)?)?;
+    module.add_function(wrap_pyfunction!(is_known, module)?)?;
     module.add_function(wrap_pyfunction!(select, module)?)?;
     Ok(())
 }

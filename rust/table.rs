@@ -119,7 +119,7 @@ impl<B: Block> Cells<B> {
             let number = self.segment_of(hash)?;
             let segment = self.segment_mut(number)?;
             if segment[0] < SPLIT_AT {
-                segment[0] += 1;
+                segment[0] = segment[0].saturating_add(1);
                 return put(segment, hash, cell);
             }
             self.split(hash, number)?;
@@ -201,7 +201,7 @@ impl<B: Block> Cells<B> {
         upper
             .ok_or(Fault::Corrupt("a directory too short"))?
             .fill(fresh as u32);
-        self.header_mut().segments += 1;
+        self.header_mut().segments = fresh as u32 + 1;
         *self.segment_mut(number)? = [0; SEGMENT];
         *self.segment_mut(fresh)? = [0; SEGMENT];
         self.segment_mut(number)?[1] = shared + 1;
@@ -209,7 +209,7 @@ impl<B: Block> Cells<B> {
         for (hash, cell) in cells {
             let is_upper = hash >> (63 - shared) & 1 == 1;
             let segment = self.segment_mut(if is_upper { fresh } else { number })?;
-            segment[0] += 1;
+            segment[0] = segment[0].saturating_add(1);
             put(segment, hash, cell)?;
         }
         Ok(())
@@ -225,7 +225,8 @@ impl<B: Block> Cells<B> {
                 *entry = segment;
             }
         }
-        self.header_mut().depth += 1;
+        let header = self.header_mut();
+        header.depth = header.depth.saturating_add(1);
         Ok(())
     }
 }

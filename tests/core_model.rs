@@ -17,7 +17,7 @@ mod reference;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use reference::{Model, Name, Sighting};
-use zcache::cache::{Cache, Joined, Limits, Room, Victim};
+use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
 use zcache::cells::Heap;
 use zcache::key::Span;
 
@@ -110,6 +110,7 @@ fn limits() -> impl Strategy<Value = Limits> {
             max_age,
             lenient,
             flat,
+            verify: Verify::Never,
         },
     )
 }
@@ -297,7 +298,7 @@ impl Run {
         let (id, waiting) = self.reservations.swap_remove(at);
         self.pending.extend(waiting);
         let checksum = id as u32;
-        let victims = self.cache.commit(id, checksum, self.now).unwrap();
+        let victims = self.cache.commit(id, Some(checksum), self.now).unwrap();
         self.pending.extend(self.note(&victims));
         self.model.committed(id, checksum, self.now, &victims);
     }
@@ -363,7 +364,7 @@ impl Run {
         let unknown = [0, 1, u32::MAX, n | 1 << 30];
         self.cache.settled(&unknown, &unknown).unwrap();
         let id = u64::from(n) + (1 << 40);
-        assert!(self.cache.commit(id, n, self.now).unwrap().is_empty());
+        assert!(self.cache.commit(id, Some(n), self.now).unwrap().is_empty());
         assert!(self.cache.abort(id).unwrap().is_empty());
         assert_eq!(self.cache.land("zarr.json", id), None);
         let room = self.cache.settle(id, &unknown, &unknown, self.now).unwrap();

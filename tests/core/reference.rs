@@ -174,7 +174,10 @@ impl Model {
         let entry = self
             .fresh(key, found.span, now)
             .expect("found what is not held");
-        assert_eq!((found.size, found.checksum), (entry.size, entry.checksum));
+        assert_eq!(
+            (found.size, found.checksum.unwrap_or(0)),
+            (entry.size, entry.checksum)
+        );
         let part = (found.start, found.length);
         match due {
             Some(due) => assert_eq!((found.span, part), due),
@@ -223,7 +226,9 @@ impl Model {
         self.stats.hits = self.stats.hits.saturating_sub(1);
         self.stats.misses += 1;
         let entry = self.entries.get(&sighting.name);
-        if entry.is_some_and(|e| e.state == State::Present && e.serial == sighting.serial) {
+        // An entry that could no longer be dated since is another one, which costs a retry.
+        let same = |e: &Entry| e.state == State::Present && e.serial == sighting.serial;
+        if entry.is_some_and(same) && !victims.is_empty() {
             assert_eq!(self.name_of(&victims[0]), sighting.name);
         }
         // Another entry of the same cell, time and size may go instead; that costs a miss.
@@ -291,7 +296,10 @@ impl Model {
 
     pub(crate) fn reserved(&mut self, name: &Name, size: u64, ticket: u64, now: u64, got: &Room) {
         let mut own = false;
-        let refusal = if size > self.limits.max_size {
+        let outdated = self.entries.get(name).is_some_and(|e| {
+            e.state == State::Orphan || e.state == State::Present && self.stale(e, now)
+        });
+        let refusal = if size > self.limits.max_size && !outdated {
             Some(Refusal::TooLarge)
         } else if !self.valid(&name.0, ticket) {
             Some(Refusal::Void)
@@ -363,6 +371,21 @@ impl Model {
             reservation.size,
             reservation.ticket,
         );
+        if size > self.limits.max_size {
+            // Only what it replaces goes.
+            match got {
+                Room::Evict(same, victims) => {
+                    assert!(*same == id && own && victims.len() == 1);
+                    self.reservations.get_mut(&id).expect("open").room = 0;
+                    return self.evicted(id, own, 0, now, victims);
+                }
+                Room::Refused(refusal) => assert!(*refusal == Refusal::TooLarge && !own),
+                Room::Granted(_) => panic!("granted beyond the bound"),
+            }
+            self.reservations.remove(&id);
+            self.stats.refusals += 1;
+            return;
+        }
         let refusal = match got {
             Room::Granted(granted) => {
                 assert_eq!((*granted, lacking, own), (id, 0, false));
@@ -398,7 +421,9 @@ impl Model {
             Refusal::Void => assert!(!out_of_room && !self.valid(&name.0, ticket)),
             Refusal::Busy => assert!(!out_of_room && self.entries.contains_key(&name)),
             Refusal::Conflict => assert!(!out_of_room && self.conflicts(&name)),
-            Refusal::TooLarge | Refusal::Held | Refusal::Full => panic!("{refusal:?} by now"),
+            Refusal::TooLarge | Refusal::Held | Refusal::Full | Refusal::Rebuilding => {
+                panic!("{refusal:?} by now")
+            }
         }
         if own {
             // It was to be replaced; nobody has tried to delete it.

@@ -1,0 +1,321 @@
+//! A damaged index: words of the block change under the hands of an operation, as they may in a
+//! file that others map. Every operation then ends, with an error or with an answer, but never in
+//! a panic, in a loop, or with the name of bytes that were never zcache's to delete.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/blocks.rs"]
+#[allow(dead_code, reason = "shared with tests of growth")]
+mod blocks;
+#[path = "core/keys.rs"]
+#[allow(dead_code, reason = "shared with tests that draw more")]
+mod keys;
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use blocks::{Damage, Part, Plan, Vectors};
+use proptest::prelude::*;
+use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
+use zcache::error::{Fault, Res};
+use zcache::key::Span;
+
+/// Looks into the block that one operation needs at most: some walk the table once per cell.
+const PATIENCE: u64 = 3_000_000;
+
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    Lookup,
+    Peek,
+    Discard,
+    Fill,
+    Reserve,
+    Settle,
+    Commit,
+    Abort,
+    BeginWrite,
+    EndWrite,
+    Forget,
+    DropPrefix,
+    Orphans,
+    Settled,
+    Fork,
+    Listings,
+    Validate,
+}
+
+const CALLS: [Call; 17] = [
+    Call::Lookup,
+    Call::Peek,
+    Call::Discard,
+    Call::Fill,
+    Call::Reserve,
+    Call::Settle,
+    Call::Commit,
+    Call::Abort,
+    Call::BeginWrite,
+    Call::EndWrite,
+    Call::Forget,
+    Call::DropPrefix,
+    Call::Orphans,
+    Call::Settled,
+    Call::Fork,
+    Call::Listings,
+    Call::Validate,
+];
+
+struct Run {
+    cache: Cache<Vectors, ()>,
+    plan: Rc<Plan>,
+    keys: Vec<String>,
+    spans: Vec<Span>,
+    /// All that may ever be deleted.
+    ours: BTreeSet<String>,
+    rooms: Vec<(u64, Vec<u32>)>,
+    victims: Vec<u32>,
+    handles: Vec<u64>,
+    now: u64,
+    /// Whether damage is on its way. A damaged cell may give any name; that the bytes of that name
+    /// are ours is checked where they are deleted, by the signature of the file.
+    condemned: bool,
+}
+
+impl Run {
+    fn new(limits: Limits, keys: Vec<String>, spans: Vec<Span>) -> Self {
+        let plan = Rc::new(Plan::default());
+        let names = keys
+            .iter()
+            .flat_map(|key| spans.iter().map(move |span| span.cache_key(key)));
+        Run {
+            cache: Cache::new(Vectors::new(&plan), limits, 5).unwrap(),
+            ours: names.collect(),
+            plan,
+            keys,
+            spans,
+            rooms: Vec::new(),
+            victims: Vec::new(),
+            handles: Vec::new(),
+            now: 1000,
+            condemned: false,
+        }
+    }
+
+    fn note(&mut self, victims: Vec<Victim>) {
+        for victim in victims {
+            assert!(
+                self.condemned || self.ours.contains(&victim.cache_key),
+                "{victim:?} is not ours"
+            );
+            self.victims.push(victim.cell);
+        }
+    }
+
+    fn call(&mut self, call: Call, pick: usize) -> Res<()> {
+        self.plan.patience.set(PATIENCE);
+        self.now += pick as u64 % 3;
+        let key = self.keys[pick % self.keys.len()].clone();
+        let span = self.spans[pick / 7 % self.spans.len()];
+        let now = self.now;
+        match call {
+            Call::Lookup => {
+                let found = self.cache.lookup(&key, span, now)?;
+                self.handles.extend(found.map(|found| found.handle));
+            }
+            Call::Peek => {
+                self.cache.peek(&key, span, now)?;
+            }
+            Call::Discard => {
+                if let Some(handle) = self.handles.pop() {
+                    let victims = self.cache.discard(handle)?;
+                    self.note(victims);
+                }
+            }
+            Call::Fill | Call::Reserve => {
+                let Joined::Lead(ticket) = self.cache.join(&key, span, (), now, false)? else {
+                    return Ok(());
+                };
+                let size = pick as u64 / 3 % 50;
+                let room = self.cache.reserve(&key, span, size, ticket, now)?;
+                let waiting = self.rooms.len();
+                self.room(room);
+                if matches!(call, Call::Fill) {
+                    while self.rooms.len() > waiting && !self.rooms[waiting].1.is_empty() {
+                        self.settle(waiting, u64::MAX)?;
+                    }
+                    if self.rooms.len() > waiting {
+                        self.commit(waiting)?;
+                    }
+                    self.cache.land(&key, ticket);
+                }
+            }
+            Call::Settle => {
+                if !self.rooms.is_empty() {
+                    self.settle(pick % self.rooms.len(), pick as u64)?;
+                }
+            }
+            Call::Commit => {
+                if !self.rooms.is_empty() {
+                    self.commit(pick % self.rooms.len())?;
+                }
+            }
+            Call::Abort => {
+                if !self.rooms.is_empty() {
+                    let (id, waiting) = self.rooms.swap_remove(pick % self.rooms.len());
+                    self.victims.extend(waiting);
+                    let victims = self.cache.abort(id)?;
+                    self.note(victims);
+                }
+            }
+            Call::BeginWrite => {
+                let victims = self.cache.begin_write(&key)?;
+                self.note(victims);
+            }
+            Call::EndWrite => {
+                let (victims, _) = self.cache.end_write(&key, true)?;
+                self.note(victims);
+            }
+            Call::Forget => {
+                let victims = self.cache.forget(&key)?;
+                self.note(victims);
+            }
+            Call::DropPrefix => {
+                let cut = key.char_indices().map(|(at, _)| at).nth(pick % 9);
+                let prefix = &key[..cut.unwrap_or(key.len())];
+                self.cache.void_prefix(prefix);
+                // Without an error each sweep gets somewhere.
+                loop {
+                    let victims = self.cache.sweep(prefix)?;
+                    if victims.is_empty() {
+                        break;
+                    }
+                    self.note(victims);
+                }
+            }
+            Call::Orphans => {
+                let victims = self.cache.orphans(usize::MAX)?;
+                self.note(victims);
+            }
+            Call::Settled => {
+                let count = self.victims.len().min(pick % 5);
+                let cells: Vec<u32> = self.victims.drain(..count).collect();
+                let (dropped, failed) = cells.split_at(count / 2 + pick % 2 * (count % 2));
+                self.cache.settled(dropped, failed)?;
+            }
+            Call::Fork => {
+                self.rooms.clear();
+                self.cache.after_fork()?;
+            }
+            Call::Listings => {
+                let entries = self.cache.entries();
+                self.cache.recency()?;
+                entries?;
+                let _ = (
+                    self.cache.memory(),
+                    self.cache.current_size(),
+                    self.cache.len(),
+                );
+            }
+            Call::Validate => self.cache.validate()?,
+        }
+        Ok(())
+    }
+
+    fn room(&mut self, room: Room) {
+        match room {
+            Room::Granted(id) => self.rooms.push((id, Vec::new())),
+            Room::Evict(id, victims) => {
+                let from = self.victims.len();
+                self.note(victims);
+                let cells = self.victims.split_off(from);
+                self.rooms.push((id, cells));
+            }
+            Room::Refused(_) => {}
+        }
+    }
+
+    fn settle(&mut self, at: usize, bits: u64) -> Res<()> {
+        let (id, cells) = self.rooms.remove(at);
+        let (dropped, failed): (Vec<_>, Vec<_>) = cells
+            .iter()
+            .partition(|cell| bits >> (**cell % 16) & 1 == 1);
+        let room = self.cache.settle(id, &dropped, &failed, self.now)?;
+        self.room(room);
+        // It goes on in the place that it had.
+        let last = self.rooms.len();
+        if last > at {
+            self.rooms[at..last].rotate_right(1);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, at: usize) -> Res<()> {
+        let (id, waiting) = self.rooms.swap_remove(at);
+        self.victims.extend(waiting);
+        let victims = self.cache.commit(id, Some(0), self.now)?;
+        self.note(victims);
+        Ok(())
+    }
+}
+
+fn damage() -> impl Strategy<Value = Vec<(Part, usize, Damage)>> {
+    let part = prop_oneof![
+        4 => Just(Part::Header),
+        8 => Just(Part::Cells),
+        2 => Just(Part::Slots),
+        1 => Just(Part::Directory),
+    ];
+    let how = prop_oneof![
+        3 => (0u8..32).prop_map(Damage::Flip),
+        4 => (0u32..40).prop_map(Damage::Set),
+        3 => prop::sample::select(vec![u32::MAX, 1 << 28, 4000]).prop_map(Damage::Set),
+        2 => any::<i8>().prop_map(Damage::Add),
+        3 => any::<usize>().prop_map(Damage::Copy),
+    ];
+    // The first words are those of the header of a segment.
+    let at = prop_oneof![2 => any::<usize>(), 1 => 0usize..3];
+    prop::collection::vec((part, at, how), 1..8)
+}
+
+fn calls(most: usize) -> impl Strategy<Value = Vec<(Call, usize)>> {
+    let fills = prop_oneof![1 => Just(Call::Fill), 3 => prop::sample::select(CALLS.to_vec())];
+    prop::collection::vec((fills, any::<usize>()), 0..most)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn ends_without_harm(
+        max_size in prop_oneof![4 => 20u64..400, 1 => Just(u64::MAX)],
+        max_age in prop::option::of(1u64..50),
+        flat in any::<bool>(),
+        keys in prop::collection::vec(keys::key(), 2..12),
+        spans in prop::collection::vec(keys::span(), 2..5),
+        healthy in calls(60),
+        fuse in 1u32..60,
+        damage in damage(),
+        damaged in calls(60),
+    ) {
+        let limits = Limits { max_size, max_age, lenient: false, flat, verify: Verify::Never };
+        let mut run = Run::new(limits, keys, spans);
+        for (call, pick) in healthy {
+            run.call(call, pick).unwrap();
+        }
+        run.cache.validate().unwrap();
+        run.condemned = true;
+        run.plan.damage.replace(damage);
+        run.plan.fuse.set(fuse);
+        for (call, pick) in damaged {
+            match run.call(call, pick) {
+                // Whoever gets it throws the index away; here the torture goes on.
+                Ok(()) | Err(Fault::Corrupt(_) | Fault::Full) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Ranges against real bytes: whatever is served out of an entry is what the source would have
+//! given, for every kind of source that there is. And the promise that makes ranges worth it: a
+//! cached full value serves every range on whose meaning all sources agree.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/keys.rs"]
+#[allow(dead_code, reason = "shared with tests that draw more")]
+mod keys;
+
+use proptest::prelude::*;
+use zcache::cache::{Cache, Joined, Limits, Room, Verify, select};
+use zcache::cells::Heap;
+use zcache::key::Span;
+
+/// What sources make of requests that select nothing, or count in ways of their own.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// Slices as Python does. Suffixes that are too long give everything.
+    Python,
+    /// Ignores a range that is none and gives everything; gives nothing at all where the range
+    /// lies behind the end.
+    Http,
+    /// Reads to the end where the end comes before the start.
+    ToTheEnd,
+}
+
+impl Source {
+    fn read(self, value: &[u8], asked: Span) -> Option<Vec<u8>> {
+        let len = value.len();
+        let at = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(len);
+        let part = match (self, asked) {
+            (_, Span::Full) => value,
+            (Source::Http, Span::Range { start, end }) if end <= start => value,
+            (Source::Http, Span::Range { start, .. } | Span::Offset(start)) if at(start) == len => {
+                return None;
+            }
+            (Source::Http, Span::Suffix(0)) => return None,
+            (Source::ToTheEnd, Span::Range { start, end }) if end <= start => &value[at(start)..],
+            (Source::ToTheEnd, Span::Suffix(0)) => value,
+            (Source::ToTheEnd, Span::Suffix(n)) if n > len as u64 => return None,
+            (_, Span::Range { start, end }) => &value[at(start)..at(end).max(at(start))],
+            (_, Span::Offset(start)) => &value[at(start)..],
+            (_, Span::Suffix(n)) => &value[len - at(n)..],
+        };
+        Some(part.to_vec())
+    }
+}
+
+fn fill(cache: &mut Cache<Heap, ()>, span: Span, size: u64) {
+    let Joined::Lead(ticket) = cache.join("a/c/0", span, (), 1, true).unwrap() else {
+        panic!("nobody else reads")
+    };
+    if let Room::Granted(id) = cache.reserve("a/c/0", span, size, ticket, 1).unwrap() {
+        cache.commit(id, Some(0), 1).unwrap();
+    }
+    cache.land("a/c/0", ticket);
+}
+
+/// Ranges that touch each other, the value and its end.
+fn near() -> impl Strategy<Value = Span> {
+    let n = || prop_oneof![8 => 0u64..26, 1 => keys::edge()];
+    prop_oneof![
+        5 => (n(), n()).prop_map(|(start, end)| Span::Range { start, end }),
+        2 => n().prop_map(Span::Offset),
+        2 => n().prop_map(Span::Suffix),
+        1 => Just(Span::Full),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn served_as_the_source_would(
+        len in 0u8..24,
+        held in prop::collection::vec(near(), 1..5),
+        asked in prop::collection::vec(near(), 1..20),
+        source in prop::sample::select(vec![Source::Python, Source::Http, Source::ToTheEnd]),
+        lenient in any::<bool>(),
+    ) {
+        let value: Vec<u8> = (0..len).collect();
+        let lenient = lenient && matches!(source, Source::Python);
+        let limits = Limits { max_size: 1 << 20, max_age: None, lenient, flat: true, verify: Verify::Never };
+        let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
+        for &span in &held {
+            if let Some(bytes) = source.read(&value, span) {
+                fill(&mut cache, span, bytes.len() as u64);
+            }
+        }
+        for &span in &asked {
+            let due = source.read(&value, span);
+            let Some(found) = cache.peek("a/c/0", span, 1).unwrap() else {
+                let whole = held.contains(&Span::Full);
+                prop_assert!(!whole || select(value.len() as u64, span, lenient).is_none());
+                prop_assert!(!held.contains(&span) || due.is_none());
+                continue;
+            };
+            let entry = source.read(&value, found.span).expect("it was read");
+            prop_assert_eq!(entry.len() as u64, found.size);
+            let (start, length) = (found.start as usize, found.length as usize);
+            prop_assert_eq!(due, Some(entry[start..start + length].to_vec()));
+        }
+    }
+
+    #[test]
+    fn a_value_serves_what_all_agree_on(size in keys::edge(), asked in near()) {
+        let part = select(size, asked, false);
+        let plain = match asked {
+            Span::Full => true,
+            Span::Range { start, end } => start < end && start < size,
+            Span::Offset(start) => start < size,
+            Span::Suffix(count) => 0 < count && count <= size,
+        };
+        prop_assert_eq!(part.is_some(), plain);
+        for (start, length) in part.into_iter().chain(select(size, asked, true)) {
+            prop_assert!(start.checked_add(length).is_some_and(|end| end <= size));
+        }
+    }
+}
