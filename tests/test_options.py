@@ -159,10 +159,34 @@ def test_no_max_age(given: Any, error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 0, 1, "yes", np.True_])
-def test_no_cache_set_data(given: Any) -> None:
+@pytest.mark.parametrize("option", ["cache_set_data", "adopt", "read_only"])
+def test_no_flag(option: str, given: Any) -> None:
+    if option == "read_only" and given is None:
+        assert CacheStore(MemoryStore(), read_only=None).read_only is False
+        return
     with pytest.raises(TypeError) as caught:
-        CacheStore(MemoryStore(), cache_set_data=given)
-    assert_helpful(caught.value, f"cache_set_data={given!r}", "True or False")
+        CacheStore(MemoryStore(), **{option: given})
+    assert_helpful(caught.value, f"{option}={given!r}", "True or False")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "error", "allowed"),
+    [
+        ("verify", "sometimes", ValueError, '"first", "always" or "never"'),
+        ("verify", None, ValueError, '"first", "always" or "never"'),
+        ("verify", True, ValueError, '"first", "always" or "never"'),
+        ("source_id", "", TypeError, "text that names the source"),
+        ("source_id", 5, TypeError, "text that names the source"),
+        ("min_free_space", -1, ValueError, "bytes"),
+        ("min_free_space", "some", ValueError, '"2 GiB"'),
+        ("min_free_space", 1.5, TypeError, "bytes"),
+        ("min_free_space", True, TypeError, "bytes"),
+    ],
+)
+def test_no_option(option: str, given: Any, error: type[Exception], allowed: str) -> None:
+    with pytest.raises(error) as caught:
+        CacheStore(MemoryStore(), **{option: given})
+    assert_helpful(caught.value, f"{option}={given!r}", allowed)
 
 
 @pytest.mark.parametrize("given", [None, "s3://bucket", {}, MemoryStore])

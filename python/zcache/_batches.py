@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zcache._core import is_known
 from zcache._engine import snapshot
+from zcache._fills import ignore
 from zcache._flights import Flight
-from zcache._spans import Span, is_known, to_span
+from zcache._spans import Span, to_span
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -86,7 +88,8 @@ class Batch:
             for number in list(self._leads):
                 ticket, flight = self._leads.pop(number)
                 flight.abandon()
-                self.engine.books.must(self.engine.index.land, self.requests[number][0], ticket)
+                key = self.requests[number][0]
+                self.engine.books.soon(ignore, self.engine.index.land, key, ticket)
         for group in groups:
             yield group
         for number in self._waits:
@@ -110,6 +113,7 @@ class Batch:
         known, span = self._span(number)
         if not known:
             self.engine.count("bypassed")
+            self.engine.count_miss()
             self._direct.append(number)
             return None
         return await self.engine.cached(self.io, key, self.prototype, span)
@@ -150,4 +154,4 @@ class Batch:
                 await engine.fill(self.io, key, span, data, ticket)
         finally:
             flight.abandon()  # Of no effect once it is delivered.
-            engine.books.must(engine.index.land, key, ticket)
+            engine.books.soon(ignore, engine.index.land, key, ticket)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
-from zcache._core import CorruptIndexError, Index, IndexBusyError
+from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
 from zcache._directory import Directory
+from zcache._flights import Flight
 from zcache._identity import same_place
+from zcache._listing import take_in
 from zcache._ports import background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from zarr.abc.store import Store
 
@@ -29,6 +33,11 @@ T = TypeVar("T")
 
 _REAP_EVERY: Final = 1.0
 """Seconds between two looks for participants that have died."""
+_NOT_NOW: Final = (IndexBusyError, CorruptIndexError)
+_NO_SHARING: Final = frozenset(
+    {None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
+)
+"""What a file system says that cannot lock or map; with any other error the directory is not used."""
 
 
 class Books:
@@ -42,32 +51,50 @@ class Books:
         The directory that the index lies in, where it does.
     usable : bool
         False where the cache store cannot be used at all; then nothing is ever cached.
+    ageless : bool
+        Whether nothing ever expires in this index, so that nobody needs to ask the clock.
     """
 
     def __init__(
         self, source: Store, cache: Store, identity: str, *, adopt: bool, **options: Any
     ) -> None:
         self._cache = cache
+        self._identity = identity
         self._options = options
         self._adopt = adopt
         self._last_reap = 0.0
-        self._lock = threading.Lock()
+        # Reentrant, for while it is held the garbage collector may end an operation.
+        self._lock = threading.RLock()
+        self._repair: Future[None] | None = None
+        self._listing: Flight | None = None
         self.directory: Directory | None = None
         self.usable = True
+        self.ageless = options["max_age"] is None
         self.index: Any  # An Index, or what opens one.
         self.now: Callable[[], float] = time.monotonic
         if type(cache) is LocalStore:
             self.now = time.time
             self.index = self._open_directory(cache, identity)
         elif type(cache) is MemoryStore:
-            self.index = _memory_index(source, cache, adopt, options)
+            self.index = _memory_index(self, source, cache)
         else:
-            self.index = Index(**options)
+            self.index = _Unlisted(Index(**options))
+
+    def real(self) -> Index:
+        """The index itself, never what stands for it."""
+        index = self.index
+        if isinstance(index, _Unlisted):
+            return index.within
+        if isinstance(index, _Unopened):
+            index = self.reopen()
+        found: Index = index
+        return found
 
     def tmp(self) -> str:
         """Beginning of the names of unfinished files of this process."""
-        assert self.directory is not None
-        return self.directory.tmp(self.index.place or 0)
+        if self.directory is None:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return self.directory.tmp(self.index.place)
 
     # -------------------------------------------------------------- steps
 
@@ -76,35 +103,123 @@ class Books:
         while True:
             try:
                 return work(*args)
-            except IndexBusyError:
-                await io.block(self.index.wait)
-            except CorruptIndexError as error:
-                await io.block(lambda error=error: self._start_over(error))  # type: ignore[misc]
+            except _NotListedError:
+                await self._list(io)
+            except _NOT_NOW as error:
+                await io.until(self._see_to(error))
+            work = self._current(work)
+
+    async def sure(
+        self, io: Traffic, late: Callable[[T], object], work: Callable[..., T], *args: Any
+    ) -> T:
+        """Take a step that has to be taken, even if the caller is cancelled while it waits.
+
+        In that case `late` is told later what came of it.
+        """
+        try:
+            return work(*args)
+        except _NOT_NOW:
+            pass
+        try:
+            return await self.step(io, self._current(work), *args)
+        except BaseException:
+            self.soon(late, work, *args)
+            raise
+
+    def soon(self, then: Callable[[T], object], work: Callable[..., T], *args: Any) -> None:
+        """Take a step now if that needs no waiting, else in the background."""
+        try:
+            result = work(*args)
+        except _NOT_NOW:
+            background(lambda: _call(then, self.must(work, *args)))
+        else:
+            then(result)
 
     def must(self, work: Callable[..., T], *args: Any) -> T:
-        """Take a step of the index, whatever it takes."""
+        """Take a step of the index, whatever it takes; not from an event loop."""
         while True:
+            work = self._current(work)
             try:
                 return work(*args)
-            except IndexBusyError:
-                self.index.wait()
-            except CorruptIndexError as error:
-                self._start_over(error)
+            except _NOT_NOW as error:
+                self._see_to(error).result()
+
+    def _current(self, work: Callable[..., T]) -> Callable[..., T]:
+        """The same step of the index that is in use now."""
+        owner = getattr(work, "__self__", None)
+        if owner is self.index or not isinstance(owner, (Index, _Unlisted)):
+            return work
+        index = self.index
+        now: Callable[..., T] = getattr(
+            index.within if isinstance(index, _Unlisted) else index, work.__name__
+        )
+        return now
 
     # ------------------------------------------------------------- repair
 
-    def _start_over(self, error: CorruptIndexError) -> None:
-        if not self.index.shared:
-            # On the heap nobody but us can have done this.
-            logger.error("the index has to be thrown away: %s", error)
-            raise error
+    def _see_to(self, error: Exception) -> Future[None]:
+        """Wait for the lock of the index, or replace an index that cannot be used.
+
+        That happens in a thread, one for all who wait.
+        """
+        with self._lock:
+            if self._repair is None:
+                done: Future[None] = Future()
+                self._repair = done
+                # Not one of the pool: at the end of the process nobody waits for somebody's lock.
+                work = threading.Thread(target=self._see_to_it, args=(error, done), daemon=True)
+                work.start()
+            return self._repair
+
+    def _see_to_it(self, error: Exception, done: Future[None]) -> None:
         try:
-            ours = self.index.restart(_seed())
+            if isinstance(error, CorruptIndexError):
+                self._start_over(str(error))
+            else:
+                self.index.wait()
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the reads must go on
+            self._abandon(failure)
+        finally:
+            with self._lock:
+                self._repair = None
+            done.set_result(None)
+
+    def _start_over(self, why: str) -> None:
+        index, directory = self.index, self.directory
+        if not index.shared or directory is None:
+            # On the heap nobody but us can have done this.
+            self._abandon(CorruptIndexError(why))
+            return
+        try:
+            if not os.path.exists(directory.index_root):
+                directory.prepare(adopt=False)
+            ours = index.restart(_seed())
         except IndexBusyError:
-            self.index.wait()
+            return  # The next step waits for the lock, and comes back here.
+        except (OSError, ValueError, CorruptIndexError) as failure:
+            self._abandon(failure)
             return
         if ours:
-            self._fill(str(error))
+            self._fill(why)
+
+    def _abandon(self, failure: Exception) -> None:
+        """Do without the cache store from now on."""
+        logger.warning(
+            "the index of the cache %s cannot be used any more (%r). Every read goes to the source.",
+            self._cache,
+            failure,
+        )
+        self.usable = False
+        self.directory = None
+        self.index = self._nothing()
+
+    def _nothing(self) -> Index:
+        return Index(**{**self._options, "max_size": 0})
+
+    def doubt(self) -> None:
+        """Have the index rebuilt: the size of an entry is not that of its file."""
+        if self.index.shared:
+            self.soon(lambda _: None, self.index.condemn)
 
     def _fill(self, why: str) -> None:
         """Fill an empty index, in the background; until that is done it takes nothing in."""
@@ -116,14 +231,7 @@ class Books:
         try:
             directory.rebuild(self, index, why)
         except OSError as error:
-            logger.warning(
-                "the cache directory %s could not be read (%r); it is not used",
-                directory.root,
-                error,
-            )
-            self.usable = False
-        except CorruptIndexError as error:
-            self._start_over(error)
+            self._abandon(error)
 
     def reap(self) -> bool:
         """Take over from processes that have died, at most once a second. Whether there were any."""
@@ -135,13 +243,50 @@ class Books:
             self._last_reap = time.monotonic()
         try:
             dead, rebuilder_died = self.index.reap()
-        except (IndexBusyError, CorruptIndexError):
+            for place in dead:
+                self.directory.sweep_tmp(place)
+        except (*_NOT_NOW, OSError):
             return False
-        for place in dead:
-            self.directory.sweep_tmp(place)
-        if rebuilder_died and self.must(self.index.restart, _seed()):
-            self._fill("the process that rebuilt it has died")
+        if rebuilder_died:
+            self._start_over("the process that rebuilt it has died")
         return bool(dead)
+
+    async def _list(self, io: Traffic) -> None:
+        """Find out what is in a cache store that can only be asked: once, at the first use.
+
+        Raises
+        ------
+        ValueError
+            If the cache store belongs to somebody else.
+        """
+        with self._lock:
+            unlisted = self.index
+            if not isinstance(unlisted, _Unlisted):
+                return
+            flight = self._listing
+            if leads := flight is None or flight.done:
+                flight = self._listing = Flight(io.loop())
+        assert flight is not None
+        if not leads:
+            if not await io.wait(flight):
+                flight.abandon()  # Its event loop has stopped.
+            if flight.error is not None:
+                raise flight.error.with_traceback(flight.trace)
+            return
+        try:
+            await io.run(take_in(self._cache, unlisted.within, self._identity, adopt=self._adopt))
+        except ValueError as refusal:
+            flight.fail(refusal)
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the cache store's, and none of the user's
+            self._abandon(error)
+        except BaseException:
+            # What is in the index by now is found to be known the next time.
+            flight.abandon()
+            raise
+        else:
+            self.index = unlisted.within
+        flight.deliver(b"")
 
     # -------------------------------------------------------------- opening
 
@@ -150,49 +295,74 @@ class Books:
             self.directory = Directory(cache.root, identity, adopt=self._adopt)
         except OSError as error:
             return self._do_without(cache, error)
+        return self._open_or_do_without(self.directory)
+
+    def _open_or_do_without(self, directory: Directory) -> Index:
         try:
-            return self._open_index(self.directory)
+            return self._open_index(directory)
         except OSError as error:
-            return self._keep_to_ourselves(cache, error)
+            if error.errno not in _NO_SHARING or isinstance(error, IndexFullError):
+                return self._do_without(self._cache, error)
+            failure = error
+        try:
+            return self._keep_to_ourselves(directory, failure)
+        except OSError as error:
+            return self._do_without(self._cache, error)
 
     def _open_index(self, directory: Directory) -> Index:
-        index, fresh = Index.open(directory.index_root, seed=_seed(), **self._options)
-        if index.place is not None:
-            # Whoever had this place before is gone.
-            directory.sweep_tmp(index.place)
+        index, fresh = self._attach(directory)
+        self.index = index
+        # Whoever had this place before is gone.
+        directory.sweep_tmp(index.place or 0)
         if fresh:
             directory.rebuild(self, index, "there was none, or it could not be trusted")
         if directory.cold:
-            directory.restamp(alone=index.alone)
-            self.index = index
-            index.void_prefix("")
-            while victims := index.sweep(""):
-                done = [cell for cell, name in victims if _files.remove(directory.path(name))]
-                index.settled(done, [cell for cell, _ in victims if cell not in done])
-            directory.cold = False
-        return index
+            directory.take_over(alone=self.must(lambda: self.index.alone))
+            self._empty(directory)
+            directory.restamp()
+        opened: Index = self.index
+        return opened
 
-    def _do_without(self, cache: LocalStore, error: OSError) -> Index:
+    def _attach(self, directory: Directory) -> tuple[Index, bool]:
+        while True:
+            try:
+                return Index.open(directory.index_root, seed=_seed(), **self._options)
+            except InterruptedError:
+                pass  # By a signal, whose handler has run.
+
+    def _empty(self, directory: Directory) -> None:
+        self.must(self.index.void_prefix, "")
+        while victims := self.must(self.index.sweep, ""):
+            cells = [cell for cell, _ in victims]
+            for _, name in victims:
+                _files.remove(directory.path(name))
+            self.must(self.index.settled, cells, [])
+        # And what the index does not know.
+        directory.remove_below("")
+
+    def _do_without(self, cache: Store, error: OSError) -> Index:
         logger.warning(
             "the cache directory %s cannot be used (%r). Every read goes to the source.",
-            cache.root,
+            cache,
             error,
         )
         self.directory = None
         self.usable = False
-        return Index(**{**self._options, "max_size": 0})
+        return self._nothing()
 
-    def _keep_to_ourselves(self, cache: LocalStore, error: OSError) -> Index:
+    def _keep_to_ourselves(self, directory: Directory, error: OSError) -> Index:
         logger.warning(
             "the index of the cache directory %s cannot be shared (%s). This process keeps one of its "
             "own in memory: other processes have bounds of their own, do not see its writes, and what "
             "it knows ends with it.",
-            cache.root,
+            directory.root,
             error,
         )
-        index = Index(**self._options)
-        if self.directory is not None:
-            self.directory.rebuild(self, index, "it cannot be shared")
+        self.index = index = Index(**self._options)
+        if directory.cold:
+            directory.remove_below("")
+            directory.restamp()
+        directory.rebuild(self, index, "it cannot be shared")
         return index
 
     # ---------------------------------------------------------------- forks
@@ -203,24 +373,29 @@ class Books:
         What the parent's other threads had in flight is gone; in a shared directory the child is a
         participant of its own.
         """
-        self._lock = threading.Lock()
-        if isinstance(self._cache, MemoryStore) and self.index.after_fork():
+        self._lock = threading.RLock()
+        self._repair = self._listing = None
+        if type(self._cache) is MemoryStore and self.index.after_fork():
             return
-        if self.directory is not None and self.index.shared:
+        if self.directory is not None:
+            _let_go(self.index)
             # Opened at the first use: most children of a fork never use it.
             self.index = _Unopened(self)
-        else:
+        elif not self.usable:
+            self.index = self._nothing()
+        elif type(self._cache) is MemoryStore:
             self.index = Index(**self._options)
+        else:
+            # What is there by now is the parent's, so it is ours.
+            self._adopt = True
+            self.index = _Unlisted(Index(**self._options))
 
     def reopen(self) -> Any:
         """Open the directory again, as another participant."""
         with self._lock:
             if isinstance(self.index, _Unopened):
                 assert self.directory is not None
-                try:
-                    self.index = self._open_index(self.directory)
-                except OSError as error:
-                    self.index = self._keep_to_ourselves(LocalStore(self.directory.root), error)
+                self.index = self._open_or_do_without(self.directory)
             return self.index
 
 
@@ -237,16 +412,73 @@ class _Unopened:
         return len(self._books.reopen())
 
 
+class _NotListedError(IndexBusyError):
+    """The index does not know yet what is in the cache store."""
+
+
+class _Unlisted:
+    """Stands for the index of a cache store until its first use.
+
+    Attributes
+    ----------
+    within : Index
+        The index, which is empty so far.
+    """
+
+    _FIRST: Final = frozenset({"lookup", "peek", "join", "begin_write", "void_prefix"})
+    """Steps that an operation begins with."""
+
+    def __init__(self, within: Index) -> None:
+        self.within = within
+
+    def __getattr__(self, name: str) -> Any:
+        return _Step(self, name) if name in self._FIRST else getattr(self.within, name)
+
+    def __len__(self) -> int:
+        return 0
+
+
+class _Step:
+    """A step of an index that is not listed yet."""
+
+    def __init__(self, owner: _Unlisted, name: str) -> None:
+        self.__self__ = owner
+        self.__name__ = name
+
+    def __call__(self, *_: Any) -> Any:
+        raise _NotListedError(self.__name__)
+
+
+def _let_go(index: Any) -> None:
+    """Close, in a forked child, what would keep the locks of its parent alive after its death.
+
+    The index itself may live on: in the frames of threads that have stayed with the parent.
+    """
+    locks = index.locks if isinstance(index, Index) else ()
+    if not locks:
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for lock in locks:
+            os.dup2(null, lock, inheritable=False)
+    finally:
+        os.close(null)
+
+
+def _call(then: Callable[[T], object], result: T) -> None:
+    then(result)
+
+
 def _seed() -> int:
     return int.from_bytes(os.urandom(8), "little")
 
 
 # The indexes of caches in memory live as long as what they describe, by the number of its dict.
-_memory: dict[int, tuple[weakref.ref[MemoryStore], Index, Store]] = {}
+_memory: dict[int, tuple[weakref.ref[MemoryStore], Index, Store, weakref.WeakSet[Books]]] = {}
 _memory_lock = threading.Lock()
 
 
-def _memory_index(source: Store, cache: MemoryStore, adopt: bool, options: dict[str, Any]) -> Index:
+def _memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
     number = id(cache._store_dict)
     with _memory_lock:
         known = _memory.get(number)
@@ -255,27 +487,37 @@ def _memory_index(source: Store, cache: MemoryStore, adopt: bool, options: dict[
             and (held := known[0]()) is not None
             and held._store_dict is cache._store_dict
         ):
-            _, index, owner = known
+            _, index, owner, sharing = known
             if not same_place(owner, source):
                 raise ValueError(
                     f"cache_store={cache!r} holds the cache of {owner!r}, not of {source!r}. Give each "
                     "source a cache store of its own."
                 )
-            index.rebound(options["max_size"], options["max_age"])
+            sharing.add(books)
+            # The strictest bounds are in force: nobody's is broken because of somebody else.
+            age = _strictest(sharing, "max_age")
+            index.rebound(_strictest(sharing, "max_size"), age)
+            for one in sharing:
+                one.ageless = age is None
             return index
-        if cache._store_dict and not adopt:
+        if cache._store_dict and not books._adopt:
             first = next(iter(cache._store_dict))
             raise ValueError(
                 f"cache_store={cache!r} is not empty and was not filled by zcache (it holds {first!r}, "
                 "for instance). Give an empty one; or pass adopt=True if all that it holds is a cache "
                 f"of {source!r}, which zcache may serve and delete."
             )
-        index = Index(**options)
+        index = Index(**books._options)
         # What cannot be dated is stale as soon as anything can be.
         index.adopt([(0, len(value), name) for name, value in cache._store_dict.items()])
-        _memory[number] = (weakref.ref(cache), index, source)
+        _memory[number] = (weakref.ref(cache), index, source, weakref.WeakSet([books]))
         weakref.finalize(cache, _memory.pop, number, None)
         return index
+
+
+def _strictest(sharing: Iterable[Books], bound: str) -> Any:
+    given = [books._options[bound] for books in sharing]
+    return min((value for value in given if value is not None), default=None)
 
 
 def after_fork() -> None:

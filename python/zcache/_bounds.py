@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 MAX_BYTES = 2**64 - 1
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
@@ -69,9 +69,10 @@ def _parse_size_text(text: str, name: str) -> int:
 
 
 def _size_message(name: str, value: object) -> str:
+    none = "no bound" if name == "max_size" else "the default"
     return (
         f"{name}={value!r} is no size. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-        f'as "256MB" or "2 GiB", or None for no bound.'
+        f'as "256MB" or "2 GiB", or None for {none}.'
     )
 
 

@@ -62,6 +62,11 @@ class Breaker:
         self.failures = 0
         self.skipped = 0
 
+    @property
+    def in_trouble(self) -> bool:
+        """Whether the last operation raised."""
+        return self._in_a_row > 0
+
     def allows(self) -> bool:
         """Whether the cache store may be used now. After a pause one failure opens it again."""
         if self._in_a_row < FAILURES_TO_OPEN or time.monotonic() >= self._closed_from:

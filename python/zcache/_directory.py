@@ -6,10 +6,12 @@ import contextlib
 import json
 import logging
 import os
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache import _files
 from zcache._identity import TRANSIENT
+from zcache._spans import is_encodable
 
 if TYPE_CHECKING:
     from zcache._books import Books
@@ -48,13 +50,17 @@ class Directory:
         self._stamp_path = os.path.join(self.reserved, "stamp.json")
         self.source = source
         self.cold = False
+        self.prepare(adopt=adopt)
+
+    def prepare(self, *, adopt: bool) -> None:
+        """Make what is missing, and see whose the directory is."""
         os.makedirs(self.root, exist_ok=True)
         stamp = self._read_stamp(adopt)
         if stamp is None:
             stamp = self._claim(adopt)
-        if stamp["source"] != source:
-            if not str(stamp["source"]).startswith(TRANSIENT):
-                raise ValueError(self._other_source(stamp["source"]))
+        if stamp["source"] != self.source:
+            if not is_transient(stamp):
+                raise ValueError(other_source(f"directory {self.root}", stamp, self.source))
             # What a source left that has ended with its process is of no use to anybody.
             self.cold = True
         os.makedirs(self.index_root, exist_ok=True)
@@ -62,45 +68,33 @@ class Directory:
 
     def _read_stamp(self, adopt: bool) -> dict[str, Any] | None:
         try:
-            with open(self._stamp_path, encoding="utf-8") as file:
-                stamp = json.load(file)
+            with open(self._stamp_path, "rb") as file:
+                stamp = parse_stamp(file.read(), f"directory {self.root}", adopt=adopt)
         except FileNotFoundError:
             return None
-        except ValueError:
-            stamp = None
-        if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
-            if adopt:
-                os.unlink(self._stamp_path)
-                return None
-            raise ValueError(
-                f"the stamp of the cache directory {self.root} cannot be read. Pass adopt=True to "
-                "take the directory over, or give another one."
-            )
-        if stamp["zcache"] != FORMAT:
-            raise ValueError(
-                f"the cache directory {self.root} has format {stamp['zcache']!r}, this zcache reads "
-                f"format {FORMAT}. Use the version of zcache that made it, or give another directory."
-            )
+        if stamp is None:
+            os.unlink(self._stamp_path)
         return stamp
 
     def _claim(self, adopt: bool) -> dict[str, Any]:
         found = [name for name in os.listdir(self.root) if name != ".zcache"]
+        with contextlib.suppress(FileNotFoundError):
+            found += os.listdir(os.path.join(self.reserved, "ranges"))
         if found and not adopt:
-            raise ValueError(
-                f"the directory {self.root} is not empty and was not made by zcache (it holds "
-                f"{found[0]!r}, for instance). Give an empty or a new directory; or pass adopt=True if "
-                f"all that it holds is a cache of {self.source}, which zcache may serve and delete."
-            )
+            raise ValueError(not_ours(f"directory {self.root}", found[0], self.source))
         if found:
             self._adopt()
-        return self._write_stamp(replace=False)
+        return self._write_stamp(self.source, replace=False)
 
-    def _write_stamp(self, *, replace: bool) -> dict[str, Any]:
-        stamp = {"zcache": FORMAT, "source": self.source}
+    def _write_stamp(self, source: str, *, replace: bool) -> dict[str, Any]:
+        stamp = {"zcache": FORMAT, "source": source}
         os.makedirs(self.reserved, exist_ok=True)
-        unfinished = f"{self._stamp_path}.{os.getpid()}"
+        unfinished = f"{self._stamp_path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:
             json.dump(stamp, file)
+            file.flush()
+            # Once per directory: an empty stamp after a loss of power would lock its owner out.
+            os.fsync(file.fileno())
         if replace:
             os.replace(unfinished, self._stamp_path)
             return stamp
@@ -121,14 +115,8 @@ class Directory:
                 path = os.path.join(directory, name)
                 _files.sign(path, os.lstat(path))
 
-    def _other_source(self, other: str) -> str:
-        return (
-            f"the cache directory {self.root} holds the cache of {other}, not of {self.source}. Give "
-            f"another directory; or, if both are the same data, pass source_id={other!r}."
-        )
-
-    def restamp(self, alone: bool) -> None:
-        """Make the directory the current source's, after it has been emptied.
+    def take_over(self, *, alone: bool) -> None:
+        """Begin to make the directory the current source's. To be emptied, then `restamp`ed.
 
         Raises
         ------
@@ -141,11 +129,18 @@ class Directory:
                 "outside its process (such as a MemoryStore). Give another directory, or pass the "
                 "same source_id= to both if they are the same data."
             )
-        self._write_stamp(replace=True)
+        # Nobody's meanwhile: whoever dies half way must not leave to one source what is another's.
+        self._write_stamp(f"{TRANSIENT}{uuid.uuid4().hex}", replace=True)
 
-    def tmp(self, place: int) -> str:
-        """Beginning of the names of the unfinished files of one participant."""
-        return os.path.join(self.reserved, "tmp", f"p{place}-{os.getpid()}-")
+    def restamp(self) -> None:
+        """Make the directory the current source's, now that it is empty."""
+        self._write_stamp(self.source, replace=True)
+        self.cold = False
+
+    def tmp(self, place: int | None) -> str:
+        """Beginning of the names of the unfinished files of one participant (None: without index)."""
+        owner = "own" if place is None else f"p{place}"
+        return os.path.join(self.reserved, "tmp", f"{owner}-{os.getpid()}-")
 
     def sweep_tmp(self, place: int) -> None:
         """Remove what a participant that is gone has left unfinished."""
@@ -164,11 +159,38 @@ class Directory:
         volume = os.statvfs(self.root)
         return volume.f_bavail * volume.f_frsize, volume.f_blocks * volume.f_frsize
 
+    def remove_below(self, prefix: str) -> None:
+        """Remove the files of a key and of all keys below it, whether the index knows them or not."""
+        if prefix:
+            above, _, tail = prefix.rpartition("/")
+            ranges = os.path.join(self.reserved, "ranges", *above.split("/"))
+            try:
+                names = os.listdir(ranges)
+            except (FileNotFoundError, NotADirectoryError):
+                names = []
+            for name in names:
+                if name.rpartition("@")[0] == tail:
+                    _files.remove(os.path.join(ranges, name))
+            _files.remove(self.path(prefix))
+            prefix += "/"
+        for below in (prefix, f".zcache/ranges/{prefix}"):
+            for _, _, name in _files.walk(self.root, _files.remove, below):
+                _files.remove(self.path(name))
+
     def rebuild(self, books: Books, index: Index, why: str) -> None:
-        """Fill an empty index from a walk of the directory."""
-        found = sorted(_files.walk(self.root))
+        """Fill an empty index from a walk of the directory.
+
+        Raises
+        ------
+        OSError
+            If the index cannot grow.
+        """
+        found = sorted(_files.walk(self.root, _remove_quietly))
         for start in range(0, len(found), _BATCH):
-            books.must(index.adopt, found[start : start + _BATCH])
+            batch = [value for value in found[start : start + _BATCH] if is_encodable(value[2])]
+            if not books.must(index.adopt, batch):
+                # It was emptied once more, and another process fills it.
+                return
         books.must(index.complete)
         if found:
             logger.warning(
@@ -178,3 +200,61 @@ class Directory:
                 len(found),
                 sum(size for _, size, _ in found),
             )
+
+
+def _remove_quietly(path: str) -> None:
+    try:
+        _files.remove(path)
+    except OSError as error:
+        # Of no use, but not in the way either, until its key is written.
+        logger.debug("the unfinished file %s cannot be removed: %r", path, error)
+
+
+def parse_stamp(text: bytes, where: str, *, adopt: bool) -> dict[str, Any] | None:
+    """Read a stamp; None for one that cannot be read, if that may be replaced.
+
+    Raises
+    ------
+    ValueError
+        If it is of another format, or cannot be read.
+    """
+    try:
+        stamp = json.loads(text)
+    except ValueError:
+        stamp = None
+    if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
+        if adopt:
+            return None
+        raise ValueError(
+            f"the stamp of the cache {where} cannot be read. Pass adopt=True to take it over, or give "
+            "another one."
+        )
+    if stamp["zcache"] != FORMAT:
+        raise ValueError(
+            f"the cache {where} has format {stamp['zcache']!r}, this zcache reads format {FORMAT}. Use "
+            "the version of zcache that made it, or give another one."
+        )
+    return stamp
+
+
+def is_transient(stamp: dict[str, Any]) -> bool:
+    """Whether the source of a stamp has ended with its process."""
+    return str(stamp["source"]).startswith(TRANSIENT)
+
+
+def not_ours(where: str, example: str, source: str) -> str:
+    """Say that a place is not empty."""
+    return (
+        f"the {where} is not empty and was not made by zcache (it holds {example!r}, for instance). "
+        "Give an empty or a new one; or pass adopt=True if all that it holds is a cache of "
+        f"{source}, which zcache may serve and delete."
+    )
+
+
+def other_source(where: str, stamp: dict[str, Any], source: str) -> str:
+    """Say that a place is another source's."""
+    other = stamp["source"]
+    return (
+        f"the cache {where} holds the cache of {other}, not of {source}. Give another one; or, if both "
+        f"are the same data, pass source_id={other!r}."
+    )

@@ -16,16 +16,19 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
+from zarr.abc.store import SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _books, _flights, _identity, _ports
 from zcache._books import Books
 from zcache._breaker import Breaker
-from zcache._core import Index, cache_key, crc32c, select
+from zcache._core import Index, crc32c, is_known, select
+from zcache._fills import NOT_NOW, Fills, Victim, ignore
 from zcache._flights import Flight
 from zcache._identity import identify, innermost, transient
-from zcache._ports import Outcome, ports
-from zcache._spans import Span, is_encodable, is_known, is_reserved, to_request
+from zcache._ports import ports, to_cpu_buffer
+from zcache._quick import quick_reader
+from zcache._spans import Span, is_encodable, is_reserved, to_request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,19 +41,11 @@ if TYPE_CHECKING:
     Hit = int | tuple[str, int, int, int, int | None, int | None]
 
 T = TypeVar("T")
-Victim = tuple[int, str]
-RETRIES: Final = 4
-"""Orphans (bytes whose delete failed) that one fill or write tries again to delete."""
-DEFAULT_FREE_SPACE: Final = 2**30
-"""Bytes of a volume that stay free unless `min_free_space` says otherwise, ..."""
-DEFAULT_FREE_PART: Final = 20
-"""... and the part of a small volume: one in so many bytes."""
-_ROUNDS: Final = 16
-_WAITS_FOR_THE_DEAD: Final = frozenset({"no room", "busy", "index not complete"})
-"""Refusals that may be due to a process that has died."""
+AGAIN: Final = -1
+"""Stands for a hit or miss that is not known yet: the lock of the index was taken."""
 
 
-class Engine:
+class Engine(Fills):
     """What all stores over one cache share: index, cache store, flights, counters."""
 
     def __init__(
@@ -66,7 +61,10 @@ class Engine:
         source_id: str | None = None,
         min_free_space: int | None = None,
     ) -> None:
+        self.source = source
         self.cache = cache
+        # The process that it was made in, unless by a copy.
+        self.home = None if token else os.getpid()
         self.max_size = max_size
         self.max_age = max_age
         self._token = token
@@ -74,7 +72,7 @@ class Engine:
         self.adopt = adopt
         self.min_free_space = min_free_space
         # These slice a value as Python does, whatever the request.
-        self.lenient = isinstance(innermost(source), (MemoryStore, LocalStore))
+        self.lenient = _slices(innermost(source))
         self.identity = source_id or identify(source) or transient(source)
         self.books = Books(
             source,
@@ -88,6 +86,7 @@ class Engine:
             verify=verify,
         )
         self.port, self.sync_port = ports(cache, self.books)
+        self._quick = quick_reader(cache)
         self.breaker = Breaker(cache)
         # Reentrant, for the garbage collector may end a reader inside.
         self._counting = threading.RLock()
@@ -112,11 +111,7 @@ class Engine:
 
     def ask(self, question: Callable[[Index], T]) -> T:
         """Ask the index something, whatever it takes."""
-        return self.books.must(lambda: question(self.index))
-
-    def now(self) -> float:
-        """Seconds on the clock that ages are counted by."""
-        return self.books.now()
+        return self.books.must(lambda: question(self.books.real()))
 
     def count(self, what: Literal["bypassed", "damaged"]) -> None:
         """Count one more; `+=` alone loses some without the GIL."""
@@ -125,6 +120,28 @@ class Engine:
 
     # ------------------------------------------------------------------ reads
 
+    def glance(
+        self, key: str, prototype: BufferPrototype, span: Span | None
+    ) -> tuple[Buffer | None, Hit | None]:
+        """Look something up, and read it if that takes no waiting.
+
+        Returns the value, or else the hit, or None for a miss, to go on with.
+        """
+        try:
+            hit: Hit | None = self.books.index.lookup(
+                key, span, 0.0 if self.books.ageless else self.now()
+            )
+        except NOT_NOW:
+            return None, AGAIN
+        except UnicodeEncodeError:
+            return None, None
+        if hit is None or (quick := self._quick) is None or self.breaker.in_trouble:
+            return None, hit
+        if hit.__class__ is int:
+            return quick(key, prototype, hit, 0, hit), hit
+        name, total, start, size, handle, _ = hit  # type: ignore[misc]
+        return (quick(name, prototype, total, start, size) if handle is None else None), hit
+
     async def get(
         self,
         io: Traffic,
@@ -132,12 +149,13 @@ class Engine:
         prototype: BufferPrototype,
         byte_range: ByteRequest | None,
         span: Span | None,
+        hit: Hit | None,
     ) -> Buffer | None:
-        """Read a value or a range of it. `span` is `byte_range` as the index takes it."""
-        try:
-            value = await self.cached(io, key, prototype, span)
-        except UnicodeEncodeError:
-            value = None
+        """Read a value or a range of it, after a glance has not brought it.
+
+        `span` is `byte_range` as the index takes it, `hit` what the glance has found.
+        """
+        value = await self.serve(io, key, prototype, span, hit)
         if value is not None:
             return value
         # Only known keys are ever held, so a hit needs no such check.
@@ -145,12 +163,29 @@ class Engine:
             return await self.bypass(io, key, prototype, byte_range)
         return await self.fetch(io, key, prototype, byte_range, span)
 
+    async def serve(
+        self,
+        io: Traffic,
+        key: str,
+        prototype: BufferPrototype,
+        span: Span | None,
+        hit: Hit | None,
+    ) -> Buffer | None:
+        """Read a hit from the cache store; None where it cannot serve the request."""
+        if hit is AGAIN:
+            hit = await self.books.step(io, self.index.lookup, key, span, self.now())
+        return None if hit is None else await self._serve(io, key, prototype, span, hit)
+
     async def cached(
         self, io: Traffic, key: str, prototype: BufferPrototype, span: Span | None
     ) -> Buffer | None:
         """Read from the cache store; None where it cannot serve the request."""
-        hit = await self.books.step(io, self.index.lookup, key, span, self.now())
-        return None if hit is None else await self._serve(io, key, prototype, span, hit)
+        value, hit = self.glance(key, prototype, span)
+        return await self.serve(io, key, prototype, span, hit) if value is None else value
+
+    def count_miss(self) -> None:
+        """Count a read that the index was not asked about."""
+        self.books.must(self.index.count_miss)
 
     async def bypass(
         self, io: Traffic, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
@@ -169,7 +204,7 @@ class Engine:
     ) -> Buffer | None:
         """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
         if not self.breaker.allows():
-            self.books.must(self.index.missed)
+            await self.books.step(io, self.index.missed)
             return None
         if isinstance(hit, int):
             name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
@@ -195,15 +230,27 @@ class Engine:
                     return value
                 data = snapshot(value)
                 found = crc32c(data)
-                if checksum is None or checksum == found:
-                    self.books.must(self.index.verified, handle, found)
+                if checksum is None:
+                    # The index was rebuilt, and does not know it; perhaps the file does.
+                    checksum = (io.port.noted(name) or (total, found))[1]
+                if checksum == found:
+                    await self.books.step(io, self.index.verified, handle, found)
                     if size == total:
                         return value
                     return prototype.buffer.from_bytes(data[start : start + size])
             self.count("damaged")
-        victims = await self.books.step(io, self.index.discard, key, span, self.now())
-        await self.drop(io, victims)
+        await self._discard(io, key, span, name, total)
         return None
+
+    async def _discard(
+        self, io: Traffic, key: str, span: Span | None, name: str, size: int
+    ) -> None:
+        """Drop an entry of this size that cannot be served, unless another has taken its place."""
+        noted = io.port.noted(name)
+        victims = await self.books.step(io, self.index.discard, key, span, self.now(), size)
+        await self.drop(io, victims)
+        if victims and noted is not None and noted[0] != size:
+            self.books.doubt()
 
     async def fetch(
         self,
@@ -218,9 +265,12 @@ class Engine:
             flight = Flight(io.loop())
             # Where the cache store is out of use, what it holds does not count.
             usable = self.breaker.allows()
-            joined = await self.books.step(
-                io, self.index.join, key, span, flight, self.now(), not usable
-            )
+            try:
+                joined = self.books.index.join(key, span, flight, self.now(), not usable)
+            except NOT_NOW:
+                joined = await self.books.step(
+                    io, self.index.join, key, span, flight, self.now(), not usable
+                )
             if joined is None:
                 value = await self.cached(io, key, prototype, span)
                 if value is not None:
@@ -232,7 +282,7 @@ class Engine:
             if not await io.wait(other):
                 # Its reader cannot go on: all who wait for it start over, and whoever comes later
                 # does not join it.
-                self.books.must(self.index.void_prefix, key)
+                await self.books.step(io, self.index.void_prefix, key)
                 other.abandon()
             if other.abandoned:
                 continue
@@ -280,137 +330,11 @@ class Engine:
             else:
                 await self.fill(io, key, span, data, ticket)
         finally:
-            self.books.must(self.index.land, key, ticket)
+            try:
+                self.books.index.land(key, ticket)
+            except NOT_NOW:
+                await self.books.sure(io, ignore, self.index.land, key, ticket)
         return value
-
-    # ------------------------------------------------------------------ fills
-
-    async def fill(
-        self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
-    ) -> None:
-        """Cache a value, if there is room for it and the ticket allows."""
-        if not self.breaker.allows():
-            return
-        books, index = self.books, self.index
-        now = self.now()
-        room = await books.step(io, index.reserve, key, span, len(data), ticket, now)
-        if isinstance(room, str) and room in _WAITS_FOR_THE_DEAD and books.reap():
-            room = await books.step(io, index.reserve, key, span, len(data), ticket, now)
-        while not isinstance(room, str):
-            reservation, victims = room
-            outcome: tuple[list[int], list[int]] = [], []
-            fits = False
-            try:
-                if victims:
-                    outcome = await self._delete(io, victims)
-                else:
-                    fits = await self._has_space(io, len(data))
-            except BaseException:
-                self._give_up(books.must(index.abort, reservation))
-                raise
-            if victims:
-                room = books.must(index.settle, reservation, *outcome, now)
-                continue
-            if fits:
-                await self._write(io, key, span, data, reservation)
-            else:
-                await self.drop(io, books.must(index.abort, reservation))
-            break
-        await self.drop(io, books.must(index.orphans, RETRIES))
-
-    async def _has_space(self, io: Traffic, size: int) -> bool:
-        """Whether the volume stays as free as it should; makes room on it where that helps."""
-        directory = self.books.directory
-        if directory is None:
-            return True
-        for _ in range(_ROUNDS):
-            try:
-                free, volume = directory.free_space()
-            except OSError as error:
-                self.breaker.failed(error)
-                return False
-            wanted = self.min_free_space
-            if wanted is None:
-                wanted = min(DEFAULT_FREE_SPACE, volume // DEFAULT_FREE_PART)
-            lacking = wanted + size - free
-            if lacking <= 0:
-                return True
-            victims = self.books.must(self.index.evict, lacking, self.now())
-            if not victims:
-                break
-            await self.drop(io, victims)
-        return False
-
-    async def _write(
-        self, io: Traffic, key: str, span: Span | None, data: bytes, reservation: int
-    ) -> None:
-        name = key if span is None else cache_key(key, span)
-        books, index = self.books, self.index
-        checksum = crc32c(data)
-
-        def late(error: BaseException | None) -> None:
-            # Whoever read it is gone, but the value is as good as any.
-            if error is None:
-                victims = books.must(index.commit, reservation, checksum, self.now())
-            else:
-                victims = books.must(index.abort, reservation)
-            self._give_up(victims or [])
-
-        try:
-            await io.port.write(name, data, late)
-        except Exception as error:  # noqa: BLE001 - the value then stays uncached
-            self.breaker.failed(error)
-            await self.drop(io, books.must(index.abort, reservation))
-            return
-        self.breaker.succeeded()
-        victims = books.must(index.commit, reservation, checksum, self.now())
-        if victims is None:
-            # The index was emptied meanwhile, and knows nothing of these bytes.
-            await io.port.delete([name], lambda _: None)
-        else:
-            await self.drop(io, victims)
-
-    # ---------------------------------------------------------------- deletes
-
-    async def drop(self, io: Traffic, victims: list[Victim]) -> None:
-        """Delete the bytes of entries that the index has dropped."""
-        if victims:
-            dropped, failed = await self._delete(io, victims)
-            self.books.must(self.index.settled, dropped, failed)
-
-    async def _delete(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
-        """Delete bytes; returns the cells of those that are gone and of those that may not be."""
-        if not self.breaker.allows():
-            return [], [cell for cell, _ in victims]
-
-        def late(outcome: Outcome | BaseException) -> None:
-            if isinstance(outcome, BaseException):
-                self._give_up(victims)
-            else:
-                self.books.must(self.index.settled, *self._sort(victims, outcome))
-
-        try:
-            outcome = await io.port.delete([name for _, name in victims], late)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
-            outcome = [error] * len(victims)
-        return self._sort(victims, outcome)
-
-    def _sort(self, victims: list[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
-        dropped, failed = [], []
-        for (cell, _), error in zip(victims, outcome, strict=True):
-            if error is None:
-                dropped.append(cell)
-            else:
-                failed.append(cell)
-                self.breaker.failed(error)
-        if not failed:
-            self.breaker.succeeded()
-        return dropped, failed
-
-    def _give_up(self, victims: list[Victim]) -> None:
-        """Leave bytes to a later delete: they stay counted until then."""
-        if victims:
-            self.books.must(self.index.settled, [], [cell for cell, _ in victims])
 
     # ----------------------------------------------------------------- writes
 
@@ -428,17 +352,21 @@ class Engine:
         books, index = self.books, self.index
         ended = False
 
-        def end(ok: bool) -> tuple[list[Victim], int | None]:
+        def late(_: BaseException | None) -> None:
             nonlocal ended
             ended = True
-            return books.must(index.end_write, key, ok and data is not None)
+            books.soon(lost, index.end_write, key, False)
 
-        def late(_: BaseException | None) -> None:
-            self._give_up(end(ok=False)[0])
+        def lost(outcome: tuple[list[Victim], int | None]) -> None:
+            victims, ticket = outcome
+            self._give_up(victims)
+            if ticket is not None:
+                books.soon(ignore, index.land, key, ticket)
 
         victims = await books.step(io, index.begin_write, key)
         try:
             await self.drop(io, victims)
+            await self._drop_unknown(io, key)
         except BaseException as interrupt:
             late(interrupt)
             raise
@@ -446,16 +374,26 @@ class Engine:
             await io.change(work(), late)
         except Exception:
             if not ended:
-                await self.drop(io, end(ok=False)[0])
+                victims, _ = await books.sure(io, lost, index.end_write, key, False)
+                await self.drop(io, victims)
             raise
-        victims, ticket = end(ok=True)
+        victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
         try:
             await self.drop(io, victims)
             if ticket is not None and data is not None:
                 await self.fill(io, key, None, data, ticket)
         finally:
             if ticket is not None:
-                books.must(index.land, key, ticket)
+                await books.sure(io, ignore, index.land, key, ticket)
+
+    async def _drop_unknown(self, io: Traffic, prefix: str) -> None:
+        """Drop what an index that is being rebuilt may not know yet."""
+        directory, index = self.books.directory, self.books.index
+        if directory is not None and not await self.books.step(io, lambda: index.is_complete):
+            try:
+                await io.block(lambda: directory.remove_below(prefix))
+            except OSError as error:
+                self.breaker.failed(error)
 
     async def change(self, io: Traffic, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         """Change the source below a prefix by `work`; nothing below it stays cached."""
@@ -468,37 +406,67 @@ class Engine:
             # It may name anything, by another name.
             prefix = ""
 
-        def late(_: BaseException | None) -> None:
-            self._sweep_now(prefix)
+        ended = False
 
-        await self._sweep(io, prefix)
+        def late(_: BaseException | None) -> None:
+            nonlocal ended
+            ended = True
+            self._sweep_now(prefix, begins=False)
+
+        await self.books.step(io, self.index.void_prefix, prefix, True)
+        try:
+            await self._sweep(io, prefix)
+            await self._drop_unknown(io, prefix)
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+        async def end() -> None:
+            await self.books.sure(
+                io, lambda _: self._sweep_now(prefix), self.index.void_prefix, prefix, False
+            )
+            await self._sweep(io, prefix)
+
         try:
             await io.change(work(), late)
         except Exception:
-            await self._sweep(io, prefix)
+            if not ended:
+                await end()
             raise
-        await self._sweep(io, prefix)
+        await end()
 
     async def _sweep(self, io: Traffic, prefix: str) -> None:
-        """Drop everything below a prefix, and void what is on its way there."""
+        """Drop everything below a prefix."""
         try:
-            await self.books.step(io, self.index.void_prefix, prefix)
             while victims := await self.books.step(io, self.index.sweep, prefix):
                 await self.drop(io, victims)
         except BaseException:
             self._sweep_now(prefix)
             raise
 
-    def _sweep_now(self, prefix: str) -> None:
-        """Drop everything below a prefix at once, and leave the bytes to later deletes."""
-        self.books.must(self.index.void_prefix, prefix)
-        while victims := self.books.must(self.index.sweep, prefix):
-            self._give_up(victims)
+    def _sweep_now(self, prefix: str, *, begins: bool | None = None) -> None:
+        """Drop everything below a prefix at once, and leave the bytes to later deletes.
+
+        Where the index has to be waited for, that happens in the background.
+        """
+
+        def sweep(_: object) -> None:
+            self.books.soon(drop, self.index.sweep, prefix)
+
+        def drop(victims: list[Victim]) -> None:
+            if victims:
+                self._give_up(victims)
+                sweep(None)
+
+        self.books.soon(sweep, self.index.void_prefix, prefix, begins)
 
     async def clear(self, io: Traffic) -> None:
         """Empty the cache; the source stays as it is."""
+        await self.books.step(io, self.index.void_prefix, "")
         await self._sweep(io, "")
-        await self.drop(io, self.books.must(self.index.orphans, 2**31))
+        await self._drop_unknown(io, "")
+        orphans = await self.books.sure(io, self._give_up, self.index.orphans, 2**31)
+        await self.drop(io, orphans)
 
     # ------------------------------------------------------------------- forks
 
@@ -507,6 +475,16 @@ class Engine:
         self._counting = threading.RLock()
         self.breaker = Breaker(self.cache)
         self.books.after_fork()
+
+
+def _slices(source: Store) -> bool:
+    """Whether a source slices a value as Python does, whatever the request."""
+    if isinstance(source, LocalStore):
+        return True
+    # Of a suffix longer than the value some releases of zarr (3.1.6 is one) return its end.
+    values = MemoryStore({"k": to_cpu_buffer(b"12")})
+    end = values.get_sync("k", byte_range=SuffixByteRequest(3))
+    return isinstance(source, MemoryStore) and end is not None and len(end) == 2
 
 
 def snapshot(value: Buffer) -> bytes:

@@ -4,6 +4,12 @@ A value is written to a file of its own below ``.zcache/tmp/`` and then linked t
 ever sees half of it, and a name that exists already is never overwritten. Its modification time is
 the time of the fetch in milliseconds, and below that a signature. So a walk of the directory tells
 what zcache wrote, and when; and nothing without the signature is ever removed.
+
+Between the link and the step of the index that makes it valid a file has another signature: a write
+may have overtaken it meanwhile, and if its process dies just then, nobody else would know.
+
+Where the file system has extended attributes, length and checksum of the value are in one: an index
+that was rebuilt then still finds what a loss of power has torn.
 """
 
 from __future__ import annotations
@@ -13,29 +19,33 @@ import errno
 import itertools
 import os
 import stat
+import struct
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SIGNATURE: Final = 271_828
 """Nanoseconds below the millisecond of each file that zcache wrote."""
 
+PENDING: Final = SIGNATURE + 1
+"""The same as long as the value is not committed."""
+
+_ATTRIBUTE: Final = "user.zcache"
+_CHECK: Final = struct.Struct("<QI")
 _MILLI: Final = 1_000_000
 _NO_LINKS: Final = frozenset(
     {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 )
+_NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP})
+"""What a file system says of a name that no file can have, so that none has it."""
 _numbers = itertools.count()
-
-
-def fetch_time(seconds: float) -> int:
-    """Nanoseconds that a file gets which was fetched at this time (seconds since 1970)."""
-    return int(seconds * 1000) * _MILLI + SIGNATURE
 
 
 def is_ours(status: os.stat_result) -> bool:
     """Whether zcache wrote this file."""
-    return stat.S_ISREG(status.st_mode) and status.st_mtime_ns % _MILLI == SIGNATURE
+    mark = status.st_mtime_ns % _MILLI
+    return mark in (SIGNATURE, PENDING) and stat.S_ISREG(status.st_mode)
 
 
 def sign(path: str, status: os.stat_result) -> None:
@@ -44,8 +54,8 @@ def sign(path: str, status: os.stat_result) -> None:
     os.utime(path, ns=(time, time), follow_symlinks=False)
 
 
-def write_new(path: str, data: bytes, tmp: str, seconds: float) -> None:
-    """Write a file that is not there yet.
+def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -> int:
+    """Write a file that is not there yet; it is pending until `seal` says otherwise.
 
     Parameters
     ----------
@@ -53,10 +63,17 @@ def write_new(path: str, data: bytes, tmp: str, seconds: float) -> None:
         Its name; missing directories are made.
     data : bytes
         Its contents.
+    checksum : int
+        Their CRC32C.
     tmp : str
         Beginning of the names of unfinished files, in a directory of the same file system.
     seconds : float
         Time of the fetch, in seconds since 1970.
+
+    Returns
+    -------
+    int
+        Descriptor of the open file, for `seal`.
 
     Raises
     ------
@@ -66,20 +83,62 @@ def write_new(path: str, data: bytes, tmp: str, seconds: float) -> None:
         If the file system refuses. Nothing is left behind.
     """
     unfinished = f"{tmp}{next(_numbers)}"
-    file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file = _create(unfinished)
     try:
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(file, rest) :]
-            time = fetch_time(seconds)
-            os.utime(file, ns=(time, time))
+            _note(file, len(data), checksum)
+            _mark(file, seconds, PENDING)
+            _publish(unfinished, path)
         finally:
-            os.close(file)
-        _publish(unfinished, path)
+            with contextlib.suppress(FileNotFoundError):  # Renamed, for want of links.
+                os.unlink(unfinished)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def seal(file: int, *, valid: bool) -> None:
+    """Close a new file, and say whether it is valid from now on."""
+    try:
+        if valid:
+            time = os.fstat(file).st_mtime_ns - PENDING + SIGNATURE
+            os.utime(file, ns=(time, time))
     finally:
-        with contextlib.suppress(FileNotFoundError):  # Renamed, for want of links.
-            os.unlink(unfinished)
+        os.close(file)
+
+
+def noted(path: str) -> tuple[int, int] | None:
+    """Length and CRC32C that a file should have, where that is known."""
+    try:
+        size, checksum = _CHECK.unpack(os.getxattr(path, _ATTRIBUTE))
+    except (OSError, AttributeError, struct.error):
+        return None
+    return size, checksum
+
+
+def _create(unfinished: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(unfinished, flags, 0o666)
+    except FileNotFoundError:
+        # Somebody has tidied up.
+        os.mkdir(os.path.dirname(unfinished))
+        return os.open(unfinished, flags, 0o666)
+
+
+def _note(file: int, size: int, checksum: int) -> None:
+    # A few file systems lack them; a value does without.
+    with contextlib.suppress(OSError, AttributeError):
+        os.setxattr(file, _ATTRIBUTE, _CHECK.pack(size, checksum))
+
+
+def _mark(file: int, seconds: float, mark: int) -> None:
+    time = int(seconds * 1000) * _MILLI + mark
+    os.utime(file, ns=(time, time))
 
 
 def _publish(unfinished: str, path: str) -> None:
@@ -116,11 +175,19 @@ def remove(path: str) -> bool:
         os.unlink(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
+    except OSError as error:
+        if error.errno not in _NO_NAMES:
+            raise
     return True
 
 
-def walk(root: str) -> Iterator[tuple[int, int, str]]:
+def walk(
+    root: str, pending: Callable[[str], object], below: str | None = None
+) -> Iterator[tuple[int, int, str]]:
     """Find all values that zcache wrote below `root`.
+
+    Those that were never committed are given to `pending`, by path. `below` is the name of the one
+    directory to look into, with a slash at its end; default is all.
 
     Yields
     ------
@@ -129,6 +196,8 @@ def walk(root: str) -> Iterator[tuple[int, int, str]]:
     """
     reserved = os.path.join(root, ".zcache")
     todo = [(root, ""), (os.path.join(reserved, "ranges"), ".zcache/ranges/")]
+    if below is not None:
+        todo = [(os.path.join(root, below), below)]
     while todo:
         directory, prefix = todo.pop()
         try:
@@ -145,5 +214,8 @@ def walk(root: str) -> Iterator[tuple[int, int, str]]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                if is_ours(status):
-                    yield status.st_mtime_ns // _MILLI, status.st_size, prefix + entry.name
+                milli, mark = divmod(status.st_mtime_ns, _MILLI)
+                if mark == SIGNATURE and stat.S_ISREG(status.st_mode):
+                    yield milli, status.st_size, prefix + entry.name
+                elif mark == PENDING and stat.S_ISREG(status.st_mode):
+                    pending(entry.path)

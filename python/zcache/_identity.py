@@ -13,12 +13,12 @@ from typing import Any, Final
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore, ZipStore
 
-
 TRANSIENT: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
 
-_lock = threading.Lock()
-_names: dict[int, str] = {}
+# Reentrant, for inside it the garbage collector may forget a store.
+_lock = threading.RLock()
+_names: dict[int, tuple[str, set[int]]] = {}
 
 
 def innermost(store: Any) -> Any:
@@ -53,20 +53,29 @@ def identify(store: Any) -> str | None:
 def transient(store: Any) -> str:
     """Name a source that has no name outside its process: the same for the same data."""
     store = innermost(store)
-    # Copies of a MemoryStore with another setting share the dict, which knows no weak references.
+    # Copies of a MemoryStore with another setting share the dict, which knows no weak references:
+    # its name is good as long as one of the stores lives.
     number = id(store._store_dict if isinstance(store, MemoryStore) else store)
     with _lock:
-        name = _names.get(number)
-        if name is None:
-            name = _names[number] = f"{TRANSIENT}{uuid.uuid4().hex}"
-            weakref.finalize(store, _names.pop, number, None)
+        name, holders = _names.setdefault(number, (f"{TRANSIENT}{uuid.uuid4().hex}", set()))
+        if id(store) not in holders:
+            holders.add(id(store))
+            weakref.finalize(store, _forget, number, id(store))
         return name
+
+
+def _forget(number: int, holder: int) -> None:
+    with _lock:
+        _, holders = _names.get(number, ("", set()))
+        holders.discard(holder)
+        if not holders:
+            _names.pop(number, None)
 
 
 def after_fork() -> None:
     """Start with a lock of our own."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 def _identify_fsspec(store: Any) -> str | None:

@@ -9,11 +9,13 @@ the operation may go on behind our back, and its `late` callback is told how it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from zarr.core.buffer import cpu
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Outcome = list[Exception | None]
 """For each delete None, or why it failed."""
+Written = int | None
+"""A value that is written but not sealed: the descriptor of a file, or nothing."""
 
 
 def drive(steps: Coroutine[Any, Any, T]) -> T:
@@ -49,18 +53,43 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
     A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
     Until it has ended nobody knows what is there, so it is never cut off in the middle.
     """
-    task = asyncio.ensure_future(work)
+    left = told = False
+
+    def tell(outcome: T | BaseException) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            late(outcome)
+
+    async def steps() -> T:
+        # Told in the very step in which it ends: nobody runs in between.
+        try:
+            result = await work
+        except BaseException as error:
+            if left:
+                tell(error)
+            raise
+        if left:
+            tell(result)
+        return result
+
+    def ended(task: asyncio.Task[T]) -> None:
+        _unfinished.discard(task)
+        work.close()  # It was cancelled before it began.
+        tell(_result(task))
+
+    task = asyncio.ensure_future(steps())
     try:
         return await asyncio.shield(task)
     except Exception:
         raise
     except BaseException:
+        left = True
         if task.done():
-            late(_result(task))
+            tell(_result(task))
         else:
             _unfinished.add(task)
-            task.add_done_callback(_unfinished.discard)
-            task.add_done_callback(lambda task: late(_result(task)))
+            task.add_done_callback(ended)
         raise
 
 
@@ -75,31 +104,54 @@ def _result(task: asyncio.Future[T] | Future[T]) -> Any:
     return task.result() if error is None else error
 
 
-class Port(Protocol):
-    """Traffic with a cache store. Names are keys of the cache store."""
+class Port:
+    """Traffic with a cache store. Names are keys of the cache store.
+
+    A port that is `immediate` never suspends: its `write_now` and `delete_now` do the work.
+    """
+
+    immediate = False
 
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
         """Read a value, or None where there is none."""
+        raise NotImplementedError
 
     async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
-        """Write a value."""
+        self, name: str, data: bytes, checksum: int, late: Callable[[Written | BaseException], None]
+    ) -> Written:
+        """Write a value; to be sealed once the index has decided about it."""
+        raise NotImplementedError
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
         """Delete values. One that is gone already counts as deleted."""
+        raise NotImplementedError
+
+    def write_now(self, name: str, data: bytes, checksum: int) -> Written:
+        """Write a value on the spot."""
+        raise NotImplementedError
+
+    def seal(self, written: Written, *, valid: bool) -> None:
+        """Note where the value is that it is valid, or end the writing without that."""
+
+    def noted(self, _name: str) -> tuple[int, int] | None:
+        """Length and checksum that the value should have, where they are kept beside it."""
+        return None
+
+    def delete_now(self, names: Sequence[str]) -> Outcome:
+        """Delete values on the spot."""
+        raise NotImplementedError
 
 
 def to_cpu_buffer(data: bytes) -> Buffer:
     """A buffer over immutable bytes."""
-    return default_buffer_prototype().buffer.from_bytes(data)
+    return cpu.Buffer.from_bytes(data)
 
 
-class StorePort:
+class StorePort(Port):
     """Any store, through its coroutines."""
 
     def __init__(self, store: Store) -> None:
@@ -111,9 +163,14 @@ class StorePort:
         return await self._store.get(name, prototype, byte_range)
 
     async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
+        self,
+        name: str,
+        data: bytes,
+        _checksum: int,
+        late: Callable[[Written | BaseException], None],
+    ) -> Written:
         await settle(self._store.set(name, to_cpu_buffer(data)), late)
+        return None
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
@@ -135,13 +192,41 @@ class StorePort:
         return None
 
 
-class SyncPort:
+class ImmediatePort(Port):
+    """A port that never suspends."""
+
+    immediate = True
+
+    def read_now(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        """Read a value on the spot, or None where there is none."""
+        raise NotImplementedError
+
+    async def read(
+        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+    ) -> Buffer | None:
+        return self.read_now(name, prototype, byte_range)
+
+    async def delete(
+        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
+    ) -> Outcome:
+        try:
+            return self.delete_now(names)
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+
+class SyncPort(ImmediatePort):
     """A store by its synchronous methods: memory, or any from a thread that may block."""
 
     def __init__(self, store: Store) -> None:
         self._store: Any = store
 
-    async def read(
+    def read_now(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
         found: Buffer | None = self._store.get_sync(
@@ -149,25 +234,12 @@ class SyncPort:
         )
         return found
 
-    async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
-        try:
-            self._store.set_sync(name, to_cpu_buffer(data))
-        except Exception:
-            raise
-        except BaseException as interrupt:
-            late(interrupt)
-            raise
+    def write_now(self, name: str, data: bytes, _checksum: int) -> Written:
+        self._store.set_sync(name, to_cpu_buffer(data))
+        return None
 
-    async def delete(
-        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
-    ) -> Outcome:
-        try:
-            return [self._delete_one(name) for name in names]
-        except BaseException as interrupt:
-            late(interrupt)
-            raise
+    def delete_now(self, names: Sequence[str]) -> Outcome:
+        return [self._delete_one(name) for name in names]
 
     def _delete_one(self, name: str) -> Exception | None:
         try:
@@ -184,14 +256,19 @@ class SyncPort:
 class MemoryPort(SyncPort):
     """A dict of this process."""
 
-    async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
+    def write_now(self, name: str, data: bytes, _checksum: int) -> Written:
         # Not by `set_sync`: zarr 3.4 would keep a copy that whoever reads it can write to.
         self._store._store_dict[name] = to_cpu_buffer(data)
+        return None
+
+    def delete_now(self, names: Sequence[str]) -> Outcome:
+        values = self._store._store_dict
+        for name in names:
+            values.pop(name, None)
+        return [None] * len(names)
 
 
-class LocalPort:
+class LocalPort(Port):
     """A directory, from an event loop.
 
     The work is done in threads of our own, so that it neither waits for the event loop's own threads
@@ -208,9 +285,16 @@ class LocalPort:
         return await asyncio.wrap_future(_pool().submit(work, name, prototype, byte_range))
 
     async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
-        await _in_thread(_pool().submit(self._blocking.write_now, name, data), late)
+        self, name: str, data: bytes, checksum: int, late: Callable[[Written | BaseException], None]
+    ) -> Written:
+        work = _pool().submit(self._blocking.write_now, name, data, checksum)
+        return await _in_thread(work, late)
+
+    def seal(self, written: Written, *, valid: bool) -> None:
+        self._blocking.seal(written, valid=valid)
+
+    def noted(self, name: str) -> tuple[int, int] | None:
+        return self._blocking.noted(name)
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
@@ -218,7 +302,7 @@ class LocalPort:
         return await _in_thread(_pool().submit(self._blocking.delete_now, names), late)
 
 
-class LocalSyncPort:
+class LocalSyncPort(ImmediatePort):
     """A directory, from a thread that may block.
 
     Parameters
@@ -230,8 +314,9 @@ class LocalSyncPort:
     """
 
     def __init__(self, store: LocalStore, books: Books) -> None:
-        self._store = store
         self._root = os.path.abspath(store.root)
+        # Whatever the working directory is by then.
+        self._store = LocalStore(self._root)
         self._books = books
 
     def _path(self, name: str) -> str:
@@ -242,8 +327,18 @@ class LocalSyncPort:
     ) -> Buffer | None:
         return self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
 
-    def write_now(self, name: str, data: bytes) -> None:
-        _files.write_new(self._path(name), data, self._books.tmp(), self._books.now())
+    def write_now(self, name: str, data: bytes, checksum: int) -> Written:
+        books = self._books
+        return _files.write_new(self._path(name), data, checksum, books.tmp(), books.now())
+
+    def seal(self, written: Written, *, valid: bool) -> None:
+        if written is not None:
+            # One that cannot be sealed is no value to whoever rebuilds the index.
+            with contextlib.suppress(OSError):
+                _files.seal(written, valid=valid)
+
+    def noted(self, name: str) -> tuple[int, int] | None:
+        return _files.noted(self._path(name))
 
     def delete_now(self, names: Sequence[str]) -> Outcome:
         return [self._remove(name) for name in names]
@@ -257,31 +352,6 @@ class LocalSyncPort:
         except ValueError:
             return None  # A name that no file can have.
         return None
-
-    async def read(
-        self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
-    ) -> Buffer | None:
-        return self.read_now(name, prototype, byte_range)
-
-    async def write(
-        self, name: str, data: bytes, late: Callable[[BaseException | None], None]
-    ) -> None:
-        try:
-            self.write_now(name, data)
-        except Exception:
-            raise
-        except BaseException as interrupt:
-            late(interrupt)
-            raise
-
-    async def delete(
-        self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
-    ) -> Outcome:
-        try:
-            return self.delete_now(names)
-        except BaseException as interrupt:
-            late(interrupt)
-            raise
 
 
 async def _in_thread(work: Future[T], late: Callable[[T | BaseException], None]) -> T:

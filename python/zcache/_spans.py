@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, TypeAlias
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
@@ -50,13 +49,6 @@ def to_request(span: Span | None) -> ByteRequest | None:
     return OffsetByteRequest(first) if kind == 2 else SuffixByteRequest(first)
 
 
-def is_plain(key: str) -> bool:
-    """Whether a key is a plain relative path: it names one value, and only one key names it."""
-    if "\0" in key or (os.name == "nt" and ("\\" in key or ":" in key)):
-        return False
-    return not any(part in ("", ".", "..") for part in key.split("/"))
-
-
 def is_reserved(key: str) -> bool:
     """Whether a key belongs to zcache itself."""
     return key == RESERVED or key.startswith(RESERVED + "/")
@@ -69,8 +61,3 @@ def is_encodable(key: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def is_known(key: str) -> bool:
-    """Whether the cache may hold this key."""
-    return is_plain(key) and not is_reserved(key) and is_encodable(key)

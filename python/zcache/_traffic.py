@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
@@ -10,7 +11,8 @@ from zarr.storage import MemoryStore
 from zcache._ports import in_thread, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
+    from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -32,11 +34,11 @@ class Traffic:
         """The event loop that a read depends on."""
         return asyncio.get_running_loop()
 
-    async def read(
+    def read(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
-    ) -> Buffer | None:
+    ) -> Awaitable[Buffer | None]:
         """Read from the source."""
-        found: Buffer | None = await self.source.get(key, prototype, byte_range)
+        found: Awaitable[Buffer | None] = self.source.get(key, prototype, byte_range)
         return found
 
     async def change(
@@ -52,9 +54,17 @@ class Traffic:
         """Wait for a flight; False asks the caller to read in its place."""
         return await flight.wait()
 
+    async def until(self, done: Future[None]) -> None:
+        """Wait for what is done elsewhere."""
+        await asyncio.shield(asyncio.wrap_future(done))
+
     async def block(self, work: Callable[[], None]) -> None:
         """Do what may take long, out of the way of everybody else."""
         await in_thread(work)
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that may suspend."""
+        await work
 
 
 async def _as_coroutine(work: Awaitable[None]) -> None:
@@ -93,5 +103,13 @@ class SyncTraffic(Traffic):
     async def wait(self, flight: Flight) -> bool:
         return flight.wait_sync()
 
+    async def until(self, done: Future[None]) -> None:
+        done.result()
+
     async def block(self, work: Callable[[], None]) -> None:
         work()
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        # A thread that has no event loop, and whose caller may run in one.
+        with ThreadPoolExecutor(1, thread_name_prefix="zcache") as thread:
+            thread.submit(asyncio.run, work).result()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
 from zarr.abc.store import Store, SupportsSyncStore
@@ -14,11 +16,11 @@ from zarr.storage import MemoryStore
 from zcache import _engine
 from zcache._batches import Batch
 from zcache._bounds import parse_age, parse_size
-from zcache._core import Index
+from zcache._core import Index, is_known
 from zcache._engine import Engine, snapshot
-from zcache._identity import same_place
+from zcache._identity import TRANSIENT, innermost, same_place
 from zcache._ports import drive
-from zcache._spans import is_known, to_span
+from zcache._spans import to_span
 from zcache._traffic import SyncTraffic, Traffic
 
 if TYPE_CHECKING:
@@ -126,8 +128,10 @@ class CacheStore(Store):
         if cache_store is None:
             cache_store = MemoryStore()
         _check_cache_store(store, cache_store)
-        if not isinstance(cache_set_data, bool):
-            raise TypeError(f"cache_set_data={cache_set_data!r} must be True or False.")
+        _check_flag("cache_set_data", cache_set_data)
+        _check_flag("adopt", adopt)
+        if read_only is not None:
+            _check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
             store = store.with_read_only(read_only)
         engine = Engine(
@@ -149,6 +153,8 @@ class CacheStore(Store):
         self.cache_set_data = cache_set_data
         self._io = Traffic(store, engine.port)
         self._sync_io = SyncTraffic(store, engine.sync_port)
+        # Asked anew only where the answer was no: a protocol check costs more than a hit.
+        self._syncable = _is_sync(store) and _is_sync(engine.cache)
 
     def _derive(self, store: Store) -> CacheStore:
         derived = type(self).__new__(type(self))
@@ -279,18 +285,29 @@ class CacheStore(Store):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        engine = _engine.find(state["token"])
+        store, token = state["store"], state["token"]
+        engine = _engine.find(token)
+        if engine is not None and isinstance(innermost(store), MemoryStore):
+            # The copy of a source in memory is other data, and must not share a cache with it: at
+            # home the copy reads the original, elsewhere one that is still equal.
+            if engine.home == os.getpid() or _same_data(engine.source, store):
+                same = engine.source.read_only == store.read_only
+                store = engine.source if same else engine.source.with_read_only(store.read_only)
+            else:
+                engine, token = None, uuid.uuid4().hex
+                if state["options"]["source_id"].startswith(TRANSIENT):
+                    state["options"]["source_id"] = None
         if engine is None:
             cache = state["cache"]
             engine = _engine.find_or_add(
                 Engine(
-                    state["store"],
+                    store,
                     cache() if isinstance(cache, type) else cache,
-                    token=state["token"],
+                    token=token,
                     **state["options"],
                 )
             )
-        self._setup(state["store"], engine, state["set"])
+        self._setup(store, engine, state["set"])
         self._is_open = state["open"]
 
     # ---------------------------------------------------- open and close
@@ -342,7 +359,18 @@ class CacheStore(Store):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         # docstring inherited
-        return await self._get(self._io, key, prototype, byte_range)
+        if prototype is None:
+            prototype = default_buffer_prototype()
+        try:
+            span = None if byte_range is None else to_span(byte_range)
+        except ValueError:
+            self._engine.count_miss()
+            return await self._engine.bypass(self._io, key, prototype, byte_range)
+        # A hit that is at hand ends here: no other coroutine, and one call into the index.
+        value, hit = self._engine.glance(key, prototype, span)
+        if value is not None:
+            return value
+        return await self._engine.get(self._io, key, prototype, byte_range, span, hit)
 
     def get_sync(
         self,
@@ -358,23 +386,20 @@ class CacheStore(Store):
         TypeError
             If the source or the cache store has no synchronous methods.
         """
-        self._check_sync("get_sync")
-        return drive(self._get(self._sync_io, key, prototype, byte_range))
-
-    async def _get(
-        self,
-        io: Traffic,
-        key: str,
-        prototype: BufferPrototype | None,
-        byte_range: ByteRequest | None,
-    ) -> Buffer | None:
+        if not self._syncable:
+            self._check_sync("get_sync")
         if prototype is None:
             prototype = default_buffer_prototype()
+        io = self._sync_io
         try:
-            span = to_span(byte_range)
+            span = None if byte_range is None else to_span(byte_range)
         except ValueError:
-            return await self._engine.bypass(io, key, prototype, byte_range)
-        return await self._engine.get(io, key, prototype, byte_range, span)
+            self._engine.count_miss()
+            return drive(self._engine.bypass(io, key, prototype, byte_range))
+        value, hit = self._engine.glance(key, prototype, span)
+        if value is not None:
+            return value
+        return drive(self._engine.get(io, key, prototype, byte_range, span, hit))
 
     async def get_partial_values(
         self,
@@ -631,6 +656,15 @@ def _check_source_id(source_id: object) -> str | None:
     )
 
 
+def _same_data(one: Store, other: Store) -> bool:
+    one, other = innermost(one), innermost(other)
+    return (
+        isinstance(one, MemoryStore)
+        and isinstance(other, MemoryStore)
+        and one._store_dict == other._store_dict
+    )
+
+
 def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None]]:
     async def call() -> None:
         work(*args)
@@ -641,6 +675,11 @@ def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None
 def _is_sync(store: Store) -> bool:
     """Whether a store can do without an event loop now, as zarr's codec pipeline asks."""
     return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.")
 
 
 def _check_store(name: str, store: object) -> None:

@@ -1,0 +1,235 @@
+"""The half of the protocol that moves bytes into the cache store and out of its way.
+
+Nothing here raises because of the cache store: only cancellations leave these methods.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
+
+if TYPE_CHECKING:
+    from zcache._books import Books
+    from zcache._breaker import Breaker
+    from zcache._ports import Outcome, Written
+    from zcache._spans import Span
+    from zcache._traffic import Traffic
+
+Victim = tuple[int, str]
+NOT_NOW: Final = (IndexBusyError, CorruptIndexError)
+"""What a step of the index raises that `Books.step` and `Books.must` see to."""
+RETRIES: Final = 4
+"""Orphans (bytes whose delete failed) that one fill or write tries again to delete."""
+DEFAULT_FREE_SPACE: Final = 2**30
+"""Bytes of a volume that stay free unless `min_free_space` says otherwise, ..."""
+DEFAULT_FREE_PART: Final = 20
+"""... and the part of a small volume: one in so many bytes."""
+_ROUNDS: Final = 16
+
+
+def ignore(_: object) -> None:
+    """Nothing is to be done about the outcome."""
+
+
+class Fills:
+    """Making room, writing and deleting.
+
+    Attributes
+    ----------
+    books : Books
+        The index.
+    breaker : Breaker
+        Whether the cache store may be used.
+    min_free_space : int or None
+        Bytes of the volume of a cache directory that stay free.
+    """
+
+    books: Books
+    breaker: Breaker
+    min_free_space: int | None
+
+    def now(self) -> float:
+        """Seconds on the clock that ages are counted by."""
+        return self.books.now()
+
+    async def fill(
+        self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
+    ) -> None:
+        """Cache a value, if there is room for it and the ticket allows."""
+        if not self.breaker.allows() or not self.books.usable:
+            return
+        books, index, immediate = self.books, self.books.index, io.port.immediate
+        now = self.now()
+        if books.directory is not None:
+            # The bound of one that has died counts until then.
+            books.reap()
+        try:
+            room = index.reserve(key, span, len(data), ticket, now)
+        except NOT_NOW:
+            room = await books.step(io, index.reserve, key, span, len(data), ticket, now)
+        while not isinstance(room, str):
+            reservation, victims = room
+            outcome: tuple[list[int], list[int]] = [], []
+            fits = False
+            try:
+                if victims:
+                    outcome = (
+                        self._delete_now(io, victims)
+                        if immediate
+                        else await self._delete(io, victims)
+                    )
+                else:
+                    fits = books.directory is None or await self._has_space(io, len(data))
+            except BaseException:
+                books.soon(self._give_up, index.abort, reservation)
+                raise
+            if victims:
+                room = await books.sure(
+                    io, self._give_room_up, index.settle, reservation, *outcome, now
+                )
+                continue
+            if fits:
+                leftover = await self._write(io, key, span, data, reservation)
+            else:
+                leftover = await books.sure(io, self._give_up, index.abort, reservation)
+            if leftover:
+                await self.drop(io, leftover)
+            break
+        if orphans := await books.sure(io, self._give_up, index.orphans, RETRIES):
+            await self.drop(io, orphans)
+
+    def _give_room_up(self, room: tuple[int, list[Victim]] | str) -> None:
+        if not isinstance(room, str):
+            reservation, victims = room
+            self._give_up(victims)
+            self.books.soon(self._give_up, self.books.index.abort, reservation)
+
+    async def _has_space(self, io: Traffic, size: int) -> bool:
+        """Whether the volume stays as free as it should; makes room on it where that helps."""
+        directory = self.books.directory
+        if directory is None:
+            return True
+        for _ in range(_ROUNDS):
+            try:
+                free, volume = directory.free_space()
+            except OSError as error:
+                self.breaker.failed(error)
+                return False
+            wanted = self.min_free_space
+            if wanted is None:
+                wanted = min(DEFAULT_FREE_SPACE, volume // DEFAULT_FREE_PART)
+            lacking = wanted + size - free
+            if lacking <= 0:
+                return True
+            victims = await self.books.sure(
+                io, self._give_up, self.books.index.evict, lacking, self.now()
+            )
+            if not victims:
+                break
+            await self.drop(io, victims)
+        return False
+
+    async def _write(
+        self, io: Traffic, key: str, span: Span | None, data: bytes, reservation: int
+    ) -> list[Victim]:
+        """Write the bytes for which there is room; returns what has to be deleted after all."""
+        name = key if span is None else cache_key(key, span)
+        books, index = self.books, self.books.index
+        checksum = crc32c(data)
+
+        def late(written: Written | BaseException) -> None:
+            # Whoever read it is gone, but the value is as good as any.
+            if isinstance(written, BaseException):
+                books.soon(self._give_up, index.abort, reservation)
+            else:
+                decide = partial(decided, written)
+                books.soon(decide, index.commit, reservation, checksum, self.now())
+
+        def decided(written: Written, victims: list[Victim] | None) -> None:
+            io.port.seal(written, valid=victims == [])
+            self._give_up(victims or [])
+
+        try:
+            if io.port.immediate:
+                written = io.port.write_now(name, data, checksum)
+            else:
+                written = await io.port.write(name, data, checksum, late)
+        except Exception as error:  # noqa: BLE001 - the value then stays uncached
+            self.breaker.failed(error)
+            return await books.sure(io, self._give_up, index.abort, reservation)
+        except BaseException as interrupt:
+            if io.port.immediate:
+                late(interrupt)
+            raise
+        self.breaker.succeeded()
+        victims: list[Victim] | None
+        try:
+            victims = index.commit(reservation, checksum, self.now())
+        except NOT_NOW:
+            decide = partial(decided, written)
+            victims = await books.sure(io, decide, index.commit, reservation, checksum, self.now())
+        if written is not None:
+            io.port.seal(written, valid=victims == [])
+        if victims is None:
+            # The index was emptied meanwhile, and knows nothing of these bytes.
+            await io.port.delete([name], lambda _: None)
+            return []
+        return victims
+
+    async def drop(self, io: Traffic, victims: list[Victim]) -> None:
+        """Delete the bytes of entries that the index has dropped."""
+        if victims:
+            dropped, failed = await self._delete(io, victims)
+            await self.books.sure(io, ignore, self.books.index.settled, dropped, failed)
+
+    async def _delete(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
+        """Delete bytes; returns the cells of those that are gone and of those that may not be."""
+        if io.port.immediate:
+            return self._delete_now(io, victims)
+        if not self.breaker.allows():
+            return [], [cell for cell, _ in victims]
+
+        def late(outcome: Outcome | BaseException) -> None:
+            if isinstance(outcome, BaseException):
+                self._give_up(victims)
+            else:
+                self.books.soon(ignore, self.books.index.settled, *self._sort(victims, outcome))
+
+        try:
+            outcome = await io.port.delete([name for _, name in victims], late)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
+            outcome = [error] * len(victims)
+        return self._sort(victims, outcome)
+
+    def _delete_now(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
+        """Do the same through a port that never suspends."""
+        if not self.breaker.allows():
+            return [], [cell for cell, _ in victims]
+        try:
+            outcome = io.port.delete_now([name for _, name in victims])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
+            outcome = [error] * len(victims)
+        except BaseException:
+            self._give_up(victims)
+            raise
+        return self._sort(victims, outcome)
+
+    def _sort(self, victims: list[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
+        dropped, failed = [], []
+        for (cell, _), error in zip(victims, outcome, strict=True):
+            if error is None:
+                dropped.append(cell)
+            else:
+                failed.append(cell)
+                self.breaker.failed(error)
+        if not failed:
+            self.breaker.succeeded()
+        return dropped, failed
+
+    def _give_up(self, victims: list[Victim]) -> None:
+        """Leave bytes to a later delete: they stay counted until then."""
+        if victims:
+            cells = [cell for cell, _ in victims]
+            self.books.soon(ignore, self.books.index.settled, [], cells)

@@ -1,0 +1,88 @@
+"""A cache store that can only be asked what it holds: neither a directory nor a dict."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from zarr.core.buffer.core import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from zcache._directory import FORMAT, is_transient, not_ours, other_source, parse_stamp
+from zcache._identity import innermost
+from zcache._ports import to_cpu_buffer
+from zcache._spans import is_encodable, is_reserved
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+    from zcache._core import Index
+
+logger = logging.getLogger("zcache")
+
+STAMP: Final = ".zcache/stamp.json"
+_RANGES: Final = ".zcache/ranges/"
+_AT_ONCE: Final = 32
+"""Sizes that are asked for at the same time."""
+
+
+async def take_in(cache: Store, index: Index, source: str, *, adopt: bool) -> None:
+    """Enter all that a cache store holds into an empty index.
+
+    Nobody tells when a value was written, so each is stale as soon as anything can be.
+
+    Raises
+    ------
+    ValueError
+        If it belongs to somebody else.
+    Exception
+        Whatever the cache store raises.
+    """
+    names = [name async for name in cache.list()]
+    values = [name for name in names if _is_value(name)]
+    # What a store in memory holds ends with it, so a stamp would tell nobody anything.
+    if not isinstance(innermost(cache), MemoryStore):
+        values = await _check(cache, values, source, adopt=adopt)
+    elif values and not adopt:
+        raise ValueError(not_ours(f"cache_store={cache!r}", values[0], source))
+    limit = asyncio.Semaphore(_AT_ONCE)
+
+    async def size(name: str) -> tuple[int, int, str] | None:
+        async with limit:
+            try:
+                return 0, await cache.getsize(name), name
+            except FileNotFoundError:
+                return None
+
+    found = await asyncio.gather(*map(size, values))
+    index.adopt([value for value in found if value is not None])
+
+
+def _is_value(name: str) -> bool:
+    return is_encodable(name) and (name.startswith(_RANGES) or not is_reserved(name))
+
+
+async def _check(cache: Store, values: list[str], source: str, *, adopt: bool) -> list[str]:
+    """See whose the store is, and make it ours if it is nobody's; returns what it then holds."""
+    where = f"cache_store={cache!r}"
+    text = await cache.get(STAMP, default_buffer_prototype())
+    stamp: dict[str, Any] | None = None
+    if text is not None:
+        stamp = parse_stamp(text.to_bytes(), where, adopt=adopt)
+    if stamp is not None and stamp["source"] == source:
+        return values
+    if stamp is None:
+        if values and not adopt:
+            raise ValueError(not_ours(where, values[0], source))
+    elif not is_transient(stamp):
+        raise ValueError(other_source(where, stamp, source))
+    else:
+        # What a source left that has ended with its process is of no use to anybody.
+        for name in values:
+            await cache.delete(name)
+        values = []
+    data = json.dumps({"zcache": FORMAT, "source": source}).encode()
+    await cache.set(STAMP, to_cpu_buffer(data))
+    return values

@@ -1,0 +1,123 @@
+"""Several stores over one cache store, in one process."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore
+
+from support import CountingStore, WatchedDict, buf, check_books, fill, held, read
+from zcache import CacheStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+    from support import Clock
+
+
+@pytest.fixture(params=["memory", "local"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """The cache stores whose index several stores share."""
+    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+
+
+async def test_one_index(cache: Store) -> None:
+    source = CountingStore(MemoryStore())
+    one, other = (CacheStore(source, cache_store=cache, max_size=100) for _ in range(2))
+    await fill(one, a=bytes(60))
+    assert other.cache_info() == one.cache_info()
+    source.take()
+    assert await read(other, "a") == bytes(60)
+    assert source.take() == {}
+    # What is written through one is not served old by the other, and they have one bound.
+    await fill(other, a=bytes(50), b=bytes(50))
+    assert await read(one, "a") == bytes(50)
+    await fill(one, c=bytes(50))
+    assert held(cache) == {"a": 50, "c": 50}
+    await other.delete("a")
+    assert await read(one, "a") is None
+    await one.clear_cache()
+    assert held(cache) == {}
+    check_books(one)
+    check_books(other)
+
+
+@pytest.mark.parametrize("second", [40, None, 200])
+async def test_the_smallest_bound_is_in_force(cache: Store, second: int | None) -> None:
+    source = MemoryStore()
+    one = CacheStore(source, cache_store=cache, max_size=100)
+    await fill(one, a=bytes(40), b=bytes(40))
+    other = CacheStore(source, cache_store=cache, max_size=second)
+    await fill(one, c=bytes(40))
+    await fill(other, d=bytes(40))
+    assert sorted(held(cache)) == (["d"] if second == 40 else ["c", "d"])
+    check_books(one)
+    check_books(other)
+
+
+async def test_nobody_gets_what_is_too_old_for_it(cache: Store, clock: Clock) -> None:
+    source = CountingStore(MemoryStore())
+    strict = CacheStore(source, cache_store=cache, max_age_seconds=10)
+    await fill(strict, a=b"1")
+    lenient = CacheStore(source, cache_store=cache)
+    assert await read(lenient, "a") == b"1"
+    clock.advance(10)
+    source.take()
+    assert await read(strict, "a") == b"1"
+    assert source.take() == {"get": 1}
+
+
+def test_each_source_has_its_own(cache: Store) -> None:
+    first = CacheStore(MemoryStore(), cache_store=cache)
+    with pytest.raises(ValueError, match=r"Give (each source|another)"):
+        CacheStore(MemoryStore(), cache_store=cache)
+    assert first == CacheStore(first._store, cache_store=cache)
+
+
+async def test_what_is_not_ours_is_refused_or_adopted() -> None:
+    inside = WatchedDict()
+    cache, source = MemoryStore(inside), CountingStore(MemoryStore())
+    await cache.set("a", buf(b"12345"))
+    with pytest.raises(ValueError, match=r"not empty .*'a'.* adopt=True"):
+        CacheStore(source, cache_store=cache)
+    store = CacheStore(source, cache_store=cache, adopt=True, max_size=8)
+    assert store.cache_info()["current_size"] == 5
+    assert await read(store, "a") == b"12345"
+    assert source.take() == {}
+    await fill(store, b=b"12345")
+    assert held(cache) == {"b": 5}
+    assert inside.peak == 5
+    check_books(store)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+async def test_copies_share_a_source_in_memory(how: str) -> None:
+    """They share the cache, so they must read the same data: at home, the original."""
+    store = CacheStore(MemoryStore())
+    await fill(store, a=b"1")
+    copied = copy.deepcopy(store) if how == "deepcopy" else pickle.loads(pickle.dumps(store))
+    await fill(copied, a=b"2")
+    assert await read(store, "a") == await read(copied, "a") == b"2"
+    await copied.delete("a")
+    assert await read(store, "a") is await read(copied, "a") is None
+
+
+def test_away_from_home_another_copy_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What arrives later may hold newer data than what arrived first."""
+    source = MemoryStore()
+    store = CacheStore(source)
+    first = pickle.dumps(store)
+    sync(source.set("a", buf(b"1")))
+    second = pickle.dumps(store)
+    monkeypatch.setattr(store._engine, "home", 0)  # As in another process,
+    monkeypatch.setattr(store._engine, "source", pickle.loads(pickle.dumps(MemoryStore())))
+    assert pickle.loads(first)._engine is store._engine
+    other = pickle.loads(second)
+    assert other._engine is not store._engine
+    assert sync(other.get("a")).to_bytes() == b"1"
