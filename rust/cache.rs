@@ -331,6 +331,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.stats.misses += 1;
     }
 
+    /// A request went past the index.
+    pub fn count_miss(&mut self) {
+        self.stats.misses += 1;
+    }
+
     /// Joins the flight that brings this span, or opens one. With `anyway` that happens even
     /// where an entry could serve it: the cache store is out of use.
     pub fn join(
@@ -853,6 +858,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.flights.void_all();
         self.reservations.clear();
         self.seen.clear();
+    }
+
+    /// Says once more what is being written, in an index that was emptied meanwhile.
+    pub(crate) fn mark_writes(&mut self) {
+        for key in self.flights.written() {
+            self.cells.block.mark_write(Some(shared_hash(key)), true);
+        }
     }
 
     /// Takes over what participants had in hand that are dead now.

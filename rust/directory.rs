@@ -111,6 +111,7 @@ impl<T: Clone> Directory<T> {
         if self.block().begin()? {
             self.cache.renew();
             self.block().register();
+            self.cache.mark_writes();
         }
         Ok(())
     }
@@ -153,6 +154,7 @@ impl<T: Clone> Directory<T> {
         self.block().reset().map_err(|_| Fault::Full)?;
         self.cache.renew();
         self.block().register();
+        self.cache.mark_writes();
         self.cache.init(seed)?;
         Ok(true)
     }

@@ -150,6 +150,12 @@ impl<T: Clone> Flights<T> {
         }
     }
 
+    /// Keys that are being written, one for each writer.
+    pub fn written(&self) -> impl Iterator<Item = &str> {
+        let writers = self.writers.iter();
+        writers.flat_map(|(key, writers)| std::iter::repeat_n(&**key, writers.active))
+    }
+
     /// A writer of this key has ended, at this version. True when it was alone all the time, so that the source is
     /// known to hold what it wrote.
     pub fn end_write(&mut self, key: &str, version: Version) -> bool {

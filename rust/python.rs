@@ -266,6 +266,13 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
+    fn count_miss(&self, py: Python<'_>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.count_miss();
+            Ok(())
+        })
+    }
+
     fn missed(&self, py: Python<'_>) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.missed();

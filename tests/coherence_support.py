@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
+import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from zarr.abc.store import (
@@ -20,7 +24,7 @@ from support import PROTOTYPE, buf, read
 from zcache import CacheStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from zcache._core import Index
 
@@ -49,17 +53,19 @@ class DictStore(Store):
         self.total = self.peak = sum(map(len, self.values.values()))
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        _stores.add(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = object.__hash__
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+        _stores.add(self)
 
     # The two places where subclasses step in.
 
@@ -134,7 +140,7 @@ class DictStore(Store):
 
     async def delete_dir(self, prefix: str) -> None:
         self._check_writable()
-        below = prefix.rstrip("/") + "/"
+        below = prefix.rstrip("/") + "/" if prefix else ""
 
         def effect() -> None:
             for key in [key for key in list(self.values) if key.startswith(below)]:
@@ -167,18 +173,33 @@ class DictStore(Store):
                 yield name
 
 
-class SyncDictStore(DictStore):
-    """The same, with the synchronous surface as well, which passes `now` twice."""
+_stores: weakref.WeakSet[DictStore] = weakref.WeakSet()
 
-    def now(self, operation: str, key: str) -> None:
-        """Called before and after the effect of a synchronous operation."""
+
+def _after_fork() -> None:
+    # A thread that stayed with the parent may hold a lock.
+    for store in list(_stores):
+        store._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class SyncDictStore(DictStore):
+    """The same, with the synchronous surface as well, which has two such places of its own."""
+
+    def before_now(self, operation: str, key: str) -> None:
+        """Called before a synchronous operation has its effect."""
+
+    def after_now(self, operation: str, key: str) -> None:
+        """Called after it."""
 
     def _do_now(self, operation: str, key: str, effect: Callable[[], Any]) -> Any:
         with self._lock:
             self.counts[operation] += 1
-        self.now(operation, key)
+        self.before_now(operation, key)
         result = effect()
-        self.now(operation, key)
+        self.after_now(operation, key)
         return result
 
     def get_sync(
@@ -205,47 +226,117 @@ class SyncDictStore(DictStore):
 
 
 class GatedStore(SyncDictStore):
-    """Holds operations up until a gate is opened, from whichever loop or thread they come.
+    """Holds operations up until it is told to release them, from whichever loop or thread they come.
 
     Attributes
     ----------
-    shut : set of str
-        Operations that are held up, before they have their effect.
+    shut, late : dict of str to float
+        How many of the next operations are held up before and after they have their effect.
     arrived : threading.Semaphore
-        Released by each operation that reaches a shut gate.
+        Released by each operation that is held up.
     """
 
     def __init__(self, values: dict[str, bytes] | None = None, **options: Any) -> None:
         super().__init__(values, **options)
-        self.shut: set[str] = set()
+        self.shut: dict[str, float] = {}
+        self.late: dict[str, float] = {}
         self.arrived = threading.Semaphore(0)
-        self._open = threading.Event()
+        self._released = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a gate cannot travel")
 
-    def open(self) -> None:
+    def release(self) -> None:
         """Let everyone through, for ever."""
-        self.shut = set()
-        self._open.set()
+        self._released.set()
+
+    def _stops(self, gates: dict[str, float], operation: str) -> bool:
+        with self._lock:
+            left = gates.get(operation, 0)
+            gates[operation] = left - 1
+        if left > 0 and not self._released.is_set():
+            self.arrived.release()
+            return True
+        return False
 
     async def before(self, operation: str, key: str) -> None:
-        if operation in self.shut:
-            self.arrived.release()
-            while not self._open.is_set():
-                await asyncio.sleep(0.001)
+        if self._stops(self.shut, operation):
+            await until(self._released.is_set)
 
-    def now(self, operation: str, key: str) -> None:
-        if operation in self.shut:
-            self.arrived.release()
-            assert self._open.wait(60)
+    async def after(self, operation: str, key: str, result: object) -> None:
+        if self._stops(self.late, operation):
+            await until(self._released.is_set)
+
+    def before_now(self, operation: str, key: str) -> None:
+        if self._stops(self.shut, operation):
+            assert self._released.wait(60)
+
+    def after_now(self, operation: str, key: str) -> None:
+        if self._stops(self.late, operation):
+            assert self._released.wait(60)
+
+
+class FaultyStore(SyncDictStore):
+    """Raises before or after the effect of an operation, as `plan` says.
+
+    Attributes
+    ----------
+    plan : callable
+        From the operation, its key and "before" or "after" to what is raised then, or None.
+    faults : int
+        How often it raised.
+    """
+
+    def __init__(self, values: dict[str, bytes] | None = None, **options: Any) -> None:
+        super().__init__(values, **options)
+        self.plan: Callable[[str, str, str], BaseException | None] = lambda *_: None
+        self.faults = 0
+
+    def _strike(self, operation: str, key: str, when: str) -> None:
+        if (error := self.plan(operation, key, when)) is not None:
+            with self._lock:
+                self.faults += 1
+            raise error
+
+    async def before(self, operation: str, key: str) -> None:
+        self._strike(operation, key, "before")
+
+    async def after(self, operation: str, key: str, result: object) -> None:
+        self._strike(operation, key, "after")
+
+    def before_now(self, operation: str, key: str) -> None:
+        self._strike(operation, key, "before")
+
+    def after_now(self, operation: str, key: str) -> None:
+        self._strike(operation, key, "after")
 
 
 async def reached(store: GatedStore, times: int = 1) -> None:
     """Wait until a gate was reached so often."""
     for _ in range(times):
-        while not store.arrived.acquire(blocking=False):
-            await asyncio.sleep(0.001)
+        await until(lambda: store.arrived.acquire(blocking=False))
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for what threads and other event loops bring about, too."""
+    while not holds():  # noqa: ASYNC110 - events belong to one loop, or block it
+        await asyncio.sleep(0.001)
+
+
+@contextlib.contextmanager
+def threads(*works: Callable[[], object]) -> Iterator[list[Any]]:
+    """Run each in a thread of its own; the results are there at the end."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        futures = [pool.submit(work) for work in works]
+        results: list[Any] = []
+        yield results
+        results += [future.result(60) for future in futures]
+
+
+def value_sync(store: CacheStore, key: str = "k") -> bytes | None:
+    """What `get_sync` gives, as bytes."""
+    value = store.get_sync(key)
+    return None if value is None else value.to_bytes()
 
 
 class SecondBuffer(cpu.Buffer):
@@ -269,6 +360,11 @@ def cut(value: bytes, request: ByteRequest | None) -> bytes:
 def index_of(store: CacheStore) -> Index:
     """The books."""
     return store._engine.index
+
+
+def ask(store: CacheStore, question: Callable[[Index], Any]) -> Any:
+    """What the books say, where other processes may hold their lock."""
+    return store._engine.ask(question)
 
 
 async def settled(store: CacheStore) -> None:
@@ -309,14 +405,19 @@ __all__ = [
     "SECOND",
     "CacheStore",
     "DictStore",
+    "FaultyStore",
     "GatedStore",
     "SecondBuffer",
     "SyncDictStore",
+    "ask",
     "buf",
     "check_settled",
     "cut",
     "index_of",
-    "read",
     "reached",
+    "read",
     "settled",
+    "threads",
+    "until",
+    "value_sync",
 ]

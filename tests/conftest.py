@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ import zarr
 from hypothesis import HealthCheck, settings
 
 from support import Clock
-from zcache._engine import Engine
+from zcache._books import Books
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Nothing here is about time, and stores do I/O: no deadline. zarr's strategies filter a lot.
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "deadline": None,
     "print_blob": True,
     "suppress_health_check": [
@@ -27,8 +27,8 @@ _COMMON = {
         HealthCheck.data_too_large,
     ],
 }
-settings.register_profile("laptop", max_examples=30, stateful_step_count=20, **_COMMON)
-settings.register_profile("ci", max_examples=60, stateful_step_count=30, **_COMMON)
+settings.register_profile("laptop", max_examples=20, stateful_step_count=20, **_COMMON)
+settings.register_profile("ci", max_examples=50, stateful_step_count=20, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "laptop")
 
 ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_interim.zarr"
@@ -38,7 +38,13 @@ ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_int
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock that ages are counted by, in the hands of the test."""
     clock = Clock()
-    monkeypatch.setattr(Engine, "now", lambda _: clock())
+    init = Books.__init__
+
+    def init_with_clock(books: Books, *args: Any, **options: Any) -> None:
+        init(books, *args, **options)
+        books.now = clock
+
+    monkeypatch.setattr(Books, "__init__", init_with_clock)
     return clock
 
 

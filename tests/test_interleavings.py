@@ -13,10 +13,11 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
 from coherence_support import CacheStore, DictStore, buf, check_settled, read
-from schedules import Op, Scenario, explore, get, put
+from exploring import explore
+from schedules import Op, Scenario, get, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ OLD, NEW, LONG = b"abcd", b"1234", b"567890"
 SOURCE = {"a": OLD, "b": b"bbbb", "c": b"cc", "g/a": OLD, "g/b": b"gg"}
 MIDDLE, TAIL, END = RangeByteRequest(1, 3), OffsetByteRequest(2), SuffixByteRequest(2)
 PAST = RangeByteRequest(2, 6)
+REQUESTS: list[ByteRequest] = [MIDDLE, TAIL, END, PAST]
 WARM = (get("a"),)
 
 
@@ -177,7 +179,7 @@ async def test_many_operations_in_an_order_by_chance(seed: int, cancel: bool) ->
     make: list[Callable[[str], Op]] = [
         get,
         get,
-        lambda key: get(key, choose([MIDDLE, TAIL, END, PAST])),
+        lambda key: get(key, choose(REQUESTS)),
         lambda key: put(key, choose([OLD, NEW, LONG, b""])),
         lambda key: Op("delete", key),
         lambda key: Op("delete_dir", choose(["g", "h"])),

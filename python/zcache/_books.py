@@ -17,7 +17,7 @@ from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
 from zcache._directory import Directory
 from zcache._flights import Flight
-from zcache._identity import same_place
+from zcache._identity import innermost, same_place
 from zcache._listing import take_in
 from zcache._ports import background
 
@@ -75,10 +75,13 @@ class Books:
         if type(cache) is LocalStore:
             self.now = time.time
             self.index = self._open_directory(cache, identity)
-        elif type(cache) is MemoryStore:
-            self.index = _memory_index(self, source, cache)
-        else:
+        elif isinstance(kept := innermost(cache), MemoryStore):
+            self.index = _memory_index(self, source, kept)
+        elif type(kept).__module__.startswith("zarr."):
             self.index = _Unlisted(Index(**options))
+        else:
+            # Nobody knows whether what it holds outlives the process; what it holds now is not ours.
+            self.index = Index(**options)
 
     def real(self) -> Index:
         """The index itself, never what stands for it."""
@@ -243,8 +246,8 @@ class Books:
             self._last_reap = time.monotonic()
         try:
             dead, rebuilder_died = self.index.reap()
-            for place in dead:
-                self.directory.sweep_tmp(place)
+            if dead:
+                self.directory.sweep_tmp()
         except (*_NOT_NOW, OSError):
             return False
         if rebuilder_died:
@@ -313,7 +316,7 @@ class Books:
         index, fresh = self._attach(directory)
         self.index = index
         # Whoever had this place before is gone.
-        directory.sweep_tmp(index.place or 0)
+        directory.sweep_tmp(index.place)
         if fresh:
             directory.rebuild(self, index, "there was none, or it could not be trusted")
         if directory.cold:
@@ -362,6 +365,7 @@ class Books:
         if directory.cold:
             directory.remove_below("")
             directory.restamp()
+        directory.sweep_tmp()
         directory.rebuild(self, index, "it cannot be shared")
         return index
 
@@ -375,7 +379,8 @@ class Books:
         """
         self._lock = threading.RLock()
         self._repair = self._listing = None
-        if type(self._cache) is MemoryStore and self.index.after_fork():
+        in_memory = isinstance(innermost(self._cache), MemoryStore)
+        if in_memory and self.index.after_fork():
             return
         if self.directory is not None:
             _let_go(self.index)
@@ -383,7 +388,7 @@ class Books:
             self.index = _Unopened(self)
         elif not self.usable:
             self.index = self._nothing()
-        elif type(self._cache) is MemoryStore:
+        elif not isinstance(self.index, _Unlisted):
             self.index = Index(**self._options)
         else:
             # What is there by now is the parent's, so it is ours.

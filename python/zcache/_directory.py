@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +16,8 @@ from zcache._identity import TRANSIENT
 from zcache._spans import is_encodable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zcache._books import Books
     from zcache._core import Index
 
@@ -21,6 +25,8 @@ logger = logging.getLogger("zcache")
 
 FORMAT: Final = 1
 _BATCH: Final = 4096
+_LONGEST_WRITE: Final = 3600.0
+"""Seconds that nobody takes to write one value."""
 
 
 class Directory:
@@ -142,13 +148,40 @@ class Directory:
         owner = "own" if place is None else f"p{place}"
         return os.path.join(self.reserved, "tmp", f"{owner}-{os.getpid()}-")
 
-    def sweep_tmp(self, place: int) -> None:
-        """Remove what a participant that is gone has left unfinished."""
+    def sweep_tmp(self, own: int | None = None) -> None:
+        """Remove what participants that are gone have left unfinished.
+
+        `own` is a place that is ours, so that whoever had it before is gone.
+        """
         directory = os.path.join(self.reserved, "tmp")
+        by_place: dict[str, list[str]] = {}
         for name in os.listdir(directory):
-            if name.startswith(f"p{place}-"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(directory, name))
+            by_place.setdefault(name.partition("-")[0], []).append(os.path.join(directory, name))
+        for place, paths in by_place.items():
+            if place == "own":
+                _remove_old(paths)
+            elif place == f"p{own}":
+                _remove_all(paths)
+            else:
+                with self._if_free(place) as free:
+                    if free:
+                        _remove_all(paths)
+
+    @contextlib.contextmanager
+    def _if_free(self, place: str) -> Iterator[bool]:
+        """Whether nobody has this place; nobody takes it meanwhile."""
+        try:
+            file = os.open(os.path.join(self.index_root, place), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            yield False
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+        finally:
+            os.close(file)
 
     def path(self, name: str) -> str:
         """The file of a value."""
@@ -200,6 +233,20 @@ class Directory:
                 len(found),
                 sum(size for _, size, _ in found),
             )
+
+
+def _remove_all(paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _remove_old(paths: list[str]) -> None:
+    """Remove those that nobody can be writing any more, for without an index nobody tells who lives."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ctime < time.time() - _LONGEST_WRITE:
+                os.unlink(path)
 
 
 def _remove_quietly(path: str) -> None:

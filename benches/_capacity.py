@@ -1,0 +1,229 @@
+"""Ten million keys: memory, pauses of growth, and a large delete beside readers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
+
+from _measure import Row, percentile
+from _setup import zcache_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from _setup import Scale
+
+_HASH = "0123456789abcdef" * 4
+
+# By name: the key of number n. Ten million of each are different.
+KEYS: dict[str, Callable[[int], str]] = {
+    "era5": lambda n: f"era5/2m_temperature/c/{n // 5000}/{n // 100 % 50}/{n % 100}",
+    "resolved": lambda n: f"resolved/s0/c/{n // 100_000}/{n // 200 % 500}/{n % 200}",
+    "long directory": lambda n: (
+        "cmip6/ScenarioMIP/NCAR/CESM2-WACCM/ssp585/r1i1p1f1/day/tas/gn/v20200702"
+        f"/c/{n // 5000}/{n // 100 % 50}/{n % 100}"
+    ),
+    "long name": lambda n: f"blobs/{n:08x}{_HASH[8:]}",
+}
+_STEP = 64
+_AIM = 64.0
+_SHORT = 31  # Characters of the keys that the aim was set for.
+
+
+def memory(scale: Scale) -> list[Row]:
+    """Bytes for each key, by the growth of a fresh process, and the longest pause on the way there."""
+    full = scale.of(10_000_000, 200_000)
+    pauses: list[float] = []
+    rows = []
+    for name in KEYS:
+        count = full if name in ("era5", "resolved") else full // 8
+        mine = _child(name, "zcache", count)
+        # A quarter of the keys: the tables are then as full as with all of them.
+        theirs = _child(name, "zarr", count // 4) if name == "era5" else None
+        length = mine["length"]
+        rows.append(
+            Row(
+                f"index, {count:,} keys like {KEYS[name](count // 2)[:36]}",
+                unit="B",
+                zcache=mine["bytes"],
+                zarr=theirs["bytes"] if theirs else None,
+                bare=length,
+                aim=_AIM + max(0.0, length - _SHORT),
+            )
+        )
+        if count == full:
+            pauses.append(mine["pause"])
+    rows[
+        0
+    ].note = "by key, text included, from RSS; bare: the key's own length; zarr: at a quarter of the keys"
+    rows.append(
+        Row(
+            f"longest pause while growing to {full:,} keys",
+            zcache=max(pauses),
+            aim=0.05,
+            note=f"of a call that enters {_STEP} keys",
+        )
+    )
+    return rows
+
+
+def _child(name: str, kind: str, count: int) -> dict[str, float]:
+    code = f"import _capacity; _capacity.measure({name!r}, {kind!r}, {count})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def measure(name: str, kind: str, count: int) -> None:
+    """Grow an index in this process, and print what that took."""
+    held, enter = _enter_zcache() if kind == "zcache" else _enter_zarr()
+    key = KEYS[name]
+    # Chunks are read in the order of some user, not in theirs.
+    numbers = _permuted(count)
+    length = sum(len(key(n)) for n in range(0, count, 1000)) / len(range(0, count, 1000))
+    before = _resident()
+    pause = 0.0
+    batch = []
+    for n in numbers:
+        batch.append(key(n))
+        if len(batch) == _STEP:
+            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            start = time.perf_counter()
+            enter(batch)
+            elapsed = time.perf_counter() - start
+            if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == switches:
+                pause = max(pause, elapsed)
+            batch = []
+    if batch:
+        enter(batch)
+    after = _resident()
+    if len(held) != count:
+        raise RuntimeError(f"{len(held)} of {count} keys are held")
+    print(json.dumps({"bytes": (after - before) / count, "pause": pause, "length": length}))
+
+
+def _enter_zcache() -> tuple[Any, Callable[[list[str]], object]]:
+    from zcache._core import Index
+
+    index = Index(flat=True)
+    return index, lambda keys: index.adopt([(1, 8, key) for key in keys])
+
+
+def _enter_zarr() -> tuple[Any, Callable[[list[str]], object]]:
+    from _index import _track
+    from _setup import zarr_store
+
+    store = zarr_store(MemoryStore())
+    return store._state.cache_order, lambda keys: _track(store, keys)
+
+
+def _permuted(count: int) -> Iterator[int]:
+    """All numbers below `count` in an order that looks random, without a list of them."""
+    step = int(count * 0.6180339887) | 1
+    while any(step % factor == 0 and count % factor == 0 for factor in (3, 5, 7)):
+        step += 2
+    at = 0
+    for _ in range(count):
+        yield at
+        at = (at + step) % count
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+async def sweep(scale: Scale) -> list[Row]:
+    """`delete_dir` of an array of 1,000,000 chunks among 10,000,000 keys, beside a thread that reads."""
+    arrays, chunks = 10, scale.of(1_000_000, 50_000)
+    value = cpu.Buffer.from_bytes(b"12345678")
+    doomed = "era5/array0"
+    keys = {n: f"c/{n // 5000}/{n // 100 % 50}/{n % 100}" for n in range(chunks)}
+    held = {f"{doomed}/{key}": value for key in keys.values()}
+    store = zcache_store(MemoryStore(), MemoryStore(held), adopt=True)
+    index = store._engine.index
+    # The bytes of the others never matter here, and would take ten times as much memory.
+    for array in range(1, arrays):
+        for start in range(0, chunks, 10_000):
+            index.adopt(
+                [
+                    (1, 8, f"era5/array{array}/{keys[n]}")
+                    for n in range(start, min(start + 10_000, chunks))
+                ]
+            )
+    assert len(index) == arrays * chunks
+    other = [
+        f"era5/array{1 + n % 9}/{keys[n % chunks]}" for n in random.sample(range(chunks), 20_000)
+    ]
+    idle, busy, lags = [], [], []
+    await asyncio.to_thread(_look, index, other, idle, None)
+    stop = threading.Event()
+    reader = threading.Thread(target=_look, args=(index, other, busy, stop))
+    reader.start()
+    watcher = asyncio.ensure_future(_watch(lags))
+    await asyncio.sleep(0.05)
+    before = len(busy)
+    start = time.perf_counter()
+    await store.delete_dir(doomed)
+    elapsed = time.perf_counter() - start
+    during = busy[before:]
+    stop.set()
+    reader.join()
+    watcher.cancel()
+    assert len(index) == (arrays - 1) * chunks
+    assert not held
+    what = f"delete_dir of {chunks:,} chunks among {arrays * chunks:,} keys"
+    return [
+        Row(what, zcache=elapsed, note="zarr's class leaves deleted values in the cache"),
+        Row(f"{what}: event loop's longest lag", zcache=max(lags, default=elapsed)),
+        *(
+            Row(
+                f"{what}: lookup in another thread, {part:.2%}",
+                zcache=percentile(during, part) if during else None,
+                bare=percentile(idle, part),
+                note=f"{len(during):,} lookups meanwhile; bare: with nothing else to do"
+                * (part == 0.5),
+            )
+            for part in (0.5, 0.99, 0.9999)
+        ),
+    ]
+
+
+def _look(index: Any, keys: list[str], times: list[float], stop: threading.Event | None) -> None:
+    while True:
+        for key in keys:
+            start = time.perf_counter()
+            index.lookup(key, None, 1.0)
+            times.append(time.perf_counter() - start)
+            if stop is not None and stop.is_set():
+                return
+        if stop is None:
+            return
+
+
+async def _watch(lags: list[float]) -> None:
+    last = time.perf_counter()
+    while True:
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        lags.append(now - last)
+        last = now

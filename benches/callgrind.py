@@ -1,0 +1,129 @@
+"""Count the instructions of a hit under callgrind: a figure that other processes do not touch.
+
+    python benches/callgrind.py [--hits N]
+
+Runs this file again under valgrind. There the instructions of N and of 2N hits are counted, and the
+difference is divided by N, so what surrounds the hits falls out. Needs `valgrind`; takes about two
+minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_KEYS = 64
+
+
+def contestants() -> dict[str, Callable[[int], None]]:
+    """By name: what makes so many hits."""
+    from _setup import PROTOTYPE, chunk_keys, memory_store, read_all, zarr_store, zcache_store
+
+    keys = chunk_keys(_KEYS)
+    source = memory_store(keys, 100)
+    mine = zcache_store(source)
+    stores = {"bare MemoryStore.get": source, "zcache": mine, "zarr": zarr_store(source)}
+    loop = asyncio.new_event_loop()
+
+    async def hits(store: Any, count: int) -> None:
+        get = store.get
+        for n in range(count):
+            await get(keys[n % _KEYS], PROTOTYPE)
+
+    def by_get(store: Any) -> Callable[[int], None]:
+        for _ in range(2):
+            loop.run_until_complete(read_all(store, keys))
+        # Past the point where the interpreter specializes the code.
+        loop.run_until_complete(hits(store, 500))
+        return lambda count: loop.run_until_complete(hits(store, count))
+
+    found = {name: by_get(store) for name, store in stores.items()}
+    lookup = mine._engine.index.lookup
+
+    def lookups(count: int) -> None:
+        for n in range(count):
+            lookup(keys[n % _KEYS], None, 1.0)
+
+    def nothing(count: int) -> None:
+        for n in range(count):
+            keys[n % _KEYS]
+
+    return {**found, "Index.lookup and the loop": lookups, "the loop": nothing}
+
+
+def under_valgrind(hits: int) -> None:
+    """Count phase by phase; callgrind writes one file for each."""
+
+    def control(*arguments: str) -> None:
+        subprocess.run(
+            ["callgrind_control", *arguments, str(os.getpid())], check=True, capture_output=True
+        )
+
+    runs = contestants()
+    control("--instr=on")
+    for run in runs.values():
+        for count in (hits, 2 * hits):
+            run(hits)  # Callgrind translates code when it first sees it.
+            control("--zero")
+            run(count)
+            control("--dump")
+
+
+def _totals(directory: Path) -> list[int]:
+    """Instructions of each dump, in order. The file without a number is written at the end."""
+    files = sorted(directory.glob("out.*"), key=lambda path: int(path.name.split(".")[-1]))
+    totals = []
+    for path in files:
+        found = re.search(
+            r"^(?:totals|summary): (\d+)", path.read_text(errors="replace"), re.MULTILINE
+        )
+        assert found is not None, path
+        totals.append(int(found[1]))
+    return totals
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--hits", type=int, default=2000, help="N (default: %(default)s)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        under_valgrind(args.hits)
+        return 0
+    if shutil.which("valgrind") is None:
+        print("callgrind.py needs valgrind, which is not installed", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as directory:
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet"]
+        command += [f"--callgrind-out-file={directory}/out", sys.executable, __file__, "--child"]
+        # A hash seed of its own would make each run another one.
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        environment["OPENBLAS_NUM_THREADS"] = "1"
+        subprocess.run([*command, "--hits", str(args.hits)], check=True, env=environment)
+        totals = _totals(Path(directory))
+    names = ["bare MemoryStore.get", "zcache", "zarr", "Index.lookup and the loop", "the loop"]
+    assert len(totals) == 2 * len(names), totals
+    each = {
+        name: (totals[2 * at + 1] - totals[2 * at]) / args.hits for at, name in enumerate(names)
+    }
+    bare = each["bare MemoryStore.get"]
+    for name in names[:3]:
+        print(f"{name:<28} {each[name]:>9,.0f} instructions a hit  {each[name] / bare:5.2f} x bare")
+    lookup = each["Index.lookup and the loop"] - each["the loop"]
+    print(f"{'Index.lookup':<28} {lookup:>9,.0f} instructions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

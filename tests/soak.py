@@ -1,0 +1,407 @@
+"""A long random run: threads, event loops, forked children, cancellations and faults on one store.
+
+    python tests/soak.py [--seconds 120] [--seed N] [--round 5]
+
+Each key has one writer, who numbers its versions. Whoever reads it notes which version was complete
+before and which one had begun after, and must get one of those in between, byte for byte. At the end
+of each round the books are compared with what the cache store holds. Prints what was done; the exit
+code is 1 if anything did not match.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from coherence_support import PROTOTYPE, CacheStore, FaultyStore, ask, buf, cut, settled, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zarr.abc.store import ByteRequest, Store
+
+GROUPS, KEYS_IN_GROUP = 8, 5
+ERRORS: list[Callable[[], Exception]] = [
+    lambda: OSError(28, "no space left"),
+    lambda: OSError(5, "input/output error"),
+    lambda: OSError(36, "name too long"),
+    TimeoutError,
+    lambda: KeyError("k"),
+    lambda: RuntimeError("a library's own"),
+]
+
+
+class SourceError(Exception):
+    """What the source raises now and then; the one error that users may see."""
+
+
+class MismatchError(AssertionError):
+    """What must never happen."""
+
+
+class Source(FaultyStore):
+    """A source that is slow now and then, and knows which writes are under way."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance = chance
+        self.active: Counter[str] = Counter()
+
+    async def _do(self, operation: str, key: str, effect: Callable[[], Any]) -> Any:
+        with self._lock:
+            self.active[key] += operation != "get"
+        try:
+            if self.chance.random() < 0.3:
+                await asyncio.sleep(self.chance.random() / 500)
+            return await super()._do(operation, key, effect)
+        finally:
+            with self._lock:
+                self.active[key] -= operation != "get"
+
+    def writing(self, prefix: str) -> bool:
+        """Whether something below a prefix is being changed."""
+        with self._lock:
+            return any(n for key, n in self.active.items() if key.startswith(prefix))
+
+
+class Register:
+    """The versions of one key. One writer at a time."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.begun = self.done = 0
+        self.values: list[bytes | None] = [None]
+
+    def next(self, chance: random.Random, *, delete: bool) -> bytes | None:
+        """Begin a version."""
+        text = f"{self.key}:{len(self.values)}:".encode()
+        value = None if delete else (text * 40)[: len(text) + chance.randrange(120)]
+        self.values.append(value)
+        self.begun = len(self.values) - 1
+        return value
+
+    def check(self, since: int, request: ByteRequest | None, found: bytes | None) -> None:
+        """Assert that a read which began when `since` was complete may give this."""
+        legal = self.values[since : self.begun + 1]
+        if found not in [None if value is None else cut(value, request) for value in legal]:
+            text = f"{self.key} {request}: {found!r} is none of versions {since} to {self.begun}"
+            raise MismatchError(text)
+
+
+class Round:
+    """One store and everybody who uses it for a while."""
+
+    def __init__(self, kind: str, seed: int, directory: Path, *, forks: bool = True) -> None:
+        self.chance = random.Random(seed)
+        self.kind = kind
+        # The source of a child is a copy, which must not get into a directory that both share.
+        self.forks = forks and kind != "directory"
+        self.seed = seed
+        self.counts: Counter[str] = Counter()
+        self.mismatches: list[str] = []
+        self.stop = threading.Event()
+        self.source = Source(random.Random(seed + 1))
+        self.faulty = FaultyStore()
+        caches: dict[str, Callable[[], Store]] = {
+            "memory": MemoryStore,
+            "directory": lambda: LocalStore(directory),
+            "faulty": lambda: self.faulty,
+        }
+        self.max_size = self.chance.choice([500, 2000, 6000])
+        self.store = CacheStore(
+            self.source,
+            cache_store=caches[kind](),
+            max_size=self.max_size,
+            max_age_seconds=self.chance.choice(["infinity", 0.05]),
+            cache_set_data=self.chance.random() < 0.8,
+        )
+        self.directory = directory
+        self.groups = [
+            [Register(f"g{group}/{key}") for key in range(KEYS_IN_GROUP)] for group in range(GROUPS)
+        ]
+        fault = random.Random(seed + 2)
+        self.source.plan = lambda *_: SourceError() if fault.random() < 0.01 else None
+        self.faulty.plan = lambda *_: fault.choice(ERRORS)() if fault.random() < 0.1 else None
+
+    def request(self, chance: random.Random) -> ByteRequest | None:
+        first, count = chance.randrange(60), chance.randrange(1, 60)
+        kinds: list[ByteRequest | None] = [
+            *(None, None, RangeByteRequest(first, first + count)),
+            *(OffsetByteRequest(first), SuffixByteRequest(count)),
+        ]
+        return chance.choice(kinds)
+
+    # -------------------------------------------------------------------- readers
+
+    async def read(self, chance: random.Random) -> None:
+        register = chance.choice(chance.choice(self.groups))
+        request, since = self.request(chance), register.done
+        value = await self.store.get(register.key, PROTOTYPE, request)
+        register.check(since, request, None if value is None else value.to_bytes())
+        self.counts["reads"] += 1
+
+    async def read_many(self, chance: random.Random) -> None:
+        registers = [chance.choice(chance.choice(self.groups)) for _ in range(4)]
+        asked = [(register.key, self.request(chance)) for register in registers]
+        since = [register.done for register in registers]
+        found = await self.store.get_partial_values(PROTOTYPE, asked)
+        for register, (_, request), at, value in zip(registers, asked, since, found, strict=True):
+            register.check(at, request, None if value is None else value.to_bytes())
+        self.counts["reads"] += len(asked)
+
+    def read_now(self, chance: random.Random) -> None:
+        register = chance.choice(chance.choice(self.groups))
+        request, since = self.request(chance), register.done
+        value = self.store.get_sync(register.key, byte_range=request)
+        register.check(since, request, None if value is None else value.to_bytes())
+        self.counts["reads"] += 1
+
+    # -------------------------------------------------------------------- writers
+
+    async def write(self, chance: random.Random, group: list[Register]) -> None:
+        act, register = chance.random(), chance.choice(group)
+        if act < 0.1:
+            for each in group:
+                each.next(chance, delete=True)
+            await self.store.delete_dir(group[0].key.split("/")[0])
+            for each in group:
+                each.done = each.begun
+            self.counts["prefix deletes"] += 1
+            return
+        value = register.next(chance, delete=act < 0.3)
+        if value is None:
+            await self.store.delete(register.key)
+        else:
+            await self.store.set(register.key, buf(value))
+        register.done = register.begun
+        self.counts["writes"] += 1
+
+    def write_now(self, chance: random.Random, group: list[Register]) -> None:
+        register = chance.choice(group)
+        value = register.next(chance, delete=chance.random() < 0.3)
+        if value is None:
+            self.store.delete_sync(register.key)
+        else:
+            self.store.set_sync(register.key, buf(value))
+        register.done = register.begun
+        self.counts["writes"] += 1
+
+    # --------------------------------------------------------------------- actors
+
+    def thread(self, number: int) -> None:
+        """Use the synchronous surface."""
+        chance = random.Random(self.seed * 1000 + number)
+        while not self.stop.is_set():
+            try:
+                if chance.random() < 0.8:
+                    self.read_now(chance)
+                else:
+                    self.write_now(chance, self.groups[number])
+            except SourceError:
+                self.counts["errors of the source"] += 1
+
+    def loop(self, number: int) -> None:
+        """Use the asynchronous surface, with many tasks at once."""
+        asyncio.run(self._loop(number))
+
+    async def _loop(self, number: int) -> None:
+        chance = random.Random(self.seed * 1000 + number)
+        while not self.stop.is_set():
+            writer = self.write(chance, self.groups[number])
+            readers = [self.read(chance) for _ in range(12)] + [self.read_many(chance)]
+            tasks = [asyncio.create_task(work) for work in (writer, *readers)]
+            await asyncio.sleep(chance.random() / 500)
+            for task in chance.sample(tasks, 2):
+                self.counts["cancelled"] += task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, SourceError):
+                    self.counts["errors of the source"] += 1
+                elif isinstance(result, Exception):
+                    raise result
+            # A write that was cancelled goes on by itself; the next one waits for it.
+            prefix = self.groups[number][0].key.split("/")[0]
+            await until(lambda: not self.source.writing(prefix))  # noqa: B023 - it ends here
+
+    def damage(self, chance: random.Random) -> None:
+        """Let a value vanish behind the cache's back."""
+        if self.kind == "faulty":
+            names = list(self.faulty.values)
+            if names:
+                self.faulty.do_set(chance.choice(names), None)
+        elif self.kind == "directory":
+            files = [path for path in self.directory.rglob("*/*") if ".zcache" not in path.parts]
+            files = [path for path in files if path.is_file()]
+            if files:
+                chance.choice(files).unlink(missing_ok=True)
+        self.counts["values that vanished"] += self.kind != "memory"
+
+    def fork(self) -> None:
+        """Let a child read everything, and write something of its own."""
+        child = os.fork()
+        if child:
+            self.counts["forks"] += 1
+            status = os.waitpid(child, 0)[1]
+            if status:
+                raise MismatchError(f"a forked child failed with status {status}")
+            return
+        status = 1
+        try:
+            signal.alarm(60)
+            self.source.plan = self.faulty.plan = lambda *_: None
+            chance = random.Random(os.getpid())
+            asyncio.run(self._in_child(chance))
+            for _ in range(50):
+                self.read_now(chance)
+            ask(self.store, lambda index: index.validate())
+            status = 0
+        except BaseException:  # noqa: BLE001 - the parent sees the status
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    async def _in_child(self, chance: random.Random) -> None:
+        await asyncio.gather(*(self.read(chance) for _ in range(100)))
+        key = f"child/{os.getpid()}"
+        await self.store.set(key, buf(b"mine"))
+        value = await self.store.get(key, PROTOTYPE)
+        if value is None or value.to_bytes() != b"mine":
+            raise MismatchError("a child does not read what it wrote")
+        await self.store.delete(key)
+
+    def watch(self) -> None:
+        """Compare what can be compared while all are at work."""
+        self.counts["books checked"] += 1
+        if self.kind != "directory":
+            ask(self.store, lambda index: index.validate())
+        if ask(self.store, lambda index: index.current_size) > self.max_size:
+            raise MismatchError("more bytes than the bound allows")
+        if self.faulty.peak > self.max_size:
+            raise MismatchError(f"{self.faulty.peak} bytes were in the cache store")
+
+    def guard(self, work: Callable[[], None]) -> None:
+        """Run an actor; what it raises is a mismatch."""
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody asked for it
+            self.mismatches.append("".join(traceback.format_exception(error)))
+            self.stop.set()
+
+    def run(self, seconds: float) -> None:
+        """Let everybody work for so long, then compare all there is."""
+        actors: list[Callable[[], None]] = [
+            *(lambda n=n: self.thread(n) for n in range(GROUPS // 2)),
+            *(lambda n=n: self.loop(n) for n in range(GROUPS // 2, GROUPS)),
+        ]
+        threads = [threading.Thread(target=self.guard, args=(actor,)) for actor in actors]
+        for thread in threads:
+            thread.start()
+        self.guard(lambda: self._main(time.monotonic() + seconds))
+        self.stop.set()
+        for thread in threads:
+            thread.join()
+        self.guard(lambda: asyncio.run(self.compare()))
+
+    def _main(self, end: float) -> None:
+        turn = 0
+        while time.monotonic() < end and not self.stop.is_set():
+            turn += 1
+            self.watch()
+            if turn % 20 == 0:
+                self.damage(self.chance)
+            if turn % 25 == 0 and self.forks:
+                self.fork()
+            time.sleep(0.01)
+
+    async def compare(self) -> None:
+        """The books, the cache store and the source, once all is quiet and nothing fails."""
+        self.counts["faults"] += self.source.faults + self.faulty.faults
+        self.source.plan = self.faulty.plan = lambda *_: None
+        store = self.store
+        store._engine.breaker.succeeded()
+        await settled(store)
+        # What vanished and was never asked for since is still counted.
+        await store.clear_cache()
+        for _ in range(2):
+            for register in (register for group in self.groups for register in group):
+                found = await store.get(register.key, PROTOTYPE)
+                value = None if found is None else found.to_bytes()
+                if value != self.source.values.get(register.key):
+                    raise MismatchError(f"{register.key} is not what the source has")
+        self.counts["books checked"] += 1
+        ask(store, lambda index: index.validate())
+        size = ask(store, lambda index: index.current_size)
+        if self.kind == "memory":
+            cache: Any = store._cache
+            held = sum(map(len, cache._store_dict.values()))
+        elif self.kind == "faulty":
+            held = self.faulty.total
+        else:
+            files = [path for path in self.directory.rglob("*") if path.is_file()]
+            own = (".zcache/index", ".zcache/stamp")
+            names = [(path.relative_to(self.directory).as_posix(), path) for path in files]
+            held = sum(path.stat().st_size for name, path in names if not name.startswith(own))
+        if size != held or held > self.max_size:
+            raise MismatchError(f"{size} bytes are counted, {held} are there, of {self.max_size}")
+        if ask(store, lambda index: index.in_flight) != (0, 0):
+            raise MismatchError("something is in flight")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A long random run with faults.")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--round", type=float, default=5, help="seconds for one store")
+    options = parser.parse_args()
+    # Python says of every fork of a process with threads that it may deadlock. That is the question.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    logging.getLogger("zcache").setLevel(logging.CRITICAL)
+    total: Counter[str] = Counter()
+    mismatches = 0
+    end = time.monotonic() + options.seconds
+    print(f"soak for {options.seconds:g} s, seed {options.seed}", flush=True)
+    seed = options.seed
+    while time.monotonic() < end and not mismatches:
+        for kind in ("memory", "faulty", "directory"):
+            directory = Path(tempfile.mkdtemp(prefix="zcache-soak-"))
+            current = Round(kind, seed, directory)
+            current.run(max(0.2, min(options.round, end - time.monotonic())))
+            shutil.rmtree(directory, ignore_errors=True)
+            for text in current.mismatches:
+                print(f"seed {seed}, {kind}:\n{text}", file=sys.stderr)
+            mismatches += len(current.mismatches)
+            total.update(current.counts)
+            seed += 1
+            if time.monotonic() >= end:
+                break
+    operations = sum(total[name] for name in ("reads", "writes", "prefix deletes"))
+    for name in ("reads", "writes", "prefix deletes", "cancelled", "forks"):
+        print(f"  {name}: {total[name]}")
+    print(f"  errors of the source: {total['errors of the source']}")
+    print(f"  values that vanished: {total['values that vanished']}")
+    print(
+        f"operations: {operations}, faults injected: {total['faults']}, "
+        f"books checked: {total['books checked']}, mismatches: {mismatches}"
+    )
+    return int(mismatches > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""Read your writes: whatever way a value changes, whoever reads after that sees the change."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import pickle
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import cpu
+from zarr.storage import LocalStore, MemoryStore
+
+from coherence_support import (
+    PROTOTYPE,
+    CacheStore,
+    DictStore,
+    GatedStore,
+    SyncDictStore,
+    buf,
+    index_of,
+    reached,
+    read,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+OLD, NEW = b"the old value", b"a new one, and longer than that"
+SOURCE = {"a": OLD, "b": b"b" * 9, "g/a": OLD, "g/b/c": OLD, "gg/a": OLD}
+RANGES = (None, RangeByteRequest(2, 9), OffsetByteRequest(4), SuffixByteRequest(5))
+
+
+class Write(NamedTuple):
+    """A way in which a value changes: what does it, the key that it changes, its value then."""
+
+    do: Callable[[CacheStore], Awaitable[Any]]
+    key: str
+    value: bytes | None
+
+
+def in_thread(do: Callable[[CacheStore], None]) -> Callable[[CacheStore], Awaitable[None]]:
+    return lambda store: asyncio.to_thread(do, store)
+
+
+async def set_many(store: CacheStore) -> None:
+    await store._set_many([("b", buf(OLD)), ("a", buf(NEW))])
+
+
+async def by_a_copy(store: CacheStore) -> None:
+    await pickle.loads(pickle.dumps(store)).delete("a")
+
+
+WRITES = {
+    "set": Write(lambda store: store.set("a", buf(NEW)), "a", NEW),
+    "set_shorter": Write(lambda store: store.set("a", buf(b"x")), "a", b"x"),
+    "set_same_size": Write(lambda store: store.set("a", buf(OLD[::-1])), "a", OLD[::-1]),
+    "set_empty": Write(lambda store: store.set("a", buf(b"")), "a", b""),
+    "set_new": Write(lambda store: store.set("n", buf(NEW)), "n", NEW),
+    "set_many": Write(set_many, "a", NEW),
+    "set_if_not_exists": Write(lambda store: store.set_if_not_exists("n", buf(NEW)), "n", NEW),
+    "set_if_it_exists": Write(lambda store: store.set_if_not_exists("a", buf(NEW)), "a", OLD),
+    "delete": Write(lambda store: store.delete("a"), "a", None),
+    "delete_dir": Write(lambda store: store.delete_dir("g"), "g/b/c", None),
+    "delete_dir_slash": Write(lambda store: store.delete_dir("g/"), "g/a", None),
+    "delete_dir_inner": Write(lambda store: store.delete_dir("g/b"), "g/b/c", None),
+    "clear": Write(lambda store: store.clear(), "a", None),
+    "by_a_copy": Write(by_a_copy, "a", None),
+    "by_another_view": Write(
+        lambda store: (
+            store.with_read_only(read_only=True).with_read_only(read_only=False).set("a", buf(NEW))
+        ),
+        "a",
+        NEW,
+    ),
+    "set_sync": Write(in_thread(lambda store: store.set_sync("a", buf(NEW))), "a", NEW),
+    "delete_sync": Write(in_thread(lambda store: store.delete_sync("a")), "a", None),
+}
+# What changes a source that tests can hold up: its copies would hold up nobody.
+GATED = [name for name in WRITES if not name.startswith("by_")]
+
+
+@pytest.fixture(params=["memory", "directory", "another"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A cache store of each sort that zcache knows its own way to."""
+    if request.param == "memory":
+        return MemoryStore()
+    return LocalStore(tmp_path / "cache") if request.param == "directory" else SyncDictStore()
+
+
+async def same_as_source(store: CacheStore, source: Store, *keys: str) -> None:
+    """Assert that all ways of reading give what the source has, from the cache and without."""
+    for _ in range(2):
+        for key in keys:
+            expected = [await read(source, key, request) for request in RANGES]
+            assert [await read(store, key, request) for request in RANGES] == expected
+            assert await store.exists(key) == (expected[0] is not None)
+            if expected[0] is None:
+                with pytest.raises(FileNotFoundError):
+                    await store.getsize(key)
+                continue
+            assert await store.getsize(key) == len(expected[0])
+            many = await store.get_partial_values(PROTOTYPE, [(key, r) for r in RANGES])
+            assert [v.to_bytes() for v in many if v is not None] == expected
+            if hasattr(Store, "get_ranges"):
+                groups = store.get_ranges(key, RANGES, prototype=PROTOTYPE)
+                found = {
+                    n: v.to_bytes() async for group in groups for n, v in group if v is not None
+                }
+                assert [found[n] for n in range(len(RANGES))] == expected
+            if store._supports_sync_io:
+                sync = [await asyncio.to_thread(store.get_sync, key, byte_range=r) for r in RANGES]
+                assert [None if v is None else v.to_bytes() for v in sync] == expected
+
+
+@pytest.mark.parametrize("warm", ["cold", "whole", "ranges"])
+@pytest.mark.parametrize("cache_set_data", [True, False])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+async def test_a_write_is_seen_by_who_reads_after_it(
+    write: Write, cache: Store, cache_set_data: bool, warm: str, tmp_path: Path
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    for key, value in SOURCE.items():
+        await source.set(key, buf(value))
+    store = CacheStore(source, cache_store=cache, cache_set_data=cache_set_data, max_size=2000)
+    if warm != "cold":
+        for key in (*SOURCE, "n"):
+            for request in RANGES[1:] if warm == "ranges" else RANGES[:1]:
+                await read(store, key, request)
+        assert len(index_of(store)) == len(SOURCE) * (3 if warm == "ranges" else 1)
+    await write.do(store)
+    assert await read(store, write.key) == write.value
+    await same_as_source(store, source, *SOURCE, "n")
+    index_of(store).validate()
+
+
+@pytest.mark.parametrize("name", [*GATED, "clear_cache"])
+@pytest.mark.parametrize("request_", RANGES[::3], ids=["whole", "range"])
+async def test_a_fill_from_before_a_write_never_lands_after_it(
+    name: str, request_: Any, cache: Store
+) -> None:
+    source = GatedStore(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    key = "a" if name == "clear_cache" else WRITES[name].key
+    source.late["get"] = 1
+    early = asyncio.create_task(read(store, key, request_))
+    await reached(source)
+    # The source has answered with the old value, but the reader does not have it yet.
+    if name == "clear_cache":
+        await store.clear_cache()
+    else:
+        await WRITES[name].do(store)
+    source.release()
+    await early
+    # What lands late is not what a later reader gets.
+    assert await read(store, key) == source.values.get(key)
+    assert await read(store, key, request_) == await read(source, key, request_)
+    await same_as_source(store, source, *SOURCE, "n")
+    if name == "clear_cache":
+        return
+    assert await early in (await read(DictStore(SOURCE), key, request_), await early)
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("gate", ["shut", "late"])
+async def test_a_reader_after_a_write_joins_no_flight_from_before_it(
+    name: str, gate: str, cache: Store
+) -> None:
+    source = GatedStore(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    write = WRITES[name]
+    getattr(source, gate)["get"] = 1
+    early = [asyncio.create_task(read(store, write.key)) for _ in range(3)]
+    await reached(source)
+    await write.do(store)
+    # The first read is still under way; this one does not wait for it.
+    assert await asyncio.wait_for(read(store, write.key), 30) == write.value
+    assert not any(task.done() for task in early)
+    source.release()
+    await asyncio.gather(*early)
+    await same_as_source(store, source, *SOURCE, "n")
+
+
+class BrokenError(Exception):
+    """What a source raises."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", GATED)
+async def test_a_write_that_fails_leaves_nothing_that_differs(
+    name: str, when: str, cache: Store
+) -> None:
+    class Failing(GatedStore):
+        armed = False
+
+        def strike(self, operation: str, at: str) -> None:
+            if self.armed and operation not in ("get", "exists") and at == when:
+                raise BrokenError
+
+        async def before(self, operation: str, key: str) -> None:
+            self.strike(operation, "before")
+
+        async def after(self, operation: str, key: str, result: object) -> None:
+            self.strike(operation, "after")
+
+        def before_now(self, operation: str, key: str) -> None:
+            self.strike(operation, "before")
+
+        def after_now(self, operation: str, key: str) -> None:
+            self.strike(operation, "after")
+
+    source = Failing(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    for key in SOURCE:
+        await read(store, key)
+    source.armed = True
+    with pytest.raises(BrokenError):
+        await WRITES[name].do(store)
+    await others_ended()
+    source.armed = False
+    await same_as_source(store, source, *SOURCE, "n")
+    assert index_of(store).in_flight == (0, 0)
+
+
+@pytest.mark.parametrize("gate", ["shut", "late"])
+@pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
+async def test_a_write_that_is_cancelled_leaves_nothing_that_differs(
+    name: str, gate: str, cache: Store
+) -> None:
+    """Cancelled, it goes on by itself: nobody can call back what is on the wire."""
+    source = GatedStore(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    for key in SOURCE:
+        await read(store, key)
+    for operation in ("set", "set_if_not_exists", "delete", "delete_dir", "clear"):
+        getattr(source, gate)[operation] = math.inf
+    task = asyncio.ensure_future(WRITES[name].do(store))
+    await reached(source)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # A reader now may fill the cache with what is about to go.
+    await same_as_source(store, source, *SOURCE, "n")
+    source.release()
+    await others_ended()
+    await same_as_source(store, source, *SOURCE, "n")
+    assert index_of(store).in_flight == (0, 0)
+
+
+async def others_ended() -> None:
+    """Wait for what goes on by itself."""
+    await until(lambda: len(asyncio.all_tasks()) == 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_writers_of_one_key_at_once(seed: int, cache: Store) -> None:
+    """Tasks and threads, with readers among them: either nothing is cached or what the source has."""
+    chance = np.random.default_rng(seed)
+
+    class Slow(GatedStore):
+        async def before(self, operation: str, key: str) -> None:
+            await asyncio.sleep(chance.integers(3) / 1000)
+
+        async def after(self, operation: str, key: str, result: object) -> None:
+            await self.before(operation, key)
+
+    source = Slow(SOURCE)
+    store = CacheStore(source, cache_store=cache, max_size=1000)
+    for _ in range(5):
+        writes = [store.set("a", buf(bytes([65 + n]) * (n + 1))) for n in range(8)]
+        reads = [read(store, "a", RANGES[n % 4]) for n in range(8)]
+        sync = [
+            asyncio.to_thread(store.set_sync, "a", buf(bytes([97 + n]) * (n + 1)))
+            for n in range(4 if store._supports_sync_io else 0)
+        ]
+        await asyncio.gather(*writes, *reads, *sync, store.delete("a"))
+        await same_as_source(store, source, "a")
+    index_of(store).validate()
+
+
+# ----------------------------------------------------------------- whose bytes they are
+
+
+async def test_the_cache_keeps_its_own_copy(cache: Store) -> None:
+    source = DictStore()
+    store = CacheStore(source, cache_store=cache)
+    array = np.frombuffer(bytearray(OLD), dtype="u1").copy()
+    await store.set("a", cpu.Buffer.from_array_like(array))
+    array[:] = 0
+    assert await read(store, "a") == OLD
+    assert source.counts["get"] == 0
+
+
+@pytest.mark.parametrize("request_", RANGES)
+async def test_who_writes_into_what_it_read_changes_nothing(cache: Store, request_: Any) -> None:
+    source = DictStore(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    await store.set("b", buf(NEW))
+    for key in ("a", "b"):
+        for _ in range(3):
+            value = await store.get(key, PROTOTYPE, request_)
+            assert value is not None
+            array = value.as_numpy_array()
+            if array.flags.writeable:
+                array[:] = 0
+            assert await read(store, key) == source.values[key]
+            assert await read(store, key, request_) == await read(source, key, request_)
+
+
+ALIASES = ["./a", "a/", "g/../a", "g//a", "g/./a", "/a", "a\0", "\ud800"]
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+async def test_a_key_by_another_name(alias: str, cache: Store, tmp_path: Path) -> None:
+    """On a file system they name the same file: what one changes, the other reads."""
+    source = LocalStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=cache)
+    for key in ("a", "g/a"):
+        await store.set(key, buf(OLD))
+        assert await read(store, key) == OLD
+    try:
+        await source.set(alias, buf(NEW))
+    except (OSError, ValueError):
+        changes: list[Callable[[], Awaitable[None]]] = []
+    else:
+        changes = [lambda: store.set(alias, buf(NEW)), lambda: store.delete(alias)]
+    for change in changes:
+        if not alias.startswith("/"):
+            await change()
+            await same_as_source(store, source, "a", "g/a")
+            assert await read(store, alias) == await read(source, alias)
+    assert not [key for key, *_ in index_of(store).entries() if key not in ("a", "g/a")]

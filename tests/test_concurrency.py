@@ -1,0 +1,261 @@
+"""One flight per key, across tasks, threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+
+import soak
+from coherence_support import (
+    PROTOTYPE,
+    SECOND,
+    CacheStore,
+    FaultyStore,
+    GatedStore,
+    SecondBuffer,
+    index_of,
+    reached,
+    read,
+    threads,
+    until,
+    value_sync,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+VALUE = bytes(range(100))
+MANY = 200
+
+
+@pytest.fixture
+def source() -> GatedStore:
+    return GatedStore({"k": VALUE, "other": VALUE[::-1]})
+
+
+@pytest.fixture
+def store(source: GatedStore) -> CacheStore:
+    return CacheStore(source)
+
+
+def missed(store: CacheStore, count: int) -> None:
+    """Wait until so many have looked in vain."""
+    while store.cache_stats()["misses"] < count:
+        time.sleep(0.001)
+
+
+# ------------------------------------------------------------------- one flight per key
+
+
+async def test_one_read_for_many_tasks(source: GatedStore, store: CacheStore) -> None:
+    source.shut["get"] = 1
+    tasks = [asyncio.create_task(read(store, "k")) for _ in range(MANY)]
+    await reached(source)
+    await asyncio.to_thread(missed, store, MANY)
+    source.release()
+    assert await asyncio.gather(*tasks) == [VALUE] * MANY
+    assert source.counts["get"] == 1
+    assert index_of(store).in_flight == (0, 0)
+
+
+def test_one_read_for_many_threads(source: GatedStore, store: CacheStore) -> None:
+    source.shut["get"] = 1
+    with threads(*[lambda: value_sync(store)] * 40) as results:
+        missed(store, 40)
+        source.release()
+    assert results == [VALUE] * 40
+    assert source.counts["get"] == 1
+
+
+@pytest.mark.parametrize("first", ["loop", "thread"])
+def test_one_read_for_threads_and_loops(source: GatedStore, store: CacheStore, first: str) -> None:
+    async def tasks() -> list[bytes | None]:
+        requests = [None, None, RangeByteRequest(10, 20), SuffixByteRequest(5), None]
+        return list(await asyncio.gather(*(read(store, "k", request) for request in requests)))
+
+    source.shut["get"] = 1
+    kinds: dict[str, Callable[[], object]] = {
+        "loop": lambda: asyncio.run(tasks()),
+        "thread": lambda: value_sync(store),
+    }
+    with threads(kinds[first]) as one:
+        assert source.arrived.acquire(timeout=60)
+        with threads(*[*kinds.values()] * 8) as results:
+            missed(store, 8 * 6 + (5 if first == "loop" else 1))
+            source.release()
+    assert source.counts["get"] == 1
+    loops = [VALUE, VALUE, VALUE[10:20], VALUE[-5:], VALUE]
+    assert results == [loops, VALUE] * 8
+    assert one == [loops if first == "loop" else VALUE]
+
+
+async def test_one_read_for_one_range(source: GatedStore, store: CacheStore) -> None:
+    source.shut["get"] = 1
+    tail = SuffixByteRequest(7)
+    tasks = [asyncio.create_task(read(store, "k", tail)) for _ in range(MANY)]
+    tasks += [asyncio.create_task(batch(store, tail)) for _ in range(3)]
+    await reached(source)
+    await asyncio.to_thread(missed, store, MANY + 3)
+    source.release()
+    assert await asyncio.gather(*tasks) == [VALUE[-7:]] * (MANY + 3)
+    assert source.counts["get"] == 1
+
+
+async def batch(store: CacheStore, *requests: Any) -> bytes:
+    found = await store.get_partial_values(PROTOTYPE, [("k", request) for request in requests])
+    return b"".join(value.to_bytes() for value in found if value is not None)
+
+
+async def test_batches_that_want_the_same(source: GatedStore, store: CacheStore) -> None:
+    """Each brings what the other waits for."""
+    one, two, three = (RangeByteRequest(n, n + 5) for n in (0, 20, 40))
+    found = await asyncio.gather(
+        batch(store, one, two, one), batch(store, two, three, one), batch(store, three, three)
+    )
+    parts = VALUE[:5], VALUE[20:25], VALUE[40:45]
+    assert found[0] == parts[0] + parts[1] + parts[0]
+    assert found[1] == parts[1] + parts[2] + parts[0]
+    assert found[2] == parts[2] * 2
+    assert source.counts["get"] == 3
+    assert index_of(store).in_flight == (0, 0)
+
+
+# ------------------------------------------------------- cancellations, errors, prototypes
+
+
+@pytest.mark.parametrize("gate", ["shut", "late"])
+async def test_a_cancelled_leader_hands_over(
+    source: GatedStore, store: CacheStore, gate: str
+) -> None:
+    getattr(source, gate)["get"] = 5
+    tasks = [asyncio.create_task(read(store, "k")) for _ in range(20)]
+    for leader in tasks[:5]:
+        await reached(source)
+        leader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+    assert await asyncio.gather(*tasks[5:]) == [VALUE] * 15
+    assert source.counts["get"] == 6
+    assert index_of(store).in_flight == (0, 0)
+    assert await read(store, "k") == VALUE
+    assert source.counts["get"] == 6
+
+
+def test_a_cancelled_leader_hands_over_to_a_thread(source: GatedStore, store: CacheStore) -> None:
+    source.shut["get"] = 1
+
+    async def lead() -> None:
+        task = asyncio.create_task(read(store, "k"))
+        await until(lambda: store.cache_stats()["misses"] >= 4)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with threads(lambda: asyncio.run(lead())):
+        assert source.arrived.acquire(timeout=60)
+        with threads(*[lambda: value_sync(store)] * 3) as results:
+            pass
+    assert results == [VALUE] * 3
+    assert source.counts["get"] <= 3
+    assert index_of(store).in_flight == (0, 0)
+
+
+class RefusedError(Exception):
+    """What a source raises."""
+
+
+def test_an_error_of_the_source_reaches_everyone_and_is_not_kept() -> None:
+    class Source(FaultyStore, GatedStore):
+        async def before(self, operation: str, key: str) -> None:
+            await GatedStore.before(self, operation, key)
+            await FaultyStore.before(self, operation, key)
+
+        def before_now(self, operation: str, key: str) -> None:
+            GatedStore.before_now(self, operation, key)
+            FaultyStore.before_now(self, operation, key)
+
+    source = Source({"k": VALUE})
+    store = CacheStore(source)
+    source.shut["get"] = 1
+    source.plan = lambda *_: RefusedError("no")
+
+    def sync() -> int:
+        with pytest.raises(RefusedError, match="no") as caught:
+            store.get_sync("k")
+        return len(traceback.extract_tb(caught.value.__traceback__))
+
+    async def tasks() -> int:
+        work = [read(store, "k") for _ in range(50)]
+        errors = await asyncio.gather(*work, return_exceptions=True)
+        refused = [error for error in errors if isinstance(error, RefusedError)]
+        assert len(refused) == 50
+        return max(len(traceback.extract_tb(error.__traceback__)) for error in refused)
+
+    with threads(*[sync] * 10, *[lambda: asyncio.run(tasks())] * 3) as depths:
+        missed(store, 160)
+        source.release()
+    assert source.counts["get"] == 1
+    # Each has its own way to the error, not those of all who waited with it.
+    assert max(depths) < 25
+    with pytest.raises(RefusedError):
+        value_sync(store)
+    source.plan = lambda *_: None
+    assert value_sync(store) == VALUE
+    assert source.counts["get"] == 3
+    assert index_of(store).in_flight == (0, 0)
+
+
+async def test_everyone_gets_a_buffer_of_his_own(source: GatedStore, store: CacheStore) -> None:
+    """Of the class that he asked for: read, waited for, cut out of the whole, or cached."""
+    part = RangeByteRequest(10, 20)
+
+    async def get(prototype: BufferPrototype, request: Any) -> Buffer:
+        value = await store.get("k", prototype, request)
+        assert value is not None
+        return value
+
+    found: list[Buffer] = []
+    for _ in range(2):
+        source.shut["get"] = 1
+        asked = [(p, r) for p in (PROTOTYPE, SECOND) for r in (None, part)] * 5
+        tasks = [asyncio.create_task(get(*one)) for one in asked]
+        await asyncio.sleep(0.01)
+        source.release()
+        found = await asyncio.gather(*tasks)
+        for (prototype, request), value in zip(asked, found, strict=True):
+            assert type(value) is prototype.buffer
+            assert value.to_bytes() == (VALUE if request is None else VALUE[10:20])
+        assert len({id(value) for value in found}) == len(found)
+    many = await store.get_partial_values(SECOND, [("k", part), ("other", None), ("other", part)])
+    assert [type(value) for value in many] == [SecondBuffer] * 3
+    assert source.counts["get"] == 2
+    # Nobody reaches another's bytes through his own.
+    for each in [*found, *many]:
+        assert each is not None
+        array = each.as_numpy_array()
+        if array.flags.writeable:
+            array[:] = 0
+    assert await read(store, "k") == VALUE
+    assert await read(store, "other") == VALUE[::-1]
+
+
+# ------------------------------------------------------------------------- all at once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["memory", "faulty", "directory"])
+def test_threads_and_loops_at_once(kind: str, tmp_path: Path) -> None:
+    """A short run of `tests/soak.py`, which tells what it compares."""
+    for seed in range(2):
+        current = soak.Round(kind, seed, tmp_path / str(seed), forks=False)
+        current.run(1.5)
+        assert not current.mismatches, current.mismatches[0]
+        assert current.counts["reads"] > 100
+        assert current.counts["writes"] > 10

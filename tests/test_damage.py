@@ -1,0 +1,432 @@
+"""Nothing that lies on a disk is trusted: no flipped bit reaches a user, and no file stops one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore
+
+from support import CountingStore, buf, held, read
+from zcache import CacheStore, _files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = str(Path(__file__).parent)
+INDEX = ".zcache/index"
+FILES = ("head", "table", "cells")
+BOUND = 6000
+KEYS = [f"group/array/c/{number}/{number}" for number in range(20)]
+RANGE = RangeByteRequest(100, 160)
+
+
+def value(key: str) -> bytes:
+    return random.Random(key).randbytes(160 + 3 * int(key.rpartition("/")[2]))
+
+
+def open_store(where: Path, **options: Any) -> CacheStore:
+    options = {"max_size": BOUND, "cache_set_data": False} | options
+    return CacheStore(
+        CountingStore(LocalStore(where / "source")),
+        cache_store=LocalStore(where / "cache"),
+        **options,
+    )
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    """A directory with a cache of values and ranges, that nobody has open."""
+    for key in KEYS:
+        path = tmp_path / "source" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(value(key))
+
+    async def warm() -> None:
+        store = open_store(tmp_path)
+        for key in KEYS[:3]:
+            await read(store, key, RANGE)
+        for key in KEYS[3:]:
+            await read(store, key)
+
+    asyncio.run(warm())
+    gc.collect()
+    return tmp_path
+
+
+def reads(store: CacheStore) -> int:
+    assert isinstance(store._store, CountingStore)
+    return store._store.take()["get"]
+
+
+async def use(store: CacheStore, seed: int = 0) -> None:
+    """Read everything, some of it twice, write and delete a little: always the right bytes."""
+    dice = random.Random(seed)
+    for key in dice.sample(KEYS, len(KEYS)):
+        assert await read(store, key, RANGE) == value(key)[100:160]
+        assert await read(store, key) == value(key)
+    key = dice.choice(KEYS)
+    await store.set(key, buf(value(key)))
+    assert await read(store, key) == value(key)
+    await store.delete("group/other")
+
+
+async def settle(store: CacheStore) -> None:
+    """Wait until an index that is being rebuilt is complete."""
+    for _ in range(500):
+        if store._engine.books.must(lambda: store._engine.index.is_complete):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("the index is never complete")
+
+
+async def check(store: CacheStore) -> None:
+    """After all, the books are right again and the bound holds."""
+    await settle(store)
+    await use(store)
+    await settle(store)
+    values = held(store._cache)
+    info = store.cache_info()
+    assert info["current_size"] == sum(values.values()) <= BOUND, (info, values)
+    store._engine.index.validate()
+
+
+# ------------------------------------------------------------------------------- values
+
+
+def files_of_values(where: Path) -> list[Path]:
+    cache = where / "cache"
+    return [cache / name for name in held(LocalStore(cache))]
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    """Flip one bit, as a disk does: no time changes."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 1 << bit]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+@pytest.mark.parametrize("verify", ["first", "always"])
+async def test_a_flip_in_any_region_of_a_value(where: Path, verify: str, rebuilt: bool) -> None:
+    dice = random.Random(0)
+    paths = files_of_values(where)
+    assert any(".zcache/ranges" in str(path) for path in paths)
+    for number, path in enumerate(paths):
+        size = path.stat().st_size
+        # First byte, last byte, and anywhere.
+        position = (0, size - 1, dice.randrange(size))[number % 3]
+        flip(path, position, dice.randrange(8))
+    if rebuilt:
+        shutil.rmtree(where / "cache" / INDEX)
+    store = open_store(where, verify=verify)
+    await use(store)
+    assert store.cache_stats()["damaged"] >= len(paths) - 3  # A full value serves a range as well.
+    await check(store)
+
+
+async def test_when_values_are_verified(where: Path) -> None:
+    """At the first hit of each process, at each one, or never."""
+    key = KEYS[-1]
+    path = where / "cache" / key
+    wrong = bytearray(value(key))
+    wrong[5] ^= 1
+    for verify, served in (
+        ("never", [True, True]),
+        ("first", [False, True]),
+        ("always", [False] * 2),
+    ):
+        store = open_store(where, verify=verify)
+        found = []
+        for _ in range(2):
+            flip(path, 5, 0)
+            got = await read(store, key)
+            assert got in (value(key), bytes(wrong))
+            found.append(got == wrong)
+            if got == wrong:
+                flip(path, 5, 0)
+            # What was found out is fetched again.
+        assert found == served, verify
+    assert await read(store, key) == value(key)
+    await check(store)
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+@pytest.mark.parametrize("length", [0, 1, -1, 5])
+async def test_values_of_another_length(where: Path, length: int, rebuilt: bool) -> None:
+    """Shortened, as a loss of power does, or longer."""
+    for path in files_of_values(where):
+        times = path.stat()
+        size = times.st_size
+        os.truncate(path, size + 3 if length == 5 else length % size)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if rebuilt:
+        shutil.rmtree(where / "cache" / INDEX)
+    store = open_store(where)
+    await use(store)
+    assert store.cache_stats()["damaged"] > 10
+    await check(store)
+
+
+async def test_values_that_are_gone_or_not_readable(where: Path) -> None:
+    for number, path in enumerate(files_of_values(where)):
+        path.unlink()
+        if number % 3 == 1:
+            path.mkdir()
+        elif number % 3 == 2:
+            path.symlink_to("nowhere")
+    store = open_store(where)
+    await use(store)
+    store._engine.index.validate()
+
+
+async def test_a_value_that_was_never_committed(where: Path) -> None:
+    """Its process was killed between the link and the commit; a write may have overtaken it."""
+    path = where / "cache" / KEYS[-1]
+    status = path.stat()
+    path.write_bytes(b"older")
+    time = status.st_mtime_ns - _files.SIGNATURE + _files.PENDING
+    os.utime(path, ns=(time, time))
+    shutil.rmtree(where / "cache" / INDEX)
+    store = open_store(where)
+    assert not path.exists()
+    await check(store)
+
+
+# -------------------------------------------------------------------- the index, closed
+
+
+def places(where: Path) -> Iterator[tuple[Path, int]]:
+    """Positions all over the files of the index."""
+    dice = random.Random(1)
+    for name in FILES:
+        path = where / "cache" / INDEX / name
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            content = file.read()
+        used = [position for position in range(size) if content[position]]
+        # The parts in use are small against the whole.
+        for position in dice.sample(used, min(len(used), 60)) + dice.sample(range(size), 10):
+            yield path, position
+
+
+@pytest.mark.slow
+async def test_a_flip_in_any_region_of_the_index(where: Path) -> None:
+    dice = random.Random(2)
+    saved = where / "saved"
+    shutil.copytree(where / "cache", saved)
+    done = 0
+    for path, position in list(places(where)):
+        shutil.rmtree(where / "cache")
+        shutil.copytree(saved, where / "cache")
+        flip(path, position, dice.randrange(8))
+        store = open_store(where)
+        await use(store, done)
+        await settle(store)
+        await use(store, done + 1)
+        current = store.cache_info()["current_size"]
+        files = sum(held(store._cache).values())
+        assert files <= BOUND, (path, position, current, files)
+        del store
+        done += 1
+    assert done > 100
+
+
+@pytest.mark.parametrize("name", FILES)
+async def test_a_file_of_the_index_that_is_cut_off(
+    where: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = where / "cache" / INDEX / name
+    for length in (0, 1, path.stat().st_size // 2, path.stat().st_size - 4096):
+        os.truncate(path, max(length, 0))
+        caplog.clear()
+        store = open_store(where)
+        rebuilt = [record for record in caplog.records if "was rebuilt" in record.message]
+        # One line; none where what was cut off was not in use.
+        assert len(caplog.records) == len(rebuilt) <= 1
+        assert length > 1 or rebuilt
+        await check(store)
+        del store
+        gc.collect()
+
+
+def head_of(**changes: tuple[int, str, int]) -> list[Any]:
+    return [pytest.param(*change, id=name) for name, change in changes.items()]
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "number"),
+    head_of(
+        magic=(0, "<Q", 0x1234),
+        dirty=(8, "=I", 3),
+        check=(12, "=I", 0x1234),
+        older=(16, "=I", 0),
+        newer=(16, "=I", 99),
+        byte_order=(20, ">I", 0x01020304),
+        cell_size=(24, "=I", 64),
+        rebuilding=(40, "=I", 200),
+        boot=(88, "=Q", 1),
+    ),
+)
+async def test_an_index_of_somebody_else(
+    where: Path, offset: int, kind: str, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an older format or a newer one, of the other byte order, or left by one who died."""
+    head = where / "cache" / INDEX / "head"
+    with head.open("r+b") as file:
+        file.seek(offset)
+        before = file.read(struct.calcsize(kind))
+        after = struct.pack(kind, number)
+        assert before != after
+        file.seek(offset)
+        file.write(after)
+    store = open_store(where)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "was rebuilt" in caplog.text
+    await check(store)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("what", ["text", "noise", "ones"])
+async def test_a_foreign_file_in_its_place(where: Path, name: str, what: str) -> None:
+    path = where / "cache" / INDEX / name
+    size = path.stat().st_size
+    content = {
+        "text": b"shopping list\n" * 1000,
+        "noise": random.Random(0).randbytes(size),
+        "ones": b"\xff" * size,
+    }[what]
+    path.write_bytes(content)
+    store = open_store(where)
+    await check(store)
+
+
+async def test_directories_in_its_place(where: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("head", "lock"):
+        path = where / "cache" / INDEX / name
+        path.unlink()
+        path.mkdir()
+    store = open_store(where)
+    assert len(caplog.records) == 1
+    await use(store)
+
+
+async def test_another_boot_of_the_machine_keeps_the_values(where: Path) -> None:
+    """What the kernel had not written yet is found by its checksum; all else is served."""
+    with (where / "cache" / INDEX / "head").open("r+b") as head:
+        head.seek(88)
+        head.write(b"another!")
+    torn = where / "cache" / KEYS[-1]
+    times = torn.stat()
+    torn.write_bytes(b"")
+    os.utime(torn, ns=(times.st_atime_ns, times.st_mtime_ns))
+    store = open_store(where)
+    for key in KEYS[3:]:
+        assert await read(store, key) == value(key)
+    assert reads(store) == 1
+    await check(store)
+
+
+# ---------------------------------------------------------------------- the index, in use
+
+IN_USE = """
+import asyncio, os, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_damage as t
+
+where = Path(sys.argv[1])
+store = t.open_store(where)
+
+async def main():
+    await t.use(store)
+    print("ready", flush=True)
+    for number, line in enumerate(sys.stdin):
+        await t.use(store, number)
+        await t.settle(store)
+        await t.check(store)
+        print("ok", flush=True)
+
+asyncio.run(main())
+"""
+
+
+class User:
+    """A process that has the index mapped: if it were killed by a signal, nobody would answer."""
+
+    def __init__(self, where: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_USE, str(where), HERE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.hear("ready")
+
+    def hear(self, expected: str) -> None:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if line.strip() != expected:
+            _, errors = self.process.communicate(timeout=60)
+            raise AssertionError(f"exit code {self.process.returncode}: {errors[-4000:]}")
+
+    def go_on(self) -> None:
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
+        self.hear("ok")
+
+
+@pytest.fixture
+def user(where: Path) -> Iterator[User]:
+    user = User(where)
+    yield user
+    user.process.kill()
+    user.process.communicate()
+
+
+def test_damage_while_it_is_mapped(where: Path, user: User) -> None:
+    """Cut off, overwritten, removed: found at the next step, with no signal."""
+    root = where / "cache" / INDEX
+    dice = random.Random(3)
+    for name in FILES:
+        path = root / name
+        for length in (0, 5000, path.stat().st_size - 4096):
+            os.truncate(path, min(length, path.stat().st_size))
+            user.go_on()
+        for content in (b"\xff" * path.stat().st_size, dice.randbytes(path.stat().st_size)):
+            with path.open("r+b") as file:
+                file.write(content)
+            user.go_on()
+        path.unlink()
+        user.go_on()
+    (root / "lock").unlink()
+    for name in FILES:
+        (root / name).unlink()
+    user.go_on()
+    shutil.rmtree(root)
+    user.go_on()
+    assert sum(held(LocalStore(where / "cache")).values()) <= BOUND
+
+
+def test_flips_while_it_is_mapped(where: Path, user: User) -> None:
+    dice = random.Random(4)
+    for path, position in dice.sample(list(places(where)), 40):
+        if position < path.stat().st_size:
+            flip(path, position, dice.randrange(8))
+        user.go_on()

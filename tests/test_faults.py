@@ -1,0 +1,462 @@
+"""A cache failure is never a user failure: whatever the cache store does, the source's bytes are read."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import random
+import shutil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from coherence_support import (
+    PROTOTYPE,
+    CacheStore,
+    DictStore,
+    FaultyStore,
+    SyncDictStore,
+    buf,
+    check_settled,
+    index_of,
+    read,
+    until,
+)
+from support import Clock
+from zcache import _breaker, _files
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
+
+
+class LibraryError(Exception):
+    """An error of a library's own."""
+
+    def __init__(self, code: int, *, retry: bool) -> None:
+        super().__init__(f"code {code}, retry {retry}")
+
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    **{
+        name: lambda name=name: OSError(getattr(errno, name), os.strerror(getattr(errno, name)))  # type: ignore[misc]
+        for name in (
+            *("ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "EMFILE", "ESTALE", "ENOENT"),
+            *("EISDIR", "ENOTDIR", "ENAMETOOLONG", "EEXIST", "EINVAL", "ENOTEMPTY"),
+        )
+    },
+    "time-out": TimeoutError,
+    "library": lambda: LibraryError(503, retry=True),
+    "key": lambda: KeyError("k"),
+    "value": lambda: ValueError("no such thing"),
+    "text": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
+    "memory": MemoryError,
+    "runtime": lambda: RuntimeError("cannot schedule new futures after shutdown"),
+    "group": lambda: ExceptionGroup("several", [OSError(5, "a"), ValueError("b")]),
+}
+SOURCE = {f"{d}{n}": bytes([n]) * (10 + n) for d in ("", "d/") for n in range(4)}
+REQUESTS = (None, RangeByteRequest(2, 7), OffsetByteRequest(4), SuffixByteRequest(3))
+
+
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock by which a failing cache store is left alone."""
+    clock = Clock()
+    monkeypatch.setattr(_breaker, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+async def all_read(store: CacheStore) -> None:
+    """Assert that every value is what it is in the beginning."""
+    for key, value in SOURCE.items():
+        assert await read(store, key) == value
+
+
+async def use(store: CacheStore, source: DictStore, *, sync: bool = False) -> None:
+    """Read, write and delete in turn; assert that it does what the source alone would do."""
+
+    async def check(key: str) -> None:
+        for request in REQUESTS:
+            expected = await read(source, key, request)
+            if sync:
+                value = store.get_sync(key, byte_range=request)
+                assert (None if value is None else value.to_bytes()) == expected
+            else:
+                assert await read(store, key, request) == expected
+        assert await store.exists(key) == (key in source.values)
+        found = await store.get_partial_values(PROTOTYPE, [(key, r) for r in REQUESTS])
+        assert [v and v.to_bytes() for v in found] == [await read(source, key, r) for r in REQUESTS]
+
+    for key in list(SOURCE):
+        await check(key)
+        await check(key)
+    for n, key in enumerate(list(SOURCE)):
+        value = buf(bytes([65 + n]) * (30 - 2 * n))
+        if sync:
+            store.set_sync(key, value)
+        else:
+            await store.set(key, value)
+        await check(key)
+    if sync:
+        store.delete_sync("0")
+    else:
+        await store.delete("0")
+    await store.delete_dir("d")
+    await store.set_if_not_exists("1", buf(b"unused"))
+    for key in SOURCE:
+        await check(key)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", ["get", "set", "delete", "exists", "all"])
+async def test_every_error_of_every_operation(
+    operation: str, when: str, sync: bool, pause: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, error in ERRORS.items():
+        for often in (2, 10**6):
+            source, cache = SyncDictStore(SOURCE), FaultyStore()
+            store = CacheStore(source, cache_store=cache, max_size=100)
+            left = often
+
+            def plan(at: str, _: str, now: str, error: Any = error) -> Any:
+                nonlocal left
+                if now == when and operation in (at, "all") and left > 0:
+                    left -= 1
+                    return error()
+                return None
+
+            cache.plan = plan
+            await use(store, source, sync=sync)
+            assert cache.peak <= 100
+            stats = store.cache_stats()
+            # A delete that fails after its effect is found out to have had it.
+            if operation != "exists" and (operation, when) != ("delete", "after"):
+                assert stats["cache_failures"] > 0, name
+            # It recovers: what could not be deleted is deleted, and the books are right.
+            left = 0
+            pause.advance(1000)
+            await read(store, "1")
+            await check_settled(store, source, cache)
+            before = store.cache_stats()["hits"]
+            await read(store, "2")
+            await read(store, "2")
+            assert store.cache_stats()["hits"] > before
+    assert {record.levelno for record in caplog.records} <= {logging.DEBUG, 20, logging.WARNING}
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_faults_at_every_turn(seed: int, pause: Clock) -> None:
+    """One operation of the cache store in three fails, before or after its effect."""
+    chance = random.Random(seed)
+    source, cache = SyncDictStore(SOURCE), FaultyStore()
+    store = CacheStore(source, cache_store=cache, max_size=80)
+    errors = list(ERRORS.values())
+    cache.plan = lambda *_: chance.choice(errors)() if chance.random() < 0.3 else None
+    for _ in range(6):
+        pause.advance(100)
+        keys = list(SOURCE)
+        tasks = [read(store, chance.choice(keys), chance.choice(REQUESTS)) for _ in range(30)]
+        tasks += [store.set(k, buf(bytes(chance.randrange(40)))) for k in chance.sample(keys, 4)]
+        tasks += [store.delete(chance.choice(keys)), store.delete_dir("d")]
+        await asyncio.gather(*tasks)
+        index_of(store).validate()
+        for key in keys:
+            assert await read(store, key) == source.values.get(key)
+        assert cache.peak <= 80
+    assert cache.faults > 20
+    cache.plan = lambda *_: None
+    pause.advance(1000)
+    await check_settled(store, source, cache)
+
+
+def damage_file(path: Path, new: bytes | None) -> None:
+    """Change a file as a failing disk does: it still looks like ours."""
+    times = path.stat()
+    path.unlink()
+    if new is not None:
+        path.write_bytes(new)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory", "another"])
+@pytest.mark.parametrize("damage", ["vanish", "shrink", "grow", "empty"])
+async def test_values_that_vanish_or_change_their_length(
+    kind: str, damage: str, tmp_path: Path
+) -> None:
+    source = SyncDictStore(SOURCE)
+    cache: Any = {"memory": MemoryStore, "another": SyncDictStore}.get(kind, lambda: None)()
+    cache = cache or LocalStore(tmp_path / "cache")
+    store = CacheStore(source, cache_store=cache, max_size=400)
+    for key in SOURCE:
+        await read(store, key)
+    for key, value in SOURCE.items():
+        new = {"vanish": None, "shrink": value[:-1], "grow": value + b"!", "empty": b""}[damage]
+        if kind == "memory":
+            cache._store_dict.pop(key)
+            if new is not None:
+                cache._store_dict[key] = buf(new)
+        elif kind == "another":
+            cache.do_set(key, new)
+        else:
+            damage_file(tmp_path / "cache" / key, new)
+    for request in REQUESTS[::-1]:
+        for key in SOURCE:
+            assert await read(store, key, request) == await read(source, key, request)
+    stats = store.cache_stats()
+    assert 0 < stats["damaged"] <= len(SOURCE)
+    assert stats["cache_failures"] == 0
+    index_of(store).validate()
+    for key in SOURCE:
+        assert await read(store, key) == source.values[key]
+
+
+async def test_the_source_has_the_last_word(pause: Clock) -> None:
+    """Where both fail, the error is the source's own, and it is not kept."""
+    source, cache = FaultyStore(SOURCE), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    await read(store, "1")
+    error = LibraryError(500, retry=False)
+    cache.plan = lambda *_: OSError(errno.EIO, "the cache")
+    source.plan = lambda *_: error
+    works: list[Callable[[], Awaitable[object]]] = [
+        lambda: read(store, "1"),
+        lambda: read(store, "2", REQUESTS[1]),
+        lambda: store.set("1", buf(b"new")),
+        lambda: store.delete("1"),
+        lambda: store.delete_dir("d"),
+        store.clear,
+    ]
+    for work in works:
+        with pytest.raises(LibraryError) as caught:
+            await work()
+        assert caught.value is error
+    source.plan = cache.plan = lambda *_: None
+    pause.advance(1000)
+    await check_settled(store, source, cache)
+
+
+# ---------------------------------------------------------------------- leaving it alone
+
+
+async def test_a_store_that_keeps_failing_is_left_alone_and_tried_again(
+    pause: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="zcache")
+    source, cache = DictStore(SOURCE), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    cache.plan = lambda *_: OSError(errno.EIO, "gone")
+
+    def warnings() -> int:
+        return sum(record.levelno == logging.WARNING for record in caplog.records)
+
+    async def attempts() -> int:
+        before = cache.counts.total()
+        for _ in range(3):
+            await all_read(store)
+        return cache.counts.total() - before
+
+    assert 0 < await attempts() < 3 * len(SOURCE)
+    assert warnings() == 1
+    assert str(cache) in caplog.records[0].getMessage()
+    # Now it is left alone, then tried again; each time it fails it is left alone for longer.
+    for pauses in (1, 2, 4, 8, 16, 32, 60, 60):
+        assert await attempts() == 0
+        pause.advance(pauses - 0.01)
+        assert await attempts() == 0
+        pause.advance(0.02)
+        assert 0 < await attempts() <= _breaker.FAILURES_TO_OPEN
+    stats = store.cache_stats()
+    assert _breaker.FAILURES_TO_OPEN < stats["cache_failures"] <= cache.faults
+    assert stats["cache_skips"] > 0
+    assert stats["hits"] == 0
+    assert warnings() == 1
+    # It works again: that is said, and the next time it fails as well.
+    cache.plan = lambda *_: None
+    pause.advance(61)
+    assert await attempts() > 0
+    assert store.cache_stats()["hits"] > 0
+    assert caplog.records[-1].levelno == logging.INFO
+    cache.plan = lambda *_: OSError(errno.EIO, "gone again")
+    await attempts()
+    assert warnings() == 2
+    for record in caplog.records:
+        assert record.name == "zcache"
+
+
+async def test_a_burst_of_failures_counts_as_one(pause: Clock) -> None:
+    """What was under way when the pause began says nothing new about the store."""
+    source, cache = DictStore({f"{n}": b"x" for n in range(200)}), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    down = asyncio.Event()
+
+    async def before(operation: str, key: str) -> None:
+        await down.wait()
+        raise TimeoutError
+
+    cache.before = before  # type: ignore[method-assign]
+    reads = [asyncio.create_task(read(store, key)) for key in source.values]
+    await until(lambda: cache.counts.total() == 200)
+    down.set()
+    assert await asyncio.gather(*reads) == [b"x"] * 200
+    del cache.before
+    pause.advance(1.01)
+    await read(store, "0")
+    assert store.cache_info()["cached_keys"] > 0
+
+
+async def test_keys_that_the_store_cannot_hold_do_not_spoil_it_for_others(pause: Clock) -> None:
+    source, cache = DictStore(SOURCE), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    error = OSError(errno.ENAMETOOLONG, "too long")
+    cache.plan = lambda at, key, _: error if at == "set" and key.startswith("d/") else None
+    for _ in range(5):
+        await all_read(store)
+    stats = store.cache_stats()
+    assert stats["cache_skips"] == 0
+    assert stats["hits"] == 4 * 4
+    assert stats["cache_failures"] > _breaker.FAILURES_TO_OPEN
+    assert cache.total == store.cache_info()["current_size"]
+
+
+# -------------------------------------------------------------------- file systems
+
+NAMES = {
+    "long_name": "n" * 300,
+    "long_for_a_suffix": "n" * 240,
+    "long_path": "/".join(["d" * 100] * 60),
+    "parent": "../escape",
+    "parent_inside": "x/../../escape",
+    "only_parent": "..",
+    "dot": ".",
+    "empty": "",
+    "absolute": "{outside}/escape",
+    "twice": "//escape",
+    "trailing": "x/",
+    "nul": "x\0y",
+    "surrogate": "x\udcff",
+    "reserved": ".zcache/escape",
+    "reserved_stamp": ".zcache/stamp.json",
+    "reserved_itself": ".zcache",
+}
+
+
+INTERNAL = (".zcache/stamp", ".zcache/index", ".zcache/tmp")
+
+
+def tree(path: Path) -> Iterator[tuple[str, bytes]]:
+    for found in sorted(path.rglob("*")):
+        if found.is_file():
+            yield found.relative_to(path).as_posix(), found.read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+async def test_names_that_a_directory_cannot_hold(name: str, tmp_path: Path) -> None:
+    name = name.format(outside=tmp_path)
+    source, root = DictStore({name: b"old", "plain": b"p"}), tmp_path / "inside" / "cache"
+    store = CacheStore(source, cache_store=LocalStore(root))
+    assert await read(store, "plain") == b"p"
+    stamp = dict(tree(root)).get(".zcache/stamp.json")
+    for value in (b"old", b"new"):
+        for request in (*REQUESTS, *REQUESTS):
+            expected = await read(source, name, request)
+            assert await read(store, name, request) == expected
+        [found] = await store.get_partial_values(PROTOTYPE, [(name, None)])
+        assert found is not None
+        assert found.to_bytes() == value
+        await store.set(name, buf(b"new"))
+        assert source.values[name] == b"new"
+    assert store.cache_stats()["cache_skips"] == 0
+    assert await read(store, "plain") == b"p"
+    # What is not there takes no room.
+    held = sum(len(value) for path, value in tree(root) if not path.startswith(INTERNAL))
+    assert store.cache_info()["current_size"] == held
+    await store.delete(name)
+    assert await read(store, name) is None
+    await store.delete_dir(name)
+    # Nothing is left of it, and nothing lies outside.
+    files = dict(tree(tmp_path))
+    assert all(path.startswith("inside/cache/") for path in files), files
+    assert not [path for path in files if "escape" in path], files
+    assert b"new" not in files.values()
+    assert dict(tree(root)).get(".zcache/stamp.json") == stamp
+    assert await read(store, "plain") == (b"p" if "plain" in source.values else None)
+
+
+@pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a")])
+async def test_a_key_that_is_also_a_directory(order: tuple[str, str], tmp_path: Path) -> None:
+    source = DictStore({key: key.encode() * 5 for key in order})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path))
+    for key in (*order, *order):
+        for request in REQUESTS:
+            assert await read(store, key, request) == await read(source, key, request)
+    for key in order:
+        await store.set(key, buf(b"new " + key.encode()))
+        for other in order:
+            assert await read(store, other) == source.values[other]
+    assert store.cache_info()["cached_keys"] >= 1
+    assert store.cache_stats()["cache_skips"] == 0
+    await store.delete(order[0])
+    for _ in range(2):
+        assert await read(store, order[1]) == source.values[order[1]]
+    index_of(store).validate()
+
+
+async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a value is written, then there is no space: nothing of it stays, and nothing fails."""
+    source = DictStore(SOURCE)
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), max_size=1000)
+    await read(store, "1")
+    write, full = os.write, True
+
+    def limited(file: int, data: Any) -> int:
+        if not full:
+            return write(file, data)
+        write(file, bytes(data)[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fake = SimpleNamespace(**{**vars(os), "write": limited})
+    monkeypatch.setattr(_files, "os", fake)
+    for key in (*SOURCE, *SOURCE):
+        assert await read(store, key) == SOURCE[key]
+    await store.set("2", buf(b"written"))
+    assert await read(store, "2") == b"written"
+    assert store.cache_stats()["cache_failures"] > 0
+    values = {key for key, _ in tree(tmp_path) if not key.startswith(".zcache/index")}
+    assert values == {"1", ".zcache/stamp.json"}
+    assert store.cache_info()["current_size"] == len(SOURCE["1"])
+    full = False
+    monkeypatch.setattr(_breaker, "time", SimpleNamespace(monotonic=lambda: 10**9))
+    assert await read(store, "3") == SOURCE["3"]
+    assert (tmp_path / "3").read_bytes() == SOURCE["3"]
+
+
+@pytest.mark.parametrize("damage", ["all", "values", "directories", "files"])
+async def test_a_directory_that_others_damage(damage: str, tmp_path: Path) -> None:
+    source, root = DictStore(SOURCE), tmp_path / "cache"
+    store = CacheStore(source, cache_store=LocalStore(root), max_size=1000)
+    for key in SOURCE:
+        await read(store, key)
+    if damage == "all":
+        shutil.rmtree(root)
+    elif damage == "values":
+        for key in SOURCE:
+            (root / key).unlink()
+    else:
+        for key in SOURCE:
+            (root / key).unlink()
+            if damage == "directories":
+                (root / key).mkdir()
+            elif not key.startswith("d/"):
+                (root / key).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_bytes(b"not ours")
+    for _ in range(3):
+        await all_read(store)
+        await store.set("1", buf(SOURCE["1"]))
+    assert (tmp_path / "elsewhere").read_bytes() == b"not ours"
+    index_of(store).validate()

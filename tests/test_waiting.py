@@ -1,0 +1,216 @@
+"""Nobody waits for ever: not for a loop that has ended, nor for a thread that waits itself."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, WrapperStore
+
+from coherence_support import (
+    CacheStore,
+    GatedStore,
+    SyncDictStore,
+    buf,
+    index_of,
+    reached,
+    read,
+    threads,
+    value_sync,
+)
+from zcache import _flights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.core.buffer import Buffer
+
+VALUE = bytes(range(100))
+
+
+@pytest.fixture
+def source() -> GatedStore:
+    return GatedStore({"k": VALUE, "other": VALUE[::-1]})
+
+
+@pytest.fixture
+def store(source: GatedStore) -> CacheStore:
+    return CacheStore(source)
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiters soon ask whether their reader can go on."""
+    monkeypatch.setattr(_flights, "PATIENCE", 0.02)
+    monkeypatch.setattr(_flights, "PAUSE", 0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_waiters_that_fill_the_thread_pool_their_reader_needs(workers: int, tmp_path: Path) -> None:
+    """`LocalStore` reads in the loop's thread pool, and in that pool sit those who wait for it."""
+    gate = asyncio.Event()
+
+    class Slow(WrapperStore[LocalStore]):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            await gate.wait()
+            return await self._store.get(key, prototype, byte_range)
+
+        def get_sync(self, key: str, **options: Any) -> Any:
+            return self._store.get_sync(key, **options)
+
+        def set_sync(self, key: str, value: Buffer) -> None:
+            self._store.set_sync(key, value)
+
+        def delete_sync(self, key: str) -> None:
+            self._store.delete_sync(key)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(workers))
+        files = LocalStore(tmp_path)
+        for n in range(3):
+            await files.set(f"{n}", buf(VALUE))
+        store = CacheStore(Slow(files))
+        leaders = [asyncio.create_task(read(store, f"{n}")) for n in range(3)]
+        await asyncio.sleep(0)
+        work = [asyncio.to_thread(value_sync, store, f"{n % 3}") for n in range(30)]
+        waiters = asyncio.gather(*work)
+        await asyncio.sleep(0.01)
+        gate.set()
+        assert await asyncio.wait_for(waiters, 60) == [VALUE] * 30
+        assert await asyncio.gather(*leaders) == [VALUE] * 3
+        assert index_of(store).in_flight == (0, 0)
+
+    asyncio.run(main())
+
+
+async def test_a_waiter_that_blocks_the_loop_of_its_reader(
+    source: GatedStore, store: CacheStore
+) -> None:
+    source.shut["get"] = 1
+    leader = asyncio.create_task(read(store, "k"))
+    follower = asyncio.create_task(read(store, "k"))
+    await reached(source)
+    assert value_sync(store) == VALUE
+    assert source.counts["get"] == 2
+    # Nor does anybody else wait for the one who is held up.
+    assert await follower == VALUE
+    source.release()
+    assert await leader == VALUE
+    assert index_of(store).in_flight == (0, 0)
+
+
+@pytest.mark.usefixtures("patience")
+def test_two_loops_that_block_each_other(source: GatedStore, store: CacheStore) -> None:
+    """Each leads what the other one's thread waits for."""
+    source.shut["get"] = 2
+    both = threading.Barrier(2)
+
+    async def lead(mine: str, others: str) -> bytes | None:
+        leader = asyncio.create_task(read(store, mine))
+        await asyncio.sleep(0.01)
+        both.wait(60)
+        found = value_sync(store, others)
+        source.release()
+        await leader
+        return found
+
+    with threads(
+        lambda: asyncio.run(lead("k", "other")), lambda: asyncio.run(lead("other", "k"))
+    ) as results:
+        pass
+    assert results == [VALUE[::-1], VALUE]
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("request_", [None, RangeByteRequest(5, 9)])
+@pytest.mark.parametrize("end", ["stopped", "closed", "collected"])
+def test_a_loop_that_ends_in_the_middle(
+    source: GatedStore, store: CacheStore, end: str, request_: Any
+) -> None:
+    """Its reads never come; whoever waits for them, or comes later, reads anew, once for all."""
+    source.shut["get"] = 1
+    loop = asyncio.new_event_loop()
+    leader = loop.create_task(read(store, "k", request_))
+    while not source.counts["get"]:
+        loop.run_until_complete(asyncio.sleep(0))
+    leader._log_destroy_pending = False  # type: ignore[attr-defined]
+    if end != "stopped":
+        loop.close()
+    if end == "collected":
+        del leader
+        gc.collect()
+
+    async def followers() -> list[bytes | None]:
+        return list(await asyncio.gather(*[read(store, "k", request_) for _ in range(20)]))
+
+    with threads(lambda: asyncio.run(followers()), lambda: value_sync(store)) as results:
+        pass
+    assert results == [[VALUE if request_ is None else VALUE[5:9]] * 20, VALUE]
+    # One more of the same; or two, for the thread wants all of it.
+    assert 2 <= source.counts["get"] <= 3
+    source.release()
+    if end == "stopped":
+        loop.run_until_complete(leader)
+        loop.close()
+    assert index_of(store).in_flight == (0, 0) or end == "closed"
+    reads = source.counts["get"]
+    asyncio.run(followers())
+    assert source.counts["get"] == reads
+
+
+def test_a_reader_that_nobody_runs_any_more(source: GatedStore, store: CacheStore) -> None:
+    """The garbage collector may end it at any moment, within a step of somebody else as well."""
+    for _ in range(3):
+        steps = read(store, "k")
+        source.shut["get"] = 1
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(steps)
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert index_of(store).in_flight == (1, 0)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.close()
+        with _flights._lock:
+            del steps, task, loop
+            gc.collect()
+        assert index_of(store).in_flight == (0, 0)
+
+
+def test_stores_that_call_back() -> None:
+    """No lock is held while a store works: it may use the cache itself."""
+    used = 0
+    mine: list[CacheStore] = []
+
+    class Curious(SyncDictStore):
+        def before_now(self, operation: str, key: str) -> None:
+            nonlocal used
+            assert mine[0].cache_info()["current_size"] >= 0
+            assert mine[0].cache_stats()["hit_rate"] <= 1
+            assert "cached_keys" in repr(mine[0])
+            index_of(mine[0]).validate()
+            if operation != "get" or key != "deep":
+                used += 1
+                assert value_sync(mine[0], "deep") == VALUE
+
+        after_now = before_now
+
+        async def before(self, operation: str, key: str) -> None:
+            self.before_now(operation, key)
+
+    store = CacheStore(
+        Curious({f"{n}": VALUE for n in range(5)} | {"deep": VALUE}),
+        cache_store=Curious(),
+        max_size=250,
+    )
+    mine.append(store)
+    for n in range(5):
+        assert value_sync(store, f"{n}") == VALUE
+        assert asyncio.run(read(store, f"{n}")) == VALUE
+        store.set_sync(f"{n}", buf(VALUE))
+    store.delete_sync("1")
+    asyncio.run(store.delete_dir("x"))
+    assert used > 20
