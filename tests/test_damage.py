@@ -140,30 +140,21 @@ async def test_a_flip_in_any_region_of_a_value(where: Path, verify: str, rebuilt
     await check(store)
 
 
-async def test_when_values_are_verified(where: Path) -> None:
+@pytest.mark.parametrize(
+    ("verify", "found_before", "found_after"),
+    [("never", False, False), ("first", True, False), ("always", True, True)],
+)
+async def test_when_values_are_verified(
+    where: Path, verify: str, found_before: bool, found_after: bool
+) -> None:
     """At the first hit of each process, at each one, or never."""
-    key = KEYS[-1]
-    path = where / "cache" / key
-    wrong = bytearray(value(key))
-    wrong[5] ^= 1
-    for verify, served in (
-        ("never", [True, True]),
-        ("first", [False, True]),
-        ("always", [False] * 2),
-    ):
+    for key, reads_first, found in ((KEYS[-1], 0, found_before), (KEYS[-2], 1, found_after)):
         store = open_store(where, verify=verify)
-        found = []
-        for _ in range(2):
-            flip(path, 5, 0)
-            got = await read(store, key)
-            assert got in (value(key), bytes(wrong))
-            found.append(got == wrong)
-            if got == wrong:
-                flip(path, 5, 0)
-            # What was found out is fetched again.
-        assert found == served, verify
-    assert await read(store, key) == value(key)
-    await check(store)
+        for _ in range(reads_first):
+            assert await read(store, key) == value(key)
+        flip(where / "cache" / key, 5, 0)
+        assert (await read(store, key) == value(key)) == found
+        assert store.cache_stats()["damaged"] == found
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])
@@ -359,7 +350,8 @@ async def main():
     for number, line in enumerate(sys.stdin):
         await t.use(store, number)
         await t.settle(store)
-        await t.check(store)
+        if sys.argv[3] == "strict":
+            await t.check(store)
         print("ok", flush=True)
 
 asyncio.run(main())
@@ -369,9 +361,9 @@ asyncio.run(main())
 class User:
     """A process that has the index mapped: if it were killed by a signal, nobody would answer."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, how: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", IN_USE, str(where), HERE],
+            [sys.executable, "-c", IN_USE, str(where), HERE, how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -392,9 +384,9 @@ class User:
         self.hear("ok")
 
 
-@pytest.fixture
-def user(where: Path) -> Iterator[User]:
-    user = User(where)
+@pytest.fixture(params=["strict"])
+def user(where: Path, request: pytest.FixtureRequest) -> Iterator[User]:
+    user = User(where, request.param)
     yield user
     user.process.kill()
     user.process.communicate()
@@ -415,15 +407,16 @@ def test_damage_while_it_is_mapped(where: Path, user: User) -> None:
             user.go_on()
         path.unlink()
         user.go_on()
-    (root / "lock").unlink()
-    for name in FILES:
-        (root / name).unlink()
+    for path in root.iterdir():
+        path.unlink()
     user.go_on()
     shutil.rmtree(root)
     user.go_on()
     assert sum(held(LocalStore(where / "cache")).values()) <= BOUND
 
 
+# A flipped size or name is found when its value is read; until then the books are off by it.
+@pytest.mark.parametrize("user", ["lax"], indirect=True)
 def test_flips_while_it_is_mapped(where: Path, user: User) -> None:
     dice = random.Random(4)
     for path, position in dice.sample(list(places(where)), 40):

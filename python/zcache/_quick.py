@@ -74,7 +74,7 @@ class _FileReader:
         try:
             file = os.open(self._root + name, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                count = os.preadv(file, (array,), start, os.RWF_NOWAIT)
+                count = os.preadv(file, (array.data,), start, os.RWF_NOWAIT)
                 if not at_end and os.fstat(file).st_size != total:
                     return None
             finally:
