@@ -202,9 +202,13 @@ impl Mapped {
             extend(&files[0], 0, DIRECTORY)?;
         }
         // An empty file cannot be mapped.
+        let mut emptied = false;
         for file in &files {
             match file.metadata()?.len() as usize {
-                0 => extend(file, 0, HEAD)?,
+                0 => {
+                    emptied = true;
+                    extend(file, 0, HEAD)?;
+                }
                 // A copy of the directory may have holes.
                 len => extend(file, 0, len)?,
             }
@@ -225,7 +229,8 @@ impl Mapped {
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
         let rebuilt = mapped.rebuilder();
-        let sound = mapped.head().looks_right()
+        let sound = !emptied
+            && mapped.head().looks_right()
             && mapped.head().dirty == 0
             && mapped.head().check == mapped.checksum()
             && mapped.head().boot == boot()
@@ -345,7 +350,7 @@ impl Mapped {
     pub fn begin(&mut self) -> Res<bool> {
         let status = fstat(&self.files[0]).map_err(|_| NO_MAP)?;
         if status.st_nlink == 0 {
-            return Err(Fault::Corrupt("its files were removed"));
+            return Err(GONE);
         }
         let len = status.st_size as u64;
         if len < DIRECTORY as u64 {
@@ -428,7 +433,11 @@ impl Mapped {
             head.cells.saturating_mul(size_of::<Cell>() as u64),
         ];
         for ((file, map_of), wanted) in self.files.iter().zip(&mut self.maps).zip(wanted) {
-            let len = fstat(file).map_or(0, |status| status.st_size as u64);
+            let status = fstat(file).map_err(|_| NO_MAP)?;
+            if status.st_nlink == 0 {
+                return Err(GONE);
+            }
+            let len = status.st_size as u64;
             if len < wanted {
                 return Err(Fault::Corrupt("a file of the index is cut off"));
             }
@@ -469,6 +478,7 @@ impl Mapped {
     }
 }
 
+const GONE: Fault = Fault::Corrupt("a file of the index was removed");
 const NO_MAP: Fault = Fault::Corrupt("a file of the index cannot be mapped");
 static NO_HEAD: Head = Head {
     magic: 0,

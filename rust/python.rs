@@ -67,7 +67,11 @@ impl From<StepError> for PyErr {
 impl From<OpenError> for PyErr {
     fn from(error: OpenError) -> Self {
         match error {
-            OpenError::Io(error) => error.into(),
+            // With its number: what to do about it depends on that.
+            OpenError::Io(error) => match error.raw_os_error() {
+                Some(number) => PyOSError::new_err((number, error.to_string())),
+                None => error.into(),
+            },
             OpenError::Crowded => PyOSError::new_err((
                 rustix::io::Errno::USERS.raw_os_error(),
                 format!("{PARTICIPANTS} processes use the index of this directory already"),

@@ -678,7 +678,7 @@ async def test_a_store_in_memory_has_no_stamp() -> None:
     store = CacheStore(MemoryStore(), cache_store=CountingStore(inner))
     await fill(store, a=b"1")
     assert set(inner._store_dict) == {"a"}
-    with pytest.raises(ValueError, match=r"adopt=True"):
+    with pytest.raises(ValueError, match=r"holds the cache of"):
         await read(CacheStore(MemoryStore(), cache_store=CountingStore(inner)), "a")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import threading
@@ -77,7 +78,7 @@ class Books:
             self.index = self._open_directory(cache, identity)
         elif isinstance(kept := innermost(cache), MemoryStore):
             self.index = _memory_index(self, source, kept)
-        elif type(kept).__module__.startswith("zarr."):
+        elif any(base.__module__.startswith("zarr.storage.") for base in type(kept).__mro__):
             self.index = _Unlisted(Index(**options))
         else:
             # Nobody knows whether what it holds outlives the process; what it holds now is not ours.
@@ -220,7 +221,7 @@ class Books:
         return Index(**{**self._options, "max_size": 0})
 
     def doubt(self) -> None:
-        """Have the index rebuilt: the size of an entry is not that of its file."""
+        """Have the index rebuilt: the size of an entry is not that of its file, which is whole."""
         if self.index.shared:
             self.soon(lambda _: None, self.index.condemn)
 
@@ -320,11 +321,18 @@ class Books:
         if fresh:
             directory.rebuild(self, index, "there was none, or it could not be trusted")
         if directory.cold:
-            directory.take_over(alone=self.must(lambda: self.index.alone))
+            directory.take_over(alone=self._is_alone())
             self._empty(directory)
             directory.restamp()
         opened: Index = self.index
         return opened
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else uses the directory; a store that is only waiting to be collected does not."""
+        if not self.must(lambda: self.index.alone):
+            gc.collect()
+        alone: bool = self.must(lambda: self.index.alone)
+        return alone
 
     def _attach(self, directory: Directory) -> tuple[Index, bool]:
         while True:

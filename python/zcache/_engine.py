@@ -246,10 +246,10 @@ class Engine(Fills):
         self, io: Traffic, key: str, span: Span | None, name: str, size: int
     ) -> None:
         """Drop an entry of this size that cannot be served, unless another has taken its place."""
-        noted = io.port.noted(name)
+        whole = io.port.whole_size(name)
         victims = await self.books.step(io, self.index.discard, key, span, self.now(), size)
         await self.drop(io, victims)
-        if victims and noted is not None and noted[0] != size:
+        if victims and whole is not None and whole != size:
             self.books.doubt()
 
     async def fetch(

@@ -141,6 +141,10 @@ class Port:
         """Length and checksum that the value should have, where they are kept beside it."""
         return None
 
+    def whole_size(self, _name: str) -> int | None:
+        """Length of the value, if it is the one that it should have."""
+        return None
+
     def delete_now(self, names: Sequence[str]) -> Outcome:
         """Delete values on the spot."""
         raise NotImplementedError
@@ -296,6 +300,9 @@ class LocalPort(Port):
     def noted(self, name: str) -> tuple[int, int] | None:
         return self._blocking.noted(name)
 
+    def whole_size(self, name: str) -> int | None:
+        return self._blocking.whole_size(name)
+
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
@@ -339,6 +346,14 @@ class LocalSyncPort(ImmediatePort):
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return _files.noted(self._path(name))
+
+    def whole_size(self, name: str) -> int | None:
+        noted = self.noted(name)
+        try:
+            size = os.stat(self._path(name)).st_size
+        except OSError:
+            return None
+        return size if noted is not None and noted[0] == size else None
 
     def delete_now(self, names: Sequence[str]) -> Outcome:
         return [self._remove(name) for name in names]
