@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import zarr
@@ -45,10 +45,18 @@ PATIENCE = 120.0
 class DistantStore(LocalStore):
     """A directory that is as far away as an object store, and counts its reads."""
 
-    def __init__(self, root: str | Path, latency: float, log: str) -> None:
-        super().__init__(root)
+    # Hides the synchronous methods, which would not wait.
+    _supports_sync_io = False
+
+    def __init__(
+        self, root: str | Path, latency: float, log: str, *, read_only: bool = False
+    ) -> None:
+        super().__init__(root, read_only=read_only)
         self._latency = latency
         self._log = log
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        return type(self)(self.root, self._latency, self._log, read_only=read_only)
 
     async def get(
         self,
@@ -66,8 +74,6 @@ class DistantStore(LocalStore):
 def open_source(place: Path, setup: str, number: int, options: argparse.Namespace) -> Store:
     """The store that worker `number` reads from."""
     source = DistantStore(place / "data", options.latency, str(place / f"{setup}.log"))
-    # Hides the synchronous methods, which would not wait.
-    source._supports_sync_io = False  # type: ignore[attr-defined]
     if setup == "none":
         return source
     size = options.samples * options.bytes * 5 // 4
@@ -109,7 +115,7 @@ class Loader:
             for number, orders in enumerate(self.orders)
         ]
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         for process in self.processes:
             process.start()
         self.epoch([])  # Who starts up does not count.
