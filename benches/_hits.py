@@ -120,12 +120,12 @@ async def _disk_hit(scale: Scale, root: Path, size: int, name: str, count: int) 
     assert stores["zcache"].cache_stats()["hits"] == count
     rows = []
     for at_once in (1, 64):
-        step = min(at_once if at_once > 1 else 100, count // 4) if size < 1 << 20 else 16
+        step = min(at_once, count) if at_once > 1 else min(100, count // 4)
         contestants = {"bare": _read_files(str(root / "bare"), keys, size, step, at_once)}
         for kind, store in stores.items():
             contestants[kind] = _read_slices(store, keys, step, at_once)
         with only_hits(stores["zcache"]):
-            times = await interleave(contestants, scale.of(200, 15))
+            times = await interleave(contestants, scale.of(100, 15))
         how = "one by one" if at_once == 1 else f"{step} at once"
         rows.append(times.row(f"disk hit, {name}, {how}", _DISK_AIMS[size]))
     return rows

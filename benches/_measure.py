@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Where the kernel took the core away in the middle of a round, the round says nothing about the
 # code. It is run again, so often at most.
 _TRIES = 6
+# Seconds: longer than what the kernel gives a process at a time, so another try is no better.
+_TOO_LONG = 0.01
 
 
 @dataclass
@@ -153,7 +155,9 @@ async def interleave(
                 operations[name] += count
                 if usage_after.ru_nivcsw == usage.ru_nivcsw:
                     break
-                disturbed += attempt == _TRIES - 1
+                if attempt == _TRIES - 1 or elapsed > _TOO_LONG:
+                    disturbed += 1
+                    break
             seconds[name].append(elapsed / count)
     return Times(
         seconds,

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore, MemoryStore
 
-from coherence_support import CacheStore, SyncDictStore, ask, buf, read
+from coherence_support import (
+    CacheStore,
+    GatedStore,
+    SyncDictStore,
+    ask,
+    buf,
+    index_of,
+    read,
+    value_sync,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,6 +134,36 @@ def fork_while_busy(kind: str, children: int, directory: str) -> int:
     return failed + len(errors)
 
 
+def inherit() -> int:
+    """Fork while a thread reads from the source. How many children failed."""
+    source = GatedStore({"k": b"value", "slow": b"slow"})
+    store = CacheStore(source, cache_store=MemoryStore(), max_size=100)
+    asyncio.run(read(store, "k"))
+    source.shut["get"] = 1
+    thread = threading.Thread(target=store.get_sync, args=("slow",))
+    thread.start()
+    assert source.arrived.acquire(timeout=GIVE_UP)
+    assert index_of(store).in_flight == (1, 0)
+
+    def check() -> None:
+        assert index_of(store).in_flight == (0, 0)
+        assert asyncio.run(read(store, "k")) == b"value"
+        assert source.counts["get"] == 2, "the value was not inherited"
+        # The thread that read this stayed with the parent; nobody waits for it.
+        assert asyncio.run(read(store, "slow")) == b"slow"
+        assert value_sync(store, "slow") == b"slow"
+        assert source.counts["get"] == 3
+        index_of(store).validate()
+        assert store.cache_info()["current_size"] == 9
+
+    failed = ended([in_child(check)])
+    source.release()
+    thread.join()
+    assert value_sync(store, "slow") == b"slow"
+    assert index_of(store).in_flight == (0, 0)
+    return failed
+
+
 async def several(store: CacheStore, number: int) -> None:
     """One round of the tasks of a busy loop."""
     await asyncio.gather(*(read(store, key) for key in VALUES))
@@ -154,7 +193,7 @@ def arrive(packed: bytes, copies: int) -> dict[str, Any]:
 if __name__ == "__main__":
     # Python says of every fork of a process with threads that it may deadlock. That is the question.
     warnings.simplefilter("ignore", DeprecationWarning)
-    _, _, kind, children, directory = sys.argv
-    failures = fork_while_busy(kind, int(children), directory)
+    _, what, kind, children, directory = sys.argv
+    failures = inherit() if what == "inherit" else fork_while_busy(kind, int(children), directory)
     print(f"{failures} of {children} failed")
     sys.exit(bool(failures))
