@@ -7,6 +7,8 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
+
 use crate::cells::{Block, Cell, Cells, Kind, List, ROOT, State, Version};
 use crate::entries::SKEW;
 use crate::error::{Fault, Res};
@@ -126,6 +128,8 @@ struct Reservation {
     room: u64,
     /// Times that deletes which it asked for have failed.
     failures: u32,
+    /// Entries whose deletes it has asked for last.
+    asked: Vec<u32>,
     /// The entry, once granted.
     cell: u32,
 }
@@ -151,7 +155,7 @@ pub struct Cache<B, T> {
     pub(crate) cells: Cells<B>,
     limits: Limits,
     flights: Flights<T>,
-    reservations: HashMap<u64, Reservation>,
+    reservations: HashMap<u64, Reservation, RandomState>,
     next_reservation: u64,
     stats: Stats,
     /// For each cell, the mark of the contents that this process has verified, or 0.
@@ -177,7 +181,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             cells: Cells { block },
             limits,
             flights: Flights::default(),
-            reservations: HashMap::new(),
+            reservations: HashMap::default(),
             next_reservation: 1,
             stats: Stats::default(),
             seen: Vec::new(),
@@ -405,6 +409,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             ticket,
             room: 0,
             failures: 0,
+            asked: Vec::new(),
             cell: 0,
         };
         self.reservations.insert(id, reservation);
@@ -427,6 +432,22 @@ impl<B: Block, T: Clone> Cache<B, T> {
         }
         // In the same step, so what the victims held goes to nobody else.
         self.proceed(id, None, now)
+    }
+
+    /// Does the same where every delete that the reservation asked for has succeeded.
+    pub fn cleared(&mut self, id: u64, now: u64) -> Res<Room> {
+        let reservation = self.reservations.get_mut(&id);
+        let asked = reservation.map_or_else(Vec::new, |r| std::mem::take(&mut r.asked));
+        self.settle(id, &asked, &[], now)
+    }
+
+    /// Notes which deletes a reservation waits for.
+    fn ask(&mut self, id: u64, victims: Vec<Victim>) -> Room {
+        if let Some(reservation) = self.reservations.get_mut(&id) {
+            reservation.asked.clear();
+            reservation.asked.extend(victims.iter().map(|v| v.cell));
+        }
+        Room::Evict(id, victims)
     }
 
     /// Gives a reservation up to `free` bytes; returns how many it still lacks.
@@ -483,7 +504,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             if victims.is_empty() {
                 return self.give_up(id, Refusal::TooLarge);
             }
-            return Ok(Room::Evict(id, victims));
+            return Ok(self.ask(id, victims));
         }
         let header = self.cells.header();
         let taken = header.physical.saturating_add(header.promised);
@@ -529,7 +550,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if victims.is_empty() {
             return self.give_up(id, Refusal::NoRoom);
         }
-        Ok(Room::Evict(id, victims))
+        Ok(self.ask(id, victims))
     }
 
     fn grant(&mut self, id: u64) -> Res<Room> {
@@ -592,6 +613,25 @@ impl<B: Block, T: Clone> Cache<B, T> {
         }
         self.stats.refusals += 1;
         self.unwrite(&reservation)
+    }
+
+    /// The same as [`Cache::commit`], then [`Cache::land`] for the flight of its ticket, in one step.
+    /// Hands out what the readers of the flight waited on.
+    pub fn finish(
+        &mut self,
+        id: u64,
+        checksum: Option<u32>,
+        now: u64,
+    ) -> Res<(Vec<Victim>, Option<T>)> {
+        let flight = self
+            .reservations
+            .get(&id)
+            .map(|r| (r.key.clone(), r.ticket));
+        let victims = self.commit(id, checksum, now)?;
+        Ok((
+            victims,
+            flight.and_then(|(key, ticket)| self.land(&key, ticket)),
+        ))
     }
 
     /// Whether this reservation is known; one from before the index was emptied is not.

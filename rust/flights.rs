@@ -8,6 +8,8 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
+
 use crate::cells::Version;
 use crate::key::Span;
 
@@ -28,8 +30,8 @@ struct Flight<T> {
 /// All flights of one cache.
 #[derive(Debug)]
 pub struct Flights<T> {
-    by_key: HashMap<Box<str>, Vec<Flight<T>>>,
-    writers: HashMap<Box<str>, Writers>,
+    by_key: HashMap<Box<str>, Vec<Flight<T>>, RandomState>,
+    writers: HashMap<Box<str>, Writers, RandomState>,
     next: Ticket,
 }
 
@@ -44,8 +46,8 @@ struct Writers {
 impl<T> Default for Flights<T> {
     fn default() -> Self {
         Flights {
-            by_key: HashMap::new(),
-            writers: HashMap::new(),
+            by_key: HashMap::default(),
+            writers: HashMap::default(),
             next: 1,
         }
     }

@@ -35,6 +35,8 @@ pub mod cells;
 pub mod directory;
 mod entries;
 pub mod error;
+#[cfg(unix)]
+pub mod files;
 pub mod flights;
 pub mod key;
 #[cfg(unix)]

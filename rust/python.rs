@@ -5,6 +5,8 @@
 //! (`lock_py_attached`). With the GIL the lock is therefore free whenever another thread can
 //! fork.
 
+#[cfg(unix)]
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -20,6 +22,7 @@ use crate::key::{self, Span};
 #[cfg(unix)]
 use crate::{
     directory::{Directory, StepError},
+    files,
     mapped::{Locks, OpenError, PARTICIPANTS},
 };
 
@@ -67,11 +70,7 @@ impl From<StepError> for PyErr {
 impl From<OpenError> for PyErr {
     fn from(error: OpenError) -> Self {
         match error {
-            // With its number: what to do about it depends on that.
-            OpenError::Io(error) => match error.raw_os_error() {
-                Some(number) => PyOSError::new_err((number, error.to_string())),
-                None => error.into(),
-            },
+            OpenError::Io(error) => os_error(error),
             OpenError::Crowded => PyOSError::new_err((
                 rustix::io::Errno::USERS.raw_os_error(),
                 format!("{PARTICIPANTS} processes use the index of this directory already"),
@@ -360,6 +359,35 @@ impl Index {
             millis(now)
         ))?;
         answer(py, room)
+    }
+
+    #[pyo3(signature = (reservation, now, /))]
+    fn cleared<'py>(
+        &self,
+        py: Python<'py>,
+        reservation: u64,
+        now: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let room = step!(self, py, |cache| cache.cleared(reservation, millis(now)))?;
+        answer(py, room)
+    }
+
+    #[pyo3(signature = (reservation, checksum, now, /))]
+    fn finish(
+        &self,
+        py: Python<'_>,
+        reservation: u64,
+        checksum: Option<u32>,
+        now: f64,
+    ) -> PyResult<Vec<RawVictim>> {
+        // The payload outlives the lock, for releasing it may run code of Python's.
+        let (victims, flight) = step!(self, py, |cache| cache.finish(
+            reservation,
+            checksum,
+            millis(now)
+        ))?;
+        drop(flight);
+        Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (reservation, checksum, now, /))]
@@ -724,6 +752,62 @@ fn is_known(key: &Bound<'_, PyString>) -> bool {
     key.to_str().is_ok_and(key::is_known)
 }
 
+/// Errors with their number: what to do about them depends on that.
+#[cfg(unix)]
+fn os_error(error: std::io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, error.to_string())),
+        None => error.into(),
+    }
+}
+
+/// A file that is written but not sealed.
+#[cfg(unix)]
+#[pyclass(frozen, module = "zcache._core")]
+struct NewFile(Mutex<Option<OwnedFd>>);
+
+#[cfg(unix)]
+#[pymethods]
+impl NewFile {
+    #[pyo3(signature = (valid, /))]
+    fn seal(&self, valid: bool) -> PyResult<()> {
+        let file = self.0.lock().map_err(poisoned)?.take();
+        match file {
+            Some(file) => files::seal(file, valid).map_err(os_error),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (path, data, note, nanos, /))]
+fn create_file(
+    py: Python<'_>,
+    path: PathBuf,
+    data: &[u8],
+    note: &[u8],
+    nanos: i64,
+) -> PyResult<NewFile> {
+    let file = py.detach(|| files::create(&path, data, note, nanos));
+    Ok(NewFile(Mutex::new(Some(file.map_err(os_error)?))))
+}
+
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (unfinished, path, /))]
+fn publish_file(py: Python<'_>, unfinished: PathBuf, path: PathBuf) -> PyResult<()> {
+    py.detach(|| files::publish(&unfinished, &path))
+        .map_err(os_error)
+}
+
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
+    py.detach(|| files::remove(&path)).map_err(os_error)
+}
+
 /// Bytes from which on other threads may run while a checksum is computed.
 const DETACH_FROM: usize = 64 * 1024;
 
@@ -747,6 +831,15 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Index>()?;
+    #[cfg(unix)]
+    {
+        module.add("SIGNATURE", files::SIGNATURE)?;
+        module.add("PENDING", files::PENDING)?;
+        module.add_class::<NewFile>()?;
+        module.add_function(wrap_pyfunction!(create_file, module)?)?;
+        module.add_function(wrap_pyfunction!(publish_file, module)?)?;
+        module.add_function(wrap_pyfunction!(remove_file, module)?)?;
+    }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;
     module.add_function(wrap_pyfunction!(checksum, module)?)?;
     module.add_function(wrap_pyfunction!(is_known, module)?)?;

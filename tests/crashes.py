@@ -256,7 +256,7 @@ class Fuse:
     def attach(self, store: CacheStore) -> None:
         books = store._engine.books
         books.index = Fused(books.index, self)
-        for name in ("_create", "_mark", "_publish", "seal", "remove"):
+        for name in ("_create", "_publish", "seal", "remove"):
             setattr(_files, name, self.around(getattr(_files, name)))
         source: Any = store._store
         source.set = self.around_async(source.set)

@@ -130,6 +130,8 @@ def test_caches_on_disk_leave_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_server_ends_with_a_demo_that_is_stopped(number: signal.Signals) -> None:
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, str(DEMO), "--quick", "--latency-ms", "200"],
         stdout=subprocess.PIPE,
@@ -138,6 +140,7 @@ def test_server_ends_with_a_demo_that_is_stopped(number: signal.Signals) -> None
         # Unbuffered, as the line is wanted before the pipe is full.
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     try:
         pid = server_pid(process.stdout.readline())

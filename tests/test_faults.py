@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,6 @@ from zcache import _breaker, _files
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
-    from pathlib import Path
 
 
 class LibraryError(Exception):
@@ -412,16 +412,15 @@ async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = DictStore(SOURCE)
     store = CacheStore(source, cache_store=LocalStore(tmp_path), max_size=1000)
     await read(store, "1")
-    write, full = os.write, True
+    create, full = _files._create, True
 
-    def limited(file: int, data: Any) -> int:
+    def limited(unfinished: str, data: bytes, *rest: Any) -> Any:
         if not full:
-            return write(file, data)
-        write(file, bytes(data)[: len(data) // 2])
+            return create(unfinished, data, *rest)
+        Path(unfinished).write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    fake = SimpleNamespace(**{**vars(os), "write": limited})
-    monkeypatch.setattr(_files, "os", fake)
+    monkeypatch.setattr(_files, "_create", limited)
     for key in (*SOURCE, *SOURCE):
         assert await read(store, key) == SOURCE[key]
     await store.set("2", buf(b"written"))

@@ -1,18 +1,28 @@
 from typing import Any, Final, TypeAlias, final
 
 __all__ = [
+    "PENDING",
+    "SIGNATURE",
     "CorruptIndexError",
     "Index",
     "IndexBusyError",
     "IndexFullError",
+    "NewFile",
     "__version__",
     "cache_key",
     "crc32c",
+    "create_file",
     "is_known",
+    "publish_file",
+    "remove_file",
     "select",
 ]
 
 __version__: Final[str]
+SIGNATURE: Final[int]
+"""Nanoseconds below the millisecond of each file that zcache wrote."""
+PENDING: Final[int]
+"""The same as long as the value is not committed."""
 
 _Span: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]
@@ -70,6 +80,8 @@ class Index:
     def settle(
         self, reservation: int, dropped: list[int], failed: list[int], now: float, /
     ) -> _Room: ...
+    def cleared(self, reservation: int, now: float, /) -> _Room: ...
+    def finish(self, reservation: int, checksum: int | None, now: float, /) -> list[_Victim]: ...
     def commit(
         self, reservation: int, checksum: int | None, now: float, /
     ) -> list[_Victim] | None: ...
@@ -106,6 +118,13 @@ class Index:
     def reap(self) -> tuple[list[int], bool]: ...
     def wait(self) -> None: ...
 
+@final
+class NewFile:
+    def seal(self, valid: bool, /) -> None: ...
+
+def create_file(path: str, data: bytes, note: bytes, nanos: int, /) -> NewFile: ...
+def publish_file(unfinished: str, path: str, /) -> None: ...
+def remove_file(path: str, /) -> bool: ...
 def crc32c(data: bytes, /) -> int: ...
 def is_known(key: str, /) -> bool: ...
 def cache_key(key: str, raw: _Span, /) -> str: ...

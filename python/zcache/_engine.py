@@ -26,7 +26,7 @@ from zcache._core import Index, crc32c, is_known, select
 from zcache._fills import NOT_NOW, Fills, Victim, ignore
 from zcache._flights import Flight
 from zcache._identity import identify, innermost, transient
-from zcache._ports import ports, to_cpu_buffer
+from zcache._ports import MemoryPort, ports, to_cpu_buffer
 from zcache._quick import quick_reader
 from zcache._spans import Span, is_encodable, is_reserved, to_request
 
@@ -86,6 +86,7 @@ class Engine(Fills):
             verify=verify,
         )
         self.port, self.sync_port = ports(cache, self.books)
+        self._memory = self.port if isinstance(self.port, MemoryPort) else None
         self._quick = quick_reader(cache)
         self.breaker = Breaker(cache)
         # Reentrant, for the garbage collector may end a reader inside.
@@ -155,9 +156,10 @@ class Engine(Fills):
 
         `span` is `byte_range` as the index takes it, `hit` what the glance has found.
         """
-        value = await self.serve(io, key, prototype, span, hit)
-        if value is not None:
-            return value
+        if hit is not None:
+            value = await self.serve(io, key, prototype, span, hit)
+            if value is not None:
+                return value
         # Only known keys are ever held, so a hit needs no such check.
         if not is_known(key):
             return await self.bypass(io, key, prototype, byte_range)
@@ -314,6 +316,7 @@ class Engine(Fills):
         flight: Flight,
     ) -> Buffer | None:
         """Read the source for all who wait, and keep what it brings if the ticket allows."""
+        landed = False
         try:
             try:
                 value = await io.read(key, prototype, byte_range)
@@ -327,13 +330,13 @@ class Engine(Fills):
             flight.deliver(data)
             if data is None:
                 await self.drop(io, await self.books.step(io, self.index.forget, key))
+            elif self._memory is not None:
+                landed = self.keep(self._memory, key, span, data, ticket)
             else:
                 await self.fill(io, key, span, data, ticket)
         finally:
-            try:
-                self.books.index.land(key, ticket)
-            except NOT_NOW:
-                await self.books.sure(io, ignore, self.index.land, key, ticket)
+            if not landed:
+                await self.books.sure(io, ignore, self.books.index.land, key, ticket)
         return value
 
     # ----------------------------------------------------------------- writes
@@ -350,7 +353,7 @@ class Engine(Fills):
             await self.change(io, key, work)
             return
         books, index = self.books, self.index
-        ended = False
+        ended = landed = False
 
         def late(_: BaseException | None) -> None:
             nonlocal ended
@@ -381,9 +384,12 @@ class Engine(Fills):
         try:
             await self.drop(io, victims)
             if ticket is not None and data is not None:
-                await self.fill(io, key, None, data, ticket)
+                if self._memory is not None:
+                    landed = self.keep(self._memory, key, None, data, ticket)
+                else:
+                    await self.fill(io, key, None, data, ticket)
         finally:
-            if ticket is not None:
+            if ticket is not None and not landed:
                 await books.sure(io, ignore, index.land, key, ticket)
 
     async def _drop_unknown(self, io: Traffic, prefix: str) -> None:
@@ -489,7 +495,8 @@ def _slices(source: Store) -> bool:
 
 def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
-    return value.to_bytes()
+    data: bytes = value.as_numpy_array().tobytes()
+    return data
 
 
 # Guards the making of tokens; never held over anything that waits.

@@ -22,21 +22,16 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Final
 
+from zcache._core import PENDING, SIGNATURE, create_file, publish_file, remove_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SIGNATURE: Final = 271_828
-"""Nanoseconds below the millisecond of each file that zcache wrote."""
-
-PENDING: Final = SIGNATURE + 1
-"""The same as long as the value is not committed."""
+    from zcache._core import NewFile
 
 _ATTRIBUTE: Final = "user.zcache"
 _CHECK: Final = struct.Struct("<QI")
 _MILLI: Final = 1_000_000
-_NO_LINKS: Final = frozenset(
-    {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
-)
 _NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP})
 """What a file system says of a name that no file can have, so that none has it."""
 _numbers = itertools.count()
@@ -54,7 +49,7 @@ def sign(path: str, status: os.stat_result) -> None:
     os.utime(path, ns=(time, time), follow_symlinks=False)
 
 
-def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -> int:
+def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -> NewFile:
     """Write a file that is not there yet; it is pending until `seal` says otherwise.
 
     Parameters
@@ -72,8 +67,8 @@ def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -
 
     Returns
     -------
-    int
-        Descriptor of the open file, for `seal`.
+    NewFile
+        The open file, to be sealed.
 
     Raises
     ------
@@ -83,32 +78,22 @@ def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -
         If the file system refuses. Nothing is left behind.
     """
     unfinished = f"{tmp}{next(_numbers)}"
-    file = _create(unfinished)
+    time = int(seconds * 1000) * _MILLI + PENDING
+    published = False
     try:
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(file, rest) :]
-            _note(file, len(data), checksum)
-            _mark(file, seconds, PENDING)
-            _publish(unfinished, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # Renamed, for want of links.
+        file = _create(unfinished, data, _CHECK.pack(len(data), checksum), time)
+        _publish(unfinished, path)
+        published = True
+    finally:
+        if not published:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(unfinished)
-    except BaseException:
-        os.close(file)
-        raise
     return file
 
 
-def seal(file: int, *, valid: bool) -> None:
+def seal(file: NewFile, *, valid: bool) -> None:
     """Close a new file, and say whether it is valid from now on."""
-    try:
-        if valid:
-            time = os.fstat(file).st_mtime_ns - PENDING + SIGNATURE
-            os.utime(file, ns=(time, time))
-    finally:
-        os.close(file)
+    file.seal(valid)
 
 
 def noted(path: str) -> tuple[int, int] | None:
@@ -120,44 +105,22 @@ def noted(path: str) -> tuple[int, int] | None:
     return size, checksum
 
 
-def _create(unfinished: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+def _create(unfinished: str, data: bytes, note: bytes, time: int) -> NewFile:
     try:
-        return os.open(unfinished, flags, 0o666)
+        return create_file(unfinished, data, note, time)
     except FileNotFoundError:
         # Somebody has tidied up.
         os.mkdir(os.path.dirname(unfinished))
-        return os.open(unfinished, flags, 0o666)
-
-
-def _note(file: int, size: int, checksum: int) -> None:
-    # A few file systems lack them; a value does without.
-    with contextlib.suppress(OSError, AttributeError):
-        os.setxattr(file, _ATTRIBUTE, _CHECK.pack(size, checksum))
-
-
-def _mark(file: int, seconds: float, mark: int) -> None:
-    time = int(seconds * 1000) * _MILLI + mark
-    os.utime(file, ns=(time, time))
+        return create_file(unfinished, data, note, time)
 
 
 def _publish(unfinished: str, path: str) -> None:
-    for _ in range(8):
-        try:
-            os.link(unfinished, path)
-            return
-        except FileNotFoundError:
-            # Somebody may remove empty directories meanwhile, hence the loop.
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        except FileExistsError:
-            if not remove(path):
-                raise
-        except OSError as error:
-            if error.errno not in _NO_LINKS or os.path.lexists(path):
-                raise
-            os.rename(unfinished, path)
-            return
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+    try:
+        publish_file(unfinished, path)
+    except FileExistsError:
+        if not remove(path):
+            raise
+        publish_file(unfinished, path)
 
 
 def remove(path: str) -> bool:
@@ -169,10 +132,7 @@ def remove(path: str) -> bool:
         If the file system refuses.
     """
     try:
-        status = os.lstat(path)
-        if not is_ours(status):
-            return False
-        os.unlink(path)
+        return remove_file(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:

@@ -13,7 +13,7 @@ from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
 if TYPE_CHECKING:
     from zcache._books import Books
     from zcache._breaker import Breaker
-    from zcache._ports import Outcome, Written
+    from zcache._ports import MemoryPort, Outcome, Written
     from zcache._spans import Span
     from zcache._traffic import Traffic
 
@@ -99,6 +99,34 @@ class Fills:
             break
         if orphans := await books.sure(io, self._give_up, index.orphans, RETRIES):
             await self.drop(io, orphans)
+
+    def keep(self, port: MemoryPort, key: str, span: Span | None, data: bytes, ticket: int) -> bool:
+        """Do the same in memory, where nothing waits and nothing fails. Whether the flight has landed."""
+        index, now = self.books.index, self.now()
+        try:
+            room = index.reserve(key, span, len(data), ticket, now)
+            while room.__class__ is not str:
+                reservation, victims = room
+                try:
+                    if victims:
+                        port.forget(victims)
+                    else:
+                        port.put(key if span is None else cache_key(key, span), data)
+                except BaseException:  # Only an interrupt: nobody knows how far it came.
+                    self._give_up(victims)
+                    self.books.soon(self._give_up, index.abort, reservation)
+                    raise
+                if victims:
+                    room = index.cleared(reservation, now)
+                    continue
+                leftover = index.finish(reservation, crc32c(data), now)
+                if leftover:
+                    port.forget(leftover)
+                    index.settled([cell for cell, _ in leftover], [])
+                return True
+        except NOT_NOW:
+            pass  # The step that lands the flight sees to it.
+        return False
 
     def _give_room_up(self, room: tuple[int, list[Victim]] | str) -> None:
         if not isinstance(room, str):

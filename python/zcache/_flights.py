@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
 # Guards the short moments in which waiters come and go; never held while anything waits or runs.
@@ -31,48 +32,46 @@ class Flight:
     waiter starts over and one of them becomes the next reader.
     """
 
-    __slots__ = ("_waiters", "abandoned", "data", "done", "error", "loop", "trace")
+    # Of the class, for each miss makes a flight and few have anything else to say.
+    done = False
+    data: bytes | None = None
+    error: Exception | None = None
+    trace: TracebackType | None = None
+    abandoned = False
+    _waiters: list[threading.Event | asyncio.Future[None]] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
-        self.done = False
-        self.data: bytes | None = None
-        self.error: Exception | None = None
-        self.trace: TracebackType | None = None
-        self.abandoned = False
-        self._waiters: list[threading.Event | asyncio.Future[None]] | None = None
 
     def deliver(self, data: bytes | None) -> None:
         """End with the value."""
-        self._end(data, None, abandoned=False)
-
-    def fail(self, error: Exception) -> None:
-        """End with the source's error."""
-        self._end(None, error, abandoned=False)
-
-    def abandon(self) -> None:
-        """End without a result; the waiters start over."""
-        self._end(None, None, abandoned=True)
-
-    def _end(self, data: bytes | None, error: Exception | None, *, abandoned: bool) -> None:
         with _lock:
             if self.done:
                 return
-            self.data, self.error, self.abandoned = data, error, abandoned
-            self.trace = None if error is None else error.__traceback__
+            self.data = data
             self.done = True
             waiters, self._waiters = self._waiters, None
-        for waiter in waiters or ():
-            if isinstance(waiter, threading.Event):
-                waiter.set()
-                continue
-            loop = waiter.get_loop()
-            if loop is asyncio._get_running_loop():
-                _wake(waiter)
-            else:
-                # A loop that is closed has taken with it everyone who waited there.
-                with contextlib.suppress(RuntimeError):
-                    loop.call_soon_threadsafe(_wake, waiter)
+        if waiters:
+            _wake_all(waiters)
+
+    def fail(self, error: Exception) -> None:
+        """End with the source's error."""
+        with _lock:
+            if self.done:
+                return
+            self.error, self.trace = error, error.__traceback__
+            self.done = True
+            waiters, self._waiters = self._waiters, None
+        _wake_all(waiters or ())
+
+    def abandon(self) -> None:
+        """End without a result; the waiters start over."""
+        with _lock:
+            if self.done:
+                return
+            self.abandoned = self.done = True
+            waiters, self._waiters = self._waiters, None
+        _wake_all(waiters or ())
 
     def _enlist(self, waiter: threading.Event | asyncio.Future[None]) -> bool:
         with _lock:
@@ -151,6 +150,20 @@ def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
     except RuntimeError:
         return None
     return pulse
+
+
+def _wake_all(waiters: Iterable[threading.Event | asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if isinstance(waiter, threading.Event):
+            waiter.set()
+            continue
+        loop = waiter.get_loop()
+        if loop is asyncio._get_running_loop():
+            _wake(waiter)
+        else:
+            # A loop that is closed has taken with it everyone who waited there.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_wake, waiter)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -13,8 +13,9 @@ import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
 from zarr.core.buffer import cpu
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
@@ -22,19 +23,20 @@ from zarr.storage import LocalStore, MemoryStore
 from zcache import _files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._books import Books
+    from zcache._core import NewFile
 
 T = TypeVar("T")
 Outcome = list[Exception | None]
 """For each delete None, or why it failed."""
-Written = int | None
-"""A value that is written but not sealed: the descriptor of a file, or nothing."""
+Written: TypeAlias = "NewFile | None"
+"""A value that is written but not sealed, where that makes a difference."""
 
 
 def drive(steps: Coroutine[Any, Any, T]) -> T:
@@ -152,7 +154,7 @@ class Port:
 
 def to_cpu_buffer(data: bytes) -> Buffer:
     """A buffer over immutable bytes."""
-    return cpu.Buffer.from_bytes(data)
+    return cpu.Buffer(np.frombuffer(data, "B"))
 
 
 class StorePort(Port):
@@ -258,17 +260,28 @@ class SyncPort(ImmediatePort):
 
 
 class MemoryPort(SyncPort):
-    """A dict of this process."""
+    """A dict of this process: nothing here can fail."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self._values: Any = store._store_dict
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a value."""
+        # Not by `set_sync`: zarr 3.4 would keep a copy that whoever reads it can write to.
+        self._values[name] = to_cpu_buffer(data)
+
+    def forget(self, victims: Iterable[tuple[int, str]]) -> None:
+        """Delete values, where they are."""
+        for _, name in victims:
+            self._values.pop(name, None)
 
     def write_now(self, name: str, data: bytes, _checksum: int) -> Written:
-        # Not by `set_sync`: zarr 3.4 would keep a copy that whoever reads it can write to.
-        self._store._store_dict[name] = to_cpu_buffer(data)
+        self.put(name, data)
         return None
 
     def delete_now(self, names: Sequence[str]) -> Outcome:
-        values = self._store._store_dict
-        for name in names:
-            values.pop(name, None)
+        self.forget((0, name) for name in names)
         return [None] * len(names)
 
 

@@ -1,0 +1,132 @@
+//! Files of values: the system calls of one step together, so that a caller with an interpreter
+//! lock gives it back once for all of them. `zcache._files` tells what the files are for.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags, fsetxattr,
+    fstat, futimens, linkat, open, renameat_with, statat, unlinkat,
+};
+use rustix::io::Errno;
+
+/// Nanoseconds below the millisecond of the modification time of each file that zcache wrote.
+pub const SIGNATURE: i64 = 271_828;
+
+/// The same as long as the value is not committed.
+pub const PENDING: i64 = SIGNATURE + 1;
+
+const MILLI: i64 = 1_000_000;
+
+/// Where a file system has extended attributes, length and checksum of a value are in this one.
+const ATTRIBUTE: &CStr = c"user.zcache";
+
+const NANOS: i64 = 1_000_000_000;
+
+/// Times that the directory of a new name is made again where others remove empty ones.
+const TRIES: u32 = 8;
+
+fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
+    let time = Timespec {
+        tv_sec: nanos.div_euclid(NANOS),
+        tv_nsec: nanos.rem_euclid(NANOS),
+    };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    Ok(futimens(file, &times)?)
+}
+
+/// Nanoseconds since 1970 of a modification time.
+fn modified(status: &rustix::fs::Stat) -> i64 {
+    (status.st_mtime as i64)
+        .saturating_mul(NANOS)
+        .saturating_add(status.st_mtime_nsec as i64)
+}
+
+/// Writes a new file with this modification time; `note` goes into its extended attribute where
+/// the file system has those.
+///
+/// # Errors
+///
+/// Where the file is there already, or the file system refuses. What was written by then stays.
+pub fn create(path: &Path, data: &[u8], note: &[u8], nanos: i64) -> io::Result<OwnedFd> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = open(path, flags, Mode::from_raw_mode(0o666))?;
+    let mut rest = data;
+    while !rest.is_empty() {
+        match rustix::io::write(&file, rest) {
+            Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    // A value does without.
+    let _ = fsetxattr(&file, ATTRIBUTE, note, XattrFlags::empty());
+    set_modified(&file, nanos)?;
+    Ok(file)
+}
+
+/// Gives an unfinished file a name that is free, and makes the directories above it.
+///
+/// # Errors
+///
+/// Where the name is taken, or the file system refuses; the unfinished name is then still there.
+pub fn publish(unfinished: &Path, path: &Path) -> io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match linkat(CWD, unfinished, CWD, path, AtFlags::empty()) {
+            Err(Errno::NOENT) if tries < TRIES => {
+                tries += 1;
+                if let Some(directory) = path.parent()
+                    && let Err(error) = std::fs::create_dir_all(directory)
+                {
+                    return Err(error);
+                }
+            }
+            // No links here, or not to this file.
+            Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => {
+                let flags = RenameFlags::NOREPLACE;
+                return Ok(renameat_with(CWD, unfinished, CWD, path, flags)?);
+            }
+            Err(error) => return Err(error.into()),
+            Ok(()) => break,
+        }
+    }
+    // Where that fails, whoever sweeps the directory of unfinished files does it.
+    let _ = unlinkat(CWD, unfinished, AtFlags::empty());
+    Ok(())
+}
+
+/// Closes a pending file, and says whether it is valid from now on.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn seal(file: OwnedFd, valid: bool) -> io::Result<()> {
+    if valid {
+        let time = modified(&fstat(&file)?);
+        set_modified(&file, time - PENDING + SIGNATURE)?;
+    }
+    drop(file);
+    Ok(())
+}
+
+/// Removes a file if zcache wrote it. Whether it did.
+///
+/// # Errors
+///
+/// Where there is no such file, or the file system refuses.
+pub fn remove(path: &Path) -> io::Result<bool> {
+    let status = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    let mark = modified(&status).rem_euclid(MILLI);
+    let regular = FileType::from_raw_mode(status.st_mode) == FileType::RegularFile;
+    if !regular || !matches!(mark, SIGNATURE | PENDING) {
+        return Ok(false);
+    }
+    unlinkat(CWD, path, AtFlags::empty())?;
+    Ok(true)
+}
