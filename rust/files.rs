@@ -8,7 +8,7 @@ use std::path::Path;
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags, fsetxattr,
-    fstat, futimens, linkat, open, renameat_with, statat, unlinkat,
+    fstat, futimens, getxattr, linkat, open, renameat_with, statat, statvfs, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -47,13 +47,16 @@ fn modified(status: &rustix::fs::Stat) -> i64 {
         .saturating_add(status.st_mtime_nsec as i64)
 }
 
-/// Writes a new file with this modification time; `note` goes into its extended attribute where
-/// the file system has those.
+/// What is noted beside a value: its length and its CRC32C.
+const NOTE: usize = 12;
+
+/// Writes a new file with this modification time, and notes length and CRC32C of its contents where
+/// the file system has extended attributes. Returns the CRC32C as well.
 ///
 /// # Errors
 ///
 /// Where the file is there already, or the file system refuses. What was written by then stays.
-pub fn create(path: &Path, data: &[u8], note: &[u8], nanos: i64) -> io::Result<OwnedFd> {
+pub fn create(path: &Path, data: &[u8], nanos: i64) -> io::Result<(OwnedFd, u32)> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = open(path, flags, Mode::from_raw_mode(0o666))?;
     let mut rest = data;
@@ -64,10 +67,41 @@ pub fn create(path: &Path, data: &[u8], note: &[u8], nanos: i64) -> io::Result<O
             Err(error) => return Err(error.into()),
         }
     }
+    let checksum = crc32c::crc32c(data);
+    let mut note = [0u8; NOTE];
+    let (length, rest) = note.split_at_mut(8);
+    length.copy_from_slice(&(data.len() as u64).to_le_bytes());
+    rest.copy_from_slice(&checksum.to_le_bytes());
     // A value does without.
-    let _ = fsetxattr(&file, ATTRIBUTE, note, XattrFlags::empty());
+    let _ = fsetxattr(&file, ATTRIBUTE, &note, XattrFlags::empty());
     set_modified(&file, nanos)?;
-    Ok(file)
+    Ok((file, checksum))
+}
+
+/// Length and CRC32C that a file should have, where that is noted.
+#[must_use]
+pub fn noted(path: &Path) -> Option<(u64, u32)> {
+    let mut note = [0u8; NOTE + 1];
+    let count = getxattr(path, ATTRIBUTE, &mut note[..]).ok()?;
+    let (length, rest) = note.get(..count)?.split_first_chunk()?;
+    Some((
+        u64::from_le_bytes(*length),
+        u32::from_le_bytes(rest.try_into().ok()?),
+    ))
+}
+
+/// Bytes that an ordinary user may still write to the volume of a path, and bytes of the volume.
+///
+/// # Errors
+///
+/// Where the file system does not tell.
+pub fn space(path: &Path) -> io::Result<(u64, u64)> {
+    let volume = statvfs(path)?;
+    let unit = volume.f_frsize;
+    Ok((
+        volume.f_bavail.saturating_mul(unit),
+        volume.f_blocks.saturating_mul(unit),
+    ))
 }
 
 /// Gives an unfinished file a name that is free, and makes the directories above it.

@@ -764,14 +764,18 @@ fn os_error(error: std::io::Error) -> PyErr {
 /// A file that is written but not sealed.
 #[cfg(unix)]
 #[pyclass(frozen, module = "zcache._core")]
-struct NewFile(Mutex<Option<OwnedFd>>);
+struct NewFile {
+    file: Mutex<Option<OwnedFd>>,
+    #[pyo3(get)]
+    checksum: u32,
+}
 
 #[cfg(unix)]
 #[pymethods]
 impl NewFile {
     #[pyo3(signature = (valid, /))]
     fn seal(&self, valid: bool) -> PyResult<()> {
-        let file = self.0.lock().map_err(poisoned)?.take();
+        let file = self.file.lock().map_err(poisoned)?.take();
         match file {
             Some(file) => files::seal(file, valid).map_err(os_error),
             None => Ok(()),
@@ -781,16 +785,29 @@ impl NewFile {
 
 #[cfg(unix)]
 #[pyfunction]
-#[pyo3(signature = (path, data, note, nanos, /))]
-fn create_file(
-    py: Python<'_>,
-    path: PathBuf,
-    data: &[u8],
-    note: &[u8],
-    nanos: i64,
-) -> PyResult<NewFile> {
-    let file = py.detach(|| files::create(&path, data, note, nanos));
-    Ok(NewFile(Mutex::new(Some(file.map_err(os_error)?))))
+#[pyo3(signature = (path, data, nanos, /))]
+fn create_file(py: Python<'_>, path: PathBuf, data: &[u8], nanos: i64) -> PyResult<NewFile> {
+    let made = py.detach(|| files::create(&path, data, nanos));
+    let (file, checksum) = made.map_err(os_error)?;
+    Ok(NewFile {
+        file: Mutex::new(Some(file)),
+        checksum,
+    })
+}
+
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+fn noted_file(path: PathBuf) -> Option<(u64, u32)> {
+    files::noted(&path)
+}
+
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
+    // Two microseconds; to detach and to attach again can take longer than that.
+    files::space(&path).map_err(os_error)
 }
 
 #[cfg(unix)]
@@ -837,7 +854,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("PENDING", files::PENDING)?;
         module.add_class::<NewFile>()?;
         module.add_function(wrap_pyfunction!(create_file, module)?)?;
+        module.add_function(wrap_pyfunction!(noted_file, module)?)?;
         module.add_function(wrap_pyfunction!(publish_file, module)?)?;
+        module.add_function(wrap_pyfunction!(volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(remove_file, module)?)?;
     }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;

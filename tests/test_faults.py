@@ -414,9 +414,9 @@ async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     await read(store, "1")
     create, full = _files._create, True
 
-    def limited(unfinished: str, data: bytes, *rest: Any) -> Any:
+    def limited(unfinished: str, data: bytes, time: int) -> Any:
         if not full:
-            return create(unfinished, data, *rest)
+            return create(unfinished, data, time)
         Path(unfinished).write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

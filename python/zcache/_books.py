@@ -20,7 +20,7 @@ from zcache._directory import Directory
 from zcache._flights import Flight
 from zcache._identity import innermost, same_place
 from zcache._listing import take_in
-from zcache._ports import background
+from zcache._threads import background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -12,6 +12,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache import _files
+from zcache._core import volume_space
 from zcache._identity import TRANSIENT
 from zcache._spans import is_encodable
 
@@ -189,8 +190,7 @@ class Directory:
 
     def free_space(self) -> tuple[int, int]:
         """Bytes that we may still write to the volume, and bytes of the whole volume."""
-        volume = os.statvfs(self.root)
-        return volume.f_bavail * volume.f_frsize, volume.f_blocks * volume.f_frsize
+        return volume_space(self.root)
 
     def remove_below(self, prefix: str) -> None:
         """Remove the files of a key and of all keys below it, whether the index knows them or not."""

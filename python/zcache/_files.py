@@ -19,18 +19,15 @@ import errno
 import itertools
 import os
 import stat
-import struct
 from typing import TYPE_CHECKING, Final
 
-from zcache._core import PENDING, SIGNATURE, create_file, publish_file, remove_file
+from zcache._core import PENDING, SIGNATURE, create_file, noted_file, publish_file, remove_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from zcache._core import NewFile
 
-_ATTRIBUTE: Final = "user.zcache"
-_CHECK: Final = struct.Struct("<QI")
 _MILLI: Final = 1_000_000
 _NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP})
 """What a file system says of a name that no file can have, so that none has it."""
@@ -49,7 +46,7 @@ def sign(path: str, status: os.stat_result) -> None:
     os.utime(path, ns=(time, time), follow_symlinks=False)
 
 
-def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -> NewFile:
+def write_new(path: str, data: bytes, tmp: str, seconds: float) -> NewFile:
     """Write a file that is not there yet; it is pending until `seal` says otherwise.
 
     Parameters
@@ -58,8 +55,6 @@ def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -
         Its name; missing directories are made.
     data : bytes
         Its contents.
-    checksum : int
-        Their CRC32C.
     tmp : str
         Beginning of the names of unfinished files, in a directory of the same file system.
     seconds : float
@@ -68,7 +63,7 @@ def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -
     Returns
     -------
     NewFile
-        The open file, to be sealed.
+        The open file, to be sealed, and the CRC32C of what is in it.
 
     Raises
     ------
@@ -81,7 +76,7 @@ def write_new(path: str, data: bytes, checksum: int, tmp: str, seconds: float) -
     time = int(seconds * 1000) * _MILLI + PENDING
     published = False
     try:
-        file = _create(unfinished, data, _CHECK.pack(len(data), checksum), time)
+        file = _create(unfinished, data, time)
         _publish(unfinished, path)
         published = True
     finally:
@@ -98,20 +93,16 @@ def seal(file: NewFile, *, valid: bool) -> None:
 
 def noted(path: str) -> tuple[int, int] | None:
     """Length and CRC32C that a file should have, where that is known."""
-    try:
-        size, checksum = _CHECK.unpack(os.getxattr(path, _ATTRIBUTE))
-    except (OSError, AttributeError, struct.error):
-        return None
-    return size, checksum
+    return noted_file(path)
 
 
-def _create(unfinished: str, data: bytes, note: bytes, time: int) -> NewFile:
+def _create(unfinished: str, data: bytes, time: int) -> NewFile:
     try:
-        return create_file(unfinished, data, note, time)
+        return create_file(unfinished, data, time)
     except FileNotFoundError:
         # Somebody has tidied up.
         os.mkdir(os.path.dirname(unfinished))
-        return create_file(unfinished, data, note, time)
+        return create_file(unfinished, data, time)
 
 
 def _publish(unfinished: str, path: str) -> None:

@@ -165,15 +165,18 @@ class Fills:
         """Write the bytes for which there is room; returns what has to be deleted after all."""
         name = key if span is None else cache_key(key, span)
         books, index = self.books, self.books.index
-        checksum = crc32c(data)
 
         def late(written: Written | BaseException) -> None:
             # Whoever read it is gone, but the value is as good as any.
             if isinstance(written, BaseException):
                 books.soon(self._give_up, index.abort, reservation)
             else:
+                checksum = checksum_of(written)
                 decide = partial(decided, written)
                 books.soon(decide, index.commit, reservation, checksum, self.now())
+
+        def checksum_of(written: Written) -> int:
+            return crc32c(data) if written is None else written.checksum
 
         def decided(written: Written, victims: list[Victim] | None) -> None:
             io.port.seal(written, valid=victims == [])
@@ -181,9 +184,9 @@ class Fills:
 
         try:
             if io.port.immediate:
-                written = io.port.write_now(name, data, checksum)
+                written = io.port.write_now(name, data)
             else:
-                written = await io.port.write(name, data, checksum, late)
+                written = await io.port.write(name, data, late)
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
             self.breaker.failed(error)
             return await books.sure(io, self._give_up, index.abort, reservation)
@@ -192,6 +195,7 @@ class Fills:
                 late(interrupt)
             raise
         self.breaker.succeeded()
+        checksum = checksum_of(written)
         victims: list[Victim] | None
         try:
             victims = index.commit(reservation, checksum, self.now())

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,10 +19,10 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
+from zcache._threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
-    from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -99,7 +97,7 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
 _unfinished: set[asyncio.Task[Any]] = set()
 
 
-def _result(task: asyncio.Future[T] | Future[T]) -> Any:
+def _result(task: asyncio.Future[T]) -> Any:
     if task.cancelled():
         return asyncio.CancelledError()
     error = task.exception()
@@ -121,7 +119,7 @@ class Port:
         raise NotImplementedError
 
     async def write(
-        self, name: str, data: bytes, checksum: int, late: Callable[[Written | BaseException], None]
+        self, name: str, data: bytes, late: Callable[[Written | BaseException], None]
     ) -> Written:
         """Write a value; to be sealed once the index has decided about it."""
         raise NotImplementedError
@@ -132,7 +130,7 @@ class Port:
         """Delete values. One that is gone already counts as deleted."""
         raise NotImplementedError
 
-    def write_now(self, name: str, data: bytes, checksum: int) -> Written:
+    def write_now(self, name: str, data: bytes) -> Written:
         """Write a value on the spot."""
         raise NotImplementedError
 
@@ -172,7 +170,6 @@ class StorePort(Port):
         self,
         name: str,
         data: bytes,
-        _checksum: int,
         late: Callable[[Written | BaseException], None],
     ) -> Written:
         await settle(self._store.set(name, to_cpu_buffer(data)), late)
@@ -240,7 +237,7 @@ class SyncPort(ImmediatePort):
         )
         return found
 
-    def write_now(self, name: str, data: bytes, _checksum: int) -> Written:
+    def write_now(self, name: str, data: bytes) -> Written:
         self._store.set_sync(name, to_cpu_buffer(data))
         return None
 
@@ -276,7 +273,7 @@ class MemoryPort(SyncPort):
         for _, name in victims:
             self._values.pop(name, None)
 
-    def write_now(self, name: str, data: bytes, _checksum: int) -> Written:
+    def write_now(self, name: str, data: bytes) -> Written:
         self.put(name, data)
         return None
 
@@ -299,13 +296,13 @@ class LocalPort(Port):
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
         work = self._blocking.read_now
-        return await asyncio.wrap_future(_pool().submit(work, name, prototype, byte_range))
+        return await in_thread(lambda: work(name, prototype, byte_range), lambda _: None)
 
     async def write(
-        self, name: str, data: bytes, checksum: int, late: Callable[[Written | BaseException], None]
+        self, name: str, data: bytes, late: Callable[[Written | BaseException], None]
     ) -> Written:
-        work = _pool().submit(self._blocking.write_now, name, data, checksum)
-        return await _in_thread(work, late)
+        work = self._blocking.write_now
+        return await in_thread(lambda: work(name, data), late)
 
     def seal(self, written: Written, *, valid: bool) -> None:
         self._blocking.seal(written, valid=valid)
@@ -319,7 +316,7 @@ class LocalPort(Port):
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
-        return await _in_thread(_pool().submit(self._blocking.delete_now, names), late)
+        return await in_thread(lambda: self._blocking.delete_now(names), late)
 
 
 class LocalSyncPort(ImmediatePort):
@@ -347,9 +344,9 @@ class LocalSyncPort(ImmediatePort):
     ) -> Buffer | None:
         return self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
 
-    def write_now(self, name: str, data: bytes, checksum: int) -> Written:
+    def write_now(self, name: str, data: bytes) -> Written:
         books = self._books
-        return _files.write_new(self._path(name), data, checksum, books.tmp(), books.now())
+        return _files.write_new(self._path(name), data, books.tmp(), books.now())
 
     def seal(self, written: Written, *, valid: bool) -> None:
         if written is not None:
@@ -382,37 +379,6 @@ class LocalSyncPort(ImmediatePort):
         return None
 
 
-async def _in_thread(work: Future[T], late: Callable[[T | BaseException], None]) -> T:
-    try:
-        return await asyncio.wrap_future(work)
-    except Exception:
-        raise
-    except BaseException:
-        work.add_done_callback(lambda work: late(_result(work)))
-        raise
-
-
-_THREADS = 8
-_executor: ThreadPoolExecutor | None = None
-_lock = threading.Lock()
-
-
-def _pool() -> ThreadPoolExecutor:
-    global _executor
-    if _executor is None:
-        with _lock:
-            if _executor is None:
-                _executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="zcache")
-    return _executor
-
-
-def after_fork() -> None:
-    """The threads of the pool have stayed with the parent."""
-    global _executor, _lock
-    _lock = threading.Lock()
-    _executor = None
-
-
 def ports(store: Store, books: Books) -> tuple[Port, Port]:
     """The two faces of a cache store: for event loops, and for threads without one."""
     if type(store) is MemoryStore:
@@ -422,13 +388,3 @@ def ports(store: Store, books: Books) -> tuple[Port, Port]:
         blocking = LocalSyncPort(store, books)
         return LocalPort(blocking), blocking
     return StorePort(store), SyncPort(store)
-
-
-async def in_thread(work: Callable[[], None]) -> None:
-    """Do what may take long, out of the way of the event loop."""
-    await asyncio.wrap_future(_pool().submit(work))
-
-
-def background(work: Callable[[], None]) -> None:
-    """Do something without waiting for it."""
-    _pool().submit(work)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
 
-from zcache._ports import in_thread, settle
+from zcache._ports import settle
+from zcache._threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -60,7 +61,7 @@ class Traffic:
 
     async def block(self, work: Callable[[], None]) -> None:
         """Do what may take long, out of the way of everybody else."""
-        await in_thread(work)
+        await in_thread(work, lambda _: None)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that may suspend."""
