@@ -127,7 +127,7 @@ async def throughput(scale: Scale) -> list[Row]:
     assert index.stats()[2] - before == slices["zcache"].taken
     assert len(index) == len(lru) == count
     rows[0].note = "bare: cachebox.LRUCache, which knows neither bytes nor ages nor flights"
-    rows[2].note = "zcache: join, reserve, settle, commit, land; what every fill takes"
+    rows[2].note = "zcache: join, reserve, cleared, finish; what every fill in memory takes"
     return rows
 
 
@@ -169,10 +169,9 @@ def _fill(index: Any) -> Callable[[Sequence[str]], None]:
             while not isinstance(room, str):
                 reservation, victims = room
                 if not victims:
-                    index.commit(reservation, 1, 1.0)
+                    index.finish(reservation, 1, 1.0)
                     break
-                room = index.settle(reservation, [cell for cell, _ in victims], [], 1.0)
-            index.land(key, ticket)
+                room = index.cleared(reservation, 1.0)
 
     return work
 

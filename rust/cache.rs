@@ -6,6 +6,7 @@
 //! caller reports every one of them back as dropped or failed.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use foldhash::fast::RandomState;
 
@@ -14,12 +15,16 @@ use crate::entries::SKEW;
 use crate::error::{Fault, Res};
 use crate::flights::{Flights, Ticket};
 use crate::key::{self, Span};
+use crate::memo::Memo;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
 
 /// Times that a reservation looks for other victims after deletes have failed.
 const ROUNDS: u32 = 8;
+
+/// Uses of entries that are entered in the order together.
+const PUT_OFF: usize = 64;
 
 /// The bounds of a cache.
 #[derive(Clone, Copy, Debug)]
@@ -158,6 +163,8 @@ pub struct Cache<B, T> {
     reservations: HashMap<u64, Reservation, RandomState>,
     next_reservation: u64,
     stats: Stats,
+    /// Entries that were used and are not yet moved to the end of the list, at most [`PUT_OFF`].
+    touched: Vec<u32>,
     /// For each cell, the mark of the contents that this process has verified, or 0.
     seen: Vec<u32>,
 }
@@ -178,12 +185,16 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// A cache over a block that holds an index already.
     pub(crate) fn over(block: B, limits: Limits) -> Self {
         Cache {
-            cells: Cells { block },
+            cells: Cells {
+                block,
+                memo: Memo::default(),
+            },
             limits,
             flights: Flights::default(),
             reservations: HashMap::default(),
             next_reservation: 1,
             stats: Stats::default(),
+            touched: Vec::new(),
             seen: Vec::new(),
         }
     }
@@ -304,7 +315,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let found = self.peek(key, span, now)?;
         match found {
             Some(found) => {
-                self.cells.touch(found.handle as u32)?;
+                self.touch(found.handle as u32)?;
                 self.stats.hits += 1;
             }
             None => self.stats.misses += 1,
@@ -312,9 +323,45 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Ok(found)
     }
 
+    /// Marks an entry as most recently used. Where nobody else sees the order, that is put off, for
+    /// its two neighbours are two cells that no cache of the processor has, and many of them are
+    /// fetched in the time of one.
+    #[inline]
+    fn touch(&mut self, i: u32) -> Res<()> {
+        if !B::EXCLUSIVE {
+            return self.cells.touch(i);
+        }
+        self.touched.push(i);
+        if self.touched.len() < PUT_OFF {
+            return Ok(());
+        }
+        self.put_in_order()
+    }
+
+    /// Moves what was touched, in the order of the touches; before anything else changes the order
+    /// or goes by it.
+    fn put_in_order(&mut self) -> Res<()> {
+        if self.touched.is_empty() {
+            return Ok(());
+        }
+        // Reads that wait for nothing bring the neighbours near, all at once.
+        let mut near = 0;
+        for &i in &self.touched {
+            let cell = self.cells.get(i)?;
+            near ^= self.cells.get(cell.older)?.newer ^ self.cells.get(cell.newer)?.older;
+        }
+        std::hint::black_box(near);
+        let mut touched = std::mem::take(&mut self.touched);
+        let result = touched.iter().try_for_each(|i| self.cells.touch(*i));
+        touched.clear();
+        self.touched = touched;
+        result
+    }
+
     /// A hit turned out to be none: its bytes were gone, short or damaged. The entry is dropped if
     /// it is still the same one, and the request counts as a miss.
     pub fn discard(&mut self, at: u64) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         self.missed();
         let i = at as u32;
         match self.cells.get(i) {
@@ -374,6 +421,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         ticket: Ticket,
         now: u64,
     ) -> Res<Room> {
+        self.put_in_order()?;
         if !self.cells.block.is_complete() {
             return Ok(self.refuse(Refusal::Rebuilding));
         }
@@ -426,6 +474,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Reports the deletes that a reservation asked for, and goes on with it.
     pub fn settle(&mut self, id: u64, dropped: &[u32], failed: &[u32], now: u64) -> Res<Room> {
+        self.put_in_order()?;
         self.settled(dropped, failed)?;
         if let Some(reservation) = self.reservations.get_mut(&id) {
             reservation.failures += u32::from(!failed.is_empty());
@@ -480,12 +529,16 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     fn version(&self, key: &str) -> Version {
+        if B::EXCLUSIVE {
+            // Nobody else writes, and our own writes void the flights.
+            return Version::default();
+        }
         self.cells.block.version(shared_hash(key))
     }
 
     fn is_valid(&self, key: &str, ticket: Ticket) -> bool {
         self.flights.valid(key, ticket, self.version(key))
-            && !self.cells.block.is_written(shared_hash(key))
+            && (B::EXCLUSIVE || !self.cells.block.is_written(shared_hash(key)))
     }
 
     fn proceed(&mut self, id: u64, own: Option<u32>, now: u64) -> Res<Room> {
@@ -557,17 +610,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let Some(reservation) = self.reservations.get(&id) else {
             return Ok(self.refuse(Refusal::Void));
         };
-        if !self.is_valid(&reservation.key, reservation.ticket) {
+        let (key, span) = (&*reservation.key, reservation.span);
+        if !self.is_valid(key, reservation.ticket) {
             return self.give_up(id, Refusal::Void);
         }
-        let (key, span, size) = (reservation.key.clone(), reservation.span, reservation.size);
-        if self.cells.find(&key, span)?.is_some() {
+        if self.cells.find(key, span)?.is_some() {
             return self.give_up(id, Refusal::Busy);
         }
-        if span == Span::Full && self.conflicts(&key)? {
+        if span == Span::Full && self.conflicts(key)? {
             return self.give_up(id, Refusal::Conflict);
         }
-        let cell = match self.cells.begin_writing(&key, span, size) {
+        let cell = match self.cells.begin_writing(key, span, reservation.size) {
             Ok(cell) => cell,
             Err(Fault::Full) => return self.give_up(id, Refusal::Full),
             Err(fault) => return Err(fault),
@@ -600,19 +653,34 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// The bytes are written. Returns what has to be deleted after all: the bytes themselves,
     /// where a write has made the ticket void.
     pub fn commit(&mut self, id: u64, checksum: Option<u32>, now: u64) -> Res<Vec<Victim>> {
-        if self.reservations.get(&id).is_none_or(|r| r.cell == 0) {
+        match self.take_granted(id) {
+            Some(reservation) => self.decide(&reservation, checksum, now),
             // Nothing was granted, so nothing was written.
-            return self.abort(id);
+            None => self.abort(id),
         }
-        let Some(reservation) = self.reservations.remove(&id) else {
-            return Ok(Vec::new());
-        };
+    }
+
+    fn take_granted(&mut self, id: u64) -> Option<Reservation> {
+        let entry = self.reservations.entry(id);
+        match entry {
+            Entry::Occupied(entry) if entry.get().cell != 0 => Some(entry.remove()),
+            _ => None,
+        }
+    }
+
+    fn decide(
+        &mut self,
+        reservation: &Reservation,
+        checksum: Option<u32>,
+        now: u64,
+    ) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         if self.is_valid(&reservation.key, reservation.ticket) {
             self.cells.make_present(reservation.cell, checksum, now)?;
             return Ok(Vec::new());
         }
         self.stats.refusals += 1;
-        self.unwrite(&reservation)
+        self.unwrite(reservation)
     }
 
     /// The same as [`Cache::commit`], then [`Cache::land`] for the flight of its ticket, in one step.
@@ -623,15 +691,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         checksum: Option<u32>,
         now: u64,
     ) -> Res<(Vec<Victim>, Option<T>)> {
-        let flight = self
-            .reservations
-            .get(&id)
-            .map(|r| (r.key.clone(), r.ticket));
-        let victims = self.commit(id, checksum, now)?;
-        Ok((
-            victims,
-            flight.and_then(|(key, ticket)| self.land(&key, ticket)),
-        ))
+        let Some(reservation) = self.take_granted(id) else {
+            return Ok((self.abort(id)?, None));
+        };
+        let victims = self.decide(&reservation, checksum, now)?;
+        Ok((victims, self.land(&reservation.key, reservation.ticket)))
     }
 
     /// Whether this reservation is known; one from before the index was emptied is not.
@@ -660,6 +724,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Drops entries of at least `size` bytes, if there are so many; a batch at most.
     pub fn evict(&mut self, size: u64, now: u64) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
@@ -716,6 +781,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Up to `limit` orphans whose delete is worth another try.
     pub fn orphans(&mut self, limit: usize) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         let mut victims = Vec::new();
         while victims.len() < limit {
             let Some(i) = self.cells.end(List::Orphans, false)? else {
@@ -749,7 +815,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             return Ok(0);
         }
         let (key, span) = self.cells.name(i)?;
-        if self.cells.find(&key, span)? != Some(i) {
+        if !B::EXCLUSIVE && self.cells.find(&key, span)? != Some(i) {
             // The name that a damaged cell gives may be that of bytes which are not ours.
             return Err(Fault::Corrupt("a name that leads to another cell"));
         }
@@ -784,8 +850,9 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// A write of this key begins: nothing that is cached of it is valid from now on.
     pub fn begin_write(&mut self, key: &str) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         self.change(key);
-        self.cells.block.mark_write(Some(shared_hash(key)), true);
+        self.mark_key(key, true);
         self.flights.begin_write(key, self.version(key));
         self.drop_key(key)
     }
@@ -793,9 +860,10 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// A write of this key has ended. Where it succeeded and no other write overlapped it, the
     /// ticket allows its value to be cached.
     pub fn end_write(&mut self, key: &str, ok: bool) -> Res<(Vec<Victim>, Option<Ticket>)> {
+        self.put_in_order()?;
         let alone = self.flights.end_write(key, self.version(key));
         self.change(key);
-        self.cells.block.mark_write(Some(shared_hash(key)), false);
+        self.mark_key(key, false);
         let version = self.version(key);
         let victims = self.drop_key(key)?;
         let ticket = (ok && alone).then(|| self.flights.open(key, Span::Full, None, version));
@@ -803,11 +871,21 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     fn change(&mut self, key: &str) {
-        self.cells.block.change_key(shared_hash(key));
+        if !B::EXCLUSIVE {
+            self.cells.block.change_key(shared_hash(key));
+        }
+    }
+
+    fn mark_key(&mut self, key: &str, begins: bool) {
+        if !B::EXCLUSIVE {
+            let key = Some(shared_hash(key));
+            self.cells.block.mark_write(key, begins);
+        }
     }
 
     /// The source has no such key.
     pub fn forget(&mut self, key: &str) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         self.drop_key(key)
     }
 
@@ -828,6 +906,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// returns nothing. The keys outside the prefix are not looked at, save that a prefix that ends
     /// inside chunk coordinates (`a/c/12`) looks at the chunks of its array.
     pub fn sweep(&mut self, prefix: &str) -> Res<Vec<Victim>> {
+        self.put_in_order()?;
         let prefix = prefix.trim_end_matches('/');
         if prefix.is_empty() {
             let cells = self.cells.entries_below(ROOT, BATCH, present)?;
@@ -884,6 +963,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     ///
     /// Returns the flights, for their payloads are the caller's to release.
     pub fn after_fork(&mut self) -> Res<Flights<T>> {
+        self.put_in_order()?;
         let flights = self.flights.take();
         self.reservations.clear();
         self.cells.header_mut().promised = 0;
@@ -897,6 +977,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub(crate) fn renew(&mut self) {
         self.flights.void_all();
         self.reservations.clear();
+        self.touched.clear();
         self.seen.clear();
     }
 
@@ -909,6 +990,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Takes over what participants had in hand that are dead now.
     pub(crate) fn bury(&mut self, dead: &[usize]) -> Res<()> {
+        self.put_in_order()?;
         for &n in dead {
             let block = &mut self.cells.block;
             let gone = block.bury(n);
@@ -930,6 +1012,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// Enters a value that a walk of the cache store has found, unless it is known. Values are to
     /// be given in the order of their fetch; 0 is for one that cannot be dated. Returns whether it was new.
     pub fn adopt(&mut self, cache_key: &str, size: u64, fetched: u64) -> Res<bool> {
+        self.put_in_order()?;
         let Some((key, span)) = Span::parse(cache_key) else {
             return Ok(false);
         };
@@ -999,11 +1082,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Keys and spans by recency, least recently used first.
     pub fn recency(&self) -> Res<Vec<(String, Span)>> {
-        self.cells
-            .walk(List::Recency)?
-            .into_iter()
-            .map(|i| self.cells.name(i))
-            .collect()
+        let mut order = self.cells.walk(List::Recency)?;
+        for i in &self.touched {
+            order.retain(|other| other != i);
+            order.push(*i);
+        }
+        order.into_iter().map(|i| self.cells.name(i)).collect()
     }
 
     /// Flights that are open and reservations that are not committed.

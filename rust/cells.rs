@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Fault, Res};
+use crate::memo::Memo;
 
 /// Cell numbers are kept in 28 bits of a table slot; the other 4 are a tag of the hash.
 pub const MAX_CELLS: usize = 1 << 28;
@@ -294,6 +295,9 @@ impl Participant {
 /// `grow_*` takes the new length in elements, never less than the present one; new elements are
 /// zero. Growth that fails leaves everything as it was.
 pub trait Block {
+    /// Whether nobody else can change the block, nor damage it.
+    const EXCLUSIVE: bool = false;
+
     /// The header.
     fn header(&self) -> &Header;
     /// The header, to change it.
@@ -383,6 +387,8 @@ fn grow_vec<T: Pod>(vec: &mut Vec<T>, len: usize) -> Res<()> {
 }
 
 impl Block for Heap {
+    const EXCLUSIVE: bool = true;
+
     fn header(&self) -> &Header {
         &self.header
     }
@@ -424,6 +430,8 @@ impl Block for Heap {
 pub struct Cells<B> {
     /// The memory.
     pub block: B,
+    /// Directories found last. Where others may change the block, only their hashes are of use.
+    pub(crate) memo: Memo,
 }
 
 /// One of the intrusive lists.

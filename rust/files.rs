@@ -42,7 +42,8 @@ fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
 
 /// Nanoseconds since 1970 of a modification time.
 fn modified(status: &rustix::fs::Stat) -> i64 {
-    (status.st_mtime as i64)
+    status
+        .st_mtime
         .saturating_mul(NANOS)
         .saturating_add(status.st_mtime_nsec as i64)
 }

@@ -69,10 +69,12 @@ impl Span {
 /// one key names it, outside of what is reserved for zcache.
 #[must_use]
 pub fn is_known(key: &str) -> bool {
-    let foreign = |c: char| c == '\0' || cfg!(windows) && matches!(c, '\\' | ':');
-    !key.contains(foreign)
-        && !key.split('/').any(|part| matches!(part, "" | "." | ".."))
-        && key.split('/').next() != Some(".zcache")
+    let foreign = |c: &u8| *c == 0 || cfg!(windows) && matches!(c, b'\\' | b':');
+    let bytes = key.as_bytes();
+    let mut parts = bytes.split(|c| *c == b'/');
+    !bytes.iter().any(foreign)
+        && parts.all(|part| !matches!(part, b"" | b"." | b".."))
+        && !(bytes.starts_with(b".zcache") && matches!(bytes.get(7), None | Some(b'/')))
 }
 
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.

@@ -41,6 +41,7 @@ pub mod flights;
 pub mod key;
 #[cfg(unix)]
 pub mod mapped;
+mod memo;
 mod names;
 mod table;
 mod validate;

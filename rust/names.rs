@@ -170,9 +170,22 @@ impl<B: Block> Cells<B> {
     }
 
     fn dir_hash(&self, dirs: &str) -> u64 {
+        if let Some((hash, _)) = self.memo.get(dirs, self.header().seed) {
+            return hash;
+        }
         key::directories(dirs).fold(self.header().seed, |seed, name| {
             key::hash(name.as_bytes(), seed, salt(Kind::Dir, false))
         })
+    }
+
+    /// Hash and cell of a directory, where they are at hand and certain.
+    #[inline]
+    fn known_dir(&self, dirs: &str) -> Option<(u64, u32)> {
+        if B::EXCLUSIVE {
+            self.memo.get(dirs, self.header().seed)
+        } else {
+            None
+        }
     }
 
     /// The directory with this path (empty, or with a trailing slash).
@@ -186,7 +199,19 @@ impl<B: Block> Cells<B> {
     /// The child of kind `kind` of directory `dirs` with this tail.
     fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<(u64, Option<u32>)> {
         let text = Text::new(tail);
-        let hash = key::hash(text.bytes(), self.dir_hash(dirs), salt(kind, text.packed()));
+        if let Some((above, dir)) = self.known_dir(dirs) {
+            let hash = key::hash(text.bytes(), above, salt(kind, text.packed()));
+            let found = self.table_find(hash, |i| {
+                let cell = self.get(i)?;
+                Ok(cell.parent == dir
+                    && cell.kind()? == kind
+                    && cell.packed() == text.packed()
+                    && self.text_is(i, text.bytes())?)
+            })?;
+            return Ok((hash, found));
+        }
+        let above = self.dir_hash(dirs);
+        let hash = key::hash(text.bytes(), above, salt(kind, text.packed()));
         let found = self.table_find(hash, |i| {
             let cell = self.get(i)?;
             Ok(cell.kind()? == kind
@@ -194,6 +219,10 @@ impl<B: Block> Cells<B> {
                 && self.text_is(i, text.bytes())?
                 && self.is_dir(cell.parent, dirs)?)
         })?;
+        if let Some(i) = found {
+            let dir = self.get(i)?.parent;
+            self.memo.put(dirs, self.header().seed, above, dir);
+        }
         Ok((hash, found))
     }
 
@@ -251,8 +280,14 @@ impl<B: Block> Cells<B> {
 
     /// Makes the cells of a key from the root down; `at` is the deepest one that is there.
     fn insert_below(&mut self, at: &mut u32, dirs: &str, tail: &str, span: Span) -> Res<u32> {
-        for name in key::directories(dirs) {
-            *at = self.child_of(*at, Kind::Dir, name.as_bytes(), false)?;
+        if let Some((_, dir)) = self.known_dir(dirs) {
+            *at = dir;
+        } else {
+            for name in key::directories(dirs) {
+                *at = self.child_of(*at, Kind::Dir, name.as_bytes(), false)?;
+            }
+            let hash = self.get(*at)?.size;
+            self.memo.put(dirs, self.header().seed, hash, *at);
         }
         let text = Text::new(tail);
         if span == Span::Full {
@@ -311,6 +346,9 @@ impl<B: Block> Cells<B> {
         }
         if cell.right != 0 {
             self.get_mut(cell.right)?.left = cell.left;
+        }
+        if cell.kind()? == Kind::Dir {
+            self.memo.forget(i);
         }
         let above = self.get_mut(cell.parent)?;
         above.newer = above

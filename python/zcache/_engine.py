@@ -86,7 +86,8 @@ class Engine(Fills):
             verify=verify,
         )
         self.port, self.sync_port = ports(cache, self.books)
-        self._memory = self.port if isinstance(self.port, MemoryPort) else None
+        # What is there, where nothing else can be.
+        self._values = self.port.values if isinstance(self.port, MemoryPort) else None
         self._quick = quick_reader(cache)
         self.breaker = Breaker(cache)
         # Reentrant, for the garbage collector may end a reader inside.
@@ -156,13 +157,9 @@ class Engine(Fills):
 
         `span` is `byte_range` as the index takes it, `hit` what the glance has found.
         """
-        if hit is not None:
-            value = await self.serve(io, key, prototype, span, hit)
-            if value is not None:
-                return value
-        # Only known keys are ever held, so a hit needs no such check.
-        if not is_known(key):
-            return await self.bypass(io, key, prototype, byte_range)
+        value = await self.serve(io, key, prototype, span, hit)
+        if value is not None:
+            return value
         return await self.fetch(io, key, prototype, byte_range, span)
 
     async def serve(
@@ -263,12 +260,15 @@ class Engine(Fills):
         span: Span | None,
     ) -> Buffer | None:
         """Read what is not cached: from the source, or together with whoever reads it already."""
+        # Only known keys are ever held, so a hit needs no such check.
+        if not is_known(key):
+            return await self.bypass(io, key, prototype, byte_range)
         while True:
             flight = Flight(io.loop())
             # Where the cache store is out of use, what it holds does not count.
             usable = self.breaker.allows()
             try:
-                joined = self.books.index.join(key, span, flight, self.now(), not usable)
+                joined = self.books.index.join(key, span, flight, self.books.now(), not usable)
             except NOT_NOW:
                 joined = await self.books.step(
                     io, self.index.join, key, span, flight, self.now(), not usable
@@ -330,8 +330,8 @@ class Engine(Fills):
             flight.deliver(data)
             if data is None:
                 await self.drop(io, await self.books.step(io, self.index.forget, key))
-            elif self._memory is not None:
-                landed = self.keep(self._memory, key, span, data, ticket)
+            elif self._values is not None:
+                landed = self.keep(self._values, key, span, data, ticket, self.books.now())
             else:
                 await self.fill(io, key, span, data, ticket)
         finally:
@@ -384,8 +384,8 @@ class Engine(Fills):
         try:
             await self.drop(io, victims)
             if ticket is not None and data is not None:
-                if self._memory is not None:
-                    landed = self.keep(self._memory, key, None, data, ticket)
+                if self._values is not None:
+                    landed = self.keep(self._values, key, None, data, ticket, self.now())
                 else:
                     await self.fill(io, key, None, data, ticket)
         finally:

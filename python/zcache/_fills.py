@@ -5,15 +5,19 @@ Nothing here raises because of the cache store: only cancellations leave these m
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
+from zcache._ports import to_cpu_buffer
 
 if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
+
     from zcache._books import Books
     from zcache._breaker import Breaker
-    from zcache._ports import MemoryPort, Outcome, Written
+    from zcache._ports import Outcome, Written
     from zcache._spans import Span
     from zcache._traffic import Traffic
 
@@ -26,6 +30,10 @@ DEFAULT_FREE_SPACE: Final = 2**30
 """Bytes of a volume that stay free unless `min_free_space` says otherwise, ..."""
 DEFAULT_FREE_PART: Final = 20
 """... and the part of a small volume: one in so many bytes."""
+ROOMY: Final = 2**30
+"""Bytes more than must stay free with which nobody asks the volume again ..."""
+ROOMY_FOR: Final = 0.05
+"""... for so many seconds: to ask takes as long as to write, and no disk is filled in that time."""
 _ROUNDS: Final = 16
 
 
@@ -49,6 +57,7 @@ class Fills:
     books: Books
     breaker: Breaker
     min_free_space: int | None
+    _roomy_until = 0.0
 
     def now(self) -> float:
         """Seconds on the clock that ages are counted by."""
@@ -81,7 +90,11 @@ class Fills:
                         else await self._delete(io, victims)
                     )
                 else:
-                    fits = books.directory is None or await self._has_space(io, len(data))
+                    fits = (
+                        books.directory is None
+                        or time.monotonic() < self._roomy_until
+                        or await self._has_space(io, len(data))
+                    )
             except BaseException:
                 books.soon(self._give_up, index.abort, reservation)
                 raise
@@ -100,18 +113,27 @@ class Fills:
         if orphans := await books.sure(io, self._give_up, index.orphans, RETRIES):
             await self.drop(io, orphans)
 
-    def keep(self, port: MemoryPort, key: str, span: Span | None, data: bytes, ticket: int) -> bool:
+    def keep(
+        self,
+        values: dict[str, Buffer],
+        key: str,
+        span: Span | None,
+        data: bytes,
+        ticket: int,
+        now: float,
+    ) -> bool:
         """Do the same in memory, where nothing waits and nothing fails. Whether the flight has landed."""
-        index, now = self.books.index, self.now()
+        index = self.books.index
         try:
             room = index.reserve(key, span, len(data), ticket, now)
             while room.__class__ is not str:
                 reservation, victims = room
                 try:
                     if victims:
-                        port.forget(victims)
+                        for _, name in victims:
+                            values.pop(name, None)
                     else:
-                        port.put(key if span is None else cache_key(key, span), data)
+                        values[key if span is None else cache_key(key, span)] = to_cpu_buffer(data)
                 except BaseException:  # Only an interrupt: nobody knows how far it came.
                     self._give_up(victims)
                     self.books.soon(self._give_up, index.abort, reservation)
@@ -119,10 +141,9 @@ class Fills:
                 if victims:
                     room = index.cleared(reservation, now)
                     continue
-                leftover = index.finish(reservation, crc32c(data), now)
-                if leftover:
-                    port.forget(leftover)
-                    index.settled([cell for cell, _ in leftover], [])
+                for cell, name in index.finish(reservation, crc32c(data), now):
+                    values.pop(name, None)
+                    index.settled([cell], [])
                 return True
         except NOT_NOW:
             pass  # The step that lands the flight sees to it.
@@ -150,6 +171,8 @@ class Fills:
                 wanted = min(DEFAULT_FREE_SPACE, volume // DEFAULT_FREE_PART)
             lacking = wanted + size - free
             if lacking <= 0:
+                if -lacking > ROOMY:
+                    self._roomy_until = time.monotonic() + ROOMY_FOR
                 return True
             victims = await self.books.sure(
                 io, self._give_up, self.books.index.evict, lacking, self.now()

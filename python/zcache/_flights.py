@@ -50,7 +50,7 @@ class Flight:
                 return
             self.data = data
             self.done = True
-            waiters, self._waiters = self._waiters, None
+            waiters = self._waiters
         if waiters:
             _wake_all(waiters)
 
@@ -61,7 +61,7 @@ class Flight:
                 return
             self.error, self.trace = error, error.__traceback__
             self.done = True
-            waiters, self._waiters = self._waiters, None
+            waiters = self._waiters
         _wake_all(waiters or ())
 
     def abandon(self) -> None:
@@ -70,7 +70,7 @@ class Flight:
             if self.done:
                 return
             self.abandoned = self.done = True
-            waiters, self._waiters = self._waiters, None
+            waiters = self._waiters
         _wake_all(waiters or ())
 
     def _enlist(self, waiter: threading.Event | asyncio.Future[None]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 from zarr.core.buffer import cpu
@@ -22,7 +22,7 @@ from zcache import _files
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -150,9 +150,19 @@ class Port:
         raise NotImplementedError
 
 
+class _Bytes(cpu.Buffer):
+    """A buffer over bytes; that they are bytes the base class need not find out."""
+
+    def __init__(self, array_like: Any) -> None:
+        self._data = array_like
+
+
+_BYTE: Final = np.dtype("B")
+
+
 def to_cpu_buffer(data: bytes) -> Buffer:
     """A buffer over immutable bytes."""
-    return cpu.Buffer(np.frombuffer(data, "B"))
+    return _Bytes(np.frombuffer(data, _BYTE))
 
 
 class StorePort(Port):
@@ -257,28 +267,26 @@ class SyncPort(ImmediatePort):
 
 
 class MemoryPort(SyncPort):
-    """A dict of this process: nothing here can fail."""
+    """A dict of this process: nothing here can fail.
+
+    Attributes
+    ----------
+    values : dict
+        Buffers by name, of `to_cpu_buffer`: of what `set_sync` puts there, zarr 3.4 keeps a copy
+        that whoever reads it can write to.
+    """
 
     def __init__(self, store: MemoryStore) -> None:
         super().__init__(store)
-        self._values: Any = store._store_dict
-
-    def put(self, name: str, data: bytes) -> None:
-        """Keep a value."""
-        # Not by `set_sync`: zarr 3.4 would keep a copy that whoever reads it can write to.
-        self._values[name] = to_cpu_buffer(data)
-
-    def forget(self, victims: Iterable[tuple[int, str]]) -> None:
-        """Delete values, where they are."""
-        for _, name in victims:
-            self._values.pop(name, None)
+        self.values: Any = store._store_dict
 
     def write_now(self, name: str, data: bytes) -> Written:
-        self.put(name, data)
+        self.values[name] = to_cpu_buffer(data)
         return None
 
     def delete_now(self, names: Sequence[str]) -> Outcome:
-        self.forget((0, name) for name in names)
+        for name in names:
+            self.values.pop(name, None)
         return [None] * len(names)
 
 

@@ -370,6 +370,8 @@ class CacheStore(Store):
         value, hit = self._engine.glance(key, prototype, span)
         if value is not None:
             return value
+        if hit is None:
+            return await self._engine.fetch(self._io, key, prototype, byte_range, span)
         return await self._engine.get(self._io, key, prototype, byte_range, span, hit)
 
     def get_sync(

@@ -1,0 +1,110 @@
+//! Files of values: published whole, never over somebody else's, and removed only if they are ours.
+
+#![cfg(unix)]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use zcache::files::{self, PENDING, SIGNATURE};
+
+const FETCHED: i64 = 1_700_000_000_123_000_000;
+
+/// A directory of its own, removed at the end.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Place {
+        let place =
+            std::env::temp_dir().join(format!("zcache-files-{}-{name}", std::process::id()));
+        fs::create_dir_all(&place).unwrap();
+        Place(place)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn modified(path: &Path) -> i64 {
+    let time = fs::symlink_metadata(path).unwrap().modified().unwrap();
+    i64::try_from(time.duration_since(UNIX_EPOCH).unwrap().as_nanos()).unwrap()
+}
+
+#[test]
+fn a_value_goes_its_way() {
+    let place = Place::new("way");
+    let (unfinished, path) = (place.at("1"), place.at("a/b/c"));
+    let (file, checksum) = files::create(&unfinished, b"123456789", FETCHED + PENDING).unwrap();
+    // The check value of CRC-32C.
+    assert_eq!(checksum, 0xE306_9283);
+    assert_eq!(modified(&unfinished), FETCHED + PENDING);
+    files::publish(&unfinished, &path).unwrap();
+    assert!(!unfinished.exists());
+    assert_eq!(fs::read(&path).unwrap(), b"123456789");
+    if let Some(noted) = files::noted(&path) {
+        assert_eq!(noted, (9, checksum));
+    }
+    files::seal(file, true).unwrap();
+    assert_eq!(modified(&path), FETCHED + SIGNATURE);
+    assert!(files::remove(&path).unwrap());
+    assert!(!path.exists());
+    assert!(files::remove(&path).is_err(), "it is gone");
+}
+
+#[test]
+fn what_is_not_valid_stays_pending() {
+    let place = Place::new("pending");
+    let (file, _) = files::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    files::seal(file, false).unwrap();
+    assert_eq!(modified(&place.at("1")), FETCHED + PENDING);
+    assert!(files::remove(&place.at("1")).unwrap());
+}
+
+#[test]
+fn a_name_that_is_taken_stays_as_it_is() {
+    let place = Place::new("taken");
+    fs::write(place.at("theirs"), "theirs").unwrap();
+    fs::write(place.at("file"), "a file").unwrap();
+    files::create(&place.at("1"), b"ours", FETCHED + PENDING).unwrap();
+    assert!(files::create(&place.at("1"), b"", FETCHED).is_err());
+    assert!(files::publish(&place.at("1"), &place.at("theirs")).is_err());
+    assert!(files::publish(&place.at("1"), &place.at("file/below")).is_err());
+    assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
+    assert_eq!(fs::read(place.at("1")).unwrap(), b"ours", "still there");
+}
+
+#[test]
+fn what_is_not_ours_is_not_removed() {
+    let place = Place::new("foreign");
+    let theirs = place.at("theirs");
+    fs::write(&theirs, "theirs").unwrap();
+    let file = fs::File::options().write(true).open(&theirs).unwrap();
+    for mark in [0, SIGNATURE - 1, PENDING + 1] {
+        let time = u64::try_from(FETCHED + mark).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_nanos(time))
+            .unwrap();
+        assert!(!files::remove(&theirs).unwrap());
+    }
+    // A directory and a link to a file of ours are none of ours.
+    assert!(!files::remove(&place.0).unwrap());
+    files::create(&place.at("1"), b"ours", FETCHED + SIGNATURE).unwrap();
+    symlink(place.at("1"), place.at("link")).unwrap();
+    assert!(!files::remove(&place.at("link")).unwrap());
+    assert!(place.at("1").exists() && theirs.exists());
+}
+
+#[test]
+fn a_volume_has_space() {
+    let place = Place::new("space");
+    let (free, all) = files::space(&place.0).unwrap();
+    assert!(free <= all && all > 0);
+    assert!(files::space(&place.at("nowhere")).is_err());
+}
