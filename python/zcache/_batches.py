@@ -38,6 +38,12 @@ class Batch:
     fetch : callable
         Asks the source for the requests with these numbers, in one call, and yields groups of
         number and value as they come.
+
+    Attributes
+    ----------
+    senseless : bool
+        Whether some request has no meaning (see `to_span`), so that the answer of a source that
+        joins ranges depends on what else it is asked.
     """
 
     def __init__(
@@ -53,105 +59,115 @@ class Batch:
         self.prototype = prototype
         self.requests = requests
         self.fetch = fetch
+        self.senseless = False
+        # What each request is for the index; None where the source has to answer it.
+        self._asked = [self._parse(*request) for request in requests]
         self._leads: dict[int, tuple[int, Flight]] = {}
-        self._waits: list[int] = []
+        self._brought: list[tuple[int, bytes | None]] = []
+        self._waits: list[tuple[int, tuple[Span | None, Flight] | None]] = []
         self._direct: list[int] = []
+
+    def _parse(self, key: str, byte_range: ByteRequest | None) -> tuple[str, Span | None] | None:
+        try:
+            span = to_span(byte_range)
+        except ValueError:
+            self.senseless = True
+            return None
+        return (key, span) if is_known(key) else None
 
     async def run(self) -> AsyncIterator[Group]:
         """Yield groups of request number and value (None for a missing key)."""
         missing = []
         ready: list[tuple[int, Buffer | None]] = []
-        for number, (key, _) in enumerate(self.requests):
-            value = await self._cached(number, key)
+        for number, asked in enumerate(self._asked):
+            if asked is None:
+                self.count_bypassed(1)
+                self._direct.append(number)
+                continue
+            value = await self.engine.cached(self.io, asked[0], self.prototype, asked[1])
             if value is None:
                 missing.append(number)
             else:
                 ready.append((number, value))
         if ready:
             yield ready
-        if not missing:
-            return
         # Nothing is handed out before all is there: nobody may wait for this call while it waits for
         # its caller to ask on.
+        for group in await self._bring(missing):
+            yield group
+        for number, joined in self._waits:
+            key, byte_range = self.requests[number]
+            value = await self.engine.fetch(
+                self.io, key, self.prototype, byte_range, to_span(byte_range), joined
+            )
+            yield [(number, value)]
+
+    async def _bring(self, missing: list[int]) -> list[Group]:
+        """Ask the source, in one call, for what nobody else reads already; and cache it."""
         groups: list[Group] = []
         try:
             for number in missing:
                 await self._join(number)
-            asked = sorted([*self._leads, *self._direct])
-            if asked:
-                async for group in self.fetch(asked):
-                    for number, found in group:
-                        await self._keep(number, found)
-                    groups.append(group)
+            if wanted := sorted([*self._leads, *self._direct]):
+                try:
+                    # Nothing is awaited for one group before all have come: a source that reads
+                    # in a task group cancels whoever waits here when another of its reads fails.
+                    async for group in self.fetch(wanted):
+                        for number, found in group:
+                            self._deliver(number, found)
+                        groups.append(group)
+                except Exception:
+                    await self._keep()
+                    raise
+                await self._keep()
         finally:
             # Whoever waits for what did not come asks for itself.
             for number in list(self._leads):
-                ticket, flight = self._leads.pop(number)
-                flight.abandon()
-                key = self.requests[number][0]
-                self.engine.books.soon(ignore, self.engine.index.land, key, ticket)
-        for group in groups:
-            yield group
-        for number in self._waits:
-            key, byte_range = self.requests[number]
-            span = to_span(byte_range)
-            yield [
-                (
-                    number,
-                    await self.engine.fetch(self.io, key, self.prototype, byte_range, span),
-                )
-            ]
+                self._land(number)
+        return groups
 
-    def _span(self, number: int) -> tuple[bool, Span | None]:
-        key, byte_range = self.requests[number]
-        try:
-            return is_known(key), to_span(byte_range)
-        except ValueError:
-            return False, None
-
-    async def _cached(self, number: int, key: str) -> Buffer | None:
-        known, span = self._span(number)
-        if not known:
+    def count_bypassed(self, count: int) -> None:
+        """Count requests that the cache never answers."""
+        for _ in range(count):
             self.engine.count("bypassed")
             self.engine.count_miss()
-            self._direct.append(number)
-            return None
-        return await self.engine.cached(self.io, key, self.prototype, span)
 
     async def _join(self, number: int) -> None:
-        if number in self._direct:
-            return
-        key = self.requests[number][0]
-        span = self._span(number)[1]
+        asked = self._asked[number]
+        assert asked is not None
         engine = self.engine
         flight = Flight(self.io.loop())
         out_of_use = not engine.breaker.allows()
         joined = await engine.books.step(
-            self.io, engine.index.join, key, span, flight, engine.now(), out_of_use
+            self.io, engine.index.join, *asked, flight, engine.now(), out_of_use
         )
         if isinstance(joined, int):
             self._leads[number] = (joined, flight)
         else:
             # Somebody brings it, or has brought it; perhaps this very call, for a duplicate.
-            self._waits.append(number)
+            self._waits.append((number, joined))
 
-    async def _keep(self, number: int, found: Buffer | None) -> None:
-        lead = self._leads.pop(number, None)
-        if lead is None:
-            return
-        ticket, flight = lead
-        key = self.requests[number][0]
-        span = self._span(number)[1]
+    def _deliver(self, number: int, found: Buffer | None) -> None:
+        if lead := self._leads.get(number):
+            data = None if found is None else snapshot(found)
+            lead[1].deliver(data)
+            self._brought.append((number, data))
+
+    async def _keep(self) -> None:
+        """Fill the cache with what was brought."""
         engine = self.engine
-        try:
-            if found is None:
-                flight.deliver(None)
-                victims = await engine.books.step(self.io, engine.index.forget, key)
+        for number, data in self._brought:
+            asked = self._asked[number]
+            assert asked is not None
+            if data is None:
+                victims = await engine.books.step(self.io, engine.index.forget, asked[0])
                 await engine.drop(self.io, victims)
             else:
-                data = snapshot(found)
-                flight.deliver(data)
-                await engine.fill(self.io, key, span, data, ticket)
-        finally:
-            flight.abandon()  # Of no effect once it is delivered.
-            engine.books.soon(ignore, engine.index.land, key, ticket)
+                await engine.fill(self.io, *asked, data, self._leads[number][0])
+            self._land(number)
+
+    def _land(self, number: int) -> None:
+        ticket, flight = self._leads.pop(number)
+        flight.abandon()  # Of no effect once it is delivered.
+        index = self.engine.index
+        self.engine.books.soon(ignore, index.land, self.requests[number][0], ticket)

@@ -258,8 +258,12 @@ class Engine(Fills):
         prototype: BufferPrototype,
         byte_range: ByteRequest | None,
         span: Span | None,
+        known: tuple[Span | None, Flight] | None = None,
     ) -> Buffer | None:
-        """Read what is not cached: from the source, or together with whoever reads it already."""
+        """Read what is not cached: from the source, or together with whoever reads it already.
+
+        `known` is a flight that was joined before, and what it brings.
+        """
         # Only known keys are ever held, so a hit needs no such check.
         if not is_known(key):
             return await self.bypass(io, key, prototype, byte_range)
@@ -268,11 +272,14 @@ class Engine(Fills):
             # Where the cache store is out of use, what it holds does not count.
             usable = self.breaker.allows()
             try:
-                joined = self.books.index.join(key, span, flight, self.books.now(), not usable)
+                joined = known or self.books.index.join(
+                    key, span, flight, self.books.now(), not usable
+                )
             except NOT_NOW:
                 joined = await self.books.step(
                     io, self.index.join, key, span, flight, self.now(), not usable
                 )
+            known = None
             if joined is None:
                 value = await self.cached(io, key, prototype, span)
                 if value is not None:
