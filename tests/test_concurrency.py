@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.storage import LoggingStore, MemoryStore
 
 import soak
 from coherence_support import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from zarr.abc.store import Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
 VALUE = bytes(range(100))
@@ -244,6 +246,36 @@ async def test_everyone_gets_a_buffer_of_his_own(source: GatedStore, store: Cach
             array[:] = 0
     assert await read(store, "k") == VALUE
     assert await read(store, "other") == VALUE[::-1]
+
+
+class Derived(MemoryStore):
+    """Another class of store in memory."""
+
+
+@pytest.mark.parametrize("prototype", [PROTOTYPE, SECOND])
+@pytest.mark.parametrize("verify", ["first", "never"])
+@pytest.mark.parametrize(
+    "cache", [MemoryStore, Derived, lambda: LoggingStore(MemoryStore(), log_level="ERROR")]
+)
+async def test_nobody_can_write_to_what_is_cached(
+    cache: Callable[[], Store], verify: Any, prototype: BufferPrototype
+) -> None:
+    """Stores in memory give out the very memory that they hold."""
+    store = CacheStore(GatedStore({"k": VALUE}), cache_store=cache(), verify=verify)
+    for _ in range(3):
+        for request in (None, RangeByteRequest(0, 50)):
+            for now in {False, store._supports_sync_io}:
+                value = (
+                    store.get_sync("k", prototype=prototype, byte_range=request)
+                    if now
+                    else await store.get("k", prototype, request)
+                )
+                assert value is not None
+                assert type(value) is prototype.buffer
+                assert value.to_bytes() == (VALUE[:50] if request else VALUE)
+                array = value.as_numpy_array()
+                if array.flags.writeable:
+                    array[:] = 255
 
 
 # ------------------------------------------------------------------------- all at once

@@ -216,6 +216,29 @@ async def test_values_that_vanish_or_change_their_length(
         assert await read(store, key) == source.values[key]
 
 
+class Confused(SyncDictStore):
+    """Gives something else for each value."""
+
+    answer: Any = None
+
+    def do_get(self, key: str, *args: Any) -> Any:
+        return None if super().do_get(key, *args) is None else self.answer
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("verify", ["first", "never"])
+@pytest.mark.parametrize("answer", [b"0123456789", "0123456789", [1] * 10, 12345, object()])
+async def test_values_of_the_wrong_type(answer: object, verify: Any, sync: bool) -> None:
+    source, cache = SyncDictStore({"k": b"0123456789"}), Confused()
+    cache.answer = answer
+    store = CacheStore(source, cache_store=cache, verify=verify)
+    for _ in range(8):
+        found = store.get_sync("k") if sync else await store.get("k", PROTOTYPE)
+        assert found is not None
+        assert found.to_bytes() == b"0123456789"
+    assert store.cache_stats()["cache_failures"] > 0
+
+
 async def test_the_source_has_the_last_word(pause: Clock) -> None:
     """Where both fail, the error is the source's own, and it is not kept."""
     source, cache = FaultyStore(SOURCE), FaultyStore()

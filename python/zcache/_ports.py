@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import numpy as np
-from zarr.core.buffer import cpu
+from zarr.core.buffer import Buffer, cpu
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from zarr.abc.store import ByteRequest, Store
-    from zarr.core.buffer import Buffer, BufferPrototype
+    from zarr.core.buffer import BufferPrototype
 
     from zcache._books import Books
     from zcache._core import NewFile
@@ -165,6 +165,21 @@ def to_cpu_buffer(data: bytes) -> Buffer:
     return _Bytes(np.frombuffer(data, _BYTE))
 
 
+def _own(value: object, prototype: BufferPrototype) -> Buffer | None:
+    """What a store gave, if it is a value at all, in memory that its reader may write to.
+
+    A store in memory may give out what it holds: whoever writes to that would write to the cache.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Buffer):
+        raise TypeError(f"the cache store gave {type(value).__name__} for a value")
+    flags = getattr(value.as_array_like(), "flags", None)
+    if isinstance(value, prototype.buffer) and flags is not None and not flags.writeable:
+        return value
+    return prototype.buffer.from_bytes(value.to_bytes())
+
+
 class StorePort(Port):
     """Any store, through its coroutines."""
 
@@ -174,7 +189,7 @@ class StorePort(Port):
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
-        return await self._store.get(name, prototype, byte_range)
+        return _own(await self._store.get(name, prototype, byte_range), prototype)
 
     async def write(
         self,
@@ -242,10 +257,8 @@ class SyncPort(ImmediatePort):
     def read_now(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
-        found: Buffer | None = self._store.get_sync(
-            name, prototype=prototype, byte_range=byte_range
-        )
-        return found
+        found = self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
+        return _own(found, prototype)
 
     def write_now(self, name: str, data: bytes) -> Written:
         self._store.set_sync(name, to_cpu_buffer(data))
