@@ -27,10 +27,96 @@ struct Flight<T> {
     payload: Option<T>,
 }
 
+/// The flights of one key. Most have one; where there are many (a shard whose inner chunks are all
+/// read at once), each is found without a look at the others.
+#[derive(Debug)]
+struct OfKey<T> {
+    flights: Vec<Flight<T>>,
+    /// Only kept where there are many.
+    places: Option<Box<Places>>,
+}
+
+/// Where the flights of a key are.
+#[derive(Debug, Default)]
+struct Places {
+    by_ticket: HashMap<Ticket, usize, RandomState>,
+    /// The latest flight of a span that has readers. Earlier ones were void when it was opened,
+    /// and nobody joins those any more.
+    by_span: HashMap<Span, Ticket, RandomState>,
+}
+
+/// Flights of a key from which on they are found by hash.
+const MANY: usize = 16;
+
+impl<T> OfKey<T> {
+    fn push(&mut self, flight: Flight<T>) {
+        if let Some(places) = &mut self.places {
+            places.add(&flight, self.flights.len());
+        }
+        self.flights.push(flight);
+        if self.places.is_none() && self.flights.len() >= MANY {
+            let mut places = Box::<Places>::default();
+            for (at, flight) in self.flights.iter().enumerate() {
+                places.add(flight, at);
+            }
+            self.places = Some(places);
+        }
+    }
+
+    fn void(&mut self) {
+        self.flights.iter_mut().for_each(|f| f.void = true);
+    }
+
+    fn place(&self, ticket: Ticket) -> Option<usize> {
+        match &self.places {
+            Some(places) => places.by_ticket.get(&ticket).copied(),
+            None => self.flights.iter().position(|f| f.ticket == ticket),
+        }
+    }
+
+    fn get(&self, ticket: Ticket) -> Option<&Flight<T>> {
+        self.flights.get(self.place(ticket)?)
+    }
+
+    fn remove(&mut self, ticket: Ticket) -> Option<Flight<T>> {
+        let at = self.place(ticket)?;
+        let flight = self.flights.swap_remove(at);
+        if let Some(places) = &mut self.places {
+            places.by_ticket.remove(&ticket);
+            if places.by_span.get(&flight.span) == Some(&ticket) {
+                places.by_span.remove(&flight.span);
+            }
+            if let Some(moved) = self.flights.get(at) {
+                places.by_ticket.insert(moved.ticket, at);
+            }
+        }
+        Some(flight)
+    }
+
+    /// The flight that brings just this span, if a reader may join it.
+    fn joinable(&self, span: Span, version: Version) -> Option<&Flight<T>> {
+        let open = |f: &&Flight<T>| !f.void && f.version == version && f.payload.is_some();
+        match &self.places {
+            Some(places) => self.get(*places.by_span.get(&span)?).filter(open),
+            None => self.flights.iter().filter(|f| f.span == span).find(open),
+        }
+    }
+}
+
+impl Places {
+    fn add<T>(&mut self, flight: &Flight<T>, at: usize) {
+        self.by_ticket.insert(flight.ticket, at);
+        if flight.payload.is_some() {
+            let latest = self.by_span.entry(flight.span).or_insert(flight.ticket);
+            *latest = flight.ticket.max(*latest);
+        }
+    }
+}
+
 /// All flights of one cache.
 #[derive(Debug)]
 pub struct Flights<T> {
-    by_key: HashMap<Box<str>, Vec<Flight<T>>, RandomState>,
+    by_key: HashMap<Box<str>, OfKey<T>, RandomState>,
     writers: HashMap<Box<str>, Writers, RandomState>,
     next: Ticket,
 }
@@ -57,13 +143,10 @@ impl<T: Clone> Flights<T> {
     /// The flight that a reader of this span may join: of the same span, or of the full value.
     #[must_use]
     pub fn joinable(&self, key: &str, span: Span, version: Version) -> Option<(Span, T)> {
-        let open = self
-            .by_key
-            .get(key)?
-            .iter()
-            .filter(|f| !f.void && f.version == version);
-        open.filter(|f| f.span == span || f.span == Span::Full)
-            .find_map(|f| f.payload.clone().map(|payload| (f.span, payload)))
+        let flights = self.by_key.get(key)?;
+        let found = flights.joinable(span, version);
+        let found = found.or_else(|| flights.joinable(Span::Full, version))?;
+        Some((found.span, found.payload.clone()?))
     }
 
     /// Opens a flight.
@@ -80,7 +163,9 @@ impl<T: Clone> Flights<T> {
         match self.by_key.get_mut(key) {
             Some(flights) => flights.push(flight),
             None => {
-                self.by_key.insert(key.into(), vec![flight]);
+                let flights = vec![flight];
+                let places = None;
+                self.by_key.insert(key.into(), OfKey { flights, places });
             }
         }
         ticket
@@ -89,16 +174,15 @@ impl<T: Clone> Flights<T> {
     /// Whether what this flight brings may be kept.
     #[must_use]
     pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> bool {
-        let mut flights = self.by_key.get(key).into_iter().flatten();
-        flights.any(|f| f.ticket == ticket && !f.void && f.version == version)
+        let flight = self.by_key.get(key).and_then(|flights| flights.get(ticket));
+        flight.is_some_and(|f| !f.void && f.version == version)
     }
 
     /// Closes a flight and hands out what its readers waited on.
     pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<T> {
         let flights = self.by_key.get_mut(key)?;
-        let at = flights.iter().position(|f| f.ticket == ticket)?;
-        let flight = flights.swap_remove(at);
-        if flights.is_empty() {
+        let flight = flights.remove(ticket)?;
+        if flights.flights.is_empty() {
             self.by_key.remove(key);
         }
         flight.payload
@@ -106,8 +190,8 @@ impl<T: Clone> Flights<T> {
 
     /// Makes the flights of one key void.
     pub fn void_key(&mut self, key: &str) {
-        for flight in self.by_key.get_mut(key).into_iter().flatten() {
-            flight.void = true;
+        if let Some(flights) = self.by_key.get_mut(key) {
+            flights.void();
         }
     }
 
@@ -116,7 +200,7 @@ impl<T: Clone> Flights<T> {
     pub fn void_where(&mut self, covers: impl Fn(&str) -> bool) {
         for (key, flights) in &mut self.by_key {
             if covers(key) {
-                flights.iter_mut().for_each(|f| f.void = true);
+                flights.void();
             }
         }
         for (key, writers) in &mut self.writers {
@@ -187,7 +271,10 @@ impl<T: Clone> Flights<T> {
     /// Flights that are open.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.by_key.values().map(Vec::len).sum()
+        self.by_key
+            .values()
+            .map(|of_key| of_key.flights.len())
+            .sum()
     }
 
     /// Whether no flight is open and nobody writes.

@@ -53,6 +53,27 @@ impl Source {
     }
 }
 
+/// What is done to the flights of one key.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// Reads this one of the ranges, together with whoever reads it already.
+    Join(u64),
+    /// Ends the flight that is this one among the open ones.
+    Land(usize),
+    Write,
+    Clear,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        30 => (0u64..60).prop_map(Step::Join),
+        8 => (0usize..60).prop_map(Step::Land),
+        1 => Just(Step::Write),
+        1 => Just(Step::Clear),
+    ];
+    prop::collection::vec(step, 0..150)
+}
+
 fn fill(cache: &mut Cache<Heap, ()>, span: Span, size: u64) {
     let Joined::Lead(ticket) = cache.join("a/c/0", span, (), 1, true).unwrap() else {
         panic!("nobody else reads")
@@ -107,6 +128,53 @@ proptest! {
             let (start, length) = (found.start as usize, found.length as usize);
             prop_assert_eq!(due, Some(entry[start..start + length].to_vec()));
         }
+    }
+
+    /// Many flights of one key are found one by one, as few are.
+    #[test]
+    fn flights_of_one_key(steps in steps()) {
+        let limits = Limits { max_size: 0, max_age: None, lenient: false, flat: true, verify: Verify::Never };
+        let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
+        // Number of the range (the last is the full value), ticket, and whether it may be joined.
+        let mut open: Vec<(u64, u64, bool)> = Vec::new();
+        let span = |n| if n == 59 { Span::Full } else { Span::Range { start: n, end: n + 1 } };
+        for step in steps {
+            match step {
+                Step::Join(n) => {
+                    let of = |m| open.iter().find(|(k, _, valid)| *k == m && *valid);
+                    let due = of(n).or_else(|| of(59)).map(|(k, ..)| span(*k));
+                    match cache.join("a/c/0", span(n), (), 1, true).unwrap() {
+                        Joined::Lead(ticket) => {
+                            prop_assert_eq!(due, None);
+                            open.push((n, ticket, true));
+                        }
+                        Joined::Follow(brings, _) => prop_assert_eq!(Some(brings), due),
+                        Joined::Ready => panic!("nothing is cached"),
+                    }
+                }
+                Step::Land(at) if at < open.len() => {
+                    let (_, ticket, _) = open.swap_remove(at);
+                    prop_assert!(cache.land("a/c/0", ticket).is_some());
+                    prop_assert!(cache.land("a/c/0", ticket).is_none());
+                }
+                Step::Land(_) => {}
+                Step::Write => {
+                    cache.begin_write("a/c/0").unwrap();
+                    cache.end_write("a/c/0", false).unwrap();
+                    open.iter_mut().for_each(|flight| flight.2 = false);
+                }
+                Step::Clear => {
+                    cache.void_prefix("a");
+                    open.iter_mut().for_each(|flight| flight.2 = false);
+                }
+            }
+            prop_assert_eq!(cache.in_flight(), (open.len(), 0));
+        }
+        for (_, ticket, _) in open {
+            prop_assert!(cache.land("a/c/0", ticket).is_some());
+        }
+        prop_assert_eq!(cache.in_flight(), (0, 0));
+        cache.validate().unwrap();
     }
 
     #[test]
