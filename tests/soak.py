@@ -335,7 +335,8 @@ class Round:
         self.counts["faults"] += self.source.faults + self.faulty.faults
         self.source.plan = self.faulty.plan = lambda *_: None
         store = self.store
-        store._engine.breaker.succeeded()
+        for operation in ("read", "write", "delete"):
+            store._engine.breaker.succeeded(operation)
         await settled(store)
         # What vanished and was never asked for since is still counted.
         await store.clear_cache()

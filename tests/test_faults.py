@@ -312,6 +312,55 @@ async def test_a_store_that_keeps_failing_is_left_alone_and_tried_again(
         assert record.name == "zcache"
 
 
+@pytest.mark.parametrize("operation", ["get", "set", "delete"])
+async def test_one_sort_of_operation_that_keeps_failing(
+    operation: str, pause: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is full, or that cannot be read: what still works is still used."""
+    source, cache = SyncDictStore(SOURCE), FaultyStore()
+    max_size = 4 * 13 if operation == "delete" else 1000
+    store = CacheStore(source, cache_store=cache, max_size=max_size)
+    for key in list(SOURCE)[: 8 if operation == "get" else 4]:
+        await read(store, key)
+    cache.plan = lambda at, *_: OSError(errno.ENOSPC, "no") if at == operation else None
+    attempts = []
+    for _ in range(6):
+        before = cache.counts[operation]
+        for _ in range(4):
+            await all_read(store)
+        attempts.append(cache.counts[operation] - before)
+    assert sum(attempts[1:]) == 0 < attempts[0] < 20
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+    assert store.cache_stats()["cache_skips"] > 0
+    hits = store.cache_stats()["hits"]
+    await all_read(store)
+    if operation == "set":
+        assert store.cache_stats()["hits"] > hits
+    cache.plan = lambda *_: None
+    pause.advance(100)
+    await check_settled(store, source, cache)
+    before = store.cache_stats()["hits"]
+    await read(store, "3")
+    await read(store, "3")
+    assert store.cache_stats()["hits"] > before
+
+
+async def test_errors_of_every_key_are_errors_of_the_store(
+    pause: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = DictStore({str(n): b"x" for n in range(500)}), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    cache.plan = lambda *_: ValueError("whatever it is")
+    for key in source.values:
+        assert await read(store, key) == b"x"
+    assert cache.counts["set"] < 100
+    assert store.cache_stats()["cache_skips"] > 300
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+    cache.plan = lambda *_: None
+    pause.advance(100)
+    await check_settled(store, source, cache)
+
+
 async def test_a_burst_of_failures_counts_as_one(pause: Clock) -> None:
     """What was under way when the pause began says nothing new about the store."""
     source, cache = DictStore({f"{n}": b"x" for n in range(200)}), FaultyStore()

@@ -19,7 +19,7 @@ from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullErro
 from zcache._directory import Directory
 from zcache._flights import Flight
 from zcache._identity import innermost, same_place
-from zcache._listing import take_in
+from zcache._listing import NotListedError, NotOursError, Unlisted, take_in
 from zcache._threads import background
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
+    from zcache._breaker import Breaker
     from zcache._traffic import Traffic
 
 logger = logging.getLogger("zcache")
@@ -48,6 +49,8 @@ class Books:
     ----------
     index : Index
         The index itself; another one after a fork.
+    breaker : Breaker
+        Whether the cache store may be used.
     directory : Directory or None
         The directory that the index lies in, where it does.
     usable : bool
@@ -57,9 +60,17 @@ class Books:
     """
 
     def __init__(
-        self, source: Store, cache: Store, identity: str, *, adopt: bool, **options: Any
+        self,
+        source: Store,
+        cache: Store,
+        identity: str,
+        *,
+        adopt: bool,
+        breaker: Breaker,
+        **options: Any,
     ) -> None:
         self._cache = cache
+        self.breaker = breaker
         self._identity = identity
         self._options = options
         self._adopt = adopt
@@ -79,7 +90,7 @@ class Books:
         elif isinstance(kept := innermost(cache), MemoryStore):
             self.index = _memory_index(self, source, kept)
         elif any(base.__module__.startswith("zarr.storage.") for base in type(kept).__mro__):
-            self.index = _Unlisted(Index(**options))
+            self.index = Unlisted(Index(**options))
         else:
             # Nobody knows whether what it holds outlives the process; what it holds now is not ours.
             self.index = Index(**options)
@@ -87,7 +98,7 @@ class Books:
     def real(self) -> Index:
         """The index itself, never what stands for it."""
         index = self.index
-        if isinstance(index, _Unlisted):
+        if isinstance(index, Unlisted):
             return index.within
         if isinstance(index, _Unopened):
             index = self.reopen()
@@ -107,8 +118,10 @@ class Books:
         while True:
             try:
                 return work(*args)
-            except _NotListedError:
-                await self._list(io)
+            except NotListedError as error:
+                if not await self._list(io):
+                    done: T = error.without(*args)
+                    return done
             except _NOT_NOW as error:
                 await io.until(self._see_to(error))
             work = self._current(work)
@@ -134,6 +147,8 @@ class Books:
         """Take a step now if that needs no waiting, else in the background."""
         try:
             result = work(*args)
+        except NotListedError as error:
+            then(error.without(*args))
         except _NOT_NOW:
             background(lambda: _call(then, self.must(work, *args)))
         else:
@@ -145,17 +160,20 @@ class Books:
             work = self._current(work)
             try:
                 return work(*args)
+            except NotListedError as error:
+                done: T = error.without(*args)
+                return done
             except _NOT_NOW as error:
                 self._see_to(error).result()
 
     def _current(self, work: Callable[..., T]) -> Callable[..., T]:
         """The same step of the index that is in use now."""
         owner = getattr(work, "__self__", None)
-        if owner is self.index or not isinstance(owner, (Index, _Unlisted)):
+        if owner is self.index or not isinstance(owner, (Index, Unlisted)):
             return work
         index = self.index
         now: Callable[..., T] = getattr(
-            index.within if isinstance(index, _Unlisted) else index, work.__name__
+            index.within if isinstance(index, Unlisted) else index, work.__name__
         )
         return now
 
@@ -255,42 +273,53 @@ class Books:
             self._start_over("the process that rebuilt it has died")
         return bool(dead)
 
-    async def _list(self, io: Traffic) -> None:
-        """Find out what is in a cache store that can only be asked: once, at the first use.
+    async def _list(self, io: Traffic) -> bool:
+        """Find out what is in a cache store that can only be asked, at the first use.
+
+        Returns
+        -------
+        bool
+            False where that fails or has failed lately: it has to do without, until the next try.
 
         Raises
         ------
         ValueError
             If the cache store belongs to somebody else.
         """
+        unlisted = self.index
+        if not isinstance(unlisted, Unlisted):
+            return True
+        if not self.breaker.allows("list"):
+            return False
         with self._lock:
-            unlisted = self.index
-            if not isinstance(unlisted, _Unlisted):
-                return
             flight = self._listing
             if leads := flight is None or flight.done:
                 flight = self._listing = Flight(io.loop())
-        assert flight is not None
+        if self.index is not unlisted:
+            flight.deliver(b"")
+            return True
         if not leads:
             if not await io.wait(flight):
                 flight.abandon()  # Its event loop has stopped.
             if flight.error is not None:
                 raise flight.error.with_traceback(flight.trace)
-            return
+            return flight.abandoned or self.index is not unlisted
         try:
-            await io.run(take_in(self._cache, unlisted.within, self._identity, adopt=self._adopt))
-        except ValueError as refusal:
+            await io.run(take_in(self._cache, unlisted, self._identity, adopt=self._adopt))
+        except NotOursError as refusal:
             flight.fail(refusal)
             raise
         except Exception as error:  # noqa: BLE001 - it is the cache store's, and none of the user's
-            self._abandon(error)
+            self.breaker.failed(error, "list")
         except BaseException:
             # What is in the index by now is found to be known the next time.
             flight.abandon()
             raise
         else:
+            self.breaker.succeeded("list")
             self.index = unlisted.within
         flight.deliver(b"")
+        return self.index is not unlisted
 
     # -------------------------------------------------------------- opening
 
@@ -396,12 +425,12 @@ class Books:
             self.index = _Unopened(self)
         elif not self.usable:
             self.index = self._nothing()
-        elif not isinstance(self.index, _Unlisted):
+        elif not isinstance(self.index, Unlisted):
             self.index = Index(**self._options)
         else:
             # What is there by now is the parent's, so it is ours.
             self._adopt = True
-            self.index = _Unlisted(Index(**self._options))
+            self.index = Unlisted(Index(**self._options), self.index.changed)
 
     def reopen(self) -> Any:
         """Open the directory again, as another participant."""
@@ -423,43 +452,6 @@ class _Unopened:
 
     def __len__(self) -> int:
         return len(self._books.reopen())
-
-
-class _NotListedError(IndexBusyError):
-    """The index does not know yet what is in the cache store."""
-
-
-class _Unlisted:
-    """Stands for the index of a cache store until its first use.
-
-    Attributes
-    ----------
-    within : Index
-        The index, which is empty so far.
-    """
-
-    _FIRST: Final = frozenset({"lookup", "peek", "join", "begin_write", "void_prefix"})
-    """Steps that an operation begins with."""
-
-    def __init__(self, within: Index) -> None:
-        self.within = within
-
-    def __getattr__(self, name: str) -> Any:
-        return _Step(self, name) if name in self._FIRST else getattr(self.within, name)
-
-    def __len__(self) -> int:
-        return 0
-
-
-class _Step:
-    """A step of an index that is not listed yet."""
-
-    def __init__(self, owner: _Unlisted, name: str) -> None:
-        self.__self__ = owner
-        self.__name__ = name
-
-    def __call__(self, *_: Any) -> Any:
-        raise _NotListedError(self.__name__)
 
 
 def _let_go(index: Any) -> None:

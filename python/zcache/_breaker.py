@@ -6,12 +6,16 @@ import errno
 import logging
 import threading
 import time
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 logger = logging.getLogger("zcache")
 
+Operation: TypeAlias = Literal["read", "write", "delete", "list"]
+
 FAILURES_TO_OPEN: Final = 5
 """Failures in a row after which the cache store is left alone."""
+KEY_FAILURES_TO_OPEN: Final = 50
+"""The same for errors that concern one key: where no key at all goes through, it is the store."""
 FIRST_PAUSE: Final = 1.0
 """Seconds that it is then left alone; twice as long after each further failure."""
 LONGEST_PAUSE: Final = 60.0
@@ -39,8 +43,27 @@ def concerns_key(error: BaseException) -> bool:
     return isinstance(error, (UnicodeError, ValueError))
 
 
+class _Kind:
+    """How one sort of operation fares."""
+
+    __slots__ = ("closed_from", "in_a_row", "keys_in_a_row", "pause")
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+        self.keys_in_a_row = 0
+        self.pause = FIRST_PAUSE
+        self.closed_from = 0.0
+
+    @property
+    def failing(self) -> bool:
+        return self.in_a_row >= FAILURES_TO_OPEN or self.keys_in_a_row >= KEY_FAILURES_TO_OPEN
+
+
 class Breaker:
     """Lets traffic to the cache store through, or not.
+
+    Reads, writes, deletes and the listing each have a pause of their own: a disk that is full is
+    still good to read from, and a delete that works says nothing about it.
 
     Attributes
     ----------
@@ -48,6 +71,8 @@ class Breaker:
         Operations of the cache store that raised.
     skipped : int
         Times that the cache store was left alone because it kept failing.
+    in_trouble : bool
+        Whether the last read raised, not only because of its key.
     """
 
     def __init__(self, store: object) -> None:
@@ -55,56 +80,53 @@ class Breaker:
         # Held for no longer than it takes to count; reentrant, for inside it the garbage collector
         # may end a reader, and with it an operation.
         self._lock = threading.RLock()
-        self._in_a_row = 0
-        self._pause = FIRST_PAUSE
-        self._closed_from = 0.0
+        self._kinds: dict[Operation, _Kind] = {}
         self._warned = False
         self.failures = 0
         self.skipped = 0
+        self.in_trouble = False
 
-    @property
-    def in_trouble(self) -> bool:
-        """Whether the last operation raised."""
-        return self._in_a_row > 0
-
-    def allows(self) -> bool:
+    def allows(self, operation: Operation = "read") -> bool:
         """Whether the cache store may be used now. After a pause one failure opens it again."""
-        if self._in_a_row < FAILURES_TO_OPEN or time.monotonic() >= self._closed_from:
+        kind = self._kinds.get(operation)
+        if kind is None or not kind.failing or time.monotonic() >= kind.closed_from:
             return True
         with self._lock:
             self.skipped += 1
         return False
 
-    def succeeded(self) -> None:
+    def succeeded(self, operation: Operation = "read") -> None:
         """An operation went through."""
-        if self._in_a_row == 0:
+        if operation not in self._kinds:
             return
         with self._lock:
-            again = self._in_a_row >= FAILURES_TO_OPEN
+            kind = self._kinds.pop(operation, None)
+            again = self._warned and not any(kind.failing for kind in self._kinds.values())
+            again = again and kind is not None and kind.failing
             if again:
-                self._pause = FIRST_PAUSE
                 self._warned = False
-            self._in_a_row = 0
+            if operation == "read":
+                self.in_trouble = False
         if again:
             logger.info("the cache store %s works again", self._store)
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, operation: Operation = "read") -> None:
         """An operation raised."""
-        if concerns_key(error):
-            with self._lock:
-                self.failures += 1
-            logger.debug("the cache store %s cannot hold a key: %r", self._store, error)
-            return
         with self._lock:
             self.failures += 1
-            self._in_a_row += 1
+            kind = self._kinds.setdefault(operation, _Kind())
+            if about_key := operation != "list" and concerns_key(error):
+                kind.keys_in_a_row += 1
+            else:
+                kind.in_a_row += 1
+                self.in_trouble |= operation == "read"
             now = time.monotonic()
             # What was under way when the pause began, and fails now, says nothing new.
-            if self._in_a_row >= FAILURES_TO_OPEN and now >= self._closed_from:
-                self._closed_from = now + self._pause
-                self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            warn = not self._warned
-            self._warned = True
+            if kind.failing and now >= kind.closed_from:
+                kind.closed_from = now + kind.pause
+                kind.pause = min(2 * kind.pause, LONGEST_PAUSE)
+            warn = not self._warned and (kind.failing or not about_key)
+            self._warned |= warn
         if warn:
             logger.warning(
                 "the cache store %s failed: %r. Reads are served by the source; the cache is used "
@@ -112,7 +134,5 @@ class Breaker:
                 self._store,
                 error,
             )
-
-    def after_fork(self) -> None:
-        """Start with a lock of our own: a thread that stayed with the parent may hold the other."""
-        self._lock = threading.RLock()
+        elif about_key:
+            logger.debug("the cache store %s cannot hold a key: %r", self._store, error)

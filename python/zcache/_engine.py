@@ -74,11 +74,13 @@ class Engine(Fills):
         # These slice a value as Python does, whatever the request.
         self.lenient = _slices(innermost(source))
         self.identity = source_id or identify(source) or transient(source)
+        self.breaker = Breaker(cache)
         self.books = Books(
             source,
             cache,
             self.identity,
             adopt=adopt,
+            breaker=self.breaker,
             max_size=max_size,
             max_age=None if max_age == "infinity" else max_age,
             lenient=self.lenient,
@@ -89,7 +91,6 @@ class Engine(Fills):
         # What is there, where nothing else can be.
         self._values = self.port.values if isinstance(self.port, MemoryPort) else None
         self._quick = quick_reader(cache)
-        self.breaker = Breaker(cache)
         # Reentrant, for the garbage collector may end a reader inside.
         self._counting = threading.RLock()
         self.bypassed = 0
@@ -406,7 +407,7 @@ class Engine(Fills):
             try:
                 await io.block(lambda: directory.remove_below(prefix))
             except OSError as error:
-                self.breaker.failed(error)
+                self.breaker.failed(error, "delete")
 
     async def change(self, io: Traffic, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         """Change the source below a prefix by `work`; nothing below it stays cached."""
@@ -486,7 +487,7 @@ class Engine(Fills):
     def after_fork(self) -> None:
         """Start over with what the parent's other threads had in flight."""
         self._counting = threading.RLock()
-        self.breaker = Breaker(self.cache)
+        self.breaker = self.books.breaker = Breaker(self.cache)
         self.books.after_fork()
 
 

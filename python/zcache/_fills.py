@@ -67,7 +67,9 @@ class Fills:
         self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
     ) -> None:
         """Cache a value, if there is room for it and the ticket allows."""
-        if not self.breaker.allows() or not self.books.usable:
+        # Without deletes no room can be made either; to try would cost entries that are still good.
+        allows = self.breaker.allows
+        if not (allows("write") and allows("delete") and self.books.usable):
             return
         books, index, immediate = self.books, self.books.index, io.port.immediate
         now = self.now()
@@ -164,7 +166,7 @@ class Fills:
             try:
                 free, volume = directory.free_space()
             except OSError as error:
-                self.breaker.failed(error)
+                self.breaker.failed(error, "write")
                 return False
             wanted = self.min_free_space
             if wanted is None:
@@ -211,13 +213,13 @@ class Fills:
             else:
                 written = await io.port.write(name, data, late)
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
-            self.breaker.failed(error)
+            self.breaker.failed(error, "write")
             return await books.sure(io, self._give_up, index.abort, reservation)
         except BaseException as interrupt:
             if io.port.immediate:
                 late(interrupt)
             raise
-        self.breaker.succeeded()
+        self.breaker.succeeded("write")
         checksum = checksum_of(written)
         victims: list[Victim] | None
         try:
@@ -243,7 +245,7 @@ class Fills:
         """Delete bytes; returns the cells of those that are gone and of those that may not be."""
         if io.port.immediate:
             return self._delete_now(io, victims)
-        if not self.breaker.allows():
+        if not self.breaker.allows("delete"):
             return [], [cell for cell, _ in victims]
 
         def late(outcome: Outcome | BaseException) -> None:
@@ -260,7 +262,7 @@ class Fills:
 
     def _delete_now(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
         """Do the same through a port that never suspends."""
-        if not self.breaker.allows():
+        if not self.breaker.allows("delete"):
             return [], [cell for cell, _ in victims]
         try:
             outcome = io.port.delete_now([name for _, name in victims])
@@ -278,9 +280,9 @@ class Fills:
                 dropped.append(cell)
             else:
                 failed.append(cell)
-                self.breaker.failed(error)
+                self.breaker.failed(error, "delete")
         if not failed:
-            self.breaker.succeeded()
+            self.breaker.succeeded("delete")
         return dropped, failed
 
     def _give_up(self, victims: list[Victim]) -> None:
