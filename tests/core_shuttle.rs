@@ -428,8 +428,8 @@ fn readers_share_one_source_read() {
         run(&world, &[&[READ], &[READ, READ], &[READ], &[READ]]);
         assert_eq!(world.seen.lock().unwrap().source_reads, 1);
     };
-    shuttle::check_random(test, 1_000);
-    shuttle::check_pct(test, 500, 3);
+    shuttle::check_random(test, 10_000);
+    shuttle::check_pct(test, 5_000, 3);
 }
 
 #[test]
@@ -447,8 +447,8 @@ fn readers_and_writers_of_one_key() {
             ],
         );
     };
-    shuttle::check_random(test, 1_500);
-    shuttle::check_pct(test, 1_000, 3);
+    shuttle::check_random(test, 10_000);
+    shuttle::check_pct(test, 5_000, 3);
 }
 
 #[test]
@@ -465,8 +465,8 @@ fn a_bound_that_is_too_small_for_all() {
             ],
         );
     };
-    shuttle::check_random(test, 1_500);
-    shuttle::check_pct(test, 1_000, 3);
+    shuttle::check_random(test, 10_000);
+    shuttle::check_pct(test, 5_000, 3);
 }
 
 #[test]
@@ -483,8 +483,8 @@ fn prefix_deletes_among_reads_and_writes() {
             ],
         );
     };
-    shuttle::check_random(test, 1_500);
-    shuttle::check_pct(test, 1_000, 3);
+    shuttle::check_random(test, 10_000);
+    shuttle::check_pct(test, 5_000, 3);
 }
 
 #[test]
@@ -501,6 +501,6 @@ fn deletes_that_fail() {
             ],
         );
     };
-    shuttle::check_random(test, 1_500);
-    shuttle::check_pct(test, 1_000, 3);
+    shuttle::check_random(test, 10_000);
+    shuttle::check_pct(test, 5_000, 3);
 }
