@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 
 from coherence_support import CacheStore, DictStore, SyncDictStore, buf, index_of, read
 from process_scripts import VALUES, arrive
@@ -46,6 +46,26 @@ async def test_a_copy_is_small_and_travels_empty(source: LocalStore) -> None:
     assert store.cache_info()["current_size"] > 500
     assert len(packed) == empty
     assert len(packed) - len(pickle.dumps(source)) < 700
+
+
+async def test_a_memory_behind_wrappers_travels_empty(source: LocalStore) -> None:
+    inner = MemoryStore()
+    store = CacheStore(source, cache_store=WrapperStore(LoggingStore(inner, log_level="ERROR")))
+    for key in VALUES:
+        await read(store, key)
+    packed = pickle.dumps(store)
+    assert len(packed) - len(pickle.dumps(source)) < 1000
+    assert len(inner._store_dict) == len(VALUES)
+    assert pickle.loads(packed) == copy.copy(store) == store
+    assert pickle.loads(packed).cache_info()["cached_keys"] == len(VALUES)
+    # As in another process: nobody there knows the original.
+    token = store._engine.token
+    elsewhere = pickle.loads(packed.replace(token.encode(), token[::-1].encode()))
+    assert elsewhere.cache_info()["cached_keys"] == 0
+    assert type(elsewhere._cache._store) is LoggingStore
+    for _ in range(2):
+        assert await read(elsewhere, "1") == VALUES["1"]
+    assert elsewhere.cache_stats()["hits"] == 1
 
 
 async def test_copies_in_one_process_are_one_cache(source: LocalStore, cache: Store) -> None:

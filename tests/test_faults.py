@@ -239,6 +239,27 @@ async def test_values_of_the_wrong_type(answer: object, verify: Any, sync: bool)
     assert store.cache_stats()["cache_failures"] > 0
 
 
+@pytest.mark.parametrize("operation", ["get", "set", "delete", "all"])
+async def test_a_library_that_cancels_itself(operation: str) -> None:
+    """That is a failure of the cache store, and no cancellation of its caller."""
+
+    class Timed(DictStore):
+        async def before(self, at: str, key: str) -> None:
+            if operation in (at, "all"):
+                raise asyncio.CancelledError("too late")
+
+    source = DictStore(SOURCE)
+    store = CacheStore(source, cache_store=Timed(), max_size=30)
+    for _ in range(3):
+        await all_read(store)
+    await store.set("1", buf(b"new"))
+    assert await read(store, "1") == b"new"
+    await store.delete("1")
+    assert await read(store, "1") is None
+    assert store.cache_stats()["cache_failures"] > 0
+    index_of(store).validate()
+
+
 async def test_the_source_has_the_last_word(pause: Clock) -> None:
     """Where both fail, the error is the source's own, and it is not kept."""
     source, cache = FaultyStore(SOURCE), FaultyStore()

@@ -20,6 +20,7 @@ from zcache._directory import Directory
 from zcache._flights import Flight
 from zcache._identity import innermost, same_place
 from zcache._listing import NotListedError, NotOursError, Unlisted, take_in
+from zcache._ports import guarded
 from zcache._threads import background
 
 if TYPE_CHECKING:
@@ -305,7 +306,8 @@ class Books:
                 raise flight.error.with_traceback(flight.trace)
             return flight.abandoned or self.index is not unlisted
         try:
-            await io.run(take_in(self._cache, unlisted, self._identity, adopt=self._adopt))
+            work = take_in(self._cache, unlisted, self._identity, adopt=self._adopt)
+            await io.run(guarded(work))
         except NotOursError as refusal:
             flight.fail(refusal)
             raise

@@ -22,7 +22,7 @@ from zcache import _files
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import BufferPrototype
@@ -45,6 +45,20 @@ def drive(steps: Coroutine[Any, Any, T]) -> T:
         return end.value  # type: ignore[no-any-return]
     steps.close()
     raise RuntimeError("a synchronous call had to wait for an event loop")
+
+
+async def guarded(work: Awaitable[T]) -> T:
+    """Await what a cache store does; a cancellation that nobody has asked for is its failure.
+
+    Libraries end what takes too long by cancelling it, and sometimes that gets out.
+    """
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("the cache store has cancelled itself") from error
 
 
 async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException], None]) -> T:
@@ -189,7 +203,7 @@ class StorePort(Port):
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
-        return _own(await self._store.get(name, prototype, byte_range), prototype)
+        return _own(await guarded(self._store.get(name, prototype, byte_range)), prototype)
 
     async def write(
         self,
@@ -197,8 +211,11 @@ class StorePort(Port):
         data: bytes,
         late: Callable[[Written | BaseException], None],
     ) -> Written:
-        await settle(self._store.set(name, to_cpu_buffer(data)), late)
+        await settle(self._set(name, data), late)
         return None
+
+    async def _set(self, name: str, data: bytes) -> None:
+        await guarded(self._store.set(name, to_cpu_buffer(data)))
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
@@ -210,11 +227,11 @@ class StorePort(Port):
 
     async def _delete_one(self, name: str) -> Exception | None:
         try:
-            await self._store.delete(name)
+            await guarded(self._store.delete(name))
         except Exception as error:  # noqa: BLE001 - a cache store may raise anything
             # It may have failed after it took effect, or because the value is gone already.
             try:
-                return error if await self._store.exists(name) else None
+                return error if await guarded(self._store.exists(name)) else None
             except Exception:  # noqa: BLE001 - then nobody knows
                 return error
         return None

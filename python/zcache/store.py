@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
@@ -267,10 +268,10 @@ class CacheStore(Store):
     def __getstate__(self) -> dict[str, Any]:
         engine = self._engine
         # Contents stay: a cache in memory travels empty.
-        cache = type(engine.cache) if isinstance(engine.cache, MemoryStore) else engine.cache
+        cache = engine.cache
         return {
             "store": self._store,
-            "cache": cache,
+            "cache": type(cache) if isinstance(cache, MemoryStore) else _without_contents(cache),
             "options": {
                 "max_size": engine.max_size,
                 "max_age": engine.max_age,
@@ -663,6 +664,18 @@ def _check_source_id(source_id: object) -> str | None:
     raise TypeError(
         f"source_id={source_id!r} must be text that names the source, such as its URL, or None."
     )
+
+
+def _without_contents(cache: Store) -> Store:
+    """The cache store itself, unless it keeps its values in memory: then one like it, but empty."""
+    if isinstance(cache, MemoryStore):
+        return type(cache)()
+    inner = getattr(cache, "_store", None)
+    if not isinstance(inner, Store) or not isinstance(innermost(inner), MemoryStore):
+        return cache
+    emptied = copy.copy(cache)
+    vars(emptied)["_store"] = _without_contents(inner)
+    return emptied
 
 
 def _same_data(one: Store, other: Store) -> bool:
