@@ -83,12 +83,14 @@ class DictStore(Store):
 
     def do_set(self, key: str, value: bytes | None) -> None:
         with self._lock:
-            old = self.values.pop(key, b"")
-            self.total -= len(old)
-            if value is not None:
+            # The value changes in one step: a process may be forked between any two.
+            old = self.values.get(key, b"")
+            if value is None:
+                self.values.pop(key, None)
+            else:
                 self.values[key] = value
-                self.total += len(value)
-                self.peak = max(self.peak, self.total)
+            self.total += len(value or b"") - len(old)
+            self.peak = max(self.peak, self.total)
 
     async def _do(self, operation: str, key: str, effect: Callable[[], Any]) -> Any:
         with self._lock:

@@ -226,6 +226,38 @@ async def test_a_write_that_fails_leaves_nothing_that_differs(
     assert index_of(store).in_flight == (0, 0)
 
 
+@pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
+async def test_a_write_that_fails_after_readers_have_filled_the_cache(
+    name: str, cache: Store
+) -> None:
+    """What they have filled in is from before its effect; and the next write is like any other."""
+
+    class Failing(GatedStore):
+        async def after(self, operation: str, key: str, result: object) -> None:
+            if operation not in ("get", "exists") and not followed:
+                raise BrokenError
+
+    followed = False
+    source = Failing(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    for operation in ("set", "set_if_not_exists", "delete", "delete_dir", "clear"):
+        source.shut[operation] = math.inf
+    task = asyncio.ensure_future(WRITES[name].do(store))
+    await reached(source)
+    await same_as_source(store, source, *SOURCE, "n")
+    source.release()
+    with pytest.raises(BrokenError):
+        await task
+    await others_ended()
+    await same_as_source(store, source, *SOURCE, "n")
+    followed = True
+    key = "a" if name == "clear" else WRITES[name].key
+    await store.set(key, buf(NEW))
+    asked = source.counts["get"]
+    assert await read(store, key) == NEW
+    assert source.counts["get"] == asked
+
+
 @pytest.mark.parametrize("gate", ["shut", "late"])
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
 async def test_a_write_that_is_cancelled_leaves_nothing_that_differs(

@@ -28,6 +28,7 @@ MIDDLE, TAIL, END = RangeByteRequest(1, 3), OffsetByteRequest(2), SuffixByteRequ
 PAST = RangeByteRequest(2, 6)
 REQUESTS: list[ByteRequest] = [MIDDLE, TAIL, END, PAST]
 WARM = (get("a"),)
+BATCH = Op("get_partial_values", what=(("a", MIDDLE), ("a", MIDDLE), ("a", TAIL)))
 
 
 def named(*scenarios: Scenario) -> list[object]:
@@ -82,6 +83,11 @@ PAIRS = named(
     scenario(get("a", OffsetByteRequest(3)), put("a", LONG), warm=(get("a", TAIL),)),
     scenario(get("a", SuffixByteRequest(1)), put("a", LONG), warm=(get("a", END),)),
     scenario(get("a", MIDDLE), Op("delete", "a"), warm=(get("a", MIDDLE),)),
+    # Several in one call, one of them twice.
+    scenario(BATCH, put("a", LONG), coarse=True),
+    scenario(BATCH, get("a"), coarse=True),
+    scenario(BATCH, Op("delete", "a"), warm=(get("a", MIDDLE),), coarse=True),
+    scenario(BATCH, BATCH, max_size=3, coarse=True),
 )
 
 TRIPLES = named(
