@@ -22,7 +22,7 @@ from zcache import _files
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import BufferPrototype
