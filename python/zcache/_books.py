@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
@@ -242,19 +243,21 @@ class Books:
     def doubt(self) -> None:
         """Have the index rebuilt: the size of an entry is not that of its file, which is whole."""
         if self.index.shared:
-            self.soon(lambda _: None, self.index.condemn)
+            self.soon(lambda _: None, self._condemn)
+
+    def _condemn(self) -> None:
+        try:
+            self.index.condemn()
+        except CorruptIndexError as verdict:
+            # Not for `must`, which would condemn the new index too, and so on.
+            self._see_to(verdict)
 
     def _fill(self, why: str) -> None:
         """Fill an empty index, in the background; until that is done it takes nothing in."""
-        directory, index = self.directory, self.index
-        assert directory is not None
-        background(lambda: self._fill_now(directory, index, why))
-
-    def _fill_now(self, directory: Directory, index: Index, why: str) -> None:
-        try:
-            directory.rebuild(self, index, why)
-        except OSError as error:
-            self._abandon(error)
+        assert self.directory is not None
+        # Whoever waits for a walk holds nothing of ours: once all stores are gone, it comes to nothing,
+        # and whoever opens the directory next sees that its rebuilder has gone.
+        background(partial(_fill_now, weakref.ref(self), self.directory, why))
 
     def reap(self) -> bool:
         """Take over from processes that have died, at most once a second. Whether there were any."""
@@ -350,7 +353,7 @@ class Books:
         # Whoever had this place before is gone.
         directory.sweep_tmp(index.place)
         if fresh:
-            directory.rebuild(self, index, "there was none, or it could not be trusted")
+            directory.rebuild(lambda: self, "there was none, or it could not be trusted")
         if directory.cold:
             directory.take_over(alone=self._is_alone())
             self._empty(directory)
@@ -405,7 +408,7 @@ class Books:
             directory.remove_below("")
             directory.restamp()
         directory.sweep_tmp()
-        directory.rebuild(self, index, "it cannot be shared")
+        directory.rebuild(lambda: self, "it cannot be shared")
         return index
 
     # ---------------------------------------------------------------- forks
@@ -470,6 +473,19 @@ def _let_go(index: Any) -> None:
             os.dup2(null, lock, inheritable=False)
     finally:
         os.close(null)
+
+
+def _fill_now(kept: weakref.ref[Books], directory: Directory, why: str) -> None:
+    try:
+        directory.rebuild(lambda: _fillable(kept(), directory), why)
+    except OSError as error:
+        if (books := kept()) is not None:
+            books._abandon(error)
+
+
+def _fillable(books: Books | None, directory: Directory) -> Books | None:
+    """The books, as long as they live and use this directory."""
+    return None if books is None or books.directory is not directory else books
 
 
 def _call(then: Callable[[T], object], result: T) -> None:

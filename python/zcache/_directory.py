@@ -17,10 +17,9 @@ from zcache._identity import TRANSIENT
 from zcache._spans import is_encodable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zcache._books import Books
-    from zcache._core import Index
 
 logger = logging.getLogger("zcache")
 
@@ -210,8 +209,15 @@ class Directory:
             for _, _, name in _files.walk(self.root, _files.remove, below):
                 _files.remove(self.path(name))
 
-    def rebuild(self, books: Books, index: Index, why: str) -> None:
+    def rebuild(self, whose: Callable[[], Books | None], why: str) -> None:
         """Fill an empty index from a walk of the directory.
+
+        Parameters
+        ----------
+        whose : callable
+            Gives the books to enter it in, or None when nobody wants them any more.
+        why : str
+            For the log.
 
         Raises
         ------
@@ -221,11 +227,14 @@ class Directory:
         found = sorted(_files.walk(self.root, _remove_quietly))
         for start in range(0, len(found), _BATCH):
             batch = [value for value in found[start : start + _BATCH] if is_encodable(value[2])]
-            if not books.must(index.adopt, batch):
-                # It was emptied once more, and another process fills it.
+            books = whose()
+            # Or it was emptied once more, and another process fills it.
+            if books is None or not books.must(books.index.adopt, batch):
                 return
-        books.must(index.complete)
+        if (books := whose()) is None:
+            return
         if found:
+            # Before others may go on, so that this comes before all that they have to say.
             logger.warning(
                 "the index of the cache directory %s was rebuilt (%s): %d values, %d bytes",
                 self.root,
@@ -233,6 +242,7 @@ class Directory:
                 len(found),
                 sum(size for _, size, _ in found),
             )
+        books.must(books.index.complete)
 
 
 def _remove_all(paths: list[str]) -> None:
