@@ -76,6 +76,13 @@ pub fn create(path: &Path, data: &[u8], nanos: i64) -> io::Result<(OwnedFd, u32)
     // A value does without.
     let _ = fsetxattr(&file, ATTRIBUTE, &note, XattrFlags::empty());
     set_modified(&file, nanos)?;
+    if modified(&fstat(&file)?) != nanos {
+        // It could never be removed again, for nobody would know whose it is.
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the file system does not keep times to the nanosecond",
+        ));
+    }
     Ok((file, checksum))
 }
 
@@ -103,6 +110,15 @@ pub fn space(path: &Path) -> io::Result<(u64, u64)> {
         volume.f_bavail.saturating_mul(unit),
         volume.f_blocks.saturating_mul(unit),
     ))
+}
+
+/// Whether a symbolic link on the way from `root` to `name` leads elsewhere.
+#[must_use]
+pub fn leads_out(root: &Path, name: &Path) -> bool {
+    let above = name.ancestors().skip(1);
+    above
+        .filter(|above| !above.as_os_str().is_empty())
+        .any(|above| root.join(above).is_symlink())
 }
 
 /// Gives an unfinished file a name that is free, and makes the directories above it.

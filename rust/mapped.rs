@@ -14,7 +14,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
-use rustix::fs::{FallocateFlags, fallocate, fstat};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fstat};
 
 use crate::cells::{Block, Cell, Header, MAX_CELLS, Participant, Version};
 use crate::error::{Fault, Res};
@@ -141,6 +141,8 @@ fn open(path: &Path) -> io::Result<File> {
         .write(true)
         .create(true)
         .truncate(false)
+        // Who may write to the directory must not lead us to a file elsewhere.
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
         .open(path)
 }
 
@@ -162,8 +164,10 @@ fn unsuitable(kind: u64) -> Option<&'static str> {
         0x00c3_6400 => Some("Ceph"),
         0x0102_1997 => Some("9P"),
         0x6573_5546 => Some("FUSE"),
-        0x5346_414f => Some("AFS"),
+        0x5346_414f | 0x6b41_4653 => Some("AFS"),
         0x4750_4653 => Some("GPFS"),
+        0x1983_0326 => Some("BeeGFS"),
+        0x786f_4256 => Some("VirtualBox"),
         _ => None,
     }
 }

@@ -825,6 +825,13 @@ fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
     py.detach(|| files::remove(&path)).map_err(os_error)
 }
 
+#[cfg(unix)]
+#[pyfunction]
+#[pyo3(signature = (root, name, /))]
+fn leads_out(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
+    py.detach(|| files::leads_out(&root, &name))
+}
+
 /// Bytes from which on other threads may run while a checksum is computed.
 const DETACH_FROM: usize = 64 * 1024;
 
@@ -858,6 +865,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(publish_file, module)?)?;
         module.add_function(wrap_pyfunction!(volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(remove_file, module)?)?;
+        module.add_function(wrap_pyfunction!(leads_out, module)?)?;
     }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;
     module.add_function(wrap_pyfunction!(checksum, module)?)?;

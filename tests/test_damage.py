@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 
 from support import CountingStore, buf, held, read
 from zcache import CacheStore, _files
-from zcache._core import crc32c
+from zcache._books import Books
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,7 +267,7 @@ async def test_a_size_that_is_not_the_one_of_its_file(
     fetched = path.stat().st_mtime
     path.unlink()
     unfinished = str(where / "cache" / ".zcache" / "tmp" / "p0-")
-    file = _files.write_new(str(path), b"short", crc32c(b"short"), unfinished, fetched)
+    file = _files.write_new(str(path), b"short", unfinished, fetched)
     _files.seal(file, valid=True)
     store = open_store(where)
     assert await read(store, key) == value(key)
@@ -283,6 +283,18 @@ async def test_a_size_that_is_not_the_one_of_its_file(
         await asyncio.sleep(0.01)
     assert engine() is None
     assert len(caplog.records) == 1
+
+
+async def test_damage_that_comes_back(
+    where: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No read waits for an index that is never right: it is given up, with one line in the log."""
+    monkeypatch.setattr(Books, "_start_over", lambda *_: None)
+    store = open_store(where)
+    os.truncate(where / "cache" / INDEX / "head", 100)
+    await use(store)
+    assert store.cache_info()["current_size"] == 0
+    assert ["goes to the source" in message for message in caplog.messages] == [True]
 
 
 def head_of(**changes: tuple[int, str, int]) -> list[Any]:

@@ -366,6 +366,50 @@ async def test_files_that_somebody_replaced(tmp_path: Path) -> None:
     assert store.cache_info()["current_size"] == 0
 
 
+async def test_a_directory_inside_that_leads_elsewhere(tmp_path: Path) -> None:
+    """Nothing is written there, for no walk would find it, and nothing is removed."""
+    store = open_store(tmp_path, max_size=100)
+    elsewhere = tmp_path / "elsewhere"
+    await fill(CacheStore(MemoryStore(), cache_store=LocalStore(elsewhere)), x=b"another's")
+    (tmp_path / "cache/link").symlink_to(elsewhere)
+    for key in ("link/x", "link/y", "link/z/0"):
+        await store.set(key, buf(b"value"))
+        assert await read(store, key) == b"value"
+    assert tree(elsewhere) >= {"x"}
+    assert tree(elsewhere).isdisjoint({"y", "z/0"})
+    for _ in range(2):
+        store = open_store(tmp_path, max_size=100)
+        assert store.cache_info()["current_size"] == 0
+        await store.delete("link/x")
+        await store.delete_dir("link")
+        await store.clear_cache()
+        directory = store._engine.books.directory
+        assert directory
+        for key in ("link", "link/x", "link/z"):
+            directory.remove_below(key)
+        assert (elsewhere / "x").read_bytes() == b"another's"
+        del store
+        shutil.rmtree(tmp_path / "cache/.zcache/index")
+
+
+@pytest.mark.parametrize("name", ["head", "table", "cells", "lock", "p0"])
+async def test_a_link_in_the_place_of_the_index(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a shared node others may put one there: the file that it leads to stays as it is."""
+    open_store(tmp_path)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"years of work" * 10_000)
+    path = tmp_path / "cache/.zcache/index" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(precious)
+    store = open_store(tmp_path)
+    await fill(store, a=b"1")
+    assert await read(store, "a") == b"1"
+    assert precious.read_bytes() == b"years of work" * 10_000
+    assert len(caplog.records) == 1
+
+
 # ---------------------------------------------------------------------------- the volume
 
 
@@ -468,6 +512,28 @@ async def test_a_write_that_the_volume_refuses(
     check_books(store)
 
 
+async def test_a_file_system_that_does_not_keep_times(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What could not be told from other files, and so never be removed, is not written."""
+    long_ago = -3_000_000_000
+    probe = tmp_path / "probe"
+    probe.touch()
+    os.utime(probe, ns=(long_ago * 10**9 + 1,) * 2)
+    if probe.stat().st_mtime_ns == long_ago * 10**9 + 1:
+        pytest.skip("this file system keeps every time")
+    store = open_store(tmp_path, max_size=100)
+    store._engine.books.now = lambda: long_ago
+    for number in range(30):
+        await store.set(f"a/c/{number}", buf(bytes(10)))
+        assert await read(store, f"a/c/{number}") == bytes(10)
+    assert held(store._cache) == {}
+    assert tree(tmp_path / "cache/.zcache/tmp") == set()
+    assert store.cache_info()["current_size"] == 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "nanosecond" in caplog.text
+
+
 # ------------------------------------------------------------------- users and permissions
 
 
@@ -537,7 +603,8 @@ async def test_a_directory_of_another_user(tmp_path: Path) -> None:
     assert len(log) == 1, log
     assert "WARNING" in log[0]
     assert str(tmp_path / "cache") in log[0]
-    assert "source" in log[0]
+    for words in ("goes to the source", "other processes", "do not see what is written"):
+        assert words in log[0]
     assert (hits, failures, shared) == ("0", "0", "False")
     assert tree(tmp_path / "cache").isdisjoint({"empty"})
     # A directory that all may write to.

@@ -37,7 +37,13 @@ T = TypeVar("T")
 
 _REAP_EVERY: Final = 1.0
 """Seconds between two looks for participants that have died."""
+_REBUILDS: Final = 20
+"""Times that one step finds the index damaged before its process gives it up."""
 _NOT_NOW: Final = (IndexBusyError, CorruptIndexError)
+_WITHOUT: Final = (
+    "Every read goes to the source; other processes that use it do not see what is written through this "
+    "one."
+)
 _NO_SHARING: Final = frozenset(
     {None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 )
@@ -117,6 +123,7 @@ class Books:
 
     async def step(self, io: Traffic, work: Callable[..., T], *args: Any) -> T:
         """Take a step of the index; where another process holds its lock, wait out of the way."""
+        damages = 0
         while True:
             try:
                 return work(*args)
@@ -125,7 +132,8 @@ class Books:
                     done: T = error.without(*args)
                     return done
             except _NOT_NOW as error:
-                await io.until(self._see_to(error))
+                damages += isinstance(error, CorruptIndexError)
+                await io.until(self._see_to(error, last=damages >= _REBUILDS))
             work = self._current(work)
 
     async def sure(
@@ -158,6 +166,7 @@ class Books:
 
     def must(self, work: Callable[..., T], *args: Any) -> T:
         """Take a step of the index, whatever it takes; not from an event loop."""
+        damages = 0
         while True:
             work = self._current(work)
             try:
@@ -166,7 +175,8 @@ class Books:
                 done: T = error.without(*args)
                 return done
             except _NOT_NOW as error:
-                self._see_to(error).result()
+                damages += isinstance(error, CorruptIndexError)
+                self._see_to(error, last=damages >= _REBUILDS).result()
 
     def _current(self, work: Callable[..., T]) -> Callable[..., T]:
         """The same step of the index that is in use now."""
@@ -181,23 +191,28 @@ class Books:
 
     # ------------------------------------------------------------- repair
 
-    def _see_to(self, error: Exception) -> Future[None]:
+    def _see_to(self, error: Exception, *, last: bool = False) -> Future[None]:
         """Wait for the lock of the index, or replace an index that cannot be used.
 
-        That happens in a thread, one for all who wait.
+        That happens in a thread, one for all who wait. `last` says that it has been replaced often
+        enough.
         """
         with self._lock:
             if self._repair is None:
                 done: Future[None] = Future()
                 self._repair = done
                 # Not one of the pool: at the end of the process nobody waits for somebody's lock.
-                work = threading.Thread(target=self._see_to_it, args=(error, done), daemon=True)
+                work = threading.Thread(
+                    target=self._see_to_it, args=(error, done, last), daemon=True
+                )
                 work.start()
             return self._repair
 
-    def _see_to_it(self, error: Exception, done: Future[None]) -> None:
+    def _see_to_it(self, error: Exception, done: Future[None], last: bool) -> None:
         try:
-            if isinstance(error, CorruptIndexError):
+            if last:
+                self._abandon(error)
+            elif isinstance(error, CorruptIndexError):
                 self._start_over(str(error))
             else:
                 self.index.wait()
@@ -229,9 +244,10 @@ class Books:
     def _abandon(self, failure: Exception) -> None:
         """Do without the cache store from now on."""
         logger.warning(
-            "the index of the cache %s cannot be used any more (%r). Every read goes to the source.",
+            "the index of the cache %s cannot be used any more (%r). %s",
             self._cache,
             failure,
+            _WITHOUT,
         )
         self.usable = False
         self.directory = None
@@ -386,11 +402,7 @@ class Books:
         directory.remove_below("")
 
     def _do_without(self, cache: Store, error: OSError) -> Index:
-        logger.warning(
-            "the cache directory %s cannot be used (%r). Every read goes to the source.",
-            cache,
-            error,
-        )
+        logger.warning("the cache directory %s cannot be used (%r). %s", cache, error, _WITHOUT)
         self.directory = None
         self.usable = False
         return self._nothing()

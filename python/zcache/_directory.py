@@ -12,7 +12,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache import _files
-from zcache._core import volume_space
+from zcache._core import leads_out, volume_space
 from zcache._identity import TRANSIENT
 from zcache._spans import is_encodable
 
@@ -203,7 +203,8 @@ class Directory:
             for name in names:
                 if name.rpartition("@")[0] == tail:
                     _files.remove(os.path.join(ranges, name))
-            _files.remove(self.path(prefix))
+            if not leads_out(self.root, prefix):
+                _files.remove(self.path(prefix))
             prefix += "/"
         for below in (prefix, f".zcache/ranges/{prefix}"):
             for _, _, name in _files.walk(self.root, _files.remove, below):

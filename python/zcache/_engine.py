@@ -402,8 +402,9 @@ class Engine(Fills):
 
     async def _drop_unknown(self, io: Traffic, prefix: str) -> None:
         """Drop what an index that is being rebuilt may not know yet."""
-        directory, index = self.books.directory, self.books.index
-        if directory is not None and not await self.books.step(io, lambda: index.is_complete):
+        books, directory = self.books, self.books.directory
+        # Of the index of that moment: the one of now may be another after the wait.
+        if directory is not None and not await books.step(io, lambda: books.index.is_complete):
             try:
                 await io.block(lambda: directory.remove_below(prefix))
             except OSError as error:

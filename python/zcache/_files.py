@@ -21,7 +21,15 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
-from zcache._core import PENDING, SIGNATURE, create_file, noted_file, publish_file, remove_file
+from zcache._core import (
+    PENDING,
+    SIGNATURE,
+    create_file,
+    leads_out,
+    noted_file,
+    publish_file,
+    remove_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,7 +156,7 @@ def walk(
     reserved = os.path.join(root, ".zcache")
     todo = [(root, ""), (os.path.join(reserved, "ranges"), ".zcache/ranges/")]
     if below is not None:
-        todo = [(os.path.join(root, below), below)]
+        todo = [] if leads_out(root, f"{below}*") else [(os.path.join(root, below), below)]
     while todo:
         directory, prefix = todo.pop()
         try:

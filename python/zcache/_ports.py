@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -19,6 +20,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
+from zcache._core import leads_out
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
@@ -384,6 +386,9 @@ class LocalSyncPort(ImmediatePort):
 
     def write_now(self, name: str, data: bytes) -> Written:
         books = self._books
+        if leads_out(self._root, name):
+            # What lies there is not in the directory: no walk would find it.
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
         return _files.write_new(self._path(name), data, books.tmp(), books.now())
 
     def seal(self, written: Written, *, valid: bool) -> None:
@@ -409,7 +414,8 @@ class LocalSyncPort(ImmediatePort):
     def _remove(self, name: str) -> Exception | None:
         try:
             # What is there but is not ours does not count, and stays.
-            _files.remove(self._path(name))
+            if not leads_out(self._root, name):
+                _files.remove(self._path(name))
         except OSError as error:
             return error
         except ValueError:
