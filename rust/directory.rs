@@ -15,8 +15,12 @@ use crate::cells::Block;
 use crate::error::{Fault, Res};
 use crate::mapped::{Locks, Mapped, OpenError};
 
-/// Times that a step looks for the lock before it says that it is busy. A step takes microseconds,
-/// so whoever does not get the lock within a millisecond waits for one that is stopped.
+/// Times that a step looks for the lock, and only lets others run in between: a step takes less time
+/// than the shortest sleep.
+const YIELDS: u32 = 16;
+
+/// Times that it looks again, with pauses, before it says that it is busy. A step takes
+/// microseconds, so whoever does not get the lock within a millisecond waits for one that is stopped.
 const TRIES: u32 = 40;
 const PAUSE: Duration = Duration::from_micros(25);
 
@@ -97,9 +101,10 @@ impl<T: Clone> Directory<T> {
     }
 
     fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
-        for _ in 0..TRIES {
+        for attempt in 0..YIELDS + TRIES {
             match self.block().try_lock() {
                 Ok(true) => return Ok(()),
+                Ok(false) if attempt < YIELDS => std::thread::yield_now(),
                 Ok(false) => relax(PAUSE),
                 Err(_) => return Err(Fault::Corrupt("the lock of the index does not work").into()),
             }

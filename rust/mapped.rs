@@ -240,7 +240,7 @@ impl Mapped {
             && mapped.head().boot == boot()
             // Whoever rebuilds it goes on with that, unless it has died; at our place it has.
             && rebuilt.is_none_or(|n| n != me && is_alive(root, n))
-            && mapped.remap().is_ok();
+            && mapped.remap(None).is_ok();
         if !sound {
             mapped.reset()?;
         }
@@ -373,7 +373,7 @@ impl Mapped {
         if head.check != self.checksum() {
             return Err(Fault::Corrupt("the head is damaged"));
         }
-        self.remap()?;
+        self.remap(Some(len))?;
         let me = self.me;
         let head = self.head_mut();
         // Whoever was taken for dead is not in the list any more.
@@ -428,20 +428,28 @@ impl Mapped {
             .collect()
     }
 
-    /// Maps as much of the files as is in use.
-    fn remap(&mut self) -> Res<()> {
+    /// Maps as much of the files as is in use. The length of the head is given where it is known:
+    /// asking is a good part of what a step costs.
+    fn remap(&mut self, head_len: Option<u64>) -> Res<()> {
         let head = self.head();
         let wanted = [
             DIRECTORY as u64 + head.directory.saturating_mul(4),
             head.slots.saturating_mul(4),
             head.cells.saturating_mul(size_of::<Cell>() as u64),
         ];
-        for ((file, map_of), wanted) in self.files.iter().zip(&mut self.maps).zip(wanted) {
-            let status = fstat(file).map_err(|_| NO_MAP)?;
-            if status.st_nlink == 0 {
-                return Err(GONE);
-            }
-            let len = status.st_size as u64;
+        let known = [head_len, None, None];
+        let parts = self.files.iter().zip(&mut self.maps).zip(wanted).zip(known);
+        for (((file, map_of), wanted), known) in parts {
+            let len = match known {
+                Some(len) => len,
+                None => {
+                    let status = fstat(file).map_err(|_| NO_MAP)?;
+                    if status.st_nlink == 0 {
+                        return Err(GONE);
+                    }
+                    status.st_size as u64
+                }
+            };
             if len < wanted {
                 return Err(Fault::Corrupt("a file of the index is cut off"));
             }
