@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 import crashes
@@ -252,6 +253,28 @@ async def test_the_smallest_bound_is_in_force(tmp_path: Path) -> None:
     check_books(store)
 
 
+async def test_more_processes_than_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever comes too late reads from the source, until one of the others has gone."""
+    store = open_store(tmp_path, max_size=100)
+    await store.set("a", buf(b"1"))
+    others = []
+    for number in range(1, 256):
+        place = tmp_path / f"cache/.zcache/index/p{number}"
+        others.append(os.open(place, os.O_RDWR | os.O_CREAT))
+        fcntl.flock(others[-1], fcntl.LOCK_EX)
+    late = open_store(tmp_path, max_size=100)
+    assert await read(late, "a") == b"1"
+    assert reads_of(tmp_path / "source") == ["a"]
+    assert "256 processes" in caplog.text
+    assert len(caplog.records) == 1
+    os.close(others.pop())
+    last = open_store(tmp_path, max_size=100)
+    assert await read(last, "a") == b"1"
+    assert reads_of(tmp_path / "source") == ["a"]
+    for other in others:
+        os.close(other)
+
+
 async def test_the_event_loop_goes_on_while_the_lock_is_taken(tmp_path: Path) -> None:
     """A process that is stopped in the middle of a step holds up the reads, and nothing else."""
     store = open_store(tmp_path)
@@ -276,6 +299,8 @@ async def test_the_event_loop_goes_on_while_the_lock_is_taken(tmp_path: Path) ->
         asyncio.create_task(store.set("c", buf(b"3"))),
         asyncio.create_task(store.delete("e")),
     ]
+    # One that the index only counts does not wait at all.
+    odd = asyncio.create_task(read(store, "a", RangeByteRequest(1, 0)))
     cancelled = asyncio.create_task(store.set("d", buf(b"4")))
     await enough.wait()
     # Not even a cancellation waits for the lock.
@@ -283,6 +308,7 @@ async def test_the_event_loop_goes_on_while_the_lock_is_taken(tmp_path: Path) ->
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     assert not any(task.done() for task in tasks)
+    assert await odd == b""
     os.close(lock)
     assert await tasks[0] == b"1"
     assert await tasks[1] is None

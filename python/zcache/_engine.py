@@ -185,7 +185,7 @@ class Engine(Fills):
 
     def count_miss(self) -> None:
         """Count a read that the index was not asked about."""
-        self.books.must(self.index.count_miss)
+        self.books.soon(ignore, self.index.count_miss)
 
     async def bypass(
         self, io: Traffic, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None

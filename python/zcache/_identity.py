@@ -31,8 +31,13 @@ def innermost(store: Any) -> Any:
 def identify(store: Any) -> str | None:
     """Name a source, or None where its contents do not outlive the process, or nobody can tell.
 
-    The name holds no credentials.
+    The name holds no credentials: everybody may read it, and they may change.
     """
+    name = _name(store)
+    return None if name is None else re.sub(r"://[^/@\s]*@", "://", name)
+
+
+def _name(store: Any) -> str | None:
     store = innermost(store)
     if isinstance(store, MemoryStore):
         return None
