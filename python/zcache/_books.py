@@ -19,13 +19,15 @@ from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
 from zcache._directory import Directory
 from zcache._flights import Flight
-from zcache._identity import innermost, same_place
-from zcache._listing import NotListedError, NotOursError, Unlisted, take_in
+from zcache._identity import innermost
+from zcache._listing import NotOursError, take_in
+from zcache._memory import memory_index
 from zcache._ports import guarded
+from zcache._standins import NotListedError, Unlisted, Unopened
 from zcache._threads import background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from zarr.abc.store import Store
 
@@ -65,6 +67,10 @@ class Books:
         False where the cache store cannot be used at all; then nothing is ever cached.
     ageless : bool
         Whether nothing ever expires in this index, so that nobody needs to ask the clock.
+    options : dict
+        What the index is made with: the bounds, among others.
+    adopt : bool
+        Whether what the cache store holds already is taken over.
     """
 
     def __init__(
@@ -80,8 +86,8 @@ class Books:
         self._cache = cache
         self.breaker = breaker
         self._identity = identity
-        self._options = options
-        self._adopt = adopt
+        self.options = options
+        self.adopt = adopt
         self._last_reap = 0.0
         # Reentrant, for while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
@@ -96,7 +102,7 @@ class Books:
             self.now = time.time
             self.index = self._open_directory(cache, identity)
         elif isinstance(kept := innermost(cache), MemoryStore):
-            self.index = _memory_index(self, source, kept)
+            self.index = memory_index(self, source, kept)
         elif any(base.__module__.startswith("zarr.storage.") for base in type(kept).__mro__):
             self.index = Unlisted(Index(**options))
         else:
@@ -108,7 +114,7 @@ class Books:
         index = self.index
         if isinstance(index, Unlisted):
             return index.within
-        if isinstance(index, _Unopened):
+        if isinstance(index, Unopened):
             index = self.reopen()
         found: Index = index
         return found
@@ -254,7 +260,7 @@ class Books:
         self.index = self._nothing()
 
     def _nothing(self) -> Index:
-        return Index(**{**self._options, "max_size": 0})
+        return Index(**{**self.options, "max_size": 0})
 
     def doubt(self) -> None:
         """Have the index rebuilt: the size of an entry is not that of its file, which is whole."""
@@ -325,7 +331,7 @@ class Books:
                 raise flight.error.with_traceback(flight.trace)
             return flight.abandoned or self.index is not unlisted
         try:
-            work = take_in(self._cache, unlisted, self._identity, adopt=self._adopt)
+            work = take_in(self._cache, unlisted, self._identity, adopt=self.adopt)
             await io.run(guarded(work))
         except NotOursError as refusal:
             flight.fail(refusal)
@@ -346,7 +352,7 @@ class Books:
 
     def _open_directory(self, cache: LocalStore, identity: str) -> Index:
         try:
-            self.directory = Directory(cache.root, identity, adopt=self._adopt)
+            self.directory = Directory(cache.root, identity, adopt=self.adopt)
         except OSError as error:
             return self._do_without(cache, error)
         return self._open_or_do_without(self.directory)
@@ -387,7 +393,7 @@ class Books:
     def _attach(self, directory: Directory) -> tuple[Index, bool]:
         while True:
             try:
-                return Index.open(directory.index_root, seed=_seed(), **self._options)
+                return Index.open(directory.index_root, seed=_seed(), **self.options)
             except InterruptedError:
                 pass  # By a signal, whose handler has run.
 
@@ -415,7 +421,7 @@ class Books:
             directory.root,
             error,
         )
-        self.index = index = Index(**self._options)
+        self.index = index = Index(**self.options)
         if directory.cold:
             directory.remove_below("")
             directory.restamp()
@@ -439,36 +445,23 @@ class Books:
         if self.directory is not None:
             _let_go(self.index)
             # Opened at the first use: most children of a fork never use it.
-            self.index = _Unopened(self)
+            self.index = Unopened(self)
         elif not self.usable:
             self.index = self._nothing()
         elif not isinstance(self.index, Unlisted):
-            self.index = Index(**self._options)
+            self.index = Index(**self.options)
         else:
             # What is there by now is the parent's, so it is ours.
-            self._adopt = True
-            self.index = Unlisted(Index(**self._options), self.index.changed)
+            self.adopt = True
+            self.index = Unlisted(Index(**self.options), self.index.changed)
 
     def reopen(self) -> Any:
         """Open the directory again, as another participant."""
         with self._lock:
-            if isinstance(self.index, _Unopened):
+            if isinstance(self.index, Unopened):
                 assert self.directory is not None
                 self.index = self._open_or_do_without(self.directory)
             return self.index
-
-
-class _Unopened:
-    """Stands for the index of a directory until a forked child uses it."""
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._books.reopen(), name)
-
-    def __len__(self) -> int:
-        return len(self._books.reopen())
 
 
 def _let_go(index: Any) -> None:
@@ -506,56 +499,3 @@ def _call(then: Callable[[T], object], result: T) -> None:
 
 def _seed() -> int:
     return int.from_bytes(os.urandom(8), "little")
-
-
-# The indexes of caches in memory live as long as what they describe, by the number of its dict.
-_memory: dict[int, tuple[weakref.ref[MemoryStore], Index, Store, weakref.WeakSet[Books]]] = {}
-_memory_lock = threading.Lock()
-
-
-def _memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
-    number = id(cache._store_dict)
-    with _memory_lock:
-        known = _memory.get(number)
-        if (
-            known is not None
-            and (held := known[0]()) is not None
-            and held._store_dict is cache._store_dict
-        ):
-            _, index, owner, sharing = known
-            if not same_place(owner, source):
-                raise ValueError(
-                    f"cache_store={cache!r} holds the cache of {owner!r}, not of {source!r}. Give each "
-                    "source a cache store of its own."
-                )
-            sharing.add(books)
-            # The strictest bounds are in force: nobody's is broken because of somebody else.
-            age = _strictest(sharing, "max_age")
-            index.rebound(_strictest(sharing, "max_size"), age)
-            for one in sharing:
-                one.ageless = age is None
-            return index
-        if cache._store_dict and not books._adopt:
-            first = next(iter(cache._store_dict))
-            raise ValueError(
-                f"cache_store={cache!r} is not empty and was not filled by zcache (it holds {first!r}, "
-                "for instance). Give an empty one; or pass adopt=True if all that it holds is a cache "
-                f"of {source!r}, which zcache may serve and delete."
-            )
-        index = Index(**books._options)
-        # What cannot be dated is stale as soon as anything can be.
-        index.adopt([(0, len(value), name) for name, value in cache._store_dict.items()])
-        _memory[number] = (weakref.ref(cache), index, source, weakref.WeakSet([books]))
-        weakref.finalize(cache, _memory.pop, number, None)
-        return index
-
-
-def _strictest(sharing: Iterable[Books], bound: str) -> Any:
-    given = [books._options[bound] for books in sharing]
-    return min((value for value in given if value is not None), default=None)
-
-
-def after_fork() -> None:
-    """Start with a lock of our own."""
-    global _memory_lock
-    _memory_lock = threading.Lock()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 from zarr.abc.store import SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from zcache import _books, _flights, _identity, _threads
+from zcache import _flights, _identity, _memory, _threads
 from zcache._books import Books
 from zcache._breaker import Breaker
 from zcache._core import Index, crc32c, is_known, select
@@ -531,7 +531,7 @@ def after_fork() -> None:
     _lock = threading.Lock()
     _flights.after_fork()
     _threads.after_fork()
-    _books.after_fork()
+    _memory.after_fork()
     _identity.after_fork()
     for engine in list(_engines):
         engine.after_fork()

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from zcache._core import IndexBusyError
 from zcache._directory import FORMAT, is_transient, not_ours, other_source, parse_stamp
 from zcache._identity import innermost
 from zcache._ports import to_cpu_buffer
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from zarr.abc.store import Store
 
-    from zcache._core import Index
+    from zcache._standins import Unlisted
 
 STAMP: Final = ".zcache/stamp.json"
 _RANGES: Final = ".zcache/ranges/"
@@ -28,84 +25,8 @@ _AT_ONCE: Final = 32
 """Sizes that are asked for at the same time."""
 
 
-_LARGEST: Final = 10_000
-"""Prefixes that are remembered one by one."""
-
-
 class NotOursError(ValueError):
     """The cache store belongs to somebody else."""
-
-
-class NotListedError(IndexBusyError):
-    """The index does not know yet what is in the cache store."""
-
-    def __init__(self, owner: Unlisted, name: str) -> None:
-        super().__init__(name)
-        self._owner = owner
-        self._name = name
-
-    def without(self, *args: Any) -> Any:
-        """Take the step though nothing is known; what it changes is dropped once it is."""
-        if self._name in Unlisted.CHANGES:
-            self._owner.change(args[0])
-        return getattr(self._owner.within, self._name)(*args)
-
-
-class Unlisted:
-    """Stands for the index of a cache store until that is listed.
-
-    Attributes
-    ----------
-    within : Index
-        The index, which is empty so far.
-    changed : set of str
-        Prefixes that were changed meanwhile: what is found below them is outdated.
-    """
-
-    CHANGES: Final = frozenset({"begin_write", "void_prefix"})
-    FIRST: Final = frozenset({"lookup", "peek"}) | CHANGES
-    """Steps that an operation begins with."""
-
-    def __init__(self, within: Index, changed: Iterable[str] = ()) -> None:
-        self.within = within
-        self.changed = set(changed)
-
-    def __getattr__(self, name: str) -> Any:
-        return _Step(self, name) if name in self.FIRST else getattr(self.within, name)
-
-    def __len__(self) -> int:
-        return 0
-
-    def reserve(self, *_: object) -> str:
-        """Nothing is filled in: nobody knows how much room there is."""
-        return "unlisted"
-
-    def change(self, prefix: str) -> None:
-        """Note a change."""
-        if len(self.changed) >= _LARGEST:
-            self.changed.add("")
-        if "" not in self.changed:
-            self.changed.add(prefix)
-
-    def outdated(self) -> list[tuple[int, str]]:
-        """Drop from the index what was changed before; a later change finds it there, and drops it."""
-        prefixes = [""] if "" in self.changed else sorted(self.changed)
-        victims = []
-        for prefix in prefixes:
-            while found := self.within.sweep(prefix):
-                victims += found
-        return victims
-
-
-class _Step:
-    """A step of an index that is not listed yet."""
-
-    def __init__(self, owner: Unlisted, name: str) -> None:
-        self.__self__ = owner
-        self.__name__ = name
-
-    def __call__(self, *_: Any) -> Any:
-        raise NotListedError(self.__self__, self.__name__)
 
 
 async def take_in(cache: Store, unlisted: Unlisted, source: str, *, adopt: bool) -> None:

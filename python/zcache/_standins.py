@@ -1,0 +1,102 @@
+"""What stands for an index until its first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._core import IndexBusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zcache._books import Books
+    from zcache._core import Index
+
+
+_LARGEST: Final = 10_000
+"""Prefixes that are remembered one by one."""
+
+
+class Unopened:
+    """Stands for the index of a directory until a forked child uses it."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._books.reopen(), name)
+
+    def __len__(self) -> int:
+        return len(self._books.reopen())
+
+
+class NotListedError(IndexBusyError):
+    """The index does not know yet what is in the cache store."""
+
+    def __init__(self, owner: Unlisted, name: str) -> None:
+        super().__init__(name)
+        self._owner = owner
+        self._name = name
+
+    def without(self, *args: Any) -> Any:
+        """Take the step though nothing is known; what it changes is dropped once it is."""
+        if self._name in Unlisted.CHANGES:
+            self._owner.change(args[0])
+        return getattr(self._owner.within, self._name)(*args)
+
+
+class Unlisted:
+    """Stands for the index of a cache store until that is listed.
+
+    Attributes
+    ----------
+    within : Index
+        The index, which is empty so far.
+    changed : set of str
+        Prefixes that were changed meanwhile: what is found below them is outdated.
+    """
+
+    CHANGES: Final = frozenset({"begin_write", "void_prefix"})
+    FIRST: Final = frozenset({"lookup", "peek"}) | CHANGES
+    """Steps that an operation begins with."""
+
+    def __init__(self, within: Index, changed: Iterable[str] = ()) -> None:
+        self.within = within
+        self.changed = set(changed)
+
+    def __getattr__(self, name: str) -> Any:
+        return _Step(self, name) if name in self.FIRST else getattr(self.within, name)
+
+    def __len__(self) -> int:
+        return 0
+
+    def reserve(self, *_: object) -> str:
+        """Nothing is filled in: nobody knows how much room there is."""
+        return "unlisted"
+
+    def change(self, prefix: str) -> None:
+        """Note a change."""
+        if len(self.changed) >= _LARGEST:
+            self.changed.add("")
+        if "" not in self.changed:
+            self.changed.add(prefix)
+
+    def outdated(self) -> list[tuple[int, str]]:
+        """Drop from the index what was changed before; a later change finds it there, and drops it."""
+        prefixes = [""] if "" in self.changed else sorted(self.changed)
+        victims = []
+        for prefix in prefixes:
+            while found := self.within.sweep(prefix):
+                victims += found
+        return victims
+
+
+class _Step:
+    """A step of an index that is not listed yet."""
+
+    def __init__(self, owner: Unlisted, name: str) -> None:
+        self.__self__ = owner
+        self.__name__ = name
+
+    def __call__(self, *_: Any) -> Any:
+        raise NotListedError(self.__self__, self.__name__)
