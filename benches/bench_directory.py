@@ -64,7 +64,7 @@ def fill_index(where: Path, values: Sequence[tuple[int, int, str]]) -> None:
     gc.collect()
     shutil.rmtree(root)
     Path(root).mkdir()
-    index, fresh = Index.open(root, seed=1)
+    index, fresh = Index.open(root, seed=1, flat=True)
     assert fresh
     for start in range(0, len(values), _BATCH):
         assert index.adopt(values[start : start + _BATCH])
@@ -193,7 +193,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
 
     keys = chunk_keys(scale.of(200_000, 20_000))
     fill_index(where, [(_AGO, 8, key) for key in keys])
-    one, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1)
+    one, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat=True)
     two = _in_memory(keys)
     random.Random(5).shuffle(keys)
     step = 500
@@ -239,7 +239,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
 def _in_memory(keys: Sequence[str]) -> Any:
     from zcache._core import Index
 
-    index = Index()
+    index = Index(flat=True)
     for start in range(0, len(keys), _BATCH):
         index.adopt([(_AGO, 8, key) for key in keys[start : start + _BATCH]])
     return index
@@ -266,7 +266,7 @@ def _hammer(kind: str, where: Path, count: int) -> dict[str, float]:
     if kind == "memory":
         index = _in_memory(keys)
     else:
-        index, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1)
+        index, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat=True)
     random.Random(os.getpid()).shuffle(keys)
     print("ready", flush=True)
     sys.stdin.readline()

@@ -45,7 +45,7 @@ pub struct Limits {
 /// When the bytes of an entry are compared with its checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// Not at all.
+    /// Not at all, but for what a rebuild has taken in from a file system: that once.
     #[default]
     Never,
     /// At the first hit of each process.
@@ -1060,7 +1060,9 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub fn must_verify(&self, at: u64) -> bool {
         let i = at as u32;
         match (self.limits.verify, self.cells.get(i)) {
-            (Verify::Never, _) | (_, Err(_)) => false,
+            (_, Err(_)) => false,
+            // Taken in by a rebuild, perhaps after a loss of power: only the bytes tell.
+            (Verify::Never, Ok(cell)) => !self.limits.flat && cell.checksum().is_none(),
             (Verify::Always, _) => true,
             (Verify::First, Ok(cell)) => self.seen.get(i as usize) != Some(&mark(cell)),
         }

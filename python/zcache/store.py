@@ -70,7 +70,8 @@ class CacheStore(Store):
     verify : {"first", "always", "never"}, optional
         When the bytes of a hit are compared with their CRC32C. Default is "first": at the first hit
         of each process, which finds what a disk has damaged. "always" costs one pass over the bytes at
-        each hit; "never" is for a cache store that checks by itself.
+        each hit; "never" is for a cache store that checks by itself, and still checks once what it finds
+        in a cache directory after a loss of power.
     adopt : bool, optional
         Take over what a cache store holds that was not made by zcache: it may then be served, and
         evicted. Default is False: such a store is refused.
