@@ -1,6 +1,13 @@
 //! Files of values: published whole, never over somebody else's, and removed only if they are ours.
 
 #![cfg(unix)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
 
 use std::fs;
 use std::os::unix::fs::symlink;

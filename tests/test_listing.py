@@ -155,7 +155,7 @@ async def test_what_was_changed_meanwhile_is_not_served_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if many:
-        monkeypatch.setattr("zcache._listing._LARGEST", 0)
+        monkeypatch.setattr("zcache._standins._LARGEST", 0)
     cache = await filled(source)
     store = make(source, cache, max_size=100)
     cache.plan = lambda *_: OSError(5, "down")

@@ -1,0 +1,58 @@
+//! What is behind an index, and its lock.
+//!
+//! No step keeps the lock while it calls into Python or waits for anything, so an attached thread
+//! never blocks for long; where the lock is taken, the waiting thread detaches first
+//! (`lock_py_attached`). With the GIL the lock is therefore free whenever another thread can
+//! fork.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use pyo3::prelude::*;
+
+use super::errors::poisoned;
+use crate::cache::Cache;
+use crate::cells::Heap;
+#[cfg(unix)]
+use crate::{directory::Directory, mapped::Locks};
+
+/// What readers wait on, shared by a count that needs no interpreter: it is cloned under the lock.
+pub(super) type Flight = Arc<Py<PyAny>>;
+pub(super) type Core = Cache<Heap, Flight>;
+
+pub(super) enum Backing {
+    Memory(Mutex<Core>),
+    #[cfg(unix)]
+    Shared(Mutex<Directory<Flight>>, Arc<Locks>),
+}
+
+/// Takes one step of the index: `work` sees the cache, whatever is behind it.
+macro_rules! step {
+    ($self:ident, $py:ident, |$cache:ident| $work:expr) => {
+        match &$self.backing {
+            Backing::Memory(lock) => {
+                let mut guard = lock.lock_py_attached($py).map_err(poisoned)?;
+                let $cache = &mut *guard;
+                let result: Result<_, Fault> = $work;
+                drop(guard);
+                result.map_err(PyErr::from)
+            }
+            #[cfg(unix)]
+            Backing::Shared(lock, _) => {
+                let mut guard = lock.lock_py_attached($py).map_err(poisoned)?;
+                let relax = |pause| $py.detach(|| std::thread::sleep(pause));
+                let result = guard.step(relax, |$cache| $work);
+                drop(guard);
+                result.map_err(PyErr::from)
+            }
+        }
+    };
+}
+
+pub(super) use step;
+
+#[cfg(unix)]
+pub(super) fn guarded(
+    lock: &Mutex<Directory<Flight>>,
+) -> PyResult<MutexGuard<'_, Directory<Flight>>> {
+    lock.lock().map_err(poisoned)
+}

@@ -1,0 +1,78 @@
+//! Files of values: detach, call, convert.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+
+use super::errors::{os_error, poisoned};
+use crate::files;
+
+/// A file that is written but not sealed.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct NewFile {
+    file: Mutex<Option<OwnedFd>>,
+    #[pyo3(get)]
+    checksum: u32,
+}
+
+#[pymethods]
+impl NewFile {
+    #[pyo3(signature = (valid, /))]
+    fn seal(&self, valid: bool) -> PyResult<()> {
+        let file = self.file.lock().map_err(poisoned)?.take();
+        match file {
+            Some(file) => files::seal(file, valid).map_err(os_error),
+            None => Ok(()),
+        }
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, data, nanos, /))]
+pub(super) fn create_file(
+    py: Python<'_>,
+    path: PathBuf,
+    data: &[u8],
+    nanos: i64,
+) -> PyResult<NewFile> {
+    let made = py.detach(|| files::create(&path, data, nanos));
+    let (file, checksum) = made.map_err(os_error)?;
+    Ok(NewFile {
+        file: Mutex::new(Some(file)),
+        checksum,
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn noted_file(path: PathBuf) -> Option<(u64, u32)> {
+    files::noted(&path)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
+    // Two microseconds; to detach and to attach again can take longer than that.
+    files::space(&path).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (unfinished, path, /))]
+pub(super) fn publish_file(py: Python<'_>, unfinished: PathBuf, path: PathBuf) -> PyResult<()> {
+    py.detach(|| files::publish(&unfinished, &path))
+        .map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
+    py.detach(|| files::remove(&path)).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (root, name, /))]
+pub(super) fn leads_out(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
+    py.detach(|| files::leads_out(&root, &name))
+}

@@ -1,0 +1,513 @@
+//! The index: extract, lock, call, convert.
+//!
+//! Why the lock is never held for long, see [`super::backing`].
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+
+#[cfg(unix)]
+use super::backing::guarded;
+use super::backing::{Backing, step};
+use super::convert::{
+    RawSpan, RawVictim, age, answer, hit, limits, millis, raw_span, raw_victims, span,
+};
+use super::errors::poisoned;
+use crate::cache::{Cache, Joined};
+use crate::cells::{Heap, State};
+#[cfg(unix)]
+use crate::directory::Directory;
+use crate::error::Fault;
+
+/// An index with its bounds, flights and reservations, behind one lock.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct Index {
+    backing: Backing,
+}
+
+#[pymethods]
+impl Index {
+    #[new]
+    #[pyo3(signature = (*, max_size=None, max_age=None, lenient=false, flat=false, verify="never",
+                        seed=0))]
+    fn new(
+        max_size: Option<u64>,
+        max_age: Option<f64>,
+        lenient: bool,
+        flat: bool,
+        verify: &str,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let limits = limits(max_size, max_age, lenient, flat, verify)?;
+        let cache = Cache::new(Heap::default(), limits, seed)?;
+        Ok(Index {
+            backing: Backing::Memory(Mutex::new(cache)),
+        })
+    }
+
+    /// Opens the index of a cache directory; see the stub.
+    #[cfg(unix)]
+    #[staticmethod]
+    #[pyo3(signature = (root, /, *, max_size=None, max_age=None, lenient=false, flat=false,
+                        verify="never", seed=0))]
+    #[allow(clippy::too_many_arguments)] // As many options as there are.
+    fn open(
+        py: Python<'_>,
+        root: PathBuf,
+        max_size: Option<u64>,
+        max_age: Option<f64>,
+        lenient: bool,
+        flat: bool,
+        verify: &str,
+        seed: u64,
+    ) -> PyResult<(Self, bool)> {
+        let limits = limits(max_size, max_age, lenient, flat, verify)?;
+        let (directory, fresh) = py.detach(|| Directory::open(&root, limits, seed))?;
+        let locks = directory.locks();
+        Ok((
+            Index {
+                backing: Backing::Shared(Mutex::new(directory), locks),
+            },
+            fresh,
+        ))
+    }
+
+    #[pyo3(signature = (key, raw, now, /))]
+    fn lookup<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        raw: RawSpan,
+        now: f64,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let span = span(raw)?;
+        let found = step!(self, py, |cache| {
+            let found = cache.lookup(key, span, millis(now))?;
+            Ok(found.map(|found| (found, cache.must_verify(found.handle))))
+        })?;
+        found
+            .map(|(found, verify)| hit(py, key, span, &found, verify))
+            .transpose()
+    }
+
+    #[pyo3(signature = (key, raw, now, /))]
+    fn peek(&self, py: Python<'_>, key: &str, raw: RawSpan, now: f64) -> PyResult<Option<u64>> {
+        let span = span(raw)?;
+        let found = step!(self, py, |cache| cache.peek(key, span, millis(now)))?;
+        Ok(found.map(|found| found.length))
+    }
+
+    #[pyo3(signature = (key, raw, now, size=None, /))]
+    fn discard(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        raw: RawSpan,
+        now: f64,
+        size: Option<u64>,
+    ) -> PyResult<Vec<RawVictim>> {
+        let span = span(raw)?;
+        let victims = step!(self, py, |cache| {
+            let found = cache.peek(key, span, millis(now))?;
+            // One of another size has taken its place meanwhile.
+            let same = found.filter(|found| size.is_none_or(|size| size == found.size));
+            cache.discard(same.map_or(u64::MAX, |found| found.handle))
+        })?;
+        Ok(raw_victims(victims))
+    }
+
+    fn count_miss(&self, py: Python<'_>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.count_miss();
+            Ok(())
+        })
+    }
+
+    fn missed(&self, py: Python<'_>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.missed();
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (key, raw, flight, now, anyway, /))]
+    fn join<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        raw: RawSpan,
+        flight: Py<PyAny>,
+        now: f64,
+        anyway: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let span = span(raw)?;
+        // A second reference of our own: nothing of Python is released while the lock is held.
+        let flight = Arc::new(flight);
+        let kept = Arc::clone(&flight);
+        let joined = step!(self, py, |cache| cache.join(
+            key,
+            span,
+            kept,
+            millis(now),
+            anyway
+        ))?;
+        drop(flight);
+        match joined {
+            Joined::Ready => Ok(py.None().into_bound(py)),
+            Joined::Lead(ticket) => Ok(ticket.into_pyobject(py)?.into_any()),
+            Joined::Follow(whole, flight) => Ok((raw_span(whole), flight.bind(py))
+                .into_pyobject(py)?
+                .into_any()),
+        }
+    }
+
+    #[pyo3(signature = (key, ticket, /))]
+    fn land(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
+        // The payload outlives the lock, for releasing it may run code of Python's.
+        let flight = step!(self, py, |cache| Ok(cache.land(key, ticket)))?;
+        drop(flight);
+        Ok(())
+    }
+
+    #[pyo3(signature = (key, raw, size, ticket, now, /))]
+    fn reserve<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        raw: RawSpan,
+        size: u64,
+        ticket: u64,
+        now: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let span = span(raw)?;
+        let room = step!(self, py, |cache| cache.reserve(
+            key,
+            span,
+            size,
+            ticket,
+            millis(now)
+        ))?;
+        answer(py, room)
+    }
+
+    #[pyo3(signature = (reservation, dropped, failed, now, /))]
+    fn settle<'py>(
+        &self,
+        py: Python<'py>,
+        reservation: u64,
+        dropped: Vec<u32>,
+        failed: Vec<u32>,
+        now: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let room = step!(self, py, |cache| cache.settle(
+            reservation,
+            &dropped,
+            &failed,
+            millis(now)
+        ))?;
+        answer(py, room)
+    }
+
+    #[pyo3(signature = (reservation, now, /))]
+    fn cleared<'py>(
+        &self,
+        py: Python<'py>,
+        reservation: u64,
+        now: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let room = step!(self, py, |cache| cache.cleared(reservation, millis(now)))?;
+        answer(py, room)
+    }
+
+    #[pyo3(signature = (reservation, checksum, now, /))]
+    fn finish(
+        &self,
+        py: Python<'_>,
+        reservation: u64,
+        checksum: Option<u32>,
+        now: f64,
+    ) -> PyResult<Vec<RawVictim>> {
+        // The payload outlives the lock, for releasing it may run code of Python's.
+        let (victims, flight) = step!(self, py, |cache| cache.finish(
+            reservation,
+            checksum,
+            millis(now)
+        ))?;
+        drop(flight);
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (reservation, checksum, now, /))]
+    fn commit(
+        &self,
+        py: Python<'_>,
+        reservation: u64,
+        checksum: Option<u32>,
+        now: f64,
+    ) -> PyResult<Option<Vec<RawVictim>>> {
+        let victims = step!(self, py, |cache| {
+            if cache.is_reserved(reservation) {
+                cache.commit(reservation, checksum, millis(now)).map(Some)
+            } else {
+                Ok(None)
+            }
+        })?;
+        Ok(victims.map(raw_victims))
+    }
+
+    #[pyo3(signature = (reservation, /))]
+    fn abort(&self, py: Python<'_>, reservation: u64) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.abort(reservation))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (dropped, failed, /))]
+    fn settled(&self, py: Python<'_>, dropped: Vec<u32>, failed: Vec<u32>) -> PyResult<()> {
+        step!(self, py, |cache| cache.settled(&dropped, &failed))
+    }
+
+    #[pyo3(signature = (limit, /))]
+    fn orphans(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.orphans(limit))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (key, /))]
+    fn begin_write(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.begin_write(key))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (key, ok, /))]
+    fn end_write(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        ok: bool,
+    ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
+        let (victims, ticket) = step!(self, py, |cache| cache.end_write(key, ok))?;
+        Ok((raw_victims(victims), ticket))
+    }
+
+    #[pyo3(signature = (key, /))]
+    fn forget(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.forget(key))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (prefix, begins=None, /))]
+    fn void_prefix(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.void_prefix(prefix);
+            if let Some(begins) = begins {
+                cache.mark_change(begins);
+            }
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn sweep(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.sweep(prefix))?;
+        Ok(raw_victims(victims))
+    }
+
+    fn stats(&self, py: Python<'_>) -> PyResult<(u64, u64, u64, u64, u64)> {
+        let stats = step!(self, py, |cache| Ok(cache.stats()))?;
+        Ok((
+            stats.hits,
+            stats.misses,
+            stats.evictions,
+            stats.expirations,
+            stats.refusals,
+        ))
+    }
+
+    #[getter]
+    fn current_size(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.current_size()))
+    }
+
+    #[getter]
+    fn memory(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.memory()))
+    }
+
+    #[getter]
+    fn in_flight(&self, py: Python<'_>) -> PyResult<(usize, usize)> {
+        step!(self, py, |cache| Ok(cache.in_flight()))
+    }
+
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        let len = step!(self, py, |cache| Ok(cache.len()))?;
+        Ok(usize::try_from(len).unwrap_or(usize::MAX))
+    }
+
+    fn entries(&self, py: Python<'_>) -> PyResult<Vec<(String, RawSpan, u64, &'static str)>> {
+        let entries = step!(self, py, |cache| cache.entries())?;
+        let state = |state| match state {
+            State::Present => "present",
+            State::Writing => "writing",
+            State::Dropping => "dropping",
+            State::Orphan => "orphan",
+        };
+        Ok(entries
+            .into_iter()
+            .map(|(k, s, n, st)| (k, raw_span(s), n, state(st)))
+            .collect())
+    }
+
+    fn recency(&self, py: Python<'_>) -> PyResult<Vec<(String, RawSpan)>> {
+        let recency = step!(self, py, |cache| cache.recency())?;
+        Ok(recency
+            .into_iter()
+            .map(|(key, span)| (key, raw_span(span)))
+            .collect())
+    }
+
+    fn validate(&self, py: Python<'_>) -> PyResult<()> {
+        step!(self, py, |cache| cache.validate())
+    }
+
+    fn after_fork(&self) -> PyResult<bool> {
+        let Backing::Memory(lock) = &self.backing else {
+            return Ok(false);
+        };
+        // Only the forking thread lives on, so a lock that is taken now is never given back.
+        match lock.try_lock() {
+            Ok(mut cache) => {
+                // The flights refer to objects of the parent's threads; releasing them can run
+                // their code, so that happens after the lock.
+                let flights = cache.after_fork()?;
+                drop(cache);
+                drop(flights);
+                Ok(true)
+            }
+            Err(_) => Ok(false),
+        }
+    }
+
+    #[pyo3(signature = (handle, checksum, /))]
+    fn verified(&self, py: Python<'_>, handle: u64, checksum: u32) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.verified(handle, checksum);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (values, /))]
+    fn adopt(&self, py: Python<'_>, values: Vec<(u64, u64, String)>) -> PyResult<bool> {
+        step!(self, py, |cache| {
+            if !cache.is_filled_here() {
+                return Ok(false);
+            }
+            for (fetched, size, name) in &values {
+                cache.adopt(name, *size, *fetched)?;
+            }
+            Ok(true)
+        })
+    }
+
+    #[getter]
+    fn is_complete(&self, py: Python<'_>) -> PyResult<bool> {
+        step!(self, py, |cache| Ok(cache.is_complete()))
+    }
+
+    fn condemn(&self, py: Python<'_>) -> PyResult<()> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(()),
+            #[cfg(unix)]
+            Backing::Shared(..) => step!(self, py, |_cache| Err(Fault::Corrupt(
+                "a size that is not the one of its file"
+            ))),
+        }
+    }
+
+    /// Descriptors of the locks, for a forked child to let go of them.
+    #[cfg(unix)]
+    #[getter]
+    fn locks(&self) -> Vec<i32> {
+        match &self.backing {
+            Backing::Memory(_) => Vec::new(),
+            Backing::Shared(_, locks) => locks.fds().into(),
+        }
+    }
+
+    #[pyo3(signature = (max_size, max_age, /))]
+    fn rebound(&self, py: Python<'_>, max_size: Option<u64>, max_age: Option<f64>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.rebound(max_size.unwrap_or(u64::MAX), max_age.map(age));
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (size, now, /))]
+    fn evict(&self, py: Python<'_>, size: u64, now: f64) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.evict(size, millis(now)))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[getter]
+    fn shared(&self) -> bool {
+        !matches!(self.backing, Backing::Memory(_))
+    }
+
+    #[cfg(unix)]
+    #[getter]
+    fn place(&self, py: Python<'_>) -> PyResult<Option<usize>> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(None),
+            Backing::Shared(lock, _) => {
+                Ok(Some(lock.lock_py_attached(py).map_err(poisoned)?.place()))
+            }
+        }
+    }
+
+    #[cfg(unix)]
+    #[getter]
+    fn alone(&self, py: Python<'_>) -> PyResult<bool> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(true),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.alone()?)),
+        }
+    }
+
+    #[cfg(unix)]
+    fn complete(&self, py: Python<'_>) -> PyResult<()> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(()),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.complete()?)),
+        }
+    }
+
+    #[cfg(unix)]
+    #[pyo3(signature = (seed, /))]
+    fn restart(&self, py: Python<'_>, seed: u64) -> PyResult<bool> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(false),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.restart(seed)?)),
+        }
+    }
+
+    #[cfg(unix)]
+    fn reap(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
+        match &self.backing {
+            Backing::Memory(_) => Ok((Vec::new(), false)),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.reap()?)),
+        }
+    }
+
+    #[cfg(unix)]
+    fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        match &self.backing {
+            Backing::Memory(_) => Ok(()),
+            Backing::Shared(lock, _) => {
+                let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
+                py.detach(wait);
+                Ok(())
+            }
+        }
+    }
+}
