@@ -170,9 +170,7 @@ async def rebuild(where: Path, scale: Scale) -> Row:
         return 1
 
     contestants: dict[str, Work] = {"zcache": mine, "bare": bare}
-    times = await interleave(
-        contestants, scale.of(5, 3), quiet=False, before={"zcache": lose, "bare": _nothing}
-    )
+    times = await interleave(contestants, 5, quiet=False, before={"zcache": lose, "bare": _nothing})
     return times.row(
         f"rebuild the index of {len(keys):,} files",
         aim=3.0,
