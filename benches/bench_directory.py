@@ -189,7 +189,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
     """A hit's bookkeeping under the lock between processes, against an index in memory."""
     from zcache._core import Index
 
-    keys = chunk_keys(scale.of(200_000, 20_000))
+    keys = chunk_keys(scale.of(100_000, 20_000))
     fill_index(where, [(_AGO, 8, key) for key in keys])
     one, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat=True)
     two = _in_memory(keys)
@@ -218,7 +218,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
     )
     rounds = [
         (_hammer_all("shared", where, len(keys)), _hammer_all("memory", where, len(keys)))
-        for _ in range(scale.of(3, 1))
+        for _ in range(scale.of(2, 1))
     ]
     mine, theirs = (statistics.median(one[at]["seconds"] for one in rounds) for at in range(2))
     waits = statistics.median(one[0]["waits"] for one in rounds)

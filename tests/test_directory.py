@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from zcache import CacheStore, _books, _files
 from zcache._directory import Directory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zarr.abc.store import Store
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -119,6 +122,56 @@ async def test_a_rebuild_knows_the_order_of_the_fetches(
     assert [key for key, _ in store._engine.index.recency()] == ["a/c/2", "a/c/0", "a/c/1", "b"]
     assert await read(store, "a/c/1") == bytes(10)
     assert reads(store) == 0
+    check_books(store)
+
+
+async def change(store: CacheStore, what: str, keys: Iterable[str]) -> None:
+    if what == "clear_cache":
+        await store.clear_cache()
+    for key in () if what == "clear_cache" else keys:
+        if what == "set":
+            await store.set(key, buf(b"new!"))
+        else:
+            await (store.delete(key) if what == "delete" else store.delete_dir(key.split("/")[0]))
+
+
+@pytest.mark.parametrize("what", ["set", "delete", "delete_dir", "clear_cache"])
+async def test_what_changes_while_an_index_is_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The walk has found a value and its ranges; they go before they are entered."""
+    store = open_store(tmp_path)
+    source = LocalStore(tmp_path / "source")
+    await source.set("b/c/0", buf(b"0123"))
+    keys = ["a/c/0", "a/c/1", "d"]
+    for key in keys:
+        await store.set(key, buf(b"old"))
+    for request in (RangeByteRequest(0, 2), RangeByteRequest(1, 3)):
+        await read(store, "b/c/0", request)
+    go, walked = threading.Event(), threading.Event()
+    walk = _files.walk
+
+    def slow(root: str, pending: Any, below: str | None = None) -> Any:
+        found = list(walk(root, pending, below))
+        if below is None:
+            walked.set()
+            assert go.wait(60)
+        return found
+
+    monkeypatch.setattr(_files, "walk", slow)
+    store._engine.books.doubt()
+    assert await asyncio.to_thread(walked.wait, 60)
+    await change(store, what, ["a/c/0", "b/c/0"])
+    go.set()
+    for _ in range(5000):
+        if store._engine.index.is_complete:
+            break
+        await asyncio.sleep(0.001)
+    for key in [*keys, "b/c/0"]:
+        assert await read(store, key) == await read(source, key)
+    # What the walk had found of them counts until it is seen that it is gone, at later writes.
+    await store.set("e", buf(b""))
+    await store.set("f", buf(b""))
     check_books(store)
 
 

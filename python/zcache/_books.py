@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -279,7 +280,8 @@ class Books:
         assert self.directory is not None
         # Whoever waits for a walk holds nothing of ours: once all stores are gone, it comes to nothing,
         # and whoever opens the directory next sees that its rebuilder has gone.
-        background(partial(_fill_now, weakref.ref(self), self.directory, why))
+        with contextlib.suppress(RuntimeError):  # The process is about to end.
+            background(partial(_fill_now, weakref.ref(self), self.directory, why))
 
     def reap(self) -> bool:
         """Take over from processes that have died, at most once a second. Whether there were any."""
