@@ -18,7 +18,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
-from zcache._directory import Directory
+from zcache._directory import Directory, let_go
 from zcache._flights import Flight
 from zcache._identity import innermost
 from zcache._listing import NotOursError, take_in
@@ -445,7 +445,7 @@ class Books:
         if in_memory and self.index.after_fork():
             return
         if self.directory is not None:
-            _let_go(self.index)
+            let_go(self.index)
             # Opened at the first use: most children of a fork never use it.
             self.index = Unopened(self)
         elif not self.usable:
@@ -464,22 +464,6 @@ class Books:
                 assert self.directory is not None
                 self.index = self._open_or_do_without(self.directory)
             return self.index
-
-
-def _let_go(index: Any) -> None:
-    """Close, in a forked child, what would keep the locks of its parent alive after its death.
-
-    The index itself may live on: in the frames of threads that have stayed with the parent.
-    """
-    locks = index.locks if isinstance(index, Index) else ()
-    if not locks:
-        return
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        for lock in locks:
-            os.dup2(null, lock, inheritable=False)
-    finally:
-        os.close(null)
 
 
 def _fill_now(kept: weakref.ref[Books], directory: Directory, why: str) -> None:

@@ -12,7 +12,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache import _files
-from zcache._core import leads_out, volume_space
+from zcache._core import Index, leads_out, volume_space
 from zcache._identity import TRANSIENT
 from zcache._spans import is_encodable
 
@@ -244,6 +244,22 @@ class Directory:
                 sum(size for _, size, _ in found),
             )
         books.must(books.index.complete)
+
+
+def let_go(index: Any) -> None:
+    """Close, in a forked child, what would keep the locks of its parent alive after its death.
+
+    The index itself may live on: in the frames of threads that have stayed with the parent.
+    """
+    locks = index.locks if isinstance(index, Index) else ()
+    if not locks:
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for lock in locks:
+            os.dup2(null, lock, inheritable=False)
+    finally:
+        os.close(null)
 
 
 def _remove_all(paths: list[str]) -> None:
