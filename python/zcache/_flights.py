@@ -50,9 +50,8 @@ class Flight:
                 return
             self.data = data
             self.done = True
-            waiters = self._waiters
-        if waiters:
-            _wake_all(waiters)
+            waiters = self._take()
+        _wake_all(waiters)
 
     def fail(self, error: Exception) -> None:
         """End with the source's error."""
@@ -61,8 +60,8 @@ class Flight:
                 return
             self.error, self.trace = error, error.__traceback__
             self.done = True
-            waiters = self._waiters
-        _wake_all(waiters or ())
+            waiters = self._take()
+        _wake_all(waiters)
 
     def abandon(self) -> None:
         """End without a result; the waiters start over."""
@@ -70,8 +69,16 @@ class Flight:
             if self.done:
                 return
             self.abandoned = self.done = True
-            waiters = self._waiters
-        _wake_all(waiters or ())
+            waiters = self._take()
+        _wake_all(waiters)
+
+    def _take(self) -> list[threading.Event | asyncio.Future[None]]:
+        # Out of the way of those who come too late: they would be woken without end.
+        waiters = self._waiters
+        if waiters is None:
+            return []
+        self._waiters = None
+        return waiters
 
     def _enlist(self, waiter: threading.Event | asyncio.Future[None]) -> bool:
         with _lock:
