@@ -184,15 +184,16 @@ def damage_file(path: Path, new: bytes | None) -> None:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.parametrize("verify", ["first", "never"])
 @pytest.mark.parametrize("kind", ["memory", "directory", "another"])
 @pytest.mark.parametrize("damage", ["vanish", "shrink", "grow", "empty"])
 async def test_values_that_vanish_or_change_their_length(
-    kind: str, damage: str, tmp_path: Path
+    kind: str, damage: str, verify: Any, tmp_path: Path
 ) -> None:
     source = SyncDictStore(SOURCE)
     cache: Any = {"memory": MemoryStore, "another": SyncDictStore}.get(kind, lambda: None)()
     cache = cache or LocalStore(tmp_path / "cache")
-    store = CacheStore(source, cache_store=cache, max_size=400)
+    store = CacheStore(source, cache_store=cache, max_size=400, verify=verify)
     for key in SOURCE:
         await read(store, key)
     for key, value in SOURCE.items():

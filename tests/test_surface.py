@@ -106,7 +106,8 @@ class Plain(ABC, Generic[T]):
 
 
 # `__type_params__` is of classes that are generic by the newer syntax, which 3.11 has not.
-BASICS = {*dir(Plain), "__type_params__"} - {"__eq__"}
+# The last one comes to a class when one of it is copied for the first time.
+BASICS = {*dir(Plain), "__type_params__", "__slotnames__"} - {"__eq__"}
 
 
 def names_of(cls: type) -> set[str]:
