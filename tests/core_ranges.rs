@@ -84,6 +84,31 @@ fn fill(cache: &mut Cache<Heap, ()>, span: Span, size: u64) {
     cache.land("a/c/0", ticket);
 }
 
+/// A hit that turned out to be none drops its entry, but not one that has come in its place.
+#[test]
+fn a_handle_names_one_entry() {
+    let limits = Limits {
+        max_size: 100,
+        max_age: None,
+        lenient: false,
+        flat: true,
+        verify: Verify::Never,
+    };
+    let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
+    fill(&mut cache, Span::Full, 10);
+    let old = cache.lookup("a/c/0", Span::Full, 1).unwrap().unwrap();
+    let victims = cache.begin_write("a/c/0").unwrap();
+    let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+    cache.settled(&cells, &[]).unwrap();
+    cache.end_write("a/c/0", false).unwrap();
+    fill(&mut cache, Span::Full, 12);
+    assert!(cache.discard(old.handle).unwrap().is_empty());
+    let new = cache.lookup("a/c/0", Span::Full, 1).unwrap().unwrap();
+    assert_eq!(new.size, 12);
+    assert_eq!(cache.discard(new.handle).unwrap().len(), 1);
+    assert!(cache.is_empty());
+}
+
 /// Ranges that touch each other, the value and its end.
 fn near() -> impl Strategy<Value = Span> {
     let n = || prop_oneof![8 => 0u64..26, 1 => keys::edge()];
