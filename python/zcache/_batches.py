@@ -168,6 +168,7 @@ class Batch:
 
     def _land(self, number: int) -> None:
         ticket, flight = self._leads.pop(number)
-        flight.abandon()  # Of no effect once it is delivered.
         index = self.engine.index
+        # Closed first: whoever is woken would else join it again, and again.
         self.engine.books.soon(ignore, index.land, self.requests[number][0], ticket)
+        flight.abandon()  # Of no effect once it is delivered.

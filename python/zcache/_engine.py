@@ -333,6 +333,9 @@ class Engine(Fills):
                 flight.fail(error)
                 raise
             except BaseException:
+                # Closed first: whoever is woken would else join it again, and again.
+                landed = True
+                self.books.soon(ignore, self.books.index.land, key, ticket)
                 flight.abandon()
                 raise
             flight.deliver(data)
