@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from coherence_support import (
     until,
     value_sync,
 )
+from zcache._flights import Flight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,6 +151,46 @@ async def test_a_cancelled_leader_hands_over(
     assert index_of(store).in_flight == (0, 0)
     assert await read(store, "k") == VALUE
     assert source.counts["get"] == 6
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_flight_is_closed_before_others_are_woken(
+    source: GatedStore, store: CacheStore, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is woken from a flight without a result would else join the same one again."""
+    open_then: list[tuple[int, int]] = []
+    abandon = Flight.abandon
+
+    def watched(flight: Flight) -> None:
+        open_then.append(index_of(store).in_flight)
+        abandon(flight)
+
+    monkeypatch.setattr(Flight, "abandon", watched)
+    source.shut["get"] = 1
+    reading = store.get_partial_values(PROTOTYPE, [("k", None)]) if many else read(store, "k")
+    leader = asyncio.ensure_future(reading)
+    await reached(source)
+    leader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+    assert open_then == [(0, 0)]
+
+
+def test_who_comes_too_late_is_not_woken() -> None:
+    """Or those who start over, and come back, would be woken without end."""
+    flight = Flight(None)
+    came = 0
+
+    class Waiter(threading.Event):
+        def set(self) -> None:
+            nonlocal came
+            came += 1
+            assert came < 10
+            assert not flight._enlist(Waiter())
+
+    assert flight._enlist(Waiter())
+    flight.abandon()
+    assert came == 1
 
 
 def test_a_cancelled_leader_hands_over_to_a_thread(source: GatedStore, store: CacheStore) -> None:
