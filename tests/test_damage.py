@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 from support import CountingStore, buf, held, read
-from zcache import CacheStore, _files
+from zcache import CacheStore, _books, _files
 from zcache._books import Books
 
 if TYPE_CHECKING:
@@ -258,6 +259,59 @@ async def test_a_file_of_the_index_that_is_cut_off(
         await check(store)
         del store
         gc.collect()
+
+
+async def test_a_walk_that_takes_long_goes_on_in_the_background(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens a directory waits for a second, not for a million files."""
+    (where / "cache" / INDEX / "head").write_bytes(b"")
+    go, walk = threading.Event(), _files.walk
+
+    def slow_walk(*args: Any) -> Iterator[tuple[int, int, str]]:
+        assert len(args) == 3 or go.wait(60)  # Not where one prefix is looked through.
+        yield from walk(*args)
+
+    monkeypatch.setattr(_files, "walk", slow_walk)
+    monkeypatch.setattr(_books, "_PATIENCE", 0.05)
+    store = open_store(where)
+    index = store._engine.index
+    assert not index.is_complete
+    # Meanwhile the source serves, and nothing is taken in; what is written is not served old later.
+    for key in KEYS:
+        assert await read(store, key) == value(key)
+    await store.set(KEYS[0], buf(b"new"))
+    assert await read(store, KEYS[0]) == b"new"
+    assert len(index) == 0
+    go.set()
+    await settle(store)
+    assert len(index) > 0
+    assert await read(store, KEYS[0]) == b"new"
+    await store.set(KEYS[0], buf(value(KEYS[0])))
+    await check(store)
+
+
+async def test_a_walk_in_the_background_that_fails(
+    where: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (where / "cache" / INDEX / "head").write_bytes(b"")
+    go = threading.Event()
+
+    def no_walk(*_: Any) -> Iterator[tuple[int, int, str]]:
+        assert go.wait(60)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(_files, "walk", no_walk)
+    monkeypatch.setattr(_books, "_PATIENCE", 0.05)
+    store = open_store(where)
+    go.set()
+    for _ in range(500):
+        if "cannot be used any more" in caplog.text:
+            break
+        await asyncio.sleep(0.01)
+    for key in KEYS:
+        assert await read(store, key) == value(key)
+    assert len(caplog.records) == 1
 
 
 async def test_a_size_that_is_not_the_one_of_its_file(

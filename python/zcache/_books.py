@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import logging
@@ -10,8 +9,7 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import Future
-from functools import partial
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
@@ -38,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zcache")
 T = TypeVar("T")
 
+_PATIENCE: Final = 1.0
+"""Seconds that the first use of a directory waits for an index that has to be rebuilt."""
 _REAP_EVERY: Final = 1.0
 """Seconds between two looks for participants that have died."""
 _REBUILDS: Final = 20
@@ -246,9 +246,9 @@ class Books:
             self._abandon(failure)
             return
         if ours:
-            self._fill(why)
+            self._leave(self._fill(directory, why))
 
-    def _abandon(self, failure: Exception) -> None:
+    def _abandon(self, failure: BaseException) -> None:
         """Do without the cache store from now on."""
         logger.warning(
             "the index of the cache %s cannot be used any more (%r). %s",
@@ -275,13 +275,27 @@ class Books:
             # Not for `must`, which would condemn the new index too, and so on.
             self._see_to(verdict)
 
-    def _fill(self, why: str) -> None:
+    def _fill(self, directory: Directory, why: str) -> Future[None]:
         """Fill an empty index, in the background; until that is done it takes nothing in."""
-        assert self.directory is not None
         # Whoever waits for a walk holds nothing of ours: once all stores are gone, it comes to nothing,
         # and whoever opens the directory next sees that its rebuilder has gone.
-        with contextlib.suppress(RuntimeError):  # The process is about to end.
-            background(partial(_fill_now, weakref.ref(self), self.directory, why))
+        kept = weakref.ref(self)
+        try:
+            return background(lambda: directory.rebuild(lambda: _fillable(kept(), directory), why))
+        except RuntimeError:  # The process is about to end.
+            nothing: Future[None] = Future()
+            nothing.set_result(None)
+            return nothing
+
+    def _leave(self, work: Future[None]) -> None:
+        """Let it go on in the background."""
+        kept = weakref.ref(self)
+
+        def ended(work: Future[None]) -> None:
+            if (failure := work.exception()) is not None and (books := kept()) is not None:
+                books._abandon(failure)
+
+        work.add_done_callback(ended)
 
     def reap(self) -> bool:
         """Take over from processes that have died, at most once a second. Whether there were any."""
@@ -377,7 +391,13 @@ class Books:
         # Whoever had this place before is gone.
         directory.sweep_tmp(index.place)
         if fresh:
-            directory.rebuild(lambda: self, "there was none, or it could not be trusted")
+            work = self._fill(directory, "there was none, or it could not be trusted")
+            # What belonged to another source is all removed next, so all of it has to be known.
+            wait([work], None if directory.cold else _PATIENCE)
+            if work.done():
+                work.result()
+            else:
+                self._leave(work)
         if directory.cold:
             directory.take_over(alone=self._is_alone())
             self._empty(directory)
@@ -464,14 +484,6 @@ class Books:
                 assert self.directory is not None
                 self.index = self._open_or_do_without(self.directory)
             return self.index
-
-
-def _fill_now(kept: weakref.ref[Books], directory: Directory, why: str) -> None:
-    try:
-        directory.rebuild(lambda: _fillable(kept(), directory), why)
-    except OSError as error:
-        if (books := kept()) is not None:
-            books._abandon(error)
 
 
 def _fillable(books: Books | None, directory: Directory) -> Books | None:

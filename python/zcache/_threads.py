@@ -7,7 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def _pool() -> ThreadPoolExecutor:
     return _executor
 
 
-def background(work: Callable[[], None]) -> None:
+def background(work: Callable[[], T]) -> Future[T]:
     """Do something without waiting for it."""
-    _pool().submit(work)
+    return _pool().submit(work)
 
 
 async def in_thread(work: Callable[[], T], late: Callable[[T | BaseException], object]) -> T:
