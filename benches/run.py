@@ -42,7 +42,7 @@ GROUPS = {
     "throughput": ("_index", "throughput"),
     "memory": ("_capacity", "memory"),
     "sweep": ("_capacity", "sweep"),
-    "directory": ("bench_directory", "rows"),
+    "directory": ("_directory", "rows"),
 }
 _LONGEST = 300  # Seconds for one group; all of them together take a few minutes.
 

@@ -2,7 +2,7 @@
 
 Run as a script it is one of those processes:
 
-    python benches/bench_directory.py reopen|shared|memory DIRECTORY NUMBER
+    python benches/_directory.py reopen|shared|memory DIRECTORY NUMBER
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import shutil
@@ -148,6 +149,7 @@ async def rebuild(where: Path, scale: Scale) -> Row:
     keys = chunk_keys(scale.of(200_000, 20_000))
     cache = where / "cache"
     index_root = cache / ".zcache" / "index"
+    logging.getLogger("zcache").setLevel(logging.ERROR)  # It tells of each index that was lost.
     open_store(where)
     make_files(cache, keys)
 
@@ -157,7 +159,11 @@ async def rebuild(where: Path, scale: Scale) -> Row:
 
     async def mine() -> int:
         store = open_store(where)
-        assert len(store._engine.index) == len(keys)
+        index = store._engine.index
+        # Opening does not wait for a large one.
+        while not index.is_complete:
+            await asyncio.sleep(0.001)
+        assert len(index) == len(keys)
         return 1
 
     async def bare() -> int:
