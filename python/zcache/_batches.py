@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zcache._core import is_known
 from zcache._engine import snapshot
@@ -13,7 +13,7 @@ from zcache._spans import Span, to_span
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from zarr.abc.store import ByteRequest
+    from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._engine import Engine
@@ -172,3 +172,50 @@ class Batch:
         # Closed first: whoever is woken would else join it again, and again.
         self.engine.books.soon(ignore, index.land, self.requests[number][0], ticket)
         flight.abandon()  # Of no effect once it is delivered.
+
+
+def from_partial_values(
+    source: Store, prototype: BufferPrototype, requests: Sequence[Request]
+) -> Fetch:
+    """Ask a source for requests of any keys."""
+
+    async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
+        asked = [requests[number] for number in numbers]
+        found = await source.get_partial_values(prototype, asked)
+        yield list(zip(numbers, found, strict=True))
+
+    return fetch
+
+
+def from_ranges(
+    source: Any, prototype: BufferPrototype, requests: Sequence[Request], options: dict[str, int]
+) -> Fetch:
+    """Ask a source for ranges of one key."""
+    if not hasattr(source, "get_ranges"):  # zarr before 3.3
+        return from_partial_values(source, prototype, requests)
+
+    async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
+        key = requests[0][0]
+        asked = [requests[number][1] for number in numbers]
+        async for group in source.get_ranges(key, asked, prototype=prototype, **options):
+            yield [(numbers[at], value) for at, value in group]
+
+    return fetch
+
+
+def from_ranges_sync(
+    source: Any, prototype: BufferPrototype, requests: Sequence[Request], options: dict[str, int]
+) -> Fetch:
+    """Ask a source for ranges of one key without an event loop."""
+
+    async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
+        key = requests[0][0]
+        asked = [requests[number][1] for number in numbers]
+        if not hasattr(source, "get_ranges_sync"):  # zarr before 3.4
+            values = [source.get_sync(key, prototype=prototype, byte_range=r) for r in asked]
+            yield list(zip(numbers, values, strict=True))
+            return
+        found = source.get_ranges_sync(key, asked, prototype=prototype, **options)
+        yield [(numbers[at], value) for at, value in found]
+
+    return fetch

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
-import weakref
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from zarr.abc.store import SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from zcache import _flights, _identity, _memory, _threads
+from zcache import _registry
 from zcache._books import Books
 from zcache._breaker import Breaker
 from zcache._core import Index, crc32c, is_known, select
@@ -27,7 +25,7 @@ from zcache._fills import NOT_NOW, Fills, Victim, ignore
 from zcache._flights import Flight
 from zcache._identity import identify, innermost, transient
 from zcache._ports import MemoryPort, ports, to_cpu_buffer
-from zcache._quick import quick_reader
+from zcache._quick import FileReader, quick_reader
 from zcache._spans import Span, is_encodable, is_reserved, to_request
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ class Engine(Fills):
         self.home = None if token else os.getpid()
         self.max_size = max_size
         self.max_age = max_age
-        self._token = token
+        self.known_as = token
         self.verify = verify
         self.adopt = adopt
         self.min_free_space = min_free_space
@@ -91,20 +89,17 @@ class Engine(Fills):
         # What is there, where nothing else can be.
         self._values = self.port.values if isinstance(self.port, MemoryPort) else None
         self._quick = quick_reader(cache)
+        self._files = self._quick if isinstance(self._quick, FileReader) else None
         # Reentrant, for the garbage collector may end a reader inside.
         self._counting = threading.RLock()
         self.bypassed = 0
         self.damaged = 0
-        _engines.add(self)
+        _registry.add(self)
 
     @property
     def token(self) -> str:
         """Names this engine, so that copies that meet again in one process are one."""
-        with _lock:
-            if self._token is None:
-                self._token = uuid.uuid4().hex
-            _by_token[self._token] = self
-            return self._token
+        return _registry.token(self)
 
     @property
     def index(self) -> Index:
@@ -207,9 +202,13 @@ class Engine(Fills):
             await self.books.step(io, self.index.missed)
             return None
         if isinstance(hit, int):
-            name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
+            name, total, start, size, handle = key, hit, 0, hit, None
         else:
-            name, total, start, size, handle, checksum = hit
+            name, total, start, size, handle, _ = hit
+        if handle is None and self._files is not None and not io.port.immediate:
+            value = await self._files.later(name, prototype, total, start, size)
+            if value is not None:
+                return value
         part: Span | None = None
         # Bytes that are not verified yet are read as a whole, for so goes the checksum.
         if handle is None and size < total:
@@ -228,19 +227,28 @@ class Engine(Fills):
             if value is not None and len(value) == (size if handle is None else total):
                 if handle is None:
                     return value
-                data = snapshot(value)
-                found = crc32c(data)
-                if checksum is None:
-                    # The index was rebuilt, and does not know it; perhaps the file does.
-                    checksum = (io.port.noted(name) or (total, found))[1]
-                if checksum == found:
-                    await self.books.step(io, self.index.verified, handle, found)
-                    if size == total:
-                        return value
-                    return prototype.buffer.from_bytes(data[start : start + size])
+                value = await self._verify(io, prototype, value, hit)
+                if value is not None:
+                    return value
             self.count("damaged")
         await self._discard(io, key, span, name, total)
         return None
+
+    async def _verify(
+        self, io: Traffic, prototype: BufferPrototype, value: Buffer, hit: Hit
+    ) -> Buffer | None:
+        """What was asked for of a whole value, if its checksum is right."""
+        assert not isinstance(hit, int)
+        name, total, start, size, handle, checksum = hit
+        data = snapshot(value)
+        found = crc32c(data)
+        if checksum is None:
+            # The index was rebuilt, and does not know it; perhaps the file does.
+            checksum = (io.port.noted(name) or (total, found))[1]
+        if checksum != found:
+            return None
+        await self.books.step(io, self.index.verified, handle, found)
+        return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
 
     async def _discard(
         self, io: Traffic, key: str, span: Span | None, name: str, size: int
@@ -509,35 +517,3 @@ def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
     data: bytes = value.as_numpy_array().tobytes()
     return data
-
-
-# Guards the making of tokens; never held over anything that waits.
-_lock = threading.Lock()
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_by_token: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
-
-
-def find(token: str) -> Engine | None:
-    """The engine of this process with this token."""
-    return _by_token.get(token)
-
-
-def find_or_add(engine: Engine) -> Engine:
-    """The engine of this process with the token of this one, which is this one if there is none."""
-    with _lock:
-        return _by_token.setdefault(engine._token or "", engine)
-
-
-def after_fork() -> None:
-    """Make everything usable in a forked child."""
-    global _lock
-    _lock = threading.Lock()
-    _flights.after_fork()
-    _threads.after_fork()
-    _memory.after_fork()
-    _identity.after_fork()
-    for engine in list(_engines):
-        engine.after_fork()
-
-
-os.register_at_fork(after_in_child=after_fork)

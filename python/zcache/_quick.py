@@ -7,8 +7,11 @@ would have to, they return None and the ordinary way is taken.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -16,11 +19,15 @@ from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.abc.store import Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
 LARGEST: Final = 4 * 2**20
-"""Bytes up to which a file is read on the spot: more would hold up the event loop for milliseconds."""
+"""Bytes that are read on the spot in one turn of an event loop: more would hold it up for long."""
+COUNTED: Final = 2**16
+"""Bytes from which on a read counts towards that: to count takes as long as to read a page."""
 
 
 class QuickReader(Protocol):
@@ -36,7 +43,7 @@ def quick_reader(store: Store) -> QuickReader | None:
     if type(store) is MemoryStore:
         return _memory_reader(store)
     if type(store) is LocalStore and hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT"):
-        return _FileReader(os.path.abspath(store.root))
+        return FileReader(os.path.abspath(store.root))
     return None
 
 
@@ -56,18 +63,52 @@ def _memory_reader(store: MemoryStore) -> QuickReader:
     return read
 
 
-class _FileReader:
+class _Turn(threading.local):
+    """What was read in this turn of the event loop that runs in a thread."""
+
+    def __init__(self) -> None:
+        self._loop: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
+        self._read = 0
+
+    def is_over(self, size: int) -> bool:
+        """Whether so many bytes more are too many for this turn."""
+        if size < COUNTED:
+            return False
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            return False  # A thread that may block.
+        if self._loop() is not loop:
+            self._loop, self._read = weakref.ref(loop), 0
+        return self._read + size > LARGEST
+
+    def add(self, size: int) -> None:
+        """Take note of what is read."""
+        loop = self._loop()
+        if size >= COUNTED and loop is not None:
+            if self._read == 0:
+                loop.call_soon(self._end)
+            self._read += size
+
+    def _end(self) -> None:
+        self._read = 0
+
+
+class FileReader:
     """Reads files whose pages are in memory already; only the kernel knows which."""
 
     def __init__(self, root: str) -> None:
         self._root = root + os.sep
         self._works = True
+        self._turn = _Turn()
 
     def __call__(
         self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
     ) -> Buffer | None:
         if size > LARGEST or size == 0 or not self._works:
             return None
+        if self._turn.is_over(size):
+            return None
+        self._turn.add(size)
         # One byte more than there should be: a value that has grown is not the one of the entry.
         at_end = start + size == total
         array = np.empty(size + at_end, "u1")
@@ -89,6 +130,16 @@ class _FileReader:
         except ValueError:
             return None
         return _to_buffer(prototype, array[:size]) if count == size else None
+
+    async def later(
+        self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
+    ) -> Buffer | None:
+        """Read in a later turn of the event loop, where this one has read enough; else nothing."""
+        if size > LARGEST or not self._turn.is_over(size):
+            return None  # That was not why it was not read.
+        while self._turn.is_over(size):  # noqa: ASYNC110 - a turn is what sleep(0) waits for
+            await asyncio.sleep(0)
+        return self(name, prototype, total, start, size)
 
 
 def _to_buffer(prototype: BufferPrototype, array: Any) -> Buffer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +13,20 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.config import config
 from zarr.storage import MemoryStore
 
-from zcache import _engine
-from zcache._batches import Batch
+from zcache import _registry
+from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges_sync
 from zcache._bounds import parse_age, parse_size
+from zcache._copies import same_cache, same_data, without_contents
 from zcache._core import Index, is_known
 from zcache._engine import Engine, snapshot
-from zcache._identity import TRANSIENT, innermost, same_place
+from zcache._identity import TRANSIENT, innermost
+from zcache._options import (
+    check_cache_store,
+    check_flag,
+    check_source_id,
+    check_store,
+    check_verify,
+)
 from zcache._ports import drive
 from zcache._spans import to_span
 from zcache._traffic import SyncTraffic, Traffic
@@ -126,14 +133,14 @@ class CacheStore(Store):
         source_id: str | None = None,
         min_free_space: int | str | None = None,
     ) -> None:
-        _check_store("store", store)
+        check_store("store", store)
         if cache_store is None:
             cache_store = MemoryStore()
-        _check_cache_store(store, cache_store)
-        _check_flag("cache_set_data", cache_set_data)
-        _check_flag("adopt", adopt)
+        check_cache_store(store, cache_store)
+        check_flag("cache_set_data", cache_set_data)
+        check_flag("adopt", adopt)
         if read_only is not None:
-            _check_flag("read_only", read_only)
+            check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
             store = store.with_read_only(read_only)
         engine = Engine(
@@ -141,9 +148,9 @@ class CacheStore(Store):
             cache_store,
             max_size=parse_size(max_size),
             max_age=parse_age(max_age_seconds),
-            verify=_check_verify(verify),
+            verify=check_verify(verify),
             adopt=adopt,
-            source_id=_check_source_id(source_id),
+            source_id=check_source_id(source_id),
             min_free_space=parse_size(min_free_space, "min_free_space"),
         )
         self._setup(store, engine, cache_set_data)
@@ -244,7 +251,7 @@ class CacheStore(Store):
         if self._engine is not other._engine and (
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
-            or not _same_cache(self._engine, other._engine)
+            or not same_cache(self._engine, other._engine)
         ):
             return False
         return (
@@ -272,7 +279,7 @@ class CacheStore(Store):
         cache = engine.cache
         return {
             "store": self._store,
-            "cache": type(cache) if isinstance(cache, MemoryStore) else _without_contents(cache),
+            "cache": type(cache) if isinstance(cache, MemoryStore) else without_contents(cache),
             "options": {
                 "max_size": engine.max_size,
                 "max_age": engine.max_age,
@@ -288,11 +295,11 @@ class CacheStore(Store):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         store, token = state["store"], state["token"]
-        engine = _engine.find(token)
+        engine = _registry.find(token)
         if engine is not None and isinstance(innermost(store), MemoryStore):
             # The copy of a source in memory is other data, and must not share a cache with it: at
             # home the copy reads the original, elsewhere one that is still equal.
-            if engine.home == os.getpid() or _same_data(engine.source, store):
+            if engine.home == os.getpid() or same_data(engine.source, store):
                 same = engine.source.read_only == store.read_only
                 store = engine.source if same else engine.source.with_read_only(store.read_only)
             else:
@@ -301,7 +308,7 @@ class CacheStore(Store):
                     state["options"]["source_id"] = None
         if engine is None:
             cache = state["cache"]
-            engine = _engine.find_or_add(
+            engine = _registry.find_or_add(
                 Engine(
                     store,
                     cache() if isinstance(cache, type) else cache,
@@ -413,11 +420,7 @@ class CacheStore(Store):
         # docstring inherited
         requests = list(key_ranges)
 
-        async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
-            asked = [requests[number] for number in numbers]
-            found = await self._store.get_partial_values(prototype, asked)
-            yield list(zip(numbers, found, strict=True))
-
+        fetch = from_partial_values(self._store, prototype, requests)
         values: list[Buffer | None] = [None] * len(requests)
         async for group in Batch(self._engine, self._io, prototype, requests, fetch).run():
             for number, value in group:
@@ -466,16 +469,7 @@ class CacheStore(Store):
         given = {name: value for name, value in options.items() if value is not None}
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
-        async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
-            asked = [byte_ranges[number] for number in numbers]
-            source: Any = self._store
-            if not hasattr(source, "get_ranges"):  # zarr before 3.3
-                found = await source.get_partial_values(prototype, [(key, r) for r in asked])
-                yield list(zip(numbers, found, strict=True))
-                return
-            async for group in source.get_ranges(key, asked, prototype=prototype, **given):
-                yield [(numbers[at], value) for at, value in group]
-
+        fetch = from_ranges(self._store, prototype, requests, given)
         async for group in self._ranges(self._io, prototype, requests, fetch):
             yield group
 
@@ -498,23 +492,8 @@ class CacheStore(Store):
         self._check_sync("get_ranges_sync")
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
-        async def fetch(numbers: list[int]) -> AsyncIterator[Group]:
-            asked = [byte_ranges[number] for number in numbers]
-            source: Any = self._store
-            if not hasattr(source, "get_ranges_sync"):  # zarr before 3.4
-                yield [
-                    (n, source.get_sync(key, prototype=prototype, byte_range=byte_ranges[n]))
-                    for n in numbers
-                ]
-                return
-            found = source.get_ranges_sync(
-                key,
-                asked,
-                prototype=prototype,
-                max_gap_bytes=max_gap_bytes,
-                max_coalesced_bytes=max_coalesced_bytes,
-            )
-            yield [(numbers[at], value) for at, value in found]
+        options = {"max_gap_bytes": max_gap_bytes, "max_coalesced_bytes": max_coalesced_bytes}
+        fetch = from_ranges_sync(self._store, prototype, requests, options)
 
         async def collect() -> list[tuple[int, Buffer | None]]:
             groups = self._ranges(self._sync_io, prototype, requests, fetch)
@@ -653,41 +632,6 @@ class CacheStore(Store):
         return self._store.list_dir(prefix)
 
 
-def _check_verify(verify: object) -> str:
-    if verify not in ("first", "always", "never"):
-        raise ValueError(f'verify={verify!r} must be "first", "always" or "never".')
-    return str(verify)
-
-
-def _check_source_id(source_id: object) -> str | None:
-    if source_id is None or (isinstance(source_id, str) and source_id):
-        return source_id
-    raise TypeError(
-        f"source_id={source_id!r} must be text that names the source, such as its URL, or None."
-    )
-
-
-def _without_contents(cache: Store) -> Store:
-    """The cache store itself, unless it keeps its values in memory: then one like it, but empty."""
-    if isinstance(cache, MemoryStore):
-        return type(cache)()
-    inner = getattr(cache, "_store", None)
-    if not isinstance(inner, Store) or not isinstance(innermost(inner), MemoryStore):
-        return cache
-    emptied = copy.copy(cache)
-    vars(emptied)["_store"] = _without_contents(inner)
-    return emptied
-
-
-def _same_data(one: Store, other: Store) -> bool:
-    one, other = innermost(one), innermost(other)
-    return (
-        isinstance(one, MemoryStore)
-        and isinstance(other, MemoryStore)
-        and one._store_dict == other._store_dict
-    )
-
-
 def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None]]:
     async def call() -> None:
         work(*args)
@@ -700,47 +644,5 @@ def _is_sync(store: Store) -> bool:
     return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
 
 
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False.")
-
-
-def _check_store(name: str, store: object) -> None:
-    if not isinstance(store, Store):
-        raise TypeError(
-            f"{name}={store!r} is no store. Give a zarr.abc.store.Store, such as "
-            "zarr.storage.LocalStore(path) or zarr.storage.FsspecStore.from_url(url)."
-        )
-
-
-def _check_cache_store(source: Store, cache: Store) -> None:
-    _check_store("cache_store", cache)
-    if cache.read_only or not cache.supports_writes:
-        raise ValueError(
-            f"cache_store={cache!r} does not support writes. Open it with read_only=False, or "
-            "give another store to keep the cache in."
-        )
-    if not cache.supports_deletes:
-        raise ValueError(
-            f"cache_store={cache!r} does not support deletes, so it cannot make room. Give a "
-            "store that can delete, such as MemoryStore or LocalStore."
-        )
-    if same_place(source, cache):
-        raise ValueError(
-            f"cache_store={cache!r} is the source itself, or one of them is inside the other: evicting "
-            "from it would delete your data. Give another store to keep the cache in."
-        )
-
-
 def _current_size(index: Index) -> int:
     return index.current_size
-
-
-def _same_cache(one: Engine, other: Engine) -> bool:
-    if one.token == other.token:
-        return True
-    mine, theirs = one.cache, other.cache
-    if isinstance(mine, MemoryStore) and isinstance(theirs, MemoryStore):
-        # What they hold at the moment says nothing about what they are.
-        return type(mine) is type(theirs) and mine.read_only == theirs.read_only
-    return mine == theirs

@@ -1,0 +1,145 @@
+"""Hits that are read on the spot, and what happens where their pages are not at hand."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.storage import LocalStore, MemoryStore
+
+from support import PROTOTYPE, buf, read
+from zcache import CacheStore, _quick
+from zcache._ports import LocalSyncPort
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VALUE = bytes(range(256)) * 4096  # 1 MiB
+KEYS = [f"c/{number}" for number in range(32)]
+
+
+def has_nowait(where: Path) -> bool:
+    """Whether the file system tells which pages are at hand; tmpfs does not."""
+    path = where / "probe"
+    path.write_bytes(b"1")
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except (AttributeError, OSError):
+            return False
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> CacheStore:
+    """With values that are cached and verified."""
+    if not has_nowait(tmp_path):
+        pytest.skip("no RWF_NOWAIT on this file system")
+    source = MemoryStore({key: buf(VALUE) for key in KEYS})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    for _ in range(2):
+        for key in KEYS:
+            assert await read(store, key) == VALUE
+    return store
+
+
+@pytest.fixture
+def port_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that are read through the port, which takes a thread."""
+    names: list[str] = []
+    read_now = LocalSyncPort.read_now
+
+    def noted(self: Any, name: str, *args: Any) -> Any:
+        names.append(name)
+        return read_now(self, name, *args)
+
+    monkeypatch.setattr(LocalSyncPort, "read_now", noted)
+    return names
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, preadv: Any) -> None:
+    """Have another answer of the kernel."""
+    monkeypatch.setattr(_quick, "os", SimpleNamespace(**{**vars(os), "preadv": preadv}))
+
+
+async def test_what_is_at_hand_takes_no_thread(store: CacheStore, port_reads: list[str]) -> None:
+    for key in KEYS:
+        assert await read(store, key) == VALUE
+    found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in KEYS))
+    assert [value and value.to_bytes() for value in found] == [VALUE] * len(KEYS)
+    assert port_reads == []
+    assert store.cache_stats()["misses"] == len(KEYS)
+
+
+async def test_others_have_their_turn_while_much_is_at_hand(
+    store: CacheStore, port_reads: list[str]
+) -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    watcher = asyncio.ensure_future(other())
+    await asyncio.gather(*(store.get(key, PROTOTYPE) for key in KEYS))
+    at_once = turns
+    # One after the other no await ever suspends, but for this.
+    for key in KEYS:
+        await store.get(key, PROTOTYPE)
+    watcher.cancel()
+    least = len(KEYS) * len(VALUE) // _quick.LARGEST - 1
+    assert at_once >= least
+    assert turns - at_once >= least
+    assert port_reads == []
+
+
+@pytest.mark.parametrize("answer", ["not there", "some of it"])
+async def test_what_is_not_at_hand_holds_nobody_up(
+    store: CacheStore, port_reads: list[str], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device waits for what only another task of the event loop does."""
+
+    def cold(file: int, buffers: Any, offset: int, flags: int) -> int:
+        if answer == "some of it":
+            return len(VALUE) // 2
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    pretend(monkeypatch, cold)
+    slow = LocalSyncPort.read_now
+
+    begun, go = threading.Event(), threading.Event()
+
+    def device(self: Any, name: str, *args: Any) -> Any:
+        begun.set()
+        assert go.wait(30)
+        return slow(self, name, *args)
+
+    monkeypatch.setattr(LocalSyncPort, "read_now", device)
+    task = asyncio.ensure_future(read(store, KEYS[0]))
+    assert await asyncio.to_thread(begun.wait, 30)
+    go.set()
+    assert await task == VALUE
+    assert port_reads == KEYS[:1]
+
+
+async def test_a_file_system_that_cannot_tell_is_asked_once(
+    store: CacheStore, port_reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def unknown(*_: Any) -> int:
+        nonlocal asked
+        asked += 1
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    pretend(monkeypatch, unknown)
+    for key in KEYS:
+        assert await read(store, key) == VALUE
+    assert asked == 1
+    assert port_reads == KEYS
