@@ -2,7 +2,7 @@
 
 Run as a script it is one of those processes:
 
-    python benches/_directory.py reopen|shared|memory DIRECTORY NUMBER
+    python benches/_directory.py reopen|shared|memory|fill-zcache|fill-zarr DIRECTORY NUMBER
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _measure import Row, interleave
-from _setup import PROTOTYPE, batches, chunk_keys, local_store, temporary_directory, zcache_store
+from _setup import (
+    PROTOTYPE,
+    batches,
+    chunk_keys,
+    local_store,
+    read_all,
+    temporary_directory,
+    zarr_store,
+    zcache_store,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +46,7 @@ _AGO = 1_700_000_000_000
 """Milliseconds since 1970: when everything was fetched."""
 _BATCH = 10_000
 _PROCESSES = 4
+_VALUE_SIZE = 65536
 _SECONDS = 2.0
 """That each process looks keys up."""
 
@@ -48,6 +58,7 @@ async def rows(scale: Scale) -> list[Row]:
         found.append(await reopen(where / "reopen", scale.of(1_000_000, 20_000)))
         found.append(await rebuild(where / "rebuild", scale))
         found += await shared(where / "shared", scale)
+        found.append(await on_disk(where / "bound", scale))
     return found
 
 
@@ -252,13 +263,7 @@ def _in_memory(keys: Sequence[str]) -> Any:
 def _hammer_all(kind: str, where: Path, count: int) -> dict[str, float]:
     """Let processes look keys up at the same time; the mean of what they tell."""
     processes = [_start(kind, where, count) for _ in range(_PROCESSES)]
-    for process in processes:
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    _go(processes)
     found = [_ended(process) for process in processes]
     return {name: statistics.fmean(one[name] for one in found) for name in ("seconds", "waits")}
 
@@ -294,6 +299,55 @@ def _hammer(kind: str, where: Path, count: int) -> dict[str, float]:
     return {"seconds": (now - start) / done, "waits": waits / done * 1000}
 
 
+# ---------------------------------------------------------------- one bound for all
+
+
+async def on_disk(where: Path, scale: Scale) -> Row:
+    """What three processes leave in one directory, by the bound that each was given."""
+    keys = chunk_keys(scale.of(192, 48))
+    left = {}
+    for kind in ("zcache", "zarr"):
+        root = where / kind
+        source = local_store(root / "source")
+        for key in keys:
+            await source.set(key, _buffer(bytes(_VALUE_SIZE)))
+        processes = [_start(f"fill-{kind}", root, len(keys)) for _ in range(3)]
+        _go(processes)
+        for process in processes:
+            _ended(process)
+        held = sum(
+            path.stat().st_size
+            for path in (root / "cache").rglob("*")
+            if path.is_file() and ".zcache" not in path.parts
+        )
+        left[kind] = held / _bound(len(keys))
+    return Row(
+        "bytes on disk after three processes, by max_size",
+        unit="",
+        zcache=left["zcache"],
+        zarr=left["zarr"],
+        aim=1.0,
+        note="each reads all of a dataset of three times max_size through the same directory",
+    )
+
+
+def _bound(count: int) -> int:
+    return count // 3 * _VALUE_SIZE
+
+
+def _fill(kind: str, where: Path, count: int) -> dict[str, float]:
+    keys = chunk_keys(count)
+    random.Random(os.getpid()).shuffle(keys)
+    make = zcache_store if kind == "zcache" else zarr_store
+    store = make(
+        local_store(where / "source"), local_store(where / "cache"), max_size=_bound(count)
+    )
+    print("ready", flush=True)
+    sys.stdin.readline()
+    asyncio.run(read_all(store, keys))
+    return {"read": len(keys)}
+
+
 # ------------------------------------------------------------------------------ processes
 
 
@@ -304,6 +358,17 @@ def _start(what: str, where: Path, number: int) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def _go(processes: list[subprocess.Popen[str]]) -> None:
+    """Let them begin together."""
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
 
 
 def _ended(process: subprocess.Popen[str]) -> dict[str, float]:
@@ -321,5 +386,7 @@ if __name__ == "__main__":
     _, what, where, number = sys.argv
     if what == "reopen":
         print(json.dumps(_reopen(Path(where), int(number))))
+    elif what.startswith("fill-"):
+        print(json.dumps(_fill(what.removeprefix("fill-"), Path(where), int(number))))
     else:
         print(json.dumps(_hammer(what, Path(where), int(number))))
