@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import signal
@@ -261,8 +262,17 @@ def close_session(store: Store) -> None:
             sync(close(set_session), timeout=2)
 
 
+_TO_END = 10.0
+"""Seconds that the demo may take to end after it was told to."""
+
+
 def _terminate(signum: int, frame: FrameType | None) -> None:
     """Turn a signal into an exception, so that every `finally` runs and the server stops."""
+    if hasattr(signal, "setitimer"):
+        # The exception may end in a callback of somebody who ignores it, or the cleaning up hang: then
+        # this process ends without, and its server with it.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signum))
+        signal.setitimer(signal.ITIMER_REAL, _TO_END)
     raise SystemExit(128 + signum)
 
 
