@@ -262,17 +262,24 @@ def close_session(store: Store) -> None:
             sync(close(set_session), timeout=2)
 
 
-_TO_END = 10.0
-"""Seconds that the demo may take to end after it was told to."""
+_TO_END = (3.0, 7.0)
+"""Seconds that the demo may take to end after it was told to, before it is told again."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     """Turn a signal into an exception, so that every `finally` runs and the server stops."""
     if hasattr(signal, "setitimer"):
-        # The exception may end in a callback of somebody who ignores it, or the cleaning up hang: then
-        # this process ends without, and its server with it.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signum))
-        signal.setitimer(signal.ITIMER_REAL, _TO_END)
+        # A library that catches everything while it is imported ignores the exception, and cleaning up
+        # can hang. So it is raised once more; after that this process ends, and its server with it.
+        code = 128 + signum
+
+        def once_more(*_: object) -> None:
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+            signal.setitimer(signal.ITIMER_REAL, _TO_END[1])
+            raise SystemExit(code)
+
+        signal.signal(signal.SIGALRM, once_more)
+        signal.setitimer(signal.ITIMER_REAL, _TO_END[0])
     raise SystemExit(128 + signum)
 
 
