@@ -152,6 +152,25 @@ pub fn publish(unfinished: &Path, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Does both: writes a new file under a name of its own and publishes it. Returns its CRC32C as well.
+///
+/// # Errors
+///
+/// As [`create`] and [`publish`]; the unfinished name is gone then.
+pub fn write(
+    unfinished: &Path,
+    path: &Path,
+    data: &[u8],
+    nanos: i64,
+) -> io::Result<(OwnedFd, u32)> {
+    let made =
+        create(unfinished, data, nanos).and_then(|made| publish(unfinished, path).map(|()| made));
+    if made.is_err() {
+        let _ = unlinkat(CWD, unfinished, AtFlags::empty());
+    }
+    made
+}
+
 /// Closes a pending file, and says whether it is valid from now on.
 ///
 /// # Errors

@@ -62,6 +62,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("PENDING", crate::files::PENDING)?;
         module.add_class::<files::NewFile>()?;
         module.add_function(wrap_pyfunction!(files::create_file, module)?)?;
+        module.add_function(wrap_pyfunction!(files::write_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::noted_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::publish_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;

@@ -67,6 +67,23 @@ fn a_value_goes_its_way() {
 }
 
 #[test]
+fn all_of_it_in_one_call() {
+    let place = Place::new("whole");
+    let (unfinished, path) = (place.at("1"), place.at("a/b"));
+    let (file, checksum) =
+        files::write(&unfinished, &path, b"123456789", FETCHED + PENDING).unwrap();
+    assert_eq!(checksum, 0xE306_9283);
+    assert_eq!(modified(&path), FETCHED + PENDING);
+    files::seal(file, true).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"123456789");
+    // Nothing is left of what has failed, and nothing changes what is there.
+    assert!(files::write(&unfinished, &path, b"other", FETCHED + PENDING).is_err());
+    assert!(files::write(&place.at("no/1"), &path, b"other", FETCHED).is_err());
+    assert!(!unfinished.exists());
+    assert_eq!(fs::read(&path).unwrap(), b"123456789");
+}
+
+#[test]
 fn what_is_not_valid_stays_pending() {
     let place = Place::new("pending");
     let (file, _) = files::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();

@@ -256,6 +256,8 @@ class Fuse:
     def attach(self, store: CacheStore) -> None:
         books = store._engine.books
         books.index = Fused(books.index, self)
+        # The same steps as in one call, so that it can be in between.
+        vars(_files)["_write"] = _files._write_in_steps
         for name in ("_create", "_publish", "seal", "remove"):
             setattr(_files, name, self.around(getattr(_files, name)))
         source: Any = store._store

@@ -316,6 +316,7 @@ async def test_a_write_that_the_volume_refuses(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(_files, "_write", _files._write_in_steps)
     monkeypatch.setattr(_files, "_publish", full)
     await fill(store, a=b"1")
     assert await read(store, "a") == b"1"

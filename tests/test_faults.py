@@ -514,6 +514,7 @@ async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Path(unfinished).write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(_files, "_write", _files._write_in_steps)
     monkeypatch.setattr(_files, "_create", limited)
     for key in (*SOURCE, *SOURCE):
         assert await read(store, key) == SOURCE[key]

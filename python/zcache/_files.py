@@ -29,6 +29,7 @@ from zcache._core import (
     noted_file,
     publish_file,
     remove_file,
+    write_file,
 )
 
 if TYPE_CHECKING:
@@ -82,16 +83,7 @@ def write_new(path: str, data: bytes, tmp: str, seconds: float) -> NewFile:
     """
     unfinished = f"{tmp}{next(_numbers)}"
     time = int(seconds * 1000) * _MILLI + PENDING
-    published = False
-    try:
-        file = _create(unfinished, data, time)
-        _publish(unfinished, path)
-        published = True
-    finally:
-        if not published:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-    return file
+    return _write(unfinished, path, data, time)
 
 
 def seal(file: NewFile, *, valid: bool) -> None:
@@ -102,6 +94,28 @@ def seal(file: NewFile, *, valid: bool) -> None:
 def noted(path: str) -> tuple[int, int] | None:
     """Length and CRC32C that a file should have, where that is known."""
     return noted_file(path)
+
+
+def _write(unfinished: str, path: str, data: bytes, time: int) -> NewFile:
+    # In one call: whoever gives the GIL back may wait milliseconds until it is given again.
+    try:
+        return write_file(unfinished, path, data, time)
+    except (FileNotFoundError, FileExistsError):
+        # Somebody has tidied up, or a file is in the way.
+        return _write_in_steps(unfinished, path, data, time)
+
+
+def _write_in_steps(unfinished: str, path: str, data: bytes, time: int) -> NewFile:
+    published = False
+    try:
+        file = _create(unfinished, data, time)
+        _publish(unfinished, path)
+        published = True
+    finally:
+        if not published:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+    return file
 
 
 def _create(unfinished: str, data: bytes, time: int) -> NewFile:

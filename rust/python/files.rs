@@ -46,6 +46,23 @@ pub(super) fn create_file(
 }
 
 #[pyfunction]
+#[pyo3(signature = (unfinished, path, data, nanos, /))]
+pub(super) fn write_file(
+    py: Python<'_>,
+    unfinished: PathBuf,
+    path: PathBuf,
+    data: &[u8],
+    nanos: i64,
+) -> PyResult<NewFile> {
+    let made = py.detach(|| files::write(&unfinished, &path, data, nanos));
+    let (file, checksum) = made.map_err(os_error)?;
+    Ok(NewFile {
+        file: Mutex::new(Some(file)),
+        checksum,
+    })
+}
+
+#[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn noted_file(path: PathBuf) -> Option<(u64, u32)> {
     files::noted(&path)
