@@ -106,6 +106,13 @@ class HierarchyMachine(Checked, ZarrHierarchyStateMachine):
     def __init__(self, make_cache: MakeCache) -> None:
         ZarrHierarchyStateMachine.__init__(self, self.make_store(make_cache, max_size=2000))
 
+    @rule()
+    def write_more_than_fits(self) -> None:
+        """Left to itself, a short run may never make four documents."""
+        for number in range(3):
+            sync(self.cached.set(f"more/{number}", buf(bytes(900))))
+        sync(self.cached.delete_dir("more"))
+
 
 class StoreMachine(Checked, ZarrStoreStateMachine):
     """Keys and values of up to 100 bytes; it can hold one of those and something beside it."""
