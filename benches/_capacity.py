@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
-from _measure import Row, percentile
+from _measure import Row, percentile, watch
 from _setup import zcache_store
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ async def sweep(scale: Scale) -> list[Row]:
     stop = threading.Event()
     reader = threading.Thread(target=_look, args=(index, other, busy, stop))
     reader.start()
-    watcher = asyncio.ensure_future(_watch(lags))
+    watcher = asyncio.ensure_future(watch(lags, 0.001))
     await asyncio.sleep(0.05)
     before = len(busy)
     start = time.perf_counter()
@@ -218,12 +218,3 @@ def _look(index: Any, keys: list[str], times: list[float], stop: threading.Event
                 return
         if stop is None:
             return
-
-
-async def _watch(lags: list[float]) -> None:
-    last = time.perf_counter()
-    while True:
-        await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        lags.append(now - last)
-        last = now

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import time
 from typing import TYPE_CHECKING
 
-from _measure import Row, interleave
+from _measure import Row, interleave, watch
 from _setup import (
     batches,
     chunk_keys,
@@ -179,7 +178,7 @@ async def loop_lag(scale: Scale) -> list[Row]:
             longest = []
             for _ in range(scale.of(15, 3)):
                 lags: list[float] = []
-                watcher = asyncio.ensure_future(_watch(lags))
+                watcher = asyncio.ensure_future(watch(lags))
                 await asyncio.sleep(0)
                 await read_at_once(store, keys)
                 await asyncio.sleep(0)
@@ -194,12 +193,3 @@ async def loop_lag(scale: Scale) -> list[Row]:
             note="from one turn of another task to its next, median of passes; no aim",
         )
     ]
-
-
-async def _watch(lags: list[float]) -> None:
-    last = time.perf_counter()
-    while True:
-        await asyncio.sleep(0)
-        now = time.perf_counter()
-        lags.append(now - last)
-        last = now

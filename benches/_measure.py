@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import resource
 import statistics
@@ -164,6 +165,16 @@ async def interleave(
         disturbed / (rounds * len(names)) if quiet else 0.0,
         {name: faults[name] / operations[name] for name in names},
     )
+
+
+async def watch(lags: list[float], pause: float = 0.0) -> None:
+    """Note how long an event loop takes from one turn of this task to its next."""
+    last = time.perf_counter()
+    while True:
+        await asyncio.sleep(pause)
+        now = time.perf_counter()
+        lags.append(now - last)
+        last = now
 
 
 def percentile(values: Sequence[float], part: float) -> float:

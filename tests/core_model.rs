@@ -319,10 +319,13 @@ impl Run {
     fn settle(&mut self, at: usize, bits: u64) {
         let (id, waiting) = self.reservations.swap_remove(at);
         let (dropped, failed) = sort(waiting, bits);
-        let room = self
-            .cache
-            .settle(id, &cells(&dropped), &cells(&failed), self.now)
-            .unwrap();
+        let room = if failed.is_empty() && id % 2 == 0 {
+            self.cache.cleared(id, self.now)
+        } else {
+            let (dropped, failed) = (cells(&dropped), cells(&failed));
+            self.cache.settle(id, &dropped, &failed, self.now)
+        };
+        let room = room.unwrap();
         // A cell that has become free may be another entry's by now, never a victim's.
         let waiting = self.victims(&room);
         let (dropped, failed) = (names(&dropped), names(&failed));
@@ -440,5 +443,46 @@ proptest! {
             run.step(step);
             run.check();
         }
+    }
+}
+
+#[test]
+fn finish_commits_and_lands() {
+    let limits = Limits {
+        max_size: 10,
+        max_age: None,
+        lenient: false,
+        flat: true,
+        verify: Verify::Never,
+    };
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), limits, 1).unwrap();
+    for (payload, overtaken) in [(7, false), (8, true)] {
+        let key = format!("a/{payload}");
+        let Joined::Lead(ticket) = cache.join(&key, Span::Full, payload, 1, false).unwrap() else {
+            panic!("nobody else reads it");
+        };
+        let Room::Granted(id) = cache.reserve(&key, Span::Full, 5, ticket, 1).unwrap() else {
+            panic!("there is room");
+        };
+        if overtaken {
+            assert!(cache.begin_write(&key).unwrap().is_empty());
+        }
+        let (victims, flight) = cache.finish(id, Some(1), 1).unwrap().unwrap();
+        assert_eq!(flight, Some(payload));
+        assert_eq!(cache.in_flight(), (0, 0));
+        let names: Vec<_> = victims.iter().map(|v| v.cache_key.as_str()).collect();
+        assert_eq!(
+            names,
+            if overtaken {
+                vec![key.as_str()]
+            } else {
+                vec![]
+            }
+        );
+        let found = cache.lookup(&key, Span::Full, 1).unwrap();
+        assert_eq!(found.is_some(), !overtaken);
+        // It is over, and nothing lands twice.
+        assert!(cache.finish(id, Some(1), 1).unwrap().is_none());
+        cache.validate().unwrap();
     }
 }

@@ -128,6 +128,25 @@ async def test_what_is_not_at_hand_holds_nobody_up(
     assert port_reads == KEYS[:1]
 
 
+def test_without_the_loop_that_has_read_before(tmp_path: Path) -> None:
+    """A loop that is closed, but not collected yet, is nothing to a thread that reads by itself."""
+    if not has_nowait(tmp_path):
+        pytest.skip("no RWF_NOWAIT on this file system")
+    source = MemoryStore({"k": buf(VALUE)})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    loop = asyncio.new_event_loop()
+    for _ in range(3):
+        assert loop.run_until_complete(read(store, "k")) == VALUE
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    if not store._supports_sync_io:
+        pytest.skip("zarr before 3.4 has no synchronous local store")
+    for _ in range(2 * _quick.LARGEST // len(VALUE)):
+        value = store.get_sync("k", prototype=PROTOTYPE)
+        assert value is not None
+        assert value.to_bytes() == VALUE
+
+
 async def test_a_file_system_that_cannot_tell_is_asked_once(
     store: CacheStore, port_reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ class Fills:
     ) -> bool:
         """Do the same in memory, where nothing waits and nothing fails. Whether the flight has landed."""
         index = self.books.index
+        own = key if span is None else cache_key(key, span)
         try:
             room = index.reserve(key, span, len(data), ticket, now)
             while room.__class__ is not str:
@@ -135,7 +136,7 @@ class Fills:
                         for _, name in victims:
                             values.pop(name, None)
                     else:
-                        values[key if span is None else cache_key(key, span)] = to_cpu_buffer(data)
+                        values[own] = to_cpu_buffer(data)
                 except BaseException:  # Only an interrupt: nobody knows how far it came.
                     self._give_up(victims)
                     self.books.soon(self._give_up, index.abort, reservation)
@@ -143,7 +144,12 @@ class Fills:
                 if victims:
                     room = index.cleared(reservation, now)
                     continue
-                for cell, name in index.finish(reservation, crc32c(data), now):
+                leftover = index.finish(reservation, crc32c(data), now)
+                if leftover is None:
+                    # The index knows nothing of these bytes.
+                    values.pop(own, None)
+                    return False
+                for cell, name in leftover:
                     values.pop(name, None)
                     index.settled([cell], [])
                 return True

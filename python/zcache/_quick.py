@@ -72,22 +72,24 @@ class _Turn(threading.local):
 
     def is_over(self, size: int) -> bool:
         """Whether so many bytes more are too many for this turn."""
-        if size < COUNTED:
-            return False
         loop = asyncio._get_running_loop()
-        if loop is None:
-            return False  # A thread that may block.
+        if size < COUNTED or loop is None:
+            return False  # Nothing to speak of, or a thread that may block.
         if self._loop() is not loop:
             self._loop, self._read = weakref.ref(loop), 0
         return self._read + size > LARGEST
 
-    def add(self, size: int) -> None:
-        """Take note of what is read."""
-        loop = self._loop()
-        if size >= COUNTED and loop is not None:
+    def begins(self, size: int) -> bool:
+        """Take note of so many bytes, unless they are too many for this turn."""
+        if self.is_over(size):
+            return False
+        # Not the loop that was seen last: that may be closed, and none run here now.
+        loop = asyncio._get_running_loop()
+        if loop is not None:
             if self._read == 0:
                 loop.call_soon(self._end)
             self._read += size
+        return True
 
     def _end(self) -> None:
         self._read = 0
@@ -106,9 +108,8 @@ class FileReader:
     ) -> Buffer | None:
         if size > LARGEST or size == 0 or not self._works:
             return None
-        if self._turn.is_over(size):
+        if size >= COUNTED and not self._turn.begins(size):
             return None
-        self._turn.add(size)
         # One byte more than there should be: a value that has grown is not the one of the entry.
         at_end = start + size == total
         array = np.empty(size + at_end, "u1")

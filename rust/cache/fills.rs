@@ -126,6 +126,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.settled(dropped, failed)?;
         if let Some(reservation) = self.reservations.get_mut(&id) {
             reservation.failures += u32::from(!failed.is_empty());
+            reservation.asked.clear();
         }
         // In the same step, so what the victims held goes to nobody else.
         self.proceed(id, None, now)
@@ -319,18 +320,19 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     /// The same as [`Cache::commit`], then [`Cache::land`] for the flight of its ticket, in one step.
-    /// Hands out what the readers of the flight waited on.
+    /// Hands out what the readers of the flight waited on. `None` where nothing was granted.
     pub fn finish(
         &mut self,
         id: u64,
         checksum: Option<u32>,
         now: u64,
-    ) -> Res<(Vec<Victim>, Option<T>)> {
+    ) -> Res<Option<(Vec<Victim>, Option<T>)>> {
         let Some(reservation) = self.take_granted(id) else {
-            return Ok((self.abort(id)?, None));
+            return Ok(None);
         };
         let victims = self.decide(&reservation, checksum, now)?;
-        Ok((victims, self.land(&reservation.key, reservation.ticket)))
+        let flight = self.land(&reservation.key, reservation.ticket);
+        Ok(Some((victims, flight)))
     }
 
     /// Whether this reservation is known; one from before the index was emptied is not.

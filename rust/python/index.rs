@@ -228,15 +228,14 @@ impl Index {
         reservation: u64,
         checksum: Option<u32>,
         now: f64,
-    ) -> PyResult<Vec<RawVictim>> {
-        // The payload outlives the lock, for releasing it may run code of Python's.
-        let (victims, flight) = step!(self, py, |cache| cache.finish(
+    ) -> PyResult<Option<Vec<RawVictim>>> {
+        let done = step!(self, py, |cache| cache.finish(
             reservation,
             checksum,
             millis(now)
         ))?;
-        drop(flight);
-        Ok(raw_victims(victims))
+        // The payload is released here, without the lock, for that may run code of Python's.
+        Ok(done.map(|(victims, _flight)| raw_victims(victims)))
     }
 
     #[pyo3(signature = (reservation, checksum, now, /))]
