@@ -14,13 +14,13 @@ use std::collections::HashMap;
 use foldhash::fast::RandomState;
 
 use self::fills::Reservation;
-pub use self::fills::{Refusal, Room};
+pub use self::fills::{Finished, Refusal, Room};
 pub use self::select::select;
 use self::select::within;
 use crate::cells::{Block, Cell, Cells, List, ROOT, State, Version};
 use crate::entries::SKEW;
 use crate::error::{Fault, Res};
-use crate::flights::{Flights, Ticket};
+use crate::flights::{Closed, Flights, Ticket};
 use crate::key::{self, Span};
 use crate::memo::Memo;
 
@@ -357,14 +357,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
             return Ok(Joined::Ready);
         }
         let version = self.version(key);
-        Ok(match self.flights.joinable(key, span, version) {
+        Ok(match self.flights.join(key, span, version) {
             Some((span, payload)) => Joined::Follow(span, payload),
             None => Joined::Lead(self.flights.open(key, span, Some(payload), version)),
         })
     }
 
     /// Closes a flight and hands out what its readers waited on.
-    pub fn land(&mut self, key: &str, ticket: Ticket) -> Option<T> {
+    pub fn land(&mut self, key: &str, ticket: Ticket) -> Option<Closed<T>> {
         self.flights.close(key, ticket)
     }
 

@@ -25,6 +25,17 @@ struct Flight<T> {
     version: Version,
     /// What the readers wait on; `None` for the copy that a writer puts into the cache.
     payload: Option<T>,
+    /// Whether anybody but its reader waits, or has waited.
+    joined: bool,
+}
+
+/// What is left of a flight that is closed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Closed<T> {
+    /// What its readers waited on.
+    pub payload: Option<T>,
+    /// Whether anybody but the one who opened it has it.
+    pub joined: bool,
 }
 
 /// The flights of one key. Most have one; where there are many (a shard whose inner chunks are all
@@ -78,6 +89,11 @@ impl<T> OfKey<T> {
         self.flights.get(self.place(ticket)?)
     }
 
+    fn get_mut(&mut self, ticket: Ticket) -> Option<&mut Flight<T>> {
+        let at = self.place(ticket)?;
+        self.flights.get_mut(at)
+    }
+
     fn remove(&mut self, ticket: Ticket) -> Option<Flight<T>> {
         let at = self.place(ticket)?;
         let flight = self.flights.swap_remove(at);
@@ -94,12 +110,29 @@ impl<T> OfKey<T> {
     }
 
     /// The flight that brings just this span, if a reader may join it.
-    fn joinable(&self, span: Span, version: Version) -> Option<&Flight<T>> {
-        let open = |f: &&Flight<T>| !f.void && f.version == version && f.payload.is_some();
+    fn joinable(&mut self, span: Span, version: Version) -> Option<&mut Flight<T>> {
+        let open = |f: &&mut Flight<T>| !f.void && f.version == version && f.payload.is_some();
         match &self.places {
-            Some(places) => self.get(*places.by_span.get(&span)?).filter(open),
-            None => self.flights.iter().filter(|f| f.span == span).find(open),
+            Some(places) => {
+                let ticket = *places.by_span.get(&span)?;
+                self.get_mut(ticket).filter(open)
+            }
+            None => self
+                .flights
+                .iter_mut()
+                .filter(|f| f.span == span)
+                .find(open),
         }
+    }
+
+    /// Has somebody join the flight of this span.
+    fn join(&mut self, span: Span, version: Version) -> Option<(Span, T)>
+    where
+        T: Clone,
+    {
+        let flight = self.joinable(span, version)?;
+        flight.joined = true;
+        Some((flight.span, flight.payload.clone()?))
     }
 }
 
@@ -140,13 +173,11 @@ impl<T> Default for Flights<T> {
 }
 
 impl<T: Clone> Flights<T> {
-    /// The flight that a reader of this span may join: of the same span, or of the full value.
-    #[must_use]
-    pub fn joinable(&self, key: &str, span: Span, version: Version) -> Option<(Span, T)> {
-        let flights = self.by_key.get(key)?;
-        let found = flights.joinable(span, version);
-        let found = found.or_else(|| flights.joinable(Span::Full, version))?;
-        Some((found.span, found.payload.clone()?))
+    /// Joins the flight that brings this span, or the full value.
+    pub fn join(&mut self, key: &str, span: Span, version: Version) -> Option<(Span, T)> {
+        let flights = self.by_key.get_mut(key)?;
+        let found = flights.join(span, version);
+        found.or_else(|| flights.join(Span::Full, version))
     }
 
     /// Opens a flight.
@@ -159,6 +190,7 @@ impl<T: Clone> Flights<T> {
             void: false,
             version,
             payload,
+            joined: false,
         };
         match self.by_key.get_mut(key) {
             Some(flights) => flights.push(flight),
@@ -178,14 +210,17 @@ impl<T: Clone> Flights<T> {
         flight.is_some_and(|f| !f.void && f.version == version)
     }
 
-    /// Closes a flight and hands out what its readers waited on.
-    pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<T> {
+    /// Closes a flight; nobody joins it from now on.
+    pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<Closed<T>> {
         let flights = self.by_key.get_mut(key)?;
         let flight = flights.remove(ticket)?;
         if flights.flights.is_empty() {
             self.by_key.remove(key);
         }
-        flight.payload
+        Some(Closed {
+            payload: flight.payload,
+            joined: flight.joined,
+        })
     }
 
     /// Makes the flights of one key void.

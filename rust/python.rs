@@ -6,13 +6,14 @@ mod errors;
 #[cfg(unix)]
 mod files;
 mod index;
+mod memory;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use self::convert::{RawSpan, span};
+use self::convert::{RawSpan, known, span};
 use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
-use crate::{cache, key};
+use crate::cache;
 
 #[pyfunction]
 #[pyo3(signature = (key, raw, /))]
@@ -29,8 +30,7 @@ fn select(size: u64, raw: RawSpan, lenient: bool) -> PyResult<Option<(u64, u64)>
 #[pyfunction]
 #[pyo3(signature = (key, /))]
 fn is_known(key: &Bound<'_, PyString>) -> bool {
-    // Lone surrogates are no text, and no file system and no index takes them.
-    key.to_str().is_ok_and(key::is_known)
+    known(key).is_some()
 }
 
 /// Bytes from which on other threads may run while a checksum is computed.

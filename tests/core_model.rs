@@ -17,8 +17,9 @@ mod reference;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use reference::{Model, Name, Sighting};
-use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
+use zcache::cache::{Cache, Finished, Joined, Limits, Room, Verify, Victim};
 use zcache::cells::Heap;
+use zcache::flights::Closed;
 use zcache::key::Span;
 
 /// One step. Keys, spans and what is under way are picked by index from what there is.
@@ -449,14 +450,14 @@ proptest! {
 #[test]
 fn finish_commits_and_lands() {
     let limits = Limits {
-        max_size: 10,
+        max_size: 20,
         max_age: None,
         lenient: false,
         flat: true,
         verify: Verify::Never,
     };
     let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), limits, 1).unwrap();
-    for (payload, overtaken) in [(7, false), (8, true)] {
+    for (payload, overtaken, joined) in [(7, false, false), (8, true, false), (9, false, true)] {
         let key = format!("a/{payload}");
         let Joined::Lead(ticket) = cache.join(&key, Span::Full, payload, 1, false).unwrap() else {
             panic!("nobody else reads it");
@@ -467,8 +468,13 @@ fn finish_commits_and_lands() {
         if overtaken {
             assert!(cache.begin_write(&key).unwrap().is_empty());
         }
-        let (victims, flight) = cache.finish(id, Some(1), 1).unwrap().unwrap();
-        assert_eq!(flight, Some(payload));
+        if joined {
+            let follower = cache.join(&key, Span::Full, 99, 1, false).unwrap();
+            assert_eq!(follower, Joined::Follow(Span::Full, payload));
+        }
+        let Finished { victims, flight } = cache.finish(id, Some(1), 1).unwrap().unwrap();
+        let payload = Some(payload);
+        assert_eq!(flight, Some(Closed { payload, joined }));
         assert_eq!(cache.in_flight(), (0, 0));
         let names: Vec<_> = victims.iter().map(|v| v.cache_key.as_str()).collect();
         assert_eq!(

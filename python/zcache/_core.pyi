@@ -1,4 +1,4 @@
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 __all__ = [
     "PENDING",
@@ -78,16 +78,23 @@ class Index:
     def missed(self) -> None: ...
     def join(
         self, key: str, raw: _Span, flight: Any, now: float, anyway: bool, /
-    ) -> int | tuple[_Span, Any] | None: ...
+    ) -> int | tuple[_Span, Any] | Literal[False] | None: ...
     def land(self, key: str, ticket: int, /) -> None: ...
     def reserve(self, key: str, raw: _Span, size: int, ticket: int, now: float, /) -> _Room: ...
     def settle(
         self, reservation: int, dropped: list[int], failed: list[int], now: float, /
     ) -> _Room: ...
-    def cleared(self, reservation: int, now: float, /) -> _Room: ...
-    def finish(
-        self, reservation: int, checksum: int | None, now: float, /
-    ) -> list[_Victim] | None: ...
+    def keep(
+        self,
+        values: dict[str, Any],
+        key: str,
+        raw: _Span,
+        data: bytes,
+        value: object,
+        ticket: int,
+        now: float,
+        /,
+    ) -> bool | None: ...
     def commit(
         self, reservation: int, checksum: int | None, now: float, /
     ) -> list[_Victim] | None: ...

@@ -86,8 +86,9 @@ class Engine(Fills):
             verify=verify,
         )
         self.port, self.sync_port = ports(cache, self.books)
-        # What is there, where nothing else can be.
-        self._values = self.port.values if isinstance(self.port, MemoryPort) else None
+        # What is there, where nothing can fail.
+        held = self.port.values if isinstance(self.port, MemoryPort) else None
+        self._values = held if type(held) is dict else None
         self._quick = quick_reader(cache)
         self._files = self._quick if isinstance(self._quick, FileReader) else None
         # Reentrant, for the garbage collector may end a reader inside.
@@ -273,9 +274,6 @@ class Engine(Fills):
 
         `known` is a flight that was joined before, and what it brings.
         """
-        # Only known keys are ever held, so a hit needs no such check.
-        if not is_known(key):
-            return await self.bypass(io, key, prototype, byte_range)
         while True:
             flight = Flight(io.loop())
             # Where the cache store is out of use, what it holds does not count.
@@ -289,6 +287,9 @@ class Engine(Fills):
                     io, self.index.join, key, span, flight, self.now(), not usable
                 )
             known = None
+            if joined is False:
+                # Only known keys are ever held, so a hit needs no such check.
+                return await self.bypass(io, key, prototype, byte_range)
             if joined is None:
                 value = await self.cached(io, key, prototype, span)
                 if value is not None:
@@ -340,22 +341,25 @@ class Engine(Fills):
             except Exception as error:
                 flight.fail(error)
                 raise
-            except BaseException:
-                # Closed first: whoever is woken would else join it again, and again.
-                landed = True
-                self.books.soon(ignore, self.books.index.land, key, ticket)
-                flight.abandon()
-                raise
+            if data is not None and self._values is not None:
+                joined = self.keep(self._values, key, span, data, ticket, self.books.now())
+                # Most land alone, and nobody joins one that has landed.
+                if joined is not False:
+                    flight.deliver(data)
+                landed = joined is not None
+                return value
             flight.deliver(data)
             if data is None:
                 await self.drop(io, await self.books.step(io, self.index.forget, key))
-            elif self._values is not None:
-                landed = self.keep(self._values, key, span, data, ticket, self.books.now())
             else:
                 await self.fill(io, key, span, data, ticket)
         finally:
-            if not landed:
+            if not landed and flight.done:
                 await self.books.sure(io, ignore, self.books.index.land, key, ticket)
+            elif not landed:
+                # Closed first: whoever is woken would else join it again, and again.
+                self.books.soon(ignore, self.books.index.land, key, ticket)
+                flight.abandon()
         return value
 
     # ----------------------------------------------------------------- writes
@@ -404,7 +408,8 @@ class Engine(Fills):
             await self.drop(io, victims)
             if ticket is not None and data is not None:
                 if self._values is not None:
-                    landed = self.keep(self._values, key, None, data, ticket, self.now())
+                    joined = self.keep(self._values, key, None, data, ticket, self.now())
+                    landed = joined is not None
                 else:
                     await self.fill(io, key, None, data, ticket)
         finally:

@@ -123,39 +123,17 @@ class Fills:
         data: bytes,
         ticket: int,
         now: float,
-    ) -> bool:
-        """Do the same in memory, where nothing waits and nothing fails. Whether the flight has landed."""
-        index = self.books.index
-        own = key if span is None else cache_key(key, span)
+    ) -> bool | None:
+        """Do the same in memory, where nothing waits and nothing fails, and land the flight.
+
+        Returns whether anybody has joined the flight. None where it has not landed.
+        """
+        value = to_cpu_buffer(data)
         try:
-            room = index.reserve(key, span, len(data), ticket, now)
-            while room.__class__ is not str:
-                reservation, victims = room
-                try:
-                    if victims:
-                        for _, name in victims:
-                            values.pop(name, None)
-                    else:
-                        values[own] = to_cpu_buffer(data)
-                except BaseException:  # Only an interrupt: nobody knows how far it came.
-                    self._give_up(victims)
-                    self.books.soon(self._give_up, index.abort, reservation)
-                    raise
-                if victims:
-                    room = index.cleared(reservation, now)
-                    continue
-                leftover = index.finish(reservation, crc32c(data), now)
-                if leftover is None:
-                    # The index knows nothing of these bytes.
-                    values.pop(own, None)
-                    return False
-                for cell, name in leftover:
-                    values.pop(name, None)
-                    index.settled([cell], [])
-                return True
-        except NOT_NOW:
-            pass  # The step that lands the flight sees to it.
-        return False
+            joined: bool | None = self.books.index.keep(values, key, span, data, value, ticket, now)
+        except (*NOT_NOW, MemoryError):
+            return None  # The step that lands the flight sees to it.
+        return joined
 
     def _give_room_up(self, room: tuple[int, list[Victim]] | str) -> None:
         if not isinstance(room, str):

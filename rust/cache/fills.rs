@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use super::{BATCH, Cache, Victim};
 use crate::cells::{Block, Cells, Kind, List, ROOT, State};
 use crate::error::{Fault, Res};
-use crate::flights::Ticket;
+use crate::flights::{Closed, Ticket};
 use crate::key::Span;
 
 /// Times that a reservation looks for other victims after deletes have failed.
@@ -20,6 +20,15 @@ pub enum Room {
     Evict(u64, Vec<Victim>),
     /// Leave the value uncached. The reservation is gone.
     Refused(Refusal),
+}
+
+/// What is left of a fill that has ended.
+#[derive(Debug)]
+pub struct Finished<T> {
+    /// What has to be deleted after all.
+    pub victims: Vec<Victim>,
+    /// The flight of its ticket; `None` where that was closed before.
+    pub flight: Option<Closed<T>>,
 }
 
 /// Why a value stays uncached.
@@ -320,19 +329,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     /// The same as [`Cache::commit`], then [`Cache::land`] for the flight of its ticket, in one step.
-    /// Hands out what the readers of the flight waited on. `None` where nothing was granted.
-    pub fn finish(
-        &mut self,
-        id: u64,
-        checksum: Option<u32>,
-        now: u64,
-    ) -> Res<Option<(Vec<Victim>, Option<T>)>> {
+    /// `None` where nothing was granted.
+    pub fn finish(&mut self, id: u64, checksum: Option<u32>, now: u64) -> Res<Option<Finished<T>>> {
         let Some(reservation) = self.take_granted(id) else {
             return Ok(None);
         };
         let victims = self.decide(&reservation, checksum, now)?;
         let flight = self.land(&reservation.key, reservation.ticket);
-        Ok(Some((victims, flight)))
+        Ok(Some(Finished { victims, flight }))
     }
 
     /// Whether this reservation is known; one from before the index was emptied is not.

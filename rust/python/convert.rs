@@ -2,9 +2,10 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
 use crate::cache::{Found, Limits, Refusal, Room, Verify, Victim};
-use crate::key::Span;
+use crate::key::{self, Span};
 
 /// A span as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
 /// 3 suffix) and its numbers.
@@ -23,6 +24,12 @@ pub(super) fn span(raw: RawSpan) -> PyResult<Span> {
             )));
         }
     })
+}
+
+/// A key that may be held.
+pub(super) fn known<'a>(key: &'a Bound<'_, PyString>) -> Option<&'a str> {
+    // Lone surrogates are no text, and no file system and no index takes them.
+    key.to_str().ok().filter(|key| key::is_known(key))
 }
 
 pub(super) fn raw_span(span: Span) -> RawSpan {

@@ -7,14 +7,16 @@ use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
+use pyo3::types::{PyBytes, PyDict, PyString};
 
 #[cfg(unix)]
 use super::backing::guarded;
 use super::backing::{Backing, step};
 use super::convert::{
-    RawSpan, RawVictim, age, answer, hit, limits, millis, raw_span, raw_victims, span,
+    RawSpan, RawVictim, age, answer, hit, known, limits, millis, raw_span, raw_victims, span,
 };
 use super::errors::poisoned;
+use super::memory::Fill;
 use crate::cache::{Cache, Joined};
 use crate::cells::{Heap, State};
 #[cfg(unix)]
@@ -136,12 +138,15 @@ impl Index {
     fn join<'py>(
         &self,
         py: Python<'py>,
-        key: &str,
+        key: &Bound<'py, PyString>,
         raw: RawSpan,
         flight: Py<PyAny>,
         now: f64,
         anyway: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let Some(key) = known(key) else {
+            return Ok(false.into_pyobject(py)?.to_owned().into_any());
+        };
         let span = span(raw)?;
         // A second reference of our own: nothing of Python is released while the lock is held.
         let flight = Arc::new(flight);
@@ -210,32 +215,29 @@ impl Index {
         answer(py, room)
     }
 
-    #[pyo3(signature = (reservation, now, /))]
-    fn cleared<'py>(
+    /// See [`super::memory`].
+    #[pyo3(signature = (values, key, raw, data, value, ticket, now, /))]
+    #[allow(clippy::too_many_arguments)] // All that a fill is about, for one call.
+    fn keep(
         &self,
-        py: Python<'py>,
-        reservation: u64,
+        values: &Bound<'_, PyDict>,
+        key: &Bound<'_, PyString>,
+        raw: RawSpan,
+        data: &Bound<'_, PyBytes>,
+        value: &Bound<'_, PyAny>,
+        ticket: u64,
         now: f64,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let room = step!(self, py, |cache| cache.cleared(reservation, millis(now)))?;
-        answer(py, room)
-    }
-
-    #[pyo3(signature = (reservation, checksum, now, /))]
-    fn finish(
-        &self,
-        py: Python<'_>,
-        reservation: u64,
-        checksum: Option<u32>,
-        now: f64,
-    ) -> PyResult<Option<Vec<RawVictim>>> {
-        let done = step!(self, py, |cache| cache.finish(
-            reservation,
-            checksum,
-            millis(now)
-        ))?;
-        // The payload is released here, without the lock, for that may run code of Python's.
-        Ok(done.map(|(victims, _flight)| raw_victims(victims)))
+    ) -> PyResult<Option<bool>> {
+        let fill = Fill {
+            backing: &self.backing,
+            values,
+            key,
+            span: span(raw)?,
+            data,
+            ticket,
+            now: millis(now),
+        };
+        fill.run(value)
     }
 
     #[pyo3(signature = (reservation, checksum, now, /))]

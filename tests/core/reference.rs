@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use zcache::cache::{BATCH, Found, Joined, Limits, Refusal, Room, Stats, Victim};
 use zcache::cells::State;
+use zcache::flights::Closed;
 use zcache::key::{self, Span};
 
 pub(crate) type Name = (String, Span);
@@ -35,6 +36,7 @@ struct Flight {
     name: Name,
     void: bool,
     payload: Option<u32>,
+    joined: bool,
 }
 
 #[derive(Debug)]
@@ -260,7 +262,12 @@ impl Model {
             .collect();
         match got {
             Joined::Ready => panic!("ready, but nothing is there"),
-            Joined::Follow(span, payload) => assert!(open.contains(&(*span, *payload))),
+            Joined::Follow(span, payload) => {
+                assert!(open.contains(&(*span, *payload)));
+                let name = (key.to_owned(), *span);
+                let followed = |f: &&mut Flight| !f.void && f.name == name && f.payload.is_some();
+                self.flights.iter_mut().find(followed).unwrap().joined = true;
+            }
             Joined::Lead(ticket) => {
                 assert!(open.is_empty(), "a second flight beside {open:?}");
                 self.open(*ticket, (key.to_owned(), asked), Some(payload));
@@ -275,16 +282,22 @@ impl Model {
             name,
             void: false,
             payload,
+            joined: false,
         });
     }
 
-    pub(crate) fn landed(&mut self, key: &str, ticket: u64, got: Option<u32>) {
+    pub(crate) fn landed(&mut self, key: &str, ticket: u64, got: Option<Closed<u32>>) {
         let at = self
             .flights
             .iter()
             .position(|f| f.ticket == ticket && f.name.0 == key);
-        let payload = at.and_then(|at| self.flights.remove(at).payload);
-        assert_eq!(got, payload);
+        let flight = at.map(|at| self.flights.remove(at));
+        let closed = flight.map(
+            |Flight {
+                 payload, joined, ..
+             }| Closed { payload, joined },
+        );
+        assert_eq!(got, closed);
     }
 
     fn valid(&self, key: &str, ticket: u64) -> bool {

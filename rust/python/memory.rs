@@ -1,0 +1,107 @@
+//! A fill in memory: all steps of it in one call, for nothing in it waits.
+
+use pyo3::exceptions::PyKeyError;
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::{PyBytes, PyDict, PyString};
+
+use super::backing::{Backing, step};
+use super::checksum;
+use super::errors::poisoned;
+use crate::cache::{Finished, Room, Victim};
+use crate::error::Fault;
+use crate::key::Span;
+
+/// What a fill in memory is about.
+pub(super) struct Fill<'a, 'py> {
+    pub(super) backing: &'a Backing,
+    /// What the cache store holds, by name.
+    pub(super) values: &'a Bound<'py, PyDict>,
+    pub(super) key: &'a Bound<'py, PyString>,
+    pub(super) span: Span,
+    pub(super) data: &'a Bound<'py, PyBytes>,
+    pub(super) ticket: u64,
+    /// Milliseconds.
+    pub(super) now: u64,
+}
+
+impl Fill<'_, '_> {
+    /// Makes room, puts `value` there, and lands the flight. Returns whether anybody has joined it;
+    /// `None` where the value stays uncached, and its flight open.
+    ///
+    /// The lock is not held while the dict changes: to drop a value may run code of Python's.
+    pub(super) fn run(&self, value: &Bound<'_, PyAny>) -> PyResult<Option<bool>> {
+        let py = self.values.py();
+        let key = self.key.to_str()?;
+        let data = self.data.as_bytes();
+        let size = data.len() as u64;
+        let (span, ticket, now) = (self.span, self.ticket, self.now);
+        let mut room = step!(self, py, |cache| cache
+            .reserve(key, span, size, ticket, now))?;
+        loop {
+            match room {
+                Room::Refused(_) => return Ok(None),
+                Room::Evict(id, victims) => {
+                    if let Err(error) = self.remove(&victims) {
+                        self.give_up(id, &victims)?;
+                        return Err(error);
+                    }
+                    room = step!(self, py, |cache| cache.cleared(id, now))?;
+                }
+                Room::Granted(id) => {
+                    let checksum = checksum(py, data);
+                    let put = match span {
+                        Span::Full => self.values.set_item(self.key, value),
+                        _ => self.values.set_item(span.cache_key(key), value),
+                    };
+                    if let Err(error) = put {
+                        self.give_up(id, &[])?;
+                        return Err(error);
+                    }
+                    return self.finish(id, checksum);
+                }
+            }
+        }
+    }
+
+    fn finish(&self, id: u64, checksum: u32) -> PyResult<Option<bool>> {
+        let py = self.values.py();
+        let now = self.now;
+        let done = step!(self, py, |cache| cache.finish(id, Some(checksum), now))?;
+        // The payload of the flight is released here, without the lock: that may run code of Python's.
+        let Some(Finished { victims, flight }) = done else {
+            // The index was emptied meanwhile, and knows nothing of these bytes.
+            let cache_key = self.span.cache_key(self.key.to_str()?);
+            self.remove(&[Victim { cell: 0, cache_key }])?;
+            return Ok(None);
+        };
+        if !victims.is_empty() {
+            self.remove(&victims)?;
+            let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+            step!(self, py, |cache| cache.settled(&cells, &[]))?;
+        }
+        // One that was taken out meanwhile (after a fork, say) may have been joined before.
+        Ok(Some(flight.is_none_or(|closed| closed.joined)))
+    }
+
+    fn remove(&self, victims: &[Victim]) -> PyResult<()> {
+        let py = self.values.py();
+        for victim in victims {
+            match self.values.del_item(&victim.cache_key) {
+                Err(error) if !error.is_instance_of::<PyKeyError>(py) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody knows how far it came: what it has begun is left to a later delete.
+    fn give_up(&self, id: u64, victims: &[Victim]) -> PyResult<()> {
+        let py = self.values.py();
+        let mut cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+        step!(self, py, |cache| {
+            cells.extend(cache.abort(id)?.iter().map(|victim| victim.cell));
+            cache.settled(&[], &cells)
+        })
+    }
+}

@@ -1,0 +1,140 @@
+"""Fills of a cache in memory, which are one call into the core: what is left when that fails midway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import UserDict
+
+import pytest
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
+
+from support import PROTOTYPE
+from zcache import CacheStore
+from zcache._core import Index
+
+SIZE = 10
+
+
+class Stubborn(str):
+    """A name that a dict cannot be asked about while memory is short."""
+
+    __slots__ = ()
+    short = False
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        if Stubborn.short:
+            raise MemoryError
+        return str.__eq__(self, other)
+
+
+@pytest.fixture(autouse=True)
+def _enough_memory():
+    yield
+    Stubborn.short = False
+
+
+def fill(index: Index, values: dict, key: str, data: bytes = b"1" * SIZE) -> bool | None:
+    ticket = index.join(key, None, object(), 1.0, False)
+    assert type(ticket) is int
+    try:
+        return index.keep(values, key, None, data, object(), ticket, 1.0)
+    finally:
+        index.land(key, ticket)
+
+
+def test_a_value_that_cannot_be_put_there_stays_counted():
+    index = Index(max_size=2 * SIZE, flat=True)
+    values = {Stubborn("a"): b"of somebody else"}
+    Stubborn.short = True
+    with pytest.raises(MemoryError):
+        fill(index, values, "a")
+    Stubborn.short = False
+    # Nobody knows whether the bytes are there, so they count until a delete says that they are not.
+    assert (len(index), index.current_size, index.in_flight) == (0, SIZE, (0, 0))
+    index.validate()
+    assert fill(index, values, "a") is False
+    assert (len(index), index.current_size) == (1, SIZE)
+    index.validate()
+
+
+def test_a_victim_that_cannot_be_removed_stays_counted():
+    index = Index(max_size=SIZE, flat=True)
+    values = {}
+    assert fill(index, values, Stubborn("a")) is False
+    Stubborn.short = True
+    with pytest.raises(MemoryError):
+        fill(index, values, "b")
+    Stubborn.short = False
+    assert list(values) == ["a"]
+    assert (len(index), index.current_size, index.in_flight) == (0, SIZE, (0, 0))
+    index.validate()
+    assert fill(index, values, "b") is False
+    assert list(values) == ["b"]
+    assert (len(index), index.current_size) == (1, SIZE)
+    index.validate()
+
+
+def test_who_joins_a_flight_is_told_to_its_reader():
+    index = Index(flat=True)
+    leader, follower = object(), object()
+    ticket = index.join("a", None, leader, 1.0, False)
+    assert index.join("a", None, follower, 1.0, False) == (None, leader)
+    assert index.keep({}, "a", None, b"1", b"1", ticket, 1.0) is True
+    ticket = index.join("b", None, leader, 1.0, False)
+    assert index.keep({}, "b", None, b"1", b"1", ticket, 1.0) is False
+    assert index.in_flight == (0, 0)
+
+
+def test_a_key_that_is_never_held_opens_no_flight():
+    index = Index(flat=True)
+    for key in ("", "/a", "a/../b", ".zcache/x", "\ud800"):
+        assert index.join(key, None, object(), 1.0, False) is False
+    assert index.in_flight == (0, 0)
+
+
+def test_a_value_that_does_not_fit_leaves_the_flight_open():
+    index = Index(max_size=SIZE, flat=True)
+    ticket = index.join("a", None, object(), 1.0, False)
+    values = {}
+    assert index.keep(values, "a", None, b"1" * (SIZE + 1), object(), ticket, 1.0) is None
+    assert (values, index.in_flight) == ({}, (1, 0))
+
+
+def test_short_memory_in_a_fill_is_no_failure_of_a_read():
+    async def run() -> None:
+        source = MemoryStore({"a": cpu.Buffer.from_bytes(b"new")})
+        held = {}
+        store = CacheStore(source, cache_store=MemoryStore(held))
+        held[Stubborn("a")] = None
+        Stubborn.short = True
+        value = await store.get("a", PROTOTYPE)
+        assert value is not None
+        assert value.to_bytes() == b"new"
+        Stubborn.short = False
+        again = await store.get("a", PROTOTYPE)
+        assert again is not None
+        assert again.to_bytes() == b"new"
+        assert store.cache_info()["current_size"] == 3
+
+    asyncio.run(run())
+
+
+def test_a_mapping_that_is_no_dict_serves_as_well():
+    async def run() -> None:
+        values = {"a": b"12", "b": b"345"}
+        source = MemoryStore({k: cpu.Buffer.from_bytes(v) for k, v in values.items()})
+        held: UserDict = UserDict()
+        store = CacheStore(source, cache_store=MemoryStore(held), max_size=4)
+        for key in ("a", "b", "b", "a"):
+            value = await store.get(key, PROTOTYPE)
+            assert value is not None
+            assert value.to_bytes() == values[key]
+        assert list(held) == ["a"]
+        assert store.cache_stats()["evictions"] == 2
+        assert store.cache_info()["current_size"] == 2
+
+    asyncio.run(run())
