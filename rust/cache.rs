@@ -10,6 +10,7 @@ mod fills;
 mod select;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
@@ -377,8 +378,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
     }
 
     fn is_valid(&self, key: &str, ticket: Ticket) -> bool {
-        self.flights.valid(key, ticket, self.version(key))
-            && (B::EXCLUSIVE || !self.cells.block.is_written(shared_hash(key)))
+        self.valid_key(key, ticket).is_some()
+    }
+
+    /// The key of a ticket under which a value may be kept.
+    fn valid_key(&self, key: &str, ticket: Ticket) -> Option<&Arc<str>> {
+        let valid = self.flights.valid(key, ticket, self.version(key))?;
+        (B::EXCLUSIVE || !self.cells.block.is_written(shared_hash(key))).then_some(valid)
     }
 
     /// Whether it is for this participant to [`Cache::adopt`].

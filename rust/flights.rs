@@ -7,8 +7,10 @@
 //! of other processes show in the version of the key, with which a flight is opened and asked for.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
+use smallvec::{SmallVec, smallvec};
 
 use crate::cells::Version;
 use crate::key::Span;
@@ -42,7 +44,7 @@ pub struct Closed<T> {
 /// read at once), each is found without a look at the others.
 #[derive(Debug)]
 struct OfKey<T> {
-    flights: Vec<Flight<T>>,
+    flights: SmallVec<[Flight<T>; 1]>,
     /// Only kept where there are many.
     places: Option<Box<Places>>,
 }
@@ -149,7 +151,7 @@ impl Places {
 /// All flights of one cache.
 #[derive(Debug)]
 pub struct Flights<T> {
-    by_key: HashMap<Box<str>, OfKey<T>, RandomState>,
+    by_key: HashMap<Arc<str>, OfKey<T>, RandomState>,
     writers: HashMap<Box<str>, Writers, RandomState>,
     next: Ticket,
 }
@@ -195,7 +197,7 @@ impl<T: Clone> Flights<T> {
         match self.by_key.get_mut(key) {
             Some(flights) => flights.push(flight),
             None => {
-                let flights = vec![flight];
+                let flights = smallvec![flight];
                 let places = None;
                 self.by_key.insert(key.into(), OfKey { flights, places });
             }
@@ -203,11 +205,12 @@ impl<T: Clone> Flights<T> {
         ticket
     }
 
-    /// Whether what this flight brings may be kept.
+    /// The key of a flight, if what that brings may be kept.
     #[must_use]
-    pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> bool {
-        let flight = self.by_key.get(key).and_then(|flights| flights.get(ticket));
-        flight.is_some_and(|f| !f.void && f.version == version)
+    pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> Option<&Arc<str>> {
+        let (key, flights) = self.by_key.get_key_value(key)?;
+        let flight = flights.get(ticket)?;
+        (!flight.void && flight.version == version).then_some(key)
     }
 
     /// Closes a flight; nobody joins it from now on.

@@ -1,6 +1,9 @@
 //! Making room for a value, and deciding whether it stays once its bytes are written.
 
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 use super::{BATCH, Cache, Victim};
 use crate::cells::{Block, Cells, Kind, List, ROOT, State};
@@ -54,7 +57,7 @@ pub enum Refusal {
 
 #[derive(Debug)]
 pub(super) struct Reservation {
-    pub(super) key: Box<str>,
+    pub(super) key: Arc<str>,
     pub(super) span: Span,
     pub(super) size: u64,
     pub(super) ticket: Ticket,
@@ -63,7 +66,7 @@ pub(super) struct Reservation {
     /// Times that deletes which it asked for have failed.
     pub(super) failures: u32,
     /// Entries whose deletes it has asked for last.
-    pub(super) asked: Vec<u32>,
+    pub(super) asked: SmallVec<[u32; 4]>,
     /// The entry, once granted.
     pub(super) cell: u32,
 }
@@ -88,9 +91,9 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if too_large && !self.is_outdated(held, now)? {
             return Ok(self.refuse(Refusal::TooLarge));
         }
-        if !self.is_valid(key, ticket) {
+        let Some(known) = self.valid_key(key, ticket).map(Arc::clone) else {
             return Ok(self.refuse(Refusal::Void));
-        }
+        };
         let mut own = None;
         if let Some(i) = held {
             let cell = self.cells.get(i)?;
@@ -106,15 +109,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
         }
         let id = self.next_reservation;
         self.next_reservation += 1;
-        let key = key.into();
         let reservation = Reservation {
-            key,
+            key: known,
             span,
             size,
             ticket,
             room: 0,
             failures: 0,
-            asked: Vec::new(),
+            asked: SmallVec::new(),
             cell: 0,
         };
         self.reservations.insert(id, reservation);
@@ -144,7 +146,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// Does the same where every delete that the reservation asked for has succeeded.
     pub fn cleared(&mut self, id: u64, now: u64) -> Res<Room> {
         let reservation = self.reservations.get_mut(&id);
-        let asked = reservation.map_or_else(Vec::new, |r| std::mem::take(&mut r.asked));
+        let asked = reservation.map_or_else(SmallVec::new, |r| std::mem::take(&mut r.asked));
         self.settle(id, &asked, &[], now)
     }
 
@@ -447,10 +449,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         } else {
             self.cells.retry(i)?
         };
-        victims.push(Victim {
-            cell: i,
-            cache_key: span.cache_key(&key),
-        });
+        let cache_key = match span {
+            Span::Full => key,
+            _ => span.cache_key(&key),
+        };
+        victims.push(Victim { cell: i, cache_key });
         Ok(size)
     }
 
