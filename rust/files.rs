@@ -171,6 +171,37 @@ pub fn write(
     made
 }
 
+/// Writes the value of this name in a cache directory; see [`write`].
+///
+/// # Errors
+///
+/// As [`write`]; `ELOOP` where a link leads out of the directory: no walk would find the file there.
+pub fn write_below(
+    root: &Path,
+    name: &Path,
+    unfinished: &Path,
+    data: &[u8],
+    nanos: i64,
+) -> io::Result<(OwnedFd, u32)> {
+    if leads_out(root, name) {
+        return Err(Errno::LOOP.into());
+    }
+    write(unfinished, &root.join(name), data, nanos)
+}
+
+/// Removes the value of this name from a cache directory. What is there but is not ours stays, and
+/// does not count.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
+    if !leads_out(root, name) {
+        remove(&root.join(name))?;
+    }
+    Ok(())
+}
+
 /// Closes a pending file, and says whether it is valid from now on.
 ///
 /// # Errors
@@ -185,12 +216,27 @@ pub fn seal(file: OwnedFd, valid: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a file if zcache wrote it. Whether it did.
+/// Removes a file if zcache wrote it. False if there is one that it did not write; that stays.
 ///
 /// # Errors
 ///
-/// Where there is no such file, or the file system refuses.
+/// Where the file system refuses.
 pub fn remove(path: &Path) -> io::Result<bool> {
+    match remove_ours(path) {
+        // Nothing is there, or no file can have such a name.
+        Err(
+            Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::NAMETOOLONG
+            | Errno::INVAL
+            | Errno::ILSEQ
+            | Errno::LOOP,
+        ) => Ok(true),
+        removed => Ok(removed?),
+    }
+}
+
+fn remove_ours(path: &Path) -> rustix::io::Result<bool> {
     let status = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
     let mark = modified(&status).rem_euclid(MILLI);
     let regular = FileType::from_raw_mode(status.st_mode) == FileType::RegularFile;

@@ -43,6 +43,8 @@ pub mod key;
 pub mod mapped;
 mod memo;
 mod names;
+#[cfg(unix)]
+pub mod offload;
 mod table;
 mod validate;
 

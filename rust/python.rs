@@ -7,6 +7,8 @@ mod errors;
 mod files;
 mod index;
 mod memory;
+#[cfg(unix)]
+mod offload;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -61,12 +63,15 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("SIGNATURE", crate::files::SIGNATURE)?;
         module.add("PENDING", crate::files::PENDING)?;
         module.add_class::<files::NewFile>()?;
+        module.add_class::<offload::Workers>()?;
+        module.add_class::<offload::Desk>()?;
         module.add_function(wrap_pyfunction!(files::create_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::write_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::noted_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::publish_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_file, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_file_below, module)?)?;
         module.add_function(wrap_pyfunction!(files::leads_out, module)?)?;
     }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;

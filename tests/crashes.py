@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.storage import LocalStore
 
-from zcache import CacheStore, _files
+from zcache import CacheStore, _files, _ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -256,9 +256,10 @@ class Fuse:
     def attach(self, store: CacheStore) -> None:
         books = store._engine.books
         books.index = Fused(books.index, self)
-        # The same steps as in one call, so that it can be in between.
-        vars(_files)["_write"] = _files._write_in_steps
-        for name in ("_create", "_publish", "seal", "remove"):
+        # The same steps as in one call, in this thread, so that it can be in between.
+        vars(_ports)["counter"] = lambda _: None
+        vars(_files)["_write"] = _files.write_in_steps
+        for name in ("_create", "_publish", "seal", "remove", "remove_below"):
             setattr(_files, name, self.around(getattr(_files, name)))
         source: Any = store._store
         source.set = self.around_async(source.set)

@@ -35,6 +35,7 @@ class Recorder:
         self.void: dict[int, tuple[str, int, bool]] = {}
         self.writers: dict[str, tuple[int, bool]] = {}
         self._flights: list[tuple[object, int]] = []
+        self._tickets: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -70,11 +71,22 @@ class Recorder:
             self._void(lambda key: key == prefix or key.startswith(below))
         if name == "land":
             self.void.pop(args[1], None)
+        if name == "finish":
+            return self._finish(args[0], answer)
         if name in ("reserve", "settle"):
+            if name == "reserve" and not isinstance(answer, str):
+                self._tickets[answer[0]] = args[3]
             return answer if isinstance(answer, str) else sorted(v for _, v in answer[1])
-        if name in ("abort", "commit", "orphans", "sweep", "discard", "forget"):
+        if name in ("abort", "orphans", "sweep", "discard", "forget"):
             return sorted(victim for _, victim in answer)
         return None if name == "settled" else repr(answer)
+
+    def _finish(self, reservation: int, answer: Any) -> Any:
+        if answer is None:
+            return None
+        self.void.pop(self._tickets[reservation], None)
+        victims, orphaned = answer
+        return sorted(victim for _, victim in victims), orphaned
 
     def _write(self, name: str, key: str, answer: Any, actor: int) -> Any:
         self._void(key.__eq__)

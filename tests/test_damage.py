@@ -323,7 +323,7 @@ async def test_a_size_that_is_not_the_one_of_its_file(
     fetched = path.stat().st_mtime
     path.unlink()
     unfinished = str(where / "cache" / ".zcache" / "tmp" / "p0-")
-    file = _files.write_new(str(path), b"short", unfinished, fetched)
+    file = _files.write_new(str(where / "cache"), key, b"short", unfinished, fetched)
     _files.seal(file, valid=True)
     store = open_store(where)
     assert await read(store, key) == value(key)

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from directory_support import open_store, reads, tree
 from support import CountingStore, FaultyStore, buf, check_books, fill, held, read
-from zcache import CacheStore, _books, _files
+from zcache import CacheStore, _books, _files, _ports
 from zcache._directory import Directory
 
 if TYPE_CHECKING:
@@ -316,7 +316,8 @@ async def test_a_write_that_the_volume_refuses(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files, "_write", _files._write_in_steps)
+    monkeypatch.setattr(_ports, "counter", lambda _: None)
+    monkeypatch.setattr(_files, "_write", _files.write_in_steps)
     monkeypatch.setattr(_files, "_publish", full)
     await fill(store, a=b"1")
     assert await read(store, "a") == b"1"

@@ -29,7 +29,7 @@ from coherence_support import (
     until,
 )
 from support import Clock
-from zcache import _breaker, _files
+from zcache import _breaker, _files, _ports
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -514,7 +514,8 @@ async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Path(unfinished).write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(_files, "_write", _files._write_in_steps)
+    monkeypatch.setattr(_ports, "counter", lambda _: None)
+    monkeypatch.setattr(_files, "_write", _files.write_in_steps)
     monkeypatch.setattr(_files, "_create", limited)
     for key in (*SOURCE, *SOURCE):
         assert await read(store, key) == SOURCE[key]

@@ -352,7 +352,7 @@ class Engine(Fills):
             if data is None:
                 await self.drop(io, await self.books.step(io, self.index.forget, key))
             else:
-                await self.fill(io, key, span, data, ticket)
+                landed = await self.fill(io, key, span, data, ticket)
         finally:
             if not landed and flight.done:
                 await self.books.sure(io, ignore, self.books.index.land, key, ticket)
@@ -411,7 +411,7 @@ class Engine(Fills):
                     joined = self.keep(self._values, key, None, data, ticket, self.now())
                     landed = joined is not None
                 else:
-                    await self.fill(io, key, None, data, ticket)
+                    landed = await self.fill(io, key, None, data, ticket)
         finally:
             if ticket is not None and not landed:
                 await books.sure(io, ignore, index.land, key, ticket)
@@ -520,5 +520,11 @@ def _slices(source: Store) -> bool:
 
 def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
-    data: bytes = value.as_numpy_array().tobytes()
+    array = value.as_numpy_array()
+    base: object = array.base
+    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
+        return (
+            base  # Nobody can change these, and they are all of it: the array is of one dimension.
+        )
+    data: bytes = array.tobytes()
     return data

@@ -29,6 +29,7 @@ from zcache._core import (
     noted_file,
     publish_file,
     remove_file,
+    remove_file_below,
     write_file,
 )
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from zcache._core import NewFile
 
 _MILLI: Final = 1_000_000
-_NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP})
-"""What a file system says of a name that no file can have, so that none has it."""
 _numbers = itertools.count()
 
 
@@ -55,13 +54,23 @@ def sign(path: str, status: os.stat_result) -> None:
     os.utime(path, ns=(time, time), follow_symlinks=False)
 
 
-def write_new(path: str, data: bytes, tmp: str, seconds: float) -> NewFile:
+def unfinished_name(tmp: str) -> str:
+    """A name for a file that is not finished yet, after the beginning of such names."""
+    return f"{tmp}{next(_numbers)}"
+
+
+def pending_time(seconds: float) -> int:
+    """Modification time of a file that is fetched then, in seconds since 1970, and not valid yet."""
+    return int(seconds * 1000) * _MILLI + PENDING
+
+
+def write_new(root: str, name: str, data: bytes, tmp: str, seconds: float) -> NewFile:
     """Write a file that is not there yet; it is pending until `seal` says otherwise.
 
     Parameters
     ----------
-    path : str
-        Its name; missing directories are made.
+    root, name : str
+        The cache directory and the name in it; missing directories are made.
     data : bytes
         Its contents.
     tmp : str
@@ -79,11 +88,9 @@ def write_new(path: str, data: bytes, tmp: str, seconds: float) -> NewFile:
     FileExistsError
         If there is a file of this name that zcache did not write. It stays as it is.
     OSError
-        If the file system refuses. Nothing is left behind.
+        If the file system refuses, or a link leads out of the directory. Nothing is left behind.
     """
-    unfinished = f"{tmp}{next(_numbers)}"
-    time = int(seconds * 1000) * _MILLI + PENDING
-    return _write(unfinished, path, data, time)
+    return _write(root, name, unfinished_name(tmp), data, pending_time(seconds))
 
 
 def seal(file: NewFile, *, valid: bool) -> None:
@@ -96,20 +103,24 @@ def noted(path: str) -> tuple[int, int] | None:
     return noted_file(path)
 
 
-def _write(unfinished: str, path: str, data: bytes, time: int) -> NewFile:
+def _write(root: str, name: str, unfinished: str, data: bytes, time: int) -> NewFile:
     # In one call: whoever gives the GIL back may wait milliseconds until it is given again.
     try:
-        return write_file(unfinished, path, data, time)
+        return write_file(root, name, unfinished, data, time)
     except (FileNotFoundError, FileExistsError):
         # Somebody has tidied up, or a file is in the way.
-        return _write_in_steps(unfinished, path, data, time)
+        return write_in_steps(root, name, unfinished, data, time)
 
 
-def _write_in_steps(unfinished: str, path: str, data: bytes, time: int) -> NewFile:
+def write_in_steps(root: str, name: str, unfinished: str, data: bytes, time: int) -> NewFile:
+    """Do the same where something has to be done about what is in the way."""
+    if leads_out(root, name):
+        # What lies there is not in the directory: no walk would find it.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
     published = False
     try:
         file = _create(unfinished, data, time)
-        _publish(unfinished, path)
+        _publish(unfinished, os.path.join(root, name))
         published = True
     finally:
         if not published:
@@ -144,14 +155,18 @@ def remove(path: str) -> bool:
     OSError
         If the file system refuses.
     """
-    try:
-        return remove_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        if error.errno not in _NO_NAMES:
-            raise
-    return True
+    return remove_file(path)
+
+
+def remove_below(root: str, name: str) -> None:
+    """Remove the file of a value. What is there but is not ours stays, and does not count.
+
+    Raises
+    ------
+    OSError
+        If the file system refuses.
+    """
+    remove_file_below(root, name)
 
 
 def walk(

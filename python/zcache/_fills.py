@@ -65,12 +65,12 @@ class Fills:
 
     async def fill(
         self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
-    ) -> None:
-        """Cache a value, if there is room for it and the ticket allows."""
+    ) -> bool:
+        """Cache a value, if there is room for it and the ticket allows. Whether the flight has landed."""
         # Without deletes no room can be made either; to try would cost entries that are still good.
         allows = self.breaker.allows
         if not (allows("write") and allows("delete") and self.books.usable):
-            return
+            return False
         books, index, immediate = self.books, self.books.index, io.port.immediate
         now = self.now()
         if books.directory is not None:
@@ -80,6 +80,7 @@ class Fills:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:
             room = await books.step(io, index.reserve, key, span, len(data), ticket, now)
+        landed, orphaned = False, True
         while not isinstance(room, str):
             reservation, victims = room
             outcome: tuple[list[int], list[int]] = [], []
@@ -106,14 +107,14 @@ class Fills:
                 )
                 continue
             if fits:
-                leftover = await self._write(io, key, span, data, reservation)
+                landed, orphaned = await self._write(io, key, span, data, reservation)
             else:
                 leftover = await books.sure(io, self._give_up, index.abort, reservation)
-            if leftover:
                 await self.drop(io, leftover)
             break
-        if orphans := await books.sure(io, self._give_up, index.orphans, RETRIES):
+        if orphaned and (orphans := await books.sure(io, self._give_up, index.orphans, RETRIES)):
             await self.drop(io, orphans)
+        return landed
 
     def keep(
         self,
@@ -170,27 +171,14 @@ class Fills:
 
     async def _write(
         self, io: Traffic, key: str, span: Span | None, data: bytes, reservation: int
-    ) -> list[Victim]:
-        """Write the bytes for which there is room; returns what has to be deleted after all."""
+    ) -> tuple[bool, bool]:
+        """Write the bytes for which there is room.
+
+        Returns whether the flight has landed, and whether there may be orphans.
+        """
         name = key if span is None else cache_key(key, span)
         books, index = self.books, self.books.index
-
-        def late(written: Written | BaseException) -> None:
-            # Whoever read it is gone, but the value is as good as any.
-            if isinstance(written, BaseException):
-                books.soon(self._give_up, index.abort, reservation)
-            else:
-                checksum = checksum_of(written)
-                decide = partial(decided, written)
-                books.soon(decide, index.commit, reservation, checksum, self.now())
-
-        def checksum_of(written: Written) -> int:
-            return crc32c(data) if written is None else written.checksum
-
-        def decided(written: Written, victims: list[Victim] | None) -> None:
-            io.port.seal(written, valid=victims == [])
-            self._give_up(victims or [])
-
+        late = partial(self._written_late, io, data, reservation)
         try:
             if io.port.immediate:
                 written = io.port.write_now(name, data)
@@ -198,26 +186,47 @@ class Fills:
                 written = await io.port.write(name, data, late)
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
             self.breaker.failed(error, "write")
-            return await books.sure(io, self._give_up, index.abort, reservation)
+            await self.drop(io, await books.sure(io, self._give_up, index.abort, reservation))
+            return False, True
         except BaseException as interrupt:
             if io.port.immediate:
                 late(interrupt)
             raise
         self.breaker.succeeded("write")
-        checksum = checksum_of(written)
-        victims: list[Victim] | None
+        checksum = crc32c(data) if written is None else written.checksum
         try:
-            victims = index.commit(reservation, checksum, self.now())
+            done = index.finish(reservation, checksum, self.now())
         except NOT_NOW:
-            decide = partial(decided, written)
-            victims = await books.sure(io, decide, index.commit, reservation, checksum, self.now())
+            end = partial(self._finished_late, io, written)
+            done = await books.sure(io, end, index.finish, reservation, checksum, self.now())
         if written is not None:
-            io.port.seal(written, valid=victims == [])
-        if victims is None:
+            io.port.seal(written, valid=done is not None and not done[0])
+        if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
             await io.port.delete([name], lambda _: None)
-            return []
-        return victims
+            return False, True
+        victims, orphaned = done
+        await self.drop(io, victims)
+        return True, orphaned
+
+    def _written_late(
+        self, io: Traffic, data: bytes, reservation: int, written: Written | BaseException
+    ) -> None:
+        """End a write whose reader is gone: the value is as good as any."""
+        index = self.books.index
+        if isinstance(written, BaseException):
+            self.books.soon(self._give_up, index.abort, reservation)
+            return
+        checksum = crc32c(data) if written is None else written.checksum
+        end = partial(self._finished_late, io, written)
+        self.books.soon(end, index.finish, reservation, checksum, self.now())
+
+    def _finished_late(
+        self, io: Traffic, written: Written, done: tuple[list[Victim], bool] | None
+    ) -> None:
+        victims = [] if done is None else done[0]
+        io.port.seal(written, valid=done is not None and not victims)
+        self._give_up(victims)
 
     async def drop(self, io: Traffic, victims: list[Victim]) -> None:
         """Delete the bytes of entries that the index has dropped."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -20,7 +19,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
-from zcache._core import leads_out
+from zcache._offload import counter
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import BufferPrototype
 
     from zcache._books import Books
-    from zcache._core import NewFile
+    from zcache._core import Desk, NewFile
 
 T = TypeVar("T")
 Outcome = list[Exception | None]
@@ -326,7 +325,8 @@ class LocalPort(Port):
     """A directory, from an event loop.
 
     The work is done in threads of our own, so that it neither waits for the event loop's own threads
-    nor ends with it.
+    nor ends with it: writes and deletes in threads without an interpreter where the event loop can
+    wait for those.
     """
 
     def __init__(self, blocking: LocalSyncPort) -> None:
@@ -341,6 +341,15 @@ class LocalPort(Port):
     async def write(
         self, name: str, data: bytes, late: Callable[[Written | BaseException], None]
     ) -> Written:
+        loop = asyncio.get_running_loop()
+        if (at := counter(loop)) is not None:
+            number = self._blocking.hand_in(at.desk, name, data)
+            try:
+                written: Written = await at.result(number, late, loop)
+            except (FileNotFoundError, FileExistsError):
+                pass  # Something has to be done about what is in the way.
+            else:
+                return written
         work = self._blocking.write_now
         return await in_thread(lambda: work(name, data), late)
 
@@ -356,6 +365,11 @@ class LocalPort(Port):
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
+        loop = asyncio.get_running_loop()
+        if (at := counter(loop)) is not None:
+            number = at.desk.remove(self._blocking.root, list(names))
+            outcome: Outcome = await at.result(number, late, loop)
+            return outcome
         return await in_thread(lambda: self._blocking.delete_now(names), late)
 
 
@@ -368,28 +382,35 @@ class LocalSyncPort(ImmediatePort):
         The directory.
     books : Books
         Knows the names for unfinished files, and the clock.
+
+    Attributes
+    ----------
+    root : str
+        The directory, whatever the working directory is by then.
     """
 
     def __init__(self, store: LocalStore, books: Books) -> None:
-        self._root = os.path.abspath(store.root)
-        # Whatever the working directory is by then.
-        self._store = LocalStore(self._root)
+        self.root = os.path.abspath(store.root)
+        self._store = LocalStore(self.root)
         self._books = books
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._root, name)
+        return os.path.join(self.root, name)
 
     def read_now(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
         return self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
 
+    def hand_in(self, desk: Desk, name: str, data: bytes) -> int:
+        """Have a value written; returns the number of the result."""
+        unfinished = _files.unfinished_name(self._books.tmp())
+        time = _files.pending_time(self._books.now())
+        return desk.write(self.root, name, unfinished, data, time)
+
     def write_now(self, name: str, data: bytes) -> Written:
         books = self._books
-        if leads_out(self._root, name):
-            # What lies there is not in the directory: no walk would find it.
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
-        return _files.write_new(self._path(name), data, books.tmp(), books.now())
+        return _files.write_new(self.root, name, data, books.tmp(), books.now())
 
     def seal(self, written: Written, *, valid: bool) -> None:
         if written is not None:
@@ -413,9 +434,7 @@ class LocalSyncPort(ImmediatePort):
 
     def _remove(self, name: str) -> Exception | None:
         try:
-            # What is there but is not ours does not count, and stays.
-            if not leads_out(self._root, name):
-                _files.remove(self._path(name))
+            _files.remove_below(self.root, name)
         except OSError as error:
             return error
         except ValueError:

@@ -404,6 +404,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
         cell.is_ok_and(|c| c.is_entry() && c.state() == State::Dropping && c.earlier == me)
     }
 
+    /// Whether there are bytes that could not be deleted.
+    #[must_use]
+    pub fn has_orphans(&self) -> bool {
+        self.cells.header().orphans != [0; 2]
+    }
+
     /// Up to `limit` orphans whose delete is worth another try.
     pub fn orphans(&mut self, limit: usize) -> Res<Vec<Victim>> {
         self.put_in_order()?;

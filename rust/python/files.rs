@@ -17,6 +17,15 @@ pub(super) struct NewFile {
     checksum: u32,
 }
 
+impl From<(OwnedFd, u32)> for NewFile {
+    fn from((file, checksum): (OwnedFd, u32)) -> Self {
+        NewFile {
+            file: Mutex::new(Some(file)),
+            checksum,
+        }
+    }
+}
+
 #[pymethods]
 impl NewFile {
     #[pyo3(signature = (valid, /))]
@@ -38,28 +47,21 @@ pub(super) fn create_file(
     nanos: i64,
 ) -> PyResult<NewFile> {
     let made = py.detach(|| files::create(&path, data, nanos));
-    let (file, checksum) = made.map_err(os_error)?;
-    Ok(NewFile {
-        file: Mutex::new(Some(file)),
-        checksum,
-    })
+    made.map(NewFile::from).map_err(os_error)
 }
 
 #[pyfunction]
-#[pyo3(signature = (unfinished, path, data, nanos, /))]
+#[pyo3(signature = (root, name, unfinished, data, nanos, /))]
 pub(super) fn write_file(
     py: Python<'_>,
+    root: PathBuf,
+    name: PathBuf,
     unfinished: PathBuf,
-    path: PathBuf,
     data: &[u8],
     nanos: i64,
 ) -> PyResult<NewFile> {
-    let made = py.detach(|| files::write(&unfinished, &path, data, nanos));
-    let (file, checksum) = made.map_err(os_error)?;
-    Ok(NewFile {
-        file: Mutex::new(Some(file)),
-        checksum,
-    })
+    let made = py.detach(|| files::write_below(&root, &name, &unfinished, data, nanos));
+    made.map(NewFile::from).map_err(os_error)
 }
 
 #[pyfunction]
@@ -86,6 +88,13 @@ pub(super) fn publish_file(py: Python<'_>, unfinished: PathBuf, path: PathBuf) -
 #[pyo3(signature = (path, /))]
 pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
     py.detach(|| files::remove(&path)).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (root, name, /))]
+pub(super) fn remove_file_below(py: Python<'_>, root: PathBuf, name: PathBuf) -> PyResult<()> {
+    py.detach(|| files::remove_below(&root, &name))
+        .map_err(os_error)
 }
 
 #[pyfunction]

@@ -241,21 +241,19 @@ impl Index {
     }
 
     #[pyo3(signature = (reservation, checksum, now, /))]
-    fn commit(
+    fn finish(
         &self,
         py: Python<'_>,
         reservation: u64,
         checksum: Option<u32>,
         now: f64,
-    ) -> PyResult<Option<Vec<RawVictim>>> {
-        let victims = step!(self, py, |cache| {
-            if cache.is_reserved(reservation) {
-                cache.commit(reservation, checksum, millis(now)).map(Some)
-            } else {
-                Ok(None)
-            }
+    ) -> PyResult<Option<(Vec<RawVictim>, bool)>> {
+        let done = step!(self, py, |cache| {
+            let done = cache.finish(reservation, checksum, millis(now))?;
+            Ok(done.map(|done| (done, cache.has_orphans())))
         })?;
-        Ok(victims.map(raw_victims))
+        // The payload of the flight is released here, without the lock.
+        Ok(done.map(|(done, orphans)| (raw_victims(done.victims), orphans)))
     }
 
     #[pyo3(signature = (reservation, /))]

@@ -1,0 +1,251 @@
+"""Writes and deletes by threads without an interpreter: nobody misses what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.core.buffer import cpu
+from zarr.storage import LocalStore, MemoryStore
+
+from support import PROTOTYPE
+from zcache import CacheStore, _files, _offload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from zcache._core import NewFile
+
+LONG = 30.0
+
+
+def never(_: object) -> None:
+    raise AssertionError("somebody awaited this")
+
+
+class SlowDesk:
+    """A desk whose work ends when the test says so."""
+
+    def __init__(self, _workers: object) -> None:
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._lock = threading.Condition()
+        self._pending: set[int] = set()
+        self._left: dict[int, Any] = {}
+        self._done: list[tuple[int, Any]] = []
+
+    def fileno(self) -> int:
+        return self._bell.fileno()
+
+    def begin(self, number: int) -> int:
+        self._pending.add(number)
+        return number
+
+    def end(self, number: int, result: object) -> None:
+        with self._lock:
+            self._pending.remove(number)
+            if number in self._left:
+                self._left[number] = result
+                self._lock.notify_all()
+                return
+            self._done.append((number, result))
+        self._rope.send(b"0")
+
+    def collect(self) -> list[tuple[int, Any]]:
+        with contextlib.suppress(BlockingIOError):
+            self._bell.recv(1)
+        with self._lock:
+            done, self._done = self._done, []
+        return done
+
+    def leave(self, number: int) -> tuple[bool, Any]:
+        with self._lock:
+            if number in self._pending:
+                self._left[number] = None
+                return True, None
+            for at, (other, result) in enumerate(self._done):
+                if other == number:
+                    del self._done[at]
+                    return False, result
+        return False, None
+
+    def wait(self, number: int) -> Any:
+        with self._lock:
+            assert self._lock.wait_for(lambda: self._left[number] is not None, LONG)
+            return self._left.pop(number)
+
+    def close(self) -> None:
+        self._bell.close()
+        self._rope.close()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    desks: list[SlowDesk] = []
+
+    def make(workers: object) -> SlowDesk:
+        desks.append(SlowDesk(workers))
+        return desks[-1]
+
+    monkeypatch.setattr(_offload, "Desk", make)
+    yield
+    for desk in desks:
+        desk.close()
+
+
+def open_counter() -> tuple[_offload.Counter, Any, asyncio.AbstractEventLoop]:
+    loop = asyncio.get_running_loop()
+    counter = _offload.counter(loop)
+    assert counter is not None
+    return counter, counter.desk, loop
+
+
+async def test_values_and_errors_come_back(tmp_path: Path) -> None:
+    counter, desk, loop = open_counter()
+    root, time = str(tmp_path), _files.pending_time(1.0)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "theirs").write_text("not ours")
+    (tmp_path / "link").symlink_to(tmp_path / "tmp")
+
+    async def write(name: str, number: int, data: bytes) -> NewFile:
+        at = desk.write(root, name, f"{root}/tmp/{number}", data, time)
+        return await counter.result(at, never, loop)
+
+    numbers = range(200)
+    written = await asyncio.gather(*(write(f"a/{n}", n, b"%d" % n) for n in numbers))
+    for number, file in zip(numbers, written, strict=True):
+        file.seal(True)
+        assert (tmp_path / f"a/{number}").read_bytes() == b"%d" % number
+    with pytest.raises(FileExistsError):
+        await write("theirs", 200, b"ours")
+    with pytest.raises(OSError, match="symbolic links"):
+        await write("link/x", 201, b"elsewhere")
+    assert not list((tmp_path / "tmp").iterdir())
+    names = ["a/0", "a/0", "a/none", "theirs", "theirs/x", "link/x", "x" * 300]
+    removed = await counter.result(desk.remove(root, names), never, loop)
+    assert removed == [None] * len(names)
+    assert (tmp_path / "theirs").read_text() == "not ours"
+    assert not (tmp_path / "a/0").exists()
+    assert (tmp_path / "a/1").exists()
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("result", [7, OSError(5, "Input/output error")])
+async def test_whoever_leaves_is_told_later(result: object) -> None:
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    heard = threading.Event()
+
+    def late(outcome: object) -> None:
+        told.append(outcome)
+        heard.set()
+
+    task = asyncio.ensure_future(counter.result(desk.begin(1), late, loop))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == []
+    desk.end(1, result)
+    assert await asyncio.to_thread(heard.wait, LONG)
+    assert told == [result]
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_cancellation_that_meets_the_result_on_the_desk() -> None:
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    task = asyncio.ensure_future(counter.result(desk.begin(1), told.append, loop))
+    await asyncio.sleep(0)
+    desk.end(1, 7)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == [7]
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_cancellation_that_meets_the_result_on_its_way() -> None:
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    task = asyncio.ensure_future(counter.result(desk.begin(1), told.append, loop))
+    await asyncio.sleep(0)
+    desk.end(1, 7)
+    # Collected in the turn in which the task is cancelled, before it hears of that.
+    loop.call_soon(counter._collect)
+    loop.call_soon(task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == [7]
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_result_that_meets_a_cancellation_on_its_way() -> None:
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    task = asyncio.ensure_future(counter.result(desk.begin(1), told.append, loop))
+    await asyncio.sleep(0)
+    desk.end(1, 7)
+    loop.call_soon(task.cancel)
+    loop.call_soon(counter._collect)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == [7]
+    assert not counter._met
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_loop_that_is_closed() -> None:
+    told = threading.Event()
+    desks: list[Any] = []
+
+    async def leave() -> None:
+        counter, desk, loop = open_counter()
+        desks.append(desk)
+        work = counter.result(desk.begin(1), lambda _: told.set(), loop)
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    # It cancels what it leaves behind.
+    asyncio.run(leave())
+    desks[0].end(1, 7)
+    assert told.wait(LONG)
+
+
+class Deaf(asyncio.SelectorEventLoop):
+    """An event loop that watches no descriptors for others, as on some systems."""
+
+    def add_reader(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(params=[asyncio.SelectorEventLoop, Deaf], ids=["bell", "deaf"])
+def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
+    loop = request.param()
+    yield loop
+    loop.close()
+
+
+def test_a_cache_directory_under_any_loop(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+    async def run() -> None:
+        values = {f"a/{n}": cpu.Buffer.from_bytes(b"%d" % n) for n in range(10, 40)}
+        store = CacheStore(
+            MemoryStore(values), cache_store=LocalStore(tmp_path / "cache"), max_size=20
+        )
+        for key, value in values.items():
+            found = await store.get(key, PROTOTYPE)
+            assert found is not None
+            assert found.to_bytes() == value.to_bytes()
+        stats, info = store.cache_stats(), store.cache_info()
+        assert (stats["evictions"], stats["refusals"], stats["cache_failures"]) == (20, 0, 0)
+        assert (info["current_size"], info["cached_keys"]) == (20, 10)
+        held = sorted(path.name for path in (tmp_path / "cache/a").iterdir())
+        assert held == [str(n) for n in range(30, 40)]
+
+    loop.run_until_complete(run())
