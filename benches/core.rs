@@ -12,8 +12,8 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use zcache::block::Heap;
 use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
-use zcache::cells::Heap;
 use zcache::key::Span;
 
 type Index = Cache<Heap, ()>;

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::block::Block;
 use crate::cache::{Cache, Limits};
-use crate::cells::Block;
 use crate::error::{Fault, Res};
 use crate::mapped::{Locks, Mapped, OpenError};
 

@@ -15,7 +15,9 @@
 //! that the bytes are gone. It changes in [`Cells::begin_writing`] and [`Cells::release`] only;
 //! `present` changes in [`Cells::make_present`] and [`Cells::drop_present`] only.
 
-use crate::cells::{Block, COUNT, Cells, Kind, List, State};
+use crate::block::Block;
+use crate::cell::{Kind, State};
+use crate::cells::{COUNT, Cells, List};
 use crate::error::{Fault, Res};
 use crate::key::Span;
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
-use crate::cells::Version;
+use crate::block::Version;
 use crate::key::Span;
 
 /// Names one flight for as long as the process lives.

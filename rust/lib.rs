@@ -2,8 +2,8 @@
 //! and write protocol on top of it.
 //!
 //! ```text
-//! key ──▶ cells ──▶ table, names ──▶ entries ──▶ cache ──▶ python
-//!                                     flights ──▶
+//! key ──▶ cell ──▶ block ──▶ cells ──▶ table, names ──▶ entries ──▶ cache ──▶ python
+//!                                                       flights ──▶
 //! ```
 //!
 //! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
@@ -29,7 +29,9 @@
     )
 )]
 
+pub mod block;
 pub mod cache;
+pub mod cell;
 pub mod cells;
 #[cfg(unix)]
 pub mod directory;

@@ -24,7 +24,9 @@ use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fstat};
 
-use crate::cells::{Block, Cell, Header, MAX_CELLS, Participant, Version};
+use crate::block::{Block, Header, Participant, Version};
+use crate::cell::Cell;
+use crate::cells::MAX_CELLS;
 use crate::error::{Fault, Res};
 use crate::table::SEGMENT;
 

@@ -5,7 +5,9 @@
 //! directory, a range is a child of the `Object` cell of its key. So one key, one key with all its
 //! ranges, and one prefix are each reached without looking at any other key.
 
-use crate::cells::{Block, COUNT, Cell, Cells, Kind, LONG, List, ROOT, TEXT_PER_CELL};
+use crate::block::Block;
+use crate::cell::{Cell, Kind, LONG, TEXT_PER_CELL};
+use crate::cells::{COUNT, Cells, List, ROOT};
 use crate::error::{Fault, Res};
 use crate::key::{self, INLINE, Span, SpanText, Text};
 

@@ -6,7 +6,8 @@
 //! the index is, so growth never pauses and there is never a second table to look into. A removal
 //! moves later slots of the run back into the hole, so there are no tombstones to sweep.
 
-use crate::cells::{Block, Cells};
+use crate::block::Block;
+use crate::cells::Cells;
 use crate::error::{Fault, Res};
 
 /// Slots of a segment. The first two hold the count of used ones and the bits of the hash that all

@@ -1,6 +1,8 @@
 //! The check of everything: every count, list and table recomputed from the cells.
 
-use crate::cells::{Block, Cells, Kind, LONG, List, ROOT, State};
+use crate::block::Block;
+use crate::cell::{Kind, LONG, State};
+use crate::cells::{Cells, List, ROOT};
 use crate::error::{Fault, Res};
 use crate::table::SEGMENT;
 
@@ -34,7 +36,7 @@ impl<B: Block> Cells<B> {
                     if cell.text_len == LONG {
                         let [.., e, f, g, h] = cell.text;
                         let len = u64::from(u32::from_le_bytes([e, f, g, h]));
-                        wanted_texts += len.div_ceil(crate::cells::TEXT_PER_CELL as u64);
+                        wanted_texts += len.div_ceil(crate::cell::TEXT_PER_CELL as u64);
                     }
                     if i != ROOT {
                         named += 1;

@@ -16,8 +16,8 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use zcache::block::Heap;
 use zcache::cache::{Cache, Found, Joined, Limits, Room, Verify, Victim, select};
-use zcache::cells::Heap;
 use zcache::key::Span;
 
 const KEYS: [&str; 6] = ["a/c/0", "a/c/1", "a/c/1/2", "a/zarr.json", "a", "b"];

@@ -16,8 +16,8 @@ mod blocks;
 use std::rc::Rc;
 
 use blocks::{Plan, Refuse, Vectors};
+use zcache::block::{Block, Heap};
 use zcache::cache::{Cache, Joined, Limits, Refusal, Room, Verify};
-use zcache::cells::{Block, Heap};
 use zcache::key::Span;
 
 const UNBOUNDED: Limits = Limits {

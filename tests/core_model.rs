@@ -17,8 +17,8 @@ mod reference;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use reference::{Model, Name, Sighting};
+use zcache::block::Heap;
 use zcache::cache::{Cache, Finished, Joined, Limits, Room, Verify, Victim};
-use zcache::cells::Heap;
 use zcache::flights::Closed;
 use zcache::key::Span;
 

@@ -15,8 +15,8 @@
 mod keys;
 
 use proptest::prelude::*;
+use zcache::block::Heap;
 use zcache::cache::{Cache, Joined, Limits, Room, Verify, select};
-use zcache::cells::Heap;
 use zcache::key::Span;
 
 /// What sources make of requests that select nothing, or count in ways of their own.

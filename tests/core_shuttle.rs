@@ -24,8 +24,8 @@ use shuttle::sync::Arc;
 use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
 use shuttle::thread;
+use zcache::block::Heap;
 use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim, select};
-use zcache::cells::Heap;
 use zcache::key::Span;
 
 const A: &str = "x/c/0";

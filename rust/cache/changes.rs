@@ -1,7 +1,9 @@
 //! Writes and deletes in the source: what they make void, and what they drop.
 
 use super::{BATCH, Cache, Victim, shared_hash};
-use crate::cells::{Block, Cells, List, ROOT, State};
+use crate::block::Block;
+use crate::cell::State;
+use crate::cells::{Cells, List, ROOT};
 use crate::error::Res;
 use crate::flights::{Flights, Ticket};
 use crate::key::{self, Span};

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::{BATCH, Cache, Victim};
-use crate::cells::{Block, Cells, Kind, List, ROOT, State};
+use crate::block::Block;
+use crate::cell::{Kind, State};
+use crate::cells::{Cells, List, ROOT};
 use crate::error::{Fault, Res};
 use crate::flights::{Closed, Ticket};
 use crate::key::Span;

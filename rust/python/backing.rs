@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use pyo3::prelude::*;
 
 use super::errors::poisoned;
+use crate::block::Heap;
 use crate::cache::Cache;
-use crate::cells::Heap;
 #[cfg(unix)]
 use crate::{directory::Directory, mapped::Locks};
 

@@ -17,8 +17,9 @@ use super::convert::{
 };
 use super::errors::poisoned;
 use super::memory::Fill;
+use crate::block::Heap;
 use crate::cache::{Cache, Joined};
-use crate::cells::{Heap, State};
+use crate::cell::State;
 #[cfg(unix)]
 use crate::directory::Directory;
 use crate::error::Fault;

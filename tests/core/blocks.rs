@@ -3,7 +3,8 @@
 use std::cell::{Cell as Slot, RefCell};
 use std::rc::Rc;
 
-use zcache::cells::{Block, Cell, Header};
+use zcache::block::{Block, Header};
+use zcache::cell::Cell;
 use zcache::error::{Fault, Res};
 
 /// Which growth is refused.

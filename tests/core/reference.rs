@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use zcache::cache::{BATCH, Found, Joined, Limits, Refusal, Room, Stats, Victim};
-use zcache::cells::State;
+use zcache::cell::State;
 use zcache::flights::Closed;
 use zcache::key::{self, Span};
 

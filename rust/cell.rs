@@ -1,0 +1,182 @@
+//! A cell: the one sort of record that the index is made of.
+//!
+//! Every cell is 56 bytes and is addressed by a `u32`. There are no pointers and no allocation for
+//! a key, so the same code runs on heap memory and on a mapped file. Cell 0 is never used, so 0
+//! means "none" everywhere.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::error::{Fault, Res};
+
+/// What a cell is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Unused; linked into the list of free cells.
+    Free = 0,
+    /// Text that did not fit into the cell that it belongs to.
+    Text = 1,
+    /// A directory of keys.
+    Dir = 2,
+    /// A key of which ranges are held; they are its children.
+    Object = 3,
+    /// Entry: a whole value.
+    Value = 4,
+    /// Entry: a `RangeByteRequest`.
+    Range = 5,
+    /// Entry: an `OffsetByteRequest`.
+    Offset = 6,
+    /// Entry: a `SuffixByteRequest`.
+    Suffix = 7,
+}
+
+/// Where an entry stands between "room was made" and "its bytes are gone".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its bytes are in the cache store and may be served.
+    Present = 0,
+    /// Room is granted, its bytes are being written. Counted, never served.
+    Writing = 1,
+    /// It is no longer valid and somebody is deleting its bytes. Counted, never served.
+    Dropping = 2,
+    /// It is no longer valid and its bytes could not be deleted. Counted, never served, and first
+    /// in line when room is needed.
+    Orphan = 3,
+}
+
+/// One cell. The links of an entry that is not `Present` are unused unless noted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct Cell {
+    /// Recency list (or list of orphans), towards the least recent. Dir, Object: first child.
+    /// Free: next free cell. Text: next cell of the same text.
+    pub older: u32,
+    /// Recency list (or list of orphans), towards the most recent. Dir, Object: count of children.
+    pub newer: u32,
+    /// List by fetch time, towards the earliest. Entry in hand: the participant (plus one) that has
+    /// it. Object: the child that holds most bytes, or 0.
+    pub earlier: u32,
+    /// List by fetch time, towards the latest. Object: the child that came last, or 0.
+    pub later: u32,
+    /// Previous child of the same parent.
+    pub left: u32,
+    /// Next child of the same parent.
+    pub right: u32,
+    /// Dir or Object that this cell is a child of; 0 for the root and for cells without a name.
+    pub parent: u32,
+    /// CRC32C of the value; see [`Cell::checksum`].
+    checksum: u32,
+    /// Entry: bytes of the value. Dir, Object: hash of the path from the root.
+    pub size: u64,
+    /// Name below the parent; see `Names`.
+    pub text: [u8; 8],
+    time: [u8; 6],
+    /// Bytes of `text` in use, or [`LONG`].
+    pub text_len: u8,
+    /// Kind in bits 0 to 3, state in bits 4 and 5, packed in bit 6, checksum unknown in bit 7.
+    bits: u8,
+}
+
+/// `text_len` of a text that continues in other cells: `text` is then the number of the first one
+/// and the length, both `u32`.
+pub const LONG: u8 = 255;
+
+const PACKED: u8 = 1 << 6;
+const UNCHECKED: u8 = 1 << 7;
+
+impl Cell {
+    /// An unlinked cell of this kind.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
+        Cell {
+            bits: kind as u8,
+            ..Cell::zeroed()
+        }
+    }
+
+    /// What the cell is; an error where the bits name nothing.
+    pub fn kind(&self) -> Res<Kind> {
+        Ok(match self.bits & 15 {
+            0 => Kind::Free,
+            1 => Kind::Text,
+            2 => Kind::Dir,
+            3 => Kind::Object,
+            4 => Kind::Value,
+            5 => Kind::Range,
+            6 => Kind::Offset,
+            7 => Kind::Suffix,
+            _ => return Err(Fault::Corrupt("a cell of no kind")),
+        })
+    }
+
+    /// Whether the cell stands for bytes in the cache store.
+    #[must_use]
+    pub fn is_entry(&self) -> bool {
+        (Kind::Value as u8..=Kind::Suffix as u8).contains(&(self.bits & 15))
+    }
+
+    /// State of an entry.
+    #[must_use]
+    pub fn state(&self) -> State {
+        match self.bits >> 4 & 3 {
+            0 => State::Present,
+            1 => State::Writing,
+            2 => State::Dropping,
+            _ => State::Orphan,
+        }
+    }
+
+    /// Changes the state of an entry.
+    pub fn set_state(&mut self, state: State) {
+        self.bits = self.bits & !(3 << 4) | (state as u8) << 4;
+    }
+
+    /// Whether the text is packed.
+    #[must_use]
+    pub fn packed(&self) -> bool {
+        self.bits & PACKED != 0
+    }
+
+    /// Says whether the text is packed.
+    pub fn set_packed(&mut self, packed: bool) {
+        self.bits = if packed {
+            self.bits | PACKED
+        } else {
+            self.bits & !PACKED
+        };
+    }
+
+    /// The checksum, where it is known.
+    #[must_use]
+    pub fn checksum(&self) -> Option<u32> {
+        (self.bits & UNCHECKED == 0).then_some(self.checksum)
+    }
+
+    /// Sets the checksum.
+    pub fn set_checksum(&mut self, checksum: Option<u32>) {
+        self.checksum = checksum.unwrap_or(0);
+        self.bits = match checksum {
+            Some(_) => self.bits & !UNCHECKED,
+            None => self.bits | UNCHECKED,
+        };
+    }
+
+    /// Fetch time in milliseconds; 0 is "cannot be dated".
+    #[must_use]
+    pub fn time(&self) -> u64 {
+        let [a, b, c, d, e, f] = self.time;
+        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+    }
+
+    /// Sets the fetch time; what does not fit into 48 bits (the year 10889) cannot be dated.
+    pub fn set_time(&mut self, millis: u64) {
+        let [a, b, c, d, e, f, high @ ..] = millis.to_le_bytes();
+        self.time = if high == [0, 0] {
+            [a, b, c, d, e, f]
+        } else {
+            [0; 6]
+        };
+    }
+}
+
+/// Text bytes in a cell of kind `Text`: everything between the link and the bits.
+pub const TEXT_PER_CELL: usize = std::mem::size_of::<Cell>() - 5;
