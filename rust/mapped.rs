@@ -10,75 +10,26 @@
 //! checked as they are used. What does not fit means that the index is thrown away and rebuilt from
 //! a walk of the directory.
 
-use std::fs::{File, OpenOptions, TryLockError};
+mod files;
+mod head;
+
+use std::fs::{File, TryLockError};
 use std::io;
-use std::mem::offset_of;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 use memmap2::MmapMut;
-use rustix::fs::{FallocateFlags, OFlags, fallocate, fstat};
+use rustix::fs::fstat;
 
+pub use self::files::{Locks, OpenError};
+use self::files::{extend, is_alive, map, open, take_place, unsuitable};
+pub use self::head::PARTICIPANTS;
+use self::head::{CHECKED, DIRECTORY, HEAD, Head, NO_HEAD, VERSIONS, boot};
 use crate::block::{Block, Header, Participant, Version};
 use crate::cell::Cell;
-use crate::cells::MAX_CELLS;
 use crate::error::{Fault, Res};
-use crate::table::SEGMENT;
-
-/// Participants (processes, or stores of one process) that may share a directory.
-pub const PARTICIPANTS: usize = 256;
-/// Versions of keys; two keys share one by chance.
-const VERSIONS: usize = 16 * 1024;
-
-const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
-const FORMAT: u32 = 1;
-/// Reads as another number where the byte order differs.
-const BYTE_ORDER: u32 = 0x0102_0304;
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-struct Head {
-    magic: u64,
-    /// Participant (plus one) that works on the index now, or died while it did.
-    dirty: u32,
-    /// CRC32C of what follows, up to the participants; right whenever `dirty` is 0.
-    check: u32,
-    format: u32,
-    byte_order: u32,
-    cell_size: u32,
-    /// Participants that are writing to the source.
-    writers: u32,
-    /// Places from this one on were never taken.
-    places: u32,
-    /// Keeps what follows a multiple of 8 bytes.
-    reserved: u32,
-    /// Participant (plus one) that rebuilds the index, or died while it did.
-    rebuilding: u32,
-    /// Changes with every prefix that is written or deleted.
-    epoch: u32,
-    /// Changes whenever the index is emptied.
-    generation: u64,
-    /// Elements in use: slots of the table, cells, entries of the table's directory.
-    slots: u64,
-    cells: u64,
-    directory: u64,
-    /// Tells one boot of the machine from the next.
-    boot: [u64; 5],
-    header: Header,
-    participants: [Participant; PARTICIPANTS],
-}
-
-/// What `Head::check` is about.
-const CHECKED: std::ops::Range<usize> = offset_of!(Head, format)..offset_of!(Head, participants);
-
-const HEAD: usize = 24 * 1024;
-const DIRECTORY: usize = HEAD + VERSIONS * size_of::<u32>();
-const _: () = assert!(size_of::<Head>() <= HEAD);
 
 /// The mapped files, and the lock that guards them.
 #[derive(Debug)]
@@ -93,96 +44,6 @@ pub struct Mapped {
     /// Locked as long as this participant lives, and only read by the kernel.
     alive: File,
     locks: Arc<Locks>,
-}
-
-/// The descriptors whose locks a forked child would keep alive after its parent has died. Readable
-/// without the lock of the index: a thread that has stayed with the parent may hold that.
-#[derive(Debug, Default)]
-pub struct Locks([AtomicI32; 2]);
-
-impl Locks {
-    /// Their numbers.
-    #[must_use]
-    pub fn fds(&self) -> [RawFd; 2] {
-        self.0.each_ref().map(|fd| fd.load(Ordering::Relaxed))
-    }
-
-    fn set(&self, files: [&File; 2]) {
-        for (fd, file) in self.0.iter().zip(files) {
-            fd.store(file.as_raw_fd(), Ordering::Relaxed);
-        }
-    }
-}
-
-/// Why a directory cannot be used, or not now.
-#[derive(Debug)]
-pub enum OpenError {
-    /// The operating system says no.
-    Io(io::Error),
-    /// All places are taken by live participants.
-    Crowded,
-    /// The file system is one whose locks or mappings do not reach all its users.
-    Unsuitable(&'static str),
-}
-
-impl From<io::Error> for OpenError {
-    fn from(error: io::Error) -> Self {
-        OpenError::Io(error)
-    }
-}
-
-impl From<rustix::io::Errno> for OpenError {
-    fn from(error: rustix::io::Errno) -> Self {
-        OpenError::Io(error.into())
-    }
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        // Who may write to the directory must not lead us to a file elsewhere.
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
-}
-
-#[allow(unsafe_code)]
-fn map(file: &File) -> io::Result<MmapMut> {
-    // SAFETY: The file is changed by others while it is mapped, but only by holders of the same
-    // lock, and this process looks into the mapping only while it holds that lock. Whoever ignores
-    // the lock can change numbers, which are never trusted; one who truncates the file is found by
-    // the check of its length at the beginning of each step.
-    unsafe { MmapMut::map_mut(file) }
-}
-
-/// Network and user-space file systems, by the numbers of `statfs(2)`.
-fn unsuitable(kind: u64) -> Option<&'static str> {
-    match kind {
-        0x6969 => Some("NFS"),
-        0x517b | 0xfe53_4d42 | 0xff53_4d42 => Some("SMB"),
-        0x0bd0_0bd0 => Some("Lustre"),
-        0x00c3_6400 => Some("Ceph"),
-        0x0102_1997 => Some("9P"),
-        0x6573_5546 => Some("FUSE"),
-        0x5346_414f | 0x6b41_4653 => Some("AFS"),
-        0x4750_4653 => Some("GPFS"),
-        0x1983_0326 => Some("BeeGFS"),
-        0x786f_4256 => Some("VirtualBox"),
-        _ => None,
-    }
-}
-
-fn boot() -> [u64; 5] {
-    let mut id = [0; 5];
-    if let Ok(text) = std::fs::read("/proc/sys/kernel/random/boot_id") {
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut id);
-        for (to, from) in bytes.iter_mut().zip(text) {
-            *to = from;
-        }
-    }
-    id
 }
 
 const FILES: [&str; 3] = ["head", "table", "cells"];
@@ -269,19 +130,7 @@ impl Mapped {
         for (map_of, file) in self.maps.iter_mut().zip(&self.files) {
             *map_of = map(file)?;
         }
-        let generation = fresh_number();
-        *self.head_mut() = Head {
-            magic: MAGIC,
-            format: FORMAT,
-            byte_order: BYTE_ORDER,
-            cell_size: size_of::<Cell>() as u32,
-            dirty: self.me as u32 + 1,
-            rebuilding: self.me as u32 + 1,
-            epoch: generation as u32,
-            generation,
-            boot: boot(),
-            ..Head::zeroed()
-        };
+        *self.head_mut() = Head::fresh(self.me);
         Ok(())
     }
 
@@ -494,88 +343,6 @@ impl Mapped {
 
 const GONE: Fault = Fault::Corrupt("a file of the index was removed");
 const NO_MAP: Fault = Fault::Corrupt("a file of the index cannot be mapped");
-static NO_HEAD: Head = Head {
-    magic: 0,
-    dirty: 0,
-    check: 0,
-    format: 0,
-    byte_order: 0,
-    cell_size: 0,
-    writers: 0,
-    places: 0,
-    reserved: 0,
-    rebuilding: 0,
-    epoch: 0,
-    generation: 0,
-    slots: 0,
-    cells: 0,
-    directory: 0,
-    boot: [0; 5],
-    header: Header::EMPTY,
-    participants: [Participant::NONE; PARTICIPANTS],
-};
-
-impl Head {
-    fn looks_right(&self) -> bool {
-        self.magic == MAGIC
-            && self.format == FORMAT
-            && self.byte_order == BYTE_ORDER
-            && self.cell_size == size_of::<Cell>() as u32
-            && self.cells <= MAX_CELLS as u64
-            && u64::from(self.header.used) <= self.cells
-            && u64::from(self.header.segments).saturating_mul(SEGMENT as u64) <= self.slots
-            && self.places as usize <= PARTICIPANTS
-            && self.slots <= 1 << 32
-            && self.directory <= 1 << 20
-    }
-}
-
-/// Makes a file longer. The blocks are really taken from the file system: a hole that cannot be
-/// filled later, on a full disk, would end the process with a signal.
-fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
-    let (from, len) = (from as u64, (to - from) as u64);
-    match fallocate(file, FallocateFlags::empty(), from, len) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
-            let end = file.metadata()?.len();
-            let zeros = vec![0; to.saturating_sub(end as usize)];
-            file.write_all_at(&zeros, end)
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn place(root: &Path, n: usize) -> PathBuf {
-    root.join(format!("p{n}"))
-}
-
-fn take_place(root: &Path) -> Result<(usize, File), OpenError> {
-    for n in 0..PARTICIPANTS {
-        let file = open(&place(root, n))?;
-        if file.try_lock().is_ok() {
-            return Ok((n, file));
-        }
-    }
-    Err(OpenError::Crowded)
-}
-
-fn is_alive(root: &Path, n: usize) -> bool {
-    // A place that cannot be asked about counts as taken.
-    open(&place(root, n)).map_or(true, |file| file.try_lock().is_err())
-}
-
-/// What stands for a key in `Participant::writes`.
-fn write_name(key: u64) -> u16 {
-    (key as usize % VERSIONS) as u16 + 1
-}
-
-/// A number that no earlier index of this directory has had.
-fn fresh_number() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let nanos = since.map_or(1, |passed| passed.as_nanos() as u64);
-    (nanos ^ u64::from(std::process::id()) << 44).max(1)
-}
-
 impl Block for Mapped {
     fn header(&self) -> &Header {
         &self.head().header
@@ -649,45 +416,16 @@ impl Block for Mapped {
     }
     fn mark_write(&mut self, key: Option<u64>, begins: bool) {
         let me = self.me;
-        let head = self.head_mut();
-        let Some(participant) = head.participants.get_mut(me) else {
-            return;
-        };
-        let before = participant.is_writing();
-        let name = key.map_or(0, write_name);
-        // A free place, or the one with this name; a key whose number is 0 has no place.
-        let sought = if begins { 0 } else { name };
-        let mut writes = participant.writes.iter_mut();
-        match writes.find(|at| name != 0 && **at == sought) {
-            Some(at) => *at = if begins { name } else { 0 },
-            None if begins => participant.unnamed = participant.unnamed.saturating_add(1),
-            None => participant.unnamed = participant.unnamed.saturating_sub(1),
-        }
-        match (before, participant.is_writing()) {
-            (false, true) => head.writers = head.writers.saturating_add(1),
-            (true, false) => head.writers = head.writers.saturating_sub(1),
-            _ => {}
-        }
+        self.head_mut().mark_write(me, key, begins);
     }
     fn is_written(&self, key: u64) -> bool {
-        let name = write_name(key);
-        // Of its own writes a process knows by its flights which keys they are about.
-        let written = |(n, p): (usize, &Participant)| {
-            p.writes.contains(&name) || p.unnamed != 0 && n != self.me
-        };
-        self.head().writers != 0 && self.participants().iter().enumerate().any(written)
+        self.head().is_written(self.me, key)
     }
     fn bury(&mut self, n: usize) -> Participant {
-        let head = self.head_mut();
-        let gone = head.participants.get_mut(n).map(std::mem::take);
-        let gone = gone.unwrap_or_default();
-        head.writers = head.writers.saturating_sub(u32::from(gone.is_writing()));
-        gone
+        self.head_mut().bury(n)
     }
     fn participants(&self) -> &[Participant] {
-        let head = self.head();
-        let places = head.places as usize;
-        head.participants.get(..places).unwrap_or_default()
+        self.head().taken()
     }
     fn participants_mut(&mut self) -> &mut [Participant] {
         let head = self.head_mut();
