@@ -5,6 +5,9 @@ use bytemuck::{Pod, Zeroable};
 use crate::cell::Cell;
 use crate::error::{Fault, Res};
 
+/// Words of the largest block of text; there is a list of free ones for each size up to it.
+pub const TEXT_SIZES: usize = 32;
+
 /// The numbers that belong to the whole index. Lists are (first, last): the first is the next to
 /// go.
 #[repr(C)]
@@ -40,8 +43,10 @@ pub struct Header {
     pub busy: [u32; 2],
     /// Segments of the table.
     pub segments: u32,
-    /// Keeps the header a multiple of 8 bytes.
-    pub reserved: u32,
+    /// Words of texts that were ever used, word 0 among them; those from here on are untouched.
+    pub texts_used: u32,
+    /// First of the free blocks of text of one word, of two words, and so on, or 0.
+    pub free_texts: [u32; TEXT_SIZES],
 }
 
 impl Header {
@@ -62,7 +67,8 @@ impl Header {
         orphans: [0; 2],
         busy: [0; 2],
         segments: 0,
-        reserved: 0,
+        texts_used: 0,
+        free_texts: [0; TEXT_SIZES],
     };
 }
 
@@ -128,12 +134,18 @@ pub trait Block {
     fn directory(&self) -> &[u32];
     /// The table's directory of segments, to change it.
     fn directory_mut(&mut self) -> &mut [u32];
+    /// All words of texts.
+    fn texts(&self) -> &[u32];
+    /// All words of texts, to change them.
+    fn texts_mut(&mut self) -> &mut [u32];
     /// Makes room for cells.
     fn grow_cells(&mut self, len: usize) -> Res<()>;
     /// Makes room for slots.
     fn grow_slots(&mut self, len: usize) -> Res<()>;
     /// Makes room in the directory.
     fn grow_directory(&mut self, len: usize) -> Res<()>;
+    /// Makes room for words of texts.
+    fn grow_texts(&mut self, len: usize) -> Res<()>;
 
     /// What changes when another participant writes this key (given by its hash) or a prefix.
     fn version(&self, _key: u64) -> Version {
@@ -189,6 +201,7 @@ pub struct Heap {
     cells: Vec<Cell>,
     slots: Vec<u32>,
     directory: Vec<u32>,
+    texts: Vec<u32>,
 }
 
 fn grow_vec<T: Pod>(vec: &mut Vec<T>, len: usize) -> Res<()> {
@@ -227,6 +240,12 @@ impl Block for Heap {
     fn directory_mut(&mut self) -> &mut [u32] {
         &mut self.directory
     }
+    fn texts(&self) -> &[u32] {
+        &self.texts
+    }
+    fn texts_mut(&mut self) -> &mut [u32] {
+        &mut self.texts
+    }
     fn grow_cells(&mut self, len: usize) -> Res<()> {
         grow_vec(&mut self.cells, len)
     }
@@ -235,5 +254,8 @@ impl Block for Heap {
     }
     fn grow_directory(&mut self, len: usize) -> Res<()> {
         grow_vec(&mut self.directory, len)
+    }
+    fn grow_texts(&mut self, len: usize) -> Res<()> {
+        grow_vec(&mut self.texts, len)
     }
 }

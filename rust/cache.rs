@@ -191,8 +191,10 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// Bytes of memory that the index has touched.
     #[must_use]
     pub fn memory(&self) -> u64 {
-        let cells = u64::from(self.cells.header().used) * std::mem::size_of::<Cell>() as u64;
-        cells + std::mem::size_of_val(self.cells.block.slots()) as u64
+        let header = self.cells.header();
+        let cells = u64::from(header.used) * std::mem::size_of::<Cell>() as u64;
+        let texts = u64::from(header.texts_used) * std::mem::size_of::<u32>() as u64;
+        cells + texts + std::mem::size_of_val(self.cells.block.slots()) as u64
     }
 
     fn is_stale(&self, cell: &Cell, now: u64) -> bool {

@@ -13,20 +13,18 @@ use crate::error::{Fault, Res};
 pub enum Kind {
     /// Unused; linked into the list of free cells.
     Free = 0,
-    /// Text that did not fit into the cell that it belongs to.
-    Text = 1,
     /// A directory of keys.
-    Dir = 2,
+    Dir = 1,
     /// A key of which ranges are held; they are its children.
-    Object = 3,
+    Object = 2,
     /// Entry: a whole value.
-    Value = 4,
+    Value = 3,
     /// Entry: a `RangeByteRequest`.
-    Range = 5,
+    Range = 4,
     /// Entry: an `OffsetByteRequest`.
-    Offset = 6,
+    Offset = 5,
     /// Entry: a `SuffixByteRequest`.
-    Suffix = 7,
+    Suffix = 6,
 }
 
 /// Where an entry stands between "room was made" and "its bytes are gone".
@@ -48,7 +46,7 @@ pub enum State {
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Cell {
     /// Recency list (or list of orphans), towards the least recent. Dir, Object: first child.
-    /// Free: next free cell. Text: next cell of the same text.
+    /// Free: next free cell.
     pub older: u32,
     /// Recency list (or list of orphans), towards the most recent. Dir, Object: count of children.
     pub newer: u32,
@@ -76,8 +74,8 @@ pub struct Cell {
     bits: u8,
 }
 
-/// `text_len` of a text that continues in other cells: `text` is then the number of the first one
-/// and the length, both `u32`.
+/// `text_len` of a text that does not lie in its cell: `text` is then the number of its first block
+/// and its length in bytes, both `u32`.
 pub const LONG: u8 = 255;
 
 const PACKED: u8 = 1 << 6;
@@ -97,13 +95,12 @@ impl Cell {
     pub fn kind(&self) -> Res<Kind> {
         Ok(match self.bits & 15 {
             0 => Kind::Free,
-            1 => Kind::Text,
-            2 => Kind::Dir,
-            3 => Kind::Object,
-            4 => Kind::Value,
-            5 => Kind::Range,
-            6 => Kind::Offset,
-            7 => Kind::Suffix,
+            1 => Kind::Dir,
+            2 => Kind::Object,
+            3 => Kind::Value,
+            4 => Kind::Range,
+            5 => Kind::Offset,
+            6 => Kind::Suffix,
             _ => return Err(Fault::Corrupt("a cell of no kind")),
         })
     }
@@ -177,6 +174,3 @@ impl Cell {
         };
     }
 }
-
-/// Text bytes in a cell of kind `Text`: everything between the link and the bits.
-pub const TEXT_PER_CELL: usize = std::mem::size_of::<Cell>() - 5;

@@ -2,8 +2,8 @@
 //! and write protocol on top of it.
 //!
 //! ```text
-//! key ──▶ cell ──▶ block ──▶ cells ──▶ table, names ──▶ entries ──▶ cache ──▶ python
-//!                                                       flights ──▶
+//! key ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names ──▶ entries ──▶ cache ──▶ python
+//!                                                                 flights ──▶
 //! ```
 //!
 //! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
@@ -13,8 +13,9 @@
 //! the lock once per step, and never holds it over I/O, an await or a call into Python.
 //!
 //! **Memory.** 56 bytes a cell and 4.6 to 9.2 bytes of table for each entry whose tail fits into 8
-//! bytes (16 characters of chunk coordinates); a longer tail takes one cell more for each 51
-//! bytes. Directories and keys with ranges are one cell each, shared by everything below them.
+//! bytes (16 characters of chunk coordinates); a longer tail takes as many bytes more as it has,
+//! in words of 4. Directories and keys with ranges are one cell each, shared by everything below
+//! them.
 //!
 //! Plain `cargo test` runs all of this without Python; `python` is one thin file behind the feature
 //! of the same name.
@@ -48,6 +49,7 @@ mod names;
 #[cfg(unix)]
 pub mod offload;
 mod table;
+mod texts;
 mod validate;
 
 #[cfg(feature = "python")]

@@ -1,9 +1,9 @@
 //! A block in files that several processes map: the index of a cache directory.
 //!
-//! Three files, for each grows by itself: `head` (format, header, participants, versions, and the
-//! table's directory at its end), `table` (slots) and `cells`. A fourth, `lock`, is locked around
-//! each step, and one `p<n>` for each participant is locked as long as that participant lives. The
-//! kernel releases both sorts of lock when their holder dies, however it dies.
+//! Four files, for each grows by itself: `head` (format, header, participants, versions, and the
+//! table's directory at its end), `table` (slots), `cells` and `texts`. A fifth, `lock`, is locked
+//! around each step, and one `p<n>` for each participant is locked as long as that participant
+//! lives. The kernel releases both sorts of lock when their holder dies, however it dies.
 //!
 //! Nothing in the files is trusted. Whoever takes the lock checks the format, the lengths, the
 //! checksum of the header and the mark that its holder sets while it works; the numbers inside are
@@ -36,8 +36,8 @@ use crate::error::{Fault, Res};
 pub struct Mapped {
     root: PathBuf,
     lock: File,
-    files: [File; 3],
-    maps: [MmapMut; 3],
+    files: [File; FILES.len()],
+    maps: [MmapMut; FILES.len()],
     me: usize,
     bound: u64,
     generation: u64,
@@ -46,9 +46,10 @@ pub struct Mapped {
     locks: Arc<Locks>,
 }
 
-const FILES: [&str; 3] = ["head", "table", "cells"];
+const FILES: [&str; 4] = ["head", "table", "cells", "texts"];
 const TABLE: usize = 1;
 const CELLS: usize = 2;
+const TEXTS: usize = 3;
 
 impl Mapped {
     /// Opens the files below `root`, a directory that exists, waits for the lock and takes a place
@@ -63,8 +64,8 @@ impl Mapped {
         }
         let lock = open(&root.join("lock"))?;
         lock.lock()?;
-        let [head, table, cells] = FILES.map(|name| open(&root.join(name)));
-        let files = [head?, table?, cells?];
+        let [head, table, cells, texts] = FILES.map(|name| open(&root.join(name)));
+        let files = [head?, table?, cells?, texts?];
         if files[0].metadata()?.len() < DIRECTORY as u64 {
             extend(&files[0], 0, DIRECTORY)?;
         }
@@ -81,8 +82,8 @@ impl Mapped {
             }
         }
         let (me, alive) = take_place(root)?;
-        let [head, table, cells] = [map(&files[0])?, map(&files[1])?, map(&files[2])?];
-        let maps = [head, table, cells];
+        let [head, table, cells, texts] = files.each_ref().map(map);
+        let maps = [head?, table?, cells?, texts?];
         let mut mapped = Mapped {
             root: root.to_owned(),
             lock,
@@ -287,8 +288,9 @@ impl Mapped {
             DIRECTORY as u64 + head.directory.saturating_mul(4),
             head.slots.saturating_mul(4),
             head.cells.saturating_mul(size_of::<Cell>() as u64),
+            head.texts.saturating_mul(4),
         ];
-        let known = [head_len, None, None];
+        let known = [head_len, None, None, None];
         let parts = self.files.iter().zip(&mut self.maps).zip(wanted).zip(known);
         for (((file, map_of), wanted), known) in parts {
             let len = match known {
@@ -380,6 +382,16 @@ impl Block for Mapped {
         let bytes = self.maps[0].get_mut(DIRECTORY..end).unwrap_or_default();
         bytemuck::try_cast_slice_mut(bytes).unwrap_or_default()
     }
+    fn texts(&self) -> &[u32] {
+        let len = self.head().texts as usize * 4;
+        let bytes = self.maps[TEXTS].get(..len).unwrap_or_default();
+        bytemuck::try_cast_slice(bytes).unwrap_or_default()
+    }
+    fn texts_mut(&mut self) -> &mut [u32] {
+        let len = self.head().texts as usize * 4;
+        let bytes = self.maps[TEXTS].get_mut(..len).unwrap_or_default();
+        bytemuck::try_cast_slice_mut(bytes).unwrap_or_default()
+    }
     fn grow_cells(&mut self, len: usize) -> Res<()> {
         self.grow(CELLS, len * size_of::<Cell>())?;
         self.head_mut().cells = len as u64;
@@ -393,6 +405,11 @@ impl Block for Mapped {
     fn grow_directory(&mut self, len: usize) -> Res<()> {
         self.grow(0, DIRECTORY + len * 4)?;
         self.head_mut().directory = len as u64;
+        Ok(())
+    }
+    fn grow_texts(&mut self, len: usize) -> Res<()> {
+        self.grow(TEXTS, len * 4)?;
+        self.head_mut().texts = len as u64;
         Ok(())
     }
     fn version(&self, key: u64) -> [u32; 2] {

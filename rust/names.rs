@@ -6,10 +6,10 @@
 //! ranges, and one prefix are each reached without looking at any other key.
 
 use crate::block::Block;
-use crate::cell::{Cell, Kind, LONG, TEXT_PER_CELL};
+use crate::cell::{Cell, Kind};
 use crate::cells::{COUNT, Cells, List, ROOT};
 use crate::error::{Fault, Res};
-use crate::key::{self, INLINE, Span, SpanText, Text};
+use crate::key::{self, Span, SpanText, Text};
 
 impl Span {
     pub(crate) fn kind(self) -> Kind {
@@ -47,111 +47,13 @@ impl<B: Block> Cells<B> {
         let cell = self.get(i)?;
         match cell.kind()? {
             Kind::Dir | Kind::Object => Ok(cell.size),
-            Kind::Free | Kind::Text => Err(Fault::Corrupt("a nameless cell in the table")),
+            Kind::Free => Err(Fault::Corrupt("a nameless cell in the table")),
             kind => {
                 let seed = self.get(cell.parent)?.size;
                 let salt = salt(kind, cell.packed());
-                if cell.text_len == LONG {
-                    let mut text = Vec::new();
-                    self.read_text(i, &mut text)?;
-                    Ok(key::hash(&text, seed, salt))
-                } else {
-                    Ok(key::hash(inline(cell)?, seed, salt))
-                }
+                Ok(key::hash(&self.text(i)?, seed, salt))
             }
         }
-    }
-
-    /// Appends the stored bytes of a cell's text.
-    fn read_text(&self, i: u32, out: &mut Vec<u8>) -> Res<()> {
-        let cell = self.get(i)?;
-        if cell.text_len != LONG {
-            out.extend_from_slice(inline(cell)?);
-            return Ok(());
-        }
-        let (mut at, mut left) = long(cell);
-        if left > self.block.cells().len() * TEXT_PER_CELL {
-            return Err(Fault::Corrupt("a text longer than the index"));
-        }
-        while left > 0 {
-            let (next, bytes) = self.text_cell(at)?;
-            let bytes = bytes.get(..left.min(TEXT_PER_CELL)).unwrap_or_default();
-            out.extend_from_slice(bytes);
-            left -= bytes.len();
-            at = next;
-        }
-        Ok(())
-    }
-
-    fn text_cell(&self, i: u32) -> Res<(u32, &[u8])> {
-        let cell = self.get(i)?;
-        if cell.kind()? != Kind::Text {
-            return Err(Fault::Corrupt(
-                "a text that continues in another cell's place",
-            ));
-        }
-        let bytes = bytemuck::bytes_of(cell).get(4..4 + TEXT_PER_CELL);
-        Ok((cell.older, bytes.unwrap_or_default()))
-    }
-
-    fn text_is(&self, i: u32, text: &[u8]) -> Res<bool> {
-        let cell = self.get(i)?;
-        if cell.text_len != LONG {
-            return Ok(inline(cell)? == text);
-        }
-        let (mut at, len) = long(cell);
-        if len != text.len() {
-            return Ok(false);
-        }
-        for part in text.chunks(TEXT_PER_CELL) {
-            let (next, bytes) = self.text_cell(at)?;
-            if bytes.get(..part.len()) != Some(part) {
-                return Ok(false);
-            }
-            at = next;
-        }
-        Ok(true)
-    }
-
-    fn write_text(&mut self, i: u32, text: &[u8], packed: bool) -> Res<()> {
-        let len = text.len();
-        if len <= INLINE {
-            let cell = self.get_mut(i)?;
-            cell.text_len = len as u8;
-            cell.set_packed(packed);
-            if let Some(place) = cell.text.get_mut(..len) {
-                place.copy_from_slice(text);
-            }
-            return Ok(());
-        }
-        let mut first = 0;
-        for part in text.chunks(TEXT_PER_CELL).rev() {
-            let mut cell = Cell::new(Kind::Text);
-            cell.older = first;
-            if let Some(place) = bytemuck::bytes_of_mut(&mut cell).get_mut(4..4 + part.len()) {
-                place.copy_from_slice(part);
-            }
-            first = self.alloc(cell)?;
-        }
-        let cell = self.get_mut(i)?;
-        cell.text_len = LONG;
-        let [a, b, c, d] = first.to_le_bytes();
-        let [e, f, g, h] = u32::try_from(len).map_err(|_| Fault::Full)?.to_le_bytes();
-        cell.text = [a, b, c, d, e, f, g, h];
-        Ok(())
-    }
-
-    fn free_with_text(&mut self, i: u32) -> Res<()> {
-        let cell = *self.get(i)?;
-        if cell.text_len == LONG {
-            let (mut at, len) = long(&cell);
-            for _ in 0..len.div_ceil(TEXT_PER_CELL) {
-                let (next, _) = self.text_cell(at)?;
-                self.free(at)?;
-                at = next;
-            }
-        }
-        self.free(i)
     }
 
     /// Whether cell `i` is named by these directories, outermost first, below the root.
@@ -267,14 +169,12 @@ impl<B: Block> Cells<B> {
     /// Makes the cell of an entry that is not there yet, with its directories.
     pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<u32> {
         let (dirs, tail) = key::split(key);
-        u32::try_from(key.len()).map_err(|_| Fault::Full)?;
         // All cells first: what follows cannot run out of them half way.
-        let count = key::directories(dirs).count() + 2;
-        self.ensure(2 * count + key.len() / TEXT_PER_CELL + 2)?;
+        self.ensure(key::directories(dirs).count() + 2)?;
         let mut at = ROOT;
         let made = self.insert_below(&mut at, dirs, tail, span);
         if made.is_err() {
-            // The table cannot grow: the cells above the missing one lead to nothing.
+            // The texts or the table cannot grow: the cells above the missing one lead to nothing.
             self.prune(at)?;
         }
         made
@@ -316,8 +216,9 @@ impl<B: Block> Cells<B> {
         if matches!(kind, Kind::Dir | Kind::Object) {
             cell.size = hash;
         }
+        cell.set_packed(packed);
+        self.set_text(&mut cell, text)?;
         let i = self.alloc(cell)?;
-        self.write_text(i, text, packed)?;
         if let Err(fault) = self.table_insert(hash, i) {
             self.free_with_text(i)?;
             return Err(fault);
@@ -391,9 +292,7 @@ impl<B: Block> Cells<B> {
         let mut span = Span::Full;
         let mut at = i;
         if !matches!(cell.kind()?, Kind::Value | Kind::Object | Kind::Dir) {
-            let mut stored = Vec::new();
-            self.read_text(i, &mut stored)?;
-            span = span_of(cell.kind()?, &stored)?;
+            span = span_of(cell.kind()?, &self.text(i)?)?;
             at = cell.parent;
         }
         let mut path = Vec::new();
@@ -411,13 +310,11 @@ impl<B: Block> Cells<B> {
             if n > 0 {
                 key.push(b'/');
             }
-            let from = key.len();
-            self.read_text(part, &mut key)?;
-            if self.get(part)?.packed() {
-                let stored = key.split_off(from);
-                if !key::unpack(&stored, &mut key) {
-                    return Err(Fault::Corrupt("a packed text of other characters"));
-                }
+            let text = self.text(part)?;
+            if !self.get(part)?.packed() {
+                key.extend_from_slice(&text);
+            } else if !key::unpack(&text, &mut key) {
+                return Err(Fault::Corrupt("a packed text of other characters"));
             }
         }
         let key = String::from_utf8(key).map_err(|_| Fault::Corrupt("a key that is not UTF-8"))?;
@@ -487,20 +384,6 @@ impl<B: Block> Cells<B> {
     }
 }
 
-fn inline(cell: &Cell) -> Res<&[u8]> {
-    cell.text
-        .get(..usize::from(cell.text_len))
-        .ok_or(Fault::Corrupt("a text longer than its cell"))
-}
-
-fn long(cell: &Cell) -> (u32, usize) {
-    let [a, b, c, d, e, f, g, h] = cell.text;
-    (
-        u32::from_le_bytes([a, b, c, d]),
-        u32::from_le_bytes([e, f, g, h]) as usize,
-    )
-}
-
 /// Decodes the text of a range's cell.
 pub(crate) fn span_of(kind: Kind, mut text: &[u8]) -> Res<Span> {
     let mut number = || SpanText::read(&mut text).ok_or(Fault::Corrupt("a range without numbers"));
@@ -521,8 +404,6 @@ pub(crate) fn span_of(kind: Kind, mut text: &[u8]) -> Res<Span> {
 impl<B: Block> Cells<B> {
     /// The span of an entry, without its key.
     pub(crate) fn span(&self, i: u32) -> Res<Span> {
-        let mut text = Vec::new();
-        self.read_text(i, &mut text)?;
-        span_of(self.get(i)?.kind()?, &text)
+        span_of(self.get(i)?.kind()?, &self.text(i)?)
     }
 }

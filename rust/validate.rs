@@ -1,7 +1,7 @@
 //! The check of everything: every count, list and table recomputed from the cells.
 
-use crate::block::Block;
-use crate::cell::{Kind, LONG, State};
+use crate::block::{Block, TEXT_SIZES};
+use crate::cell::{Kind, State};
 use crate::cells::{Cells, List, ROOT};
 use crate::error::{Fault, Res};
 use crate::table::SEGMENT;
@@ -14,6 +14,35 @@ fn check(holds: bool, what: &'static str) -> Res<()> {
     }
 }
 
+/// For each word of texts that was ever used, whether a text or a list of free blocks has it.
+struct Texts(Vec<bool>);
+
+impl Texts {
+    fn new(used: usize) -> Self {
+        let mut words = vec![false; used];
+        // Word 0 is nobody's.
+        if let Some(first) = words.first_mut() {
+            *first = true;
+        }
+        Texts(words)
+    }
+
+    fn enter(&mut self, at: u32, words: usize) -> Res<()> {
+        let range = at as usize..(at as usize).saturating_add(words);
+        let block = self.0.get_mut(range).unwrap_or_default();
+        check(
+            block.len() == words && !block.contains(&true),
+            "a block of text in two places",
+        )?;
+        block.fill(true);
+        Ok(())
+    }
+
+    fn check(&self) -> Res<()> {
+        check(!self.0.contains(&false), "a block of text in no place")
+    }
+}
+
 impl<B: Block> Cells<B> {
     /// Recomputes the books. Takes time in proportion to the size of the index.
     pub fn validate(&self) -> Res<()> {
@@ -22,21 +51,21 @@ impl<B: Block> Cells<B> {
             header.used as usize <= self.block.cells().len(),
             "more cells used than there are",
         )?;
+        check(
+            header.texts_used as usize <= self.block.texts().len(),
+            "more texts used than there are",
+        )?;
         let [mut physical, mut present] = [0u64; 2];
         let [mut entries, mut present_entries, mut free, mut named] = [0u64; 4];
-        let mut texts = 0u64;
-        let mut wanted_texts = 0u64;
+        let mut texts = Texts::new(header.texts_used as usize);
         let [mut children, mut orphans] = [0u64; 2];
         for i in ROOT..header.used {
             let cell = self.get(i)?;
             match cell.kind()? {
                 Kind::Free => free += 1,
-                Kind::Text => texts += 1,
                 kind => {
-                    if cell.text_len == LONG {
-                        let [.., e, f, g, h] = cell.text;
-                        let len = u64::from(u32::from_le_bytes([e, f, g, h]));
-                        wanted_texts += len.div_ceil(crate::cell::TEXT_PER_CELL as u64);
+                    for (at, words) in self.blocks_of_text(cell)? {
+                        texts.enter(at, words)?;
                     }
                     if i != ROOT {
                         named += 1;
@@ -63,7 +92,12 @@ impl<B: Block> Cells<B> {
             present_entries == header.present_entries,
             "count of present entries",
         )?;
-        check(texts == wanted_texts, "text that belongs to no cell")?;
+        for words in 1..=TEXT_SIZES {
+            for at in self.free_blocks(words)? {
+                texts.enter(at, words)?;
+            }
+        }
+        texts.check()?;
         check(children == named, "a cell that its parent does not know")?;
         self.validate_free(free)?;
         self.validate_lists(

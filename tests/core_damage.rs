@@ -269,10 +269,12 @@ fn damage() -> impl Strategy<Value = Vec<(Part, usize, Damage)>> {
         8 => Just(Part::Cells),
         2 => Just(Part::Slots),
         1 => Just(Part::Directory),
+        4 => Just(Part::Texts),
     ];
     let how = prop_oneof![
         3 => (0u8..32).prop_map(Damage::Flip),
         4 => (0u32..40).prop_map(Damage::Set),
+        1 => (0u32..300).prop_map(Damage::Set),
         3 => prop::sample::select(vec![u32::MAX, 1 << 28, 4000]).prop_map(Damage::Set),
         2 => any::<i8>().prop_map(Damage::Add),
         3 => any::<usize>().prop_map(Damage::Copy),
@@ -295,7 +297,8 @@ proptest! {
         max_size in prop_oneof![4 => 20u64..400, 1 => Just(u64::MAX)],
         max_age in prop::option::of(1u64..50),
         flat in any::<bool>(),
-        keys in prop::collection::vec(keys::key(), 2..12),
+        mut keys in prop::collection::vec(keys::key(), 2..12),
+        names in prop::collection::vec(keys::name(300), 0..6),
         spans in prop::collection::vec(keys::span(), 2..5),
         healthy in calls(60),
         fuse in 1u32..60,
@@ -303,6 +306,7 @@ proptest! {
         damaged in calls(60),
     ) {
         let limits = Limits { max_size, max_age, lenient: false, flat, verify: Verify::Never };
+        keys.extend(names);
         let mut run = Run::new(limits, keys, spans);
         for (call, pick) in healthy {
             run.call(call, pick).unwrap();

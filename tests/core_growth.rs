@@ -144,12 +144,14 @@ fn memory_gives_out() {
                 cells: bits & 1 == 0,
                 slots: bits & 2 == 0,
                 directory: bits & 4 == 0,
+                texts: bits & 8 == 0,
             });
         }
-        let (key, span) = match n % 4 {
+        let (key, span) = match n % 5 {
             0 => (format!("dir{n}/a/b/zarr.json"), Span::Full),
             1 => (format!("long{}{n}/c/{n}", "x".repeat(90)), Span::Offset(n)),
             2 => (format!("{n}"), Span::Suffix(u64::MAX - n)),
+            3 => (format!("~{n}{}", "x".repeat(n as usize % 700)), Span::Full),
             _ => (chunk(n), Span::Full),
         };
         match fill(&mut cache, &key, span, n) {

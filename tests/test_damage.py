@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 
 HERE = str(Path(__file__).parent)
 INDEX = ".zcache/index"
-FILES = ("head", "table", "cells")
+FILES = ("head", "table", "cells", "texts")
 BOUND = 6000
-KEYS = [f"group/array/c/{number}/{number}" for number in range(20)]
+# Some in a directory of their own, whose name does not fit into a cell.
+KEYS = [
+    f"group/array{f'-{number:040x}' * (number % 2)}/c/{number}/{number}" for number in range(20)
+]
 RANGE = RangeByteRequest(100, 160)
 
 
@@ -363,12 +366,12 @@ def head_of(**changes: tuple[int, str, int]) -> list[Any]:
         magic=(0, "<Q", 0x1234),
         dirty=(8, "=I", 3),
         check=(12, "=I", 0x1234),
-        older=(16, "=I", 0),
+        older=(16, "=I", 1),
         newer=(16, "=I", 99),
         byte_order=(20, ">I", 0x01020304),
         cell_size=(24, "=I", 64),
         rebuilding=(40, "=I", 200),
-        boot=(88, "=Q", 1),
+        boot=(96, "=Q", 1),
     ),
 )
 async def test_an_index_of_somebody_else(
@@ -386,6 +389,22 @@ async def test_an_index_of_somebody_else(
     store = open_store(where)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "was rebuilt" in caplog.text
+    await check(store)
+
+
+async def test_an_index_from_before_there_was_a_file_of_texts(
+    where: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = where / "cache" / INDEX
+    (index / "texts").unlink()
+    with (index / "head").open("r+b") as head:
+        head.seek(16)
+        head.write(struct.pack("=I", 1))
+    store = open_store(where)
+    assert ["was rebuilt" in message for message in caplog.messages] == [True]
+    for key in KEYS[3:]:
+        assert await read(store, key) == value(key)
+    assert reads(store) == 0
     await check(store)
 
 
@@ -417,7 +436,7 @@ async def test_directories_in_its_place(where: Path, caplog: pytest.LogCaptureFi
 async def test_another_boot_of_the_machine_keeps_the_values(where: Path) -> None:
     """What the kernel had not written yet is found by its checksum; all else is served."""
     with (where / "cache" / INDEX / "head").open("r+b") as head:
-        head.seek(88)
+        head.seek(96)
         head.write(b"another!")
     torn = where / "cache" / KEYS[-1]
     times = torn.stat()

@@ -227,7 +227,7 @@ async def test_a_directory_inside_that_leads_elsewhere(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "cache/.zcache/index")
 
 
-@pytest.mark.parametrize("name", ["head", "table", "cells", "lock", "p0"])
+@pytest.mark.parametrize("name", ["head", "table", "cells", "texts", "lock", "p0"])
 async def test_a_link_in_the_place_of_the_index(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

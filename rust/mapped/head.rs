@@ -15,7 +15,7 @@ pub const PARTICIPANTS: usize = 256;
 pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -42,10 +42,11 @@ pub(super) struct Head {
     pub(super) epoch: u32,
     /// Changes whenever the index is emptied.
     pub(super) generation: u64,
-    /// Elements in use: slots of the table, cells, entries of the table's directory.
+    /// Elements in use: slots of the table, cells, entries of the table's directory, words of texts.
     pub(super) slots: u64,
     pub(super) cells: u64,
     pub(super) directory: u64,
+    pub(super) texts: u64,
     /// Tells one boot of the machine from the next.
     pub(super) boot: [u64; 5],
     pub(super) header: Header,
@@ -77,6 +78,7 @@ pub(super) static NO_HEAD: Head = Head {
     slots: 0,
     cells: 0,
     directory: 0,
+    texts: 0,
     boot: [0; 5],
     header: Header::EMPTY,
     participants: [Participant::NONE; PARTICIPANTS],
@@ -95,6 +97,8 @@ impl Head {
             && self.places as usize <= PARTICIPANTS
             && self.slots <= 1 << 32
             && self.directory <= 1 << 20
+            && self.texts <= 1 << 32
+            && u64::from(self.header.texts_used) <= self.texts
     }
 
     /// The head of an index that is empty and that participant `me` works on and fills.

@@ -13,6 +13,7 @@ pub(crate) struct Refuse {
     pub(crate) cells: bool,
     pub(crate) slots: bool,
     pub(crate) directory: bool,
+    pub(crate) texts: bool,
 }
 
 /// What one word is overwritten with.
@@ -35,6 +36,7 @@ pub(crate) enum Part {
     Cells,
     Slots,
     Directory,
+    Texts,
 }
 
 /// What a test has in store for a block, shared with it.
@@ -46,6 +48,8 @@ pub(crate) struct Plan {
     pub(crate) damage: RefCell<Vec<(Part, usize, Damage)>>,
     /// Accesses left until an operation counts as endless; 0 for never.
     pub(crate) patience: Slot<u64>,
+    /// Words of texts in use, as of the last change.
+    pub(crate) texts_used: Slot<u32>,
 }
 
 impl Plan {
@@ -65,6 +69,7 @@ pub(crate) struct Vectors {
     cells: Vec<Cell>,
     slots: Vec<u32>,
     directory: Vec<u32>,
+    texts: Vec<u32>,
     plan: Rc<Plan>,
 }
 
@@ -78,6 +83,7 @@ impl Vectors {
 
     fn changing(&mut self) {
         self.plan.tick();
+        self.plan.texts_used.set(self.header.texts_used);
         match self.plan.fuse.get() {
             0 => {}
             1 => {
@@ -101,6 +107,10 @@ impl Vectors {
             }
             Part::Slots => &mut self.slots,
             Part::Directory => &mut self.directory,
+            Part::Texts => {
+                let used = (self.header.texts_used as usize).min(self.texts.len());
+                &mut self.texts[..used]
+            }
         };
         if words.is_empty() {
             return;
@@ -158,6 +168,14 @@ impl Block for Vectors {
         self.changing();
         &mut self.directory
     }
+    fn texts(&self) -> &[u32] {
+        self.plan.tick();
+        &self.texts
+    }
+    fn texts_mut(&mut self) -> &mut [u32] {
+        self.changing();
+        &mut self.texts
+    }
     fn grow_cells(&mut self, len: usize) -> Res<()> {
         Vectors::grow(self.plan.refuse.get().cells, &mut self.cells, len)
     }
@@ -166,5 +184,8 @@ impl Block for Vectors {
     }
     fn grow_directory(&mut self, len: usize) -> Res<()> {
         Vectors::grow(self.plan.refuse.get().directory, &mut self.directory, len)
+    }
+    fn grow_texts(&mut self, len: usize) -> Res<()> {
+        Vectors::grow(self.plan.refuse.get().texts, &mut self.texts, len)
     }
 }

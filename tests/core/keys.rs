@@ -43,8 +43,38 @@ pub(crate) fn key() -> impl Strategy<Value = String> {
         1 => any::<String>(),
         1 => "\\PC{0,40}",
         1 => long(),
+        3 => name(300),
     ]
     .prop_filter("reserved", |key| !key.starts_with(".zcache/"))
+}
+
+/// A name such as a hash, an id or a file has, of so many characters at most, below a directory or
+/// not. Names of one length differ in their first character, so that they meet in one list of free
+/// blocks.
+pub(crate) fn name(most: usize) -> impl Strategy<Value = String> {
+    let kinds = prop::sample::select(vec![
+        "0123456789/.-",
+        "0123456789abcdef",
+        "0123456789abcdefABCDEFGHIJKLMNOPQRSTUVWXYZghijklmnopqrstuvwxyz-_",
+        "0123456789abcdef.~",
+    ]);
+    let length = prop_oneof![
+        3 => 0..=most,
+        1 => prop::sample::select(vec![8usize, 9, 10, 16, 17, 64, 128, 129, 252, 253]),
+        1 => 2_000usize..4_000,
+    ];
+    (
+        prop::sample::select(vec!["", "blobs/"]),
+        kinds,
+        length,
+        any::<prop::sample::Index>(),
+    )
+        .prop_map(|(dir, kind, length, start)| {
+            let start = start.index(kind.len());
+            let mut characters = kind.chars().cycle().skip(start).step_by(3);
+            let first = characters.by_ref().take(length);
+            format!("{dir}{}", first.collect::<String>())
+        })
 }
 
 fn long() -> impl Strategy<Value = String> {
