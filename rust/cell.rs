@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::coding::Coding;
 use crate::error::{Fault, Res};
 
 /// What a cell is.
@@ -68,17 +69,16 @@ pub struct Cell {
     /// Name below the parent; see `Names`.
     pub text: [u8; 8],
     time: [u8; 6],
-    /// Bytes of `text` in use, or [`LONG`].
-    pub text_len: u8,
-    /// Kind in bits 0 to 3, state in bits 4 and 5, packed in bit 6, checksum unknown in bit 7.
+    /// Bytes of `text` in use, or [`LONG`], in bits 0 to 3; [`Coding`] in bits 4 to 7.
+    coded: u8,
+    /// Kind in bits 0 to 3, state in bits 4 and 5, checksum unknown in bit 7.
     bits: u8,
 }
 
-/// `text_len` of a text that does not lie in its cell: `text` is then the number of its first block
+/// [`Cell::text_len`] of a text that does not lie in its cell: `text` is then the number of its first block
 /// and its length in bytes, both `u32`.
-pub const LONG: u8 = 255;
+pub const LONG: u8 = 15;
 
-const PACKED: u8 = 1 << 6;
 const UNCHECKED: u8 = 1 << 7;
 
 impl Cell {
@@ -127,19 +127,26 @@ impl Cell {
         self.bits = self.bits & !(3 << 4) | (state as u8) << 4;
     }
 
-    /// Whether the text is packed.
+    /// Bytes of `text` in use, or [`LONG`].
     #[must_use]
-    pub fn packed(&self) -> bool {
-        self.bits & PACKED != 0
+    pub fn text_len(&self) -> u8 {
+        self.coded & 15
     }
 
-    /// Says whether the text is packed.
-    pub fn set_packed(&mut self, packed: bool) {
-        self.bits = if packed {
-            self.bits | PACKED
-        } else {
-            self.bits & !PACKED
-        };
+    /// What the text stands for; an error where the bits name nothing.
+    pub fn coding(&self) -> Res<Coding> {
+        Coding::of(self.coded >> 4).ok_or(Fault::Corrupt("a text of no coding"))
+    }
+
+    /// Whether the text is in this coding.
+    #[must_use]
+    pub fn is_in(&self, coding: Coding) -> bool {
+        self.coded >> 4 == coding as u8
+    }
+
+    /// Sets coding and length of the text.
+    pub fn set_text_len(&mut self, coding: Coding, len: u8) {
+        self.coded = (coding as u8) << 4 | len & 15;
     }
 
     /// The checksum, where it is known.

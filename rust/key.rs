@@ -1,5 +1,5 @@
 //! Keys: what identifies an entry, how its text is cut into interned parts, and under which name
-//! its bytes lie in the cache store.
+//! its bytes lie in the cache store. How a part is stored is `coding`'s matter.
 //!
 //! A Zarr key such as `era5/2m_temperature/c/120/44/7` is a *path* of directories and a *tail*.
 //! The directories (`era5`, `2m_temperature`, `c`) are shared by millions of keys and are stored
@@ -109,82 +109,6 @@ pub fn split(key: &str) -> (&str, &str) {
 pub fn directories(dirs: &str) -> impl Iterator<Item = &str> {
     dirs.split_inclusive('/')
         .map(|dir| dir.strip_suffix('/').unwrap_or(dir))
-}
-
-/// Text as a cell stores it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Text<'a> {
-    /// Chunk coordinates, two characters to a byte.
-    Packed([u8; INLINE], u8),
-    /// Any other text, byte for byte.
-    Raw(&'a [u8]),
-}
-
-/// Bytes of text that fit into the cell of an entry.
-pub const INLINE: usize = 8;
-
-const ALPHABET: &[u8; 13] = b"0123456789/.-";
-const PAD: u8 = 15;
-
-impl<'a> Text<'a> {
-    /// Packs what can be packed into one cell; the same text always gives the same result.
-    #[must_use]
-    pub fn new(text: &'a str) -> Self {
-        let raw = text.as_bytes();
-        if raw.is_empty() || raw.len() > 2 * INLINE {
-            return Text::Raw(raw);
-        }
-        let mut packed = [0u8; INLINE];
-        for (byte, pair) in packed.iter_mut().zip(raw.chunks(2)) {
-            let (Some(high), Some(low)) = (
-                pair.first().and_then(|c| nibble(*c)),
-                pair.get(1).map_or(Some(PAD), |c| nibble(*c)),
-            ) else {
-                return Text::Raw(raw);
-            };
-            *byte = high << 4 | low;
-        }
-        Text::Packed(packed, u8::try_from(raw.len().div_ceil(2)).unwrap_or(0))
-    }
-
-    /// The bytes to store and to hash.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        match self {
-            Text::Packed(bytes, len) => bytes.get(..usize::from(*len)).unwrap_or_default(),
-            Text::Raw(bytes) => bytes,
-        }
-    }
-
-    /// Whether the bytes are packed.
-    #[must_use]
-    pub fn packed(&self) -> bool {
-        matches!(self, Text::Packed(..))
-    }
-}
-
-fn nibble(c: u8) -> Option<u8> {
-    match c {
-        b'0'..=b'9' => Some(c - b'0'),
-        b'/' => Some(10),
-        b'.' => Some(11),
-        b'-' => Some(12),
-        _ => None,
-    }
-}
-
-/// Appends packed bytes as text; false where they are no packed text.
-pub fn unpack(bytes: &[u8], out: &mut Vec<u8>) -> bool {
-    for &byte in bytes {
-        for value in [byte >> 4, byte & 15] {
-            match ALPHABET.get(usize::from(value)) {
-                Some(c) => out.push(*c),
-                None if value == PAD => {}
-                None => return false,
-            }
-        }
-    }
-    true
 }
 
 /// A range as text of a cell: two numbers as LEB128, so that the common ones fit inline.
@@ -304,21 +228,6 @@ mod tests {
             "a\0",
         ] {
             assert!(!is_known(key), "{key}");
-        }
-    }
-
-    #[test]
-    fn packing_is_reversible() {
-        for text in ["0", "120/44/7", "0.0.1", "1234567890123456", "-/.", "9"] {
-            let Text::Packed(..) = Text::new(text) else {
-                panic!("{text} is not packed")
-            };
-            let mut out = Vec::new();
-            assert!(unpack(Text::new(text).bytes(), &mut out));
-            assert_eq!(out, text.as_bytes());
-        }
-        for text in ["", "zarr.json", "12345678901234567", "1 2"] {
-            assert_eq!(Text::new(text), Text::Raw(text.as_bytes()));
         }
     }
 

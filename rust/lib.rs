@@ -2,8 +2,8 @@
 //! and write protocol on top of it.
 //!
 //! ```text
-//! key ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names ──▶ entries ──▶ cache ──▶ python
-//!                                                                 flights ──▶
+//! key, coding ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names ──▶ entries ──▶ cache ──▶ python
+//!                                                                         flights ──▶
 //! ```
 //!
 //! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
@@ -13,9 +13,9 @@
 //! the lock once per step, and never holds it over I/O, an await or a call into Python.
 //!
 //! **Memory.** 56 bytes a cell and 4.6 to 9.2 bytes of table for each entry whose tail fits into 8
-//! bytes (16 characters of chunk coordinates); a longer tail takes as many bytes more as it has,
-//! in words of 4. Directories and keys with ranges are one cell each, shared by everything below
-//! them.
+//! bytes (16 characters of chunk coordinates or of a hash in hexadecimal digits); a longer tail
+//! takes as many bytes more as it is coded in, in words of 4. Directories and keys with ranges are
+//! one cell each, shared by everything below them.
 //!
 //! Plain `cargo test` runs all of this without Python; `python` is one thin file behind the feature
 //! of the same name.
@@ -34,6 +34,7 @@ pub mod block;
 pub mod cache;
 pub mod cell;
 pub mod cells;
+pub mod coding;
 #[cfg(unix)]
 pub mod directory;
 mod entries;

@@ -8,8 +8,9 @@
 use crate::block::Block;
 use crate::cell::{Cell, Kind};
 use crate::cells::{COUNT, Cells, List, ROOT};
+use crate::coding::{Coding, Text};
 use crate::error::{Fault, Res};
-use crate::key::{self, Span, SpanText, Text};
+use crate::key::{self, Span, SpanText};
 
 impl Span {
     pub(crate) fn kind(self) -> Kind {
@@ -22,8 +23,12 @@ impl Span {
     }
 }
 
-fn salt(kind: Kind, packed: bool) -> u8 {
-    kind as u8 | u8::from(packed) << 4
+fn salt(kind: Kind, coding: Coding) -> u8 {
+    kind as u8 | (coding as u8) << 4
+}
+
+fn hash(text: &Text, seed: u64, kind: Kind) -> u64 {
+    key::hash(text.bytes(), seed, salt(kind, text.coding()))
 }
 
 impl<B: Block> Cells<B> {
@@ -50,7 +55,7 @@ impl<B: Block> Cells<B> {
             Kind::Free => Err(Fault::Corrupt("a nameless cell in the table")),
             kind => {
                 let seed = self.get(cell.parent)?.size;
-                let salt = salt(kind, cell.packed());
+                let salt = salt(kind, cell.coding()?);
                 Ok(key::hash(&self.text(i)?, seed, salt))
             }
         }
@@ -64,7 +69,7 @@ impl<B: Block> Cells<B> {
                 .rfind('/')
                 .map_or(path, |slash| path.get(slash + 1..).unwrap_or(""));
             let cell = self.get(i)?;
-            if cell.kind()? != Kind::Dir || !self.text_is(i, name.as_bytes())? {
+            if cell.kind()? != Kind::Dir || !self.text_is(i, &Text::Raw(name.as_bytes()))? {
                 return Ok(false);
             }
             i = cell.parent;
@@ -78,7 +83,7 @@ impl<B: Block> Cells<B> {
             return hash;
         }
         key::directories(dirs).fold(self.header().seed, |seed, name| {
-            key::hash(name.as_bytes(), seed, salt(Kind::Dir, false))
+            hash(&Text::Raw(name.as_bytes()), seed, Kind::Dir)
         })
     }
 
@@ -104,25 +109,22 @@ impl<B: Block> Cells<B> {
     fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<(u64, Option<u32>)> {
         let text = Text::new(tail);
         if let Some((above, dir)) = self.known_dir(dirs) {
-            let hash = key::hash(text.bytes(), above, salt(kind, text.packed()));
+            let hash = hash(&text, above, kind);
             let found = self.table_find(hash, |i| {
                 let cell = self.get(i)?;
-                Ok(cell.parent == dir
-                    && cell.kind()? == kind
-                    && cell.packed() == text.packed()
-                    && self.text_is(i, text.bytes())?)
+                Ok(cell.parent == dir && cell.kind()? == kind && self.text_is(i, &text)?)
             })?;
             return Ok((hash, found));
         }
         let above = self.dir_hash(dirs);
-        let hash = key::hash(text.bytes(), above, salt(kind, text.packed()));
-        let found = self.table_find(hash, |i| {
-            let cell = self.get(i)?;
-            Ok(cell.kind()? == kind
-                && cell.packed() == text.packed()
-                && self.text_is(i, text.bytes())?
-                && self.is_dir(cell.parent, dirs)?)
-        })?;
+        let hash = hash(&text, above, kind);
+        let found =
+            self.table_find(hash, |i| {
+                let cell = self.get(i)?;
+                Ok(cell.kind()? == kind
+                    && self.text_is(i, &text)?
+                    && self.is_dir(cell.parent, dirs)?)
+            })?;
         if let Some(i) = found {
             let dir = self.get(i)?.parent;
             self.memo.put(dirs, self.header().seed, above, dir);
@@ -139,17 +141,14 @@ impl<B: Block> Cells<B> {
     /// The child of object `object` that is this range.
     pub(crate) fn find_range(&self, object: u32, span: Span) -> Res<Option<u32>> {
         let text = SpanText::new(span);
-        self.find_child(object, span.kind(), text.bytes(), false)
+        self.find_child(object, span.kind(), &Text::Raw(text.bytes()))
     }
 
-    fn find_child(&self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<Option<u32>> {
-        let hash = key::hash(text, self.get(parent)?.size, salt(kind, packed));
+    fn find_child(&self, parent: u32, kind: Kind, text: &Text) -> Res<Option<u32>> {
+        let hash = hash(text, self.get(parent)?.size, kind);
         self.table_find(hash, |i| {
             let cell = self.get(i)?;
-            Ok(cell.parent == parent
-                && cell.kind()? == kind
-                && cell.packed() == packed
-                && self.text_is(i, text)?)
+            Ok(cell.parent == parent && cell.kind()? == kind && self.text_is(i, text)?)
         })
     }
 
@@ -186,29 +185,29 @@ impl<B: Block> Cells<B> {
             *at = dir;
         } else {
             for name in key::directories(dirs) {
-                *at = self.child_of(*at, Kind::Dir, name.as_bytes(), false)?;
+                *at = self.child_of(*at, Kind::Dir, &Text::Raw(name.as_bytes()))?;
             }
             let hash = self.get(*at)?.size;
             self.memo.put(dirs, self.header().seed, hash, *at);
         }
         let text = Text::new(tail);
         if span == Span::Full {
-            return self.child(*at, Kind::Value, text.bytes(), text.packed());
+            return self.child(*at, Kind::Value, &text);
         }
-        *at = self.child_of(*at, Kind::Object, text.bytes(), text.packed())?;
-        self.child(*at, span.kind(), SpanText::new(span).bytes(), false)
+        *at = self.child_of(*at, Kind::Object, &text)?;
+        self.child(*at, span.kind(), &Text::Raw(SpanText::new(span).bytes()))
     }
 
     /// The child with this name, made where it is missing.
-    fn child_of(&mut self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<u32> {
-        match self.find_child(parent, kind, text, packed)? {
+    fn child_of(&mut self, parent: u32, kind: Kind, text: &Text) -> Res<u32> {
+        match self.find_child(parent, kind, text)? {
             Some(child) => Ok(child),
-            None => self.child(parent, kind, text, packed),
+            None => self.child(parent, kind, text),
         }
     }
 
-    fn child(&mut self, parent: u32, kind: Kind, text: &[u8], packed: bool) -> Res<u32> {
-        let hash = key::hash(text, self.get(parent)?.size, salt(kind, packed));
+    fn child(&mut self, parent: u32, kind: Kind, text: &Text) -> Res<u32> {
+        let hash = hash(text, self.get(parent)?.size, kind);
         let first = self.get(parent)?.older;
         let mut cell = Cell::new(kind);
         cell.parent = parent;
@@ -216,7 +215,6 @@ impl<B: Block> Cells<B> {
         if matches!(kind, Kind::Dir | Kind::Object) {
             cell.size = hash;
         }
-        cell.set_packed(packed);
         self.set_text(&mut cell, text)?;
         let i = self.alloc(cell)?;
         if let Err(fault) = self.table_insert(hash, i) {
@@ -310,11 +308,9 @@ impl<B: Block> Cells<B> {
             if n > 0 {
                 key.push(b'/');
             }
-            let text = self.text(part)?;
-            if !self.get(part)?.packed() {
-                key.extend_from_slice(&text);
-            } else if !key::unpack(&text, &mut key) {
-                return Err(Fault::Corrupt("a packed text of other characters"));
+            let coding = self.get(part)?.coding()?;
+            if !coding.decode(&self.text(part)?, &mut key) {
+                return Err(Fault::Corrupt("a text of other characters"));
             }
         }
         let key = String::from_utf8(key).map_err(|_| Fault::Corrupt("a key that is not UTF-8"))?;

@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use crate::block::{Block, TEXT_SIZES};
 use crate::cell::{Cell, LONG};
 use crate::cells::Cells;
+use crate::coding::Text;
 use crate::error::{Fault, Res};
 
 const WORD: usize = size_of::<u32>();
@@ -37,7 +38,7 @@ struct Piece<'a> {
 
 impl Cell {
     fn inline(&self) -> Res<&[u8]> {
-        let text = self.text.get(..usize::from(self.text_len));
+        let text = self.text.get(..usize::from(self.text_len()));
         text.ok_or(Fault::Corrupt("a text longer than its cell"))
     }
 }
@@ -46,7 +47,7 @@ impl<B: Block> Cells<B> {
     /// The stored bytes of a cell's text, as they lie there unless they are a chain.
     pub(crate) fn text(&self, i: u32) -> Res<Cow<'_, [u8]>> {
         let cell = self.get(i)?;
-        if cell.text_len != LONG {
+        if cell.text_len() != LONG {
             return cell.inline().map(Cow::Borrowed);
         }
         let (mut at, len) = self.outside(cell)?;
@@ -62,21 +63,26 @@ impl<B: Block> Cells<B> {
         Ok(Cow::Owned(text))
     }
 
-    /// Whether these are the stored bytes of a cell's text.
+    /// Whether this is the text of a cell.
     #[inline]
-    pub(crate) fn text_is(&self, i: u32, text: &[u8]) -> Res<bool> {
+    pub(crate) fn text_is(&self, i: u32, text: &Text) -> Res<bool> {
         let cell = self.get(i)?;
-        if cell.text_len != LONG {
-            return Ok(cell.inline()? == text);
+        if !cell.is_in(text.coding()) {
+            return Ok(false);
         }
-        Ok(self.outside(cell)?.1 == text.len() && *self.text(i)? == *text)
+        let bytes = text.bytes();
+        if cell.text_len() != LONG {
+            return Ok(cell.inline()? == bytes);
+        }
+        Ok(self.outside(cell)?.1 == bytes.len() && *self.text(i)? == *bytes)
     }
 
     /// Stores the text of a new cell. Growth that fails leaves no block behind.
-    pub(crate) fn set_text(&mut self, cell: &mut Cell, text: &[u8]) -> Res<()> {
+    pub(crate) fn set_text(&mut self, cell: &mut Cell, text: &Text) -> Res<()> {
+        let (coding, text) = (text.coding(), text.bytes());
         if let Some(place) = cell.text.get_mut(..text.len()) {
             place.copy_from_slice(text);
-            cell.text_len = text.len() as u8;
+            cell.set_text_len(coding, text.len() as u8);
             return Ok(());
         }
         let len = u32::try_from(text.len()).map_err(|_| Fault::Full)?;
@@ -93,7 +99,7 @@ impl<B: Block> Cells<B> {
                 }
             }
         }
-        cell.text_len = LONG;
+        cell.set_text_len(coding, LONG);
         let [a, b, c, d] = first.to_le_bytes();
         let [e, f, g, h] = len.to_le_bytes();
         cell.text = [a, b, c, d, e, f, g, h];
@@ -103,7 +109,7 @@ impl<B: Block> Cells<B> {
     /// Gives a cell back, with its text.
     pub(crate) fn free_with_text(&mut self, i: u32) -> Res<()> {
         let cell = self.get(i)?;
-        if cell.text_len == LONG {
+        if cell.text_len() == LONG {
             let (at, len) = self.outside(cell)?;
             self.drop_text(at, len)?;
         }
@@ -113,7 +119,7 @@ impl<B: Block> Cells<B> {
     /// Number and words of each block that a cell's text lies in.
     pub(crate) fn blocks_of_text(&self, cell: &Cell) -> Res<Vec<(u32, usize)>> {
         let mut blocks = Vec::new();
-        if cell.text_len != LONG {
+        if cell.text_len() != LONG {
             return Ok(blocks);
         }
         let (mut at, mut left) = self.outside(cell)?;

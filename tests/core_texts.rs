@@ -157,6 +157,25 @@ fn bytes_of_a_name() {
         let name = "~".repeat(length);
         assert_eq!(text_of(&name), bytes, "{length} bytes");
     }
+    for (alphabet, length, bytes) in [
+        (0, 16, 0),
+        (0, 17, 12),
+        (1, 16, 0),
+        (1, 17, 12),
+        (1, 64, 32),
+        (1, 128, 64),
+        (2, 10, 0),
+        (2, 11, 12),
+        (2, 20, 16),
+        (2, 64, 48),
+        (2, 85, 64),
+        // Beyond that nothing is coded.
+        (1, 129, 136),
+        (2, 86, 88),
+    ] {
+        let name = name(alphabet, length, 0);
+        assert_eq!(text_of(&name), bytes, "{name}");
+    }
 }
 
 /// Where there is no memory for another text, what larger ones have left is cut up; then values stay

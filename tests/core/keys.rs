@@ -33,6 +33,9 @@ pub(crate) fn key() -> impl Strategy<Value = String> {
         // Packed, the digits are the byte of the letter.
         "a/c/41",
         "a/c/A",
+        // And of a hash, that of eight letters.
+        "a/6162636465666768",
+        "a/abcdefgh",
     ]);
     prop_oneof![
         6 => chunk(),
