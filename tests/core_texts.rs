@@ -1,5 +1,6 @@
 //! Names that do not fit into their cells: of every length and every alphabet, put into blocks that
-//! others have left, where memory gives out, and with each word of them damaged.
+//! others have left, where memory gives out, and with each word of them damaged, and each number
+//! that leads to them.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,11 +14,13 @@
 #[allow(dead_code, reason = "shared with tests of growth and damage")]
 mod blocks;
 
+use std::mem::offset_of;
 use std::rc::Rc;
 
 use blocks::{Damage, Part, Plan, Refuse, Vectors};
-use zcache::block::{Block, Heap};
+use zcache::block::{Block, Header, Heap};
 use zcache::cache::{Cache, Joined, Limits, Refusal, Room, Verify};
+use zcache::cell::Cell;
 use zcache::error::{Fault, Res};
 use zcache::key::Span;
 
@@ -67,7 +70,7 @@ fn remove<B: Block>(cache: &mut Cache<B, ()>, key: &str) -> Res<()> {
     cache.settled(&cells, &[])
 }
 
-fn size_of<B: Block>(cache: &Cache<B, ()>, key: &str) -> Option<u64> {
+fn bytes_of<B: Block>(cache: &Cache<B, ()>, key: &str) -> Option<u64> {
     let found = cache.peek(key, Span::Full, 1).unwrap();
     found.map(|found| found.size)
 }
@@ -103,8 +106,8 @@ fn names_of_every_length() {
     };
     assert_eq!(held(&cache), keys);
     for (size, key) in (1..).zip(&keys) {
-        assert_eq!(size_of(&cache, key), Some(size), "{key}");
-        assert_eq!(size_of(&cache, &format!("{key}!")), None, "{key}");
+        assert_eq!(bytes_of(&cache, key), Some(size), "{key}");
+        assert_eq!(bytes_of(&cache, &format!("{key}!")), None, "{key}");
     }
 
     // Every second one goes and comes back, in another order, into blocks that others have left.
@@ -121,7 +124,7 @@ fn names_of_every_length() {
     cache.validate().unwrap();
     assert_eq!(cache.memory(), memory, "blocks are used again");
     for (size, key) in (1..).zip(&keys) {
-        assert_eq!(size_of(&cache, key), Some(size), "{key}");
+        assert_eq!(bytes_of(&cache, key), Some(size), "{key}");
     }
     for key in &keys {
         remove(&mut cache, key).unwrap();
@@ -234,7 +237,7 @@ fn memory_gives_out() {
         assert_eq!(fill(&mut cache, &large(n), 1), Ok(None));
     }
     for n in 0..count {
-        assert!(size_of(&cache, &small(1000 + n)).is_some());
+        assert!(bytes_of(&cache, &small(1000 + n)).is_some());
     }
     cache.validate().unwrap();
 }
@@ -304,4 +307,89 @@ fn damage_to_every_word() {
     }
     // All but what lies in free blocks, and damage that changes nothing.
     assert!(noticed > 2 * words);
+}
+
+/// The same stored bytes stand for different names.
+#[test]
+fn names_of_the_same_bytes() {
+    let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), UNBOUNDED, 9).unwrap();
+    let names = [
+        ["abcdefgh", "6162636465666768"],
+        ["0123456789a", "0123456789a0"],
+        ["zyxwvutsrqp", "zyxwvutsrqpA"],
+        ["aaaaaaaaaaaaaaaaaaa/12", "aaaaaaaaaaaaaaaaaaa/A"],
+    ];
+    for (size, name) in (1..).zip(names.as_flattened()) {
+        assert_eq!(bytes_of(&cache, name), None, "{name}");
+        assert_eq!(fill(&mut cache, name, size), Ok(None));
+    }
+    cache.validate().unwrap();
+    for (size, name) in (1..).zip(names.as_flattened()) {
+        assert_eq!(bytes_of(&cache, name), Some(size), "{name}");
+    }
+}
+
+/// Where a text lies, how long it is and which blocks are free is checked before it is used.
+#[test]
+fn numbers_that_lead_nowhere() {
+    let plan = Rc::new(Plan::default());
+    let name = "~".repeat(300);
+    let damaged = |damage: &[(Part, usize, u32)]| {
+        plan.patience.set(0);
+        let mut cache = Cache::new(Vectors::new(&plan), UNBOUNDED, 3).unwrap();
+        for key in [&name, "~~~~~~~~~~~~~", "a"] {
+            assert_eq!(fill(&mut cache, key, 1), Ok(None));
+        }
+        remove(&mut cache, "~~~~~~~~~~~~~").unwrap();
+        cache.validate().unwrap();
+        let set = |&(part, at, number)| (part, at, Damage::Set(number));
+        plan.damage.replace(damage.iter().map(set).collect());
+        plan.fuse.set(1);
+        plan.patience.set(1_000_000);
+        // A change that leaves the texts alone.
+        remove(&mut cache, "a").unwrap();
+        assert!(cache.validate().is_err(), "{damage:?}");
+        cache
+    };
+    // Cell 1 is the root, and the first name is in cell 2.
+    let text = (2 * size_of::<Cell>() + offset_of!(Cell, text)) / 4;
+    // A text begins to be stored at its end.
+    let used = 1 + 13 + 32 + 32 + 4;
+    for (at, number) in [
+        (text, 0),
+        (text, used),
+        (text, used - 1),
+        (text, u32::MAX),
+        (text + 1, u32::MAX),
+        (text + 1, 50_000),
+    ] {
+        let mut cache = damaged(&[(Part::Cells, at, number)]);
+        assert!(cache.entries().is_err());
+        assert!(remove(&mut cache, &name).is_err() || at > text);
+        if at == text {
+            assert!(cache.peek(&name, Span::Full, 1).is_err());
+        }
+    }
+    // A chain that bites its tail, of a text without end.
+    let first = 1 + 13 + 32;
+    let endless = [
+        (Part::Cells, text + 1, u32::MAX),
+        (Part::Texts, first as usize, first),
+    ];
+    assert!(damaged(&endless).entries().is_err());
+    // The text is beyond what is in use.
+    let at = offset_of!(Header, texts_used) / 4;
+    let cache = damaged(&[(Part::Header, at, 2)]);
+    assert!(cache.entries().is_err());
+    // A block that was free is in no list any more, or in two, or one that is in use is in a list.
+    let at = offset_of!(Header, free_texts) / 4 + 3;
+    damaged(&[(Part::Header, at, 0)]);
+    damaged(&[(Part::Header, at - 1, used - 4)]);
+    for at in [at, at + 1] {
+        damaged(&[(Part::Header, at, 2)]);
+    }
+    for number in [used - 1, used, u32::MAX] {
+        let mut cache = damaged(&[(Part::Header, at, number)]);
+        assert!(fill(&mut cache, "~~~~~~~~~~~~~", 1).is_err());
+    }
 }
