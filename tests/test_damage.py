@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest
 from zarr.storage import LocalStore
 
 from support import CountingStore, buf, held, read
@@ -342,6 +342,25 @@ async def test_a_size_that_is_not_the_one_of_its_file(
         await asyncio.sleep(0.01)
     assert engine() is None
     assert len(caplog.records) == 1
+
+
+async def test_a_size_from_which_on_a_range_would_be_empty(where: Path) -> None:
+    """A flip has made a value shorter than where the range begins: that is no empty range."""
+    key = KEYS[-1]
+    size = len(value(key))
+    cells = where / "cache" / INDEX / "cells"
+    before = cells.read_bytes()
+    assert before.count(struct.pack("<Q", size)) == 1
+    cells.write_bytes(before.replace(struct.pack("<Q", size), struct.pack("<Q", 1)))
+    for verify in ("never", "first", "always"):
+        store = open_store(where, verify=verify)
+        for request, start, end in (
+            (RangeByteRequest(100, 160), 100, 160),
+            (OffsetByteRequest(100), 100, size),
+            (RangeByteRequest(size - 1, size), size - 1, size),
+        ):
+            assert await read(store, key, request) == value(key)[start:end]
+        store.close()
 
 
 async def test_damage_that_comes_back(

@@ -211,23 +211,25 @@ class Engine(Fills):
             if value is not None:
                 return value
         part: Span | None = None
+        wanted = total
         # Bytes that are not verified yet are read as a whole, for so goes the checksum.
         if handle is None and size < total:
-            if size == 0:
-                # Nothing to read, and stores differ in what they make of an empty range.
-                return prototype.buffer.from_bytes(b"")
+            # Of nothing the last byte is read: an entry whose size is damaged would else go unnoticed,
+            # and stores differ in what they make of an empty range.
+            first, wanted = (start, size) if size else (total - 1, 1)
             # Up to the end, whatever its place: the length then tells whether the value is still the
             # one of the entry. Of a longer one these numbers would select something else.
-            part = (2, start, 0) if start + size == total else (1, start, start + size)
+            to_end = first + wanted == total
+            part = (2, first, 0) if to_end else (1, first, first + wanted)
         try:
             value = await io.port.read(name, prototype, to_request(part))
         except Exception as error:  # noqa: BLE001 - whatever the cache store raises, the source serves
             self.breaker.failed(error)
         else:
             self.breaker.succeeded()
-            if value is not None and len(value) == (size if handle is None else total):
+            if value is not None and len(value) == wanted:
                 if handle is None:
-                    return value
+                    return value if size or not total else prototype.buffer.from_bytes(b"")
                 value = await self._verify(io, prototype, value, hit)
                 if value is not None:
                     return value
