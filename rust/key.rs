@@ -90,19 +90,21 @@ pub fn is_known(key: &str) -> bool {
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.
 #[must_use]
 pub fn split(key: &str) -> (&str, &str) {
-    let coordinates = key.trim_end_matches(|c: char| c.is_ascii_digit() || c == '/' || c == '.');
-    let chunk_at = coordinates.len() + 1;
-    if (coordinates == "c" || coordinates.ends_with("/c"))
-        && let (Some(dirs), Some(tail)) = (key.get(..chunk_at), key.get(chunk_at..))
-        && dirs.ends_with('/')
-        && !tail.is_empty()
-    {
-        return (dirs, tail);
-    }
-    match key.rfind('/') {
-        Some(slash) => key.split_at(slash + 1),
-        None => ("", key),
-    }
+    let bytes = key.as_bytes();
+    let is_coordinate = |c: &u8| c.is_ascii_digit() || matches!(c, b'/' | b'.');
+    let marker = bytes.iter().rposition(|c| !is_coordinate(c));
+    let is_marker = |at: &usize| match bytes.get(..=*at) {
+        Some(b"c" | [.., b'/', b'c']) => matches!(bytes.get(at + 1..), Some([b'/', _, ..])),
+        _ => false,
+    };
+    let cut = match marker.filter(is_marker) {
+        Some(at) => at + 2,
+        None => bytes
+            .iter()
+            .rposition(|c| *c == b'/')
+            .map_or(0, |at| at + 1),
+    };
+    key.split_at_checked(cut).unwrap_or(("", key))
 }
 
 /// The directories of the first half of [`split`], outermost first.

@@ -39,6 +39,20 @@ impl Memo {
         (known.seed == seed && *known.path == *path).then_some((known.hash, known.cell))
     }
 
+    /// Appends the path of a directory, if it is remembered.
+    #[inline]
+    pub(crate) fn append(&self, cell: u32, seed: u64, out: &mut Vec<u8>) -> bool {
+        let Ok(known) = self.known.try_borrow() else {
+            return false;
+        };
+        let mut known = known.iter().flatten();
+        let found = known.find(|known| known.cell == cell && known.seed == seed);
+        if let Some(found) = found {
+            out.extend_from_slice(found.path.as_bytes());
+        }
+        found.is_some()
+    }
+
     /// Remembers a directory.
     pub(crate) fn put(&self, path: &str, seed: u64, hash: u64, cell: u32) {
         if let Ok(mut known) = self.known.try_borrow_mut()

@@ -5,6 +5,8 @@
 //! directory, a range is a child of the `Object` cell of its key. So one key, one key with all its
 //! ranges, and one prefix are each reached without looking at any other key.
 
+use smallvec::SmallVec;
+
 use crate::block::Block;
 use crate::cell::{Cell, Kind};
 use crate::cells::{COUNT, Cells, List, ROOT};
@@ -22,6 +24,9 @@ impl Span {
         }
     }
 }
+
+/// Bytes of a key that need no more memory while it is put together.
+const USUAL: usize = 48;
 
 fn salt(kind: Kind, coding: Coding) -> u8 {
     kind as u8 | (coding as u8) << 4
@@ -169,7 +174,7 @@ impl<B: Block> Cells<B> {
     pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<u32> {
         let (dirs, tail) = key::split(key);
         // All cells first: what follows cannot run out of them half way.
-        self.ensure(key::directories(dirs).count() + 2)?;
+        self.ensure(dirs.bytes().filter(|c| *c == b'/').count() + 2)?;
         let mut at = ROOT;
         let made = self.insert_below(&mut at, dirs, tail, span);
         if made.is_err() {
@@ -284,7 +289,7 @@ impl<B: Block> Cells<B> {
         Ok(())
     }
 
-    /// Appends the key of a cell to `out` and says which bytes of it the cell holds.
+    /// The key of a cell, and which bytes of it the cell holds.
     pub(crate) fn name(&self, i: u32) -> Res<(String, Span)> {
         let cell = *self.get(i)?;
         let mut span = Span::Full;
@@ -293,24 +298,27 @@ impl<B: Block> Cells<B> {
             span = span_of(cell.kind()?, &self.text(i)?)?;
             at = cell.parent;
         }
-        let mut path = Vec::new();
-        let mut steps = 0;
+        let mut path = SmallVec::<[u32; 16]>::new();
+        let mut key = Vec::with_capacity(USUAL);
         while at != ROOT {
+            // Of a directory itself the path is its name and a slash.
+            let is_above = B::EXCLUSIVE && !path.is_empty();
+            if is_above && self.memo.append(at, self.header().seed, &mut key) {
+                break;
+            }
             path.push(at);
             at = self.get(at)?.parent;
-            steps += 1;
-            if steps > self.block.cells().len() {
+            if path.len() > self.block.cells().len() {
                 return Err(Fault::Corrupt("a directory inside itself"));
             }
         }
-        let mut key = Vec::new();
-        for (n, &part) in path.iter().rev().enumerate() {
-            if n > 0 {
-                key.push(b'/');
-            }
+        while let Some(part) = path.pop() {
             let coding = self.get(part)?.coding()?;
             if !coding.decode(&self.text(part)?, &mut key) {
                 return Err(Fault::Corrupt("a text of other characters"));
+            }
+            if !path.is_empty() {
+                key.push(b'/');
             }
         }
         let key = String::from_utf8(key).map_err(|_| Fault::Corrupt("a key that is not UTF-8"))?;
