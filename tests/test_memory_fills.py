@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import UserDict
 
+import numpy as np
 import pytest
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
@@ -12,6 +13,7 @@ from zarr.storage import MemoryStore
 from support import PROTOTYPE
 from zcache import CacheStore
 from zcache._core import Index
+from zcache._engine import freeze, snapshot
 
 SIZE = 10
 
@@ -138,3 +140,37 @@ def test_a_mapping_that_is_no_dict_serves_as_well():
         assert store.cache_info()["current_size"] == 2
 
     asyncio.run(run())
+
+
+WHOLE = np.frombuffer(bytes(range(200)), "B")
+SHAPES = {
+    "whole": WHOLE,
+    "view of all": WHOLE[:],
+    "view of a view": WHOLE[:150][:],
+    "beginning": WHOLE[:100],
+    "end": WHOLE[100:],
+    "every other": WHOLE[::2],
+    "backwards": WHOLE[::-1],
+    "one byte often": np.broadcast_to(WHOLE[:1], 200),
+    "empty": WHOLE[:0],
+    "empty, of nothing": np.frombuffer(b"", "B"),
+    "writable": np.arange(200, dtype="B"),
+    "writable, of others": np.frombuffer(bytearray(range(200)), "B"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", [cpu.Buffer, type("Derived", (cpu.Buffer,), {})])
+def test_what_is_kept_is_out_of_reach(name: str, kind: type[cpu.Buffer]):
+    """Whatever the memory of a value: the cache holds these bytes, and nobody can change them."""
+    array = SHAPES[name].copy() if name == "writable" else SHAPES[name]
+    expected = array.tobytes()
+    value = kind(array)
+    data, own = freeze(value)
+    assert data == snapshot(value) == expected == own.to_bytes()
+    assert type(own.as_numpy_array()) is np.ndarray
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        own.as_numpy_array().flags.writeable = True
+    if array.flags.writeable:
+        array[:] = 7
+    assert data == own.to_bytes() == expected

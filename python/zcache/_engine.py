@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+import numpy as np
 from zarr.abc.store import SuffixByteRequest
+from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _registry
@@ -339,12 +341,16 @@ class Engine(Fills):
         try:
             try:
                 value = await io.read(key, prototype, byte_range)
-                data = None if value is None else snapshot(value)
+                data = own = None
+                if value is not None:
+                    data, own = (
+                        freeze(value) if self._values is not None else (snapshot(value), None)
+                    )
             except Exception as error:
                 flight.fail(error)
                 raise
-            if data is not None and self._values is not None:
-                joined = self.keep(self._values, key, span, data, ticket, self.books.now())
+            if data is not None and own is not None and self._values is not None:
+                joined = self.keep(self._values, key, span, data, own, ticket, self.books.now())
                 # Most land alone, and nobody joins one that has landed.
                 if joined is not False:
                     flight.deliver(data)
@@ -410,7 +416,8 @@ class Engine(Fills):
             await self.drop(io, victims)
             if ticket is not None and data is not None:
                 if self._values is not None:
-                    joined = self.keep(self._values, key, None, data, ticket, self.now())
+                    own = to_cpu_buffer(data)
+                    joined = self.keep(self._values, key, None, data, own, ticket, self.now())
                     landed = joined is not None
                 else:
                     landed = await self.fill(io, key, None, data, ticket)
@@ -523,10 +530,24 @@ def _slices(source: Store) -> bool:
 def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
     array = value.as_numpy_array()
-    base: object = array.base
-    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
-        return (
-            base  # Nobody can change these, and they are all of it: the array is of one dimension.
-        )
-    data: bytes = array.tobytes()
-    return data
+    data = _immutable(array)
+    return array.tobytes() if data is None else data
+
+
+def freeze(value: Buffer) -> tuple[bytes, Buffer]:
+    """The same, and a buffer over them."""
+    array = value.as_numpy_array()
+    data = _immutable(array)
+    if data is not None and type(value) is cpu.Buffer:
+        return data, value  # Nobody can change it either.
+    data = array.tobytes() if data is None else data
+    return data, to_cpu_buffer(data)
+
+
+def _immutable(array: Any) -> bytes | None:
+    """What an array of bytes lies over, if it shows all of that, in its order, and nobody can change it."""
+    base = array.base
+    if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
+        base = base.base
+    whole = type(base) is bytes and len(base) == array.nbytes and array.strides == (1,)
+    return base if whole else None

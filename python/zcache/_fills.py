@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
-from zcache._ports import to_cpu_buffer
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -122,14 +121,14 @@ class Fills:
         key: str,
         span: Span | None,
         data: bytes,
+        value: Buffer,
         ticket: int,
         now: float,
     ) -> bool | None:
         """Do the same in memory, where nothing waits and nothing fails, and land the flight.
 
-        Returns whether anybody has joined the flight. None where it has not landed.
+        `value` lies over `data`. Returns whether anybody has joined the flight. None where it has not landed.
         """
-        value = to_cpu_buffer(data)
         try:
             joined: bool | None = self.books.index.keep(values, key, span, data, value, ticket, now)
         except (*NOT_NOW, MemoryError):

@@ -31,9 +31,8 @@ class Traffic:
         self.source: Any = source
         self.port = port
 
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop that a read depends on."""
-        return asyncio.get_running_loop()
+    loop: Callable[[], asyncio.AbstractEventLoop | None] = staticmethod(asyncio.get_running_loop)
+    """The event loop that a read depends on; called for each miss."""
 
     def read(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
@@ -87,8 +86,7 @@ class SyncTraffic(Traffic):
 
     __slots__ = ()
 
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        return None
+    loop = staticmethod(lambda: None)
 
     async def read(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
