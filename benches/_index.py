@@ -53,7 +53,7 @@ async def bookkeeping(scale: Scale) -> list[Row]:
 
     async def mine() -> int:
         for key in next(slices["zcache"]):
-            lookup(key, None, 1.0)
+            lookup(key)
         return step
 
     async def theirs() -> int:
@@ -148,7 +148,7 @@ class Slices:
 def _lookup(lookup: Callable[..., object]) -> Callable[[Sequence[str]], None]:
     def work(keys: Sequence[str]) -> None:
         for key in keys:
-            lookup(key, None, 1.0)
+            lookup(key)
 
     return work
 

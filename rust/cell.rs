@@ -144,6 +144,12 @@ impl Cell {
         self.coded >> 4 == coding as u8
     }
 
+    /// Whether the text is in this coding, and has so many bytes, all of them here.
+    #[must_use]
+    pub fn has_inline(&self, coding: Coding, len: u8) -> bool {
+        self.coded == (coding as u8) << 4 | len
+    }
+
     /// Sets coding and length of the text.
     pub fn set_text_len(&mut self, coding: Coding, len: u8) {
         self.coded = (coding as u8) << 4 | len & 15;

@@ -177,8 +177,30 @@ impl SpanText {
 /// Hash of a text below a directory whose own hash is `seed`.
 #[must_use]
 pub fn hash(bytes: &[u8], seed: u64, salt: u8) -> u64 {
-    xxh3_64_with_seed(bytes, seed.wrapping_add(u64::from(salt)))
+    let mut word = [0; 8];
+    match word.get_mut(..bytes.len()) {
+        Some(place) => {
+            place.copy_from_slice(bytes);
+            hash_word(word, bytes.len() as u8, seed, salt)
+        }
+        None => xxh3_64_with_seed(bytes, seed.wrapping_add(u64::from(salt))),
+    }
 }
+
+/// The same of at most eight bytes, with zeros behind them: the finalizer of MurmurHash3, by which
+/// every bit depends on every other, in a tenth of the instructions of a hash for all lengths.
+#[inline]
+#[must_use]
+pub fn hash_word(word: [u8; 8], len: u8, seed: u64, salt: u8) -> u64 {
+    let salt = u64::from(salt) << 8 | u64::from(len);
+    let mut hash = u64::from_le_bytes(word) ^ seed.wrapping_add(salt.wrapping_mul(ODD));
+    hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ hash >> 33
+}
+
+/// Spreads the few salts over all bits: 2^64 by the golden ratio.
+const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
 #[cfg(test)]
 mod tests {
@@ -231,6 +253,33 @@ mod tests {
         ] {
             assert!(!is_known(key), "{key}");
         }
+    }
+
+    #[test]
+    fn hashes_of_names_that_differ_in_one_bit_differ_in_about_half() {
+        let (mut changed, mut pairs) = (0, 0);
+        for (seed, salt) in [(0, 0), (1, 3), (u64::MAX, 19), (ODD, 7)] {
+            for word in [[0; 8], *b"12/34/56", [255; 8]] {
+                let hash = hash_word(word, 8, seed, salt);
+                for bit in 0..64 {
+                    let other = (u64::from_le_bytes(word) ^ 1 << bit).to_le_bytes();
+                    let apart = (hash ^ hash_word(other, 8, seed, salt)).count_ones();
+                    assert!((8..=56).contains(&apart), "{word:?} {bit}: {apart}");
+                    changed += apart;
+                    pairs += 1;
+                }
+                for other in [
+                    hash_word(word, 7, seed, salt),
+                    hash_word(word, 8, seed ^ 1, salt),
+                    hash_word(word, 8, seed, salt + 1),
+                ] {
+                    assert!((8..=56).contains(&(hash ^ other).count_ones()));
+                }
+            }
+        }
+        assert!((30..=34).contains(&(changed / pairs)));
+        assert_eq!(hash(b"12/3", 5, 6), hash_word(*b"12/3\0\0\0\0", 4, 5, 6));
+        assert_ne!(hash(b"a", 5, 6), hash(b"a\0", 5, 6));
     }
 
     #[test]

@@ -33,7 +33,12 @@ fn salt(kind: Kind, coding: Coding) -> u8 {
 }
 
 fn hash(text: &Text, seed: u64, kind: Kind) -> u64 {
-    key::hash(text.bytes(), seed, salt(kind, text.coding()))
+    match text {
+        Text::Packed(word, len) => {
+            key::hash_word(*word, *len, seed, salt(kind, Coding::Coordinates))
+        }
+        _ => key::hash(text.bytes(), seed, salt(kind, text.coding())),
+    }
 }
 
 impl<B: Block> Cells<B> {

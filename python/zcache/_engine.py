@@ -128,10 +128,13 @@ class Engine(Fills):
 
         Returns the value, or else the hit, or None for a miss, to go on with.
         """
+        books = self.books
         try:
-            hit: Hit | None = self.books.index.lookup(
-                key, span, 0.0 if self.books.ageless else self.now()
-            )
+            hit: Hit | None
+            if span is None and books.ageless:
+                hit = books.index.lookup(key)  # Three arguments take a tenth longer.
+            else:
+                hit = books.index.lookup(key, span, 0.0 if books.ageless else self.now())
         except NOT_NOW:
             return None, AGAIN
         except UnicodeEncodeError:

@@ -77,7 +77,7 @@ impl Index {
         ))
     }
 
-    #[pyo3(signature = (key, raw, now, /))]
+    #[pyo3(signature = (key, raw=None, now=0.0, /))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
