@@ -7,6 +7,7 @@
 
 mod changes;
 mod fills;
+mod reads;
 mod select;
 
 use std::collections::HashMap;
@@ -17,21 +18,17 @@ use foldhash::fast::RandomState;
 use self::fills::Reservation;
 pub use self::fills::{Finished, Refusal, Room};
 pub use self::select::select;
-use self::select::within;
 use crate::block::{Block, Version};
 use crate::cell::{Cell, State};
 use crate::cells::{Cells, List, ROOT};
 use crate::entries::SKEW;
 use crate::error::{Fault, Res};
-use crate::flights::{Closed, Flights, Ticket};
+use crate::flights::{Flights, Ticket};
 use crate::key::{self, Span};
 use crate::memo::Memo;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
-
-/// Uses of entries that are entered in the order together.
-const PUT_OFF: usize = 64;
 
 /// The bounds of a cache.
 #[derive(Clone, Copy, Debug)]
@@ -122,7 +119,7 @@ pub struct Cache<B, T> {
     reservations: HashMap<u64, Reservation, RandomState>,
     next_reservation: u64,
     stats: Stats,
-    /// Entries that were used and are not yet moved to the end of the list, at most [`PUT_OFF`].
+    /// Entries that were used and are not yet moved to the end of the list, at most so many at once.
     touched: Vec<u32>,
     /// For each cell, the mark of the contents that this process has verified, or 0.
     seen: Vec<u32>,
@@ -215,164 +212,6 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Ok(cell.is_entry() && cell.state() == State::Present && !self.is_stale(cell, now))
     }
 
-    /// Finds an entry that holds what is asked for, without counting or touching anything.
-    ///
-    /// For a range these are looked at: the full value, the very range, and of the other ranges of
-    /// the key the one with most bytes and the one that came last. That takes the same time
-    /// however many ranges there are; a range inside a third one is not found.
-    pub fn peek(&self, key: &str, span: Span, now: u64) -> Res<Option<Found>> {
-        if let Some(i) = self.cells.find(key, Span::Full)?
-            && self.servable(i, now)?
-        {
-            let size = self.cells.get(i)?.size;
-            if let Some((start, length)) = select(size, span, self.limits.lenient) {
-                return self.found(i, Span::Full, start, length).map(Some);
-            }
-        }
-        if span == Span::Full {
-            return Ok(None);
-        }
-        let Some(object) = self.cells.find_object(key)? else {
-            return Ok(None);
-        };
-        if let Some(i) = self.cells.find_range(object, span)?
-            && self.servable(i, now)?
-        {
-            return self.found(i, span, 0, self.cells.get(i)?.size).map(Some);
-        }
-        let hints = self.cells.get(object)?;
-        for i in [hints.earlier, hints.later] {
-            if i == 0 || !self.servable(i, now)? {
-                continue;
-            }
-            if self.cells.get(i)?.parent != object {
-                return Err(Fault::Corrupt("a hint that leads to another key"));
-            }
-            let held = self.cells.span(i)?;
-            if let Some((start, length)) = within(held, self.cells.get(i)?.size, span) {
-                return self.found(i, held, start, length).map(Some);
-            }
-        }
-        Ok(None)
-    }
-
-    fn found(&self, i: u32, span: Span, start: u64, length: u64) -> Res<Found> {
-        let cell = self.cells.get(i)?;
-        let handle = handle(i, cell);
-        Ok(Found {
-            handle,
-            span,
-            size: cell.size,
-            checksum: cell.checksum(),
-            start,
-            length,
-        })
-    }
-
-    /// Finds an entry that holds what is asked for, marks it as most recently used, and counts a
-    /// hit or a miss.
-    #[inline]
-    pub fn lookup(&mut self, key: &str, span: Span, now: u64) -> Res<Option<Found>> {
-        let found = self.peek(key, span, now)?;
-        match found {
-            Some(found) => {
-                self.touch(found.handle as u32)?;
-                self.stats.hits += 1;
-            }
-            None => self.stats.misses += 1,
-        }
-        Ok(found)
-    }
-
-    /// Marks an entry as most recently used. Where nobody else sees the order, that is put off, for
-    /// its two neighbours are two cells that no cache of the processor has, and many of them are
-    /// fetched in the time of one.
-    #[inline]
-    fn touch(&mut self, i: u32) -> Res<()> {
-        if !B::EXCLUSIVE {
-            return self.cells.touch(i);
-        }
-        self.touched.push(i);
-        if self.touched.len() < PUT_OFF {
-            return Ok(());
-        }
-        self.put_in_order()
-    }
-
-    /// Moves what was touched, in the order of the touches; before anything else changes the order
-    /// or goes by it.
-    fn put_in_order(&mut self) -> Res<()> {
-        if self.touched.is_empty() {
-            return Ok(());
-        }
-        // Reads that wait for nothing bring the neighbours near, all at once.
-        let mut near = 0;
-        for &i in &self.touched {
-            let cell = self.cells.get(i)?;
-            near ^= self.cells.get(cell.older)?.newer ^ self.cells.get(cell.newer)?.older;
-        }
-        std::hint::black_box(near);
-        let mut touched = std::mem::take(&mut self.touched);
-        let result = touched.iter().try_for_each(|i| self.cells.touch(*i));
-        touched.clear();
-        self.touched = touched;
-        result
-    }
-
-    /// A hit turned out to be none: its bytes were gone, short or damaged. The entry is dropped if
-    /// it is still the same one, and the request counts as a miss.
-    pub fn discard(&mut self, at: u64) -> Res<Vec<Victim>> {
-        self.put_in_order()?;
-        self.missed();
-        let i = at as u32;
-        match self.cells.get(i) {
-            Ok(cell) if cell.is_entry() && cell.state() == State::Present => {
-                if handle(i, cell) == at {
-                    self.drop_all(&[i])
-                } else {
-                    Ok(Vec::new())
-                }
-            }
-            _ => Ok(Vec::new()),
-        }
-    }
-
-    /// A hit could not be used after all; the request counts as a miss.
-    pub fn missed(&mut self) {
-        self.stats.hits = self.stats.hits.saturating_sub(1);
-        self.stats.misses += 1;
-    }
-
-    /// A request went past the index.
-    pub fn count_miss(&mut self) {
-        self.stats.misses += 1;
-    }
-
-    /// Joins the flight that brings this span, or opens one. With `anyway` that happens even
-    /// where an entry could serve it: the cache store is out of use.
-    pub fn join(
-        &mut self,
-        key: &str,
-        span: Span,
-        payload: T,
-        now: u64,
-        anyway: bool,
-    ) -> Res<Joined<T>> {
-        if !anyway && self.peek(key, span, now)?.is_some() {
-            return Ok(Joined::Ready);
-        }
-        let version = self.version(key);
-        Ok(match self.flights.join(key, span, version) {
-            Some((span, payload)) => Joined::Follow(span, payload),
-            None => Joined::Lead(self.flights.open(key, span, Some(payload), version)),
-        })
-    }
-
-    /// Closes a flight and hands out what its readers waited on.
-    pub fn land(&mut self, key: &str, ticket: Ticket) -> Option<Closed<T>> {
-        self.flights.close(key, ticket)
-    }
-
     fn version(&self, key: &str) -> Version {
         if B::EXCLUSIVE {
             // Nobody else writes, and our own writes void the flights.
@@ -407,40 +246,6 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub fn rebound(&mut self, max_size: u64, max_age: Option<u64>) {
         self.limits.max_size = max_size;
         self.limits.max_age = max_age;
-    }
-
-    /// The bytes of an entry were read and are what they should be, or it was not known what they
-    /// should be and is now.
-    pub fn verified(&mut self, at: u64, checksum: u32) {
-        let i = at as u32;
-        if let Ok(cell) = self.cells.get_mut(i)
-            && cell.is_entry()
-            && cell.state() == State::Present
-            && handle(i, cell) == at
-        {
-            cell.set_checksum(Some(checksum));
-            let mark = mark(cell);
-            let at = i as usize;
-            if self.seen.len() <= at {
-                self.seen.resize(at + 1, 0);
-            }
-            if let Some(seen) = self.seen.get_mut(at) {
-                *seen = mark;
-            }
-        }
-    }
-
-    /// Whether the bytes of an entry have to be compared with the checksum before they are served.
-    #[must_use]
-    pub fn must_verify(&self, at: u64) -> bool {
-        let i = at as u32;
-        match (self.limits.verify, self.cells.get(i)) {
-            (_, Err(_)) => false,
-            // Taken in by a rebuild, perhaps after a loss of power: only the bytes tell.
-            (Verify::Never, Ok(cell)) => !self.limits.flat && cell.checksum().is_none(),
-            (Verify::Always, _) => true,
-            (Verify::First, Ok(cell)) => self.seen.get(i as usize) != Some(&mark(cell)),
-        }
     }
 
     /// Entries in every state with their bytes, for tests and tools.
@@ -505,13 +310,4 @@ impl<B: Block, T: Clone> Cache<B, T> {
 /// What the versions of keys go by: the same in every process, whatever its seed.
 fn shared_hash(key: &str) -> u64 {
     key::hash(key.as_bytes(), 0, 0)
-}
-
-/// Tells the contents of one cell from those that it may have later; never 0.
-fn mark(cell: &Cell) -> u32 {
-    (cell.checksum().unwrap_or(0) ^ cell.time() as u32) | 1
-}
-
-fn handle(i: u32, cell: &Cell) -> u64 {
-    u64::from(i) | (cell.time() ^ cell.size.rotate_left(16)) << 32
 }

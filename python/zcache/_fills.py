@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from zcache._books import Books
     from zcache._breaker import Breaker
+    from zcache._core import Index
     from zcache._ports import Outcome, Written
     from zcache._spans import Span
     from zcache._traffic import Traffic
@@ -57,6 +58,14 @@ class Fills:
     breaker: Breaker
     min_free_space: int | None
     _roomy_until = 0.0
+    # What is there, where nothing can fail.
+    _values: dict[str, Buffer] | None
+
+    @property
+    def index(self) -> Index:
+        """The index; another one after a fork."""
+        index: Index = self.books.index
+        return index
 
     def now(self) -> float:
         """Seconds on the clock that ages are counted by."""

@@ -25,6 +25,28 @@ pub(super) enum Backing {
     Shared(Mutex<Directory<Flight>>, Arc<Locks>),
 }
 
+impl Backing {
+    /// In a forked child: lets go of what other threads of the parent had in hand. False where the
+    /// index has to be made or opened anew.
+    pub(super) fn after_fork(&self) -> PyResult<bool> {
+        let Backing::Memory(lock) = self else {
+            return Ok(false);
+        };
+        // Only the forking thread lives on, so a lock that is taken now is never given back.
+        match lock.try_lock() {
+            Ok(mut cache) => {
+                // The flights refer to objects of the parent's threads; releasing them can run
+                // their code, so that happens after the lock.
+                let flights = cache.after_fork()?;
+                drop(cache);
+                drop(flights);
+                Ok(true)
+            }
+            Err(_) => Ok(false),
+        }
+    }
+}
+
 /// Takes one step of the index: `work` sees the cache, whatever is behind it.
 macro_rules! step {
     ($self:ident, $py:ident, |$cache:ident| $work:expr) => {

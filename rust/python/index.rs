@@ -372,21 +372,7 @@ impl Index {
     }
 
     fn after_fork(&self) -> PyResult<bool> {
-        let Backing::Memory(lock) = &self.backing else {
-            return Ok(false);
-        };
-        // Only the forking thread lives on, so a lock that is taken now is never given back.
-        match lock.try_lock() {
-            Ok(mut cache) => {
-                // The flights refer to objects of the parent's threads; releasing them can run
-                // their code, so that happens after the lock.
-                let flights = cache.after_fork()?;
-                drop(cache);
-                drop(flights);
-                Ok(true)
-            }
-            Err(_) => Ok(false),
-        }
+        self.backing.after_fork()
     }
 
     #[pyo3(signature = (handle, checksum, /))]

@@ -1,0 +1,159 @@
+"""The part of the protocol that changes the source: writes, deletes, and what they make void.
+
+Nothing here raises because of the cache store: only the source's own errors, and cancellations,
+leave these methods.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zcache._core import is_known
+from zcache._fills import Fills, Victim, ignore
+from zcache._ports import to_cpu_buffer
+from zcache._spans import is_encodable, is_reserved
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from zcache._traffic import Traffic
+
+
+class Changes(Fills):
+    """Writes and deletes."""
+
+    async def write(
+        self,
+        io: Traffic,
+        key: str,
+        work: Callable[[], Awaitable[None]],
+        data: bytes | None,
+    ) -> None:
+        """Write one key of the source by `work`, and cache `data` where that is safe."""
+        if not is_known(key):
+            await self.change(io, key, work)
+            return
+        books, index = self.books, self.index
+        ended = landed = False
+
+        def late(_: BaseException | None) -> None:
+            nonlocal ended
+            ended = True
+            books.soon(lost, index.end_write, key, False)
+
+        def lost(outcome: tuple[list[Victim], int | None]) -> None:
+            victims, ticket = outcome
+            self._give_up(victims)
+            if ticket is not None:
+                books.soon(ignore, index.land, key, ticket)
+
+        victims = await books.step(io, index.begin_write, key)
+        try:
+            await self.drop(io, victims)
+            await self._drop_unknown(io, key)
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+        try:
+            await io.change(work(), late)
+        except Exception:
+            if not ended:
+                victims, _ = await books.sure(io, lost, index.end_write, key, False)
+                await self.drop(io, victims)
+            raise
+        victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
+        try:
+            await self.drop(io, victims)
+            if ticket is not None and data is not None:
+                if self._values is not None:
+                    own = to_cpu_buffer(data)
+                    joined = self.keep(self._values, key, None, data, own, ticket, self.now())
+                    landed = joined is not None
+                else:
+                    landed = await self.fill(io, key, None, data, ticket)
+        finally:
+            if ticket is not None and not landed:
+                await books.sure(io, ignore, index.land, key, ticket)
+
+    async def _drop_unknown(self, io: Traffic, prefix: str) -> None:
+        """Drop what an index that is being rebuilt may not know yet."""
+        books, directory = self.books, self.books.directory
+        # Of the index of that moment: the one of now may be another after the wait.
+        if directory is not None and not await books.step(io, lambda: books.index.is_complete):
+            try:
+                await io.block(lambda: directory.remove_below(prefix))
+            except OSError as error:
+                self.breaker.failed(error, "delete")
+
+    async def change(self, io: Traffic, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Change the source below a prefix by `work`; nothing below it stays cached."""
+        prefix = prefix.rstrip("/")
+        if not is_known(prefix):
+            if is_reserved(prefix) or not is_encodable(prefix):
+                # Nothing is ever cached below it.
+                await io.change(work(), lambda _: None)
+                return
+            # It may name anything, by another name.
+            prefix = ""
+
+        ended = False
+
+        def late(_: BaseException | None) -> None:
+            nonlocal ended
+            ended = True
+            self._sweep_now(prefix, begins=False)
+
+        await self.books.step(io, self.index.void_prefix, prefix, True)
+        try:
+            await self._sweep(io, prefix)
+            await self._drop_unknown(io, prefix)
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+        async def end() -> None:
+            await self.books.sure(
+                io, lambda _: self._sweep_now(prefix), self.index.void_prefix, prefix, False
+            )
+            await self._sweep(io, prefix)
+
+        try:
+            await io.change(work(), late)
+        except Exception:
+            if not ended:
+                await end()
+            raise
+        await end()
+
+    async def _sweep(self, io: Traffic, prefix: str) -> None:
+        """Drop everything below a prefix."""
+        try:
+            while victims := await self.books.step(io, self.index.sweep, prefix):
+                await self.drop(io, victims)
+        except BaseException:
+            self._sweep_now(prefix)
+            raise
+
+    def _sweep_now(self, prefix: str, *, begins: bool | None = None) -> None:
+        """Drop everything below a prefix at once, and leave the bytes to later deletes.
+
+        Where the index has to be waited for, that happens in the background.
+        """
+
+        def sweep(_: object) -> None:
+            self.books.soon(drop, self.index.sweep, prefix)
+
+        def drop(victims: list[Victim]) -> None:
+            if victims:
+                self._give_up(victims)
+                sweep(None)
+
+        self.books.soon(sweep, self.index.void_prefix, prefix, begins)
+
+    async def clear(self, io: Traffic) -> None:
+        """Empty the cache; the source stays as it is."""
+        await self.books.step(io, self.index.void_prefix, "")
+        await self._sweep(io, "")
+        await self._drop_unknown(io, "")
+        orphans = await self.books.sure(io, self._give_up, self.index.orphans, 2**31)
+        await self.drop(io, orphans)
