@@ -3,12 +3,12 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags, fsetxattr,
-    fstat, futimens, getxattr, linkat, open, renameat_with, statat, statvfs, unlinkat,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags,
+    fsetxattr, fstat, futimens, getxattr, linkat, open, renameat_with, statat, statvfs, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -51,13 +51,24 @@ fn modified(status: &rustix::fs::Stat) -> i64 {
 /// What is noted beside a value: its length and its CRC32C.
 const NOTE: usize = 12;
 
+/// A file that is written, and pending until it is sealed. It is closed: thousands of values may be
+/// on their way at once, and a process has few descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// CRC32C of its contents.
+    pub checksum: u32,
+    device: Dev,
+    inode: u64,
+    nanos: i64,
+}
+
 /// Writes a new file with this modification time, and notes length and CRC32C of its contents where
-/// the file system has extended attributes. Returns the CRC32C as well.
+/// the file system has extended attributes.
 ///
 /// # Errors
 ///
 /// Where the file is there already, or the file system refuses. What was written by then stays.
-pub fn create(path: &Path, data: &[u8], nanos: i64) -> io::Result<(OwnedFd, u32)> {
+pub fn create(path: &Path, data: &[u8], nanos: i64) -> io::Result<Made> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = open(path, flags, Mode::from_raw_mode(0o666))?;
     let mut rest = data;
@@ -76,14 +87,20 @@ pub fn create(path: &Path, data: &[u8], nanos: i64) -> io::Result<(OwnedFd, u32)
     // A value does without.
     let _ = fsetxattr(&file, ATTRIBUTE, &note, XattrFlags::empty());
     set_modified(&file, nanos)?;
-    if modified(&fstat(&file)?) != nanos {
+    let status = fstat(&file)?;
+    if modified(&status) != nanos {
         // It could never be removed again, for nobody would know whose it is.
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
             "the file system does not keep times to the nanosecond",
         ));
     }
-    Ok((file, checksum))
+    Ok(Made {
+        checksum,
+        device: status.st_dev,
+        inode: status.st_ino,
+        nanos,
+    })
 }
 
 /// Length and CRC32C that a file should have, where that is noted.
@@ -152,17 +169,12 @@ pub fn publish(unfinished: &Path, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Does both: writes a new file under a name of its own and publishes it. Returns its CRC32C as well.
+/// Does both: writes a new file under a name of its own and publishes it.
 ///
 /// # Errors
 ///
 /// As [`create`] and [`publish`]; the unfinished name is gone then.
-pub fn write(
-    unfinished: &Path,
-    path: &Path,
-    data: &[u8],
-    nanos: i64,
-) -> io::Result<(OwnedFd, u32)> {
+pub fn write(unfinished: &Path, path: &Path, data: &[u8], nanos: i64) -> io::Result<Made> {
     let made =
         create(unfinished, data, nanos).and_then(|made| publish(unfinished, path).map(|()| made));
     if made.is_err() {
@@ -182,7 +194,7 @@ pub fn write_below(
     unfinished: &Path,
     data: &[u8],
     nanos: i64,
-) -> io::Result<(OwnedFd, u32)> {
+) -> io::Result<Made> {
     if leads_out(root, name) {
         return Err(Errno::LOOP.into());
     }
@@ -202,17 +214,20 @@ pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes a pending file, and says whether it is valid from now on.
+/// Says of the file of this name in a cache directory that it is valid from now on, if it is still
+/// the one that was made: it may be evicted already, and another in its place.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn seal(file: OwnedFd, valid: bool) -> io::Result<()> {
-    if valid {
-        let time = modified(&fstat(&file)?);
-        set_modified(&file, time - PENDING + SIGNATURE)?;
+pub fn seal(root: &Path, name: &Path, made: &Made) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = open(root.join(name), flags, Mode::empty())?;
+    let status = fstat(&file)?;
+    let now = (status.st_dev, status.st_ino, modified(&status));
+    if now == (made.device, made.inode, made.nanos) {
+        set_modified(&file, made.nanos - PENDING + SIGNATURE)?;
     }
-    drop(file);
     Ok(())
 }
 

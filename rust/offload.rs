@@ -3,7 +3,8 @@
 //!
 //! A thread of Python's that comes back from a system call waits for the interpreter, for
 //! milliseconds where the event loop is busy, and then waits once more to wake it. These threads put
-//! what they have done on a desk and write one byte to a socket that the event loop watches.
+//! what they have done on a desk and write one byte to a socket that the event loop watches: one for
+//! each result, so that one which got lost delays a result and no more.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, ErrorKind, Read, Write};
@@ -61,13 +62,14 @@ pub enum Left<T> {
 #[derive(Debug)]
 pub struct Desk<T> {
     shared: Arc<Shared<T>>,
-    bell: UnixStream,
 }
 
 #[derive(Debug)]
 struct Shared<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
+    /// Both ends are here: to ring where nobody can hear it would be a signal.
+    bell: UnixStream,
     rope: UnixStream,
 }
 
@@ -78,8 +80,6 @@ struct State<T> {
     done: Vec<(u64, T)>,
     /// Work whose caller is gone, and its result once there is one.
     left: HashMap<u64, Option<T>, RandomState>,
-    /// Whether the bell was rung and nobody has come yet.
-    rung: bool,
 }
 
 impl<T> Shared<T> {
@@ -98,12 +98,9 @@ impl<T> Shared<T> {
             return;
         }
         state.done.push((number, result));
-        let ring = !std::mem::replace(&mut state.rung, true);
         drop(state);
-        if ring {
-            // It cannot be full: nobody rings twice before somebody has come.
-            let _ = (&self.rope).write(&[0]);
-        }
+        // Where it is full it has rung often enough.
+        let _ = (&self.rope).write(&[0]);
     }
 }
 
@@ -122,23 +119,22 @@ impl<T: Send + 'static> Desk<T> {
             pending: HashSet::default(),
             done: Vec::new(),
             left: HashMap::default(),
-            rung: false,
         };
         let shared = Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
+            bell,
             rope,
         };
         Ok(Desk {
             shared: Arc::new(shared),
-            bell,
         })
     }
 
     /// Readable when there is something to collect.
     #[must_use]
     pub fn fd(&self) -> RawFd {
-        self.bell.as_raw_fd()
+        self.shared.bell.as_raw_fd()
     }
 
     /// Hands work in; the number is that of its result.
@@ -159,14 +155,15 @@ impl<T: Send + 'static> Desk<T> {
 
     /// Takes what is done, but for what was left. Never waits.
     pub fn collect(&self) -> Vec<(u64, T)> {
-        let mut bytes = [0; 8];
-        while let Err(error) = (&self.bell).read(&mut bytes) {
-            if error.kind() != ErrorKind::Interrupted {
-                break;
+        let mut bytes = [0; 64];
+        loop {
+            match (&self.shared.bell).read(&mut bytes) {
+                Ok(count) if count == bytes.len() => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                _ => break,
             }
         }
         let mut state = self.shared.state();
-        state.rung = false;
         std::mem::take(&mut state.done)
     }
 

@@ -49,17 +49,17 @@ fn modified(path: &Path) -> i64 {
 fn a_value_goes_its_way() {
     let place = Place::new("way");
     let (unfinished, path) = (place.at("1"), place.at("a/b/c"));
-    let (file, checksum) = files::create(&unfinished, b"123456789", FETCHED + PENDING).unwrap();
+    let made = files::create(&unfinished, b"123456789", FETCHED + PENDING).unwrap();
     // The check value of CRC-32C.
-    assert_eq!(checksum, 0xE306_9283);
+    assert_eq!(made.checksum, 0xE306_9283);
     assert_eq!(modified(&unfinished), FETCHED + PENDING);
     files::publish(&unfinished, &path).unwrap();
     assert!(!unfinished.exists());
     assert_eq!(fs::read(&path).unwrap(), b"123456789");
     if let Some(noted) = files::noted(&path) {
-        assert_eq!(noted, (9, checksum));
+        assert_eq!(noted, (9, made.checksum));
     }
-    files::seal(file, true).unwrap();
+    files::seal(&place.0, Path::new("a/b/c"), &made).unwrap();
     assert_eq!(modified(&path), FETCHED + SIGNATURE);
     assert!(files::remove(&path).unwrap());
     assert!(!path.exists());
@@ -70,11 +70,9 @@ fn a_value_goes_its_way() {
 fn all_of_it_in_one_call() {
     let place = Place::new("whole");
     let (unfinished, path) = (place.at("1"), place.at("a/b"));
-    let (file, checksum) =
-        files::write(&unfinished, &path, b"123456789", FETCHED + PENDING).unwrap();
-    assert_eq!(checksum, 0xE306_9283);
+    let made = files::write(&unfinished, &path, b"123456789", FETCHED + PENDING).unwrap();
+    assert_eq!(made.checksum, 0xE306_9283);
     assert_eq!(modified(&path), FETCHED + PENDING);
-    files::seal(file, true).unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"123456789");
     // Nothing is left of what has failed, and nothing changes what is there.
     assert!(files::write(&unfinished, &path, b"other", FETCHED + PENDING).is_err());
@@ -84,12 +82,22 @@ fn all_of_it_in_one_call() {
 }
 
 #[test]
-fn what_is_not_valid_stays_pending() {
+fn only_what_was_made_is_sealed() {
     let place = Place::new("pending");
-    let (file, _) = files::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
-    files::seal(file, false).unwrap();
+    let name = Path::new("1");
+    let made = files::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    // It was evicted, and the same value was fetched again.
+    fs::rename(place.at("1"), place.at("kept")).unwrap();
+    files::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    files::seal(&place.0, name, &made).unwrap();
     assert_eq!(modified(&place.at("1")), FETCHED + PENDING);
     assert!(files::remove(&place.at("1")).unwrap());
+    assert!(files::seal(&place.0, name, &made).is_err(), "it is gone");
+    symlink(place.at("kept"), place.at("1")).unwrap();
+    assert!(files::seal(&place.0, name, &made).is_err(), "a link");
+    assert_eq!(modified(&place.at("kept")), FETCHED + PENDING);
+    files::seal(&place.0, Path::new("kept"), &made).unwrap();
+    assert_eq!(modified(&place.at("kept")), FETCHED + SIGNATURE);
 }
 
 #[test]

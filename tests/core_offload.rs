@@ -60,8 +60,10 @@ fn every_result_is_collected_once() {
         }
     }
     assert_eq!(got, wanted);
-    assert!(!rings(&desk, 0));
-    assert!(desk.collect().is_empty());
+    // The bell of the last one may ring only after it was collected with others.
+    while rings(&desk, 50) {
+        assert!(desk.collect().is_empty());
+    }
 }
 
 #[test]

@@ -327,7 +327,7 @@ async def test_a_size_that_is_not_the_one_of_its_file(
     path.unlink()
     unfinished = str(where / "cache" / ".zcache" / "tmp" / "p0-")
     file = _files.write_new(str(where / "cache"), key, b"short", unfinished, fetched)
-    _files.seal(file, valid=True)
+    _files.seal(str(where / "cache"), key, file)
     store = open_store(where)
     assert await read(store, key) == value(key)
     await settle(store)

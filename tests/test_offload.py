@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,15 +15,23 @@ from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 from support import PROTOTYPE
-from zcache import CacheStore, _files, _offload
+from zcache import CacheStore, _files, _offload, _threads
+from zcache._ports import LocalSyncPort
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from zcache._core import NewFile
 
 LONG = 30.0
+
+
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def never(_: object) -> None:
@@ -119,7 +129,7 @@ async def test_values_and_errors_come_back(tmp_path: Path) -> None:
     numbers = range(200)
     written = await asyncio.gather(*(write(f"a/{n}", n, b"%d" % n) for n in numbers))
     for number, file in zip(numbers, written, strict=True):
-        file.seal(True)
+        file.seal(root, f"a/{number}")
         assert (tmp_path / f"a/{number}").read_bytes() == b"%d" % number
     with pytest.raises(FileExistsError):
         await write("theirs", 200, b"ours")
@@ -177,7 +187,7 @@ async def test_a_cancellation_that_meets_the_result_on_its_way() -> None:
     await asyncio.sleep(0)
     desk.end(1, 7)
     # Collected in the turn in which the task is cancelled, before it hears of that.
-    loop.call_soon(counter._collect)
+    loop.call_soon(counter._collect, loop)
     loop.call_soon(task.cancel)
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -192,7 +202,7 @@ async def test_a_result_that_meets_a_cancellation_on_its_way() -> None:
     await asyncio.sleep(0)
     desk.end(1, 7)
     loop.call_soon(task.cancel)
-    loop.call_soon(counter._collect)
+    loop.call_soon(counter._collect, loop)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert told == [7]
@@ -249,3 +259,146 @@ def test_a_cache_directory_under_any_loop(loop: asyncio.AbstractEventLoop, tmp_p
         assert held == [str(n) for n in range(30, 40)]
 
     loop.run_until_complete(run())
+
+
+@pytest.mark.usefixtures("slow")
+def test_work_of_a_loop_that_was_closed_in_the_middle() -> None:
+    told: list[object] = []
+    desks: list[Any] = []
+    first = asyncio.new_event_loop()
+
+    async def begin() -> None:
+        counter, desk, loop = open_counter()
+        desks.append(desk)
+        for number in (1, 2, 3):
+            work = counter.result(desk.begin(number), told.append, loop)
+            tasks.append(asyncio.ensure_future(work))
+        await asyncio.sleep(0)
+
+    async def go_on() -> None:
+        open_counter()
+
+    tasks: list[asyncio.Future[Any]] = []
+    first.run_until_complete(begin())
+    desks[0].end(1, "done before the end")
+    first.close()
+    desks[0].end(2, "done after it")
+    assert told == []
+    asyncio.run(go_on())
+    assert told == ["done before the end", "done after it"]
+    desks[0].end(3, "done last")
+    for _ in range(1000):
+        if len(told) == 3:
+            break
+        threading.Event().wait(0.01)
+    assert told[2:] == ["done last"]
+    # Nobody is told twice, whatever becomes of the coroutines.
+    for task in tasks:
+        task.get_coro().close()
+    assert len(told) == 3
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_child_leaves_the_desk_to_its_parent() -> None:
+    counter, desk, loop = open_counter()
+    task = asyncio.ensure_future(counter.result(desk.begin(1), never, loop))
+    await asyncio.sleep(0)
+    desk.end(1, 7)
+    _offload.after_fork()
+    # What it does with what it has inherited.
+    counter._collect(loop)
+    assert desk._done == [(1, 7)]
+    assert _offload.counter(loop) is None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    loop.remove_reader(desk.fileno())
+
+
+@pytest.mark.usefixtures("slow")
+async def test_an_interrupt_between_two_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, desk, loop = open_counter()
+    numbers = range(5)
+    tasks = [
+        asyncio.ensure_future(counter.result(desk.begin(number), never, loop)) for number in numbers
+    ]
+    await asyncio.sleep(0)
+    hand_out, left = counter._hand_out, [2]
+
+    def interrupted(number: int, result: object) -> None:
+        hand_out(number, result)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(counter, "_hand_out", interrupted)
+    for number in numbers:
+        desk.end(number, number * number)
+    with pytest.raises(KeyboardInterrupt):
+        counter._collect(loop)
+    async with asyncio.timeout(LONG):
+        assert await asyncio.gather(*tasks) == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.usefixtures("slow")
+async def test_whoever_leaves_when_there_is_no_thread_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_threads, "background", refuse)
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    task = asyncio.ensure_future(counter.result(desk.begin(1), told.append, loop))
+    await asyncio.sleep(0)
+    task.cancel()
+    timer = threading.Timer(0.05, desk.end, (1, 7))
+    timer.start()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == [7]
+    timer.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody tells how many there are")
+async def test_values_on_their_way_take_no_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of values may be written and not yet entered; a process has few descriptors."""
+    values = {f"a/{n}": cpu.Buffer.from_bytes(b"%d" % n) for n in range(300)}
+    store = CacheStore(MemoryStore(values), cache_store=LocalStore(tmp_path / "cache"))
+    result, written, peaks = _offload.Counter.result, [0], [0]
+
+    async def late(self: Any, number: int, *args: Any) -> Any:
+        # Nobody goes on before all are written.
+        made = await result(self, number, *args)
+        written[0] += 1
+        peaks[0] = max(peaks[0], descriptors())
+        while written[0] < len(values):  # noqa: ASYNC110 - a turn is what sleep(0) waits for
+            await asyncio.sleep(0)
+        return made
+
+    before = descriptors()
+    monkeypatch.setattr(_offload.Counter, "result", late)
+    async with asyncio.timeout(LONG):
+        await asyncio.gather(*(store.get(key, PROTOTYPE) for key in values))
+    assert peaks[0] < before + 50
+    assert store.cache_info()["cached_keys"] == len(values)
+
+
+@pytest.mark.parametrize("face", ["_io", "_sync_io"])
+async def test_bytes_that_an_emptied_index_does_not_know(tmp_path: Path, face: str) -> None:
+    """The index was emptied while a value was written whose reader has gone."""
+    store = CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / "cache"))
+    engine = store._engine
+    port = engine.sync_port
+    assert isinstance(port, LocalSyncPort)
+    written = port.write_now("a", b"12345")
+    path = tmp_path / "cache/a"
+    assert is_there(path)
+    engine._written_late(getattr(store, face), "a", b"12345", 10**6, written)
+    async with asyncio.timeout(LONG):
+        while is_there(path):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    assert store.cache_info()["current_size"] == 0

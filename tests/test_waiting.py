@@ -214,3 +214,27 @@ def test_stores_that_call_back() -> None:
     store.delete_sync("1")
     asyncio.run(store.delete_dir("x"))
     assert used > 20
+
+
+def test_a_thread_does_not_wait_for_its_own_read() -> None:
+    """A finalizer may read, in the thread and in the middle of the read of the very same key."""
+    flight = _flights.Flight(None)
+    assert not flight.wait_sync()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(flight.wait_sync)
+        flight.deliver(VALUE)
+        assert waiting.result(30)
+    assert flight.wait_sync()
+
+
+def test_what_a_closed_loop_has_read_is_read_anew(tmp_path: Path) -> None:
+    """Its flight was delivered, but will never land: what it brought grows old."""
+    store = CacheStore(SyncDictStore({"k": VALUE}), cache_store=LocalStore(tmp_path))
+    engine = store._engine
+    loop = asyncio.new_event_loop()
+    flight = _flights.Flight(loop)
+    assert isinstance(engine.index.join("k", None, flight, engine.now(), False), int)
+    flight.deliver(b"of long ago")
+    loop.close()
+    assert value_sync(store, "k") == VALUE
+    assert asyncio.run(read(store, "k")) == VALUE

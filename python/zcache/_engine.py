@@ -299,12 +299,14 @@ class Engine(Changes):
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, byte_range, span, joined, flight)
             whole, other = joined
-            if not await io.wait(other):
+            # What a loop has read that is closed now may be of long ago.
+            gone = other.loop is not None and other.loop.is_closed()
+            if gone or not await io.wait(other):
                 # Its reader cannot go on: all who wait for it start over, and whoever comes later
                 # does not join it.
                 await self.books.step(io, self.index.void_prefix, key)
                 other.abandon()
-            if other.abandoned:
+            if gone or other.abandoned:
                 continue
             if other.error is not None:
                 # From where it was raised: it would else collect the frames of all who wait.

@@ -81,7 +81,7 @@ def write_new(root: str, name: str, data: bytes, tmp: str, seconds: float) -> Ne
     Returns
     -------
     NewFile
-        The open file, to be sealed, and the CRC32C of what is in it.
+        What tells the file from a later one of its name, to seal it by, and the CRC32C of what is in it.
 
     Raises
     ------
@@ -93,9 +93,9 @@ def write_new(root: str, name: str, data: bytes, tmp: str, seconds: float) -> Ne
     return _write(root, name, unfinished_name(tmp), data, pending_time(seconds))
 
 
-def seal(file: NewFile, *, valid: bool) -> None:
-    """Close a new file, and say whether it is valid from now on."""
-    file.seal(valid)
+def seal(root: str, name: str, file: NewFile) -> None:
+    """Say of a new file that it is valid from now on, if it is still there."""
+    file.seal(root, name)
 
 
 def noted(path: str) -> tuple[int, int] | None:

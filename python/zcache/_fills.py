@@ -5,6 +5,7 @@ Nothing here raises because of the cache store: only cancellations leave these m
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -186,7 +187,7 @@ class Fills:
         """
         name = key if span is None else cache_key(key, span)
         books, index = self.books, self.books.index
-        late = partial(self._written_late, io, data, reservation)
+        late = partial(self._written_late, io, name, data, reservation)
         try:
             if io.port.immediate:
                 written = io.port.write_now(name, data)
@@ -205,20 +206,27 @@ class Fills:
         try:
             done = index.finish(reservation, checksum, self.now())
         except NOT_NOW:
-            end = partial(self._finished_late, io, written)
+            end = partial(self._finished_late, io, name, written)
             done = await books.sure(io, end, index.finish, reservation, checksum, self.now())
-        if written is not None:
-            io.port.seal(written, valid=done is not None and not done[0])
         if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
-            await io.port.delete([name], lambda _: None)
+            with contextlib.suppress(Exception):
+                await io.port.delete([name], ignore)
             return False, True
         victims, orphaned = done
-        await self.drop(io, victims)
+        if victims:
+            await self.drop(io, victims)
+        elif written is not None:
+            io.port.seal(name, written)
         return True, orphaned
 
     def _written_late(
-        self, io: Traffic, data: bytes, reservation: int, written: Written | BaseException
+        self,
+        io: Traffic,
+        name: str,
+        data: bytes,
+        reservation: int,
+        written: Written | BaseException,
     ) -> None:
         """End a write whose reader is gone: the value is as good as any."""
         index = self.books.index
@@ -226,15 +234,18 @@ class Fills:
             self.books.soon(self._give_up, index.abort, reservation)
             return
         checksum = crc32c(data) if written is None else written.checksum
-        end = partial(self._finished_late, io, written)
+        end = partial(self._finished_late, io, name, written)
         self.books.soon(end, index.finish, reservation, checksum, self.now())
 
     def _finished_late(
-        self, io: Traffic, written: Written, done: tuple[list[Victim], bool] | None
+        self, io: Traffic, name: str, written: Written, done: tuple[list[Victim], bool] | None
     ) -> None:
-        victims = [] if done is None else done[0]
-        io.port.seal(written, valid=done is not None and not victims)
-        self._give_up(victims)
+        if done is None:
+            io.port.give_up(name)
+        elif victims := done[0]:
+            self._give_up(victims)
+        else:
+            io.port.seal(name, written)
 
     async def drop(self, io: Traffic, victims: list[Victim]) -> None:
         """Delete the bytes of entries that the index has dropped."""

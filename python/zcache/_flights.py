@@ -38,10 +38,14 @@ class Flight:
     error: Exception | None = None
     trace: TracebackType | None = None
     abandoned = False
+    # Of a reader without an event loop: the number of its thread.
+    _thread: int | None = None
     _waiters: list[threading.Event | asyncio.Future[None]] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
+        if loop is None:
+            self._thread = threading.get_ident()
 
     def deliver(self, data: bytes | None) -> None:
         """End with the value."""
@@ -118,13 +122,15 @@ class Flight:
         -------
         bool
             False if the flight cannot end, because its reader is a coroutine whose event loop has
-            stopped, is blocked, or needs the very thread that would wait.
+            stopped, is blocked, or needs the very thread that would wait; or is this very thread.
         """
         waiter = threading.Event()
         if not self._enlist(waiter):
             return True
         loop = self.loop
         if loop is None:
+            if self._thread == threading.get_ident():
+                return self.done  # It came here from inside its own read.
             return waiter.wait()  # For a thread, which needs nobody.
         if loop is asyncio._get_running_loop():
             return self.done

@@ -7,12 +7,14 @@ desk of the event loop, which watches its bell.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Desk, Workers
-from zcache._threads import background
+from zcache._threads import in_background
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,7 +25,7 @@ THREADS: Final = 4
 
 _lock = threading.Lock()
 _workers: Workers | None = None
-_counters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Counter] = (
+_counters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Counter | None] = (
     weakref.WeakKeyDictionary()
 )
 _left_behind: list[object] = []
@@ -40,48 +42,72 @@ class Counter:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, workers: Workers) -> None:
         self.desk = Desk(workers)
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._waiting: dict[int, tuple[asyncio.Future[Any], Callable[[Any], object]]] = {}
         # Results that met nobody, and callers who have left and met no result: whoever comes second
         # finds the other here.
         self._met: dict[int, Any] = {}
-        loop.add_reader(self.desk.fileno(), self._collect)
+        self._results: deque[tuple[int, Any]] = deque()
+        # After a fork: desk, threads and callers are the parent's.
+        self.foreign = False
+        loop.add_reader(self.desk.fileno(), self._collect, loop)
 
     async def result(
         self, number: int, late: Callable[[Any], object], loop: asyncio.AbstractEventLoop
     ) -> Any:
         """Wait for a result; if the caller is cancelled meanwhile, `late` is told what came of it."""
         future: asyncio.Future[Any] = loop.create_future()
-        self._waiting[number] = future
+        self._waiting[number] = future, late
         try:
             return await future
         except Exception:
             raise
         except BaseException:
-            self._leave(number, future, late)
+            self._leave(number)
             raise
+        finally:
+            self._waiting.pop(number, None)
 
-    def _collect(self) -> None:
-        for number, result in self.desk.collect():
-            future = self._waiting.pop(number, None)
-            if future is None or future.done():
-                self._meet(number, (result,))
-            elif isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
+    def give_up(self) -> None:
+        """The event loop is closed: nobody collects any more, and nobody goes on."""
+        for number in list(self._waiting):
+            self._leave(number)
+        while self._results:
+            number, result = self._results.popleft()
+            self._meet(number, (result,))
 
-    def _leave(
-        self, number: int, future: asyncio.Future[Any], late: Callable[[Any], object]
-    ) -> None:
+    def _collect(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.foreign:
+            return
+        try:
+            self._results.extend(self.desk.collect())
+            while self._results:
+                self._hand_out(*self._results.popleft())
+        finally:
+            # Only an interrupt gets here; the others must not wait for ever.
+            if self._results:
+                loop.call_soon(self._collect, loop)
+
+    def _hand_out(self, number: int, result: Any) -> None:
+        future, _ = self._waiting.get(number, (None, None))
+        if future is None or future.done():
+            self._meet(number, (result,))
+        elif isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    def _leave(self, number: int) -> None:
+        waiting = self._waiting.pop(number, None)
+        if waiting is None or self.foreign:
+            return
+        future, late = waiting
         if future.done() and not future.cancelled():
             late(future.exception() or future.result())
             return
         pending, result = self.desk.leave(number)
         if pending:
-            del self._waiting[number]
-            background(lambda: late(self.desk.wait(number)))
+            in_background(lambda: late(self.desk.wait(number)))
         elif result is not None:
-            del self._waiting[number]
             late(result)
         else:
             self._meet(number, late)
@@ -95,22 +121,27 @@ class Counter:
 
 
 def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
-    """The counter of an event loop; None where it cannot watch a bell."""
-    found = _counters.get(loop)
-    if found is None:
-        with _lock:
-            found = _counters.get(loop) or _open(loop)
-    return found
+    """The counter of the event loop that runs here; None where it cannot watch a bell."""
+    try:
+        return _counters[loop]
+    except KeyError:
+        return _open(loop)
 
 
 def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
     global _workers
-    try:
-        if _workers is None:
-            _workers = Workers(THREADS)
-        made = Counter(loop, _workers)
-    except (NotImplementedError, OSError):
-        return None  # Not this sort of event loop; or no thread or descriptor is left.
+    # Nobody else opens one for this loop, for it runs in this thread.
+    for other, found in list(_counters.items()):
+        if found is not None and other.is_closed():
+            _counters.pop(other, None)
+            found.give_up()
+    made: Counter | None = None
+    # Not this sort of event loop; or no thread or descriptor is left.
+    with contextlib.suppress(Exception):
+        workers = _workers or Workers(THREADS)
+        with _lock:
+            workers = _workers = _workers or workers
+        made = Counter(loop, workers)
     _counters[loop] = made
     return made
 
@@ -118,8 +149,14 @@ def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
 def after_fork() -> None:
     """The threads have stayed with the parent, and with them whatever lock they held."""
     global _lock, _workers, _counters
+    inherited = _counters
     # Kept, for to let go of the last handle would ask for such a lock.
-    _left_behind.append((_workers, _counters))
+    _left_behind.append((_workers, inherited))
     _lock = threading.Lock()
     _workers = None
     _counters = weakref.WeakKeyDictionary()
+    for loop, found in list(inherited.items()):
+        # What an event loop of the parent watches, it watches in both processes.
+        _counters[loop] = None
+        if found is not None:
+            found.foreign = True

@@ -20,7 +20,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
 from zcache._offload import counter
-from zcache._threads import in_thread
+from zcache._threads import in_background, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -149,8 +149,11 @@ class Port:
         """Write a value on the spot."""
         raise NotImplementedError
 
-    def seal(self, written: Written, *, valid: bool) -> None:
-        """Note where the value is that it is valid, or end the writing without that."""
+    def seal(self, name: str, written: Written) -> None:
+        """Note where the value is that it is valid."""
+
+    def give_up(self, name: str) -> None:
+        """Delete a value of which the index knows nothing, as far as that takes no event loop."""
 
     def noted(self, _name: str) -> tuple[int, int] | None:
         """Length and checksum that the value should have, where they are kept beside it."""
@@ -248,6 +251,10 @@ class ImmediatePort(Port):
     ) -> Buffer | None:
         """Read a value on the spot, or None where there is none."""
         raise NotImplementedError
+
+    def give_up(self, name: str) -> None:
+        with contextlib.suppress(Exception):
+            self.delete_now([name])
 
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
@@ -353,8 +360,11 @@ class LocalPort(Port):
         work = self._blocking.write_now
         return await in_thread(lambda: work(name, data), late)
 
-    def seal(self, written: Written, *, valid: bool) -> None:
-        self._blocking.seal(written, valid=valid)
+    def seal(self, name: str, written: Written) -> None:
+        self._blocking.seal(name, written)
+
+    def give_up(self, name: str) -> None:
+        in_background(lambda: self._blocking.give_up(name))
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return self._blocking.noted(name)
@@ -412,11 +422,11 @@ class LocalSyncPort(ImmediatePort):
         books = self._books
         return _files.write_new(self.root, name, data, books.tmp(), books.now())
 
-    def seal(self, written: Written, *, valid: bool) -> None:
+    def seal(self, name: str, written: Written) -> None:
         if written is not None:
             # One that cannot be sealed is no value to whoever rebuilds the index.
             with contextlib.suppress(OSError):
-                _files.seal(written, valid=valid)
+                _files.seal(self.root, name, written)
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return _files.noted(self._path(name))

@@ -19,7 +19,8 @@ THREADS: Final = 8
 """Threads that move bytes to and from a disk, which is what a disk serves well at once."""
 
 _executor: ThreadPoolExecutor | None = None
-_lock = threading.Lock()
+# Reentrant, for inside it the garbage collector may end a coroutine that leaves work behind.
+_lock = threading.RLock()
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -34,6 +35,14 @@ def _pool() -> ThreadPoolExecutor:
 def background(work: Callable[[], T]) -> Future[T]:
     """Do something without waiting for it."""
     return _pool().submit(work)
+
+
+def in_background(work: Callable[[], object]) -> None:
+    """Do the same; here and now where there is no thread left, as at the end of a process."""
+    try:
+        background(work)
+    except RuntimeError:
+        work()
 
 
 async def in_thread(work: Callable[[], T], late: Callable[[T | BaseException], object]) -> T:
@@ -144,6 +153,6 @@ def _returns(loop: asyncio.AbstractEventLoop) -> _Returns:
 def after_fork() -> None:
     """The threads have stayed with the parent, and so have its event loops."""
     global _executor, _lock, _all_returns
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _executor = None
     _all_returns = weakref.WeakKeyDictionary()

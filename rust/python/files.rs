@@ -1,40 +1,33 @@
 //! Files of values: detach, call, convert.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use pyo3::prelude::*;
 
-use super::errors::{os_error, poisoned};
-use crate::files;
+use super::errors::os_error;
+use crate::files::{self, Made};
 
 /// A file that is written but not sealed.
 #[pyclass(frozen, module = "zcache._core")]
-pub(super) struct NewFile {
-    file: Mutex<Option<OwnedFd>>,
-    #[pyo3(get)]
-    checksum: u32,
-}
+pub(super) struct NewFile(Made);
 
-impl From<(OwnedFd, u32)> for NewFile {
-    fn from((file, checksum): (OwnedFd, u32)) -> Self {
-        NewFile {
-            file: Mutex::new(Some(file)),
-            checksum,
-        }
+impl From<Made> for NewFile {
+    fn from(made: Made) -> Self {
+        NewFile(made)
     }
 }
 
 #[pymethods]
 impl NewFile {
-    #[pyo3(signature = (valid, /))]
-    fn seal(&self, valid: bool) -> PyResult<()> {
-        let file = self.file.lock().map_err(poisoned)?.take();
-        match file {
-            Some(file) => files::seal(file, valid).map_err(os_error),
-            None => Ok(()),
-        }
+    #[getter]
+    fn checksum(&self) -> u32 {
+        self.0.checksum
+    }
+
+    #[pyo3(signature = (root, name, /))]
+    fn seal(&self, root: PathBuf, name: PathBuf) -> PyResult<()> {
+        // Some microseconds; to detach and to attach again can take longer than that.
+        files::seal(&root, &name, &self.0).map_err(os_error)
     }
 }
 

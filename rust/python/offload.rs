@@ -1,7 +1,7 @@
 //! Writes and deletes of a disk, by threads without an interpreter: hand in, collect, convert.
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -30,7 +30,7 @@ impl Workers {
 type Brought = (Outcome, Option<PyBackedBytes>);
 
 enum Outcome {
-    Written(io::Result<(OwnedFd, u32)>),
+    Written(io::Result<files::Made>),
     Removed(Vec<io::Result<()>>),
 }
 
@@ -40,7 +40,13 @@ fn exception(py: Python<'_>, error: io::Error) -> Bound<'_, PyAny> {
 
 impl Outcome {
     /// What a caller gets: a value, or the exception to raise.
-    fn object(self, py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    fn object(self, py: Python<'_>) -> Bound<'_, PyAny> {
+        // One that cannot be told must not take the others with it.
+        let told = self.told(py);
+        told.unwrap_or_else(|error| error.into_value(py).into_bound(py).into_any())
+    }
+
+    fn told(self, py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         match self {
             Outcome::Written(Ok(made)) => Ok(Bound::new(py, NewFile::from(made))?.into_any()),
             Outcome::Written(Err(error)) => Ok(exception(py, error)),
@@ -99,28 +105,24 @@ impl Desk {
         })
     }
 
-    fn collect<'py>(&self, py: Python<'py>) -> PyResult<Vec<(u64, Bound<'py, PyAny>)>> {
+    fn collect<'py>(&self, py: Python<'py>) -> Vec<(u64, Bound<'py, PyAny>)> {
         let done = self.results.collect().into_iter();
-        done.map(|(number, (outcome, _))| Ok((number, outcome.object(py)?)))
+        done.map(|(number, (outcome, _))| (number, outcome.object(py)))
             .collect()
     }
 
     #[pyo3(signature = (number, /))]
-    fn leave<'py>(
-        &self,
-        py: Python<'py>,
-        number: u64,
-    ) -> PyResult<(bool, Option<Bound<'py, PyAny>>)> {
-        Ok(match self.results.leave(number) {
-            Left::Done((outcome, _)) => (false, Some(outcome.object(py)?)),
+    fn leave<'py>(&self, py: Python<'py>, number: u64) -> (bool, Option<Bound<'py, PyAny>>) {
+        match self.results.leave(number) {
+            Left::Done((outcome, _)) => (false, Some(outcome.object(py))),
             Left::Collected => (false, None),
             Left::Pending => (true, None),
-        })
+        }
     }
 
     #[pyo3(signature = (number, /))]
-    fn wait<'py>(&self, py: Python<'py>, number: u64) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fn wait<'py>(&self, py: Python<'py>, number: u64) -> Option<Bound<'py, PyAny>> {
         let outcome = py.detach(|| self.results.wait(number));
-        outcome.map(|(outcome, _)| outcome.object(py)).transpose()
+        outcome.map(|(outcome, _)| outcome.object(py))
     }
 }
