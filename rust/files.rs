@@ -183,11 +183,11 @@ pub fn write(unfinished: &Path, path: &Path, data: &[u8], nanos: i64) -> io::Res
     made
 }
 
-/// Writes the value of this name in a cache directory; see [`write`].
+/// Writes the value of this name in a cache directory; see [`write()`].
 ///
 /// # Errors
 ///
-/// As [`write`]; `ELOOP` where a link leads out of the directory: no walk would find the file there.
+/// As [`write()`]; `ELOOP` where a link leads out of the directory: no walk would find the file there.
 pub fn write_below(
     root: &Path,
     name: &Path,
