@@ -70,21 +70,29 @@ impl Span {
 #[must_use]
 pub fn is_known(key: &str) -> bool {
     let bytes = key.as_bytes();
-    // In one pass: a miss asks this of its key, and nearly none has a part that begins with a dot.
-    let (mut begins, mut dotted) = (true, false);
-    for &c in bytes {
-        match c {
-            0 => return false,
-            b'\\' | b':' if cfg!(windows) => return false,
-            b'/' if begins => return false,
-            b'.' if begins => dotted = true,
-            _ => {}
+    // A miss asks this of its key. Without branches, so that the processor looks at many bytes at once.
+    let begins_oddly = |c: u8| c == b'/' || c == b'.';
+    let pairs = bytes.iter().zip(bytes.iter().skip(1));
+    let odd = pairs.fold(false, |odd, (a, b)| odd | (*a == b'/' && begins_oddly(*b)));
+    let foreign = bytes
+        .iter()
+        .fold(false, |foreign, c| foreign | is_foreign(*c));
+    match (bytes.first(), bytes.last()) {
+        (Some(first), Some(last)) if !foreign && *last != b'/' => {
+            !odd && !begins_oddly(*first) || has_plain_parts(bytes)
         }
-        begins = c == b'/';
+        _ => false,
     }
-    let plain = |part: &[u8]| !matches!(part, b"." | b"..");
-    let is_reserved = || bytes.starts_with(b".zcache") && matches!(bytes.get(7), None | Some(b'/'));
-    !begins && (!dotted || bytes.split(|c| *c == b'/').all(plain) && !is_reserved())
+}
+
+fn is_foreign(c: u8) -> bool {
+    c == 0 || cfg!(windows) && matches!(c, b'\\' | b':')
+}
+
+fn has_plain_parts(bytes: &[u8]) -> bool {
+    let mut parts = bytes.split(|c| *c == b'/');
+    parts.all(|part| !matches!(part, b"" | b"." | b".."))
+        && !(bytes.starts_with(b".zcache") && matches!(bytes.get(7), None | Some(b'/')))
 }
 
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.

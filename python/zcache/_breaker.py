@@ -73,6 +73,9 @@ class Breaker:
         Times that the cache store was left alone because it kept failing.
     in_trouble : bool
         Whether the last read raised, not only because of its key.
+    kinds : dict
+        Operations that have raised since they last went through: where there are none, everything
+        is allowed.
     """
 
     def __init__(self, store: object) -> None:
@@ -80,7 +83,7 @@ class Breaker:
         # Held for no longer than it takes to count; reentrant, for inside it the garbage collector
         # may end a reader, and with it an operation.
         self._lock = threading.RLock()
-        self._kinds: dict[Operation, _Kind] = {}
+        self.kinds: dict[Operation, _Kind] = {}
         self._warned = False
         self.failures = 0
         self.skipped = 0
@@ -88,7 +91,7 @@ class Breaker:
 
     def allows(self, operation: Operation = "read") -> bool:
         """Whether the cache store may be used now. After a pause one failure opens it again."""
-        kind = self._kinds.get(operation)
+        kind = self.kinds.get(operation)
         if kind is None or not kind.failing or time.monotonic() >= kind.closed_from:
             return True
         with self._lock:
@@ -97,11 +100,11 @@ class Breaker:
 
     def succeeded(self, operation: Operation = "read") -> None:
         """An operation went through."""
-        if operation not in self._kinds:
+        if operation not in self.kinds:
             return
         with self._lock:
-            kind = self._kinds.pop(operation, None)
-            again = self._warned and not any(kind.failing for kind in self._kinds.values())
+            kind = self.kinds.pop(operation, None)
+            again = self._warned and not any(kind.failing for kind in self.kinds.values())
             again = again and kind is not None and kind.failing
             if again:
                 self._warned = False
@@ -114,7 +117,7 @@ class Breaker:
         """An operation raised."""
         with self._lock:
             self.failures += 1
-            kind = self._kinds.setdefault(operation, _Kind())
+            kind = self.kinds.setdefault(operation, _Kind())
             if about_key := operation != "list" and concerns_key(error):
                 kind.keys_in_a_row += 1
             else:

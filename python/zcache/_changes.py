@@ -65,9 +65,9 @@ class Changes(Fills):
         try:
             await self.drop(io, victims)
             if ticket is not None and data is not None:
-                if self._values is not None:
+                if (values := self._values) is not None:
                     own = to_cpu_buffer(data)
-                    joined = self.keep(self._values, key, None, data, own, ticket, self.now())
+                    joined = books.index.keep(values, key, None, data, own, ticket, self.now())
                     landed = joined is not None
                 else:
                     landed = await self.fill(io, key, None, data, ticket)

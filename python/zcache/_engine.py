@@ -32,7 +32,7 @@ from zcache._quick import FileReader, quick_reader
 from zcache._spans import Span, to_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -262,7 +262,7 @@ class Engine(Changes):
         if victims and whole is not None and whole != size:
             self.books.doubt()
 
-    async def fetch(
+    def fetch(
         self,
         io: Traffic,
         key: str,
@@ -270,24 +270,43 @@ class Engine(Changes):
         byte_range: ByteRequest | None,
         span: Span | None,
         known: tuple[Span | None, Flight] | None = None,
-    ) -> Buffer | None:
+    ) -> Awaitable[Buffer | None]:
         """Read what is not cached: from the source, or together with whoever reads it already.
 
-        `known` is a flight that was joined before, and what it brings.
+        `known` is a flight that was joined before, and what it brings. The answer is to be awaited
+        at once, for it may be the reader that others wait for.
         """
-        while True:
+        joined: Any = known
+        if known is None:
             flight = Flight(io.loop())
             # Where the cache store is out of use, what it holds does not count.
-            usable = self.breaker.allows()
+            out_of_use = bool(self.breaker.kinds) and not self.breaker.allows()
             try:
-                joined = known or self.books.index.join(
-                    key, span, flight, self.books.now(), not usable
-                )
+                joined = self.books.index.join(key, span, flight, self.books.now(), out_of_use)
             except NOT_NOW:
+                pass
+            else:
+                if joined.__class__ is int:
+                    # One coroutine less where nobody else reads it, which is nearly always.
+                    return self._lead(io, key, prototype, byte_range, span, joined, flight)
+        return self._share(io, key, prototype, byte_range, span, joined)
+
+    async def _share(
+        self,
+        io: Traffic,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRequest | None,
+        span: Span | None,
+        joined: Any,
+    ) -> Buffer | None:
+        """Go on with what `join` has answered; None where it is to be asked (again)."""
+        while True:
+            flight = Flight(io.loop())
+            if joined is None:
                 joined = await self.books.step(
-                    io, self.index.join, key, span, flight, self.now(), not usable
+                    io, self.index.join, key, span, flight, self.now(), not self.breaker.allows()
                 )
-            known = None
             if joined is False:
                 # Only known keys are ever held, so a hit needs no such check.
                 return await self.bypass(io, key, prototype, byte_range)
@@ -298,7 +317,7 @@ class Engine(Changes):
                 continue
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, byte_range, span, joined, flight)
-            whole, other = joined
+            (whole, other), joined = joined, None
             # What a loop has read that is closed now may be of long ago.
             gone = other.loop is not None and other.loop.is_closed()
             if gone or not await io.wait(other):
@@ -340,16 +359,15 @@ class Engine(Changes):
         try:
             try:
                 value = await io.read(key, prototype, byte_range)
-                data = own = None
-                if value is not None:
-                    data, own = (
-                        freeze(value) if self._values is not None else (snapshot(value), None)
-                    )
+                data, own = (None, None) if value is None else freeze(value)
             except Exception as error:
                 flight.fail(error)
                 raise
-            if data is not None and own is not None and self._values is not None:
-                joined = self.keep(self._values, key, span, data, own, ticket, self.books.now())
+            if data is not None and (values := self._values) is not None:
+                # All steps of the fill in one call, for nothing in it waits.
+                books = self.books
+                own = to_cpu_buffer(data) if own is None else own
+                joined = books.index.keep(values, key, span, data, own, ticket, books.now())
                 # Most land alone, and nobody joins one that has landed.
                 if joined is not False:
                     flight.deliver(data)
@@ -390,25 +408,16 @@ def _slices(source: Store) -> bool:
 
 def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
+    return freeze(value)[0]
+
+
+def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
+    """The same, and the buffer itself if nobody can change it either."""
     array = value.as_numpy_array()
-    data = _immutable(array)
-    return array.tobytes() if data is None else data
-
-
-def freeze(value: Buffer) -> tuple[bytes, Buffer]:
-    """The same, and a buffer over them."""
-    array = value.as_numpy_array()
-    data = _immutable(array)
-    if data is not None and type(value) is cpu.Buffer:
-        return data, value  # Nobody can change it either.
-    data = array.tobytes() if data is None else data
-    return data, to_cpu_buffer(data)
-
-
-def _immutable(array: Any) -> bytes | None:
-    """What an array of bytes lies over, if it shows all of that, in its order, and nobody can change it."""
-    base = array.base
+    base: object = array.base
     if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
         base = base.base
-    whole = type(base) is bytes and len(base) == array.nbytes and array.strides == (1,)
-    return base if whole else None
+    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
+        # It shows all of them, in their order.
+        return base, value if type(value) is cpu.Buffer else None
+    return array.tobytes(), None

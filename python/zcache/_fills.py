@@ -125,26 +125,6 @@ class Fills:
             await self.drop(io, orphans)
         return landed
 
-    def keep(
-        self,
-        values: dict[str, Buffer],
-        key: str,
-        span: Span | None,
-        data: bytes,
-        value: Buffer,
-        ticket: int,
-        now: float,
-    ) -> bool | None:
-        """Do the same in memory, where nothing waits and nothing fails, and land the flight.
-
-        `value` lies over `data`. Returns whether anybody has joined the flight. None where it has not landed.
-        """
-        try:
-            joined: bool | None = self.books.index.keep(values, key, span, data, value, ticket, now)
-        except (*NOT_NOW, MemoryError):
-            return None  # The step that lands the flight sees to it.
-        return joined
-
     def _give_room_up(self, room: tuple[int, list[Victim]] | str) -> None:
         if not isinstance(room, str):
             reservation, victims = room
