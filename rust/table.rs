@@ -91,6 +91,12 @@ impl<B: Block> Cells<B> {
             .ok_or(Fault::Corrupt("a segment out of range"))
     }
 
+    /// What lies where a search for this hash begins.
+    pub(crate) fn table_peek(&self, hash: u64) -> Res<u32> {
+        let segment = self.segment(self.segment_of(hash)?)?;
+        Ok(segment.get(home(hash)).copied().unwrap_or(0))
+    }
+
     /// The cell with this hash that `is` accepts.
     #[inline]
     pub(crate) fn table_find(

@@ -447,6 +447,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if matches!(state, State::Writing | State::Dropping) {
             return Ok(0);
         }
+        self.cells.bring_near(i)?;
         let (key, span) = self.cells.name(i)?;
         if !B::EXCLUSIVE && self.cells.find(&key, span)? != Some(i) {
             // The name that a damaged cell gives may be that of bytes which are not ours.
