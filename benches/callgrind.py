@@ -53,7 +53,7 @@ def contestants() -> dict[str, Callable[[int], None]]:
 
     def lookups(count: int) -> None:
         for n in range(count):
-            lookup(keys[n % _KEYS], None, 1.0)
+            lookup(keys[n % _KEYS])
 
     def nothing(count: int) -> None:
         for n in range(count):
