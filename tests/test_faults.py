@@ -289,6 +289,25 @@ async def test_the_source_has_the_last_word(pause: Clock) -> None:
 # ---------------------------------------------------------------------- leaving it alone
 
 
+async def test_a_store_that_fails_now_and_then_says_so_once(
+    pause: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk takes a value whenever another has gone."""
+    caplog.set_level(logging.INFO, logger="zcache")
+    cache = FaultyStore()
+    store = CacheStore(DictStore(SOURCE), cache_store=cache)
+    for at in range(10):
+        cache.plan = lambda *_: OSError(errno.ENOSPC, "full")
+        for _ in range(_breaker.FAILURES_TO_OPEN):
+            await all_read(store)
+        cache.plan = lambda *_: None
+        pause.advance(5)
+        await store.clear_cache()
+        await all_read(store)
+        said = [record.levelno for record in caplog.records]
+        assert said == [logging.WARNING, logging.INFO], at
+
+
 async def test_a_store_that_keeps_failing_is_left_alone_and_tried_again(
     pause: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,8 @@ KEY_FAILURES_TO_OPEN: Final = 50
 FIRST_PAUSE: Final = 1.0
 """Seconds that it is then left alone; twice as long after each further failure."""
 LONGEST_PAUSE: Final = 60.0
+QUIET: Final = 60.0
+"""Seconds after a warning in which none follows: a disk that is full now and then says so once."""
 
 # Errors that say something about one key, not about the store: a name too long, a directory where a
 # file should be, characters that a file system does not take.
@@ -85,6 +87,7 @@ class Breaker:
         self._lock = threading.RLock()
         self.kinds: dict[Operation, _Kind] = {}
         self._warned = False
+        self._quiet_until = 0.0
         self.failures = 0
         self.skipped = 0
         self.in_trouble = False
@@ -129,7 +132,10 @@ class Breaker:
                 kind.closed_from = now + kind.pause
                 kind.pause = min(2 * kind.pause, LONGEST_PAUSE)
             warn = not self._warned and (kind.failing or not about_key)
-            self._warned |= warn
+            warn = warn and now >= self._quiet_until
+            if warn:
+                self._warned = True
+                self._quiet_until = now + QUIET
         if warn:
             logger.warning(
                 "the cache store %s failed: %r. Reads are served by the source; the cache is used "
