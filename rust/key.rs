@@ -290,6 +290,36 @@ mod tests {
         assert_ne!(hash(b"a", 5, 6), hash(b"a\0", 5, 6));
     }
 
+    /// What [`is_known`] and [`split`] mean, said as plainly as can be.
+    fn known(key: &str) -> bool {
+        let parts: Vec<&str> = key.split('/').collect();
+        !key.contains('\0')
+            && !parts.iter().any(|part| ["", ".", ".."].contains(part))
+            && parts.first() != Some(&".zcache")
+    }
+
+    fn cut(key: &str) -> (&str, &str) {
+        let coordinates = |tail: &str| {
+            let plain = |c: char| c.is_ascii_digit() || c == '/' || c == '.';
+            !tail.is_empty() && tail.chars().all(plain)
+        };
+        let markers = key.match_indices("c/").map(|(at, _)| at);
+        let mut markers =
+            markers.filter(|at| *at == 0 || key.as_bytes().get(at - 1) == Some(&b'/'));
+        let marker = markers.find(|at| coordinates(key.get(at + 2..).unwrap_or("")));
+        let slash = key.rfind('/').map_or(0, |at| at + 1);
+        key.split_at(marker.map_or(slash, |at| at + 2))
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn keys_are_what_they_mean(key in "[a./c0\u{e9}\0]{0,12}|(\\.zcache|c|a|\\.\\.?|[0-9]{1,2}){0,5}(/(c|a|\\.zcache|\\.\\.?|[0-9.]{1,3})){0,5}/?") {
+            #[cfg(not(windows))]
+            proptest::prop_assert_eq!(is_known(&key), known(&key), "{}", key);
+            proptest::prop_assert_eq!(split(&key), cut(&key), "{}", key);
+        }
+    }
+
     #[test]
     fn numbers_are_reversible() {
         for n in [0, 1, 127, 128, 1 << 35, u64::MAX - 1, u64::MAX] {
