@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags,
+    AtFlags, CWD, Dev, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps, XattrFlags,
     fsetxattr, fstat, futimens, getxattr, linkat, open, renameat_with, statat, statvfs, unlinkat,
 };
 use rustix::io::Errno;
@@ -41,7 +41,7 @@ fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
 }
 
 /// Nanoseconds since 1970 of a modification time.
-fn modified(status: &rustix::fs::Stat) -> i64 {
+fn modified(status: &Stat) -> i64 {
     status
         .st_mtime
         .saturating_mul(NANOS)
@@ -60,6 +60,13 @@ pub struct Made {
     device: Dev,
     inode: u64,
     nanos: i64,
+}
+
+impl Made {
+    /// Whether this is its file, still pending.
+    fn is(&self, status: &Stat) -> bool {
+        (self.device, self.inode, self.nanos) == (status.st_dev, status.st_ino, modified(status))
+    }
 }
 
 /// Writes a new file with this modification time, and notes length and CRC32C of its contents where
@@ -223,12 +230,32 @@ pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
 pub fn seal(root: &Path, name: &Path, made: &Made) -> io::Result<()> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = open(root.join(name), flags, Mode::empty())?;
-    let status = fstat(&file)?;
-    let now = (status.st_dev, status.st_ino, modified(&status));
-    if now == (made.device, made.inode, made.nanos) {
+    if made.is(&fstat(&file)?) {
         set_modified(&file, made.nanos - PENDING + SIGNATURE)?;
     }
     Ok(())
+}
+
+/// Removes the file of this name from a cache directory if it is still the one that was made.
+///
+/// # Errors
+///
+/// Where the file system refuses, or there is none.
+pub fn remove_made(root: &Path, name: &Path, made: &Made) -> io::Result<()> {
+    let path = root.join(name);
+    if made.is(&statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW)?) {
+        unlinkat(CWD, &path, AtFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// Removes a file if zcache wrote it, and never said that it is valid. Whether nothing is there now.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove_pending(path: &Path) -> io::Result<bool> {
+    removed(remove_marked(path, &[PENDING]))
 }
 
 /// Removes a file if zcache wrote it. False if there is one that it did not write; that stays.
@@ -237,7 +264,11 @@ pub fn seal(root: &Path, name: &Path, made: &Made) -> io::Result<()> {
 ///
 /// Where the file system refuses.
 pub fn remove(path: &Path) -> io::Result<bool> {
-    match remove_ours(path) {
+    removed(remove_marked(path, &[SIGNATURE, PENDING]))
+}
+
+fn removed(result: rustix::io::Result<bool>) -> io::Result<bool> {
+    match result {
         // Nothing is there, or no file can have such a name.
         Err(
             Errno::NOENT
@@ -251,11 +282,11 @@ pub fn remove(path: &Path) -> io::Result<bool> {
     }
 }
 
-fn remove_ours(path: &Path) -> rustix::io::Result<bool> {
+fn remove_marked(path: &Path, marks: &[i64]) -> rustix::io::Result<bool> {
     let status = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
     let mark = modified(&status).rem_euclid(MILLI);
     let regular = FileType::from_raw_mode(status.st_mode) == FileType::RegularFile;
-    if !regular || !matches!(mark, SIGNATURE | PENDING) {
+    if !regular || !marks.contains(&mark) {
         return Ok(false);
     }
     unlinkat(CWD, path, AtFlags::empty())?;

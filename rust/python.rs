@@ -72,6 +72,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_file_below, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_pending, module)?)?;
         module.add_function(wrap_pyfunction!(files::leads_out, module)?)?;
     }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;

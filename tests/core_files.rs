@@ -96,8 +96,20 @@ fn only_what_was_made_is_sealed() {
     symlink(place.at("kept"), place.at("1")).unwrap();
     assert!(files::seal(&place.0, name, &made).is_err(), "a link");
     assert_eq!(modified(&place.at("kept")), FETCHED + PENDING);
+    assert!(files::remove_made(&place.0, name, &made).is_ok());
+    assert!(place.at("1").is_symlink(), "not the one that was made");
     files::seal(&place.0, Path::new("kept"), &made).unwrap();
     assert_eq!(modified(&place.at("kept")), FETCHED + SIGNATURE);
+    // Valid now: nobody takes it for unfinished.
+    files::remove_made(&place.0, Path::new("kept"), &made).unwrap();
+    assert!(!files::remove_pending(&place.at("kept")).unwrap());
+    assert!(place.at("kept").exists());
+    let made = files::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    files::remove_made(&place.0, Path::new("2"), &made).unwrap();
+    assert!(!place.at("2").exists());
+    files::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    assert!(files::remove_pending(&place.at("2")).unwrap());
+    assert!(files::remove_pending(&place.at("2")).unwrap(), "it is gone");
 }
 
 #[test]

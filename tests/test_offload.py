@@ -397,8 +397,34 @@ async def test_bytes_that_an_emptied_index_does_not_know(tmp_path: Path, face: s
     written = port.write_now("a", b"12345")
     path = tmp_path / "cache/a"
     assert is_there(path)
-    engine._written_late(getattr(store, face), "a", b"12345", 10**6, written)
+    engine._written_late(getattr(store, face), "a", b"12345", 10**6, 1.0, written)
     async with asyncio.timeout(LONG):
         while is_there(path):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
     assert store.cache_info()["current_size"] == 0
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_late_write_does_not_touch_what_came_after_it(tmp_path: Path, sealed: bool) -> None:
+    """The index was emptied while a value was written, and the key was written and filled since."""
+    source = MemoryStore({"a": cpu.Buffer.from_bytes(b"OLD!")})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    engine = store._engine
+    port = engine.sync_port
+    assert isinstance(port, LocalSyncPort)
+    late = port.write_now("a", b"OLD!")
+    await engine.clear(store._io)
+    port.delete_now(["a"])
+    await asyncio.sleep(0.005)  # Nobody reads a source twice in the same millisecond.
+    newer = port.write_now("a", b"NEW!")
+    if sealed:
+        port.seal("a", newer)
+        with pytest.raises(FileExistsError):
+            port.write_now("a", b"OLD!")
+        with pytest.raises(FileExistsError):
+            await engine.port.write("a", b"OLD!", never)
+    # It finds that nobody knows of it, and that its file is another one by now.
+    engine._finished_late(store._sync_io, "a", late, None)
+    assert (tmp_path / "cache/a").read_bytes() == b"NEW!"
+    engine._finished_late(store._sync_io, "a", newer, None)
+    assert is_there(tmp_path / "cache/a") == sealed

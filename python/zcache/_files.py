@@ -30,6 +30,7 @@ from zcache._core import (
     publish_file,
     remove_file,
     remove_file_below,
+    remove_pending,
     write_file,
 )
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
 _MILLI: Final = 1_000_000
 _numbers = itertools.count()
+
+
+class UnknownValueError(FileExistsError):
+    """A valid value is there of which the index knows nothing: it was emptied meanwhile, or is damaged."""
 
 
 def is_ours(status: os.stat_result) -> bool:
@@ -142,7 +147,9 @@ def _publish(unfinished: str, path: str) -> None:
     try:
         publish_file(unfinished, path)
     except FileExistsError:
-        if not remove(path):
+        if not remove_pending(path):
+            if is_ours(os.lstat(path)):
+                raise UnknownValueError(path) from None
             raise
         publish_file(unfinished, path)
 

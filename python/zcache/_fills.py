@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
+from zcache._files import UnknownValueError
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -116,7 +117,7 @@ class Fills:
                 )
                 continue
             if fits:
-                landed, orphaned = await self._write(io, key, span, data, reservation)
+                landed, orphaned = await self._write(io, key, span, data, reservation, now)
             else:
                 leftover = await books.sure(io, self._give_up, index.abort, reservation)
                 await self.drop(io, leftover)
@@ -159,7 +160,13 @@ class Fills:
         return False
 
     async def _write(
-        self, io: Traffic, key: str, span: Span | None, data: bytes, reservation: int
+        self,
+        io: Traffic,
+        key: str,
+        span: Span | None,
+        data: bytes,
+        reservation: int,
+        now: float,
     ) -> tuple[bool, bool]:
         """Write the bytes for which there is room.
 
@@ -167,14 +174,17 @@ class Fills:
         """
         name = key if span is None else cache_key(key, span)
         books, index = self.books, self.books.index
-        late = partial(self._written_late, io, name, data, reservation)
+        late = partial(self._written_late, io, name, data, reservation, now)
         try:
             if io.port.immediate:
                 written = io.port.write_now(name, data)
             else:
                 written = await io.port.write(name, data, late)
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
-            self.breaker.failed(error, "write")
+            if isinstance(error, UnknownValueError):
+                books.doubt()
+            else:
+                self.breaker.failed(error, "write")
             await self.drop(io, await books.sure(io, self._give_up, index.abort, reservation))
             return False, True
         except BaseException as interrupt:
@@ -184,14 +194,18 @@ class Fills:
         self.breaker.succeeded("write")
         checksum = crc32c(data) if written is None else written.checksum
         try:
-            done = index.finish(reservation, checksum, self.now())
+            # Of the age that it had before it was written: that may take long.
+            done = index.finish(reservation, checksum, now)
         except NOT_NOW:
             end = partial(self._finished_late, io, name, written)
-            done = await books.sure(io, end, index.finish, reservation, checksum, self.now())
+            done = await books.sure(io, end, index.finish, reservation, checksum, now)
         if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
-            with contextlib.suppress(Exception):
-                await io.port.delete([name], ignore)
+            if written is None:
+                with contextlib.suppress(Exception):
+                    await io.port.delete([name], ignore)
+            else:
+                io.port.give_up(name, written)
             return False, True
         victims, orphaned = done
         if victims:
@@ -206,6 +220,7 @@ class Fills:
         name: str,
         data: bytes,
         reservation: int,
+        now: float,
         written: Written | BaseException,
     ) -> None:
         """End a write whose reader is gone: the value is as good as any."""
@@ -215,13 +230,13 @@ class Fills:
             return
         checksum = crc32c(data) if written is None else written.checksum
         end = partial(self._finished_late, io, name, written)
-        self.books.soon(end, index.finish, reservation, checksum, self.now())
+        self.books.soon(end, index.finish, reservation, checksum, now)
 
     def _finished_late(
         self, io: Traffic, name: str, written: Written, done: tuple[list[Victim], bool] | None
     ) -> None:
         if done is None:
-            io.port.give_up(name)
+            io.port.give_up(name, written)
         elif victims := done[0]:
             self._give_up(victims)
         else:

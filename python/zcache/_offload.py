@@ -130,11 +130,13 @@ def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
 
 def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
     global _workers
-    # Nobody else opens one for this loop, for it runs in this thread.
-    for other, found in list(_counters.items()):
-        if found is not None and other.is_closed():
-            _counters.pop(other, None)
-            found.give_up()
+    with _lock:
+        closed = [other for other in list(_counters) if other.is_closed()]
+        left = [_counters.pop(other, None) for other in closed]
+    for found in left:
+        if found is not None:
+            with contextlib.suppress(Exception):
+                found.give_up()
     made: Counter | None = None
     # Not this sort of event loop; or no thread or descriptor is left.
     with contextlib.suppress(Exception):
@@ -142,7 +144,9 @@ def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
         with _lock:
             workers = _workers = _workers or workers
         made = Counter(loop, workers)
-    _counters[loop] = made
+    # Nobody else has opened one for this loop meanwhile, for it runs in this thread.
+    with _lock:
+        _counters[loop] = made
     return made
 
 

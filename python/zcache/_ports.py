@@ -152,7 +152,7 @@ class Port:
     def seal(self, name: str, written: Written) -> None:
         """Note where the value is that it is valid."""
 
-    def give_up(self, name: str) -> None:
+    def give_up(self, name: str, written: Written, /) -> None:
         """Delete a value of which the index knows nothing, as far as that takes no event loop."""
 
     def noted(self, _name: str) -> tuple[int, int] | None:
@@ -252,7 +252,7 @@ class ImmediatePort(Port):
         """Read a value on the spot, or None where there is none."""
         raise NotImplementedError
 
-    def give_up(self, name: str) -> None:
+    def give_up(self, name: str, _written: Written, /) -> None:
         with contextlib.suppress(Exception):
             self.delete_now([name])
 
@@ -363,8 +363,8 @@ class LocalPort(Port):
     def seal(self, name: str, written: Written) -> None:
         self._blocking.seal(name, written)
 
-    def give_up(self, name: str) -> None:
-        in_background(lambda: self._blocking.give_up(name))
+    def give_up(self, name: str, written: Written, /) -> None:
+        in_background(lambda: self._blocking.give_up(name, written))
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return self._blocking.noted(name)
@@ -427,6 +427,12 @@ class LocalSyncPort(ImmediatePort):
             # One that cannot be sealed is no value to whoever rebuilds the index.
             with contextlib.suppress(OSError):
                 _files.seal(self.root, name, written)
+
+    def give_up(self, name: str, written: Written, /) -> None:
+        if written is not None:
+            # Not what others have put there since.
+            with contextlib.suppress(OSError):
+                written.remove(self.root, name)
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return _files.noted(self._path(name))

@@ -29,6 +29,11 @@ impl NewFile {
         // Some microseconds; to detach and to attach again can take longer than that.
         files::seal(&root, &name, &self.0).map_err(os_error)
     }
+
+    #[pyo3(signature = (root, name, /))]
+    fn remove(&self, root: PathBuf, name: PathBuf) -> PyResult<()> {
+        files::remove_made(&root, &name, &self.0).map_err(os_error)
+    }
 }
 
 #[pyfunction]
@@ -81,6 +86,12 @@ pub(super) fn publish_file(py: Python<'_>, unfinished: PathBuf, path: PathBuf) -
 #[pyo3(signature = (path, /))]
 pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
     py.detach(|| files::remove(&path)).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn remove_pending(path: PathBuf) -> PyResult<bool> {
+    files::remove_pending(&path).map_err(os_error)
 }
 
 #[pyfunction]
