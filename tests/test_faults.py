@@ -289,6 +289,16 @@ async def test_the_source_has_the_last_word(pause: Clock) -> None:
 # ---------------------------------------------------------------------- leaving it alone
 
 
+async def test_bytes_that_nobody_counts_and_that_stay_are_no_failure_of_a_read() -> None:
+    """The index was emptied while they were written, and the cache store refuses to delete them."""
+    cache = FaultyStore()
+    store = CacheStore(DictStore(SOURCE), cache_store=cache)
+    await all_read(store)
+    cache.plan = lambda *_: OSError(errno.EIO, "gone")
+    await store._engine._give_back(store._io, "1", None)
+    assert store.cache_stats()["cache_failures"] == 1
+
+
 async def test_a_store_that_fails_now_and_then_says_so_once(
     pause: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

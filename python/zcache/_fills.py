@@ -5,7 +5,6 @@ Nothing here raises because of the cache store: only cancellations leave these m
 
 from __future__ import annotations
 
-import contextlib
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -193,19 +192,15 @@ class Fills:
             raise
         self.breaker.succeeded("write")
         checksum = crc32c(data) if written is None else written.checksum
+        # Its age counts from before it was written: that may take long.
         try:
-            # Of the age that it had before it was written: that may take long.
             done = index.finish(reservation, checksum, now)
         except NOT_NOW:
             end = partial(self._finished_late, io, name, written)
             done = await books.sure(io, end, index.finish, reservation, checksum, now)
         if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
-            if written is None:
-                with contextlib.suppress(Exception):
-                    await io.port.delete([name], ignore)
-            else:
-                io.port.give_up(name, written)
+            await self._give_back(io, name, written)
             return False, True
         victims, orphaned = done
         if victims:
@@ -213,6 +208,19 @@ class Fills:
         elif written is not None:
             io.port.seal(name, written)
         return True, orphaned
+
+    async def _give_back(self, io: Traffic, name: str, written: Written) -> None:
+        """Delete bytes that no entry counts."""
+        if written is not None:
+            io.port.give_up(name, written)
+            return
+        try:
+            outcome = await io.port.delete([name], ignore)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
+            outcome = [error]
+        for failure in outcome:
+            if failure is not None:
+                self.breaker.failed(failure, "delete")
 
     def _written_late(
         self,
@@ -223,7 +231,7 @@ class Fills:
         now: float,
         written: Written | BaseException,
     ) -> None:
-        """End a write whose reader is gone: the value is as good as any."""
+        """End a write whose reader is gone: the value is kept if its flight is open still."""
         index = self.books.index
         if isinstance(written, BaseException):
             self.books.soon(self._give_up, index.abort, reservation)

@@ -131,7 +131,9 @@ def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
 def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
     global _workers
     with _lock:
-        closed = [other for other in list(_counters) if other.is_closed()]
+        others = list(_counters)
+    closed = [other for other in others if other.is_closed()]
+    with _lock:
         left = [_counters.pop(other, None) for other in closed]
     for found in left:
         if found is not None:
