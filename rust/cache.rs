@@ -12,6 +12,7 @@ mod select;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -57,6 +58,11 @@ pub enum Verify {
     /// At each hit.
     Always,
 }
+
+/// Indexes that this process has made, or its parent before the fork. Each counts its tickets and
+/// reservations from another number on: what was begun with one index never ends in another.
+static INDEXES: AtomicU64 = AtomicU64::new(0);
+const NUMBERS_BITS: u32 = 40;
 
 /// Bytes to delete: the cell that counts them, and their name in the cache store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,15 +146,16 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// A cache over a block that holds an index already.
     pub(crate) fn over(block: B, limits: Limits) -> Self {
+        let first = INDEXES.fetch_add(1, Ordering::Relaxed) << NUMBERS_BITS | 1;
         Cache {
             cells: Cells {
                 block,
                 memo: Memo::default(),
             },
             limits,
-            flights: Flights::default(),
+            flights: Flights::new(first),
             reservations: HashMap::default(),
-            next_reservation: 1,
+            next_reservation: first,
             stats: Stats::default(),
             touched: Vec::new(),
             seen: Vec::new(),

@@ -164,17 +164,16 @@ struct Writers {
     version: Version,
 }
 
-impl<T> Default for Flights<T> {
-    fn default() -> Self {
+impl<T: Clone> Flights<T> {
+    /// Without flights; tickets are counted from `next` on.
+    pub(crate) fn new(next: Ticket) -> Self {
         Flights {
             by_key: HashMap::default(),
             writers: HashMap::default(),
-            next: 1,
+            next,
         }
     }
-}
 
-impl<T: Clone> Flights<T> {
     /// Joins the flight that brings this span, or the full value.
     pub fn join(&mut self, key: &str, span: Span, version: Version) -> Option<(Span, T)> {
         let flights = self.by_key.get_mut(key)?;
@@ -224,6 +223,15 @@ impl<T: Clone> Flights<T> {
             payload: flight.payload,
             joined: flight.joined,
         })
+    }
+
+    /// Closes the flight with this payload, whoever has opened it: nobody joins it from now on, and
+    /// what it brings is not kept.
+    pub fn strike(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<Closed<T>> {
+        let flights = &self.by_key.get(key)?.flights;
+        let found = flights.iter().find(|f| f.payload.as_ref().is_some_and(&is));
+        let ticket = found?.ticket;
+        self.close(key, ticket)
     }
 
     /// Makes the flights of one key void.
@@ -299,10 +307,7 @@ impl<T: Clone> Flights<T> {
     /// still holds never becomes valid again.
     #[must_use]
     pub fn take(&mut self) -> Self {
-        let fresh = Flights {
-            next: self.next,
-            ..Flights::default()
-        };
+        let fresh = Flights::new(self.next);
         std::mem::replace(self, fresh)
     }
 

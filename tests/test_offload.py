@@ -14,8 +14,10 @@ import pytest
 from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
-from support import PROTOTYPE
+from coherence_support import GatedStore, SyncDictStore, reached, value_sync
+from support import PROTOTYPE, buf, read
 from zcache import CacheStore, _files, _offload, _threads
+from zcache._fills import Writing
 from zcache._ports import LocalSyncPort
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ def descriptors() -> int:
 
 def never(_: object) -> None:
     raise AssertionError("somebody awaited this")
+
+
+def late_write(io: Any, data: bytes) -> Writing:
+    """Of a key whose flight and reservation nobody knows."""
+    return Writing(io, "a", "a", data, ticket=0, reservation=0, now=1.0)
 
 
 class SlowDesk:
@@ -167,6 +174,40 @@ async def test_whoever_leaves_is_told_later(result: object) -> None:
 
 
 @pytest.mark.usefixtures("slow")
+async def test_those_who_leave_take_no_threads_from_others() -> None:
+    """The threads that wait for a disk serve reads, too."""
+    counter, desk, loop = open_counter()
+    told: list[object] = []
+    numbers = range(3 * _threads.THREADS)
+    tasks = [
+        asyncio.ensure_future(counter.result(desk.begin(number), told.append, loop))
+        for number in numbers
+    ]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    others = [_threads.background(lambda: "read") for _ in range(_threads.THREADS)]
+    for other in others:
+        assert await asyncio.wait_for(asyncio.wrap_future(other), LONG) == "read"
+    assert told == []
+    # In whatever order they end; once all are told, whoever leaves next is told as well.
+    for round_ in (numbers, [len(numbers)]):
+        for number in reversed(round_):
+            if number == len(numbers):
+                last = counter.result(desk.begin(number), told.append, loop)
+                task = asyncio.ensure_future(last)
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+            desk.end(number, number)
+        async with asyncio.timeout(LONG):
+            while len(told) <= round_[-1]:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.001)
+    assert sorted(told, key=str) == sorted(range(len(numbers) + 1), key=str)
+
+
+@pytest.mark.usefixtures("slow")
 async def test_a_cancellation_that_meets_the_result_on_the_desk() -> None:
     counter, desk, loop = open_counter()
     told: list[object] = []
@@ -275,16 +316,13 @@ def test_work_of_a_loop_that_was_closed_in_the_middle() -> None:
             tasks.append(asyncio.ensure_future(work))
         await asyncio.sleep(0)
 
-    async def go_on() -> None:
-        open_counter()
-
     tasks: list[asyncio.Future[Any]] = []
     first.run_until_complete(begin())
     desks[0].end(1, "done before the end")
     first.close()
     desks[0].end(2, "done after it")
     assert told == []
-    asyncio.run(go_on())
+    _offload.see_to_closed()
     assert told == ["done before the end", "done after it"]
     desks[0].end(3, "done last")
     for _ in range(1000):
@@ -397,7 +435,7 @@ async def test_bytes_that_an_emptied_index_does_not_know(tmp_path: Path, face: s
     written = port.write_now("a", b"12345")
     path = tmp_path / "cache/a"
     assert is_there(path)
-    engine._written_late(getattr(store, face), "a", b"12345", 10**6, 1.0, written)
+    engine._written_late(late_write(getattr(store, face), b"12345"), written)
     async with asyncio.timeout(LONG):
         while is_there(path):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.001)
@@ -424,7 +462,87 @@ async def test_a_late_write_does_not_touch_what_came_after_it(tmp_path: Path, se
         with pytest.raises(FileExistsError):
             await engine.port.write("a", b"OLD!", never)
     # It finds that nobody knows of it, and that its file is another one by now.
-    engine._finished_late(store._sync_io, "a", late, None)
+    engine._finished_late(late_write(store._sync_io, b"OLD!"), late, None)
     assert (tmp_path / "cache/a").read_bytes() == b"NEW!"
-    engine._finished_late(store._sync_io, "a", newer, None)
+    engine._finished_late(late_write(store._sync_io, b"NEW!"), newer, None)
     assert is_there(tmp_path / "cache/a") == sealed
+
+
+@pytest.mark.parametrize("kind", ["directory", "store"])
+@pytest.mark.parametrize("change", [False, True], ids=["read", "write"])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_value_whose_reader_has_gone(
+    tmp_path: Path, kind: str, change: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its write cannot be called back; so the value is kept like any other, or dropped if that fails."""
+    source, held = SyncDictStore({"k": b"1234"}), GatedStore()
+    cache = LocalStore(tmp_path / "cache") if kind == "directory" else held
+    store = CacheStore(source, cache_store=cache)
+    assert await read(store, "none") is None  # Opens what has to be opened.
+    begun = asyncio.Event()
+    if kind == "directory":
+        hand_in = LocalSyncPort.hand_in
+
+        def handed_in(self: LocalSyncPort, desk: Any, name: str, data: bytes) -> int:
+            begun.set()
+            return hand_in(self, desk, "x" * 300 if fails else name, data)
+
+        monkeypatch.setattr(LocalSyncPort, "hand_in", handed_in)
+    else:
+        held.shut["set"] = 1
+
+        async def failing(operation: str, *_: object) -> None:
+            if operation == "set":
+                raise OSError("broken")
+
+        if fails:
+            monkeypatch.setattr(held, "after", failing)
+    reads = source.counts["get"]
+    work = store.set("k", buf(b"1234")) if change else read(store, "k")
+    task = asyncio.ensure_future(work)
+    await (begun.wait() if kind == "directory" else reached(held))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    held.release()
+    index = store._engine.index
+    async with asyncio.timeout(LONG):
+        while index.in_flight != (0, 0):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    reads = source.counts["get"]
+    index.validate()
+    assert not store._engine._left
+    if fails:
+        monkeypatch.undo()
+    assert store.cache_info()["cached_keys"] == (not fails)
+    assert await read(store, "k") == b"1234"
+    assert source.counts["get"] - reads == fails
+    assert store.cache_info()["current_size"] == 4
+
+
+@pytest.mark.parametrize("face", ["thread", "loop"])
+def test_room_that_a_closed_loop_has_taken(tmp_path: Path, face: str) -> None:
+    """Somebody holds its tasks, so nobody ends them; whoever fills next sees to its write."""
+    source = SyncDictStore({"k": b"1234", "other": b"5678"})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"), max_size=4)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(read(store, "k"))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    index = store._engine.index
+    while index.in_flight[1] == 0:
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    for _ in range(1000):
+        value = (
+            value_sync(store, "other") if face == "thread" else asyncio.run(read(store, "other"))
+        )
+        assert value == b"5678"
+        if index.in_flight == (0, 0):
+            break
+    assert index.in_flight == (0, 0)
+    reads = source.counts["get"]
+    assert value_sync(store, "other") == b"5678"
+    assert value_sync(store, "other") == b"5678"
+    assert source.counts["get"] - reads <= 1
+    assert store.cache_info()["current_size"] == 4
+    index.validate()

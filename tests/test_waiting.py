@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ from coherence_support import (
     threads,
     value_sync,
 )
+from support import PROTOTYPE
 from zcache import _flights
 
 if TYPE_CHECKING:
@@ -238,3 +240,78 @@ def test_what_a_closed_loop_has_read_is_read_anew(tmp_path: Path) -> None:
     loop.close()
     assert value_sync(store, "k") == VALUE
     assert asyncio.run(read(store, "k")) == VALUE
+
+
+def test_what_a_stopped_loop_has_read_grows_old(
+    source: GatedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flight is open for as long as its write: nobody gets from it what the cache would not serve."""
+    now = [1000.0]
+    monkeypatch.setattr(_flights, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    cache = GatedStore()
+    store = CacheStore(source, cache_store=cache, max_age_seconds=10)
+    cache.shut["set"] = 1
+    loop = asyncio.new_event_loop()
+    leader = loop.create_task(read(store, "k"))
+    while not cache.counts["set"]:
+        loop.run_until_complete(asyncio.sleep(0))
+    newer = VALUE[::-1]
+    source.values["k"] = newer
+    now[0] += 10
+    assert asyncio.run(read(store, "k")) == value_sync(store) == VALUE
+    assert source.counts["get"] == 1
+    now[0] += 0.1
+    assert asyncio.run(read(store, "k")) == newer
+    assert value_sync(store) == newer
+    cache.release()
+    assert loop.run_until_complete(leader) == VALUE
+    loop.close()
+    assert value_sync(store) == asyncio.run(read(store, "k")) == newer
+    assert index_of(store).in_flight == (0, 0)
+    index_of(store).validate()
+
+
+@pytest.mark.parametrize("waiter", ["task", "thread", "same thread", "same loop", "batch"])
+@pytest.mark.usefixtures("patience")
+def test_a_reader_that_is_interrupted_before_it_begins(
+    source: GatedStore, store: CacheStore, waiter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flight is open, and nobody will ever end it."""
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(_flights, "PATIENCE", 0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store._engine, "_lead", interrupt)
+    found: list[bytes | None] = []
+    if waiter == "same loop":
+
+        async def again() -> list[bytes | None]:
+            with pytest.raises(KeyboardInterrupt):
+                await read(store, "k")
+            return list(await asyncio.gather(read(store, "k"), read(store, "k")))
+
+        found = asyncio.run(again())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            value_sync(store)
+        assert index_of(store).in_flight == (1, 0)
+        if waiter == "task":
+            found = [asyncio.run(read(store, "k"))]
+        elif waiter == "thread":
+            with threads(lambda: value_sync(store)) as found:
+                pass
+        elif waiter == "same thread":
+            found = [value_sync(store)]
+        else:
+
+            async def batch() -> list[bytes | None]:
+                values = await store.get_partial_values(PROTOTYPE, [("k", None)] * 3)
+                return [None if value is None else value.to_bytes() for value in values]
+
+            found = asyncio.run(batch())
+    assert set(found) == {VALUE}
+    assert source.counts["get"] == 1
+    assert index_of(store).in_flight == (0, 0)
+    assert store.cache_info()["cached_keys"] == 1

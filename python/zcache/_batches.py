@@ -143,6 +143,7 @@ class Batch:
         )
         if isinstance(joined, int):
             self._leads[number] = (joined, flight)
+            flight.begun = True
         else:
             # Somebody brings it, or has brought it; perhaps this very call, for a duplicate.
             self._waits.append((number, joined))
@@ -168,9 +169,10 @@ class Batch:
 
     def _land(self, number: int) -> None:
         ticket, flight = self._leads.pop(number)
-        index = self.engine.index
-        # Closed first: whoever is woken would else join it again, and again.
-        self.engine.books.soon(ignore, index.land, self.requests[number][0], ticket)
+        engine = self.engine
+        if not engine.is_left(ticket):
+            # Closed first: whoever is woken would else join it again, and again.
+            engine.books.soon(ignore, engine.index.land, self.requests[number][0], ticket)
         flight.abandon()  # Of no effect once it is delivered.
 
 

@@ -337,6 +337,7 @@ class Books:
             flight = self._listing
             if leads := flight is None or flight.done:
                 flight = self._listing = Flight(io.loop())
+                flight.begun = True
         if self.index is not unlisted:
             flight.deliver(b"")
             return True

@@ -72,7 +72,7 @@ class Changes(Fills):
                 else:
                     landed = await self.fill(io, key, None, data, ticket)
         finally:
-            if ticket is not None and not landed:
+            if ticket is not None and not landed and not self.is_left(ticket):
                 await books.sure(io, ignore, index.land, key, ticket)
 
     async def _drop_unknown(self, io: Traffic, prefix: str) -> None:

@@ -97,6 +97,7 @@ class Engine(Changes):
         self._counting = threading.RLock()
         self.bypassed = 0
         self.damaged = 0
+        self._left: set[int] = set()
         _registry.add(self)
 
     @property
@@ -289,7 +290,7 @@ class Engine(Changes):
                 if joined.__class__ is int:
                     # One coroutine less where nobody else reads it, which is nearly always.
                     return self._lead(io, key, prototype, byte_range, span, joined, flight)
-        return self._share(io, key, prototype, byte_range, span, joined)
+        return self._share(io, key, prototype, byte_range, span, joined, known is not None)
 
     async def _share(
         self,
@@ -299,8 +300,12 @@ class Engine(Changes):
         byte_range: ByteRequest | None,
         span: Span | None,
         joined: Any,
+        before: bool,
     ) -> Buffer | None:
-        """Go on with what `join` has answered; None where it is to be asked (again)."""
+        """Go on with what `join` has answered; None where it is to be asked (again).
+
+        `before` says that the flight was joined before, so its end is an answer in any case.
+        """
         while True:
             flight = Flight(io.loop())
             if joined is None:
@@ -318,14 +323,14 @@ class Engine(Changes):
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, byte_range, span, joined, flight)
             (whole, other), joined = joined, None
-            # What a loop has read that is closed now may be of long ago.
-            gone = other.loop is not None and other.loop.is_closed()
-            if gone or not await io.wait(other):
+            counts = before or other.has_answer(self.books.options["max_age"])
+            before = False
+            if not counts or not await io.wait(other):
                 # Its reader cannot go on: all who wait for it start over, and whoever comes later
                 # does not join it.
-                await self.books.step(io, self.index.void_prefix, key)
+                await self.books.step(io, self.index.strike, key, other)
                 other.abandon()
-            if gone or other.abandoned:
+            if not counts or other.abandoned:
                 continue
             if other.error is not None:
                 # From where it was raised: it would else collect the frames of all who wait.
@@ -357,6 +362,7 @@ class Engine(Changes):
         """Read the source for all who wait, and keep what it brings if the ticket allows."""
         landed = False
         try:
+            flight.begun = True
             try:
                 value = await io.read(key, prototype, byte_range)
                 data, own = (None, None) if value is None else freeze(value)
@@ -379,9 +385,11 @@ class Engine(Changes):
             else:
                 landed = await self.fill(io, key, span, data, ticket)
         finally:
-            if not landed and flight.done:
+            if landed or self.is_left(ticket):
+                pass
+            elif flight.done:
                 await self.books.sure(io, ignore, self.books.index.land, key, ticket)
-            elif not landed:
+            else:
                 # Closed first: whoever is woken would else join it again, and again.
                 self.books.soon(ignore, self.books.index.land, key, ticket)
                 flight.abandon()
@@ -392,6 +400,7 @@ class Engine(Changes):
     def after_fork(self) -> None:
         """Start over with what the parent's other threads had in flight."""
         self._counting = threading.RLock()
+        self._left.clear()
         self.breaker = self.books.breaker = Breaker(self.cache)
         self.books.after_fork()
 

@@ -6,11 +6,13 @@ Nothing here raises because of the cache store: only cancellations leave these m
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
 from zcache._files import UnknownValueError
+from zcache._offload import see_to_closed
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -42,6 +44,37 @@ def ignore(_: object) -> None:
     """Nothing is to be done about the outcome."""
 
 
+@dataclass(slots=True)
+class Writing:
+    """A value on its way into the cache store, for which there is room.
+
+    Attributes
+    ----------
+    io : Traffic
+        The way there.
+    key, name : str
+        Its key, and its name in the cache store.
+    data : bytes
+        The value.
+    ticket, reservation : int
+        Of the index: whether it may be kept, and where.
+    now : float
+        When it was read, in seconds on the clock of the index.
+    """
+
+    io: Traffic
+    key: str
+    name: str
+    data: bytes
+    ticket: int
+    reservation: int
+    now: float
+
+    def checksum(self, written: Written) -> int:
+        """CRC32C of the value, which whoever has written it may know."""
+        return crc32c(self.data) if written is None else written.checksum
+
+
 class Fills:
     """Making room, writing and deleting.
 
@@ -61,6 +94,8 @@ class Fills:
     _roomy_until = 0.0
     # What is there, where nothing can fail.
     _values: dict[str, Buffer] | None
+    # Tickets that are seen to at the end of a write which goes on without its reader.
+    _left: set[int]
 
     @property
     def index(self) -> Index:
@@ -71,6 +106,13 @@ class Fills:
     def now(self) -> float:
         """Seconds on the clock that ages are counted by."""
         return self.books.now()
+
+    def is_left(self, ticket: int) -> bool:
+        """Whether the end of a write sees to the flight; to be asked once."""
+        if ticket not in self._left:
+            return False
+        self._left.discard(ticket)
+        return True
 
     async def fill(
         self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
@@ -85,6 +127,7 @@ class Fills:
         if books.directory is not None:
             # The bound of one that has died counts until then.
             books.reap()
+            see_to_closed()
         try:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:
@@ -116,7 +159,9 @@ class Fills:
                 )
                 continue
             if fits:
-                landed, orphaned = await self._write(io, key, span, data, reservation, now)
+                name = key if span is None else cache_key(key, span)
+                writing = Writing(io, key, name, data, ticket, reservation, now)
+                landed, orphaned = await self._write(writing)
             else:
                 leftover = await books.sure(io, self._give_up, index.abort, reservation)
                 await self.drop(io, leftover)
@@ -158,55 +203,47 @@ class Fills:
             await self.drop(io, victims)
         return False
 
-    async def _write(
-        self,
-        io: Traffic,
-        key: str,
-        span: Span | None,
-        data: bytes,
-        reservation: int,
-        now: float,
-    ) -> tuple[bool, bool]:
+    async def _write(self, it: Writing) -> tuple[bool, bool]:
         """Write the bytes for which there is room.
 
         Returns whether the flight has landed, and whether there may be orphans.
         """
-        name = key if span is None else cache_key(key, span)
-        books, index = self.books, self.books.index
-        late = partial(self._written_late, io, name, data, reservation, now)
+        io, books, index = it.io, self.books, self.books.index
         try:
             if io.port.immediate:
-                written = io.port.write_now(name, data)
+                written = io.port.write_now(it.name, it.data)
             else:
-                written = await io.port.write(name, data, late)
+                written = await io.port.write(it.name, it.data, partial(self._written_late, it))
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
             if isinstance(error, UnknownValueError):
                 books.doubt()
             else:
                 self.breaker.failed(error, "write")
-            await self.drop(io, await books.sure(io, self._give_up, index.abort, reservation))
+            await self.drop(io, await books.sure(io, self._give_up, index.abort, it.reservation))
             return False, True
         except BaseException as interrupt:
+            # The flight stays open until the write has ended, for so does its ticket.
+            self._left.add(it.ticket)
             if io.port.immediate:
-                late(interrupt)
+                self._written_late(it, interrupt)
             raise
         self.breaker.succeeded("write")
-        checksum = crc32c(data) if written is None else written.checksum
+        checksum = it.checksum(written)
         # Its age counts from before it was written: that may take long.
         try:
-            done = index.finish(reservation, checksum, now)
+            done = index.finish(it.reservation, checksum, it.now)
         except NOT_NOW:
-            end = partial(self._finished_late, io, name, written)
-            done = await books.sure(io, end, index.finish, reservation, checksum, now)
+            end = partial(self._finished_late, it, written)
+            done = await books.sure(io, end, index.finish, it.reservation, checksum, it.now)
         if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
-            await self._give_back(io, name, written)
+            await self._give_back(io, it.name, written)
             return False, True
         victims, orphaned = done
         if victims:
             await self.drop(io, victims)
         elif written is not None:
-            io.port.seal(name, written)
+            io.port.seal(it.name, written)
         return True, orphaned
 
     async def _give_back(self, io: Traffic, name: str, written: Written) -> None:
@@ -222,33 +259,26 @@ class Fills:
             if failure is not None:
                 self.breaker.failed(failure, "delete")
 
-    def _written_late(
-        self,
-        io: Traffic,
-        name: str,
-        data: bytes,
-        reservation: int,
-        now: float,
-        written: Written | BaseException,
-    ) -> None:
-        """End a write whose reader is gone: the value is kept if its flight is open still."""
-        index = self.books.index
+    def _written_late(self, it: Writing, written: Written | BaseException) -> None:
+        """End a write whose reader is gone, and its flight: the value is kept like another."""
+        books, index = self.books, self.books.index
         if isinstance(written, BaseException):
-            self.books.soon(self._give_up, index.abort, reservation)
+            books.soon(self._give_up, index.abort, it.reservation)
+            books.soon(ignore, index.land, it.key, it.ticket)
             return
-        checksum = crc32c(data) if written is None else written.checksum
-        end = partial(self._finished_late, io, name, written)
-        self.books.soon(end, index.finish, reservation, checksum, now)
+        end = partial(self._finished_late, it, written)
+        books.soon(end, index.finish, it.reservation, it.checksum(written), it.now)
 
     def _finished_late(
-        self, io: Traffic, name: str, written: Written, done: tuple[list[Victim], bool] | None
+        self, it: Writing, written: Written, done: tuple[list[Victim], bool] | None
     ) -> None:
         if done is None:
-            io.port.give_up(name, written)
+            it.io.port.give_up(it.name, written)
+            self.books.soon(ignore, self.books.index.land, it.key, it.ticket)
         elif victims := done[0]:
             self._give_up(victims)
         else:
-            io.port.seal(name, written)
+            it.io.port.seal(it.name, written)
 
     async def drop(self, io: Traffic, victims: list[Victim]) -> None:
         """Delete the bytes of entries that the index has dropped."""

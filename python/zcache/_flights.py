@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Flight:
     It ends once, in one of three ways: delivered (bytes, or None for a missing key), failed (the
     source's error), or abandoned (its reader was cancelled, or cannot go on), upon which every
     waiter starts over and one of them becomes the next reader.
+
+    Attributes
+    ----------
+    begun : bool
+        Whether its reader has come so far that it ends the flight, whatever happens. An interrupt may
+        come before.
     """
 
     # Of the class, for each miss makes a flight and few have anything else to say.
@@ -38,6 +45,8 @@ class Flight:
     error: Exception | None = None
     trace: TracebackType | None = None
     abandoned = False
+    begun = False
+    _ended = 0.0
     # Of a reader without an event loop: the number of its thread.
     _thread: int | None = None
     _waiters: list[threading.Event | asyncio.Future[None]] | None = None
@@ -53,6 +62,7 @@ class Flight:
             if self.done:
                 return
             self.data = data
+            self._ended = time.monotonic()
             self.done = True
             waiters = self._take()
         _wake_all(waiters)
@@ -75,6 +85,19 @@ class Flight:
             self.abandoned = self.done = True
             waiters = self._take()
         _wake_all(waiters)
+
+    def has_answer(self, max_age: float | None) -> bool:
+        """Whether one who comes now may take what it brings, or wait for it.
+
+        One that has ended is open for as long as its value is being written, and longer if its reader
+        cannot go on: its event loop has stopped, or an interrupt has cut it off.
+        """
+        if self.loop is not None and self.loop.is_closed():
+            return False
+        if not self.done:
+            return True
+        age = time.monotonic() - self._ended
+        return self.error is None and not self.abandoned and (max_age is None or age <= max_age)
 
     def _take(self) -> list[threading.Event | asyncio.Future[None]]:
         # Out of the way of those who come too late: they would be woken without end.
@@ -99,19 +122,23 @@ class Flight:
         Returns
         -------
         bool
-            False if the flight cannot end, because its reader's event loop has stopped.
+            False if the flight cannot end, because its reader's event loop has stopped, or its
+            reader has never begun.
         """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         if not self._enlist(waiter):
             return True
-        if self.loop is None or self.loop is loop:
+        if self.loop is loop:
+            # Nobody comes between a reader of this event loop and its beginning.
+            if not self.begun:
+                return self.done
             await waiter
             return True
-        if self.loop.is_closed():
+        if self.loop is not None and self.loop.is_closed():
             return self.done
         while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
-            if not self.loop.is_running():
+            if not self.begun or not (self.loop is None or self.loop.is_running()):
                 return self.done
         return True
 
@@ -122,7 +149,8 @@ class Flight:
         -------
         bool
             False if the flight cannot end, because its reader is a coroutine whose event loop has
-            stopped, is blocked, or needs the very thread that would wait; or is this very thread.
+            stopped, is blocked, or needs the very thread that would wait; or is this very thread; or
+            has never begun.
         """
         waiter = threading.Event()
         if not self._enlist(waiter):
@@ -131,7 +159,11 @@ class Flight:
         if loop is None:
             if self._thread == threading.get_ident():
                 return self.done  # It came here from inside its own read.
-            return waiter.wait()  # For a thread, which needs nobody.
+            # For a thread, which needs nobody.
+            while not waiter.wait(PATIENCE):
+                if not self.begun:
+                    return self.done
+            return True
         if loop is asyncio._get_running_loop():
             return self.done
         pool: Any = getattr(loop, "_default_executor", None)
@@ -149,7 +181,7 @@ class Flight:
             waited += pause
             total += pause
             if waited >= PATIENCE:
-                if total >= longest or not pulse.is_set():
+                if total >= longest or not pulse.is_set() or not self.begun:
                     break
                 pulse, waited = _pulse(loop), 0.0
         return self.done

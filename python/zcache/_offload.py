@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 THREADS: Final = 4
 """Threads that write and delete: a local file system lets no more than a few go on at once."""
 
-_lock = threading.Lock()
+# Reentrant, for inside it the garbage collector may end a coroutine that leaves work behind.
+_lock = threading.RLock()
 _workers: Workers | None = None
 _counters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Counter | None] = (
     weakref.WeakKeyDictionary()
 )
 _left_behind: list[object] = []
+# Work whose callers have gone while it went on, in the order of its end, more or less; one thread
+# waits for all of it.
+_pending: deque[tuple[Desk, int, Callable[[Any], object]]] = deque()
+_waits = False
 
 
 class Counter:
@@ -106,7 +111,7 @@ class Counter:
             return
         pending, result = self.desk.leave(number)
         if pending:
-            in_background(lambda: late(self.desk.wait(number)))
+            _wait_for(self.desk, number, late)
         elif result is not None:
             late(result)
         else:
@@ -120,6 +125,32 @@ class Counter:
             late(result)
 
 
+def _wait_for(desk: Desk, number: int, late: Callable[[Any], object]) -> None:
+    global _waits
+    _pending.append((desk, number, late))
+    with _lock:
+        begins, _waits = not _waits, True
+    if begins:
+        in_background(_wait)
+
+
+def _wait() -> None:
+    global _waits
+    ended = False
+    try:
+        while not ended:
+            while _pending:
+                desk, number, late = _pending.popleft()
+                with contextlib.suppress(Exception):
+                    late(desk.wait(number))
+            with _lock:
+                if ended := not _pending:
+                    _waits = False
+    finally:
+        if not ended:  # By an interrupt: whoever leaves next has it begun again.
+            _waits = False
+
+
 def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
     """The counter of the event loop that runs here; None where it cannot watch a bell."""
     try:
@@ -128,17 +159,24 @@ def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
         return _open(loop)
 
 
-def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
-    global _workers
+def see_to_closed() -> None:
+    """Tell what has become of the work of event loops that are closed.
+
+    Until then their room is taken, and their keys are being filled.
+    """
+    if not _counters:
+        return
     with _lock:
-        others = list(_counters)
-    closed = [other for other in others if other.is_closed()]
-    with _lock:
+        closed = [other for other in list(_counters) if other.is_closed()]
         left = [_counters.pop(other, None) for other in closed]
     for found in left:
         if found is not None:
             with contextlib.suppress(Exception):
                 found.give_up()
+
+
+def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
+    global _workers
     made: Counter | None = None
     # Not this sort of event loop; or no thread or descriptor is left.
     with contextlib.suppress(Exception):
@@ -154,12 +192,13 @@ def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
 
 def after_fork() -> None:
     """The threads have stayed with the parent, and with them whatever lock they held."""
-    global _lock, _workers, _counters
+    global _lock, _workers, _counters, _pending, _waits
     inherited = _counters
     # Kept, for to let go of the last handle would ask for such a lock.
-    _left_behind.append((_workers, inherited))
-    _lock = threading.Lock()
+    _left_behind.append((_workers, inherited, _pending))
+    _lock = threading.RLock()
     _workers = None
+    _pending, _waits = deque(), False
     _counters = weakref.WeakKeyDictionary()
     for loop, found in list(inherited.items()):
         # What an event loop of the parent watches, it watches in both processes.

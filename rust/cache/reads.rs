@@ -170,6 +170,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.flights.close(key, ticket)
     }
 
+    /// Closes the flight with this payload, whose reader cannot go on; hands out the same.
+    pub fn strike(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<Closed<T>> {
+        self.flights.strike(key, is)
+    }
+
     /// The bytes of an entry were read and are what they should be, or it was not known what they
     /// should be and is now.
     pub fn verified(&mut self, at: u64, checksum: u32) {

@@ -178,6 +178,15 @@ impl Index {
         Ok(())
     }
 
+    #[pyo3(signature = (key, flight, /))]
+    fn strike(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
+        let struck = step!(self, py, |cache| Ok(
+            cache.strike(key, |other| other.is(&flight))
+        ))?;
+        drop(struck);
+        Ok(())
+    }
+
     #[pyo3(signature = (key, raw, size, ticket, now, /))]
     fn reserve<'py>(
         &self,
