@@ -152,6 +152,9 @@ impl Mapped {
 
     /// Takes the lock if it is free.
     pub fn try_lock(&self) -> io::Result<bool> {
+        if self.locks.are_left() {
+            return Ok(false);
+        }
         match self.lock.try_lock() {
             Ok(()) => Ok(true),
             Err(TryLockError::WouldBlock) => Ok(false),

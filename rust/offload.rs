@@ -180,16 +180,17 @@ impl<T: Send + 'static> Desk<T> {
         }
     }
 
-    /// Waits for the result of work that was left; once for each.
-    pub fn wait(&self, number: u64) -> Option<T> {
+    /// Waits for the result of any work that was left, and takes it; `None` where none is left.
+    pub fn wait(&self) -> Option<(u64, T)> {
         let mut state = self.shared.state();
-        loop {
-            if let Some(result) = state.left.get_mut(&number)?.take() {
-                state.left.remove(&number);
-                return Some(result);
+        while !state.left.is_empty() {
+            let mut left = state.left.iter();
+            if let Some(number) = left.find_map(|(n, result)| result.as_ref().map(|_| *n)) {
+                return state.left.remove(&number)?.map(|result| (number, result));
             }
             let woken = self.shared.changed.wait(state);
             state = woken.unwrap_or_else(PoisonError::into_inner);
         }
+        None
     }
 }

@@ -9,6 +9,7 @@ mod index;
 mod memory;
 #[cfg(unix)]
 mod offload;
+mod reservation;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -58,6 +59,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<index::Index>()?;
+    module.add_class::<reservation::Reservation>()?;
     #[cfg(unix)]
     {
         module.add("SIGNATURE", crate::files::SIGNATURE)?;

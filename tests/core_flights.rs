@@ -110,3 +110,41 @@ fn what_was_begun_with_one_index_never_ends_in_another() {
     assert!(first.forget("a/c/0").unwrap().len() == 1);
     assert!(lead(&mut first, Span::Full, 3) > ticket);
 }
+
+#[test]
+fn a_reservation_whose_holder_is_gone() {
+    let mut cache = cache();
+    let fill = |cache: &mut Cache<Heap, u32>, key: &str, size| {
+        let Joined::Lead(ticket) = cache.join(key, Span::Full, 0, 1, false).unwrap() else {
+            panic!("{key} is there")
+        };
+        cache.reserve(key, Span::Full, size, ticket, 1).unwrap()
+    };
+    let Room::Granted(id) = fill(&mut cache, "a", 60) else {
+        panic!("there is room")
+    };
+    cache.finish(id, Some(0), 1).unwrap();
+    // It waits for a delete: nobody knows whether that was made.
+    let Room::Evict(id, victims) = fill(&mut cache, "b", 50) else {
+        panic!("there is no room")
+    };
+    assert_eq!(victims.len(), 1);
+    cache.abandon(id).unwrap();
+    assert_eq!(cache.in_flight().1, 0);
+    assert_eq!(cache.current_size(), 60);
+    cache.validate().unwrap();
+    // It has been granted: nobody knows whether its bytes were written.
+    let orphans = cache.orphans(10).unwrap();
+    assert_eq!(orphans.len(), 1);
+    cache.settled(&[orphans[0].cell], &[]).unwrap();
+    let Room::Granted(id) = fill(&mut cache, "c", 50) else {
+        panic!("there is room")
+    };
+    cache.abandon(id).unwrap();
+    assert!(cache.finish(id, Some(0), 1).unwrap().is_none());
+    assert_eq!(cache.current_size(), 50);
+    assert_eq!(cache.orphans(10).unwrap()[0].cache_key, "c");
+    // One that is over already.
+    cache.abandon(id).unwrap();
+    cache.validate().unwrap();
+}

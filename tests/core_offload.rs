@@ -86,16 +86,32 @@ fn what_is_left_is_for_whoever_waits_for_it() {
     assert_eq!(desk.leave(left), Left::Pending);
     let waiter = {
         let desk = Arc::clone(&desk);
-        std::thread::spawn(move || desk.wait(left))
+        std::thread::spawn(move || desk.wait())
     };
     let other = desk.submit(&workers, || 8);
     assert!(rings(&desk, 10_000));
     assert_eq!(desk.collect(), [(other, 8)]);
     end.send(()).unwrap();
-    assert_eq!(waiter.join().unwrap(), Some(7));
+    assert_eq!(waiter.join().unwrap(), Some((left, 7)));
     assert!(!rings(&desk, 50));
     assert!(desk.collect().is_empty());
-    assert_eq!(desk.wait(left), None);
+    assert_eq!(desk.wait(), None);
+}
+
+#[test]
+fn what_is_left_comes_as_it_ends() {
+    let workers = Workers::new(2).unwrap();
+    let desk = Arc::new(Desk::new().unwrap());
+    let (stuck, end) = held(&desk, &workers, 1);
+    let (quick, end_quick) = held(&desk, &workers, 2);
+    for number in [stuck, quick] {
+        assert_eq!(desk.leave(number), Left::Pending);
+    }
+    end_quick.send(()).unwrap();
+    assert_eq!(desk.wait(), Some((quick, 2)));
+    end.send(()).unwrap();
+    assert_eq!(desk.wait(), Some((stuck, 1)));
+    assert_eq!(desk.wait(), None);
 }
 
 #[test]
@@ -106,7 +122,7 @@ fn what_is_done_is_had_at_once_and_what_is_collected_never_again() {
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut left = desk.leave(second);
     if left == Left::Pending {
-        left = Left::Done(desk.wait(second).unwrap());
+        left = Left::Done(desk.wait().unwrap().1);
     }
     assert_eq!(left, Left::Done(2));
     let mut collected = desk.collect();

@@ -35,7 +35,7 @@ class Recorder:
         self.void: dict[int, tuple[str, int, bool]] = {}
         self.writers: dict[str, tuple[int, bool]] = {}
         self._flights: list[tuple[object, int]] = []
-        self._tickets: dict[int, int] = {}
+        self._tickets: dict[Any, int] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -81,7 +81,7 @@ class Recorder:
             return sorted(victim for _, victim in answer)
         return None if name == "settled" else repr(answer)
 
-    def _finish(self, reservation: int, answer: Any) -> Any:
+    def _finish(self, reservation: Any, answer: Any) -> Any:
         if answer is None:
             return None
         self.void.pop(self._tickets[reservation], None)

@@ -28,6 +28,7 @@ from coherence_support import (
     read,
     value_sync,
 )
+from zcache._ports import LocalPort
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,6 +165,52 @@ def inherit() -> int:
     return failed
 
 
+def unwind(directory: str) -> int:
+    """Fork in a coroutine while others fill and write; the child ends what it has inherited of them."""
+    source = SyncDictStore({"a": bytes(100), "k": bytes(100)})
+    store = CacheStore(source, cache_store=LocalStore(directory), max_size=150)
+    delete = LocalPort.delete
+    begun: list[asyncio.Event] = []
+
+    async def deleting(*args: Any) -> Any:
+        for event in begun:
+            event.set()
+        return await delete(*args)
+
+    # When it makes room: bytes are promised to it then.
+    LocalPort.delete = deleting  # type: ignore[method-assign]
+
+    async def fork(work: Callable[[], Any]) -> None:
+        index = index_of(store)
+        begun[:] = [asyncio.Event()]
+        task = asyncio.ensure_future(work())
+        await begun[0].wait()
+        assert index.in_flight == (1, 1)
+        before = index.in_flight, index.entries()
+        child = os.fork()
+        if not child:
+            # As the garbage collector does it.
+            coroutine = task.get_coro()
+            assert coroutine is not None
+            coroutine.close()
+            os._exit(0)
+        os.waitpid(child, 0)  # noqa: ASYNC222 - nothing is to happen meanwhile
+        index.validate()
+        assert (index.in_flight, index.entries()) == before
+        await task
+        assert await read(store, "k") == await read(source, "k")
+        assert index.in_flight == (0, 0)
+        assert index.current_size == 100
+        index.validate()
+
+    for work in (lambda: read(store, "k"), lambda: store.set("k", buf(bytes(100)))):
+        asyncio.run(read(store, "a"))
+        assert index_of(store).current_size == 100
+        signal.alarm(GIVE_UP)
+        asyncio.run(fork(work))
+    return 0
+
+
 async def several(store: CacheStore, number: int) -> None:
     """One round of the tasks of a busy loop."""
     await asyncio.gather(*(read(store, key) for key in VALUES))
@@ -194,6 +241,9 @@ if __name__ == "__main__":
     # Python says of every fork of a process with threads that it may deadlock. That is the question.
     warnings.simplefilter("ignore", DeprecationWarning)
     _, what, kind, children, directory = sys.argv
-    failures = inherit() if what == "inherit" else fork_while_busy(kind, int(children), directory)
+    if what == "fork":
+        failures = fork_while_busy(kind, int(children), directory)
+    else:
+        failures = inherit() if what == "inherit" else unwind(directory)
     print(f"{failures} of {children} failed")
     sys.exit(bool(failures))

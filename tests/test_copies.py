@@ -190,6 +190,18 @@ def test_what_a_forked_child_inherits() -> None:
     assert done.stdout == "0 of 1 failed\n", done.stdout + done.stderr
 
 
+def test_what_a_forked_child_ends_is_not_its_parents(tmp_path: Path) -> None:
+    """A child ends the coroutines that it has inherited, but not what they had begun in the directory."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "unwind", "directory", "2", tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "0 of 2 failed\n", done.stdout + done.stderr
+
+
 def test_the_sync_surface_is_there_when_both_stores_have_it() -> None:
     plain, sync = DictStore(), SyncDictStore()
     assert CacheStore(sync, cache_store=SyncDictStore())._supports_sync_io

@@ -16,7 +16,8 @@ from zarr.storage import LocalStore, MemoryStore
 
 from coherence_support import GatedStore, SyncDictStore, reached, value_sync
 from support import PROTOTYPE, buf, read
-from zcache import CacheStore, _files, _offload, _threads
+from zcache import CacheStore, _files, _offload, _ports, _threads
+from zcache._core import Index
 from zcache._fills import Writing
 from zcache._ports import LocalSyncPort
 
@@ -42,7 +43,12 @@ def never(_: object) -> None:
 
 def late_write(io: Any, data: bytes) -> Writing:
     """Of a key whose flight and reservation nobody knows."""
-    return Writing(io, "a", "a", data, ticket=0, reservation=0, now=1.0)
+    other = Index()
+    ticket = other.join("a", None, None, 1.0, False)
+    assert isinstance(ticket, int)
+    room = other.reserve("a", None, len(data), ticket, 1.0)
+    assert not isinstance(room, str)
+    return Writing(io, "a", "a", data, ticket, reservation=room[0], now=1.0)
 
 
 class SlowDesk:
@@ -91,10 +97,16 @@ class SlowDesk:
                     return False, result
         return False, None
 
-    def wait(self, number: int) -> Any:
+    def wait(self) -> tuple[int, Any] | None:
+        def ended() -> list[int]:
+            return [number for number, result in self._left.items() if result is not None]
+
         with self._lock:
-            assert self._lock.wait_for(lambda: self._left[number] is not None, LONG)
-            return self._left.pop(number)
+            if not self._left:
+                return None
+            assert self._lock.wait_for(ended, LONG)
+            number = ended()[0]
+            return number, self._left.pop(number)
 
     def close(self) -> None:
         self._bell.close()
@@ -191,18 +203,17 @@ async def test_those_who_leave_take_no_threads_from_others() -> None:
     for other in others:
         assert await asyncio.wait_for(asyncio.wrap_future(other), LONG) == "read"
     assert told == []
-    # In whatever order they end; once all are told, whoever leaves next is told as well.
-    for round_ in (numbers, [len(numbers)]):
-        for number in reversed(round_):
-            if number == len(numbers):
-                last = counter.result(desk.begin(number), told.append, loop)
-                task = asyncio.ensure_future(last)
-                await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.wait([task])
-            desk.end(number, number)
+    # Each is told when its own work has ended; and whoever leaves once all are told, as well.
+    last = counter.result(desk.begin(len(numbers)), told.append, loop)
+    for number in [*reversed(numbers), len(numbers)]:
+        if number == len(numbers):
+            task = asyncio.ensure_future(last)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        desk.end(number, number)
         async with asyncio.timeout(LONG):
-            while len(told) <= round_[-1]:  # noqa: ASYNC110 - nobody tells
+            while number not in told:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.001)
     assert sorted(told, key=str) == sorted(range(len(numbers) + 1), key=str)
 
@@ -521,7 +532,9 @@ async def test_a_value_whose_reader_has_gone(
 
 
 @pytest.mark.parametrize("face", ["thread", "loop"])
-def test_room_that_a_closed_loop_has_taken(tmp_path: Path, face: str) -> None:
+def test_room_that_a_closed_loop_has_taken(
+    tmp_path: Path, face: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody holds its tasks, so nobody ends them; whoever fills next sees to its write."""
     source = SyncDictStore({"k": b"1234", "other": b"5678"})
     store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"), max_size=4)
@@ -529,8 +542,16 @@ def test_room_that_a_closed_loop_has_taken(tmp_path: Path, face: str) -> None:
     task = loop.create_task(read(store, "k"))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     index = store._engine.index
-    while index.in_flight[1] == 0:
-        loop.run_until_complete(asyncio.sleep(0))
+    hand_in = LocalSyncPort.hand_in
+
+    def last(*args: Any) -> int:
+        loop.stop()
+        return hand_in(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSyncPort, "hand_in", last)
+        loop.run_forever()
+    assert index.in_flight == (1, 1)
     loop.close()
     for _ in range(1000):
         value = (
@@ -546,3 +567,55 @@ def test_room_that_a_closed_loop_has_taken(tmp_path: Path, face: str) -> None:
     assert source.counts["get"] - reads <= 1
     assert store.cache_info()["current_size"] == 4
     index.validate()
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["read", "write"])
+@pytest.mark.parametrize("where", ["making room", "directory", "store"])
+def test_what_a_closed_loop_has_begun(
+    tmp_path: Path, where: str, change: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tasks never go on, and somebody holds them; their room and their key are given back."""
+    source = SyncDictStore({"a": b"1234", "k": b"5678"})
+    cache = SyncDictStore() if where == "store" else LocalStore(tmp_path / "cache")
+    store = CacheStore(source, cache_store=cache, max_size=6)
+    assert asyncio.run(read(store, "a")) == b"1234"
+    index = store._engine.index
+    loop = asyncio.new_event_loop()
+    port = type(store._engine.port)
+    name = "delete" if where == "making room" else "write"
+    original = getattr(port, name)
+
+    async def last(*args: Any) -> Any:
+        loop.stop()
+        return await original(*args)
+
+    async def never_ends(*_: object) -> None:
+        loop.stop()
+        await asyncio.get_running_loop().create_future()
+
+    with monkeypatch.context() as patch:
+        if where == "store":
+            patch.setattr(cache, "set", never_ends)
+        else:
+            patch.setattr(port, name, last)
+        task = loop.create_task(store.set("k", buf(b"5678")) if change else read(store, "k"))
+        loop.run_forever()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    assert index.in_flight == (1, 1)
+    loop.close()
+    monkeypatch.setattr(_ports, "_next_look", 0.0)
+    for _ in range(1000):
+        for key in ("a", "k"):
+            assert asyncio.run(read(store, key)) == source.values[key]
+        if index.in_flight == (0, 0):
+            break
+    assert index.in_flight == (0, 0)
+    for key in ("a", "k"):
+        asyncio.run(read(store, key))
+        reads = source.counts["get"]
+        assert asyncio.run(read(store, key)) == source.values[key]
+        assert source.counts["get"] == reads
+    assert index.current_size == 4
+    index.validate()
+    assert not _ports._under_way
+    assert not _ports._unfinished

@@ -107,6 +107,24 @@ async def test_a_waiter_that_blocks_the_loop_of_its_reader(
 
 
 @pytest.mark.usefixtures("patience")
+def test_a_loop_that_waits_for_a_task_of_another(source: GatedStore, store: CacheStore) -> None:
+    """As a notebook does that calls a synchronous function: the task needs what its own loop reads."""
+    source.shut["get"] = 1
+
+    async def main() -> None:
+        leader = asyncio.create_task(read(store, "k"))
+        await reached(source)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(asyncio.run, read(store, "k")).result(60) == VALUE
+        source.release()
+        assert await leader == VALUE
+
+    asyncio.run(main())
+    assert source.counts["get"] == 2
+    assert index_of(store).in_flight == (0, 0)
+
+
+@pytest.mark.usefixtures("patience")
 def test_two_loops_that_block_each_other(source: GatedStore, store: CacheStore) -> None:
     """Each leads what the other one's thread waits for."""
     source.shut["get"] = 2

@@ -23,7 +23,7 @@ from zcache._listing import NotOursError, take_in
 from zcache._memory import memory_index
 from zcache._ports import guarded
 from zcache._standins import NotListedError, Unlisted, Unopened
-from zcache._threads import background
+from zcache._threads import background, in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,24 +150,26 @@ class Books:
 
         In that case `late` is told later what came of it.
         """
+        work = self._current(work)
         try:
             return work(*args)
         except _NOT_NOW:
             pass
         try:
-            return await self.step(io, self._current(work), *args)
+            return await self.step(io, work, *args)
         except BaseException:
             self.soon(late, work, *args)
             raise
 
     def soon(self, then: Callable[[T], object], work: Callable[..., T], *args: Any) -> None:
         """Take a step now if that needs no waiting, else in the background."""
+        work = self._current(work)
         try:
             result = work(*args)
         except NotListedError as error:
             then(error.without(*args))
         except _NOT_NOW:
-            background(lambda: _call(then, self.must(work, *args)))
+            in_background(lambda: _call(then, self.must(work, *args)))
         else:
             then(result)
 
@@ -191,6 +193,9 @@ class Books:
         if owner is self.index or not isinstance(owner, (Index, Unlisted)):
             return work
         index = self.index
+        if isinstance(index, Unopened):
+            # Begun before the fork: nothing of it is left that would be worth to open a directory.
+            index = self._nothing()
         now: Callable[..., T] = getattr(
             index.within if isinstance(index, Unlisted) else index, work.__name__
         )

@@ -34,7 +34,8 @@ class Changes(Fills):
             await self.change(io, key, work)
             return
         books, index = self.books, self.index
-        ended = landed = False
+        begun = changing = ended = landed = False
+        ticket: int | None = None
 
         def late(_: BaseException | None) -> None:
             nonlocal ended
@@ -47,22 +48,25 @@ class Changes(Fills):
             if ticket is not None:
                 books.soon(ignore, index.land, key, ticket)
 
-        victims = await books.step(io, index.begin_write, key)
         try:
+            victims = await books.step(io, index.begin_write, key)
+            begun = True
             await self.drop(io, victims)
             await self._drop_unknown(io, key)
-        except BaseException as interrupt:
-            late(interrupt)
-            raise
-        try:
-            await io.change(work(), late)
-        except Exception:
-            if not ended:
-                victims, _ = await books.sure(io, lost, index.end_write, key, False)
-                await self.drop(io, victims)
-            raise
-        victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
-        try:
+            changing = True
+            try:
+                await io.change(work(), late)
+            except Exception:
+                if not ended:
+                    ended = True
+                    victims, _ = await books.sure(io, lost, index.end_write, key, False)
+                    await self.drop(io, victims)
+                raise
+            changing = False
+            # Whoever is cancelled while it waits has it ended all the same.
+            ended = io.loop() is not None
+            victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
+            ended = True
             await self.drop(io, victims)
             if ticket is not None and data is not None:
                 if (values := self._values) is not None:
@@ -71,9 +75,16 @@ class Changes(Fills):
                     landed = joined is not None
                 else:
                     landed = await self.fill(io, key, None, data, ticket)
+        except BaseException as error:
+            # An interrupt may have come before it was known to have begun. A change that goes on behind
+            # our back tells when it has ended; without an event loop none does.
+            begun = begun or not isinstance(error, Exception)
+            if begun and not ended and (not changing or io.loop() is None):
+                late(error)
+            raise
         finally:
             if ticket is not None and not landed and not self.is_left(ticket):
-                await books.sure(io, ignore, index.land, key, ticket)
+                books.soon(ignore, index.land, key, ticket)
 
     async def _drop_unknown(self, io: Traffic, prefix: str) -> None:
         """Drop what an index that is being rebuilt may not know yet."""

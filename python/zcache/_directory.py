@@ -249,9 +249,10 @@ class Directory:
 def let_go(index: Any) -> None:
     """Close, in a forked child, what would keep the locks of its parent alive after its death.
 
-    The index itself may live on: in the frames of threads that have stayed with the parent.
+    The index itself may live on: in the frames of threads that have stayed with the parent, and of
+    coroutines that the child collects. Without a lock it takes no step any more.
     """
-    locks = index.locks if isinstance(index, Index) else ()
+    locks = index.leave() if isinstance(index, Index) else ()
     if not locks:
         return
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -385,14 +385,13 @@ class Engine(Changes):
             else:
                 landed = await self.fill(io, key, span, data, ticket)
         finally:
-            if landed or self.is_left(ticket):
-                pass
-            elif flight.done:
-                await self.books.sure(io, ignore, self.books.index.land, key, ticket)
-            else:
-                # Closed first: whoever is woken would else join it again, and again.
-                self.books.soon(ignore, self.books.index.land, key, ticket)
-                flight.abandon()
+            try:
+                if not landed and not self.is_left(ticket):
+                    # Closed first: whoever is woken would else join it again, and again.
+                    self.books.soon(ignore, self.books.index.land, key, ticket)
+            finally:
+                if not landed:
+                    flight.abandon()  # Once it has ended that wakes whom nobody has woken yet.
         return value
 
     # ------------------------------------------------------------------- forks

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from zcache import _offload, _ports
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
 from zcache._files import UnknownValueError
-from zcache._offload import see_to_closed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.core.buffer import Buffer
 
     from zcache._books import Books
     from zcache._breaker import Breaker
-    from zcache._core import Index
+    from zcache._core import Index, Reservation
     from zcache._ports import Outcome, Written
     from zcache._spans import Span
     from zcache._traffic import Traffic
@@ -56,8 +58,10 @@ class Writing:
         Its key, and its name in the cache store.
     data : bytes
         The value.
-    ticket, reservation : int
-        Of the index: whether it may be kept, and where.
+    ticket : int
+        Whether it may be kept.
+    reservation : Reservation
+        Its room.
     now : float
         When it was read, in seconds on the clock of the index.
     """
@@ -67,7 +71,7 @@ class Writing:
     name: str
     data: bytes
     ticket: int
-    reservation: int
+    reservation: Reservation
     now: float
 
     def checksum(self, written: Written) -> int:
@@ -127,7 +131,9 @@ class Fills:
         if books.directory is not None:
             # The bound of one that has died counts until then.
             books.reap()
-            see_to_closed()
+            _offload.see_to_closed()
+        if not immediate:
+            _ports.see_to_closed()
         try:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:
@@ -137,12 +143,13 @@ class Fills:
             reservation, victims = room
             outcome: tuple[list[int], list[int]] = [], []
             fits = False
+            gone = partial(self._fill_gone, key, ticket, reservation)
             try:
                 if victims:
                     outcome = (
                         self._delete_now(io, victims)
                         if immediate
-                        else await self._delete(io, victims)
+                        else await self._delete(io, victims, gone)
                     )
                 else:
                     fits = (
@@ -151,7 +158,10 @@ class Fills:
                         or await self._has_space(io, len(data))
                     )
             except BaseException:
-                books.soon(self._give_up, index.abort, reservation)
+                if immediate:  # No delete goes on behind our back.
+                    books.soon(ignore, index.abandon, reservation)
+                else:
+                    books.soon(self._give_up, index.abort, reservation)
                 raise
             if victims:
                 room = await books.sure(
@@ -170,7 +180,12 @@ class Fills:
             await self.drop(io, orphans)
         return landed
 
-    def _give_room_up(self, room: tuple[int, list[Victim]] | str) -> None:
+    def _fill_gone(self, key: str, ticket: int, reservation: Reservation) -> None:
+        """End a fill whose reader is gone, or will never go on, while it was making room."""
+        self.books.soon(self._give_up, self.books.index.abort, reservation)
+        self.books.soon(ignore, self.books.index.land, key, ticket)
+
+    def _give_room_up(self, room: tuple[Reservation, list[Victim]] | str) -> None:
         if not isinstance(room, str):
             reservation, victims = room
             self._give_up(victims)
@@ -282,12 +297,25 @@ class Fills:
 
     async def drop(self, io: Traffic, victims: list[Victim]) -> None:
         """Delete the bytes of entries that the index has dropped."""
-        if victims:
+        if not victims:
+            return
+        over = io.port.immediate
+        try:
             dropped, failed = await self._delete(io, victims)
+            over = True
             await self.books.sure(io, ignore, self.books.index.settled, dropped, failed)
+        except BaseException:
+            if over:  # Nobody else tells what has become of them.
+                self._give_up(victims)
+            raise
 
-    async def _delete(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
-        """Delete bytes; returns the cells of those that are gone and of those that may not be."""
+    async def _delete(
+        self, io: Traffic, victims: list[Victim], gone: Callable[[], None] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Delete bytes; returns the cells of those that are gone and of those that may not be.
+
+        `gone` is called where they are deleted after all, but nobody waits for that any more.
+        """
         if io.port.immediate:
             return self._delete_now(io, victims)
         if not self.breaker.allows("delete"):
@@ -298,6 +326,8 @@ class Fills:
                 self._give_up(victims)
             else:
                 self.books.soon(ignore, self.books.index.settled, *self._sort(victims, outcome))
+            if gone is not None:
+                gone()
 
         try:
             outcome = await io.port.delete([name for _, name in victims], late)

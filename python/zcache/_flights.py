@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from types import TracebackType
 
 # Guards the short moments in which waiters come and go; never held while anything waits or runs.
@@ -22,7 +22,11 @@ PATIENCE: Final = 1.0
 PAUSE: Final = 0.05
 """Seconds between two looks at the queue of a thread pool that the reader may need."""
 LONGEST: Final = 30.0
-"""Seconds that a thread waits at most for a coroutine: nobody knows what else that waits for."""
+"""Seconds that a thread waits at most for a coroutine: nobody knows what else that waits for. And
+seconds for which a value is handed on that is still being written."""
+
+
+Waiter: TypeAlias = "threading.Event | asyncio.Future[None]"
 
 
 class Flight:
@@ -49,7 +53,7 @@ class Flight:
     _ended = 0.0
     # Of a reader without an event loop: the number of its thread.
     _thread: int | None = None
-    _waiters: list[threading.Event | asyncio.Future[None]] | None = None
+    _waiters: deque[Waiter] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
@@ -59,59 +63,58 @@ class Flight:
     def deliver(self, data: bytes | None) -> None:
         """End with the value."""
         with _lock:
-            if self.done:
-                return
-            self.data = data
-            self._ended = time.monotonic()
-            self.done = True
-            waiters = self._take()
-        _wake_all(waiters)
+            if not self.done:
+                self.data = data
+                self._ended = time.monotonic()
+                self.done = True
+        self._wake_all()
 
     def fail(self, error: Exception) -> None:
         """End with the source's error."""
         with _lock:
-            if self.done:
-                return
-            self.error, self.trace = error, error.__traceback__
-            self.done = True
-            waiters = self._take()
-        _wake_all(waiters)
+            if not self.done:
+                self.error, self.trace = error, error.__traceback__
+                self.done = True
+        self._wake_all()
 
     def abandon(self) -> None:
-        """End without a result; the waiters start over."""
+        """End without a result, unless it has one; the waiters start over."""
         with _lock:
-            if self.done:
-                return
-            self.abandoned = self.done = True
-            waiters = self._take()
-        _wake_all(waiters)
+            if not self.done:
+                self.abandoned = self.done = True
+        self._wake_all()
 
     def has_answer(self, max_age: float | None) -> bool:
         """Whether one who comes now may take what it brings, or wait for it.
 
-        One that has ended is open for as long as its value is being written, and longer if its reader
-        cannot go on: its event loop has stopped, or an interrupt has cut it off.
+        One that has ended is open for as long as its value is being written, and for ever if its reader
+        does not go on: its event loop has stopped, or an interrupt has cut it off.
         """
         if self.loop is not None and self.loop.is_closed():
             return False
         if not self.done:
             return True
-        age = time.monotonic() - self._ended
-        return self.error is None and not self.abandoned and (max_age is None or age <= max_age)
+        longest = LONGEST if max_age is None else min(max_age, LONGEST)
+        is_young = time.monotonic() - self._ended <= longest
+        return is_young and self.error is None and not self.abandoned
 
-    def _take(self) -> list[threading.Event | asyncio.Future[None]]:
-        # Out of the way of those who come too late: they would be woken without end.
+    def _wake_all(self) -> None:
         waiters = self._waiters
-        if waiters is None:
-            return []
-        self._waiters = None
-        return waiters
+        # Each goes once it is woken: an interrupt may come in between, and whoever ends the flight
+        # once more goes on here. Not more than there are now, for those who come too late go by
+        # themselves, and come again.
+        for _ in range(0 if waiters is None else len(waiters)):
+            # Two may be at it at once.
+            with contextlib.suppress(IndexError, ValueError):
+                waiter = waiters[0]  # type: ignore[index]
+                _wake(waiter)
+                waiters.remove(waiter)  # type: ignore[union-attr]
 
-    def _enlist(self, waiter: threading.Event | asyncio.Future[None]) -> bool:
+    def _enlist(self, waiter: Waiter) -> bool:
         with _lock:
             waiters = self._waiters
             if waiters is None:
-                waiters = self._waiters = []
+                waiters = self._waiters = deque()
             waiters.append(waiter)
             # Asked last: what the garbage collector ends in between has not seen the waiter.
             return not self.done
@@ -122,8 +125,8 @@ class Flight:
         Returns
         -------
         bool
-            False if the flight cannot end, because its reader's event loop has stopped, or its
-            reader has never begun.
+            False if the flight cannot end, because its reader's event loop has stopped or is blocked,
+            perhaps by one who waits for this one; or because its reader has never begun.
         """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
@@ -137,9 +140,15 @@ class Flight:
             return True
         if self.loop is not None and self.loop.is_closed():
             return self.done
+        pulse: threading.Event | None = None
         while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
-            if not self.begun or not (self.loop is None or self.loop.is_running()):
+            if self.done or not self.begun:
                 return self.done
+            if self.loop is not None:
+                if not self.loop.is_running() or not (pulse is None or pulse.is_set()):
+                    return self.done
+                if (pulse := _pulse(self.loop)) is None:
+                    return self.done
         return True
 
     def wait_sync(self) -> bool:
@@ -161,7 +170,7 @@ class Flight:
                 return self.done  # It came here from inside its own read.
             # For a thread, which needs nobody.
             while not waiter.wait(PATIENCE):
-                if not self.begun:
+                if self.done or not self.begun:
                     return self.done
             return True
         if loop is asyncio._get_running_loop():
@@ -181,7 +190,7 @@ class Flight:
             waited += pause
             total += pause
             if waited >= PATIENCE:
-                if total >= longest or not pulse.is_set() or not self.begun:
+                if total >= longest or not pulse.is_set() or self.done or not self.begun:
                     break
                 pulse, waited = _pulse(loop), 0.0
         return self.done
@@ -197,21 +206,20 @@ def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
     return pulse
 
 
-def _wake_all(waiters: Iterable[threading.Event | asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if isinstance(waiter, threading.Event):
-            waiter.set()
-            continue
-        loop = waiter.get_loop()
-        if loop is asyncio._get_running_loop():
-            _wake(waiter)
-        else:
-            # A loop that is closed has taken with it everyone who waited there.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_wake, waiter)
+def _wake(waiter: Waiter) -> None:
+    if isinstance(waiter, threading.Event):
+        waiter.set()
+        return
+    loop = waiter.get_loop()
+    if loop is asyncio._get_running_loop():
+        _end(waiter)
+    else:
+        # A loop that is closed has taken with it everyone who waited there.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_end, waiter)
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
+def _end(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
 

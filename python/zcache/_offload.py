@@ -30,10 +30,6 @@ _counters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Counter | None] 
     weakref.WeakKeyDictionary()
 )
 _left_behind: list[object] = []
-# Work whose callers have gone while it went on, in the order of its end, more or less; one thread
-# waits for all of it.
-_pending: deque[tuple[Desk, int, Callable[[Any], object]]] = deque()
-_waits = False
 
 
 class Counter:
@@ -52,6 +48,8 @@ class Counter:
         # finds the other here.
         self._met: dict[int, Any] = {}
         self._results: deque[tuple[int, Any]] = deque()
+        # Whether a thread waits for work whose callers have left while it went on.
+        self._waits = False
         # After a fork: desk, threads and callers are the parent's.
         self.foreign = False
         loop.add_reader(self.desk.fileno(), self._collect, loop)
@@ -110,12 +108,34 @@ class Counter:
             late(future.exception() or future.result())
             return
         pending, result = self.desk.leave(number)
-        if pending:
-            _wait_for(self.desk, number, late)
-        elif result is not None:
+        if result is not None:
             late(result)
-        else:
-            self._meet(number, late)
+            return
+        self._meet(number, late)
+        if pending:
+            self._wait_soon()
+
+    def _wait_soon(self) -> None:
+        with _lock:
+            begins, self._waits = not self._waits, True
+        if begins:
+            in_background(self._wait)
+
+    def _wait(self) -> None:
+        """Wait for all whose callers have gone while it went on: one thread is enough."""
+        try:
+            self._collect_left()
+        finally:
+            with _lock:
+                self._waits = False
+        # Those who left while it seemed that somebody waits.
+        self._collect_left()
+
+    def _collect_left(self) -> None:
+        while (found := self.desk.wait()) is not None:
+            number, result = found
+            with contextlib.suppress(Exception):
+                self._meet(number, (result,))
 
     def _meet(self, number: int, one: Any) -> None:
         other = self._met.setdefault(number, one)
@@ -123,32 +143,6 @@ class Counter:
             del self._met[number]
             late, (result,) = (one, other) if callable(one) else (other, one)
             late(result)
-
-
-def _wait_for(desk: Desk, number: int, late: Callable[[Any], object]) -> None:
-    global _waits
-    _pending.append((desk, number, late))
-    with _lock:
-        begins, _waits = not _waits, True
-    if begins:
-        in_background(_wait)
-
-
-def _wait() -> None:
-    global _waits
-    ended = False
-    try:
-        while not ended:
-            while _pending:
-                desk, number, late = _pending.popleft()
-                with contextlib.suppress(Exception):
-                    late(desk.wait(number))
-            with _lock:
-                if ended := not _pending:
-                    _waits = False
-    finally:
-        if not ended:  # By an interrupt: whoever leaves next has it begun again.
-            _waits = False
 
 
 def counter(loop: asyncio.AbstractEventLoop) -> Counter | None:
@@ -192,13 +186,12 @@ def _open(loop: asyncio.AbstractEventLoop) -> Counter | None:
 
 def after_fork() -> None:
     """The threads have stayed with the parent, and with them whatever lock they held."""
-    global _lock, _workers, _counters, _pending, _waits
+    global _lock, _workers, _counters
     inherited = _counters
     # Kept, for to let go of the last handle would ask for such a lock.
-    _left_behind.append((_workers, inherited, _pending))
+    _left_behind.append((_workers, inherited))
     _lock = threading.RLock()
     _workers = None
-    _pending, _waits = deque(), False
     _counters = weakref.WeakKeyDictionary()
     for loop, found in list(inherited.items()):
         # What an event loop of the parent watches, it watches in both processes.

@@ -109,6 +109,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Ok(victims)
     }
 
+    /// Ends a reservation whose holder is gone. Nobody knows how far it came: what it has begun, and
+    /// the deletes that it waits for, are left to later deletes.
+    pub fn abandon(&mut self, id: u64) -> Res<()> {
+        self.put_in_order()?;
+        let reservation = self.reservations.get_mut(&id);
+        let asked = reservation.map(|r| std::mem::take(&mut r.asked));
+        self.settled(&[], &asked.unwrap_or_default())?;
+        let victims = self.abort(id)?;
+        self.settled_victims(&victims)
+    }
+
     /// After a fork: what other threads of the parent had in flight will never land here.
     ///
     /// Returns the flights, for their payloads are the caller's to release.

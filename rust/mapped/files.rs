@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use memmap2::MmapMut;
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
@@ -15,17 +15,30 @@ use super::PARTICIPANTS;
 /// The descriptors whose locks a forked child would keep alive after its parent has died. Readable
 /// without the lock of the index: a thread that has stayed with the parent may hold that.
 #[derive(Debug, Default)]
-pub struct Locks([AtomicI32; 2]);
+pub struct Locks {
+    fds: [AtomicI32; 2],
+    left: AtomicBool,
+}
 
 impl Locks {
     /// Their numbers.
     #[must_use]
     pub fn fds(&self) -> [RawFd; 2] {
-        self.0.each_ref().map(|fd| fd.load(Ordering::Relaxed))
+        self.fds.each_ref().map(|fd| fd.load(Ordering::Relaxed))
+    }
+
+    /// In a forked child, which has the descriptors and the mapping of its parent, but not its
+    /// locks: from now on the lock is never free.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn are_left(&self) -> bool {
+        self.left.load(Ordering::Relaxed)
     }
 
     pub(super) fn set(&self, files: [&File; 2]) {
-        for (fd, file) in self.0.iter().zip(files) {
+        for (fd, file) in self.fds.iter().zip(files) {
             fd.store(file.as_raw_fd(), Ordering::Relaxed);
         }
     }

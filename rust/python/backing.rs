@@ -8,6 +8,8 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::prelude::*;
+#[cfg(unix)]
+use pyo3::sync::MutexExt;
 
 use super::errors::poisoned;
 use crate::block::Heap;
@@ -43,6 +45,38 @@ impl Backing {
                 Ok(true)
             }
             Err(_) => Ok(false),
+        }
+    }
+}
+
+#[cfg(unix)]
+impl Backing {
+    /// In a forked child: takes no step from now on. Returns the descriptors of the parent's locks.
+    pub(super) fn leave(&self) -> Vec<i32> {
+        match self {
+            Backing::Memory(_) => Vec::new(),
+            Backing::Shared(_, locks) => {
+                locks.leave();
+                locks.fds().into()
+            }
+        }
+    }
+
+    /// Which of the participants this one is.
+    pub(super) fn place(&self, py: Python<'_>) -> PyResult<Option<usize>> {
+        match self {
+            Backing::Memory(_) => Ok(None),
+            Backing::Shared(lock, _) => {
+                Ok(Some(lock.lock_py_attached(py).map_err(poisoned)?.place()))
+            }
+        }
+    }
+
+    /// Whether nobody else has the directory open.
+    pub(super) fn alone(&self, py: Python<'_>) -> PyResult<bool> {
+        match self {
+            Backing::Memory(_) => Ok(true),
+            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.alone()?)),
         }
     }
 }

@@ -4,7 +4,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use crate::cache::{Found, Limits, Refusal, Room, Verify, Victim};
+use crate::cache::{Found, Limits, Refusal, Verify, Victim};
+use crate::cell::State;
 use crate::key::{self, Span};
 
 /// A span as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
@@ -46,6 +47,25 @@ pub(super) fn raw_victims(victims: Vec<Victim>) -> Vec<RawVictim> {
         .into_iter()
         .map(|victim| (victim.cell, victim.cache_key))
         .collect()
+}
+
+/// Key, span, bytes and state.
+pub(super) type RawEntry = (String, RawSpan, u64, &'static str);
+
+pub(super) fn raw_entries(entries: Vec<(String, Span, u64, State)>) -> Vec<RawEntry> {
+    let state = |state| match state {
+        State::Present => "present",
+        State::Writing => "writing",
+        State::Dropping => "dropping",
+        State::Orphan => "orphan",
+    };
+    let raw = |(key, span, size, of)| (key, raw_span(span), size, state(of));
+    entries.into_iter().map(raw).collect()
+}
+
+pub(super) fn raw_recency(recency: Vec<(String, Span)>) -> Vec<(String, RawSpan)> {
+    let raw = |(key, span)| (key, raw_span(span));
+    recency.into_iter().map(raw).collect()
 }
 
 /// Seconds to whole milliseconds; what is no time at all counts as the beginning.
@@ -118,15 +138,4 @@ pub(super) fn hit<'py>(
         found.checksum,
     );
     Ok(hit.into_pyobject(py)?.into_any())
-}
-
-pub(super) fn answer(py: Python<'_>, room: Room) -> PyResult<Bound<'_, PyAny>> {
-    match room {
-        Room::Granted(id) => {
-            let none: Vec<RawVictim> = Vec::new();
-            Ok((id, none).into_pyobject(py)?.into_any())
-        }
-        Room::Evict(id, victims) => Ok((id, raw_victims(victims)).into_pyobject(py)?.into_any()),
-        Room::Refused(refusal) => Ok(why(refusal).into_pyobject(py)?.into_any()),
-    }
 }

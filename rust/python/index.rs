@@ -14,13 +14,14 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 use super::backing::guarded;
 use super::backing::{Backing, step};
 use super::convert::{
-    RawSpan, RawVictim, age, answer, hit, known, limits, millis, raw_span, raw_victims, span,
+    RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
+    raw_span, raw_victims, span,
 };
 use super::errors::poisoned;
 use super::memory::Fill;
+use super::reservation::{Abandoned, Reservation};
 use crate::block::Heap;
 use crate::cache::{Cache, Joined};
-use crate::cell::State;
 #[cfg(unix)]
 use crate::directory::Directory;
 use crate::error::Fault;
@@ -28,7 +29,15 @@ use crate::error::Fault;
 /// An index with its bounds, flights and reservations, behind one lock.
 #[pyclass(frozen, module = "zcache._core")]
 pub(super) struct Index {
-    backing: Backing,
+    pub(super) backing: Backing,
+    pub(super) abandoned: Arc<Abandoned>,
+}
+
+impl Index {
+    fn over(backing: Backing) -> Self {
+        let abandoned = Arc::default();
+        Index { backing, abandoned }
+    }
 }
 
 #[pymethods]
@@ -46,9 +55,7 @@ impl Index {
     ) -> PyResult<Self> {
         let limits = limits(max_size, max_age, lenient, flat, verify)?;
         let cache = Cache::new(Heap::default(), limits, seed)?;
-        Ok(Index {
-            backing: Backing::Memory(Mutex::new(cache)),
-        })
+        Ok(Index::over(Backing::Memory(Mutex::new(cache))))
     }
 
     /// Opens the index of a cache directory; see the stub.
@@ -70,12 +77,8 @@ impl Index {
         let limits = limits(max_size, max_age, lenient, flat, verify)?;
         let (directory, fresh) = py.detach(|| Directory::open(&root, limits, seed))?;
         let locks = directory.locks();
-        Ok((
-            Index {
-                backing: Backing::Shared(Mutex::new(directory), locks),
-            },
-            fresh,
-        ))
+        let backing = Backing::Shared(Mutex::new(directory), locks);
+        Ok((Index::over(backing), fresh))
     }
 
     #[pyo3(signature = (key, raw=None, now=0.0, /))]
@@ -197,33 +200,26 @@ impl Index {
         ticket: u64,
         now: f64,
     ) -> PyResult<Bound<'py, PyAny>> {
+        self.see_to_abandoned(py)?;
         let span = span(raw)?;
-        let room = step!(self, py, |cache| cache.reserve(
-            key,
-            span,
-            size,
-            ticket,
-            millis(now)
-        ))?;
-        answer(py, room)
+        let now = millis(now);
+        let room = step!(self, py, |cache| cache
+            .reserve(key, span, size, ticket, now))?;
+        self.answer(py, room, None)
     }
 
     #[pyo3(signature = (reservation, dropped, failed, now, /))]
     fn settle<'py>(
         &self,
         py: Python<'py>,
-        reservation: u64,
+        reservation: Bound<'py, Reservation>,
         dropped: Vec<u32>,
         failed: Vec<u32>,
         now: f64,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let room = step!(self, py, |cache| cache.settle(
-            reservation,
-            &dropped,
-            &failed,
-            millis(now)
-        ))?;
-        answer(py, room)
+        let (id, now) = (reservation.get().id(), millis(now));
+        let room = step!(self, py, |cache| cache.settle(id, &dropped, &failed, now))?;
+        self.answer(py, room, Some(reservation))
     }
 
     /// See [`super::memory`].
@@ -248,6 +244,9 @@ impl Index {
             ticket,
             now: millis(now),
         };
+        if self.see_to_abandoned(values.py()).is_err() {
+            return Ok(None);
+        }
         match fill.run(value) {
             // Short memory, say: whoever lands the flight sees to the rest.
             Err(error) if error.is_instance_of::<PyException>(values.py()) => Ok(None),
@@ -259,22 +258,31 @@ impl Index {
     fn finish(
         &self,
         py: Python<'_>,
-        reservation: u64,
+        reservation: &Reservation,
         checksum: Option<u32>,
         now: f64,
     ) -> PyResult<Option<(Vec<RawVictim>, bool)>> {
         let done = step!(self, py, |cache| {
-            let done = cache.finish(reservation, checksum, millis(now))?;
+            let done = cache.finish(reservation.id(), checksum, millis(now))?;
             Ok(done.map(|done| (done, cache.has_orphans())))
         })?;
+        reservation.end();
         // The payload of the flight is released here, without the lock.
         Ok(done.map(|(done, orphans)| (raw_victims(done.victims), orphans)))
     }
 
     #[pyo3(signature = (reservation, /))]
-    fn abort(&self, py: Python<'_>, reservation: u64) -> PyResult<Vec<RawVictim>> {
-        let victims = step!(self, py, |cache| cache.abort(reservation))?;
+    fn abort(&self, py: Python<'_>, reservation: &Reservation) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.abort(reservation.id()))?;
+        reservation.end();
         Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (reservation, /))]
+    fn abandon(&self, py: Python<'_>, reservation: &Reservation) -> PyResult<()> {
+        step!(self, py, |cache| cache.abandon(reservation.id()))?;
+        reservation.end();
+        Ok(())
     }
 
     #[pyo3(signature = (dropped, failed, /))]
@@ -341,6 +349,7 @@ impl Index {
 
     #[getter]
     fn current_size(&self, py: Python<'_>) -> PyResult<u64> {
+        self.see_to_abandoned(py)?;
         step!(self, py, |cache| Ok(cache.current_size()))
     }
 
@@ -351,6 +360,7 @@ impl Index {
 
     #[getter]
     fn in_flight(&self, py: Python<'_>) -> PyResult<(usize, usize)> {
+        self.see_to_abandoned(py)?;
         step!(self, py, |cache| Ok(cache.in_flight()))
     }
 
@@ -359,26 +369,12 @@ impl Index {
         Ok(usize::try_from(len).unwrap_or(usize::MAX))
     }
 
-    fn entries(&self, py: Python<'_>) -> PyResult<Vec<(String, RawSpan, u64, &'static str)>> {
-        let entries = step!(self, py, |cache| cache.entries())?;
-        let state = |state| match state {
-            State::Present => "present",
-            State::Writing => "writing",
-            State::Dropping => "dropping",
-            State::Orphan => "orphan",
-        };
-        Ok(entries
-            .into_iter()
-            .map(|(k, s, n, st)| (k, raw_span(s), n, state(st)))
-            .collect())
+    fn entries(&self, py: Python<'_>) -> PyResult<Vec<RawEntry>> {
+        Ok(raw_entries(step!(self, py, |cache| cache.entries())?))
     }
 
     fn recency(&self, py: Python<'_>) -> PyResult<Vec<(String, RawSpan)>> {
-        let recency = step!(self, py, |cache| cache.recency())?;
-        Ok(recency
-            .into_iter()
-            .map(|(key, span)| (key, raw_span(span)))
-            .collect())
+        Ok(raw_recency(step!(self, py, |cache| cache.recency())?))
     }
 
     fn validate(&self, py: Python<'_>) -> PyResult<()> {
@@ -425,14 +421,9 @@ impl Index {
         }
     }
 
-    /// Descriptors of the locks, for a forked child to let go of them.
     #[cfg(unix)]
-    #[getter]
-    fn locks(&self) -> Vec<i32> {
-        match &self.backing {
-            Backing::Memory(_) => Vec::new(),
-            Backing::Shared(_, locks) => locks.fds().into(),
-        }
+    fn leave(&self) -> Vec<i32> {
+        self.backing.leave()
     }
 
     #[pyo3(signature = (max_size, max_age, /))]
@@ -457,21 +448,13 @@ impl Index {
     #[cfg(unix)]
     #[getter]
     fn place(&self, py: Python<'_>) -> PyResult<Option<usize>> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(None),
-            Backing::Shared(lock, _) => {
-                Ok(Some(lock.lock_py_attached(py).map_err(poisoned)?.place()))
-            }
-        }
+        self.backing.place(py)
     }
 
     #[cfg(unix)]
     #[getter]
     fn alone(&self, py: Python<'_>) -> PyResult<bool> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(true),
-            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.alone()?)),
-        }
+        self.backing.alone(py)
     }
 
     #[cfg(unix)]

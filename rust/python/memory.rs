@@ -43,7 +43,7 @@ impl Fill<'_, '_> {
                 Room::Refused(_) => return Ok(None),
                 Room::Evict(id, victims) => {
                     if let Err(error) = self.remove(&victims) {
-                        self.give_up(id, &victims)?;
+                        self.give_up(id)?;
                         return Err(error);
                     }
                     room = step!(self, py, |cache| cache.cleared(id, now))?;
@@ -55,7 +55,7 @@ impl Fill<'_, '_> {
                         _ => self.values.set_item(span.cache_key(key), value),
                     };
                     if let Err(error) = put {
-                        self.give_up(id, &[])?;
+                        self.give_up(id)?;
                         return Err(error);
                     }
                     return self.finish(id, checksum);
@@ -95,13 +95,8 @@ impl Fill<'_, '_> {
         Ok(())
     }
 
-    /// Nobody knows how far it came: what it has begun is left to a later delete.
-    fn give_up(&self, id: u64, victims: &[Victim]) -> PyResult<()> {
+    fn give_up(&self, id: u64) -> PyResult<()> {
         let py = self.values.py();
-        let mut cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-        step!(self, py, |cache| {
-            cells.extend(cache.abort(id)?.iter().map(|victim| victim.cell));
-            cache.settled(&[], &cells)
-        })
+        step!(self, py, |cache| cache.abandon(id))
     }
 }

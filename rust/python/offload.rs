@@ -120,9 +120,8 @@ impl Desk {
         }
     }
 
-    #[pyo3(signature = (number, /))]
-    fn wait<'py>(&self, py: Python<'py>, number: u64) -> Option<Bound<'py, PyAny>> {
-        let outcome = py.detach(|| self.results.wait(number));
-        outcome.map(|(outcome, _)| outcome.object(py))
+    fn wait<'py>(&self, py: Python<'py>) -> Option<(u64, Bound<'py, PyAny>)> {
+        let found = py.detach(|| self.results.wait());
+        found.map(|(number, (outcome, _))| (number, outcome.object(py)))
     }
 }
