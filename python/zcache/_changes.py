@@ -35,6 +35,7 @@ class Changes(Fills):
             return
         books, index = self.books, self.index
         begun = changing = ended = landed = False
+        blocking = io.loop() is None
         ticket: int | None = None
 
         def late(_: BaseException | None) -> None:
@@ -64,7 +65,7 @@ class Changes(Fills):
                 raise
             changing = False
             # Whoever is cancelled while it waits has it ended all the same.
-            ended = io.loop() is not None
+            ended = not blocking
             victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
             ended = True
             await self.drop(io, victims)
@@ -79,7 +80,7 @@ class Changes(Fills):
             # An interrupt may have come before it was known to have begun. A change that goes on behind
             # our back tells when it has ended; without an event loop none does.
             begun = begun or not isinstance(error, Exception)
-            if begun and not ended and (not changing or io.loop() is None):
+            if begun and not ended and (not changing or blocking):
                 late(error)
             raise
         finally:

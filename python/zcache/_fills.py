@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from zcache import _offload, _ports
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
 from zcache._files import UnknownValueError
+from zcache._offload import see_to_closed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,9 +131,7 @@ class Fills:
         if books.directory is not None:
             # The bound of one that has died counts until then.
             books.reap()
-            _offload.see_to_closed()
-        if not immediate:
-            _ports.see_to_closed()
+            see_to_closed()
         try:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -85,8 +84,6 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
             if left:
                 tell(error)
             raise
-        finally:
-            _under_way.pop(task, None)
         if left:
             tell(result)
         return result
@@ -97,7 +94,6 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
         tell(_result(task))
 
     task = asyncio.ensure_future(steps())
-    _under_way[task] = tell
     try:
         return await asyncio.shield(task)
     except Exception:
@@ -114,22 +110,7 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
 
 # The event loop itself keeps only weak references to its tasks.
 _unfinished: set[asyncio.Task[Any]] = set()
-_under_way: dict[asyncio.Task[Any], Callable[[Any], None]] = {}
-_next_look = 0.0
 _left_behind: list[object] = []
-
-
-def see_to_closed() -> None:
-    """Tell of work whose event loop is closed, for it will never end; at most once a second."""
-    global _next_look
-    if not _under_way or time.monotonic() < _next_look:
-        return
-    _next_look = time.monotonic() + 1.0
-    for task, tell in list(_under_way.items()):
-        if task.get_loop().is_closed():
-            _under_way.pop(task, None)
-            _unfinished.discard(task)
-            tell(asyncio.CancelledError())
 
 
 def _result(task: asyncio.Future[T]) -> Any:
@@ -491,6 +472,5 @@ def ports(store: Store, books: Books) -> tuple[Port, Port]:
 
 def after_fork() -> None:
     """What was under way has stayed with the parent; it is kept, for to drop it would end it here."""
-    _left_behind.append((dict(_under_way), set(_unfinished)))
-    _under_way.clear()
+    _left_behind.append(set(_unfinished))
     _unfinished.clear()
