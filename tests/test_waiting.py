@@ -333,3 +333,50 @@ def test_a_reader_that_is_interrupted_before_it_begins(
     assert source.counts["get"] == 1
     assert index_of(store).in_flight == (0, 0)
     assert store.cache_info()["cached_keys"] == 1
+
+
+async def test_a_write_that_is_cancelled_before_it_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends nobody else's: what is read during a write is not kept."""
+    source = GatedStore({"k": b"old"})
+    store = CacheStore(source)
+    source.shut["set"] = 1
+    first = asyncio.create_task(store.set("k", buf(b"new")))
+    await reached(source)
+
+    async def busy(*_: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._engine.books, "step", busy)
+        second = asyncio.create_task(store.set("k", buf(b"newer")))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+    assert await read(store, "k") == b"old"
+    assert store.cache_info()["cached_keys"] == 0
+    source.release()
+    await first
+    assert await read(store, "k") == b"new"
+    assert store.cache_info()["cached_keys"] == 1
+
+
+def test_a_write_of_a_closed_loop_that_lands_later() -> None:
+    """A thread may go on with it: nobody knows when it has ended, so nothing of that key is kept."""
+    source = GatedStore({"k": b"old", "other": b"1"})
+    store = CacheStore(source)
+    source.shut["set"] = 1
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(store.set("k", buf(b"new")))
+    while not source.counts["set"]:
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    for _ in range(2):
+        assert asyncio.run(read(store, "k")) == value_sync(store) == b"old"
+    source.values["k"] = b"new"
+    for _ in range(2):
+        assert asyncio.run(read(store, "k")) == value_sync(store) == b"new"
+    assert value_sync(store, "other") == b"1"
+    assert store.cache_info()["cached_keys"] == 1
+    task._log_destroy_pending = False  # type: ignore[attr-defined]

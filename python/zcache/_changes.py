@@ -64,10 +64,10 @@ class Changes(Fills):
                     await self.drop(io, victims)
                 raise
             changing = False
-            # Whoever is cancelled while it waits has it ended all the same.
-            ended = not blocking
-            victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
+            # Whoever is cut off while it waits has it ended all the same. Once too often would be the
+            # end of somebody else's write.
             ended = True
+            victims, ticket = await books.sure(io, lost, index.end_write, key, data is not None)
             await self.drop(io, victims)
             if ticket is not None and data is not None:
                 if (values := self._values) is not None:
@@ -77,9 +77,8 @@ class Changes(Fills):
                 else:
                     landed = await self.fill(io, key, None, data, ticket)
         except BaseException as error:
-            # An interrupt may have come before it was known to have begun. A change that goes on behind
-            # our back tells when it has ended; without an event loop none does.
-            begun = begun or not isinstance(error, Exception)
+            # A change that goes on behind our back tells when it has ended; without an event loop none
+            # does.
             if begun and not ended and (not changing or blocking):
                 late(error)
             raise

@@ -279,11 +279,12 @@ class Engine(Changes):
         """
         joined: Any = known
         if known is None:
-            flight = Flight(io.loop())
+            flight, books = Flight(io.loop()), self.books
             # Where the cache store is out of use, what it holds does not count.
             out_of_use = bool(self.breaker.kinds) and not self.breaker.allows()
+            now = 0.0 if books.ageless else books.now()
             try:
-                joined = self.books.index.join(key, span, flight, self.books.now(), out_of_use)
+                joined = books.index.join(key, span, flight, now, out_of_use)
             except NOT_NOW:
                 pass
             else:

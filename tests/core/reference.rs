@@ -301,6 +301,9 @@ impl Model {
     }
 
     fn valid(&self, key: &str, ticket: u64) -> bool {
+        if self.writers.contains_key(key) {
+            return false;
+        }
         let mut flights = self.flights.iter();
         flights.any(|f| f.ticket == ticket && f.name.0 == key && !f.void)
     }
