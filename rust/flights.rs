@@ -13,7 +13,7 @@ use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
 use crate::block::Version;
-use crate::key::Span;
+use crate::key::{self, Span};
 
 /// Names one flight for as long as the process lives.
 pub type Ticket = u64;
@@ -153,6 +153,8 @@ impl Places {
 pub struct Flights<T> {
     by_key: HashMap<Arc<str>, OfKey<T>, RandomState>,
     writers: HashMap<Box<str>, Writers, RandomState>,
+    /// Prefixes below which the source is being changed: a few at a time.
+    changes: Vec<Box<str>>,
     next: Ticket,
 }
 
@@ -170,6 +172,7 @@ impl<T: Clone> Flights<T> {
         Flights {
             by_key: HashMap::default(),
             writers: HashMap::default(),
+            changes: Vec::new(),
             next,
         }
     }
@@ -210,7 +213,8 @@ impl<T: Clone> Flights<T> {
         let (key, flights) = self.by_key.get_key_value(key)?;
         let flight = flights.get(ticket)?;
         // Of a write that never ends nobody knows when it lands.
-        let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key);
+        let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
+            || self.changes.iter().any(|prefix| key::is_below(key, prefix));
         (!flight.void && flight.version == version && !is_written).then_some(key)
     }
 
@@ -284,6 +288,20 @@ impl<T: Clone> Flights<T> {
         }
     }
 
+    /// A change of whatever is below this prefix begins or ends: until then nothing of that is kept.
+    pub fn mark_change(&mut self, prefix: &str, begins: bool) {
+        if begins {
+            self.changes.push(prefix.into());
+        } else if let Some(at) = self.changes.iter().position(|other| **other == *prefix) {
+            self.changes.swap_remove(at);
+        }
+    }
+
+    /// Changes of prefixes that are under way.
+    pub fn changes(&self) -> usize {
+        self.changes.len()
+    }
+
     /// Keys that are being written, one for each writer.
     pub fn written(&self) -> impl Iterator<Item = &str> {
         let writers = self.writers.iter();
@@ -325,6 +343,6 @@ impl<T: Clone> Flights<T> {
     /// Whether no flight is open and nobody writes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.by_key.is_empty() && self.writers.is_empty()
+        self.by_key.is_empty() && self.writers.is_empty() && self.changes.is_empty()
     }
 }

@@ -148,3 +148,32 @@ fn a_reservation_whose_holder_is_gone() {
     cache.abandon(id).unwrap();
     cache.validate().unwrap();
 }
+
+#[test]
+fn what_is_below_a_prefix_that_is_being_changed() {
+    let mut cache = cache();
+    let earlier = lead(&mut cache, Span::Full, 1);
+    cache.void_prefix("a/");
+    cache.mark_change("a/", true);
+    cache.mark_change("a", true);
+    let during = lead(&mut cache, Span::Full, 2);
+    for ticket in [earlier, during] {
+        let refused = cache.reserve("a/c/0", Span::Full, 1, ticket, 1).unwrap();
+        assert_eq!(refused, Room::Refused(Refusal::Void));
+    }
+    // Beside it everything goes on.
+    let Joined::Lead(beside) = cache.join("ab", Span::Full, 3, 1, false).unwrap() else {
+        panic!("nobody reads it")
+    };
+    let room = cache.reserve("ab", Span::Full, 1, beside, 1).unwrap();
+    assert!(matches!(room, Room::Granted(_)));
+    // One of two has ended.
+    cache.mark_change("a", false);
+    let refused = cache.reserve("a/c/0", Span::Full, 1, during, 1).unwrap();
+    assert_eq!(refused, Room::Refused(Refusal::Void));
+    cache.void_prefix("a");
+    cache.mark_change("a/", false);
+    let later = lead(&mut cache, Span::Full, 4);
+    let room = cache.reserve("a/c/0", Span::Full, 1, later, 1).unwrap();
+    assert!(matches!(room, Room::Granted(_)));
+}

@@ -41,6 +41,10 @@ enum Step {
     Forget(Index),
     /// A prefix of a key, cut at any slash or character, with slashes after it.
     DropPrefix(Index, Index, usize),
+    /// The same, and what is below it goes on changing, ...
+    BeginChange(Index, Index, usize),
+    /// ... until this.
+    EndChange(Index),
     Orphans(usize),
     /// Report victims that no reservation waits for.
     Settled(usize, u64),
@@ -68,6 +72,8 @@ fn steps() -> impl Strategy<Value = Step> {
         4 => (i(), prop::bool::weighted(0.8)).prop_map(|(k, ok)| EndWrite(k, ok)),
         2 => i().prop_map(Forget),
         3 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| DropPrefix(k, c, n)),
+        1 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| BeginChange(k, c, n)),
+        2 => i().prop_map(EndChange),
         3 => (0usize..4).prop_map(Orphans),
         6 => (1usize..6, bits()).prop_map(|(n, b)| Settled(n, b)),
         3 => i().prop_map(Discard),
@@ -128,6 +134,7 @@ struct Run {
     tickets: Vec<(Name, u64)>,
     reservations: Vec<(u64, Pending)>,
     pending: Pending,
+    changes: Vec<String>,
     sightings: Vec<Sighting>,
 }
 
@@ -142,6 +149,7 @@ impl Run {
             tickets: Vec::new(),
             reservations: Vec::new(),
             pending: Vec::new(),
+            changes: Vec::new(),
             sightings: Vec::new(),
         }
     }
@@ -210,7 +218,21 @@ impl Run {
                 self.pending.extend(self.note(&victims));
                 self.model.key_dropped(&key, &victims);
             }
-            Step::DropPrefix(key, cut, slashes) => self.drop_prefix(key, cut, *slashes),
+            Step::DropPrefix(key, cut, slashes) => {
+                let prefix = self.prefix(key, cut, *slashes);
+                self.drop_prefix(&prefix, None);
+            }
+            Step::BeginChange(key, cut, slashes) => {
+                let prefix = self.prefix(key, cut, *slashes);
+                self.drop_prefix(&prefix, Some(true));
+                self.changes.push(prefix);
+            }
+            Step::EndChange(at) => {
+                if let Some(at) = place(&self.changes, at) {
+                    let prefix = self.changes.swap_remove(at);
+                    self.drop_prefix(&prefix, Some(false));
+                }
+            }
             Step::Orphans(limit) => {
                 let victims = self.cache.orphans(*limit).unwrap();
                 self.pending.extend(self.note(&victims));
@@ -239,6 +261,7 @@ impl Run {
                 // Whoever was to report these does not live here.
                 self.reservations.clear();
                 self.pending.clear();
+                self.changes.clear();
             }
             Step::Clock(now) => self.now = *now,
             Step::Tick(by) => self.now = self.now.saturating_add_signed(*by),
@@ -344,7 +367,7 @@ impl Run {
         }
     }
 
-    fn drop_prefix(&mut self, key: &Index, cut: &Index, slashes: usize) {
+    fn prefix(&self, key: &Index, cut: &Index, slashes: usize) -> String {
         let key = pick(&self.keys, key);
         let at_slashes = key.match_indices('/').map(|(at, _)| at);
         let mut cuts: Vec<usize> = at_slashes.chain([key.len()]).collect();
@@ -352,13 +375,20 @@ impl Run {
             cuts = key.char_indices().map(|(at, _)| at).collect();
         }
         let end = place(&cuts, cut).map_or(0, |at| cuts[at]);
-        let prefix = key[..end].to_owned() + &"/".repeat(slashes);
-        self.cache.void_prefix(&prefix);
-        self.model.prefix_voided(&prefix);
+        key[..end].to_owned() + &"/".repeat(slashes)
+    }
+
+    fn drop_prefix(&mut self, prefix: &str, begins: Option<bool>) {
+        self.cache.void_prefix(prefix);
+        self.model.prefix_voided(prefix);
+        if let Some(begins) = begins {
+            self.cache.mark_change(prefix, begins);
+            self.model.prefix_marked(prefix, begins);
+        }
         loop {
-            let victims = self.cache.sweep(&prefix).unwrap();
+            let victims = self.cache.sweep(prefix).unwrap();
             self.pending.extend(self.note(&victims));
-            if !self.model.swept(&prefix, &victims) {
+            if !self.model.swept(prefix, &victims) {
                 return;
             }
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import pickle
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -286,6 +288,67 @@ async def test_a_write_that_is_cancelled_leaves_nothing_that_differs(
 async def others_ended() -> None:
     """Wait for what goes on by itself."""
     await until(lambda: len(asyncio.all_tasks()) == 1)
+
+
+class ThreadedStore(SyncDictStore):
+    """Changes its values in a thread, which nobody can call back, and only when it is told to.
+
+    Attributes
+    ----------
+    released : threading.Event
+        Lets all changes go on.
+    under_way : list of Future
+        The changes.
+    """
+
+    def __init__(self, values: dict[str, bytes], pool: ThreadPoolExecutor) -> None:
+        super().__init__(values)
+        self.released = threading.Event()
+        self.under_way: list[Future[Any]] = []
+        self._pool = pool
+
+    async def _do(self, operation: str, key: str, effect: Callable[[], Any]) -> Any:
+        if operation in ("get", "exists"):
+            return await super()._do(operation, key, effect)
+
+        def work() -> Any:
+            assert self.released.wait(60)
+            return effect()
+
+        self.under_way.append(self._pool.submit(work))
+        return await asyncio.wrap_future(self.under_way[-1])
+
+
+@pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
+def test_a_write_that_is_cut_off_and_lands_later(
+    name: str, cache: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`asyncio.run` cancels everything at its end, while a thread writes on."""
+
+    async def give_up(store: CacheStore) -> None:
+        for key in SOURCE:
+            await read(store, key)
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(WRITES[name].do(store), 0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        source = ThreadedStore(SOURCE, pool)
+        store = CacheStore(source, cache_store=cache)
+        asyncio.run(give_up(store))
+        # Old values, and nothing of what is being written may stay in the cache.
+        asyncio.run(same_as_source(store, source, *SOURCE, "n"))
+        source.released.set()
+        wait(source.under_way)
+        asyncio.run(same_as_source(store, source, *SOURCE, "n"))
+        asyncio.run(store.set("elsewhere", buf(NEW)))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    # What it was not about is cached as ever.
+    asked = source.counts["get"]
+    if name != "clear":
+        assert asyncio.run(read(store, "elsewhere")) == NEW
+        assert asyncio.run(read(store, "gg/a")) == OLD
+        assert source.counts["get"] == asked
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -16,12 +16,12 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
+from zcache._coroutines import guarded
 from zcache._directory import Directory, let_go
 from zcache._flights import Flight
 from zcache._identity import innermost
 from zcache._listing import NotOursError, take_in
 from zcache._memory import memory_index
-from zcache._ports import guarded
 from zcache._standins import NotListedError, Unlisted, Unopened
 from zcache._threads import background, in_background
 

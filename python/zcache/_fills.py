@@ -228,10 +228,7 @@ class Fills:
             else:
                 written = await io.port.write(it.name, it.data, partial(self._written_late, it))
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
-            if isinstance(error, UnknownValueError):
-                books.doubt()
-            else:
-                self.breaker.failed(error, "write")
+            self._not_written(error)
             await self.drop(io, await books.sure(io, self._give_up, index.abort, it.reservation))
             return False, True
         except BaseException as interrupt:
@@ -259,6 +256,12 @@ class Fills:
             io.port.seal(it.name, written)
         return True, orphaned
 
+    def _not_written(self, error: Exception) -> None:
+        if isinstance(error, UnknownValueError):
+            self.books.doubt()
+        else:
+            self.breaker.failed(error, "write")
+
     async def _give_back(self, io: Traffic, name: str, written: Written) -> None:
         """Delete bytes that no entry counts."""
         if written is not None:
@@ -276,9 +279,12 @@ class Fills:
         """End a write whose reader is gone, and its flight: the value is kept like another."""
         books, index = self.books, self.books.index
         if isinstance(written, BaseException):
+            if isinstance(written, Exception):
+                self._not_written(written)
             books.soon(self._give_up, index.abort, it.reservation)
             books.soon(ignore, index.land, it.key, it.ticket)
             return
+        self.breaker.succeeded("write")
         end = partial(self._finished_late, it, written)
         books.soon(end, index.finish, it.reservation, it.checksum(written), it.now)
 

@@ -119,7 +119,11 @@ class Counter:
         with _lock:
             begins, self._waits = not self._waits, True
         if begins:
-            in_background(self._wait)
+            # One of its own: those that serve reads wait for nobody's writes.
+            try:
+                threading.Thread(target=self._wait, name="zcache-wait").start()
+            except RuntimeError:  # There is none left, as at the end of a process.
+                in_background(self._wait)
 
     def _wait(self) -> None:
         """Wait for all whose callers have gone while it went on: one thread is enough."""

@@ -1,9 +1,9 @@
 """How bytes get into the cache store and out of it again, for each sort of store.
 
 A port has two faces with the same methods: coroutines for callers in an event loop, and the same
-coroutines without a suspension for callers that have none (see `drive`). An error that is raised as
-an `Exception` means that the operation is over. Where anything else is raised (a cancellation),
-the operation may go on behind our back, and its `late` callback is told how it ended.
+coroutines without a suspension for callers that have none (see `drive` in `_coroutines.py`). An error
+that is raised as an `Exception` means that the operation is over. Where anything else is raised (a
+cancellation), the operation may go on behind our back, and its `late` callback is told how it ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from zarr.core.buffer import Buffer, cpu
@@ -19,11 +19,12 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
+from zcache._coroutines import guarded, settle
 from zcache._offload import counter
 from zcache._threads import in_background, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import BufferPrototype
@@ -31,93 +32,10 @@ if TYPE_CHECKING:
     from zcache._books import Books
     from zcache._core import Desk, NewFile
 
-T = TypeVar("T")
 Outcome = list[Exception | None]
 """For each delete None, or why it failed."""
 Written: TypeAlias = "NewFile | None"
 """A value that is written but not sealed, where that makes a difference."""
-
-
-def drive(steps: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, without an event loop."""
-    try:
-        steps.send(None)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    steps.close()
-    raise RuntimeError("a synchronous call had to wait for an event loop")
-
-
-async def guarded(work: Awaitable[T]) -> T:
-    """Await what a cache store does; a cancellation that nobody has asked for is its failure.
-
-    Libraries end what takes too long by cancelling it, and sometimes that gets out.
-    """
-    try:
-        return await work
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise RuntimeError("the cache store has cancelled itself") from error
-
-
-async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException], None]) -> T:
-    """Await `work`; if the caller is cancelled, let it go on and tell `late` how it ended.
-
-    A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
-    Until it has ended nobody knows what is there, so it is never cut off in the middle.
-    """
-    left = told = False
-
-    def tell(outcome: T | BaseException) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            late(outcome)
-
-    async def steps() -> T:
-        # Told in the very step in which it ends: nobody runs in between.
-        try:
-            result = await work
-        except BaseException as error:
-            if left:
-                tell(error)
-            raise
-        if left:
-            tell(result)
-        return result
-
-    def ended(task: asyncio.Task[T]) -> None:
-        _unfinished.discard(task)
-        work.close()  # It was cancelled before it began.
-        tell(_result(task))
-
-    task = asyncio.ensure_future(steps())
-    try:
-        return await asyncio.shield(task)
-    except Exception:
-        raise
-    except BaseException:
-        left = True
-        if task.done():
-            tell(_result(task))
-        else:
-            _unfinished.add(task)
-            task.add_done_callback(ended)
-        raise
-
-
-# The event loop itself keeps only weak references to its tasks.
-_unfinished: set[asyncio.Task[Any]] = set()
-_left_behind: list[object] = []
-
-
-def _result(task: asyncio.Future[T]) -> Any:
-    if task.cancelled():
-        return asyncio.CancelledError()
-    error = task.exception()
-    return task.result() if error is None else error
 
 
 class Port:
@@ -468,9 +386,3 @@ def ports(store: Store, books: Books) -> tuple[Port, Port]:
         blocking = LocalSyncPort(store, books)
         return LocalPort(blocking), blocking
     return StorePort(store), SyncPort(store)
-
-
-def after_fork() -> None:
-    """What was under way has stayed with the parent; it is kept, for to drop it would end it here."""
-    _left_behind.append(set(_unfinished))
-    _unfinished.clear()

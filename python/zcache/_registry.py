@@ -8,7 +8,7 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING
 
-from zcache import _flights, _identity, _memory, _offload, _ports, _threads
+from zcache import _coroutines, _flights, _identity, _memory, _offload, _threads
 
 if TYPE_CHECKING:
     from zcache._engine import Engine
@@ -51,7 +51,7 @@ def after_fork() -> None:
     _flights.after_fork()
     _threads.after_fork()
     _offload.after_fork()
-    _ports.after_fork()
+    _coroutines.after_fork()
     _memory.after_fork()
     _identity.after_fork()
     for engine in list(_engines):

@@ -18,6 +18,7 @@ from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges
 from zcache._bounds import parse_age, parse_size
 from zcache._copies import same_cache, same_data, without_contents
 from zcache._core import Index, is_known
+from zcache._coroutines import drive
 from zcache._engine import Engine, snapshot
 from zcache._identity import TRANSIENT, innermost
 from zcache._options import (
@@ -27,7 +28,6 @@ from zcache._options import (
     check_store,
     check_verify,
 )
-from zcache._ports import drive
 from zcache._spans import to_span
 from zcache._traffic import SyncTraffic, Traffic
 

@@ -324,7 +324,7 @@ impl Index {
         step!(self, py, |cache| {
             cache.void_prefix(prefix);
             if let Some(begins) = begins {
-                cache.mark_change(begins);
+                cache.mark_change(prefix, begins);
             }
             Ok(())
         })

@@ -77,6 +77,8 @@ pub(crate) struct Model {
     tickets: BTreeSet<u64>,
     /// Writers under way, and whether another one overlapped.
     writers: BTreeMap<String, (usize, bool)>,
+    /// Prefixes below which the source is being changed.
+    changes: Vec<String>,
     reservations: BTreeMap<u64, Reservation>,
     stats: Stats,
     serials: u64,
@@ -94,6 +96,7 @@ impl Model {
             flights: Vec::new(),
             tickets: BTreeSet::new(),
             writers: BTreeMap::new(),
+            changes: Vec::new(),
             reservations: BTreeMap::new(),
             stats: Stats::default(),
             serials: 0,
@@ -301,7 +304,7 @@ impl Model {
     }
 
     fn valid(&self, key: &str, ticket: u64) -> bool {
-        if self.writers.contains_key(key) {
+        if self.writers.contains_key(key) || self.changes.iter().any(|p| below(key, p)) {
             return false;
         }
         let mut flights = self.flights.iter();
@@ -689,6 +692,15 @@ impl Model {
         }
     }
 
+    pub(crate) fn prefix_marked(&mut self, prefix: &str, begins: bool) {
+        if begins {
+            self.changes.push(prefix.to_owned());
+        } else {
+            let at = self.changes.iter().position(|other| other == prefix);
+            self.changes.swap_remove(at.expect("begun"));
+        }
+    }
+
     /// Returns whether more is to be swept.
     pub(crate) fn swept(&mut self, prefix: &str, victims: &[Victim]) -> bool {
         for victim in victims {
@@ -707,6 +719,7 @@ impl Model {
     pub(crate) fn forked(&mut self) {
         self.flights.clear();
         self.writers.clear();
+        self.changes.clear();
         self.reservations.clear();
         let mut lost = BTreeSet::new();
         for (name, entry) in &mut self.entries {
