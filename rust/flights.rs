@@ -13,7 +13,7 @@ use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
 use crate::block::Version;
-use crate::key::{self, Span};
+use crate::key::Span;
 
 /// Names one flight for as long as the process lives.
 pub type Ticket = u64;
@@ -153,8 +153,8 @@ impl Places {
 pub struct Flights<T> {
     by_key: HashMap<Arc<str>, OfKey<T>, RandomState>,
     writers: HashMap<Box<str>, Writers, RandomState>,
-    /// Prefixes below which the source is being changed: a few at a time.
-    changes: Vec<Box<str>>,
+    /// Prefixes below which the source is being changed, and by how many.
+    changes: HashMap<Box<str>, usize, RandomState>,
     next: Ticket,
 }
 
@@ -172,7 +172,7 @@ impl<T: Clone> Flights<T> {
         Flights {
             by_key: HashMap::default(),
             writers: HashMap::default(),
-            changes: Vec::new(),
+            changes: HashMap::default(),
             next,
         }
     }
@@ -214,7 +214,7 @@ impl<T: Clone> Flights<T> {
         let flight = flights.get(ticket)?;
         // Of a write that never ends nobody knows when it lands.
         let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
-            || self.changes.iter().any(|prefix| key::is_below(key, prefix));
+            || !self.changes.is_empty() && self.is_changed(key);
         (!flight.void && flight.version == version && !is_written).then_some(key)
     }
 
@@ -290,16 +290,25 @@ impl<T: Clone> Flights<T> {
 
     /// A change of whatever is below this prefix begins or ends: until then nothing of that is kept.
     pub fn mark_change(&mut self, prefix: &str, begins: bool) {
-        if begins {
-            self.changes.push(prefix.into());
-        } else if let Some(at) = self.changes.iter().position(|other| **other == *prefix) {
-            self.changes.swap_remove(at);
+        match self.changes.get_mut(prefix) {
+            Some(changes) if begins => *changes += 1,
+            Some(changes) if *changes > 1 => *changes -= 1,
+            Some(_) => _ = self.changes.remove(prefix),
+            None if begins => _ = self.changes.insert(prefix.into(), 1),
+            None => {}
         }
+    }
+
+    /// Whether a change of this key, or of a directory above it, is under way.
+    fn is_changed(&self, key: &str) -> bool {
+        let above = key.match_indices('/').filter_map(|(at, _)| key.get(..at));
+        let mut names = above.chain(["", key]);
+        names.any(|name| self.changes.contains_key(name))
     }
 
     /// Changes of prefixes that are under way.
     pub fn changes(&self) -> usize {
-        self.changes.len()
+        self.changes.values().sum()
     }
 
     /// Keys that are being written, one for each writer.

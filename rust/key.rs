@@ -95,15 +95,6 @@ fn has_plain_parts(bytes: &[u8]) -> bool {
         && !(bytes.starts_with(b".zcache") && matches!(bytes.get(7), None | Some(b'/')))
 }
 
-/// Whether a key is this prefix or lies below it as a directory; below "" is everything.
-#[must_use]
-pub fn is_below(key: &str, prefix: &str) -> bool {
-    prefix.is_empty()
-        || key
-            .strip_prefix(prefix)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-}
-
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.
 #[must_use]
 pub fn split(key: &str) -> (&str, &str) {

@@ -64,7 +64,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub fn void_prefix(&mut self, prefix: &str) {
         let prefix = prefix.trim_end_matches('/');
         self.cells.block.change_all();
-        self.flights.void_where(|key| key::is_below(key, prefix));
+        self.flights.void_where(|key| is_below(key, prefix));
     }
 
     /// A write of whatever is below a prefix begins or ends: until then nothing of that is kept here,
@@ -100,7 +100,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             && let Some(dir) = self.cells.find_dir(above)?
         {
             found.extend(self.cells.entries_below(dir, BATCH, |cells, i| {
-                Ok(present(cells, i)? && key::is_below(&cells.name(i)?.0, prefix))
+                Ok(present(cells, i)? && is_below(&cells.name(i)?.0, prefix))
             })?);
         }
         let mut victims = Vec::new();
@@ -211,4 +211,11 @@ fn in_reach<B: Block>(cells: &Cells<B>, i: u32) -> Res<bool> {
 
 fn present<B: Block>(cells: &Cells<B>, i: u32) -> Res<bool> {
     Ok(cells.get(i)?.state() == State::Present)
+}
+
+fn is_below(key: &str, prefix: &str) -> bool {
+    prefix.is_empty()
+        || key
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
