@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::coding::Coding;
+use crate::coding::{Coding, INLINE};
 use crate::error::{Fault, Res};
 
 /// What a cell is.
@@ -148,6 +148,18 @@ impl Cell {
     #[must_use]
     pub fn has_inline(&self, coding: Coding, len: u8) -> bool {
         self.coded == (coding as u8) << 4 | len
+    }
+
+    /// The text with zeros behind it, and its length, where it lies here.
+    #[inline]
+    #[must_use]
+    pub fn inline_word(&self) -> Option<([u8; INLINE], u8)> {
+        let len = self.text_len();
+        let unused = u32::from((INLINE as u8).checked_sub(len)?) * 8;
+        // What lies behind it is zero already, unless the cell is damaged.
+        let used = u64::MAX.checked_shr(unused).unwrap_or(0);
+        let word = u64::from_le_bytes(self.text) & used;
+        Some((word.to_le_bytes(), len))
     }
 
     /// Sets coding and length of the text.

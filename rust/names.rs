@@ -66,7 +66,10 @@ impl<B: Block> Cells<B> {
             kind => {
                 let seed = self.get(cell.parent)?.size;
                 let salt = salt(kind, cell.coding()?);
-                Ok(key::hash(&self.text(i)?, seed, salt))
+                Ok(match cell.inline_word() {
+                    Some((word, len)) => key::hash_word(word, len, seed, salt),
+                    None => key::hash(&self.text(i)?, seed, salt),
+                })
             }
         }
     }
@@ -245,11 +248,13 @@ impl<B: Block> Cells<B> {
     pub(crate) fn bring_near(&self, i: u32) -> Res<()> {
         let cell = self.get(i)?;
         let lists = [cell.older, cell.newer, cell.earlier, cell.later];
-        let mut near = self.table_peek(self.hash_of(i)?)?;
+        let mut near = 0;
         for beside in lists.into_iter().chain([cell.left, cell.right]) {
             // Of an entry that is in no list these are other numbers.
             near ^= self.get(beside).map_or(0, |cell| cell.parent);
         }
+        // Last, for its cells are known only once its slots are there.
+        near ^= self.table_peek(self.hash_of(i)?)?;
         std::hint::black_box(near);
         Ok(())
     }

@@ -17,6 +17,9 @@ const META: usize = 2;
 const USABLE: usize = SEGMENT - META;
 const SPLIT_AT: u32 = (USABLE / 5 * 4) as u32;
 
+/// Slots of a run that are worth a look ahead; most runs are shorter.
+const RUN: usize = 16;
+
 /// With 2^18 segments a directory holds more slots than there are cell numbers. A segment that
 /// wants to be deeper than that holds thousands of equal hashes.
 const MAX_DEPTH: u32 = 18;
@@ -91,10 +94,21 @@ impl<B: Block> Cells<B> {
             .ok_or(Fault::Corrupt("a segment out of range"))
     }
 
-    /// What lies where a search for this hash begins.
+    /// Reads the cells that a removal of this hash may have to move, all at once; the answer means
+    /// nothing.
     pub(crate) fn table_peek(&self, hash: u64) -> Res<u32> {
         let segment = self.segment(self.segment_of(hash)?)?;
-        Ok(segment.get(home(hash)).copied().unwrap_or(0))
+        let mut at = home(hash);
+        let mut read = 0;
+        for _ in 0..RUN {
+            let found = segment.get(at).copied().unwrap_or(0);
+            if found == 0 {
+                break;
+            }
+            read ^= self.get(found & CELL_MASK)?.parent;
+            at = next(at);
+        }
+        Ok(read)
     }
 
     /// The cell with this hash that `is` accepts.
