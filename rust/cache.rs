@@ -9,6 +9,7 @@ mod changes;
 mod fills;
 mod reads;
 mod select;
+mod victims;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -227,8 +228,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.cells.block.version(shared_hash(key))
     }
 
-    fn is_valid(&self, key: &str, ticket: Ticket) -> bool {
-        self.valid_key(key, ticket).is_some()
+    /// Whether the ticket of a reservation is valid still.
+    fn is_valid(&self, reservation: &Reservation) -> bool {
+        // On the heap only what this process does makes a ticket void, and that is counted.
+        B::EXCLUSIVE && reservation.losses == self.flights.losses()
+            || self
+                .valid_key(&reservation.key, reservation.ticket)
+                .is_some()
     }
 
     /// The key of a ticket under which a value may be kept.

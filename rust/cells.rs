@@ -88,17 +88,24 @@ impl<B: Block> Cells<B> {
 
     /// Takes a free cell; `ensure` must have made room.
     pub fn alloc(&mut self, cell: Cell) -> Res<u32> {
-        let header = *self.header();
-        let i = if header.free != 0 {
-            let free = *self.get(header.free)?;
-            if free.kind()? != Kind::Free || header.free_count == 0 {
+        let Header {
+            free,
+            free_count,
+            used,
+            ..
+        } = *self.header();
+        let i = if free != 0 {
+            let cell = self.get(free)?;
+            if cell.kind()? != Kind::Free || free_count == 0 {
                 return Err(Fault::Corrupt("a cell in use among the free ones"));
             }
+            let next = cell.older;
             let header = self.header_mut();
-            header.free_count = header.free_count.saturating_sub(1);
-            std::mem::replace(&mut header.free, free.older)
+            header.free_count = free_count - 1;
+            header.free = next;
+            free
         } else {
-            let i = header.used;
+            let i = used;
             self.get(i)?;
             self.header_mut().used = i.saturating_add(1);
             i

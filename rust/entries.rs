@@ -29,14 +29,16 @@ const UNDERFLOW: Fault = Fault::Corrupt("more bytes gone than were there");
 pub(crate) const SKEW: u64 = 1000;
 
 impl<B: Block> Cells<B> {
-    /// Makes an entry for bytes that are about to be written.
-    pub(crate) fn begin_writing(&mut self, key: &str, span: Span, size: u64) -> Res<u32> {
+    /// Makes an entry for bytes that are about to be written; `None` where there is one.
+    pub(crate) fn begin_writing(&mut self, key: &str, span: Span, size: u64) -> Res<Option<u32>> {
         let physical = self
             .header()
             .physical
             .checked_add(size)
             .ok_or(Fault::Full)?;
-        let i = self.insert(key, span)?;
+        let Some(i) = self.insert(key, span)? else {
+            return Ok(None);
+        };
         let cell = self.get_mut(i)?;
         cell.size = size;
         cell.set_state(State::Writing);
@@ -44,7 +46,7 @@ impl<B: Block> Cells<B> {
         let header = self.header_mut();
         header.physical = physical;
         header.entries = header.entries.checked_add(1).ok_or(COUNT)?;
-        Ok(i)
+        Ok(Some(i))
     }
 
     /// The bytes of a `Writing` entry are there and valid: it can be served from now on.

@@ -7,6 +7,7 @@
 //! of other processes show in the version of the key, with which a flight is opened and asked for.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -38,6 +39,15 @@ pub struct Closed<T> {
     pub payload: Option<T>,
     /// Whether anybody but the one who opened it has it.
     pub joined: bool,
+}
+
+impl<T> From<Flight<T>> for Closed<T> {
+    fn from(flight: Flight<T>) -> Self {
+        Closed {
+            payload: flight.payload,
+            joined: flight.joined,
+        }
+    }
 }
 
 /// The flights of one key. Most have one; where there are many (a shard whose inner chunks are all
@@ -156,6 +166,8 @@ pub struct Flights<T> {
     /// Prefixes below which the source is being changed, and by how many.
     changes: HashMap<Box<str>, usize, RandomState>,
     next: Ticket,
+    /// Steps that may have made a ticket void, or closed its flight.
+    losses: u64,
 }
 
 #[derive(Debug, Default)]
@@ -174,7 +186,15 @@ impl<T: Clone> Flights<T> {
             writers: HashMap::default(),
             changes: HashMap::default(),
             next,
+            losses: 0,
         }
+    }
+
+    /// Where this is what it was, every ticket that was valid then is valid still, but for what
+    /// versions say.
+    #[must_use]
+    pub(crate) fn losses(&self) -> u64 {
+        self.losses
     }
 
     /// Joins the flight that brings this span, or the full value.
@@ -220,15 +240,26 @@ impl<T: Clone> Flights<T> {
 
     /// Closes a flight; nobody joins it from now on.
     pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<Closed<T>> {
+        self.losses += 1;
         let flights = self.by_key.get_mut(key)?;
         let flight = flights.remove(ticket)?;
         if flights.flights.is_empty() {
             self.by_key.remove(key);
         }
-        Some(Closed {
-            payload: flight.payload,
-            joined: flight.joined,
-        })
+        Some(flight.into())
+    }
+
+    /// The same for whoever has the key at hand: that is looked for once.
+    pub(crate) fn close_known(&mut self, key: Arc<str>, ticket: Ticket) -> Option<Closed<T>> {
+        self.losses += 1;
+        let Entry::Occupied(mut entry) = self.by_key.entry(key) else {
+            return None;
+        };
+        let flight = entry.get_mut().remove(ticket)?;
+        if entry.get().flights.is_empty() {
+            entry.remove();
+        }
+        Some(flight.into())
     }
 
     /// Closes the flight with this payload, whoever has opened it: nobody joins it from now on, and
@@ -242,6 +273,7 @@ impl<T: Clone> Flights<T> {
 
     /// Makes the flights of one key void.
     pub fn void_key(&mut self, key: &str) {
+        self.losses += 1;
         if let Some(flights) = self.by_key.get_mut(key) {
             flights.void();
         }
@@ -250,6 +282,7 @@ impl<T: Clone> Flights<T> {
     /// Makes the flights of all keys void that `covers` accepts, and spoils the writers among
     /// them: what they write may be gone again already.
     pub fn void_where(&mut self, covers: impl Fn(&str) -> bool) {
+        self.losses += 1;
         for (key, flights) in &mut self.by_key {
             if covers(key) {
                 flights.void();
@@ -336,7 +369,8 @@ impl<T: Clone> Flights<T> {
     /// still holds never becomes valid again.
     #[must_use]
     pub fn take(&mut self) -> Self {
-        let fresh = Flights::new(self.next);
+        let mut fresh = Flights::new(self.next);
+        fresh.losses = self.losses + 1;
         std::mem::replace(self, fresh)
     }
 

@@ -25,6 +25,13 @@ impl Span {
     }
 }
 
+/// Where a name was looked for.
+struct Spot {
+    found: Option<u32>,
+    /// The cell that it is a child of, and its hash, where they are at hand and certain.
+    below: Option<(u32, u64)>,
+}
+
 /// Bytes of a key that need no more memory while it is put together.
 const USUAL: usize = 48;
 
@@ -119,46 +126,54 @@ impl<B: Block> Cells<B> {
     }
 
     /// The child of kind `kind` of directory `dirs` with this tail.
-    fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<(u64, Option<u32>)> {
+    #[inline]
+    fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<Option<u32>> {
         let text = Text::new(tail);
+        Ok(self.look_for(dirs, &text, kind)?.found)
+    }
+
+    fn look_for(&self, dirs: &str, text: &Text, kind: Kind) -> Res<Spot> {
         if let Some((above, dir)) = self.known_dir(dirs) {
-            let hash = hash(&text, above, kind);
+            let hash = hash(text, above, kind);
             let found = self.table_find(hash, |i| {
                 let cell = self.get(i)?;
-                Ok(cell.parent == dir && cell.kind()? == kind && self.text_is(i, &text)?)
+                Ok(cell.parent == dir && cell.kind()? == kind && self.text_is(i, text)?)
             })?;
-            return Ok((hash, found));
+            let below = Some((dir, hash));
+            return Ok(Spot { found, below });
         }
         let above = self.dir_hash(dirs);
-        let hash = hash(&text, above, kind);
-        let found =
-            self.table_find(hash, |i| {
-                let cell = self.get(i)?;
-                Ok(cell.kind()? == kind
-                    && self.text_is(i, &text)?
-                    && self.is_dir(cell.parent, dirs)?)
-            })?;
+        let found = self.table_find(hash(text, above, kind), |i| {
+            let cell = self.get(i)?;
+            Ok(cell.kind()? == kind && self.text_is(i, text)? && self.is_dir(cell.parent, dirs)?)
+        })?;
         if let Some(i) = found {
             let dir = self.get(i)?.parent;
             self.memo.put(dirs, self.header().seed, above, dir);
         }
-        Ok((hash, found))
+        let below = None;
+        Ok(Spot { found, below })
     }
 
     /// The `Object` cell of a key.
     pub(crate) fn find_object(&self, key: &str) -> Res<Option<u32>> {
         let (dirs, tail) = key::split(key);
-        Ok(self.find_named(dirs, tail, Kind::Object)?.1)
+        self.find_named(dirs, tail, Kind::Object)
     }
 
     /// The child of object `object` that is this range.
     pub(crate) fn find_range(&self, object: u32, span: Span) -> Res<Option<u32>> {
         let text = SpanText::new(span);
-        self.find_child(object, span.kind(), &Text::Raw(text.bytes()))
+        let text = Text::Raw(text.bytes());
+        let hash = self.hash_below(object, span.kind(), &text)?;
+        self.find_child(object, span.kind(), &text, hash)
     }
 
-    fn find_child(&self, parent: u32, kind: Kind, text: &Text) -> Res<Option<u32>> {
-        let hash = hash(text, self.get(parent)?.size, kind);
+    fn hash_below(&self, parent: u32, kind: Kind, text: &Text) -> Res<u64> {
+        Ok(hash(text, self.get(parent)?.size, kind))
+    }
+
+    fn find_child(&self, parent: u32, kind: Kind, text: &Text, hash: u64) -> Res<Option<u32>> {
         self.table_find(hash, |i| {
             let cell = self.get(i)?;
             Ok(cell.parent == parent && cell.kind()? == kind && self.text_is(i, text)?)
@@ -170,7 +185,7 @@ impl<B: Block> Cells<B> {
     pub(crate) fn find(&self, key: &str, span: Span) -> Res<Option<u32>> {
         if span == Span::Full {
             let (dirs, tail) = key::split(key);
-            return Ok(self.find_named(dirs, tail, Kind::Value)?.1);
+            return self.find_named(dirs, tail, Kind::Value);
         }
         match self.find_object(key)? {
             Some(object) => self.find_range(object, span),
@@ -178,22 +193,35 @@ impl<B: Block> Cells<B> {
         }
     }
 
-    /// Makes the cell of an entry that is not there yet, with its directories.
-    pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<u32> {
+    /// Makes the cell of an entry, with its directories; `None` where it is there.
+    pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<Option<u32>> {
         let (dirs, tail) = key::split(key);
+        let text = Text::new(tail);
+        if span == Span::Full {
+            let Spot { found, below } = self.look_for(dirs, &text, Kind::Value)?;
+            if found.is_some() {
+                return Ok(None);
+            }
+            if let Some((dir, hash)) = below {
+                self.ensure(1)?;
+                return self.child(dir, Kind::Value, &text, hash).map(Some);
+            }
+        } else if self.find(key, span)?.is_some() {
+            return Ok(None);
+        }
         // All cells first: what follows cannot run out of them half way.
         self.ensure(dirs.bytes().filter(|c| *c == b'/').count() + 2)?;
         let mut at = ROOT;
-        let made = self.insert_below(&mut at, dirs, tail, span);
+        let made = self.insert_below(&mut at, dirs, &text, span);
         if made.is_err() {
             // The texts or the table cannot grow: the cells above the missing one lead to nothing.
             self.prune(at)?;
         }
-        made
+        made.map(Some)
     }
 
     /// Makes the cells of a key from the root down; `at` is the deepest one that is there.
-    fn insert_below(&mut self, at: &mut u32, dirs: &str, tail: &str, span: Span) -> Res<u32> {
+    fn insert_below(&mut self, at: &mut u32, dirs: &str, text: &Text, span: Span) -> Res<u32> {
         if let Some((_, dir)) = self.known_dir(dirs) {
             *at = dir;
         } else {
@@ -203,24 +231,26 @@ impl<B: Block> Cells<B> {
             let hash = self.get(*at)?.size;
             self.memo.put(dirs, self.header().seed, hash, *at);
         }
-        let text = Text::new(tail);
-        if span == Span::Full {
-            return self.child(*at, Kind::Value, &text);
+        let range = SpanText::new(span);
+        let mut text = text.clone();
+        if span != Span::Full {
+            *at = self.child_of(*at, Kind::Object, &text)?;
+            text = Text::Raw(range.bytes());
         }
-        *at = self.child_of(*at, Kind::Object, &text)?;
-        self.child(*at, span.kind(), &Text::Raw(SpanText::new(span).bytes()))
+        let hash = self.hash_below(*at, span.kind(), &text)?;
+        self.child(*at, span.kind(), &text, hash)
     }
 
     /// The child with this name, made where it is missing.
     fn child_of(&mut self, parent: u32, kind: Kind, text: &Text) -> Res<u32> {
-        match self.find_child(parent, kind, text)? {
+        let hash = self.hash_below(parent, kind, text)?;
+        match self.find_child(parent, kind, text, hash)? {
             Some(child) => Ok(child),
-            None => self.child(parent, kind, text),
+            None => self.child(parent, kind, text, hash),
         }
     }
 
-    fn child(&mut self, parent: u32, kind: Kind, text: &Text) -> Res<u32> {
-        let hash = hash(text, self.get(parent)?.size, kind);
+    fn child(&mut self, parent: u32, kind: Kind, text: &Text, hash: u64) -> Res<u32> {
         let first = self.get(parent)?.older;
         let mut cell = Cell::new(kind);
         cell.parent = parent;

@@ -183,12 +183,11 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let Some((key, span)) = Span::parse(cache_key) else {
             return Ok(false);
         };
-        if self.cells.find(key, span)?.is_some() {
-            return Ok(false);
-        }
         // A key that was written since the index was emptied: the walk may have seen the old value.
         let written = self.version(key) != self.cells.block.first_version();
-        let i = self.cells.begin_writing(key, span, size)?;
+        let Some(i) = self.cells.begin_writing(key, span, size)? else {
+            return Ok(false);
+        };
         if written {
             self.cells.get_mut(i)?.set_state(State::Dropping);
             self.cells.orphan(i)?;

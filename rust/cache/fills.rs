@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use super::{BATCH, Cache, Victim};
 use crate::block::Block;
 use crate::cell::{Kind, State};
-use crate::cells::{Cells, List, ROOT};
+use crate::cells::{Cells, ROOT};
 use crate::error::{Fault, Res};
 use crate::flights::{Closed, Ticket};
 use crate::key::Span;
@@ -63,6 +63,8 @@ pub(super) struct Reservation {
     pub(super) span: Span,
     pub(super) size: u64,
     pub(super) ticket: Ticket,
+    /// [`crate::flights::Flights::losses`] when the ticket was valid.
+    pub(super) losses: u64,
     /// Bytes of `promised` that are held for this reservation.
     pub(super) room: u64,
     /// Times that deletes which it asked for have failed.
@@ -106,7 +108,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
                 State::Writing | State::Dropping => return Ok(self.refuse(Refusal::Busy)),
             };
         }
-        if span == Span::Full && self.conflicts(key)? {
+        if self.conflicts(key, span)? {
             return Ok(self.refuse(Refusal::Conflict));
         }
         let id = self.next_reservation;
@@ -116,13 +118,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
             span,
             size,
             ticket,
+            losses: self.flights.losses(),
             room: 0,
             failures: 0,
             asked: SmallVec::new(),
             cell: 0,
         };
-        self.reservations.insert(id, reservation);
-        self.proceed(id, own, now)
+        self.proceed(id, reservation, own, now)
     }
 
     /// Whether an entry is there of which nobody can make use any more.
@@ -137,40 +139,46 @@ impl<B: Block, T: Clone> Cache<B, T> {
     pub fn settle(&mut self, id: u64, dropped: &[u32], failed: &[u32], now: u64) -> Res<Room> {
         self.put_in_order()?;
         self.settled(dropped, failed)?;
-        if let Some(reservation) = self.reservations.get_mut(&id) {
-            reservation.failures += u32::from(!failed.is_empty());
-            reservation.asked.clear();
-        }
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(self.refuse(Refusal::Void));
+        };
+        reservation.failures += u32::from(!failed.is_empty());
+        reservation.asked.clear();
         // In the same step, so what the victims held goes to nobody else.
-        self.proceed(id, None, now)
+        self.proceed(id, reservation, None, now)
     }
 
     /// Does the same where every delete that the reservation asked for has succeeded.
     pub fn cleared(&mut self, id: u64, now: u64) -> Res<Room> {
-        let reservation = self.reservations.get_mut(&id);
-        let asked = reservation.map_or_else(SmallVec::new, |r| std::mem::take(&mut r.asked));
-        self.settle(id, &asked, &[], now)
+        self.put_in_order()?;
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(self.refuse(Refusal::Void));
+        };
+        let asked = std::mem::take(&mut reservation.asked);
+        match self.settled(&asked, &[]) {
+            Ok(()) => self.proceed(id, reservation, None, now),
+            Err(fault) => {
+                self.reservations.insert(id, reservation);
+                Err(fault)
+            }
+        }
     }
 
     /// Notes which deletes a reservation waits for.
-    pub(super) fn ask(&mut self, id: u64, victims: Vec<Victim>) -> Room {
-        if let Some(reservation) = self.reservations.get_mut(&id) {
-            reservation.asked.clear();
-            reservation.asked.extend(victims.iter().map(|v| v.cell));
-        }
+    pub(super) fn ask(id: u64, reservation: &mut Reservation, victims: Vec<Victim>) -> Room {
+        reservation.asked.clear();
+        reservation.asked.extend(victims.iter().map(|v| v.cell));
         Room::Evict(id, victims)
     }
 
     /// Gives a reservation up to `free` bytes; returns how many it still lacks.
-    pub(super) fn promise(&mut self, id: u64, free: u64) -> u64 {
-        let Some(reservation) = self.reservations.get_mut(&id) else {
-            return 0;
-        };
+    pub(super) fn promise(&mut self, reservation: &mut Reservation, free: u64) -> u64 {
         let more = free.min(reservation.size - reservation.room);
         reservation.room += more;
-        let lacking = reservation.size - reservation.room;
-        self.change_promised(|promised| promised.saturating_add(more));
-        lacking
+        if more != 0 {
+            self.change_promised(|promised| promised.saturating_add(more));
+        }
+        reservation.size - reservation.room
     }
 
     pub(super) fn change_promised(&mut self, change: impl Fn(u64) -> u64) {
@@ -190,40 +198,57 @@ impl<B: Block, T: Clone> Cache<B, T> {
         bounds.fold(self.limits.max_size, u64::min)
     }
 
-    pub(super) fn proceed(&mut self, id: u64, own: Option<u32>, now: u64) -> Res<Room> {
-        let Some(reservation) = self.reservations.get_mut(&id) else {
-            return Ok(self.refuse(Refusal::Void));
-        };
+    /// Goes on with a reservation. It is kept unless it is refused.
+    pub(super) fn proceed(
+        &mut self,
+        id: u64,
+        mut reservation: Reservation,
+        own: Option<u32>,
+        now: u64,
+    ) -> Res<Room> {
+        let room = self.make_room(id, &mut reservation, own, now);
+        if !matches!(room, Ok(Room::Refused(_))) {
+            self.reservations.insert(id, reservation);
+        }
+        room
+    }
+
+    fn make_room(
+        &mut self,
+        id: u64,
+        reservation: &mut Reservation,
+        own: Option<u32>,
+        now: u64,
+    ) -> Res<Room> {
         if reservation.cell != 0 {
             return Ok(Room::Granted(id));
         }
-        let failures = reservation.failures;
-        if reservation.size > self.bound() {
+        let bound = self.bound();
+        if reservation.size > bound {
             let mut victims = Vec::new();
             if let Some(i) = own {
                 self.take(i, &mut victims)?;
             }
             if victims.is_empty() {
-                return self.give_up(id, Refusal::TooLarge);
+                return Ok(self.give_up(reservation, Refusal::TooLarge));
             }
-            return Ok(self.ask(id, victims));
+            return Ok(Self::ask(id, reservation, victims));
         }
         let header = self.cells.header();
         let taken = header.physical.saturating_add(header.promised);
-        let bound = self.bound();
         // More than nothing where the bound has become smaller since.
         let excess = taken.saturating_sub(bound);
-        let lacking = self.promise(id, bound.saturating_sub(taken));
+        let lacking = self.promise(reservation, bound.saturating_sub(taken));
         if lacking == 0 && own.is_none() {
-            return self.grant(id);
+            return self.grant(id, reservation);
         }
         let lacking = if lacking == 0 {
             0
         } else {
             lacking.saturating_add(excess)
         };
-        if failures > ROUNDS {
-            return self.give_up(id, Refusal::NoRoom);
+        if reservation.failures > ROUNDS {
+            return Ok(self.give_up(reservation, Refusal::NoRoom));
         }
         let mut victims = Vec::new();
         let mut freed = 0u64;
@@ -233,12 +258,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let reachable = self.cells.header().physical;
         if lacking > freed.saturating_add(reachable) {
             self.settled_victims(&victims)?;
-            return self.give_up(id, Refusal::NoRoom);
+            return Ok(self.give_up(reservation, Refusal::NoRoom));
         }
         while freed < lacking && victims.len() < BATCH {
             // Whoever has seen a delete fail looks for others, or one orphan that cannot be
             // deleted would keep everybody out.
-            let Some(i) = self.next_victim(now, failures == 0)? else {
+            let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
                 break;
             };
             let cell = self.cells.get(i)?;
@@ -250,48 +275,45 @@ impl<B: Block, T: Clone> Cache<B, T> {
             freed = freed.saturating_add(self.take(i, &mut victims)?);
         }
         if victims.is_empty() {
-            return self.give_up(id, Refusal::NoRoom);
+            return Ok(self.give_up(reservation, Refusal::NoRoom));
         }
-        Ok(self.ask(id, victims))
+        Ok(Self::ask(id, reservation, victims))
     }
 
-    pub(super) fn grant(&mut self, id: u64) -> Res<Room> {
-        let Some(reservation) = self.reservations.get(&id) else {
-            return Ok(self.refuse(Refusal::Void));
-        };
+    fn grant(&mut self, id: u64, reservation: &mut Reservation) -> Res<Room> {
+        if !self.is_valid(reservation) {
+            return Ok(self.give_up(reservation, Refusal::Void));
+        }
         let (key, span) = (&*reservation.key, reservation.span);
-        if !self.is_valid(key, reservation.ticket) {
-            return self.give_up(id, Refusal::Void);
+        if self.conflicts(key, span)? {
+            let is_held = self.cells.find(key, span)?.is_some();
+            let why = if is_held {
+                Refusal::Busy
+            } else {
+                Refusal::Conflict
+            };
+            return Ok(self.give_up(reservation, why));
         }
-        if self.cells.find(key, span)?.is_some() {
-            return self.give_up(id, Refusal::Busy);
-        }
-        if span == Span::Full && self.conflicts(key)? {
-            return self.give_up(id, Refusal::Conflict);
-        }
-        let cell = match self.cells.begin_writing(key, span, reservation.size) {
-            Ok(cell) => cell,
-            Err(Fault::Full) => return self.give_up(id, Refusal::Full),
+        match self.cells.begin_writing(key, span, reservation.size) {
+            Ok(Some(cell)) => reservation.cell = cell,
+            Ok(None) => return Ok(self.give_up(reservation, Refusal::Busy)),
+            Err(Fault::Full) => return Ok(self.give_up(reservation, Refusal::Full)),
             Err(fault) => return Err(fault),
-        };
-        self.give_back_room(id);
-        if let Some(reservation) = self.reservations.get_mut(&id) {
-            reservation.cell = cell;
         }
+        self.give_back_room(reservation);
         Ok(Room::Granted(id))
     }
 
-    pub(super) fn give_back_room(&mut self, id: u64) {
-        if let Some(reservation) = self.reservations.get_mut(&id) {
-            let room = std::mem::take(&mut reservation.room);
+    fn give_back_room(&mut self, reservation: &mut Reservation) {
+        let room = std::mem::take(&mut reservation.room);
+        if room != 0 {
             self.change_promised(|promised| promised.saturating_sub(room));
         }
     }
 
-    pub(super) fn give_up(&mut self, id: u64, why: Refusal) -> Res<Room> {
-        self.give_back_room(id);
-        self.reservations.remove(&id);
-        Ok(self.refuse(why))
+    fn give_up(&mut self, reservation: &mut Reservation, why: Refusal) -> Room {
+        self.give_back_room(reservation);
+        self.refuse(why)
     }
 
     pub(super) fn refuse(&mut self, why: Refusal) -> Room {
@@ -324,7 +346,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         now: u64,
     ) -> Res<Vec<Victim>> {
         self.put_in_order()?;
-        if self.is_valid(&reservation.key, reservation.ticket) {
+        if self.is_valid(reservation) {
             self.cells.make_present(reservation.cell, checksum, now)?;
             return Ok(Vec::new());
         }
@@ -339,7 +361,8 @@ impl<B: Block, T: Clone> Cache<B, T> {
             return Ok(None);
         };
         let victims = self.decide(&reservation, checksum, now)?;
-        let flight = self.land(&reservation.key, reservation.ticket);
+        let (key, ticket) = (reservation.key, reservation.ticket);
+        let flight = self.flights.close_known(key, ticket);
         Ok(Some(Finished { victims, flight }))
     }
 
@@ -349,136 +372,28 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.reservations.contains_key(&id)
     }
 
-    /// Drops entries of at least `size` bytes, if there are so many; a batch at most.
-    pub fn evict(&mut self, size: u64, now: u64) -> Res<Vec<Victim>> {
-        self.put_in_order()?;
-        let mut victims = Vec::new();
-        let mut freed = 0u64;
-        while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true)? else {
-                break;
-            };
-            self.stats.evictions += u64::from(self.cells.get(i)?.state() == State::Present);
-            freed = freed.saturating_add(self.take(i, &mut victims)?);
-        }
-        Ok(victims)
-    }
-
     /// The bytes were not written, or nobody knows. Returns what has to be deleted.
     pub fn abort(&mut self, id: u64) -> Res<Vec<Victim>> {
-        self.give_back_room(id);
-        match self.reservations.remove(&id) {
-            Some(reservation) if reservation.cell != 0 => self.unwrite(&reservation),
-            _ => Ok(Vec::new()),
-        }
-    }
-
-    pub(super) fn unwrite(&mut self, reservation: &Reservation) -> Res<Vec<Victim>> {
-        let cell = reservation.cell;
-        self.cells.get_mut(cell)?.set_state(State::Dropping);
-        let cache_key = reservation.span.cache_key(&reservation.key);
-        Ok(vec![Victim { cell, cache_key }])
-    }
-
-    /// Reports deletes that no reservation waits for.
-    pub fn settled(&mut self, dropped: &[u32], failed: &[u32]) -> Res<()> {
-        for &i in dropped {
-            if self.is_dropping(i) {
-                self.cells.release(i)?;
-            }
-        }
-        for &i in failed {
-            if self.is_dropping(i) {
-                self.cells.orphan(i)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn settled_victims(&mut self, victims: &[Victim]) -> Res<()> {
-        let failed: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-        self.settled(&[], &failed)
-    }
-
-    pub(super) fn is_dropping(&self, i: u32) -> bool {
-        let cell = self.cells.get(i);
-        let me = self.cells.block.me() as u32 + 1;
-        cell.is_ok_and(|c| c.is_entry() && c.state() == State::Dropping && c.earlier == me)
-    }
-
-    /// Whether there are bytes that could not be deleted.
-    #[must_use]
-    pub fn has_orphans(&self) -> bool {
-        self.cells.header().orphans != [0; 2]
-    }
-
-    /// Up to `limit` orphans whose delete is worth another try.
-    pub fn orphans(&mut self, limit: usize) -> Res<Vec<Victim>> {
-        self.put_in_order()?;
-        let mut victims = Vec::new();
-        while victims.len() < limit {
-            let Some(i) = self.cells.end(List::Orphans, false)? else {
-                break;
-            };
-            self.take(i, &mut victims)?;
-        }
-        Ok(victims)
-    }
-
-    /// Who goes next: bytes that are of no use, then the stale, then the least recently used.
-    pub(super) fn next_victim(&self, now: u64, orphans: bool) -> Res<Option<u32>> {
-        if orphans && let Some(orphan) = self.cells.end(List::Orphans, false)? {
-            return Ok(Some(orphan));
-        }
-        // What is stale is at the ends: too old at one, of a future that never was at the other.
-        for at_last in [false, true] {
-            if let Some(i) = self.cells.end(List::Time, at_last)?
-                && self.is_stale(self.cells.get(i)?, now)
-            {
-                return Ok(Some(i));
-            }
-        }
-        self.cells.end(List::Recency, false)
-    }
-
-    /// Makes an entry a victim; returns its bytes, or 0 where somebody else has it in hand.
-    pub(super) fn take(&mut self, i: u32, victims: &mut Vec<Victim>) -> Res<u64> {
-        let state = self.cells.get(i)?.state();
-        if matches!(state, State::Writing | State::Dropping) {
-            return Ok(0);
-        }
-        self.cells.bring_near(i)?;
-        let (key, span) = self.cells.name(i)?;
-        if !B::EXCLUSIVE && self.cells.find(&key, span)? != Some(i) {
-            // The name that a damaged cell gives may be that of bytes which are not ours.
-            return Err(Fault::Corrupt("a name that leads to another cell"));
-        }
-        let size = if state == State::Present {
-            self.cells.drop_present(i)?
-        } else {
-            self.cells.retry(i)?
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(Vec::new());
         };
-        let cache_key = match span {
-            Span::Full => key,
-            _ => span.cache_key(&key),
-        };
-        victims.push(Victim { cell: i, cache_key });
-        Ok(size)
-    }
-
-    pub(super) fn drop_all(&mut self, cells: &[u32]) -> Res<Vec<Victim>> {
-        let mut victims = Vec::with_capacity(cells.len());
-        for &i in cells {
-            self.take(i, &mut victims)?;
+        self.give_back_room(&mut reservation);
+        if reservation.cell == 0 {
+            return Ok(Vec::new());
         }
-        Ok(victims)
+        self.unwrite(&reservation)
     }
 
     /// Whether a file system could not hold this key beside those that are held.
-    pub(super) fn conflicts(&self, key: &str) -> Res<bool> {
-        if self.limits.flat {
+    #[inline]
+    pub(super) fn conflicts(&self, key: &str, span: Span) -> Res<bool> {
+        if self.limits.flat || span != Span::Full {
             return Ok(false);
         }
+        self.conflicts_in_files(key)
+    }
+
+    fn conflicts_in_files(&self, key: &str) -> Res<bool> {
         if let Some(dir) = self.cells.find_dir(&format!("{key}/"))?
             && dir != ROOT
             && !self.cells.entries_below(dir, 1, values_only)?.is_empty()

@@ -17,8 +17,17 @@ use crate::cache::Cache;
 #[cfg(unix)]
 use crate::{directory::Directory, mapped::Locks};
 
-/// What readers wait on, shared by a count that needs no interpreter: it is cloned under the lock.
-pub(super) type Flight = Arc<Py<PyAny>>;
+/// What readers wait on. It is cloned under the lock, which runs no code of Python's, by threads that
+/// are attached.
+#[derive(Debug)]
+pub(super) struct Flight(pub(super) Py<PyAny>);
+
+impl Clone for Flight {
+    fn clone(&self) -> Self {
+        Python::attach(|py| Flight(self.0.clone_ref(py)))
+    }
+}
+
 pub(super) type Core = Cache<Heap, Flight>;
 
 pub(super) enum Backing {

@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 
 #[cfg(unix)]
 use super::backing::guarded;
-use super::backing::{Backing, step};
+use super::backing::{Backing, Flight, step};
 use super::convert::{
     RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
     raw_span, raw_victims, span,
@@ -145,7 +145,7 @@ impl Index {
         py: Python<'py>,
         key: &Bound<'py, PyString>,
         raw: RawSpan,
-        flight: Py<PyAny>,
+        flight: &Bound<'py, PyAny>,
         now: f64,
         anyway: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
@@ -153,9 +153,8 @@ impl Index {
             return Ok(false.into_pyobject(py)?.to_owned().into_any());
         };
         let span = span(raw)?;
-        // A second reference of our own: nothing of Python is released while the lock is held.
-        let flight = Arc::new(flight);
-        let kept = Arc::clone(&flight);
+        // The caller has it as well: where ours goes while the lock is held, nothing is released.
+        let kept = Flight(flight.clone().unbind());
         let joined = step!(self, py, |cache| cache.join(
             key,
             span,
@@ -163,13 +162,12 @@ impl Index {
             millis(now),
             anyway
         ))?;
-        drop(flight);
         match joined {
             Joined::Ready => Ok(py.None().into_bound(py)),
             Joined::Lead(ticket) => Ok(ticket.into_pyobject(py)?.into_any()),
-            Joined::Follow(whole, flight) => Ok((raw_span(whole), flight.bind(py))
-                .into_pyobject(py)?
-                .into_any()),
+            Joined::Follow(whole, flight) => {
+                Ok((raw_span(whole), flight.0).into_pyobject(py)?.into_any())
+            }
         }
     }
 
@@ -184,7 +182,7 @@ impl Index {
     #[pyo3(signature = (key, flight, /))]
     fn strike(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
         let struck = step!(self, py, |cache| Ok(
-            cache.strike(key, |other| other.is(&flight))
+            cache.strike(key, |other| other.0.is(&flight))
         ))?;
         drop(struck);
         Ok(())
