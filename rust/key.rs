@@ -70,19 +70,51 @@ impl Span {
 #[must_use]
 pub fn is_known(key: &str) -> bool {
     let bytes = key.as_bytes();
-    // A miss asks this of its key. Without branches, so that the processor looks at many bytes at once.
-    let begins_oddly = |c: u8| c == b'/' || c == b'.';
-    let pairs = bytes.iter().zip(bytes.iter().skip(1));
-    let odd = pairs.fold(false, |odd, (a, b)| odd | (*a == b'/' && begins_oddly(*b)));
-    let foreign = bytes
-        .iter()
-        .fold(false, |foreign, c| foreign | is_foreign(*c));
-    match (bytes.first(), bytes.last()) {
-        (Some(first), Some(last)) if !foreign && *last != b'/' => {
-            !odd && !begins_oddly(*first) || has_plain_parts(bytes)
+    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
+        return false;
+    };
+    let (mut odd, mut foreign) = (false, is_foreign(*first));
+    let mut look = |part: &[u8; PAIRS + 1]| {
+        let (a, b) = look_at_pairs(part);
+        odd |= a;
+        foreign |= b;
+    };
+    for part in bytes.windows(PAIRS + 1).step_by(PAIRS) {
+        if let Ok(part) = part.try_into() {
+            look(part);
         }
-        _ => false,
     }
+    match bytes.last_chunk() {
+        Some(part) => look(part),
+        None => {
+            let mut part = [b'-'; PAIRS + 1];
+            part.iter_mut().zip(bytes).for_each(|(to, c)| *to = *c);
+            look(&part);
+        }
+    }
+    let plain = !odd && !begins_oddly(*first);
+    !foreign && *last != b'/' && (plain || has_plain_parts(bytes))
+}
+
+/// Characters of a key that are looked at together.
+const PAIRS: usize = 16;
+
+/// Whether a part of a name begins oddly, or a character is foreign; the first one is not looked at.
+/// A miss asks this of its key. So: as many as a register holds, without branches, and in numbers, of
+/// which the compiler compares all at once.
+fn look_at_pairs(part: &[u8; PAIRS + 1]) -> (bool, bool) {
+    let [first @ .., _] = part;
+    let [_, second @ ..] = part;
+    let (mut odd, mut foreign) = (0, 0);
+    for (a, b) in first.iter().zip(second) {
+        odd |= u8::from(*a == b'/') & u8::from(begins_oddly(*b));
+        foreign |= u8::from(is_foreign(*b));
+    }
+    (odd != 0, foreign != 0)
+}
+
+fn begins_oddly(c: u8) -> bool {
+    c | 1 == b'/' // which follows `.`
 }
 
 fn is_foreign(c: u8) -> bool {
@@ -238,6 +270,21 @@ mod tests {
             ("/", "/", ""),
         ] {
             assert_eq!(split(key), (dirs, tail), "{key}");
+        }
+    }
+
+    #[test]
+    fn oddities_are_found_wherever_they_are() {
+        for length in 1..=40 {
+            for at in 0..length {
+                for odd in ["/", ".", "//", "/.", "./", "/..", "\0", "-"] {
+                    let mut key = "a".repeat(length);
+                    key.replace_range(at..=at, odd);
+                    let mut parts = key.split('/');
+                    let plain = parts.all(|part| !matches!(part, "" | "." | ".."));
+                    assert_eq!(is_known(&key), plain && odd != "\0", "{key:?}");
+                }
+            }
         }
     }
 
