@@ -11,11 +11,8 @@ mod reads;
 mod select;
 mod victims;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-use foldhash::fast::RandomState;
 
 use self::fills::Reservation;
 pub use self::fills::{Finished, Refusal, Room};
@@ -25,6 +22,7 @@ use crate::cell::{Cell, State};
 use crate::cells::{Cells, List, ROOT};
 use crate::entries::SKEW;
 use crate::error::{Fault, Res};
+use crate::few::Few;
 use crate::flights::{Flights, Ticket};
 use crate::key::{self, Span};
 use crate::memo::Memo;
@@ -123,7 +121,7 @@ pub struct Cache<B, T> {
     pub(crate) cells: Cells<B>,
     limits: Limits,
     flights: Flights<T>,
-    reservations: HashMap<u64, Reservation, RandomState>,
+    reservations: Few<u64, Reservation>,
     next_reservation: u64,
     stats: Stats,
     /// Entries that were used and are not yet moved to the end of the list, at most so many at once.
@@ -155,7 +153,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             },
             limits,
             flights: Flights::new(first),
-            reservations: HashMap::default(),
+            reservations: Few::default(),
             next_reservation: first,
             stats: Stats::default(),
             touched: Vec::new(),
@@ -215,9 +213,8 @@ impl<B: Block, T: Clone> Cache<B, T> {
         }
     }
 
-    fn servable(&self, i: u32, now: u64) -> Res<bool> {
-        let cell = self.cells.get(i)?;
-        Ok(cell.is_entry() && cell.state() == State::Present && !self.is_stale(cell, now))
+    fn can_serve(&self, cell: &Cell, now: u64) -> bool {
+        cell.is_entry() && cell.state() == State::Present && !self.is_stale(cell, now)
     }
 
     fn version(&self, key: &str) -> Version {

@@ -7,13 +7,13 @@
 //! of other processes show in the version of the key, with which a flight is opened and asked for.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use smallvec::{SmallVec, smallvec};
 
 use crate::block::Version;
+use crate::few::Few;
 use crate::key::Span;
 
 /// Names one flight for as long as the process lives.
@@ -161,7 +161,7 @@ impl Places {
 /// All flights of one cache.
 #[derive(Debug)]
 pub struct Flights<T> {
-    by_key: HashMap<Arc<str>, OfKey<T>, RandomState>,
+    by_key: Few<Arc<str>, OfKey<T>>,
     writers: HashMap<Box<str>, Writers, RandomState>,
     /// Prefixes below which the source is being changed, and by how many.
     changes: HashMap<Box<str>, usize, RandomState>,
@@ -182,7 +182,7 @@ impl<T: Clone> Flights<T> {
     /// Without flights; tickets are counted from `next` on.
     pub(crate) fn new(next: Ticket) -> Self {
         Flights {
-            by_key: HashMap::default(),
+            by_key: Few::default(),
             writers: HashMap::default(),
             changes: HashMap::default(),
             next,
@@ -230,7 +230,7 @@ impl<T: Clone> Flights<T> {
     /// The key of a flight, if what that brings may be kept.
     #[must_use]
     pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> Option<&Arc<str>> {
-        let (key, flights) = self.by_key.get_key_value(key)?;
+        let (key, flights) = self.by_key.get(key)?;
         let flight = flights.get(ticket)?;
         // Of a write that never ends nobody knows when it lands.
         let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
@@ -252,20 +252,15 @@ impl<T: Clone> Flights<T> {
     /// The same for whoever has the key at hand: that is looked for once.
     pub(crate) fn close_known(&mut self, key: Arc<str>, ticket: Ticket) -> Option<Closed<T>> {
         self.losses += 1;
-        let Entry::Occupied(mut entry) = self.by_key.entry(key) else {
-            return None;
-        };
-        let flight = entry.get_mut().remove(ticket)?;
-        if entry.get().flights.is_empty() {
-            entry.remove();
-        }
-        Some(flight.into())
+        let is_empty = |flights: &OfKey<T>| flights.flights.is_empty();
+        let taken = self.by_key.take_from(key, |of| of.remove(ticket), is_empty);
+        taken.flatten().map(Closed::from)
     }
 
     /// Closes the flight with this payload, whoever has opened it: nobody joins it from now on, and
     /// what it brings is not kept.
     pub fn strike(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<Closed<T>> {
-        let flights = &self.by_key.get(key)?.flights;
+        let flights = &self.by_key.get(key)?.1.flights;
         let found = flights.iter().find(|f| f.payload.as_ref().is_some_and(&is));
         let ticket = found?.ticket;
         self.close(key, ticket)
@@ -283,7 +278,7 @@ impl<T: Clone> Flights<T> {
     /// them: what they write may be gone again already.
     pub fn void_where(&mut self, covers: impl Fn(&str) -> bool) {
         self.losses += 1;
-        for (key, flights) in &mut self.by_key {
+        for (key, flights) in self.by_key.iter_mut() {
             if covers(key) {
                 flights.void();
             }
@@ -386,6 +381,6 @@ impl<T: Clone> Flights<T> {
     /// Whether no flight is open and nobody writes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.by_key.is_empty() && self.writers.is_empty() && self.changes.is_empty()
+        self.by_key.len() == 0 && self.writers.is_empty() && self.changes.is_empty()
     }
 }

@@ -39,6 +39,7 @@ pub mod coding;
 pub mod directory;
 mod entries;
 pub mod error;
+mod few;
 #[cfg(unix)]
 pub mod files;
 pub mod flights;

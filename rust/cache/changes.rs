@@ -116,9 +116,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// the deletes that it waits for, are left to later deletes.
     pub fn abandon(&mut self, id: u64) -> Res<()> {
         self.put_in_order()?;
-        let reservation = self.reservations.get_mut(&id);
-        let asked = reservation.map(|r| std::mem::take(&mut r.asked));
-        self.settled(&[], &asked.unwrap_or_default())?;
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(());
+        };
+        let asked = std::mem::take(&mut reservation.asked);
+        let settled = self.settled(&[], &asked);
+        self.reservations.insert(id, reservation);
+        settled?;
         let victims = self.abort(id)?;
         self.settled_victims(&victims)
     }

@@ -1,6 +1,5 @@
 //! Making room for a value, and deciding whether it stays once its bytes are written.
 
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -331,12 +330,13 @@ impl<B: Block, T: Clone> Cache<B, T> {
         }
     }
 
-    pub(super) fn take_granted(&mut self, id: u64) -> Option<Reservation> {
-        let entry = self.reservations.entry(id);
-        match entry {
-            Entry::Occupied(entry) if entry.get().cell != 0 => Some(entry.remove()),
-            _ => None,
+    fn take_granted(&mut self, id: u64) -> Option<Reservation> {
+        let reservation = self.reservations.remove(&id)?;
+        if reservation.cell == 0 {
+            self.reservations.insert(id, reservation);
+            return None;
         }
+        Some(reservation)
     }
 
     pub(super) fn decide(
@@ -369,7 +369,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// Whether this reservation is known; one from before the index was emptied is not.
     #[must_use]
     pub fn is_reserved(&self, id: u64) -> bool {
-        self.reservations.contains_key(&id)
+        self.reservations.get(&id).is_some()
     }
 
     /// The bytes were not written, or nobody knows. Returns what has to be deleted.
