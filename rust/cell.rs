@@ -144,10 +144,12 @@ impl Cell {
         self.coded >> 4 == coding as u8
     }
 
-    /// Whether the text is in this coding, and has so many bytes, all of them here.
+    /// Whether the text is these chunk coordinates, of so many bytes and with zeros behind them.
+    #[inline]
     #[must_use]
-    pub fn has_inline(&self, coding: Coding, len: u8) -> bool {
-        self.coded == (coding as u8) << 4 | len
+    pub fn is_packed(&self, word: [u8; INLINE], len: u8) -> bool {
+        let coded = (Coding::Coordinates as u8) << 4 | len;
+        u64::from_le_bytes(self.text) == u64::from_le_bytes(word) && self.coded == coded
     }
 
     /// The text with zeros behind it, and its length, where it lies here.

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use crate::block::Block;
 use crate::cell::{Cell, Kind};
 use crate::cells::{COUNT, Cells, List, ROOT};
-use crate::coding::{Coding, Text};
+use crate::coding::{self, Coding, Text};
 use crate::error::{Fault, Res};
 use crate::key::{self, Span, SpanText};
 
@@ -127,18 +127,15 @@ impl<B: Block> Cells<B> {
 
     /// The child of kind `kind` of directory `dirs` with this tail.
     #[inline]
-    fn find_named(&self, dirs: &str, tail: &str, kind: Kind) -> Res<Option<u32>> {
-        let text = Text::new(tail);
+    fn find_named(&self, key: &str, kind: Kind) -> Res<Option<u32>> {
+        let (dirs, text) = coding::cut(key);
         Ok(self.look_for(dirs, &text, kind)?.found)
     }
 
     fn look_for(&self, dirs: &str, text: &Text, kind: Kind) -> Res<Spot> {
         if let Some((above, dir)) = self.known_dir(dirs) {
             let hash = hash(text, above, kind);
-            let found = self.table_find(hash, |i| {
-                let cell = self.get(i)?;
-                Ok(cell.parent == dir && cell.kind()? == kind && self.text_is(i, text)?)
-            })?;
+            let found = self.find_child(dir, kind, text, hash)?;
             let below = Some((dir, hash));
             return Ok(Spot { found, below });
         }
@@ -157,8 +154,7 @@ impl<B: Block> Cells<B> {
 
     /// The `Object` cell of a key.
     pub(crate) fn find_object(&self, key: &str) -> Res<Option<u32>> {
-        let (dirs, tail) = key::split(key);
-        self.find_named(dirs, tail, Kind::Object)
+        self.find_named(key, Kind::Object)
     }
 
     /// The child of object `object` that is this range.
@@ -173,7 +169,15 @@ impl<B: Block> Cells<B> {
         Ok(hash(text, self.get(parent)?.size, kind))
     }
 
+    #[inline]
     fn find_child(&self, parent: u32, kind: Kind, text: &Text, hash: u64) -> Res<Option<u32>> {
+        if let Text::Packed(word, len) = text {
+            return self.table_find(hash, |i| {
+                let cell = self.get(i)?;
+                let is = cell.parent == parent && cell.is_packed(*word, *len);
+                Ok(is && cell.kind()? == kind)
+            });
+        }
         self.table_find(hash, |i| {
             let cell = self.get(i)?;
             Ok(cell.parent == parent && cell.kind()? == kind && self.text_is(i, text)?)
@@ -184,8 +188,7 @@ impl<B: Block> Cells<B> {
     #[inline]
     pub(crate) fn find(&self, key: &str, span: Span) -> Res<Option<u32>> {
         if span == Span::Full {
-            let (dirs, tail) = key::split(key);
-            return self.find_named(dirs, tail, Kind::Value);
+            return self.find_named(key, Kind::Value);
         }
         match self.find_object(key)? {
             Some(object) => self.find_range(object, span),
@@ -195,8 +198,7 @@ impl<B: Block> Cells<B> {
 
     /// Makes the cell of an entry, with its directories; `None` where it is there.
     pub(crate) fn insert(&mut self, key: &str, span: Span) -> Res<Option<u32>> {
-        let (dirs, tail) = key::split(key);
-        let text = Text::new(tail);
+        let (dirs, text) = coding::cut(key);
         if span == Span::Full {
             let Spot { found, below } = self.look_for(dirs, &text, Kind::Value)?;
             if found.is_some() {

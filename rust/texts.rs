@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use crate::block::{Block, TEXT_SIZES};
 use crate::cell::{Cell, LONG};
 use crate::cells::Cells;
-use crate::coding::{Coding, Text};
+use crate::coding::Text;
 use crate::error::{Fault, Res};
 
 const WORD: usize = size_of::<u32>();
@@ -68,7 +68,7 @@ impl<B: Block> Cells<B> {
     pub(crate) fn text_is(&self, i: u32, text: &Text) -> Res<bool> {
         let cell = self.get(i)?;
         if let Text::Packed(word, len) = text {
-            return Ok(cell.text == *word && cell.has_inline(Coding::Coordinates, *len));
+            return Ok(cell.is_packed(*word, *len));
         }
         if !cell.is_in(text.coding()) {
             return Ok(false);

@@ -18,52 +18,45 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// the key the one with most bytes and the one that came last. That takes the same time
     /// however many ranges there are; a range inside a third one is not found.
     pub fn peek(&self, key: &str, span: Span, now: u64) -> Res<Option<Found>> {
-        if let Some(i) = self.cells.find(key, Span::Full)?
-            && self.servable(i, now)?
-        {
-            let size = self.cells.get(i)?.size;
-            if let Some((start, length)) = select(size, span, self.limits.lenient) {
-                return self.found(i, Span::Full, start, length).map(Some);
+        if let Some(i) = self.cells.find(key, Span::Full)? {
+            let cell = self.cells.get(i)?;
+            if self.can_serve(cell, now)
+                && let Some((start, length)) = select(cell.size, span, self.limits.lenient)
+            {
+                return Ok(Some(found(i, cell, Span::Full, start, length)));
             }
         }
         if span == Span::Full {
             return Ok(None);
         }
+        self.peek_ranges(key, span, now)
+    }
+
+    fn peek_ranges(&self, key: &str, span: Span, now: u64) -> Res<Option<Found>> {
         let Some(object) = self.cells.find_object(key)? else {
             return Ok(None);
         };
-        if let Some(i) = self.cells.find_range(object, span)?
-            && self.servable(i, now)?
-        {
-            return self.found(i, span, 0, self.cells.get(i)?.size).map(Some);
+        if let Some(i) = self.cells.find_range(object, span)? {
+            let cell = self.cells.get(i)?;
+            if self.can_serve(cell, now) {
+                return Ok(Some(found(i, cell, span, 0, cell.size)));
+            }
         }
         let hints = self.cells.get(object)?;
         for i in [hints.earlier, hints.later] {
-            if i == 0 || !self.servable(i, now)? {
+            let cell = self.cells.get(i)?;
+            if i == 0 || !self.can_serve(cell, now) {
                 continue;
             }
-            if self.cells.get(i)?.parent != object {
+            if cell.parent != object {
                 return Err(Fault::Corrupt("a hint that leads to another key"));
             }
             let held = self.cells.span(i)?;
-            if let Some((start, length)) = within(held, self.cells.get(i)?.size, span) {
-                return self.found(i, held, start, length).map(Some);
+            if let Some((start, length)) = within(held, cell.size, span) {
+                return Ok(Some(found(i, cell, held, start, length)));
             }
         }
         Ok(None)
-    }
-
-    fn found(&self, i: u32, span: Span, start: u64, length: u64) -> Res<Found> {
-        let cell = self.cells.get(i)?;
-        let handle = handle(i, cell);
-        Ok(Found {
-            handle,
-            span,
-            size: cell.size,
-            checksum: cell.checksum(),
-            start,
-            length,
-        })
     }
 
     /// Finds an entry that holds what is asked for, marks it as most recently used, and counts a
@@ -207,6 +200,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
             (Verify::Always, _) => true,
             (Verify::First, Ok(cell)) => self.seen.get(i as usize) != Some(&mark(cell)),
         }
+    }
+}
+
+fn found(i: u32, cell: &Cell, span: Span, start: u64, length: u64) -> Found {
+    Found {
+        handle: handle(i, cell),
+        span,
+        size: cell.size,
+        checksum: cell.checksum(),
+        start,
+        length,
     }
 }
 
