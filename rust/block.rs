@@ -86,9 +86,9 @@ pub struct Participant {
     pub bound: u64,
     /// Whether this place is taken; its owner may have died since.
     pub live: u32,
-    /// Writes under way that `writes` does not name, those of prefixes among them.
+    /// Writes under way for which there is no place in `writes`.
     pub unnamed: u32,
-    /// Versions (plus one) of the keys that it is writing; 0 where there is none. What was read
+    /// Versions (plus one) of the keys and directories that it is changing; 0 where there is none. What was read
     /// before a write has ended is not kept, and of a writer that has died nobody hears the end.
     pub writes: [u16; WRITES],
 }
@@ -147,7 +147,7 @@ pub trait Block {
     /// Makes room for words of texts.
     fn grow_texts(&mut self, len: usize) -> Res<()>;
 
-    /// What changes when another participant writes this key (given by its hash) or a prefix.
+    /// What changes when another participant changes this name (given by its hash) or everything.
     fn version(&self, _key: u64) -> Version {
         [0; 2]
     }
@@ -155,13 +155,17 @@ pub trait Block {
     fn first_version(&self) -> Version {
         [0; 2]
     }
-    /// This key is being written, or was.
+    /// A key of this name, or what lies below it, is being changed, or was.
     fn change_key(&mut self, _key: u64) {}
     /// Any key may have been written.
     fn change_all(&mut self) {}
-    /// A write of this key, or of what nobody can name, begins or ends.
-    fn mark_write(&mut self, _key: Option<u64>, _begins: bool) {}
-    /// Whether somebody is writing this key.
+    /// A change of a key of this name, or of what lies below it, begins or ends.
+    fn mark_write(&mut self, _key: u64, _begins: bool) {}
+    /// Whether somebody is changing anything.
+    fn has_writers(&self) -> bool {
+        false
+    }
+    /// Whether somebody is changing what has this name.
     fn is_written(&self, _key: u64) -> bool {
         false
     }

@@ -222,7 +222,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
             // Nobody else writes, and our own writes void the flights.
             return Version::default();
         }
-        self.cells.block.version(shared_hash(key))
+        let hashes = key::and_above(key).map(shared_hash);
+        hashes.fold(Version::default(), |[sum, _], hash| {
+            let [version, epoch] = self.cells.block.version(hash);
+            // They only ever grow, so no two changes cancel each other.
+            [sum.wrapping_add(version), epoch]
+        })
     }
 
     /// Whether the ticket of a reservation is valid still.
@@ -237,7 +242,14 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// The key of a ticket under which a value may be kept.
     fn valid_key(&self, key: &str, ticket: Ticket) -> Option<&Arc<str>> {
         let valid = self.flights.valid(key, ticket, self.version(key))?;
-        (B::EXCLUSIVE || !self.cells.block.is_written(shared_hash(key))).then_some(valid)
+        (B::EXCLUSIVE || !self.is_written(key)).then_some(valid)
+    }
+
+    /// Whether somebody is changing this key or a directory above it.
+    fn is_written(&self, key: &str) -> bool {
+        let block = &self.cells.block;
+        let is_written = |name| block.is_written(shared_hash(name));
+        block.has_writers() && key::and_above(key).any(is_written)
     }
 
     /// Whether it is for this participant to [`Cache::adopt`].

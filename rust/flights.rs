@@ -14,7 +14,7 @@ use smallvec::{SmallVec, smallvec};
 
 use crate::block::Version;
 use crate::few::Few;
-use crate::key::Span;
+use crate::key::{self, Span};
 
 /// Names one flight for as long as the process lives.
 pub type Ticket = u64;
@@ -318,6 +318,7 @@ impl<T: Clone> Flights<T> {
 
     /// A change of whatever is below this prefix begins or ends: until then nothing of that is kept.
     pub fn mark_change(&mut self, prefix: &str, begins: bool) {
+        self.losses += 1;
         match self.changes.get_mut(prefix) {
             Some(changes) if begins => *changes += 1,
             Some(changes) if *changes > 1 => *changes -= 1,
@@ -329,20 +330,16 @@ impl<T: Clone> Flights<T> {
 
     /// Whether a change of this key, or of a directory above it, is under way.
     fn is_changed(&self, key: &str) -> bool {
-        let above = key.match_indices('/').filter_map(|(at, _)| key.get(..at));
-        let mut names = above.chain(["", key]);
-        names.any(|name| self.changes.contains_key(name))
+        key::and_above(key).any(|name| self.changes.contains_key(name))
     }
 
-    /// Changes of prefixes that are under way.
-    pub fn changes(&self) -> usize {
-        self.changes.values().sum()
-    }
-
-    /// Keys that are being written, one for each writer.
-    pub fn written(&self) -> impl Iterator<Item = &str> {
+    /// Keys and prefixes that are being changed, once for each who does so.
+    pub fn changed(&self) -> impl Iterator<Item = &str> {
         let writers = self.writers.iter();
-        writers.flat_map(|(key, writers)| std::iter::repeat_n(&**key, writers.active))
+        let writers = writers.map(|(key, writers)| (key, writers.active));
+        let changes = self.changes.iter().map(|(prefix, times)| (prefix, *times));
+        let all = writers.chain(changes);
+        all.flat_map(|(name, times)| std::iter::repeat_n(&**name, times))
     }
 
     /// A writer of this key has ended, at this version. True when it was alone all the time, so that the source is

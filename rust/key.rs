@@ -127,6 +127,13 @@ fn has_plain_parts(bytes: &[u8]) -> bool {
         && !(bytes.starts_with(b".zcache") && matches!(bytes.get(7), None | Some(b'/')))
 }
 
+/// The directories that a key lies in, without their slashes and "" first, then the key itself: a
+/// change of any of these is one of the key.
+pub fn and_above(key: &str) -> impl Iterator<Item = &str> {
+    let above = key.match_indices('/').filter_map(|(at, _)| key.get(..at));
+    std::iter::once("").chain(above).chain(std::iter::once(key))
+}
+
 /// Cuts a key into its directories (with the trailing slash, or empty) and its tail.
 #[must_use]
 pub fn split(key: &str) -> (&str, &str) {

@@ -434,9 +434,12 @@ impl Block for Mapped {
         let head = self.head_mut();
         head.epoch = head.epoch.wrapping_add(1);
     }
-    fn mark_write(&mut self, key: Option<u64>, begins: bool) {
+    fn mark_write(&mut self, key: u64, begins: bool) {
         let me = self.me;
         self.head_mut().mark_write(me, key, begins);
+    }
+    fn has_writers(&self) -> bool {
+        self.head().has_writers()
     }
     fn is_written(&self, key: u64) -> bool {
         self.head().is_written(self.me, key)

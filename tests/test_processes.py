@@ -22,6 +22,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 import crashes
+from coherence_support import GatedStore, index_of, reached
 from crashes import LoggingStore, reads_of
 from support import buf, check_books, read
 from zcache import CacheStore
@@ -233,6 +234,40 @@ async def test_who_reads_after_a_write_elsewhere_joins_no_earlier_read(
     await source.began.wait()
     source.go.set()
     assert [await first, await second] == [b"old", b"new"]
+
+
+@pytest.mark.parametrize("what", ["delete", "delete_dir", "delete_dir_cut_off"])
+async def test_a_change_elsewhere_stops_only_what_it_is_about(tmp_path: Path, what: str) -> None:
+    """A delete that takes long, or never ends, is nothing to those who read something else."""
+    source = GatedStore({"a/c/0": b"1", "a/c/1": b"22", "ab/c/0": b"333", "b/c/0": b"4444"})
+    here, there = (
+        CacheStore(source, cache_store=LocalStore(tmp_path), source_id="one") for _ in range(2)
+    )
+    assert here._engine.index.place != there._engine.index.place
+    source.late["get"] = 1
+    under_way = asyncio.create_task(read(there, "b/c/0"))
+    await reached(source)
+    source.shut[what.removesuffix("_cut_off")] = 1
+    gone = {"a/c/0"} if what == "delete" else {"a/c/0", "a/c/1"}
+    change = asyncio.create_task(here.delete("a/c/0") if what == "delete" else here.delete_dir("a"))
+    await reached(source)
+    if what == "delete_dir_cut_off":
+        for task in asyncio.all_tasks() - {under_way, asyncio.current_task()}:
+            task.cancel()
+        await asyncio.wait([change])
+    for _ in range(2):
+        for key, value in source.values.items():
+            if key != "b/c/0":
+                assert await read(there, key) == value
+    source.release()
+    assert await under_way == b"4444"
+    await asyncio.wait([change])
+    assert {key for key, *_ in index_of(there).entries()} == {"a/c/1", "ab/c/0", "b/c/0"} - gone
+    for _ in range(2):
+        for key in ("a/c/0", "a/c/1"):
+            expected = source.values.get(key)
+            assert await read(there, key) == await read(here, key) == expected
+    check_books(here)
 
 
 async def test_the_smallest_bound_is_in_force(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ class Traffic:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "a write to %s was cut off in the middle, and may land at any time: this process does "
-                "not cache any more what it was about. To avoid that, let writes end before the event "
-                "loop does.",
+                "a write to %s was cut off in the middle, and may land at any time: what it was about is "
+                "not cached any more until this process ends. To avoid that, let writes end before the "
+                "event loop does.",
                 self.source,
             )
 

@@ -48,8 +48,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     pub(super) fn mark_key(&mut self, key: &str, begins: bool) {
         if !B::EXCLUSIVE {
-            let key = Some(shared_hash(key));
-            self.cells.block.mark_write(key, begins);
+            self.cells.block.mark_write(shared_hash(key), begins);
         }
     }
 
@@ -63,16 +62,15 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// [`Cache::sweep`].
     pub fn void_prefix(&mut self, prefix: &str) {
         let prefix = prefix.trim_end_matches('/');
-        self.cells.block.change_all();
+        self.change(prefix);
         self.flights.void_where(|key| is_below(key, prefix));
     }
 
-    /// A write of whatever is below a prefix begins or ends: until then nothing of that is kept here,
-    /// and nothing at all by others, who cannot tell what is below it.
+    /// A write of whatever is below a prefix begins or ends: until then nothing of that is kept.
     pub fn mark_change(&mut self, prefix: &str, begins: bool) {
         let prefix = prefix.trim_end_matches('/');
         self.flights.mark_change(prefix, begins);
-        self.cells.block.mark_write(None, begins);
+        self.mark_key(prefix, begins);
     }
 
     /// Drops entries below a prefix ("" is everything), a batch at a time; to be called until it
@@ -151,11 +149,8 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Says once more what is being written, in an index that was emptied meanwhile.
     pub(crate) fn mark_writes(&mut self) {
-        for key in self.flights.written() {
-            self.cells.block.mark_write(Some(shared_hash(key)), true);
-        }
-        for _ in 0..self.flights.changes() {
-            self.cells.block.mark_write(None, true);
+        for name in self.flights.changed() {
+            self.cells.block.mark_write(shared_hash(name), true);
         }
     }
 

@@ -15,7 +15,7 @@ pub const PARTICIPANTS: usize = 256;
 pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -127,16 +127,16 @@ impl Head {
     /// See [`Block::mark_write`]; `me` is the one who writes.
     ///
     /// [`Block::mark_write`]: crate::block::Block::mark_write
-    pub(super) fn mark_write(&mut self, me: usize, key: Option<u64>, begins: bool) {
+    pub(super) fn mark_write(&mut self, me: usize, key: u64, begins: bool) {
         let Some(participant) = self.participants.get_mut(me) else {
             return;
         };
         let before = participant.is_writing();
-        let name = key.map_or(0, write_name);
-        // A free place, or the one with this name; a key whose number is 0 has no place.
+        let name = write_name(key);
+        // A free place, or one with this name.
         let sought = if begins { 0 } else { name };
         let mut writes = participant.writes.iter_mut();
-        match writes.find(|at| name != 0 && **at == sought) {
+        match writes.find(|at| **at == sought) {
             Some(at) => *at = if begins { name } else { 0 },
             None if begins => participant.unnamed = participant.unnamed.saturating_add(1),
             None => participant.unnamed = participant.unnamed.saturating_sub(1),
@@ -148,13 +148,19 @@ impl Head {
         }
     }
 
-    /// Whether somebody is writing this key, as far as participant `me` cannot tell by its flights.
+    /// Whether somebody is changing anything.
+    pub(super) fn has_writers(&self) -> bool {
+        self.writers != 0
+    }
+
+    /// Whether somebody is changing what has this name, as far as participant `me` cannot tell by its
+    /// flights.
     pub(super) fn is_written(&self, me: usize, key: u64) -> bool {
         let name = write_name(key);
         // Of its own writes a process knows by its flights which keys they are about.
         let written =
             |(n, p): (usize, &Participant)| p.writes.contains(&name) || p.unnamed != 0 && n != me;
-        self.writers != 0 && self.taken().iter().enumerate().any(written)
+        self.taken().iter().enumerate().any(written)
     }
 
     /// Takes a participant out of the list.
