@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import pickle
 import threading
@@ -349,6 +350,27 @@ def test_a_write_that_is_cut_off_and_lands_later(
         assert asyncio.run(read(store, "elsewhere")) == NEW
         assert asyncio.run(read(store, "gg/a")) == OLD
         assert source.counts["get"] == asked
+
+
+@pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
+@pytest.mark.filterwarnings("error")
+async def test_a_write_that_is_cut_off_before_it_begins(name: str, cache: Store) -> None:
+    """It never was; nobody is told of coroutines that were never awaited."""
+    source = SyncDictStore(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    await same_as_source(store, source, *SOURCE)
+    everybody = asyncio.all_tasks()
+    for turns in range(12):
+        task = asyncio.ensure_future(WRITES[name].do(store))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        others = asyncio.all_tasks() - everybody
+        for other in others:
+            other.cancel()
+        await asyncio.wait({task, *others})
+        await asyncio.sleep(0)
+    gc.collect()
+    await same_as_source(store, source, *SOURCE, "n")
 
 
 @pytest.mark.parametrize("seed", range(4))

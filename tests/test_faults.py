@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from coherence_support import (
     PROTOTYPE,
@@ -509,6 +509,20 @@ async def test_names_that_a_directory_cannot_hold(name: str, tmp_path: Path) -> 
     assert b"new" not in files.values()
     assert dict(tree(root)).get(".zcache/stamp.json") == stamp
     assert await read(store, "plain") == (b"p" if "plain" in source.values else None)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "plain/below", "\udcff"], ids=["long", "below", "text"]
+)
+async def test_names_that_a_store_in_a_directory_cannot_hold(name: str, tmp_path: Path) -> None:
+    """What can never have been written takes no room for ever."""
+    source = DictStore({"plain": b"p", name: b"value"})
+    store = CacheStore(source, cache_store=WrapperStore(LocalStore(tmp_path)), max_size=10)
+    for _ in range(3):
+        for key, value in source.values.items():
+            assert await read(store, key) == value
+    assert store.cache_info()["current_size"] == store.cache_info()["cached_keys"] == 1
+    assert store.cache_stats()["cache_skips"] == 0
 
 
 @pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a")])

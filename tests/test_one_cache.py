@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,24 @@ async def test_nobody_gets_what_is_too_old_for_it(cache: Store, clock: Clock) ->
     source.take()
     assert await read(strict, "a") == b"1"
     assert source.take() == {"get": 1}
+
+
+async def test_bounds_of_one_that_is_gone(cache: Store, clock: Clock) -> None:
+    """In force is what those want who are there."""
+    source = CountingStore(MemoryStore())
+    store = CacheStore(source, cache_store=cache, max_size=100)
+    strict = CacheStore(source, cache_store=cache, max_size=10, max_age_seconds=0)
+    await fill(store, a=bytes(20))
+    assert store.cache_info()["cached_keys"] == 0
+    del strict
+    gc.collect()
+    store._engine.books._last_reap = 0.0  # Else it looks at most once a second.
+    await fill(store, a=bytes(20))
+    clock.advance(1)
+    source.take()
+    assert await read(store, "a") == bytes(20)
+    assert source.take() == {}
+    check_books(store)
 
 
 def test_each_source_has_its_own(cache: Store) -> None:

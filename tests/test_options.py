@@ -62,6 +62,7 @@ NO_SIZES: list[tuple[object, type[Exception]]] = [
     ("1e9", ValueError),
     ("1_000", ValueError),
     ("0x10", ValueError),
+    ("1" * 5000, ValueError),
     ("0.5", ValueError),
     ("0.5 B", ValueError),
     ("\u0663 MB", ValueError),
@@ -263,6 +264,26 @@ def test_cache_store_is_the_source_behind_another_cache() -> None:
     refused(inner, source, "is the source itself")
     refused(CountingStore(inner), source, "is the source itself")
     refused(source, inner, "is the source itself")
+
+
+def test_cache_store_is_where_the_source_has_its_cache() -> None:
+    """The two would wait for each other, or not know of each other's values."""
+    for cache in (MemoryStore(), LatencyStore(MemoryStore())):
+        inner = CacheStore(MemoryStore(), cache_store=cache)
+        refused(inner, cache, "holds the cache of the source", "another store")
+        refused(CountingStore(inner), cache, "holds the cache of the source")
+        CacheStore(inner, cache_store=MemoryStore())
+
+
+async def test_a_directory_twice(tmp_path: Path) -> None:
+    """Those who share one know of each other."""
+    source, cache = CountingStore(MemoryStore()), LocalStore(tmp_path)
+    store = CacheStore(CacheStore(source, cache_store=cache), cache_store=cache)
+    for value in (b"1", b"22"):
+        await store.set("a", buf(value))
+        for _ in range(2):
+            assert await read(store, "a") == value
+    assert source.take()["get"] <= 2  # One for each value.
 
 
 def test_cache_store_is_the_directory_of_the_source(

@@ -62,7 +62,10 @@ def _parse_size_text(text: str, name: str) -> int:
     unit = _UNITS[match[2].lower()]
     # Whole numbers throughout: a float would round a bound of petabytes.
     scale: int = 10 ** len(fraction)
-    size, rest = divmod(int(whole + fraction) * unit, scale)
+    try:
+        size, rest = divmod(int(whole + fraction) * unit, scale)
+    except ValueError:  # Python reads no number of thousands of digits.
+        raise ValueError(_size_message(name, text)) from None
     if rest and unit == 1:
         raise ValueError(_size_message(name, text))
     return size

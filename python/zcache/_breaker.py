@@ -37,12 +37,22 @@ _KEY_ERRORS: Final = frozenset(
     }
 )
 
+_NO_NAME: Final = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EILSEQ})
+
 
 def concerns_key(error: BaseException) -> bool:
     """Whether an error means that the store cannot hold this one key."""
     if isinstance(error, OSError):
         return error.errno in _KEY_ERRORS
     return isinstance(error, (UnicodeError, ValueError))
+
+
+def can_hold_nothing(*errors: BaseException) -> bool:
+    """Whether these errors say that a store can have nothing of that name."""
+    return all(
+        isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno in _NO_NAME)
+        for error in errors
+    )
 
 
 class _Kind:

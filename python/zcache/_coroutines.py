@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class CutOffError(asyncio.CancelledError):
     """Work was cut off in the middle by somebody else: what it has sent may land at any time."""
 
 
-async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException], None]) -> T:
+async def settle(work: Awaitable[T], late: Callable[[T | BaseException], None]) -> T:
     """Await `work`; if the caller is cancelled, let it go on and tell `late` how it ended.
 
     A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
@@ -60,9 +61,7 @@ async def settle(work: Coroutine[Any, Any, T], late: Callable[[T | BaseException
 class _Sent(Generic[T]):
     """Work that goes on without its caller."""
 
-    def __init__(
-        self, work: Coroutine[Any, Any, T], late: Callable[[T | BaseException], None]
-    ) -> None:
+    def __init__(self, work: Awaitable[T], late: Callable[[T | BaseException], None]) -> None:
         self._work = work
         self._late = late
         self._begun = self._left = self._told = False
@@ -85,14 +84,15 @@ class _Sent(Generic[T]):
     def leave(self, task: asyncio.Task[T]) -> None:
         self._left = True
         if task.done():
-            self._tell(self._outcome(task))
+            self._ended(task)
         else:
             _unfinished.add(task)
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         _unfinished.discard(task)
-        self._work.close()  # It was cancelled before it began.
+        if not self._begun and isinstance(self._work, Coroutine):
+            self._work.close()  # It was cancelled before, and nobody will await it.
         self._tell(self._outcome(task))
 
     def _outcome(self, task: asyncio.Task[T]) -> T | BaseException:

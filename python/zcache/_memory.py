@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # The indexes of caches in memory live as long as what they describe, by the number of its dict.
 _memory: dict[int, tuple[weakref.ref[MemoryStore], Index, Store, weakref.WeakSet[Books]]] = {}
-_memory_lock = threading.Lock()
+# Reentrant, for inside it the garbage collector may end a store.
+_memory_lock = threading.RLock()
 
 
 def memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
@@ -44,12 +45,7 @@ def memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
                     f"cache_store={cache!r} holds the cache of {owner!r}, not of {source!r}. Give each "
                     "source a cache store of its own."
                 )
-            sharing.add(books)
-            # The strictest bounds are in force: nobody's is broken because of somebody else.
-            age = _strictest(sharing, "max_age")
-            index.rebound(_strictest(sharing, "max_size"), age)
-            for one in sharing:
-                one.ageless = age is None
+            _share(index, sharing, books)
             return index
         if cache._store_dict and not books.adopt:
             first = next(iter(cache._store_dict))
@@ -61,9 +57,28 @@ def memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
         index = Index(**books.options)
         # What cannot be dated is stale as soon as anything can be.
         index.adopt([(0, len(value), name) for name, value in cache._store_dict.items()])
-        _memory[number] = (weakref.ref(cache), index, source, weakref.WeakSet([books]))
+        sharing: weakref.WeakSet[Books] = weakref.WeakSet()
+        _share(index, sharing, books)
+        _memory[number] = (weakref.ref(cache), index, source, sharing)
         weakref.finalize(cache, _memory.pop, number, None)
         return index
+
+
+def _share(index: Index, sharing: weakref.WeakSet[Books], books: Books) -> None:
+    sharing.add(books)
+    _rebound(index, sharing)
+    weakref.finalize(books, _rebound, index, sharing).atexit = False
+
+
+def _rebound(index: Index, sharing: weakref.WeakSet[Books]) -> None:
+    """Put the strictest bounds in force: nobody's is broken because of somebody else."""
+    with _memory_lock:
+        if not (members := list(sharing)):
+            return
+        age = _strictest(members, "max_age")
+        index.rebound(_strictest(members, "max_size"), age)
+        for one in members:
+            one.ageless = age is None
 
 
 def _strictest(sharing: Iterable[Books], bound: str) -> Any:
@@ -74,4 +89,4 @@ def _strictest(sharing: Iterable[Books], bound: str) -> Any:
 def after_fork() -> None:
     """Start with a lock of our own."""
     global _memory_lock
-    _memory_lock = threading.Lock()
+    _memory_lock = threading.RLock()

@@ -8,6 +8,7 @@ desk of the event loop, which watches its bell.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections import deque
@@ -119,11 +120,13 @@ class Counter:
         with _lock:
             begins, self._waits = not self._waits, True
         if begins:
-            # One of its own: those that serve reads wait for nobody's writes.
-            try:
-                threading.Thread(target=self._wait, name="zcache-wait").start()
-            except RuntimeError:  # There is none left, as at the end of a process.
-                in_background(self._wait)
+            # One of its own: those that serve reads wait for nobody's writes. At the end of a process
+            # there is none left, and some versions of Python wait for one that never starts.
+            with contextlib.suppress(RuntimeError):
+                if not sys.is_finalizing():
+                    threading.Thread(target=self._wait, name="zcache-wait").start()
+                    return
+            in_background(self._wait)
 
     def _wait(self) -> None:
         """Wait for all whose callers have gone while it went on: one thread is enough."""

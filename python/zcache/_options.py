@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from zarr.abc.store import Store
+from zarr.storage import LocalStore
 
-from zcache._identity import same_place
+from zcache._identity import innermost, same_place
 
 
 def check_verify(verify: object) -> str:
@@ -51,3 +52,19 @@ def check_cache_store(source: Store, cache: Store) -> None:
             f"cache_store={cache!r} is the source itself, or one of them is inside the other: evicting "
             "from it would delete your data. Give another store to keep the cache in."
         )
+    if _caches_in(source, cache):
+        raise ValueError(
+            f"cache_store={cache!r} holds the cache of the source {source!r} already. Use that as it "
+            "is, or give another store to keep a second cache in."
+        )
+
+
+def _caches_in(source: object, cache: Store) -> bool:
+    """Whether a source, or a store inside it, is a cache that keeps its values here."""
+    while isinstance(source, Store):
+        held = getattr(source, "_cache", None)
+        if isinstance(held, Store) and same_place(held, cache):
+            # Those who share a directory know of each other.
+            return not isinstance(innermost(cache), LocalStore)
+        source = getattr(source, "_store", None)
+    return False

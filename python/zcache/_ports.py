@@ -19,6 +19,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
+from zcache._breaker import can_hold_nothing
 from zcache._coroutines import guarded, settle
 from zcache._offload import counter
 from zcache._threads import in_background, in_thread
@@ -155,8 +156,8 @@ class StorePort(Port):
             # It may have failed after it took effect, or because the value is gone already.
             try:
                 return error if await guarded(self._store.exists(name)) else None
-            except Exception:  # noqa: BLE001 - then nobody knows
-                return error
+            except Exception as doubt:  # noqa: BLE001 - then nobody knows, mostly
+                return None if can_hold_nothing(error, doubt) else error
         return None
 
 
@@ -217,8 +218,8 @@ class SyncPort(ImmediatePort):
         except Exception as error:  # noqa: BLE001 - a cache store may raise anything
             try:
                 found = self._store.get_sync(name, prototype=default_buffer_prototype())
-            except Exception:  # noqa: BLE001 - then nobody knows
-                return error
+            except Exception as doubt:  # noqa: BLE001 - then nobody knows, mostly
+                return None if can_hold_nothing(error, doubt) else error
             return None if found is None else error
         return None
 

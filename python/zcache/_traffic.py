@@ -59,7 +59,7 @@ class Traffic:
             else:
                 late(outcome)
 
-        await settle(_as_coroutine(work), ended)
+        await settle(work, ended)
 
     def _warn(self) -> None:
         if not self._warned:
@@ -86,10 +86,6 @@ class Traffic:
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that may suspend."""
         await work
-
-
-async def _as_coroutine(work: Awaitable[None]) -> None:
-    await work
 
 
 async def _now(work: Awaitable[None], late: Callable[[BaseException | None], None]) -> None:
