@@ -57,9 +57,9 @@ def memory_index(books: Books, source: Store, cache: MemoryStore) -> Index:
         index = Index(**books.options)
         # What cannot be dated is stale as soon as anything can be.
         index.adopt([(0, len(value), name) for name, value in cache._store_dict.items()])
-        sharing: weakref.WeakSet[Books] = weakref.WeakSet()
-        _share(index, sharing, books)
-        _memory[number] = (weakref.ref(cache), index, source, sharing)
+        alone: weakref.WeakSet[Books] = weakref.WeakSet()
+        _share(index, alone, books)
+        _memory[number] = (weakref.ref(cache), index, source, alone)
         weakref.finalize(cache, _memory.pop, number, None)
         return index
 
