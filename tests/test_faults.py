@@ -175,6 +175,22 @@ async def test_faults_at_every_turn(seed: int, pause: Clock) -> None:
     await check_settled(store, source, cache)
 
 
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
+async def test_a_delete_of_which_nobody_knows_the_outcome(
+    error: Callable[[], BaseException], pause: Clock
+) -> None:
+    """Whatever the errors say, the bytes may be there: they count."""
+    source, cache = SyncDictStore({"a": b"12345"}), FaultyStore()
+    store = CacheStore(source, cache_store=cache)
+    await read(store, "a")
+    cache.plan = lambda operation, *_: None if operation == "set" else error()
+    await store.delete("a")
+    assert store.cache_info()["current_size"] == cache.total == 5
+    cache.plan = lambda *_: None
+    pause.advance(1000)
+    await check_settled(store, source, cache)
+
+
 def damage_file(path: Path, new: bytes | None) -> None:
     """Change a file as a failing disk does: it still looks like ours."""
     times = path.stat()

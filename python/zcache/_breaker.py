@@ -37,7 +37,8 @@ _KEY_ERRORS: Final = frozenset(
     }
 )
 
-_NO_NAME: Final = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EILSEQ})
+_LONGEST: Final = 255
+"""Bytes of a part of a path, in any file system."""
 
 
 def concerns_key(error: BaseException) -> bool:
@@ -47,12 +48,10 @@ def concerns_key(error: BaseException) -> bool:
     return isinstance(error, (UnicodeError, ValueError))
 
 
-def can_hold_nothing(*errors: BaseException) -> bool:
-    """Whether these errors say that a store can have nothing of that name."""
-    return all(
-        isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno in _NO_NAME)
-        for error in errors
-    )
+def is_too_long(name: str, *errors: BaseException) -> bool:
+    """Whether a store can have nothing of this name: so the errors say, and so it looks."""
+    says = all(isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG for error in errors)
+    return says and any(len(part.encode(errors="replace")) > _LONGEST for part in name.split("/"))
 
 
 class _Kind:

@@ -19,7 +19,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
-from zcache._breaker import can_hold_nothing
+from zcache._breaker import is_too_long
 from zcache._coroutines import guarded, settle
 from zcache._offload import counter
 from zcache._threads import in_background, in_thread
@@ -157,7 +157,7 @@ class StorePort(Port):
             try:
                 return error if await guarded(self._store.exists(name)) else None
             except Exception as doubt:  # noqa: BLE001 - then nobody knows, mostly
-                return None if can_hold_nothing(error, doubt) else error
+                return None if is_too_long(name, error, doubt) else error
         return None
 
 
@@ -219,7 +219,7 @@ class SyncPort(ImmediatePort):
             try:
                 found = self._store.get_sync(name, prototype=default_buffer_prototype())
             except Exception as doubt:  # noqa: BLE001 - then nobody knows, mostly
-                return None if can_hold_nothing(error, doubt) else error
+                return None if is_too_long(name, error, doubt) else error
             return None if found is None else error
         return None
 
