@@ -12,9 +12,8 @@ from zarr.storage import MemoryStore
 
 from support import PROTOTYPE
 from zcache import CacheStore
+from zcache._buffers import freeze, snapshot, to_cpu_buffer
 from zcache._core import Index
-from zcache._engine import freeze, snapshot
-from zcache._ports import to_cpu_buffer
 
 SIZE = 10
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
-from support import PROTOTYPE, buf, read
+from support import PROTOTYPE, buf, check_books, read
 from zcache import CacheStore, _quick
 from zcache._ports import LocalSyncPort
 
@@ -162,3 +162,15 @@ async def test_a_file_system_that_cannot_tell_is_asked_once(
         assert await read(store, key) == VALUE
     assert asked == 1
     assert port_reads == KEYS
+
+
+async def test_what_is_no_value_at_all_in_memory() -> None:
+    """Somebody has put something else into the dict of the cache store."""
+    source, cache = MemoryStore({"k": buf(VALUE)}), MemoryStore()
+    store = CacheStore(source, cache_store=cache)
+    for foreign in ("text", b"bytes", 5, None, buf(b"short")):
+        for _ in range(2):
+            assert await read(store, "k") == VALUE
+        cache._store_dict["k"] = foreign
+    assert await read(store, "k") == VALUE
+    check_books(store)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from zcache._buffers import snapshot
 from zcache._core import is_known
-from zcache._engine import snapshot
 from zcache._fills import ignore
 from zcache._flights import Flight
 from zcache._spans import Span, to_span

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zcache._buffers import to_cpu_buffer
 from zcache._core import is_known
 from zcache._fills import Fills, Victim, ignore
-from zcache._ports import to_cpu_buffer
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:

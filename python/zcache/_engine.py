@@ -14,20 +14,19 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-import numpy as np
 from zarr.abc.store import SuffixByteRequest
-from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _registry
 from zcache._books import Books
 from zcache._breaker import Breaker
+from zcache._buffers import freeze, snapshot, to_cpu_buffer
 from zcache._changes import Changes
 from zcache._core import Index, crc32c, select
 from zcache._fills import NOT_NOW, ignore
 from zcache._flights import Flight
 from zcache._identity import identify, innermost, transient
-from zcache._ports import MemoryPort, ports, to_cpu_buffer
+from zcache._ports import MemoryPort, ports
 from zcache._quick import FileReader, quick_reader
 from zcache._spans import Span, to_request
 
@@ -413,20 +412,3 @@ def _slices(source: Store) -> bool:
     values = MemoryStore({"k": to_cpu_buffer(b"12")})
     end = values.get_sync("k", byte_range=SuffixByteRequest(3))
     return isinstance(source, MemoryStore) and end is not None and len(end) == 2
-
-
-def snapshot(value: Buffer) -> bytes:
-    """The bytes of a buffer, out of reach of whoever holds it."""
-    return freeze(value)[0]
-
-
-def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
-    """The same, and the buffer itself if nobody can change it either."""
-    array = value.as_numpy_array()
-    base: object = array.base
-    if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
-        base = base.base
-    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
-        # It shows all of them, in their order.
-        return base, value if type(value) is cpu.Buffer else None
-    return array.tobytes(), None

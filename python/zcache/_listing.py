@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from zcache._buffers import to_cpu_buffer
 from zcache._directory import FORMAT, is_transient, not_ours, other_source, parse_stamp
 from zcache._identity import innermost
-from zcache._ports import to_cpu_buffer
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:

@@ -11,15 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from zarr.core.buffer import Buffer, cpu
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _files
 from zcache._breaker import is_too_long
+from zcache._buffers import to_cpu_buffer, to_own
 from zcache._coroutines import guarded, settle
 from zcache._offload import counter
 from zcache._threads import in_background, in_thread
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zarr.abc.store import ByteRequest, Store
-    from zarr.core.buffer import BufferPrototype
+    from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._books import Books
     from zcache._core import Desk, NewFile
@@ -88,36 +87,6 @@ class Port:
         raise NotImplementedError
 
 
-class _Bytes(cpu.Buffer):
-    """A buffer over bytes; that they are bytes the base class need not find out."""
-
-    def __init__(self, array_like: Any) -> None:
-        self._data = array_like
-
-
-_BYTE: Final = np.dtype("B")
-
-
-def to_cpu_buffer(data: bytes) -> Buffer:
-    """A buffer over immutable bytes."""
-    return _Bytes(np.frombuffer(data, _BYTE))
-
-
-def _own(value: object, prototype: BufferPrototype) -> Buffer | None:
-    """What a store gave, if it is a value at all, in memory that its reader may write to.
-
-    A store in memory may give out what it holds: whoever writes to that would write to the cache.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Buffer):
-        raise TypeError(f"the cache store gave {type(value).__name__} for a value")
-    flags = getattr(value.as_array_like(), "flags", None)
-    if isinstance(value, prototype.buffer) and flags is not None and not flags.writeable:
-        return value
-    return prototype.buffer.from_bytes(value.to_bytes())
-
-
 class StorePort(Port):
     """Any store, through its coroutines."""
 
@@ -127,7 +96,7 @@ class StorePort(Port):
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
-        return _own(await guarded(self._store.get(name, prototype, byte_range)), prototype)
+        return to_own(await guarded(self._store.get(name, prototype, byte_range)), prototype)
 
     async def write(
         self,
@@ -203,7 +172,7 @@ class SyncPort(ImmediatePort):
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
     ) -> Buffer | None:
         found = self._store.get_sync(name, prototype=prototype, byte_range=byte_range)
-        return _own(found, prototype)
+        return to_own(found, prototype)
 
     def write_now(self, name: str, data: bytes) -> Written:
         self._store.set_sync(name, to_cpu_buffer(data))

@@ -12,11 +12,12 @@ import errno
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
+
+from zcache._buffers import array_of, to_buffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,11 +55,15 @@ def _memory_reader(store: MemoryStore) -> QuickReader:
         name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
     ) -> Buffer | None:
         value = values.get(name)
-        if value is None or len(value) != total:
+        if value is None:
             return None
-        if size != total:
-            value = value[start : start + size]
-        return prototype.buffer.from_buffer(value)
+        try:
+            array = array_of(value)
+        except AttributeError:
+            return None  # Somebody else has put it there.
+        if array.size != total:
+            return None
+        return to_buffer(array if size == total else array[start : start + size], prototype)
 
     return read
 
@@ -81,14 +86,17 @@ class _Turn(threading.local):
 
     def begins(self, size: int) -> bool:
         """Take note of so many bytes, unless they are too many for this turn."""
-        if self.is_over(size):
-            return False
-        # Not the loop that was seen last: that may be closed, and none run here now.
         loop = asyncio._get_running_loop()
-        if loop is not None:
-            if self._read == 0:
-                loop.call_soon(self._end)
-            self._read += size
+        if loop is None:
+            return True  # A thread that may block.
+        if self._loop() is not loop:
+            self._loop, self._read = weakref.ref(loop), 0
+        read = self._read
+        if read + size > LARGEST:
+            return False
+        if read == 0:
+            loop.call_soon(self._end)
+        self._read = read + size
         return True
 
     def _end(self) -> None:
@@ -130,7 +138,7 @@ class FileReader:
             return None
         except ValueError:
             return None
-        return _to_buffer(prototype, array[:size]) if count == size else None
+        return to_buffer(array[:size], prototype) if count == size else None
 
     async def later(
         self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
@@ -141,9 +149,3 @@ class FileReader:
         while self._turn.is_over(size):  # noqa: ASYNC110 - a turn is what sleep(0) waits for
             await asyncio.sleep(0)
         return self(name, prototype, total, start, size)
-
-
-def _to_buffer(prototype: BufferPrototype, array: Any) -> Buffer:
-    if issubclass(prototype.buffer, cpu.Buffer):
-        return prototype.buffer.from_array_like(array)
-    return prototype.buffer.from_bytes(array.tobytes())

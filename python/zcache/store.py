@@ -16,10 +16,11 @@ from zarr.storage import MemoryStore
 from zcache import _registry
 from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges_sync
 from zcache._bounds import parse_age, parse_size
+from zcache._buffers import snapshot
 from zcache._copies import same_cache, same_data, without_contents
 from zcache._core import Index, is_known
 from zcache._coroutines import drive
-from zcache._engine import Engine, snapshot
+from zcache._engine import Engine
 from zcache._identity import TRANSIENT, innermost
 from zcache._options import (
     check_cache_store,

@@ -1,0 +1,82 @@
+"""Buffers of zarr's: over bytes that nobody changes, and bytes out of what a store gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from zarr.core.buffer import Buffer, cpu
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import BufferPrototype
+
+_BYTE: Final = np.dtype("B")
+_new: Final[Any] = object.__new__
+
+
+class _Bytes(cpu.Buffer):
+    """A buffer over bytes; that they are bytes the base class need not find out."""
+
+    def __init__(self, array_like: Any) -> None:
+        self._data = array_like
+
+
+def to_cpu_buffer(data: bytes) -> Buffer:
+    """A buffer over immutable bytes."""
+    return _Bytes(np.frombuffer(data, _BYTE))
+
+
+def to_buffer(array: Any, prototype: BufferPrototype) -> Buffer:
+    """A buffer of a reader's over an array of bytes, or over a copy where it has to be elsewhere."""
+    wanted = prototype.buffer
+    if wanted is cpu.Buffer:
+        # As its constructor does, which would look first whether the array is one of bytes.
+        buffer: cpu.Buffer = _new(wanted)
+        buffer._data = array
+        return buffer
+    if issubclass(wanted, cpu.Buffer):
+        return wanted.from_array_like(array)
+    return wanted.from_bytes(array.tobytes())
+
+
+def array_of(value: Buffer) -> Any:
+    """The bytes of a buffer as an array, without a copy where they are in memory."""
+    kind = value.__class__
+    if kind is _Bytes or kind is cpu.Buffer:
+        # Most often it is one already, and needs no conversion; it may be of another library.
+        array: Any = value._data
+        if type(array) is np.ndarray:
+            return array
+    return value.as_numpy_array()
+
+
+def to_own(value: object, prototype: BufferPrototype) -> Buffer | None:
+    """What a store gave, if it is a value at all, in memory that its reader may write to.
+
+    A store in memory may give out what it holds: whoever writes to that would write to the cache.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Buffer):
+        raise TypeError(f"the cache store gave {type(value).__name__} for a value")
+    flags = getattr(value.as_array_like(), "flags", None)
+    if isinstance(value, prototype.buffer) and flags is not None and not flags.writeable:
+        return value
+    return prototype.buffer.from_bytes(value.to_bytes())
+
+
+def snapshot(value: Buffer) -> bytes:
+    """The bytes of a buffer, out of reach of whoever holds it."""
+    return freeze(value)[0]
+
+
+def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
+    """The same, and the buffer itself if nobody can change it either."""
+    array = array_of(value)
+    base: object = array.base
+    if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
+        base = base.base
+    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
+        # It shows all of them, in their order.
+        return base, value if type(value) is cpu.Buffer else None
+    return array.tobytes(), None
