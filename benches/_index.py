@@ -111,7 +111,12 @@ async def throughput(scale: Scale) -> list[Row]:
         lru[key] = 8
     random.Random(4).shuffle(keys)
     rows = []
-    gets = {"zcache": _lookup(index.lookup), "bare": _get(lru.get)}
+    # A dict shows what two threads take from each other, however little is done.
+    gets = {
+        "zcache": _lookup(index.lookup),
+        "bare": _get(lru.get),
+        "dict": _get(dict.fromkeys(keys, 8).get),
+    }
     slices = {name: Slices(keys) for name in gets}
     rows += [await _compete("get", gets, slices, threads, scale) for threads in (1, 2)]
     # Twice the keys that fit, and always the one that was away longest: each set is of a new key and
@@ -196,11 +201,14 @@ async def _compete(
     }
     if threads > 1:
         # Rounds this long are always interrupted, so one thread is measured the same way beside it.
-        contestants["one"] = _in_threads(work["zcache"], slices["zcache"], step, 1)
+        contestants |= {
+            f"{name}, one": _in_threads(run, slices[name], step, 1) for name, run in work.items()
+        }
     times = await interleave(contestants, rounds, quiet=threads == 1)
     mine, theirs = times.median("zcache") or 1.0, times.median("bare") or 1.0
     name = "1 thread" if threads == 1 else f"{threads} threads"
-    alone = times.ratio("zcache", "one")
+    gained = {kind: times.ratio(kind, f"{kind}, one") for kind in ("zcache", "dict")}
+    notes = [f"{kind}: {1 / ratio:.2f}" for kind, ratio in gained.items() if ratio is not None]
     return Row(
         f"index, {what}, {name}",
         unit="/s",
@@ -209,9 +217,7 @@ async def _compete(
         ratio=1 / (times.ratio("zcache") or 1.0),
         aim=1.0,
         at_least=True,
-        note=""
-        if alone is None
-        else f"{1 / alone:.2f} times what one thread does in the same rounds",
+        note="times what one thread does in the same rounds: " + ", ".join(notes) if notes else "",
         disturbed=times.disturbed,
     )
 
