@@ -335,10 +335,16 @@ def test_a_write_that_is_cut_off_and_lands_later(
 
     with ThreadPoolExecutor(2) as pool:
         source = ThreadedStore(SOURCE, pool)
-        store = CacheStore(source, cache_store=cache)
+        store = CacheStore(source, cache_store=cache, source_id="one")
         asyncio.run(give_up(store))
         # Old values, and nothing of what is being written may stay in the cache.
         asyncio.run(same_as_source(store, source, *SOURCE, "n"))
+        if isinstance(cache, LocalStore):
+            # Whoever opens the directory anew hears of it as well.
+            del store
+            gc.collect()
+            store = CacheStore(source, cache_store=LocalStore(cache.root), source_id="one")
+            asyncio.run(same_as_source(store, source, *SOURCE, "n"))
         source.released.set()
         wait(source.under_way)
         asyncio.run(same_as_source(store, source, *SOURCE, "n"))
@@ -350,6 +356,32 @@ def test_a_write_that_is_cut_off_and_lands_later(
         assert asyncio.run(read(store, "elsewhere")) == NEW
         assert asyncio.run(read(store, "gg/a")) == OLD
         assert source.counts["get"] == asked
+
+
+@pytest.mark.parametrize("lands", [False, True])
+def test_a_fill_that_is_cut_off_and_lands_later(lands: bool) -> None:
+    """What it has sent to the cache store may replace what is there by then: nothing is there."""
+    source = DictStore({"k": OLD, "other": OLD})
+    with ThreadPoolExecutor(2) as pool:
+        cache = ThreadedStore({}, pool)
+        store = CacheStore(source, cache_store=cache, max_size=2 * len(OLD))
+
+        async def begin() -> None:
+            task = asyncio.create_task(read(store, "k"))
+            await until(lambda: cache.under_way)
+            assert not task.done()
+
+        asyncio.run(begin())
+        first = list(cache.under_way)
+        if lands:
+            cache.released.set()
+            wait(first)
+        asyncio.run(store.set("k", buf(OLD[::-1])))
+        cache.released.set()
+        wait(first)
+        for key in ("k", "other", "k", "other"):
+            assert asyncio.run(read(store, key)) == source.values[key]
+        assert cache.total <= store.cache_info()["current_size"] == cache.peak == 2 * len(OLD)
 
 
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])

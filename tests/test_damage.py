@@ -375,6 +375,49 @@ async def test_damage_that_comes_back(
     assert ["goes to the source" in message for message in caplog.messages] == [True]
 
 
+@pytest.mark.parametrize("step", ["begin_write", "end_write"])
+async def test_a_write_that_finds_the_index_damaged(
+    where: Path, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is taken again, and counts once: the key is cached like any other afterwards."""
+    store = open_store(where, max_size=None)
+    cells = where / "cache" / INDEX / "cells"
+
+    def damage() -> None:
+        data = bytearray(cells.read_bytes())
+        # One link of every entry; the first cells are directories.
+        for at in range(3 * 56 + 4, 40 * 56, 56):
+            data[at : at + 4] = b"\xff" * 4
+        with cells.open("r+b") as file:
+            file.write(data)
+
+    class Source(CountingStore):
+        async def set(self, *args: Any) -> None:
+            await super().set(*args)
+            if step == "end_write":
+                await self.others()
+                damage()
+
+        async def others(self) -> None:
+            # Entries that may be found damaged: what is read during a write is not kept.
+            for key in KEYS:
+                await read(store, key)
+
+    source = Source(LocalStore(where / "source"))
+    store._io.source = store._store = source
+    if step == "begin_write":
+        damage()
+    for key in KEYS[3:6]:
+        await store.set(key, buf(value(key)))
+    await settle(store)
+    for _ in range(2):
+        source.take()
+        for key in KEYS:
+            assert await read(store, key) == value(key)
+    assert source.take() == {}
+    assert any("was rebuilt" in message for message in caplog.messages)
+
+
 def head_of(**changes: tuple[int, str, int]) -> list[Any]:
     return [pytest.param(*change, id=name) for name, change in changes.items()]
 

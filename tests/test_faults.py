@@ -528,7 +528,9 @@ async def test_names_that_a_directory_cannot_hold(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["x" * 300, "plain/below", "\udcff"], ids=["long", "below", "text"]
+    "name",
+    ["x" * 300, "d" * 250 + f"/{'d' * 250}" * 17, "plain/below", "\udcff"],
+    ids=["long", "path", "below", "text"],
 )
 async def test_names_that_a_store_in_a_directory_cannot_hold(name: str, tmp_path: Path) -> None:
     """What can never have been written takes no room for ever."""

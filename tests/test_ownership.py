@@ -357,3 +357,14 @@ async def test_a_file_system_that_cannot_share(
     await fill(store, b=b"2")
     assert held(store._cache) == {"a": 1, "b": 1}
     check_books(store)
+
+
+def test_a_cache_inside_a_cache_is_refused(tmp_path: Path) -> None:
+    """A rebuild of the outer one would take its values for its own."""
+    CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / "outer"))
+    (tmp_path / "link").symlink_to(tmp_path / "outer")
+    for inner in ("outer/a", "outer/a/b", "link/a"):
+        with pytest.raises(ValueError, match=r"lies inside the cache directory .*outer"):
+            CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / inner))
+        assert not (tmp_path / "outer" / "a").exists()
+    CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / "beside"))

@@ -38,7 +38,9 @@ _KEY_ERRORS: Final = frozenset(
 )
 
 _LONGEST: Final = 255
-"""Bytes of a part of a path, in any file system."""
+"""Bytes of a part of a path in most file systems, ..."""
+_LONGEST_PATH: Final = 1024
+"""... and of a whole one, wherever it begins: no more than some stores of objects take, too."""
 
 
 def concerns_key(error: BaseException) -> bool:
@@ -51,7 +53,8 @@ def concerns_key(error: BaseException) -> bool:
 def is_too_long(name: str, *errors: BaseException) -> bool:
     """Whether a store can have nothing of this name: so the errors say, and so it looks."""
     says = all(isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG for error in errors)
-    return says and any(len(part.encode(errors="replace")) > _LONGEST for part in name.split("/"))
+    sizes = [len(part.encode(errors="replace")) for part in name.split("/")]
+    return says and (max(sizes) > _LONGEST or sum(sizes) > _LONGEST_PATH)
 
 
 class _Kind:

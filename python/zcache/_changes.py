@@ -6,21 +6,36 @@ leave these methods.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from zcache._buffers import to_cpu_buffer
 from zcache._core import is_known
+from zcache._coroutines import CutOffError
 from zcache._fills import Fills, Victim, ignore
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from zarr.abc.store import Store
+
+    from zcache._core import Index
     from zcache._traffic import Traffic
+
+
+logger = logging.getLogger("zcache")
+
+# They say what may still be changed in a source, to other processes too: as long as this one lives.
+_never_ended: list[Index] = []
 
 
 class Changes(Fills):
     """Writes and deletes."""
+
+    source: Store
+    # Whether it was said that a change was cut off.
+    _warned = False
 
     async def write(
         self,
@@ -56,7 +71,7 @@ class Changes(Fills):
             await self._drop_unknown(io, key)
             changing = True
             try:
-                await io.change(work(), late)
+                await io.change(work(), self._unless_cut_off(late))
             except Exception:
                 if not ended:
                     ended = True
@@ -129,12 +144,34 @@ class Changes(Fills):
             await self._sweep(io, prefix)
 
         try:
-            await io.change(work(), late)
+            await io.change(work(), self._unless_cut_off(late))
         except Exception:
             if not ended:
                 await end()
             raise
         await end()
+
+    def _unless_cut_off(
+        self, late: Callable[[BaseException | None], None]
+    ) -> Callable[[BaseException | None], None]:
+        """The same, but for a change that was cut off: as it may land at any time, it never ends."""
+
+        def ended(outcome: BaseException | None) -> None:
+            if not isinstance(outcome, CutOffError):
+                late(outcome)
+                return
+            if self.books.directory is not None and self.index not in _never_ended:
+                _never_ended.append(self.index)
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "a write to %s was cut off in the middle, and may land at any time: what it was "
+                    "about is not cached any more until this process ends. To avoid that, let writes "
+                    "end before the event loop does.",
+                    self.source,
+                )
+
+        return ended
 
     async def _sweep(self, io: Traffic, prefix: str) -> None:
         """Drop everything below a prefix."""

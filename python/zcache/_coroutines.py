@@ -39,6 +39,9 @@ async def guarded(work: Awaitable[T]) -> T:
 class CutOffError(asyncio.CancelledError):
     """Work was cut off in the middle by somebody else: what it has sent may land at any time."""
 
+    def __init__(self) -> None:
+        super().__init__("cut off in the middle, it may land at any time")
+
 
 async def settle(work: Awaitable[T], late: Callable[[T | BaseException], None]) -> T:
     """Await `work`; if the caller is cancelled, let it go on and tell `late` how it ended.

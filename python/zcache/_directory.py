@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache import _files
@@ -60,6 +61,7 @@ class Directory:
 
     def prepare(self, *, adopt: bool) -> None:
         """Make what is missing, and see whose the directory is."""
+        self._check_above()
         os.makedirs(self.root, exist_ok=True)
         stamp = self._read_stamp(adopt)
         if stamp is None:
@@ -71,6 +73,15 @@ class Directory:
             self.cold = True
         os.makedirs(self.index_root, exist_ok=True)
         os.makedirs(os.path.join(self.reserved, "tmp"), exist_ok=True)
+
+    def _check_above(self) -> None:
+        """A rebuild of a cache around it would take its values for that cache's own."""
+        for above in Path(os.path.realpath(self.root)).parents:
+            if os.path.lexists(above / ".zcache" / "stamp.json"):
+                raise ValueError(
+                    f"the cache directory {self.root} lies inside the cache directory {above}, which "
+                    "may serve and delete what is in it. Give one that lies elsewhere."
+                )
 
     def _read_stamp(self, adopt: bool) -> dict[str, Any] | None:
         try:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._core import Reservation
     from zcache._traffic import Traffic
 
     Hit = int | tuple[str, int, int, int, int | None, int | None]
@@ -97,6 +98,7 @@ class Engine(Changes):
         self.bypassed = 0
         self.damaged = 0
         self._left: set[int] = set()
+        self._cut_off: list[Reservation] = []
         _registry.add(self)
 
     @property

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
+from zcache._coroutines import CutOffError
 from zcache._files import UnknownValueError
 from zcache._offload import see_to_closed
 
@@ -100,6 +101,8 @@ class Fills:
     _values: dict[str, Buffer] | None
     # Tickets that are seen to at the end of a write which goes on without its reader.
     _left: set[int]
+    # Room of writes that may land at any time, for good.
+    _cut_off: list[Reservation]
 
     @property
     def index(self) -> Index:
@@ -278,6 +281,12 @@ class Fills:
     def _written_late(self, it: Writing, written: Written | BaseException) -> None:
         """End a write whose reader is gone, and its flight: the value is kept like another."""
         books, index = self.books, self.books.index
+        if isinstance(written, CutOffError):
+            # Until it lands, if ever, it has its room, and nothing else is written in its place.
+            self._cut_off.append(it.reservation)
+            self.breaker.failed(written, "write")
+            books.soon(ignore, index.land, it.key, it.ticket)
+            return
         if isinstance(written, BaseException):
             if isinstance(written, Exception):
                 self._not_written(written)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
 
-from zcache._coroutines import CutOffError, settle
+from zcache._coroutines import settle
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
@@ -22,18 +21,15 @@ if TYPE_CHECKING:
     from zcache._flights import Flight
     from zcache._ports import Port
 
-logger = logging.getLogger("zcache")
-
 
 class Traffic:
     """How the protocol reaches a source and the cache store: this one from an event loop."""
 
-    __slots__ = ("_warned", "port", "source")
+    __slots__ = ("port", "source")
 
     def __init__(self, source: Store, port: Port) -> None:
         self.source: Any = source
         self.port = port
-        self._warned = False
 
     loop: Callable[[], asyncio.AbstractEventLoop | None] = staticmethod(asyncio.get_running_loop)
     """The event loop that a read depends on; called for each miss."""
@@ -48,28 +44,11 @@ class Traffic:
     async def change(
         self, work: Awaitable[None], late: Callable[[BaseException | None], None]
     ) -> None:
-        """Change the source; see `settle`. One that is cut off has never ended: `late` is not told."""
+        """Change the source; see `settle`."""
         if type(self.source) is MemoryStore:
             await _now(work, late)  # It never suspends, so it cannot be cut off either.
-            return
-
-        def ended(outcome: BaseException | None) -> None:
-            if isinstance(outcome, CutOffError):
-                self._warn()
-            else:
-                late(outcome)
-
-        await settle(work, ended)
-
-    def _warn(self) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "a write to %s was cut off in the middle, and may land at any time: what it was about is "
-                "not cached any more until this process ends. To avoid that, let writes end before the "
-                "event loop does.",
-                self.source,
-            )
+        else:
+            await settle(work, late)
 
     async def wait(self, flight: Flight) -> bool:
         """Wait for a flight; False asks the caller to read in its place."""

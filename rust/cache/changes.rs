@@ -21,21 +21,23 @@ impl<B: Block, T: Clone> Cache<B, T> {
     /// A write of this key begins: nothing that is cached of it is valid from now on.
     pub fn begin_write(&mut self, key: &str) -> Res<Vec<Victim>> {
         self.put_in_order()?;
+        // First what may find the index damaged: a step that is taken again must not count twice.
+        let victims = self.drop_key(key)?;
         self.change(key);
         self.mark_key(key, true);
         self.flights.begin_write(key, self.version(key));
-        self.drop_key(key)
+        Ok(victims)
     }
 
     /// A write of this key has ended. Where it succeeded and no other write overlapped it, the
     /// ticket allows its value to be cached.
     pub fn end_write(&mut self, key: &str, ok: bool) -> Res<(Vec<Victim>, Option<Ticket>)> {
         self.put_in_order()?;
+        let victims = self.drop_key(key)?;
         let alone = self.flights.end_write(key, self.version(key));
         self.change(key);
         self.mark_key(key, false);
         let version = self.version(key);
-        let victims = self.drop_key(key)?;
         let ticket = (ok && alone).then(|| self.flights.open(key, Span::Full, None, version));
         Ok((victims, ticket))
     }
