@@ -6,6 +6,7 @@ python tests/process_scripts.py fork memory|directory|another CHILDREN DIRECTORY
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import signal
@@ -208,7 +209,54 @@ def unwind(directory: str) -> int:
         assert index_of(store).current_size == 100
         signal.alarm(GIVE_UP)
         asyncio.run(fork(work))
-    return 0
+    return asyncio.run(unwind_writes())
+
+
+async def unwind_writes() -> int:
+    """The same while the source is written to; the child has nothing to say about that."""
+    gate = asyncio.Event()
+
+    class Slow(SyncDictStore):
+        async def before(self, operation: str, key: str) -> None:
+            if operation == "set":
+                await gate.wait()
+
+    source, cache = Slow({"k": b"old"}), Slow()
+    stores = [CacheStore(source), CacheStore(SyncDictStore({"k": b"old"}), cache_store=cache)]
+    said: list[object] = []
+    logging.getLogger("zcache").addHandler(Listener(said))
+    begun = [stores[0].set("k", buf(b"new")), read(stores[1], "k")]
+    tasks = [asyncio.ensure_future(work) for work in begun]
+    while source.counts["set"] + cache.counts["set"] < len(tasks):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    everybody = asyncio.all_tasks() - {asyncio.current_task()}
+    child = os.fork()
+    if not child:
+        for task in everybody:
+            task.cancel()
+        for task in everybody:
+            coroutine = task.get_coro()
+            assert coroutine is not None
+            coroutine.close()
+        os._exit(bool(said))
+    _, status = os.waitpid(child, 0)  # noqa: ASYNC222 - nothing is to happen meanwhile
+    gate.set()
+    assert await asyncio.gather(*tasks) == [None, b"old"]
+    for store, value in zip(stores, (b"new", b"old"), strict=True):
+        assert await read(store, "k") == value
+        assert store.cache_info()["cached_keys"] == 1
+    return status
+
+
+class Listener(logging.Handler):
+    """Takes note of what is logged."""
+
+    def __init__(self, said: list[object]) -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record)
 
 
 async def several(store: CacheStore, number: int) -> None:

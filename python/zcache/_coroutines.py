@@ -68,6 +68,7 @@ class _Sent(Generic[T]):
         self._work = work
         self._late = late
         self._begun = self._left = self._told = False
+        self._process = _process
 
     async def steps(self) -> T:
         self._begun = True
@@ -109,7 +110,8 @@ class _Sent(Generic[T]):
         return error if own or not self._begun else CutOffError()
 
     def _tell(self, outcome: T | BaseException) -> None:
-        if not self._told:
+        # What a child of a fork ends goes on in its parent.
+        if not self._told and self._process is _process:
             self._told = True
             self._late(outcome)
 
@@ -117,9 +119,13 @@ class _Sent(Generic[T]):
 # The event loop itself keeps only weak references to its tasks.
 _unfinished: set[asyncio.Task[Any]] = set()
 _left_behind: list[object] = []
+# Another one after a fork.
+_process = object()
 
 
 def after_fork() -> None:
     """What was under way has stayed with the parent; it is kept, for to drop it would end it here."""
+    global _process
+    _process = object()
     _left_behind.append(set(_unfinished))
     _unfinished.clear()
