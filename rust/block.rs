@@ -88,8 +88,9 @@ pub struct Participant {
     pub live: u32,
     /// Writes under way for which there is no place in `writes`.
     pub unnamed: u32,
-    /// Versions (plus one) of the keys and directories that it is changing; 0 where there is none. What was read
-    /// before a write has ended is not kept, and of a writer that has died nobody hears the end.
+    /// Versions (plus one) of the keys and directories that it is changing; 0 where there is none.
+    /// What was read before a write has ended is not kept, and of a writer that has died nobody
+    /// hears the end.
     pub writes: [u16; WRITES],
 }
 

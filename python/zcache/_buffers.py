@@ -14,26 +14,23 @@ _BYTE: Final = np.dtype("B")
 _new: Final[Any] = object.__new__
 
 
-class _Bytes(cpu.Buffer):
-    """A buffer over bytes; that they are bytes the base class need not find out."""
-
-    def __init__(self, array_like: Any) -> None:
-        self._data = array_like
-
-
 def to_cpu_buffer(data: bytes) -> Buffer:
     """A buffer over immutable bytes."""
-    return _Bytes(np.frombuffer(data, _BYTE))
+    return _over(np.frombuffer(data, _BYTE))
+
+
+def _over(array: Any) -> Buffer:
+    # As the constructor does, which would look first whether the array is one of bytes.
+    buffer: cpu.Buffer = _new(cpu.Buffer)
+    buffer._data = array
+    return buffer
 
 
 def to_buffer(array: Any, prototype: BufferPrototype) -> Buffer:
     """A buffer of a reader's over an array of bytes, or over a copy where it has to be elsewhere."""
     wanted = prototype.buffer
     if wanted is cpu.Buffer:
-        # As its constructor does, which would look first whether the array is one of bytes.
-        buffer: cpu.Buffer = _new(wanted)
-        buffer._data = array
-        return buffer
+        return _over(array)
     if issubclass(wanted, cpu.Buffer):
         return wanted.from_array_like(array)
     return wanted.from_bytes(array.tobytes())
@@ -41,8 +38,7 @@ def to_buffer(array: Any, prototype: BufferPrototype) -> Buffer:
 
 def array_of(value: Buffer) -> Any:
     """The bytes of a buffer as an array, without a copy where they are in memory."""
-    kind = value.__class__
-    if kind is _Bytes or kind is cpu.Buffer:
+    if value.__class__ is cpu.Buffer:
         # Most often it is one already, and needs no conversion; it may be of another library.
         array: Any = value._data
         if type(array) is np.ndarray:
