@@ -108,6 +108,10 @@ fn lookup(c: &mut Criterion) {
             assert!(black_box(found).is_some());
         });
     });
+    let mut turn = keys.iter().rev().cycle();
+    c.bench_function("hit", |b| {
+        b.iter(|| assert!(black_box(index.hit(turn.next().unwrap(), NOW)).is_some()));
+    });
     let others: Vec<_> = (0..count).map(|n| key(1, n)).collect();
     let mut turn = others.iter().cycle();
     c.bench_function("lookup, miss", |b| {

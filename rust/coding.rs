@@ -138,13 +138,31 @@ pub fn cut(key: &str) -> (&str, Text<'_>) {
     (dirs, Text::new(tail))
 }
 
+/// The same where the name is chunk coordinates that fit into a cell.
+#[inline]
+#[must_use]
+pub fn cut_packed(key: &str) -> Option<(&str, [u8; INLINE], u8)> {
+    cut_chunk(key).or_else(|| {
+        let (dirs, tail) = key::split(key);
+        let (packed, len) = packed(tail.as_bytes())?;
+        Some((dirs, packed, len))
+    })
+}
+
 /// The same for what nearly every look-up is about, the key of a chunk that ends with `/c/` and up to
 /// 13 characters: all of them at once, in half of the instructions and without a branch for each,
 /// which the processor could not foresee.
 #[inline]
 fn cut_chunk(key: &str) -> Option<(&str, [u8; INLINE], u8)> {
-    let last = key.as_bytes().last_chunk::<16>()?;
-    let word = u128::from_le_bytes(*last);
+    // In front of a short key nothing but the end of a directory.
+    let mut last = [b'/'; 16];
+    match key.as_bytes().last_chunk() {
+        Some(bytes) => last = *bytes,
+        None => last
+            .get_mut(16 - key.len()..)?
+            .copy_from_slice(key.as_bytes()),
+    }
+    let word = u128::from_le_bytes(last);
     let marker = match others((word >> 64) as u64) {
         0 => others(word as u64).checked_ilog2()?,
         others => 64 + others.ilog2(),
@@ -191,11 +209,8 @@ impl<'a> Text<'a> {
     #[must_use]
     pub fn new(text: &'a str) -> Self {
         let raw = text.as_bytes();
-        if raw.len() <= 2 * INLINE && !raw.is_empty() {
-            let mut packed = [0u8; INLINE];
-            if pack(raw, &COORDINATE_PLACES, PAD, &mut packed) {
-                return Text::Packed(packed, raw.len().div_ceil(2) as u8);
-            }
+        if let Some((packed, len)) = packed(raw) {
+            return Text::Packed(packed, len);
         }
         if raw.len() <= INLINE {
             return Text::Raw(raw);
@@ -251,6 +266,14 @@ impl<'a> Text<'a> {
             Text::Raw(_) => Coding::Raw,
         }
     }
+}
+
+/// Chunk coordinates that fit into a cell, packed, and how many bytes they take.
+fn packed(raw: &[u8]) -> Option<([u8; INLINE], u8)> {
+    let fits = !raw.is_empty() && raw.len() <= 2 * INLINE;
+    let mut packed = [0u8; INLINE];
+    let is_packed = fits && pack(raw, &COORDINATE_PLACES, PAD, &mut packed);
+    is_packed.then_some((packed, raw.len().div_ceil(2) as u8))
 }
 
 /// Puts two characters into each byte; false where one of them is not in the alphabet.
@@ -362,7 +385,12 @@ mod tests {
             cut_at_once += usize::from(cut_chunk(&key).is_some());
         }
         assert!(cut_at_once > 5_000, "{cut_at_once}");
-        for key in ["era5/2m_temperature/c/120/44/7", "array/c/1234567890.12"] {
+        for key in [
+            "era5/2m_temperature/c/120/44/7",
+            "array/c/1234567890.12",
+            "z/c/0/1",
+            "c/0",
+        ] {
             assert!(cut_chunk(key).is_some());
         }
     }

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use crate::block::Block;
 use crate::cell::{Cell, Kind};
 use crate::cells::{COUNT, Cells, List, ROOT};
-use crate::coding::{self, Coding, Text};
+use crate::coding::{self, Coding, INLINE, Text};
 use crate::error::{Fault, Res};
 use crate::key::{self, Span, SpanText};
 
@@ -170,18 +170,39 @@ impl<B: Block> Cells<B> {
     }
 
     #[inline]
+    fn find_packed(
+        &self,
+        parent: u32,
+        kind: Kind,
+        word: [u8; INLINE],
+        len: u8,
+        hash: u64,
+    ) -> Res<Option<u32>> {
+        self.table_find(hash, |i| {
+            let cell = self.get(i)?;
+            let is = cell.parent == parent && cell.is_packed(word, len);
+            Ok(is && cell.kind()? == kind)
+        })
+    }
+
+    #[inline]
     fn find_child(&self, parent: u32, kind: Kind, text: &Text, hash: u64) -> Res<Option<u32>> {
         if let Text::Packed(word, len) = text {
-            return self.table_find(hash, |i| {
-                let cell = self.get(i)?;
-                let is = cell.parent == parent && cell.is_packed(*word, *len);
-                Ok(is && cell.kind()? == kind)
-            });
+            return self.find_packed(parent, kind, *word, *len, hash);
         }
         self.table_find(hash, |i| {
             let cell = self.get(i)?;
             Ok(cell.parent == parent && cell.kind()? == kind && self.text_is(i, text)?)
         })
+    }
+
+    /// The value of a chunk whose directory is at hand; `None` says nothing.
+    #[inline]
+    pub(crate) fn find_chunk(&self, key: &str) -> Option<u32> {
+        let (dirs, word, len) = coding::cut_packed(key)?;
+        let (above, dir) = self.known_dir(dirs)?;
+        let hash = key::hash_word(word, len, above, salt(Kind::Value, Coding::Coordinates));
+        self.find_packed(dir, Kind::Value, word, len, hash).ok()?
     }
 
     /// The entry of a key and span, in any state.

@@ -271,7 +271,12 @@ impl Run {
 
     fn lookup(&mut self, key: &str, span: Span) {
         let peeked = self.cache.peek(key, span, self.now).unwrap();
-        let found = self.cache.lookup(key, span, self.now).unwrap();
+        // The short way makes no difference, where it says anything.
+        let short = span == Span::Full && self.tickets.len().is_multiple_of(2);
+        let found = match short.then(|| self.cache.hit(key, self.now)).flatten() {
+            Some(size) => peeked.filter(|found| found.size == size && found.span == span),
+            None => self.cache.lookup(key, span, self.now).unwrap(),
+        };
         assert_eq!(peeked, found);
         self.model.check_found(key, span, self.now, found.as_ref());
         let sighting = self.model.looked_up(key, found.as_ref());

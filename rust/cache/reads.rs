@@ -59,6 +59,23 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Ok(None)
     }
 
+    /// Bytes of a full value that is served as it is; marks it as most recently used and counts a
+    /// hit. What nearly every hit is, in half of the instructions: the processor then goes on to
+    /// the next request while it waits for the memory of this one. `None` says nothing; see
+    /// [`Cache::lookup`].
+    #[inline]
+    pub fn hit(&mut self, key: &str, now: u64) -> Option<u64> {
+        let i = self.cells.find_chunk(key)?;
+        let cell = self.cells.get(i).ok()?;
+        if !self.can_serve(cell, now) || self.needs_check(i, cell) {
+            return None;
+        }
+        let size = cell.size;
+        self.touch(i).ok()?;
+        self.stats.hits += 1;
+        Some(size)
+    }
+
     /// Finds an entry that holds what is asked for, marks it as most recently used, and counts a
     /// hit or a miss.
     #[inline]
@@ -193,12 +210,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
     #[must_use]
     pub fn must_verify(&self, at: u64) -> bool {
         let i = at as u32;
-        match (self.limits.verify, self.cells.get(i)) {
-            (_, Err(_)) => false,
+        let cell = self.cells.get(i);
+        cell.is_ok_and(|cell| self.needs_check(i, cell))
+    }
+
+    #[inline]
+    fn needs_check(&self, i: u32, cell: &Cell) -> bool {
+        match self.limits.verify {
             // Taken in by a rebuild, perhaps after a loss of power: only the bytes tell.
-            (Verify::Never, Ok(cell)) => !self.limits.flat && cell.checksum().is_none(),
-            (Verify::Always, _) => true,
-            (Verify::First, Ok(cell)) => self.seen.get(i as usize) != Some(&mark(cell)),
+            Verify::Never => !self.limits.flat && cell.checksum().is_none(),
+            Verify::Always => true,
+            Verify::First => self.seen.get(i as usize) != Some(&mark(cell)),
         }
     }
 }

@@ -89,6 +89,16 @@ impl Index {
         raw: RawSpan,
         now: f64,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        if raw.is_none()
+            && let Backing::Memory(lock) = &self.backing
+        {
+            let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
+            let hit = cache.hit(key, millis(now));
+            drop(cache);
+            if let Some(size) = hit {
+                return Ok(Some(size.into_pyobject(py)?.into_any()));
+            }
+        }
         let span = span(raw)?;
         let found = step!(self, py, |cache| {
             let found = cache.lookup(key, span, millis(now))?;
