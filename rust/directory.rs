@@ -143,6 +143,10 @@ impl<T: Clone> Directory<T> {
         let (directory, fresh) = opened.map_err(|_| Fault::Full)?;
         self.cache.renew();
         self.block().replace(directory.cache.cells.block);
+        self.step(std::thread::sleep, |cache| {
+            cache.mark_writes();
+            Ok(())
+        })?;
         Ok(fresh)
     }
 

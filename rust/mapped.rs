@@ -115,7 +115,9 @@ impl Mapped {
     /// Empties the index for everybody. The lock must be held.
     ///
     /// Other participants see the new generation when they take the lock next, and register anew.
+    /// What they are changing in the source until then stays known.
     pub fn reset(&mut self) -> io::Result<()> {
+        let others = self.living();
         for file in &self.files {
             file.set_len(0)?;
             extend(
@@ -132,22 +134,47 @@ impl Mapped {
             *map_of = map(file)?;
         }
         *self.head_mut() = Head::fresh(self.me);
+        for (n, other) in others {
+            self.head_mut().enter(n, other);
+        }
         Ok(())
+    }
+
+    /// The other participants that live, as far as the head can be read, without what they have been
+    /// promised.
+    fn living(&self) -> Vec<(usize, Participant)> {
+        // What is cut off cannot even be looked at.
+        let mapped = self.maps[0].len() as u64;
+        let is_whole = fstat(&self.files[0]).is_ok_and(|status| status.st_size as u64 >= mapped);
+        if !is_whole || !self.head().looks_right() {
+            return Vec::new();
+        }
+        let list = self.participants().iter().copied().enumerate();
+        let others = list.filter(|(n, other)| *n != self.me && other.live != 0);
+        let living = others.filter(|(n, _)| is_alive(&self.root, *n));
+        living
+            .map(|(n, other)| {
+                (
+                    n,
+                    Participant {
+                        promised: 0,
+                        ..other
+                    },
+                )
+            })
+            .collect()
     }
 
     /// Writes this participant into the list. The lock must be held.
     pub fn register(&mut self) {
         let (me, bound) = (self.me, self.bound);
         self.generation = self.head().generation;
-        let head = self.head_mut();
-        head.places = head.places.max(me as u32 + 1);
-        if let Some(participant) = self.head_mut().participants.get_mut(me) {
-            *participant = Participant {
-                live: 1,
-                bound,
-                ..Participant::zeroed()
-            };
-        }
+        let fresh = Participant {
+            live: 1,
+            bound,
+            ..Participant::zeroed()
+        };
+        self.head_mut().enter(me, fresh);
     }
 
     /// Takes the lock if it is free.

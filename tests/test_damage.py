@@ -23,6 +23,7 @@ from zarr.storage import LocalStore
 from support import CountingStore, buf, held, read
 from zcache import CacheStore, _books, _files
 from zcache._books import Books
+from zcache._core import CorruptIndexError, Index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -604,3 +605,58 @@ def test_flips_while_it_is_mapped(where: Path, user: User) -> None:
         if position < path.stat().st_size:
             flip(path, position, dice.randrange(8))
         user.go_on()
+
+
+def claim(index: Index, key: str) -> str:
+    """What becomes of a fill: `granted`, or why not."""
+    ticket = index.join(key, None, object(), 2.0, False)
+    assert isinstance(ticket, int)
+    try:
+        room = index.reserve(key, None, 3, ticket, 2.0)
+        if isinstance(room, str):
+            return room
+        index.finish(room[0], None, 2.0)
+        return "granted"
+    finally:
+        index.land(key, ticket)
+
+
+@pytest.mark.parametrize("how", ["damaged", "removed"])
+@pytest.mark.parametrize("end", ["ends", "dies"])
+def test_who_is_writing_is_known_after_the_index_was_emptied(
+    tmp_path: Path, how: str, end: str
+) -> None:
+    """By another: nothing is kept of what is being written, though its writer takes no step meanwhile."""
+    one, fresh = Index.open(tmp_path)
+    assert fresh
+    one.complete()
+    other, fresh = Index.open(tmp_path)
+    assert not fresh
+    one.begin_write("a/k")
+    one.void_prefix("b", True)
+    if how == "removed":
+        # Whoever finds that opens new files, which the writer hears of at its next step.
+        for name in FILES:
+            (tmp_path / name).unlink()
+        assert one.restart(1)
+        one.complete()
+        assert not other.restart(2)
+    else:
+        with (tmp_path / "head").open("r+b") as head:
+            head.seek(8)
+            head.write(struct.pack("=I", 3))
+        with pytest.raises(CorruptIndexError):
+            other.lookup("a/k")
+        assert other.restart(1)
+        other.complete()
+    void = "overtaken by a write"
+    assert [claim(other, key) for key in ("a/k", "b/c/0", "a/j")] == [void, void, "granted"]
+    if end == "ends":
+        one.end_write("a/k", True)
+        one.void_prefix("b", False)
+    else:
+        del one
+        gc.collect()
+        other.reap()
+    assert [claim(other, key) for key in ("a/k", "b/c/0")] == ["granted", "granted"]
+    other.validate()

@@ -163,6 +163,16 @@ impl Head {
         self.taken().iter().enumerate().any(written)
     }
 
+    /// Writes a participant into the list, in the place of what it was before.
+    pub(super) fn enter(&mut self, n: usize, participant: Participant) {
+        self.bury(n);
+        if let Some(place) = self.participants.get_mut(n) {
+            *place = participant;
+            self.places = self.places.max(n as u32 + 1);
+            self.writers += u32::from(participant.is_writing());
+        }
+    }
+
     /// Takes a participant out of the list.
     pub(super) fn bury(&mut self, n: usize) -> Participant {
         let gone = self.participants.get_mut(n).map(std::mem::take);
