@@ -3,7 +3,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{
@@ -27,6 +27,20 @@ const NANOS: i64 = 1_000_000_000;
 
 /// Times that the directory of a new name is made again where others remove empty ones.
 const TRIES: u32 = 8;
+
+/// Opens a file to read, if that takes no waiting: `EAGAIN` where its name or its inode would have to
+/// be read from a disk. `ENOSYS`, `EPERM` or `EINVAL` where the system cannot tell.
+pub fn open_cached(path: &Path) -> io::Result<OwnedFd> {
+    #[cfg(target_os = "linux")]
+    let opened = {
+        use rustix::fs::{ResolveFlags, openat2};
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        openat2(CWD, path, flags, Mode::empty(), ResolveFlags::CACHED)
+    };
+    #[cfg(not(target_os = "linux"))]
+    let opened = Err(Errno::NOSYS);
+    Ok(opened?)
+}
 
 fn set_modified(file: impl AsFd, nanos: i64) -> io::Result<()> {
     let time = Timespec {

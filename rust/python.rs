@@ -69,6 +69,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_class::<offload::Desk>()?;
         module.add_function(wrap_pyfunction!(files::create_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::write_file, module)?)?;
+        module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;
         module.add_function(wrap_pyfunction!(files::noted_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::publish_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;

@@ -14,6 +14,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from support import PROTOTYPE, buf, check_books, read
 from zcache import CacheStore, _quick
+from zcache._core import open_cached
 from zcache._ports import LocalSyncPort
 
 if TYPE_CHECKING:
@@ -174,3 +175,63 @@ async def test_what_is_no_value_at_all_in_memory() -> None:
         cache._store_dict["k"] = foreign
     assert await read(store, "k") == VALUE
     check_books(store)
+
+
+async def test_what_is_not_at_hand_is_asked_for_once_in_a_turn(
+    store: CacheStore, port_reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For even to be told so takes time: the kernel begins to read."""
+    asked: list[str] = []
+
+    def cold(path: str) -> int:
+        asked.append(path)
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(_quick, "open_cached", cold)
+    found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in KEYS))
+    assert [value and value.to_bytes() for value in found] == [VALUE] * len(KEYS)
+    assert (len(asked), len(port_reads)) == (1, len(KEYS))
+    await store.get(KEYS[0], PROTOTYPE)
+    assert len(asked) == 2
+    # A thread without an event loop may wait as often as it likes.
+    monkeypatch.undo()
+    assert store._engine._files is not None
+    await asyncio.to_thread(store._engine._files._turn.was_cold)
+    assert store._engine._files(KEYS[0], PROTOTYPE, len(VALUE), 0, len(VALUE)) is not None
+
+
+def test_a_turn_that_never_ended_is_over_with_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = _quick._Turn()
+    monkeypatch.setattr(turn, "_end", lambda: None)
+
+    async def ask() -> tuple[bool, bool]:
+        before = turn.is_cold
+        turn.was_cold()
+        return before, turn.is_cold
+
+    for _ in range(2):
+        assert asyncio.run(ask()) == (False, True)
+        assert not turn.is_cold
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
+async def test_systems_that_cannot_tell_what_is_at_hand(
+    store: CacheStore, port_reads: list[str], error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: str) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(_quick, "open_cached", unknown)
+    assert await read(store, KEYS[0]) == VALUE
+    assert port_reads == []
+
+
+def test_what_was_never_looked_up_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    try:
+        os.close(open_cached(str(tmp_path / "a")))
+    except OSError:
+        pytest.skip("the system does not tell what is at hand")
+    # The name of a file that never was is in no cache.
+    with pytest.raises((BlockingIOError, FileNotFoundError)):
+        open_cached(str(tmp_path / "b"))

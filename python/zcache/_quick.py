@@ -18,6 +18,8 @@ import numpy as np
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache._buffers import array_of, to_buffer
+from zcache._core import open_cached
+from zcache._spans import is_encodable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +65,9 @@ def _memory_reader(store: MemoryStore) -> QuickReader:
             return None  # Somebody else has put it there.
         if array.size != total:
             return None
-        return to_buffer(array if size == total else array[start : start + size], prototype)
+        # Of the array itself its reader could change the shape, for all others as well.
+        part = array.view() if size == total else array[start : start + size]
+        return to_buffer(part, prototype)
 
     return read
 
@@ -74,6 +78,7 @@ class _Turn(threading.local):
     def __init__(self) -> None:
         self._loop: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
         self._read = 0
+        self._cold: Callable[[], asyncio.AbstractEventLoop | None] | None = None
 
     def is_over(self, size: int) -> bool:
         """Whether so many bytes more are too many for this turn."""
@@ -99,8 +104,38 @@ class _Turn(threading.local):
         self._read = read + size
         return True
 
+    def was_cold(self) -> None:
+        """Something was not at hand: even to ask for it costs time, for the kernel begins to read."""
+        loop = asyncio._get_running_loop()
+        if loop is not None:  # A thread may ask as often as it likes.
+            self._cold = weakref.ref(loop)
+            loop.call_soon(self._end)
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether something was not at hand in this turn."""
+        if self._cold is None:
+            return False
+        loop = asyncio._get_running_loop()
+        return loop is not None and self._cold() is loop
+
     def _end(self) -> None:
         self._read = 0
+        self._cold = None
+
+
+def _open(path: str) -> int:
+    try:
+        return open_cached(path)
+    except OSError as error:
+        # Systems before Linux 5.12, and those that hide this call.
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+            raise
+    return _open_anyhow(path)
+
+
+def _open_anyhow(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class FileReader:
@@ -110,19 +145,21 @@ class FileReader:
         self._root = root + os.sep
         self._works = True
         self._turn = _Turn()
+        self._open = _open if is_encodable(root) else _open_anyhow
 
     def __call__(
         self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
     ) -> Buffer | None:
         if size > LARGEST or size == 0 or not self._works:
             return None
-        if size >= COUNTED and not self._turn.begins(size):
+        turn = self._turn
+        if turn.is_cold or (size >= COUNTED and not turn.begins(size)):
             return None
         # One byte more than there should be: a value that has grown is not the one of the entry.
         at_end = start + size == total
         array = np.empty(size + at_end, "u1")
         try:
-            file = os.open(self._root + name, os.O_RDONLY | os.O_CLOEXEC)
+            file = self._open(self._root + name)
             try:
                 count = os.preadv(file, (array.data,), start, os.RWF_NOWAIT)
                 if not at_end and os.fstat(file).st_size != total:
@@ -130,6 +167,7 @@ class FileReader:
             finally:
                 os.close(file)
         except BlockingIOError:
+            turn.was_cold()
             return None
         except OSError as error:
             if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):

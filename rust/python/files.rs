@@ -1,6 +1,7 @@
 //! Files of values: detach, call, convert.
 
-use std::path::PathBuf;
+use std::os::fd::IntoRawFd;
+use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
 
@@ -60,6 +61,14 @@ pub(super) fn write_file(
 ) -> PyResult<NewFile> {
     let made = py.detach(|| files::write_below(&root, &name, &unfinished, data, nanos));
     made.map(NewFile::from).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn open_cached(path: &str) -> PyResult<i32> {
+    // It does not wait, so nobody else needs the interpreter meanwhile.
+    let file = files::open_cached(Path::new(path)).map_err(os_error)?;
+    Ok(file.into_raw_fd())
 }
 
 #[pyfunction]
