@@ -8,7 +8,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 use super::backing::{Backing, step};
 use super::checksum;
 use super::errors::poisoned;
-use crate::cache::{Finished, Room, Victim};
+use crate::cache::{Finished, Room, Verify, Victim};
 use crate::error::Fault;
 use crate::key::Span;
 
@@ -36,8 +36,10 @@ impl Fill<'_, '_> {
         let data = self.data.as_bytes();
         let size = data.len() as u64;
         let (span, ticket, now) = (self.span, self.ticket, self.now);
-        let mut room = step!(self, py, |cache| cache
-            .reserve(key, span, size, ticket, now))?;
+        let (mut room, checks) = step!(self, py, |cache| {
+            let checks = cache.limits().verify != Verify::Never;
+            Ok((cache.reserve(key, span, size, ticket, now)?, checks))
+        })?;
         loop {
             match room {
                 Room::Refused(_) => return Ok(None),
@@ -47,9 +49,13 @@ impl Fill<'_, '_> {
                         return Err(error);
                     }
                     room = step!(self, py, |cache| cache.cleared(id, now))?;
+                    if matches!(room, Room::Evict(..)) {
+                        // A batch is a millisecond: a large value may push out a million small ones.
+                        py.detach(std::thread::yield_now);
+                    }
                 }
                 Room::Granted(id) => {
-                    let checksum = checksum(py, data);
+                    let checksum = checks.then(|| checksum(py, data));
                     let put = match span {
                         Span::Full => self.values.set_item(self.key, value),
                         _ => self.values.set_item(span.cache_key(key), value),
@@ -64,10 +70,10 @@ impl Fill<'_, '_> {
         }
     }
 
-    fn finish(&self, id: u64, checksum: u32) -> PyResult<Option<bool>> {
+    fn finish(&self, id: u64, checksum: Option<u32>) -> PyResult<Option<bool>> {
         let py = self.values.py();
         let now = self.now;
-        let done = step!(self, py, |cache| cache.finish(id, Some(checksum), now))?;
+        let done = step!(self, py, |cache| cache.finish(id, checksum, now))?;
         // The payload of the flight is released here, without the lock: that may run code of Python's.
         let Some(Finished { victims, flight }) = done else {
             // The index was emptied meanwhile, and knows nothing of these bytes.
