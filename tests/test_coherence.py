@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from zarr.core.buffer import Buffer
+
 OLD, NEW = b"the old value", b"a new one, and longer than that"
 SOURCE = {"a": OLD, "b": b"b" * 9, "g/a": OLD, "g/b/c": OLD, "gg/a": OLD}
 RANGES = (None, RangeByteRequest(2, 9), OffsetByteRequest(4), SuffixByteRequest(5))
@@ -483,3 +485,76 @@ async def test_a_key_by_another_name(alias: str, cache: Store, tmp_path: Path) -
             await same_as_source(store, source, "a", "g/a")
             assert await read(store, alias) == await read(source, alias)
     assert not [key for key, *_ in index_of(store).entries() if key not in ("a", "g/a")]
+
+
+class FutureStore(SyncDictStore):
+    """A source whose `set` is at work before anybody awaits what it gives."""
+
+    def __init__(self, values: dict[str, bytes], pool: ThreadPoolExecutor) -> None:
+        super().__init__(values)
+        self.pool = pool
+        self.released = threading.Event()
+        self.sent: list[Future[None]] = []
+
+    def set(self, key: str, value: Buffer) -> Any:
+        data = value.to_bytes()
+
+        def work() -> None:
+            assert self.released.wait(30)
+            self.values[key] = data
+
+        self.sent.append(self.pool.submit(work))
+        return asyncio.wrap_future(self.sent[-1])
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_write_that_is_at_work_at_once_and_is_cut_off(turns: int) -> None:
+    async def begin(store: CacheStore) -> None:
+        task = asyncio.ensure_future(store.set("k", buf(NEW)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert not task.done()
+
+    with ThreadPoolExecutor(1) as pool:
+        source = FutureStore({"k": OLD}, pool)
+        store = CacheStore(source)
+        asyncio.run(begin(store))
+        asyncio.run(read(store, "k"))
+        source.released.set()
+        wait(source.sent)
+        assert asyncio.run(read(store, "k")) == source.values["k"]
+
+
+@pytest.mark.parametrize("name", ["set", "delete_dir"])
+async def test_a_source_that_refuses_before_anything_is_sent(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: what the change was about is cached as ever afterwards."""
+    source = SyncDictStore({"a/k": OLD})
+    store = CacheStore(source)
+
+    def refuse(*_: object) -> Any:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(source, name, refuse)
+    with pytest.raises(asyncio.CancelledError):
+        await (store.set("a/k", buf(NEW)) if name == "set" else store.delete_dir("a"))
+    monkeypatch.undo()
+    for _ in range(2):
+        assert await read(store, "a/k") == OLD
+    assert store.cache_stats()["hits"] == 1
+
+
+@pytest.mark.parametrize(
+    "alias", [".zcache/../k", "g/../k", ".zcache/./../k", "./k", ".zcache//../k"]
+)
+@pytest.mark.parametrize("how", ["set", "delete"])
+async def test_an_alias_through_the_reserved_prefix(
+    tmp_path: Path, alias: str, how: str, cache: Store
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=cache)
+    await store.set("k", buf(OLD))
+    assert await read(store, "k") == OLD
+    await (store.set(alias, buf(NEW)) if how == "set" else store.delete(alias))
+    assert await read(store, "k") == await read(source, "k")

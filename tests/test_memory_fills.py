@@ -7,6 +7,7 @@ from collections import UserDict
 
 import numpy as np
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
@@ -173,3 +174,64 @@ def test_what_is_kept_is_out_of_reach(name: str, kind: type[cpu.Buffer]):
     if array.flags.writeable:
         array[:] = 7
     assert data == own.to_bytes() == expected
+
+
+@pytest.mark.parametrize("change", ["shape", "strides"])
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")
+async def test_the_array_of_one_reader_is_nobody_elses(change: str):
+    """Its bytes cannot be changed, but how an array shows them can."""
+    value = b"0123456789abcdef"
+    source = MemoryStore({"k": to_cpu_buffer(value)})
+    store = CacheStore(source)
+    for _ in range(4):  # The one who fills, the first hit, and hits on the spot.
+        array = (await store.get("k", PROTOTYPE)).as_numpy_array()
+        setattr(array, change, (4, 4) if change == "shape" else (0,))
+        assert (await store.get("k", PROTOTYPE)).to_bytes() == value
+        part = await store.get("k", PROTOTYPE, RangeByteRequest(1, 3))
+        assert part.to_bytes() == b"12"
+    assert store.cache_stats()["damaged"] == 0
+    assert source._store_dict["k"].to_bytes() == value
+
+
+async def test_nobody_writes_to_what_was_adopted():
+    own = np.frombuffer(bytearray(b"0123456789"), "B")
+    cache = MemoryStore({"k": cpu.Buffer(own)})
+    store = CacheStore(MemoryStore(), cache_store=cache, adopt=True)
+    for _ in range(3):
+        assert not (await store.get("k", PROTOTYPE)).as_numpy_array().flags.writeable
+    own[:] = 0
+    assert (await store.get("k", PROTOTYPE)).to_bytes() == b"0123456789"
+
+
+async def test_a_value_that_pushes_out_very_many():
+    """More than one step names at most."""
+    store = CacheStore(MemoryStore(), max_size=5000, verify="never")
+    for number in range(2500):
+        await store.set(f"a/c/{number}", to_cpu_buffer(b"12"))
+    await store.set("b", to_cpu_buffer(bytes(4999)))
+    assert [name for name, *_ in store._engine.index.entries()] == ["b"]
+    assert store.cache_info()["current_size"] == 4999
+    store._engine.index.validate()
+
+
+@pytest.mark.parametrize("how", ["delete_dir", "clear", "clear_cache"])
+async def test_others_have_their_turn_while_very_many_are_dropped(how: str):
+    store = CacheStore(MemoryStore())
+    for number in range(8000):
+        await store.set(f"a/c/{number}", to_cpu_buffer(b"1"))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    watcher = asyncio.ensure_future(other())
+    await asyncio.sleep(0)
+    turns = 0
+    await (store.delete_dir("a") if how == "delete_dir" else getattr(store, how)())
+    seen = turns
+    watcher.cancel()
+    assert seen >= 7  # A step names a thousand at most.
+    assert store.cache_info()["current_size"] == 0

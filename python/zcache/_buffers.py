@@ -61,18 +61,25 @@ def to_own(value: object, prototype: BufferPrototype) -> Buffer | None:
     return prototype.buffer.from_bytes(value.to_bytes())
 
 
+def own(value: Buffer) -> None:
+    """Let a buffer show bytes that nobody can change: whoever reads them could else write to them."""
+    data, frozen = freeze(value)
+    if frozen is None:
+        value._data = to_cpu_buffer(data)._data
+
+
 def snapshot(value: Buffer) -> bytes:
     """The bytes of a buffer, out of reach of whoever holds it."""
     return freeze(value)[0]
 
 
 def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
-    """The same, and the buffer itself if nobody can change it either."""
+    """The same, and a buffer over them like this one, if nobody can change what this one shows."""
     array = array_of(value)
     base: object = array.base
     if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
         base = base.base
     if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
         # It shows all of them, in their order.
-        return base, value if type(value) is cpu.Buffer else None
+        return base, _over(array.view()) if type(value) is cpu.Buffer else None
     return array.tobytes(), None

@@ -13,7 +13,7 @@ from zcache._buffers import to_cpu_buffer
 from zcache._core import is_known
 from zcache._coroutines import CutOffError
 from zcache._fills import Fills, Victim, ignore
-from zcache._spans import is_encodable, is_reserved
+from zcache._spans import is_encodable, is_plain, is_reserved
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -71,7 +71,7 @@ class Changes(Fills):
             await self._drop_unknown(io, key)
             changing = True
             try:
-                await io.change(work(), self._unless_cut_off(late))
+                await io.change(work, self._unless_cut_off(late))
             except Exception:
                 if not ended:
                     ended = True
@@ -115,9 +115,9 @@ class Changes(Fills):
         """Change the source below a prefix by `work`; nothing below it stays cached."""
         prefix = prefix.rstrip("/")
         if not is_known(prefix):
-            if is_reserved(prefix) or not is_encodable(prefix):
+            if (is_reserved(prefix) and is_plain(prefix)) or not is_encodable(prefix):
                 # Nothing is ever cached below it.
-                await io.change(work(), lambda _: None)
+                await io.change(work, lambda _: None)
                 return
             # It may name anything, by another name.
             prefix = ""
@@ -144,7 +144,7 @@ class Changes(Fills):
             await self._sweep(io, prefix)
 
         try:
-            await io.change(work(), self._unless_cut_off(late))
+            await io.change(work, self._unless_cut_off(late))
         except Exception:
             if not ended:
                 await end()
@@ -178,6 +178,8 @@ class Changes(Fills):
         try:
             while victims := await self.books.step(io, self.index.sweep, prefix):
                 await self.drop(io, victims)
+                if io.port.immediate:
+                    await io.pause()
         except BaseException:
             self._sweep_now(prefix)
             raise

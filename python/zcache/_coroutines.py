@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
 T = TypeVar("T")
 
@@ -43,8 +42,8 @@ class CutOffError(asyncio.CancelledError):
         super().__init__("cut off in the middle, it may land at any time")
 
 
-async def settle(work: Awaitable[T], late: Callable[[T | BaseException], None]) -> T:
-    """Await `work`; if the caller is cancelled, let it go on and tell `late` how it ended.
+async def settle(work: Callable[[], Awaitable[T]], late: Callable[[T | BaseException], None]) -> T:
+    """Do `work`; if the caller is cancelled, let it go on and tell `late` how it ended.
 
     A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
     Until it has ended nobody knows what is there, so it is never cut off in the middle by us. Others
@@ -64,7 +63,10 @@ async def settle(work: Awaitable[T], late: Callable[[T | BaseException], None]) 
 class _Sent(Generic[T]):
     """Work that goes on without its caller."""
 
-    def __init__(self, work: Awaitable[T], late: Callable[[T | BaseException], None]) -> None:
+    def __init__(
+        self, work: Callable[[], Awaitable[T]], late: Callable[[T | BaseException], None]
+    ) -> None:
+        # Called when its turn comes: what it gives may be at work already, as a future is.
         self._work = work
         self._late = late
         self._begun = self._left = self._told = False
@@ -74,7 +76,7 @@ class _Sent(Generic[T]):
         self._begun = True
         # Told in the very step in which it ends: nobody runs in between.
         try:
-            result = await self._work
+            result = await self._work()
         except BaseException as error:
             if self._left:
                 # Nobody runs it where it is collected with its event loop.
@@ -95,8 +97,6 @@ class _Sent(Generic[T]):
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         _unfinished.discard(task)
-        if not self._begun and isinstance(self._work, Coroutine):
-            self._work.close()  # It was cancelled before, and nobody will await it.
         self._tell(self._outcome(task))
 
     def _outcome(self, task: asyncio.Task[T]) -> T | BaseException:

@@ -104,7 +104,7 @@ class StorePort(Port):
         data: bytes,
         late: Callable[[Written | BaseException], None],
     ) -> Written:
-        await settle(self._set(name, data), late)
+        await settle(lambda: self._set(name, data), late)
         return None
 
     async def _set(self, name: str, data: bytes) -> None:
@@ -113,7 +113,7 @@ class StorePort(Port):
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
-        return await settle(self._delete(names), late)
+        return await settle(lambda: self._delete(names), late)
 
     async def _delete(self, names: Sequence[str]) -> Outcome:
         return [await self._delete_one(name) for name in names]

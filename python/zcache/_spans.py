@@ -54,6 +54,11 @@ def is_reserved(key: str) -> bool:
     return key == RESERVED or key.startswith(RESERVED + "/")
 
 
+def is_plain(key: str) -> bool:
+    """Whether a key names no other place than it seems to."""
+    return not {"", ".", ".."} & set(key.split("/"))
+
+
 def is_encodable(key: str) -> bool:
     """Whether a key is text: lone surrogates are not."""
     try:

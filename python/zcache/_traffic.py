@@ -42,7 +42,7 @@ class Traffic:
         return found
 
     async def change(
-        self, work: Awaitable[None], late: Callable[[BaseException | None], None]
+        self, work: Callable[[], Awaitable[None]], late: Callable[[BaseException | None], None]
     ) -> None:
         """Change the source; see `settle`."""
         if type(self.source) is MemoryStore:
@@ -62,14 +62,20 @@ class Traffic:
         """Do what may take long, out of the way of everybody else."""
         await in_thread(work, lambda _: None)
 
+    async def pause(self) -> None:
+        """Let others have their turn."""
+        await asyncio.sleep(0)
+
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that may suspend."""
         await work
 
 
-async def _now(work: Awaitable[None], late: Callable[[BaseException | None], None]) -> None:
+async def _now(
+    work: Callable[[], Awaitable[None]], late: Callable[[BaseException | None], None]
+) -> None:
     try:
-        await work
+        await work()
     except Exception:
         raise
     except BaseException as interrupt:
@@ -91,7 +97,7 @@ class SyncTraffic(Traffic):
         return found
 
     async def change(
-        self, work: Awaitable[None], late: Callable[[BaseException | None], None]
+        self, work: Callable[[], Awaitable[None]], late: Callable[[BaseException | None], None]
     ) -> None:
         await _now(work, late)
 
@@ -103,6 +109,9 @@ class SyncTraffic(Traffic):
 
     async def block(self, work: Callable[[], None]) -> None:
         work()
+
+    async def pause(self) -> None:
+        pass
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         # A thread that has no event loop, and whose caller may run in one.
