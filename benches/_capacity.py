@@ -186,6 +186,8 @@ async def sweep(scale: Scale) -> list[Row]:
     await store.delete_dir(doomed)
     elapsed = time.perf_counter() - start
     during = busy[before:]
+    # What has held it up to the very end it can tell only now.
+    await asyncio.sleep(0.01)
     stop.set()
     reader.join()
     watcher.cancel()

@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 # Group: module and function, which takes a Scale and returns rows.
 GROUPS = {
     "memory_hit": ("_hits", "memory_hit"),
+    "first_hit": ("_hits", "first_hit"),
     "miss": ("_hits", "miss_evict"),
     "disk_hit": ("_hits", "disk_hit"),
     "loop_lag": ("_hits", "loop_lag"),

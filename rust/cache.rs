@@ -264,10 +264,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.cells.block.is_complete()
     }
 
-    /// Changes the bounds; a smaller size is enforced before new bytes are written.
-    pub fn rebound(&mut self, max_size: u64, max_age: Option<u64>) {
+    /// Changes the bounds and when to compare bytes with their checksum; a smaller size is enforced
+    /// before new bytes are written.
+    pub fn rebound(&mut self, max_size: u64, max_age: Option<u64>, verify: Verify) {
         self.limits.max_size = max_size;
         self.limits.max_age = max_age;
+        self.limits.verify = verify;
     }
 
     /// Entries in every state with their bytes, for tests and tools.

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
-from zcache._identity import identify, same_place, transient
+from zcache._identity import identify, overlap, same_source, transient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,8 +105,127 @@ def test_sources_without_a_name() -> None:
     assert transient(one) != transient(MemoryStore())
 
 
-def test_same_place(tmp_path: Path) -> None:
+def test_overlap(tmp_path: Path) -> None:
     one = LocalStore(tmp_path / "a")
-    assert same_place(one, WrapperStore(LocalStore(tmp_path / "a/b")))
-    assert not same_place(one, LocalStore(tmp_path / "ab"))
-    assert not same_place(MemoryStore(), MemoryStore())
+    assert overlap(one, WrapperStore(LocalStore(tmp_path / "a/b")))
+    assert overlap(WrapperStore(LocalStore(tmp_path / "a/b")), one)
+    assert not overlap(one, LocalStore(tmp_path / "ab"))
+    assert not overlap(MemoryStore(), MemoryStore())
+    values: dict[str, Any] = {}
+    assert overlap(MemoryStore(values), MemoryStore(values, read_only=True))
+
+
+def test_overlap_of_other_kinds_of_stores(tmp_path: Path) -> None:
+    """One directory is one place, whichever library reads it, and so is a bucket."""
+    pytest.importorskip("fsspec")
+    one = FsspecStore.from_url(f"file://{tmp_path}/a")
+    for other, expected in [
+        (FsspecStore.from_url(f"file://{tmp_path}/a"), True),
+        (FsspecStore.from_url(f"file://{tmp_path}/a", read_only=True), True),
+        (FsspecStore.from_url(f"file://{tmp_path}/a/cache"), True),
+        (FsspecStore.from_url(f"file://{tmp_path}/ab"), False),
+        (LocalStore(tmp_path / "a"), True),
+        (LocalStore(tmp_path), True),
+        (LocalStore(tmp_path / "b"), False),
+        (MemoryStore(), False),
+    ]:
+        assert overlap(one, other) is overlap(other, one) is expected, other
+    bucket = remote(("s3", "s3a"), "bucket/a", key="me")
+    for store, expected in [
+        (remote("s3", "bucket/a/cache"), True),
+        (remote("s3", "bucket"), True),
+        (remote("s3", "bucket/ab"), False),
+        (remote("s3", "bucket/a", endpoint_url="http://node:9000"), False),
+        (remote("gs", "bucket/a"), False),
+    ]:
+        assert overlap(bucket, store) is overlap(store, bucket) is expected, store
+
+
+def test_overlap_by_obstore(tmp_path: Path) -> None:
+    stores = pytest.importorskip("obstore.store")
+    storage = pytest.importorskip("zarr.storage").ObjectStore
+    (tmp_path / "a").mkdir()
+    one = storage(stores.LocalStore(tmp_path / "a"))
+    assert overlap(one, storage(stores.LocalStore(tmp_path / "a"), read_only=True))
+    assert overlap(one, LocalStore(tmp_path))
+    assert not overlap(one, LocalStore(tmp_path / "b"))
+    assert overlap(storage(stores.S3Store("bucket", prefix="a")), remote("s3", "bucket/a/cache"))
+
+
+def same(one: Any, other: Any) -> bool:
+    named = [(identify(store) or transient(store), store) for store in (one, other)]
+    return same_source(*named)
+
+
+def test_sources_that_are_named(tmp_path: Path) -> None:
+    one, other = LocalStore(tmp_path / "a"), MemoryStore()
+    assert same_source(("x", one), ("x", other))
+    assert not same_source(("x", one), ("y", one))
+    # Only one of them says anything.
+    assert same_source(("x", one), (str(identify(one)), one))
+    assert same_source((transient(other), other), ("x", other))
+    assert not same_source((transient(other), other), ("x", one))
+
+
+def test_same_source(tmp_path: Path) -> None:
+    one = LocalStore(tmp_path / "a")
+    assert same(one, WrapperStore(LocalStore(tmp_path / "a", read_only=True)))
+    assert not same(one, LocalStore(tmp_path / "a/b"))
+    assert not same(MemoryStore(), MemoryStore())
+    pytest.importorskip("fsspec")
+    reader = FsspecStore.from_url(f"file://{tmp_path}/a", read_only=True)
+    assert same(reader, FsspecStore.from_url(f"file://{tmp_path}/a"))
+    assert same(reader, one)
+    assert not same(reader, FsspecStore.from_url(f"file://{tmp_path}/a/b"))
+
+
+class Below(WrapperStore[Store]):
+    """Shows what lies below a prefix."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        super().__init__(store)
+        self.prefix = prefix
+
+    def __str__(self) -> str:
+        return f"{self._store}/{self.prefix}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Below) and str(self) == str(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_wrappers_that_say_what_they_show(tmp_path: Path) -> None:
+    whole = LocalStore(tmp_path)
+    one, other = Below(whole, "a"), Below(whole, "b")
+    assert identify(one) == f"Below:file://{tmp_path}/a"
+    assert identify(WrapperStore(one)) == identify(Below(LocalStore(tmp_path), "a"))
+    assert identify(other) not in (identify(one), identify(whole))
+    assert same(one, Below(LocalStore(tmp_path), "a"))
+    assert not same(one, other)
+
+
+def test_file_systems_within_others(tmp_path: Path) -> None:
+    """The path alone does not tell what is read: the archive, the directory, the references do."""
+    pytest.importorskip("fsspec")
+    wrapper = pytest.importorskip("fsspec.implementations.asyn_wrapper").AsyncFileSystemWrapper
+    within = pytest.importorskip("fsspec.implementations.dirfs").DirFileSystem
+    references = pytest.importorskip("fsspec.implementations.reference").ReferenceFileSystem
+    filesystem = pytest.importorskip("fsspec").filesystem
+
+    def directory(name: str) -> FsspecStore:
+        inner = within(path=str(tmp_path / name), fs=filesystem("file"))
+        return FsspecStore(wrapper(inner, asynchronous=True), path="")
+
+    def reference(name: str) -> FsspecStore:
+        found = {"version": 1, "refs": {"zarr.json": [str(tmp_path / name)]}}
+        inner = references(found, asynchronous=True, remote_protocol="file")
+        return FsspecStore(inner, path="", read_only=True)
+
+    for make in (directory, reference):
+        assert identify(make("a")) == identify(make("a")) is not None
+        assert identify(make("a")) != identify(make("b"))
+        assert same(make("a"), make("a"))
+        assert not same(make("a"), make("b"))
+    # Nobody can tell.
+    assert identify(remote("sftp", "/a", host="node")) is None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
+import os
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+from coherence_support import GatedStore, SyncDictStore, reached
 from support import CountingStore, WatchedDict, buf, check_books, fill, held, read
 from zcache import CacheStore
 
@@ -140,3 +143,99 @@ def test_away_from_home_another_copy_is_another_source(monkeypatch: pytest.Monke
     other = pickle.loads(second)
     assert other._engine is not store._engine
     assert sync(other.get("a")).to_bytes() == b"1"
+
+
+def remote(where: Path, **options: Any) -> Store:
+    pytest.importorskip("fsspec")
+    return FsspecStore.from_url(f"file://{where}", storage_options={"auto_mkdir": True}, **options)
+
+
+class Elsewhere(SyncDictStore):
+    """A store of the user's own."""
+
+
+@pytest.mark.parametrize("kind", ["listed", "listed, two objects", "a user's own"])
+async def test_other_stores_have_one_index_as_well(tmp_path: Path, kind: str) -> None:
+    held_in: list[Any] = (
+        [Elsewhere()] * 2
+        if kind == "a user's own"
+        else [remote(tmp_path / "cache")] * 2
+        if kind == "listed"
+        else [remote(tmp_path / "cache") for _ in range(2)]
+    )
+    source = GatedStore({"k": b"old"})
+    one, other = (
+        CacheStore(source, cache_store=cache, max_size=100, source_id="x") for cache in held_in
+    )
+    for store in (one, other):
+        assert await read(store, "missing") is None
+    # A fill of the one that has read the old value does not land after the other's write.
+    source.late["get"] = 1
+    task = asyncio.ensure_future(read(other, "k"))
+    await reached(source)
+    await one.set("k", buf(b"new"))
+    source.release()
+    await task
+    for store in (one, other):
+        assert await read(store, "k") == b"new"
+    for number in range(5):
+        await fill(one, **{f"a{number}": bytes(20)})
+        await fill(other, **{f"b{number}": bytes(20)})
+    assert one.cache_info() == other.cache_info()
+    assert one.cache_info()["current_size"] <= 100
+    one._engine.index.validate()
+
+
+async def test_an_index_ends_with_the_last_who_uses_it() -> None:
+    cache = Elsewhere()
+    store = CacheStore(MemoryStore(), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of .* source_id="):
+        CacheStore(MemoryStore(), cache_store=cache)
+    del store
+    gc.collect()
+    CacheStore(MemoryStore(), cache_store=cache)
+
+
+async def test_the_strictest_check_is_in_force() -> None:
+    cache, source = MemoryStore(), CountingStore(MemoryStore())
+    one = CacheStore(source, cache_store=cache, verify="never")
+    await fill(one, a=b"12345")
+    other = CacheStore(source, cache_store=cache, verify="always")
+    for _ in range(2):
+        assert await read(other, "a") == b"12345"
+    cache._store_dict["a"] = buf(b"1234X")
+    assert await read(one, "a") == b"12345"
+    assert one.cache_stats()["damaged"] == 1
+
+
+def test_stores_inside_each_other_are_two_sources(tmp_path: Path) -> None:
+    cache = MemoryStore()
+    first = CacheStore(LocalStore(tmp_path / "data"), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of file:"):
+        CacheStore(LocalStore(tmp_path / "data/array"), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of"):
+        CacheStore(LocalStore(tmp_path / "other"), cache_store=cache, source_id="y")
+    again = CacheStore(LocalStore(tmp_path / "data", read_only=True), cache_store=cache)
+    assert again._engine.index is first._engine.index
+
+
+def test_one_source_for_reading_and_for_writing(tmp_path: Path) -> None:
+    cache = MemoryStore()
+    reader = CacheStore(remote(tmp_path, read_only=True), cache_store=cache)
+    writer = CacheStore(remote(tmp_path), cache_store=cache)
+    assert reader._engine.index is writer._engine.index
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_they_have_one_index_in_a_forked_child_too() -> None:
+    cache, source = Elsewhere(), SyncDictStore({"a": b"1"})
+    one, other = (CacheStore(source, cache_store=cache) for _ in range(2))
+    sync(read(one, "a"))
+    child = os.fork()
+    if child == 0:
+        same = one._engine.index is other._engine.index
+        os._exit(0 if same and one.cache_info()["cached_keys"] == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert one._engine.index is other._engine.index
+    assert other.cache_info()["cached_keys"] == 1

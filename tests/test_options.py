@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from zarr.storage import LocalStore, MemoryStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
 from zarr.testing.store import LatencyStore
 
 from support import CountingStore, buf, check_books, held, read
@@ -385,3 +385,21 @@ async def test_default_cache_is_new_and_in_memory() -> None:
     assert await read(other, "key") == b"value"
     check_books(one)
     check_books(other)
+
+
+@pytest.mark.parametrize(
+    "kinds", ["fsspec fsspec", "local fsspec", "fsspec local", "fsspec inside", "read-only fsspec"]
+)
+def test_cache_store_is_the_source_by_another_library(tmp_path: Path, kinds: str) -> None:
+    """To evict from it would delete what it holds."""
+    pytest.importorskip("fsspec")
+    url = f"file://{tmp_path}/data"
+    make = {
+        "fsspec": lambda: FsspecStore.from_url(url),
+        "read-only": lambda: FsspecStore.from_url(url, read_only=True),
+        "inside": lambda: FsspecStore.from_url(f"{url}/cache"),
+        "local": lambda: LocalStore(tmp_path / "data"),
+    }
+    source, cache = (make[kind]() for kind in kinds.split())
+    with pytest.raises(ValueError, match=r"is the source itself, or one of them is inside"):
+        CacheStore(source, cache_store=cache)

@@ -18,10 +18,9 @@ from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
 from zcache._coroutines import guarded
 from zcache._directory import Directory, let_go
-from zcache._flights import Flight
 from zcache._identity import innermost
 from zcache._listing import NotOursError, take_in
-from zcache._memory import memory_index
+from zcache._sharing import Shared, memory_index, other_index
 from zcache._standins import NotListedError, Unlisted, Unopened
 from zcache._threads import background, in_background
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._breaker import Breaker
+    from zcache._flights import Flight
     from zcache._traffic import Traffic
 
 logger = logging.getLogger("zcache")
@@ -93,7 +93,7 @@ class Books:
         # Reentrant, for while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._repair: Future[None] | None = None
-        self._listing: Flight | None = None
+        self._shared: Shared | None = None
         self.directory: Directory | None = None
         self.usable = True
         self.ageless = options["max_age"] is None
@@ -103,12 +103,11 @@ class Books:
             self.now = time.time
             self.index = self._open_directory(cache, identity)
         elif isinstance(kept := innermost(cache), MemoryStore):
-            self.index = memory_index(self, source, kept)
-        elif any(base.__module__.startswith("zarr.storage.") for base in type(kept).__mro__):
-            self.index = Unlisted(Index(**options))
+            self._shared = memory_index(self, source, identity, kept)
+            self.index = self._shared.index
         else:
-            # Nobody knows whether what it holds outlives the process; what it holds now is not ours.
-            self.index = Index(**options)
+            self._shared = other_index(self, source, identity, cache)
+            self.index = self._shared.index
 
     def real(self) -> Index:
         """The index itself, never what stands for it."""
@@ -338,20 +337,22 @@ class Books:
             return True
         if not self.breaker.allows("list"):
             return False
-        with self._lock:
-            flight = self._listing
-            if leads := flight is None or flight.done:
-                flight = self._listing = Flight(io.loop())
-                flight.begun = True
-        if self.index is not unlisted:
-            flight.deliver(b"")
-            return True
-        if not leads:
+        flight, leads = unlisted.begin_listing(io.loop())
+        if unlisted.listed:
+            if leads:
+                flight.deliver(b"")
+            self.index = unlisted.within
+        elif not leads:
             if not await io.wait(flight):
                 flight.abandon()  # Its event loop has stopped.
             if flight.error is not None:
                 raise flight.error.with_traceback(flight.trace)
-            return flight.abandoned or self.index is not unlisted
+            return flight.abandoned or unlisted.listed
+        else:
+            await self._take_in(io, unlisted, flight)
+        return unlisted.listed
+
+    async def _take_in(self, io: Traffic, unlisted: Unlisted, flight: Flight) -> None:
         try:
             work = take_in(self._cache, unlisted, self._identity, adopt=self.adopt)
             await io.run(guarded(work))
@@ -366,9 +367,9 @@ class Books:
             raise
         else:
             self.breaker.succeeded("list")
+            unlisted.listed = True
             self.index = unlisted.within
         flight.deliver(b"")
-        return self.index is not unlisted
 
     # -------------------------------------------------------------- opening
 
@@ -466,7 +467,7 @@ class Books:
         participant of its own.
         """
         self._lock = threading.RLock()
-        self._repair = self._listing = None
+        self._repair = None
         in_memory = isinstance(innermost(self._cache), MemoryStore)
         if in_memory and self.index.after_fork():
             return
@@ -474,14 +475,13 @@ class Books:
             let_go(self.index)
             # Opened at the first use: most children of a fork never use it.
             self.index = Unopened(self)
-        elif not self.usable:
+        elif not self.usable or self._shared is None:
             self.index = self._nothing()
-        elif not isinstance(self.index, Unlisted):
-            self.index = Index(**self.options)
         else:
             # What is there by now is the parent's, so it is ours.
             self.adopt = True
-            self.index = Unlisted(Index(**self.options), self.index.changed)
+            self._shared.after_fork(self.options)
+            self.index = self._shared.index
 
     def reopen(self) -> Any:
         """Open the directory again, as another participant."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache import _files
 from zcache._core import Index, leads_out, volume_space
 from zcache._identity import TRANSIENT
+from zcache._marks import DROPPED, key_of, mark, marked
 from zcache._spans import is_encodable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from zcache._books import Books
 
@@ -57,6 +58,9 @@ class Directory:
         self._stamp_path = os.path.join(self.reserved, "stamp.json")
         self.source = source
         self.cold = False
+        # What was removed while a walk is on its way, which may have found it before.
+        self._removed: list[str] = []
+        self._walks = 0
         self.prepare(adopt=adopt)
 
     def prepare(self, *, adopt: bool) -> None:
@@ -86,7 +90,9 @@ class Directory:
     def _read_stamp(self, adopt: bool) -> dict[str, Any] | None:
         try:
             with open(self._stamp_path, "rb") as file:
-                stamp = parse_stamp(file.read(), f"directory {self.root}", adopt=adopt)
+                stamp = parse_stamp(
+                    file.read(), f"directory {self.root}", adopt=adopt, listed=False
+                )
         except FileNotFoundError:
             return None
         if stamp is None:
@@ -125,6 +131,16 @@ class Directory:
         return stamp
 
     def _adopt(self) -> None:
+        below = [
+            directory
+            for directory, names, _ in os.walk(self.root)
+            if ".zcache" in names and directory != self.root
+        ]
+        if below:
+            raise ValueError(
+                f"the directory {self.root} holds another cache directory, {below[0]}, whose values would "
+                "become those of this one. Give a directory that holds none, or remove it."
+            )
         for directory, names, files in os.walk(self.root):
             if directory == self.root and ".zcache" in names:
                 names.remove(".zcache")
@@ -204,6 +220,8 @@ class Directory:
 
     def remove_below(self, prefix: str) -> None:
         """Remove the files of a key and of all keys below it, whether the index knows them or not."""
+        if self._walks:
+            self._removed.append(prefix)
         if prefix:
             above, _, tail = prefix.rpartition("/")
             ranges = os.path.join(self.reserved, "ranges", *above.split("/"))
@@ -221,6 +239,37 @@ class Directory:
             for _, _, name in _files.walk(self.root, _files.remove, below):
                 _files.remove(self.path(name))
 
+    def remember(self, names: Iterable[str]) -> None:
+        """Note values that are not valid any more but could not be deleted, for a later rebuild."""
+        for name in names:
+            path = os.path.join(self.root, mark(DROPPED, name))
+            # On a volume that takes nothing nobody can know.
+            with contextlib.suppress(OSError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(name.encode(errors="surrogateescape"))
+
+    def _without_dropped(
+        self, found: list[tuple[int, int, str]]
+    ) -> tuple[list[tuple[int, int, str]], list[str]]:
+        """Delete what could not be deleted before; returns what is left, and of that what is not valid."""
+        where = os.path.join(self.root, DROPPED)
+        try:
+            marks = os.listdir(where)
+        except FileNotFoundError:
+            return found, []
+        dropped = set(marked(marks, (name for _, _, name in found)))
+        stays = []
+        for name in dropped:
+            try:
+                _files.remove(self.path(name))
+            except OSError:
+                stays.append(name)
+        kept = {mark(DROPPED, name).rpartition("/")[2] for name in stays}
+        _remove_all([os.path.join(where, name) for name in marks if name not in kept])
+        gone = dropped.difference(stays)
+        return [value for value in found if value[2] not in gone], stays
+
     def rebuild(self, whose: Callable[[], Books | None], why: str) -> None:
         """Fill an empty index from a walk of the directory.
 
@@ -236,7 +285,14 @@ class Directory:
         OSError
             If the index cannot grow.
         """
-        found = sorted(_files.walk(self.root, _remove_quietly))
+        self._walks += 1
+        try:
+            self._rebuild(whose, why)
+        finally:
+            self._walks -= 1
+
+    def _rebuild(self, whose: Callable[[], Books | None], why: str) -> None:
+        found, dropped = self._without_dropped(sorted(_files.walk(self.root, _remove_quietly)))
         for start in range(0, len(found), _BATCH):
             batch = [value for value in found[start : start + _BATCH] if is_encodable(value[2])]
             books = whose()
@@ -245,6 +301,9 @@ class Directory:
                 return
         if (books := whose()) is None:
             return
+        for name in dropped:
+            victims = books.must(books.index.forget, key_of(name))
+            books.must(books.index.settled, [], [cell for cell, _ in victims])
         if found:
             # Before others may go on, so that this comes before all that they have to say.
             logger.warning(
@@ -255,6 +314,19 @@ class Directory:
                 sum(size for _, size, _ in found),
             )
         books.must(books.index.complete)
+        while self._removed:
+            self._forget_below(books, self._removed.pop())
+
+    def _forget_below(self, books: Books, prefix: str) -> None:
+        while victims := books.must(books.index.sweep, prefix):
+            dropped, failed = [], []
+            for cell, name in victims:
+                try:
+                    _files.remove(self.path(name))
+                    dropped.append(cell)
+                except OSError:
+                    failed.append(cell)
+            books.must(books.index.settled, dropped, failed)
 
 
 def let_go(index: Any) -> None:
@@ -296,13 +368,16 @@ def _remove_quietly(path: str) -> None:
         logger.debug("the unfinished file %s cannot be removed: %r", path, error)
 
 
-def parse_stamp(text: bytes, where: str, *, adopt: bool) -> dict[str, Any] | None:
+def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[str, Any] | None:
     """Read a stamp; None for one that cannot be read, if that may be replaced.
+
+    `listed` tells a store whose index is made of a listing from a directory, whose index is shared: each
+    would know nothing of what the other does.
 
     Raises
     ------
     ValueError
-        If it is of another format, or cannot be read.
+        If it is of another format or kind, or cannot be read.
     """
     try:
         stamp = json.loads(text)
@@ -319,6 +394,12 @@ def parse_stamp(text: bytes, where: str, *, adopt: bool) -> dict[str, Any] | Non
         raise ValueError(
             f"the cache {where} has format {stamp['zcache']!r}, this zcache reads format {FORMAT}. Use "
             "the version of zcache that made it, or give another one."
+        )
+    if stamp.get("listed", False) is not listed:
+        other = "a zarr.storage.LocalStore itself" if listed else "a store of another class"
+        raise ValueError(
+            f"the cache {where} was made through {other}, and keeps its books in another way. Use it "
+            "through that, or give another one."
         )
     return stamp
 

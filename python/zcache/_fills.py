@@ -315,6 +315,8 @@ class Fills:
         over = io.port.immediate
         try:
             dropped, failed = await self._delete(io, victims)
+            if failed:
+                await self._remember(io, victims, failed)
             over = True
             await self.books.sure(io, ignore, self.books.index.settled, dropped, failed)
         except BaseException:
@@ -331,14 +333,17 @@ class Fills:
         """
         if io.port.immediate:
             return self._delete_now(io, victims)
-        if not self.breaker.allows("delete"):
+        if not self._may_delete():
             return [], [cell for cell, _ in victims]
 
         def late(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
                 self._give_up(victims)
             else:
-                self.books.soon(ignore, self.books.index.settled, *self._sort(victims, outcome))
+                dropped, failed = self._sort(victims, outcome)
+                if failed:
+                    io.port.remember_late(_names(victims, failed))
+                self.books.soon(ignore, self.books.index.settled, dropped, failed)
             if gone is not None:
                 gone()
 
@@ -350,7 +355,7 @@ class Fills:
 
     def _delete_now(self, io: Traffic, victims: list[Victim]) -> tuple[list[int], list[int]]:
         """Do the same through a port that never suspends."""
-        if not self.breaker.allows("delete"):
+        if not self._may_delete():
             return [], [cell for cell, _ in victims]
         try:
             outcome = io.port.delete_now([name for _, name in victims])
@@ -360,6 +365,15 @@ class Fills:
             self._give_up(victims)
             raise
         return self._sort(victims, outcome)
+
+    def _may_delete(self) -> bool:
+        # A file system tells at once. What is left in a directory could come back: to make room is not
+        # even tried while deletes are left alone, so these are values that are not valid any more.
+        return self.books.directory is not None or self.breaker.allows("delete")
+
+    async def _remember(self, io: Traffic, victims: list[Victim], failed: list[int]) -> None:
+        if self.breaker.allows("write"):
+            await io.port.remember(_names(victims, failed))
 
     def _sort(self, victims: list[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
         dropped, failed = [], []
@@ -378,3 +392,8 @@ class Fills:
         if victims:
             cells = [cell for cell, _ in victims]
             self.books.soon(ignore, self.books.index.settled, [], cells)
+
+
+def _names(victims: list[Victim], cells: list[int]) -> list[str]:
+    wanted = set(cells)
+    return [name for cell, name in victims if cell in wanted]

@@ -1,17 +1,20 @@
-"""Which source a cache belongs to: a name that says the same in every process."""
+"""Which source a cache belongs to, and whether two stores keep their values in the same place."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
 import uuid
 import weakref
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zarr.abc.store import Store
-from zarr.storage import LocalStore, MemoryStore, ZipStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TRANSIENT: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
@@ -19,6 +22,31 @@ TRANSIENT: Final = "process:"
 # Reentrant, for inside it the garbage collector may forget a store.
 _lock = threading.RLock()
 _names: dict[int, tuple[str, set[int]]] = {}
+
+_BY_PATH: Final = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
+"""Protocols whose path names the place. Of others the host, the archive or the list of references is
+among the options of the file system."""
+_LOCAL: Final = frozenset({"file", "local"})
+_WHOLE: Final = _BY_PATH | {"abfs", "abfss", "az", "adl", "memory"}
+"""Protocols of stores of objects, which show a value as a whole or not at all."""
+
+
+class Place(NamedTuple):
+    """Where a store keeps its values: at a path below a root, and perhaps of one server among many."""
+
+    root: str
+    path: str
+    endpoint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.root}{self.path}" + (f" at {self.endpoint}" if self.endpoint else "")
+
+    def overlaps(self, other: Place) -> bool:
+        """Whether both are the same place, or one of them is inside the other."""
+        if (self.root, self.endpoint) != (other.root, other.endpoint):
+            return False
+        mine, theirs = f"{self.path.rstrip('/')}/", f"{other.path.rstrip('/')}/"
+        return mine.startswith(theirs) or theirs.startswith(mine)
 
 
 def innermost(store: Any) -> Any:
@@ -28,31 +56,146 @@ def innermost(store: Any) -> Any:
     return store
 
 
+def outlives_process(store: Any) -> bool:
+    """Whether what a store holds, one without wrappers, may be there in the next process."""
+    # Of a user's own nobody knows.
+    return any(base.__module__.startswith("zarr.storage.") for base in type(store).__mro__)
+
+
+def shows_halves(store: Any) -> bool:
+    """Whether a value that is being written, or never was to the end, is seen like another."""
+    return _is_fsspec(store) and _protocol(store.fs) not in _WHOLE
+
+
 def identify(store: Any) -> str | None:
     """Name a source, or None where its contents do not outlive the process, or nobody can tell.
 
     The name holds no credentials: everybody may read it, and they may change.
     """
-    name = _name(store)
-    return None if name is None else re.sub(r"://[^/@\s]*@", "://", name)
+    name = next(_said(store), None) or _name(innermost(store))
+    return None if name is None else _without_credentials(name)
 
 
-def _name(store: Any) -> str | None:
-    store = innermost(store)
-    if isinstance(store, MemoryStore):
-        return None
-    if isinstance(store, LocalStore):
-        return f"file://{os.path.realpath(store.root)}"
-    if isinstance(store, ZipStore):
-        return f"zip://{os.path.realpath(str(store.path))}"
-    if hasattr(store, "fs") and hasattr(store, "path"):
-        return _identify_fsspec(store)
-    inner = getattr(store, "store", None)
-    if type(inner).__module__.partition(".")[0] == "obstore":
-        return _identify_obstore(inner)
+def _without_credentials(name: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", name)
+
+
+def _said(store: Any) -> Iterator[str]:
+    """What wrappers of the user's own say of themselves: they may change keys or bytes."""
+    for wrapper in _wrappers(store):
+        if not _inherits(type(wrapper), "__str__"):
+            text = _stable(wrapper)
+            if text is not None:
+                yield text
+
+
+def _wrappers(store: Any) -> Iterator[Any]:
+    """The wrappers around a store, without those that show what they wrap."""
+    while isinstance(inner := getattr(store, "_store", None), Store):
+        if type(store).__module__.partition(".")[0] not in ("zarr", "zcache"):
+            yield store
+        store = inner
+
+
+def _inherits(kind: type, method: str) -> bool:
+    """Whether this method is the one of zarr's wrapper, or of any object."""
+    return getattr(kind, method) in (getattr(WrapperStore, method), getattr(object, method))
+
+
+def _stable(store: Any) -> str | None:
     text = str(store)
     # The address of an object, or its number, is not the same twice.
     return None if re.search(r"0x[0-9a-f]{6,}|\d{9,}", text) else f"{type(store).__name__}:{text}"
+
+
+def _name(store: Any) -> str | None:
+    name = name_of_place(store)
+    if name is None and not (
+        isinstance(store, MemoryStore) or _is_fsspec(store) or _obstore(store)
+    ):
+        name = _stable(store)
+    return name
+
+
+def name_of_place(store: Any) -> str | None:
+    """A name that no two places have, of a store without wrappers; None where there is none."""
+    if isinstance(store, ZipStore):
+        return f"zip://{os.path.realpath(str(store.path))}"
+    if (place := _place(store)) is not None:
+        return str(place)
+    if _is_fsspec(store):
+        return _digest(store)
+    inner = _obstore(store)
+    return None if inner is None or type(inner).__name__ == "MemoryStore" else _repr_of(inner)
+
+
+def _place(store: Any) -> Place | None:
+    """Where a store keeps its values, where that can be told."""
+    if isinstance(store, LocalStore):
+        return _directory(store.root)
+    if isinstance(store, ZipStore):
+        return _directory(store.path)
+    if _is_fsspec(store):
+        protocol = _protocol(store.fs)
+        if protocol in _LOCAL:
+            return _directory(store.path)
+        if protocol not in _BY_PATH:
+            return None
+        options = dict(getattr(store.fs, "storage_options", None) or {})
+        options.update(options.get("client_kwargs") or {})
+        endpoint = options.get("endpoint_url") or getattr(store.fs, "endpoint_url", None)
+        path = _without_credentials(str(store.path)).removeprefix(f"{protocol}://")
+        return Place(f"{protocol}://", path, endpoint and _without_credentials(endpoint))
+    inner = _obstore(store)
+    if type(inner).__name__ == "LocalStore":
+        return _directory(inner.prefix or "/")
+    config: Any = getattr(inner, "config", None)
+    if type(inner).__name__ == "S3Store" and hasattr(config, "get") and config.get("bucket"):
+        path = f"{config['bucket']}/{inner.prefix or ''}".rstrip("/")
+        endpoint = config.get("endpoint")
+        return Place("s3://", path, endpoint and _without_credentials(endpoint))
+    return None
+
+
+def _directory(path: object) -> Place:
+    return Place("file://", os.path.realpath(str(path)))
+
+
+def _is_fsspec(store: Any) -> bool:
+    return hasattr(store, "fs") and hasattr(store, "path")
+
+
+def _protocol(filesystem: Any) -> str:
+    protocol = filesystem.protocol
+    first: str = protocol if isinstance(protocol, str) else protocol[0]
+    return first
+
+
+def _digest(store: Any) -> str | None:
+    """Name a file system by all that it was made with, of which anything may matter."""
+    protocol = _protocol(store.fs)
+    if protocol == "memory":
+        return None
+    filesystem = getattr(store.fs, "sync_fs", store.fs)
+    try:
+        made = filesystem.to_json(include_password=False)
+    except (AttributeError, TypeError, ValueError):
+        return None  # Not made of plain values, or of a release that would tell passwords.
+    digest = hashlib.sha256(made.encode()).hexdigest()[:32]
+    path = str(store.path).removeprefix(f"{protocol}://")
+    return f"{protocol}://{path} of {digest}"
+
+
+def _obstore(store: Any) -> Any:
+    """The object of obstore that a store reads from, or None."""
+    inner = getattr(store, "store", None)
+    return inner if type(inner).__module__.partition(".")[0] == "obstore" else None
+
+
+def _repr_of(inner: Any) -> str:
+    config = getattr(inner, "config", None) or {}
+    endpoint = config.get("endpoint") if hasattr(config, "get") else None
+    return f"{inner!r}" + (f" at {endpoint}" if endpoint else "")
 
 
 def transient(store: Any) -> str:
@@ -83,35 +226,44 @@ def after_fork() -> None:
     _lock = threading.RLock()
 
 
-def _identify_fsspec(store: Any) -> str | None:
-    filesystem = store.fs
-    protocol = filesystem.protocol
-    protocol = protocol if isinstance(protocol, str) else protocol[0]
-    if protocol == "memory":
-        return None
-    options = dict(getattr(filesystem, "storage_options", None) or {})
-    options.update(options.get("client_kwargs") or {})
-    endpoint = options.get("endpoint_url") or getattr(filesystem, "endpoint_url", None)
-    path = str(store.path).removeprefix(f"{protocol}://")
-    return f"{protocol}://{path}" + (f" at {endpoint}" if endpoint else "")
-
-
-def _identify_obstore(inner: Any) -> str | None:
-    if type(inner).__name__ == "MemoryStore":
-        return None
-    config = getattr(inner, "config", None) or {}
-    endpoint = config.get("endpoint") if hasattr(config, "get") else None
-    return f"{inner!r}" + (f" at {endpoint}" if endpoint else "")
-
-
-def same_place(one: Any, other: Any) -> bool:
+def overlap(one: Any, other: Any) -> bool:
     """Whether two stores keep their values in the same place, or one inside the other's."""
-    one, other = innermost(one), innermost(other)
+    mine, theirs = _place(innermost(one)), _place(innermost(other))
+    if mine is not None and theirs is not None:
+        return mine.overlaps(theirs)
+    return _same(innermost(one), innermost(other))
+
+
+def same_source(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
+    """Whether two sources, each with its name, show the same values."""
+    (name, mine), (other_name, theirs) = one, other
+    given = _is_given(name, mine), _is_given(other_name, theirs)
+    if name == other_name:
+        return any(given) or _same_view(mine, theirs)
+    if all(given):
+        return False
+    return _same_view(mine, theirs) and _same(innermost(mine), innermost(theirs))
+
+
+def _is_given(name: str, store: Any) -> bool:
+    """Whether the user has named a store so."""
+    return not name.startswith(TRANSIENT) and name != identify(store)
+
+
+def _same_view(one: Any, other: Any) -> bool:
+    for mine, theirs in zip(_wrappers(one), _wrappers(other), strict=False):
+        kind = type(mine)
+        if kind is type(theirs) and not _inherits(kind, "__eq__") and mine != theirs:
+            return False
+    return True
+
+
+def _same(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if isinstance(one, MemoryStore) and isinstance(other, MemoryStore):
         return one._store_dict is other._store_dict
-    if isinstance(one, LocalStore) and isinstance(other, LocalStore):
-        mine, theirs = (Path(os.path.realpath(store.root)) for store in (one, other))
-        return mine.is_relative_to(theirs) or theirs.is_relative_to(mine)
+    # Not whether they are equal: one that is read only differs from one that is not.
+    if (name := name_of_place(one)) is not None:
+        return name == name_of_place(other)
     return type(one) is type(other) and bool(one == other)

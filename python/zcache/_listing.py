@@ -12,6 +12,7 @@ from zarr.storage import MemoryStore
 from zcache._buffers import to_cpu_buffer
 from zcache._directory import FORMAT, is_transient, not_ours, other_source, parse_stamp
 from zcache._identity import innermost
+from zcache._marks import DROPPED, RANGES, WRITING, key_of, marked
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from zcache._standins import Unlisted
 
 STAMP: Final = ".zcache/stamp.json"
-_RANGES: Final = ".zcache/ranges/"
 _AT_ONCE: Final = 32
 """Sizes that are asked for at the same time."""
 
@@ -61,6 +61,9 @@ async def take_in(cache: Store, unlisted: Unlisted, source: str, *, adopt: bool)
     index = unlisted.within
     index.adopt([value for value in found if value is not None])
     victims = unlisted.outdated()
+    marks = [name for name in names if name.startswith((DROPPED, WRITING))]
+    for name in marked(marks, values):
+        victims += index.forget(key_of(name))
     dropped: list[int] = []
     try:
         for cell, name in victims:
@@ -68,10 +71,12 @@ async def take_in(cache: Store, unlisted: Unlisted, source: str, *, adopt: bool)
             dropped.append(cell)
     finally:
         index.settled(dropped, [cell for cell, _ in victims])
+    for name in marks:
+        await cache.delete(name)
 
 
 def _is_value(name: str) -> bool:
-    return is_encodable(name) and (name.startswith(_RANGES) or not is_reserved(name))
+    return is_encodable(name) and (name.startswith(RANGES) or not is_reserved(name))
 
 
 async def _check(cache: Store, values: list[str], source: str, *, adopt: bool) -> list[str]:
@@ -81,7 +86,7 @@ async def _check(cache: Store, values: list[str], source: str, *, adopt: bool) -
     stamp: dict[str, Any] | None = None
     if text is not None:
         try:
-            stamp = parse_stamp(text.to_bytes(), where, adopt=adopt)
+            stamp = parse_stamp(text.to_bytes(), where, adopt=adopt, listed=True)
         except ValueError as refusal:
             raise NotOursError(str(refusal)) from None
     if stamp is not None and stamp["source"] == source:
@@ -96,6 +101,6 @@ async def _check(cache: Store, values: list[str], source: str, *, adopt: bool) -
         for name in values:
             await cache.delete(name)
         values = []
-    data = json.dumps({"zcache": FORMAT, "source": source}).encode()
+    data = json.dumps({"zcache": FORMAT, "source": source, "listed": True}).encode()
     await cache.set(STAMP, to_cpu_buffer(data))
     return values

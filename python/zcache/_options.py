@@ -5,7 +5,7 @@ from __future__ import annotations
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from zcache._identity import innermost, same_place
+from zcache._identity import innermost, overlap
 
 
 def check_verify(verify: object) -> str:
@@ -47,7 +47,7 @@ def check_cache_store(source: Store, cache: Store) -> None:
             f"cache_store={cache!r} does not support deletes, so it cannot make room. Give a "
             "store that can delete, such as MemoryStore or LocalStore."
         )
-    if same_place(source, cache):
+    if overlap(source, cache):
         raise ValueError(
             f"cache_store={cache!r} is the source itself, or one of them is inside the other: evicting "
             "from it would delete your data. Give another store to keep the cache in."
@@ -63,7 +63,7 @@ def _caches_in(source: object, cache: Store) -> bool:
     """Whether a source, or a store inside it, is a cache that keeps its values here."""
     while isinstance(source, Store):
         held = getattr(source, "_cache", None)
-        if isinstance(held, Store) and same_place(held, cache):
+        if isinstance(held, Store) and overlap(held, cache):
             # Those who share a directory know of each other.
             return not isinstance(innermost(cache), LocalStore)
         source = getattr(source, "_store", None)

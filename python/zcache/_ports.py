@@ -20,6 +20,8 @@ from zcache import _files
 from zcache._breaker import is_too_long
 from zcache._buffers import to_cpu_buffer, to_own
 from zcache._coroutines import guarded, settle
+from zcache._identity import innermost, outlives_process, shows_halves
+from zcache._marks import DROPPED, WRITING, mark
 from zcache._offload import counter
 from zcache._threads import in_background, in_thread
 
@@ -74,6 +76,15 @@ class Port:
     def give_up(self, name: str, written: Written, /) -> None:
         """Delete a value of which the index knows nothing, as far as that takes no event loop."""
 
+    async def remember(self, names: Sequence[str]) -> None:
+        """Note values that are not valid any more but could not be deleted, for whoever comes next.
+
+        Where that fails as well, nobody can know.
+        """
+
+    def remember_late(self, names: Sequence[str]) -> None:
+        """The same, where nobody waits for it, as far as that takes no event loop."""
+
     def noted(self, _name: str) -> tuple[int, int] | None:
         """Length and checksum that the value should have, where they are kept beside it."""
         return None
@@ -92,6 +103,9 @@ class StorePort(Port):
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        kept = innermost(store)
+        self._outlives = outlives_process(kept) and not isinstance(kept, MemoryStore)
+        self._shows_halves = self._outlives and shows_halves(kept)
 
     async def read(
         self, name: str, prototype: BufferPrototype, byte_range: ByteRequest | None
@@ -108,7 +122,18 @@ class StorePort(Port):
         return None
 
     async def _set(self, name: str, data: bytes) -> None:
+        if not self._shows_halves:
+            await guarded(self._store.set(name, to_cpu_buffer(data)))
+            return
+        unfinished = mark(WRITING, name)
+        await guarded(self._store.set(unfinished, to_cpu_buffer(name.encode())))
         await guarded(self._store.set(name, to_cpu_buffer(data)))
+        await guarded(self._store.delete(unfinished))
+
+    async def remember(self, names: Sequence[str]) -> None:
+        for name in names if self._outlives else ():
+            with contextlib.suppress(Exception):
+                await guarded(self._store.set(mark(DROPPED, name), to_cpu_buffer(name.encode())))
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
@@ -255,6 +280,12 @@ class LocalPort(Port):
     def give_up(self, name: str, written: Written, /) -> None:
         in_background(lambda: self._blocking.give_up(name, written))
 
+    async def remember(self, names: Sequence[str]) -> None:
+        await in_thread(lambda: self._blocking.remember_late(names), lambda _: None)
+
+    def remember_late(self, names: Sequence[str]) -> None:
+        in_background(lambda: self._blocking.remember_late(names))
+
     def noted(self, name: str) -> tuple[int, int] | None:
         return self._blocking.noted(name)
 
@@ -322,6 +353,13 @@ class LocalSyncPort(ImmediatePort):
             # Not what others have put there since.
             with contextlib.suppress(OSError):
                 written.remove(self.root, name)
+
+    async def remember(self, names: Sequence[str]) -> None:
+        self.remember_late(names)
+
+    def remember_late(self, names: Sequence[str]) -> None:
+        if (directory := self._books.directory) is not None:
+            directory.remember(names)
 
     def noted(self, name: str) -> tuple[int, int] | None:
         return _files.noted(self._path(name))

@@ -8,7 +8,7 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING
 
-from zcache import _coroutines, _flights, _identity, _memory, _offload, _threads
+from zcache import _coroutines, _flights, _identity, _offload, _sharing, _threads
 
 if TYPE_CHECKING:
     from zcache._engine import Engine
@@ -52,7 +52,7 @@ def after_fork() -> None:
     _threads.after_fork()
     _offload.after_fork()
     _coroutines.after_fork()
-    _memory.after_fork()
+    _sharing.after_fork()
     _identity.after_fork()
     for engine in list(_engines):
         engine.after_fork()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import IndexBusyError
+from zcache._flights import Flight
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable
 
     from zcache._books import Books
@@ -54,6 +57,10 @@ class Unlisted:
         The index, which is empty so far.
     changed : set of str
         Prefixes that were changed meanwhile: what is found below them is outdated.
+    listed : bool
+        Whether all that the store holds is in the index: from then on nobody needs this any more.
+    listing : Flight or None
+        The listing that is under way, for all who wait for it; guarded by `lock`.
     """
 
     CHANGES: Final = frozenset({"begin_write", "void_prefix"})
@@ -63,6 +70,10 @@ class Unlisted:
     def __init__(self, within: Index, changed: Iterable[str] = ()) -> None:
         self.within = within
         self.changed = set(changed)
+        self.listed = False
+        self.listing: Flight | None = None
+        # Reentrant, for while it is held the garbage collector may end an operation.
+        self.lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         return _Step(self, name) if name in self.FIRST else getattr(self.within, name)
@@ -73,6 +84,15 @@ class Unlisted:
     def reserve(self, *_: object) -> str:
         """Nothing is filled in: nobody knows how much room there is."""
         return "unlisted"
+
+    def begin_listing(self, loop: asyncio.AbstractEventLoop | None) -> tuple[Flight, bool]:
+        """The listing that is under way, and whether it is for the caller to make it."""
+        with self.lock:
+            flight = self.listing
+            if leads := flight is None or flight.done:
+                flight = self.listing = Flight(loop)
+                flight.begun = True
+            return flight, leads
 
     def change(self, prefix: str) -> None:
         """Note a change."""

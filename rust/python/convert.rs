@@ -103,17 +103,19 @@ pub(super) fn limits(
         max_age: max_age.map(age),
         lenient,
         flat,
-        verify: match verify {
-            "never" => Verify::Never,
-            "first" => Verify::First,
-            "always" => Verify::Always,
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "verify={other:?} is none of \"first\", \"always\" and \"never\""
-                )));
-            }
-        },
+        verify: when_to_verify(verify)?,
     })
+}
+
+pub(super) fn when_to_verify(text: &str) -> PyResult<Verify> {
+    match text {
+        "never" => Ok(Verify::Never),
+        "first" => Ok(Verify::First),
+        "always" => Ok(Verify::Always),
+        other => Err(PyValueError::new_err(format!(
+            "verify={other:?} is none of \"first\", \"always\" and \"never\""
+        ))),
+    }
 }
 
 pub(super) fn hit<'py>(

@@ -15,7 +15,7 @@ use super::backing::guarded;
 use super::backing::{Backing, Flight, step};
 use super::convert::{
     RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
-    raw_span, raw_victims, span,
+    raw_span, raw_victims, span, when_to_verify,
 };
 use super::errors::poisoned;
 use super::memory::Fill;
@@ -434,10 +434,17 @@ impl Index {
         self.backing.leave()
     }
 
-    #[pyo3(signature = (max_size, max_age, /))]
-    fn rebound(&self, py: Python<'_>, max_size: Option<u64>, max_age: Option<f64>) -> PyResult<()> {
+    #[pyo3(signature = (max_size, max_age, verify, /))]
+    fn rebound(
+        &self,
+        py: Python<'_>,
+        max_size: Option<u64>,
+        max_age: Option<f64>,
+        verify: &str,
+    ) -> PyResult<()> {
+        let verify = when_to_verify(verify)?;
         step!(self, py, |cache| {
-            cache.rebound(max_size.unwrap_or(u64::MAX), max_age.map(age));
+            cache.rebound(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
             Ok(())
         })
     }
