@@ -176,11 +176,13 @@ async def test_other_stores_have_one_index_as_well(tmp_path: Path, kind: str) ->
     await one.set("k", buf(b"new"))
     source.release()
     await task
-    for store in (one, other):
+    for store in (other, one):
         assert await read(store, "k") == b"new"
+        assert store.cache_stats()["damaged"] == 0
     for number in range(5):
         await fill(one, **{f"a{number}": bytes(20)})
         await fill(other, **{f"b{number}": bytes(20)})
+    assert one._engine.books.real() is other._engine.books.real()
     assert one.cache_info() == other.cache_info()
     assert one.cache_info()["current_size"] <= 100
     one._engine.index.validate()
