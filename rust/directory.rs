@@ -51,6 +51,16 @@ impl<T: Clone> Directory<T> {
     /// The flag says that the index is new: the caller walks the directory, gives what it finds to
     /// `adopt`, and then calls [`Directory::complete`].
     pub fn open(root: &Path, limits: Limits, seed: u64) -> Result<(Self, bool), OpenError> {
+        Self::open_and(root, limits, seed, |_cache| {})
+    }
+
+    /// The same, and `then` before others can take a step.
+    fn open_and(
+        root: &Path,
+        limits: Limits,
+        seed: u64,
+        then: impl FnOnce(&mut Cache<Mapped, T>),
+    ) -> Result<(Self, bool), OpenError> {
         let (block, fresh) = Mapped::open(root, limits.max_size)?;
         let mut directory = Directory {
             cache: Cache::over(block, limits),
@@ -67,6 +77,7 @@ impl<T: Clone> Directory<T> {
             }
             Err(_) => return Err(rustix::io::Errno::NOSPC.into()),
         };
+        then(&mut directory.cache);
         directory.block().end(true);
         Ok((directory, fresh || !sound))
     }
@@ -139,14 +150,12 @@ impl<T: Clone> Directory<T> {
     /// Opens the files anew that somebody has removed.
     fn reopen(&mut self, seed: u64) -> Result<bool, StepError> {
         let root = self.block().root().to_owned();
-        let opened = Directory::<T>::open(&root, self.cache.limits(), seed);
+        let writes = self.cache.writes();
+        let mark = |cache: &mut Cache<Mapped, T>| cache.mark_all(&writes);
+        let opened = Directory::<T>::open_and(&root, self.cache.limits(), seed, mark);
         let (directory, fresh) = opened.map_err(|_| Fault::Full)?;
         self.cache.renew();
         self.block().replace(directory.cache.cells.block);
-        self.step(std::thread::sleep, |cache| {
-            cache.mark_writes();
-            Ok(())
-        })?;
         Ok(fresh)
     }
 

@@ -660,3 +660,19 @@ def test_who_is_writing_is_known_after_the_index_was_emptied(
         other.reap()
     assert [claim(other, key) for key in ("a/k", "b/c/0")] == ["granted", "granted"]
     other.validate()
+
+
+def test_new_files_are_filled_by_who_has_opened_them(tmp_path: Path) -> None:
+    """Though somebody else has the lock at once: what is being written is said before that."""
+    one, _ = Index.open(tmp_path)
+    one.complete()
+    one.begin_write("a/k")
+    for name in (*FILES, "lock"):
+        (tmp_path / name).unlink()
+    with (tmp_path / "lock").open("w"):
+        assert one.restart(1)
+        other, fresh = Index.open(tmp_path)
+        assert not fresh
+        one.complete()
+        assert claim(other, "a/k") == "overtaken by a write"
+        assert claim(other, "a/j") == "granted"

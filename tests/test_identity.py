@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import pytest
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
+from zcache import CacheStore
 from zcache._identity import identify, overlap, same_source, transient
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ def remote(protocol: Any, path: str, **options: Any) -> Any:
         ),
         (remote("https", "https://me:hush@node/a.zarr"), "https://node/a.zarr"),
         (remote("https", "https://node/a@2.zarr"), "https://node/a@2.zarr"),
+        (remote("s3", "b/a/"), "s3://b/a"),
+        (remote(("abfs", "az"), "c/a", account_name="me", sas_token="hush"), "abfs://c/a at me"),
+        (remote("abfs", "c/a", sas_token="hush"), None),
         (remote("memory", "/a"), None),
     ],
 )
@@ -229,3 +234,53 @@ def test_file_systems_within_others(tmp_path: Path) -> None:
         assert not same(make("a"), make("b"))
     # Nobody can tell.
     assert identify(remote("sftp", "/a", host="node")) is None
+
+
+def made_with(**options: Any) -> Any:
+    """A store on a file system that tells what it was made with."""
+    store = remote("sftp", "/a", **options)
+    store.fs.to_json = lambda: json.dumps({"cls": "x", "protocol": "sftp", **options})
+    return store
+
+
+def test_who_asks_is_not_in_the_name() -> None:
+    """Passwords and tokens change from day to day, and nobody may guess them from a name."""
+    name = identify(made_with(host="node", port=22))
+    assert name == identify(made_with(port=22, password="hush", sshkey="x", host="node"))
+    assert name not in (None, identify(made_with(host="other", port=22)))
+    inner = {"target_options": {"host": "node", "token": "hush"}}
+    assert identify(made_with(**inner)) == identify(made_with(target_options={"host": "node"}))
+    assert identify(made_with(**inner)) != identify(made_with(target_options={"host": "other"}))
+    # Names of values are none of options.
+    keys = [identify(made_with(fo={"keys/0": [n]})) for n in "ab"]
+    assert keys[0] != keys[1]
+
+
+class Odd(MemoryStore):
+    """A store of which nothing can be asked."""
+
+    fs = object()
+    path = "a"
+
+    def __str__(self) -> str:
+        raise RuntimeError("not now")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not now")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class OddWrapper(WrapperStore[Store]):
+    """A wrapper of which nothing can be asked."""
+
+    __str__ = Odd.__str__
+    __eq__ = Odd.__eq__
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_odd_stores() -> None:
+    for store in (Odd(), OddWrapper(MemoryStore())):
+        assert identify(store) is None
+        assert not overlap(store, MemoryStore())
+        assert CacheStore(store).cache_info()["cached_keys"] == 0

@@ -154,15 +154,20 @@ class Elsewhere(SyncDictStore):
     """A store of the user's own."""
 
 
-@pytest.mark.parametrize("kind", ["listed", "listed, two objects", "a user's own"])
+def in_memory() -> Store:
+    pytest.importorskip("fsspec")
+    return FsspecStore.from_url("memory://test-one-cache")
+
+
+@pytest.mark.parametrize("kind", ["listed", "listed, two objects", "memory of fsspec", "own"])
 async def test_other_stores_have_one_index_as_well(tmp_path: Path, kind: str) -> None:
-    held_in: list[Any] = (
-        [Elsewhere()] * 2
-        if kind == "a user's own"
-        else [remote(tmp_path / "cache")] * 2
-        if kind == "listed"
-        else [remote(tmp_path / "cache") for _ in range(2)]
-    )
+    make = {
+        "listed": lambda: [remote(tmp_path / "cache")] * 2,
+        "listed, two objects": lambda: [remote(tmp_path / "cache") for _ in range(2)],
+        "memory of fsspec": lambda: [in_memory() for _ in range(2)],
+        "own": lambda: [Elsewhere()] * 2,
+    }
+    held_in: list[Any] = make[kind]()
     source = GatedStore({"k": b"old"})
     one, other = (
         CacheStore(source, cache_store=cache, max_size=100, source_id="x") for cache in held_in
@@ -188,8 +193,9 @@ async def test_other_stores_have_one_index_as_well(tmp_path: Path, kind: str) ->
     one._engine.index.validate()
 
 
-async def test_an_index_ends_with_the_last_who_uses_it() -> None:
-    cache = Elsewhere()
+@pytest.mark.parametrize("kind", ["listed", "own"])
+async def test_an_index_ends_with_the_last_who_uses_it(tmp_path: Path, kind: str) -> None:
+    cache: Any = Elsewhere() if kind == "own" else remote(tmp_path / "cache")
     store = CacheStore(MemoryStore(), cache_store=cache)
     with pytest.raises(ValueError, match=r"holds the cache of .* source_id="):
         CacheStore(MemoryStore(), cache_store=cache)

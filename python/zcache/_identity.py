@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
@@ -27,7 +28,11 @@ _BY_PATH: Final = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
 """Protocols whose path names the place. Of others the host, the archive or the list of references is
 among the options of the file system."""
 _LOCAL: Final = frozenset({"file", "local"})
-_WHOLE: Final = _BY_PATH | {"abfs", "abfss", "az", "adl", "memory"}
+_SECRET: Final = re.compile(
+    "key|secret|token|passw|passphrase|credential|auth|sas|signature", re.IGNORECASE
+)
+_AZURE: Final = frozenset({"abfs", "abfss", "az", "adl"})
+_WHOLE: Final = _BY_PATH | _AZURE | {"memory"}
 """Protocols of stores of objects, which show a value as a whole or not at all."""
 
 
@@ -103,7 +108,10 @@ def _inherits(kind: type, method: str) -> bool:
 
 
 def _stable(store: Any) -> str | None:
-    text = str(store)
+    try:
+        text = str(store)
+    except Exception:  # noqa: BLE001 - whatever it raises, it says nothing
+        return None
     # The address of an object, or its number, is not the same twice.
     return None if re.search(r"0x[0-9a-f]{6,}|\d{9,}", text) else f"{type(store).__name__}:{text}"
 
@@ -139,13 +147,18 @@ def _place(store: Any) -> Place | None:
         protocol = _protocol(store.fs)
         if protocol in _LOCAL:
             return _directory(store.path)
-        if protocol not in _BY_PATH:
-            return None
         options = dict(getattr(store.fs, "storage_options", None) or {})
         options.update(options.get("client_kwargs") or {})
-        endpoint = options.get("endpoint_url") or getattr(store.fs, "endpoint_url", None)
-        path = _without_credentials(str(store.path)).removeprefix(f"{protocol}://")
-        return Place(f"{protocol}://", path, endpoint and _without_credentials(endpoint))
+        if protocol in _AZURE:
+            endpoint = options.get("account_name")
+        elif protocol in _BY_PATH:
+            endpoint = options.get("endpoint_url") or getattr(store.fs, "endpoint_url", None)
+        else:
+            return None
+        if protocol in _AZURE and not endpoint:
+            return None
+        path = _without_credentials(str(store.path)).removeprefix(f"{protocol}://").rstrip("/")
+        return Place(f"{protocol}://", path, endpoint and _without_credentials(str(endpoint)))
     inner = _obstore(store)
     if type(inner).__name__ == "LocalStore":
         return _directory(inner.prefix or "/")
@@ -153,7 +166,7 @@ def _place(store: Any) -> Place | None:
     if type(inner).__name__ == "S3Store" and hasattr(config, "get") and config.get("bucket"):
         path = f"{config['bucket']}/{inner.prefix or ''}".rstrip("/")
         endpoint = config.get("endpoint")
-        return Place("s3://", path, endpoint and _without_credentials(endpoint))
+        return Place("s3://", path, endpoint and _without_credentials(str(endpoint)))
     return None
 
 
@@ -162,13 +175,15 @@ def _directory(path: object) -> Place:
 
 
 def _is_fsspec(store: Any) -> bool:
-    return hasattr(store, "fs") and hasattr(store, "path")
+    return hasattr(store, "path") and bool(_protocol(getattr(store, "fs", None)))
 
 
 def _protocol(filesystem: Any) -> str:
-    protocol = filesystem.protocol
-    first: str = protocol if isinstance(protocol, str) else protocol[0]
-    return first
+    """Name of the protocol of a file system; empty where it has none."""
+    protocol = getattr(filesystem, "protocol", "")
+    if not isinstance(protocol, str):
+        protocol = next(iter(protocol or ()), "")
+    return str(protocol)
 
 
 def _digest(store: Any) -> str | None:
@@ -178,12 +193,22 @@ def _digest(store: Any) -> str | None:
         return None
     filesystem = getattr(store.fs, "sync_fs", store.fs)
     try:
-        made = filesystem.to_json(include_password=False)
-    except (AttributeError, TypeError, ValueError):
-        return None  # Not made of plain values, or of a release that would tell passwords.
-    digest = hashlib.sha256(made.encode()).hexdigest()[:32]
-    path = str(store.path).removeprefix(f"{protocol}://")
+        made = _without_secrets(json.loads(filesystem.to_json()))
+    except Exception:  # noqa: BLE001 - not made of plain values, or whatever it raises: it has no name
+        return None
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+    path = str(store.path).removeprefix(f"{protocol}://").rstrip("/")
     return f"{protocol}://{path} of {digest}"
+
+
+def _without_secrets(made: dict[str, Any]) -> dict[str, Any]:
+    """What a file system was made with, without what says who asks: that may change from day to day."""
+    kept = {name: value for name, value in made.items() if not _SECRET.search(name)}
+    # Options of others in it; what else is a dict holds names of values.
+    for name, value in kept.items():
+        if isinstance(value, dict) and name.endswith(("options", "kwargs", "fs")):
+            kept[name] = _without_secrets(value)
+    return kept
 
 
 def _obstore(store: Any) -> Any:
@@ -253,7 +278,7 @@ def _is_given(name: str, store: Any) -> bool:
 def _same_view(one: Any, other: Any) -> bool:
     for mine, theirs in zip(_wrappers(one), _wrappers(other), strict=False):
         kind = type(mine)
-        if kind is type(theirs) and not _inherits(kind, "__eq__") and mine != theirs:
+        if kind is type(theirs) and not _inherits(kind, "__eq__") and not _equal(mine, theirs):
             return False
     return True
 
@@ -266,4 +291,22 @@ def _same(one: Any, other: Any) -> bool:
     # Not whether they are equal: one that is read only differs from one that is not.
     if (name := name_of_place(one)) is not None:
         return name == name_of_place(other)
-    return type(one) is type(other) and bool(one == other)
+    return type(one) is type(other) and _equal(one, other)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # noqa: BLE001 - of stores that cannot be compared nobody knows that they are one
+        return False
+
+
+def place_in_process(store: Any) -> str | int:
+    """What two stores without wrappers that keep their values in the same place have in common here."""
+    if (name := name_of_place(store)) is not None:
+        return name
+    if (inner := _obstore(store)) is not None:
+        return id(inner)
+    if _is_fsspec(store) and _protocol(store.fs) == "memory":
+        return f"memory://{store.path}"
+    return id(store)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from zcache._buffers import own
 from zcache._core import Index
-from zcache._identity import TRANSIENT, innermost, name_of_place, outlives_process, same_source
+from zcache._identity import (
+    TRANSIENT,
+    innermost,
+    outlives_process,
+    place_in_process,
+    same_source,
+)
 from zcache._standins import Unlisted
 
 if TYPE_CHECKING:
@@ -149,17 +155,22 @@ def other_index(books: Books, source: Store, identity: str, cache: Store) -> Sha
     """
     kept = innermost(cache)
     outlives = outlives_process(kept)
-    # Whose it is a stamp tells, at the first use; in a user's own store there is none.
-    key = (name_of_place(kept) or id(kept), identity if outlives else "")
+    place = place_in_process(kept)
     with _lock:
+        # Whose it is a stamp tells at the first use, but not of sources that have no name, and in a
+        # user's own store there is none.
+        for (where, whose), other in list(_others.items()):
+            unnamed = whose.startswith(TRANSIENT) or identity.startswith(TRANSIENT)
+            if where == place and (unnamed or not outlives) and other.is_used:
+                other.check(cache, source, identity)
+        key = (place, identity if outlives else "")
         shared = _others.get(key)
-        if shared is not None and shared.is_used:
-            shared.check(cache, source, identity)
-        else:
+        if shared is None or not shared.is_used:
             index = Index(**books.options)
             # What a user's own store holds now is not ours.
             shared = Shared(Unlisted(index) if outlives else index, source, identity)
             _others[key] = shared
+        shared.check(cache, source, identity)
         if isinstance(shared.index, Unlisted) and shared.index.listed:
             shared.index = shared.index.within
         shared.join(books)

@@ -151,8 +151,17 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Says once more what is being written, in an index that was emptied meanwhile.
     pub(crate) fn mark_writes(&mut self) {
-        for name in self.flights.changed() {
-            self.cells.block.mark_write(shared_hash(name), true);
+        self.mark_all(&self.writes());
+    }
+
+    /// What is being written here, by what its versions go by.
+    pub(crate) fn writes(&self) -> Vec<u64> {
+        self.flights.changed().map(shared_hash).collect()
+    }
+
+    pub(crate) fn mark_all(&mut self, writes: &[u64]) {
+        for &hash in writes {
+            self.cells.block.mark_write(hash, true);
         }
     }
 
