@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
+from zarr.storage import (
+    FsspecStore,
+    LocalStore,
+    LoggingStore,
+    MemoryStore,
+    WrapperStore,
+    ZipStore,
+)
 
 from zcache import CacheStore
 from zcache._identity import identify, overlap, same_source, transient
@@ -198,6 +205,14 @@ class Below(WrapperStore[Store]):
         return isinstance(other, Below) and str(self) == str(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class Logging(LoggingStore[Store]):
+    """Says what zarr's says."""
+
+
+def test_wrappers_of_zarrs(tmp_path: Path) -> None:
+    assert identify(Logging(LocalStore(tmp_path))) == identify(LocalStore(tmp_path))
 
 
 def test_wrappers_that_say_what_they_show(tmp_path: Path) -> None:

@@ -175,6 +175,28 @@ async def test_what_a_listed_store_could_not_delete_does_not_come_back(tmp_path:
     assert marks_of(tmp_path, DROPPED) == set()
 
 
+async def test_what_still_cannot_be_deleted_holds_nobody_up(tmp_path: Path) -> None:
+    cache = Stubborn(remote(tmp_path))
+    store = over(tmp_path, cache)
+    await store.set("k", buf(b"old"))
+    cache.refuses = True
+    await store.set("k", buf(b"new"))
+    del store
+    gc.collect()
+    store = over(tmp_path, cache)
+    assert await read(store, "k") == b"new"
+    assert marks_of(tmp_path, DROPPED) == {mark(DROPPED, "k")}
+    # It counts, and all else is cached as ever.
+    assert store.cache_info()["current_size"] == 3
+    cache.refuses = False
+    await store.set("other", buf(b"12345"))
+    assert await read(store, "other") == b"12345"
+    assert store.cache_stats()["hits"] == 1
+    assert not (tmp_path / "cache/k").exists()
+    assert await read(store, "k") == b"new"
+    assert store.cache_info()["current_size"] == 8
+
+
 async def test_a_value_that_was_never_written_to_its_end(tmp_path: Path) -> None:
     """A store of files shows half of it; whoever is killed meanwhile deletes nothing."""
     store = over(tmp_path, remote(tmp_path))

@@ -246,8 +246,7 @@ class Directory:
             # On a volume that takes nothing nobody can know.
             with contextlib.suppress(OSError):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "wb") as file:
-                    file.write(name.encode(errors="surrogateescape"))
+                Path(path).touch()
 
     def _without_dropped(
         self, found: list[tuple[int, int, str]]

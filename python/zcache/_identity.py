@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zarr.abc.store import Store
-from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,8 +103,9 @@ def _wrappers(store: Any) -> Iterator[Any]:
 
 
 def _inherits(kind: type, method: str) -> bool:
-    """Whether this method is the one of zarr's wrapper, or of any object."""
-    return getattr(kind, method) in (getattr(WrapperStore, method), getattr(object, method))
+    """Whether this method is one of zarr's wrappers, or of any object."""
+    module = getattr(getattr(kind, method), "__module__", None) or "builtins"
+    return module.partition(".")[0] in ("builtins", "zarr", "zcache")
 
 
 def _stable(store: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,12 +13,13 @@ from zarr.storage import MemoryStore
 from zcache._buffers import to_cpu_buffer
 from zcache._directory import FORMAT, is_transient, not_ours, other_source, parse_stamp
 from zcache._identity import innermost
-from zcache._marks import DROPPED, RANGES, WRITING, key_of, marked
+from zcache._marks import DROPPED, RANGES, WRITING, key_of, mark, marked
 from zcache._spans import is_encodable, is_reserved
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
+    from zcache._core import Index
     from zcache._standins import Unlisted
 
 STAMP: Final = ".zcache/stamp.json"
@@ -61,9 +63,7 @@ async def take_in(cache: Store, unlisted: Unlisted, source: str, *, adopt: bool)
     index = unlisted.within
     index.adopt([value for value in found if value is not None])
     victims = unlisted.outdated()
-    marks = [name for name in names if name.startswith((DROPPED, WRITING))]
-    for name in marked(marks, values):
-        victims += index.forget(key_of(name))
+    await _drop_marked(cache, index, names, values)
     dropped: list[int] = []
     try:
         for cell, name in victims:
@@ -71,8 +71,26 @@ async def take_in(cache: Store, unlisted: Unlisted, source: str, *, adopt: bool)
             dropped.append(cell)
     finally:
         index.settled(dropped, [cell for cell, _ in victims])
+
+
+async def _drop_marked(cache: Store, index: Index, names: list[str], values: list[str]) -> None:
+    """Delete what has a mark. What still cannot be deleted keeps it, counts, and is never served."""
+    marks = [name for name in names if name.startswith((DROPPED, WRITING))]
+    stays: set[str] = set()
+    for name in marked(marks, values):
+        for cell, victim in index.forget(key_of(name)):
+            try:
+                await cache.delete(victim)
+            except Exception:  # noqa: BLE001 - whatever the cache store raises, it is tried again
+                stays.add(victim)
+                index.settled([], [cell])
+            else:
+                index.settled([cell], [])
+    kept = {mark(kind, name) for kind in (DROPPED, WRITING) for name in stays}
     for name in marks:
-        await cache.delete(name)
+        if name not in kept:
+            with contextlib.suppress(Exception):
+                await cache.delete(name)
 
 
 def _is_value(name: str) -> bool:

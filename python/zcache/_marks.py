@@ -1,7 +1,7 @@
 """Marks beside the values of a cache that outlives its process: what of them nobody may take in.
 
 The index knows which entries are not valid any more and which are not finished. Where it is lost, all
-that is left are the values themselves, and these marks, by a digest of the value's name.
+that is left are the values themselves, and these marks: empty values, by a digest of the other's name.
 """
 
 from __future__ import annotations

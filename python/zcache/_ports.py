@@ -126,14 +126,14 @@ class StorePort(Port):
             await guarded(self._store.set(name, to_cpu_buffer(data)))
             return
         unfinished = mark(WRITING, name)
-        await guarded(self._store.set(unfinished, to_cpu_buffer(name.encode())))
+        await guarded(self._store.set(unfinished, to_cpu_buffer(b"")))
         await guarded(self._store.set(name, to_cpu_buffer(data)))
         await guarded(self._store.delete(unfinished))
 
     async def remember(self, names: Sequence[str]) -> None:
         for name in names if self._outlives else ():
             with contextlib.suppress(Exception):
-                await guarded(self._store.set(mark(DROPPED, name), to_cpu_buffer(name.encode())))
+                await guarded(self._store.set(mark(DROPPED, name), to_cpu_buffer(b"")))
 
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
