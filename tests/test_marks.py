@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,32 @@ async def test_what_a_listed_store_could_not_delete_does_not_come_back(tmp_path:
     (tmp_path / "source/other").write_bytes(b"changed")  # Behind the back of the cache.
     assert await read(store, "other") == b"old"
     assert marks_of(tmp_path, DROPPED) == set()
+
+
+async def test_who_is_cancelled_while_a_mark_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be deleted is tried again, and its room comes back."""
+    cache = Stubborn(remote(tmp_path))
+    store = over(tmp_path, cache)
+    await store.set("k", buf(b"0123456789"))
+    begun = asyncio.Event()
+
+    async def slowly(*_: object) -> None:
+        begun.set()
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(store._engine.port, "remember", slowly)
+    cache.refuses = True
+    task = asyncio.ensure_future(store.set("k", buf(b"new")))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    cache.refuses = False
+    await store.set("other", buf(b"12345"))
+    assert store.cache_info()["current_size"] == 5
+    assert not (tmp_path / "cache/k").exists()
 
 
 async def test_what_still_cannot_be_deleted_holds_nobody_up(tmp_path: Path) -> None:

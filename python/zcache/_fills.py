@@ -315,14 +315,15 @@ class Fills:
         over = io.port.immediate
         try:
             dropped, failed = await self._delete(io, victims)
-            if failed:
-                await self._remember(io, victims, failed)
             over = True
             await self.books.sure(io, ignore, self.books.index.settled, dropped, failed)
         except BaseException:
             if over:  # Nobody else tells what has become of them.
                 self._give_up(victims)
             raise
+        if failed and self.breaker.allows("write"):
+            # Whoever is cancelled here leaves a value without its mark, but counted.
+            await io.port.remember(_names(victims, failed))
 
     async def _delete(
         self, io: Traffic, victims: list[Victim], gone: Callable[[], None] | None = None
@@ -370,10 +371,6 @@ class Fills:
         # A file system tells at once. What is left in a directory could come back: to make room is not
         # even tried while deletes are left alone, so these are values that are not valid any more.
         return self.books.directory is not None or self.breaker.allows("delete")
-
-    async def _remember(self, io: Traffic, victims: list[Victim], failed: list[int]) -> None:
-        if self.breaker.allows("write"):
-            await io.port.remember(_names(victims, failed))
 
     def _sort(self, victims: list[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
         dropped, failed = [], []
