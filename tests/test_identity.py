@@ -19,7 +19,7 @@ from zarr.storage import (
 )
 
 from zcache import CacheStore
-from zcache._identity import identify, overlap, same_source, transient
+from zcache._identity import Named, identify, overlap, same_source, transient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,18 +165,21 @@ def test_overlap_by_obstore(tmp_path: Path) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    named = [(identify(store) or transient(store), store) for store in (one, other)]
-    return same_source(*named)
+    return same_source(named(one), named(other))
+
+
+def named(store: Any, given: str | None = None) -> Named:
+    return Named(store, given or identify(store) or transient(store), given is not None)
 
 
 def test_sources_that_are_named(tmp_path: Path) -> None:
     one, other = LocalStore(tmp_path / "a"), MemoryStore()
-    assert same_source(("x", one), ("x", other))
-    assert not same_source(("x", one), ("y", one))
+    assert same_source(named(one, "x"), named(other, "x"))
+    assert not same_source(named(one, "x"), named(one, "y"))
     # Only one of them says anything.
-    assert same_source(("x", one), (str(identify(one)), one))
-    assert same_source((transient(other), other), ("x", other))
-    assert not same_source((transient(other), other), ("x", one))
+    assert same_source(named(one, "x"), named(one))
+    assert same_source(named(other), named(other, "x"))
+    assert not same_source(named(other), named(one, "x"))
 
 
 def test_same_source(tmp_path: Path) -> None:
@@ -269,6 +272,22 @@ def test_who_asks_is_not_in_the_name() -> None:
     # Names of values are none of options.
     keys = [identify(made_with(fo={"keys/0": [n]})) for n in "ab"]
     assert keys[0] != keys[1]
+    # What ends with the process has no name that outlives it.
+    assert identify(made_with(fs={"protocol": "memory"}, at="a")) is None
+
+
+def test_long_lists_of_references_are_read_once() -> None:
+    store, asked = made_with(host="node"), []
+    told = store.fs.to_json
+    store.fs = Hashable(protocol="sftp", to_json=lambda: asked.append(1) or told())
+    assert identify(store) == identify(store) is not None
+    assert len(asked) == 1
+
+
+class Hashable(SimpleNamespace):
+    """A file system as those of fsspec are."""
+
+    __hash__ = object.__hash__
 
 
 class Odd(MemoryStore):

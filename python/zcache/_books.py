@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from zcache._breaker import Breaker
     from zcache._flights import Flight
+    from zcache._identity import Named
     from zcache._traffic import Traffic
 
 logger = logging.getLogger("zcache")
@@ -76,9 +77,8 @@ class Books:
 
     def __init__(
         self,
-        source: Store,
+        source: Named,
         cache: Store,
-        identity: str,
         *,
         adopt: bool,
         breaker: Breaker,
@@ -86,7 +86,7 @@ class Books:
     ) -> None:
         self._cache = cache
         self.breaker = breaker
-        self._identity = identity
+        self._identity = source.name
         self.options = options
         self.adopt = adopt
         self._last_reap = 0.0
@@ -101,12 +101,12 @@ class Books:
         self.now: Callable[[], float] = time.monotonic
         if type(cache) is LocalStore:
             self.now = time.time
-            self.index = self._open_directory(cache, identity)
+            self.index = self._open_directory(cache, source.name)
         elif isinstance(kept := innermost(cache), MemoryStore):
-            self._shared = memory_index(self, source, identity, kept)
+            self._shared = memory_index(self, source, kept)
             self.index = self._shared.index
         else:
-            self._shared = other_index(self, source, identity, cache)
+            self._shared = other_index(self, source, cache)
             self.index = self._shared.index
 
     def real(self) -> Index:
@@ -335,7 +335,7 @@ class Books:
         unlisted = self.index
         if not isinstance(unlisted, Unlisted):
             return True
-        if not self.breaker.allows("list"):
+        if not unlisted.listed and not self.breaker.allows("list"):
             return False
         flight, leads = unlisted.begin_listing(io.loop())
         if unlisted.listed:

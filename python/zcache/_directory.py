@@ -255,7 +255,7 @@ class Directory:
         where = os.path.join(self.root, DROPPED)
         try:
             marks = os.listdir(where)
-        except FileNotFoundError:
+        except OSError:
             return found, []
         dropped = set(marked(marks, (name for _, _, name in found)))
         stays = []

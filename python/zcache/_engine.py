@@ -25,7 +25,7 @@ from zcache._changes import Changes
 from zcache._core import Index, crc32c, select
 from zcache._fills import NOT_NOW, ignore
 from zcache._flights import Flight
-from zcache._identity import identify, innermost, transient
+from zcache._identity import Named, identify, innermost, transient
 from zcache._ports import MemoryPort, ports
 from zcache._quick import FileReader, quick_reader
 from zcache._spans import Span, to_request
@@ -77,9 +77,8 @@ class Engine(Changes):
         self.identity = source_id or identify(source) or transient(source)
         self.breaker = Breaker(cache)
         self.books = Books(
-            source,
+            Named(source, self.identity, source_id is not None),
             cache,
-            self.identity,
             adopt=adopt,
             breaker=self.breaker,
             max_size=max_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ _LOCAL: Final = frozenset({"file", "local"})
 _SECRET: Final = re.compile(
     "key|secret|token|passw|passphrase|credential|auth|sas|signature", re.IGNORECASE
 )
+_IN_MEMORY: Final = re.compile('"(target_|remote_)?protocol": *"memory"')
+# Lists of references may be long.
+_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _AZURE: Final = frozenset({"abfs", "abfss", "az", "adl"})
 _WHOLE: Final = _BY_PATH | _AZURE | {"memory"}
 """Protocols of stores of objects, which show a value as a whole or not at all."""
@@ -193,13 +197,26 @@ def _digest(store: Any) -> str | None:
     if protocol == "memory":
         return None
     filesystem = getattr(store.fs, "sync_fs", store.fs)
-    try:
-        made = _without_secrets(json.loads(filesystem.to_json()))
-    except Exception:  # noqa: BLE001 - not made of plain values, or whatever it raises: it has no name
-        return None
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+    made = None
+    with contextlib.suppress(TypeError):  # One that has no hash is asked each time.
+        made = _digests.get(filesystem)
+    if made is None:
+        try:
+            made = _digest_of(filesystem.to_json())
+        except Exception:  # noqa: BLE001 - not made of plain values, or whatever it raises: no name
+            return None
+        with contextlib.suppress(TypeError):
+            _digests[filesystem] = made
     path = str(store.path).removeprefix(f"{protocol}://").rstrip("/")
-    return f"{protocol}://{path} of {digest}"
+    return f"{protocol}://{path} of {made}" if made else None
+
+
+def _digest_of(made: str) -> str:
+    """A digest of what a file system was made with; empty where that ends with the process."""
+    if _IN_MEMORY.search(made):
+        return ""
+    text = json.dumps(_without_secrets(json.loads(made)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _without_secrets(made: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +236,10 @@ def _obstore(store: Any) -> Any:
 
 
 def _repr_of(inner: Any) -> str:
-    config = getattr(inner, "config", None) or {}
-    endpoint = config.get("endpoint") if hasattr(config, "get") else None
-    return f"{inner!r}" + (f" at {endpoint}" if endpoint else "")
+    # Where it is may be in the configuration, as the server of an emulator is.
+    config = dict(getattr(inner, "config", None) or {})
+    made = sorted((name, str(value)) for name, value in _without_secrets(config).items())
+    return f"{inner!r}" + (f" with {dict(made)}" if made else "")
 
 
 def transient(store: Any) -> str:
@@ -260,20 +278,22 @@ def overlap(one: Any, other: Any) -> bool:
     return _same(innermost(one), innermost(other))
 
 
-def same_source(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
-    """Whether two sources, each with its name, show the same values."""
-    (name, mine), (other_name, theirs) = one, other
-    given = _is_given(name, mine), _is_given(other_name, theirs)
-    if name == other_name:
-        return any(given) or _same_view(mine, theirs)
-    if all(given):
+class Named(NamedTuple):
+    """A source, its name, and whether the user has given it that."""
+
+    store: Any
+    name: str
+    given: bool
+
+
+def same_source(one: Named, other: Named) -> bool:
+    """Whether two sources show the same values."""
+    mine, theirs = one.store, other.store
+    if one.name == other.name:
+        return one.given or other.given or _same_view(mine, theirs)
+    if one.given and other.given:
         return False
     return _same_view(mine, theirs) and _same(innermost(mine), innermost(theirs))
-
-
-def _is_given(name: str, store: Any) -> bool:
-    """Whether the user has named a store so."""
-    return not name.startswith(TRANSIENT) and name != identify(store)
 
 
 def _same_view(one: Any, other: Any) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zarr.storage import MemoryStore
 
     from zcache._books import Books
+    from zcache._identity import Named
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 
@@ -38,10 +39,9 @@ class Shared:
         The index itself, or what stands for it until its store is listed.
     """
 
-    def __init__(self, index: Index | Unlisted, source: Store, identity: str) -> None:
+    def __init__(self, index: Index | Unlisted, source: Named) -> None:
         self.index = index
         self._source = source
-        self._identity = identity
         self._books: weakref.WeakSet[Books] = weakref.WeakSet()
         self._process = os.getpid()
 
@@ -67,7 +67,7 @@ class Shared:
             for one in members:
                 one.ageless = age is None
 
-    def check(self, cache: Store, source: Store, identity: str) -> None:
+    def check(self, cache: Store, source: Named) -> None:
         """See that it is the index of this source.
 
         Raises
@@ -75,12 +75,11 @@ class Shared:
         ValueError
             If it is another's.
         """
-        if not same_source((self._identity, self._source), (identity, source)):
+        if not same_source(self._source, source):
             raise ValueError(
-                f"cache_store={cache!r} holds the cache of {_said(self._identity, self._source)}, not of "
-                f"{_said(identity, source)}. Give each "
-                "source a cache store of its own; or, if both are the same data, pass the same source_id= "
-                "to both."
+                f"cache_store={cache!r} holds the cache of {_said(self._source)}, not of {_said(source)}. "
+                "Give each source a cache store of its own; or, if both are the same data, pass the same "
+                "source_id= to both."
             )
 
     def after_fork(self, options: dict[str, Any]) -> None:
@@ -106,7 +105,7 @@ _others: dict[_Key, Shared] = {}
 _lock = threading.RLock()
 
 
-def memory_index(books: Books, source: Store, identity: str, cache: MemoryStore) -> Shared:
+def memory_index(books: Books, source: Named, cache: MemoryStore) -> Shared:
     """The index of a cache in memory.
 
     Raises
@@ -123,14 +122,14 @@ def memory_index(books: Books, source: Store, identity: str, cache: MemoryStore)
             and held._store_dict is cache._store_dict
         ):
             shared = known[1]
-            shared.check(cache, source, identity)
+            shared.check(cache, source)
         else:
             if cache._store_dict and not books.adopt:
                 first = next(iter(cache._store_dict))
                 raise ValueError(
                     f"cache_store={cache!r} is not empty and was not filled by zcache (it holds "
                     f"{first!r}, for instance). Give an empty one; or pass adopt=True if all that it "
-                    f"holds is a cache of {source!r}, which zcache may serve and delete."
+                    f"holds is a cache of {source.store!r}, which zcache may serve and delete."
                 )
             index = Index(**books.options)
             values = cache._store_dict
@@ -138,14 +137,14 @@ def memory_index(books: Books, source: Store, identity: str, cache: MemoryStore)
                 own(value)
             # What cannot be dated is stale as soon as anything can be.
             index.adopt([(0, len(value), name) for name, value in values.items()])
-            shared = Shared(index, source, identity)
+            shared = Shared(index, source)
             _memory[number] = (weakref.ref(cache), shared)
             weakref.finalize(cache, _memory.pop, number, None)
         shared.join(books)
         return shared
 
 
-def other_index(books: Books, source: Store, identity: str, cache: Store) -> Shared:
+def other_index(books: Books, source: Named, cache: Store) -> Shared:
     """The index of a cache store that is neither in memory nor a directory.
 
     Raises
@@ -160,17 +159,17 @@ def other_index(books: Books, source: Store, identity: str, cache: Store) -> Sha
         # Whose it is a stamp tells at the first use, but not of sources that have no name, and in a
         # user's own store there is none.
         for (where, whose), other in list(_others.items()):
-            unnamed = whose.startswith(TRANSIENT) or identity.startswith(TRANSIENT)
+            unnamed = whose.startswith(TRANSIENT) or source.name.startswith(TRANSIENT)
             if where == place and (unnamed or not outlives) and other.is_used:
-                other.check(cache, source, identity)
-        key = (place, identity if outlives else "")
+                other.check(cache, source)
+        key = (place, source.name if outlives else "")
         shared = _others.get(key)
         if shared is None or not shared.is_used:
             index = Index(**books.options)
             # What a user's own store holds now is not ours.
-            shared = Shared(Unlisted(index) if outlives else index, source, identity)
+            shared = Shared(Unlisted(index) if outlives else index, source)
             _others[key] = shared
-        shared.check(cache, source, identity)
+        shared.check(cache, source)
         if isinstance(shared.index, Unlisted) and shared.index.listed:
             shared.index = shared.index.within
         shared.join(books)
@@ -184,8 +183,8 @@ def _leave(key: _Key, shared: Shared) -> None:
             del _others[key]
 
 
-def _said(identity: str, source: Store) -> str:
-    return repr(source) if identity.startswith(TRANSIENT) else identity
+def _said(source: Named) -> str:
+    return repr(source.store) if source.name.startswith(TRANSIENT) else source.name
 
 
 def _least(sharing: Iterable[Books], bound: str) -> Any:
