@@ -86,7 +86,8 @@ class CacheStore(Store):
     source_id : str, optional
         Name of the source, for a cache that outlives the process. Default is None: its URL, its path,
         or what else names it in every process. Give one where the same data is reached under several
-        names, or where the source has no name (a `MemoryStore`), for else each process starts cold.
+        names, where the source has no name (a `MemoryStore`), for else each process starts cold, and
+        for a wrapper of your own that changes keys or bytes, unless its ``str`` says what it shows.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
         zcache evicts before it writes, and writes nothing if that does not help. Default is None: 5 %
