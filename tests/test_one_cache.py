@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from coherence_support import GatedStore, SyncDictStore, reached
 from support import CountingStore, WatchedDict, buf, check_books, fill, held, read
-from zcache import CacheStore
+from zcache import CacheStore, _sharing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -247,3 +247,24 @@ def test_they_have_one_index_in_a_forked_child_too() -> None:
     assert os.waitpid(child, 0)[1] == 0
     assert one._engine.index is other._engine.index
     assert other.cache_info()["cached_keys"] == 1
+
+
+def test_stores_are_collected_while_another_is_made() -> None:
+    """The garbage collector ends them at any moment, in the middle of a look at who is there."""
+    threshold = gc.get_threshold()
+    gc.disable()
+    try:
+        for _ in range(5000):
+            store: Any = CacheStore(SyncDictStore(), cache_store=Elsewhere())
+            store.itself = store
+        assert len(_sharing._others) >= 5000
+        # Not before it comes to those who are there.
+        gc.set_threshold(gc.get_count()[0] + 1500, 10, 10)
+        gc.enable()
+        CacheStore(SyncDictStore(), cache_store=Elsewhere())
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)
+    del store
+    gc.collect()
+    assert not [key for key in list(_sharing._others) if isinstance(key[0], int)]

@@ -158,9 +158,12 @@ def other_index(books: Books, source: Named, cache: Store) -> Shared:
     with _lock:
         # Whose it is a stamp tells at the first use, but not of sources that have no name, and in a
         # user's own store there is none.
-        for (where, whose), other in list(_others.items()):
+        # Keys alone: pairs have to be made, and the garbage collector may end a store meanwhile.
+        for known in list(_others):
+            where, whose = known
             unnamed = whose.startswith(TRANSIENT) or source.name.startswith(TRANSIENT)
-            if where == place and (unnamed or not outlives) and other.is_used:
+            other = _others.get(known)
+            if where == place and (unnamed or not outlives) and other is not None and other.is_used:
                 other.check(cache, source)
         key = (place, source.name if outlives else "")
         shared = _others.get(key)
