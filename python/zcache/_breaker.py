@@ -119,7 +119,7 @@ class Breaker:
             return
         with self._lock:
             kind = self.kinds.pop(operation, None)
-            again = self._warned and not any(kind.failing for kind in self.kinds.values())
+            again = self._warned and not any(kind.failing for kind in list(self.kinds.values()))
             again = again and kind is not None and kind.failing
             if again:
                 self._warned = False
