@@ -12,7 +12,7 @@ from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
 from support import PROTOTYPE
-from zcache import CacheStore
+from zcache import CacheStore, _changes
 from zcache._buffers import freeze, snapshot, to_cpu_buffer
 from zcache._core import Index
 
@@ -215,7 +215,10 @@ async def test_a_value_that_pushes_out_very_many():
 
 
 @pytest.mark.parametrize("how", ["delete_dir", "clear", "clear_cache"])
-async def test_others_have_their_turn_while_very_many_are_dropped(how: str):
+async def test_others_have_their_turn_while_very_many_are_dropped(
+    how: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_changes, "TURN", 0.0)
     store = CacheStore(MemoryStore())
     for number in range(8000):
         await store.set(f"a/c/{number}", to_cpu_buffer(b"1"))

@@ -7,7 +7,8 @@ leave these methods.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 from zcache._buffers import to_cpu_buffer
 from zcache._core import is_known
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("zcache")
+
+TURN: Final = 0.01
+"""Seconds after which a change of very many values in memory gives others of its event loop their turn. Not
+much less: whoever lets go of the interpreter more often than threads ask for it keeps them waiting."""
 
 # They say what may still be changed in a source, to other processes too: as long as this one lives.
 _never_ended: list[Index] = []
@@ -175,11 +180,13 @@ class Changes(Fills):
 
     async def _sweep(self, io: Traffic, prefix: str) -> None:
         """Drop everything below a prefix."""
+        begun = time.monotonic()
         try:
             while victims := await self.books.step(io, self.index.sweep, prefix):
                 await self.drop(io, victims)
-                if io.port.immediate:
+                if io.port.immediate and time.monotonic() - begun >= TURN:
                     await io.pause()
+                    begun = time.monotonic()
         except BaseException:
             self._sweep_now(prefix)
             raise

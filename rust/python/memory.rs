@@ -1,5 +1,7 @@
 //! A fill in memory: all steps of it in one call, for nothing in it waits.
 
+use std::time::Duration;
+
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -11,6 +13,11 @@ use super::errors::poisoned;
 use crate::cache::{Finished, Room, Verify, Victim};
 use crate::error::Fault;
 use crate::key::Span;
+
+/// Batches of victims after which other threads have their turn, and how long: whoever lets go of the
+/// interpreter for a moment only has it again before anybody else has woken.
+const BATCHES: u32 = 8;
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// What a fill in memory is about.
 pub(super) struct Fill<'a, 'py> {
@@ -40,6 +47,7 @@ impl Fill<'_, '_> {
             let checks = cache.limits().verify != Verify::Never;
             Ok((cache.reserve(key, span, size, ticket, now)?, checks))
         })?;
+        let mut batches = 0;
         loop {
             match room {
                 Room::Refused(_) => return Ok(None),
@@ -49,9 +57,10 @@ impl Fill<'_, '_> {
                         return Err(error);
                     }
                     room = step!(self, py, |cache| cache.cleared(id, now))?;
-                    if matches!(room, Room::Evict(..)) {
+                    batches += 1;
+                    if matches!(room, Room::Evict(..)) && batches % BATCHES == 0 {
                         // A batch is a millisecond: a large value may push out a million small ones.
-                        py.detach(std::thread::yield_now);
+                        py.detach(|| std::thread::sleep(PAUSE));
                     }
                 }
                 Room::Granted(id) => {
