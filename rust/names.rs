@@ -196,13 +196,13 @@ impl<B: Block> Cells<B> {
         })
     }
 
-    /// The value of a chunk whose directory is at hand; `None` says nothing.
+    /// The value of a chunk whose directory is at hand, if it is there; `None` says nothing.
     #[inline]
-    pub(crate) fn find_chunk(&self, key: &str) -> Option<u32> {
+    pub(crate) fn find_chunk(&self, key: &str) -> Option<Option<u32>> {
         let (dirs, word, len) = coding::cut_packed(key)?;
         let (above, dir) = self.known_dir(dirs)?;
         let hash = key::hash_word(word, len, above, salt(Kind::Value, Coding::Coordinates));
-        self.find_packed(dir, Kind::Value, word, len, hash).ok()?
+        self.find_packed(dir, Kind::Value, word, len, hash).ok()
     }
 
     /// The entry of a key and span, in any state.

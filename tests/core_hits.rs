@@ -46,7 +46,7 @@ fn fill(index: &mut Index, key: &str, size: u64, now: u64) {
 
 /// What both ways say, the long one last.
 fn both(index: &mut Index, key: &str, now: u64) -> (Option<u64>, Option<u64>) {
-    let short = index.hit(key, now);
+    let short = index.hit(key, now).flatten();
     let long = index.lookup(key, Span::Full, now).unwrap();
     (short, long.map(|found| found.size))
 }
@@ -96,9 +96,10 @@ fn it_counts_and_moves_to_the_end_of_the_order() {
     for key in ["a/c/0", "a/c/1", "a/c/2"] {
         fill(&mut index, key, 1, 1);
     }
-    assert_eq!(index.hit("a/c/0", 1), Some(1));
-    assert_eq!(index.hit("a/c/9", 1), None);
-    assert_eq!((index.stats().hits, index.stats().misses), (1, 0));
+    assert_eq!(index.hit("a/c/0", 1), Some(Some(1)));
+    assert_eq!(index.hit("a/c/9", 1), Some(None));
+    assert_eq!(index.hit("b/c/9", 1), None);
+    assert_eq!((index.stats().hits, index.stats().misses), (1, 1));
     let order: Vec<_> = index
         .recency()
         .unwrap()
@@ -116,8 +117,8 @@ fn only_what_may_be_served() {
     let id = begin(&mut index, CHUNK, 3, 1);
     assert_eq!(index.hit(CHUNK, 1), None);
     index.finish(id, Some(9), 1).unwrap().unwrap();
-    assert_eq!(index.hit(CHUNK, 1), Some(3));
-    assert_eq!(index.hit(CHUNK, 100), Some(3));
+    assert_eq!(index.hit(CHUNK, 1), Some(Some(3)));
+    assert_eq!(index.hit(CHUNK, 100), Some(Some(3)));
     assert_eq!(index.hit(CHUNK, 101), None);
     assert_eq!(index.begin_write(CHUNK).unwrap().len(), 1);
     assert_eq!(index.hit(CHUNK, 1), None);
@@ -126,8 +127,8 @@ fn only_what_may_be_served() {
 #[test]
 fn only_what_needs_no_check() {
     for (verify, flat, checksum, expected) in [
-        (Verify::Never, true, None, Some(3)),
-        (Verify::Never, false, Some(9), Some(3)),
+        (Verify::Never, true, None, Some(Some(3))),
+        (Verify::Never, false, Some(9), Some(Some(3))),
         // Found in a directory after a loss of power, say.
         (Verify::Never, false, None, None),
         (Verify::First, true, Some(9), None),
@@ -144,7 +145,7 @@ fn only_what_needs_no_check() {
         let found = index.lookup(CHUNK, Span::Full, 1).unwrap().unwrap();
         assert_eq!(index.must_verify(found.handle), expected.is_none());
         index.verified(found.handle, 9);
-        let checked = (verify != Verify::Always).then_some(3);
+        let checked = (verify != Verify::Always).then_some(Some(3));
         assert_eq!(
             index.hit(CHUNK, 1),
             checked,

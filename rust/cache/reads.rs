@@ -59,13 +59,16 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Ok(None)
     }
 
-    /// Bytes of a full value that is served as it is; marks it as most recently used and counts a
-    /// hit. What nearly every hit is, in half of the instructions: the processor then goes on to
-    /// the next request while it waits for the memory of this one. `None` says nothing; see
-    /// [`Cache::lookup`].
+    /// Bytes of a full value that is served as it is, or `Some(None)` where there is none; marks it as
+    /// most recently used and counts a hit, or a miss. What nearly every request is, in half of the
+    /// instructions: the processor then goes on to the next one while it waits for the memory of this
+    /// one. `None` says nothing; see [`Cache::lookup`].
     #[inline]
-    pub fn hit(&mut self, key: &str, now: u64) -> Option<u64> {
-        let i = self.cells.find_chunk(key)?;
+    pub fn hit(&mut self, key: &str, now: u64) -> Option<Option<u64>> {
+        let Some(i) = self.cells.find_chunk(key)? else {
+            self.stats.misses += 1;
+            return Some(None);
+        };
         let cell = self.cells.get(i).ok()?;
         if !self.can_serve(cell, now) || self.needs_check(i, cell) {
             return None;
@@ -73,7 +76,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let size = cell.size;
         self.touch(i).ok()?;
         self.stats.hits += 1;
-        Some(size)
+        Some(Some(size))
     }
 
     /// Finds an entry that holds what is asked for, marks it as most recently used, and counts a

@@ -95,8 +95,9 @@ impl Index {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
             let hit = cache.hit(key, millis(now));
             drop(cache);
-            if let Some(size) = hit {
-                return Ok(Some(size.into_pyobject(py)?.into_any()));
+            if let Some(answer) = hit {
+                let size = answer.map(|size| size.into_pyobject(py)).transpose()?;
+                return Ok(size.map(Bound::into_any));
             }
         }
         let span = span(raw)?;
