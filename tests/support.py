@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 from collections import Counter, UserDict
@@ -38,6 +39,13 @@ async def fill(store: Store, **values: bytes) -> None:
     """Write keys one after the other."""
     for key, value in values.items():
         await store.set(key, buf(value))
+
+
+async def count_turns(turns: list[None]) -> None:
+    """Add to a list in each turn that the event loop gives, until cancelled."""
+    while True:
+        turns.append(None)
+        await asyncio.sleep(0)
 
 
 async def listed(names: Any) -> list[str]:

@@ -11,7 +11,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
-from support import PROTOTYPE
+from support import PROTOTYPE, count_turns
 from zcache import CacheStore, _changes
 from zcache._buffers import freeze, snapshot, to_cpu_buffer
 from zcache._core import Index
@@ -222,19 +222,12 @@ async def test_others_have_their_turn_while_very_many_are_dropped(
     store = CacheStore(MemoryStore())
     for number in range(8000):
         await store.set(f"a/c/{number}", to_cpu_buffer(b"1"))
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    watcher = asyncio.ensure_future(other())
+    turns: list[None] = []
+    watcher = asyncio.ensure_future(count_turns(turns))
     await asyncio.sleep(0)
-    turns = 0
+    turns.clear()
     await (store.delete_dir("a") if how == "delete_dir" else getattr(store, how)())
-    seen = turns
+    seen = len(turns)
     watcher.cancel()
     assert seen >= 7  # A step names a thousand at most.
     assert store.cache_info()["current_size"] == 0
