@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from zarr.core.buffer import BufferPrototype
 
 _BYTE: Final = np.dtype("B")
+_ONE_BY_ONE: Final = (1,)
 _new: Final[Any] = object.__new__
+# Every read and fill looks these up; in a module of another package that takes twice as long.
+_Cpu: Final = cpu.Buffer
+_Array: Final = np.ndarray
 
 
 def to_cpu_buffer(data: bytes) -> Buffer:
@@ -21,7 +25,7 @@ def to_cpu_buffer(data: bytes) -> Buffer:
 
 def _over(array: Any) -> Buffer:
     # As the constructor does, which would look first whether the array is one of bytes.
-    buffer: cpu.Buffer = _new(cpu.Buffer)
+    buffer: cpu.Buffer = _new(_Cpu)
     buffer._data = array
     return buffer
 
@@ -29,19 +33,19 @@ def _over(array: Any) -> Buffer:
 def to_buffer(array: Any, prototype: BufferPrototype) -> Buffer:
     """A buffer of a reader's over an array of bytes, or over a copy where it has to be elsewhere."""
     wanted = prototype.buffer
-    if wanted is cpu.Buffer:
+    if wanted is _Cpu:
         return _over(array)
-    if issubclass(wanted, cpu.Buffer):
+    if issubclass(wanted, _Cpu):
         return wanted.from_array_like(array)
     return wanted.from_bytes(array.tobytes())
 
 
 def array_of(value: Buffer) -> Any:
     """The bytes of a buffer as an array, without a copy where they are in memory."""
-    if value.__class__ is cpu.Buffer:
+    if value.__class__ is _Cpu:
         # Most often it is one already, and needs no conversion; it may be of another library.
         array: Any = value._data
-        if type(array) is np.ndarray:
+        if type(array) is _Array:
             return array
     return value.as_numpy_array()
 
@@ -77,9 +81,9 @@ def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
     """The same, and a buffer over them like this one, if nobody can change what this one shows."""
     array = array_of(value)
     base: object = array.base
-    if type(base) is np.ndarray:  # What a store in memory gives out is a view of what it holds.
+    if type(base) is _Array:  # What a store in memory gives out is a view of what it holds.
         base = base.base
-    if type(base) is bytes and len(base) == array.nbytes and array.strides == (1,):
+    if type(base) is bytes and len(base) == array.nbytes and array.strides == _ONE_BY_ONE:
         # It shows all of them, in their order.
-        return base, _over(array.view()) if type(value) is cpu.Buffer else None
+        return base, _over(array.view()) if type(value) is _Cpu else None
     return array.tobytes(), None
