@@ -126,7 +126,8 @@ pub struct Cache<B, T> {
     stats: Stats,
     /// Entries that were used and are not yet moved to the end of the list, at most so many at once.
     touched: Vec<u32>,
-    /// For each cell, the mark of the contents that this process has verified, or 0.
+    /// For each cell, the mark of the contents that this process has verified, or 0; of an index that
+    /// other processes share.
     seen: Vec<u32>,
 }
 

@@ -71,7 +71,7 @@ pub struct Cell {
     time: [u8; 6],
     /// Bytes of `text` in use, or [`LONG`], in bits 0 to 3; [`Coding`] in bits 4 to 7.
     coded: u8,
-    /// Kind in bits 0 to 3, state in bits 4 and 5, checksum unknown in bit 7.
+    /// Kind in bits 0 to 3, state in bits 4 and 5, bytes verified in bit 6, checksum unknown in bit 7.
     bits: u8,
 }
 
@@ -79,6 +79,7 @@ pub struct Cell {
 /// and its length in bytes, both `u32`.
 pub const LONG: u8 = 15;
 
+const VERIFIED: u8 = 1 << 6;
 const UNCHECKED: u8 = 1 << 7;
 
 impl Cell {
@@ -182,6 +183,19 @@ impl Cell {
             Some(_) => self.bits & !UNCHECKED,
             None => self.bits | UNCHECKED,
         };
+    }
+
+    /// Whether this process has compared the bytes with their checksum; of an index that several
+    /// processes share it says nothing.
+    #[inline]
+    #[must_use]
+    pub fn is_verified(&self) -> bool {
+        self.bits & VERIFIED != 0
+    }
+
+    /// Notes that the bytes are what they should be.
+    pub fn set_verified(&mut self) {
+        self.bits |= VERIFIED;
     }
 
     /// Fetch time in milliseconds; 0 is "cannot be dated".

@@ -20,6 +20,7 @@ import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest
 from zarr.storage import LocalStore
 
+from directory_support import flip
 from support import CountingStore, buf, held, read
 from zcache import CacheStore, _books, _files
 from zcache._books import Books
@@ -115,17 +116,6 @@ async def check(store: CacheStore) -> None:
 def files_of_values(where: Path) -> list[Path]:
     cache = where / "cache"
     return [cache / name for name in held(LocalStore(cache))]
-
-
-def flip(path: Path, position: int, bit: int) -> None:
-    """Flip one bit, as a disk does: no time changes."""
-    times = path.stat()
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 1 << bit]))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.mark.parametrize(

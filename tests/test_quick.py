@@ -9,9 +9,13 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
+from directory_support import flip
 from support import PROTOTYPE, buf, check_books, count_turns, read
 from zcache import CacheStore, _quick
 from zcache._core import open_cached
@@ -91,6 +95,61 @@ async def test_others_have_their_turn_while_much_is_at_hand(
     assert at_once >= least
     assert len(turns) - at_once >= least
     assert port_reads == []
+
+
+async def reopened(where: Path, **options: Any) -> CacheStore:
+    """A store on a cache directory with values that it has not verified yet."""
+    if not has_nowait(where):
+        pytest.skip("no RWF_NOWAIT on this file system")
+    source = MemoryStore({key: buf(VALUE) for key in KEYS})
+    cache = LocalStore(where / "cache")
+    before = CacheStore(source, cache_store=cache, source_id="s")
+    for key in KEYS:
+        assert await read(before, key) == VALUE
+    return CacheStore(source, cache_store=cache, source_id="s", **options)
+
+
+@pytest.mark.parametrize("verify", ["first", "always"])
+async def test_what_is_verified_takes_no_thread_either(
+    tmp_path: Path, port_reads: list[str], verify: str
+) -> None:
+    store = await reopened(tmp_path, verify=verify)
+    assert await read(store, KEYS[0], RangeByteRequest(7, 300)) == VALUE[7:300]
+    turns: list[None] = []
+    watcher = asyncio.ensure_future(count_turns(turns))
+    found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in KEYS))
+    watcher.cancel()
+    assert [value and value.to_bytes() for value in found] == [VALUE] * len(KEYS)
+    assert len(turns) >= len(KEYS) * len(VALUE) // _quick.LARGEST - 1
+    assert port_reads == []
+    # Verified once, or each time.
+    flip(tmp_path / "cache" / KEYS[1], 0, 7)
+    assert await read(store, KEYS[1]) == (VALUE if verify == "always" else b"\x80" + VALUE[1:])
+    assert store.cache_stats()["damaged"] == (verify == "always")
+
+
+@pytest.mark.parametrize("asked", [None, RangeByteRequest(7, 300)])
+async def test_what_is_damaged_is_found_where_it_is_at_hand(
+    tmp_path: Path, asked: RangeByteRequest | None
+) -> None:
+    store = await reopened(tmp_path)
+    flip(tmp_path / "cache" / KEYS[1], len(VALUE) - 1, 0)
+    assert await read(store, KEYS[1], asked) == (VALUE if asked is None else VALUE[7:300])
+    assert store.cache_stats()["damaged"] == 1
+    check_books(store)
+
+
+async def test_what_could_change_in_memory_is_verified_and_given_out_as_a_copy() -> None:
+    """Somebody has put a value of the same bytes, but in memory of his own, into the cache store."""
+    source, cache = MemoryStore({"k": buf(VALUE)}), MemoryStore()
+    store = CacheStore(source, cache_store=cache)
+    assert await read(store, "k") == VALUE
+    foreign = np.frombuffer(VALUE, "u1").copy()
+    cache._store_dict["k"] = cpu.Buffer(foreign)
+    value = await store.get("k", PROTOTYPE)
+    assert value is not None
+    foreign[:] = 0
+    assert value.to_bytes() == VALUE
 
 
 @pytest.mark.parametrize("answer", ["not there", "some of it"])

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._core import Reservation
+    from zcache._quick import QuickReader
     from zcache._traffic import Traffic
 
     Hit = int | tuple[str, int, int, int, int | None, int | None]
@@ -138,8 +139,22 @@ class Engine(Changes):
             return None, hit
         if hit.__class__ is int:
             return quick(key, prototype, hit, 0, hit), hit
-        name, total, start, size, handle, _ = hit  # type: ignore[misc]
-        return (quick(name, prototype, total, start, size) if handle is None else None), hit
+        return self._glance_at(quick, prototype, hit), hit
+
+    def _glance_at(self, quick: QuickReader, prototype: BufferPrototype, hit: Any) -> Buffer | None:
+        """Read on the spot what is a part of a value, or was not verified yet; None says nothing."""
+        name, total, start, size, handle, checksum = hit
+        if handle is None:
+            return quick(name, prototype, total, start, size)
+        value = None if checksum is None else quick(name, prototype, total, 0, total)
+        if value is None:
+            return None
+        data, frozen = freeze(value)
+        # What is in memory and could change is given out as a copy.
+        if (frozen is None and self._files is None) or crc32c(data) != checksum:
+            return None
+        self.books.soon(ignore, self.index.verified, handle, checksum)
+        return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
 
     async def get(
         self,
@@ -203,13 +218,17 @@ class Engine(Changes):
             await self.books.step(io, self.index.missed)
             return None
         if isinstance(hit, int):
-            name, total, start, size, handle = key, hit, 0, hit, None
+            name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
         else:
-            name, total, start, size, handle, _ = hit
-        if handle is None and self._files is not None and not io.port.immediate:
-            value = await self._files.later(name, prototype, total, start, size)
-            if value is not None:
-                return value
+            name, total, start, size, handle, checksum = hit
+        files = self._files
+        if files is not None and not io.port.immediate:
+            read = size if handle is None else total
+            if await files.has_its_turn(read):
+                known = (name, total, start, size, handle, checksum)
+                value = self._glance_at(files, prototype, known)
+                if value is not None:
+                    return value
         part: Span | None = None
         wanted = total
         # Bytes that are not verified yet are read as a whole, for so goes the checksum.

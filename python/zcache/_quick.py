@@ -178,12 +178,16 @@ class FileReader:
             return None
         return to_buffer(array[:size], prototype) if count == size else None
 
-    async def later(
-        self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
-    ) -> Buffer | None:
-        """Read in a later turn of the event loop, where this one has read enough; else nothing."""
+    async def has_its_turn(self, size: int) -> bool:
+        """Wait for a turn of the event loop in which so many bytes may be read.
+
+        Returns
+        -------
+        bool
+            False where that was not why they were not read in this one.
+        """
         if size > LARGEST or not self._turn.is_over(size):
-            return None  # That was not why it was not read.
+            return False
         while self._turn.is_over(size):  # noqa: ASYNC110 - a turn is what sleep(0) waits for
             await asyncio.sleep(0)
-        return self(name, prototype, total, start, size)
+        return True

@@ -198,6 +198,10 @@ impl<B: Block, T: Clone> Cache<B, T> {
             && handle(i, cell) == at
         {
             cell.set_checksum(Some(checksum));
+            if B::EXCLUSIVE {
+                cell.set_verified();
+                return;
+            }
             let mark = mark(cell);
             let at = i as usize;
             if self.seen.len() <= at {
@@ -223,6 +227,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             // Taken in by a rebuild, perhaps after a loss of power: only the bytes tell.
             Verify::Never => !self.limits.flat && cell.checksum().is_none(),
             Verify::Always => true,
+            Verify::First if B::EXCLUSIVE => !cell.is_verified(),
             Verify::First => self.seen.get(i as usize) != Some(&mark(cell)),
         }
     }
