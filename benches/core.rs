@@ -76,7 +76,7 @@ fn cells(victims: &[Victim]) -> Vec<u32> {
     victims.iter().map(|victim| victim.cell).collect()
 }
 
-/// A whole fill: join, make room, commit, land.
+/// A whole fill: join, make room, finish.
 fn fill(index: &mut Index, key: &str) {
     let Joined::Lead(ticket) = index.join(key, Span::Full, (), NOW, false).unwrap() else {
         panic!("{key} is there already");
@@ -85,7 +85,8 @@ fn fill(index: &mut Index, key: &str) {
     loop {
         match room {
             Room::Granted(id) => {
-                assert!(index.commit(id, Some(1), NOW).unwrap().is_empty());
+                let done = index.finish(id, Some(1), NOW).unwrap().unwrap();
+                assert!(done.victims.is_empty());
                 break;
             }
             Room::Evict(id, victims) => {
@@ -94,7 +95,6 @@ fn fill(index: &mut Index, key: &str) {
             Room::Refused(why) => panic!("{key} was refused: {why:?}"),
         }
     }
-    index.land(key, ticket);
 }
 
 fn lookup(c: &mut Criterion) {

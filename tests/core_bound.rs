@@ -280,8 +280,9 @@ impl World {
                 }
             }
             Stage::Commit(fill, id) => {
-                let victims = self.cache.commit(id, Some(fill.version), self.now).unwrap();
-                Stage::Delete(Deletes::new(victims), Box::new(Stage::Land(fill.ticket)))
+                let done = self.cache.finish(id, Some(fill.version), self.now).unwrap();
+                let victims = done.expect("granted").victims;
+                Stage::Delete(Deletes::new(victims), Box::new(Stage::Done))
             }
             Stage::Abort(fill, id) => {
                 let victims = self.cache.abort(id).unwrap();

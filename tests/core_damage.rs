@@ -257,7 +257,10 @@ impl Run {
     fn commit(&mut self, at: usize) -> Res<()> {
         let (id, waiting) = self.rooms.swap_remove(at);
         self.victims.extend(waiting);
-        let victims = self.cache.commit(id, Some(0), self.now)?;
+        let victims = match self.cache.finish(id, Some(0), self.now)? {
+            Some(done) => done.victims,
+            None => self.cache.abort(id)?,
+        };
         self.note(victims);
         Ok(())
     }

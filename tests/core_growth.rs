@@ -53,7 +53,8 @@ fn fill<B: Block>(cache: &mut Cache<B, ()>, key: &str, span: Span, size: u64) ->
     };
     let refused = match cache.reserve(key, span, size, ticket, 1).unwrap() {
         Room::Granted(id) => {
-            assert!(cache.commit(id, Some(0), 1).unwrap().is_empty());
+            let done = cache.finish(id, Some(0), 1).unwrap().unwrap();
+            assert!(done.victims.is_empty());
             None
         }
         Room::Refused(refusal) => Some(refusal),

@@ -328,9 +328,13 @@ impl Run {
         let (id, waiting) = self.reservations.swap_remove(at);
         self.pending.extend(waiting);
         let checksum = id as u32;
-        let victims = self.cache.commit(id, Some(checksum), self.now).unwrap();
-        self.pending.extend(self.note(&victims));
-        self.model.committed(id, checksum, self.now, &victims);
+        let Some(done) = self.cache.finish(id, Some(checksum), self.now).unwrap() else {
+            // Nothing was granted.
+            let victims = self.cache.abort(id).unwrap();
+            return self.model.aborted(id, &victims);
+        };
+        self.pending.extend(self.note(&done.victims));
+        self.model.finished(id, checksum, self.now, done);
     }
 
     fn reserve(&mut self, name: &Name, size: u64, ticket: u64) {
@@ -404,7 +408,7 @@ impl Run {
         let unknown = [0, 1, u32::MAX, n | 1 << 30];
         self.cache.settled(&unknown, &unknown).unwrap();
         let id = u64::from(n) + (1 << 40);
-        assert!(self.cache.commit(id, Some(n), self.now).unwrap().is_empty());
+        assert!(self.cache.finish(id, Some(n), self.now).unwrap().is_none());
         assert!(self.cache.abort(id).unwrap().is_empty());
         assert_eq!(self.cache.land("zarr.json", id), None);
         let room = self.cache.settle(id, &unknown, &unknown, self.now).unwrap();

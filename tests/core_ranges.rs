@@ -79,7 +79,7 @@ fn fill(cache: &mut Cache<Heap, ()>, span: Span, size: u64) {
         panic!("nobody else reads")
     };
     if let Room::Granted(id) = cache.reserve("a/c/0", span, size, ticket, 1).unwrap() {
-        cache.commit(id, Some(0), 1).unwrap();
+        cache.finish(id, Some(0), 1).unwrap().unwrap();
     }
     cache.land("a/c/0", ticket);
 }

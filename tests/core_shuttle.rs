@@ -237,8 +237,8 @@ impl World {
                 Room::Refused(_) => return,
                 Room::Granted(id) => {
                     self.store.lock().put(span.cache_key(key), size, version);
-                    let victims = self.cache(|c| c.commit(id, Some(version), 1)).unwrap();
-                    return self.drop_bytes(victims);
+                    let done = self.cache(|c| c.finish(id, Some(version), 1)).unwrap();
+                    return self.drop_bytes(done.expect("granted").victims);
                 }
                 Room::Evict(id, victims) => {
                     let (dropped, failed) = self.delete(victims);

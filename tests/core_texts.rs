@@ -55,7 +55,7 @@ fn fill<B: Block>(cache: &mut Cache<B, ()>, key: &str, size: u64) -> Res<Option<
         return Ok(Some(Refusal::Held));
     };
     let refused = match cache.reserve(key, Span::Full, size, ticket, 1) {
-        Ok(Room::Granted(id)) => cache.commit(id, Some(0), 1).map(|_| None),
+        Ok(Room::Granted(id)) => cache.finish(id, Some(0), 1).map(|_| None),
         Ok(Room::Refused(refusal)) => Ok(Some(refusal)),
         Ok(Room::Evict(..)) => panic!("there is room for everything"),
         Err(fault) => Err(fault),

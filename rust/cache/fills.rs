@@ -18,7 +18,7 @@ const ROUNDS: u32 = 8;
 /// Whether bytes may be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Room {
-    /// Write the bytes, then commit or abort.
+    /// Write the bytes, then finish or abort.
     Granted(u64),
     /// Delete these first and report to [`Cache::settle`].
     Evict(u64, Vec<Victim>),
@@ -320,16 +320,6 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Room::Refused(why)
     }
 
-    /// The bytes are written. Returns what has to be deleted after all: the bytes themselves,
-    /// where a write has made the ticket void.
-    pub fn commit(&mut self, id: u64, checksum: Option<u32>, now: u64) -> Res<Vec<Victim>> {
-        match self.take_granted(id) {
-            Some(reservation) => self.decide(&reservation, checksum, now),
-            // Nothing was granted, so nothing was written.
-            None => self.abort(id),
-        }
-    }
-
     fn take_granted(&mut self, id: u64) -> Option<Reservation> {
         let reservation = self.reservations.remove(&id)?;
         if reservation.cell == 0 {
@@ -339,7 +329,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
         Some(reservation)
     }
 
-    pub(super) fn decide(
+    fn decide(
         &mut self,
         reservation: &Reservation,
         checksum: Option<u32>,
@@ -354,8 +344,9 @@ impl<B: Block, T: Clone> Cache<B, T> {
         self.unwrite(reservation)
     }
 
-    /// The same as [`Cache::commit`], then [`Cache::land`] for the flight of its ticket, in one step.
-    /// `None` where nothing was granted.
+    /// The bytes are written: commits the entry, and closes the flight of its ticket as [`Cache::land`]
+    /// does, in one step. What has to be deleted after all are the bytes themselves, where a write has
+    /// made the ticket void. `None` where nothing was granted.
     pub fn finish(&mut self, id: u64, checksum: Option<u32>, now: u64) -> Res<Option<Finished<T>>> {
         let Some(reservation) = self.take_granted(id) else {
             return Ok(None);

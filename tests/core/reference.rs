@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use zcache::cache::{BATCH, Found, Joined, Limits, Refusal, Room, Stats, Victim};
+use zcache::cache::{BATCH, Finished, Found, Joined, Limits, Refusal, Room, Stats, Victim};
 use zcache::cell::State;
 use zcache::flights::Closed;
 use zcache::key::{self, Span};
@@ -507,17 +507,21 @@ impl Model {
         assert!(*fetched == earliest || *fetched > now || earliest > now);
     }
 
-    pub(crate) fn committed(&mut self, id: u64, checksum: u32, now: u64, victims: &[Victim]) {
-        let granted = self.reservations.get(&id).is_some_and(|r| r.granted);
-        let valid = granted && {
-            let reservation = &self.reservations[&id];
-            self.valid(&reservation.name.0, reservation.ticket)
-        };
-        if !valid {
-            self.stats.refusals += u64::from(granted);
-            return self.aborted(id, victims);
+    pub(crate) fn finished(&mut self, id: u64, checksum: u32, now: u64, done: Finished<u32>) {
+        let reservation = &self.reservations[&id];
+        assert!(reservation.granted);
+        let (key, ticket) = (reservation.name.0.clone(), reservation.ticket);
+        if self.valid(&key, ticket) {
+            assert!(done.victims.is_empty());
+            self.committed(id, checksum, now);
+        } else {
+            self.stats.refusals += 1;
+            self.aborted(id, &done.victims);
         }
-        assert!(victims.is_empty());
+        self.landed(&key, ticket, done.flight);
+    }
+
+    fn committed(&mut self, id: u64, checksum: u32, now: u64) {
         let name = self.reservations.remove(&id).expect("granted").name;
         let mut latest = 0;
         for other in &self.recency {
