@@ -4,7 +4,9 @@
 //! A Zarr key such as `era5/2m_temperature/c/120/44/7` is a *path* of directories and a *tail*.
 //! The directories (`era5`, `2m_temperature`, `c`) are shared by millions of keys and are stored
 //! once; the tail (`120/44/7`) is stored with the entry. The tail is what follows the last `c/`
-//! where that is made of chunk coordinates only (the default chunk key encoding of format 3), else
+//! where that is made of chunk coordinates only (the default chunk key encoding of format 3). Else
+//! it is up to three numbers at the end, but not the first of them, which may name an array or a
+//! level (format 2 with `/` between coordinates, as images have it: `image/0/5/1/120/44/7`), or
 //! what follows the last slash. The cut depends on the key alone, so a lookup never searches.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -146,12 +148,48 @@ pub fn split(key: &str) -> (&str, &str) {
     };
     let cut = match marker.filter(is_marker) {
         Some(at) => at + 2,
-        None => bytes
-            .iter()
-            .rposition(|c| *c == b'/')
-            .map_or(0, |at| at + 1),
+        None => numbers_at_end(bytes),
     };
     key.split_at_checked(cut).unwrap_or(("", key))
+}
+
+/// Numbers of a tail where nothing else tells coordinates from names.
+const NUMBERS: usize = 3;
+
+/// Where the tail of a key without a marker begins.
+fn numbers_at_end(bytes: &[u8]) -> usize {
+    let part = |end: usize| {
+        let before = bytes.get(..end).unwrap_or_default();
+        let start = before
+            .iter()
+            .rposition(|c| *c == b'/')
+            .map_or(0, |at| at + 1);
+        let text = before.get(start..).unwrap_or_default();
+        let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+        (start, is_number)
+    };
+    let (mut cut, mut is_number) = part(bytes.len());
+    for _ in 1..NUMBERS {
+        let above = cut.checked_sub(1).filter(|_| is_number).map(part);
+        // The next one up is taken only where yet another one is above it.
+        match above.and_then(|(start, number)| Some((start, number, part(start.checked_sub(1)?).1)))
+        {
+            Some((start, true, true)) => (cut, is_number) = (start, true),
+            _ => break,
+        }
+    }
+    cut
+}
+
+/// Prefixes that the tails of some keys below `prefix` begin in, which so are children of a
+/// directory above it: the paths of those directories.
+pub fn above_tails_below(prefix: &str) -> impl Iterator<Item = String> {
+    let inside = ["/0", "/0/0"].map(|more| format!("{prefix}{more}"));
+    let paths = inside.map(|inside| split(&inside).0.to_owned());
+    let len = prefix.len();
+    let [one, other] = paths.map(|path| Some(path).filter(|path| path.len() <= len));
+    let other = other.filter(|path| Some(path) != one.as_ref());
+    one.into_iter().chain(other)
 }
 
 /// The directories of the first half of [`split`], outermost first.
@@ -247,7 +285,7 @@ pub fn hash_word(word: [u8; 8], len: u8, seed: u64, salt: u8) -> u64 {
 }
 
 /// Spreads the few salts over all bits: 2^64 by the golden ratio.
-const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
 #[cfg(test)]
 mod tests {
@@ -271,6 +309,16 @@ mod tests {
             ("", "", ""),
             ("12", "", "12"),
             ("a/0.0.1", "a/", "0.0.1"),
+            ("a/7", "a/", "7"),
+            ("a/44/7", "a/44/", "7"),
+            ("a/120/44/7", "a/120/", "44/7"),
+            ("a/1/120/44/7", "a/1/", "120/44/7"),
+            ("image/0/5/1/120/44/7", "image/0/5/1/", "120/44/7"),
+            ("0/5/1/120/44/7", "0/5/1/", "120/44/7"),
+            ("1/2/3", "1/", "2/3"),
+            ("1/2", "1/", "2"),
+            ("a/1/2//3/4", "a/1/2//3/", "4"),
+            ("1/2/x/4", "1/2/x/", "4"),
             ("a/c/x/0", "a/c/x/", "0"),
             ("a/c//", "a/c/", "/"),
             ("ü/c/1", "ü/c/", "1"),
@@ -361,7 +409,11 @@ mod tests {
         let mut markers =
             markers.filter(|at| *at == 0 || key.as_bytes().get(at - 1) == Some(&b'/'));
         let marker = markers.find(|at| coordinates(key.get(at + 2..).unwrap_or("")));
-        let slash = key.rfind('/').map_or(0, |at| at + 1);
+        let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit());
+        let numbers = key.rsplit('/').take_while(is_number).count();
+        let kept = numbers.saturating_sub(1).clamp(1, 3);
+        let slash = key.rmatch_indices('/').nth(kept - 1);
+        let slash = slash.map_or(0, |(at, _)| at + 1);
         key.split_at(marker.map_or(slash, |at| at + 2))
     }
 
@@ -371,6 +423,20 @@ mod tests {
             #[cfg(not(windows))]
             proptest::prop_assert_eq!(is_known(&key), known(&key), "{}", key);
             proptest::prop_assert_eq!(split(&key), cut(&key), "{}", key);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn tails_begin_below_a_prefix_or_in_a_directory_that_is_named(
+            prefix in "(a/)?(c/)?[0-9]{1,2}(/[0-9a]{1,2}){0,5}",
+            more in "(/[0-9a]{1,2}){1,6}|/c/[0-9]",
+        ) {
+            let key = format!("{prefix}{more}");
+            let dirs = split(&key).0;
+            let below = dirs.len() > prefix.len();
+            let mut above = above_tails_below(&prefix);
+            proptest::prop_assert!(below || above.any(|path| path == dirs), "{}", key);
         }
     }
 

@@ -2,8 +2,8 @@
 //! and write protocol on top of it.
 //!
 //! ```text
-//! key, coding ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names ──▶ entries ──▶ cache ──▶ python
-//!                                                                         flights ──▶
+//! key, coding ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names, walks ──▶ entries ──▶ cache ──▶ python
+//!                                                                                flights ──▶
 //! ```
 //!
 //! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
@@ -53,6 +53,7 @@ pub mod offload;
 mod table;
 mod texts;
 mod validate;
+mod walks;
 
 #[cfg(feature = "python")]
 mod python;

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use crate::block::Block;
 use crate::cell::{Cell, Kind};
-use crate::cells::{COUNT, Cells, List, ROOT};
+use crate::cells::{COUNT, Cells, ROOT};
 use crate::coding::{self, Coding, INLINE, Text};
 use crate::error::{Fault, Res};
 use crate::key::{self, Span, SpanText};
@@ -400,68 +400,6 @@ impl<B: Block> Cells<B> {
         }
         let key = String::from_utf8(key).map_err(|_| Fault::Corrupt("a key that is not UTF-8"))?;
         Ok((key, span))
-    }
-
-    /// Up to `limit` entries in the directory or object `top` and below, in any state that `want`
-    /// accepts; work is proportional to what is found, plus what `want` refuses.
-    pub(crate) fn entries_below(
-        &self,
-        top: u32,
-        limit: usize,
-        mut want: impl FnMut(&Self, u32) -> Res<bool>,
-    ) -> Res<Vec<u32>> {
-        let mut found = Vec::new();
-        // Every cell is entered once and left once.
-        let mut steps = 2 * self.block.cells().len();
-        let mut step = || {
-            steps = steps
-                .checked_sub(1)
-                .ok_or(Fault::Corrupt("a directory inside itself"))?;
-            Ok(())
-        };
-        let mut at = self.get(top)?.older;
-        while at != 0 && found.len() < limit {
-            step()?;
-            let cell = self.get(at)?;
-            if matches!(cell.kind()?, Kind::Dir | Kind::Object) {
-                if cell.older == 0 {
-                    return Err(Fault::Corrupt("a directory without children"));
-                }
-                at = cell.older;
-                continue;
-            }
-            if want(self, at)? {
-                found.push(at);
-            }
-            let mut climb = at;
-            loop {
-                step()?;
-                let cell = self.get(climb)?;
-                if cell.right != 0 {
-                    at = cell.right;
-                    break;
-                }
-                climb = cell.parent;
-                if climb == top || climb == 0 {
-                    return Ok(found);
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// Walks a list from its first cell; an error where it is longer than there are cells.
-    pub(crate) fn walk(&self, list: List) -> Res<Vec<u32>> {
-        let mut cells = Vec::new();
-        let mut at = self.list(list)[0];
-        while at != 0 {
-            if cells.len() > self.block.cells().len() {
-                return Err(Fault::Corrupt("a list that bites its tail"));
-            }
-            cells.push(at);
-            at = self.neighbour(list, at, true)?;
-        }
-        Ok(cells)
     }
 }
 

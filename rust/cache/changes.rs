@@ -77,7 +77,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
 
     /// Drops entries below a prefix ("" is everything), a batch at a time; to be called until it
     /// returns nothing. The keys outside the prefix are not looked at, save that a prefix that ends
-    /// inside chunk coordinates (`a/c/12`) looks at the chunks of its array.
+    /// inside chunk coordinates (`a/c/12`, or a number below numbers) looks at the chunks beside it.
     pub fn sweep(&mut self, prefix: &str) -> Res<Vec<Victim>> {
         self.put_in_order()?;
         let prefix = prefix.trim_end_matches('/');
@@ -94,14 +94,12 @@ impl<B: Block, T: Clone> Cache<B, T> {
         if let Some(dir) = self.cells.find_dir(&dirs)? {
             found.extend(self.cells.entries_below(dir, BATCH, present)?);
         }
-        let inside = format!("{dirs}0");
-        let (above, _) = key::split(&inside);
-        if above.len() < dirs.len()
-            && let Some(dir) = self.cells.find_dir(above)?
-        {
-            found.extend(self.cells.entries_below(dir, BATCH, |cells, i| {
-                Ok(present(cells, i)? && is_below(&cells.name(i)?.0, prefix))
-            })?);
+        for above in key::above_tails_below(prefix) {
+            if let Some(dir) = self.cells.find_dir(&above)? {
+                found.extend(self.cells.entries_in(dir, BATCH, |cells, i| {
+                    Ok(present(cells, i)? && is_below(&cells.name(i)?.0, prefix))
+                })?);
+            }
         }
         let mut victims = Vec::new();
         for i in found {

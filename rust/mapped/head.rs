@@ -15,7 +15,7 @@ pub const PARTICIPANTS: usize = 256;
 pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
