@@ -84,7 +84,7 @@ SURFACE: dict[str, Handled | Delegated | Inherited] = {
     # ------------------------------------------------------ open and closed
     "open": Inherited("makes and opens", ("_open",)),
     "_open": Handled("opens the source as well"),
-    "_ensure_open": Inherited("opens once", ("_is_open", "_open")),
+    "_ensure_open": Handled("opens the source as well, for any number at once"),
     "_is_open": Inherited("a field of each store"),
     "close": Handled("closes the source as well"),
     "__enter__": Inherited("returns the store"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zcache._buffers import snapshot
@@ -79,12 +80,22 @@ class Batch:
         """Yield groups of request number and value (None for a missing key)."""
         missing = []
         ready: list[tuple[int, Buffer | None]] = []
+        # Hits that are not at hand.
+        slow: list[tuple[int, Any]] = []
         for number, asked in enumerate(self._asked):
             if asked is None:
                 self.count_bypassed(1)
                 self._direct.append(number)
                 continue
-            value = await self.engine.cached(self.io, asked[0], self.prototype, asked[1])
+            value, hit = self.engine.glance(asked[0], self.prototype, asked[1])
+            if value is not None:
+                ready.append((number, value))
+            elif hit is None:
+                missing.append(number)
+            else:
+                slow.append((number, hit))
+        values = await self.io.together([partial(self._serve, *one) for one in slow])
+        for (number, _), value in zip(slow, values, strict=True):
             if value is None:
                 missing.append(number)
             else:
@@ -101,6 +112,11 @@ class Batch:
                 self.io, key, self.prototype, byte_range, to_span(byte_range), joined
             )
             yield [(number, value)]
+
+    async def _serve(self, number: int, hit: Any) -> Buffer | None:
+        asked = self._asked[number]
+        assert asked is not None
+        return await self.engine.serve(self.io, asked[0], self.prototype, asked[1], hit)
 
     async def _bring(self, missing: list[int]) -> list[Group]:
         """Ask the source, in one call, for what nobody else reads already; and cache it."""
@@ -156,16 +172,17 @@ class Batch:
 
     async def _keep(self) -> None:
         """Fill the cache with what was brought."""
-        engine = self.engine
-        for number, data in self._brought:
-            asked = self._asked[number]
-            assert asked is not None
-            if data is None:
-                victims = await engine.books.step(self.io, engine.index.forget, asked[0])
-                await engine.drop(self.io, victims)
-            else:
-                await engine.fill(self.io, *asked, data, self._leads[number][0])
-            self._land(number)
+        await self.io.together([partial(self._keep_one, *one) for one in self._brought])
+
+    async def _keep_one(self, number: int, data: bytes | None) -> None:
+        engine, asked = self.engine, self._asked[number]
+        assert asked is not None
+        if data is None:
+            victims = await engine.books.step(self.io, engine.index.forget, asked[0])
+            await engine.drop(self.io, victims)
+        else:
+            await engine.fill(self.io, *asked, data, self._leads[number][0])
+        self._land(number)
 
     def _land(self, number: int) -> None:
         ticket, flight = self._leads.pop(number)

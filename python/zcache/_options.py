@@ -17,7 +17,8 @@ def check_verify(verify: object) -> str:
 def check_source_id(source_id: object) -> str | None:
     if source_id is None or (isinstance(source_id, str) and source_id):
         return source_id
-    raise TypeError(
+    kind = ValueError if isinstance(source_id, str) else TypeError
+    raise kind(
         f"source_id={source_id!r} must be text that names the source, such as its URL, or None."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import MemoryStore
 
@@ -12,7 +12,7 @@ from zcache._coroutines import settle
 from zcache._threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
     from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from zcache._flights import Flight
     from zcache._ports import Port
+
+
+T = TypeVar("T")
+AT_ONCE: Final = 64
+"""Reads or fills of one call that go on at once: more would wait for threads or connections anyhow."""
 
 
 class Traffic:
@@ -61,6 +66,28 @@ class Traffic:
     async def block(self, work: Callable[[], None]) -> None:
         """Do what may take long, out of the way of everybody else."""
         await in_thread(work, lambda _: None)
+
+    async def together(self, works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        """Do several things that may wait, some at once; where one fails, the others are given up.
+
+        Nothing of it goes on once this has returned.
+        """
+        if self.port.immediate or len(works) < 2:  # Nothing waits, or not for each other.
+            return [await work() for work in works]
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def one(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+            async with limit:
+                return await work()
+
+        tasks = [asyncio.ensure_future(one(work)) for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     async def pause(self) -> None:
         """Let others have their turn."""
@@ -109,6 +136,9 @@ class SyncTraffic(Traffic):
 
     async def block(self, work: Callable[[], None]) -> None:
         work()
+
+    async def together(self, works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        return [await work() for work in works]
 
     async def pause(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
@@ -222,7 +223,7 @@ class CacheStore(Store):
             by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
-            gone or of another length), ``cache_failures`` (operations of the cache store that
+            gone, of another length or against their checksum), ``cache_failures`` (operations of the cache store that
             raised), ``cache_skips`` (times that it was left alone because it kept failing).
         """
         engine = self._engine
@@ -327,6 +328,13 @@ class CacheStore(Store):
         # The source first: where it cannot be opened, neither is this.
         await self._store._ensure_open()
         await super()._open()
+
+    async def _ensure_open(self) -> None:
+        # docstring inherited
+        if not self._is_open:
+            # Many may come here at once, and opening the source may suspend; `_open` is for one.
+            await self._store._ensure_open()
+            self._is_open = True
 
     def close(self) -> None:
         """Close the source. The cache store stays open: copies of this store may share it."""
@@ -523,7 +531,8 @@ class CacheStore(Store):
         self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
     ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
         # In no order, as the base class allows; it reads one after the other.
-        limit = asyncio.Semaphore(config.get("async.concurrency"))
+        at_once: int | None = config.get("async.concurrency")
+        limit = contextlib.nullcontext() if at_once is None else asyncio.Semaphore(at_once)
 
         async def one(
             key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
