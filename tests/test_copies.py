@@ -19,6 +19,8 @@ from coherence_support import CacheStore, DictStore, SyncDictStore, buf, index_o
 from process_scripts import VALUES, arrive
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.abc.store import Store
 
 SCRIPT = Path(__file__).with_name("process_scripts.py")
@@ -46,6 +48,21 @@ async def test_a_copy_is_small_and_travels_empty(source: LocalStore) -> None:
     assert store.cache_info()["current_size"] > 500
     assert len(packed) == empty
     assert len(packed) - len(pickle.dumps(source)) < 700
+
+
+class Values(DictStore):
+    """A source of the user's own that keeps its values in memory, as its copies do."""
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))])
+async def test_a_copy_of_a_source_of_ones_own_reads_the_original(make: Callable) -> None:
+    store = CacheStore(Values({"k": b"v1"}))
+    assert await read(store, "k") == b"v1"
+    other = make(store)
+    await other.set("k", buf(b"v2"))
+    assert (
+        await read(store, "k") == await read(other, "k") == await read(store._store, "k") == b"v2"
+    )
 
 
 async def test_a_memory_behind_wrappers_travels_empty(source: LocalStore) -> None:

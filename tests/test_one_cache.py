@@ -216,6 +216,24 @@ async def test_the_strictest_check_is_in_force() -> None:
     assert one.cache_stats()["damaged"] == 1
 
 
+async def test_the_index_of_a_dict_outlives_the_store_that_it_was_made_for() -> None:
+    values: dict[str, Any] = {}
+    source = MemoryStore({"k": buf(b"old!")})
+    first, second = MemoryStore(values), MemoryStore(values)
+    one = CacheStore(source, cache_store=first, max_size=4)
+    two = CacheStore(source, cache_store=second)
+    assert await read(two, "k") == b"old!"
+    del one, first
+    gc.collect()
+    three = CacheStore(source, cache_store=MemoryStore(values))
+    assert three._engine.index is two._engine.index
+    await three.set("k", buf(b"new!"))
+    assert await read(two, "k") == b"new!"
+    del two, three, second
+    gc.collect()
+    assert id(values) not in _sharing._memory
+
+
 def test_stores_inside_each_other_are_two_sources(tmp_path: Path) -> None:
     cache = MemoryStore()
     first = CacheStore(LocalStore(tmp_path / "data"), cache_store=cache)

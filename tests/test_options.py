@@ -176,7 +176,7 @@ def test_no_flag(option: str, given: Any) -> None:
         ("verify", "sometimes", ValueError, '"first", "always" or "never"'),
         ("verify", None, ValueError, '"first", "always" or "never"'),
         ("verify", True, ValueError, '"first", "always" or "never"'),
-        ("source_id", "", TypeError, "text that names the source"),
+        ("source_id", "", ValueError, "text that names the source"),
         ("source_id", 5, TypeError, "text that names the source"),
         ("min_free_space", -1, ValueError, "bytes"),
         ("min_free_space", "some", ValueError, '"2 GiB"'),

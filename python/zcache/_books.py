@@ -12,13 +12,13 @@ import weakref
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
 from zcache import _files
 from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
 from zcache._coroutines import guarded
 from zcache._directory import Directory, let_go
-from zcache._identity import innermost
+from zcache._identity import in_memory
 from zcache._listing import NotOursError, take_in
 from zcache._sharing import Shared, memory_index, other_index
 from zcache._standins import NotListedError, Unlisted, Unopened
@@ -102,7 +102,7 @@ class Books:
         if type(cache) is LocalStore:
             self.now = time.time
             self.index = self._open_directory(cache, source.name)
-        elif isinstance(kept := innermost(cache), MemoryStore):
+        elif (kept := in_memory(cache)) is not None:
             self._shared = memory_index(self, source, kept)
             self.index = self._shared.index
         else:
@@ -468,8 +468,7 @@ class Books:
         """
         self._lock = threading.RLock()
         self._repair = None
-        in_memory = isinstance(innermost(self._cache), MemoryStore)
-        if in_memory and self.index.after_fork():
+        if in_memory(self._cache) is not None and self.index.after_fork():
             return
         if self.directory is not None:
             let_go(self.index)

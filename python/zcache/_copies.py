@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import TYPE_CHECKING
 
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
-from zcache._identity import innermost
+from zcache._identity import TRANSIENT, innermost
 
 if TYPE_CHECKING:
     from zcache._engine import Engine
@@ -26,13 +27,27 @@ def without_contents(cache: Store) -> Store:
     return emptied
 
 
-def same_data(one: Store, other: Store) -> bool:
-    one, other = innermost(one), innermost(other)
-    return (
-        isinstance(one, MemoryStore)
-        and isinstance(other, MemoryStore)
-        and one._store_dict == other._store_dict
-    )
+def source_of_copy(engine: Engine, store: Store) -> Store | None:
+    """What a copy of a `CacheStore` reads from that came with this source and meets this engine.
+
+    The copy of a source in memory is other data, and must not share a cache with it: at home the copy
+    reads the original, elsewhere one that is still equal. None where there is none.
+    """
+    inner, mine = innermost(store), innermost(engine.source)
+    if isinstance(inner, MemoryStore):
+        equal = isinstance(mine, MemoryStore) and mine._store_dict == inner._store_dict
+        if engine.home != os.getpid() and not equal:
+            return None
+    elif not engine.identity.startswith(TRANSIENT):
+        return store
+    # A user's own that has no name may keep its values in memory as well.
+    source = engine.source
+    if source.read_only == store.read_only:
+        return source
+    try:
+        return source.with_read_only(store.read_only)
+    except NotImplementedError:
+        return store
 
 
 def same_cache(one: Engine, other: Engine) -> bool:

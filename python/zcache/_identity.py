@@ -10,31 +10,32 @@ import re
 import threading
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore, ZipStore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 TRANSIENT: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
 
 # Reentrant, for inside it the garbage collector may forget a store.
 _lock = threading.RLock()
-_names: dict[int, tuple[str, set[int]]] = {}
+_Nameless: TypeAlias = tuple[int, str, tuple[str, ...]]
+_names: dict[_Nameless, tuple[str, set[int]]] = {}
 
 _BY_PATH: Final = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
 """Protocols whose path names the place. Of others the host, the archive or the list of references is
 among the options of the file system."""
 _LOCAL: Final = frozenset({"file", "local"})
 _SECRET: Final = re.compile(
-    "key|secret|token|passw|passphrase|credential|auth|sas|signature", re.IGNORECASE
+    "(^|_)((api|access|account|ssh)?key|secret|token|passw(or)?d|passphrase|credentials?|auth(orization)?"
+    "|sas|signature)(_|$)",
+    re.IGNORECASE,
 )
 _IN_MEMORY: Final = re.compile('"(target_|remote_)?protocol": *"memory"')
 # Lists of references may be long.
 _digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_S3: Final = frozenset({"s3", "s3a"})
 _AZURE: Final = frozenset({"abfs", "abfss", "az", "adl"})
 _WHOLE: Final = _BY_PATH | _AZURE | {"memory"}
 """Protocols of stores of objects, which show a value as a whole or not at all."""
@@ -54,7 +55,7 @@ class Place(NamedTuple):
         """Whether both are the same place, or one of them is inside the other."""
         if (self.root, self.endpoint) != (other.root, other.endpoint):
             return False
-        mine, theirs = f"{self.path.rstrip('/')}/", f"{other.path.rstrip('/')}/"
+        mine, theirs = (f"{p}/" if (p := s.path.rstrip("/")) else "" for s in (self, other))
         return mine.startswith(theirs) or theirs.startswith(mine)
 
 
@@ -68,7 +69,16 @@ def innermost(store: Any) -> Any:
 def outlives_process(store: Any) -> bool:
     """Whether what a store holds, one without wrappers, may be there in the next process."""
     # Of a user's own nobody knows.
-    return any(base.__module__.startswith("zarr.storage.") for base in type(store).__mro__)
+    known = any(base.__module__.startswith("zarr.storage.") for base in type(store).__mro__)
+    return known and not isinstance(store, MemoryStore)
+
+
+def in_memory(store: Any) -> MemoryStore | None:
+    """The store in memory whose dict has the keys of this one, wrapped or not."""
+    kept = innermost(store)
+    if not isinstance(kept, MemoryStore) or _path_in(kept):
+        return None
+    return None if any(view is not kept for view in _views(store)) else kept
 
 
 def shows_halves(store: Any) -> bool:
@@ -81,29 +91,45 @@ def identify(store: Any) -> str | None:
 
     The name holds no credentials: everybody may read it, and they may change.
     """
-    name = next(_said(store), None) or _name(innermost(store))
-    return None if name is None else _without_credentials(name)
+    inner = innermost(store)
+    said: list[str | None] = [
+        _stable(view) for view in _views(store) if not _inherits(type(view), "__str__")
+    ]
+    said.append(_name(inner))
+    # The same text twice is that of a store of the user's own.
+    parts = [part for part in dict.fromkeys(said) if part is not None]
+    return None if None in said else _without_credentials(" of ".join(parts))
 
 
 def _without_credentials(name: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", name)
 
 
-def _said(store: Any) -> Iterator[str]:
-    """What wrappers of the user's own say of themselves: they may change keys or bytes."""
-    for wrapper in _wrappers(store):
-        if not _inherits(type(wrapper), "__str__"):
-            text = _stable(wrapper)
-            if text is not None:
-                yield text
+def _views(store: Any) -> list[Any]:
+    """What the user's own classes, wrappers or not, say that they show, outermost first.
+
+    Those that say nothing of their own are taken to show what they wrap.
+    """
+    views = []
+    while isinstance(store, Store):
+        kind = type(store)
+        if not (_inherits(kind, "__str__") and _inherits(kind, "__eq__")):
+            views.append(store)
+        store = getattr(store, "_store", None)
+    return views
 
 
-def _wrappers(store: Any) -> Iterator[Any]:
-    """The wrappers around a store, without those that show what they wrap."""
-    while isinstance(inner := getattr(store, "_store", None), Store):
-        if type(store).__module__.partition(".")[0] not in ("zarr", "zcache"):
-            yield store
-        store = inner
+def _texts(store: Any) -> tuple[str, ...]:
+    """What they say, in this process."""
+    return tuple(_text(view) for view in _views(store))
+
+
+def _text(view: Any) -> str:
+    kind = type(view)
+    text = ""
+    with contextlib.suppress(Exception):  # Whatever it raises, it says nothing.
+        text = "" if _inherits(kind, "__str__") else str(view)
+    return f"{kind.__module__}.{kind.__qualname__}:{text}"
 
 
 def _inherits(kind: type, method: str) -> bool:
@@ -117,8 +143,11 @@ def _stable(store: Any) -> str | None:
         text = str(store)
     except Exception:  # noqa: BLE001 - whatever it raises, it says nothing
         return None
-    # The address of an object, or its number, is not the same twice.
-    return None if re.search(r"0x[0-9a-f]{6,}|\d{9,}", text) else f"{type(store).__name__}:{text}"
+    kind = type(store).__name__
+    # The address of an object, or its number, is not the same twice; and its class alone says nothing.
+    if re.search(r"0x[0-9a-f]{6,}|\d{9,}", text) or not re.search(r"\w", text.replace(kind, "")):
+        return None
+    return f"{kind}:{text}"
 
 
 def _name(store: Any) -> str | None:
@@ -132,8 +161,8 @@ def _name(store: Any) -> str | None:
 
 def name_of_place(store: Any) -> str | None:
     """A name that no two places have, of a store without wrappers; None where there is none."""
-    if isinstance(store, ZipStore):
-        return f"zip://{os.path.realpath(str(store.path))}"
+    if isinstance(store, ZipStore):  # One over an open file has no path.
+        return store.path and f"zip://{os.path.realpath(str(store.path))}"  # type: ignore[return-value]
     if (place := _place(store)) is not None:
         return str(place)
     if _is_fsspec(store):
@@ -147,22 +176,28 @@ def _place(store: Any) -> Place | None:
     if isinstance(store, LocalStore):
         return _directory(store.root)
     if isinstance(store, ZipStore):
-        return _directory(store.path)
+        return store.path and _directory(store.path)  # type: ignore[return-value]
     if _is_fsspec(store):
-        protocol = _protocol(store.fs)
+        filesystem, within = store.fs, str(store.path)
+        while _protocol(filesystem) == "dir":
+            filesystem = getattr(filesystem, "sync_fs", filesystem)
+            within, filesystem = f"{filesystem.path}/{within}", filesystem.fs
+        protocol = _protocol(filesystem)
         if protocol in _LOCAL:
-            return _directory(store.path)
-        options = dict(getattr(store.fs, "storage_options", None) or {})
+            return _directory(within)
+        options = dict(getattr(filesystem, "storage_options", None) or {})
         options.update(options.get("client_kwargs") or {})
         if protocol in _AZURE:
             endpoint = options.get("account_name")
         elif protocol in _BY_PATH:
-            endpoint = options.get("endpoint_url") or getattr(store.fs, "endpoint_url", None)
+            endpoint = options.get("endpoint_url") or getattr(filesystem, "endpoint_url", None)
+            if protocol in _S3:
+                endpoint = endpoint or _s3_endpoint()
         else:
             return None
         if protocol in _AZURE and not endpoint:
             return None
-        path = _without_credentials(str(store.path)).removeprefix(f"{protocol}://").rstrip("/")
+        path = _without_credentials(within).removeprefix(f"{protocol}://").rstrip("/")
         return Place(f"{protocol}://", path, endpoint and _without_credentials(str(endpoint)))
     inner = _obstore(store)
     if type(inner).__name__ == "LocalStore":
@@ -170,9 +205,14 @@ def _place(store: Any) -> Place | None:
     config: Any = getattr(inner, "config", None)
     if type(inner).__name__ == "S3Store" and hasattr(config, "get") and config.get("bucket"):
         path = f"{config['bucket']}/{inner.prefix or ''}".rstrip("/")
-        endpoint = config.get("endpoint")
+        endpoint = config.get("endpoint") or os.environ.get("AWS_ENDPOINT") or _s3_endpoint()
         return Place("s3://", path, endpoint and _without_credentials(str(endpoint)))
     return None
+
+
+def _s3_endpoint() -> str | None:
+    """The server that is asked where none is given."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _directory(path: object) -> Place:
@@ -244,24 +284,31 @@ def _repr_of(inner: Any) -> str:
 
 def transient(store: Any) -> str:
     """Name a source that has no name outside its process: the same for the same data."""
-    store = innermost(store)
+    inner = innermost(store)
     # Copies of a MemoryStore with another setting share the dict, which knows no weak references:
     # its name is good as long as one of the stores lives.
-    number = id(store._store_dict if isinstance(store, MemoryStore) else store)
+    number = id(inner._store_dict if isinstance(inner, MemoryStore) else inner)
+    key = (number, _path_in(inner), _texts(store))
     with _lock:
-        name, holders = _names.setdefault(number, (f"{TRANSIENT}{uuid.uuid4().hex}", set()))
-        if id(store) not in holders:
-            holders.add(id(store))
-            weakref.finalize(store, _forget, number, id(store))
+        name, holders = _names.setdefault(key, (f"{TRANSIENT}{uuid.uuid4().hex}", set()))
+        if id(inner) not in holders:
+            holders.add(id(inner))
+            weakref.finalize(inner, _forget, key, id(inner))
         return name
 
 
-def _forget(number: int, holder: int) -> None:
+def _path_in(store: Any) -> str:
+    """Where in its dict a store in memory keeps its values."""
+    path = getattr(store, "path", "") if isinstance(store, MemoryStore) else ""
+    return path if isinstance(path, str) else ""
+
+
+def _forget(key: _Nameless, holder: int) -> None:
     with _lock:
-        _, holders = _names.get(number, ("", set()))
+        _, holders = _names.get(key, ("", set()))
         holders.discard(holder)
         if not holders:
-            _names.pop(number, None)
+            _names.pop(key, None)
 
 
 def after_fork() -> None:
@@ -272,10 +319,23 @@ def after_fork() -> None:
 
 def overlap(one: Any, other: Any) -> bool:
     """Whether two stores keep their values in the same place, or one inside the other's."""
-    mine, theirs = _place(innermost(one)), _place(innermost(other))
+    one, other = innermost(one), innermost(other)
+    mine, theirs = _place_here(one), _place_here(other)
     if mine is not None and theirs is not None:
         return mine.overlaps(theirs)
-    return _same(innermost(one), innermost(other))
+    return _same(one, other)
+
+
+def _place_here(store: Any) -> Place | None:
+    """Where a store without wrappers keeps its values, in this process."""
+    if isinstance(store, MemoryStore):
+        return Place(f"dict {id(store._store_dict)}:", _path_in(store))
+    if _is_fsspec(store) and _protocol(store.fs) == "memory":
+        return Place("memory://", str(store.fs._strip_protocol(store.path)))
+    inner = _obstore(store)
+    if type(inner).__name__ == "MemoryStore":
+        return Place(f"obstore {id(inner)}:", "")
+    return _place(store)
 
 
 class Named(NamedTuple):
@@ -288,31 +348,39 @@ class Named(NamedTuple):
 
 def same_source(one: Named, other: Named) -> bool:
     """Whether two sources show the same values."""
-    mine, theirs = one.store, other.store
-    if one.name == other.name:
-        return one.given or other.given or _same_view(mine, theirs)
+    same_name = one.name == other.name
+    if same_name and (one.given or other.given):
+        return True
     if one.given and other.given:
         return False
-    return _same_view(mine, theirs) and _same(innermost(mine), innermost(theirs))
+    mine, theirs = _views(one.store), _views(other.store)
+    if len(mine) != len(theirs) or not all(map(_alike, mine, theirs)):
+        return False
+    return same_name or _same(innermost(one.store), innermost(other.store))
 
 
-def _same_view(one: Any, other: Any) -> bool:
-    for mine, theirs in zip(_wrappers(one), _wrappers(other), strict=False):
-        kind = type(mine)
-        if kind is type(theirs) and not _inherits(kind, "__eq__") and not _equal(mine, theirs):
-            return False
-    return True
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two stores of the user's own say the same of what they show."""
+    if one is other:
+        return True
+    if _inherits(type(one), "__eq__"):
+        return _text(one) == _text(other)
+    return type(one) is type(other) and _equal(one, other)
 
 
 def _same(one: Any, other: Any) -> bool:
     if one is other:
         return True
-    if isinstance(one, MemoryStore) and isinstance(other, MemoryStore):
-        return one._store_dict is other._store_dict
     # Not whether they are equal: one that is read only differs from one that is not.
-    if (name := name_of_place(one)) is not None:
-        return name == name_of_place(other)
+    mine, theirs = _place_of(one), _place_of(other)
+    if mine is not None or theirs is not None:
+        return mine == theirs
     return type(one) is type(other) and _equal(one, other)
+
+
+def _place_of(store: Any) -> str | None:
+    place = _place_here(store)
+    return name_of_place(store) if place is None else str(place)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -322,12 +390,11 @@ def _equal(one: Any, other: Any) -> bool:
         return False
 
 
-def place_in_process(store: Any) -> str | int:
-    """What two stores without wrappers that keep their values in the same place have in common here."""
-    if (name := name_of_place(store)) is not None:
-        return name
-    if (inner := _obstore(store)) is not None:
-        return id(inner)
-    if _is_fsspec(store) and _protocol(store.fs) == "memory":
-        return f"memory://{store.path}"
-    return id(store)
+def place_in_process(store: Any) -> tuple[str | int, ...]:
+    """What two stores that keep their values in the same place, by the same names, have in common here."""
+    kept = innermost(store)
+    place = _place_of(kept)
+    if place is None and (inner := _obstore(kept)) is not None:
+        place = f"obstore {id(inner)}"
+    said = tuple(_text(view) for view in _views(store) if view is not kept)
+    return (id(kept) if place is None else place, *said)

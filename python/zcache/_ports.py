@@ -104,7 +104,7 @@ class StorePort(Port):
     def __init__(self, store: Store) -> None:
         self._store = store
         kept = innermost(store)
-        self._outlives = outlives_process(kept) and not isinstance(kept, MemoryStore)
+        self._outlives = outlives_process(kept)
         self._shows_halves = self._outlives and shows_halves(kept)
 
     async def read(

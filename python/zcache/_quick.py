@@ -63,7 +63,8 @@ def _memory_reader(store: MemoryStore) -> QuickReader:
             array = array_of(value)
         except AttributeError:
             return None  # Somebody else has put it there.
-        if array.size != total:
+        # What somebody else has put there may be in memory that its readers could write to.
+        if array.size != total or array.flags.writeable:
             return None
         # Of the array itself its reader could change the shape, for all others as well.
         part = array.view() if size == total else array[start : start + size]

@@ -95,9 +95,10 @@ class Shared:
         self._rebound()
 
 
-# Those of caches in memory live as long as what they describe, by the number of its dict.
-_memory: dict[int, tuple[weakref.ref[MemoryStore], Shared]] = {}
-_Key: TypeAlias = tuple["str | int", str]
+# Those of caches in memory live as long as what they describe, by the number of its dict: until the last
+# store over it is gone.
+_memory: dict[int, tuple[list[weakref.ref[MemoryStore]], Shared]] = {}
+_Key: TypeAlias = tuple[tuple["str | int", ...], str]
 # Others as long as somebody uses them, by the name of the place or the number of the store, and the
 # name of the source.
 _others: dict[_Key, Shared] = {}
@@ -115,13 +116,9 @@ def memory_index(books: Books, source: Named, cache: MemoryStore) -> Shared:
     """
     number = id(cache._store_dict)
     with _lock:
-        known = _memory.get(number)
-        if (
-            known is not None
-            and (held := known[0]()) is not None
-            and held._store_dict is cache._store_dict
-        ):
-            shared = known[1]
+        holders, shared = _memory.get(number, ([], None))
+        held = [store for holder in holders if (store := holder()) is not None]
+        if shared is not None and any(store._store_dict is cache._store_dict for store in held):
             shared.check(cache, source)
         else:
             if cache._store_dict and not books.adopt:
@@ -137,11 +134,20 @@ def memory_index(books: Books, source: Named, cache: MemoryStore) -> Shared:
                 own(value)
             # What cannot be dated is stale as soon as anything can be.
             index.adopt([(0, len(value), name) for name, value in values.items()])
-            shared = Shared(index, source)
-            _memory[number] = (weakref.ref(cache), shared)
-            weakref.finalize(cache, _memory.pop, number, None)
+            shared, held = Shared(index, source), []
+        if not any(store is cache for store in held):
+            kept = [*map(weakref.ref, held), weakref.ref(cache)]
+            _memory[number] = (kept, shared)
+            weakref.finalize(cache, _let_go, number).atexit = False
         shared.join(books)
         return shared
+
+
+def _let_go(number: int) -> None:
+    with _lock:
+        holders, _ = _memory.get(number, ([], None))
+        if not any(holder() is not None for holder in holders):
+            _memory.pop(number, None)
 
 
 def other_index(books: Books, source: Named, cache: Store) -> Shared:
@@ -152,9 +158,8 @@ def other_index(books: Books, source: Named, cache: Store) -> Shared:
     ValueError
         If it belongs to another source.
     """
-    kept = innermost(cache)
-    outlives = outlives_process(kept)
-    place = place_in_process(kept)
+    outlives = outlives_process(innermost(cache))
+    place = place_in_process(cache)
     with _lock:
         # Whose it is a stamp tells at the first use, but not of sources that have no name, and in a
         # user's own store there is none.

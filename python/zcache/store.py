@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +17,11 @@ from zcache import _registry
 from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges_sync
 from zcache._bounds import parse_age, parse_size
 from zcache._buffers import snapshot
-from zcache._copies import same_cache, same_data, without_contents
+from zcache._copies import same_cache, source_of_copy, without_contents
 from zcache._core import Index, is_known
 from zcache._coroutines import drive
 from zcache._engine import Engine
-from zcache._identity import TRANSIENT, innermost
+from zcache._identity import TRANSIENT
 from zcache._options import (
     check_cache_store,
     check_flag,
@@ -299,16 +298,14 @@ class CacheStore(Store):
     def __setstate__(self, state: dict[str, Any]) -> None:
         store, token = state["store"], state["token"]
         engine = _registry.find(token)
-        if engine is not None and isinstance(innermost(store), MemoryStore):
-            # The copy of a source in memory is other data, and must not share a cache with it: at
-            # home the copy reads the original, elsewhere one that is still equal.
-            if engine.home == os.getpid() or same_data(engine.source, store):
-                same = engine.source.read_only == store.read_only
-                store = engine.source if same else engine.source.with_read_only(store.read_only)
-            else:
+        if engine is not None:
+            source = source_of_copy(engine, store)
+            if source is None:
                 engine, token = None, uuid.uuid4().hex
                 if state["options"]["source_id"].startswith(TRANSIENT):
                     state["options"]["source_id"] = None
+            else:
+                store = source
         if engine is None:
             cache = state["cache"]
             engine = _registry.find_or_add(
