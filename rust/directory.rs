@@ -160,16 +160,13 @@ impl<T: Clone> Directory<T> {
     }
 
     fn restart_locked(&mut self, seed: u64) -> Res<bool> {
-        if self.begin().is_ok() {
-            let dead = self.block().dead();
-            match self.block().rebuilder() {
-                // Somebody else was faster.
-                None => return Ok(false),
-                Some(n) if !dead.contains(&n) => return Ok(false),
-                Some(_) => {}
-            }
+        // Somebody else may have been faster.
+        if self.begin().is_ok() && !self.block().is_left_empty() {
+            return Ok(false);
         }
-        self.block().reset().map_err(|_| Fault::Full)?;
+        // The maps may reach beyond the files now: until the next step nobody looks into them.
+        let why = Fault::Corrupt("the index cannot be emptied");
+        self.block().reset().map_err(|_| why)?;
         self.cache.renew();
         self.block().register();
         self.cache.mark_writes();
@@ -177,18 +174,13 @@ impl<T: Clone> Directory<T> {
         Ok(true)
     }
 
-    /// Takes over from participants that have died. Returns their places, and whether one of them
-    /// was filling the index, so that [`Directory::restart`] is due.
+    /// Takes over from participants that have died. Returns their places, and whether whoever was
+    /// filling the index has died, now or before, so that [`Directory::restart`] is due.
     pub fn reap(&mut self) -> Result<(Vec<usize>, bool), StepError> {
         self.step(std::thread::sleep, |cache| {
             let dead = cache.cells.block.dead();
             cache.bury(&dead)?;
-            let lost = cache
-                .cells
-                .block
-                .rebuilder()
-                .is_some_and(|n| dead.contains(&n));
-            Ok((dead, lost))
+            Ok((dead, cache.cells.block.is_left_empty()))
         })
     }
 

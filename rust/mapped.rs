@@ -193,8 +193,10 @@ impl Mapped {
     /// early on a signal, and where the file is gone: the next step then finds out more.
     pub fn wait(path: &Path) {
         // Through a file of its own: the lock belongs to the open file, which others may use now.
-        if !File::open(path).is_ok_and(|file| file.lock().is_ok()) {
-            std::thread::sleep(Duration::from_millis(1));
+        match File::open(path) {
+            // Given back by name: a child that was forked meanwhile has the file open as well.
+            Ok(file) if file.lock().is_ok() => drop(file.unlock()),
+            _ => std::thread::sleep(Duration::from_millis(1)),
         }
     }
 
@@ -308,6 +310,16 @@ impl Mapped {
             .map(|(n, _)| n)
             .filter(|n| !is_alive(&self.root, *n))
             .collect()
+    }
+
+    /// Whether whoever was filling the index does not live any more.
+    #[must_use]
+    pub fn is_left_empty(&self) -> bool {
+        let others = self.rebuilder().filter(|n| *n != self.me);
+        others.is_some_and(|n| {
+            let known = self.participants().get(n).is_some_and(|p| p.live != 0);
+            !known || !is_alive(&self.root, n)
+        })
     }
 
     /// Maps as much of the files as is in use. The length of the head is given where it is known:

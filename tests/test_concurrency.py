@@ -6,10 +6,11 @@ import asyncio
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import BufferPrototype
 from zarr.storage import LoggingStore, MemoryStore
 
 import soak
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zarr.abc.store import Store
-    from zarr.core.buffer import Buffer, BufferPrototype
+    from zarr.core.buffer import Buffer
 
 VALUE = bytes(range(100))
 MANY = 200
@@ -288,6 +289,34 @@ async def test_everyone_gets_a_buffer_of_his_own(source: GatedStore, store: Cach
             array[:] = 0
     assert await read(store, "k") == VALUE
     assert await read(store, "other") == VALUE[::-1]
+
+
+class FullBuffer(SecondBuffer):
+    """Of a device that takes no more."""
+
+    @classmethod
+    def from_bytes(cls, bytes_like: object) -> Self:
+        raise MemoryError("full")
+
+    from_buffer = from_array_like = from_bytes
+
+
+async def test_an_error_of_ones_own_buffers_reaches_nobody_else(
+    source: GatedStore, store: CacheStore
+) -> None:
+    full = BufferPrototype(buffer=FullBuffer, nd_buffer=PROTOTYPE.nd_buffer)
+    source.shut["get"] = 1
+    first = asyncio.create_task(store.get("k", full))
+    await reached(source)
+    others = [asyncio.create_task(store.get("k", each)) for each in (PROTOTYPE, SECOND, full)]
+    many = asyncio.create_task(store.get_partial_values(PROTOTYPE, [("k", None)]))
+    await asyncio.sleep(0.01)
+    source.release()
+    for task in (first, others[2]):
+        with pytest.raises(MemoryError):
+            await task
+    values = [await others[0], await others[1], *(await many)]
+    assert [value and value.to_bytes() for value in values] == [VALUE] * 3
 
 
 class Derived(MemoryStore):

@@ -109,6 +109,25 @@ async def reopened(where: Path, **options: Any) -> CacheStore:
     return CacheStore(source, cache_store=cache, source_id="s", **options)
 
 
+async def test_many_small_ones_are_much_as_well(tmp_path: Path, port_reads: list[str]) -> None:
+    if not has_nowait(tmp_path):
+        pytest.skip("no RWF_NOWAIT on this file system")
+    size, count = _quick.COUNTED - 1, 900
+    keys = [f"c/{number}" for number in range(count)]
+    source = MemoryStore({key: buf(VALUE[:size]) for key in keys})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    for key in keys:
+        await read(store, key)
+    for _ in range(2):
+        turns: list[None] = []
+        watcher = asyncio.ensure_future(count_turns(turns))
+        found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in keys))
+        watcher.cancel()
+        assert [value and value.to_bytes() for value in found] == [VALUE[:size]] * count
+        assert len(turns) >= count * size // _quick.LARGEST - 1
+    assert port_reads == []
+
+
 @pytest.mark.parametrize("verify", ["first", "always"])
 async def test_what_is_verified_takes_no_thread_either(
     tmp_path: Path, port_reads: list[str], verify: str

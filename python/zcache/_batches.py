@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zcache._books import LateError
 from zcache._buffers import snapshot
 from zcache._core import is_known
 from zcache._fills import ignore
@@ -116,7 +117,10 @@ class Batch:
     async def _serve(self, number: int, hit: Any) -> Buffer | None:
         asked = self._asked[number]
         assert asked is not None
-        return await self.engine.serve(self.io, asked[0], self.prototype, asked[1], hit)
+        try:
+            return await self.engine.serve(self.io, asked[0], self.prototype, asked[1], hit)
+        except LateError:
+            return None
 
     async def _bring(self, missing: list[int]) -> list[Group]:
         """Ask the source, in one call, for what nobody else reads already; and cache it."""
@@ -154,9 +158,14 @@ class Batch:
         engine = self.engine
         flight = Flight(self.io.loop())
         out_of_use = not engine.breaker.allows()
-        joined = await engine.books.step(
-            self.io, engine.index.join, *asked, flight, engine.now(), out_of_use
-        )
+        try:
+            joined = await engine.books.step(
+                self.io, engine.index.join, *asked, flight, engine.now(), out_of_use, for_ever=False
+            )
+        except LateError:
+            self.count_bypassed(1)
+            self._direct.append(number)
+            return
         if isinstance(joined, int):
             self._leads[number] = (joined, flight)
             flight.begun = True

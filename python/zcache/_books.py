@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -38,7 +39,8 @@ logger = logging.getLogger("zcache")
 T = TypeVar("T")
 
 _PATIENCE: Final = 1.0
-"""Seconds that the first use of a directory waits for an index that has to be rebuilt."""
+"""Seconds that the first use of a directory waits for an index that has to be rebuilt, and a read for the
+lock of an index: then it goes without."""
 _REAP_EVERY: Final = 1.0
 """Seconds between two looks for participants that have died."""
 _REBUILDS: Final = 20
@@ -52,6 +54,10 @@ _NO_SHARING: Final = frozenset(
     {None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 )
 """What a file system says that cannot lock or map; with any other error the directory is not used."""
+
+
+class LateError(Exception):
+    """Somebody who has been stopped, it seems, holds the lock of the index: the step was not taken."""
 
 
 class Books:
@@ -93,6 +99,7 @@ class Books:
         # Reentrant, for while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._repair: Future[None] | None = None
+        self._seen_to_since = 0.0
         self._shared: Shared | None = None
         self.directory: Directory | None = None
         self.usable = True
@@ -127,8 +134,16 @@ class Books:
 
     # -------------------------------------------------------------- steps
 
-    async def step(self, io: Traffic, work: Callable[..., T], *args: Any) -> T:
-        """Take a step of the index; where another process holds its lock, wait out of the way."""
+    async def step(
+        self, io: Traffic, work: Callable[..., T], *args: Any, for_ever: bool = True
+    ) -> T:
+        """Take a step of the index; where another process holds its lock, wait out of the way.
+
+        Raises
+        ------
+        LateError
+            Unless it is to wait `for_ever`, if the lock has been taken for `_PATIENCE`.
+        """
         damages = 0
         while True:
             try:
@@ -139,7 +154,10 @@ class Books:
                     return done
             except _NOT_NOW as error:
                 damages += isinstance(error, CorruptIndexError)
-                await io.until(self._see_to(error, last=damages >= _REBUILDS))
+                done_with = self._see_to(error, last=damages >= _REBUILDS)
+                longest = None if for_ever else self._seen_to_since + _PATIENCE - time.monotonic()
+                if not await io.until(done_with, longest):
+                    raise LateError from None
             work = self._current(work)
 
     async def sure(
@@ -212,6 +230,7 @@ class Books:
             if self._repair is None:
                 done: Future[None] = Future()
                 self._repair = done
+                self._seen_to_since = time.monotonic()
                 # Not one of the pool: at the end of the process nobody waits for somebody's lock.
                 work = threading.Thread(
                     target=self._see_to_it, args=(error, done, last), daemon=True
@@ -241,15 +260,20 @@ class Books:
             self._abandon(CorruptIndexError(why))
             return
         try:
-            if not os.path.exists(directory.index_root):
-                directory.prepare(adopt=False)
+            directory.prepare(adopt=False)
             ours = index.restart(_seed())
+            # Somebody may have removed the directory meanwhile, and others may have made it anew.
+            directory.prepare(adopt=False)
+            if directory.cold:
+                raise ValueError(f"the directory {directory.root} belongs to another source now")  # noqa: TRY301
         except IndexBusyError:
             return  # The next step waits for the lock, and comes back here.
         except (OSError, ValueError, CorruptIndexError) as failure:
             self._abandon(failure)
             return
         if ours:
+            with contextlib.suppress(OSError):  # The next one who looks for the dead does it.
+                directory.sweep_tmp()
             self._leave(self._fill(directory, why))
 
     def _abandon(self, failure: BaseException) -> None:
@@ -393,8 +417,14 @@ class Books:
             return self._do_without(self._cache, error)
 
     def _open_index(self, directory: Directory) -> Index:
+        with directory.one_at_a_time():
+            return self._open_alone(directory)
+
+    def _open_alone(self, directory: Directory) -> Index:
         index, fresh = self._attach(directory)
         self.index = index
+        # Whose it is was read before, and before others had taken it over, or removed it.
+        directory.prepare(adopt=False)
         # Whoever had this place before is gone.
         directory.sweep_tmp(index.place)
         if fresh:
@@ -436,7 +466,7 @@ class Books:
         # And what the index does not know.
         directory.remove_below("")
 
-    def _do_without(self, cache: Store, error: OSError) -> Index:
+    def _do_without(self, cache: Store, error: Exception) -> Index:
         logger.warning("the cache directory %s cannot be used (%r). %s", cache, error, _WITHOUT)
         self.directory = None
         self.usable = False
@@ -487,7 +517,10 @@ class Books:
         with self._lock:
             if isinstance(self.index, Unopened):
                 assert self.directory is not None
-                self.index = self._open_or_do_without(self.directory)
+                try:
+                    self.index = self._open_or_do_without(self.directory)
+                except ValueError as error:  # It is another source's by now.
+                    self.index = self._do_without(self._cache, error)
             return self.index
 
 

@@ -27,6 +27,10 @@ logger = logging.getLogger("zcache")
 
 FORMAT: Final = 1
 _BATCH: Final = 4096
+_TAKE_OVER: Final = 60.0
+"""Seconds that one who finds a directory of a source that has ended waits for another who takes it over."""
+_LOOK_AGAIN: Final = 0.02
+"""Seconds between two looks."""
 _LONGEST_WRITE: Final = 3600.0
 """Seconds that nobody takes to write one value."""
 
@@ -70,11 +74,10 @@ class Directory:
         stamp = self._read_stamp(adopt)
         if stamp is None:
             stamp = self._claim(adopt)
-        if stamp["source"] != self.source:
-            if not is_transient(stamp):
-                raise ValueError(other_source(f"directory {self.root}", stamp, self.source))
-            # What a source left that has ended with its process is of no use to anybody.
-            self.cold = True
+        # What a source left that has ended with its process is of no use to anybody.
+        self.cold = stamp["source"] != self.source
+        if self.cold and not is_transient(stamp):
+            raise ValueError(other_source(f"directory {self.root}", stamp, self.source))
         os.makedirs(self.index_root, exist_ok=True)
         os.makedirs(os.path.join(self.reserved, "tmp"), exist_ok=True)
 
@@ -104,6 +107,8 @@ class Directory:
         with contextlib.suppress(FileNotFoundError):
             found += os.listdir(os.path.join(self.reserved, "ranges"))
         if found and not adopt:
+            if (stamp := self._read_stamp(adopt)) is not None:
+                return stamp  # Another process was first, and these are its values.
             raise ValueError(not_ours(f"directory {self.root}", found[0], self.source))
         if found:
             self._adopt()
@@ -146,7 +151,11 @@ class Directory:
                 names.remove(".zcache")
             for name in files:
                 path = os.path.join(directory, name)
-                _files.sign(path, os.lstat(path))
+                status = os.lstat(path)
+                if _files.is_pending(status):
+                    _files.remove(path)  # Never committed, so nobody knows whether it is valid.
+                else:
+                    _files.sign(path, status)
 
     def take_over(self, *, alone: bool) -> None:
         """Begin to make the directory the current source's. To be emptied, then `restamp`ed.
@@ -164,6 +173,30 @@ class Directory:
             )
         # Nobody's meanwhile: whoever dies half way must not leave to one source what is another's.
         self._write_stamp(f"{TRANSIENT}{uuid.uuid4().hex}", replace=True)
+
+    @contextlib.contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Let nobody else take the directory over meanwhile; for it is then another's no more."""
+        if not self.cold:
+            yield
+            return
+        path = os.path.join(self.reserved, "take-over")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            give_up = time.monotonic() + _TAKE_OVER
+            while time.monotonic() < give_up:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(_LOOK_AGAIN)
+                else:
+                    break
+            yield
+        finally:
+            # By name: a child that was forked meanwhile has the file open as well.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+            os.close(file)
 
     def restamp(self) -> None:
         """Make the directory the current source's, now that it is empty."""
@@ -380,7 +413,7 @@ def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[s
     """
     try:
         stamp = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         stamp = None
     if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
         if adopt:

@@ -18,7 +18,7 @@ from zarr.abc.store import SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _registry
-from zcache._books import Books
+from zcache._books import Books, LateError
 from zcache._breaker import Breaker
 from zcache._buffers import freeze, snapshot, to_cpu_buffer
 from zcache._changes import Changes
@@ -169,7 +169,10 @@ class Engine(Changes):
 
         `span` is `byte_range` as the index takes it, `hit` what the glance has found.
         """
-        value = await self.serve(io, key, prototype, span, hit)
+        try:
+            value = await self.serve(io, key, prototype, span, hit)
+        except LateError:
+            return await self.bypass(io, key, prototype, byte_range)
         if value is not None:
             return value
         return await self.fetch(io, key, prototype, byte_range, span)
@@ -182,9 +185,16 @@ class Engine(Changes):
         span: Span | None,
         hit: Hit | None,
     ) -> Buffer | None:
-        """Read a hit from the cache store; None where it cannot serve the request."""
+        """Read a hit from the cache store; None where it cannot serve the request.
+
+        Raises
+        ------
+        LateError
+            If the index does not answer: then without it.
+        """
         if hit is AGAIN:
-            hit = await self.books.step(io, self.index.lookup, key, span, self.now())
+            step = self.books.step
+            hit = await step(io, self.index.lookup, key, span, self.now(), for_ever=False)
         return None if hit is None else await self._serve(io, key, prototype, span, hit)
 
     async def cached(
@@ -329,17 +339,14 @@ class Engine(Changes):
         while True:
             flight = Flight(io.loop())
             if joined is None:
-                joined = await self.books.step(
-                    io, self.index.join, key, span, flight, self.now(), not self.breaker.allows()
-                )
+                joined, value = await self._join(io, key, prototype, span, flight)
+                if value is not None:
+                    return value
+                if joined is None:
+                    continue
             if joined is False:
                 # Only known keys are ever held, so a hit needs no such check.
                 return await self.bypass(io, key, prototype, byte_range)
-            if joined is None:
-                value = await self.cached(io, key, prototype, span)
-                if value is not None:
-                    return value
-                continue
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, byte_range, span, joined, flight)
             (whole, other), joined = joined, None
@@ -350,7 +357,7 @@ class Engine(Changes):
                 # does not join it.
                 await self.books.step(io, self.index.strike, key, other)
                 other.abandon()
-            if not counts or other.abandoned:
+            if not counts or other.is_void_for(prototype.buffer):
                 continue
             if other.error is not None:
                 # From where it was raised: it would else collect the frames of all who wait.
@@ -361,6 +368,24 @@ class Engine(Changes):
             if part is None:
                 return await io.read(key, prototype, byte_range)
             return prototype.buffer.from_bytes(part)
+
+    async def _join(
+        self,
+        io: Traffic,
+        key: str,
+        prototype: BufferPrototype,
+        span: Span | None,
+        flight: Flight,
+    ) -> tuple[Any, Buffer | None]:
+        """What `join` answers, waiting for the index if need be; and the value, if it is there by now."""
+        step, now, out_of_use = self.books.step, self.now(), not self.breaker.allows()
+        try:
+            join = self.index.join
+            joined = await step(io, join, key, span, flight, now, out_of_use, for_ever=False)
+            value = await self.cached(io, key, prototype, span) if joined is None else None
+        except LateError:
+            return False, None
+        return joined, value
 
     def _part(self, data: bytes, whole: Span | None, span: Span | None) -> bytes | None:
         """What `span` selects of a flight that brings `whole`; None where sources differ."""
@@ -387,6 +412,7 @@ class Engine(Changes):
                 value = await io.read(key, prototype, byte_range)
                 data, own = (None, None) if value is None else freeze(value)
             except Exception as error:
+                flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
             if data is not None and (values := self._values) is not None:

@@ -53,6 +53,11 @@ def is_ours(status: os.stat_result) -> bool:
     return mark in (SIGNATURE, PENDING) and stat.S_ISREG(status.st_mode)
 
 
+def is_pending(status: os.stat_result) -> bool:
+    """Whether zcache wrote this file and never said that it is valid."""
+    return status.st_mtime_ns % _MILLI == PENDING and stat.S_ISREG(status.st_mode)
+
+
 def sign(path: str, status: os.stat_result) -> None:
     """Take a file over as ours, and keep its modification time to the millisecond."""
     time = status.st_mtime_ns // _MILLI * _MILLI + SIGNATURE
@@ -212,5 +217,5 @@ def walk(
                 milli, mark = divmod(status.st_mtime_ns, _MILLI)
                 if mark == SIGNATURE and stat.S_ISREG(status.st_mode):
                     yield milli, status.st_size, prefix + entry.name
-                elif mark == PENDING and stat.S_ISREG(status.st_mode):
+                elif is_pending(status):
                     pending(entry.path)

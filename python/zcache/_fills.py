@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from zcache._books import LateError
 from zcache._core import CorruptIndexError, IndexBusyError, cache_key, crc32c
 from zcache._coroutines import CutOffError
 from zcache._files import UnknownValueError
@@ -138,7 +139,11 @@ class Fills:
         try:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:
-            room = await books.step(io, index.reserve, key, span, len(data), ticket, now)
+            reserve = partial(books.step, io, index.reserve, key, span, len(data), ticket, now)
+            try:
+                room = await reserve(for_ever=False)
+            except LateError:
+                return False
         landed, orphaned = False, True
         while not isinstance(room, str):
             reservation, victims = room

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from zarr.core.buffer import Buffer
+
 # Guards the short moments in which waiters come and go; never held while anything waits or runs.
 # Reentrant, for inside one the garbage collector may end a reader whose event loop is gone, and that
 # ends a flight.
@@ -41,6 +43,8 @@ class Flight:
     begun : bool
         Whether its reader has come so far that it ends the flight, whatever happens. An interrupt may
         come before.
+    kind : type or None
+        Of one that has failed: the class of the buffers that its reader asked for.
     """
 
     # Of the class, for each miss makes a flight and few have anything else to say.
@@ -50,6 +54,7 @@ class Flight:
     trace: TracebackType | None = None
     abandoned = False
     begun = False
+    kind: type[Buffer] | None = None
     _ended = 0.0
     # Of a reader without an event loop: the number of its thread.
     _thread: int | None = None
@@ -83,6 +88,11 @@ class Flight:
             if not self.done:
                 self.abandoned = self.done = True
         self._wake_all()
+
+    def is_void_for(self, kind: type[Buffer]) -> bool:
+        """Whether one who asks for buffers of this class has to ask anew, of a flight that has ended."""
+        # Perhaps only the buffers of its reader fail.
+        return self.abandoned or (self.error is not None and self.kind is not kind)
 
     def has_answer(self, max_age: float | None) -> bool:
         """Whether one who comes now may take what it brings, or wait for it.

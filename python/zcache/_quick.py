@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 LARGEST: Final = 4 * 2**20
 """Bytes that are read on the spot in one turn of an event loop: more would hold it up for long."""
 COUNTED: Final = 2**16
-"""Bytes from which on a read counts towards that: to count takes as long as to read a page."""
+"""Bytes from which on a read counts towards that by itself, and smaller ones together: to count takes as
+long as to read a page."""
 
 
 class QuickReader(Protocol):
@@ -79,16 +80,20 @@ class _Turn(threading.local):
     def __init__(self) -> None:
         self._loop: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
         self._read = 0
+        self._full = False
         self._cold: Callable[[], asyncio.AbstractEventLoop | None] | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether something was too much for this turn."""
+        return self._full and self._loop() is asyncio._get_running_loop()
 
     def is_over(self, size: int) -> bool:
         """Whether so many bytes more are too many for this turn."""
         loop = asyncio._get_running_loop()
-        if size < COUNTED or loop is None:
-            return False  # Nothing to speak of, or a thread that may block.
-        if self._loop() is not loop:
-            self._loop, self._read = weakref.ref(loop), 0
-        return self._read + size > LARGEST
+        if loop is None or self._loop() is not loop:
+            return False  # A thread that may block, or nothing was read yet.
+        return self._full or self._read + size > LARGEST
 
     def begins(self, size: int) -> bool:
         """Take note of so many bytes, unless they are too many for this turn."""
@@ -96,9 +101,10 @@ class _Turn(threading.local):
         if loop is None:
             return True  # A thread that may block.
         if self._loop() is not loop:
-            self._loop, self._read = weakref.ref(loop), 0
+            self._loop, self._read, self._full = weakref.ref(loop), 0, False
         read = self._read
         if read + size > LARGEST:
+            self._full = True
             return False
         if read == 0:
             loop.call_soon(self._end)
@@ -122,6 +128,7 @@ class _Turn(threading.local):
 
     def _end(self) -> None:
         self._read = 0
+        self._full = False
         self._cold = None
 
 
@@ -146,15 +153,13 @@ class FileReader:
         self._root = root + os.sep
         self._works = True
         self._turn = _Turn()
+        self._small = 0
         self._open = _open if is_encodable(root) else _open_anyhow
 
     def __call__(
         self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
     ) -> Buffer | None:
-        if size > LARGEST or size == 0 or not self._works:
-            return None
-        turn = self._turn
-        if turn.is_cold or (size >= COUNTED and not turn.begins(size)):
+        if size > LARGEST or size == 0 or not self._works or not self._begins(size):
             return None
         # One byte more than there should be: a value that has grown is not the one of the entry.
         at_end = start + size == total
@@ -168,7 +173,7 @@ class FileReader:
             finally:
                 os.close(file)
         except BlockingIOError:
-            turn.was_cold()
+            self._turn.was_cold()
             return None
         except OSError as error:
             if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
@@ -178,6 +183,22 @@ class FileReader:
         except ValueError:
             return None
         return to_buffer(array[:size], prototype) if count == size else None
+
+    def _begins(self, size: int) -> bool:
+        """Take note of a read, unless it is too much for this turn, or may have to wait as others had."""
+        turn = self._turn
+        if turn.is_cold:
+            return False
+        if size >= COUNTED:
+            return turn.begins(size)
+        if turn.is_full:
+            return False
+        # Of several threads some may go uncounted.
+        small = self._small = self._small + size
+        if small < COUNTED:
+            return True
+        self._small = 0
+        return turn.begins(small)
 
     async def has_its_turn(self, size: int) -> bool:
         """Wait for a turn of the event loop in which so many bytes may be read.

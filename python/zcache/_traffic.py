@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import MemoryStore
@@ -59,9 +59,11 @@ class Traffic:
         """Wait for a flight; False asks the caller to read in its place."""
         return await flight.wait()
 
-    async def until(self, done: Future[None]) -> None:
-        """Wait for what is done elsewhere."""
-        await asyncio.shield(asyncio.wrap_future(done))
+    async def until(self, done: Future[None], seconds: float | None = None) -> bool:
+        """Wait for what is done elsewhere, but no longer than so many seconds; whether it is done."""
+        # Which is not cancelled with its waiter, for others wait for the same.
+        ended, _ = await asyncio.wait({asyncio.wrap_future(done)}, timeout=_at_least(seconds))
+        return bool(ended)
 
     async def block(self, work: Callable[[], None]) -> None:
         """Do what may take long, out of the way of everybody else."""
@@ -98,6 +100,10 @@ class Traffic:
         await work
 
 
+def _at_least(seconds: float | None) -> float | None:
+    return None if seconds is None else max(0.0, seconds)
+
+
 async def _now(
     work: Callable[[], Awaitable[None]], late: Callable[[BaseException | None], None]
 ) -> None:
@@ -131,8 +137,8 @@ class SyncTraffic(Traffic):
     async def wait(self, flight: Flight) -> bool:
         return flight.wait_sync()
 
-    async def until(self, done: Future[None]) -> None:
-        done.result()
+    async def until(self, done: Future[None], seconds: float | None = None) -> bool:
+        return bool(wait([done], _at_least(seconds)).done)
 
     async def block(self, work: Callable[[], None]) -> None:
         work()
