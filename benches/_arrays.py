@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
 from _measure import Row, interleave
@@ -52,8 +53,9 @@ async def _interleave(contestants: dict[str, Work], rounds: int) -> Any:
 
 
 def _copy(store: MemoryStore) -> MemoryStore:
-    # A copy of the buffers too: what another contestant has read is then not in the CPU's caches.
-    return MemoryStore({key: value[:] for key, value in store._store_dict.items()})
+    # A copy of the bytes too: what another contestant has read is then not in the CPU's caches.
+    values = {key: value.to_bytes() for key, value in store._store_dict.items()}
+    return MemoryStore({key: cpu.Buffer.from_bytes(value) for key, value in values.items()})
 
 
 def _read_parts(array: Any, side: int) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ async def memory_hit(scale: Scale) -> list[Row]:
     for store in stores.values():
         await read_all(store, keys)
         await read_all(store, keys)
+    # In another order than that in which they were stored and kept.
+    random.Random(5).shuffle(keys)
     rows = []
     # The large set, then one that stays in the caches: there instructions count, not memory.
     for work, chosen in (("memory hit", keys), ("memory hit, 1,000 keys", keys[:1000])):
@@ -77,6 +80,9 @@ async def first_hit(scale: Scale) -> list[Row]:
             kind: make(memory_store(keys, size, distinct=64))
             for kind, make in (("zcache", zcache_store), ("zarr", zarr_store))
         }
+        for store in stores.values():
+            await read_all(store, keys)
+        random.Random(5).shuffle(keys)
         rows.append(await _first_hit(f"first hit in memory, {name}", stores, keys, step, scale))
     with temporary_directory(scale) as root:
         keys = chunk_keys(scale.of(2048, 512))
@@ -100,9 +106,6 @@ async def _first_hit(
     scale: Scale,
     bare: Work | None = None,
 ) -> Row:
-    if bare is None:
-        for store in stores.values():
-            await read_all(store, keys)
     contestants = {} if bare is None else {"bare": bare}
     contestants |= {kind: _read_slices(store, keys, step, 1) for kind, store in stores.items()}
     # Not repeated where it is disturbed: a second hit of the same value would be no first one.
@@ -123,8 +126,9 @@ async def miss_evict(scale: Scale) -> list[Row]:
 async def _miss_evict(work: str, size: int, count: int, scale: Scale, aim: float | None) -> Row:
     keys = chunk_keys(count)
     bound = count // 4 * size
-    distinct = count if size == 100 else 64
-    sources = [memory_store(keys, size, distinct) for _ in range(3)]
+    sources = [memory_store(keys, size, count) for _ in range(3)]
+    # In another order than that in which they were stored.
+    random.Random(5).shuffle(keys)
     stores = {
         "bare": sources[0],
         "zcache": zcache_store(sources[1], max_size=bound),
@@ -170,6 +174,7 @@ async def _disk_hit(scale: Scale, root: Path, size: int, name: str, count: int) 
         # The second time is the first hit, which compares checksums.
         await read_at_once(store, keys)
         await read_at_once(store, keys)
+    random.Random(5).shuffle(keys)
     assert stores["zcache"].cache_stats()["hits"] == count
     rows = []
     for at_once in (1, 64):

@@ -80,17 +80,26 @@ def under_valgrind(hits: int) -> None:
             control("--dump")
 
 
-def _totals(directory: Path) -> list[int]:
-    """Instructions of each dump, in order. The file without a number is written at the end."""
+_ALLOCATES = re.compile(r"^(_PyObject_Malloc|malloc|calloc|realloc)(@@.*|'\d+)?$")
+
+
+def _totals(directory: Path) -> list[tuple[int, int]]:
+    """Instructions and allocations of each dump, in order. The file without a number comes last."""
     files = sorted(directory.glob("out.*"), key=lambda path: int(path.name.split(".")[-1]))
     totals = []
     for path in files:
-        found = re.search(
-            r"^(?:totals|summary): (\d+)", path.read_text(errors="replace"), re.MULTILINE
-        )
+        text = path.read_text(errors="replace")
+        found = re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)
         assert found is not None, path
-        totals.append(int(found[1]))
+        totals.append((int(found[1]), _allocations(text)))
     return totals
+
+
+def _allocations(dump: str) -> int:
+    """Calls of what gives out memory: Python's own allocator, and the system's."""
+    names = dict(re.findall(r"^c?fn=(\(\d+\)) (.+)$", dump, re.MULTILINE))
+    calls = re.findall(r"^cfn=(\(\d+\)).*\ncalls=(\d+)", dump, re.MULTILINE)
+    return sum(int(count) for number, count in calls if _ALLOCATES.match(names[number]))
 
 
 def main() -> int:
@@ -114,14 +123,21 @@ def main() -> int:
         totals = _totals(Path(directory))
     names = ["bare MemoryStore.get", "zcache", "zarr", "Index.lookup and the loop", "the loop"]
     assert len(totals) == 2 * len(names), totals
-    each = {
-        name: (totals[2 * at + 1] - totals[2 * at]) / args.hits for at, name in enumerate(names)
-    }
+    each, allocated = (
+        {
+            name: (totals[2 * at + 1][what] - totals[2 * at][what]) / args.hits
+            for at, name in enumerate(names)
+        }
+        for what in (0, 1)
+    )
     bare = each["bare MemoryStore.get"]
     for name in names[:3]:
-        print(f"{name:<28} {each[name]:>9,.0f} instructions a hit  {each[name] / bare:5.2f} x bare")
+        print(
+            f"{name:<28} {each[name]:>9,.0f} instructions a hit  {each[name] / bare:5.2f} x bare"
+            f"  {allocated[name]:5.1f} allocations"
+        )
     lookup = each["Index.lookup and the loop"] - each["the loop"]
-    print(f"{'Index.lookup':<28} {lookup:>9,.0f} instructions")
+    print(f"{'Index.lookup':<28} {lookup:>9,.0f} instructions, those of its call included")
     return 0
 
 

@@ -26,6 +26,7 @@ use crate::few::Few;
 use crate::flights::{Flights, Ticket};
 use crate::key::{self, Span};
 use crate::memo::Memo;
+use crate::seen::Seen;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
@@ -128,7 +129,7 @@ pub struct Cache<B, T> {
     touched: Vec<u32>,
     /// For each cell, the mark of the contents that this process has verified, or 0; of an index that
     /// other processes share.
-    seen: Vec<u32>,
+    seen: Seen,
 }
 
 impl<B: Block, T: Clone> Cache<B, T> {
@@ -158,7 +159,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             next_reservation: first,
             stats: Stats::default(),
             touched: Vec::new(),
-            seen: Vec::new(),
+            seen: Seen::default(),
         }
     }
 
@@ -198,7 +199,8 @@ impl<B: Block, T: Clone> Cache<B, T> {
         let header = self.cells.header();
         let cells = u64::from(header.used) * std::mem::size_of::<Cell>() as u64;
         let texts = u64::from(header.texts_used) * std::mem::size_of::<u32>() as u64;
-        cells + texts + std::mem::size_of_val(self.cells.block.slots()) as u64
+        let slots = std::mem::size_of_val(self.cells.block.slots());
+        cells + texts + (slots + self.seen.memory()) as u64
     }
 
     fn is_stale(&self, cell: &Cell, now: u64) -> bool {

@@ -50,6 +50,7 @@ mod memo;
 mod names;
 #[cfg(unix)]
 pub mod offload;
+mod seen;
 mod table;
 mod texts;
 mod validate;

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
@@ -63,6 +63,28 @@ async def test_a_copy_of_a_source_of_ones_own_reads_the_original(make: Callable)
     assert (
         await read(store, "k") == await read(other, "k") == await read(store._store, "k") == b"v2"
     )
+
+
+class Labelled(CacheStore):
+    """A subclass with an attribute of its own."""
+
+    def __init__(self, *args: Any, label: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.label = label
+
+
+def test_what_a_subclass_adds_goes_along(source: LocalStore) -> None:
+    store = Labelled(source, label="mine")
+    for other in (
+        copy.copy(store),
+        copy.deepcopy(store),
+        pickle.loads(pickle.dumps(store)),
+        store.with_read_only(True),
+    ):
+        assert type(other) is Labelled
+        assert other.label == "mine"
+        assert other._engine is store._engine
+    assert store.with_read_only(True).read_only
 
 
 async def test_a_memory_behind_wrappers_travels_empty(source: LocalStore) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
+import sys
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from zarr.storage import LocalStore, MemoryStore
 from directory_support import flip
 from support import PROTOTYPE, buf, check_books, count_turns, read
 from zcache import CacheStore, _quick
-from zcache._core import open_cached
+from zcache._core import Index, open_cached
 from zcache._ports import LocalSyncPort
 
 if TYPE_CHECKING:
@@ -179,6 +181,7 @@ async def test_what_is_not_at_hand_holds_nobody_up(
     """The device waits for what only another task of the event loop does."""
 
     def cold(file: int, buffers: Any, offset: int, flags: int) -> int:
+        assert flags == os.RWF_NOWAIT
         if answer == "some of it":
             return len(VALUE) // 2
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -199,6 +202,69 @@ async def test_what_is_not_at_hand_holds_nobody_up(
     go.set()
     assert await task == VALUE
     assert port_reads == KEYS[:1]
+
+
+async def test_pages_that_were_dropped_are_read_in_a_thread(
+    store: CacheStore, tmp_path: Path, port_reads: list[str]
+) -> None:
+    """The kernel says of each file whether it would have to wait for the disk."""
+    path = tmp_path / "cache" / KEYS[0]
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        else:
+            pytest.skip("the system keeps the pages")
+    assert await read(store, KEYS[0]) == VALUE
+    assert port_reads == KEYS[:1]
+    assert await read(store, KEYS[0]) == VALUE
+    assert port_reads == KEYS[:1]
+
+
+@pytest.mark.parametrize("length", [len(VALUE) - 1, len(VALUE) + 1])
+async def test_a_range_of_a_file_of_another_length(
+    store: CacheStore, tmp_path: Path, length: int
+) -> None:
+    """A value that was verified, and then cut or made longer: what else has changed nobody knows."""
+    path = tmp_path / "cache" / KEYS[0]
+    times = path.stat()
+    os.truncate(path, length)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert await read(store, KEYS[0], RangeByteRequest(7, 300)) == VALUE[7:300]
+    assert store.cache_stats()["damaged"] == 1
+
+
+@pytest.mark.parametrize("where", ["memory", "directory"])
+async def test_a_hit_is_one_coroutine_and_one_call_of_the_index(
+    where: str, store: CacheStore
+) -> None:
+    if where == "memory":
+        store = CacheStore(MemoryStore({KEYS[0]: buf(VALUE)}))
+        for _ in range(2):
+            assert await read(store, KEYS[0]) == VALUE
+    coroutines: list[str] = []
+    calls: list[str] = []
+
+    def note(frame: Any, event: str, function: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_flags & inspect.CO_COROUTINE:
+            coroutines.append(code.co_qualname)
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), Index):
+            calls.append(function.__name__)
+
+    hit = store.get(KEYS[0], PROTOTYPE)
+    sys.setprofile(note)
+    try:
+        hit.send(None)
+    except StopIteration as done:
+        value = done.value
+    finally:
+        sys.setprofile(None)
+    assert value.to_bytes() == VALUE
+    assert (coroutines, calls) == (["CacheStore.get"], ["lookup"])
 
 
 def test_without_the_loop_that_has_read_before(tmp_path: Path) -> None:

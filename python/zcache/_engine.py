@@ -256,7 +256,9 @@ class Engine(Changes):
             self.breaker.failed(error)
         else:
             self.breaker.succeeded()
-            if value is not None and len(value) == wanted:
+            # Of a range from the middle its own length tells nothing. By now the file is at hand.
+            whole = None if part is None else io.port.size(name)
+            if value is not None and len(value) == wanted and whole in (None, total):
                 if handle is None:
                     return value if size or not total else prototype.buffer.from_bytes(b"")
                 value = await self._verify(io, prototype, value, hit)

@@ -93,6 +93,10 @@ class Port:
         """Length of the value, if it is the one that it should have."""
         return None
 
+    def size(self, _name: str) -> int | None:
+        """Length of the value, where that is told at once."""
+        return None
+
     def delete_now(self, names: Sequence[str]) -> Outcome:
         """Delete values on the spot."""
         raise NotImplementedError
@@ -292,6 +296,9 @@ class LocalPort(Port):
     def whole_size(self, name: str) -> int | None:
         return self._blocking.whole_size(name)
 
+    def size(self, name: str) -> int | None:
+        return self._blocking.size(name)
+
     async def delete(
         self, names: Sequence[str], late: Callable[[Outcome | BaseException], None]
     ) -> Outcome:
@@ -365,12 +372,14 @@ class LocalSyncPort(ImmediatePort):
         return _files.noted(self._path(name))
 
     def whole_size(self, name: str) -> int | None:
-        noted = self.noted(name)
+        noted, size = self.noted(name), self.size(name)
+        return size if noted is not None and noted[0] == size else None
+
+    def size(self, name: str) -> int | None:
         try:
-            size = os.stat(self._path(name)).st_size
+            return os.stat(self._path(name)).st_size
         except OSError:
             return None
-        return size if noted is not None and noted[0] == size else None
 
     def delete_now(self, names: Sequence[str]) -> Outcome:
         return [self._remove(name) for name in names]

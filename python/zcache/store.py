@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zarr.abc.store import Store, SupportsSyncStore
 from zarr.core.buffer import Buffer
@@ -46,6 +46,15 @@ if TYPE_CHECKING:
     from zarr.core.buffer import BufferPrototype
 
     from zcache._batches import Fetch, Group, Request
+
+
+_OWN: Final = frozenset(
+    {
+        *("_engine", "_io", "_is_open", "_read_only", "_store", "_sync_io", "_syncable"),
+        "cache_set_data",
+    }
+)
+"""Attributes of a `CacheStore` itself."""
 
 
 class CacheStore(Store):
@@ -169,8 +178,13 @@ class CacheStore(Store):
 
     def _derive(self, store: Store) -> CacheStore:
         derived = type(self).__new__(type(self))
+        vars(derived).update(self._of_subclass())
         derived._setup(store, self._engine, self.cache_set_data)
         return derived
+
+    def _of_subclass(self) -> dict[str, Any]:
+        """What a subclass has added, which goes along with every copy."""
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
 
     # ----------------------------------------------------- what it is
 
@@ -293,6 +307,7 @@ class CacheStore(Store):
             "set": self.cache_set_data,
             "token": engine.token,
             "open": self._is_open,
+            "more": self._of_subclass(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -316,6 +331,7 @@ class CacheStore(Store):
                     **state["options"],
                 )
             )
+        vars(self).update(state["more"])
         self._setup(store, engine, state["set"])
         self._is_open = state["open"]
 

@@ -203,13 +203,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
                 return;
             }
             let mark = mark(cell);
-            let at = i as usize;
-            if self.seen.len() <= at {
-                self.seen.resize(at + 1, 0);
-            }
-            if let Some(seen) = self.seen.get_mut(at) {
-                *seen = mark;
-            }
+            self.seen.set(i, mark);
         }
     }
 
@@ -228,7 +222,7 @@ impl<B: Block, T: Clone> Cache<B, T> {
             Verify::Never => !self.limits.flat && cell.checksum().is_none(),
             Verify::Always => true,
             Verify::First if B::EXCLUSIVE => !cell.is_verified(),
-            Verify::First => self.seen.get(i as usize) != Some(&mark(cell)),
+            Verify::First => self.seen.get(i) != mark(cell),
         }
     }
 }
