@@ -9,7 +9,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import BufferPrototype
 from zarr.storage import LoggingStore, MemoryStore
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from zarr.abc.store import Store
     from zarr.core.buffer import Buffer
 
 VALUE = bytes(range(100))
@@ -289,6 +288,37 @@ async def test_everyone_gets_a_buffer_of_his_own(source: GatedStore, store: Cach
             array[:] = 0
     assert await read(store, "k") == VALUE
     assert await read(store, "other") == VALUE[::-1]
+
+
+@pytest.mark.parametrize("way", ["get_partial_values", "get_ranges"])
+async def test_what_one_call_asks_for_is_read_and_kept_side_by_side(way: str) -> None:
+    """From a cache store that takes its time: each waits for its own bytes only."""
+    source, cache = FaultyStore({"k": VALUE}), GatedStore()
+    store = CacheStore(source, cache_store=cache)
+    if way == "get_ranges" and not hasattr(Store, "get_ranges"):
+        pytest.skip("zarr before 3.3 has no get_ranges")
+    wanted = [RangeByteRequest(n, n + 5) for n in range(0, 40, 10)]
+
+    async def get() -> list[bytes]:
+        if way == "get_partial_values":
+            found = await store.get_partial_values(PROTOTYPE, [("k", each) for each in wanted])
+        else:
+            found = [None] * len(wanted)
+            async for group in store.get_ranges("k", wanted, prototype=PROTOTYPE):
+                for number, value in group:
+                    found[number] = value
+        return [value.to_bytes() for value in found if value is not None]
+
+    for operation in ("set", "get"):
+        cache.shut[operation] = len(wanted)
+        task = asyncio.create_task(get())
+        for _ in wanted:
+            await reached(cache)
+        cache.release()
+        assert await task == [VALUE[n : n + 5] for n in range(0, 40, 10)]
+        cache._released.clear()
+    assert store.cache_stats()["hits"] == len(wanted)
+    assert index_of(store).in_flight == (0, 0)
 
 
 class FullBuffer(SecondBuffer):
