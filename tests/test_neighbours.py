@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from directory_support import open_store
 from support import PROTOTYPE, buf, check_books, read
-from zcache import CacheStore, _books, _files
+from zcache import CacheStore, _files, _repairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +128,7 @@ open_store()
     assert not stores[0]._engine.index.is_complete
     others[0].kill()
     others[0].wait()
-    monkeypatch.setattr(_books, "_REAP_EVERY", 0.0)
+    monkeypatch.setattr(_repairs, "_REAP_EVERY", 0.0)
     assert await all_of(stores[1]) == MINE
     deadline = time.monotonic() + LONGEST
     while not stores[0]._engine.index.is_complete and time.monotonic() < deadline:  # noqa: ASYNC110

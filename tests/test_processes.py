@@ -300,7 +300,7 @@ async def test_more_processes_than_places(tmp_path: Path, caplog: pytest.LogCapt
     late = open_store(tmp_path, max_size=100)
     assert await read(late, "a") == b"1"
     assert reads_of(tmp_path / "source") == ["a"]
-    assert "256 processes" in caplog.text
+    assert "256 stores" in caplog.text
     assert len(caplog.records) == 1
     os.close(others.pop())
     last = open_store(tmp_path, max_size=100)

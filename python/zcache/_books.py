@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import logging
 import os
 import threading
 import time
-import weakref
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore
 
 from zcache import _files
-from zcache._core import CorruptIndexError, Index, IndexBusyError, IndexFullError
+from zcache._core import CorruptIndexError, Index, IndexFullError
 from zcache._coroutines import guarded
 from zcache._directory import Directory, let_go
 from zcache._identity import in_memory
 from zcache._listing import NotOursError, take_in
+from zcache._repairs import NOT_NOW, WITHOUT, Repairs, seed
 from zcache._sharing import Shared, memory_index, other_index
 from zcache._standins import NotListedError, Unlisted, Unopened
-from zcache._threads import background, in_background
+from zcache._threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,15 +40,8 @@ T = TypeVar("T")
 _PATIENCE: Final = 1.0
 """Seconds that the first use of a directory waits for an index that has to be rebuilt, and a read for the
 lock of an index: then it goes without."""
-_REAP_EVERY: Final = 1.0
-"""Seconds between two looks for participants that have died."""
 _REBUILDS: Final = 20
 """Times that one step finds the index damaged before its process gives it up."""
-_NOT_NOW: Final = (IndexBusyError, CorruptIndexError)
-_WITHOUT: Final = (
-    "Every read goes to the source; other processes that use it do not see what is written through this "
-    "one."
-)
 _NO_SHARING: Final = frozenset(
     {None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 )
@@ -60,7 +52,7 @@ class LateError(Exception):
     """Somebody who has been stopped, it seems, holds the lock of the index: the step was not taken."""
 
 
-class Books:
+class Books(Repairs):
     """The index of a cache store, with what it takes to keep it in step with the store.
 
     Attributes
@@ -95,11 +87,8 @@ class Books:
         self._identity = source.name
         self.options = options
         self.adopt = adopt
-        self._last_reap = 0.0
         # Reentrant, for while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
-        self._repair: Future[None] | None = None
-        self._seen_to_since = 0.0
         self._shared: Shared | None = None
         self.directory: Directory | None = None
         self.usable = True
@@ -152,7 +141,7 @@ class Books:
                 if not await self._list(io):
                     done: T = error.without(*args)
                     return done
-            except _NOT_NOW as error:
+            except NOT_NOW as error:
                 damages += isinstance(error, CorruptIndexError)
                 done_with = self._see_to(error, last=damages >= _REBUILDS)
                 longest = None if for_ever else self._seen_to_since + _PATIENCE - time.monotonic()
@@ -170,7 +159,7 @@ class Books:
         work = self._current(work)
         try:
             return work(*args)
-        except _NOT_NOW:
+        except NOT_NOW:
             pass
         try:
             return await self.step(io, work, *args)
@@ -185,7 +174,7 @@ class Books:
             result = work(*args)
         except NotListedError as error:
             then(error.without(*args))
-        except _NOT_NOW:
+        except NOT_NOW:
             in_background(lambda: _call(then, self.must(work, *args)))
         else:
             then(result)
@@ -200,7 +189,7 @@ class Books:
             except NotListedError as error:
                 done: T = error.without(*args)
                 return done
-            except _NOT_NOW as error:
+            except NOT_NOW as error:
                 damages += isinstance(error, CorruptIndexError)
                 self._see_to(error, last=damages >= _REBUILDS).result()
 
@@ -217,131 +206,6 @@ class Books:
             index.within if isinstance(index, Unlisted) else index, work.__name__
         )
         return now
-
-    # ------------------------------------------------------------- repair
-
-    def _see_to(self, error: Exception, *, last: bool = False) -> Future[None]:
-        """Wait for the lock of the index, or replace an index that cannot be used.
-
-        That happens in a thread, one for all who wait. `last` says that it has been replaced often
-        enough.
-        """
-        with self._lock:
-            if self._repair is None:
-                done: Future[None] = Future()
-                self._repair = done
-                self._seen_to_since = time.monotonic()
-                # Not one of the pool: at the end of the process nobody waits for somebody's lock.
-                work = threading.Thread(
-                    target=self._see_to_it, args=(error, done, last), daemon=True
-                )
-                work.start()
-            return self._repair
-
-    def _see_to_it(self, error: Exception, done: Future[None], last: bool) -> None:
-        try:
-            if last:
-                self._abandon(error)
-            elif isinstance(error, CorruptIndexError):
-                self._start_over(str(error))
-            else:
-                self.index.wait()
-        except Exception as failure:  # noqa: BLE001 - whatever it is, the reads must go on
-            self._abandon(failure)
-        finally:
-            with self._lock:
-                self._repair = None
-            done.set_result(None)
-
-    def _start_over(self, why: str) -> None:
-        index, directory = self.index, self.directory
-        if not index.shared or directory is None:
-            # On the heap nobody but us can have done this.
-            self._abandon(CorruptIndexError(why))
-            return
-        try:
-            directory.prepare(adopt=False)
-            ours = index.restart(_seed())
-            # Somebody may have removed the directory meanwhile, and others may have made it anew.
-            directory.prepare(adopt=False)
-            if directory.cold:
-                raise ValueError(f"the directory {directory.root} belongs to another source now")  # noqa: TRY301
-        except IndexBusyError:
-            return  # The next step waits for the lock, and comes back here.
-        except (OSError, ValueError, CorruptIndexError) as failure:
-            self._abandon(failure)
-            return
-        if ours:
-            with contextlib.suppress(OSError):  # The next one who looks for the dead does it.
-                directory.sweep_tmp()
-            self._leave(self._fill(directory, why))
-
-    def _abandon(self, failure: BaseException) -> None:
-        """Do without the cache store from now on."""
-        logger.warning(
-            "the index of the cache %s cannot be used any more (%r). %s",
-            self._cache,
-            failure,
-            _WITHOUT,
-        )
-        self.usable = False
-        self.directory = None
-        self.index = self._nothing()
-
-    def _nothing(self) -> Index:
-        return Index(**{**self.options, "max_size": 0})
-
-    def doubt(self) -> None:
-        """Have the index rebuilt: the size of an entry is not that of its file, which is whole."""
-        if self.index.shared:
-            self.soon(lambda _: None, self._condemn)
-
-    def _condemn(self) -> None:
-        try:
-            self.index.condemn()
-        except CorruptIndexError as verdict:
-            # Not for `must`, which would condemn the new index too, and so on.
-            self._see_to(verdict)
-
-    def _fill(self, directory: Directory, why: str) -> Future[None]:
-        """Fill an empty index, in the background; until that is done it takes nothing in."""
-        # Whoever waits for a walk holds nothing of ours: once all stores are gone, it comes to nothing,
-        # and whoever opens the directory next sees that its rebuilder has gone.
-        kept = weakref.ref(self)
-        try:
-            return background(lambda: directory.rebuild(lambda: _fillable(kept(), directory), why))
-        except RuntimeError:  # The process is about to end.
-            nothing: Future[None] = Future()
-            nothing.set_result(None)
-            return nothing
-
-    def _leave(self, work: Future[None]) -> None:
-        """Let it go on in the background."""
-        kept = weakref.ref(self)
-
-        def ended(work: Future[None]) -> None:
-            if (failure := work.exception()) is not None and (books := kept()) is not None:
-                books._abandon(failure)
-
-        work.add_done_callback(ended)
-
-    def reap(self) -> bool:
-        """Take over from processes that have died, at most once a second. Whether there were any."""
-        if not self.index.shared or self.directory is None:
-            return False
-        with self._lock:
-            if time.monotonic() - self._last_reap < _REAP_EVERY:
-                return False
-            self._last_reap = time.monotonic()
-        try:
-            dead, rebuilder_died = self.index.reap()
-            if dead:
-                self.directory.sweep_tmp()
-        except (*_NOT_NOW, OSError):
-            return False
-        if rebuilder_died:
-            self._start_over("the process that rebuilt it has died")
-        return bool(dead)
 
     async def _list(self, io: Traffic) -> bool:
         """Find out what is in a cache store that can only be asked, at the first use.
@@ -452,7 +316,7 @@ class Books:
     def _attach(self, directory: Directory) -> tuple[Index, bool]:
         while True:
             try:
-                return Index.open(directory.index_root, seed=_seed(), **self.options)
+                return Index.open(directory.index_root, seed=seed(), **self.options)
             except InterruptedError:
                 pass  # By a signal, whose handler has run.
 
@@ -467,7 +331,7 @@ class Books:
         directory.remove_below("")
 
     def _do_without(self, cache: Store, error: Exception) -> Index:
-        logger.warning("the cache directory %s cannot be used (%r). %s", cache, error, _WITHOUT)
+        logger.warning("the cache directory %s cannot be used (%r). %s", cache, error, WITHOUT)
         self.directory = None
         self.usable = False
         return self._nothing()
@@ -524,14 +388,5 @@ class Books:
             return self.index
 
 
-def _fillable(books: Books | None, directory: Directory) -> Books | None:
-    """The books, as long as they live and use this directory."""
-    return None if books is None or books.directory is not directory else books
-
-
 def _call(then: Callable[[T], object], result: T) -> None:
     then(result)
-
-
-def _seed() -> int:
-    return int.from_bytes(os.urandom(8), "little")

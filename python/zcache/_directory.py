@@ -21,7 +21,7 @@ from zcache._spans import is_encodable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from zcache._books import Books
+    from zcache._repairs import Repairs
 
 logger = logging.getLogger("zcache")
 
@@ -302,7 +302,7 @@ class Directory:
         gone = dropped.difference(stays)
         return [value for value in found if value[2] not in gone], stays
 
-    def rebuild(self, whose: Callable[[], Books | None], why: str) -> None:
+    def rebuild(self, whose: Callable[[], Repairs | None], why: str) -> None:
         """Fill an empty index from a walk of the directory.
 
         Parameters
@@ -323,7 +323,7 @@ class Directory:
         finally:
             self._walks -= 1
 
-    def _rebuild(self, whose: Callable[[], Books | None], why: str) -> None:
+    def _rebuild(self, whose: Callable[[], Repairs | None], why: str) -> None:
         found, dropped = self._without_dropped(sorted(_files.walk(self.root, _remove_quietly)))
         for start in range(0, len(found), _BATCH):
             batch = [value for value in found[start : start + _BATCH] if is_encodable(value[2])]
@@ -349,7 +349,7 @@ class Directory:
         while self._removed:
             self._forget_below(books, self._removed.pop())
 
-    def _forget_below(self, books: Books, prefix: str) -> None:
+    def _forget_below(self, books: Repairs, prefix: str) -> None:
         while victims := books.must(books.index.sweep, prefix):
             dropped, failed = [], []
             for cell, name in victims:

@@ -5,7 +5,7 @@
 //! (`lock_py_attached`). With the GIL the lock is therefore free whenever another thread can
 //! fork.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 #[cfg(unix)]
@@ -15,7 +15,10 @@ use super::errors::poisoned;
 use crate::block::Heap;
 use crate::cache::Cache;
 #[cfg(unix)]
-use crate::{directory::Directory, mapped::Locks};
+use crate::{
+    directory::{Directory, StepError},
+    mapped::Locks,
+};
 
 /// What readers wait on. It is cloned under the lock, which runs no code of Python's, by threads that
 /// are attached.
@@ -81,12 +84,28 @@ impl Backing {
         }
     }
 
-    /// Whether nobody else has the directory open.
-    pub(super) fn alone(&self, py: Python<'_>) -> PyResult<bool> {
+    /// What `work` makes of the directory, detached; `without` where there is none.
+    pub(super) fn shared<R: Send>(
+        &self,
+        py: Python<'_>,
+        without: R,
+        work: impl FnOnce(&mut Directory<Flight>) -> Result<R, StepError> + Send,
+    ) -> PyResult<R> {
         match self {
-            Backing::Memory(_) => Ok(true),
-            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.alone()?)),
+            Backing::Memory(_) => Ok(without),
+            Backing::Shared(lock, _) => {
+                py.detach(|| Ok(work(&mut *lock.lock().map_err(poisoned)?)?))
+            }
         }
+    }
+
+    /// Waits until the lock of the directory is free.
+    pub(super) fn wait(&self, py: Python<'_>) -> PyResult<()> {
+        if let Backing::Shared(lock, _) = self {
+            let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
+            py.detach(wait);
+        }
+        Ok(())
     }
 }
 
@@ -114,10 +133,3 @@ macro_rules! step {
 }
 
 pub(super) use step;
-
-#[cfg(unix)]
-pub(super) fn guarded(
-    lock: &Mutex<Directory<Flight>>,
-) -> PyResult<MutexGuard<'_, Directory<Flight>>> {
-    lock.lock().map_err(poisoned)
-}

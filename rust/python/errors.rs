@@ -57,7 +57,7 @@ impl From<OpenError> for PyErr {
             OpenError::Io(error) => os_error(error),
             OpenError::Crowded => PyOSError::new_err((
                 rustix::io::Errno::USERS.raw_os_error(),
-                format!("{PARTICIPANTS} processes use the index of this directory already"),
+                format!("{PARTICIPANTS} stores use the index of this directory already"),
             )),
             OpenError::Unsuitable(what) => PyOSError::new_err(format!(
                 "the file system ({what}) does not share locks and mappings between its users"

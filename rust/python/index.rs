@@ -10,8 +10,6 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-#[cfg(unix)]
-use super::backing::guarded;
 use super::backing::{Backing, Flight, step};
 use super::convert::{
     RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
@@ -470,43 +468,31 @@ impl Index {
     #[cfg(unix)]
     #[getter]
     fn alone(&self, py: Python<'_>) -> PyResult<bool> {
-        self.backing.alone(py)
+        self.backing.shared(py, true, |directory| directory.alone())
     }
 
     #[cfg(unix)]
     fn complete(&self, py: Python<'_>) -> PyResult<()> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(()),
-            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.complete()?)),
-        }
+        self.backing
+            .shared(py, (), |directory| directory.complete())
     }
 
     #[cfg(unix)]
     #[pyo3(signature = (seed, /))]
     fn restart(&self, py: Python<'_>, seed: u64) -> PyResult<bool> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(false),
-            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.restart(seed)?)),
-        }
+        self.backing
+            .shared(py, false, |directory| directory.restart(seed))
     }
 
     #[cfg(unix)]
     fn reap(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
-        match &self.backing {
-            Backing::Memory(_) => Ok((Vec::new(), false)),
-            Backing::Shared(lock, _) => py.detach(|| Ok(guarded(lock)?.reap()?)),
-        }
+        let nobody = (Vec::new(), false);
+        self.backing
+            .shared(py, nobody, |directory| directory.reap())
     }
 
     #[cfg(unix)]
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(()),
-            Backing::Shared(lock, _) => {
-                let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
-                py.detach(wait);
-                Ok(())
-            }
-        }
+        self.backing.wait(py)
     }
 }
