@@ -176,7 +176,13 @@ impl<T: Clone> Directory<T> {
 
     /// Takes over from participants that have died. Returns their places, and whether whoever was
     /// filling the index has died, now or before, so that [`Directory::restart`] is due.
+    ///
+    /// # Errors
+    /// [`StepError::Fault`] where somebody has removed a file, by which others would tell who works here.
     pub fn reap(&mut self) -> Result<(Vec<usize>, bool), StepError> {
+        if self.block().is_gone() {
+            return Err(Fault::Corrupt("a file of the index was removed").into());
+        }
         self.step(std::thread::sleep, |cache| {
             let dead = cache.cells.block.dead();
             cache.bury(&dead)?;

@@ -167,7 +167,7 @@ impl Mapped {
     #[must_use]
     pub fn is_gone(&self) -> bool {
         let gone = |file| fstat(file).is_ok_and(|status| status.st_nlink == 0);
-        gone(&self.lock) || self.files.iter().any(gone)
+        gone(&self.lock) || gone(&self.alive) || self.files.iter().any(gone)
     }
 
     /// Goes on with other files, opened by the same participant. The place of the old ones is free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -263,4 +264,64 @@ async def test_what_was_never_committed_is_not_adopted(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache/.zcache")
     store = open_store(tmp_path, adopt=True)
     assert await all_of(store) == MINE
+    check_books(store)
+
+
+def test_a_fork_while_another_thread_opens_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child, which never has that store, keeps none of its locks."""
+    make_source(tmp_path)
+    assert asyncio.run(all_of(open_store(tmp_path))) == MINE
+    shutil.rmtree(tmp_path / "cache/.zcache/index")
+    walks, go = threading.Event(), threading.Event()
+    walk = _files.walk
+
+    def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
+        walks.set()
+        assert go.wait(LONGEST)
+        yield from walk(*args)
+
+    monkeypatch.setattr(_files, "walk", slow)
+    opened: list[CacheStore] = []
+    opening = threading.Thread(target=lambda: opened.append(open_store(tmp_path)))
+    opening.start()
+    assert walks.wait(LONGEST)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        go.set()
+        opening.join()
+        assert asyncio.run(all_of(opened.pop())) == MINE
+        gc.collect()
+        for name in ("lock", "p0"):
+            with (tmp_path / "cache/.zcache/index" / name).open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("name", ["p0", "lock"])
+async def test_a_file_of_the_index_that_somebody_removes(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what cleans up old files may: whoever has it open finds out, and all go on together."""
+    make_source(tmp_path)
+    monkeypatch.setattr(_repairs, "_REAP_EVERY", 0.0)
+    store = open_store(tmp_path, max_size=10)
+    assert await read(store, "k0") == b"k0"
+    (tmp_path / "cache/.zcache/index" / name).unlink()
+    assert await read(store, "k1") == b"k1"
+    while store._engine.books._repair is not None:  # noqa: ASYNC110 - it ends in a thread
+        await asyncio.sleep(0.001)
+    other = open_store(tmp_path, max_size=10)
+    assert other._engine.index.place != store._engine.index.place
+    for each in (store, other):
+        assert await all_of(each) == MINE
+    await store.set("k2", buf(b"new"))
+    assert await read(other, "k2") == b"new"
+    assert store.cache_info() == other.cache_info()
     check_books(store)

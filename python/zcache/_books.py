@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore
 
-from zcache import _files
+from zcache import _files, _registry
 from zcache._core import CorruptIndexError, Index, IndexFullError
 from zcache._coroutines import guarded
 from zcache._directory import Directory, let_go
@@ -93,7 +93,8 @@ class Books(Repairs):
         self.directory: Directory | None = None
         self.usable = True
         self.ageless = options["max_age"] is None
-        self.index: Any  # An Index, or what opens one.
+        self.index: Any = None  # An Index, or what opens one.
+        _registry.add_books(self)
         self.now: Callable[[], float] = time.monotonic
         if type(cache) is LocalStore:
             self.now = time.time
@@ -375,6 +376,10 @@ class Books(Repairs):
             self.adopt = True
             self._shared.after_fork(self.options)
             self.index = self._shared.index
+
+    def let_go(self) -> None:
+        """Keep, in a forked child, nothing of what was about to be opened."""
+        let_go(self.index)
 
     def reopen(self) -> Any:
         """Open the directory again, as another participant."""

@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING
 from zcache import _coroutines, _flights, _identity, _offload, _sharing, _threads
 
 if TYPE_CHECKING:
+    from zcache._books import Books
     from zcache._engine import Engine
 
 # Guards the making of tokens; never held over anything that waits.
 _lock = threading.Lock()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_books: weakref.WeakSet[Books] = weakref.WeakSet()
 _by_token: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 
 
 def add(engine: Engine) -> None:
     """Take note of a new engine."""
     _engines.add(engine)
+
+
+def add_books(books: Books) -> None:
+    """Take note of the books of an engine that is being made: to open a directory takes its time."""
+    _books.add(books)
 
 
 def token(engine: Engine) -> str:
@@ -56,6 +63,11 @@ def after_fork() -> None:
     _identity.after_fork()
     for engine in list(_engines):
         engine.after_fork()
+    # Those that another thread of the parent was about to open nobody ever has here.
+    made = {id(engine.books) for engine in list(_engines)}
+    for books in list(_books):
+        if id(books) not in made:
+            books.let_go()
 
 
 os.register_at_fork(after_in_child=after_fork)

@@ -165,7 +165,10 @@ class Repairs:
             dead, rebuilder_died = self.index.reap()
             if dead:
                 self.directory.sweep_tmp()
-        except (*NOT_NOW, OSError):
+        except CorruptIndexError as error:
+            self._see_to(error)
+            return False
+        except (IndexBusyError, OSError):
             return False
         if rebuilder_died:
             self._start_over("the process that rebuilt it has died")

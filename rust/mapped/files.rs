@@ -134,6 +134,12 @@ pub(super) fn take_place(root: &Path) -> Result<(usize, File), OpenError> {
 }
 
 pub(super) fn is_alive(root: &Path, n: usize) -> bool {
-    // A place that cannot be asked about counts as taken.
-    open(&place(root, n)).map_or(true, |file| file.try_lock().is_err())
+    // A place that cannot be asked about counts as taken, and so does one whose file somebody has removed:
+    // whoever has it still works.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .open(place(root, n));
+    file.map_or(true, |file| file.try_lock().is_err())
 }
