@@ -161,8 +161,9 @@ def _name(store: Any) -> str | None:
 
 def name_of_place(store: Any) -> str | None:
     """A name that no two places have, of a store without wrappers; None where there is none."""
-    if isinstance(store, ZipStore):  # One over an open file has no path.
-        return store.path and f"zip://{os.path.realpath(str(store.path))}"  # type: ignore[return-value]
+    if isinstance(store, ZipStore):
+        path = _path_of(store)
+        return None if path is None else f"zip://{os.path.realpath(path)}"
     if (place := _place(store)) is not None:
         return str(place)
     if _is_fsspec(store):
@@ -171,12 +172,18 @@ def name_of_place(store: Any) -> str | None:
     return None if inner is None or type(inner).__name__ == "MemoryStore" else _repr_of(inner)
 
 
+def _path_of(archive: Any) -> str | None:
+    # One over an open file has none.
+    return None if archive.path is None else str(archive.path)
+
+
 def _place(store: Any) -> Place | None:
     """Where a store keeps its values, where that can be told."""
     if isinstance(store, LocalStore):
         return _directory(store.root)
     if isinstance(store, ZipStore):
-        return store.path and _directory(store.path)  # type: ignore[return-value]
+        path = _path_of(store)
+        return None if path is None else _directory(path)
     if _is_fsspec(store):
         filesystem, within = store.fs, str(store.path)
         while _protocol(filesystem) == "dir":
