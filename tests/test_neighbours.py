@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from directory_support import open_store
 from support import PROTOTYPE, buf, check_books, read
 from zcache import CacheStore, _files, _repairs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 LONGEST = 60
@@ -324,4 +324,41 @@ async def test_a_file_of_the_index_that_somebody_removes(
     await store.set("k2", buf(b"new"))
     assert await read(other, "k2") == b"new"
     assert store.cache_info() == other.cache_info()
+    check_books(store)
+
+
+class LockingStore(LocalStore):
+    """A source in the middle of whose reads another process is stopped, holding the lock."""
+
+    takes: Callable[[], object] | None = None
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        value = await super().get(key, *args, **kwargs)
+        if self.takes is not None:
+            takes, self.takes = self.takes, None
+            takes()
+        return value
+
+
+@pytest.mark.parametrize("key", ["k0", "missing"])
+async def test_a_lock_that_is_not_given_back_while_a_value_is_read(
+    tmp_path: Path, key: str
+) -> None:
+    """Its reader has it; what was begun ends when the index answers again."""
+    make_source(tmp_path)
+    source = LockingStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"), max_size=10)
+    assert await read(store, "k1") == b"k1"
+    locks: list[int] = []
+    source.takes = lambda: locks.append(taken(tmp_path))
+    expected = None if key == "missing" else key.encode()
+    assert await asyncio.wait_for(read(store, key), LONGEST) == expected
+    assert await asyncio.wait_for(store.exists("k1"), LONGEST)
+    assert await asyncio.wait_for(store.getsize("k1"), LONGEST) == 2
+    os.close(locks.pop())
+    assert await read(store, key) == expected
+    await store.set("k1", buf(b"new"))
+    assert await all_of(store) == [MINE[0], b"new", *MINE[2:]]
+    while store._engine.index.in_flight != (0, 0):  # noqa: ASYNC110 - it ends in threads
+        await asyncio.sleep(0.001)
     check_books(store)

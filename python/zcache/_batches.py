@@ -187,8 +187,7 @@ class Batch:
         engine, asked = self.engine, self._asked[number]
         assert asked is not None
         if data is None:
-            victims = await engine.books.step(self.io, engine.index.forget, asked[0])
-            await engine.drop(self.io, victims)
+            await engine.forget(self.io, asked[0])
         else:
             await engine.fill(self.io, *asked, data, self._leads[number][0])
         self._land(number)

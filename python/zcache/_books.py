@@ -151,11 +151,17 @@ class Books(Repairs):
             work = self._current(work)
 
     async def sure(
-        self, io: Traffic, late: Callable[[T], object], work: Callable[..., T], *args: Any
+        self,
+        io: Traffic,
+        late: Callable[[T], object],
+        work: Callable[..., T],
+        *args: Any,
+        for_ever: bool = True,
     ) -> T:
         """Take a step that has to be taken, even if the caller is cancelled while it waits.
 
-        In that case `late` is told later what came of it.
+        In that case, and where it does not wait `for_ever` (see `step`), `late` is told later what came
+        of it.
         """
         work = self._current(work)
         try:
@@ -163,7 +169,7 @@ class Books(Repairs):
         except NOT_NOW:
             pass
         try:
-            return await self.step(io, work, *args)
+            return await self.step(io, work, *args, for_ever=for_ever)
         except BaseException:
             self.soon(late, work, *args)
             raise

@@ -10,6 +10,7 @@ leave these methods.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -225,7 +226,7 @@ class Engine(Changes):
     ) -> Buffer | None:
         """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
         if not self.breaker.allows():
-            await self.books.step(io, self.index.missed)
+            self.books.soon(ignore, self.index.missed)
             return None
         if isinstance(hit, int):
             name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
@@ -281,7 +282,7 @@ class Engine(Changes):
             checksum = (io.port.noted(name) or (total, found))[1]
         if checksum != found:
             return None
-        await self.books.step(io, self.index.verified, handle, found)
+        self.books.soon(ignore, self.index.verified, handle, found)
         return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
 
     async def _discard(
@@ -289,7 +290,11 @@ class Engine(Changes):
     ) -> None:
         """Drop an entry of this size that cannot be served, unless another has taken its place."""
         whole = io.port.whole_size(name)
-        victims = await self.books.step(io, self.index.discard, key, span, self.now(), size)
+        step, discard = self.books.step, self.index.discard
+        try:
+            victims = await step(io, discard, key, span, self.now(), size, for_ever=False)
+        except LateError:
+            return  # Whoever reads it next finds the same.
         await self.drop(io, victims)
         if victims and whole is not None and whole != size:
             self.books.doubt()
@@ -357,7 +362,8 @@ class Engine(Changes):
             if not counts or not await io.wait(other):
                 # Its reader cannot go on: all who wait for it start over, and whoever comes later
                 # does not join it.
-                await self.books.step(io, self.index.strike, key, other)
+                with contextlib.suppress(LateError):
+                    await self.books.step(io, self.index.strike, key, other, for_ever=False)
                 other.abandon()
             if not counts or other.is_void_for(prototype.buffer):
                 continue
@@ -429,7 +435,7 @@ class Engine(Changes):
                 return value
             flight.deliver(data)
             if data is None:
-                await self.drop(io, await self.books.step(io, self.index.forget, key))
+                await self.forget(io, key)
             else:
                 landed = await self.fill(io, key, span, data, ticket)
         finally:

@@ -5,6 +5,7 @@ Nothing here raises because of the cache store: only cancellations leave these m
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -122,10 +123,26 @@ class Fills:
         self._left.discard(ticket)
         return True
 
+    async def forget(self, io: Traffic, key: str) -> None:
+        """Drop what is cached of a key that the source does not have."""
+        forget = self.books.sure
+        with contextlib.suppress(LateError):
+            victims = await forget(io, self._give_up, self.index.forget, key, for_ever=False)
+            await self.drop(io, victims)
+
     async def fill(
         self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
     ) -> bool:
         """Cache a value, if there is room for it and the ticket allows. Whether the flight has landed."""
+        try:
+            return await self._fill(io, key, span, data, ticket)
+        except LateError:
+            # Its reader has it. What was begun ends when the index answers again.
+            return False
+
+    async def _fill(
+        self, io: Traffic, key: str, span: Span | None, data: bytes, ticket: int
+    ) -> bool:
         # Without deletes no room can be made either; to try would cost entries that are still good.
         allows = self.breaker.allows
         if not (allows("write") and allows("delete") and self.books.usable):
@@ -139,11 +156,8 @@ class Fills:
         try:
             room = index.reserve(key, span, len(data), ticket, now)
         except NOT_NOW:
-            reserve = partial(books.step, io, index.reserve, key, span, len(data), ticket, now)
-            try:
-                room = await reserve(for_ever=False)
-            except LateError:
-                return False
+            again = partial(books.step, io, index.reserve, key, span, len(data), ticket, now)
+            room = await again(for_ever=False)
         landed, orphaned = False, True
         while not isinstance(room, str):
             reservation, victims = room
@@ -171,7 +185,13 @@ class Fills:
                 raise
             if victims:
                 room = await books.sure(
-                    io, self._give_room_up, index.settle, reservation, *outcome, now
+                    io,
+                    self._give_room_up,
+                    index.settle,
+                    reservation,
+                    *outcome,
+                    now,
+                    for_ever=False,
                 )
                 continue
             if fits:
@@ -179,11 +199,14 @@ class Fills:
                 writing = Writing(io, key, name, data, ticket, reservation, now)
                 landed, orphaned = await self._write(writing)
             else:
-                leftover = await books.sure(io, self._give_up, index.abort, reservation)
+                abort = index.abort
+                leftover = await books.sure(io, self._give_up, abort, reservation, for_ever=False)
                 await self.drop(io, leftover)
             break
-        if orphaned and (orphans := await books.sure(io, self._give_up, index.orphans, RETRIES)):
-            await self.drop(io, orphans)
+        if orphaned:
+            retry = partial(books.sure, io, self._give_up, index.orphans, RETRIES)
+            with contextlib.suppress(LateError):
+                await self.drop(io, await retry(for_ever=False))
         return landed
 
     def _fill_gone(self, key: str, ticket: int, reservation: Reservation) -> None:
@@ -216,8 +239,9 @@ class Fills:
                 if -lacking > ROOMY:
                     self._roomy_until = time.monotonic() + ROOMY_FOR
                 return True
+            evict = self.books.index.evict
             victims = await self.books.sure(
-                io, self._give_up, self.books.index.evict, lacking, self.now()
+                io, self._give_up, evict, lacking, self.now(), for_ever=False
             )
             if not victims:
                 break
@@ -237,7 +261,8 @@ class Fills:
                 written = await io.port.write(it.name, it.data, partial(self._written_late, it))
         except Exception as error:  # noqa: BLE001 - the value then stays uncached
             self._not_written(error)
-            await self.drop(io, await books.sure(io, self._give_up, index.abort, it.reservation))
+            abort = partial(books.sure, io, self._give_up, index.abort, it.reservation)
+            await self.drop(io, await abort(for_ever=False))
             return False, True
         except BaseException as interrupt:
             # The flight stays open until the write has ended, for so does its ticket.
@@ -252,7 +277,12 @@ class Fills:
             done = index.finish(it.reservation, checksum, it.now)
         except NOT_NOW:
             end = partial(self._finished_late, it, written)
-            done = await books.sure(io, end, index.finish, it.reservation, checksum, it.now)
+            finish = partial(books.sure, io, end, index.finish, it.reservation, checksum, it.now)
+            try:
+                done = await finish(for_ever=False)
+            except LateError:
+                self._left.add(it.ticket)
+                raise
         if done is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
             await self._give_back(io, it.name, written)

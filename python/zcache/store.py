@@ -15,6 +15,7 @@ from zarr.storage import MemoryStore
 
 from zcache import _registry
 from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges_sync
+from zcache._books import LateError
 from zcache._bounds import parse_age, parse_size
 from zcache._buffers import snapshot
 from zcache._copies import same_cache, source_of_copy, without_contents
@@ -576,7 +577,11 @@ class CacheStore(Store):
         # Where the cache store is out of use, `get` reads the source.
         if not is_known(key) or not engine.breaker.allows():
             return None
-        return await engine.books.step(self._io, engine.index.peek, key, None, engine.now())
+        peek, now = engine.index.peek, engine.now()
+        try:
+            return await engine.books.step(self._io, peek, key, None, now, for_ever=False)
+        except LateError:
+            return None
 
     # ------------------------------------------------------------ writes
 
