@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import multiprocessing
 import pickle
 import subprocess
@@ -63,6 +64,19 @@ async def test_a_copy_of_a_source_of_ones_own_reads_the_original(make: Callable)
     assert (
         await read(store, "k") == await read(other, "k") == await read(store._store, "k") == b"v2"
     )
+
+
+async def test_copies_of_a_source_of_ones_own_elsewhere_read_their_own() -> None:
+    """In a worker nobody knows which of them is newer."""
+    store = CacheStore(Values({"k": b"v1"}))
+    first = pickle.dumps(store)
+    await store.set("other", buf(b"v2"))
+    second = pickle.dumps(store)
+    del store
+    gc.collect()
+    one, two = pickle.loads(first), pickle.loads(second)
+    assert await read(one, "k") == b"v1"
+    assert await read(two, "other") == b"v2"
 
 
 class Labelled(CacheStore):

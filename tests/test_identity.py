@@ -330,6 +330,69 @@ def test_wrappers_of_what_has_no_name(tmp_path: Path) -> None:
     )
 
 
+class Counting(WrapperStore[Store]):
+    """Its text tells how often it was asked."""
+
+    asked = 0
+
+    def __str__(self) -> str:
+        self.asked += 1
+        return f"asked {self.asked} times: {self._store}"
+
+
+def test_a_text_that_changes_is_the_first_one(tmp_path: Path) -> None:
+    source, cache = Counting(LocalStore(tmp_path)), Counting(MemoryStore())
+    assert identify(source) == identify(source) is not None
+    one, other = (CacheStore(source, cache_store=cache) for _ in range(2))
+    assert one._engine.index is other._engine.index
+
+
+class Listed(Store):
+    """A source of the user's own, that only `repr` tells of."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        super().__init__()
+        self._store = store
+        self.prefix = prefix
+
+    def __repr__(self) -> str:
+        return f"Listed({self._store}, {self.prefix})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and repr(self) == repr(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+Listed.__abstractmethods__ = frozenset()  # Nobody reads from it.
+
+
+class Silent(WrapperStore[Store]):
+    """A wrapper that only compares."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        super().__init__(store)
+        self.prefix = prefix
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.prefix == other.prefix
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_stores_that_say_what_they_show_in_another_way(tmp_path: Path) -> None:
+    local = LocalStore(tmp_path)
+    names = {identify(Listed(local, prefix)) for prefix in "ab"}
+    assert None not in names
+    assert len(names) == 2
+    assert identify(Silent(local, "a")) is None
+    assert transient(Silent(local, "a")) != transient(Silent(local, "b"))
+    for kind in (Listed, Silent):
+        assert same(kind(local, "a"), kind(local, "a"))
+        assert not same(kind(local, "a"), kind(local, "b"))
+        assert not same(kind(local, "a"), local)
+
+
 def test_caches_below_prefixes_of_one_memory() -> None:
     """They have names in common and are two places: one index would mix them up."""
     memory, source = MemoryStore(), MemoryStore()

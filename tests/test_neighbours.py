@@ -21,6 +21,9 @@ from zarr.storage import LocalStore, MemoryStore
 from directory_support import open_store
 from support import PROTOTYPE, buf, check_books, read
 from zcache import CacheStore, _files, _repairs
+from zcache._directory import Directory
+from zcache._fills import ignore
+from zcache._threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -267,6 +270,26 @@ async def test_what_was_never_committed_is_not_adopted(tmp_path: Path) -> None:
     check_books(store)
 
 
+async def test_a_walk_of_an_index_that_was_emptied_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not say that all is there: what it had entered before is gone."""
+    make_source(tmp_path)
+    assert await all_of(open_store(tmp_path)) == MINE
+    shutil.rmtree(tmp_path / "cache/.zcache/index")
+    without_dropped = Directory._without_dropped
+
+    def late(self: Directory, found: Any) -> Any:
+        self.outdate_walks()
+        return without_dropped(self, found)
+
+    monkeypatch.setattr(Directory, "_without_dropped", late)
+    store = open_store(tmp_path)
+    assert not store._engine.index.is_complete
+    assert store.cache_info()["cached_keys"] == 0
+    assert await all_of(store) == MINE
+
+
 def test_a_fork_while_another_thread_opens_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,4 +384,21 @@ async def test_a_lock_that_is_not_given_back_while_a_value_is_read(
     assert await all_of(store) == [MINE[0], b"new", *MINE[2:]]
     while store._engine.index.in_flight != (0, 0):  # noqa: ASYNC110 - it ends in threads
         await asyncio.sleep(0.001)
+    check_books(store)
+
+
+async def test_who_waits_for_one_index_keeps_no_thread_from_others(tmp_path: Path) -> None:
+    make_source(tmp_path)
+    source = LockingStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    locks: list[int] = []
+    source.takes = lambda: locks.append(taken(tmp_path))
+    found = await asyncio.gather(*(read(store, key) for key in KEYS))
+    assert found == MINE
+    work = (in_thread(lambda: None, ignore) for _ in range(2 * len(KEYS)))
+    await asyncio.wait_for(asyncio.gather(*work), LONGEST)
+    os.close(locks.pop())
+    while store._engine.index.in_flight != (0, 0):  # noqa: ASYNC110 - it ends in threads
+        await asyncio.sleep(0.001)
+    assert await all_of(store) == MINE
     check_books(store)

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from concurrent.futures import wait
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore
@@ -136,6 +137,8 @@ class Books(Repairs):
         """
         damages = 0
         while True:
+            if not for_ever and self._repair is not None and self._patience() <= 0:
+                raise LateError
             try:
                 return work(*args)
             except NotListedError as error:
@@ -145,10 +148,14 @@ class Books(Repairs):
             except NOT_NOW as error:
                 damages += isinstance(error, CorruptIndexError)
                 done_with = self._see_to(error, last=damages >= _REBUILDS)
-                longest = None if for_ever else self._seen_to_since + _PATIENCE - time.monotonic()
+                longest = None if for_ever else self._patience()
                 if not await io.until(done_with, longest):
                     raise LateError from None
             work = self._current(work)
+
+    def _patience(self) -> float:
+        """Seconds for which a read waits still for what is seen to."""
+        return self._seen_to_since + _PATIENCE - time.monotonic()
 
     async def sure(
         self,
@@ -176,13 +183,23 @@ class Books(Repairs):
 
     def soon(self, then: Callable[[T], object], work: Callable[..., T], *args: Any) -> None:
         """Take a step now if that needs no waiting, else in the background."""
+        self._soon(then, work, args, 0)
+
+    def _soon(
+        self, then: Callable[[T], object], work: Callable[..., T], args: Any, damages: int
+    ) -> None:
         work = self._current(work)
         try:
             result = work(*args)
         except NotListedError as error:
             then(error.without(*args))
-        except NOT_NOW:
-            in_background(lambda: _call(then, self.must(work, *args)))
+        except NOT_NOW as error:
+            damages += isinstance(error, CorruptIndexError)
+            again = partial(self._soon, then, work, args, damages)
+            # Not before the index answers: a thread that waited for it would be one less for others.
+            self._see_to(error, last=damages >= _REBUILDS).add_done_callback(
+                lambda _: in_background(again)
+            )
         else:
             then(result)
 
@@ -397,7 +414,3 @@ class Books(Repairs):
                 except ValueError as error:  # It is another source's by now.
                     self.index = self._do_without(self._cache, error)
             return self.index
-
-
-def _call(then: Callable[[T], object], result: T) -> None:
-    then(result)

@@ -38,7 +38,7 @@ def source_of_copy(engine: Engine, store: Store) -> Store | None:
         equal = isinstance(mine, MemoryStore) and mine._store_dict == inner._store_dict
         if engine.home != os.getpid() and not equal:
             return None
-    elif not engine.identity.startswith(TRANSIENT):
+    elif not engine.identity.startswith(TRANSIENT) or engine.home != os.getpid():
         return store
     # A user's own that has no name may keep its values in memory as well.
     source = engine.source

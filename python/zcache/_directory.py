@@ -65,6 +65,7 @@ class Directory:
         # What was removed while a walk is on its way, which may have found it before.
         self._removed: list[str] = []
         self._walks = 0
+        self._newest = 0
         self.prepare(adopt=adopt)
 
     def prepare(self, *, adopt: bool) -> None:
@@ -318,10 +319,16 @@ class Directory:
             If the index cannot grow.
         """
         self._walks += 1
+        self._newest += 1
+        newest = self._newest
         try:
-            self._rebuild(whose, why)
+            self._rebuild(lambda: whose() if newest == self._newest else None, why)
         finally:
             self._walks -= 1
+
+    def outdate_walks(self) -> None:
+        """Have walks that are on their way enter nothing more: the index that they fill is emptied."""
+        self._newest += 1
 
     def _rebuild(self, whose: Callable[[], Repairs | None], why: str) -> None:
         found, dropped = self._without_dropped(sorted(_files.walk(self.root, _remove_quietly)))
@@ -345,6 +352,8 @@ class Directory:
                 len(found),
                 sum(size for _, size, _ in found),
             )
+        if (books := whose()) is None:
+            return
         books.must(books.index.complete)
         while self._removed:
             self._forget_below(books, self._removed.pop())

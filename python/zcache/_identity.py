@@ -33,6 +33,8 @@ _SECRET: Final = re.compile(
     re.IGNORECASE,
 )
 _IN_MEMORY: Final = re.compile('"(target_|remote_)?protocol": *"memory"')
+# By the number of the store.
+_first_said: dict[int, str] = {}
 # Lists of references may be long.
 _digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _S3: Final = frozenset({"s3", "s3a"})
@@ -78,7 +80,8 @@ def in_memory(store: Any) -> MemoryStore | None:
     kept = innermost(store)
     if not isinstance(kept, MemoryStore) or _path_in(kept):
         return None
-    return None if any(view is not kept for view in _views(store)) else kept
+    said = (view for view in _views(store) if view is not kept and _has_text(type(view)))
+    return None if any(said) else kept
 
 
 def shows_halves(store: Any) -> bool:
@@ -92,8 +95,9 @@ def identify(store: Any) -> str | None:
     The name holds no credentials: everybody may read it, and they may change.
     """
     inner = innermost(store)
+    # One that only compares may show anything.
     said: list[str | None] = [
-        _stable(view) for view in _views(store) if not _inherits(type(view), "__str__")
+        _stable(view) if _has_text(type(view)) else None for view in _views(store)
     ]
     said.append(_name(inner))
     # The same text twice is that of a store of the user's own.
@@ -112,24 +116,44 @@ def _views(store: Any) -> list[Any]:
     """
     views = []
     while isinstance(store, Store):
-        kind = type(store)
-        if not (_inherits(kind, "__str__") and _inherits(kind, "__eq__")):
+        if _has_text(type(store)) or not _inherits(type(store), "__eq__"):
             views.append(store)
         store = getattr(store, "_store", None)
     return views
 
 
+def _has_text(kind: type) -> bool:
+    """Whether the text of such a store is one that the user has given it."""
+    if not _inherits(kind, "__str__"):
+        return True
+    plain: object = kind.__str__
+    return plain is object.__str__ and not _inherits(kind, "__repr__")
+
+
 def _texts(store: Any) -> tuple[str, ...]:
-    """What they say, in this process."""
-    return tuple(_text(view) for view in _views(store))
+    """What they say, in this process. One that only compares is like no other."""
+    views = _views(store)
+    return tuple(_text(v) if _has_text(type(v)) else f"{id(v)}" for v in views)
 
 
 def _text(view: Any) -> str:
     kind = type(view)
+    return f"{kind.__module__}.{kind.__qualname__}:{_said(view) if _has_text(kind) else ''}"
+
+
+def _said(store: Any) -> str:
+    """The text of a store, as it was when it was first asked: it may tell its state, a count say."""
+    number = id(store)
+    with _lock:
+        if (known := _first_said.get(number)) is not None:
+            return known
     text = ""
     with contextlib.suppress(Exception):  # Whatever it raises, it says nothing.
-        text = "" if _inherits(kind, "__str__") else str(view)
-    return f"{kind.__module__}.{kind.__qualname__}:{text}"
+        text = str(store)
+    with _lock, contextlib.suppress(TypeError):  # One that knows no weak references is asked anew.
+        weakref.finalize(store, _first_said.pop, number, None).atexit = False
+        _first_said[number] = text
+    return text
 
 
 def _inherits(kind: type, method: str) -> bool:
@@ -139,11 +163,7 @@ def _inherits(kind: type, method: str) -> bool:
 
 
 def _stable(store: Any) -> str | None:
-    try:
-        text = str(store)
-    except Exception:  # noqa: BLE001 - whatever it raises, it says nothing
-        return None
-    kind = type(store).__name__
+    text, kind = _said(store), type(store).__name__
     # The address of an object, or its number, is not the same twice; and its class alone says nothing.
     if re.search(r"0x[0-9a-f]{6,}|\d{9,}", text) or not re.search(r"\w", text.replace(kind, "")):
         return None
@@ -403,5 +423,6 @@ def place_in_process(store: Any) -> tuple[str | int, ...]:
     place = _place_of(kept)
     if place is None and (inner := _obstore(kept)) is not None:
         place = f"obstore {id(inner)}"
-    said = tuple(_text(view) for view in _views(store) if view is not kept)
+    views = (view for view in _views(store) if view is not kept)
+    said = tuple(_text(view) for view in views if _has_text(type(view)))
     return (id(kept) if place is None else place, *said)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 LARGEST: Final = 4 * 2**20
 """Bytes that are read on the spot in one turn of an event loop: more would hold it up for long."""
+TURNS: Final = 64
+"""Turns of the event loop that a read waits for one that is not full."""
 COUNTED: Final = 2**16
 """Bytes from which on a read counts towards that by itself, and smaller ones together: to count takes as
 long as to read a page."""
@@ -210,6 +212,8 @@ class FileReader:
         """
         if size > LARGEST or not self._turn.is_over(size):
             return False
-        while self._turn.is_over(size):  # noqa: ASYNC110 - a turn is what sleep(0) waits for
+        for _ in range(TURNS):
             await asyncio.sleep(0)
-        return True
+            if not self._turn.is_over(size):
+                return True
+        return False  # Others are always first: in a thread it is read at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -29,6 +30,12 @@ WITHOUT: Final = (
     "Every read goes to the source; other processes that use it do not see what is written through this "
     "one."
 )
+_MOMENTARY: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EIO}
+)
+"""Errors of a file system after which it is tried again, ..."""
+_MOMENT: Final = 0.05
+"""... after so many seconds."""
 _REAP_EVERY: Final = 1.0
 """Seconds between two looks for participants that have died."""
 
@@ -89,6 +96,7 @@ class Repairs:
             return
         try:
             directory.prepare(adopt=False)
+            directory.outdate_walks()
             ours = index.restart(seed())
             # Somebody may have removed the directory meanwhile, and others may have made it anew.
             directory.prepare(adopt=False)
@@ -96,7 +104,13 @@ class Repairs:
                 raise ValueError(f"the directory {directory.root} belongs to another source now")  # noqa: TRY301
         except IndexBusyError:
             return  # The next step waits for the lock, and comes back here.
-        except (OSError, ValueError, CorruptIndexError) as failure:
+        except OSError as failure:
+            if failure.errno in _MOMENTARY:
+                time.sleep(_MOMENT)
+                return  # Likewise.
+            self._abandon(failure)
+            return
+        except (ValueError, CorruptIndexError) as failure:
             self._abandon(failure)
             return
         if ours:

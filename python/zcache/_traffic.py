@@ -61,8 +61,10 @@ class Traffic:
 
     async def until(self, done: Future[None], seconds: float | None = None) -> bool:
         """Wait for what is done elsewhere, but no longer than so many seconds; whether it is done."""
+        if seconds is not None and seconds <= 0:
+            return done.done()
         # Which is not cancelled with its waiter, for others wait for the same.
-        ended, _ = await asyncio.wait({asyncio.wrap_future(done)}, timeout=_at_least(seconds))
+        ended, _ = await asyncio.wait({asyncio.wrap_future(done)}, timeout=seconds)
         return bool(ended)
 
     async def block(self, work: Callable[[], None]) -> None:
