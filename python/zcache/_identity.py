@@ -10,10 +10,13 @@ import re
 import threading
 import uuid
 import weakref
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore, ZipStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TRANSIENT: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
@@ -132,8 +135,10 @@ def _has_text(kind: type) -> bool:
 
 def _texts(store: Any) -> tuple[str, ...]:
     """What they say, in this process. One that only compares is like no other."""
-    views = _views(store)
-    return tuple(_text(v) if _has_text(type(v)) else f"{id(v)}" for v in views)
+    return tuple(
+        _text(view) if _has_text(type(view)) else _first(view, lambda: uuid.uuid4().hex)
+        for view in _views(store)
+    )
 
 
 def _text(view: Any) -> str:
@@ -143,13 +148,18 @@ def _text(view: Any) -> str:
 
 def _said(store: Any) -> str:
     """The text of a store, as it was when it was first asked: it may tell its state, a count say."""
+    return _first(store, lambda: str(store))
+
+
+def _first(store: Any, say: Callable[[], str]) -> str:
+    """What was said of a store first; its number alone may be another one's once it is gone."""
     number = id(store)
     with _lock:
         if (known := _first_said.get(number)) is not None:
             return known
     text = ""
     with contextlib.suppress(Exception):  # Whatever it raises, it says nothing.
-        text = str(store)
+        text = say()
     with _lock, contextlib.suppress(TypeError):  # One that knows no weak references is asked anew.
         weakref.finalize(store, _first_said.pop, number, None).atexit = False
         _first_said[number] = text

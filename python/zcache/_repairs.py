@@ -185,7 +185,8 @@ class Repairs:
         except (IndexBusyError, OSError):
             return False
         if rebuilder_died:
-            self._start_over("the process that rebuilt it has died")
+            # In a thread, for that reads and makes files.
+            self._see_to(CorruptIndexError("the process that rebuilt it has died"))
         return bool(dead)
 
 

@@ -102,10 +102,6 @@ class Traffic:
         await work
 
 
-def _at_least(seconds: float | None) -> float | None:
-    return None if seconds is None else max(0.0, seconds)
-
-
 async def _now(
     work: Callable[[], Awaitable[None]], late: Callable[[BaseException | None], None]
 ) -> None:
@@ -140,7 +136,7 @@ class SyncTraffic(Traffic):
         return flight.wait_sync()
 
     async def until(self, done: Future[None], seconds: float | None = None) -> bool:
-        return bool(wait([done], _at_least(seconds)).done)
+        return bool(wait([done], seconds).done)
 
     async def block(self, work: Callable[[], None]) -> None:
         work()
