@@ -2,7 +2,7 @@
 # clippy, and make; everything else goes into .venvs/, dist/ and target/ below this directory.
 #
 #   PYTHON=python3.12   the interpreter of the build and of .venvs/base (default: python3)
-#   ARGS='...'          more arguments for what demo, bench and soak start, and for pytest in test
+#   ARGS='...'          more arguments for the demo, the benches and the soak, and for pytest in check and test
 #   JOBS=0              how many pytest workers (default 2; 0: one process, for a debugger or -s)
 
 PYTHON ?= python3
@@ -11,26 +11,27 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-# The order of a target's prerequisites is the order in which a person wants to hear of mistakes: cheapest first.
+# Prerequisites run in the order in which they are written: the cheapest checks first.
 .NOTPARALLEL:
 
-# The tests are about the installed wheel: nothing in the caller's environment may put another zcache, or another
-# environment's interpreter, in its place.
+# The tests of `make test` are about the installed wheel: the caller's environment must not put another zcache, or another
+# interpreter, in its place.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYTHONNOUSERSITE := 1
 # CI has no terminal to answer on.
 export PIP_NO_INPUT := 1
 
-# In CI a Cargo.lock that does not fit Cargo.toml is an error; on a laptop cargo mends it and git shows that.
+# In CI a Cargo.lock that does not fit Cargo.toml is an error; elsewhere cargo updates it and git shows the change.
 LOCKED := $(if $(CI),--locked)
-# Absolute, for pyo3's build script runs somewhere below target/. One fixed interpreter also keeps cargo from building
-# pyo3 anew whenever `python3` means something else.
+# An absolute path, because pyo3's build script runs somewhere below target/. One fixed interpreter also keeps cargo from
+# rebuilding pyo3 when `python3` changes its meaning.
 WITH_PYTHON := PYO3_PYTHON='$(CURDIR)/.venvs/build/bin/python'
-# Without the feature `python` nothing may need an interpreter: should pyo3 ever get into that graph, its build script
-# stops at this name.
+WITH_DEV_PYTHON := PYO3_PYTHON='$(CURDIR)/.venvs/dev/bin/python'
+# Without the feature `python` the build must not need an interpreter. If pyo3 ever gets into that dependency graph, its
+# build script fails on this name.
 WITHOUT_PYTHON := PYO3_PYTHON=the-core-needs-no-python
 
-# Globs, because a directory that does not exist is an error to ruff.
+# A glob, because ruff fails on a directory that does not exist.
 PY_SOURCES := $(wildcard python tests benches examples scripts)
 RUST_BENCHES := $(basename $(notdir $(wildcard benches/*.rs)))
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
@@ -38,8 +39,8 @@ NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 section = @printf '\n== %s\n' '$(1)'
 comma := ,
 
-# What types and behaviour depend on is the pair of Python and zarr, so both environments are asked. Where the machine
-# has one interpreter only, `newest` is a link.
+# Types and behaviour depend on the pair of Python and zarr, so checks run in both environments. Where the machine has
+# one interpreter only, `newest` is a link.
 define in_each_env
 @for env in base newest; do \
   python=.venvs/$$env/bin/python; \
@@ -63,11 +64,34 @@ demo: ## read a dataset over S3 on loopback through zcache and print what it sav
 	$(call section,demo)
 	.venvs/demo/bin/python examples/s3_demo.py $(ARGS)
 
+.PHONY: dev
+dev: ## .venvs/dev: an editable build with all test and lint tools
+	@'$(PYTHON)' scripts/envs.py dev
+
+# Six cases of each parametrized test: some have hundreds, and `make test` runs them all.
+.PHONY: check
+check: dev ## format, lint, types, spelling and the fast tests on one Python: before each commit
+	$(call section,format and lint)
+	.venvs/dev/bin/ruff format --check $(PY_SOURCES)
+	.venvs/dev/bin/ruff check $(PY_SOURCES)
+	$(CARGO) fmt --check
+	$(WITH_DEV_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets --features python -- -D warnings
+	.venvs/dev/bin/codespell
+	$(call section,types)
+	.venvs/dev/bin/mypy --strict python/zcache
+	$(call section,fast tests)
+ifeq ($(NEXTEST),yes)
+	$(WITHOUT_PYTHON) $(CARGO) nextest run $(LOCKED) --lib --bins --tests --status-level fail --cargo-quiet
+else
+	$(WITHOUT_PYTHON) $(CARGO) test $(LOCKED) --lib --bins --tests --quiet
+endif
+	.venvs/dev/bin/python -m pytest -q -m 'not slow' --sample 6 -n $(JOBS) --dist loadgroup $(ARGS)
+
 .PHONY: test
 test: rust-lint rust-test python-lint python-test ## all lints and tests, on python3 and on the newest CPython found
 
 .PHONY: lint
-lint: rust-lint python-lint ## rustfmt, clippy, rustdoc, ruff, mypy, stubtest
+lint: rust-lint python-lint ## rustfmt, clippy, rustdoc, ruff, codespell, mypy, stubtest
 
 .PHONY: bench
 bench: env-newest ## measure against zarr's CacheStore and print the table
@@ -85,7 +109,7 @@ wheel: ## one abi3 wheel in dist/
 
 .PHONY: clean
 clean: ## remove all that make has made
-	rm -rf .venvs dist target .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venvs dist target .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache python/zcache/_core.*.so
 	find $(PY_SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Parts of the above; each also works by itself.
@@ -106,8 +130,7 @@ rust-lint: env-build
 	$(WITH_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets --features python -- -D warnings
 	$(WITHOUT_PYTHON) RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(LOCKED) --quiet --no-deps --document-private-items
 
-# --lib --bins --tests leaves out the benches: a crate without criterion's harness flags would fail nextest's listing,
-# and each bench is run once by name below.
+# --lib --bins --tests leaves out the benches: nextest cannot list them, and each one runs once by name below.
 .PHONY: rust-test
 rust-test:
 	$(call section,cargo tests$(comma) no Python)
@@ -121,9 +144,10 @@ endif
 
 .PHONY: python-lint
 python-lint: env-both
-	$(call section,ruff)
+	$(call section,ruff and codespell)
 	.venvs/base/bin/ruff check $(PY_SOURCES)
 	.venvs/base/bin/ruff format --check $(PY_SOURCES)
+	.venvs/base/bin/codespell
 	$(call in_each_env,mypy and stubtest,\
 	  $$python -m mypy --strict python/zcache && $$python -m mypy.stubtest zcache._core)
 

@@ -1,311 +1,435 @@
-"""Read a dataset from S3 through no cache, zarr's CacheStore and zcache, side by side.
+"""Read a dataset from S3 without a cache, through zarr's CacheStore and through zcache, side by side.
 
     python examples/s3_demo.py
-    python examples/s3_demo.py --source s3://bucket/data.zarr --path group
 
-Without `--source` it starts an S3-protocol server on loopback, puts a dataset behind it, delays
-each request, and stops the server at the end. With it, it only reads.
+It starts an S3-protocol server on loopback, which delays and counts each request, gives each setup
+a copy of a dataset there and an empty cache directory, and compares everything that is read with a
+copy in memory. Exit status: 0 if all reads through zcache were right, 1 if not, 2 if the demo could
+not run, 130 if it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import platform
-import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from types import FrameType
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from zarr.abc.store import Store
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_ALWAYS_NEEDED = ("aiohttp", "fsspec", "xarray")
-_SERVER_NEEDED = ("aiobotocore", "flask", "moto", "s3fs")
-_INSTALL = "pip install 'zarr-zcache[demo]'"
+NEEDED = ("aiobotocore", "flask", "moto", "s3fs", "xarray", "zarr", "zcache")
+NO_CACHE, ZARR, ZCACHE = SETUPS = ("no cache", "zarr CacheStore", "zcache")
+MAX_SIZE = 10**9
+PROCESS_SECONDS = 120
+ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_interim.zarr"
 
 
-class UserError(Exception):
-    """What the user can put right; the text names the value and the way out."""
+# The dataset
 
 
-def parse_size(text: str) -> int:
-    """Return bytes from text such as `1000000`, `256MB` or `2 GiB`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b|)\s*", text, re.IGNORECASE)
-    unit = match.group(2).lower() if match else None
-    size = 0
-    if match is not None and (unit in _UNITS or unit == "b"):
-        size = int(float(match.group(1)) * _UNITS.get(unit or "", 1))
-    if size < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: give bytes, 1 or more, such as 1000000, 256MB or 2GiB"
+def load_dataset(*, quick: bool) -> tuple[str, dict[str, bytes]]:
+    """Return a title, and the objects of a Zarr group by their keys.
+
+    The group is the ERA-Interim one where it lies beside the repository, else a generated one.
+    """
+    if quick or not ERA_INTERIM.is_dir():
+        return "generated weather", generate_dataset(small=quick)
+    files = (path for path in ERA_INTERIM.rglob("*") if path.is_file())
+    objects = {path.relative_to(ERA_INTERIM).as_posix(): path.read_bytes() for path in files}
+    return "ERA-Interim monthly means", objects
+
+
+def generate_dataset(*, small: bool) -> dict[str, bytes]:
+    """Return a group of two chunked arrays and a sharded one: 15 MB, or 0.1 MB when `small`."""
+    import numpy as np
+    import zarr
+    from zarr.storage import LocalStore
+
+    times, latitudes, longitudes = (2, 48, 96) if small else (8, 360, 720)
+    wave = np.sin(np.linspace(0, 9, latitudes))[:, None] + np.cos(np.linspace(0, 12, longitudes))
+    noise = np.random.default_rng(20)
+    with tempfile.TemporaryDirectory() as folder:
+        group = zarr.create_group(LocalStore(folder))
+        for name in ("temperature", "humidity", "wind"):
+            group.create_array(
+                name,
+                # Smooth values with noise compress as measured ones do.
+                data=(wave + noise.normal(scale=0.01, size=(times, *wave.shape))).astype("f4"),
+                chunks=(1, latitudes // 3, longitudes // 3),
+                shards=(1, latitudes, longitudes) if name == "wind" else None,
+                dimension_names=("time", "latitude", "longitude"),
+            )
+        with warnings.catch_warnings():
+            # zarr warns that consolidated metadata is an extension of format 3; xarray writes it.
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(group.store)
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def memory_store(objects: Mapping[str, bytes]) -> Store:
+    """Return a store in memory that holds `objects`."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
+
+    from_bytes = default_buffer_prototype().buffer.from_bytes
+    return MemoryStore({key: from_bytes(value) for key, value in objects.items()})
+
+
+# What is done with a store; each read returns digests of the values, by what they are called
+
+
+def data_arrays(store: Store) -> Iterator[tuple[str, Any]]:
+    """Return the arrays of more than one dimension, which are no coordinates."""
+    import zarr
+
+    for name, array in sorted(zarr.open_group(store).arrays()):
+        if array.ndim > 1:
+            yield name, array
+
+
+def digest(values: Any) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def read_all(store: Store) -> dict[str, str]:
+    """Read all variables, with xarray."""
+    import xarray as xr
+
+    with xr.open_zarr(store, chunks=None, mask_and_scale=False, decode_times=False) as dataset:
+        return {str(name): digest(dataset[name].values) for name in dataset.variables}
+
+
+def read_parts(store: Store) -> dict[str, str]:
+    """Read the first and the last inner chunk of the shards, with zarr: byte ranges of objects."""
+    digests = {}
+    for name, array in data_arrays(store):
+        if array.shards is not None:
+            first = tuple(slice(0, chunk) for chunk in array.chunks)
+            last = tuple(slice(-chunk, None) for chunk in array.chunks)
+            digests[f"the first chunk of {name}"] = digest(array[first])
+            digests[f"the last chunk of {name}"] = digest(array[last])
+    return digests
+
+
+def write_chunks(store: Store, value: int) -> None:
+    """Write a chunk of each array, which for a sharded array is a part of an object."""
+    for _, array in data_arrays(store):
+        array[tuple(slice(0, chunk) for chunk in array.chunks)] = value
+
+
+def open_source(setup: str, url: str) -> Store:
+    """Return a setup's copy of the dataset on the S3 server at `url`."""
+    from zarr.storage import FsspecStore
+
+    from _s3_server import BUCKET, storage_options
+
+    path = f"s3://{BUCKET}/{setup.replace(' ', '-')}"
+    source = FsspecStore.from_url(path, storage_options=storage_options(url))
+    opened.append(source.fs)
+    return source
+
+
+opened: list[Any] = []
+"""File systems with connections that `close_sessions` closes."""
+
+
+def close_sessions() -> None:
+    """Close the connections to the server; aiohttp warns of those that the end of a process cuts."""
+    from zarr.core.sync import sync
+
+    async def close(filesystem: Any) -> None:
+        await (await filesystem.set_session()).close()
+
+    while opened:
+        sync(close(opened.pop()))
+
+
+def open_store(setup: str, url: str, directory: str) -> Store:
+    """Return what a setup reads from: its source, with a cache in `directory` if it has one."""
+    from zarr.experimental.cache_store import CacheStore
+    from zarr.storage import LocalStore
+
+    import zcache
+
+    source = open_source(setup, url)
+    if setup == NO_CACHE:
+        return source
+    classes: dict[str, Any] = {ZARR: CacheStore, ZCACHE: zcache.CacheStore}
+    store: Store = classes[setup](source, cache_store=LocalStore(directory), max_size=MAX_SIZE)
+    return store
+
+
+class Result(NamedTuple):
+    """Digests of what was read, and the seconds that it took."""
+
+    digests: dict[str, str]
+    seconds: float
+
+
+def timed(read: Callable[[Store], dict[str, str]], store: Store) -> Result:
+    """Read, and then wait for fills in the background, which a reader need not do."""
+    start = time.perf_counter()
+    digests = read(store)
+    seconds = time.perf_counter() - start
+    drain(store)
+    return Result(digests, seconds)
+
+
+def drain(store: Store) -> None:
+    """Wait until all that was read is in the cache directory."""
+    # zarr's CacheStore has no such method: it fills before it answers.
+    getattr(store, "drain_sync", lambda: None)()
+
+
+def in_another_process(setup: str, url: str, directory: str, write: int | None = None) -> Result:
+    """Read everything, or write chunks, in a new process that opens its own store."""
+    job = json.dumps([setup, url, directory, write])
+    command = [sys.executable, str(Path(__file__).resolve()), "--job", job]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"another process failed: {done.stderr.strip().splitlines()[-1]}")
+    return Result(*json.loads(done.stdout))
+
+
+def do_job(job: str) -> None:
+    """Do what `in_another_process` asks for, and print the result."""
+    *place, write = json.loads(job)
+    store = open_store(*place)
+    result = Result({}, 0)
+    if write is None:
+        result = timed(read_all, store)
+    else:
+        write_chunks(store, write)
+        drain(store)
+    close_sessions()
+    print(json.dumps(result))
+
+
+# The run
+
+
+class Demo:
+    """The table, printed as it is measured: a row for each phase, a cell for each setup.
+
+    Parameters
+    ----------
+    server
+        The `S3Server`, which counts the requests.
+    truth
+        A copy of the dataset that no cache stands before: each read must return what it returns.
+    folder
+        Where the cache directories go.
+    """
+
+    def __init__(self, server: Any, truth: Store, folder: str) -> None:
+        self._server = server
+        self._truth = truth
+        self._folder = Path(folder)
+        self._checked = dict.fromkeys(SETUPS, 0)
+        self._problems: dict[str, list[str]] = {setup: [] for setup in SETUPS}
+
+    def run(self) -> bool:
+        """Do all phases; return whether zcache, and the reads without a cache, were right."""
+        print(f"{'':<26}" + "".join(f" | {setup:^18}" for setup in SETUPS))
+        print(f"{'':<26}" + f" | {'requests':>8} {'seconds':>9}" * len(SETUPS))
+        print("-" * 26 + ("-+-" + "-" * 18) * len(SETUPS))
+
+        stores = self._open_all("whole")
+        expected = read_all(self._truth)
+        self._row("cold", expected, lambda s: timed(read_all, stores[s]))
+        self._row("warm", expected, lambda s: timed(read_all, stores[s]))
+        self._row("second process", expected, self._elsewhere)
+
+        write_chunks(self._truth, 1)
+        expected = read_all(self._truth)
+        self._each("a write", lambda s: write_chunks(stores[s], 1))
+        self._row("after a write", expected, lambda s: timed(read_all, stores[s]))
+
+        write_chunks(self._truth, 2)
+        expected = read_all(self._truth)
+        self._each("a write of a second process", lambda s: self._elsewhere(s, write=2))
+        self._row("after another's write", expected, lambda s: timed(read_all, stores[s]))
+        # What a cache shows, its source must have as well.
+        self._each(
+            "in the source", lambda s: self._check("in the source", s, expected, self._in_source(s))
         )
-    return size
+
+        stores = self._open_all("parts")
+        expected = read_parts(self._truth)
+        self._row("parts of shards, cold", expected, lambda s: timed(read_parts, stores[s]))
+        self._row("parts of shards, warm", expected, lambda s: timed(read_parts, stores[s]))
+
+        print("\nrequests: what reached the server. !: wrong, or failed; listed below.")
+        for setup, problems in self._problems.items():
+            state = f"problems: {len(problems)}" if problems else "all as expected"
+            print(f"{setup}: {self._checked[setup]} values verified, {state}")
+            for problem in problems[:10]:
+                print(f"  ! {problem}")
+        # What zarr's class gets wrong is shown, and is no failure of this demo.
+        return not (self._problems[NO_CACHE] or self._problems[ZCACHE])
+
+    def _place(self, setup: str, folder: str = "whole") -> tuple[str, str, str]:
+        """Return the arguments of `open_store`."""
+        return setup, self._server.url, str(self._folder / folder / setup.replace(" ", "-"))
+
+    def _open_all(self, folder: str) -> dict[str, Store]:
+        return {setup: open_store(*self._place(setup, folder)) for setup in SETUPS}
+
+    def _elsewhere(self, setup: str, write: int | None = None) -> Result:
+        return in_another_process(*self._place(setup), write)
+
+    def _in_source(self, setup: str) -> dict[str, str]:
+        return read_all(open_source(setup, self._server.url))
+
+    def _each(self, phase: str, work: Callable[[str], object]) -> None:
+        """Do something for each setup; what fails is a result."""
+        for setup in SETUPS:
+            try:
+                work(setup)
+            except Exception as error:  # noqa: BLE001 - a store that fails is a result
+                self._problems[setup].append(f"{phase}: {type(error).__name__}: {error}")
+
+    def _row(self, phase: str, expected: dict[str, str], read: Callable[[str], Result]) -> None:
+        """Do one read through each setup, and print the cells as they come."""
+        print(f"{phase:<26}", end="", flush=True)
+
+        def cell(setup: str) -> None:
+            before, count = self._server.requests(), len(self._problems[setup])
+            text = f"{'failed':>18}!"
+            try:
+                result = read(setup)
+                requests = self._server.requests() - before
+                self._check(phase, setup, expected, result.digests)
+                text = f"{requests:>8} {result.seconds:>8.2f}"
+            finally:
+                right = len(self._problems[setup]) == count
+                print(f" | {text:>17}{' ' if right else '!'}", end="", flush=True)
+
+        self._each(phase, cell)
+        print()
+
+    def _check(
+        self, phase: str, setup: str, expected: dict[str, str], digests: dict[str, str]
+    ) -> None:
+        """Compare what was read with the truth, and note what differs."""
+        self._checked[setup] += len(expected)
+        self._problems[setup] += [
+            f"{phase}: wrong values in {name}"
+            for name, value in expected.items()
+            if digests.get(name) != value
+        ]
 
 
 def parse_latency(text: str) -> float:
-    """Return milliseconds, 0 to 10,000."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 10_000:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a latency: give milliseconds, 0 to 10000")
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """Return the object that JSON text holds."""
-    with contextlib.suppress(json.JSONDecodeError):
-        options = json.loads(text)
-        if isinstance(options, dict):
-            return options
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not a JSON object: give one in single quotes, such as '{{\"anon\": true}}'"
-    )
-
-
 def parse_directory(text: str) -> Path:
-    """Return a directory that exists."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a directory: make it, or leave the option out to cache in memory"
-        )
-    return path
+    if Path(text).is_dir():
+        return Path(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a directory: make it, or leave the option out for the system's own"
+    )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line of the demo."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Read a dataset through no cache, zarr's CacheStore and zcache, with zarr and "
-        "with xarray: cold, warm, after a write and past max_size. Print what reached the source.",
-        epilog="Exit status: 0 if every read through zcache was right, 1 if not, 2 if the demo "
-        "could not run.",
-    )
-    parser.add_argument(
-        "--source",
-        metavar="URL",
-        help="your own dataset: a local path, or a URL that zarr.storage.FsspecStore.from_url "
-        "takes, such as s3://bucket/data.zarr. It is only read. Default: a dataset on an S3 "
-        "server that the demo starts on loopback.",
-    )
-    parser.add_argument(
-        "--path", default="", help="the group or array in --source to read (default: its root)"
-    )
-    parser.add_argument(
-        "--storage-options",
-        type=parse_options,
-        metavar="JSON",
-        help="options for the file system of --source, such as '{\"anon\": true}'",
-    )
-    parser.add_argument(
-        "--read-limit",
-        type=parse_size,
-        default=parse_size("256MB"),
-        metavar="SIZE",
-        help="with --source: read about this much of the decoded values in one pass, an equal "
-        "share of each array, from its start (default: 256MB)",
-    )
-    parser.add_argument(
-        "--max-size",
-        type=parse_size,
-        metavar="SIZE",
-        help="bound of the caches in the phase past max_size, such as 64MB (default: half of the "
-        "bytes that one pass gets from the source)",
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
         "--latency-ms",
         type=parse_latency,
         metavar="MS",
-        help="delay added to each request (default: 20; with --source or --quick: 0 or 1)",
+        help="delay of each request (default: 20; with --quick: 1)",
     )
     parser.add_argument(
         "--cache-dir",
         type=parse_directory,
         metavar="DIR",
-        help="cache on disk, in new directories under DIR that are deleted at the end (default: "
-        "cache in memory)",
+        help="where the caches go, in a new directory that is deleted at the end\n"
+        "(default: the system's directory for temporary files)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a small generated dataset and 1 ms, for tests"
-    )
-    return parser
+    parser.add_argument("--quick", action="store_true", help="a small generated dataset, for tests")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.latency_ms is None:
+        options.latency_ms = 1 if options.quick else 20
+    return options
 
 
-def check_dependencies(names: Sequence[str]) -> None:
-    """Raise `UserError` if a package is missing."""
-    if importlib.util.find_spec("zcache") is None:
-        raise UserError("zcache is not installed: run `pip install .` in the repository first")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the demo needs {', '.join(missing)}; install with: {_INSTALL}")
+@contextlib.contextmanager
+def stopped_by_signals(folder: str) -> Iterator[None]:
+    """Delete `folder` and end the process on SIGINT and SIGTERM; the S3 server ends with it.
 
+    Not by an exception: libraries that catch all exceptions, while they are imported for example,
+    would go on.
+    """
 
-def run_demo(args: argparse.Namespace) -> bool:
-    """Run on a dataset behind an S3 server on loopback; return whether all was right."""
-    check_dependencies((*_ALWAYS_NEEDED, *_SERVER_NEEDED))
-    from zarr.storage import FsspecStore
+    def stop(number: int, _: object) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
 
-    from _dataset import demo_dataset, generated_dataset, memory_store
-    from _latency_proxy import LatencyProxy
-    from _readers import make_plan
-    from _report import format_bytes
-    from _runs import Caches, Run
-    from _s3_server import BUCKET, S3Server, storage_options, upload
-
-    dataset = generated_dataset(small=True) if args.quick else demo_dataset()
-    latency = args.latency_ms if args.latency_ms is not None else 1.0 if args.quick else 20.0
-    truth = memory_store(dataset.objects)
-    with S3Server() as server:
-        print(f"S3 server (moto): process {server.pid}, {server.url}")
-        print(f"dataset: {dataset.title}, {len(dataset.objects)} objects, ", end="")
-        print(f"{format_bytes(dataset.size)}; {latency:g} ms added to each request", flush=True)
-        upload(server.url, "dataset.zarr", dataset.objects)
-        with LatencyProxy(server.url, latency / 1000) as proxy:
-            source = FsspecStore.from_url(
-                f"s3://{BUCKET}/dataset.zarr", storage_options=storage_options(proxy.url)
-            )
-            try:
-                plan = make_plan(truth, "", None)
-                caches = Caches(args.cache_dir)
-                run = Run(source, proxy.meter, plan, caches, truth, args.max_size)
-                return run.execute()
-            finally:
-                close_session(source)
-
-
-def run_source(args: argparse.Namespace) -> bool:
-    """Run on the user's own dataset, reading only; return whether all was right."""
-    check_dependencies(_ALWAYS_NEEDED)
-    from _metering import Meter, MeteredStore
-    from _readers import NoArraysError, XarrayReader, make_plan
-    from _report import format_bytes
-    from _runs import Caches, Run
-
-    latency = args.latency_ms or 0.0
-    source = open_source(args.source, args.storage_options)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        path = args.path.strip("/")
-        place = f"{path!r} in {args.source!r}" if path else repr(args.source)
-        try:
-            plan = make_plan(source, path, args.read_limit)
-        except NoArraysError as error:
-            raise UserError(
-                f"cannot read {place}: {error}. Name a group with arrays, or an array, with --path."
-            ) from error
-        except Exception as error:
-            raise UserError(
-                f"cannot read {place}: {type(error).__name__}: {error}. Check the URL; give "
-                "credentials, an endpoint or other options with --storage-options."
-            ) from error
-        print(f"dataset: {place}, {len(plan.arrays)} arrays; reads of ", end="")
-        nbytes = sum(array.nbytes for array in plan.arrays.values())
-        print(f"{format_bytes(nbytes)} decoded; {latency:g} ms added to each request")
-        unreadable = XarrayReader(plan).unreadable(source)
-        if unreadable:
-            print(f"no reads with xarray: {unreadable}")
-        sys.stdout.flush()
-        meter = Meter()
-        metered = MeteredStore(source, meter, latency / 1000)
-        run = Run(
-            metered,
-            meter,
-            plan,
-            Caches(args.cache_dir),
-            max_size=args.max_size,
-            xarray=not unreadable,
-        )
-        return run.execute()
+        yield
     finally:
-        close_session(source)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def open_source(url: str, storage_options: dict[str, Any] | None) -> Store:
-    """Return a read-only store on the user's dataset."""
-    from zarr.storage import FsspecStore, LocalStore
-
-    if "://" not in url and "::" not in url:
-        if not Path(url).is_dir():
-            raise UserError(
-                f"--source {url!r} is not a directory: give the path of a zarr group or array, or "
-                "a URL such as s3://bucket/data.zarr"
-            )
-        return LocalStore(url, read_only=True)
-    try:
-        return FsspecStore.from_url(url, storage_options=storage_options, read_only=True)
-    except Exception as error:
-        raise UserError(
-            f"cannot open --source {url!r}: {type(error).__name__}: {error}. Check the URL and "
-            f"--storage-options; for s3:// install with: {_INSTALL}"
-        ) from error
-
-
-def close_session(store: Store) -> None:
-    """Close the connections of a file system that keeps some, so that none is left open at exit."""
-    from zarr.core.sync import sync
-
-    async def close(set_session: Callable[[], Any]) -> None:
-        session = await set_session()
-        await session.close()
-
-    set_session = getattr(getattr(store, "fs", None), "set_session", None)
-    if set_session is not None:
-        # What is left open here is closed by the end of the process; nothing depends on it.
-        with contextlib.suppress(Exception):
-            sync(close(set_session), timeout=2)
-
-
-_TO_END = (3.0, 7.0)
-"""Seconds that the demo may take to end after it was told to, before it is told again."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exception, so that every `finally` runs and the server stops."""
-    if hasattr(signal, "setitimer"):
-        # A library that catches everything while it is imported ignores the exception, and cleaning up
-        # can hang. So it is raised once more; after that this process ends, and its server with it.
-        code = 128 + signum
-
-        def once_more(*_: object) -> None:
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-            signal.setitimer(signal.ITIMER_REAL, _TO_END[1])
-            raise SystemExit(code)
-
-        signal.signal(signal.SIGALRM, once_more)
-        signal.setitimer(signal.ITIMER_REAL, _TO_END[0])
-    raise SystemExit(128 + signum)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.source is None and (args.path or args.storage_options):
-        parser.error("--path and --storage-options belong to --source: name your dataset with it")
-    if args.source is not None and args.quick:
-        parser.error("--quick is for the generated dataset: leave it out, or leave out --source")
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
-    try:
-        run = run_demo if args.source is None else run_source
-        right = run(args)
-        packages = ("zarr-zcache", "zarr", "xarray", "numpy")
-        versions = ", ".join(f"{name} {version(name)}" for name in packages)
-        print(f"Python {platform.python_version()}, {versions}")
-    except UserError as error:
-        print(f"s3_demo: {error}", file=sys.stderr)
+    options = parse_arguments(arguments)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"s3_demo: no {', '.join(missing)}; pip install 'zarr-zcache[demo]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("s3_demo: interrupted; its server is stopped", file=sys.stderr)
-        return 130
+    if options.job is not None:
+        do_job(options.job)
+        return 0
+    from _s3_server import S3Server
+
+    title, objects = load_dataset(quick=options.quick)
+    size = sum(map(len, objects.values())) / 1e6
+    with (
+        tempfile.TemporaryDirectory(prefix="zcache-demo-", dir=options.cache_dir) as folder,
+        stopped_by_signals(folder),
+        S3Server(options.latency_ms) as server,
+    ):
+        print(f"S3 server (moto): process {server.pid}, {server.url}")
+        print(f"dataset: {title}, {len(objects)} objects, {size:.1f} MB; ", end="")
+        print(f"each request waits {options.latency_ms:g} ms\n", flush=True)
+        for setup in SETUPS:
+            server.upload(setup.replace(" ", "-"), objects)
+        try:
+            right = Demo(server, memory_store(objects), folder).run()
+        finally:
+            close_sessions()
+    packages = ("zarr-zcache", "zarr", "xarray", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"Python {platform.python_version()}, {versions}")
     return 0 if right else 1
 
 

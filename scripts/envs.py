@@ -7,14 +7,15 @@
     base    every extra and the wheel, on the interpreter that runs this script
     newest  the same on the newest CPython found; a link to `base` where that is as new
     demo    the extra `demo` alone and the wheel, on the newest CPython: shows that it is complete
+    dev     every extra, maturin and an editable build, on the newest CPython: for daily work
 
-A target that is up to date costs nothing. What makes one stale is content, never a time stamp: a
-fresh clone, a `git switch` or a touched file changes times without changing a byte. An environment
-is made anew when the interpreter, its own place or a requirement in pyproject.toml changes, the
-wheel when a file that goes into it does.
+A target that is up to date costs nothing. Content decides whether a target is stale, not time
+stamps: a fresh clone, a `git switch` or a touched file changes times without changing a byte. An
+environment is made anew when the interpreter, its path or a requirement in pyproject.toml changes;
+the wheel when one of its input files changes; the editable build when its Rust code does.
 
-Needs the standard library only. It starts on any Python 3.8+, so that a machine whose `python3` is
-too old is told so, or is served by a newer one, instead of shown a syntax error.
+Needs the standard library only. It starts on any Python 3.8+: where `python3` is too old, it takes a
+newer one or says what is missing, instead of failing with a syntax error.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ WHEEL_INPUTS = (
     "LICENSE",
 )
 
-EXTRAS = {"base": ("test", "lint", "bench", "demo"), "demo": ("demo",)}
-EXTRAS["newest"] = EXTRAS["base"]
+# What decides the bytes of the extension module of an editable build.
+EDITABLE_INPUTS = tuple(
+    name for name in WHEEL_INPUTS if name not in {"python", "README.md", "LICENSE"}
+)
+
+EXTRAS = {"base": ("test", "lint", "bench", "demo", "examples"), "demo": ("demo",)}
+EXTRAS["newest"] = EXTRAS["dev"] = EXTRAS["base"]
 
 # Printed by a candidate interpreter about itself: its path is the real one behind a pyenv shim or a
 # virtual environment. Debian ships ensurepip apart, and without it no environment can be made.
@@ -136,10 +142,14 @@ def newest(base: Interpreter | None) -> Interpreter | None:
     return best
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, **environ: str) -> None:
     # Not check=True: the tool has printed its own error, and a traceback below would only hide it.
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environ},
+        check=False,
     )
     if done.returncode != 0:
         raise EnvsError(f"exit status {done.returncode} from: {' '.join(map(str, command))}")
@@ -157,10 +167,13 @@ def requirements(role: str) -> list[str]:
     import tomllib
 
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    maturin = list(config["build-system"]["requires"])
     if role == "build":
-        return list(config["build-system"]["requires"])
+        return maturin
     project = config["project"]
     wanted = list(project["dependencies"])
+    if role == "dev":
+        wanted += maturin
     for extra in EXTRAS[role]:
         wanted += project["optional-dependencies"][extra]
     return sorted(set(wanted))
@@ -179,7 +192,7 @@ def environment(role: str, interpreter: Interpreter) -> Path:
     python = home / "bin" / "python"
     wanted = requirements(role)
     key = json.dumps([str(home), interpreter.path, list(interpreter.version), wanted], indent=1)
-    # Written last, so that an environment whose making was interrupted counts as none.
+    # Written last, so that an interrupted installation counts as none.
     stamp = home / "zcache-key.json"
     if not home.is_symlink() and python.exists() and read(stamp) == key:
         return python
@@ -195,10 +208,10 @@ def environment(role: str, interpreter: Interpreter) -> Path:
     return python
 
 
-def digest() -> str:
-    """Hash the names and bytes of all wheel inputs, so that a file that went away counts too."""
+def digest(inputs: tuple[str, ...]) -> str:
+    """Hash the names and bytes of all input files, so that a removed file counts too."""
     total = hashlib.sha256()
-    for name in WHEEL_INPUTS:
+    for name in inputs:
         top = ROOT / name
         files = sorted(top.rglob("*")) if top.is_dir() else [top]
         for path in files:
@@ -209,14 +222,18 @@ def digest() -> str:
     return total.hexdigest()
 
 
+def need_cargo() -> None:
+    if not shutil.which("cargo"):
+        raise EnvsError("no cargo on PATH; zcache needs a Rust toolchain to build")
+
+
 def wheel(base: Interpreter) -> tuple[Path, str]:
     """Build the wheel unless `dist/` has it from the same bytes; return it and their digest."""
-    if not shutil.which("cargo"):
-        raise EnvsError("no cargo on PATH; the wheel needs a Rust toolchain")
+    need_cargo()
     # Before the digest: cargo writes Cargo.lock where there is none, and that file is an input.
     if not (ROOT / "Cargo.lock").exists():
         run("cargo", "generate-lockfile")
-    wanted = digest()
+    wanted = digest(WHEEL_INPUTS)
     stamp = DIST / "wheel-key"
     built = sorted(DIST.glob("zarr_zcache-*.whl"))
     if len(built) != 1 or read(stamp) != wanted:
@@ -265,8 +282,33 @@ def install(role: str, python: Path, base: Interpreter) -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
+def editable(python: Path) -> None:
+    """Build the extension beside the sources, and let `.venvs/dev` import them from there.
+
+    The Cargo profile is `editable`: it builds in a fraction of the time of `release`, and its tests
+    run as fast as those of the wheel.
+    """
+    need_cargo()
+    wanted = digest(EDITABLE_INPUTS)
+    stamp = VENVS / "dev" / "zcache-editable"
+    if read(stamp) == wanted and any((ROOT / "python" / "zcache").glob("_core.*.so")):
+        return
+    say(".venvs/dev: building the extension (profile editable)")
+    run(
+        python.with_name("maturin"),
+        "develop",
+        "--quiet",
+        "--profile",
+        "editable",
+        VIRTUAL_ENV=str(VENVS / "dev"),
+        PIP_QUIET="1",
+    )
+    run(python, "-I", "-c", "import zcache, zcache._core; print('envs:', zcache.__file__)")
+    stamp.write_text(wanted, encoding="utf-8")
+
+
 def main(targets: list[str]) -> None:
-    known = ("build", "wheel", "base", "newest", "demo")
+    known = ("build", "wheel", "base", "newest", "demo", "dev")
     if not targets or not set(targets) <= set(known):
         raise EnvsError(f"usage: envs.py TARGET..., where a target is one of {', '.join(known)}")
     here = probe(sys.executable)
@@ -282,12 +324,14 @@ def main(targets: list[str]) -> None:
 
     top = None
     for target in targets:
-        if target in {"newest", "demo"}:
+        if target in {"newest", "demo", "dev"}:
             top = top or newest(here) or here
         if target == "build":
             environment("build", here)
         elif target == "wheel":
             wheel(here)
+        elif target == "dev":
+            editable(environment("dev", top or here))
         elif target == "newest" and top is not None and top.version[:2] == here.version[:2]:
             install("base", environment("base", here), here)
             link = VENVS / "newest"

@@ -31,6 +31,34 @@ settings.register_profile("laptop", max_examples=20, stateful_step_count=20, **_
 settings.register_profile("ci", max_examples=50, stateful_step_count=20, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "laptop")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        metavar="CASES",
+        help="run at most so many cases of each parametrized test, spread evenly over all of them",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases that `--sample` does not ask for: `make check` has no time for all."""
+    limit = config.getoption("--sample")
+    if limit is None:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    # At `i * n // limit`: the first one, and the others at equal distances.
+    chosen = {
+        id(group[i * len(group) // limit] if len(group) > limit else group[i])
+        for group in cases.values()
+        for i in range(min(limit, len(group)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = [item for item in items if id(item) in chosen]
+
+
 ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_interim.zarr"
 
 
