@@ -17,7 +17,7 @@ from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
 from _measure import Row, percentile, watch
-from _setup import zcache_store
+from _setup import index_of, zcache_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +121,7 @@ def measure(name: str, kind: str, count: int) -> None:
 def _enter_zcache() -> tuple[Any, Callable[[list[str]], object]]:
     from zcache._core import Index
 
-    index = Index(flat=True)
+    index = Index(flat_namespace=True)
     return index, lambda keys: index.adopt([(1, 8, key) for key in keys])
 
 
@@ -158,7 +158,7 @@ async def sweep(scale: Scale) -> list[Row]:
     keys = {n: f"c/{n // 5000}/{n // 100 % 50}/{n % 100}" for n in range(chunks)}
     held = {f"{doomed}/{key}": value for key in keys.values()}
     store = zcache_store(MemoryStore(), MemoryStore(held), adopt=True)
-    index = store._engine.index
+    index = index_of(store)
     # The bytes of the others never matter here, and would take ten times as much memory.
     for array in range(1, arrays):
         for start in range(0, chunks, 10_000):

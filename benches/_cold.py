@@ -8,11 +8,15 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
+from zarr.storage import MemoryStore
+
 from _measure import Row, interleave
 from _setup import (
     PROTOTYPE,
     SlowStore,
+    SlowWrites,
     chunk_keys,
+    drained,
     local_store,
     memory_store,
     temporary_directory,
@@ -108,6 +112,41 @@ async def cold_reads(scale: Scale) -> list[Row]:
     return rows
 
 
+async def slow_cache(scale: Scale) -> list[Row]:
+    """The reader's time of a miss, where each write of the cache store takes 100 ms."""
+    count = scale.of(32, 8)
+    keys = chunk_keys(count * 16)
+    source = SlowStore(memory_store(keys, 4096, distinct=64), 0.02)
+    batches_of: dict[str, Any] = {name: iter(keys) for name in ("bare", "zcache", "zarr")}
+    stores = {
+        "bare": source,
+        "zcache": zcache_store(source, SlowWrites(MemoryStore(), 0.1)),
+        "zarr": zarr_store(source, SlowWrites(MemoryStore(), 0.1)),
+    }
+
+    def contestant(name: str) -> Work:
+        async def work() -> int:
+            for key in itertools.islice(batches_of[name], count):
+                await stores[name].get(key, PROTOTYPE)
+            return count
+
+        return work
+
+    times = await interleave(
+        {name: contestant(name) for name in stores}, scale.of(5, 2), quiet=False
+    )
+    await drained(stores["zcache"])
+    info = stores["zcache"].cache_info()
+    assert info["cached_keys"] == stores["zcache"].cache_stats()["misses"], info
+    return [
+        times.row(
+            "miss, source of 20 ms, one by one, each write of the cache store takes 100 ms",
+            1.1,
+            note="the reader's time; all values are in the cache store at the end",
+        )
+    ]
+
+
 async def fill_rate(scale: Scale) -> list[Row]:
     """The same over a source that answers at once: the most fills a second."""
     rows = []
@@ -116,7 +155,9 @@ async def fill_rate(scale: Scale) -> list[Row]:
             keys = chunk_keys(count if not scale.quick else count // 4)
             source = SlowStore(memory_store(keys, size, distinct=64), 0.0)
             with temporary_directory(scale) as root:
-                times = await _fill(source, keys, root, rounds if not scale.quick else 2, where)
+                times = await _fill(
+                    source, keys, root, rounds if not scale.quick else 2, where, drain=True
+                )
             mine, theirs = (times.median(f"{kind} {where}") for kind in ("zcache", "zarr"))
             rows.append(
                 Row(
@@ -132,7 +173,13 @@ async def fill_rate(scale: Scale) -> list[Row]:
 
 
 async def _fill(
-    source: SlowStore, keys: list[str], root: Path, rounds: int, only: str = ""
+    source: SlowStore,
+    keys: list[str],
+    root: Path,
+    rounds: int,
+    only: str = "",
+    *,
+    drain: bool = False,
 ) -> Times:
     numbers = itertools.count()
     makers: dict[str, Callable[[], Any]] = {
@@ -151,16 +198,18 @@ async def _fill(
 
     async def renew(name: str) -> None:
         if name.startswith("zcache") and name in stores:
+            await drained(stores[name])
             _check(stores[name], len(keys))
         stores[name] = makers[name]()
 
     before = {name: functools.partial(renew, name) for name in makers}
-    contestants = {name: _by_workers(stores, name, keys) for name in makers}
+    contestants = {name: _by_workers(stores, name, keys, drain=drain) for name in makers}
     # The memory that the first round needs is not part of a fill.
     await interleave(contestants, 1, quiet=False, before=before)
     times = await interleave(contestants, rounds, quiet=False, before=before)
     for name, store in stores.items():
         if name.startswith("zcache"):
+            await drained(store)
             _check(store, len(keys))
     return times
 
@@ -188,7 +237,7 @@ class _Files:
         return value
 
 
-def _by_workers(stores: dict[str, Any], name: str, keys: list[str]) -> Work:
+def _by_workers(stores: dict[str, Any], name: str, keys: list[str], *, drain: bool) -> Work:
     async def work() -> int:
         store = stores[name]
         rest = iter(keys)
@@ -198,6 +247,8 @@ def _by_workers(stores: dict[str, Any], name: str, keys: list[str]) -> Work:
                 await store.get(key, PROTOTYPE)
 
         await asyncio.gather(*[worker() for _ in range(_AT_ONCE)])
+        if drain:
+            await drained(store)
         return len(keys)
 
     return work

@@ -26,6 +26,8 @@ from _setup import (
     PROTOTYPE,
     batches,
     chunk_keys,
+    drained,
+    index_of,
     local_store,
     read_all,
     temporary_directory,
@@ -71,16 +73,16 @@ def fill_index(where: Path, values: Sequence[tuple[int, int, str]]) -> None:
     from zcache._core import Index
 
     store = open_store(where)
-    root = store._engine.books.directory.index_root
+    root = str(where / "cache" / ".zcache" / "index")
     del store
     gc.collect()
     shutil.rmtree(root)
     Path(root).mkdir()
-    index, fresh = Index.open(root, seed=1, flat=True)
+    index, fresh = Index.open(root, seed=1, flat_namespace=True)
     assert fresh
     for start in range(0, len(values), _BATCH):
         assert index.adopt(values[start : start + _BATCH])
-    index.complete()
+    index.finish_rebuild()
 
 
 # ---------------------------------------------------------------------------- reopening
@@ -90,6 +92,7 @@ async def reopen(where: Path, count: int) -> Row:
     """From the constructor to the first value, in a fresh process that has imported everything."""
     store = open_store(where)
     await store.set(_FIRST, _buffer(_VALUE))
+    await drained(store)
     del store
     keys = chunk_keys(count - 1)
     fill_index(where, [(_AGO, 4096, key) for key in keys] + [(_AGO, len(_VALUE), _FIRST)])
@@ -129,7 +132,7 @@ def _reopen(where: Path, _: int) -> dict[str, float]:
         assert value is not None
         assert value.to_bytes() == _VALUE
         assert store.cache_stats()["hits"] == 1
-        return {"opened": opened, "imported": imported, "entries": len(store._engine.index)}
+        return {"opened": opened, "imported": imported, "entries": len(index_of(store))}
 
     return asyncio.run(first())
 
@@ -170,7 +173,7 @@ async def rebuild(where: Path, scale: Scale) -> Row:
 
     async def mine() -> int:
         store = open_store(where)
-        index = store._engine.index
+        index = index_of(store)
         # Opening does not wait for a large one.
         while not index.is_complete:  # noqa: ASYNC110 - a thread completes it
             await asyncio.sleep(0.001)
@@ -208,7 +211,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
 
     keys = chunk_keys(scale.of(100_000, 20_000))
     fill_index(where, [(_AGO, 8, key) for key in keys])
-    one, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat=True)
+    one, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat_namespace=True)
     two = _in_memory(keys)
     random.Random(5).shuffle(keys)
     step = 500
@@ -254,7 +257,7 @@ async def shared(where: Path, scale: Scale) -> list[Row]:
 def _in_memory(keys: Sequence[str]) -> Any:
     from zcache._core import Index
 
-    index = Index(flat=True)
+    index = Index(flat_namespace=True)
     for start in range(0, len(keys), _BATCH):
         index.adopt([(_AGO, 8, key) for key in keys[start : start + _BATCH]])
     return index
@@ -275,7 +278,9 @@ def _hammer(kind: str, where: Path, count: int) -> dict[str, float]:
     if kind == "memory":
         index = _in_memory(keys)
     else:
-        index, _ = Index.open(str(where / "cache" / ".zcache" / "index"), seed=1, flat=True)
+        index, _ = Index.open(
+            str(where / "cache" / ".zcache" / "index"), seed=1, flat_namespace=True
+        )
     random.Random(os.getpid()).shuffle(keys)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -289,7 +294,7 @@ def _hammer(kind: str, where: Path, count: int) -> dict[str, float]:
                     index.lookup(key, None, 1.0)
                 except IndexBusyError:
                     waits += 1
-                    index.wait()
+                    index.wait_unlocked()
                 else:
                     break
         done += 200

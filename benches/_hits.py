@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import statistics
@@ -12,6 +13,7 @@ from _measure import Row, interleave, watch
 from _setup import (
     batches,
     chunk_keys,
+    drained,
     local_store,
     memory_store,
     only_hits,
@@ -87,7 +89,11 @@ async def first_hit(scale: Scale) -> list[Row]:
     with temporary_directory(scale) as root:
         keys = chunk_keys(scale.of(2048, 512))
         source = memory_store(keys, 4096)
-        await read_at_once(zcache_store(source, local_store(root / "zcache"), source_id="x"), keys)
+        filled = zcache_store(source, local_store(root / "zcache"), source_id="x")
+        await read_at_once(filled, keys)
+        await drained(filled)
+        del filled
+        gc.collect()
         for key in keys:
             path = root / "bare" / key
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +177,9 @@ async def _disk_hit(scale: Scale, root: Path, size: int, name: str, count: int) 
         "zarr": zarr_store(source, local_store(root / "zarr")),
     }
     for store in stores.values():
-        # The second time is the first hit, which compares checksums.
         await read_at_once(store, keys)
+        await drained(store)
+        # The first hit of each value, which compares checksums.
         await read_at_once(store, keys)
     random.Random(5).shuffle(keys)
     assert stores["zcache"].cache_stats()["hits"] == count
@@ -233,6 +240,7 @@ async def loop_lag(scale: Scale) -> list[Row]:
         worst = {}
         for name, store in stores.items():
             await read_at_once(store, keys)
+            await drained(store)
             await read_at_once(store, keys)
             longest = []
             for _ in range(scale.of(15, 3)):

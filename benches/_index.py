@@ -23,7 +23,7 @@ def filled_index(keys: Sequence[str], size: int = 8, **options: Any) -> Any:
     """An index that holds these keys."""
     from zcache._core import Index
 
-    index = Index(flat=True, **options)
+    index = Index(flat_namespace=True, **options)
     for start in range(0, len(keys), 10_000):
         index.adopt([(1, size, key) for key in keys[start : start + 10_000]])
     assert len(index) == len(keys)
@@ -175,7 +175,7 @@ def _fill(index: Any) -> Callable[[Sequence[str]], None]:
     def work(keys: Sequence[str]) -> None:
         for key in keys:
             ticket = index.join(key, None, None, 1.0, False)
-            index.keep(values, key, None, value, value, ticket, 1.0)
+            index.fill_memory(values, key, None, value, value, ticket, 1.0)
 
     return work
 

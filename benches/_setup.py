@@ -93,6 +93,18 @@ def local_store(path: Path) -> LocalStore:
     return LocalStore(path)
 
 
+async def drained(store: Any) -> None:
+    """Wait until all that was read before is in the cache store; zarr's class has it there already."""
+    drain = getattr(store, "drain", None)
+    if drain is not None:
+        assert await drain()
+
+
+def index_of(store: Any) -> Any:
+    """The index of a `CacheStore`, for lines that measure it alone."""
+    return store._cache.shared.handle.index
+
+
 @contextmanager
 def only_hits(store: Any) -> Iterator[None]:
     """Fail unless zcache serves everything inside from its cache: a fast miss would be no result."""
@@ -125,6 +137,20 @@ def batches(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for number in itertools.count():
         at = number % count * size
         yield keys[at : at + size]
+
+
+class SlowWrites(WrapperStore[MemoryStore]):
+    """A cache store whose every write takes `latency` seconds."""
+
+    _supports_sync_io = False
+
+    def __init__(self, store: MemoryStore, latency: float) -> None:
+        super().__init__(store)
+        self.latency = latency
+
+    async def set(self, *args: Any, **kwargs: Any) -> None:
+        await asyncio.sleep(self.latency)
+        await self._store.set(*args, **kwargs)
 
 
 class SlowStore(WrapperStore[MemoryStore]):

@@ -49,7 +49,7 @@ def contestants() -> dict[str, Callable[[int], None]]:
         return lambda count: loop.run_until_complete(hits(store, count))
 
     found = {name: by_get(store) for name, store in stores.items()}
-    lookup = mine._engine.index.lookup
+    lookup = mine._cache.shared.handle.index.lookup
 
     def lookups(count: int) -> None:
         for n in range(count):

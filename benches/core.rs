@@ -12,16 +12,16 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use zcache::block::Heap;
-use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
-use zcache::key::Span;
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::key::ByteRange;
 
 type Index = Cache<Heap, ()>;
 
 const SIZE: u64 = 8;
 const NOW: u64 = 1;
 
-/// Criterion measures if and only if cargo passes `--bench` and nobody passes `--test`.
+/// Criterion measures if and only if `--bench` is passed, as cargo does, and `--test` is not.
 fn scale(full: usize, test: usize) -> usize {
     let has = |what: &str| std::env::args().any(|argument| argument == what);
     if has("--bench") && !has("--test") {
@@ -57,8 +57,8 @@ fn empty(max_size: u64) -> Index {
     let limits = Limits {
         max_size,
         max_age: None,
-        lenient: false,
-        flat: true,
+        slices_like_python: false,
+        flat_namespace: true,
         verify: Verify::Never,
     };
     Cache::new(Heap::default(), limits, 1).unwrap()
@@ -76,23 +76,27 @@ fn cells(victims: &[Victim]) -> Vec<u32> {
     victims.iter().map(|victim| victim.cell).collect()
 }
 
-/// A whole fill: join, make room, finish.
+/// A whole fill: join, reserve, commit.
 fn fill(index: &mut Index, key: &str) {
-    let Joined::Lead(ticket) = index.join(key, Span::Full, (), NOW, false).unwrap() else {
+    let Joined::Lead(ticket) = index.join(key, ByteRange::Full, (), NOW, false).unwrap() else {
         panic!("{key} is there already");
     };
-    let mut room = index.reserve(key, Span::Full, SIZE, ticket, NOW).unwrap();
+    let mut answer = index
+        .reserve(key, ByteRange::Full, SIZE, ticket, NOW)
+        .unwrap();
     loop {
-        match room {
-            Room::Granted(id) => {
-                let done = index.finish(id, Some(1), NOW).unwrap().unwrap();
+        match answer {
+            Reserve::Granted(id) => {
+                let done = index.commit(id, Some(1), NOW).unwrap().unwrap();
                 assert!(done.victims.is_empty());
                 break;
             }
-            Room::Evict(id, victims) => {
-                room = index.settle(id, &cells(&victims), &[], NOW).unwrap();
+            Reserve::NeedsEviction(id, victims) => {
+                answer = index
+                    .evictions_done(id, &cells(&victims), &[], NOW)
+                    .unwrap();
             }
-            Room::Refused(why) => panic!("{key} was refused: {why:?}"),
+            Reserve::Rejected(reason) => panic!("{key} was rejected: {reason:?}"),
         }
     }
 }
@@ -104,7 +108,9 @@ fn lookup(c: &mut Criterion) {
     let mut turn = keys.iter().rev().cycle();
     c.bench_function("lookup, hit", |b| {
         b.iter(|| {
-            let found = index.lookup(turn.next().unwrap(), Span::Full, NOW).unwrap();
+            let found = index
+                .lookup(turn.next().unwrap(), ByteRange::Full, NOW)
+                .unwrap();
             assert!(black_box(found).is_some());
         });
     });
@@ -116,7 +122,9 @@ fn lookup(c: &mut Criterion) {
     let mut turn = others.iter().cycle();
     c.bench_function("lookup, miss", |b| {
         b.iter(|| {
-            let found = index.lookup(turn.next().unwrap(), Span::Full, NOW).unwrap();
+            let found = index
+                .lookup(turn.next().unwrap(), ByteRange::Full, NOW)
+                .unwrap();
             assert!(black_box(found).is_none());
         });
     });
@@ -145,7 +153,7 @@ fn evict(c: &mut Criterion) {
     let count = scale(1_000_000, 1000);
     let (first, second) = (keys(0, count), keys(1, count));
     let mut index = filled(&first, count as u64 * SIZE);
-    // The one that was away longest comes next, so each fill evicts exactly one.
+    // The key that was evicted first comes next, so each fill evicts exactly one.
     let mut turn = second.iter().chain(&first).cycle();
     c.bench_function("fill and evict one", |b| {
         b.iter(|| fill(&mut index, turn.next().unwrap()));
@@ -154,10 +162,10 @@ fn evict(c: &mut Criterion) {
     index.validate().unwrap();
 }
 
-fn sweep(c: &mut Criterion) {
+fn drain_prefix(c: &mut Criterion) {
     let count = scale(100_000, 1000);
     let (doomed, others) = (keys(0, count), keys(1, 4 * count));
-    let mut group = c.benchmark_group("sweep");
+    let mut group = c.benchmark_group("drain_prefix");
     group
         .throughput(Throughput::Elements(count as u64))
         .sample_size(10);
@@ -170,13 +178,13 @@ fn sweep(c: &mut Criterion) {
                     index.adopt(key, SIZE, NOW).unwrap();
                 }
                 let start = std::time::Instant::now();
-                index.void_prefix("era5/array0");
+                index.invalidate_prefix("era5/array0");
                 loop {
-                    let victims = index.sweep("era5/array0").unwrap();
+                    let victims = index.drain_prefix("era5/array0").unwrap();
                     if victims.is_empty() {
                         break;
                     }
-                    index.settled(&cells(&victims), &[]).unwrap();
+                    index.deletes_done(&cells(&victims), &[]).unwrap();
                 }
                 total += start.elapsed();
                 assert_eq!(index.len(), others.len() as u64);
@@ -191,16 +199,16 @@ fn ranges(c: &mut Criterion) {
     let mut group = c.benchmark_group("ranges of one key");
     for count in [1000, scale(100_000, 2000)] {
         let mut index = empty(u64::MAX);
-        let spans: Vec<_> = (0..count as u64)
-            .map(|n| Span::Range {
+        let ranges: Vec<_> = (0..count as u64)
+            .map(|n| ByteRange::Range {
                 start: n * SIZE,
                 end: (n + 1) * SIZE,
             })
             .collect();
-        for span in &spans {
-            index.adopt(&span.cache_key("shard"), SIZE, NOW).unwrap();
+        for range in &ranges {
+            index.adopt(&range.cache_key("shard"), SIZE, NOW).unwrap();
         }
-        let mut turn = spans.iter().rev().cycle();
+        let mut turn = ranges.iter().rev().cycle();
         group.bench_function(format!("lookup, {count}"), |b| {
             b.iter(|| {
                 let found = index.lookup("shard", *turn.next().unwrap(), NOW).unwrap();
@@ -211,5 +219,5 @@ fn ranges(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, lookup, insert, evict, sweep, ranges);
+criterion_group!(benches, lookup, insert, evict, drain_prefix, ranges);
 criterion_main!(benches);

@@ -37,6 +37,7 @@ GROUPS = {
     "sharded": ("_arrays", "sharded"),
     "one_flight": ("_cold", "one_flight"),
     "cold": ("_cold", "cold_reads"),
+    "slow_cache": ("_cold", "slow_cache"),
     "fills": ("_cold", "fill_rate"),
     "ranges": ("_ranges", "growth"),
     "bookkeeping": ("_index", "bookkeeping"),

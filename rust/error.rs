@@ -2,27 +2,27 @@
 
 use std::fmt;
 
-/// Why an operation on the index could not be carried out.
+/// Why an operation on the index failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// The cells contradict each other. The index must be thrown away and rebuilt; an index is
+pub enum Error {
+    /// The cells contradict each other. The index must be discarded and rebuilt: an index is
     /// disposable, a wrong answer is not. The text names the check that failed.
     Corrupt(&'static str),
-    /// The block cannot grow: the address space of cell numbers, or the memory behind the block,
-    /// is used up. The index is unchanged; the caller leaves the value uncached.
+    /// The storage cannot grow: cell numbers or memory are used up. The index is unchanged; the
+    /// caller leaves the value uncached.
     Full,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Corrupt(what) => write!(f, "the index contradicts itself: {what}"),
-            Fault::Full => write!(f, "the index cannot grow any further"),
+            Error::Corrupt(what) => write!(f, "corrupt index: {what}"),
+            Error::Full => write!(f, "the index cannot grow any further"),
         }
     }
 }
 
-impl std::error::Error for Fault {}
+impl std::error::Error for Error {}
 
 /// Result of everything that reads or writes cells.
-pub type Res<T> = Result<T, Fault>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,24 +1,52 @@
-//! The core of zcache: an exact LRU index with sizes, ages, byte ranges and prefixes, and the fill
-//! and write protocol on top of it.
+//! The core of zcache: an index of cached values with sizes, ages, byte ranges and prefixes, and the
+//! fill and write protocol on top of it. It decides and counts; it never touches a value, except in
+//! [`disk`], which writes and deletes the files of a cache directory.
+//!
+//! # Policy
+//!
+//! When bytes are needed, failed deletes go first, then stale entries, then the choice of an
+//! [eviction policy](policy::Eviction). The default, [`Lru`](policy::Lru), is exact: reads and
+//! fills both refresh an entry. The policy is a type parameter of [`cache::Cache`], so a hit
+//! dispatches nothing.
+//!
+//! Bytes are [reserved](cache::Cache::reserve) before they are written, and count until their
+//! delete has succeeded, so the cache store never holds more than its bound.
+//!
+//! # Threading
+//!
+//! A [`cache::Cache`] is single-threaded data, and every operation is one step. Its owner puts it
+//! behind one lock ([`shared::Locked`]), takes the lock once per step, and never holds it over I/O,
+//! an await or a call into Python. Between processes, [`shared::SharedIndex`] does the same with a
+//! lock that the kernel releases when its holder dies.
+//!
+//! # Memory
 //!
 //! ```text
-//! key, coding ──▶ cell ──▶ block ──▶ cells ──▶ table, texts ──▶ names, walks ──▶ entries ──▶ cache ──▶ python
-//!                                                                                flights ──▶
+//! bytes = 56 × (entries + directories + keys with ranges)   cells
+//!       + 4.6 to 9.2 × the same number                      hash table
+//!       + labels of more than 8 bytes, in words of 4        strings
 //! ```
 //!
-//! **Policy.** Least recently used, exactly; reads and writes both refresh. Who must go: bytes of
-//! no use first (deletes that failed), then what is stale, then the least recently used.
+//! Chunk coordinates take half a byte a character, so those of up to 16 characters need no string.
+//! Directories are stored once for all keys below them. Ten million chunk keys take 63 bytes each,
+//! their text included.
 //!
-//! **Threads.** The core is single-threaded data. Its one owner puts it behind one lock, takes
-//! the lock once per step, and never holds it over I/O, an await or a call into Python.
+//! # Which type to use
 //!
-//! **Memory.** 56 bytes a cell and 4.6 to 9.2 bytes of table for each entry whose tail fits into 8
-//! bytes (16 characters of chunk coordinates or of a hash in hexadecimal digits); a longer tail
-//! takes as many bytes more as it is coded in, in words of 4. Directories and keys with ranges are
-//! one cell each, shared by everything below them.
+//! - [`cache::Cache`] over [`arena::Heap`] for a cache store of one process; it is lost at exit.
+//! - [`shared::SharedIndex`] for a directory on a local file system, shared by processes and kept
+//!   over restarts. Not on network file systems: their locks and mappings are not coherent.
+//! - [`disk::queue::Fills`] to write values into such a directory from threads of their own.
 //!
-//! Plain `cargo test` runs all of this without Python; `python` is one thin file behind the feature
-//! of the same name.
+//! # Modules
+//!
+//! Each depends only on those to its right:
+//!
+//! ```text
+//! python → disk → shared → cache → policy → arena → key → error
+//! ```
+//!
+//! `cargo test` runs all of this without Python; the bindings are behind the feature `python`.
 
 #![cfg_attr(
     test,
@@ -30,31 +58,18 @@
     )
 )]
 
-pub mod block;
+#[cfg(not(unix))]
+compile_error!(
+    "zcache needs a Unix-like system: its index relies on flock, mmap and fork semantics"
+);
+
+pub mod arena;
 pub mod cache;
-pub mod cell;
-pub mod cells;
-pub mod coding;
-#[cfg(unix)]
-pub mod directory;
-mod entries;
+pub mod disk;
 pub mod error;
-mod few;
-#[cfg(unix)]
-pub mod files;
-pub mod flights;
 pub mod key;
-#[cfg(unix)]
-pub mod mapped;
-mod memo;
-mod names;
-#[cfg(unix)]
-pub mod offload;
-mod seen;
-mod table;
-mod texts;
-mod validate;
-mod walks;
+pub mod policy;
+pub mod shared;
 
 #[cfg(feature = "python")]
 mod python;

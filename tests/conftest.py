@@ -11,8 +11,7 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 
-from support import Clock
-from zcache._books import Books
+from zcache.testing import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,17 +62,9 @@ ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_int
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock that ages are counted by, in the hands of the test."""
-    clock = Clock()
-    init = Books.__init__
-
-    def init_with_clock(books: Books, *args: Any, **options: Any) -> None:
-        init(books, *args, **options)
-        books.now = clock
-
-    monkeypatch.setattr(Books, "__init__", init_with_clock)
-    return clock
+def clock() -> FakeClock:
+    """A clock for ``CacheStore(..., clock=clock)``."""
+    return FakeClock()
 
 
 @pytest.fixture(scope="session")

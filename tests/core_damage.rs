@@ -1,5 +1,5 @@
-//! A damaged index: words of the block change under the hands of an operation, as they may in a
-//! file that others map. Every operation then ends, with an error or with an answer, but never in
+//! A damaged index: words of the storage change during an operation, as they may in a file that
+//! other processes map. Every operation then ends, with an error or with an answer, but never in
 //! a panic, in a loop, or with the name of bytes that were never zcache's to delete.
 
 #![allow(
@@ -10,9 +10,9 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/blocks.rs"]
+#[path = "core/faulty_storage.rs"]
 #[allow(dead_code, reason = "shared with tests of growth")]
-mod blocks;
+mod faulty_storage;
 #[path = "core/keys.rs"]
 #[allow(dead_code, reason = "shared with tests that draw more")]
 mod keys;
@@ -20,13 +20,13 @@ mod keys;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use blocks::{Damage, Part, Plan, Vectors};
+use faulty_storage::{Damage, Part, Plan, Vectors};
 use proptest::prelude::*;
-use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim};
-use zcache::error::{Fault, Res};
-use zcache::key::Span;
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::error::{Error, Result};
+use zcache::key::ByteRange;
 
-/// Looks into the block that one operation needs at most: some walk the table once per cell.
+/// Accesses to the storage that one operation needs at most: some visit the table once per cell.
 const PATIENCE: u64 = 3_000_000;
 
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +74,7 @@ struct Run {
     cache: Cache<Vectors, ()>,
     plan: Rc<Plan>,
     keys: Vec<String>,
-    spans: Vec<Span>,
+    ranges: Vec<ByteRange>,
     /// All that may ever be deleted.
     ours: BTreeSet<String>,
     rooms: Vec<(u64, Vec<u32>)>,
@@ -87,17 +87,17 @@ struct Run {
 }
 
 impl Run {
-    fn new(limits: Limits, keys: Vec<String>, spans: Vec<Span>) -> Self {
+    fn new(limits: Limits, keys: Vec<String>, ranges: Vec<ByteRange>) -> Self {
         let plan = Rc::new(Plan::default());
         let names = keys
             .iter()
-            .flat_map(|key| spans.iter().map(move |span| span.cache_key(key)));
+            .flat_map(|key| ranges.iter().map(move |range| range.cache_key(key)));
         Run {
             cache: Cache::new(Vectors::new(&plan), limits, 5).unwrap(),
             ours: names.collect(),
             plan,
             keys,
-            spans,
+            ranges,
             rooms: Vec::new(),
             victims: Vec::new(),
             handles: Vec::new(),
@@ -116,19 +116,19 @@ impl Run {
         }
     }
 
-    fn call(&mut self, call: Call, pick: usize) -> Res<()> {
+    fn call(&mut self, call: Call, pick: usize) -> Result<()> {
         self.plan.patience.set(PATIENCE);
         self.now += pick as u64 % 3;
         let key = self.keys[pick % self.keys.len()].clone();
-        let span = self.spans[pick / 7 % self.spans.len()];
+        let range = self.ranges[pick / 7 % self.ranges.len()];
         let now = self.now;
         match call {
             Call::Lookup => {
-                let found = self.cache.lookup(&key, span, now)?;
+                let found = self.cache.lookup(&key, range, now)?;
                 self.handles.extend(found.map(|found| found.handle));
             }
             Call::Peek => {
-                self.cache.peek(&key, span, now)?;
+                self.cache.peek(&key, range, now)?;
             }
             Call::Discard => {
                 if let Some(handle) = self.handles.pop() {
@@ -137,26 +137,26 @@ impl Run {
                 }
             }
             Call::Fill | Call::Reserve => {
-                let Joined::Lead(ticket) = self.cache.join(&key, span, (), now, false)? else {
+                let Joined::Lead(ticket) = self.cache.join(&key, range, (), now, false)? else {
                     return Ok(());
                 };
                 let size = pick as u64 / 3 % 50;
-                let room = self.cache.reserve(&key, span, size, ticket, now)?;
+                let answer = self.cache.reserve(&key, range, size, ticket, now)?;
                 let waiting = self.rooms.len();
-                self.room(room);
+                self.follow(answer);
                 if matches!(call, Call::Fill) {
                     while self.rooms.len() > waiting && !self.rooms[waiting].1.is_empty() {
-                        self.settle(waiting, u64::MAX)?;
+                        self.evictions_done(waiting, u64::MAX)?;
                     }
                     if self.rooms.len() > waiting {
                         self.commit(waiting)?;
                     }
-                    self.cache.land(&key, ticket);
+                    self.cache.complete_flight(&key, ticket);
                 }
             }
             Call::Settle => {
                 if !self.rooms.is_empty() {
-                    self.settle(pick % self.rooms.len(), pick as u64)?;
+                    self.evictions_done(pick % self.rooms.len(), pick as u64)?;
                 }
             }
             Call::Commit => {
@@ -177,20 +177,20 @@ impl Run {
                 self.note(victims);
             }
             Call::EndWrite => {
-                let (victims, _) = self.cache.end_write(&key, true)?;
+                let (victims, _) = self.cache.end_write(&key, true, None)?;
                 self.note(victims);
             }
             Call::Forget => {
-                let victims = self.cache.forget(&key)?;
+                let victims = self.cache.drop_missing(&key)?;
                 self.note(victims);
             }
             Call::DropPrefix => {
                 let cut = key.char_indices().map(|(at, _)| at).nth(pick % 9);
                 let prefix = &key[..cut.unwrap_or(key.len())];
-                self.cache.void_prefix(prefix);
-                // Without an error each sweep gets somewhere.
+                self.cache.invalidate_prefix(prefix);
+                // Without an error each step drains something.
                 loop {
-                    let victims = self.cache.sweep(prefix)?;
+                    let victims = self.cache.drain_prefix(prefix)?;
                     if victims.is_empty() {
                         break;
                     }
@@ -198,14 +198,14 @@ impl Run {
                 }
             }
             Call::Orphans => {
-                let victims = self.cache.orphans(usize::MAX)?;
+                let victims = self.cache.retry_failed(usize::MAX)?;
                 self.note(victims);
             }
             Call::Settled => {
                 let count = self.victims.len().min(pick % 5);
                 let cells: Vec<u32> = self.victims.drain(..count).collect();
                 let (dropped, failed) = cells.split_at(count / 2 + pick % 2 * (count % 2));
-                self.cache.settled(dropped, failed)?;
+                self.cache.deletes_done(dropped, failed)?;
             }
             Call::Fork => {
                 self.rooms.clear();
@@ -226,27 +226,27 @@ impl Run {
         Ok(())
     }
 
-    fn room(&mut self, room: Room) {
-        match room {
-            Room::Granted(id) => self.rooms.push((id, Vec::new())),
-            Room::Evict(id, victims) => {
+    fn follow(&mut self, answer: Reserve) {
+        match answer {
+            Reserve::Granted(id) => self.rooms.push((id, Vec::new())),
+            Reserve::NeedsEviction(id, victims) => {
                 let from = self.victims.len();
                 self.note(victims);
                 let cells = self.victims.split_off(from);
                 self.rooms.push((id, cells));
             }
-            Room::Refused(_) => {}
+            Reserve::Rejected(_) => {}
         }
     }
 
-    fn settle(&mut self, at: usize, bits: u64) -> Res<()> {
+    fn evictions_done(&mut self, at: usize, bits: u64) -> Result<()> {
         let (id, cells) = self.rooms.remove(at);
         let (dropped, failed): (Vec<_>, Vec<_>) = cells
             .iter()
             .partition(|cell| bits >> (**cell % 16) & 1 == 1);
-        let room = self.cache.settle(id, &dropped, &failed, self.now)?;
-        self.room(room);
-        // It goes on in the place that it had.
+        let answer = self.cache.evictions_done(id, &dropped, &failed, self.now)?;
+        self.follow(answer);
+        // It keeps its position in the list.
         let last = self.rooms.len();
         if last > at {
             self.rooms[at..last].rotate_right(1);
@@ -254,10 +254,10 @@ impl Run {
         Ok(())
     }
 
-    fn commit(&mut self, at: usize) -> Res<()> {
+    fn commit(&mut self, at: usize) -> Result<()> {
         let (id, waiting) = self.rooms.swap_remove(at);
         self.victims.extend(waiting);
-        let victims = match self.cache.finish(id, Some(0), self.now)? {
+        let victims = match self.cache.commit(id, Some(0), self.now)? {
             Some(done) => done.victims,
             None => self.cache.abort(id)?,
         };
@@ -272,7 +272,7 @@ fn damage() -> impl Strategy<Value = Vec<(Part, usize, Damage)>> {
         8 => Just(Part::Cells),
         2 => Just(Part::Slots),
         1 => Just(Part::Directory),
-        4 => Just(Part::Texts),
+        4 => Just(Part::Strings),
     ];
     let how = prop_oneof![
         3 => (0u8..32).prop_map(Damage::Flip),
@@ -299,18 +299,18 @@ proptest! {
     fn ends_without_harm(
         max_size in prop_oneof![4 => 20u64..400, 1 => Just(u64::MAX)],
         max_age in prop::option::of(1u64..50),
-        flat in any::<bool>(),
+        flat_namespace in any::<bool>(),
         mut keys in prop::collection::vec(keys::key(), 2..12),
         names in prop::collection::vec(keys::name(300), 0..6),
-        spans in prop::collection::vec(keys::span(), 2..5),
+        ranges in prop::collection::vec(keys::range(), 2..5),
         healthy in calls(60),
         fuse in 1u32..60,
         damage in damage(),
         damaged in calls(60),
     ) {
-        let limits = Limits { max_size, max_age, lenient: false, flat, verify: Verify::Never };
+        let limits = Limits { max_size, max_age, slices_like_python: false, flat_namespace, verify: Verify::Never };
         keys.extend(names);
-        let mut run = Run::new(limits, keys, spans);
+        let mut run = Run::new(limits, keys, ranges);
         for (call, pick) in healthy {
             run.call(call, pick).unwrap();
         }
@@ -320,8 +320,8 @@ proptest! {
         run.plan.fuse.set(fuse);
         for (call, pick) in damaged {
             match run.call(call, pick) {
-                // Whoever gets it throws the index away; here the torture goes on.
-                Ok(()) | Err(Fault::Corrupt(_) | Fault::Full) => {}
+                // A caller would discard the index; the test goes on.
+                Ok(()) | Err(Error::Corrupt(_) | Error::Full) => {}
             }
         }
     }

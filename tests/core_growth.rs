@@ -1,5 +1,5 @@
 //! Growth: many keys, so that segments split and the directory doubles; removal and return of
-//! half of them; and memory that gives out at any point of it.
+//! half of them; and memory that runs out at any point.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,22 +9,22 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/blocks.rs"]
+#[path = "core/faulty_storage.rs"]
 #[allow(dead_code, reason = "shared with tests that do damage")]
-mod blocks;
+mod faulty_storage;
 
 use std::rc::Rc;
 
-use blocks::{Plan, Refuse, Vectors};
-use zcache::block::{Block, Heap};
-use zcache::cache::{Cache, Joined, Limits, Refusal, Room, Verify};
-use zcache::key::Span;
+use faulty_storage::{Plan, Refuse, Vectors};
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve, Verify};
+use zcache::key::ByteRange;
 
 const UNBOUNDED: Limits = Limits {
     max_size: u64::MAX,
     max_age: None,
-    lenient: false,
-    flat: true,
+    slices_like_python: false,
+    flat_namespace: true,
     verify: Verify::Never,
 };
 
@@ -46,28 +46,33 @@ impl Random {
     }
 }
 
-/// Why a fill was refused, if it was.
-fn fill<B: Block>(cache: &mut Cache<B, ()>, key: &str, span: Span, size: u64) -> Option<Refusal> {
-    let Joined::Lead(ticket) = cache.join(key, span, (), 1, false).unwrap() else {
+/// Why a fill was rejected, if it was.
+fn fill<S: Peers>(
+    cache: &mut Cache<S, ()>,
+    key: &str,
+    range: ByteRange,
+    size: u64,
+) -> Option<RejectReason> {
+    let Joined::Lead(ticket) = cache.join(key, range, (), 1, false).unwrap() else {
         panic!("{key} is there already")
     };
-    let refused = match cache.reserve(key, span, size, ticket, 1).unwrap() {
-        Room::Granted(id) => {
-            let done = cache.finish(id, Some(0), 1).unwrap().unwrap();
+    let refused = match cache.reserve(key, range, size, ticket, 1).unwrap() {
+        Reserve::Granted(id) => {
+            let done = cache.commit(id, Some(0), 1).unwrap().unwrap();
             assert!(done.victims.is_empty());
             None
         }
-        Room::Refused(refusal) => Some(refusal),
-        Room::Evict(..) => panic!("there is room for everything"),
+        Reserve::Rejected(reason) => Some(reason),
+        Reserve::NeedsEviction(..) => panic!("nothing needs evicting"),
     };
-    cache.land(key, ticket);
+    cache.complete_flight(key, ticket);
     refused
 }
 
-fn remove<B: Block>(cache: &mut Cache<B, ()>, key: &str) {
-    let victims = cache.forget(key).unwrap();
+fn remove<S: Peers>(cache: &mut Cache<S, ()>, key: &str) {
+    let victims = cache.drop_missing(key).unwrap();
     let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-    cache.settled(&cells, &[]).unwrap();
+    cache.deletes_done(&cells, &[]).unwrap();
 }
 
 fn chunk(n: u64) -> String {
@@ -76,14 +81,14 @@ fn chunk(n: u64) -> String {
 }
 
 #[test]
-fn many_keys_come_and_go() {
+fn index_many_keys_come_and_go_reuses_memory() {
     const KEYS: u64 = 120_000;
     let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), UNBOUNDED, 42).unwrap();
     let mut random = Random(88_172_645_463_325_252);
     let mut keys: Vec<u64> = (0..KEYS).collect();
     random.shuffle(&mut keys);
     for &n in &keys {
-        assert_eq!(fill(&mut cache, &chunk(n), Span::Full, n), None);
+        assert_eq!(fill(&mut cache, &chunk(n), ByteRange::Full, n), None);
     }
     assert_eq!(cache.len(), KEYS);
     assert_eq!(cache.current_size(), KEYS * (KEYS - 1) / 2);
@@ -98,7 +103,7 @@ fn many_keys_come_and_go() {
     }
     cache.validate().unwrap();
     let there = |cache: &Cache<Heap, ()>, n: u64| {
-        let found = cache.peek(&chunk(n), Span::Full, 1).unwrap();
+        let found = cache.peek(&chunk(n), ByteRange::Full, 1).unwrap();
         found.map(|found| found.size)
     };
     assert!(gone.iter().all(|n| there(&cache, *n).is_none()));
@@ -106,7 +111,7 @@ fn many_keys_come_and_go() {
 
     let memory = cache.memory();
     for &n in gone {
-        assert_eq!(fill(&mut cache, &chunk(n), Span::Full, n), None);
+        assert_eq!(fill(&mut cache, &chunk(n), ByteRange::Full, n), None);
     }
     assert_eq!(
         cache.memory(),
@@ -115,28 +120,28 @@ fn many_keys_come_and_go() {
     );
     assert!(keys.iter().all(|n| there(&cache, *n) == Some(*n)));
 
-    let mut swept = 0;
+    let mut drained = 0;
     loop {
-        let victims = cache.sweep("era5").unwrap();
+        let victims = cache.drain_prefix("era5").unwrap();
         if victims.is_empty() {
             break;
         }
-        swept += victims.len() as u64;
+        drained += victims.len() as u64;
         let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-        cache.settled(&cells, &[]).unwrap();
+        cache.deletes_done(&cells, &[]).unwrap();
     }
-    assert_eq!((swept, cache.len()), (KEYS / 3 * 2, KEYS / 3));
+    assert_eq!((drained, cache.len()), (KEYS / 3 * 2, KEYS / 3));
     cache.validate().unwrap();
 }
 
-/// Whatever cannot grow, whenever: the value stays uncached, the books stay right, and once there
-/// is memory again everything goes on.
+/// Whatever cannot grow, at any point: the value stays uncached, the counters stay right, and with
+/// memory again fills succeed.
 #[test]
-fn memory_gives_out() {
+fn fill_growth_refused_leaves_value_uncached() {
     let plan = Rc::new(Plan::default());
     let mut cache = Cache::new(Vectors::new(&plan), UNBOUNDED, 3).unwrap();
     let mut random = Random(1);
-    let mut refused = 0;
+    let mut rejected = 0;
     let mut held = 0;
     for n in 0..14_000u64 {
         if n % 50 == 0 {
@@ -145,22 +150,28 @@ fn memory_gives_out() {
                 cells: bits & 1 == 0,
                 slots: bits & 2 == 0,
                 directory: bits & 4 == 0,
-                texts: bits & 8 == 0,
+                strings: bits & 8 == 0,
             });
         }
-        let (key, span) = match n % 5 {
-            0 => (format!("dir{n}/a/b/zarr.json"), Span::Full),
-            1 => (format!("long{}{n}/c/{n}", "x".repeat(90)), Span::Offset(n)),
-            2 => (format!("{n}"), Span::Suffix(u64::MAX - n)),
-            3 => (format!("~{n}{}", "x".repeat(n as usize % 700)), Span::Full),
-            _ => (chunk(n), Span::Full),
+        let (key, range) = match n % 5 {
+            0 => (format!("dir{n}/a/b/zarr.json"), ByteRange::Full),
+            1 => (
+                format!("long{}{n}/c/{n}", "x".repeat(90)),
+                ByteRange::Offset(n),
+            ),
+            2 => (format!("{n}"), ByteRange::Suffix(u64::MAX - n)),
+            3 => (
+                format!("~{n}{}", "x".repeat(n as usize % 100)),
+                ByteRange::Full,
+            ),
+            _ => (chunk(n), ByteRange::Full),
         };
-        match fill(&mut cache, &key, span, n) {
+        match fill(&mut cache, &key, range, n) {
             None => held += 1,
-            Some(Refusal::Full) => {
-                refused += 1;
+            Some(RejectReason::IndexFull) => {
+                rejected += 1;
                 assert_eq!(cache.in_flight(), (0, 0));
-                if refused % 200 == 1 {
+                if rejected % 200 == 1 {
                     cache.validate().unwrap();
                 }
             }
@@ -169,28 +180,28 @@ fn memory_gives_out() {
         assert_eq!(cache.len(), held);
     }
     cache.validate().unwrap();
-    assert!(refused > 500, "{refused} refusals show little");
+    assert!(rejected > 500, "{rejected} rejections show little");
 }
 
 /// Each directory that is missing costs its own look-up, so a key of slashes takes no longer than
 /// its length says.
 #[test]
-fn a_key_of_slashes() {
+fn insert_deep_key_takes_linear_time() {
     let limits = Limits {
-        flat: false,
+        flat_namespace: false,
         ..UNBOUNDED
     };
     let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
     let deep = "/".repeat(1000);
-    let coordinates = "a/c".to_owned() + &"/1".repeat(2000);
+    let coordinates = "a".to_owned() + &"/1".repeat(2000);
     for key in [&deep, &coordinates] {
-        for span in [Span::Suffix(u64::MAX), Span::Full] {
-            assert_eq!(fill(&mut cache, key, span, 1), None);
+        for range in [ByteRange::Suffix(u64::MAX), ByteRange::Full] {
+            assert_eq!(fill(&mut cache, key, range, 1), None);
         }
     }
     cache.validate().unwrap();
     for key in [&deep, &coordinates] {
-        assert!(cache.peek(key, Span::Full, 1).unwrap().is_some());
+        assert!(cache.peek(key, ByteRange::Full, 1).unwrap().is_some());
         remove(&mut cache, key);
     }
     cache.validate().unwrap();

@@ -1,5 +1,5 @@
-//! The index against a reference that is too simple to be wrong: any operations in any order, and
-//! after each of them every book, the recency order, every answer and every victim compared.
+//! The index against a reference model: any operations in any order, and after each of them every
+//! counter, the recency order, every answer and every victim compared.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,12 +17,12 @@ mod reference;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use reference::{Model, Name, Sighting};
-use zcache::block::Heap;
-use zcache::cache::{Cache, Finished, Joined, Limits, Room, Verify, Victim};
-use zcache::flights::Closed;
-use zcache::key::Span;
+use zcache::arena::Heap;
+use zcache::cache::ClosedFlight;
+use zcache::cache::{Cache, Committed, Joined, Limits, Reserve, Verify, Victim};
+use zcache::key::ByteRange;
 
-/// One step. Keys, spans and what is under way are picked by index from what there is.
+/// One step. Keys, ranges and what is in progress are picked by index.
 #[derive(Clone, Debug)]
 enum Step {
     Lookup(Index, Index),
@@ -30,11 +30,11 @@ enum Step {
     Fill(Index, Index, u64),
     Join(Index, Index, bool),
     Land(Index),
-    /// Reserve under a ticket, for the span of its flight or for another one.
+    /// Reserve under a ticket, for the range of its flight or for another one.
     Reserve(Index, Option<Index>, u64),
-    /// Report the victims of a reservation: bit by bit dropped or failed.
+    /// Report the victims of a reservation: bit by bit deleted or failed.
     Settle(Index, u64),
-    Commit(Index),
+    Commit(Index, u64),
     Abort(Index),
     BeginWrite(Index),
     EndWrite(Index, bool),
@@ -66,7 +66,7 @@ fn steps() -> impl Strategy<Value = Step> {
         4 => i().prop_map(Land),
         18 => (i(), prop::option::weighted(0.2, i()), size()).prop_map(|(t, s, n)| Reserve(t, s, n)),
         12 => (i(), bits()).prop_map(|(r, b)| Settle(r, b)),
-        18 => i().prop_map(Commit),
+        18 => (i(), age()).prop_map(|(r, age)| Commit(r, age)),
         3 => i().prop_map(Abort),
         3 => i().prop_map(BeginWrite),
         4 => (i(), prop::bool::weighted(0.8)).prop_map(|(k, ok)| EndWrite(k, ok)),
@@ -82,6 +82,11 @@ fn steps() -> impl Strategy<Value = Step> {
         6 => (-1500i64..2500).prop_map(Tick),
         1 => any::<u32>().prop_map(Nonsense),
     ]
+}
+
+/// Time between the fetch of a value and its commit.
+fn age() -> impl Strategy<Value = u64> {
+    prop_oneof![3 => Just(0), 3 => 0u64..5000, 1 => any::<u64>()]
 }
 
 /// Most deletes succeed.
@@ -112,24 +117,24 @@ fn limits() -> impl Strategy<Value = Limits> {
         1 => prop::sample::select(vec![Some(0), Some(u64::MAX)]),
     ];
     (max_size, max_age, any::<bool>(), any::<bool>()).prop_map(
-        |(max_size, max_age, lenient, flat)| Limits {
+        |(max_size, max_age, slices_like_python, flat_namespace)| Limits {
             max_size,
             max_age,
-            lenient,
-            flat,
+            slices_like_python,
+            flat_namespace,
             verify: Verify::Never,
         },
     )
 }
 
-/// Victims that somebody still has to report.
+/// Victims that are still to be reported.
 type Pending = Vec<(u32, Name)>;
 
 struct Run {
     cache: Cache<Heap, u32>,
     model: Model,
     keys: Vec<String>,
-    spans: Vec<Span>,
+    ranges: Vec<ByteRange>,
     now: u64,
     tickets: Vec<(Name, u64)>,
     reservations: Vec<(u64, Pending)>,
@@ -139,12 +144,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(limits: Limits, seed: u64, keys: Vec<String>, spans: Vec<Span>) -> Self {
+    fn new(limits: Limits, seed: u64, keys: Vec<String>, ranges: Vec<ByteRange>) -> Self {
         Run {
             cache: Cache::new(Heap::default(), limits, seed).unwrap(),
             model: Model::new(limits),
             keys,
-            spans,
+            ranges,
             now: 1_000,
             tickets: Vec::new(),
             reservations: Vec::new(),
@@ -161,33 +166,37 @@ impl Run {
 
     fn step(&mut self, step: &Step) {
         match step {
-            Step::Lookup(key, span) => self.lookup(&pick(&self.keys, key), pick(&self.spans, span)),
-            Step::Fill(key, span, size) => {
-                self.fill(&pick(&self.keys, key), pick(&self.spans, span), *size);
+            Step::Lookup(key, range) => {
+                self.lookup(&pick(&self.keys, key), pick(&self.ranges, range))
             }
-            Step::Join(key, span, anyway) => {
-                self.join(&pick(&self.keys, key), pick(&self.spans, span), *anyway);
+            Step::Fill(key, range, size) => {
+                self.fill(&pick(&self.keys, key), pick(&self.ranges, range), *size);
+            }
+            Step::Join(key, range, anyway) => {
+                self.join(&pick(&self.keys, key), pick(&self.ranges, range), *anyway);
             }
             Step::Land(at) => {
                 if let Some(at) = place(&self.tickets, at) {
-                    self.land(at);
+                    self.complete_flight(at);
                 }
             }
-            Step::Reserve(at, span, size) => {
+            Step::Reserve(at, range, size) => {
                 if let Some(at) = place(&self.tickets, at) {
                     let ((key, own), ticket) = self.tickets[at].clone();
-                    let span = span.as_ref().map_or(own, |span| pick(&self.spans, span));
-                    self.reserve(&(key, span), *size, ticket);
+                    let range = range
+                        .as_ref()
+                        .map_or(own, |range| pick(&self.ranges, range));
+                    self.reserve(&(key, range), *size, ticket);
                 }
             }
             Step::Settle(at, bits) => {
                 if let Some(at) = place(&self.reservations, at) {
-                    self.settle(at, *bits);
+                    self.evictions_done(at, *bits);
                 }
             }
-            Step::Commit(at) => {
+            Step::Commit(at, age) => {
                 if let Some(at) = place(&self.reservations, at) {
-                    self.commit(at);
+                    self.commit(at, *age);
                 }
             }
             Step::Abort(at) => {
@@ -207,14 +216,15 @@ impl Run {
             }
             Step::EndWrite(key, ok) => {
                 let key = pick(&self.keys, key);
-                let (victims, ticket) = self.cache.end_write(&key, *ok).unwrap();
+                let (victims, ticket) = self.cache.end_write(&key, *ok, None).unwrap();
                 self.pending.extend(self.note(&victims));
                 self.model.write_ended(&key, *ok, &victims, ticket);
-                self.tickets.extend(ticket.map(|t| ((key, Span::Full), t)));
+                self.tickets
+                    .extend(ticket.map(|t| ((key, ByteRange::Full), t)));
             }
             Step::Forget(key) => {
                 let key = pick(&self.keys, key);
-                let victims = self.cache.forget(&key).unwrap();
+                let victims = self.cache.drop_missing(&key).unwrap();
                 self.pending.extend(self.note(&victims));
                 self.model.key_dropped(&key, &victims);
             }
@@ -234,17 +244,17 @@ impl Run {
                 }
             }
             Step::Orphans(limit) => {
-                let victims = self.cache.orphans(*limit).unwrap();
+                let victims = self.cache.retry_failed(*limit).unwrap();
                 self.pending.extend(self.note(&victims));
-                self.model.orphans_taken(*limit, &victims);
+                self.model.retried(*limit, &victims);
             }
             Step::Settled(count, bits) => {
                 let count = (*count).min(self.pending.len());
                 let (dropped, failed) = sort(self.pending.drain(..count).collect(), *bits);
                 self.cache
-                    .settled(&cells(&dropped), &cells(&failed))
+                    .deletes_done(&cells(&dropped), &cells(&failed))
                     .unwrap();
-                self.model.settled(&names(&dropped), &names(&failed));
+                self.model.deletes_done(&names(&dropped), &names(&failed));
             }
             Step::Discard(at) => {
                 if let Some(at) = place(&self.sightings, at) {
@@ -258,7 +268,7 @@ impl Run {
                 let fresh = self.cache.after_fork().unwrap();
                 assert_eq!(fresh.len(), self.model.in_flight().0);
                 self.model.forked();
-                // Whoever was to report these does not live here.
+                // The task that was to report these stayed with the parent.
                 self.reservations.clear();
                 self.pending.clear();
                 self.changes.clear();
@@ -269,39 +279,39 @@ impl Run {
         }
     }
 
-    fn lookup(&mut self, key: &str, span: Span) {
-        let peeked = self.cache.peek(key, span, self.now).unwrap();
-        // The short way makes no difference, where it says anything.
-        let short = span == Span::Full && self.tickets.len().is_multiple_of(2);
+    fn lookup(&mut self, key: &str, range: ByteRange) {
+        let peeked = self.cache.peek(key, range, self.now).unwrap();
+        // The fast path, where it answers, agrees.
+        let short = range == ByteRange::Full && self.tickets.len().is_multiple_of(2);
         let found = match short.then(|| self.cache.hit(key, self.now)).flatten() {
             Some(None) => None,
-            Some(Some(size)) => peeked.filter(|found| found.size == size && found.span == span),
-            None => self.cache.lookup(key, span, self.now).unwrap(),
+            Some(Some(size)) => peeked.filter(|found| found.size == size && found.range == range),
+            None => self.cache.lookup(key, range, self.now).unwrap(),
         };
         assert_eq!(peeked, found);
-        self.model.check_found(key, span, self.now, found.as_ref());
+        self.model.check_found(key, range, self.now, found.as_ref());
         let sighting = self.model.looked_up(key, found.as_ref());
         self.sightings.extend(sighting);
     }
 
-    fn join(&mut self, key: &str, span: Span, anyway: bool) {
-        let found = self.cache.peek(key, span, self.now).unwrap();
-        self.model.check_found(key, span, self.now, found.as_ref());
+    fn join(&mut self, key: &str, range: ByteRange, anyway: bool) {
+        let found = self.cache.peek(key, range, self.now).unwrap();
+        self.model.check_found(key, range, self.now, found.as_ref());
         let payload = self.tickets.len() as u32;
         let joined = self
             .cache
-            .join(key, span, payload, self.now, anyway)
+            .join(key, range, payload, self.now, anyway)
             .unwrap();
         let ready = found.is_some() && !anyway;
-        self.model.joined(key, span, payload, ready, &joined);
+        self.model.joined(key, range, payload, ready, &joined);
         if let Joined::Lead(ticket) = joined {
-            self.tickets.push(((key.to_owned(), span), ticket));
+            self.tickets.push(((key.to_owned(), range), ticket));
         }
     }
 
-    fn fill(&mut self, key: &str, span: Span, size: u64) {
+    fn fill(&mut self, key: &str, range: ByteRange, size: u64) {
         let open = self.tickets.len();
-        self.join(key, span, false);
+        self.join(key, range, false);
         if open == self.tickets.len() {
             return;
         }
@@ -310,70 +320,75 @@ impl Run {
         self.reserve(&name, size, ticket);
         while others < self.reservations.len() {
             if self.reservations[others].1.is_empty() {
-                self.commit(others);
+                self.commit(others, 0);
             } else {
-                self.settle(others, u64::MAX);
+                self.evictions_done(others, u64::MAX);
             }
         }
-        self.land(open);
+        self.complete_flight(open);
     }
 
-    fn land(&mut self, at: usize) {
+    fn complete_flight(&mut self, at: usize) {
         let ((key, _), ticket) = self.tickets.swap_remove(at);
-        let got = self.cache.land(&key, ticket);
-        self.model.landed(&key, ticket, got);
+        let got = self.cache.complete_flight(&key, ticket);
+        self.model.completed(&key, ticket, got);
     }
 
-    fn commit(&mut self, at: usize) {
+    fn commit(&mut self, at: usize, age: u64) {
         let (id, waiting) = self.reservations.swap_remove(at);
         self.pending.extend(waiting);
         let checksum = id as u32;
-        let Some(done) = self.cache.finish(id, Some(checksum), self.now).unwrap() else {
+        let fetched = self.now.saturating_sub(age);
+        let done = self
+            .cache
+            .commit_fetched(id, Some(checksum), fetched, self.now)
+            .unwrap();
+        let Some(done) = done else {
             // Nothing was granted.
             let victims = self.cache.abort(id).unwrap();
             return self.model.aborted(id, &victims);
         };
         self.pending.extend(self.note(&done.victims));
-        self.model.finished(id, checksum, self.now, done);
+        self.model.finished(id, checksum, fetched, self.now, done);
     }
 
     fn reserve(&mut self, name: &Name, size: u64, ticket: u64) {
-        let (key, span) = name;
-        let room = self
+        let (key, range) = name;
+        let answer = self
             .cache
-            .reserve(key, *span, size, ticket, self.now)
+            .reserve(key, *range, size, ticket, self.now)
             .unwrap();
-        let waiting = self.victims(&room);
-        self.model.reserved(name, size, ticket, self.now, &room);
-        if let Room::Granted(id) | Room::Evict(id, _) = room {
+        let waiting = self.victims(&answer);
+        self.model.reserved(name, size, ticket, self.now, &answer);
+        if let Reserve::Granted(id) | Reserve::NeedsEviction(id, _) = answer {
             self.reservations.push((id, waiting));
         }
     }
 
-    fn settle(&mut self, at: usize, bits: u64) {
+    fn evictions_done(&mut self, at: usize, bits: u64) {
         let (id, waiting) = self.reservations.swap_remove(at);
         let (dropped, failed) = sort(waiting, bits);
-        let room = if failed.is_empty() && id % 2 == 0 {
-            self.cache.cleared(id, self.now)
+        let answer = if failed.is_empty() && id % 2 == 0 {
+            self.cache.all_evicted(id, self.now)
         } else {
             let (dropped, failed) = (cells(&dropped), cells(&failed));
-            self.cache.settle(id, &dropped, &failed, self.now)
+            self.cache.evictions_done(id, &dropped, &failed, self.now)
         };
-        let room = room.unwrap();
+        let answer = answer.unwrap();
         // A cell that has become free may be another entry's by now, never a victim's.
-        let waiting = self.victims(&room);
+        let waiting = self.victims(&answer);
         let (dropped, failed) = (names(&dropped), names(&failed));
         self.model
-            .settled_for(id, &dropped, &failed, self.now, &room);
-        if let Room::Granted(id) | Room::Evict(id, _) = room {
+            .evictions_done(id, &dropped, &failed, self.now, &answer);
+        if let Reserve::Granted(id) | Reserve::NeedsEviction(id, _) = answer {
             self.reservations.push((id, waiting));
         }
     }
 
-    fn victims(&self, room: &Room) -> Pending {
-        match room {
-            Room::Evict(_, victims) => self.note(victims),
-            Room::Granted(_) | Room::Refused(_) => Vec::new(),
+    fn victims(&self, answer: &Reserve) -> Pending {
+        match answer {
+            Reserve::NeedsEviction(_, victims) => self.note(victims),
+            Reserve::Granted(_) | Reserve::Rejected(_) => Vec::new(),
         }
     }
 
@@ -389,16 +404,16 @@ impl Run {
     }
 
     fn drop_prefix(&mut self, prefix: &str, begins: Option<bool>) {
-        self.cache.void_prefix(prefix);
+        self.cache.invalidate_prefix(prefix);
         self.model.prefix_voided(prefix);
         if let Some(begins) = begins {
-            self.cache.mark_change(prefix, begins);
+            self.cache.prefix_change(prefix, begins);
             self.model.prefix_marked(prefix, begins);
         }
         loop {
-            let victims = self.cache.sweep(prefix).unwrap();
+            let victims = self.cache.drain_prefix(prefix).unwrap();
             self.pending.extend(self.note(&victims));
-            if !self.model.swept(prefix, &victims) {
+            if !self.model.drained(prefix, &victims) {
                 return;
             }
         }
@@ -406,13 +421,16 @@ impl Run {
 
     fn nonsense(&mut self, n: u32) {
         let unknown = [0, 1, u32::MAX, n | 1 << 30];
-        self.cache.settled(&unknown, &unknown).unwrap();
+        self.cache.deletes_done(&unknown, &unknown).unwrap();
         let id = u64::from(n) + (1 << 40);
-        assert!(self.cache.finish(id, Some(n), self.now).unwrap().is_none());
+        assert!(self.cache.commit(id, Some(n), self.now).unwrap().is_none());
         assert!(self.cache.abort(id).unwrap().is_empty());
-        assert_eq!(self.cache.land("zarr.json", id), None);
-        let room = self.cache.settle(id, &unknown, &unknown, self.now).unwrap();
-        self.model.settled_for(id, &[], &[], self.now, &room);
+        assert_eq!(self.cache.complete_flight("zarr.json", id), None);
+        let answer = self
+            .cache
+            .evictions_done(id, &unknown, &unknown, self.now)
+            .unwrap();
+        self.model.evictions_done(id, &[], &[], self.now, &answer);
     }
 
     fn check(&self) {
@@ -422,10 +440,10 @@ impl Run {
         assert_eq!(entries, self.model.entries());
         assert_eq!(self.cache.recency().unwrap(), self.model.recency());
         assert_eq!(self.cache.len() as usize, self.model.recency().len());
-        let physical = self.model.physical();
-        assert_eq!(u128::from(self.cache.current_size()), physical);
+        let used = self.model.used_bytes();
+        assert_eq!(u128::from(self.cache.current_size()), used);
         let bound = u128::from(self.cache.limits().max_size);
-        assert!(physical + self.model.promised() <= bound);
+        assert!(used + self.model.reserved_bytes() <= bound);
         assert_eq!(self.cache.stats(), self.model.stats());
         assert_eq!(self.cache.in_flight(), self.model.in_flight());
     }
@@ -475,10 +493,10 @@ proptest! {
         limits in limits(),
         seed in any::<u64>(),
         keys in pool(),
-        spans in prop::collection::vec(keys::span(), 1..5),
+        ranges in prop::collection::vec(keys::range(), 1..5),
         steps in prop::collection::vec(steps(), 1..120),
     ) {
-        let mut run = Run::new(limits, seed, keys, spans);
+        let mut run = Run::new(limits, seed, keys, ranges);
         run.check();
         for step in &steps {
             run.step(step);
@@ -488,33 +506,37 @@ proptest! {
 }
 
 #[test]
-fn finish_commits_and_lands() {
+fn commit_closes_the_flight() {
     let limits = Limits {
         max_size: 20,
         max_age: None,
-        lenient: false,
-        flat: true,
+        slices_like_python: false,
+        flat_namespace: true,
         verify: Verify::Never,
     };
     let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), limits, 1).unwrap();
     for (payload, overtaken, joined) in [(7, false, false), (8, true, false), (9, false, true)] {
         let key = format!("a/{payload}");
-        let Joined::Lead(ticket) = cache.join(&key, Span::Full, payload, 1, false).unwrap() else {
-            panic!("nobody else reads it");
+        let Joined::Lead(ticket) = cache
+            .join(&key, ByteRange::Full, payload, 1, false)
+            .unwrap()
+        else {
+            panic!("no other reader");
         };
-        let Room::Granted(id) = cache.reserve(&key, Span::Full, 5, ticket, 1).unwrap() else {
-            panic!("there is room");
+        let Reserve::Granted(id) = cache.reserve(&key, ByteRange::Full, 5, ticket, 1).unwrap()
+        else {
+            panic!("not granted");
         };
         if overtaken {
             assert!(cache.begin_write(&key).unwrap().is_empty());
         }
         if joined {
-            let follower = cache.join(&key, Span::Full, 99, 1, false).unwrap();
-            assert_eq!(follower, Joined::Follow(Span::Full, payload));
+            let follower = cache.join(&key, ByteRange::Full, 99, 1, false).unwrap();
+            assert_eq!(follower, Joined::Follow(ByteRange::Full, payload));
         }
-        let Finished { victims, flight } = cache.finish(id, Some(1), 1).unwrap().unwrap();
+        let Committed { victims, flight } = cache.commit(id, Some(1), 1).unwrap().unwrap();
         let payload = Some(payload);
-        assert_eq!(flight, Some(Closed { payload, joined }));
+        assert_eq!(flight, Some(ClosedFlight { payload, joined }));
         assert_eq!(cache.in_flight(), (0, 0));
         let names: Vec<_> = victims.iter().map(|v| v.cache_key.as_str()).collect();
         assert_eq!(
@@ -525,10 +547,10 @@ fn finish_commits_and_lands() {
                 vec![]
             }
         );
-        let found = cache.lookup(&key, Span::Full, 1).unwrap();
+        let found = cache.lookup(&key, ByteRange::Full, 1).unwrap();
         assert_eq!(found.is_some(), !overtaken);
-        // It is over, and nothing lands twice.
-        assert!(cache.finish(id, Some(1), 1).unwrap().is_none());
+        // It has ended, and completes only once.
+        assert!(cache.commit(id, Some(1), 1).unwrap().is_none());
         cache.validate().unwrap();
     }
 }

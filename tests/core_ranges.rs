@@ -1,6 +1,6 @@
 //! Ranges against real bytes: whatever is served out of an entry is what the source would have
 //! given, for every kind of source that there is. And the promise that makes ranges worth it: a
-//! cached full value serves every range on whose meaning all sources agree.
+//! cached full value serves every range about which all sources agree.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,9 +15,9 @@
 mod keys;
 
 use proptest::prelude::*;
-use zcache::block::Heap;
-use zcache::cache::{Cache, Joined, Limits, Room, Verify, select};
-use zcache::key::Span;
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
+use zcache::key::{ByteRange, select};
 
 /// What sources make of requests that select nothing, or count in ways of their own.
 #[derive(Clone, Copy, Debug)]
@@ -32,22 +32,26 @@ enum Source {
 }
 
 impl Source {
-    fn read(self, value: &[u8], asked: Span) -> Option<Vec<u8>> {
+    fn read(self, value: &[u8], asked: ByteRange) -> Option<Vec<u8>> {
         let len = value.len();
         let at = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(len);
         let part = match (self, asked) {
-            (_, Span::Full) => value,
-            (Source::Http, Span::Range { start, end }) if end <= start => value,
-            (Source::Http, Span::Range { start, .. } | Span::Offset(start)) if at(start) == len => {
+            (_, ByteRange::Full) => value,
+            (Source::Http, ByteRange::Range { start, end }) if end <= start => value,
+            (Source::Http, ByteRange::Range { start, .. } | ByteRange::Offset(start))
+                if at(start) == len =>
+            {
                 return None;
             }
-            (Source::Http, Span::Suffix(0)) => return None,
-            (Source::ToTheEnd, Span::Range { start, end }) if end <= start => &value[at(start)..],
-            (Source::ToTheEnd, Span::Suffix(0)) => value,
-            (Source::ToTheEnd, Span::Suffix(n)) if n > len as u64 => return None,
-            (_, Span::Range { start, end }) => &value[at(start)..at(end).max(at(start))],
-            (_, Span::Offset(start)) => &value[at(start)..],
-            (_, Span::Suffix(n)) => &value[len - at(n)..],
+            (Source::Http, ByteRange::Suffix(0)) => return None,
+            (Source::ToTheEnd, ByteRange::Range { start, end }) if end <= start => {
+                &value[at(start)..]
+            }
+            (Source::ToTheEnd, ByteRange::Suffix(0)) => value,
+            (Source::ToTheEnd, ByteRange::Suffix(n)) if n > len as u64 => return None,
+            (_, ByteRange::Range { start, end }) => &value[at(start)..at(end).max(at(start))],
+            (_, ByteRange::Offset(start)) => &value[at(start)..],
+            (_, ByteRange::Suffix(n)) => &value[len - at(n)..],
         };
         Some(part.to_vec())
     }
@@ -56,7 +60,7 @@ impl Source {
 /// What is done to the flights of one key.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// Reads this one of the ranges, together with whoever reads it already.
+    /// Reads this one of the ranges, joining its flight if there is one.
     Join(u64),
     /// Ends the flight that is this one among the open ones.
     Land(usize),
@@ -74,49 +78,49 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..150)
 }
 
-fn fill(cache: &mut Cache<Heap, ()>, span: Span, size: u64) {
-    let Joined::Lead(ticket) = cache.join("a/c/0", span, (), 1, true).unwrap() else {
-        panic!("nobody else reads")
+fn fill(cache: &mut Cache<Heap, ()>, range: ByteRange, size: u64) {
+    let Joined::Lead(ticket) = cache.join("a/c/0", range, (), 1, true).unwrap() else {
+        panic!("no other reader")
     };
-    if let Room::Granted(id) = cache.reserve("a/c/0", span, size, ticket, 1).unwrap() {
-        cache.finish(id, Some(0), 1).unwrap().unwrap();
+    if let Reserve::Granted(id) = cache.reserve("a/c/0", range, size, ticket, 1).unwrap() {
+        cache.commit(id, Some(0), 1).unwrap().unwrap();
     }
-    cache.land("a/c/0", ticket);
+    cache.complete_flight("a/c/0", ticket);
 }
 
-/// A hit that turned out to be none drops its entry, but not one that has come in its place.
+/// A discarded hit drops its entry, but not the entry that has taken its place.
 #[test]
-fn a_handle_names_one_entry() {
+fn discard_successor_of_entry_is_kept() {
     let limits = Limits {
         max_size: 100,
         max_age: None,
-        lenient: false,
-        flat: true,
+        slices_like_python: false,
+        flat_namespace: true,
         verify: Verify::Never,
     };
-    let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
-    fill(&mut cache, Span::Full, 10);
-    let old = cache.lookup("a/c/0", Span::Full, 1).unwrap().unwrap();
+    let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
+    fill(&mut cache, ByteRange::Full, 10);
+    let old = cache.lookup("a/c/0", ByteRange::Full, 1).unwrap().unwrap();
     let victims = cache.begin_write("a/c/0").unwrap();
     let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-    cache.settled(&cells, &[]).unwrap();
-    cache.end_write("a/c/0", false).unwrap();
-    fill(&mut cache, Span::Full, 12);
+    cache.deletes_done(&cells, &[]).unwrap();
+    cache.end_write("a/c/0", false, None).unwrap();
+    fill(&mut cache, ByteRange::Full, 12);
     assert!(cache.discard(old.handle).unwrap().is_empty());
-    let new = cache.lookup("a/c/0", Span::Full, 1).unwrap().unwrap();
+    let new = cache.lookup("a/c/0", ByteRange::Full, 1).unwrap().unwrap();
     assert_eq!(new.size, 12);
     assert_eq!(cache.discard(new.handle).unwrap().len(), 1);
     assert!(cache.is_empty());
 }
 
 /// Ranges that touch each other, the value and its end.
-fn near() -> impl Strategy<Value = Span> {
+fn near() -> impl Strategy<Value = ByteRange> {
     let n = || prop_oneof![8 => 0u64..26, 1 => keys::edge()];
     prop_oneof![
-        5 => (n(), n()).prop_map(|(start, end)| Span::Range { start, end }),
-        2 => n().prop_map(Span::Offset),
-        2 => n().prop_map(Span::Suffix),
-        1 => Just(Span::Full),
+        5 => (n(), n()).prop_map(|(start, end)| ByteRange::Range { start, end }),
+        2 => n().prop_map(ByteRange::Offset),
+        2 => n().prop_map(ByteRange::Suffix),
+        1 => Just(ByteRange::Full),
     ]
 }
 
@@ -129,46 +133,46 @@ proptest! {
         held in prop::collection::vec(near(), 1..5),
         asked in prop::collection::vec(near(), 1..20),
         source in prop::sample::select(vec![Source::Python, Source::Http, Source::ToTheEnd]),
-        lenient in any::<bool>(),
+        slices_like_python in any::<bool>(),
     ) {
         let value: Vec<u8> = (0..len).collect();
-        let lenient = lenient && matches!(source, Source::Python);
-        let limits = Limits { max_size: 1 << 20, max_age: None, lenient, flat: true, verify: Verify::Never };
-        let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
-        for &span in &held {
-            if let Some(bytes) = source.read(&value, span) {
-                fill(&mut cache, span, bytes.len() as u64);
+        let slices_like_python = slices_like_python && matches!(source, Source::Python);
+        let limits = Limits { max_size: 1 << 20, max_age: None, slices_like_python, flat_namespace: true, verify: Verify::Never };
+        let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
+        for &range in &held {
+            if let Some(bytes) = source.read(&value, range) {
+                fill(&mut cache, range, bytes.len() as u64);
             }
         }
-        for &span in &asked {
-            let due = source.read(&value, span);
-            let Some(found) = cache.peek("a/c/0", span, 1).unwrap() else {
-                let whole = held.contains(&Span::Full);
-                prop_assert!(!whole || select(value.len() as u64, span, lenient).is_none());
-                prop_assert!(!held.contains(&span) || due.is_none());
+        for &range in &asked {
+            let due = source.read(&value, range);
+            let Some(found) = cache.peek("a/c/0", range, 1).unwrap() else {
+                let whole = held.contains(&ByteRange::Full);
+                prop_assert!(!whole || select(value.len() as u64, range, slices_like_python).is_none());
+                prop_assert!(!held.contains(&range) || due.is_none());
                 continue;
             };
-            let entry = source.read(&value, found.span).expect("it was read");
+            let entry = source.read(&value, found.range).expect("it was read");
             prop_assert_eq!(entry.len() as u64, found.size);
             let (start, length) = (found.start as usize, found.length as usize);
             prop_assert_eq!(due, Some(entry[start..start + length].to_vec()));
         }
     }
 
-    /// Many flights of one key are found one by one, as few are.
+    /// Many flights of one key are found as few are.
     #[test]
     fn flights_of_one_key(steps in steps()) {
-        let limits = Limits { max_size: 0, max_age: None, lenient: false, flat: true, verify: Verify::Never };
-        let mut cache = Cache::new(Heap::default(), limits, 0).unwrap();
+        let limits = Limits { max_size: 0, max_age: None, slices_like_python: false, flat_namespace: true, verify: Verify::Never };
+        let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
         // Number of the range (the last is the full value), ticket, and whether it may be joined.
         let mut open: Vec<(u64, u64, bool)> = Vec::new();
-        let span = |n| if n == 59 { Span::Full } else { Span::Range { start: n, end: n + 1 } };
+        let range = |n| if n == 59 { ByteRange::Full } else { ByteRange::Range { start: n, end: n + 1 } };
         for step in steps {
             match step {
                 Step::Join(n) => {
                     let of = |m| open.iter().find(|(k, _, valid)| *k == m && *valid);
-                    let due = of(n).or_else(|| of(59)).map(|(k, ..)| span(*k));
-                    match cache.join("a/c/0", span(n), (), 1, true).unwrap() {
+                    let due = of(n).or_else(|| of(59)).map(|(k, ..)| range(*k));
+                    match cache.join("a/c/0", range(n), (), 1, true).unwrap() {
                         Joined::Lead(ticket) => {
                             prop_assert_eq!(due, None);
                             open.push((n, ticket, true));
@@ -179,24 +183,24 @@ proptest! {
                 }
                 Step::Land(at) if at < open.len() => {
                     let (_, ticket, _) = open.swap_remove(at);
-                    prop_assert!(cache.land("a/c/0", ticket).is_some());
-                    prop_assert!(cache.land("a/c/0", ticket).is_none());
+                    prop_assert!(cache.complete_flight("a/c/0", ticket).is_some());
+                    prop_assert!(cache.complete_flight("a/c/0", ticket).is_none());
                 }
                 Step::Land(_) => {}
                 Step::Write => {
                     cache.begin_write("a/c/0").unwrap();
-                    cache.end_write("a/c/0", false).unwrap();
+                    cache.end_write("a/c/0", false, None).unwrap();
                     open.iter_mut().for_each(|flight| flight.2 = false);
                 }
                 Step::Clear => {
-                    cache.void_prefix("a");
+                    cache.invalidate_prefix("a");
                     open.iter_mut().for_each(|flight| flight.2 = false);
                 }
             }
             prop_assert_eq!(cache.in_flight(), (open.len(), 0));
         }
         for (_, ticket, _) in open {
-            prop_assert!(cache.land("a/c/0", ticket).is_some());
+            prop_assert!(cache.complete_flight("a/c/0", ticket).is_some());
         }
         prop_assert_eq!(cache.in_flight(), (0, 0));
         cache.validate().unwrap();
@@ -206,10 +210,10 @@ proptest! {
     fn a_value_serves_what_all_agree_on(size in keys::edge(), asked in near()) {
         let part = select(size, asked, false);
         let plain = match asked {
-            Span::Full => true,
-            Span::Range { start, end } => start < end && start < size,
-            Span::Offset(start) => start < size,
-            Span::Suffix(count) => 0 < count && count <= size,
+            ByteRange::Full => true,
+            ByteRange::Range { start, end } => start < end && start < size,
+            ByteRange::Offset(start) => start < size,
+            ByteRange::Suffix(count) => 0 < count && count <= size,
         };
         prop_assert_eq!(part.is_some(), plain);
         for (start, length) in part.into_iter().chain(select(size, asked, true)) {

@@ -4,7 +4,7 @@
 //! The threads run whole reads, writes and prefix deletes, in the steps in which the shim runs
 //! them: one lock per step, and nothing held between two steps. What must hold: no read that
 //! begins after a write has returned gets older bytes; readers share one source read; the cache
-//! store never holds more than the bound; and in the end the books equal reality and what is
+//! store never holds more than the bound; and in the end the counters equal reality and what is
 //! cached equals the source.
 
 #![allow(
@@ -24,9 +24,9 @@ use shuttle::sync::Arc;
 use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
 use shuttle::thread;
-use zcache::block::Heap;
-use zcache::cache::{Cache, Joined, Limits, Room, Verify, Victim, select};
-use zcache::key::Span;
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::key::{ByteRange, select};
 
 const A: &str = "x/c/0";
 const B: &str = "x/c/1";
@@ -40,7 +40,7 @@ struct Value {
     size: Option<u64>,
 }
 
-/// A lock that lets the scheduler switch threads once, before it is taken. Nobody waits while
+/// A lock that lets the scheduler switch threads once, before it is taken. No thread waits while
 /// holding one, so a switch at its release as well, as in shuttle's own, would add no order of
 /// steps but square their number, and to try all of them would take hours.
 #[derive(Debug, Default)]
@@ -101,7 +101,7 @@ struct Store {
     held: BTreeMap<String, (u64, u32)>,
     bound: u64,
     /// Deletes that are still to fail.
-    refusals: usize,
+    rejections: usize,
 }
 
 impl Store {
@@ -116,8 +116,8 @@ impl Store {
     }
 
     fn delete(&mut self, name: &str) -> bool {
-        let refused = self.refusals > 0;
-        self.refusals = self.refusals.saturating_sub(1);
+        let refused = self.rejections > 0;
+        self.rejections = self.rejections.saturating_sub(1);
         if !refused {
             self.held.remove(name);
         }
@@ -131,7 +131,7 @@ impl Store {
 
 /// What a test counts on the side; never a reason to switch threads.
 #[derive(Debug, Default)]
-struct Seen {
+struct Observed {
     /// The change of a key that the latest write to return has made.
     returned: BTreeMap<String, u32>,
     source_reads: usize,
@@ -141,7 +141,7 @@ struct World {
     cache: Step<Cache<Heap, Arc<Flight>>>,
     source: Step<BTreeMap<&'static str, Value>>,
     store: Step<Store>,
-    seen: Mutex<Seen>,
+    observed: Mutex<Observed>,
 }
 
 impl World {
@@ -149,8 +149,8 @@ impl World {
         let limits = Limits {
             max_size,
             max_age: None,
-            lenient: false,
-            flat: false,
+            slices_like_python: false,
+            flat_namespace: false,
             verify: Verify::Never,
         };
         let size = Some(10);
@@ -161,9 +161,9 @@ impl World {
             store: Step::new(Store {
                 held: BTreeMap::new(),
                 bound: max_size,
-                refusals: 0,
+                rejections: 0,
             }),
-            seen: Mutex::new(Seen::default()),
+            observed: Mutex::new(Observed::default()),
         })
     }
 
@@ -172,49 +172,49 @@ impl World {
     }
 
     /// A read; checks that no write which had returned before is missed.
-    fn read(&self, key: &str, span: Span) {
-        let floor = self.seen.lock().unwrap().returned.get(key).copied();
-        let version = self.find(key, span).version;
+    fn read(&self, key: &str, range: ByteRange) {
+        let floor = self.observed.lock().unwrap().returned.get(key).copied();
+        let version = self.find(key, range).version;
         assert!(version >= floor.unwrap_or(1), "{version} after {floor:?}");
     }
 
-    fn find(&self, key: &str, span: Span) -> Value {
+    fn find(&self, key: &str, range: ByteRange) -> Value {
         loop {
-            if let Some(value) = self.cached(key, span) {
+            if let Some(value) = self.cached(key, range) {
                 return value;
             }
             let flight = Arc::new(Flight::default());
             match self
-                .cache(|c| c.join(key, span, Arc::clone(&flight), 1, false))
+                .cache(|c| c.join(key, range, Arc::clone(&flight), 1, false))
                 .unwrap()
             {
                 Joined::Ready => {}
                 Joined::Follow(_, other) => return other.wait(),
                 Joined::Lead(ticket) => {
                     let value = self.source.lock()[key];
-                    self.seen.lock().unwrap().source_reads += 1;
+                    self.observed.lock().unwrap().source_reads += 1;
                     flight.deliver(value);
-                    match value.size.and_then(|size| select(size, span, false)) {
-                        Some((_, size)) => self.fill(key, span, size, value.version, ticket),
+                    match value.size.and_then(|size| select(size, range, false)) {
+                        Some((_, size)) => self.fill(key, range, size, value.version, ticket),
                         None => {
-                            let victims = self.cache(|c| c.forget(key)).unwrap();
+                            let victims = self.cache(|c| c.drop_missing(key)).unwrap();
                             self.drop_bytes(victims);
                         }
                     }
-                    self.cache(|c| c.land(key, ticket));
+                    self.cache(|c| c.complete_flight(key, ticket));
                     return value;
                 }
             }
         }
     }
 
-    fn cached(&self, key: &str, span: Span) -> Option<Value> {
-        let found = self.cache(|c| c.lookup(key, span, 1)).unwrap()?;
+    fn cached(&self, key: &str, range: ByteRange) -> Option<Value> {
+        let found = self.cache(|c| c.lookup(key, range, 1)).unwrap()?;
         let held = self
             .store
             .lock()
             .held
-            .get(&found.span.cache_key(key))
+            .get(&found.range.cache_key(key))
             .copied();
         if held == Some((found.size, found.checksum.unwrap())) {
             let size = Some(found.size);
@@ -228,21 +228,23 @@ impl World {
         None
     }
 
-    fn fill(&self, key: &str, span: Span, size: u64, version: u32, ticket: u64) {
-        let mut room = self
-            .cache(|c| c.reserve(key, span, size, ticket, 1))
+    fn fill(&self, key: &str, range: ByteRange, size: u64, version: u32, ticket: u64) {
+        let mut answer = self
+            .cache(|c| c.reserve(key, range, size, ticket, 1))
             .unwrap();
         loop {
-            match room {
-                Room::Refused(_) => return,
-                Room::Granted(id) => {
-                    self.store.lock().put(span.cache_key(key), size, version);
-                    let done = self.cache(|c| c.finish(id, Some(version), 1)).unwrap();
+            match answer {
+                Reserve::Rejected(_) => return,
+                Reserve::Granted(id) => {
+                    self.store.lock().put(range.cache_key(key), size, version);
+                    let done = self.cache(|c| c.commit(id, Some(version), 1)).unwrap();
                     return self.drop_bytes(done.expect("granted").victims);
                 }
-                Room::Evict(id, victims) => {
+                Reserve::NeedsEviction(id, victims) => {
                     let (dropped, failed) = self.delete(victims);
-                    room = self.cache(|c| c.settle(id, &dropped, &failed, 1)).unwrap();
+                    answer = self
+                        .cache(|c| c.evictions_done(id, &dropped, &failed, 1))
+                        .unwrap();
                 }
             }
         }
@@ -263,7 +265,7 @@ impl World {
     fn drop_bytes(&self, victims: Vec<Victim>) {
         if !victims.is_empty() {
             let (dropped, failed) = self.delete(victims);
-            self.cache(|c| c.settled(&dropped, &failed)).unwrap();
+            self.cache(|c| c.deletes_done(&dropped, &failed)).unwrap();
         }
     }
 
@@ -271,17 +273,19 @@ impl World {
     fn write(&self, key: &'static str, size: Option<u64>) {
         let victims = self.cache(|c| c.begin_write(key)).unwrap();
         self.drop_bytes(victims);
-        let version = self.change(key, size);
-        let (victims, ticket) = self.cache(|c| c.end_write(key, size.is_some())).unwrap();
+        let version = self.bump_version(key, size);
+        let (victims, ticket) = self
+            .cache(|c| c.end_write(key, size.is_some(), None))
+            .unwrap();
         self.drop_bytes(victims);
         if let (Some(ticket), Some(size)) = (ticket, size) {
-            self.fill(key, Span::Full, size, version, ticket);
-            self.cache(|c| c.land(key, ticket));
+            self.fill(key, ByteRange::Full, size, version, ticket);
+            self.cache(|c| c.complete_flight(key, ticket));
         }
         self.returned(key, version);
     }
 
-    fn change(&self, key: &'static str, size: Option<u64>) -> u32 {
+    fn bump_version(&self, key: &'static str, size: Option<u64>) -> u32 {
         let mut source = self.source.lock();
         let version = source[key].version + 1;
         source.insert(key, Value { version, size });
@@ -289,25 +293,25 @@ impl World {
     }
 
     fn returned(&self, key: &str, version: u32) {
-        let mut seen = self.seen.lock().unwrap();
-        let returned = seen.returned.entry(key.to_owned()).or_default();
+        let mut observed = self.observed.lock().unwrap();
+        let returned = observed.returned.entry(key.to_owned()).or_default();
         *returned = version.max(*returned);
     }
 
     fn drop_prefix(&self) {
-        self.cache(|c| c.void_prefix("x/c"));
-        self.sweep();
-        let changed = [A, B].map(|key| (key, self.change(key, None)));
-        self.cache(|c| c.void_prefix("x/c"));
-        self.sweep();
+        self.cache(|c| c.invalidate_prefix("x/c"));
+        self.drain_prefix();
+        let changed = [A, B].map(|key| (key, self.bump_version(key, None)));
+        self.cache(|c| c.invalidate_prefix("x/c"));
+        self.drain_prefix();
         for (key, version) in changed {
             self.returned(key, version);
         }
     }
 
-    fn sweep(&self) {
+    fn drain_prefix(&self) {
         loop {
-            let victims = self.cache(|c| c.sweep("x/c")).unwrap();
+            let victims = self.cache(|c| c.drain_prefix("x/c")).unwrap();
             if victims.is_empty() {
                 return;
             }
@@ -315,11 +319,11 @@ impl World {
         }
     }
 
-    /// Nobody is under way any more.
+    /// Checks what holds when all tasks have ended.
     fn check_at_rest(&self) {
-        let orphans = self.cache(|c| c.orphans(usize::MAX)).unwrap();
-        self.store.lock().refusals = 0;
-        self.drop_bytes(orphans);
+        let failed = self.cache(|c| c.retry_failed(usize::MAX)).unwrap();
+        self.store.lock().rejections = 0;
+        self.drop_bytes(failed);
         let (cache, store) = (self.cache.now(), self.store.now());
         cache.validate().unwrap();
         assert_eq!(cache.in_flight(), (0, 0));
@@ -327,7 +331,7 @@ impl World {
         assert_eq!(cache.len() as usize, store.held.len());
         let source = self.source.now();
         for (name, (_, version)) in &store.held {
-            let (key, _) = Span::parse(name).unwrap();
+            let (key, _) = ByteRange::parse(name).unwrap();
             assert_eq!(source[key].version, *version, "{name} is out of date");
         }
     }
@@ -347,11 +351,11 @@ fn run(world: &Arc<World>, threads: &[&'static [Operation]]) {
     world.check_at_rest();
 }
 
-const READ: Operation = |world| world.read(A, Span::Full);
-const READ_RANGE: Operation = |world| world.read(A, Span::Range { start: 2, end: 6 });
-const READ_SUFFIX: Operation = |world| world.read(A, Span::Suffix(4));
-const READ_OTHER: Operation = |world| world.read(B, Span::Full);
-const READ_META: Operation = |world| world.read(META, Span::Full);
+const READ: Operation = |world| world.read(A, ByteRange::Full);
+const READ_RANGE: Operation = |world| world.read(A, ByteRange::Range { start: 2, end: 6 });
+const READ_SUFFIX: Operation = |world| world.read(A, ByteRange::Suffix(4));
+const READ_OTHER: Operation = |world| world.read(B, ByteRange::Full);
+const READ_META: Operation = |world| world.read(META, ByteRange::Full);
 const WRITE: Operation = |world| world.write(A, Some(14));
 const WRITE_SMALL: Operation = |world| world.write(A, Some(3));
 const WRITE_OTHER: Operation = |world| world.write(B, Some(8));
@@ -375,13 +379,13 @@ fn in_every_order(start: Start, max_size: u64, one: Operation, other: Operation)
         count.fetch_add(1, Relaxed);
         let world = World::new(max_size);
         if matches!(start, Warm) {
-            world.read(A, Span::Full);
+            world.read(A, ByteRange::Full);
         }
         let second = Arc::clone(&world);
         let second = thread::spawn(move || other(&second));
         one(&world);
         second.join().unwrap();
-        world.read(A, Span::Full);
+        world.read(A, ByteRange::Full);
         world.check_at_rest();
     };
     shuttle::check_dfs(test, Some(MOST));
@@ -390,18 +394,18 @@ fn in_every_order(start: Start, max_size: u64, one: Operation, other: Operation)
 }
 
 #[test]
-fn two_reads_in_every_order() {
+fn two_reads_every_order_agree() {
     in_every_order(Cold, 100, READ, READ);
     in_every_order(Warm, 100, READ, READ);
     in_every_order(Cold, 100, READ, READ_RANGE);
     in_every_order(Cold, 100, READ, READ_OTHER);
-    // No room for both.
+    // The bound does not hold both.
     in_every_order(Cold, 15, READ, READ_OTHER);
     in_every_order(Warm, 15, READ, READ_OTHER);
 }
 
 #[test]
-fn a_read_and_a_change_in_every_order() {
+fn read_and_change_every_order_read_your_writes() {
     in_every_order(Cold, 100, READ, WRITE);
     in_every_order(Warm, 100, READ, WRITE);
     in_every_order(Cold, 100, READ_SUFFIX, WRITE_SMALL);
@@ -413,7 +417,7 @@ fn a_read_and_a_change_in_every_order() {
 }
 
 #[test]
-fn two_changes_in_every_order() {
+fn two_changes_every_order_cache_equals_source() {
     in_every_order(Cold, 100, WRITE, WRITE_SMALL);
     in_every_order(Cold, 100, WRITE, DROP_PREFIX);
     in_every_order(Warm, 100, DELETE, DROP_PREFIX);
@@ -422,18 +426,18 @@ fn two_changes_in_every_order() {
 }
 
 #[test]
-fn readers_share_one_source_read() {
+fn readers_of_one_key_share_one_source_read() {
     let test = || {
         let world = World::new(100);
         run(&world, &[&[READ], &[READ, READ], &[READ], &[READ]]);
-        assert_eq!(world.seen.lock().unwrap().source_reads, 1);
+        assert_eq!(world.observed.lock().unwrap().source_reads, 1);
     };
     shuttle::check_random(test, 10_000);
     shuttle::check_pct(test, 5_000, 3);
 }
 
 #[test]
-fn readers_and_writers_of_one_key() {
+fn readers_and_writers_of_one_key_stay_coherent() {
     let test = || {
         let world = World::new(60);
         let readers: [&[Operation]; 2] = [&[READ, READ_RANGE, READ], &[READ_SUFFIX, READ]];
@@ -452,7 +456,7 @@ fn readers_and_writers_of_one_key() {
 }
 
 #[test]
-fn a_bound_that_is_too_small_for_all() {
+fn bound_too_small_for_all_is_never_exceeded() {
     let test = || {
         let world = World::new(22);
         run(
@@ -470,7 +474,7 @@ fn a_bound_that_is_too_small_for_all() {
 }
 
 #[test]
-fn prefix_deletes_among_reads_and_writes() {
+fn prefix_deletes_among_reads_and_writes_stay_coherent() {
     let test = || {
         let world = World::new(100);
         run(
@@ -488,10 +492,10 @@ fn prefix_deletes_among_reads_and_writes() {
 }
 
 #[test]
-fn deletes_that_fail() {
+fn failing_deletes_stay_counted() {
     let test = || {
         let world = World::new(22);
-        world.store.lock().refusals = 4;
+        world.store.lock().rejections = 4;
         run(
             &world,
             &[

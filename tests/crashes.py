@@ -1,4 +1,4 @@
-"""Processes that share one cache directory and are killed; run as a script by `test_processes.py`.
+"""Processes that share one cache directory and are killed; run as a script by tests/end_to_end.
 
 Importing zarr takes longer than everything else here, so one process imports it and forks all others.
 It never uses a cache itself, so each child opens one of its own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import mmap
@@ -15,40 +16,38 @@ import os
 import random
 import signal
 import struct
+import subprocess
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
-from zcache import CacheStore, _files, _ports
+import tracing
+from support import buf, read, read_through
+from zcache import CacheStore
+from zcache.testing import Step, check_invariants, index_slot, record_steps, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from zarr.abc.store import ByteRequest, Store
-    from zarr.core.buffer import BufferPrototype
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
-PROTOTYPE = default_buffer_prototype()
+LONGEST = 150
+"""Seconds after which a script counts as hung."""
 DIRTY = 8
-"""Where the head of an index has the mark of whoever is at work."""
-
-
-def buf(data: bytes) -> Buffer:
-    return cpu.Buffer.from_bytes(data)
-
-
-async def read(store: Store, key: str) -> bytes | None:
-    value = await store.get(key, PROTOTYPE)
-    return None if value is None else value.to_bytes()
+"""Where the head of an index has the mark of the process that is in the middle of a step."""
 
 
 class LoggingStore(LocalStore):
-    """Writes down each read; a short line that is appended is never torn."""
+    """Writes down each read; a short line that is appended is never torn.
+
+    To zcache it is a store without a name, so `source_id=` has to say that all processes read the same.
+    """
 
     async def get(
         self,
@@ -66,6 +65,15 @@ def reads_of(source: Path) -> list[str]:
     """What `LoggingStore` has written down."""
     log = Path(f"{source}.log")
     return log.read_text().split() if log.exists() else []
+
+
+def play(what: str, where: Path, *numbers: int) -> dict[str, Any]:
+    """Run one of the scripts below in a process of its own; what it reports."""
+    command = [sys.executable, __file__, what, str(where), *map(str, numbers)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+    assert ended.returncode == 0, ended.stderr[-8000:]
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 # -------------------------------------------------------------------------- children
@@ -131,13 +139,13 @@ def check_directory(source: Path, cache: Path, max_size: int, keys: Iterable[str
             assert await read(store, key) == expected, key
 
     asyncio.run(check())
-    index = store._engine.index
-    # Bytes whose owner has died are deleted with the next fills.
-    asyncio.run(store._engine.drop(store._io, index.orphans(1000)))
-    index.validate()
+    # What a process that has died was writing or deleting is taken over, or deleted, by now.
+    assert store.drain_sync()
+    check_invariants(store)
     files = {path: status.st_size for path, status in values_of(cache)}
     info = store.cache_info()
-    assert info["current_size"] == sum(files.values()) <= max_size, (info, files, index.entries())
+    assert info["current_size"] == sum(files.values()) <= max_size, (info, files)
+    assert sum(stored_sizes(store).values()) == sum(files.values()), files
     assert not [path for path in files if "/.zcache/tmp/" in path], files
 
 
@@ -163,7 +171,7 @@ def version_of(key: str, data: bytes) -> int:
 
 
 def load(source: Path, cache: Path, floors: mmap.mmap, number: int, seed: int) -> None:
-    """Read everything and write one's own keys, until somebody kills us."""
+    """Read everything and write one's own keys, until killed."""
     store = CacheStore(LocalStore(source), cache_store=LocalStore(cache), max_size=BOUND)
     dice = random.Random(seed)
     own = [index for index in range(len(KEYS)) if index % 4 == number]
@@ -171,7 +179,7 @@ def load(source: Path, cache: Path, floors: mmap.mmap, number: int, seed: int) -
     async def task(index: int) -> None:
         key = KEYS[index]
         if index in own and dice.random() < 0.3:
-            # Whoever wrote before us may have died before it could say so.
+            # The process that wrote before may have died before it could say so.
             version = version_of(key, (source / key).read_bytes()) + 1
             await store.set(key, buf(value(key, version)))
             floors[8 * index : 8 * index + 8] = struct.pack("Q", version)
@@ -233,104 +241,134 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
 
 # -------------------------------------------------------------- a kill at each step
 
-
-class Fuse:
-    """Kills the process, or stops it, at the n-th thing that it does."""
-
-    def __init__(self, left: int, cache: Path, *, inside: bool, how: signal.Signals) -> None:
-        self.left = left
-        self.cache = cache
-        self.inside = inside
-        self.how = how
-
-    def burn(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            if self.inside:
-                # As if it were in the middle of a step of the index.
-                with (self.cache / ".zcache/index/head").open("r+b") as head:
-                    head.seek(DIRTY)
-                    head.write(struct.pack("I", 1))
-            os.kill(os.getpid(), self.how)
-
-    def attach(self, store: CacheStore) -> None:
-        books = store._engine.books
-        books.index = Fused(books.index, self)
-        # The same steps as in one call, in this thread, so that it can be in between.
-        vars(_ports)["counter"] = lambda _: None
-        vars(_files)["_write"] = _files.write_in_steps
-        for name in ("_create", "_publish", "seal", "remove", "remove_below"):
-            setattr(_files, name, self.around(getattr(_files, name)))
-        source: Any = store._store
-        source.set = self.around_async(source.set)
-        source.delete = self.around_async(source.delete)
-
-    def around(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.burn()
-            result = work(*args, **kwargs)
-            self.burn()
-            return result
-
-        return call
-
-    def around_async(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            self.burn()
-            result = await work(*args, **kwargs)
-            self.burn()
-            return result
-
-        return call
+SCENE_KEYS = [f"a/c/{number}" for number in range(3)]
+SCENE_BOUND = 250
 
 
-class Fused:
-    """An index whose steps burn a fuse."""
-
-    def __init__(self, index: Any, fuse: Fuse) -> None:
-        self._index = index
-        self._fuse = fuse
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._index, name)
-        return self._fuse.around(found) if callable(found) else found
-
-    def __len__(self) -> int:
-        return len(self._index)
+def open_scene(source: Path, cache: Path) -> CacheStore:
+    return CacheStore(LocalStore(source), cache_store=LocalStore(cache), max_size=SCENE_BOUND)
 
 
-def scene(source: Path, cache: Path, fuse: Fuse | None) -> None:
-    """A fill that evicts, a hit, an overwrite, and a delete."""
-    store = CacheStore(LocalStore(source), cache_store=LocalStore(cache), max_size=250)
+def scene(
+    source: Path, cache: Path, *, before: Callable[[CacheStore], object] | None = None
+) -> None:
+    """A new cache, fills of a range and two values, one that evicts, a hit, a write, and deletes."""
+    store = open_scene(source, cache)
 
     async def play() -> None:
-        assert await read(store, "a/c/0")
-        assert await read(store, "a/c/1")
-        if fuse is not None:
-            fuse.attach(store)
-        assert await read(store, "a/c/2")
+        assert await read_through(store, "a/c/2", RangeByteRequest(0, 10))
+        assert await read_through(store, "a/c/0")
+        assert await read_through(store, "a/c/1")
+        if before is not None:
+            before(store)
+        assert await read_through(store, "a/c/2")
         assert await read(store, "a/c/2")
         await store.set("a/c/2", buf(b"new" * 40))
+        await store.drain()
         await store.delete("a/c/1")
+        assert await read_through(store, "a/c/0")
+        await store.delete_dir("a")
 
     asyncio.run(play())
 
 
+def set_the_scene(place: Path) -> tuple[Path, Path]:
+    source, cache = place / "source", place / "cache"
+    (source / "a/c").mkdir(parents=True)
+    for key in SCENE_KEYS:
+        (source / key).write_bytes(key.encode() * 20)
+    return source, cache
+
+
+def check_scene(source: Path, cache: Path) -> int:
+    return run(lambda: check_directory(source, cache, SCENE_BOUND, SCENE_KEYS))
+
+
+def as_if_inside(cache: Path) -> None:
+    """Leave the index as a process does that dies in the middle of a step."""
+    head = cache / ".zcache/index/head"
+    if head.exists() and head.stat().st_size:
+        with head.open("r+b") as file:
+            file.seek(DIRTY)
+            file.write(struct.pack("I", 1))
+
+
+def die_at_each_call(root: Path) -> dict[str, Any]:
+    """Play the scene, killed at every system call of it that changes a file or takes a lock.
+
+    Where it holds the lock of the index, once more as if it were inside a step.
+    """
+    deaths: dict[str, int] = {}
+    step = 0
+    while True:
+        step += 1
+        inside = False
+        for again in (False, True):
+            source, cache = set_the_scene(root / f"{step}-{again}")
+            with tracing.Traced(functools.partial(scene, source, cache), step) as traced:
+                code = traced.go()
+                inside = traced.holds_lock
+            if code is not None:
+                assert code == 0, code
+                return {"deaths": deaths}  # It came to its end.
+            if again:
+                as_if_inside(cache)
+            deaths[traced.at] = deaths.get(traced.at, 0) + 1
+            assert check_scene(source, cache) == 0, f"killed at call {step}, {traced.at}, {again}"
+            if not inside:
+                break
+
+
+def stop_at_each_call(root: Path) -> dict[str, Any]:
+    """The same with a process that is stopped there, and killed only after another has worked on."""
+    deaths: dict[str, int] = {}
+    for step in range(1, 10_000, 3):
+        source, cache = set_the_scene(root / f"stop-{step}")
+        ready, begin = os.pipe(), os.pipe()
+        other = child(functools.partial(work_on, source, cache, ready[1], begin[0]))
+        assert os.read(ready[0], 1)
+        with tracing.Traced(functools.partial(scene, source, cache), step) as traced:
+            code = traced.go()
+            # A write has to wait for the lock, but a read goes to the source.
+            os.write(begin[1], b"r" if traced.holds_lock else b"w")
+            assert wait([other]) == [0], f"stopped at call {step}, {traced.at}"
+        for file in (*ready, *begin):
+            os.close(file)
+        if code is not None:
+            assert code == 0, code
+            break
+        deaths[traced.at] = deaths.get(traced.at, 0) + 1
+        assert check_scene(source, cache) == 0, f"stopped at call {step}, {traced.at}, then killed"
+    return {"deaths": deaths}
+
+
+def work_on(source: Path, cache: Path, ready: int, begin: int) -> None:
+    """What another process does beside one that is stopped; it has opened the directory before."""
+    signal.alarm(60)
+    store = open_scene(source, cache)
+    os.write(ready, b"!")
+    may_write = os.read(begin, 1) == b"w"
+
+    async def work() -> None:
+        for key in SCENE_KEYS:
+            wanted = source / key
+            assert await read(store, key) == (wanted.read_bytes() if wanted.exists() else None)
+        if may_write:
+            await store.set("a/c/0", buf(b"other" * 20))
+            assert await read_through(store, "a/c/0") == b"other" * 20
+        assert size_at_one_instant(cache) <= SCENE_BOUND
+
+    asyncio.run(work())
+
+
 def die_at_each_step(root: Path) -> dict[str, int]:
-    """Play the scene, killed at every step of it; twice, once as if inside a step of the index."""
-    keys = [f"a/c/{number}" for number in range(3)]
+    """The same where no process may be traced: killed after each step that Python takes of the index."""
     deaths = 0
     for inside in (False, True):
-        for step in range(1, 1000, 1 + inside):
-            place = root / f"{inside}-{step}"
-            source, cache = place / "source", place / "cache"
-            (source / "a/c").mkdir(parents=True)
-            for key in keys:
-                (source / key).write_bytes(key.encode() * 20)
-            fuse = Fuse(step, cache, inside=inside, how=signal.SIGKILL)
-            code = run(lambda: scene(source, cache, fuse))  # noqa: B023
-            check = run(lambda: check_directory(source, cache, 250, keys))  # noqa: B023
-            assert check == 0, f"killed at step {step}, inside={inside}"
+        for step in range(1, 1000):
+            source, cache = set_the_scene(root / f"{inside}-{step}")
+            code = run(lambda: scene(source, cache, before=Fuse(step, cache, inside=inside)))  # noqa: B023
+            assert check_scene(source, cache) == 0, f"killed at step {step}, inside={inside}"
             if code == 0:
                 break  # It came to its end.
             assert code == -signal.SIGKILL, code
@@ -338,53 +376,32 @@ def die_at_each_step(root: Path) -> dict[str, int]:
     return {"deaths": deaths}
 
 
-def stop_at_each_step(root: Path) -> dict[str, int]:
-    """The same with a process that is stopped there, and killed only after others have worked on."""
-    deaths = 0
-    keys = [f"a/c/{number}" for number in range(3)]
-    for step in range(1, 1000, 3):
-        place = root / f"stop-{step}"
-        source, cache = place / "source", place / "cache"
-        (source / "a/c").mkdir(parents=True)
-        for key in keys:
-            (source / key).write_bytes(key.encode() * 20)
-        fuse = Fuse(step, cache, inside=False, how=signal.SIGSTOP)
-        victim = child(lambda: scene(source, cache, fuse))  # noqa: B023
-        _, status = os.waitpid(victim, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            assert os.waitstatus_to_exitcode(status) == 0
-            break
+class Fuse:
+    """Kills the process after the n-th step of the index."""
 
-        def others() -> None:
-            store = CacheStore(LocalStore(source), cache_store=LocalStore(cache), max_size=250)  # noqa: B023
+    def __init__(self, left: int, cache: Path, *, inside: bool) -> None:
+        self._left = left
+        self._directory = cache
+        self._inside = inside
+        self._recorder: Any = None
 
-            async def work() -> None:
-                for key in keys:
-                    wanted = source / key  # noqa: B023
-                    assert await read(store, key) == (
-                        wanted.read_bytes() if wanted.exists() else None
-                    )
-                await store.set("a/c/0", buf(b"other" * 20))
-                assert await read(store, "a/c/0") == b"other" * 20
-                assert size_at_one_instant(cache) <= 250  # noqa: B023
-                os.kill(victim, signal.SIGKILL)  # noqa: B023
-                await asyncio.sleep(0)
+    def __call__(self, store: CacheStore) -> None:
+        self._recorder = record_steps(store, self._burn)
+        self._recorder.__enter__()
 
-            asyncio.run(work())
-
-        assert run(others) == 0, f"stopped at step {step}"
-        wait([victim])
-        check = run(lambda: check_directory(source, cache, 250, keys))  # noqa: B023
-        assert check == 0, f"stopped at step {step}, then killed"
-        deaths += 1
-    return {"deaths": deaths}
+    def _burn(self, _: Step) -> None:
+        self._left -= 1
+        if self._left == 0:
+            if self._inside:
+                as_if_inside(self._directory)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ----------------------------------------------------------------- sharing, epochs, forks
 
 
 def share_a_bound(root: Path) -> dict[str, int]:
-    """Four processes fill, write and evict at once; somebody else watches the directory."""
+    """Four processes fill, write and evict at once; the parent watches the directory."""
     source, cache = root / "source", root / "cache"
     (source / "a/c").mkdir(parents=True)
     for key in KEYS:
@@ -427,19 +444,24 @@ def epochs(root: Path) -> dict[str, Any]:
     keys = [f"a/c/{number}" for number in range(80)]
     for key in keys:
         (source / key).write_bytes(key.encode() * 10)
+    # The index is there before the workers are: while one of them makes it, the others fill nothing.
+    CacheStore(LocalStore(source), cache_store=LocalStore(cache), source_id="source")
     reads = []
     for epoch in range(3):
         dealt = list(keys)
         random.Random(epoch).shuffle(dealt)
 
         def work(share: list[str]) -> None:
-            store = CacheStore(LoggingStore(source), cache_store=LocalStore(cache))
+            store = CacheStore(
+                LoggingStore(source), cache_store=LocalStore(cache), source_id="source"
+            )
 
             async def one(key: str) -> None:
                 assert await read(store, key) == key.encode() * 10
 
             async def all_of_them() -> None:
                 await asyncio.gather(*map(one, share))
+                await store.drain()
 
             asyncio.run(all_of_them())
 
@@ -457,35 +479,41 @@ def forks(root: Path) -> dict[str, Any]:
     for key in KEYS:
         (source / key).write_bytes(value(key, 0))
 
+    def open_store() -> CacheStore:
+        return CacheStore(
+            LoggingStore(source),
+            cache_store=LocalStore(cache),
+            max_size=BOUND,
+            source_id="source",
+        )
+
     def parent() -> None:
-        store = CacheStore(LoggingStore(source), cache_store=LocalStore(cache), max_size=BOUND)
-        engine = store._engine
-        first = asyncio.run(read(store, KEYS[0]))
-        place = engine.index.place
-        held = engine.index  # As the frames of other threads do.
+        store = open_store()
+        first = asyncio.run(read_through(store, KEYS[0]))
+        slot = index_slot(store)
         told, tell = os.pipe()
 
         def in_child(store: CacheStore) -> None:
             assert store.cache_stats()["hits"] == 0
             assert asyncio.run(read(store, KEYS[0])) == first
             assert store.cache_stats()["hits"] == 1
-            assert store._engine.index.place != place
+            assert index_slot(store) != slot
             asyncio.run(store.set(KEYS[1], buf(value(KEYS[1], 7))))
+            assert store.drain_sync()
             os.write(tell, b"!")
             time.sleep(60)
 
-        worker = child(partial(in_child, store))
+        worker = child(functools.partial(in_child, store))
         try:
             assert os.read(told, 1) == b"!"
             # What the child wrote is seen here.
             found = asyncio.run(read(store, KEYS[1]))
             assert found == value(KEYS[1], 7)
-            assert engine.index.place == place
-            # The child holds none of our locks: after us, our place is free.
-            del held, store, engine
+            assert index_slot(store) == slot
+            # The child holds none of our locks: after us, our slot is free.
+            del store
             gc.collect()
-            probe = CacheStore(LoggingStore(source), cache_store=LocalStore(cache))
-            assert probe._engine.index.place == place
+            assert index_slot(open_store()) == slot
         finally:
             os.kill(worker, signal.SIGKILL)
             wait([worker])
@@ -501,7 +529,8 @@ if __name__ == "__main__":
     answer = {
         "random": lambda: kill_at_random(place, int(numbers[0]), float(numbers[1])),
         "steps": lambda: die_at_each_step(place),
-        "stops": lambda: stop_at_each_step(place),
+        "calls": lambda: die_at_each_call(place),
+        "stops": lambda: stop_at_each_call(place),
         "bound": lambda: share_a_bound(place),
         "epochs": lambda: epochs(place),
         "forks": lambda: forks(place),

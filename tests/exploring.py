@@ -8,11 +8,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coherence_support import index_of, read
 from schedules import Scenario, World, acting
+from support import read_through
+from zcache._core import NeedsEviction, Rejected
+from zcache.testing import FakeClock, entries, recency, record_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from zcache._core import Committed, Reservation
+    from zcache.testing import Step
 
 
 class Action(NamedTuple):
@@ -27,30 +32,20 @@ class Action(NamedTuple):
 
 
 class Recorder:
-    """An index that writes down what each actor learned from it, and which flights are void."""
+    """Notes what each actor learned from the index, and which tickets are invalid."""
 
-    def __init__(self, index: Any, world: World) -> None:
-        self._index = index
+    UNNOTED = frozenset({"entries", "recency", "validate", "stats"})
+
+    def __init__(self, world: World) -> None:
         self._world = world
         self.void: dict[int, tuple[str, int, bool]] = {}
         self.writers: dict[str, tuple[int, bool]] = {}
-        self._flights: list[tuple[object, int]] = []
+        self._joined: list[tuple[object, int]] = []
         self._tickets: dict[Any, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._index, name)
-        if not callable(found) or name in ("entries", "recency", "validate", "stats"):
-            return found
-
-        def call(*args: Any) -> Any:
-            answer = found(*args)
-            self._world.learn((name, self._plain(name, args, answer)))
-            return answer
-
-        return call
+    def __call__(self, step: Step) -> None:
+        if step.name not in self.UNNOTED:
+            self._world.learn((step.name, self._plain(*step)))
 
     def _plain(self, name: str, args: tuple[Any, ...], answer: Any) -> Any:
         """An answer without the numbers that differ between equal schedules."""
@@ -58,49 +53,54 @@ class Recorder:
         if name == "join":
             if isinstance(answer, int):
                 self.void[answer] = (args[0], actor, False)
-                self._flights.append((args[2], actor))
+                self._joined.append((args[2], actor))
                 return "lead"
             if answer is None:
                 return "ready"
-            return answer[0], [by for flight, by in self._flights if flight is answer[1]]
+            return answer[0], [by for flight, by in self._joined if flight is answer[1]]
         if name in ("begin_write", "end_write"):
-            return self._write(name, args[0], answer, actor)
-        if name == "void_prefix":
+            return self._write(name, args, answer, actor)
+        if name == "invalidate":
             prefix = args[0].rstrip("/")
             below = prefix + "/" if prefix else ""
             self._void(lambda key: key == prefix or key.startswith(below))
-        if name == "land":
+        if name == "complete_flight":
             self.void.pop(args[1], None)
-        if name == "finish":
-            return self._finish(args[0], answer)
-        if name in ("reserve", "settle"):
-            if name == "reserve" and not isinstance(answer, str):
-                self._tickets[answer[0]] = args[3]
-            return answer if isinstance(answer, str) else sorted(v for _, v in answer[1])
-        if name in ("abort", "orphans", "sweep", "discard", "forget"):
-            return sorted(victim for _, victim in answer)
-        return None if name == "settled" else repr(answer)
+        if name == "commit":
+            return self._commit(args[0], answer)
+        if name in ("reserve", "advance"):
+            if isinstance(answer, Rejected):
+                return answer.reason
+            if name == "reserve":
+                # By its number: one that is kept alive here would not be given back.
+                self._tickets[id(answer.reservation)] = args[3]
+            return names(answer.victims) if isinstance(answer, NeedsEviction) else "granted"
+        if name in ("release", "failed_deletes", "drain_prefix", "discard", "drop_missing"):
+            return names(answer)
+        return None if name == "confirm_deletes" else repr(answer)
 
-    def _finish(self, reservation: Any, answer: Any) -> Any:
+    def _commit(self, reservation: Reservation, answer: Committed | None) -> Any:
         if answer is None:
             return None
-        self.void.pop(self._tickets[reservation], None)
-        victims, orphaned = answer
-        return sorted(victim for _, victim in victims), orphaned
+        self.void.pop(self._tickets[id(reservation)], None)
+        return names(answer.victims), answer.has_failed_deletes
 
-    def _write(self, name: str, key: str, answer: Any, actor: int) -> Any:
+    def _write(self, name: str, args: tuple[Any, ...], answer: Any, actor: int) -> Any:
+        key = args[0]
         self._void(key.__eq__)
         active, overlapped = self.writers.get(key, (0, False))
         if name == "begin_write":
             self.writers[key] = (active + 1, active > 0)
-            return sorted(victim for _, victim in answer)
+            return names(answer)
         self.writers[key] = (active - 1, overlapped)
         if active <= 1:
             del self.writers[key]
         victims, ticket = answer
         if ticket is not None:
             self.void[ticket] = (key, actor, False)
-        return sorted(victim for _, victim in victims), ticket is None
+            # Readers may join it until its value is in the cache store.
+            self._joined.append((args[2], actor))
+        return names(victims), ticket is None
 
     def _void(self, covers: Callable[[str], bool]) -> None:
         for ticket, (key, actor, _) in self.void.items():
@@ -109,6 +109,11 @@ class Recorder:
         for key, (active, _) in self.writers.items():
             if covers(key):
                 self.writers[key] = (active, True)
+
+
+def names(victims: list[tuple[int, str]]) -> list[str]:
+    """What is to be deleted, without the numbers of the entries."""
+    return sorted(name for _, name in victims)
 
 
 class Explored(NamedTuple):
@@ -173,7 +178,9 @@ class _Run:
         draw: Callable[[list[Action]], Action] | None,
     ) -> None:
         self.scenario = scenario
-        self.world = World(scenario)
+        # Time stands still: nothing here is about it, and states would differ by it.
+        self.world = World(scenario, clock=FakeClock())
+        self.recorder = Recorder(self.world)
         self.path = path
         self.draw = draw
         self.others: list[tuple[Action, ...]] = []
@@ -183,19 +190,18 @@ class _Run:
 
     async def _begin(self) -> None:
         world = self.world
-        books = world.store._engine.books
-        # Time stands still: nothing here is about it, and states would differ by it.
-        books.now = lambda: 1000.0
         for op in self.scenario.warm:
-            await read(world.store, op.key, op.what)
-        self.recorder = Recorder(index_of(world.store), world)
-        books.index = self.recorder
+            await read_through(world.store, op.key, op.what)
         world.hold_up(on=True)
         for op in self.scenario.ops:
             world.start(op, held=True)
 
     async def play(self, seen: set[str]) -> int:
         """Returns the number of steps."""
+        with record_steps(self.world.store, self.recorder):
+            return await self._play(seen)
+
+    async def _play(self, seen: set[str]) -> int:
         world = self.world
         await self._begin()
         done: tuple[Action, ...] = ()
@@ -258,7 +264,7 @@ class _Run:
 
     def _state(self) -> str:
         """All that the future depends on."""
-        world, index = self.world, index_of(self.world.store)
+        world = self.world
         # Of the beginnings and ends only the order counts.
         order = sorted(
             (at, number, which)
@@ -270,8 +276,8 @@ class _Run:
             (
                 sorted(world.source.values.items()),
                 sorted(world.cache.values.items()),
-                sorted(map(repr, index.entries())),
-                index.recency(),
+                sorted(map(repr, entries(world.store))),
+                recency(world.store),
                 sorted(self.recorder.void.values()),
                 sorted(self.recorder.writers.items()),
                 [(point.actor, point.label) for point in world.points],

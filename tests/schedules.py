@@ -3,7 +3,7 @@
 Each operation of the source and of the cache store is held up twice: before its effect, and after
 it, before its caller hears of it (where a scenario is coarse, only before). What runs between two
 such points is one step, for nothing else runs meanwhile. After each step `World.check_step` compares
-the books with reality, and each read is compared with what the writes around it allow.
+the index with what the cache store holds, and each read is compared with what the writes around it allow.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coherence_support import (
-    PROTOTYPE,
-    CacheStore,
-    SyncDictStore,
-    buf,
-    check_settled,
-    cut,
-    index_of,
-    read,
-)
+from doubles import SyncDictStore
+from support import PROTOTYPE, buf, check_same, cut, read
+from zcache import CacheStore
+from zcache.testing import check_invariants, entries
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -86,13 +80,13 @@ class Point:
 
 
 class HeldStore(SyncDictStore):
-    """A store whose operations are held up, and whose next ones may be told to fail.
+    """A store that holds up its operations, and may be told to fail the next ones.
 
     Attributes
     ----------
     faults : list of (str, str, Exception)
         Operations, "before" or "after", and what each raises, once.
-    struck : int
+    raised : int
         How often that has happened.
     """
 
@@ -102,31 +96,31 @@ class HeldStore(SyncDictStore):
     def __init__(self, values: dict[str, bytes] | None = None, **options: Any) -> None:
         super().__init__(values, **options)
         self.faults: list[tuple[str, str, Exception]] = []
-        self.struck = 0
+        self.raised = 0
 
-    def _strike(self, operation: str, when: str) -> None:
+    def _raise_if(self, operation: str, when: str) -> None:
         for at, fault in enumerate(self.faults):
             if fault[:2] == (operation, when):
                 del self.faults[at]
-                self.struck += 1
+                self.raised += 1
                 raise fault[2]
 
     async def before(self, operation: str, key: str) -> None:
         if self.world is not None:
             await self.world.hold(f"{self.name}.{operation} {key}")
-        self._strike(operation, "before")
+        self._raise_if(operation, "before")
 
     async def after(self, operation: str, key: str, result: object) -> None:
         if self.world is not None and not self.world.scenario.coarse:
             found = bytes(result.to_bytes()) if hasattr(result, "to_bytes") else result
             await self.world.hold(f"{self.name}.{operation} {key} -> {found!r}")
-        self._strike(operation, "after")
+        self._raise_if(operation, "after")
 
     def before_now(self, operation: str, key: str) -> None:
-        self._strike(operation, "before")
+        self._raise_if(operation, "before")
 
     def after_now(self, operation: str, key: str) -> None:
-        self._strike(operation, "after")
+        self._raise_if(operation, "after")
 
 
 @dataclass
@@ -317,30 +311,31 @@ class World:
 
     def check_step(self, damaged: frozenset[str] = frozenset()) -> None:
         """Assert what holds after every step. The values of `damaged` keys are not ours any more."""
-        index = index_of(self.store)
-        index.validate()
-        assert self.cache.total <= index.current_size, "bytes that nobody counts"
+        held = {name: size for name, size in self.cache.sizes.items() if name not in damaged}
+        # What others have damaged counts with the size that it had.
+        lost = {entry.name: entry.size for entry in entries(self.store) if entry.name in damaged}
+        check_invariants(self.store, held={**held, **lost})
         bound = self.scenario.max_size
         assert bound is None or self.cache.peak <= bound, "more bytes than the bound allows"
         if self.someone_writes():
             return
-        for key, span, _, state in index.entries():
-            if span is None and state == "present" and key not in damaged:
+        for entry in entries(self.store):
+            key = entry.key
+            if entry.byte_range is None and entry.state == "live" and key not in damaged:
                 assert self.cache.values.get(key) == self.source.values.get(key), f"stale {key}"
 
     async def check_end(self) -> None:
-        """Assert what holds when nobody is held up any more."""
+        """Assert what holds when no operation is held up any more."""
         for actor in self.actors:
             if actor.task is not None:
                 assert actor.task.done(), f"{actor.op} waits for ever"
                 assert actor.task.cancelled() == actor.cancelled
                 if not actor.cancelled:
                     actor.task.result()
-        assert index_of(self.store).in_flight == (0, 0)
         self.hold_up(on=False)
-        await check_settled(self.store, self.source, self.cache)
+        await check_same(self.store, self.source, self.cache)
         # Once more: this time from the cache.
-        await check_settled(self.store, self.source, self.cache)
+        await check_same(self.store, self.source, self.cache)
 
     async def dismiss(self) -> None:
         """End everything."""

@@ -10,6 +10,23 @@ call site.
 """
 
 from zcache._core import __version__
+from zcache.exceptions import (
+    CacheOwnershipError,
+    IndexLockTimeout,
+    OptionTypeError,
+    OptionValueError,
+    SyncNotSupportedError,
+    ZcacheError,
+)
 from zcache.store import CacheStore
 
-__all__ = ["CacheStore", "__version__"]
+__all__ = [
+    "CacheOwnershipError",
+    "CacheStore",
+    "IndexLockTimeout",
+    "OptionTypeError",
+    "OptionValueError",
+    "SyncNotSupportedError",
+    "ZcacheError",
+    "__version__",
+]

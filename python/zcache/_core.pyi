@@ -1,58 +1,174 @@
+"""The core: the index of a cache, and the fills of a cache directory.
+
+Times are seconds on the clock of the index: since 1970 for the index of a directory, on any clock that
+does not run backwards for one on the heap. Sizes are bytes. A byte range is None for the whole value,
+``(1, start, end)``, ``(2, start, 0)`` for all from there on, or ``(3, count, 0)`` for the last bytes. A
+victim is the number of an entry and the name of its bytes in the cache store: whoever gets one deletes the
+bytes and says so.
+
+A method of an index that other processes share raises `IndexBusyError` if another process holds the lock for
+longer than a step takes, and `CorruptIndexError` if the index cannot be used; nothing has changed then.
+"""
+
+from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias, final
 
 __all__ = [
     "PENDING",
     "SIGNATURE",
+    "Committed",
     "CorruptIndexError",
-    "Desk",
+    "DirectoryFills",
+    "FillResult",
+    "Granted",
     "Index",
     "IndexBusyError",
     "IndexFullError",
-    "NewFile",
+    "NeedsEviction",
+    "Rejected",
     "Reservation",
-    "Workers",
     "__version__",
     "cache_key",
     "crc32c",
-    "create_file",
-    "is_known",
-    "leads_out",
-    "noted_file",
+    "is_cacheable_key",
+    "leads_outside",
     "open_cached",
-    "publish_file",
+    "recorded_size_and_checksum",
     "remove_file",
-    "remove_file_below",
-    "remove_pending",
+    "remove_files",
     "select",
     "volume_space",
-    "write_file",
 ]
 
 __version__: Final[str]
 SIGNATURE: Final[int]
-"""Nanoseconds below the millisecond of each file that zcache wrote."""
+"""Nanoseconds below the millisecond in the modification time of each file that zcache wrote."""
 PENDING: Final[int]
 """The same as long as the value is not committed."""
 
-_Span: TypeAlias = tuple[int, int, int] | None
+_Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]
-_Room: TypeAlias = tuple[Reservation, list[_Victim]] | str
+_Reserve: TypeAlias = Granted | NeedsEviction | Rejected
 
-class CorruptIndexError(RuntimeError): ...
-class IndexBusyError(RuntimeError): ...
-class IndexFullError(OSError): ...
+class CorruptIndexError(RuntimeError):
+    """The index contradicts itself; it has to be emptied and rebuilt."""
+
+class IndexBusyError(RuntimeError):
+    """Another process holds the lock of the index; wait for it and try again."""
+
+class IndexFullError(OSError):
+    """The index cannot grow any further."""
+
+@final
+class Reservation:
+    """Room for a value, or what is to be deleted for it.
+
+    One that is let go before `Index.commit` or `Index.release` is given back by the next step that asks for
+    room or for what is in flight.
+    """
+
+@final
+class Granted:
+    """There is room: write the bytes, then commit or release.
+
+    Attributes
+    ----------
+    reservation : Reservation
+        The room.
+    """
+
+    __match_args__: Final = ("reservation",)
+    def __new__(cls, reservation: Reservation) -> Granted: ...
+    @property
+    def reservation(self) -> Reservation: ...
+
+@final
+class NeedsEviction:
+    """Delete the victims first, then `Index.advance`.
+
+    Attributes
+    ----------
+    reservation : Reservation
+        The room so far.
+    victims : list of tuple of int, str
+        What to delete.
+    """
+
+    __match_args__: Final = ("reservation", "victims")
+    def __new__(cls, reservation: Reservation, victims: list[_Victim]) -> NeedsEviction: ...
+    @property
+    def reservation(self) -> Reservation: ...
+    @property
+    def victims(self) -> list[_Victim]: ...
+
+@final
+class Rejected:
+    """The value stays uncached; nothing is held for it.
+
+    Attributes
+    ----------
+    reason : str
+        One of "too large", "key too long" (a part of more than 128 bytes), "overtaken by a write", "already
+        cached", "busy", "no space", "path conflict", "index full", "rebuilding".
+    """
+
+    __match_args__: Final = ("reason",)
+    def __new__(cls, reason: str) -> Rejected: ...
+    @property
+    def reason(self) -> str: ...
+
+@final
+class Committed:
+    """A fill has ended, and its flight is closed.
+
+    Attributes
+    ----------
+    victims : list of tuple of int, str
+        The bytes themselves, where a write has overtaken them; else nothing.
+    has_failed_deletes : bool
+        Whether there are bytes whose delete has failed, see `Index.failed_deletes`.
+    """
+
+    __match_args__: Final = ("victims", "has_failed_deletes")
+    def __new__(cls, victims: list[_Victim], has_failed_deletes: bool) -> Committed: ...
+    @property
+    def victims(self) -> list[_Victim]: ...
+    @property
+    def has_failed_deletes(self) -> bool: ...
 
 @final
 class Index:
+    """Entries, flights and reservations of one cache store, on the heap or in a directory.
+
+    Parameters
+    ----------
+    max_size : int, optional
+        Bytes that the cache store may hold. Default is no bound.
+    max_age : float, optional
+        Seconds after which an entry is stale. Default is never.
+    slices_like_python : bool, optional
+        Whether a cached value also answers ranges that reach beyond its end.
+    flat_namespace : bool, optional
+        Whether the cache store can hold ``a`` beside ``a/b``.
+    verify : {"never", "first", "always"}, optional
+        At which hits the bytes are compared with their checksum.
+    seed : int, optional
+        Seed of the hashes, which nobody should be able to guess.
+    complete : bool, optional
+        Whether the index knows all that is in the cache store. If not, `reserve` rejects with "rebuilding"
+        until `finish_rebuild`.
+    """
+
     def __new__(
         cls,
         *,
         max_size: int | None = None,
         max_age: float | None = None,
-        lenient: bool = False,
-        flat: bool = False,
+        slices_like_python: bool = False,
+        flat_namespace: bool = False,
         verify: str = "never",
         seed: int = 0,
+        complete: bool = True,
     ) -> Index: ...
     @staticmethod
     def open(
@@ -61,132 +177,362 @@ class Index:
         *,
         max_size: int | None = None,
         max_age: float | None = None,
-        lenient: bool = False,
-        flat: bool = False,
+        slices_like_python: bool = False,
+        flat_namespace: bool = False,
         verify: str = "never",
         seed: int = 0,
-    ) -> tuple[Index, bool]: ...
-    def __len__(self) -> int: ...
+    ) -> tuple[Index, bool]:
+        """Open the index in a directory; True says that it is new and has to be rebuilt by the caller."""
+
+    def __len__(self) -> int:
+        """Entries that can be served."""
+
     @property
-    def current_size(self) -> int: ...
+    def current_size(self) -> int:
+        """Bytes that the cache store holds, or may hold."""
+
     @property
-    def memory(self) -> int: ...
+    def memory(self) -> int:
+        """Bytes of memory that the index uses."""
+
     @property
-    def in_flight(self) -> tuple[int, int]: ...
+    def in_flight(self) -> tuple[int, int]:
+        """Flights that are open, and reservations that are not committed."""
+
     def lookup(
-        self, key: str, raw: _Span = None, now: float = 0.0, /
-    ) -> int | tuple[str, int, int, int, int | None, int | None] | None: ...
-    def peek(self, key: str, raw: _Span, now: float, /) -> int | None: ...
+        self, key: str, raw: _Range = None, now: float = 0.0, /
+    ) -> int | tuple[str, int, int, int, int | None, int | None] | None:
+        """Find what serves a request; None counts as a miss.
+
+        A whole value that needs no check is only its size. Anything else is name, size of the entry, first
+        byte and number of bytes in it, and, where the bytes have to be compared with their checksum, a handle
+        for `mark_verified` and the CRC32C if it is known.
+        """
+
+    def peek(self, key: str, raw: _Range, now: float, /) -> int | None:
+        """Number of bytes that would be served; counts and changes nothing."""
+
     def discard(
-        self, key: str, raw: _Span, now: float, size: int | None = None, /
-    ) -> list[_Victim]: ...
-    def count_miss(self) -> None: ...
-    def missed(self) -> None: ...
+        self, key: str, raw: _Range, now: float, size: int | None = None, /
+    ) -> list[_Victim]:
+        """Drop an entry whose bytes were not what they should be, and recount its hit as a miss.
+
+        With `size` only if that is the size of the entry still.
+        """
+
+    def count_miss(self) -> None:
+        """Count a request that went past the index."""
+
+    def recount_as_miss(self) -> None:
+        """Count a hit as a miss: it could not be used after all."""
+
+    def recount_as_hit(self) -> None:
+        """Count a miss as a hit: it was served by a fill that is pending."""
+
     def join(
-        self, key: str, raw: _Span, flight: Any, now: float, anyway: bool, /
-    ) -> int | tuple[_Span, Any] | Literal[False] | None: ...
-    def land(self, key: str, ticket: int, /) -> None: ...
-    def strike(self, key: str, flight: object, /) -> None: ...
-    def reserve(self, key: str, raw: _Span, size: int, ticket: int, now: float, /) -> _Room: ...
-    def settle(
+        self, key: str, raw: _Range, flight: Any, now: float, anyway: bool, /
+    ) -> int | tuple[_Range, Any] | Literal[False] | None:
+        """Join the flight that brings these bytes, or open one.
+
+        Returns
+        -------
+        int
+            A ticket: read the source, then fill or `complete_flight`.
+        tuple
+            The byte range and payload of the flight to wait for.
+        None
+            Look again: the bytes are cached by now. Never with `anyway`.
+        False
+            The key cannot be cached.
+        """
+
+    def complete_flight(self, key: str, ticket: int, /) -> None:
+        """Close the flight of a ticket; nothing happens if it is closed."""
+
+    def abort_flight(self, key: str, flight: object, /) -> None:
+        """Close the flight with this payload, whose reader cannot go on."""
+
+    def reserve(self, key: str, raw: _Range, size: int, ticket: int, now: float, /) -> _Reserve:
+        """Ask for room for a value that was read or written under a ticket."""
+
+    def advance(
         self, reservation: Reservation, dropped: list[int], failed: list[int], now: float, /
-    ) -> _Room: ...
-    def keep(
+    ) -> _Reserve:
+        """Report the deletes that a reservation asked for, and go on with it."""
+
+    def fill_memory(
         self,
         values: dict[str, Any],
         key: str,
-        raw: _Span,
+        raw: _Range,
         data: bytes,
         value: object,
         ticket: int,
         now: float,
+        fetched: float | None = None,
         /,
-    ) -> bool | None: ...
-    def finish(
-        self, reservation: Reservation, checksum: int | None, now: float, /
-    ) -> tuple[list[_Victim], bool] | None: ...
-    def abort(self, reservation: Reservation, /) -> list[_Victim]: ...
-    # The same, where nobody deletes what it waits for either.
-    def abandon(self, reservation: Reservation, /) -> None: ...
-    def settled(self, dropped: list[int], failed: list[int], /) -> None: ...
-    def orphans(self, limit: int, /) -> list[_Victim]: ...
-    def begin_write(self, key: str, /) -> list[_Victim]: ...
-    def end_write(self, key: str, ok: bool, /) -> tuple[list[_Victim], int | None]: ...
-    def forget(self, key: str, /) -> list[_Victim]: ...
-    def void_prefix(self, prefix: str, begins: bool | None = None, /) -> None: ...
-    def sweep(self, prefix: str, /) -> list[_Victim]: ...
-    def stats(self) -> tuple[int, int, int, int, int]: ...
-    def entries(self) -> list[tuple[str, _Span, int, str]]: ...
-    def recency(self) -> list[tuple[str, _Span]]: ...
-    def validate(self) -> None: ...
-    def after_fork(self) -> bool: ...
-    def verified(self, handle: int, checksum: int, /) -> None: ...
-    def adopt(self, values: list[tuple[int, int, str]], /) -> bool: ...
-    def condemn(self) -> None: ...
+    ) -> bool | None:
+        """Make room in a dict, put `value` there and close the flight, all in one call.
+
+        Its age counts from `fetched`; default is `now`. Returns whether anybody has joined the flight; None
+        if the value stays uncached and its flight open.
+        """
+
+    def commit(
+        self,
+        reservation: Reservation,
+        checksum: int | None,
+        now: float,
+        fetched: float | None = None,
+        /,
+    ) -> Committed | None:
+        """Say that the bytes are written; closes the flight as well.
+
+        Its age counts from `fetched`; default is `now`. None if the index was emptied meanwhile: it knows
+        nothing of the bytes.
+        """
+
+    def release(self, reservation: Reservation, /) -> list[_Victim]:
+        """Give a reservation back whose bytes were not written, or nobody knows; returns what to delete."""
+
+    def abandon(self, reservation: Reservation, /) -> None:
+        """Give it back where nobody deletes anything: what it has begun counts as a failed delete."""
+
+    def confirm_deletes(self, dropped: list[int], failed: list[int], /) -> None:
+        """Report deletes that no reservation waits for, by the numbers of their entries."""
+
+    def failed_deletes(self, limit: int, /) -> list[_Victim]:
+        """Up to `limit` entries whose delete has failed and is worth another try."""
+
+    def begin_write(self, key: str, /) -> list[_Victim]:
+        """Say that a key is going to be written in the source; fills of it that have begun end uncached."""
+
+    def end_write(
+        self, key: str, ok: bool, flight: object = None, /
+    ) -> tuple[list[_Victim], int | None]:
+        """Say that a write has ended; returns what to delete, and a ticket to cache what was written.
+
+        With `flight`, which holds the value, readers may join that until the value is in the cache store.
+        """
+
+    def drop_missing(self, key: str, /) -> list[_Victim]:
+        """Drop a key that the source does not have."""
+
+    def invalidate(self, prefix: str, begins: bool | None = None, /) -> None:
+        """Make void the flights and writes below a prefix ("" is everything); then `drain_prefix`.
+
+        With `begins` a change of all that begins (True) or ends (False).
+        """
+
+    def drain_prefix(self, prefix: str, /) -> list[_Victim]:
+        """Drop entries below a prefix, a batch at a time; to be called until it returns nothing."""
+
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """Hits, misses, evictions, expirations and rejections since the index was opened."""
+
+    def entries(self) -> list[tuple[str, _Range, int, str]]:
+        """Key, byte range, size and state of each entry."""
+
+    def recency(self) -> list[tuple[str, _Range]]:
+        """Keys and byte ranges, least recently used first."""
+
+    def validate(self) -> None:
+        """Recompute all counts and lists; `CorruptIndexError` if one is wrong."""
+
+    def after_fork(self) -> bool:
+        """Start over in a forked child. False if the index has to be made or opened anew."""
+
+    def mark_verified(self, handle: int, checksum: int, /) -> None:
+        """Say that bytes were compared with their checksum, or what it is."""
+
+    def adopt(self, values: list[tuple[int, int, str]], /) -> bool:
+        """Enter values that are in the cache store: milliseconds of their fetch, size and name, by age.
+
+        False if another participant rebuilds the index.
+        """
+
+    def mark_corrupt(self) -> None:
+        """Say that the index does not fit the files; raises `CorruptIndexError` if it is in a directory."""
+
     @property
-    def is_complete(self) -> bool: ...
-    # In a forked child: every step finds the index busy from now on. Descriptors of its parent's locks.
-    def leave(self) -> list[int]: ...
-    def rebound(self, max_size: int | None, max_age: float | None, verify: str, /) -> None: ...
-    def evict(self, size: int, now: float, /) -> list[_Victim]: ...
+    def is_complete(self) -> bool:
+        """Whether the index knows all that is in the cache store."""
+
+    def disown(self) -> list[int]:
+        """In a forked child: raise `IndexBusyError` at every step from now on, and never wait for a lock.
+
+        Returns the descriptors of the parent's locks.
+        """
+
+    def set_limits(self, max_size: int | None, max_age: float | None, verify: str, /) -> None:
+        """Change what the index was made with; a smaller size holds before new bytes are written."""
+
+    def evict(self, size: int, now: float, /) -> list[_Victim]:
+        """Drop entries of at least so many bytes, a batch at most."""
+
     @property
-    def shared(self) -> bool: ...
+    def shared(self) -> bool:
+        """Whether other processes may use the index."""
+
     @property
-    def place(self) -> int | None: ...
+    def slot(self) -> int | None:
+        """Number of this participant among those that share the index."""
+
     @property
-    def alone(self) -> bool: ...
-    def complete(self) -> None: ...
-    def restart(self, seed: int, /) -> bool: ...
-    def reap(self) -> tuple[list[int], bool]: ...
-    def wait(self) -> None: ...
+    def is_alone(self) -> bool:
+        """Whether there is no other live participant."""
+
+    def finish_rebuild(self) -> None:
+        """Say that everything that is in the cache store was adopted."""
+
+    def restart(self, seed: int, /) -> bool:
+        """Empty an index that cannot be used; True asks the caller to rebuild it."""
+
+    def reclaim_dead(self) -> tuple[list[int], bool]:
+        """Take over from participants that have died: their slots, and whether a `restart` is due."""
+
+    def wait_unlocked(self) -> None:
+        """Wait until no other process holds the lock of the index."""
 
 @final
-class Reservation:
-    # Room for a value, or what is to be deleted for it. One that is let go before `finish` or `abort` is
-    # given back by the next step that asks for room or for what is in flight.
-    ...
+class FillResult:
+    """What became of one fill of a directory.
 
-@final
-class NewFile:
+    Attributes
+    ----------
+    id : int
+        What `DirectoryFills.submit` returned.
+    outcome : {"filled", "rejected", "failed", "corrupt", "busy"}
+        "failed": the file system refused; "corrupt": the index has to be rebuilt; "busy": another process
+        has held the lock of the index for a second.
+    reason : str or None
+        Of "rejected", as in `Rejected`, or "no space on the volume", or "the index was emptied meanwhile";
+        and of "corrupt".
+    error : OSError or None
+        Of "failed".
+    operation : str
+        Of "failed": what was refused, "write".
+    deleted : int
+        Files that were deleted on the way.
+    delete_errors : list of OSError
+        Deletes that have failed on the way; the bytes stay counted, and are deleted later.
+    """
+
     @property
-    def checksum(self) -> int: ...
-    def seal(self, root: str, name: str, /) -> None: ...
-    def remove(self, root: str, name: str, /) -> None: ...
+    def id(self) -> int: ...
+    @property
+    def outcome(self) -> Literal["filled", "rejected", "failed", "corrupt", "busy"]: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def error(self) -> OSError | None: ...
+    @property
+    def operation(self) -> Literal["write", "delete"]: ...
+    @property
+    def deleted(self) -> int: ...
+    @property
+    def delete_errors(self) -> list[OSError]: ...
 
 @final
-class Workers:
-    # Threads without an interpreter, at least one; they end with the last desk that uses them.
-    def __new__(cls, count: int, /) -> Workers: ...
+class DirectoryFills:
+    """Fills of one cache directory, done by threads that need no interpreter.
 
-@final
-class Desk:
-    # Where writes and deletes are handed in, each for a number, and what came of them is collected.
-    def __new__(cls, workers: Workers, /) -> Desk: ...
-    # Of a bell: readable when there is something to collect.
-    def fileno(self) -> int: ...
-    # The result is a NewFile or an OSError; see `write_file`.
-    def write(self, root: str, name: str, unfinished: str, data: bytes, nanos: int, /) -> int: ...
-    # The result is None or an OSError for each; see `remove_file_below`.
-    def remove(self, root: str, names: list[str], /) -> int: ...
-    # Numbers and results of what is done, but for what was left. Never waits.
-    def collect(self) -> list[tuple[int, Any]]: ...
-    # Says that nobody waits any more: whether it goes on, and its result where that lies here.
-    def leave(self, number: int, /) -> tuple[bool, Any]: ...
-    # Waits for any result of what was left while it went on: its number and the result; None where
-    # nothing is left.
-    def wait(self) -> tuple[int, Any] | None: ...
+    Each fill makes room, deletes victims, writes the bytes and commits. However it ends, its flight is closed
+    and nothing is left reserved. Fills that are pending when the object is let go are done still.
 
-def create_file(path: str, data: bytes, nanos: int, /) -> NewFile: ...
-def write_file(root: str, name: str, unfinished: str, data: bytes, nanos: int, /) -> NewFile: ...
-def open_cached(path: str, /) -> int: ...
-def noted_file(path: str, /) -> tuple[int, int] | None: ...
-def publish_file(unfinished: str, path: str, /) -> None: ...
-def remove_file(path: str, /) -> bool: ...
-def remove_file_below(root: str, name: str, /) -> None: ...
-def remove_pending(path: str, /) -> bool: ...
-def volume_space(path: str, /) -> tuple[int, int]: ...
-def leads_out(root: str, name: str, /) -> bool: ...
-def crc32c(data: bytes, /) -> int: ...
-def is_known(key: str, /) -> bool: ...
-def cache_key(key: str, raw: _Span, /) -> str: ...
-def select(size: int, raw: _Span, lenient: bool, /) -> tuple[int, int] | None: ...
+    Parameters
+    ----------
+    index : Index
+        The index of the directory.
+    root : str
+        The directory, an absolute path.
+    tmp : str
+        Directory of unfinished files, on the same file system.
+    threads : int, optional
+        Threads at most. They start on demand and end after five seconds without work.
+    on_idle : callable
+        Called without arguments, in one of the threads, when there was nothing to do for 50 ms after there
+        was, and soon after a fill has "failed" or is "corrupt". It must not keep the object alive, nor wait.
+    """
+
+    def __new__(
+        cls,
+        index: Index,
+        root: str,
+        tmp: str,
+        *,
+        threads: int = 2,
+        on_idle: Callable[[], object],
+    ) -> DirectoryFills: ...
+    def submit(
+        self,
+        key: str,
+        raw: _Range,
+        data: bytes,
+        ticket: int,
+        fetched: float,
+        min_free_space: int | None,
+        now: float | None = None,
+        /,
+    ) -> int:
+        """Hand a value in; returns the number of its result.
+
+        Its age counts from `fetched`; `now` is the time at this call, default is `fetched`. `min_free_space`
+        are bytes of the volume that stay free; None is 1 GiB or a twentieth of a small volume.
+
+        Raises
+        ------
+        OSError
+            If no thread can be started, or after a fork. The flight is open still.
+        """
+
+    def collect(self) -> list[FillResult]:
+        """Results since the last call. Never waits for a fill or for another process."""
+
+    def wait(self, completed: int, timeout: float, /) -> bool:
+        """Wait until more fills than this have ended, at most so many seconds; whether they have."""
+
+    @property
+    def completed(self) -> int:
+        """Fills that have ended, since the beginning."""
+
+    @property
+    def pending(self) -> int:
+        """Fills that have not ended."""
+
+    @property
+    def pending_size(self) -> int:
+        """Bytes of the values that have not ended."""
+
+    def abandon(self) -> None:
+        """In a forked child: let go of everything, without waiting for a lock."""
+
+def open_cached(path: str, /) -> int:
+    """Open a file for reading if that needs no disk; `BlockingIOError` if it does."""
+
+def recorded_size_and_checksum(path: str, /) -> tuple[int, int] | None:
+    """Size and CRC32C that a file should have, where its file system has recorded them."""
+
+def remove_file(path: str, /) -> bool:
+    """Remove a file if zcache wrote it. Whether nothing is there now."""
+
+def remove_files(root: str, names: list[str], /) -> list[OSError | None]:
+    """Remove values from a cache directory; what zcache did not write stays and is no error."""
+
+def volume_space(path: str, /) -> tuple[int, int]:
+    """Bytes that may still be written to a volume, and bytes of the whole volume."""
+
+def leads_outside(root: str, name: str, /) -> bool:
+    """Whether a symbolic link above a name leads out of the directory."""
+
+def crc32c(data: bytes, /) -> int:
+    """CRC32C of bytes."""
+
+def is_cacheable_key(key: str, /) -> bool:
+    """Whether a key can be cached."""
+
+def cache_key(key: str, raw: _Range, /) -> str:
+    """Name in the cache store of the bytes of a key."""
+
+def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
+    """First byte and number of bytes that a range selects of a value; None where sources disagree."""

@@ -1,71 +1,201 @@
-"""Options of a `CacheStore`: what has no meaning is refused, and the error names the way out."""
+"""Options of a `CacheStore`: sizes and ages as people write them, and the errors for bad input."""
 
 from __future__ import annotations
 
-from zarr.abc.store import Store
-from zarr.storage import LocalStore
+import math
+import operator
+import re
+from numbers import Real
+from typing import Any, Final, Literal
 
-from zcache._identity import innermost, overlap
+from zarr.abc.store import Store
+
+from zcache._source.describe import describe
+from zcache._source.identity import EPHEMERAL
+from zcache._source.location import overlaps
+from zcache.exceptions import OptionTypeError, OptionValueError
+
+MAX_BYTES: Final = 2**64 - 1
+
+_UNITS: dict[str, int] = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", start=1)},
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(value: object, name: str = "max_size") -> int | None:
+    """Convert a size to bytes.
+
+    Parameters
+    ----------
+    value : int, str or None
+        Bytes from 0 to 2**64 - 1; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
+        ``"2 GiB"`` (2**30 bytes each), in any case; or None for no bound.
+    name : str
+        How the caller calls it, for the error.
+
+    Raises
+    ------
+    TypeError
+        For anything else, bool and float among them.
+    ValueError
+        For a negative number, one beyond 64 bits, an unknown unit, or part of a byte.
+    """
+    if value is None:
+        return None
+    size: int
+    if isinstance(value, str):
+        size = _parse_size_text(value, name)
+    else:
+        if isinstance(value, bool):
+            raise OptionTypeError(_size_message(name, value))
+        try:
+            size = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise OptionTypeError(_size_message(name, value)) from None
+    if not 0 <= size <= MAX_BYTES:
+        raise OptionValueError(_size_message(name, value))
+    return size
+
+
+def _parse_size_text(text: str, name: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise OptionValueError(_size_message(name, text))
+    whole, _, fraction = match[1].partition(".")
+    unit = _UNITS[match[2].lower()]
+    # Whole numbers throughout: a float would round a bound of petabytes.
+    scale: int = 10 ** len(fraction)
+    try:
+        size, rest = divmod(int(whole + fraction) * unit, scale)
+    except ValueError:  # Python reads no number of thousands of digits.
+        raise OptionValueError(_size_message(name, text)) from None
+    if rest and unit == 1:
+        raise OptionValueError(_size_message(name, text))
+    return size
+
+
+def _size_message(name: str, value: object) -> str:
+    none = "no bound" if name == "max_size" else "the default"
+    return (
+        f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
+        f'as "256MB" or "2 GiB", or None for {none}.'
+    )
+
+
+def parse_age(value: object) -> float | Literal["infinity"]:
+    """Convert a maximum age to seconds, or to "infinity".
+
+    Parameters
+    ----------
+    value : float, int, str or None
+        Seconds from 0 on, fractions allowed; or ``"infinity"``, None or ``float("inf")``, which all
+        mean that nothing ever expires.
+
+    Raises
+    ------
+    TypeError
+        For anything else, bool among them.
+    ValueError
+        For a negative number, NaN, or any other text.
+    """
+    if value is None or (isinstance(value, str) and value == "infinity"):
+        return "infinity"
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        raise OptionTypeError(_age_message(value))
+    number: Any = value
+    try:
+        age = math.nan if isinstance(number, str) else float(number)
+    except TypeError:  # numpy's time spans call themselves integers
+        raise OptionTypeError(_age_message(value)) from None
+    except OverflowError:
+        raise OptionValueError(_age_message(value)) from None
+    if math.isnan(age) or age < 0:
+        raise OptionValueError(_age_message(value))
+    if math.isinf(age):
+        return "infinity"
+    return number if isinstance(number, int) else age
+
+
+def _age_message(value: object) -> str:
+    return (
+        f"invalid max_age_seconds: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
+        f'fresh), or "infinity" or None for entries that never expire.'
+    )
 
 
 def check_verify(verify: object) -> str:
     if verify not in ("first", "always", "never"):
-        raise ValueError(f'verify={verify!r} must be "first", "always" or "never".')
+        raise OptionValueError(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
     return str(verify)
 
 
 def check_source_id(source_id: object) -> str | None:
-    if source_id is None or (isinstance(source_id, str) and source_id):
+    if source_id is None:
+        return None
+    if isinstance(source_id, str) and source_id and not source_id.startswith(EPHEMERAL):
         return source_id
-    kind = ValueError if isinstance(source_id, str) else TypeError
+    kind = OptionValueError if isinstance(source_id, str) else OptionTypeError
     raise kind(
-        f"source_id={source_id!r} must be text that names the source, such as its URL, or None."
+        f"invalid source_id: {source_id!r}. Give text that names the source, such as its URL, and does not "
+        f"begin with {EPHEMERAL!r}; or None."
     )
+
+
+def check_clock(clock: Any) -> Any:
+    if clock is not None and not callable(clock):
+        raise OptionTypeError(
+            f"invalid clock: {clock!r}. Give a function that returns seconds, or None."
+        )
+    return clock
 
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False.")
+        raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")
 
 
 def check_store(name: str, store: object) -> None:
     if not isinstance(store, Store):
-        raise TypeError(
-            f"{name}={store!r} is no store. Give a zarr.abc.store.Store, such as "
+        raise OptionTypeError(
+            f"invalid {name}: {type(store).__name__}. Give a zarr.abc.store.Store, such as "
             "zarr.storage.LocalStore(path) or zarr.storage.FsspecStore.from_url(url)."
         )
 
 
 def check_cache_store(source: Store, cache: Store) -> None:
     check_store("cache_store", cache)
+    what = f"invalid cache_store: {describe(cache)}"
     if cache.read_only or not cache.supports_writes:
-        raise ValueError(
-            f"cache_store={cache!r} does not support writes. Open it with read_only=False, or "
-            "give another store to keep the cache in."
+        raise OptionValueError(
+            f"{what} does not support writes. Open it with read_only=False, or give another store to "
+            "keep the cache in."
         )
     if not cache.supports_deletes:
-        raise ValueError(
-            f"cache_store={cache!r} does not support deletes, so it cannot make room. Give a "
-            "store that can delete, such as MemoryStore or LocalStore."
+        raise OptionValueError(
+            f"{what} does not support deletes, so it cannot make room. Give a store that can delete, "
+            "such as MemoryStore or LocalStore."
         )
-    if overlap(source, cache):
-        raise ValueError(
-            f"cache_store={cache!r} is the source itself, or one of them is inside the other: evicting "
-            "from it would delete your data. Give another store to keep the cache in."
+    if overlaps(source, cache):
+        raise OptionValueError(
+            f"{what} is the source itself, or one of them is inside the other: evicting from it would "
+            "delete your data. Give another store to keep the cache in."
         )
-    if _caches_in(source, cache):
-        raise ValueError(
-            f"cache_store={cache!r} holds the cache of the source {source!r} already. Use that as it "
-            "is, or give another store to keep a second cache in."
+    if _is_cached_in(source, cache):
+        raise OptionValueError(
+            f"{what} holds the cache of the source {describe(source)} already. Use that as it is, or "
+            "give another store to keep a second cache in."
         )
 
 
-def _caches_in(source: object, cache: Store) -> bool:
+def _is_cached_in(source: object, cache: Store) -> bool:
     """Whether a source, or a store inside it, is a cache that keeps its values here."""
     while isinstance(source, Store):
-        held = getattr(source, "_cache", None)
-        if isinstance(held, Store) and overlap(held, cache):
-            # Those who share a directory know of each other.
-            return not isinstance(innermost(cache), LocalStore)
+        held = getattr(source, "_cache_store", None)
+        if isinstance(held, Store) and overlaps(held, cache):
+            return True
         source = getattr(source, "_store", None)
     return False

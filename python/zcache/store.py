@@ -13,25 +13,30 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.config import config
 from zarr.storage import MemoryStore
 
-from zcache import _registry
-from zcache._batches import Batch, from_partial_values, from_ranges, from_ranges_sync
-from zcache._books import LateError
-from zcache._bounds import parse_age, parse_size
-from zcache._buffers import snapshot
-from zcache._copies import same_cache, source_of_copy, without_contents
-from zcache._core import Index, is_known
-from zcache._coroutines import drive
-from zcache._engine import Engine
-from zcache._identity import TRANSIENT
+from zcache import _cache
+from zcache._byte_ranges import to_byte_range
+from zcache._cache import Cache
+from zcache._core import Index, is_cacheable_key
 from zcache._options import (
     check_cache_store,
+    check_clock,
     check_flag,
     check_source_id,
     check_store,
     check_verify,
+    parse_age,
+    parse_size,
 )
-from zcache._spans import to_span
-from zcache._traffic import SyncTraffic, Traffic
+from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from_ranges_sync
+from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
+from zcache._runtime.buffers import snapshot
+from zcache._runtime.coroutines import run_without_loop
+from zcache._runtime.io import IO, SyncIO
+from zcache._source.copies import same_cache, source_of_copy, without_contents
+from zcache._source.describe import show
+from zcache._source.identity import EPHEMERAL
+from zcache._source.urls import redact
+from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -46,12 +51,13 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
-    from zcache._batches import Fetch, Group, Request
+    from zcache._protocol.batch import Fetch, Group, Request
 
 
 _OWN: Final = frozenset(
     {
-        *("_engine", "_io", "_is_open", "_read_only", "_store", "_sync_io", "_syncable"),
+        *("_cache", "_io", "_is_open", "_read_only", "_reader", "_store", "_sync_io", "_syncable"),
+        "_writer",
         "cache_set_data",
     }
 )
@@ -62,7 +68,8 @@ class CacheStore(Store):
     """A store that reads from `store` and keeps what it has read in `cache_store`.
 
     Takes the place of `zarr.experimental.cache_store.CacheStore`. Any number of tasks, threads and
-    event loops may use one at once.
+    event loops may use one at once. A reader has its value as soon as the source has answered; the cache
+    store is filled in the background, for which `drain` waits.
 
     Parameters
     ----------
@@ -94,22 +101,34 @@ class CacheStore(Store):
         Take over what a cache store holds that was not made by zcache: it may then be served, and
         evicted. Default is False: such a store is refused.
     source_id : str, optional
-        Name of the source, for a cache that outlives the process. Default is None: its URL, its path,
-        or what else names it in every process. Give one where the same data is reached under several
-        names, where the source has no name (a `MemoryStore`), for else each process starts cold, and
-        for a wrapper of your own that changes keys or bytes, unless its ``str`` says what it shows.
+        Name of the source, for a cache that outlives the process. Default is None: the URL or path and
+        the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`; every other store is
+        another source in each process, so that its cache starts cold. Give one for a store without a
+        name (a `MemoryStore`, a class or wrapper of your own), and where the same data is reached under
+        several names.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
         zcache evicts before it writes, and writes nothing if that does not help. Default is None: 5 %
         of the volume, at most 1 GiB. Set it higher where others write to the volume in bursts.
+    max_pending_size : int or str, optional
+        Bytes in memory, from 0 on and written as for `max_size`, that wait to be written to the cache
+        store; a single larger value is still taken. Default is None: 64 MiB. A reader that finds them
+        used up waits while the cache store makes progress. Set it lower where memory is short, higher
+        where a slow cache store has to take in bursts.
+    clock : callable, optional
+        Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
+        the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
 
     Raises
     ------
-    TypeError
-        If `store` or `cache_store` is no store, or a bound is of the wrong type.
-    ValueError
-        If an option has no meaning, if `cache_store` is the source itself or cannot write or delete,
-        or if it holds what zcache did not write, or what it wrote for another source.
+    OptionTypeError
+        A `TypeError`: `store` or `cache_store` is no store, or an option is of the wrong type.
+    OptionValueError
+        A `ValueError`: an option has no meaning, or `cache_store` is the source itself, or cannot write or
+        delete.
+    CacheOwnershipError
+        A `ValueError`: the cache store holds what zcache did not write, or what it wrote for another
+        source.
 
     See Also
     --------
@@ -129,7 +148,7 @@ class CacheStore(Store):
     """
 
     _store: Store
-    _engine: Engine
+    _cache: Cache
 
     def __init__(
         self,
@@ -144,6 +163,8 @@ class CacheStore(Store):
         adopt: bool = False,
         source_id: str | None = None,
         min_free_space: int | str | None = None,
+        max_pending_size: int | str | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         check_store("store", store)
         if cache_store is None:
@@ -155,7 +176,7 @@ class CacheStore(Store):
             check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
             store = store.with_read_only(read_only)
-        engine = Engine(
+        cache = Cache(
             store,
             cache_store,
             max_size=parse_size(max_size),
@@ -164,23 +185,27 @@ class CacheStore(Store):
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(min_free_space, "min_free_space"),
+            max_pending_size=parse_size(max_pending_size, "max_pending_size"),
+            clock=check_clock(clock),
         )
-        self._setup(store, engine, cache_set_data)
+        self._setup(store, cache, cache_set_data)
 
-    def _setup(self, store: Store, engine: Engine, cache_set_data: bool) -> None:
+    def _setup(self, store: Store, cache: Cache, cache_set_data: bool) -> None:
         super().__init__(read_only=store.read_only)
         self._store = store
-        self._engine = engine
+        self._cache = cache
         self.cache_set_data = cache_set_data
-        self._io = Traffic(store, engine.port)
-        self._sync_io = SyncTraffic(store, engine.sync_port)
+        self._io = IO(store)
+        self._sync_io = SyncIO(store)
+        self._reader = cache.reader
+        self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
-        self._syncable = _is_sync(store) and _is_sync(engine.cache)
+        self._syncable = _is_sync(store) and _is_sync(cache.cache)
 
     def _derive(self, store: Store) -> CacheStore:
         derived = type(self).__new__(type(self))
         vars(derived).update(self._of_subclass())
-        derived._setup(store, self._engine, self.cache_set_data)
+        derived._setup(store, self._cache, self.cache_set_data)
         return derived
 
     def _of_subclass(self) -> dict[str, Any]:
@@ -190,18 +215,18 @@ class CacheStore(Store):
     # ----------------------------------------------------- what it is
 
     @property
-    def _cache(self) -> Store:
-        return self._engine.cache
+    def _cache_store(self) -> Store:
+        return self._cache.cache
 
     @property
     def max_size(self) -> int | None:
         """Bytes that the cache store holds at most; None for no bound."""
-        return self._engine.max_size
+        return self._cache.max_size
 
     @property
     def max_age_seconds(self) -> float | Literal["infinity"]:
         """Seconds after which a value is read from the source again, or "infinity"."""
-        return self._engine.max_age
+        return self._cache.max_age
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -214,13 +239,18 @@ class CacheStore(Store):
             delete failed among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
             the number of entries that can be served; a full value is one entry, and each range
             that was read of a value that is not cached as a whole is one).
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        entries = self._engine.ask(len)
+        entries = self._cache.ask(len)
         return {
-            "cache_store_type": type(self._cache).__name__,
+            "cache_store_type": type(self._cache_store).__name__,
             "max_age_seconds": self.max_age_seconds,
             "max_size": self.max_size,
-            "current_size": self._engine.ask(_current_size),
+            "current_size": self._cache.ask(_current_size),
             "cache_set_data": self.cache_set_data,
             "tracked_keys": entries,
             "cached_keys": entries,
@@ -232,16 +262,23 @@ class CacheStore(Store):
         Returns
         -------
         dict
-            ``hits`` (reads served by the cache store), ``misses`` (reads that were not), ``evictions``
+            ``hits`` (reads served by the cache: by its store, or by a value on its way there), ``misses`` (reads that were not), ``evictions``
             (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
             by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
             gone, of another length or against their checksum), ``cache_failures`` (operations of the cache store that
-            raised), ``cache_skips`` (times that it was left alone because it kept failing).
+            raised or did not answer in time), ``cache_skips`` (times that it was left alone because it
+            kept failing).
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        engine = self._engine
-        hits, misses, evictions, expirations, refusals = engine.ask(Index.stats)
+        cache = self._cache
+        counters, breaker = cache.reader.counters, cache.shared.breaker
+        hits, misses, evictions, expirations, refusals = cache.ask(Index.stats)
         total = hits + misses
         return {
             "hits": hits,
@@ -251,24 +288,62 @@ class CacheStore(Store):
             "hit_rate": hits / total if total else 0.0,
             "expirations": expirations,
             "refusals": refusals,
-            "bypassed": engine.bypassed,
-            "damaged": engine.damaged,
-            "cache_failures": engine.breaker.failures,
-            "cache_skips": engine.breaker.skipped,
+            "bypassed": counters.bypassed,
+            "damaged": counters.damaged,
+            "cache_failures": breaker.failures,
+            "cache_skips": breaker.skipped,
         }
 
     async def clear_cache(self) -> None:
         """Empty the cache. The source stays as it is, and so does what zcache did not write."""
-        await self._engine.clear(self._io)
+        await self._writer.clear(self._io)
+
+    async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
+        """Wait until all that was read or written before is in the cache store, or was refused.
+
+        A cache store that has to be listed first is waited for as well.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds, from 0 on. Default is 60.
+
+        Returns
+        -------
+        bool
+            False if it took longer. The fills go on.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If the listing has found that the cache store belongs to somebody else.
+        """
+        return await self._cache.drain(self._io, timeout)
+
+    def drain_sync(self, timeout: float = DRAIN_TIMEOUT) -> bool:
+        """Wait for the same without an event loop; see `drain`.
+
+        Raises
+        ------
+        RuntimeError
+            If the event loop of this very thread fills the cache store: it cannot go on meanwhile.
+        """
+        fills = self._cache.shared.fills
+        if fills is not None and not fills.can_wait_here():
+            raise RuntimeError(
+                "drain_sync() was called in the event loop that fills the cache store. Use "
+                "`await store.drain()` there."
+            )
+        return run_without_loop(self._cache.drain(self._sync_io, timeout))
 
     def __eq__(self, other: object) -> bool:
         """Whether both read the same source with the same bounds through the same cache store."""
         if not isinstance(other, CacheStore):
             return NotImplemented
-        if self._engine is not other._engine and (
+        if self._cache is not other._cache and (
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
-            or not same_cache(self._engine, other._engine)
+            or not same_cache(self._cache, other._cache)
         ):
             return False
         return (
@@ -280,60 +355,57 @@ class CacheStore(Store):
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        return f"cache://{self._store}"
+        return f"cache://{redact(str(self._store))}"
 
     def __repr__(self) -> str:
+        try:
+            size, entries = self._cache.ask(_current_size), self._cache.ask(len)
+        except IndexLockTimeout:
+            size = entries = "unknown"
         return (
-            f"{type(self).__name__}(store={self._store!r}, cache_store={self._cache!r}, "
+            f"{type(self).__name__}(store={show(self._store)}, cache_store={show(self._cache_store)}, "
             f"max_age_seconds={self.max_age_seconds!r}, max_size={self.max_size!r}, "
-            f"current_size={self._engine.ask(_current_size)}, "
-            f"cached_keys={self._engine.ask(len)})"
+            f"current_size={size}, cached_keys={entries})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        engine = self._engine
+        cache = self._cache
         # Contents stay: a cache in memory travels empty.
-        cache = engine.cache
+        kept = cache.cache
         return {
             "store": self._store,
-            "cache": type(cache) if isinstance(cache, MemoryStore) else without_contents(cache),
+            "cache": without_contents(kept),
             "options": {
-                "max_size": engine.max_size,
-                "max_age": engine.max_age,
-                "verify": engine.verify,
+                "max_size": cache.max_size,
+                "max_age": cache.max_age,
+                "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
-                "source_id": engine.identity,
-                "min_free_space": engine.min_free_space,
+                "source_id": cache.source_id.name,
+                "min_free_space": cache.min_free_space,
+                "max_pending_size": cache.max_pending_size,
+                "clock": cache.clock,
             },
             "set": self.cache_set_data,
-            "token": engine.token,
+            "token": cache.token,
             "open": self._is_open,
             "more": self._of_subclass(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        store, token = state["store"], state["token"]
-        engine = _registry.find(token)
-        if engine is not None:
-            source = source_of_copy(engine, store)
+        store, token, options = state["store"], state["token"], state["options"]
+        cache = _cache.find(token)
+        if cache is not None:
+            source = source_of_copy(cache, store)
             if source is None:
-                engine, token = None, uuid.uuid4().hex
-                if state["options"]["source_id"].startswith(TRANSIENT):
-                    state["options"]["source_id"] = None
+                cache, token = None, uuid.uuid4().hex
+                if options["source_id"].startswith(EPHEMERAL):
+                    options["source_id"] = None
             else:
                 store = source
-        if engine is None:
-            cache = state["cache"]
-            engine = _registry.find_or_add(
-                Engine(
-                    store,
-                    cache() if isinstance(cache, type) else cache,
-                    token=token,
-                    **state["options"],
-                )
-            )
+        if cache is None:
+            cache = _cache.find_or_add(Cache(store, state["cache"], token=token, **options))
         vars(self).update(state["more"])
-        self._setup(store, engine, state["set"])
+        self._setup(store, cache, state["set"])
         self._is_open = state["open"]
 
     # ---------------------------------------------------- open and close
@@ -351,7 +423,14 @@ class CacheStore(Store):
             self._is_open = True
 
     def close(self) -> None:
-        """Close the source. The cache store stays open: copies of this store may share it."""
+        """Close the source, once pending fills have reached the cache store (5 seconds at most).
+
+        The cache store stays open: copies of this store may share it. Fills that are carried out by the
+        event loop that this is called in go on after it; `await store.drain()` waits for them.
+        """
+        fills = self._cache.shared.fills
+        if fills is not None and fills.can_wait_here():
+            run_without_loop(self._cache.drain(self._sync_io, CLOSE_TIMEOUT))
         self._store.close()
         super().close()
 
@@ -381,7 +460,7 @@ class CacheStore(Store):
 
     @property
     def _supports_sync_io(self) -> bool:
-        return _is_sync(self._store) and _is_sync(self._cache)
+        return _is_sync(self._store) and _is_sync(self._cache_store)
 
     # ------------------------------------------------------------- reads
 
@@ -395,17 +474,17 @@ class CacheStore(Store):
         if prototype is None:
             prototype = default_buffer_prototype()
         try:
-            span = None if byte_range is None else to_span(byte_range)
+            parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
-            self._engine.count_miss()
-            return await self._engine.bypass(self._io, key, prototype, byte_range)
-        # A hit that is at hand ends here: no other coroutine, and one call into the index.
-        value, hit = self._engine.glance(key, prototype, span)
+            self._reader.count_miss()
+            return await self._reader.bypass(self._io, key, prototype, byte_range)
+        # A hit that needs no waiting ends here: no other coroutine, and one call into the index.
+        value, hit = self._reader.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
         if hit is None:
-            return await self._engine.fetch(self._io, key, prototype, byte_range, span)
-        return await self._engine.get(self._io, key, prototype, byte_range, span, hit)
+            return await self._reader.fetch(self._io, key, prototype, byte_range, parsed)
+        return await self._reader.get(self._io, key, prototype, byte_range, parsed, hit)
 
     def get_sync(
         self,
@@ -418,8 +497,8 @@ class CacheStore(Store):
 
         Raises
         ------
-        TypeError
-            If the source or the cache store has no synchronous methods.
+        SyncNotSupportedError
+            A `TypeError`: the source or the cache store has no synchronous methods.
         """
         if not self._syncable:
             self._check_sync("get_sync")
@@ -427,14 +506,14 @@ class CacheStore(Store):
             prototype = default_buffer_prototype()
         io = self._sync_io
         try:
-            span = None if byte_range is None else to_span(byte_range)
+            parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
-            self._engine.count_miss()
-            return drive(self._engine.bypass(io, key, prototype, byte_range))
-        value, hit = self._engine.glance(key, prototype, span)
+            self._reader.count_miss()
+            return run_without_loop(self._reader.bypass(io, key, prototype, byte_range))
+        value, hit = self._reader.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
-        return drive(self._engine.get(io, key, prototype, byte_range, span, hit))
+        return run_without_loop(self._reader.get(io, key, prototype, byte_range, parsed, hit))
 
     async def get_partial_values(
         self,
@@ -446,9 +525,11 @@ class CacheStore(Store):
 
         fetch = from_partial_values(self._store, prototype, requests)
         values: list[Buffer | None] = [None] * len(requests)
-        async for group in Batch(self._engine, self._io, prototype, requests, fetch).run():
-            for number, value in group:
-                values[number] = value
+        batch = Batch(self._reader, self._io, prototype, requests, fetch)
+        async with contextlib.aclosing(batch.run()) as groups:
+            async for group in groups:
+                for number, value in group:
+                    values[number] = value
         return values
 
     async def get_ranges(
@@ -494,8 +575,12 @@ class CacheStore(Store):
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
         fetch = from_ranges(self._store, prototype, requests, given)
-        async for group in self._ranges(self._io, prototype, requests, fetch):
-            yield group
+        # Closed with this one, so that no flight stays open until the garbage collector comes.
+        async with contextlib.aclosing(
+            self._ranges(self._io, prototype, requests, fetch)
+        ) as groups:
+            async for group in groups:
+                yield group
 
     def get_ranges_sync(
         self,
@@ -523,23 +608,24 @@ class CacheStore(Store):
             groups = self._ranges(self._sync_io, prototype, requests, fetch)
             return [item async for group in groups for item in group]
 
-        return drive(collect())
+        return run_without_loop(collect())
 
     async def _ranges(
-        self, io: Traffic, prototype: BufferPrototype, requests: list[Request], fetch: Fetch
-    ) -> AsyncIterator[Group]:
-        batch = Batch(self._engine, io, prototype, requests, fetch)
-        if batch.senseless:
+        self, io: IO, prototype: BufferPrototype, requests: list[Request], fetch: Fetch
+    ) -> AsyncGenerator[Group, None]:
+        batch = Batch(self._reader, io, prototype, requests, fetch)
+        if batch.has_invalid_range:
             # The source joins ranges, and gives to this one what it makes of all of them.
             batch.count_bypassed(len(requests))
             groups = fetch(list(range(len(requests))))
         else:
             groups = batch.run()
-        async for group in groups:
-            if any(value is None for _, value in group):
-                missing = FileNotFoundError(requests[0][0])
-                raise BaseExceptionGroup("a range of a missing key was asked for", [missing])
-            yield group
+        async with contextlib.aclosing(groups):
+            async for group in groups:
+                if any(value is None for _, value in group):
+                    missing = FileNotFoundError(requests[0][0])
+                    raise BaseExceptionGroup("a range of a missing key was asked for", [missing])
+                yield group
 
     async def _get_many(
         self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
@@ -573,15 +659,7 @@ class CacheStore(Store):
         return await self._store.getsize(key) if size is None else size
 
     async def _cached_size(self, key: str) -> int | None:
-        engine = self._engine
-        # Where the cache store is out of use, `get` reads the source.
-        if not is_known(key) or not engine.breaker.allows():
-            return None
-        peek, now = engine.index.peek, engine.now()
-        try:
-            return await engine.books.step(self._io, peek, key, None, now, for_ever=False)
-        except LateError:
-            return None
+        return await self._reader.cached_size(self._io, key) if is_cacheable_key(key) else None
 
     # ------------------------------------------------------------ writes
 
@@ -595,51 +673,51 @@ class CacheStore(Store):
         self._check_sync("set_sync")
         self._check_writable()
         source: Any = self._store
-        drive(self._set(self._sync_io, key, value, _later(source.set_sync, key, value)))
+        run_without_loop(self._set(self._sync_io, key, value, _later(source.set_sync, key, value)))
 
     async def _set(
-        self, io: Traffic, key: str, value: Buffer, work: Callable[[], Awaitable[None]]
+        self, io: IO, key: str, value: Buffer, work: Callable[[], Awaitable[None]]
     ) -> None:
         # The caller may use its buffer again as soon as this returns: the cache keeps a copy.
         data = snapshot(value) if self.cache_set_data and isinstance(value, Buffer) else None
-        await self._engine.write(io, key, work, data)
+        await self._writer.write(io, key, work, data)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         # docstring inherited
         self._check_writable()
-        # Which value the source holds afterwards is its secret.
+        # It does not tell which value the source holds afterwards.
         work = self._store.set_if_not_exists
-        await self._engine.write(self._io, key, lambda: work(key, value), None)
+        await self._writer.write(self._io, key, lambda: work(key, value), None)
 
     async def delete(self, key: str) -> None:
         # docstring inherited
         self._check_writable()
         # Some stores delete all that lies below the key with it.
-        await self._engine.change(self._io, key, lambda: self._store.delete(key))
+        await self._writer.change(self._io, key, lambda: self._store.delete(key))
 
     def delete_sync(self, key: str) -> None:
         """Delete without an event loop; see `delete` and `get_sync`."""
         self._check_sync("delete_sync")
         self._check_writable()
         source: Any = self._store
-        drive(self._engine.change(self._sync_io, key, _later(source.delete_sync, key)))
+        run_without_loop(self._writer.change(self._sync_io, key, _later(source.delete_sync, key)))
 
     async def delete_dir(self, prefix: str) -> None:
         # docstring inherited
         self._check_writable()
-        await self._engine.change(self._io, prefix, lambda: self._store.delete_dir(prefix))
+        await self._writer.change(self._io, prefix, lambda: self._store.delete_dir(prefix))
 
     async def clear(self) -> None:
         # docstring inherited
         self._check_writable()
-        await self._engine.change(self._io, "", self._store.clear)
+        await self._writer.change(self._io, "", self._store.clear)
 
     def _check_sync(self, method: str) -> None:
-        for name, store in (("source", self._store), ("cache store", self._cache)):
+        for name, store in (("source", self._store), ("cache store", self._cache_store)):
             if not _is_sync(store):
-                raise TypeError(
+                raise SyncNotSupportedError(
                     f"{method} needs stores with synchronous methods, but the {name} "
-                    f"{store!r} has none. Use {method.removesuffix('_sync')} instead."
+                    f"{show(store)} has none. Use {method.removesuffix('_sync')} instead."
                 )
 
     # ---------------------------------------------------------- listings

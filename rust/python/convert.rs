@@ -4,21 +4,21 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use crate::cache::{Found, Limits, Refusal, Verify, Victim};
-use crate::cell::State;
-use crate::key::{self, Span};
+use crate::arena::State;
+use crate::cache::{Found, Limits, Verify, Victim};
+use crate::key::{self, ByteRange};
 
-/// A span as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
+/// A byte range as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
 /// 3 suffix) and its numbers.
 pub(super) type RawSpan = Option<(u8, u64, u64)>;
 pub(super) type RawVictim = (u32, String);
 
-pub(super) fn span(raw: RawSpan) -> PyResult<Span> {
+pub(super) fn span(raw: RawSpan) -> PyResult<ByteRange> {
     Ok(match raw {
-        None => Span::Full,
-        Some((1, start, end)) => Span::Range { start, end },
-        Some((2, from, _)) => Span::Offset(from),
-        Some((3, count, _)) => Span::Suffix(count),
+        None => ByteRange::Full,
+        Some((1, start, end)) => ByteRange::Range { start, end },
+        Some((2, from, _)) => ByteRange::Offset(from),
+        Some((3, count, _)) => ByteRange::Suffix(count),
         Some((kind, ..)) => {
             return Err(PyValueError::new_err(format!(
                 "span kind must be 1 (range), 2 (offset) or 3 (suffix), got {kind}"
@@ -27,18 +27,18 @@ pub(super) fn span(raw: RawSpan) -> PyResult<Span> {
     })
 }
 
-/// A key that may be held.
+/// A key that may be cached.
 pub(super) fn known<'a>(key: &'a Bound<'_, PyString>) -> Option<&'a str> {
-    // Lone surrogates are no text, and no file system and no index takes them.
-    key.to_str().ok().filter(|key| key::is_known(key))
+    // Lone surrogates are not UTF-8.
+    key.to_str().ok().filter(|key| key::is_cacheable(key))
 }
 
-pub(super) fn raw_span(span: Span) -> RawSpan {
+pub(super) fn raw_span(span: ByteRange) -> RawSpan {
     match span {
-        Span::Full => None,
-        Span::Range { start, end } => Some((1, start, end)),
-        Span::Offset(from) => Some((2, from, 0)),
-        Span::Suffix(count) => Some((3, count, 0)),
+        ByteRange::Full => None,
+        ByteRange::Range { start, end } => Some((1, start, end)),
+        ByteRange::Offset(from) => Some((2, from, 0)),
+        ByteRange::Suffix(count) => Some((3, count, 0)),
     }
 }
 
@@ -52,41 +52,28 @@ pub(super) fn raw_victims(victims: Vec<Victim>) -> Vec<RawVictim> {
 /// Key, span, bytes and state.
 pub(super) type RawEntry = (String, RawSpan, u64, &'static str);
 
-pub(super) fn raw_entries(entries: Vec<(String, Span, u64, State)>) -> Vec<RawEntry> {
+pub(super) fn raw_entries(entries: Vec<(String, ByteRange, u64, State)>) -> Vec<RawEntry> {
     let state = |state| match state {
-        State::Present => "present",
+        State::Live => "present",
         State::Writing => "writing",
-        State::Dropping => "dropping",
-        State::Orphan => "orphan",
+        State::Deleting => "dropping",
+        State::DeleteFailed => "orphan",
     };
     let raw = |(key, span, size, of)| (key, raw_span(span), size, state(of));
     entries.into_iter().map(raw).collect()
 }
 
-pub(super) fn raw_recency(recency: Vec<(String, Span)>) -> Vec<(String, RawSpan)> {
+pub(super) fn raw_recency(recency: Vec<(String, ByteRange)>) -> Vec<(String, RawSpan)> {
     let raw = |(key, span)| (key, raw_span(span));
     recency.into_iter().map(raw).collect()
 }
 
-/// Seconds to whole milliseconds; what is no time at all counts as the beginning.
+/// Seconds to whole milliseconds; NaN and negative times count as zero.
 pub(super) fn millis(seconds: f64) -> u64 {
     (seconds * 1000.0) as u64
 }
 
-pub(super) fn why(refusal: Refusal) -> &'static str {
-    match refusal {
-        Refusal::TooLarge => "too large",
-        Refusal::Void => "overtaken by a write",
-        Refusal::Held => "held already",
-        Refusal::Busy => "busy",
-        Refusal::NoRoom => "no room",
-        Refusal::Conflict => "in conflict with another key",
-        Refusal::Full => "index full",
-        Refusal::Rebuilding => "index not complete",
-    }
-}
-
-/// Seconds of a maximum age to whole milliseconds; a part of one counts as one.
+/// Seconds of a maximum age to whole milliseconds, rounded up.
 pub(super) fn age(seconds: f64) -> u64 {
     (seconds * 1000.0).ceil() as u64
 }
@@ -94,15 +81,15 @@ pub(super) fn age(seconds: f64) -> u64 {
 pub(super) fn limits(
     max_size: Option<u64>,
     max_age: Option<f64>,
-    lenient: bool,
-    flat: bool,
+    slices_like_python: bool,
+    flat_namespace: bool,
     verify: &str,
 ) -> PyResult<Limits> {
     Ok(Limits {
         max_size: max_size.unwrap_or(u64::MAX),
         max_age: max_age.map(age),
-        lenient,
-        flat,
+        slices_like_python,
+        flat_namespace,
         verify: when_to_verify(verify)?,
     })
 }
@@ -121,15 +108,15 @@ pub(super) fn when_to_verify(text: &str) -> PyResult<Verify> {
 pub(super) fn hit<'py>(
     py: Python<'py>,
     key: &str,
-    asked: Span,
+    asked: ByteRange,
     found: &Found,
     verify: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    if asked == Span::Full && !verify {
+    if asked == ByteRange::Full && !verify {
         // The common case on the hot path: one small integer.
         return Ok(found.size.into_pyobject(py)?.into_any());
     }
-    let name = found.span.cache_key(key);
+    let name = found.range.cache_key(key);
     let handle = verify.then_some(found.handle);
     let hit = (
         name,

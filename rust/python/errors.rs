@@ -1,13 +1,12 @@
-//! Errors of the core as exceptions of Python: all of them become so here.
+//! Errors of the core as Python exceptions; the only place where they are converted.
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
 
-use crate::error::Fault;
-#[cfg(unix)]
+use crate::error::Error;
 use crate::{
-    directory::StepError,
-    mapped::{OpenError, PARTICIPANTS},
+    shared::StepError,
+    shared::{OpenError, PARTICIPANTS},
 };
 
 pyo3::create_exception!(
@@ -17,11 +16,11 @@ pyo3::create_exception!(
     "The index contradicts itself; it has to be thrown away."
 );
 
-impl From<Fault> for PyErr {
-    fn from(fault: Fault) -> Self {
-        match fault {
-            Fault::Corrupt(what) => CorruptIndexError::new_err(what),
-            Fault::Full => IndexFullError::new_err(fault.to_string()),
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Corrupt(what) => CorruptIndexError::new_err(what),
+            Error::Full => IndexFullError::new_err(error.to_string()),
         }
     }
 }
@@ -40,17 +39,15 @@ pyo3::create_exception!(
     "Another process holds the lock of the index; wait for it and try again."
 );
 
-#[cfg(unix)]
 impl From<StepError> for PyErr {
     fn from(error: StepError) -> Self {
         match error {
-            StepError::Busy => IndexBusyError::new_err("the lock of the index is taken"),
-            StepError::Fault(fault) => fault.into(),
+            StepError::Busy => busy(),
+            StepError::Failed(error) => error.into(),
         }
     }
 }
 
-#[cfg(unix)]
 impl From<OpenError> for PyErr {
     fn from(error: OpenError) -> Self {
         match error {
@@ -66,13 +63,21 @@ impl From<OpenError> for PyErr {
     }
 }
 
-/// Errors with their number: what to do about them depends on that.
-#[cfg(unix)]
+/// I/O errors keep their number, by which Python code tells them apart.
 pub(super) fn os_error(error: std::io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(number) => PyOSError::new_err((number, error.to_string())),
         None => error.into(),
     }
+}
+
+/// The same as an exception object.
+pub(super) fn exception(py: Python<'_>, error: std::io::Error) -> Bound<'_, PyAny> {
+    os_error(error).into_value(py).into_bound(py).into_any()
+}
+
+pub(super) fn busy() -> PyErr {
+    IndexBusyError::new_err("the lock of the index is taken")
 }
 
 pub(super) fn poisoned<T>(_: T) -> PyErr {

@@ -3,80 +3,97 @@
 //! Why the lock is never held for long, see [`super::backing`].
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-use super::backing::{Backing, Flight, step};
+use super::backing::{Backing, Flight, after_fork, step};
+use super::backing::{shared, wait};
 use super::convert::{
     RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
     raw_span, raw_victims, span, when_to_verify,
 };
 use super::errors::poisoned;
 use super::memory::Fill;
-use super::reservation::{Abandoned, Reservation};
-use crate::block::Heap;
+use super::reservation::{Abandoned, Committed, Reservation};
+use crate::arena::Heap;
 use crate::cache::{Cache, Joined};
-#[cfg(unix)]
-use crate::directory::Directory;
-use crate::error::Fault;
+use crate::error::Error;
+use crate::shared::SharedIndex;
 
 /// An index with its bounds, flights and reservations, behind one lock.
 #[pyclass(frozen, module = "zcache._core")]
 pub(super) struct Index {
-    pub(super) backing: Backing,
+    pub(super) backing: Arc<Backing>,
     pub(super) abandoned: Arc<Abandoned>,
 }
 
 impl Index {
     fn over(backing: Backing) -> Self {
-        let abandoned = Arc::default();
-        Index { backing, abandoned }
+        Index {
+            backing: Arc::new(backing),
+            abandoned: Arc::default(),
+        }
     }
 }
 
 #[pymethods]
 impl Index {
     #[new]
-    #[pyo3(signature = (*, max_size=None, max_age=None, lenient=false, flat=false, verify="never",
-                        seed=0))]
+    #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
+                        verify="never", seed=0, complete=true))]
+    #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
         max_age: Option<f64>,
-        lenient: bool,
-        flat: bool,
+        slices_like_python: bool,
+        flat_namespace: bool,
         verify: &str,
         seed: u64,
+        complete: bool,
     ) -> PyResult<Self> {
-        let limits = limits(max_size, max_age, lenient, flat, verify)?;
-        let cache = Cache::new(Heap::default(), limits, seed)?;
-        Ok(Index::over(Backing::Memory(Mutex::new(cache))))
+        let limits = limits(
+            max_size,
+            max_age,
+            slices_like_python,
+            flat_namespace,
+            verify,
+        )?;
+        let block = if complete {
+            Heap::default()
+        } else {
+            Heap::rebuilding()
+        };
+        Ok(Index::over(Backing::own(Cache::new(block, limits, seed)?)))
     }
 
     /// Opens the index of a cache directory; see the stub.
-    #[cfg(unix)]
     #[staticmethod]
-    #[pyo3(signature = (root, /, *, max_size=None, max_age=None, lenient=false, flat=false,
-                        verify="never", seed=0))]
+    #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
+                        flat_namespace=false, verify="never", seed=0))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
         root: PathBuf,
         max_size: Option<u64>,
         max_age: Option<f64>,
-        lenient: bool,
-        flat: bool,
+        slices_like_python: bool,
+        flat_namespace: bool,
         verify: &str,
         seed: u64,
     ) -> PyResult<(Self, bool)> {
-        let limits = limits(max_size, max_age, lenient, flat, verify)?;
-        let (directory, fresh) = py.detach(|| Directory::open(&root, limits, seed))?;
-        let locks = directory.locks();
-        let backing = Backing::Shared(Mutex::new(directory), locks);
-        Ok((Index::over(backing), fresh))
+        let limits = limits(
+            max_size,
+            max_age,
+            slices_like_python,
+            flat_namespace,
+            verify,
+        )?;
+        let (directory, fresh) = py.detach(|| SharedIndex::open(&root, limits, seed))?;
+        Ok((Index::over(Backing::shared(directory)), fresh))
     }
 
     #[pyo3(signature = (key, raw=None, now=0.0, /))]
@@ -88,7 +105,8 @@ impl Index {
         now: f64,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         if raw.is_none()
-            && let Backing::Memory(lock) = &self.backing
+            && let Backing::Own(lock, _) = &*self.backing
+            && !self.backing.is_disowned()
         {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
             let hit = cache.hit(key, millis(now));
@@ -127,7 +145,7 @@ impl Index {
         let span = span(raw)?;
         let victims = step!(self, py, |cache| {
             let found = cache.peek(key, span, millis(now))?;
-            // One of another size has taken its place meanwhile.
+            // An entry of another size may have taken its place.
             let same = found.filter(|found| size.is_none_or(|size| size == found.size));
             cache.discard(same.map_or(u64::MAX, |found| found.handle))
         })?;
@@ -141,9 +159,16 @@ impl Index {
         })
     }
 
-    fn missed(&self, py: Python<'_>) -> PyResult<()> {
+    fn recount_as_miss(&self, py: Python<'_>) -> PyResult<()> {
         step!(self, py, |cache| {
-            cache.missed();
+            cache.recount_as_miss();
+            Ok(())
+        })
+    }
+
+    fn recount_as_hit(&self, py: Python<'_>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.recount_as_hit();
             Ok(())
         })
     }
@@ -162,7 +187,7 @@ impl Index {
             return Ok(false.into_pyobject(py)?.to_owned().into_any());
         };
         let span = span(raw)?;
-        // The caller has it as well: where ours goes while the lock is held, nothing is released.
+        // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let kept = Flight(flight.clone().unbind());
         let joined = step!(self, py, |cache| cache.join(
             key,
@@ -181,19 +206,19 @@ impl Index {
     }
 
     #[pyo3(signature = (key, ticket, /))]
-    fn land(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
-        // The payload outlives the lock, for releasing it may run code of Python's.
-        let flight = step!(self, py, |cache| Ok(cache.land(key, ticket)))?;
+    fn complete_flight(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
+        // The payload is dropped after the lock, because that may run Python code.
+        let flight = step!(self, py, |cache| Ok(cache.complete_flight(key, ticket)))?;
         drop(flight);
         Ok(())
     }
 
     #[pyo3(signature = (key, flight, /))]
-    fn strike(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
-        let struck = step!(self, py, |cache| Ok(
-            cache.strike(key, |other| other.0.is(&flight))
+    fn abort_flight(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
+        let closed = step!(self, py, |cache| Ok(
+            cache.abort_flight(key, |other| other.0.is(&flight))
         ))?;
-        drop(struck);
+        drop(closed);
         Ok(())
     }
 
@@ -207,16 +232,16 @@ impl Index {
         ticket: u64,
         now: f64,
     ) -> PyResult<Bound<'py, PyAny>> {
-        self.see_to_abandoned(py)?;
+        self.end_abandoned(py)?;
         let span = span(raw)?;
         let now = millis(now);
-        let room = step!(self, py, |cache| cache
+        let answer = step!(self, py, |cache| cache
             .reserve(key, span, size, ticket, now))?;
-        self.answer(py, room, None)
+        self.answer(py, answer, None)
     }
 
     #[pyo3(signature = (reservation, dropped, failed, now, /))]
-    fn settle<'py>(
+    fn advance<'py>(
         &self,
         py: Python<'py>,
         reservation: Bound<'py, Reservation>,
@@ -225,14 +250,15 @@ impl Index {
         now: f64,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (id, now) = (reservation.get().id(), millis(now));
-        let room = step!(self, py, |cache| cache.settle(id, &dropped, &failed, now))?;
-        self.answer(py, room, Some(reservation))
+        let answer = step!(self, py, |cache| cache
+            .evictions_done(id, &dropped, &failed, now))?;
+        self.answer(py, answer, Some(reservation))
     }
 
     /// See [`super::memory`].
-    #[pyo3(signature = (values, key, raw, data, value, ticket, now, /))]
+    #[pyo3(signature = (values, key, raw, data, value, ticket, now, fetched=None, /))]
     #[allow(clippy::too_many_arguments)] // All that a fill is about, for one call.
-    fn keep(
+    fn fill_memory(
         &self,
         values: &Bound<'_, PyDict>,
         key: &Bound<'_, PyString>,
@@ -241,45 +267,51 @@ impl Index {
         value: &Bound<'_, PyAny>,
         ticket: u64,
         now: f64,
+        fetched: Option<f64>,
     ) -> PyResult<Option<bool>> {
         let fill = Fill {
             backing: &self.backing,
             values,
             key,
-            span: span(raw)?,
+            range: span(raw)?,
             data,
             ticket,
             now: millis(now),
+            fetched: millis(fetched.unwrap_or(now)),
         };
-        if self.see_to_abandoned(values.py()).is_err() {
+        if self.end_abandoned(values.py()).is_err() {
             return Ok(None);
         }
         match fill.run(value) {
-            // Short memory, say: whoever lands the flight sees to the rest.
+            // Out of memory, for example: the owner of the flight ends the rest.
             Err(error) if error.is_instance_of::<PyException>(values.py()) => Ok(None),
             kept => kept,
         }
     }
 
-    #[pyo3(signature = (reservation, checksum, now, /))]
-    fn finish(
+    #[pyo3(signature = (reservation, checksum, now, fetched=None, /))]
+    fn commit(
         &self,
         py: Python<'_>,
         reservation: &Reservation,
         checksum: Option<u32>,
         now: f64,
-    ) -> PyResult<Option<(Vec<RawVictim>, bool)>> {
+        fetched: Option<f64>,
+    ) -> PyResult<Option<Committed>> {
+        let (fetched, now) = (millis(fetched.unwrap_or(now)), millis(now));
         let done = step!(self, py, |cache| {
-            let done = cache.finish(reservation.id(), checksum, millis(now))?;
-            Ok(done.map(|done| (done, cache.has_orphans())))
+            let done = cache.commit_fetched(reservation.id(), checksum, fetched, now)?;
+            Ok(done.map(|done| (done, cache.has_failed_deletes())))
         })?;
         reservation.end();
         // The payload of the flight is released here, without the lock.
-        Ok(done.map(|(done, orphans)| (raw_victims(done.victims), orphans)))
+        Ok(done.map(|(done, failed_deletes)| {
+            Committed::new(raw_victims(done.victims), failed_deletes)
+        }))
     }
 
     #[pyo3(signature = (reservation, /))]
-    fn abort(&self, py: Python<'_>, reservation: &Reservation) -> PyResult<Vec<RawVictim>> {
+    fn release(&self, py: Python<'_>, reservation: &Reservation) -> PyResult<Vec<RawVictim>> {
         let victims = step!(self, py, |cache| cache.abort(reservation.id()))?;
         reservation.end();
         Ok(raw_victims(victims))
@@ -293,13 +325,13 @@ impl Index {
     }
 
     #[pyo3(signature = (dropped, failed, /))]
-    fn settled(&self, py: Python<'_>, dropped: Vec<u32>, failed: Vec<u32>) -> PyResult<()> {
-        step!(self, py, |cache| cache.settled(&dropped, &failed))
+    fn confirm_deletes(&self, py: Python<'_>, dropped: Vec<u32>, failed: Vec<u32>) -> PyResult<()> {
+        step!(self, py, |cache| cache.deletes_done(&dropped, &failed))
     }
 
     #[pyo3(signature = (limit, /))]
-    fn orphans(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<RawVictim>> {
-        let victims = step!(self, py, |cache| cache.orphans(limit))?;
+    fn failed_deletes(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.retry_failed(limit))?;
         Ok(raw_victims(victims))
     }
 
@@ -309,37 +341,42 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    #[pyo3(signature = (key, ok, /))]
+    #[pyo3(signature = (key, ok, flight=None, /))]
     fn end_write(
         &self,
         py: Python<'_>,
         key: &str,
         ok: bool,
+        flight: Option<Bound<'_, PyAny>>,
     ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
-        let (victims, ticket) = step!(self, py, |cache| cache.end_write(key, ok))?;
+        // The caller holds a reference too, so dropping ours under the lock frees nothing.
+        let payload = flight
+            .as_ref()
+            .map(|flight| Flight(flight.clone().unbind()));
+        let (victims, ticket) = step!(self, py, |cache| cache.end_write(key, ok, payload))?;
         Ok((raw_victims(victims), ticket))
     }
 
     #[pyo3(signature = (key, /))]
-    fn forget(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
-        let victims = step!(self, py, |cache| cache.forget(key))?;
+    fn drop_missing(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.drop_missing(key))?;
         Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (prefix, begins=None, /))]
-    fn void_prefix(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
+    fn invalidate(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
         step!(self, py, |cache| {
-            cache.void_prefix(prefix);
+            cache.invalidate_prefix(prefix);
             if let Some(begins) = begins {
-                cache.mark_change(prefix, begins);
+                cache.prefix_change(prefix, begins);
             }
             Ok(())
         })
     }
 
     #[pyo3(signature = (prefix, /))]
-    fn sweep(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
-        let victims = step!(self, py, |cache| cache.sweep(prefix))?;
+    fn drain_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.drain_prefix(prefix))?;
         Ok(raw_victims(victims))
     }
 
@@ -350,13 +387,13 @@ impl Index {
             stats.misses,
             stats.evictions,
             stats.expirations,
-            stats.refusals,
+            stats.rejections,
         ))
     }
 
     #[getter]
     fn current_size(&self, py: Python<'_>) -> PyResult<u64> {
-        self.see_to_abandoned(py)?;
+        self.end_abandoned(py)?;
         step!(self, py, |cache| Ok(cache.current_size()))
     }
 
@@ -367,7 +404,7 @@ impl Index {
 
     #[getter]
     fn in_flight(&self, py: Python<'_>) -> PyResult<(usize, usize)> {
-        self.see_to_abandoned(py)?;
+        self.end_abandoned(py)?;
         step!(self, py, |cache| Ok(cache.in_flight()))
     }
 
@@ -389,11 +426,11 @@ impl Index {
     }
 
     fn after_fork(&self) -> PyResult<bool> {
-        self.backing.after_fork()
+        after_fork(&self.backing)
     }
 
     #[pyo3(signature = (handle, checksum, /))]
-    fn verified(&self, py: Python<'_>, handle: u64, checksum: u32) -> PyResult<()> {
+    fn mark_verified(&self, py: Python<'_>, handle: u64, checksum: u32) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.verified(handle, checksum);
             Ok(())
@@ -403,7 +440,7 @@ impl Index {
     #[pyo3(signature = (values, /))]
     fn adopt(&self, py: Python<'_>, values: Vec<(u64, u64, String)>) -> PyResult<bool> {
         step!(self, py, |cache| {
-            if !cache.is_filled_here() {
+            if !cache.owns_rebuild() {
                 return Ok(false);
             }
             for (fetched, size, name) in &values {
@@ -418,23 +455,21 @@ impl Index {
         step!(self, py, |cache| Ok(cache.is_complete()))
     }
 
-    fn condemn(&self, py: Python<'_>) -> PyResult<()> {
-        match &self.backing {
-            Backing::Memory(_) => Ok(()),
-            #[cfg(unix)]
-            Backing::Shared(..) => step!(self, py, |_cache| Err(Fault::Corrupt(
+    fn mark_corrupt(&self, py: Python<'_>) -> PyResult<()> {
+        match &*self.backing {
+            Backing::Own(..) => Ok(()),
+            Backing::Shared(..) => step!(self, py, |_cache| Err(Error::Corrupt(
                 "a size that is not the one of its file"
             ))),
         }
     }
 
-    #[cfg(unix)]
-    fn leave(&self) -> Vec<i32> {
-        self.backing.leave()
+    fn disown(&self) -> Vec<i32> {
+        self.backing.disown()
     }
 
     #[pyo3(signature = (max_size, max_age, verify, /))]
-    fn rebound(
+    fn set_limits(
         &self,
         py: Python<'_>,
         max_size: Option<u64>,
@@ -443,7 +478,7 @@ impl Index {
     ) -> PyResult<()> {
         let verify = when_to_verify(verify)?;
         step!(self, py, |cache| {
-            cache.rebound(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
+            cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
             Ok(())
         })
     }
@@ -456,43 +491,42 @@ impl Index {
 
     #[getter]
     fn shared(&self) -> bool {
-        !matches!(self.backing, Backing::Memory(_))
+        !matches!(*self.backing, Backing::Own(..))
     }
 
-    #[cfg(unix)]
     #[getter]
-    fn place(&self, py: Python<'_>) -> PyResult<Option<usize>> {
-        self.backing.place(py)
+    fn slot(&self, py: Python<'_>) -> PyResult<Option<usize>> {
+        step!(self, py, |cache| Ok(cache.slot()))
     }
 
-    #[cfg(unix)]
     #[getter]
-    fn alone(&self, py: Python<'_>) -> PyResult<bool> {
-        self.backing.shared(py, true, |directory| directory.alone())
+    fn is_alone(&self, py: Python<'_>) -> PyResult<bool> {
+        shared(&self.backing, py, true, |directory| directory.alone())
     }
 
-    #[cfg(unix)]
-    fn complete(&self, py: Python<'_>) -> PyResult<()> {
-        self.backing
-            .shared(py, (), |directory| directory.complete())
+    fn finish_rebuild(&self, py: Python<'_>) -> PyResult<()> {
+        if let Backing::Own(lock, _) = &*self.backing {
+            let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
+            cache.arena.storage.complete();
+            return Ok(());
+        }
+        shared(&self.backing, py, (), |directory| directory.complete())?;
+        Ok(())
     }
 
-    #[cfg(unix)]
     #[pyo3(signature = (seed, /))]
     fn restart(&self, py: Python<'_>, seed: u64) -> PyResult<bool> {
-        self.backing
-            .shared(py, false, |directory| directory.restart(seed))
+        shared(&self.backing, py, false, |directory| {
+            directory.restart(seed)
+        })
     }
 
-    #[cfg(unix)]
-    fn reap(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
-        let nobody = (Vec::new(), false);
-        self.backing
-            .shared(py, nobody, |directory| directory.reap())
+    fn reclaim_dead(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
+        let none = (Vec::new(), false);
+        shared(&self.backing, py, none, |directory| directory.reap())
     }
 
-    #[cfg(unix)]
-    fn wait(&self, py: Python<'_>) -> PyResult<()> {
-        self.backing.wait(py)
+    fn wait_unlocked(&self, py: Python<'_>) -> PyResult<()> {
+        wait(&self.backing, py)
     }
 }

@@ -1,4 +1,4 @@
-//! A fill in memory: all steps of it in one call, for nothing in it waits.
+//! A fill in memory: all steps in one call, because none of them waits.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 use super::backing::{Backing, step};
 use super::checksum;
 use super::errors::poisoned;
-use crate::cache::{Finished, Room, Verify, Victim};
-use crate::error::Fault;
-use crate::key::Span;
+use crate::cache::{Committed, Reserve, Verify, Victim};
+use crate::error::Error;
+use crate::key::ByteRange;
 
-/// Batches of victims after which other threads have their turn, and how long: whoever lets go of the
-/// interpreter for a moment only has it again before anybody else has woken.
+/// Batches of victims after which other threads may run, and for how long: a thread that detaches for
+/// a moment only is attached again before another has woken.
 const BATCHES: u32 = 8;
 const PAUSE: Duration = Duration::from_micros(100);
 
@@ -25,52 +25,54 @@ pub(super) struct Fill<'a, 'py> {
     /// What the cache store holds, by name.
     pub(super) values: &'a Bound<'py, PyDict>,
     pub(super) key: &'a Bound<'py, PyString>,
-    pub(super) span: Span,
+    pub(super) range: ByteRange,
     pub(super) data: &'a Bound<'py, PyBytes>,
     pub(super) ticket: u64,
     /// Milliseconds.
     pub(super) now: u64,
+    /// Milliseconds; its age counts from then.
+    pub(super) fetched: u64,
 }
 
 impl Fill<'_, '_> {
-    /// Makes room, puts `value` there, and lands the flight. Returns whether anybody has joined it;
+    /// Reserves, stores `value` and closes the flight. Returns whether another reader has joined it;
     /// `None` where the value stays uncached, and its flight open.
     ///
-    /// The lock is not held while the dict changes: to drop a value may run code of Python's.
+    /// The lock is not held while the dict changes: dropping a value may run Python code.
     pub(super) fn run(&self, value: &Bound<'_, PyAny>) -> PyResult<Option<bool>> {
         let py = self.values.py();
         let key = self.key.to_str()?;
         let data = self.data.as_bytes();
         let size = data.len() as u64;
-        let (span, ticket, now) = (self.span, self.ticket, self.now);
-        let (mut room, checks) = step!(self, py, |cache| {
+        let (range, ticket, now) = (self.range, self.ticket, self.now);
+        let (mut answer, checks) = step!(self, py, |cache| {
             let checks = cache.limits().verify != Verify::Never;
-            Ok((cache.reserve(key, span, size, ticket, now)?, checks))
+            Ok((cache.reserve(key, range, size, ticket, now)?, checks))
         })?;
         let mut batches = 0;
         loop {
-            match room {
-                Room::Refused(_) => return Ok(None),
-                Room::Evict(id, victims) => {
+            match answer {
+                Reserve::Rejected(_) => return Ok(None),
+                Reserve::NeedsEviction(id, victims) => {
                     if let Err(error) = self.remove(&victims) {
-                        self.give_up(id)?;
+                        self.abandon(id)?;
                         return Err(error);
                     }
-                    room = step!(self, py, |cache| cache.cleared(id, now))?;
+                    answer = step!(self, py, |cache| cache.all_evicted(id, now))?;
                     batches += 1;
-                    if matches!(room, Room::Evict(..)) && batches % BATCHES == 0 {
+                    if matches!(answer, Reserve::NeedsEviction(..)) && batches % BATCHES == 0 {
                         // A batch is a millisecond: a large value may push out a million small ones.
                         py.detach(|| std::thread::sleep(PAUSE));
                     }
                 }
-                Room::Granted(id) => {
+                Reserve::Granted(id) => {
                     let checksum = checks.then(|| checksum(py, data));
-                    let put = match span {
-                        Span::Full => self.values.set_item(self.key, value),
-                        _ => self.values.set_item(span.cache_key(key), value),
+                    let put = match range {
+                        ByteRange::Full => self.values.set_item(self.key, value),
+                        _ => self.values.set_item(range.cache_key(key), value),
                     };
                     if let Err(error) = put {
-                        self.give_up(id)?;
+                        self.abandon(id)?;
                         return Err(error);
                     }
                     return self.finish(id, checksum);
@@ -82,18 +84,23 @@ impl Fill<'_, '_> {
     fn finish(&self, id: u64, checksum: Option<u32>) -> PyResult<Option<bool>> {
         let py = self.values.py();
         let now = self.now;
-        let done = step!(self, py, |cache| cache.finish(id, checksum, now))?;
-        // The payload of the flight is released here, without the lock: that may run code of Python's.
-        let Some(Finished { victims, flight }) = done else {
-            // The index was emptied meanwhile, and knows nothing of these bytes.
-            let cache_key = self.span.cache_key(self.key.to_str()?);
+        let done = step!(self, py, |cache| cache.commit_fetched(
+            id,
+            checksum,
+            self.fetched,
+            now
+        ))?;
+        // The payload of the flight is released here, without the lock: that may run Python code.
+        let Some(Committed { victims, flight }) = done else {
+            // The index was emptied meanwhile, and does not list these bytes.
+            let cache_key = self.range.cache_key(self.key.to_str()?);
             self.remove(&[Victim { cell: 0, cache_key }])?;
             return Ok(None);
         };
         if !victims.is_empty() {
             self.remove(&victims)?;
             let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-            step!(self, py, |cache| cache.settled(&cells, &[]))?;
+            step!(self, py, |cache| cache.deletes_done(&cells, &[]))?;
         }
         // One that was taken out meanwhile (after a fork, say) may have been joined before.
         Ok(Some(flight.is_none_or(|closed| closed.joined)))
@@ -110,7 +117,7 @@ impl Fill<'_, '_> {
         Ok(())
     }
 
-    fn give_up(&self, id: u64) -> PyResult<()> {
+    fn abandon(&self, id: u64) -> PyResult<()> {
         let py = self.values.py();
         step!(self, py, |cache| cache.abandon(id))
     }

@@ -1,7 +1,7 @@
 //! A reservation as Python holds it.
 //!
-//! An interrupt may come between any two steps of a fill, even between the end of a call and the name
-//! that its answer is given. So a reservation that nobody holds any more is given back.
+//! An interrupt may come between any two steps of a fill, even between the return of a call and the
+//! assignment of its result. So a reservation ends when its object is dropped.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,15 +9,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
-use super::backing::{Backing, step};
-use super::convert::{raw_victims, why};
+use super::backing::step;
+use super::convert::{RawVictim, raw_victims};
 use super::errors::poisoned;
 use super::index::Index;
-use crate::cache::Room;
-use crate::error::Fault;
+use crate::cache::Reserve;
+use crate::error::Error;
 
-/// Reservations that were let go before their end. The index sees to them in a step of its own, for
-/// the garbage collector lets go of things at any moment.
+/// Reservations that were dropped before their end. They are ended in a later step, because the
+/// garbage collector may drop objects while the lock is held.
 #[derive(Default)]
 pub(super) struct Abandoned {
     any: AtomicBool,
@@ -64,7 +64,7 @@ impl Reservation {
         self.id
     }
 
-    /// The index knows nothing of it any more.
+    /// The index no longer has it.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Relaxed);
     }
@@ -78,9 +78,89 @@ impl Drop for Reservation {
     }
 }
 
+/// See the stub.
+#[pyclass(frozen, get_all, module = "zcache._core")]
+pub(super) struct Granted {
+    reservation: Py<Reservation>,
+}
+
+#[pymethods]
+impl Granted {
+    #[classattr]
+    #[pyo3(name = "__match_args__")]
+    const MATCH_ARGS: (&'static str,) = ("reservation",);
+
+    #[new]
+    fn new(reservation: Py<Reservation>) -> Self {
+        Granted { reservation }
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, get_all, module = "zcache._core")]
+pub(super) struct NeedsEviction {
+    reservation: Py<Reservation>,
+    victims: Vec<RawVictim>,
+}
+
+#[pymethods]
+impl NeedsEviction {
+    #[classattr]
+    #[pyo3(name = "__match_args__")]
+    const MATCH_ARGS: (&'static str, &'static str) = ("reservation", "victims");
+
+    #[new]
+    fn new(reservation: Py<Reservation>, victims: Vec<RawVictim>) -> Self {
+        NeedsEviction {
+            reservation,
+            victims,
+        }
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, get_all, module = "zcache._core")]
+pub(super) struct Rejected {
+    reason: String,
+}
+
+#[pymethods]
+impl Rejected {
+    #[classattr]
+    #[pyo3(name = "__match_args__")]
+    const MATCH_ARGS: (&'static str,) = ("reason",);
+
+    #[new]
+    fn new(reason: String) -> Self {
+        Rejected { reason }
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, get_all, module = "zcache._core")]
+pub(super) struct Committed {
+    victims: Vec<RawVictim>,
+    has_failed_deletes: bool,
+}
+
+#[pymethods]
+impl Committed {
+    #[classattr]
+    #[pyo3(name = "__match_args__")]
+    const MATCH_ARGS: (&'static str, &'static str) = ("victims", "has_failed_deletes");
+
+    #[new]
+    pub(super) fn new(victims: Vec<RawVictim>, has_failed_deletes: bool) -> Self {
+        Committed {
+            victims,
+            has_failed_deletes,
+        }
+    }
+}
+
 impl Index {
-    /// Gives back what nobody holds any more.
-    pub(super) fn see_to_abandoned(&self, py: Python<'_>) -> PyResult<()> {
+    /// Ends the reservations that were dropped.
+    pub(super) fn end_abandoned(&self, py: Python<'_>) -> PyResult<()> {
         let mut ids = self.abandoned.take();
         while let Some(id) = ids.pop() {
             if let Err(error) = step!(self, py, |cache| cache.abandon(id)) {
@@ -92,27 +172,33 @@ impl Index {
         Ok(())
     }
 
-    /// What a caller hears about room: the reservation, and deletes that it waits for; or why not.
+    /// The answer to a reservation as Python gets it.
     pub(super) fn answer<'py>(
         &self,
         py: Python<'py>,
-        room: Room,
+        answer: Reserve,
         held: Option<Bound<'py, Reservation>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let (id, victims) = match room {
-            Room::Granted(id) => (id, Vec::new()),
-            Room::Evict(id, victims) => (id, raw_victims(victims)),
-            Room::Refused(refusal) => {
+        let held_for = |id| match &held {
+            Some(held) => Ok(held.clone().unbind()),
+            None => Py::new(py, Reservation::new(id, Arc::clone(&self.abandoned))),
+        };
+        Ok(match answer {
+            Reserve::Granted(id) => {
+                let reservation = held_for(id)?;
+                Bound::new(py, Granted { reservation })?.into_any()
+            }
+            Reserve::NeedsEviction(id, victims) => {
+                let (reservation, victims) = (held_for(id)?, raw_victims(victims));
+                Bound::new(py, NeedsEviction::new(reservation, victims))?.into_any()
+            }
+            Reserve::Rejected(reason) => {
                 if let Some(held) = held {
                     held.get().end();
                 }
-                return Ok(why(refusal).into_pyobject(py)?.into_any());
+                let reason = reason.as_str().to_owned();
+                Bound::new(py, Rejected { reason })?.into_any()
             }
-        };
-        let held = match held {
-            Some(held) => held,
-            None => Bound::new(py, Reservation::new(id, Arc::clone(&self.abandoned)))?,
-        };
-        Ok((held, victims).into_pyobject(py)?.into_any())
+        })
     }
 }

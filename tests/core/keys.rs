@@ -1,8 +1,8 @@
-//! Keys, ranges, sizes and times that tests draw from: the ordinary ones of Zarr, and every kind
-//! that nobody would write by hand.
+//! Keys, ranges, sizes and times that tests draw from: the ordinary ones of Zarr, and unusual ones
+//! of every kind.
 
 use proptest::prelude::*;
-use zcache::key::Span;
+use zcache::key::ByteRange;
 
 /// A chunk key of one of a few arrays, so that keys share directories.
 pub(crate) fn chunk() -> impl Strategy<Value = String> {
@@ -33,7 +33,7 @@ pub(crate) fn key() -> impl Strategy<Value = String> {
         // Packed, the digits are the byte of the letter.
         "a/c/41",
         "a/c/A",
-        // And of a hash, that of eight letters.
+        // And these digits those of eight letters.
         "a/6162636465666768",
         "a/abcdefgh",
     ]);
@@ -52,8 +52,8 @@ pub(crate) fn key() -> impl Strategy<Value = String> {
 }
 
 /// A name such as a hash, an id or a file has, of so many characters at most, below a directory or
-/// not. Names of one length differ in their first character, so that they meet in one list of free
-/// blocks.
+/// not. Names of one length differ in their first character, so that they meet in one list of
+/// free strings.
 pub(crate) fn name(most: usize) -> impl Strategy<Value = String> {
     let kinds = prop::sample::select(vec![
         "0123456789/.-",
@@ -95,12 +95,12 @@ fn long() -> impl Strategy<Value = String> {
 }
 
 /// Which bytes of a key.
-pub(crate) fn span() -> impl Strategy<Value = Span> {
+pub(crate) fn range() -> impl Strategy<Value = ByteRange> {
     prop_oneof![
-        4 => Just(Span::Full),
-        3 => (edge(), edge()).prop_map(|(start, end)| Span::Range { start, end }),
-        2 => edge().prop_map(Span::Offset),
-        2 => edge().prop_map(Span::Suffix),
+        4 => Just(ByteRange::Full),
+        3 => (edge(), edge()).prop_map(|(start, end)| ByteRange::Range { start, end }),
+        2 => edge().prop_map(ByteRange::Offset),
+        2 => edge().prop_map(ByteRange::Suffix),
     ]
 }
 

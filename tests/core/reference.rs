@@ -2,21 +2,23 @@
 //! list of flights, sums that are summed up each time.
 //!
 //! Where the documentation fixes an answer it is predicted. Where it leaves a choice (which of two
-//! stale entries goes first, in which order a prefix is swept) the answer is checked for being one
+//! stale entries goes first, in which order a prefix is drained) the answer is checked for being one
 //! of those that are allowed, and followed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use zcache::cache::{BATCH, Finished, Found, Joined, Limits, Refusal, Room, Stats, Victim};
-use zcache::cell::State;
-use zcache::flights::Closed;
-use zcache::key::{self, Span};
+use zcache::arena::State;
+use zcache::cache::ClosedFlight;
+use zcache::cache::{
+    BATCH, Committed, Found, Joined, Limits, RejectReason, Reserve, Stats, Victim,
+};
+use zcache::key::{self, ByteRange};
 
-pub(crate) type Name = (String, Span);
+pub(crate) type Name = (String, ByteRange);
 
 /// A clock that goes back by more than this was set; by less, threads came out of order.
 const SKEW: u64 = 1000;
-/// After how many failures a reservation may give up.
+/// Failed deletes after which a reservation may be rejected.
 const PATIENCE: u32 = 8;
 
 #[derive(Clone, Debug)]
@@ -34,7 +36,7 @@ struct Entry {
 struct Flight {
     ticket: u64,
     name: Name,
-    void: bool,
+    invalidated: bool,
     payload: Option<u32>,
     joined: bool,
 }
@@ -44,14 +46,14 @@ struct Reservation {
     name: Name,
     size: u64,
     ticket: u64,
-    room: u64,
+    reserved: u64,
     failures: u32,
     granted: bool,
 }
 
 impl Reservation {
     fn lacking(&self) -> u64 {
-        self.size - self.room
+        self.size - self.reserved
     }
 }
 
@@ -71,11 +73,11 @@ pub(crate) struct Model {
     /// Least recently used first.
     recency: Vec<Name>,
     /// Next to try first; those of one set came at once.
-    orphans: Vec<BTreeSet<Name>>,
+    failed: Vec<BTreeSet<Name>>,
     flights: Vec<Flight>,
     /// All tickets there ever were.
     tickets: BTreeSet<u64>,
-    /// Writers under way, and whether another one overlapped.
+    /// Writers in progress, and whether another one overlapped.
     writers: BTreeMap<String, (usize, bool)>,
     /// Prefixes below which the source is being changed.
     changes: Vec<String>,
@@ -92,7 +94,7 @@ impl Model {
             limits,
             entries: BTreeMap::new(),
             recency: Vec::new(),
-            orphans: Vec::new(),
+            failed: Vec::new(),
             flights: Vec::new(),
             tickets: BTreeSet::new(),
             writers: BTreeMap::new(),
@@ -104,20 +106,20 @@ impl Model {
         }
     }
 
-    // ------------------------------------------------------------------ books
+    // --------------------------------------------------------------- counters
 
-    pub(crate) fn physical(&self) -> u128 {
+    pub(crate) fn used_bytes(&self) -> u128 {
         self.entries.values().map(|e| u128::from(e.size)).sum()
     }
 
-    pub(crate) fn promised(&self) -> u128 {
-        let rooms = self.reservations.values().map(|r| u128::from(r.room));
+    pub(crate) fn reserved_bytes(&self) -> u128 {
+        let rooms = self.reservations.values().map(|r| u128::from(r.reserved));
         rooms.sum()
     }
 
-    pub(crate) fn entries(&self) -> Vec<(String, Span, u64, State)> {
+    pub(crate) fn entries(&self) -> Vec<(String, ByteRange, u64, State)> {
         let all = self.entries.iter();
-        all.map(|((key, span), e)| (key.clone(), *span, e.size, e.state))
+        all.map(|((key, range), e)| (key.clone(), *range, e.size, e.state))
             .collect()
     }
 
@@ -141,14 +143,14 @@ impl Model {
         entry.fetched == 0 || passed < -i128::from(SKEW) || passed.max(0) >= i128::from(age)
     }
 
-    fn fresh(&self, key: &str, span: Span, now: u64) -> Option<&Entry> {
-        let entry = self.entries.get(&(key.to_owned(), span))?;
-        (entry.state == State::Present && !self.stale(entry, now)).then_some(entry)
+    fn fresh(&self, key: &str, range: ByteRange, now: u64) -> Option<&Entry> {
+        let entry = self.entries.get(&(key.to_owned(), range))?;
+        (entry.state == State::Live && !self.stale(entry, now)).then_some(entry)
     }
 
     fn name_of(&self, victim: &Victim) -> Name {
         let mut names = self.entries.keys();
-        let name = names.find(|(key, span)| span.cache_key(key) == victim.cache_key);
+        let name = names.find(|(key, range)| range.cache_key(key) == victim.cache_key);
         name.unwrap_or_else(|| panic!("{victim:?} names nothing that is held"))
             .clone()
     }
@@ -157,27 +159,31 @@ impl Model {
 
     /// Checks what a look-up found. `None` may be the right answer or a lost chance, so it is
     /// refused only where the documentation promises a find.
-    pub(crate) fn check_found(&self, key: &str, asked: Span, now: u64, found: Option<&Found>) {
+    pub(crate) fn check_found(&self, key: &str, asked: ByteRange, now: u64, found: Option<&Found>) {
         let mut due = None;
-        if let Some(entry) = self.fresh(key, Span::Full, now) {
-            due = part_of_value(entry.size, asked, self.limits.lenient)
-                .map(|part| (Span::Full, part));
+        if let Some(entry) = self.fresh(key, ByteRange::Full, now) {
+            due = part_of_value(entry.size, asked, self.limits.slices_like_python)
+                .map(|part| (ByteRange::Full, part));
         }
-        if due.is_none() && asked != Span::Full {
+        if due.is_none() && asked != ByteRange::Full {
             let exact = self.fresh(key, asked, now);
             due = exact.map(|entry| (asked, (0, entry.size)));
         }
         let Some(found) = found else {
             assert_eq!(due, None, "not found");
-            if asked != Span::Full {
-                for (span, size) in self.hinted(key, now) {
-                    assert_eq!(part_of_range(span, size, asked), None, "{span:?} not found");
+            if asked != ByteRange::Full {
+                for (range, size) in self.hinted(key, now) {
+                    assert_eq!(
+                        part_of_range(range, size, asked),
+                        None,
+                        "{range:?} not found"
+                    );
                 }
             }
             return;
         };
         let entry = self
-            .fresh(key, found.span, now)
+            .fresh(key, found.range, now)
             .expect("found what is not held");
         assert_eq!(
             (found.size, found.checksum.unwrap_or(0)),
@@ -185,21 +191,23 @@ impl Model {
         );
         let part = (found.start, found.length);
         match due {
-            Some(due) => assert_eq!((found.span, part), due),
-            None => assert_eq!(Some(part), part_of_range(found.span, entry.size, asked)),
+            Some(due) => assert_eq!((found.range, part), due),
+            None => assert_eq!(Some(part), part_of_range(found.range, entry.size, asked)),
         }
     }
 
     /// The ranges of a key that must not be overlooked: the last, and the only one of most bytes.
-    fn hinted(&self, key: &str, now: u64) -> Vec<(Span, u64)> {
-        let mut ranges: Vec<(Span, &Entry)> = self
+    fn hinted(&self, key: &str, now: u64) -> Vec<(ByteRange, u64)> {
+        let mut ranges: Vec<(ByteRange, &Entry)> = self
             .entries
             .iter()
-            .filter(|((k, span), e)| k == key && *span != Span::Full && e.state == State::Present)
-            .map(|((_, span), e)| (*span, e))
+            .filter(|((k, range), e)| {
+                k == key && *range != ByteRange::Full && e.state == State::Live
+            })
+            .map(|((_, range), e)| (*range, e))
             .collect();
         ranges.sort_by_key(|(_, e)| e.serial);
-        let mut hinted: Vec<(Span, &Entry)> = Vec::new();
+        let mut hinted: Vec<(ByteRange, &Entry)> = Vec::new();
         if !self.thinned.contains(key) {
             hinted.extend(ranges.last());
             ranges.sort_by_key(|(_, e)| std::cmp::Reverse(e.size));
@@ -208,7 +216,10 @@ impl Model {
             }
         }
         hinted.retain(|(_, e)| !self.stale(e, now));
-        hinted.into_iter().map(|(span, e)| (span, e.size)).collect()
+        hinted
+            .into_iter()
+            .map(|(range, e)| (range, e.size))
+            .collect()
     }
 
     pub(crate) fn looked_up(&mut self, key: &str, found: Option<&Found>) -> Option<Sighting> {
@@ -217,7 +228,7 @@ impl Model {
             return None;
         };
         self.stats.hits += 1;
-        let name = (key.to_owned(), found.span);
+        let name = (key.to_owned(), found.range);
         self.recency.retain(|other| *other != name);
         self.recency.push(name.clone());
         Some(Sighting {
@@ -232,7 +243,7 @@ impl Model {
         self.stats.misses += 1;
         let entry = self.entries.get(&sighting.name);
         // An entry that could no longer be dated since is another one, which costs a retry.
-        let same = |e: &Entry| e.state == State::Present && e.serial == sighting.serial;
+        let same = |e: &Entry| e.state == State::Live && e.serial == sighting.serial;
         if entry.is_some_and(same) && !victims.is_empty() {
             assert_eq!(self.name_of(&victims[0]), sighting.name);
         }
@@ -247,7 +258,7 @@ impl Model {
     pub(crate) fn joined(
         &mut self,
         key: &str,
-        asked: Span,
+        asked: ByteRange,
         payload: u32,
         ready: bool,
         got: &Joined<u32>,
@@ -256,19 +267,20 @@ impl Model {
             assert_eq!(*got, Joined::Ready);
             return;
         }
-        let open: Vec<(Span, u32)> = self
+        let open: Vec<(ByteRange, u32)> = self
             .flights
             .iter()
-            .filter(|f| f.name.0 == key && !f.void)
-            .filter(|f| f.name.1 == asked || f.name.1 == Span::Full)
+            .filter(|f| f.name.0 == key && !f.invalidated)
+            .filter(|f| f.name.1 == asked || f.name.1 == ByteRange::Full)
             .filter_map(|f| f.payload.map(|payload| (f.name.1, payload)))
             .collect();
         match got {
             Joined::Ready => panic!("ready, but nothing is there"),
-            Joined::Follow(span, payload) => {
-                assert!(open.contains(&(*span, *payload)));
-                let name = (key.to_owned(), *span);
-                let followed = |f: &&mut Flight| !f.void && f.name == name && f.payload.is_some();
+            Joined::Follow(range, payload) => {
+                assert!(open.contains(&(*range, *payload)));
+                let name = (key.to_owned(), *range);
+                let followed =
+                    |f: &&mut Flight| !f.invalidated && f.name == name && f.payload.is_some();
                 self.flights.iter_mut().find(followed).unwrap().joined = true;
             }
             Joined::Lead(ticket) => {
@@ -283,13 +295,13 @@ impl Model {
         self.flights.push(Flight {
             ticket,
             name,
-            void: false,
+            invalidated: false,
             payload,
             joined: false,
         });
     }
 
-    pub(crate) fn landed(&mut self, key: &str, ticket: u64, got: Option<Closed<u32>>) {
+    pub(crate) fn completed(&mut self, key: &str, ticket: u64, got: Option<ClosedFlight<u32>>) {
         let at = self
             .flights
             .iter()
@@ -298,7 +310,7 @@ impl Model {
         let closed = flight.map(
             |Flight {
                  payload, joined, ..
-             }| Closed { payload, joined },
+             }| ClosedFlight { payload, joined },
         );
         assert_eq!(got, closed);
     }
@@ -308,82 +320,93 @@ impl Model {
             return false;
         }
         let mut flights = self.flights.iter();
-        flights.any(|f| f.ticket == ticket && f.name.0 == key && !f.void)
+        flights.any(|f| f.ticket == ticket && f.name.0 == key && !f.invalidated)
     }
 
     // ------------------------------------------------------------------ fills
 
-    pub(crate) fn reserved(&mut self, name: &Name, size: u64, ticket: u64, now: u64, got: &Room) {
+    pub(crate) fn reserved(
+        &mut self,
+        name: &Name,
+        size: u64,
+        ticket: u64,
+        now: u64,
+        got: &Reserve,
+    ) {
         let mut own = false;
         let outdated = self.entries.get(name).is_some_and(|e| {
-            e.state == State::Orphan || e.state == State::Present && self.stale(e, now)
+            e.state == State::DeleteFailed || e.state == State::Live && self.stale(e, now)
         });
-        let refusal = if size > self.limits.max_size && !outdated {
-            Some(Refusal::TooLarge)
+        let (dirs, tail) = key::split(&name.0);
+        let too_long = |part: &str| part.len() > 128;
+        let reason = if too_long(tail) || dirs.split('/').any(too_long) {
+            Some(RejectReason::KeyTooLong)
+        } else if size > self.limits.max_size && !outdated {
+            Some(RejectReason::TooLarge)
         } else if !self.valid(&name.0, ticket) {
-            Some(Refusal::Void)
+            Some(RejectReason::Invalidated)
         } else {
             let entry = self.entries.get(name);
             match entry.map(|e| (e.state, self.stale(e, now))) {
-                Some((State::Present, false)) => Some(Refusal::Held),
-                Some((State::Writing | State::Dropping, _)) => Some(Refusal::Busy),
+                Some((State::Live, false)) => Some(RejectReason::AlreadyCached),
+                Some((State::Writing | State::Deleting, _)) => Some(RejectReason::Busy),
                 held => {
                     own = held.is_some();
-                    self.conflicts(name).then_some(Refusal::Conflict)
+                    self.conflicts(name).then_some(RejectReason::PathConflict)
                 }
             }
         };
-        if let Some(refusal) = refusal {
-            assert_eq!(*got, Room::Refused(refusal));
-            self.stats.refusals += 1;
+        if let Some(reason) = reason {
+            assert_eq!(*got, Reserve::Rejected(reason));
+            self.stats.rejections += 1;
             return;
         }
         let id = match got {
-            Room::Granted(id) | Room::Evict(id, _) => *id,
-            // It was there for a moment only.
-            Room::Refused(_) => u64::MAX,
+            Reserve::Granted(id) | Reserve::NeedsEviction(id, _) => *id,
+            // It existed within the step only.
+            Reserve::Rejected(_) => u64::MAX,
         };
         let reservation = Reservation {
             name: name.clone(),
             size,
             ticket,
-            room: 0,
+            reserved: 0,
             failures: 0,
             granted: false,
         };
         let before = self.reservations.insert(id, reservation);
         assert!(before.is_none(), "two reservations of one number");
-        self.proceed(id, own, now, got);
+        self.advance(id, own, now, got);
     }
 
-    pub(crate) fn settled_for(
+    pub(crate) fn evictions_done(
         &mut self,
         id: u64,
         dropped: &[Name],
         failed: &[Name],
         now: u64,
-        got: &Room,
+        got: &Reserve,
     ) {
-        self.settled(dropped, failed);
+        self.deletes_done(dropped, failed);
         let Some(reservation) = self.reservations.get_mut(&id) else {
-            assert_eq!(*got, Room::Refused(Refusal::Void));
-            self.stats.refusals += 1;
+            assert_eq!(*got, Reserve::Rejected(RejectReason::Invalidated));
+            self.stats.rejections += 1;
             return;
         };
         reservation.failures += u32::from(!failed.is_empty());
         if reservation.granted {
-            assert_eq!(*got, Room::Granted(id));
+            assert_eq!(*got, Reserve::Granted(id));
         } else {
-            self.proceed(id, false, now, got);
+            self.advance(id, false, now, got);
         }
     }
 
-    fn proceed(&mut self, id: u64, own: bool, now: u64, got: &Room) {
-        let taken = self.physical() + self.promised();
+    fn advance(&mut self, id: u64, own: bool, now: u64, got: &Reserve) {
+        let taken = self.used_bytes() + self.reserved_bytes();
         let free = u128::from(self.limits.max_size) - taken;
         let free = u64::try_from(free).expect("a bound is a u64");
         let reservation = self.reservations.get_mut(&id).expect("open");
-        reservation.room += free.min(reservation.lacking());
+        reservation.reserved += free.min(reservation.lacking());
         let (lacking, failures) = (reservation.lacking(), reservation.failures);
         let (name, size, ticket) = (
             reservation.name.clone(),
@@ -393,26 +416,26 @@ impl Model {
         if size > self.limits.max_size {
             // Only what it replaces goes.
             match got {
-                Room::Evict(same, victims) => {
+                Reserve::NeedsEviction(same, victims) => {
                     assert!(*same == id && own && victims.len() == 1);
-                    self.reservations.get_mut(&id).expect("open").room = 0;
+                    self.reservations.get_mut(&id).expect("open").reserved = 0;
                     return self.evicted(id, own, 0, now, victims);
                 }
-                Room::Refused(refusal) => assert!(*refusal == Refusal::TooLarge && !own),
-                Room::Granted(_) => panic!("granted beyond the bound"),
+                Reserve::Rejected(reason) => assert!(*reason == RejectReason::TooLarge && !own),
+                Reserve::Granted(_) => panic!("granted beyond the bound"),
             }
             self.reservations.remove(&id);
-            self.stats.refusals += 1;
+            self.stats.rejections += 1;
             return;
         }
-        let refusal = match got {
-            Room::Granted(granted) => {
+        let reason = match got {
+            Reserve::Granted(granted) => {
                 assert_eq!((*granted, lacking, own), (id, 0, false));
-                assert!(self.valid(&name.0, ticket), "granted to a void ticket");
+                assert!(self.valid(&name.0, ticket), "granted to an invalid ticket");
                 assert!(!self.entries.contains_key(&name), "two entries of one name");
                 assert!(!self.conflicts(&name));
                 let reservation = self.reservations.get_mut(&id).expect("open");
-                (reservation.granted, reservation.room) = (true, 0);
+                (reservation.granted, reservation.reserved) = (true, 0);
                 self.serials += 1;
                 let entry = Entry {
                     size,
@@ -424,43 +447,47 @@ impl Model {
                 self.entries.insert(name, entry);
                 return;
             }
-            Room::Evict(same, victims) => {
+            Reserve::NeedsEviction(same, victims) => {
                 assert_eq!(*same, id);
                 return self.evicted(id, own, lacking, now, victims);
             }
-            Room::Refused(refusal) => *refusal,
+            Reserve::Rejected(reason) => *reason,
         };
         let out_of_room = lacking > 0 || own;
-        match refusal {
-            Refusal::NoRoom => {
-                let hopeless = u128::from(lacking) > self.physical();
+        match reason {
+            RejectReason::NoSpace => {
+                let hopeless = u128::from(lacking) > self.used_bytes();
                 let nothing = !own && self.candidates(failures == 0) == 0;
                 assert!(lacking > 0 && (failures > PATIENCE || hopeless || nothing));
             }
-            Refusal::Void => assert!(!out_of_room && !self.valid(&name.0, ticket)),
-            Refusal::Busy => assert!(!out_of_room && self.entries.contains_key(&name)),
-            Refusal::Conflict => assert!(!out_of_room && self.conflicts(&name)),
-            Refusal::TooLarge | Refusal::Held | Refusal::Full | Refusal::Rebuilding => {
-                panic!("{refusal:?} by now")
+            RejectReason::Invalidated => assert!(!out_of_room && !self.valid(&name.0, ticket)),
+            RejectReason::Busy => assert!(!out_of_room && self.entries.contains_key(&name)),
+            RejectReason::PathConflict => assert!(!out_of_room && self.conflicts(&name)),
+            RejectReason::TooLarge
+            | RejectReason::KeyTooLong
+            | RejectReason::AlreadyCached
+            | RejectReason::IndexFull
+            | RejectReason::Rebuilding => {
+                panic!("{reason:?} by now")
             }
         }
         if own {
-            // It was to be replaced; nobody has tried to delete it.
+            // It was to be replaced, but its delete was not tried.
             self.take(&name);
             self.fail(&[name]);
         }
         self.reservations.remove(&id);
-        self.stats.refusals += 1;
+        self.stats.rejections += 1;
     }
 
-    fn candidates(&self, orphans: bool) -> usize {
-        self.recency.len() + if orphans { self.orphans.len() } else { 0 }
+    fn candidates(&self, failed: bool) -> usize {
+        self.recency.len() + if failed { self.failed.len() } else { 0 }
     }
 
     /// Victims are right if each of them was the next to go when it was taken, and none is too
     /// many or missing.
     fn evicted(&mut self, id: u64, own: bool, lacking: u64, now: u64, victims: &[Victim]) {
-        let orphans = self.reservations[&id].failures == 0;
+        let failed = self.reservations[&id].failures == 0;
         let mut freed = 0u128;
         let mut victims = victims.iter().map(|v| self.name_of(v)).collect::<Vec<_>>();
         assert!(!victims.is_empty());
@@ -472,22 +499,22 @@ impl Model {
         }
         for name in victims {
             assert!(freed < u128::from(lacking), "a victim too many");
-            self.check_next(&name, orphans, now);
+            self.check_next(&name, failed, now);
             let entry = &self.entries[&name];
-            if entry.state == State::Present {
+            if entry.state == State::Live {
                 self.stats.evictions += 1;
                 self.stats.expirations += u64::from(self.stale(entry, now));
             }
             freed += self.take(&name);
         }
         let enough = freed >= u128::from(lacking) || count >= BATCH;
-        assert!(enough || self.candidates(orphans) == 0, "a victim too few");
+        assert!(enough || self.candidates(failed) == 0, "a victim too few");
     }
 
-    /// Bytes of no use first, then the stale, then the least recently used.
-    fn check_next(&self, name: &Name, orphans: bool, now: u64) {
-        if let Some(next) = self.orphans.first().filter(|_| orphans) {
-            assert!(next.contains(name), "an orphan waits");
+    /// Failed deletes first, then the stale, then the least recently used.
+    fn check_next(&self, name: &Name, failed: bool, now: u64) {
+        if let Some(next) = self.failed.first().filter(|_| failed) {
+            assert!(next.contains(name), "a failed delete comes first");
             return;
         }
         let old: Vec<(&Name, u64)> = self
@@ -503,40 +530,45 @@ impl Model {
         };
         let fetched = old.iter().find(|(other, _)| *other == name);
         let (_, fetched) = fetched.expect("a live entry goes before a stale one");
-        // Those of a future that never was have no order among the others.
+        // Those with a fetch time in the future have no order among the stale.
         assert!(*fetched == earliest || *fetched > now || earliest > now);
     }
 
-    pub(crate) fn finished(&mut self, id: u64, checksum: u32, now: u64, done: Finished<u32>) {
+    pub(crate) fn finished(
+        &mut self,
+        id: u64,
+        checksum: u32,
+        fetched: u64,
+        now: u64,
+        done: Committed<u32>,
+    ) {
         let reservation = &self.reservations[&id];
         assert!(reservation.granted);
         let (key, ticket) = (reservation.name.0.clone(), reservation.ticket);
         if self.valid(&key, ticket) {
             assert!(done.victims.is_empty());
-            self.committed(id, checksum, now);
+            self.committed(id, checksum, fetched, now);
         } else {
-            self.stats.refusals += 1;
+            self.stats.rejections += 1;
             self.aborted(id, &done.victims);
         }
-        self.landed(&key, ticket, done.flight);
+        self.completed(&key, ticket, done.flight);
     }
 
-    fn committed(&mut self, id: u64, checksum: u32, now: u64) {
+    fn committed(&mut self, id: u64, checksum: u32, fetched: u64, now: u64) {
         let name = self.reservations.remove(&id).expect("granted").name;
-        let mut latest = 0;
         for other in &self.recency {
             let entry = self.entries.get_mut(other).expect("present");
             if i128::from(entry.fetched) > i128::from(now) + i128::from(SKEW) {
                 entry.fetched = 0;
             }
-            latest = latest.max(entry.fetched);
         }
         self.serials += 1;
         let entry = self.entries.get_mut(&name).expect("granted");
-        entry.state = State::Present;
+        entry.state = State::Live;
         entry.checksum = checksum;
         entry.serial = self.serials;
-        let fetched = now.max(latest).max(1);
+        let fetched = fetched.min(now).max(1);
         entry.fetched = if fetched < 1 << 48 { fetched } else { 0 };
         self.recency.push(name);
     }
@@ -550,18 +582,18 @@ impl Model {
         assert_eq!(victims.len(), 1);
         assert_eq!(self.name_of(&victims[0]), reservation.name);
         let entry = self.entries.get_mut(&reservation.name).expect("granted");
-        entry.state = State::Dropping;
+        entry.state = State::Deleting;
     }
 
     /// A file system holds no file where it holds a directory. A chunk above other chunks of its
-    /// array is not noticed: to ask would be to walk the array.
-    fn conflicts(&self, (key, span): &Name) -> bool {
-        if self.limits.flat || *span != Span::Full {
+    /// array is not noticed: that would mean visiting the whole array.
+    fn conflicts(&self, (key, range): &Name) -> bool {
+        if self.limits.flat_namespace || *range != ByteRange::Full {
             return false;
         }
         let below = format!("{key}/");
         self.entries.keys().any(|(other, other_span)| {
-            *other_span == Span::Full
+            *other_span == ByteRange::Full
                 && (key.starts_with(&format!("{other}/"))
                     || key::split(other).0.starts_with(&below))
         })
@@ -569,31 +601,34 @@ impl Model {
 
     // ---------------------------------------------------------------- deletes
 
-    /// Somebody starts to delete it; returns its bytes.
+    /// Its delete begins; returns its bytes.
     fn take(&mut self, name: &Name) -> u128 {
         let entry = self.entries.get_mut(name).expect("held");
         match entry.state {
-            State::Present => {
+            State::Live => {
                 self.recency.retain(|other| other != name);
                 self.thinned.insert(name.0.clone());
             }
-            State::Orphan => {
-                for group in &mut self.orphans {
+            State::DeleteFailed => {
+                for group in &mut self.failed {
                     group.remove(name);
                 }
-                self.orphans.retain(|group| !group.is_empty());
+                self.failed.retain(|group| !group.is_empty());
             }
-            State::Writing | State::Dropping => panic!("{name:?} is in other hands"),
+            State::Writing | State::Deleting => panic!("{name:?} is in progress"),
         }
-        entry.state = State::Dropping;
+        entry.state = State::Deleting;
         u128::from(entry.size)
     }
 
     fn release(&mut self, name: &Name) {
         let entry = self.entries.get(name);
-        if entry.is_some_and(|entry| entry.state == State::Dropping) {
+        if entry.is_some_and(|entry| entry.state == State::Deleting) {
             self.entries.remove(name);
-            let mut ranges = self.entries.keys().filter(|(_, span)| *span != Span::Full);
+            let mut ranges = self
+                .entries
+                .keys()
+                .filter(|(_, range)| *range != ByteRange::Full);
             if !ranges.any(|(key, _)| *key == name.0) {
                 self.thinned.remove(&name.0);
             }
@@ -603,34 +638,37 @@ impl Model {
     fn fail(&mut self, failed: &[Name]) {
         for name in failed {
             let entry = self.entries.get_mut(name).expect("held");
-            assert_eq!(entry.state, State::Dropping);
-            entry.state = State::Orphan;
-            self.orphans.push(BTreeSet::from([name.clone()]));
+            assert_eq!(entry.state, State::Deleting);
+            entry.state = State::DeleteFailed;
+            self.failed.push(BTreeSet::from([name.clone()]));
         }
     }
 
-    pub(crate) fn settled(&mut self, dropped: &[Name], failed: &[Name]) {
+    pub(crate) fn deletes_done(&mut self, dropped: &[Name], failed: &[Name]) {
         for name in dropped {
             self.release(name);
         }
         self.fail(failed);
     }
 
-    pub(crate) fn orphans_taken(&mut self, limit: usize, victims: &[Victim]) {
+    pub(crate) fn retried(&mut self, limit: usize, victims: &[Victim]) {
         for victim in victims {
             let name = self.name_of(victim);
-            assert!(self.orphans[0].contains(&name), "another orphan waits");
+            assert!(
+                self.failed[0].contains(&name),
+                "another failed delete comes first"
+            );
             self.take(&name);
         }
-        assert!(victims.len() == limit || self.orphans.is_empty());
+        assert!(victims.len() == limit || self.failed.is_empty());
     }
 
-    /// Everything that is not in other hands goes.
+    /// Everything that is not in progress goes.
     pub(crate) fn key_dropped(&mut self, key: &str, victims: &[Victim]) {
         let due: BTreeSet<Name> = self
             .entries
             .iter()
-            .filter(|((k, _), e)| k == key && matches!(e.state, State::Present | State::Orphan))
+            .filter(|((k, _), e)| k == key && matches!(e.state, State::Live | State::DeleteFailed))
             .map(|(name, _)| name.clone())
             .collect();
         let got: BTreeSet<Name> = victims.iter().map(|v| self.name_of(v)).collect();
@@ -649,7 +687,7 @@ impl Model {
     // ----------------------------------------------------------------- writes
 
     pub(crate) fn write_begun(&mut self, key: &str, victims: &[Victim]) {
-        self.void(|other| other == key);
+        self.invalidate(|other| other == key);
         let writers = self.writers.entry(key.to_owned()).or_default();
         writers.0 += 1;
         writers.1 |= writers.0 > 1;
@@ -663,7 +701,7 @@ impl Model {
         victims: &[Victim],
         ticket: Option<u64>,
     ) {
-        self.void(|other| other == key);
+        self.invalidate(|other| other == key);
         self.key_dropped(key, victims);
         let mut alone = false;
         if let Some((active, overlapped)) = self.writers.get_mut(key) {
@@ -675,18 +713,18 @@ impl Model {
         }
         assert_eq!(ticket.is_some(), ok && alone);
         if let Some(ticket) = ticket {
-            self.open(ticket, (key.to_owned(), Span::Full), None);
+            self.open(ticket, (key.to_owned(), ByteRange::Full), None);
         }
     }
 
-    fn void(&mut self, covers: impl Fn(&str) -> bool) {
+    fn invalidate(&mut self, covers: impl Fn(&str) -> bool) {
         for flight in self.flights.iter_mut().filter(|f| covers(&f.name.0)) {
-            flight.void = true;
+            flight.invalidated = true;
         }
     }
 
     pub(crate) fn prefix_voided(&mut self, prefix: &str) {
-        self.void(|key| below(key, prefix));
+        self.invalidate(|key| below(key, prefix));
         for (_, writers) in self
             .writers
             .iter_mut()
@@ -705,12 +743,12 @@ impl Model {
         }
     }
 
-    /// Returns whether more is to be swept.
-    pub(crate) fn swept(&mut self, prefix: &str, victims: &[Victim]) -> bool {
+    /// Returns whether more is to be drained.
+    pub(crate) fn drained(&mut self, prefix: &str, victims: &[Victim]) -> bool {
         for victim in victims {
             let name = self.name_of(victim);
             assert!(below(&name.0, prefix), "{name:?} is not below {prefix:?}");
-            assert_eq!(self.entries[&name].state, State::Present);
+            assert_eq!(self.entries[&name].state, State::Live);
             self.take(&name);
         }
         if victims.is_empty() {
@@ -727,13 +765,13 @@ impl Model {
         self.reservations.clear();
         let mut lost = BTreeSet::new();
         for (name, entry) in &mut self.entries {
-            if matches!(entry.state, State::Writing | State::Dropping) {
-                entry.state = State::Orphan;
+            if matches!(entry.state, State::Writing | State::Deleting) {
+                entry.state = State::DeleteFailed;
                 lost.insert(name.clone());
             }
         }
         if !lost.is_empty() {
-            self.orphans.push(lost);
+            self.failed.push(lost);
         }
     }
 }
@@ -748,18 +786,18 @@ fn below(key: &str, prefix: &str) -> bool {
 }
 
 /// First byte and count of what is asked for in a value of `size` bytes.
-fn part_of_value(size: u64, asked: Span, lenient: bool) -> Option<(u64, u64)> {
+fn part_of_value(size: u64, asked: ByteRange, slices_like_python: bool) -> Option<(u64, u64)> {
     let size = i128::from(size);
     let (from, to) = match asked {
-        Span::Full => return Some((0, u64::try_from(size).ok()?)),
-        Span::Range { start, end } => (i128::from(start), i128::from(end)),
-        Span::Offset(start) => (i128::from(start), i128::MAX),
-        Span::Suffix(count) => (size - i128::from(count), size),
+        ByteRange::Full => return Some((0, u64::try_from(size).ok()?)),
+        ByteRange::Range { start, end } => (i128::from(start), i128::from(end)),
+        ByteRange::Offset(start) => (i128::from(start), i128::MAX),
+        ByteRange::Suffix(count) => (size - i128::from(count), size),
     };
     // All sources agree where there is something to give, and not more is asked for at the front
     // than there is.
     let agreed = 0 <= from && from < to && from < size;
-    if from > to || !(agreed || lenient) {
+    if from > to || !(agreed || slices_like_python) {
         return None;
     }
     let (from, to) = (from.clamp(0, size), to.clamp(0, size));
@@ -767,27 +805,27 @@ fn part_of_value(size: u64, asked: Span, lenient: bool) -> Option<(u64, u64)> {
 }
 
 /// The same in a range of which `size` bytes are held.
-fn part_of_range(held: Span, size: u64, asked: Span) -> Option<(u64, u64)> {
+fn part_of_range(held: ByteRange, size: u64, asked: ByteRange) -> Option<(u64, u64)> {
     let size = i128::from(size);
     let (first, last) = match (held, asked) {
-        (Span::Range { start, end }, Span::Range { end: wanted, .. }) => {
+        (ByteRange::Range { start, end }, ByteRange::Range { end: wanted, .. }) => {
             if wanted > end {
                 return None;
             }
             (i128::from(start), i128::from(start) + size)
         }
-        (Span::Offset(start), Span::Range { .. } | Span::Offset(_)) => {
+        (ByteRange::Offset(start), ByteRange::Range { .. } | ByteRange::Offset(_)) => {
             (i128::from(start), i128::from(start) + size)
         }
         // Counted from the end.
-        (Span::Suffix(_), Span::Suffix(_)) => (-size, 0),
+        (ByteRange::Suffix(_), ByteRange::Suffix(_)) => (-size, 0),
         _ => return None,
     };
     let (from, to) = match asked {
-        Span::Full => return None,
-        Span::Range { start, end } => (i128::from(start), i128::from(end)),
-        Span::Offset(start) => (i128::from(start), last),
-        Span::Suffix(count) => (-i128::from(count), 0),
+        ByteRange::Full => return None,
+        ByteRange::Range { start, end } => (i128::from(start), i128::from(end)),
+        ByteRange::Offset(start) => (i128::from(start), last),
+        ByteRange::Suffix(count) => (-i128::from(count), 0),
     };
     let inside = first <= from && from < to && to <= last;
     let start = u64::try_from(from - first).ok()?;

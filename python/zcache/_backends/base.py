@@ -1,0 +1,235 @@
+"""What the protocol needs of a cache store. Each kind of cache store implements this interface.
+
+Names are keys of the cache store: a full value has the name of its key, a range one below
+``.zcache/ranges/``. A method that raises an `Exception` has ended; after a `NoAnswerError` the
+operation may go on, and its end is reported to the index by the backend itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._byte_ranges import ByteRange
+    from zcache._core import Index
+    from zcache._index.shared import SharedIndex
+    from zcache._runtime.circuit_breaker import Operation
+    from zcache._runtime.io import IO
+
+    Victim = tuple[int, str]
+    TryRead = Callable[[str, BufferPrototype, int, int, int], Buffer | None]
+    FillNow = Callable[[str, ByteRange | None, bytes, Buffer, int, float], bool | None]
+    Hit = int | tuple[str, int, int, int, int | None, int | None]
+
+READ_TIMEOUT: Final = 1.0
+"""Seconds within which the cache store has to answer a hit; then the source serves it."""
+DELETE_TIMEOUT: Final = 1.0
+"""Seconds that a write or delete waits for the cache store to drop what is outdated."""
+WRITE_TIMEOUT: Final = 30.0
+"""Seconds that one value may take to be written before that counts as a failure."""
+
+
+class FillJob:
+    """A value on its way into the cache store.
+
+    Attributes
+    ----------
+    key : str
+        Its key.
+    byte_range : ByteRange or None
+        Which part of the value it is; None for all.
+    data : bytes
+        The bytes.
+    ticket : int
+        Of its flight: whether it may be kept.
+    fetched : float
+        When the source was asked, in seconds on the clock of the index.
+    backend : Backend
+        Through which it was read or written.
+    number : int
+        Its place in the order of all jobs of a queue.
+    """
+
+    __slots__ = ("backend", "byte_range", "data", "fetched", "key", "number", "ticket")
+
+    def __init__(
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        data: bytes,
+        ticket: int,
+        fetched: float,
+        backend: Backend,
+    ) -> None:
+        self.backend = backend
+        self.key = key
+        self.byte_range = byte_range
+        self.data = data
+        self.ticket = ticket
+        self.fetched = fetched
+        self.number = 0
+
+
+class Ended:
+    """How a job ended.
+
+    Attributes
+    ----------
+    job : FillJob
+        The job.
+    failures : list of (Exception, Operation)
+        What failed on the way, and which kind of operation that was.
+    written : bool
+        Whether the value is in the cache store.
+    corrupt : bool
+        Whether the cache store holds what the index does not know.
+    """
+
+    __slots__ = ("corrupt", "failures", "job", "written")
+
+    def __init__(
+        self,
+        job: FillJob,
+        *,
+        written: bool = False,
+        corrupt: bool = False,
+        failures: Sequence[tuple[Exception, Operation]] = (),
+    ) -> None:
+        self.job = job
+        self.written = written
+        self.corrupt = corrupt
+        self.failures = failures
+
+
+class Filler(Protocol):
+    """Carries out the jobs of a queue, in the background. One for each place and process."""
+
+    def submit(self, io: IO, job: FillJob) -> None:
+        """Begin a job, or put it behind others; it always ends, and its flight with it.
+
+        Raises
+        ------
+        Exception
+            If it cannot be begun; then nothing of it is left.
+        """
+
+    def collect(self) -> Sequence[Ended]:
+        """What has ended since the last call; never waits."""
+
+    @property
+    def completed(self) -> int:
+        """Jobs that have ended since the beginning."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is under way."""
+
+    async def wait(self, io: IO, completed: int, timeout: float) -> bool:  # noqa: ASYNC109
+        """Wait until `completed` is more than this; False after `timeout` seconds."""
+
+    def can_wait_here(self) -> bool:
+        """Whether jobs go on while a caller in this thread blocks."""
+
+
+class Backend(ABC):
+    """One cache store, as the protocol sees it.
+
+    Parameters
+    ----------
+    store : Store
+        The cache store.
+    shared : SharedIndex
+        The index of its place, with what all stores over that place share.
+
+    Attributes
+    ----------
+    filler : Filler or None
+        Carries out fills in the background; None where `fill_now` does them.
+    fill_now : callable or None
+        Fills on the spot, in one step, where nothing of it can wait or fail: takes key, byte range,
+        bytes, a buffer over them, ticket and fetch time; returns whether anybody has joined the
+        flight, or None where the value stays uncached and its flight open.
+    works_in_background : bool
+        Whether `begin` does anything.
+    owns_what_it_reads : bool
+        Whether `try_read` returns memory that is the reader's alone.
+    """
+
+    filler: Filler | None = None
+    fill_now: FillNow | None = None
+    owns_what_it_reads: ClassVar[bool] = True
+    works_in_background: ClassVar[bool] = True
+
+    def __init__(self, store: Store, shared: SharedIndex) -> None:
+        self.store: Any = store
+        self.shared = shared
+        self.breaker = shared.breaker
+
+    @property
+    def index(self) -> Index:
+        """The index of now."""
+        return self.shared.handle.index
+
+    try_read: TryRead | None = None
+    """Reads `size` bytes from `start` on of the value `name` of `total` bytes without waiting; None
+    where that is not possible. Takes name, prototype, total, start and size."""
+
+    @abstractmethod
+    async def read(
+        self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
+    ) -> Buffer | None:
+        """Read the same; None where the value is gone or has another length."""
+
+    async def turn(self, size: int) -> bool:  # noqa: ARG002
+        """Wait for a turn of the event loop in which so many bytes may be read by `try_read`.
+
+        Returns
+        -------
+        bool
+            False where that would change nothing.
+        """
+        return False
+
+    @abstractmethod
+    async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
+        """Delete the bytes of entries that the index has dropped, and tell the index what became of it.
+
+        Never raises because of the cache store. Returns after `DELETE_TIMEOUT` in any case.
+        """
+
+    def remove_later(self, victims: Sequence[Victim]) -> None:
+        """Leave bytes to a later delete: they stay counted until then."""
+        if victims:
+            cells = [cell for cell, _ in victims]
+            self.shared.handle.call_later(_ignore, _confirm_failed, cells)
+
+    async def remove_unlisted(self, io: IO, prefix: str) -> None:  # noqa: B027 - nothing to do by default
+        """Delete what is stored of a key and below it, whether or not the index knows it yet.
+
+        Called while the index is not complete. Never raises because of the cache store.
+        """
+
+    def begin(self, io: IO) -> None:  # noqa: B027 - nothing to do by default
+        """Do in the background what the cache store asks for by now; called at each miss and write."""
+
+    def recorded_size_and_checksum(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
+        """Length and CRC32C that a value should have, where they are kept beside it."""
+        return None
+
+    def intact_size(self, name: str) -> int | None:  # noqa: ARG002
+        """Length of a value, if it is the one that is recorded beside it."""
+        return None
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _confirm_failed(index: Index, cells: list[int]) -> None:
+    index.confirm_deletes([], cells)

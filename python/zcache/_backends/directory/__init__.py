@@ -1,0 +1,1 @@
+"""A cache in a directory of a local file system."""

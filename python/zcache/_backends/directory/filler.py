@@ -1,0 +1,130 @@
+"""Fills of a directory: each is one job of the core, in threads that need no interpreter."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from zcache._backends.base import Ended
+from zcache._core import DirectoryFills
+from zcache._runtime.threads import run_in_background
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from zcache._backends.base import FillJob
+    from zcache._core import FillResult, Index
+    from zcache._runtime.circuit_breaker import Operation
+    from zcache._runtime.io import IO
+
+_POLL: Final = 0.005
+"""Seconds between two looks where no thread can be started to wait."""
+
+
+class DirectoryFiller:
+    """Hands jobs to the core and collects how they ended.
+
+    Attributes
+    ----------
+    min_free_space : int or None
+        Bytes of the volume that stay free; None for the default of the core.
+    """
+
+    def __init__(
+        self, root: str, tmp: str, clock: Callable[[], float], on_idle: Callable[[], object]
+    ) -> None:
+        self._root = root
+        self._clock = clock
+        self._tmp = tmp
+        self._on_idle = on_idle
+        self._fills: DirectoryFills | None = None
+        self._jobs: dict[int, FillJob] = {}
+        # Held from the hand-over to the note of the number. Reentrant: inside it the garbage collector
+        # may end a reader.
+        self._lock = threading.RLock()
+        self.min_free_space: int | None = None
+        self._moved: Future[bool] | None = None
+
+    def start(self, index: Index) -> None:
+        """Begin to take jobs for this index."""
+        self._fills = DirectoryFills(index, self._root, self._tmp, on_idle=self._on_idle)
+
+    def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
+        fills = self._fills
+        if fills is None:
+            raise RuntimeError("the cache directory is not open")
+        with self._lock:
+            number = fills.submit(
+                job.key,
+                job.byte_range,
+                job.data,
+                job.ticket,
+                job.fetched,
+                self.min_free_space,
+                self._clock(),
+            )
+            self._jobs[number] = job
+
+    def collect(self) -> Sequence[Ended]:
+        results = () if self._fills is None else self._fills.collect()
+        if not results:
+            return ()
+        with self._lock:
+            # Of a caller that was interrupted right after the hand-over there is no note.
+            known = [(self._jobs.pop(one.id, None), one) for one in results]
+            return [_ended(job, one) for job, one in known if job is not None]
+
+    @property
+    def completed(self) -> int:
+        return 0 if self._fills is None else self._fills.completed
+
+    @property
+    def is_idle(self) -> bool:
+        return self._fills is None or not self._fills.pending
+
+    async def wait(self, io: IO, completed: int, timeout: float) -> bool:  # noqa: ASYNC109
+        fills = self._fills
+        if fills is None:
+            return False
+        until = time.monotonic() + timeout
+        while fills.completed <= completed and (left := until - time.monotonic()) > 0:
+            try:
+                moved = self._wait_for_more(fills, completed, left)
+            except RuntimeError:
+                # At the end of the process no thread can be started any more.
+                await io.pause(_POLL)
+            else:
+                await io.until(moved, left)
+        return fills.completed > completed
+
+    def _wait_for_more(self, fills: DirectoryFills, completed: int, seconds: float) -> Future[bool]:
+        """One thread waits for all who wait."""
+        with self._lock:
+            if self._moved is None or self._moved.done():
+                self._moved = run_in_background(lambda: fills.wait(completed, seconds))
+            return self._moved
+
+    def can_wait_here(self) -> bool:
+        return True
+
+    def abandon(self) -> None:
+        """Drop, in a forked child, the jobs of the parent."""
+        self._lock = threading.RLock()
+        fills, self._fills, self._moved = self._fills, None, None
+        self._jobs.clear()
+        if fills is not None:
+            fills.abandon()
+
+
+def _ended(job: FillJob, result: FillResult) -> Ended:
+    failures: list[tuple[Exception, Operation]] = [(e, "delete") for e in result.delete_errors]
+    if result.error is not None:
+        failures.append((result.error, "delete" if result.operation == "delete" else "write"))
+    return Ended(
+        job,
+        written=result.outcome == "filled",
+        corrupt=result.outcome == "corrupt",
+        failures=failures,
+    )

@@ -1,0 +1,64 @@
+"""Who a cache store belongs to: the contents of a stamp, and what is said where it is somebody else's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from zcache.exceptions import CacheOwnershipError
+
+FORMAT: Final = 1
+"""Format of what zcache keeps in a cache store."""
+
+
+def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[str, Any] | None:
+    """Read a stamp; None for one that cannot be read, if it may be replaced.
+
+    `listed` says that the index is made from a listing of the store, not kept in a directory: the two
+    would know nothing of each other.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If it is of another format or kind, or cannot be read.
+    """
+    try:
+        stamp = json.loads(text)
+    except (ValueError, RecursionError):
+        stamp = None
+    if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
+        if adopt:
+            return None
+        raise CacheOwnershipError(
+            f"the stamp of the cache {where} cannot be read. Pass adopt=True to take it over, or give "
+            "another one."
+        )
+    if stamp["zcache"] != FORMAT:
+        raise CacheOwnershipError(
+            f"the cache {where} has format {stamp['zcache']!r}, this zcache reads format {FORMAT}. Use "
+            "the version of zcache that made it, or give another one."
+        )
+    if stamp.get("listed", False) is not listed:
+        other = "a zarr.storage.LocalStore itself" if listed else "a store of another class"
+        raise CacheOwnershipError(
+            f"the cache {where} was made through {other}, and keeps its books in another way. Use it "
+            "through that, or give another one."
+        )
+    return stamp
+
+
+def not_ours(where: str, example: str, source: str) -> str:
+    """Say that a place is not empty."""
+    return (
+        f"the {where} is not empty and was not made by zcache (it holds {example!r}, for instance). "
+        "Give an empty or a new one; or pass adopt=True if all that it holds is a cache of "
+        f"{source}, which zcache may serve and delete."
+    )
+
+
+def other_source(where: str, other: str, source: str) -> str:
+    """Say that a place is another source's."""
+    return (
+        f"the cache {where} holds the cache of {other}, not of {source}. Give another one; or, if both "
+        f"are the same data, pass source_id={other!r}."
+    )

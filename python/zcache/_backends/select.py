@@ -1,0 +1,204 @@
+"""Which backend a cache store gets. The one place that asks of which kind it is."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache._backends.directory.backend import DirectoryBackend
+from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.memory import MemoryBackend
+from zcache._backends.store.backend import StoreBackend
+from zcache._backends.store.place import StorePlace
+from zcache._core import Index
+from zcache._index.handle import IndexHandle
+from zcache._index.shared import SharedIndex, find_or_make, keep_while_alive, live
+from zcache._runtime.buffers import own
+from zcache._source.describe import describe
+from zcache._source.location import (
+    innermost,
+    memory_store_of,
+    outlives_process,
+    overlaps,
+    place_in_process,
+)
+from zcache.exceptions import CacheOwnershipError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zarr.abc.store import Store
+
+    from zcache._backends.base import Backend
+    from zcache._source.identity import SourceId
+
+    Clock = Callable[[], float]
+
+
+def open_backend(
+    cache: Store,
+    source: Store,
+    source_id: SourceId,
+    *,
+    adopt: bool,
+    limits: dict[str, Any],
+    clock: Clock | None,
+) -> Backend:
+    """Open a cache store, with the index of its place that all stores of this process share.
+
+    Parameters
+    ----------
+    cache : Store
+        The cache store.
+    source : Store
+        The source that it is to hold values of.
+    source_id : SourceId
+        Its name.
+    adopt : bool
+        Whether to take over what the cache store holds already.
+    limits : dict
+        What a new index is made with.
+    clock : callable, optional
+        Seconds; what ages are counted by. Default is None: the clock of the system.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If the cache store belongs to somebody else.
+    """
+    opening = _Opening(cache, source, source_id, adopt, limits, clock)
+    try:
+        return opening.open()
+    except CacheOwnershipError:
+        # Stores that are only waiting to be collected do not count.
+        gc.collect()
+        return opening.open()
+
+
+class _Opening:
+    def __init__(
+        self,
+        cache: Any,
+        source: Store,
+        source_id: SourceId,
+        adopt: bool,
+        limits: dict[str, Any],
+        clock: Clock | None,
+    ) -> None:
+        self.cache = cache
+        self.source = source
+        self.source_id = source_id
+        self.adopt = adopt
+        self.limits = limits
+        self.clock = clock
+
+    def open(self) -> Backend:
+        cache = self.cache
+        if type(cache) is LocalStore:
+            return DirectoryBackend(cache, self._directory())
+        kept = memory_store_of(cache)
+        if kept is not None:
+            shared = self._shared(("dict", id(kept._store_dict)), lambda: self._memory(kept))
+            # As long as there is a store over the dict: its values may be used again.
+            keep_while_alive(shared, kept)
+            # One over a mapping of a user's own class may do anything.
+            is_plain = cache is kept and type(kept._store_dict) is dict
+            return MemoryBackend(cache, shared) if is_plain else StoreBackend(cache, shared)
+        place = place_in_process(cache)
+        return StoreBackend(cache, self._shared(("store", place), self._store))
+
+    def _shared(self, key: tuple[Any, ...], make: Callable[[], SharedIndex]) -> SharedIndex:
+        shared = find_or_make(key, make)
+        shared.check_source(self.cache, self.source, self.source_id)
+        with contextlib.suppress(
+            TypeError
+        ):  # A class of the user's own may have no such references.
+            shared.cache = weakref.ref(self.cache)
+        # Wrappers of a user's own make another place of the same values: then each would serve the
+        # other's bytes.
+        for other in live():
+            cache = None if other is shared or other.cache is None else other.cache()
+            if cache is not None and overlaps(cache, self.cache):
+                other.check_source(self.cache, self.source, self.source_id)
+        return shared
+
+    def _new(self, handle: IndexHandle, clock: Clock) -> SharedIndex:
+        return SharedIndex(
+            handle,
+            self.source,
+            self.source_id,
+            self.clock or clock,
+            self.clock or time.monotonic,
+        )
+
+    def _directory(self) -> SharedIndex:
+        root = os.path.realpath(os.path.abspath(self.cache.root))
+        shared = find_or_make(("directory", root), self._new_directory)
+        try:
+            shared.check_source(self.cache, self.source, self.source_id)
+        except CacheOwnershipError as error:
+            if not shared.source_id.is_ephemeral:
+                raise
+            gc.collect()
+            shared = find_or_make(("directory", root), self._new_directory)
+            if shared.source_id != self.source_id:
+                # It ends with this process, so it is not worth an error; the log names the way out.
+                return self._without(error)
+        return shared
+
+    def _without(self, error: CacheOwnershipError) -> SharedIndex:
+        """Nothing is cached: the directory is in use for another source without a name."""
+        directory = CacheDirectory.unopened(self.cache.root, self.limits, self.clock or time.time)
+        # Whoever keeps a log would keep the frames, and they the index that is in use.
+        directory.handle.abandon(error.with_traceback(None))
+        shared = self._new(directory.handle, time.time)
+        shared.place = directory
+        return shared
+
+    def _new_directory(self) -> SharedIndex:
+        directory = CacheDirectory(
+            self.cache.root,
+            self.source_id.name,
+            adopt=self.adopt,
+            limits=self.limits,
+            clock=self.clock or time.time,
+        )
+        shared = self._new(directory.handle, time.time)
+        shared.place = directory
+        return shared
+
+    def _memory(self, kept: MemoryStore) -> SharedIndex:
+        values = kept._store_dict
+        if values and not self.adopt:
+            first = next(iter(values))
+            raise CacheOwnershipError(
+                f"cache_store={describe(self.cache)} is not empty and was not filled by zcache (it holds "
+                f"{first!r}, for instance). Give an empty one; or pass adopt=True if all that it holds is "
+                f"a cache of {describe(self.source)}, which zcache may serve and delete."
+            )
+        index = Index(**self.limits, flat_namespace=True)
+        for value in values.values():
+            own(value)
+        # What cannot be dated is stale as soon as anything can be.
+        index.adopt([(0, len(value), name) for name, value in values.items()])
+        handle = IndexHandle(index, describe(self.cache), {**self.limits, "flat_namespace": True})
+        shared = self._new(handle, time.monotonic)
+        shared.place = StorePlace(handle, listing=None)
+        return shared
+
+    def _store(self) -> SharedIndex:
+        # What a store of a user's own class holds now is not zcache's.
+        is_listed = outlives_process(innermost(self.cache))
+        index = Index(**self.limits, complete=not is_listed)
+        handle = IndexHandle(index, describe(self.cache), self.limits)
+        shared = self._new(handle, time.monotonic)
+        shared.place = StorePlace.of(
+            handle, self.source_id.name, adopt=self.adopt, listed=is_listed
+        )
+        return shared

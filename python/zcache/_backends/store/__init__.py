@@ -1,0 +1,1 @@
+"""A cache in any other Zarr store, reached through its own methods."""

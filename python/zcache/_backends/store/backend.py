@@ -1,0 +1,261 @@
+"""A cache in any other Zarr store, through the store's own methods."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from zarr.core.buffer.core import default_buffer_prototype
+
+from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, Backend
+from zcache._backends.store.listing import WRITING, Listing
+from zcache._backends.tombstones import RANGES, tombstone
+from zcache._byte_ranges import ByteRange, to_request
+from zcache._core import Index
+from zcache._index.handle import ignore
+from zcache._runtime.buffers import to_cpu_buffer, to_own
+from zcache._runtime.circuit_breaker import is_name_too_long
+from zcache._runtime.coroutines import NoAnswerError, guarded
+from zcache._source.location import innermost, outlives_process, shows_partial_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zarr.abc.store import Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._backends.base import Victim
+    from zcache._index.shared import SharedIndex
+    from zcache._runtime.io import IO
+
+Outcome = list[Exception | None]
+"""For each delete None, or why it failed."""
+
+
+class StoreBackend(Backend):
+    """Any store, by its coroutines; from a thread without an event loop by its synchronous methods.
+
+    Every operation has a time limit. What was begun is never cut off from here: its end is reported to
+    the index when it comes.
+    """
+
+    def __init__(self, store: Store, shared: SharedIndex) -> None:
+        super().__init__(store, shared)
+        kept = innermost(store)
+        self.outlives_process = outlives_process(kept)
+        self._shows_partial_values = self.outlives_process and shows_partial_values(kept)
+        self._place = shared.place
+        self.filler = shared.place.filler
+
+    # -------------------------------------------------------------- reading
+
+    async def read(
+        self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
+    ) -> Buffer | None:
+        part: ByteRange | None = None
+        wanted = total
+        if size < total:
+            # Of nothing the last byte is read: an entry whose size is damaged would else go unnoticed, and
+            # stores differ in what they make of an empty range.
+            first, wanted = (start, size) if size else (total - 1, 1)
+            # Up to the end, whatever its place: the length then tells whether the value is still the one
+            # of the entry. Of a longer one these numbers would select something else.
+            to_end = first + wanted == total
+            part = (2, first, 0) if to_end else (1, first, first + wanted)
+        request = to_request(part)
+        store = self.store
+        found = await io.call(
+            READ_TIMEOUT,
+            lambda: store.get(name, prototype, request),
+            lambda: store.get_sync(name, prototype=prototype, byte_range=request),
+        )
+        value = to_own(found, prototype)
+        if value is None or len(value) != wanted:
+            return None
+        return value if size or not total else prototype.buffer.from_bytes(b"")
+
+    # -------------------------------------------------------------- writing
+
+    async def write(
+        self,
+        io: IO,
+        name: str,
+        data: bytes,
+        on_detached_result: Callable[[BaseException | None], None],
+    ) -> None:
+        """Write a value.
+
+        Raises
+        ------
+        NoAnswerError
+            After `WRITE_TIMEOUT`; the write goes on.
+        """
+        await io.send(
+            WRITE_TIMEOUT,
+            lambda: self._set(name, data),
+            lambda: self._set_sync(name, data),
+            on_detached_result,
+        )
+
+    async def _set(self, name: str, data: bytes) -> None:
+        if not self._shows_partial_values:
+            await guarded(self.store.set(name, to_cpu_buffer(data)))
+            return
+        unfinished = f"{WRITING}{tombstone(name).rpartition('/')[2]}"
+        await guarded(self.store.set(unfinished, to_cpu_buffer(b"")))
+        await guarded(self.store.set(name, to_cpu_buffer(data)))
+        await guarded(self.store.delete(unfinished))
+
+    def _set_sync(self, name: str, data: bytes) -> None:
+        self.store.set_sync(name, to_cpu_buffer(data))
+
+    # ------------------------------------------------------------- deleting
+
+    async def delete(
+        self,
+        io: IO,
+        victims: Sequence[Victim],
+        on_detached_result: Callable[[Outcome | BaseException], None],
+    ) -> Outcome:
+        """Delete values; one that is gone already counts as deleted.
+
+        Raises
+        ------
+        NoAnswerError
+            After `DELETE_TIMEOUT`; the deletes go on.
+        """
+        names = [name for _, name in victims]
+        return await io.send(
+            DELETE_TIMEOUT,
+            lambda: self._delete_all(names),
+            lambda: [self._delete_sync(name) for name in names],
+            on_detached_result,
+        )
+
+    async def _delete_all(self, names: list[str]) -> Outcome:
+        return [await self._delete(name) for name in names]
+
+    async def _delete(self, name: str) -> Exception | None:
+        try:
+            await guarded(self.store.delete(name))
+        except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+            # It may have failed after it took effect, or because the value is gone already.
+            try:
+                return error if await guarded(self.store.exists(name)) else None
+            except Exception as doubt:  # noqa: BLE001 - then it is unknown, mostly
+                return None if is_name_too_long(name, error, doubt) else error
+        return None
+
+    def _delete_sync(self, name: str) -> Exception | None:
+        try:
+            self.store.delete_sync(name)
+        except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+            try:
+                found = self.store.get_sync(name, prototype=default_buffer_prototype())
+            except Exception as doubt:  # noqa: BLE001 - then it is unknown, mostly
+                return None if is_name_too_long(name, error, doubt) else error
+            return None if found is None else error
+        return None
+
+    async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
+        if not self.breaker.allows("delete"):
+            self.remove_later(victims)
+            return
+        confirm = self.shared.handle.call_shielded
+        try:
+            outcome = await self.delete(io, victims, partial(self._removed_late, victims))
+        except NoAnswerError as error:
+            # What is being deleted stays counted until that has ended.
+            self.breaker.failed(error, "delete")
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
+            outcome = [error] * len(victims)
+        dropped, failed = self.sort(victims, outcome)
+        await confirm(io, ignore, Index.confirm_deletes, dropped, failed)
+        if failed and self.breaker.allows("write"):
+            await self.bury(io, names_of(victims, failed))
+
+    def _removed_late(self, victims: Sequence[Victim], outcome: Outcome | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self.remove_later(victims)
+            return
+        dropped, failed = self.sort(victims, outcome)
+        self.shared.handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
+
+    def sort(self, victims: Sequence[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
+        """Cells of those that are gone, and of those that may not be."""
+        dropped, failed = [], []
+        for (cell, _), error in zip(victims, outcome, strict=True):
+            if error is None:
+                dropped.append(cell)
+            else:
+                failed.append(cell)
+                self.breaker.failed(error, "delete")
+        if not failed:
+            self.breaker.succeeded("delete")
+        return dropped, failed
+
+    async def bury(self, io: IO, names: Sequence[str]) -> None:
+        """Leave tombstones for values that are not valid any more but could not be deleted."""
+        for name in names if self.outlives_process else ():
+            # If that fails as well, it cannot be told.
+            with contextlib.suppress(Exception):
+                await io.send(
+                    DELETE_TIMEOUT,
+                    partial(self._bury, name),
+                    partial(self.store.set_sync, tombstone(name), to_cpu_buffer(b""))
+                    if io.loop() is None
+                    else _nothing,
+                    ignore,
+                )
+
+    async def _bury(self, name: str) -> None:
+        await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
+
+    # -------------------------------------------------------------- listing
+
+    def begin(self, io: IO) -> None:
+        listing: Listing | None = self._place.listing
+        if listing is not None:
+            listing.begin(io, self.store, self.breaker)
+
+    async def remove_unlisted(self, io: IO, prefix: str) -> None:
+        listing: Listing | None = self._place.listing
+        if listing is None:
+            return
+        listing.note_change(prefix)
+        # Also by name, now: should this process end before the listing does, the next one would take in
+        # what is outdated.
+        if io.loop() is None or not self.breaker.allows("delete"):
+            return
+        try:
+            await io.send(DELETE_TIMEOUT, partial(self._remove_unlisted, prefix), _nothing, ignore)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
+            self.breaker.failed(error, "delete")
+
+    async def _remove_unlisted(self, prefix: str) -> None:
+        store: Any = self.store
+        found = []
+        async for name in store.list_prefix(f"{RANGES}{prefix}"):
+            rest = name.removeprefix(f"{RANGES}{prefix}")
+            if not prefix or rest.startswith(("@", "/")):
+                found.append(name)
+        if prefix:
+            found.append(prefix)
+            found += [name async for name in store.list_prefix(f"{prefix}/")]
+        else:
+            found += [name async for name in store.list() if not name.startswith(".zcache")]
+        for name in found:
+            if (error := await self._delete(name)) is not None:
+                raise error
+
+
+def names_of(victims: Sequence[Victim], cells: Sequence[int]) -> list[str]:
+    """Names of the values in these cells."""
+    wanted = set(cells)
+    return [name for cell, name in victims if cell in wanted]
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,229 @@
+"""What a store holds already when it is opened: it has to be listed, in the background.
+
+Until that is done the index is not complete: it takes nothing in, and reads go to the source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from zarr.core.buffer.core import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from zcache._backends.ownership import FORMAT, not_ours, other_source, parse_stamp
+from zcache._backends.tombstones import DROPPED, RANGES, buried, key_of, tombstone
+from zcache._byte_ranges import is_encodable, is_reserved
+from zcache._runtime.buffers import to_cpu_buffer
+from zcache._runtime.coroutines import guarded
+from zcache._runtime.threads import run_in_background
+from zcache._source.describe import describe
+from zcache._source.identity import EPHEMERAL
+from zcache._source.location import innermost
+from zcache.exceptions import CacheOwnershipError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+    from zcache._core import Index
+    from zcache._index.handle import IndexHandle
+    from zcache._runtime.circuit_breaker import CircuitBreaker
+    from zcache._runtime.io import IO
+
+logger = logging.getLogger("zcache")
+
+STAMP: Final = ".zcache/stamp.json"
+WRITING: Final = ".zcache/writing/"
+"""Names of values that are being written, in a store that shows half a value."""
+_AT_ONCE: Final = 32
+"""Sizes that are asked for at the same time."""
+_MOST_CHANGES: Final = 10_000
+"""Changed prefixes that are kept one by one; of more, everything counts as changed."""
+
+
+class Listing:
+    """The listing of one store, for all who use it.
+
+    Attributes
+    ----------
+    done : Future
+        Done when the index is complete, or will not be until the next try.
+    refusal : CacheOwnershipError or None
+        Why the store is not used, once that is known.
+    """
+
+    def __init__(self, handle: IndexHandle, source: str, *, adopt: bool) -> None:
+        self._handle = handle
+        self._source = source
+        self._adopt = adopt
+        self._changed: set[str] = set()
+        # Reentrant: while it is held the garbage collector may end an operation.
+        self._lock = threading.RLock()
+        self._is_listed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.done: Future[None] | None = None
+        self.refusal: CacheOwnershipError | None = None
+
+    def again(self) -> Listing:
+        """A new listing of the same store in a forked child, which may find values of its parent."""
+        return Listing(self._handle, self._source, adopt=True)
+
+    def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> None:
+        """List the store in the background, unless that is done or under way."""
+        if self._is_listed or self.refusal is not None:
+            return
+        with self._lock:
+            if self.done is not None and not self.done.done() and not self._is_stuck():
+                return
+            if not breaker.allows("list"):
+                return
+            done: Future[None] = Future()
+            self.done = done
+            self._loop = io.loop()
+        work = partial(self._list, cache, breaker, done)
+        try:
+            if self._loop is None:
+                # A thread that has no event loop, and whose caller may run in one.
+                run_in_background(lambda: asyncio.run(work()))
+            else:
+                self._task = self._loop.create_task(work())
+        except RuntimeError as error:
+            breaker.failed(error, "list")
+            done.set_result(None)
+
+    def _is_stuck(self) -> bool:
+        """Whether its event loop has stopped for good."""
+        return self._loop is not None and self._loop.is_closed()
+
+    def note_change(self, prefix: str) -> None:
+        """Note that what lies at and below a prefix is outdated, should the listing find it."""
+        with self._lock:
+            if self._is_listed:
+                return
+            if len(self._changed) >= _MOST_CHANGES:
+                self._changed = {""}
+            if "" not in self._changed:
+                self._changed.add(prefix)
+
+    async def _list(self, cache: Store, breaker: CircuitBreaker, done: Future[None]) -> None:
+        try:
+            await guarded(self._take_in(cache))
+        except CacheOwnershipError as refusal:
+            self.refusal = refusal
+            self._handle.usable = False
+            logger.warning("the cache store is not used: %s", refusal)
+        except Exception as error:  # noqa: BLE001 - the cache store's, and none of the user's
+            breaker.failed(error, "list")
+        else:
+            breaker.succeeded("list")
+        finally:
+            if not done.done():
+                done.set_result(None)
+
+    async def _take_in(self, cache: Store) -> None:
+        """Enter all that the store holds into the index, and delete what is outdated.
+
+        A listing does not tell when a value was written, so each is stale as soon as anything can be.
+        """
+        names = [name async for name in cache.list()]
+        values = [name for name in names if _is_value(name)]
+        # What a store in memory holds ends with it, so a stamp would tell nothing.
+        if not isinstance(innermost(cache), MemoryStore):
+            values = await self._check(cache, values)
+        elif values and not self._adopt:
+            raise CacheOwnershipError(
+                not_ours(f"cache_store={describe(cache)}", values[0], self._source)
+            )
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def size(name: str) -> tuple[int, int, str] | None:
+            async with limit:
+                try:
+                    return 0, await cache.getsize(name), name
+                except FileNotFoundError:
+                    return None
+
+        found = await asyncio.gather(*map(size, values))
+        index = self._handle.index
+        index.adopt([value for value in found if value is not None])
+        await self._drop_marked(cache, index, names, values)
+        # From here on without a suspension: a change is either noted before or finds its entry.
+        with self._lock:
+            victims = self._outdated(index)
+            index.finish_rebuild()
+            self._is_listed = True
+        if victims:
+            await self._delete(cache, index, victims)
+
+    def _outdated(self, index: Index) -> list[tuple[int, str]]:
+        prefixes = [""] if "" in self._changed else sorted(self._changed)
+        victims: list[tuple[int, str]] = []
+        for prefix in prefixes:
+            while found := index.drain_prefix(prefix):
+                victims += found
+        self._changed.clear()
+        return victims
+
+    async def _delete(self, cache: Store, index: Index, victims: list[tuple[int, str]]) -> None:
+        dropped: list[int] = []
+        try:
+            for cell, name in victims:
+                await cache.delete(name)
+                dropped.append(cell)
+        finally:
+            gone = set(dropped)
+            index.confirm_deletes(dropped, [cell for cell, _ in victims if cell not in gone])
+
+    async def _drop_marked(
+        self, cache: Store, index: Index, names: list[str], values: list[str]
+    ) -> None:
+        """Delete what has a tombstone or was never finished. What stays keeps its mark and counts."""
+        marks = [name for name in names if name.startswith((DROPPED, WRITING))]
+        stays: set[str] = set()
+        for name in buried(marks, values):
+            for cell, victim in index.drop_missing(key_of(name)):
+                try:
+                    await cache.delete(victim)
+                except Exception:  # noqa: BLE001 - whatever the cache store raises, it is tried again
+                    stays.add(tombstone(victim).rpartition("/")[2])
+                    index.confirm_deletes([], [cell])
+                else:
+                    index.confirm_deletes([cell], [])
+        for name in marks:
+            if name.rpartition("/")[2] not in stays:
+                with contextlib.suppress(Exception):
+                    await cache.delete(name)
+
+    async def _check(self, cache: Store, values: list[str]) -> list[str]:
+        """See whose the store is, and make it this source's if it has no owner; what it then holds."""
+        where = f"cache_store={describe(cache)}"
+        text = await cache.get(STAMP, default_buffer_prototype())
+        stamp: dict[str, Any] | None = None
+        if text is not None:
+            stamp = parse_stamp(text.to_bytes(), where, adopt=self._adopt, listed=True)
+        if stamp is not None and stamp["source"] == self._source:
+            return values
+        if stamp is None:
+            if values and not self._adopt:
+                raise CacheOwnershipError(not_ours(where, values[0], self._source))
+        elif not str(stamp["source"]).startswith(EPHEMERAL):
+            raise CacheOwnershipError(other_source(where, stamp["source"], self._source))
+        else:
+            # What a source has left that ended with its process is of no use to anybody.
+            for name in values:
+                await cache.delete(name)
+            values = []
+        data = json.dumps({"zcache": FORMAT, "source": self._source, "listed": True}).encode()
+        await cache.set(STAMP, to_cpu_buffer(data))
+        return values
+
+
+def _is_value(name: str) -> bool:
+    return is_encodable(name) and (name.startswith(RANGES) or not is_reserved(name))

@@ -1,0 +1,68 @@
+"""Byte requests as the index takes them, and which keys it takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+
+if TYPE_CHECKING:
+    from zarr.abc.store import ByteRequest
+
+RESERVED = ".zcache"
+"""First part of the keys that zcache keeps for itself in the cache store."""
+
+ByteRange: TypeAlias = tuple[int, int, int]
+"""A byte request for the index: kind (1 range, 2 offset, 3 suffix) and its numbers."""
+
+_LIMIT = 2**63
+
+
+def to_byte_range(request: ByteRequest | None) -> ByteRange | None:
+    """Convert a byte request; None stands for the whole value.
+
+    Raises
+    ------
+    ValueError
+        Where stores differ in what they make of the request (negative numbers, an end before the
+        start, an unknown type): the source has to answer it, each time.
+    """
+    kind = type(request)
+    if request is None:
+        return None
+    if kind is RangeByteRequest and 0 <= request.start <= request.end < _LIMIT:  # type: ignore[union-attr]
+        return (1, request.start, request.end)  # type: ignore[union-attr]
+    if kind is OffsetByteRequest and 0 <= request.offset < _LIMIT:  # type: ignore[union-attr]
+        return (2, request.offset, 0)  # type: ignore[union-attr]
+    if kind is SuffixByteRequest and 0 <= request.suffix < _LIMIT:  # type: ignore[union-attr]
+        return (3, request.suffix, 0)  # type: ignore[union-attr]
+    raise ValueError(f"no cacheable byte request: {request!r}")
+
+
+def to_request(byte_range: ByteRange | None) -> ByteRequest | None:
+    """The inverse of `to_byte_range`."""
+    if byte_range is None:
+        return None
+    kind, first, second = byte_range
+    if kind == 1:
+        return RangeByteRequest(first, second)
+    return OffsetByteRequest(first) if kind == 2 else SuffixByteRequest(first)
+
+
+def is_reserved(key: str) -> bool:
+    """Whether a key belongs to zcache itself."""
+    return key == RESERVED or key.startswith(RESERVED + "/")
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key names no other place than it seems to."""
+    return not {"", ".", ".."} & set(key.split("/"))
+
+
+def is_encodable(key: str) -> bool:
+    """Whether a key is text: lone surrogates are not."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,199 @@
+"""One cache: source, cache store, index and protocol, composed. All copies of a `CacheStore` share it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any, Literal
+
+from zcache._backends.select import open_backend
+from zcache._index import shared as shared_indexes
+from zcache._index.shared import Member
+from zcache._protocol.fill import FillQueue
+from zcache._protocol.read import Reader
+from zcache._protocol.write import Writer
+from zcache._runtime.fork import at_fork
+from zcache._source.describe import describe
+from zcache._source.identity import identify, say_unnamed
+from zcache._source.location import innermost, outlives_process
+from zcache._source.slicing import slices_like_python
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zarr.abc.store import Store
+
+    from zcache._core import Index
+    from zcache._runtime.io import IO
+
+
+class Cache:
+    """What all copies of one store share.
+
+    Parameters
+    ----------
+    source : Store
+        Where values come from.
+    cache : Store
+        Where they are kept.
+    max_size, min_free_space, max_pending_size : int or None
+        Bytes; see `CacheStore`.
+    max_age : float or "infinity"
+        Seconds.
+    token : str, optional
+        Of the original that this is a copy of.
+    verify, adopt, source_id, clock
+        See `CacheStore`.
+
+    Attributes
+    ----------
+    home : int or None
+        The process that it was made in; None if it arrived there as a copy.
+    """
+
+    def __init__(
+        self,
+        source: Store,
+        cache: Store,
+        *,
+        max_size: int | None,
+        max_age: float | Literal["infinity"],
+        token: str | None = None,
+        verify: str = "first",
+        adopt: bool = False,
+        source_id: str | None = None,
+        min_free_space: int | None = None,
+        max_pending_size: int | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.source = source
+        self.cache = cache
+        self.home = None if token else os.getpid()
+        self.max_size = max_size
+        self.max_age = max_age
+        self.verify = verify
+        self.min_free_space = min_free_space
+        self.max_pending_size = max_pending_size
+        self.clock = clock
+        self.known_token = token
+        self.source_id = identify(source, source_id)
+        slices = slices_like_python(innermost(source))
+        limits = {
+            "max_size": max_size,
+            "max_age": None if max_age == "infinity" else max_age,
+            "verify": verify,
+            "slices_like_python": slices,
+        }
+        if self.source_id.is_ephemeral and outlives_process(innermost(cache)):
+            say_unnamed(source, cache)
+        self.backend = open_backend(
+            cache, source, self.source_id, adopt=adopt, limits=limits, clock=clock
+        )
+        self.shared = self.backend.shared
+        self._member = Member(limits)
+        self.shared.join(self._member)
+        self._make_queue()
+        self.reader = Reader(self.backend, slices_like_python=slices)
+        self.writer = Writer(self.backend, describe(source))
+        _caches.add(self)
+
+    def _make_queue(self) -> None:
+        """The queue of pending fills of this place, which its first user makes."""
+        filler, shared = self.backend.filler, self.shared
+        if filler is None:
+            return
+        with _lock:
+            if shared.fills is None:
+                shared.fills = FillQueue(shared.handle, shared.breaker, filler)
+                _let_collect(shared.place, shared.fills)
+            queue: FillQueue = shared.fills
+        if self.max_pending_size is not None:
+            sizes = (self.max_pending_size, queue.max_pending_size)
+            # The smallest that was asked for.
+            queue.max_pending_size = min(sizes) if queue.is_set else self.max_pending_size
+            queue.is_set = True
+        if self.min_free_space is not None:
+            place = shared.place
+            place.filler.min_free_space = max(
+                self.min_free_space, getattr(place.filler, "min_free_space", None) or 0
+            )
+
+    @property
+    def token(self) -> str:
+        """Names this cache, so that copies that meet again in one process are one."""
+        with _lock:
+            if self.known_token is None:
+                self.known_token = uuid.uuid4().hex
+            _by_token[self.known_token] = self
+            return self.known_token
+
+    def ask(self, question: Callable[[Index], Any]) -> Any:
+        """Ask the index something, within a second.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If another process holds its lock for longer.
+        """
+        return self.shared.handle.call_blocking(question)
+
+    async def drain(self, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
+        """Wait until all that was read or written before is in the cache store, or was refused."""
+        until = time.monotonic() + timeout
+        self.backend.begin(io)
+        listing = getattr(self.shared.place, "listing", None)
+        if listing is not None and listing.done is not None:
+            if not await io.until(listing.done, timeout):
+                return False
+            if listing.refusal is not None:
+                raise listing.refusal
+        queue: FillQueue | None = self.shared.fills
+        return queue is None or await queue.drain(io, max(0.0, until - time.monotonic()))
+
+
+def _let_collect(place: Any, queue: FillQueue) -> None:
+    """Have the queue take note of what has ended while no reader comes."""
+    if hasattr(place, "on_idle"):
+        reference = weakref.ref(queue)
+
+        def collect() -> None:
+            if (found := reference()) is not None:
+                found.collect()
+
+        place.on_idle = collect
+
+
+# Guards the making of tokens and queues; never held over anything that waits.
+_lock = threading.RLock()
+_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+_by_token: weakref.WeakValueDictionary[str, Cache] = weakref.WeakValueDictionary()
+
+
+def find(token: str) -> Cache | None:
+    """The cache of this process with this token."""
+    return _by_token.get(token)
+
+
+def find_or_add(cache: Cache) -> Cache:
+    """The cache of this process with the token of this one, which is this one if there is none."""
+    with _lock:
+        return _by_token.setdefault(cache.known_token or "", cache)
+
+
+def _after_fork() -> None:
+    """Make everything usable in a forked child."""
+    global _lock
+    _lock = threading.RLock()
+    for shared in shared_indexes.live():
+        if shared.fills is not None:
+            shared.fills.after_fork()
+        shared.breaker.after_fork()
+        shared.place.after_fork()
+    for cache in list(_caches):
+        cache.reader.counters.after_fork()
+
+
+at_fork(_after_fork)

@@ -1,0 +1,1 @@
+"""How the steps of an index are called, and who shares one."""

@@ -1,0 +1,193 @@
+"""One index for each place and process: any number of stores over it share bounds, flights and queue."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._core import Index
+from zcache._runtime.circuit_breaker import CircuitBreaker
+from zcache._runtime.fork import at_fork
+from zcache._source.describe import describe
+from zcache._source.identity import same_source
+from zcache.exceptions import CacheOwnershipError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from zarr.abc.store import Store
+
+    from zcache._index.handle import IndexHandle
+    from zcache._source.identity import SourceId
+
+_BY_STRICTNESS: Final = ("never", "first", "always")
+
+
+class SharedIndex:
+    """The index of one place, and what all stores over it share.
+
+    Parameters
+    ----------
+    handle : IndexHandle
+        The index.
+    source : Store
+        The source that the place holds values of.
+    source_id : SourceId
+        Its name; an attribute as well.
+    clock : callable
+        Seconds; what ages are counted by.
+    breaker_clock : callable
+        Seconds; what the pauses of the circuit breaker are counted by.
+
+    Attributes
+    ----------
+    source_id : SourceId
+        Name of the source.
+    breaker : CircuitBreaker
+        Of the cache store.
+    fills : FillQueue or None
+        Values on their way into the cache store; None where a fill takes one step.
+    cache : weak reference to Store, or None
+        The cache store that it was last opened for, where others may hold the same values.
+    place : object
+        What the backends of this place share beside the index, such as the directory.
+    """
+
+    def __init__(
+        self,
+        handle: IndexHandle,
+        source: Store,
+        source_id: SourceId,
+        clock: Callable[[], float],
+        breaker_clock: Callable[[], float],
+    ) -> None:
+        self.handle = handle
+        self.clock = clock
+        self.breaker = CircuitBreaker(handle.name, breaker_clock)
+        self.fills: Any = None
+        self.place: Any = None
+        self.cache: weakref.ref[Store] | None = None
+        self.key: Hashable = None
+        self._source = source
+        self.source_id = source_id
+        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+
+    def join(self, member: Member) -> None:
+        """Use it as well; the strictest limits are in force, so that none is exceeded."""
+        self._members.add(member)
+        self._set_limits()
+        weakref.finalize(member, self._set_limits).atexit = False
+
+    def _set_limits(self) -> None:
+        with _lock:
+            if not (members := list(self._members)):
+                return
+            age = _least(members, "max_age")
+            size = _least(members, "max_size")
+            verify = max((m.limits["verify"] for m in members), key=_BY_STRICTNESS.index)
+            self.handle.limits = {
+                **self.handle.limits,
+                "max_size": size,
+                "max_age": age,
+                "verify": verify,
+            }
+            self.handle.ageless = age is None
+        self.handle.call_later(_ignore, Index.set_limits, size, age, verify)
+
+    def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
+        """See that it is the index of this source.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If it is another one's.
+        """
+        if not same_source((self._source, self.source_id), (source, source_id)):
+            raise CacheOwnershipError(
+                f"cache_store={describe(cache)} holds the cache of {_named(self._source, self.source_id)}, "
+                f"not of {_named(source, source_id)}. Give each source a cache store of its own; or, if "
+                "both are the same data, pass the same source_id= to both."
+            )
+
+
+class Member:
+    """One user of a shared index, with the limits that it asks for."""
+
+    __slots__ = ("__weakref__", "limits")
+
+    def __init__(self, limits: dict[str, Any]) -> None:
+        self.limits = limits
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _named(source: Store, source_id: SourceId) -> str:
+    return describe(source) if source_id.is_ephemeral else source_id.name
+
+
+def _least(members: Iterable[Member], limit: str) -> Any:
+    given = [member.limits[limit] for member in members]
+    return min((value for value in given if value is not None), default=None)
+
+
+# As long as somebody uses them; `_held` keeps those of dicts as long as their stores live.
+_shared: weakref.WeakValueDictionary[Hashable, SharedIndex] = weakref.WeakValueDictionary()
+_held: dict[Hashable, tuple[list[weakref.ref[Any]], SharedIndex]] = {}
+# Reentrant: inside it the garbage collector may end a store.
+_lock = threading.RLock()
+# While one index is made, which may take as long as it takes to open a directory.
+_making: dict[Hashable, threading.RLock] = {}
+
+
+def find_or_make(key: Hashable, make: Callable[[], SharedIndex]) -> SharedIndex:
+    """The index of a place, which `make` makes if this process has none yet."""
+    with _lock:
+        making = _making.setdefault(key, threading.RLock())
+    with making:
+        with _lock:
+            shared = _shared.get(key)
+        if shared is None:
+            shared = make()
+            shared.key = key
+            with _lock:
+                _shared[key] = shared
+        with _lock:
+            _making.pop(key, None)
+        return shared
+
+
+def live() -> list[SharedIndex]:
+    """All indexes of this process."""
+    with _lock:
+        return list(_shared.values())
+
+
+def keep_while_alive(shared: SharedIndex, holder: Any) -> None:
+    """Keep an index as long as `holder` lives, even if no store uses it for a while."""
+    with _lock:
+        refs, _ = _held.get(shared.key, ([], shared))
+        if any(ref() is holder for ref in refs):
+            return
+        refs = [ref for ref in refs if ref() is not None]
+        _held[shared.key] = ([*refs, weakref.ref(holder)], shared)
+        weakref.finalize(holder, _release, shared.key).atexit = False
+
+
+def _release(key: Hashable) -> None:
+    with _lock:
+        refs, _ = _held.get(key, ([], None))
+        if not any(ref() is not None for ref in refs):
+            _held.pop(key, None)
+
+
+def _after_fork() -> None:
+    """Start with locks of our own: the thread that held the parent's may not exist here."""
+    global _lock, _making
+    _lock = threading.RLock()
+    _making = {}
+
+
+at_fork(_after_fork)

@@ -1,0 +1,300 @@
+"""Many requests in one call: cached values at once, the rest in one request to the source, as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._backends.base import FillJob
+from zcache._byte_ranges import ByteRange, to_byte_range
+from zcache._core import Index, is_cacheable_key
+from zcache._index.handle import LOCK_TIMEOUT, ignore
+from zcache._protocol.single_flight import Flight
+from zcache._runtime.buffers import freeze, to_cpu_buffer
+from zcache.exceptions import IndexLockTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._protocol.read import Reader
+    from zcache._runtime.io import IO
+
+    Request = tuple[str, ByteRequest | None]
+    Group = Sequence[tuple[int, Buffer | None]]
+    Fetch = Callable[[list[int]], AsyncGenerator[Group, None]]
+
+
+_CANCEL_TIMEOUT: Final = 1.0
+"""Seconds that the end of a call waits for a source that was cancelled."""
+
+
+class Batch:
+    """One call for several requests.
+
+    Parameters
+    ----------
+    reader : Reader
+        The protocol of reads.
+    io : IO
+        The way to the source.
+    prototype : BufferPrototype
+        Of the buffers to return.
+    requests : sequence of (str, ByteRequest or None)
+        Keys and ranges.
+    fetch : callable
+        Asks the source for the requests with these numbers, in one call, and yields groups of number
+        and value as they come.
+
+    Attributes
+    ----------
+    has_invalid_range : bool
+        Whether some request has no meaning (see `to_byte_range`), so that the answer of a source that
+        joins ranges depends on what else it is asked.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        io: IO,
+        prototype: BufferPrototype,
+        requests: Sequence[Request],
+        fetch: Fetch,
+    ) -> None:
+        self._reader = reader
+        self._io = io
+        self._prototype = prototype
+        self._requests = requests
+        self._fetch = fetch
+        self.has_invalid_range = False
+        # What each request is for the index; None where the source has to answer it.
+        self._asked = [self._parse(*request) for request in requests]
+        self._leads: dict[int, tuple[int, Flight]] = {}
+        self._waits: list[tuple[int, Any]] = []
+        self._direct: list[int] = []
+
+    def _parse(self, key: str, request: ByteRequest | None) -> tuple[str, ByteRange | None] | None:
+        try:
+            byte_range = to_byte_range(request)
+        except ValueError:
+            self.has_invalid_range = True
+            return None
+        return (key, byte_range) if is_cacheable_key(key) else None
+
+    async def run(self) -> AsyncGenerator[Group, None]:
+        """Yield groups of request number and value (None for a missing key), as they come."""
+        reader = self._reader
+        missing = []
+        ready: list[tuple[int, Buffer | None]] = []
+        # Hits that have to wait for their bytes.
+        slow: list[tuple[int, Any]] = []
+        for number, asked in enumerate(self._asked):
+            if asked is None:
+                self.count_bypassed(1)
+                self._direct.append(number)
+                continue
+            value, hit = reader.get_nowait(asked[0], self._prototype, asked[1])
+            if value is not None:
+                ready.append((number, value))
+            elif hit is None:
+                missing.append(number)
+            else:
+                slow.append((number, hit))
+        values = await self._io.gather([partial(self._serve, *one) for one in slow])
+        for (number, _), value in zip(slow, values, strict=True):
+            if value is None:
+                missing.append(number)
+            else:
+                ready.append((number, value))
+        if ready:
+            yield ready
+        if missing or self._direct:
+            async with contextlib.aclosing(self._bring(missing)) as groups:
+                async for group in groups:
+                    yield group
+        for number, joined in self._waits:
+            key, request = self._requests[number]
+            value = await reader.fetch(
+                self._io, key, self._prototype, request, to_byte_range(request), joined
+            )
+            yield [(number, value)]
+
+    async def _serve(self, number: int, hit: Any) -> Buffer | None:
+        asked = self._asked[number]
+        assert asked is not None
+        try:
+            return await self._reader.serve(self._io, asked[0], self._prototype, asked[1], hit)
+        except IndexLockTimeout:
+            return None
+
+    async def _bring(self, missing: list[int]) -> AsyncGenerator[Group, None]:
+        """Ask the source, in one call, for what no other reader reads already."""
+        try:
+            for number in missing:
+                await self._join(number)
+            wanted = sorted([*self._leads, *self._direct])
+            if not wanted:
+                return
+            if self._io.loop() is None:
+                async with contextlib.aclosing(self._fetch(wanted)) as fetched:
+                    async for group in fetched:
+                        yield await self._deliver(group)
+                return
+            # In a task of its own: others wait for what this call brings, so it must go on even while its
+            # caller does something else.
+            groups: asyncio.Queue[Group | BaseException | None] = asyncio.Queue()
+            task = asyncio.ensure_future(self._read(wanted, groups))
+            try:
+                while (found := await groups.get()) is not None:
+                    if isinstance(found, BaseException):
+                        raise found
+                    yield found
+            finally:
+                task.cancel()
+                # Not for ever: a source may ignore it.
+                await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
+        finally:
+            # Who waits for what did not come asks for it.
+            for number in list(self._leads):
+                self._close(number)
+
+    async def _read(
+        self, wanted: list[int], groups: asyncio.Queue[Group | BaseException | None]
+    ) -> None:
+        try:
+            async with contextlib.aclosing(self._fetch(wanted)) as fetched:
+                async for group in fetched:
+                    groups.put_nowait(await self._deliver(group))
+        except asyncio.CancelledError as cancelled:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            groups.put_nowait(cancelled)  # The source has cancelled itself.
+        except Exception as error:  # noqa: BLE001 - it is raised where the groups are asked for
+            groups.put_nowait(error)
+        else:
+            groups.put_nowait(None)
+
+    def count_bypassed(self, count: int) -> None:
+        """Count requests that the cache never answers."""
+        for _ in range(count):
+            self._reader.counters.count("bypassed")
+            self._reader.count_miss()
+
+    async def _join(self, number: int) -> None:
+        asked = self._asked[number]
+        assert asked is not None
+        reader = self._reader
+        now = reader.now()
+        flight = Flight(self._io.loop(), now)
+        reader.backend.begin(self._io)
+        left_alone = not reader.breaker.allows()
+        try:
+            joined = await reader.handle.call(
+                self._io,
+                Index.join,
+                *(*asked, flight, now, left_alone),
+                timeout=LOCK_TIMEOUT,
+            )
+        except IndexLockTimeout:
+            self.count_bypassed(1)
+            self._direct.append(number)
+            return
+        if isinstance(joined, int) and joined is not False:
+            self._leads[number] = (joined, flight)
+            flight.begun = True
+            return
+        # Another read brings it, or has brought it; perhaps this very call, for a duplicate.
+        if isinstance(joined, tuple) and (pending := joined[1]).done:
+            if pending.may_be_joined(now, reader.handle.limits["max_age"]):
+                reader.handle.call_later(ignore, Index.recount_as_hit)
+            else:
+                joined = None
+        self._waits.append((number, joined))
+
+    async def _deliver(self, group: Group) -> Group:
+        """Hand what has come to all who wait for it, and over to the cache."""
+        for number, found in group:
+            lead = self._leads.get(number)
+            if lead is None:
+                continue
+            ticket, flight = lead
+            asked = self._asked[number]
+            assert asked is not None
+            reader = self._reader
+            if found is None:
+                flight.deliver(None)
+                await reader.drop_missing(self._io, asked[0])
+                self._close(number)
+                continue
+            data, buffer = freeze(found)
+            flight.deliver(data)
+            if (fill_now := reader.backend.fill_now) is not None:
+                buffer = to_cpu_buffer(data) if buffer is None else buffer
+                taken = fill_now(*asked, data, buffer, ticket, flight.fetched) is not None
+            else:
+                taken = await reader.fills.put(
+                    self._io, FillJob(*asked, data, ticket, flight.fetched, reader.backend)
+                )
+            if taken:
+                del self._leads[number]
+            else:
+                self._close(number)
+        return group
+
+    def _close(self, number: int) -> None:
+        ticket, flight = self._leads.pop(number)
+        # Closed first: woken readers would else join it again.
+        self._reader.close_flight(self._requests[number][0], ticket)
+        flight.abandon()  # Of no effect once it is delivered.
+
+
+def from_partial_values(
+    source: Store, prototype: BufferPrototype, requests: Sequence[Request]
+) -> Fetch:
+    """Ask a source for requests of any keys."""
+
+    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+        asked = [requests[number] for number in numbers]
+        found = await source.get_partial_values(prototype, asked)
+        yield list(zip(numbers, found, strict=True))
+
+    return fetch
+
+
+def from_ranges(
+    source: Any, prototype: BufferPrototype, requests: Sequence[Request], options: dict[str, int]
+) -> Fetch:
+    """Ask a source for ranges of one key."""
+    if not hasattr(source, "get_ranges"):  # zarr before 3.3
+        return from_partial_values(source, prototype, requests)
+
+    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+        key = requests[0][0]
+        asked = [requests[number][1] for number in numbers]
+        async for group in source.get_ranges(key, asked, prototype=prototype, **options):
+            yield [(numbers[at], value) for at, value in group]
+
+    return fetch
+
+
+def from_ranges_sync(
+    source: Any, prototype: BufferPrototype, requests: Sequence[Request], options: dict[str, int]
+) -> Fetch:
+    """Ask a source for ranges of one key without an event loop."""
+
+    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+        key = requests[0][0]
+        asked = [requests[number][1] for number in numbers]
+        if not hasattr(source, "get_ranges_sync"):  # zarr before 3.4
+            values = [source.get_sync(key, prototype=prototype, byte_range=r) for r in asked]
+            yield list(zip(numbers, values, strict=True))
+            return
+        found = source.get_ranges_sync(key, asked, prototype=prototype, **options)
+        yield [(numbers[at], value) for at, value in found]
+
+    return fetch

@@ -1,0 +1,239 @@
+"""The queue of pending fills: values that their readers have, and the cache store does not have yet.
+
+A fill belongs to the cache, not to the reader: once its bytes are in memory the reader returns. The
+value stays in its flight, which serves everybody else who asks for it, until it is in the cache store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures.thread  # noqa: F401 - what it does at the end comes after what this does
+import contextlib
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from zcache._backends.base import Ended, Filler, FillJob
+    from zcache._index.handle import IndexHandle
+    from zcache._runtime.circuit_breaker import CircuitBreaker
+    from zcache._runtime.io import IO
+
+logger = logging.getLogger("zcache")
+
+MAX_PENDING_SIZE: Final = 64 * 2**20
+"""Bytes of pending fills for each cache, unless the option `max_pending_size` says otherwise."""
+STALL_TIMEOUT: Final = 1.0
+"""Seconds without progress after which a reader that found the queue full goes without caching."""
+DRAIN_TIMEOUT: Final = 60.0
+"""Seconds that `drain` waits at most by default."""
+CLOSE_TIMEOUT: Final = 5.0
+"""Seconds that `close`, the end of a `with` block and the end of the process wait at most."""
+
+
+class FillQueue:
+    """Pending fills of one place, bounded by their bytes.
+
+    Parameters
+    ----------
+    handle : IndexHandle
+        The index, which hears of values that it does not know.
+    breaker : CircuitBreaker
+        Hears how the fills end.
+    filler : Filler
+        Carries them out.
+    max_pending_size : int
+        Bytes. One value is always taken, however large it is.
+
+    Attributes
+    ----------
+    pending_size : int
+        Bytes of values that are not in the cache store yet.
+    """
+
+    def __init__(
+        self,
+        handle: IndexHandle,
+        breaker: CircuitBreaker,
+        filler: Filler,
+        max_pending_size: int = MAX_PENDING_SIZE,
+    ) -> None:
+        self._handle = handle
+        self.breaker = breaker
+        self.filler = filler
+        self.max_pending_size = max_pending_size
+        # Whether a store has asked for that bound.
+        self.is_set = False
+        self.pending_size = 0
+        self._pending: dict[int, FillJob] = {}
+        self._submitted = 0
+        # The queue was full and nothing moved: no other reader waits until something does.
+        self._stalled = False
+        # Guards the counts. Reentrant: inside it the garbage collector may end a reader.
+        self._lock = threading.RLock()
+
+    def offer(self, io: IO, job: FillJob) -> bool:
+        """Take a value if there is room for it, without waiting.
+
+        Raises
+        ------
+        RuntimeError, OSError
+            If the job cannot be begun, because there is no thread left, say.
+        """
+        self.collect()
+        size = len(job.data)
+        # An interrupt may come between any two of these steps.
+        try:
+            with self._lock:
+                if self._pending and self.pending_size + size > self.max_pending_size:
+                    return False
+                self._submitted += 1
+                job.number = self._submitted
+                self.pending_size += size
+                self._pending[job.number] = job
+                _busy.add(self)
+            self.filler.submit(io, job)
+        except BaseException:
+            self._forget(job)
+            raise
+        return True
+
+    async def put(self, io: IO, job: FillJob) -> bool:
+        """Take a value; while the queue is full, wait as long as the cache store makes progress.
+
+        Returns
+        -------
+        bool
+            False where it goes without caching: the cache store is left alone, has made no progress for
+            `STALL_TIMEOUT`, or cannot begin.
+        """
+        allows = self.breaker.allows
+        # Without deletes no room can be made: to try would cost entries that are still good.
+        if not (self._handle.usable and allows("write") and allows("delete")):
+            return False
+        try:
+            while True:
+                completed = self.filler.completed
+                if self.offer(io, job):
+                    return True
+                if self._stalled or not allows("write"):
+                    return False
+                if not await self.filler.wait(io, completed, STALL_TIMEOUT):
+                    self._stalled = True
+                    self.breaker.failed(
+                        TimeoutError(f"it has taken nothing for {STALL_TIMEOUT} s"), "write"
+                    )
+                    return False
+        except (RuntimeError, OSError) as error:
+            self.breaker.failed(error, "write")
+            return False
+
+    def collect(self) -> None:
+        """Take note of what has ended."""
+        for one in self.filler.collect():
+            self._note(one)
+
+    def _note(self, ended: Ended) -> None:
+        self._forget(ended.job)
+        with self._lock:
+            self._stalled = False
+        for error, operation in ended.failures:
+            self.breaker.failed(error, operation)
+        if ended.written:
+            self.breaker.succeeded("write")
+        if ended.corrupt:
+            self._handle.mark_corrupt()
+
+    def _forget(self, job: FillJob) -> None:
+        with self._lock:
+            if self._pending.pop(job.number, None) is not None:
+                self.pending_size -= len(job.data)
+            if not self._pending:
+                _busy.discard(self)
+
+    async def drain(self, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
+        """Wait until all values that were taken before have reached the cache store or were refused.
+
+        Returns
+        -------
+        bool
+            False if that took longer than `timeout` seconds.
+        """
+        until = time.monotonic() + timeout
+        last = self._submitted
+        while True:
+            completed = self.filler.completed
+            self.collect()
+            if self.filler.is_idle:
+                # An interrupt may have taken what was collected.
+                for job in list(self._pending.values()):
+                    if job.number <= last:
+                        self._forget(job)
+            with self._lock:
+                first = next(iter(self._pending), None)
+            # Jobs may end in another order, but are pending in the order of their numbers. One whose reader
+            # was interrupted as it handed it in may be under way all the same.
+            if self.filler.is_idle if first is None else first > last:
+                return True
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            await self.filler.wait(io, completed, left)
+
+    def can_wait_here(self) -> bool:
+        """Whether fills go on while this thread blocks."""
+        return self.filler.can_wait_here()
+
+    def after_fork(self) -> None:
+        """Start over in a forked child: the pending fills are the parent's."""
+        self._lock = threading.RLock()
+        self._pending.clear()
+        self.pending_size = 0
+        self._stalled = False
+        _busy.discard(self)
+
+
+# Queues with pending fills, which live until those have ended.
+_busy: set[FillQueue] = set()
+# When the end of the process has begun to wait.
+_ends_at: float | None = None
+
+
+def _drain_at_exit() -> None:
+    """Give pending fills a last chance at the end of the process, `CLOSE_TIMEOUT` seconds in all."""
+    global _ends_at
+    from zcache._runtime.io import IO  # noqa: PLC0415 - only here, at the end
+
+    queues = list(_busy)
+    if _ends_at is None:
+        _ends_at = time.monotonic() + CLOSE_TIMEOUT
+    left = _ends_at - time.monotonic()
+    if not queues or left <= 0:
+        return
+
+    async def all_of_them() -> None:
+        drains = [queue.drain(IO(None), left) for queue in queues]  # type: ignore[arg-type]
+        await asyncio.wait([asyncio.ensure_future(drain) for drain in drains], timeout=left)
+
+    try:
+        asyncio.run(all_of_them())
+    except Exception as error:  # noqa: BLE001 - at the end of a process nothing more can be done
+        logger.debug("pending fills were not finished: %r", error)
+
+
+# Stores that use threads of their event loop cannot write any more once `atexit` has its turn.
+with contextlib.suppress(AttributeError, RuntimeError):
+    threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]
+# And for what threads have read that end after the main one.
+atexit.register(_drain_at_exit)
+
+
+def _after_fork() -> None:
+    _busy.clear()
+
+
+at_fork(_after_fork)

@@ -1,0 +1,474 @@
+"""Reads: a hit on the spot, a hit that has to wait, and a miss.
+
+Every method is a coroutine that is told how to reach the source (`IO`): from an event loop, or
+blocking, in which case it never suspends. So there is one protocol for both surfaces. Nothing here
+raises because of the cache store: only the source's own errors, and cancellations, leave these methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from zcache._backends.base import FillJob
+from zcache._core import Index, crc32c, select
+from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._protocol.single_flight import Flight
+from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
+from zcache._runtime.threads import NoThreadError
+from zcache.exceptions import IndexLockTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._backends.base import Backend, Hit
+    from zcache._byte_ranges import ByteRange
+    from zcache._runtime.io import IO
+
+BUSY: Final = -1
+"""Stands for a hit or miss that is not known yet: the lock of the index was taken."""
+
+
+class Counters:
+    """What happened to reads without the index.
+
+    Attributes
+    ----------
+    bypassed : int
+        Reads of keys that are never cached.
+    damaged : int
+        Hits whose bytes were gone, of another length, or against their checksum.
+    """
+
+    def __init__(self) -> None:
+        self.bypassed = 0
+        self.damaged = 0
+        # `+=` alone loses some without the GIL. Reentrant: inside it the garbage collector may end a read.
+        self._lock = threading.RLock()
+
+    def count(self, what: Literal["bypassed", "damaged"]) -> None:
+        """Count one more."""
+        with self._lock:
+            setattr(self, what, getattr(self, what) + 1)
+
+    def after_fork(self) -> None:
+        """Start with a lock of our own."""
+        self._lock = threading.RLock()
+
+
+class Reader:
+    """Reads through one cache.
+
+    Parameters
+    ----------
+    backend : Backend
+        The cache store, with its index.
+    slices_like_python : bool
+        Whether the source slices a value as Python does, whatever the request.
+    """
+
+    def __init__(self, backend: Backend, *, slices_like_python: bool) -> None:
+        self.backend = backend
+        self.handle: IndexHandle = backend.shared.handle
+        self.fills = backend.shared.fills
+        self.breaker = backend.shared.breaker
+        self.counters = Counters()
+        self.now = backend.shared.clock
+        self._slices_like_python = slices_like_python
+        self._try_read = backend.try_read
+        self._fill_now = backend.fill_now
+        self._begin = backend.begin if backend.works_in_background else None
+
+    # ------------------------------------------------------------------ hits
+
+    def get_nowait(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+    ) -> tuple[Buffer | None, Hit | None]:
+        """Look a key up, and read its value if that needs no waiting.
+
+        Returns
+        -------
+        value : Buffer or None
+            The value, where it could be read.
+        hit : int or tuple or None
+            Else what the index has found: None for a miss, `BUSY` where it is not known yet.
+        """
+        handle = self.handle
+        try:
+            if byte_range is None and handle.ageless:
+                hit = handle.index.lookup(key)  # Three arguments take a tenth longer.
+            else:
+                hit = handle.index.lookup(key, byte_range, 0.0 if handle.ageless else self.now())
+        except RETRYABLE:
+            return None, BUSY
+        except UnicodeEncodeError:
+            return None, None
+        if hit is None or (try_read := self._try_read) is None or self.breaker.reads_fail:
+            return None, hit
+        if hit.__class__ is int:
+            return try_read(key, prototype, hit, 0, hit), hit
+        return self._try_read_part(prototype, hit), hit
+
+    def _try_read_part(self, prototype: BufferPrototype, hit: Any) -> Buffer | None:
+        """Read what is a part of a value, or was not verified yet, without waiting."""
+        name, total, start, size, handle, checksum = hit
+        try_read = self._try_read
+        assert try_read is not None
+        if handle is None:
+            return try_read(name, prototype, total, start, size)
+        value = None if checksum is None else try_read(name, prototype, total, 0, total)
+        if value is None:
+            return None
+        data, frozen = freeze(value)
+        # What could change is given out as a copy, by the other way.
+        if (frozen is None and not self.backend.owns_what_it_reads) or crc32c(data) != checksum:
+            return None
+        self.handle.call_later(ignore, Index.mark_verified, handle, checksum)
+        return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
+
+    async def get(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        hit: Hit | None,
+    ) -> Buffer | None:
+        """Read a value or a range of it, after `get_nowait` has not brought it.
+
+        `byte_range` is `request` as the index takes it, `hit` what the index has found.
+        """
+        try:
+            value = await self.serve(io, key, prototype, byte_range, hit)
+        except IndexLockTimeout:
+            return await self.bypass(io, key, prototype, request)
+        if value is not None:
+            return value
+        return await self.fetch(io, key, prototype, request, byte_range)
+
+    async def serve(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+        hit: Hit | None,
+    ) -> Buffer | None:
+        """Read a hit from the cache store; None where it cannot serve the request.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If the index does not answer: then without it.
+        """
+        if hit is BUSY:
+            hit = await self.handle.call(
+                io, Index.lookup, key, byte_range, self.now(), timeout=LOCK_TIMEOUT
+            )
+        return None if hit is None else await self._serve(io, key, prototype, byte_range, hit)
+
+    async def cached(
+        self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+    ) -> Buffer | None:
+        """Read from the cache store; None where it cannot serve the request."""
+        value, hit = self.get_nowait(key, prototype, byte_range)
+        return await self.serve(io, key, prototype, byte_range, hit) if value is None else value
+
+    async def cached_size(self, io: IO, key: str) -> int | None:
+        """Bytes of a value that is cached as a whole; None where that is not known."""
+        # Where the cache store is left alone, `get` reads the source.
+        if not self.breaker.allows():
+            return None
+        try:
+            return await self.handle.call(
+                io, Index.peek, key, None, self.now(), timeout=LOCK_TIMEOUT
+            )
+        except IndexLockTimeout:
+            return None
+
+    def count_miss(self) -> None:
+        """Count a read that the index was not asked about."""
+        self.handle.call_later(ignore, Index.count_miss)
+
+    async def bypass(
+        self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Buffer | None:
+        """Read what the cache never holds."""
+        self.counters.count("bypassed")
+        return await io.read(key, prototype, request)
+
+    async def _serve(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+        hit: Hit,
+    ) -> Buffer | None:
+        """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
+        if not self.breaker.allows():
+            self.handle.call_later(ignore, Index.recount_as_miss)
+            return None
+        if isinstance(hit, int):
+            name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
+        else:
+            name, total, start, size, handle, checksum = hit
+        # Bytes that are not verified yet are read as a whole, for the checksum is of the whole.
+        first, wanted = (start, size) if handle is None else (0, total)
+        if self._try_read is not None and io.loop() is not None and await self.backend.turn(wanted):
+            known = (name, total, start, size, handle, checksum)
+            value = self._try_read_part(prototype, known)
+            if value is not None:
+                return value
+        is_damaged = False
+        try:
+            value = await self.backend.read(io, name, prototype, total, first, wanted)
+        except Exception as error:  # noqa: BLE001 - whatever the cache store raises, the source serves
+            self.breaker.failed(error)
+            if isinstance(error, (TimeoutError, NoThreadError)):
+                # The entry may be good: it could not be read now.
+                self.handle.call_later(ignore, Index.recount_as_miss)
+                return None
+        else:
+            self.breaker.succeeded()
+            if value is not None and handle is None:
+                return value
+            if value is not None:
+                value = await self._verify(prototype, value, hit)
+                if value is not None:
+                    return value
+            is_damaged = True
+        # One that was evicted since the index was asked is no damaged one.
+        if await self._discard(io, key, byte_range, name, total) and is_damaged:
+            self.counters.count("damaged")
+        return None
+
+    async def _verify(self, prototype: BufferPrototype, value: Buffer, hit: Hit) -> Buffer | None:
+        """What was asked for of a whole value, if its checksum is right."""
+        assert not isinstance(hit, int)
+        name, total, start, size, handle, checksum = hit
+        data = snapshot(value)
+        found = crc32c(data)
+        if checksum is None:
+            # The index was rebuilt, and does not know it; perhaps it is recorded beside the value.
+            checksum = (self.backend.recorded_size_and_checksum(name) or (total, found))[1]
+        if checksum != found:
+            return None
+        self.handle.call_later(ignore, Index.mark_verified, handle, found)
+        return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
+
+    async def _discard(
+        self, io: IO, key: str, byte_range: ByteRange | None, name: str, size: int
+    ) -> bool:
+        """Drop an entry of this size that cannot be served; whether it was still there."""
+        intact = self.backend.intact_size(name)
+        try:
+            victims = await self.handle.call(
+                io, Index.discard, key, byte_range, self.now(), size, timeout=LOCK_TIMEOUT
+            )
+        except IndexLockTimeout:
+            return False  # The next read finds the same.
+        if victims:
+            await self.backend.remove(io, victims)
+        if victims and intact is not None and intact != size:
+            self.handle.mark_corrupt()
+        return bool(victims)
+
+    # ---------------------------------------------------------------- misses
+
+    def fetch(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        joined: tuple[ByteRange | None, Flight] | None = None,
+    ) -> Awaitable[Buffer | None]:
+        """Read what is not cached: from the source, or together with others who read it already.
+
+        `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
+        once, for it may be the leader that others wait for.
+        """
+        answer: Any = joined
+        handle = self.handle
+        if joined is None and handle.open_first is None:
+            if self._begin is not None:
+                self._begin(io)
+            now = self.now()
+            flight = Flight(io.loop(), now)
+            # Where the cache store is left alone, what it holds does not count.
+            left_alone = bool(self.breaker.failing) and not self.breaker.allows()
+            try:
+                answer = handle.index.join(key, byte_range, flight, now, left_alone)
+            except RETRYABLE:
+                pass
+            else:
+                if answer.__class__ is int:
+                    # One coroutine less where no other reader waits, which is nearly always.
+                    return self._lead(io, key, prototype, request, byte_range, answer, flight)
+        return self._share(io, key, prototype, request, byte_range, answer, joined is not None)
+
+    async def _share(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        joined: Any,
+        before: bool,
+    ) -> Buffer | None:
+        """Go on with what `join` has answered; None where it is to be asked (again).
+
+        `before` says that the flight was joined before, so its end is an answer in any case.
+        """
+        while True:
+            flight = Flight(io.loop(), self.now())
+            if joined is None:
+                joined, value = await self._join(io, key, prototype, byte_range, flight)
+                if value is not None:
+                    return value
+                if joined is None:
+                    continue
+            if joined is False:
+                # Only cacheable keys are ever held, so a hit needs no such check.
+                return await self.bypass(io, key, prototype, request)
+            if isinstance(joined, int):
+                return await self._lead(io, key, prototype, request, byte_range, joined, flight)
+            (whole, other), joined = joined, None
+            is_answer, value = await self._follow(
+                io, key, prototype, request, byte_range, whole, other, before
+            )
+            if is_answer:
+                return value
+            before = False
+
+    async def _follow(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        whole: ByteRange | None,
+        other: Flight,
+        before: bool,
+    ) -> tuple[bool, Buffer | None]:
+        """Wait for a flight that brings `whole`; whether that gave an answer, and the answer."""
+        counts = before or other.may_be_joined(self.now(), self.handle.limits["max_age"])
+        is_pending = other.done and not before
+        if not counts or not await io.wait(other):
+            # Its leader cannot go on: all who wait for it start over, and later readers do not join it.
+            with contextlib.suppress(IndexLockTimeout):
+                await self.handle.call(io, Index.abort_flight, key, other, timeout=LOCK_TIMEOUT)
+            other.abandon()
+        if not counts or other.must_ask_again(prototype.buffer):
+            return False, None
+        if other.error is not None:
+            # From where it was raised: it would else collect the frames of all who wait.
+            raise other.error.with_traceback(other.trace)
+        if other.data is None:
+            return True, None
+        part = self._part(other.data, whole, byte_range)
+        if part is None:
+            return True, await io.read(key, prototype, request)
+        if is_pending:
+            # On its way into the cache store: served by the cache, not by the source.
+            self.handle.call_later(ignore, Index.recount_as_hit)
+        return True, prototype.buffer.from_bytes(part)
+
+    async def _join(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+        flight: Flight,
+    ) -> tuple[Any, Buffer | None]:
+        """What `join` answers, waiting for the index if need be; and the value, if it is there by now."""
+        left_alone = not self.breaker.allows()
+        try:
+            joined = await self.handle.call(
+                io,
+                Index.join,
+                *(key, byte_range, flight, self.now(), left_alone),
+                timeout=LOCK_TIMEOUT,
+            )
+            value = await self.cached(io, key, prototype, byte_range) if joined is None else None
+        except IndexLockTimeout:
+            return False, None
+        return joined, value
+
+    def _part(
+        self, data: bytes, whole: ByteRange | None, byte_range: ByteRange | None
+    ) -> bytes | None:
+        """What `byte_range` selects of a flight that brings `whole`; None where sources differ."""
+        if whole == byte_range:
+            return data
+        cut = select(len(data), byte_range, self._slices_like_python)
+        return None if cut is None else data[cut[0] : cut[0] + cut[1]]
+
+    async def _lead(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        ticket: int,
+        flight: Flight,
+    ) -> Buffer | None:
+        """Read the source for all who wait, and hand what it brings over to the cache."""
+        is_handed_over = False
+        try:
+            flight.begun = True
+            try:
+                value = await io.read(key, prototype, request)
+                data, buffer = (None, None) if value is None else freeze(value)
+            except Exception as error:
+                flight.kind = prototype.buffer
+                flight.fail(error)
+                raise
+            if data is None:
+                flight.deliver(None)
+                await self.drop_missing(io, key)
+            elif (fill_now := self._fill_now) is not None:
+                # All steps of the fill in one call, for nothing in it waits.
+                buffer = to_cpu_buffer(data) if buffer is None else buffer
+                joined = fill_now(key, byte_range, data, buffer, ticket, flight.fetched)
+                # Most flights have their leader alone, and a closed one cannot be joined.
+                if joined is not False:
+                    flight.deliver(data)
+                is_handed_over = joined is not None
+            else:
+                flight.deliver(data)
+                job = FillJob(key, byte_range, data, ticket, flight.fetched, self.backend)
+                is_handed_over = await self.fills.put(io, job)
+        finally:
+            try:
+                if not is_handed_over:
+                    # Closed first: woken readers would else join it again.
+                    self.close_flight(key, ticket)
+            finally:
+                if not is_handed_over:
+                    flight.abandon()  # Of no effect on one that is delivered.
+        return value
+
+    def close_flight(self, key: str, ticket: int) -> None:
+        """Close a flight whose value is not cached."""
+        self.handle.call_later(ignore, Index.complete_flight, key, ticket)
+
+    async def drop_missing(self, io: IO, key: str) -> None:
+        """Drop what is cached of a key that the source does not have."""
+        with contextlib.suppress(IndexLockTimeout):
+            victims = await self.handle.call_shielded(
+                io, self.backend.remove_later, Index.drop_missing, key, timeout=LOCK_TIMEOUT
+            )
+            if victims:
+                await self.backend.remove(io, victims)

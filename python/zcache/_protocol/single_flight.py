@@ -1,0 +1,236 @@
+"""Single flight: one source read for all tasks, threads and event loops that ask for the same bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from zarr.core.buffer import Buffer
+
+# Guards the short moments in which waiters come and go; never held while anything waits or runs.
+# Reentrant: inside it the garbage collector may end a reader whose event loop is closed, and that ends
+# a flight.
+_lock = threading.RLock()
+
+PATIENCE: Final = 1.0
+"""Seconds after which a waiter asks whether the leader can still make progress."""
+PAUSE: Final = 0.05
+"""Seconds between two looks at the queue of a thread pool that the leader may need."""
+LONGEST: Final = 30.0
+"""Seconds that a thread waits at most for a coroutine: what else that waits for is unknown."""
+
+Waiter: TypeAlias = "threading.Event | asyncio.Future[None]"
+
+
+class Flight:
+    """One source read, its leader, and those who wait for it.
+
+    It ends once, in one of three ways: delivered (bytes, or None for a missing key), failed (the
+    source's error), or abandoned (its leader was cancelled, or cannot go on), upon which every waiter
+    starts over and one of them becomes the next leader. A delivered flight stays open in the index until
+    its value is in the cache store: so a pending fill serves reads.
+
+    Attributes
+    ----------
+    fetched : float
+        When the source was asked, in seconds on the clock of the index.
+    begun : bool
+        Whether its leader has come so far that it ends the flight, whatever happens. An interrupt may
+        come before.
+    kind : type or None
+        Of one that has failed: the class of the buffers that its leader asked for.
+    """
+
+    # On the class: each miss makes a flight, and few have anything else to say.
+    done = False
+    data: bytes | None = None
+    error: Exception | None = None
+    trace: TracebackType | None = None
+    abandoned = False
+    begun = False
+    kind: type[Buffer] | None = None
+    # Of a leader without an event loop: the number of its thread.
+    _thread: int | None = None
+    _waiters: deque[Waiter] | None = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None, fetched: float = 0.0) -> None:
+        self.loop = loop
+        self.fetched = fetched
+        if loop is None:
+            self._thread = threading.get_ident()
+
+    def deliver(self, data: bytes | None) -> None:
+        """End with the value."""
+        with _lock:
+            if not self.done:
+                self.data = data
+                self.done = True
+        self._wake_all()
+
+    def fail(self, error: Exception) -> None:
+        """End with the source's error."""
+        with _lock:
+            if not self.done:
+                self.error, self.trace = error, error.__traceback__
+                self.done = True
+        self._wake_all()
+
+    def abandon(self) -> None:
+        """End without a result, unless it has one; the waiters start over."""
+        with _lock:
+            if not self.done:
+                self.abandoned = self.done = True
+        self._wake_all()
+
+    def must_ask_again(self, kind: type[Buffer]) -> bool:
+        """Whether a waiter that wants buffers of this class has to start over, once it has ended."""
+        # Perhaps only the buffers of its leader fail.
+        return self.abandoned or (self.error is not None and self.kind is not kind)
+
+    def may_be_joined(self, now: float, max_age: float | None) -> bool:
+        """Whether a reader that comes now may wait for it, or take what it has brought."""
+        if self.done:
+            is_young = max_age is None or 0 <= now - self.fetched < max_age
+            return is_young and self.error is None and not self.abandoned
+        return self.loop is None or not self.loop.is_closed()
+
+    def _wake_all(self) -> None:
+        waiters = self._waiters
+        # Each goes once it is woken: an interrupt may come in between, and the next one who ends the
+        # flight goes on from there. Not more than there are now: late ones see that it is done.
+        for _ in range(0 if waiters is None else len(waiters)):
+            # Two threads may be at it at once.
+            with contextlib.suppress(IndexError, ValueError):
+                waiter = waiters[0]  # type: ignore[index]
+                _wake(waiter)
+                waiters.remove(waiter)  # type: ignore[union-attr]
+
+    def _enlist(self, waiter: Waiter) -> bool:
+        with _lock:
+            waiters = self._waiters
+            if waiters is None:
+                waiters = self._waiters = deque()
+            waiters.append(waiter)
+            # Asked last: what the garbage collector ends in between has not seen the waiter.
+            return not self.done
+
+    async def wait(self) -> bool:
+        """Wait from a coroutine.
+
+        Returns
+        -------
+        bool
+            False if the flight cannot end, because its leader's event loop has stopped or is
+            blocked, perhaps by a caller that waits for this one; or because its leader has never begun.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        if not self._enlist(waiter):
+            return True
+        if self.loop is loop:
+            # Nothing runs between a leader of this event loop and its beginning.
+            if not self.begun:
+                return self.done
+            await waiter
+            return True
+        if self.loop is not None and self.loop.is_closed():
+            return self.done
+        pulse: threading.Event | None = None
+        while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
+            if self.done or not self.begun:
+                return self.done
+            if self.loop is not None:
+                if not self.loop.is_running() or not (pulse is None or pulse.is_set()):
+                    return self.done
+                if (pulse := _pulse(self.loop)) is None:
+                    return self.done
+        return True
+
+    def wait_sync(self) -> bool:
+        """Wait from a thread.
+
+        Returns
+        -------
+        bool
+            False if the flight cannot end, because its leader is a coroutine whose event loop has
+            stopped, is blocked, or needs the very thread that would wait; or is this very thread; or
+            has never begun.
+        """
+        waiter = threading.Event()
+        if not self._enlist(waiter):
+            return True
+        loop = self.loop
+        if loop is None:
+            if self._thread == threading.get_ident():
+                return self.done  # It came here from inside its own read.
+            # Its leader is a thread, which depends on no event loop.
+            while not waiter.wait(PATIENCE):
+                if self.done or not self.begun:
+                    return self.done
+            return True
+        if loop is asyncio._get_running_loop():
+            return self.done
+        pool: Any = getattr(loop, "_default_executor", None)
+        belongs = threading.current_thread() in getattr(pool, "_threads", ())
+        pause = PAUSE if belongs else PATIENCE
+        # Other kinds of event loops do not show their pool.
+        longest = LONGEST if hasattr(loop, "_default_executor") else PATIENCE
+        waited = total = 0.0
+        pulse = _pulse(loop)
+        while pulse is not None:
+            if belongs and pool._work_queue.qsize():
+                break
+            if waiter.wait(pause):
+                return True
+            waited += pause
+            total += pause
+            if waited >= PATIENCE:
+                if total >= longest or not pulse.is_set() or self.done or not self.begun:
+                    break
+                pulse, waited = _pulse(loop), 0.0
+        return self.done
+
+
+def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
+    """An event that a loop sets unless it is blocked; None if it is closed."""
+    pulse = threading.Event()
+    try:
+        loop.call_soon_threadsafe(pulse.set)
+    except RuntimeError:
+        return None
+    return pulse
+
+
+def _wake(waiter: Waiter) -> None:
+    if isinstance(waiter, threading.Event):
+        waiter.set()
+        return
+    loop = waiter.get_loop()
+    if loop is asyncio._get_running_loop():
+        _end(waiter)
+    else:
+        # A closed loop has no waiters left.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_end, waiter)
+
+
+def _end(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _after_fork() -> None:
+    """Start with a lock of our own: the thread that held the parent's may not exist here."""
+    global _lock
+    _lock = threading.RLock()
+
+
+at_fork(_after_fork)

@@ -1,0 +1,248 @@
+"""Writes and deletes of the source, and what they invalidate.
+
+Nothing here raises because of the cache store: only the source's own errors, and cancellations, leave
+these methods.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from zcache._backends.base import FillJob
+from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved
+from zcache._core import Index, is_cacheable_key
+from zcache._index.handle import ignore
+from zcache._protocol.single_flight import Flight
+from zcache._runtime.buffers import to_cpu_buffer
+from zcache._runtime.coroutines import OutcomeUnknown
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from zcache._backends.base import Backend, Victim
+    from zcache._runtime.io import IO
+
+
+logger = logging.getLogger("zcache")
+
+TURN: Final = 0.01
+"""Seconds after which a change of very many values gives others of its event loop their turn. Not much
+less: whoever releases the interpreter more often than threads ask for it keeps them waiting."""
+
+# They say to other processes what may still be changed in a source: as long as this one lives.
+_never_ended: list[Index] = []
+
+
+class Writer:
+    """Writes and deletes through one cache.
+
+    Parameters
+    ----------
+    backend : Backend
+        The cache store, with its index.
+    source_name : str
+        For the log.
+    """
+
+    def __init__(self, backend: Backend, source_name: str) -> None:
+        self.backend = backend
+        self.handle = backend.shared.handle
+        self.fills = backend.shared.fills
+        self._now = backend.shared.clock
+        self._source_name = source_name
+        self._warned = False
+
+    async def write(  # noqa: C901 - one protocol, whose steps share what an interrupt has to undo
+        self, io: IO, key: str, work: Callable[[], Awaitable[None]], data: bytes | None
+    ) -> None:
+        """Write one key of the source by `work`, and cache `data` where that is safe."""
+        if not is_cacheable_key(key):
+            await self.change(io, key, work)
+            return
+        self.backend.begin(io)
+        handle = self.handle
+        begun = changing = ended = is_handed_over = False
+        blocking = io.loop() is None
+        ticket: int | None = None
+        # Its value is older than its write.
+        flight = Flight(io.loop(), self._now())
+
+        def late(_: BaseException | None) -> None:
+            nonlocal ended
+            ended = True
+            handle.call_later(lost, Index.end_write, key, False)
+
+        def lost(outcome: tuple[list[Victim], int | None]) -> None:
+            victims, ticket = outcome
+            self.backend.remove_later(victims)
+            if ticket is not None:
+                handle.call_later(ignore, Index.complete_flight, key, ticket)
+
+        try:
+            victims = await handle.call(io, Index.begin_write, key)
+            begun = True
+            if victims:
+                await self.backend.remove(io, victims)
+            await self._remove_unlisted(io, key)
+            changing = True
+            try:
+                await io.change(work, self._unless_unknown(late))
+            except Exception:
+                if not ended:
+                    ended = True
+                    victims, _ = await handle.call_shielded(io, lost, Index.end_write, key, False)
+                    await self.backend.remove(io, victims)
+                raise
+            changing = False
+            # A caller that is cancelled while it waits has ended it all the same. Once too often would be
+            # the end of another write.
+            ended = True
+            if data is not None:
+                flight.deliver(data)
+            victims, ticket = await handle.call_shielded(
+                io, lost, Index.end_write, key, data is not None, flight
+            )
+            if victims:
+                await self.backend.remove(io, victims)
+            if ticket is not None and data is not None:
+                is_handed_over = await self._fill(io, key, data, ticket, flight.fetched)
+        except BaseException as error:
+            # A change that goes on without its caller reports its end; without an event loop none does.
+            if begun and not ended and (not changing or blocking):
+                late(error)
+            raise
+        finally:
+            if ticket is not None and not is_handed_over:
+                handle.call_later(ignore, Index.complete_flight, key, ticket)
+
+    async def _fill(self, io: IO, key: str, data: bytes, ticket: int, fetched: float) -> bool:
+        """Hand a written value over to the cache."""
+        fill_now = self.backend.fill_now
+        if fill_now is not None:
+            buffer = to_cpu_buffer(data)
+            return fill_now(key, None, data, buffer, ticket, fetched) is not None
+        job = FillJob(key, None, data, ticket, fetched, self.backend)
+        taken: bool = await self.fills.put(io, job)
+        return taken
+
+    async def _remove_unlisted(self, io: IO, prefix: str) -> None:
+        """Drop what an index that is not complete may not know yet."""
+        if self.handle.usable and not await self.handle.call(io, _is_complete):
+            await self.backend.remove_unlisted(io, prefix)
+
+    async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Change the source below a prefix by `work`; nothing below it stays cached."""
+        prefix = prefix.rstrip("/")
+        if not is_cacheable_key(prefix):
+            if not is_encodable(prefix) or (is_plain(prefix) and _has_nothing_cached(prefix)):
+                # Nothing is ever cached below it.
+                await io.change(work, lambda _: None)
+                return
+            # It may name anything, by another name.
+            prefix = ""
+        handle = self.handle
+        ended = False
+
+        def late(_: BaseException | None) -> None:
+            nonlocal ended
+            ended = True
+            self._drain_later(prefix, begins=False)
+
+        await handle.call(io, Index.invalidate, prefix, True)
+        try:
+            await self.drain_prefix(io, prefix)
+            await self._remove_unlisted(io, prefix)
+        except BaseException as interrupt:
+            late(interrupt)
+            raise
+
+        async def end() -> None:
+            await handle.call_shielded(
+                io, lambda _: self._drain_later(prefix), Index.invalidate, prefix, False
+            )
+            await self.drain_prefix(io, prefix)
+
+        try:
+            await io.change(work, self._unless_unknown(late))
+        except Exception:
+            if not ended:
+                await end()
+            raise
+        await end()
+
+    def _unless_unknown(
+        self, late: Callable[[BaseException | None], None]
+    ) -> Callable[[BaseException | None], None]:
+        """The same, but for a change that was cut off: as it may land at any time, it never ends."""
+
+        def ended(outcome: BaseException | None) -> None:
+            if not isinstance(outcome, OutcomeUnknown):
+                late(outcome)
+                return
+            index = self.handle.index
+            if index.shared and index not in _never_ended:
+                _never_ended.append(index)
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "a write to %s was cut off in the middle, and may land at any time: what it was about "
+                    "is not cached any more until this process ends. To avoid that, let writes end before "
+                    "the event loop does.",
+                    self._source_name,
+                )
+
+        return ended
+
+    async def drain_prefix(self, io: IO, prefix: str) -> None:
+        """Drop everything below a prefix."""
+        begun = time.monotonic()
+        try:
+            while victims := await self.handle.call(io, Index.drain_prefix, prefix):
+                await self.backend.remove(io, victims)
+                if time.monotonic() - begun >= TURN:
+                    await io.pause()
+                    begun = time.monotonic()
+        except BaseException:
+            self._drain_later(prefix)
+            raise
+
+    def _drain_later(self, prefix: str, *, begins: bool | None = None) -> None:
+        """Drop everything below a prefix at once, and leave the bytes to later deletes.
+
+        Where the index has to be waited for, that happens in the background.
+        """
+
+        def drain(_: object) -> None:
+            self.handle.call_later(drop, Index.drain_prefix, prefix)
+
+        def drop(victims: list[Victim]) -> None:
+            if victims:
+                self.backend.remove_later(victims)
+                drain(None)
+
+        self.handle.call_later(drain, Index.invalidate, prefix, begins)
+
+    async def clear(self, io: IO) -> None:
+        """Empty the cache; the source stays as it is."""
+        await self.handle.call(io, Index.invalidate, "")
+        await self.drain_prefix(io, "")
+        await self._remove_unlisted(io, "")
+        victims = await self.handle.call_shielded(
+            io, self.backend.remove_later, Index.failed_deletes, 2**31
+        )
+        if victims:
+            await self.backend.remove(io, victims)
+
+
+def _has_nothing_cached(prefix: str) -> bool:
+    """Whether neither a plain key nor any key below it can be cached: one part is too long, say."""
+    parts = prefix.split("/")
+    return is_reserved(prefix) or any(
+        part != RESERVED and not is_cacheable_key(part) for part in parts
+    )
+
+
+def _is_complete(index: Index) -> bool:
+    return index.is_complete

@@ -1,0 +1,1 @@
+"""Threads, coroutines, forks and buffers. Nothing here knows of caches."""

@@ -1,0 +1,200 @@
+"""How coroutines are run: without an event loop, within a time limit, shielded to their completion."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+T = TypeVar("T")
+
+
+class NoAnswerError(TimeoutError):
+    """No answer came in time. What was begun goes on, unlike after a time-out of a library's own."""
+
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__(f"no answer within {seconds} s")
+
+
+def run_without_loop(steps: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    steps.close()
+    raise RuntimeError("a synchronous call had to wait for an event loop")
+
+
+async def guarded(work: Awaitable[T]) -> T:
+    """Await an operation of a cache store; a cancellation that did not come from outside is its failure.
+
+    Libraries end what takes too long by cancelling it, and sometimes that gets out.
+    """
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("the cache store has cancelled itself") from error
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """Await `work` for at most so many seconds, also if it ignores cancellation.
+
+    Raises
+    ------
+    NoAnswerError
+        After that; the work is cancelled but not waited for.
+    """
+    task = asyncio.ensure_future(_awaited(work))
+    try:
+        done, _ = await asyncio.wait((task,), timeout=seconds)
+    except BaseException:
+        task.cancel()
+        raise
+    if not done:
+        task.cancel()
+        _keep_until_done(task)
+        raise NoAnswerError(seconds)
+    return task.result()
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await guarded(work)
+
+
+class OutcomeUnknown(asyncio.CancelledError):
+    """Work was cut off in the middle from outside: what it has sent may take effect at any time."""
+
+    def __init__(self) -> None:
+        super().__init__("cut off in the middle; it may still take effect")
+
+
+async def shield_to_completion(
+    work: Callable[[], Awaitable[T]],
+    on_detached_result: Callable[[T | BaseException], None],
+    timeout: float | None = None,  # noqa: ASYNC109 - the work goes on, which no cancel scope can say
+) -> T:
+    """Do `work`; if the caller stops waiting, let it go on and report its end.
+
+    A write that was sent cannot be called back: a thread goes on writing, a request is on the wire.
+    Until it has ended nothing is known about the outcome, so it is never cut off in the middle from
+    here. Others can do that, `asyncio.run` at its end among them: then `on_detached_result` gets an
+    `OutcomeUnknown`.
+
+    Raises
+    ------
+    NoAnswerError
+        After `timeout` seconds, if that is given; the work goes on.
+    """
+    sent = _Sent(work, on_detached_result)
+    task = asyncio.ensure_future(sent.steps())
+    try:
+        if timeout is not None and not (await asyncio.wait((task,), timeout=timeout))[0]:
+            sent.detach(task)
+            raise NoAnswerError(timeout)  # noqa: TRY301
+        return await asyncio.shield(task)
+    except Exception:
+        raise
+    except BaseException:
+        sent.detach(task)
+        raise
+
+
+class _Sent(Generic[T]):
+    """Work that goes on without its caller."""
+
+    def __init__(
+        self,
+        work: Callable[[], Awaitable[T]],
+        on_detached_result: Callable[[T | BaseException], None],
+    ) -> None:
+        # Called when its turn comes: what it returns may have begun already, as a future has.
+        self._work = work
+        self._on_detached_result = on_detached_result
+        self._begun = self._detached = self._reported = False
+        self._process = _process
+
+    async def steps(self) -> T:
+        self._begun = True
+        # Reported in the very step in which it ends: nothing else runs in between.
+        try:
+            result = await self._work()
+        except BaseException as error:
+            if self._detached:
+                # One that is collected with its event loop has no task that runs it.
+                collected = isinstance(error, GeneratorExit)
+                self._report(self._ending(error, None if collected else asyncio.current_task()))
+            raise
+        if self._detached:
+            self._report(result)
+        return result
+
+    def detach(self, task: asyncio.Task[T]) -> None:
+        self._detached = True
+        if task.done():
+            self._ended(task)
+        else:
+            _keep_until_done(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[T]) -> None:
+        self._report(self._outcome(task))
+
+    def _outcome(self, task: asyncio.Task[T]) -> T | BaseException:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        return task.result() if error is None else self._ending(error, task)
+
+    def _ending(self, error: BaseException, task: asyncio.Task[T] | None) -> BaseException:
+        """How it ended: by itself, or cut off."""
+        own = isinstance(error, (Exception, asyncio.CancelledError))
+        own = own and task is not None and not task.cancelling()
+        return error if own or not self._begun else OutcomeUnknown()
+
+    def _report(self, outcome: T | BaseException) -> None:
+        # What ends in a forked child goes on in its parent.
+        if not self._reported and self._process is _process:
+            self._reported = True
+            self._on_detached_result(outcome)
+
+
+# The event loop itself keeps only weak references to its tasks.
+_unfinished: set[asyncio.Task[Any]] = set()
+_parents: list[object] = []
+# Another one after a fork.
+_process = object()
+
+
+def _keep_until_done(task: asyncio.Task[Any]) -> None:
+    _unfinished.add(task)
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _unfinished.discard(task)
+    if not task.cancelled():
+        task.exception()  # Its error was reported, or is of no interest any more.
+
+
+def close_unawaited(work: object) -> None:
+    """Close a coroutine that is not going to be awaited."""
+    if inspect.iscoroutine(work):
+        work.close()
+
+
+def _after_fork() -> None:
+    """Keep the parent's tasks, for to drop them would end them here."""
+    global _process
+    _process = object()
+    _parents.append(set(_unfinished))
+    _unfinished.clear()
+
+
+at_fork(_after_fork)

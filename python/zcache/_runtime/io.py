@@ -1,0 +1,204 @@
+"""How a source is reached and what is waited for: from an event loop, or from a thread that may block.
+
+What is done with it is written once, as coroutines. With `SyncIO` they never suspend, so they run without an
+event loop (`run_without_loop`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from zarr.storage import MemoryStore
+
+from zcache._runtime.coroutines import shield_to_completion, within
+from zcache._runtime.threads import in_thread, in_thread_sync
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from concurrent.futures import Future
+
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    class Waitable(Protocol):
+        """What can be waited for from an event loop and from a thread."""
+
+        async def wait(self) -> bool: ...
+        def wait_sync(self) -> bool: ...
+
+
+T = TypeVar("T")
+AT_ONCE: Final = 64
+"""Hits of one call that are read at once: more would only wait for threads or connections."""
+
+
+class IO:
+    """From an event loop."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: Store) -> None:
+        self.source: Any = source
+
+    loop: Callable[[], asyncio.AbstractEventLoop | None] = staticmethod(asyncio.get_running_loop)
+    """The event loop that a read depends on; called for each miss."""
+
+    def read(
+        self, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Awaitable[Buffer | None]:
+        """Read from the source."""
+        found: Awaitable[Buffer | None] = self.source.get(key, prototype, request)
+        return found
+
+    async def change(
+        self,
+        work: Callable[[], Awaitable[None]],
+        on_detached_result: Callable[[BaseException | None], None],
+    ) -> None:
+        """Change the source; see `shield_to_completion`."""
+        if type(self.source) is MemoryStore:
+            # It never suspends, so it cannot be cut off either.
+            await _change_now(work, on_detached_result)
+        else:
+            await shield_to_completion(work, on_detached_result)
+
+    async def wait(self, flight: Waitable) -> bool:
+        """Wait for a flight; False asks the caller to lead in place of its leader."""
+        return await flight.wait()
+
+    async def until(self, done: Future[Any], seconds: float | None = None) -> bool:
+        """Wait for what is done elsewhere, at most so many seconds; whether it is done."""
+        if done.done() or (seconds is not None and seconds <= 0):
+            return done.done()
+        # Not cancelled together with its waiter, for others wait for the same.
+        ended, _ = await asyncio.wait({asyncio.wrap_future(done)}, timeout=seconds)
+        return bool(ended)
+
+    async def in_thread(
+        self,
+        work: Callable[[], T],
+        on_detached_result: Callable[[T | BaseException], object] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> T:
+        """Do what may block out of the way of the event loop; see `in_thread`."""
+        return await in_thread(work, on_detached_result, timeout)
+
+    async def call(
+        self,
+        timeout: float,  # noqa: ASYNC109
+        coroutine: Callable[[], Awaitable[T]],
+        blocking: Callable[[], T],  # noqa: ARG002
+    ) -> T:
+        """Read from a store, within `timeout` seconds: by `coroutine` here, by `blocking` in a thread."""
+        return await within(timeout, coroutine())
+
+    async def send(
+        self,
+        timeout: float,  # noqa: ASYNC109
+        coroutine: Callable[[], Awaitable[T]],
+        blocking: Callable[[], T],  # noqa: ARG002
+        on_detached_result: Callable[[T | BaseException], None],
+    ) -> T:
+        """Change a store: as `call`, but what was begun goes on, and its end is reported."""
+        return await shield_to_completion(coroutine, on_detached_result, timeout)
+
+    async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        """Do several things, some at once; if one fails, the others are cancelled.
+
+        Nothing of it goes on once this has returned.
+        """
+        if len(works) < 2:
+            return [await work() for work in works]
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def one(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+            async with limit:
+                return await work()
+
+        tasks = [asyncio.ensure_future(one(work)) for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def pause(self, seconds: float = 0) -> None:
+        """Let others have their turn."""
+        await asyncio.sleep(seconds)
+
+
+class SyncIO(IO):
+    """From a thread that may block."""
+
+    __slots__ = ()
+
+    loop = staticmethod(lambda: None)
+
+    async def read(
+        self, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Buffer | None:
+        found: Buffer | None = self.source.get_sync(key, prototype=prototype, byte_range=request)
+        return found
+
+    async def change(
+        self,
+        work: Callable[[], Awaitable[None]],
+        on_detached_result: Callable[[BaseException | None], None],
+    ) -> None:
+        await _change_now(work, on_detached_result)
+
+    async def wait(self, flight: Waitable) -> bool:
+        return flight.wait_sync()
+
+    async def until(self, done: Future[Any], seconds: float | None = None) -> bool:
+        return bool(wait([done], seconds).done)
+
+    async def in_thread(
+        self,
+        work: Callable[[], T],
+        on_detached_result: Callable[[T | BaseException], object] | None = None,  # noqa: ARG002
+        timeout: float | None = None,  # noqa: ARG002, ASYNC109
+    ) -> T:
+        return work()
+
+    async def call(
+        self,
+        timeout: float,  # noqa: ASYNC109
+        coroutine: Callable[[], Awaitable[T]],  # noqa: ARG002
+        blocking: Callable[[], T],
+    ) -> T:
+        return in_thread_sync(blocking, None, timeout)
+
+    async def send(
+        self,
+        timeout: float,  # noqa: ASYNC109
+        coroutine: Callable[[], Awaitable[T]],  # noqa: ARG002
+        blocking: Callable[[], T],
+        on_detached_result: Callable[[T | BaseException], None],
+    ) -> T:
+        return in_thread_sync(blocking, on_detached_result, timeout)
+
+    async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        return [await work() for work in works]
+
+    async def pause(self, seconds: float = 0) -> None:
+        if seconds:
+            time.sleep(seconds)  # noqa: ASYNC251 - its caller may block, and it never suspends
+
+
+async def _change_now(
+    work: Callable[[], Awaitable[None]],
+    on_detached_result: Callable[[BaseException | None], None],
+) -> None:
+    try:
+        await work()
+    except Exception:
+        raise
+    except BaseException as interrupt:
+        on_detached_result(interrupt)
+        raise

@@ -1,0 +1,97 @@
+"""What a copy of a store shares with it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Protocol
+
+from zarr.abc.store import Store
+from zarr.storage import MemoryStore
+
+from zcache._source.location import innermost, place_in_process
+
+if TYPE_CHECKING:
+    from zcache._source.identity import SourceId
+
+
+class Original(Protocol):
+    """What has to be known of a cache that a copy may share.
+
+    Attributes
+    ----------
+    source, cache : Store
+        Its two stores.
+    source_id : SourceId
+        Which source it is.
+    home : int or None
+        The process that it was made in; None if it arrived there as a copy.
+    token : str
+        The same for all copies of one cache.
+    """
+
+    @property
+    def source(self) -> Store: ...
+    @property
+    def cache(self) -> Store: ...
+    @property
+    def source_id(self) -> SourceId: ...
+    @property
+    def home(self) -> int | None: ...
+    @property
+    def token(self) -> str: ...
+
+
+def without_contents(cache: Store) -> Store:
+    """The cache store itself, unless it keeps its values in memory: then one like it, but empty."""
+    if isinstance(cache, MemoryStore):
+        return type(cache)()
+    inner = getattr(cache, "_store", None)
+    if not isinstance(inner, Store) or not isinstance(innermost(inner), MemoryStore):
+        return cache
+    emptied = copy.copy(cache)
+    vars(emptied)["_store"] = without_contents(inner)
+    return emptied
+
+
+def source_of_copy(original: Original, store: Store) -> Store | None:
+    """What a copy of a `CacheStore` reads from that came with this source and meets its original.
+
+    The copy of a source in memory is other data, and must not share a cache with it: at home the copy
+    reads the original, elsewhere one that still holds the same. None where there is none.
+    """
+    inner, mine = innermost(store), innermost(original.source)
+    at_home = original.home == os.getpid()
+    if isinstance(inner, MemoryStore):
+        if not at_home and not (isinstance(mine, MemoryStore) and _same_values(mine, inner)):
+            return None
+    elif not original.source_id.is_ephemeral or not at_home:
+        return store
+    # A user's own that has no name may keep its values in memory as well.
+    source = original.source
+    if source.read_only == store.read_only:
+        return source
+    try:
+        return source.with_read_only(store.read_only)
+    except NotImplementedError:
+        return store
+
+
+def _same_values(one: MemoryStore, other: MemoryStore) -> bool:
+    mine, theirs = one._store_dict, other._store_dict
+    if mine is theirs:
+        return True
+    return mine.keys() == theirs.keys() and all(
+        value.to_bytes() == theirs[key].to_bytes() for key, value in mine.items()
+    )
+
+
+def same_cache(one: Original, other: Original) -> bool:
+    """Whether two caches are one, or would be if both were in one process."""
+    if one.token == other.token:
+        return True
+    mine, theirs = one.cache, other.cache
+    if isinstance(mine, MemoryStore) and isinstance(theirs, MemoryStore):
+        # What they hold at the moment says nothing about what they are.
+        return type(mine) is type(theirs) and mine.read_only == theirs.read_only
+    return mine.read_only == theirs.read_only and place_in_process(mine) == place_in_process(theirs)

@@ -1,0 +1,51 @@
+"""A text for a store that may be shown to anybody: in errors, logs and `repr`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zarr.storage import FsspecStore
+
+from zcache._source.answers import ask
+from zcache._source.location import bucket_of, innermost, layers, location_of
+from zcache._source.urls import redact
+
+
+def describe(store: Any) -> str:
+    """Classes of a store and of what it wraps, and where the innermost keeps its values.
+
+    Parameters
+    ----------
+    store : Any
+        A store; anything else is told by its class. Its own text is not asked for: that may fail, panic, take
+        long, or show a secret.
+
+    Examples
+    --------
+    >>> from zarr.storage import LocalStore, WrapperStore
+    >>> describe(WrapperStore(LocalStore("/data/a.zarr")))
+    'WrapperStore(LocalStore(file:///data/a.zarr))'
+    """
+    kinds = [type(layer).__qualname__ for layer in layers(store)]
+    inner = innermost(store)
+    text = str(location_of(inner) or ask(lambda: _rest(inner)) or "")
+    for kind in reversed(kinds):
+        text = f"{kind}({text})" if text else kind
+    return text
+
+
+def _rest(store: Any) -> str | None:
+    """What can be told of a place that is not certain."""
+    if (bucket := bucket_of(store)) is not None:
+        return type(bucket).__name__
+    if not isinstance(store, FsspecStore):
+        return None
+    protocol = store.fs.protocol if isinstance(store.fs.protocol, str) else store.fs.protocol[0]
+    path = str(store.path)
+    return redact(path if "://" in path else f"{protocol}://{path}")
+
+
+def show(store: Any) -> str:
+    """The text of a store as its users know it, without secrets; its description where it has none."""
+    text = ask(lambda: repr(store))
+    return redact(text) if isinstance(text, str) else describe(store)

@@ -1,0 +1,189 @@
+"""Which source a store is: named by rules, or by the user, or another one in each process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
+
+from zcache._runtime.fork import at_fork
+from zcache._source.answers import ask
+from zcache._source.describe import describe
+from zcache._source.icechunk import snapshot_of
+from zcache._source.location import (
+    held_by,
+    kind_of,
+    location_of,
+    outlives_process,
+    protocol_of,
+    unwrapped,
+    zip_path,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+EPHEMERAL: Final = "process:"
+"""Beginning of the name of a source that ends with its process."""
+
+_log = logging.getLogger("zcache")
+_KINDS: Final = (LocalStore, FsspecStore, ObjectStore)
+"""Classes of stores whose location is their name. A subclass may show other values than its base."""
+
+
+class SourceId(NamedTuple):
+    """Which source a store is.
+
+    Attributes
+    ----------
+    name : str
+        Equal for equal data, in every process unless it is ephemeral. Holds no secret.
+    given : bool
+        Whether the user has given it, as ``source_id=``.
+    """
+
+    name: str
+    given: bool = False
+
+    @property
+    def is_ephemeral(self) -> bool:
+        """Whether the source has this name in this process only."""
+        return not self.given and self.name.startswith(EPHEMERAL)
+
+
+def identify(store: Any, source_id: str | None = None) -> SourceId:
+    """Name a source.
+
+    Parameters
+    ----------
+    store : Store
+        The source.
+    source_id : str, optional
+        The name that the user has given it. Default is None: it is named by rules.
+
+    Returns
+    -------
+    SourceId
+        By rules only if it is certain which data the store shows. It may read a profile of the user's,
+        and never asks a server.
+    """
+    if source_id is not None:
+        return SourceId(source_id, given=True)
+    inner = unwrapped(store)
+    name = ask(lambda: _name(inner))
+    return SourceId(_ephemeral_name(inner) if name is None else name)
+
+
+def _name(store: Any) -> str | None:
+    if type(store) is ZipStore:
+        path = zip_path(store)
+        return None if path is None else f"zip://{path}"
+    if kind_of(store) == ("icechunk.store", "IcechunkStore"):
+        return snapshot_of(store)
+    if type(store) not in _KINDS:
+        return None
+    # Its options may matter as well, and nobody lists them.
+    if type(store) is FsspecStore and protocol_of(store.fs) == "dir":
+        return None
+    location = location_of(store)
+    return None if location is None else str(location)
+
+
+def same_source(one: tuple[Any, SourceId], other: tuple[Any, SourceId]) -> bool:
+    """Whether two sources, each a store and its name, show the same values."""
+    (mine, my_id), (theirs, their_id) = one, other
+    if my_id.given and their_id.given:
+        return my_id.name == their_id.name
+    if my_id.given or their_id.given:
+        # A name that was given may be one by rules, and one store may have both.
+        if my_id.name == their_id.name:
+            return True
+        my_id, their_id = identify(mine), identify(theirs)
+    if my_id.is_ephemeral and their_id.is_ephemeral:
+        # Not by name: a name from before a fork is no longer known.
+        return held_by(unwrapped(mine)) == held_by(unwrapped(theirs))
+    return my_id.name == their_id.name
+
+
+# ------------------------------------------------------------------------------- in this process
+
+
+class _Ephemeral:
+    """A name of this process, and the stores that hold what it names."""
+
+    def __init__(self) -> None:
+        self.name = f"{EPHEMERAL}{uuid.uuid4().hex}"
+        self.holders: set[int] = set()
+        self.said = False
+
+
+# Reentrant, for inside it the garbage collector may forget a store.
+_lock = threading.RLock()
+_known: dict[tuple[Hashable, ...], _Ephemeral] = {}
+
+
+def _entry(store: Any) -> _Ephemeral:
+    """What is known of a source without wrappers that has no name."""
+    # A dict knows no weak references: its address is good as long as one of its stores lives.
+    key, holder = held_by(store), id(store)
+    with _lock:
+        entry = _known.get(key) or _Ephemeral()
+        if holder not in entry.holders:
+            try:
+                weakref.finalize(store, _forget, key, entry, holder).atexit = False
+            except TypeError:
+                # Nobody would tell when it is gone, and its address another one's.
+                return entry
+            entry.holders.add(holder)
+            _known[key] = entry
+        return entry
+
+
+def _ephemeral_name(store: Any) -> str:
+    return _entry(store).name
+
+
+def _forget(key: tuple[Hashable, ...], entry: _Ephemeral, holder: int) -> None:
+    with _lock:
+        entry.holders.discard(holder)
+        if not entry.holders and _known.get(key) is entry:
+            del _known[key]
+
+
+def _start_over() -> None:
+    """Start with a lock of our own, and as another process: what it does to its memory, no other sees."""
+    global _lock
+    _lock = threading.RLock()
+    _known.clear()
+
+
+at_fork(_start_over)
+
+
+def say_unnamed(store: Any, cache: Any) -> None:
+    """Log once for each process and source that a source has no name, and how to keep its cache warm.
+
+    Parameters
+    ----------
+    store : Store
+        A source whose name is ephemeral.
+    cache : Store
+        Its cache store. What ends with the process is cold at the next start in any case.
+    """
+    inner = unwrapped(store)
+    level = logging.WARNING if outlives_process(cache) else logging.INFO
+    with _lock:
+        entry = _entry(inner)
+        if entry.said or not _log.isEnabledFor(level):
+            return
+        entry.said = True
+    _log.log(
+        level,
+        "source %s has no name outside this process, so a persistent cache starts cold: pass source_id= "
+        "to keep it warm",
+        describe(inner),
+    )

@@ -1,0 +1,356 @@
+"""Where a store keeps its values."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
+
+from zcache._source import endpoints
+from zcache._source.answers import UnnamedError, ask
+from zcache._source.urls import check_query, web_address
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+_TRANSPARENT: Final = frozenset(
+    {
+        ("zarr.storage._wrapper", "WrapperStore"),
+        ("zarr.storage._logging", "LoggingStore"),
+        ("zarr.testing.store", "LatencyStore"),
+        ("zarr.experimental.cache_store", "CacheStore"),
+        ("zcache.store", "CacheStore"),
+    }
+)
+"""Wrappers that show what they wrap, by the same names. Of subclasses nobody knows."""
+_FILESYSTEMS: Final = {
+    ("fsspec.implementations.local", "LocalFileSystem"): "file",
+    ("fsspec.implementations.memory", "MemoryFileSystem"): "memory",
+    ("fsspec.implementations.dirfs", "DirFileSystem"): "dir",
+    ("fsspec.implementations.http", "HTTPFileSystem"): "http",
+    ("s3fs.core", "S3FileSystem"): "s3",
+    ("gcsfs.core", "GCSFileSystem"): "gs",
+    ("gcsfs.extended_gcsfs", "ExtendedGcsFileSystem"): "gs",
+    ("adlfs.spec", "AzureBlobFileSystem"): "az",
+}
+_ASYNC_WRAPPER: Final = ("fsspec.implementations.asyn_wrapper", "AsyncFileSystemWrapper")
+_OBSTORE: Final = frozenset({"obstore.store", "obstore._store"})
+_HARMLESS: Final = frozenset(
+    {
+        *("auth", "auto_decompress", "cookie_jar", "cookies", "headers", "max_field_size"),
+        *("max_line_size", "proxy", "proxy_auth", "proxy_headers", "raise_for_status"),
+        *("read_bufsize", "requote_redirect_url", "skip_auto_headers", "ssl", "timeout"),
+        *("trace_configs", "trust_env", "verify_ssl"),
+    }
+)
+"""Options of an HTTP client that change how it asks, not whom or for what."""
+_WHOLE: Final = frozenset(
+    {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "http", "https", "memory"}
+)
+"""Protocols of stores of objects, which show a value as a whole or not at all."""
+
+
+class Location(NamedTuple):
+    """Where a store keeps its values.
+
+    Attributes
+    ----------
+    root : str
+        What kind of place it is, such as ``s3://``.
+    path : str
+        Where below the root. Names of values follow after a slash.
+    endpoint : str, optional
+        The server or account that is asked. None is the only one, or the one that all ask by default.
+    """
+
+    root: str
+    path: str
+    endpoint: str | None = None
+
+    def __str__(self) -> str:
+        if self.root == "file://":
+            return f"{self.root}{self.path}"
+        # So that no path looks like another one with an endpoint.
+        path = self.path.replace("%", "%25").replace(" ", "%20")
+        return f"{self.root}{path}" + (f" at {self.endpoint}" if self.endpoint else "")
+
+    def overlaps(self, other: Location) -> bool:
+        """Whether both are the same place, or one of them is inside the other."""
+        if (self.root, self.endpoint) != (other.root, other.endpoint):
+            return False
+        mine, theirs = (f"{p}/" if (p := s.path.rstrip("/")) else "" for s in (self, other))
+        return mine.startswith(theirs) or theirs.startswith(mine)
+
+
+# ------------------------------------------------------------------------------- wrappers
+
+
+def innermost(store: Any) -> Any:
+    """The store below all wrappers and caches."""
+    return layers(store)[-1]
+
+
+def unwrapped(store: Any) -> Any:
+    """The store below those wrappers and caches that certainly show what they wrap."""
+    found = layers(store)
+    return next((layer for layer in found if kind_of(layer) not in _TRANSPARENT), found[-1])
+
+
+def layers(store: Any) -> list[Any]:
+    """A store, what it wraps, and so on."""
+    found = [store]
+    # Nothing forbids a wrapper to wrap itself.
+    while (inner := _wrapped(found[-1])) is not None and not any(inner is one for one in found):
+        found.append(inner)
+    return found
+
+
+def _wrapped(store: Any) -> Store | None:
+    inner = ask(lambda: getattr(store, "_store", None))
+    return inner if isinstance(inner, Store) else None
+
+
+def kind_of(thing: object) -> tuple[str, str]:
+    """Module and name of the exact class of a thing."""
+    kind = type(thing)
+    return kind.__module__, kind.__qualname__
+
+
+# ------------------------------------------------------------------------------- locations
+
+
+def location_of(store: Any) -> Location | None:
+    """Where a store keeps its values, wrapped or not; None where that is not certain.
+
+    Parameters
+    ----------
+    store : Store
+        Any store. Of wrappers that change names it is the place of all that they can show.
+    """
+    return ask(lambda: _location(innermost(store)))
+
+
+def _location(store: Any) -> Location | None:
+    if isinstance(store, LocalStore):
+        return _directory(store.root)
+    if isinstance(store, ZipStore):
+        # One over an open file has no path.
+        path: Any = store.path
+        return None if path is None else _directory(path)
+    if isinstance(store, FsspecStore):
+        return _in_filesystem(store.fs, store.path)
+    if (bucket := bucket_of(store)) is not None:
+        return _in_bucket(bucket)
+    return None
+
+
+def _directory(path: object) -> Location:
+    return Location("file://", os.path.realpath(str(path)))
+
+
+def protocol_of(filesystem: Any) -> str | None:
+    """What is known of a file system, by its exact class; None of those of others."""
+    return _FILESYSTEMS.get(kind_of(synchronous(filesystem)))
+
+
+def synchronous(filesystem: Any) -> Any:
+    """The file system itself, without what gives it coroutines."""
+    return filesystem.sync_fs if kind_of(filesystem) == _ASYNC_WRAPPER else filesystem
+
+
+def _in_filesystem(filesystem: Any, path: str) -> Location | None:
+    filesystem, protocol = synchronous(filesystem), protocol_of(filesystem)
+    if protocol == "file":
+        # It may begin with a tilde.
+        return _directory(filesystem._strip_protocol(path))
+    if protocol == "dir":
+        return _in_filesystem(filesystem.fs, f"{filesystem.path}/{path}".rstrip("/"))
+    if protocol == "http":
+        _check_http(filesystem)
+        return _web(path)
+    if protocol == "s3":
+        return Location("s3://", _key(path), endpoints.of_s3fs(filesystem))
+    if protocol == "gs":
+        return Location("gs://", _key(path), endpoints.of_gcsfs(filesystem))
+    if protocol == "az":
+        return Location("az://", _key(path), endpoints.of_adlfs(filesystem))
+    return None
+
+
+def _key(path: str) -> str:
+    """A path within a store of objects, of which the first part is the bucket."""
+    key = path.strip("/")
+    # These may be part of a key, or the version of an object: nobody can tell.
+    if not key or any(mark in key for mark in ("://", "?", "#")):
+        raise UnnamedError
+    return key
+
+
+def _web(url: object) -> Location:
+    scheme, place = web_address(url)
+    return Location(f"{scheme}://", place)
+
+
+def _check_http(filesystem: Any) -> None:
+    """See that nothing but the URL tells what is read."""
+    # Found where its file system is.
+    usual = importlib.import_module("fsspec.implementations.http").get_client
+    if filesystem.get_client is not usual:
+        raise UnnamedError
+    for options in (filesystem.client_kwargs, filesystem.kwargs):
+        for name, value in options.items():
+            if name == "params":
+                check_query("&".join(f"{each}=" for each in value))
+            elif name not in _HARMLESS:
+                raise UnnamedError
+
+
+def bucket_of(store: Any) -> Any:
+    """The object of obstore that a store reads from, or None."""
+    if not isinstance(store, ObjectStore):
+        return None
+    inner = store.store
+    return inner if type(inner).__module__ in _OBSTORE else None
+
+
+def _in_bucket(bucket: Any) -> Location | None:
+    kind = type(bucket).__name__
+    if kind == "LocalStore":
+        return _directory(bucket.prefix or "/")
+    if kind == "HTTPStore":
+        return _web(bucket.url)
+    if kind not in ("S3Store", "GCSStore", "AzureStore"):
+        return None
+    made = endpoints.settings(bucket)
+    if kind == "S3Store":
+        root, endpoint = "s3://", endpoints.of_obstore_s3(made)
+        name = endpoints.setting(made, "bucket", "AWS_BUCKET", "AWS_BUCKET_NAME")
+    elif kind == "GCSStore":
+        root, endpoint = "gs://", endpoints.of_obstore_google(made)
+        name = endpoints.setting(made, "bucket", "GOOGLE_BUCKET", "GOOGLE_BUCKET_NAME")
+    else:
+        root, endpoint = "az://", endpoints.of_obstore_azure(made)
+        name = endpoints.setting(made, "container_name", "AZURE_CONTAINER_NAME")
+    return Location(root, _key(f"{name or ''}/{bucket.prefix or ''}"), endpoint) if name else None
+
+
+# ------------------------------------------------------------------------------- in this process
+
+
+def held_by(store: Any) -> tuple[Hashable, ...]:
+    """What two stores have in common if they hold the same values, as long as one of them lives.
+
+    Parameters
+    ----------
+    store : Store
+        A store without wrappers; see `unwrapped`.
+    """
+    return ask(lambda: _held(store)) or ("store", id(store))
+
+
+def _held(store: Any) -> tuple[Hashable, ...]:
+    module, name = kind_of(store)
+    if module.startswith("zarr.storage."):
+        if isinstance(store, MemoryStore):
+            # Copies of one with another setting share the dict.
+            return "dict", id(store._store_dict), _path_in(store)
+        if name == "ObjectStore":
+            return "bucket", id(store.store)
+        if name == "FsspecStore":
+            if protocol_of(store.fs) == "memory":
+                filesystem = synchronous(store.fs)
+                return (
+                    "dict",
+                    id(filesystem.store),
+                    filesystem._strip_protocol(store.path).strip("/"),
+                )
+            return "filesystem", id(synchronous(store.fs)), store.path.rstrip("/")
+    if (module, name) == ("icechunk.store", "IcechunkStore"):
+        return "session", id(store._store)
+    return "store", id(store)
+
+
+def _path_in(store: Any) -> str:
+    """Where in its dict a store in memory keeps its values."""
+    path = getattr(store, "path", "")
+    return path if isinstance(path, str) else ""
+
+
+def place_in_process(store: Any) -> tuple[Hashable, ...]:
+    """What two stores that keep their values in the same place, by the same names, have in common here.
+
+    Parameters
+    ----------
+    store : Store
+        Any store.
+
+    Returns
+    -------
+    tuple
+        Equal to that of another store for certain only while both live: it may hold the address of one.
+    """
+    if type(store) is LocalStore:
+        return "file", os.path.realpath(str(store.root))
+    if (memory := memory_store_of(store)) is not None:
+        return "dict", id(memory._store_dict), ""
+    inner = unwrapped(store)
+    if type(inner).__module__.startswith("zarr.storage."):
+        if isinstance(inner, ZipStore):
+            # Its values are in the file, not below a directory of that name.
+            path = zip_path(inner)
+            return ("store", id(inner)) if path is None else ("zip", path)
+        if (location := location_of(inner)) is not None:
+            return "location", *location
+    return held_by(inner)
+
+
+def zip_path(store: Any) -> str | None:
+    """The real path of an archive; None of one over an open file."""
+    return None if store.path is None else os.path.realpath(str(store.path))
+
+
+def overlaps(one: Any, other: Any) -> bool:
+    """Whether two stores keep their values in the same place, or one inside the other's."""
+    if one is other:
+        return True
+    mine, theirs = _place(innermost(one)), _place(innermost(other))
+    return mine.overlaps(theirs)
+
+
+def _place(store: Any) -> Location:
+    if (location := location_of(store)) is not None:
+        return location
+    if isinstance(store, MemoryStore):
+        return Location(f"dict {id(store._store_dict)}:", _path_in(store))
+    kind, number, *path = held_by(store)
+    return Location(f"{kind} {number}:", str(path[0]) if path else "")
+
+
+# ------------------------------------------------------------------------------- kinds of places
+
+
+def memory_store_of(store: Any) -> MemoryStore | None:
+    """The store in memory whose dict has the keys of this one, wrapped or not."""
+    inner = unwrapped(store)
+    return inner if isinstance(inner, MemoryStore) and not _path_in(inner) else None
+
+
+def outlives_process(store: Any) -> bool:
+    """Whether what a store holds may be there in the next process; of a user's own nobody knows."""
+    inner = innermost(store)
+    known = any(base.__module__.startswith("zarr.storage.") for base in type(inner).__mro__)
+    return known and not isinstance(inner, MemoryStore)
+
+
+def shows_partial_values(store: Any) -> bool:
+    """Whether a value that is being written, or never was to the end, is seen like another."""
+    inner = innermost(store)
+    if not isinstance(inner, FsspecStore):
+        return False
+    protocol = getattr(inner.fs, "protocol", "")
+    if not isinstance(protocol, str):
+        protocol = next(iter(protocol or ()), "")
+    return protocol not in _WHOLE

@@ -1,0 +1,36 @@
+"""The errors of zcache. Each one is also the builtin error that callers already catch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CacheOwnershipError",
+    "IndexLockTimeout",
+    "OptionTypeError",
+    "OptionValueError",
+    "SyncNotSupportedError",
+    "ZcacheError",
+]
+
+
+class ZcacheError(Exception):
+    """Base of all errors that zcache raises itself. Errors of the source are passed on as they are."""
+
+
+class IndexLockTimeout(ZcacheError, TimeoutError):  # noqa: N818 - named like the builtin that it is
+    """Another process holds the lock of the index, and does not go on."""
+
+
+class OptionTypeError(ZcacheError, TypeError):
+    """An option has the wrong type."""
+
+
+class OptionValueError(ZcacheError, ValueError):
+    """An option has a value without a meaning."""
+
+
+class CacheOwnershipError(ZcacheError, ValueError):
+    """The cache store holds what zcache did not write, or the cache of another source."""
+
+
+class SyncNotSupportedError(ZcacheError, TypeError):
+    """A synchronous method was called, but one of the stores has none."""

@@ -1,0 +1,169 @@
+"""The one module of `zcache.testing` that knows the internals of a `CacheStore`.
+
+The rest of the package sees the internals through these functions only, so that they alone change when
+the internals do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache._byte_ranges import to_request
+from zcache._core import PENDING, SIGNATURE, Index, cache_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer
+
+    from zcache.store import CacheStore
+
+T = TypeVar("T")
+
+SIGNATURES: Final = frozenset({SIGNATURE, PENDING})
+"""Nanoseconds below the millisecond in the modification times of the files that zcache wrote."""
+RANGES: Final = ".zcache/ranges/"
+"""Where a cache store holds byte ranges of values."""
+_STATES: Final = {
+    "present": "live",
+    "writing": "filling",
+    "dropping": "deleting",
+    "orphan": "delete-failed",
+}
+"""States of an entry, from the words of the core to those of `zcache.testing.Entry`."""
+
+
+def ask(store: CacheStore, question: Callable[[Index], T]) -> T:
+    """Ask the index something, and wait for its lock where another process holds it."""
+    return store._cache.shared.handle.call_blocking(lambda index: question(_real(index)))
+
+
+def cache_store(store: CacheStore) -> Store:
+    """The cache store."""
+    return store._cache.cache
+
+
+def source_store(store: CacheStore) -> Store:
+    """The source."""
+    return store._store
+
+
+def memory_values(cache: Store) -> Mapping[str, Buffer] | None:
+    """The values of a cache in memory; None for any other cache store."""
+    return cache._store_dict if type(cache) is MemoryStore else None
+
+
+def directory_root(cache: Store) -> str | None:
+    """The root of a cache directory; None for any other cache store."""
+    return str(cache.root) if type(cache) is LocalStore else None
+
+
+def raw_entries(store: CacheStore) -> list[tuple[str, ByteRequest | None, int, str, str]]:
+    """Key, byte range, size, name in the cache store and state of each entry."""
+    return [
+        (
+            key,
+            to_request(span),
+            size,
+            key if span is None else cache_key(key, span),
+            _STATES.get(state, state),
+        )
+        for key, span, size, state in ask(store, Index.entries)
+    ]
+
+
+def raw_recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:
+    """Keys and byte ranges, least recently used first."""
+    return [(key, to_request(span)) for key, span in ask(store, Index.recency)]
+
+
+def raw_in_flight(store: CacheStore) -> tuple[int, int]:
+    """How many flights and reservations there are."""
+    return ask(store, lambda index: index.in_flight)
+
+
+def current_size(store: CacheStore) -> int:
+    """Bytes that the index counts."""
+    return ask(store, lambda index: index.current_size)
+
+
+def live_entries(store: CacheStore) -> int:
+    """How many entries the index says can be served."""
+    return ask(store, len)
+
+
+def validate(store: CacheStore) -> None:
+    """Have the index recompute all that it counts."""
+    ask(store, Index.validate)
+
+
+def index_of(store: CacheStore) -> Index:
+    """The index itself."""
+    return _real(store._cache.shared.handle.index)
+
+
+def is_complete(store: CacheStore) -> bool:
+    """Whether the index knows all that the cache store holds."""
+    return ask(store, lambda index: index.is_complete)
+
+
+def slot(store: CacheStore) -> int | None:
+    """The slot of this process in a shared index."""
+    return ask(store, lambda index: index.slot)
+
+
+@contextlib.contextmanager
+def intercepted(
+    store: CacheStore, then: Callable[[str, tuple[Any, ...], Any], None]
+) -> Iterator[None]:
+    """Tell each step of the index that a store takes: its name, arguments and answer."""
+    handle: Any = store._cache.shared.handle
+    inner = handle.index
+
+    def take(step: Callable[..., Any], index: Any, *args: Any) -> Any:
+        answer = step(_real(index), *args)
+        if getattr(step, "__objclass__", None) is Index:
+            then(step.__name__, args, answer)
+        return answer
+
+    handle.take = take
+    handle.index = _Intercepted(inner, then)
+    try:
+        yield
+    finally:
+        del handle.take
+        if isinstance(handle.index, _Intercepted):
+            handle.index = inner
+
+
+def _real(index: Any) -> Index:
+    """The index itself, behind what tells its steps."""
+    found: Index = getattr(index, "intercepted_index", index)
+    return found
+
+
+class _Intercepted:
+    """Stands before an index and tells each step."""
+
+    def __init__(self, inner: Any, then: Callable[[str, tuple[Any, ...], Any], None]) -> None:
+        self.intercepted_index = inner
+        self._then = then
+
+    def __len__(self) -> int:
+        return len(self.intercepted_index)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.intercepted_index, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any) -> Any:
+            answer = found(*args)
+            self._then(name, args, answer)
+            return answer
+
+        return call

@@ -1,0 +1,249 @@
+"""What holds at every instant: the index agrees with itself, with the bound and with the cache store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from zcache.testing._doubles import StoreDouble
+from zcache.testing._internals import (
+    RANGES,
+    SIGNATURES,
+    cache_store,
+    current_size,
+    directory_root,
+    live_entries,
+    memory_values,
+    validate,
+)
+from zcache.testing._views import Entry, InFlight, entries, in_flight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from zarr.abc.store import Store
+
+    from zcache.store import CacheStore
+
+_ATTEMPTS: Final = 20
+"""How often the cache store is looked at while others keep changing it."""
+_SHOWN: Final = 5
+"""Names that an error shows of each difference."""
+
+
+class InvariantError(AssertionError):
+    """The index disagrees with itself, with the bound or with what the cache store holds."""
+
+
+class _Snapshot(NamedTuple):
+    """What an index says at one time."""
+
+    entries: frozenset[Entry]
+    in_flight: InFlight
+    current_size: int
+    live: int
+
+
+def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None) -> None:
+    """Assert that the index, the bound and the cache store agree.
+
+    Works for every kind of cache store, at any time. While values are being filled in or deleted, it
+    asserts that no byte in the cache store goes uncounted; when nothing is under way, that both hold
+    the same values of the same sizes. So call ``store.drain_sync()`` first to have all of it compared.
+    Where other threads or processes use the cache meanwhile, call `check_index` instead.
+
+    Parameters
+    ----------
+    store : CacheStore
+        Any store over the cache.
+    held : mapping of str to int, optional
+        Sizes of what the cache store holds, by its keys, where the caller knows them. Default is None:
+        the cache store is asked (see `stored_sizes`), in a thread where it has to be listed.
+
+    Raises
+    ------
+    InvariantError
+        If they do not agree; it says what differs.
+    """
+    check_index(store)
+    before = _snapshot(store)
+    for _ in range(_ATTEMPTS):
+        found = stored_sizes(store) if held is None else dict(held)
+        after = _snapshot(store)
+        if after == before:
+            _check_stored(after, found)
+            return
+        before = after
+
+
+async def check_invariants_async(
+    store: CacheStore, *, held: Mapping[str, int] | None = None
+) -> None:
+    """Assert that the index, the bound and the cache store agree; see `check_invariants`.
+
+    For use in coroutines: a cache store that has to be listed is asked in this event loop.
+
+    Parameters
+    ----------
+    store : CacheStore
+        Any store over the cache.
+    held : mapping of str to int, optional
+        Sizes of what the cache store holds, by its keys. Default is None: the cache store is asked.
+
+    Raises
+    ------
+    InvariantError
+        If they do not agree; it says what differs.
+    """
+    check_index(store)
+    before = _snapshot(store)
+    for _ in range(_ATTEMPTS):
+        found = await _stored_sizes(store) if held is None else dict(held)
+        after = _snapshot(store)
+        if after == before:
+            _check_stored(after, found)
+            return
+        before = after
+
+
+def check_index(store: CacheStore) -> None:
+    """Assert that the index agrees with itself and with the bound, whatever the cache store holds.
+
+    For use while other threads or processes are at work, when nothing else can be compared.
+
+    Parameters
+    ----------
+    store : CacheStore
+        Any store over the cache.
+
+    Raises
+    ------
+    InvariantError
+        If it does not; it says what differs.
+    """
+    try:
+        validate(store)
+    except Exception as error:
+        raise InvariantError(f"the index is damaged: {error}") from error
+    if store.max_size is not None and (size := current_size(store)) > store.max_size:
+        raise InvariantError(f"current_size is {size}, more than max_size={store.max_size}")
+
+
+def stored_sizes(store: CacheStore) -> dict[str, int]:
+    """What the cache store holds of values and byte ranges, looked up without the index.
+
+    Parameters
+    ----------
+    store : CacheStore
+        Any store over the cache.
+
+    Returns
+    -------
+    dict of str to int
+        Sizes in bytes by key of the cache store. What is in a cache directory that zcache did not
+        write is left out.
+    """
+    cache = cache_store(store)
+    found = _sizes_at_once(cache)
+    if found is not None:
+        return found
+    cache = _undoubled(cache)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(_listed_sizes(cache))).result()
+
+
+async def _stored_sizes(store: CacheStore) -> dict[str, int]:
+    cache = cache_store(store)
+    found = _sizes_at_once(cache)
+    return await _listed_sizes(_undoubled(cache)) if found is None else found
+
+
+def _undoubled(cache: Store) -> Store:
+    """The store behind doubles: to look at it must neither count nor fail."""
+    while isinstance(cache, StoreDouble):
+        cache = cache.inner
+    return cache
+
+
+def _sizes_at_once(cache: Store) -> dict[str, int] | None:
+    """Sizes of what is in memory or in a directory; None for any other store."""
+    if (values := memory_values(cache)) is not None:
+        return {name: len(value) for name, value in list(values.items()) if _is_value(name)}
+    if (root := directory_root(cache)) is not None:
+        return _file_sizes(root)
+    return None
+
+
+def _file_sizes(root: str) -> dict[str, int]:
+    sizes = {}
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = os.path.join(folder, file)
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            if not _is_value(name):
+                continue
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            ours = status.st_mtime_ns % 1_000_000 in SIGNATURES
+            if ours and stat.S_ISREG(status.st_mode):
+                sizes[name] = status.st_size
+    return sizes
+
+
+async def _listed_sizes(cache: Store) -> dict[str, int]:
+    sizes = {}
+    for name in [name async for name in cache.list() if _is_value(name)]:
+        try:
+            sizes[name] = await cache.getsize(name)
+        except FileNotFoundError:
+            continue
+    return sizes
+
+
+def _is_value(name: str) -> bool:
+    return not name.startswith(".zcache/") or name.startswith(RANGES)
+
+
+def _snapshot(store: CacheStore) -> _Snapshot:
+    return _Snapshot(
+        frozenset(entries(store)),
+        in_flight(store),
+        current_size(store),
+        live_entries(store),
+    )
+
+
+def _check_stored(said: _Snapshot, held: Mapping[str, int]) -> None:
+    """Compare what the index says with what the cache store holds."""
+    live = {entry.name: entry.size for entry in said.entries if entry.state == "live"}
+    failed = {entry.name: entry.size for entry in said.entries if entry.state == "delete-failed"}
+    quiet = not said.in_flight.reservations and len(said.entries) == len(live) + len(failed)
+    total = sum(held.values())
+    faults = []
+    if said.live != len(live):
+        faults.append(f"the index counts {said.live} entries but has {len(live)}")
+    if missing := live.keys() - held.keys():
+        faults.append(f"not in the cache store: {_some(missing)}")
+    if other := {name for name in live.keys() & held.keys() if live[name] != held[name]}:
+        sizes = ", ".join(f"{name!r} {held[name]} not {live[name]}" for name in sorted(other))
+        faults.append(f"of another size in the cache store: {sizes}")
+    if total > said.current_size:
+        faults.append(f"the cache store holds {total} bytes, current_size is {said.current_size}")
+    if quiet:
+        if unknown := held.keys() - live.keys() - failed.keys():
+            faults.append(f"not in the index: {_some(unknown)}")
+        if (counted := sum(live.values()) + sum(failed.values())) != said.current_size:
+            faults.append(f"entries have {counted} bytes, current_size is {said.current_size}")
+    if faults:
+        raise InvariantError("; ".join(faults))
+
+
+def _some(names: Iterable[str]) -> str:
+    every = sorted(names)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(map(repr, every[:_SHOWN])) + more

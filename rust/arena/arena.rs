@@ -1,0 +1,250 @@
+//! The arena: one array of cells with checked access, allocation and intrusive lists.
+
+use super::cell::{Cell, Kind, State};
+use super::path_cache::PathCache;
+use super::storage::{Header, Storage};
+use crate::error::{Error, Result};
+
+/// Cell numbers take 28 bits of a hash table slot; the other 4 are a tag of the hash.
+pub const MAX_CELLS: usize = 1 << 28;
+
+/// The directory above all others. It is never freed.
+pub const ROOT: u32 = 1;
+
+/// Cells by which the array grows at least: 56 KiB.
+const GROWTH: usize = 1024;
+
+/// The cells and everything in them. Every number that is read from a cell is checked before it is
+/// used as an index, because a mapped file is not trusted.
+#[derive(Debug)]
+pub struct Arena<S> {
+    /// The memory.
+    pub storage: S,
+    /// Directories that were found last. In a shared index only their hashes can be relied on.
+    pub(crate) paths: PathCache,
+}
+
+/// One of the intrusive lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum List {
+    /// `Live` entries in the order of the eviction policy, next victim first.
+    Recency,
+    /// `Live` entries, earliest fetch first.
+    FetchTime,
+    /// `DeleteFailed` entries, next to retry first.
+    DeleteFailed,
+    /// `Writing` and `Deleting` entries.
+    InProgress,
+}
+
+impl<S: Storage> Arena<S> {
+    /// An arena over this memory, as it is.
+    pub fn new(storage: S) -> Self {
+        Arena {
+            storage,
+            paths: PathCache::default(),
+        }
+    }
+
+    /// Cell `i`.
+    #[inline]
+    pub fn get(&self, i: u32) -> Result<&Cell> {
+        self.storage
+            .cells()
+            .get(i as usize)
+            .ok_or(Error::Corrupt("cell number out of range"))
+    }
+
+    /// Cell `i`, mutable.
+    #[inline]
+    pub fn get_mut(&mut self, i: u32) -> Result<&mut Cell> {
+        let cell = self.storage.cells_mut().get_mut(i as usize);
+        cell.ok_or(Error::Corrupt("cell number out of range"))
+    }
+
+    /// The header.
+    #[inline]
+    pub fn header(&self) -> &Header {
+        self.storage.header()
+    }
+
+    /// The header, mutable.
+    #[inline]
+    pub fn header_mut(&mut self) -> &mut Header {
+        self.storage.header_mut()
+    }
+
+    /// Makes sure that the next `count` allocations succeed.
+    pub fn ensure(&mut self, count: usize) -> Result<()> {
+        let header = self.header();
+        let len = self.storage.cells().len();
+        let untouched = len.saturating_sub(header.cells_used as usize);
+        let available = header.free_count as usize + untouched;
+        let Some(missing) = count.checked_sub(available).filter(|n| *n > 0) else {
+            return Ok(());
+        };
+        let wanted = len.saturating_add(missing.max(GROWTH)).min(MAX_CELLS);
+        if wanted.saturating_sub(len) < missing {
+            return Err(Error::Full);
+        }
+        self.storage.grow_cells(wanted)
+    }
+
+    /// Takes a free cell; `ensure` must have made sure that there is one.
+    pub fn alloc(&mut self, cell: Cell) -> Result<u32> {
+        let Header {
+            free,
+            free_count,
+            cells_used,
+            ..
+        } = *self.header();
+        let i = if free != 0 {
+            let cell = self.get(free)?;
+            if cell.kind()? != Kind::Free || free_count == 0 {
+                return Err(Error::Corrupt("free list: cell in use"));
+            }
+            let next = cell.older;
+            let header = self.header_mut();
+            header.free_count = free_count - 1;
+            header.free = next;
+            free
+        } else {
+            self.get(cells_used)?;
+            self.header_mut().cells_used = cells_used.saturating_add(1);
+            cells_used
+        };
+        *self.get_mut(i)? = cell;
+        Ok(i)
+    }
+
+    /// Frees a cell.
+    pub fn free(&mut self, i: u32) -> Result<()> {
+        let next = self.header().free;
+        let mut cell = Cell::new(Kind::Free);
+        cell.older = next;
+        *self.get_mut(i)? = cell;
+        let header = self.header_mut();
+        header.free = i;
+        header.free_count = header.free_count.checked_add(1).ok_or(OVERFLOW)?;
+        Ok(())
+    }
+
+    fn ends(&mut self, list: List) -> &mut [u32; 2] {
+        let header = self.storage.header_mut();
+        match list {
+            List::Recency => &mut header.recency,
+            List::FetchTime => &mut header.fetch_time,
+            List::DeleteFailed => &mut header.delete_failed,
+            List::InProgress => &mut header.in_progress,
+        }
+    }
+
+    /// First and last cell of a list, or zeros.
+    #[must_use]
+    pub fn list(&self, list: List) -> [u32; 2] {
+        match list {
+            List::Recency => self.header().recency,
+            List::FetchTime => self.header().fetch_time,
+            List::DeleteFailed => self.header().delete_failed,
+            List::InProgress => self.header().in_progress,
+        }
+    }
+
+    /// First or last cell of a list. An error where the cell does not belong there: a caller that
+    /// drains a list relies on each cell being another one.
+    pub fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
+        let [first, last] = self.list(list);
+        let i = if at_last { last } else { first };
+        if i == 0 {
+            return Ok(None);
+        }
+        let cell = self.get(i)?;
+        if cell.is_entry() && list.holds(cell.state()) {
+            Ok(Some(i))
+        } else {
+            Err(WRONG_STATE)
+        }
+    }
+
+    /// The neighbour of `i` towards the first (`false`) or the last (`true`) cell.
+    pub fn neighbour(&self, list: List, i: u32, towards_last: bool) -> Result<u32> {
+        let cell = self.get(i)?;
+        Ok(match (list, towards_last) {
+            (List::FetchTime, false) => cell.earlier,
+            (List::FetchTime, true) => cell.later,
+            (_, false) => cell.older,
+            (_, true) => cell.newer,
+        })
+    }
+
+    fn set_neighbour(&mut self, list: List, i: u32, towards_last: bool, to: u32) -> Result<()> {
+        let cell = self.get_mut(i)?;
+        match (list, towards_last) {
+            (List::FetchTime, false) => cell.earlier = to,
+            (List::FetchTime, true) => cell.later = to,
+            (_, false) => cell.older = to,
+            (_, true) => cell.newer = to,
+        }
+        Ok(())
+    }
+
+    /// Links a cell at one end of `list`. It must not be in a list that uses the same links.
+    pub fn link(&mut self, list: List, i: u32, at_last: bool) -> Result<()> {
+        let end = usize::from(at_last);
+        let beside = std::mem::replace(self.ends(list).get_mut(end).ok_or(TWO_ENDS)?, i);
+        self.set_neighbour(list, i, at_last, 0)?;
+        self.set_neighbour(list, i, !at_last, beside)?;
+        if beside == 0 {
+            *self.ends(list).get_mut(1 - end).ok_or(TWO_ENDS)? = i;
+            Ok(())
+        } else {
+            self.set_neighbour(list, beside, at_last, i)
+        }
+    }
+
+    /// Links a cell behind another one of `list`. It must not be in a list that uses the same links.
+    pub fn link_behind(&mut self, list: List, i: u32, before: u32) -> Result<()> {
+        let after = self.neighbour(list, before, true)?;
+        if after == 0 {
+            return self.link(list, i, true);
+        }
+        self.set_neighbour(list, i, false, before)?;
+        self.set_neighbour(list, i, true, after)?;
+        self.set_neighbour(list, before, true, i)?;
+        self.set_neighbour(list, after, false, i)
+    }
+
+    /// Unlinks a cell from `list`.
+    pub fn unlink(&mut self, list: List, i: u32) -> Result<()> {
+        let before = self.neighbour(list, i, false)?;
+        let after = self.neighbour(list, i, true)?;
+        if before == 0 {
+            self.ends(list)[0] = after;
+        } else {
+            self.set_neighbour(list, before, true, after)?;
+        }
+        if after == 0 {
+            self.ends(list)[1] = before;
+        } else {
+            self.set_neighbour(list, after, false, before)?;
+        }
+        Ok(())
+    }
+}
+
+impl List {
+    /// Whether entries in this state belong to the list.
+    pub(crate) fn holds(self, state: State) -> bool {
+        match self {
+            List::Recency | List::FetchTime => state == State::Live,
+            List::DeleteFailed => state == State::DeleteFailed,
+            List::InProgress => matches!(state, State::Writing | State::Deleting),
+        }
+    }
+}
+
+const TWO_ENDS: Error = Error::Corrupt("a list has two ends");
+pub(crate) const WRONG_STATE: Error = Error::Corrupt("list: entry in the wrong state");
+
+/// A counter beyond its type; only a damaged index gets there.
+pub(crate) const OVERFLOW: Error = Error::Corrupt("counter overflow");

@@ -1,0 +1,218 @@
+//! A cell: the one kind of record that the index is made of.
+//!
+//! Every cell is 56 bytes and is addressed by a `u32`. There are no pointers and no allocation per
+//! key, so the same code runs on heap memory and on a mapped file. Cell 0 is never used, so 0
+//! means "none" everywhere.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::error::{Error, Result};
+use crate::key::packing::{INLINE, Packing};
+
+/// What a cell is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Unused; linked into the list of free cells.
+    Free = 0,
+    /// A directory of keys.
+    Dir = 1,
+    /// A key with cached ranges; they are its children.
+    Object = 2,
+    /// Entry: a whole value.
+    Value = 3,
+    /// Entry: a `RangeByteRequest`.
+    Range = 4,
+    /// Entry: an `OffsetByteRequest`.
+    Offset = 5,
+    /// Entry: a `SuffixByteRequest`.
+    Suffix = 6,
+}
+
+/// Where an entry stands between its reservation and the deletion of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its bytes are in the cache store and may be served.
+    Live = 0,
+    /// Its reservation is granted and its bytes are being written. Counted, never served.
+    Writing = 1,
+    /// It is no longer valid and its bytes are being deleted. Counted, never served.
+    Deleting = 2,
+    /// It is no longer valid and deleting its bytes has failed. Counted, never served, and the
+    /// first to go when bytes are needed.
+    DeleteFailed = 3,
+}
+
+/// One cell. The links of an entry that is not `Live` are unused unless noted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct Cell {
+    /// Recency list (or list of failed deletes), towards the least recent. Dir, Object: first
+    /// child. Free: next free cell.
+    pub older: u32,
+    /// Recency list (or list of failed deletes), towards the most recent. Dir, Object: number of
+    /// children.
+    pub newer: u32,
+    /// List by fetch time, towards the earliest. Entry in progress: the participant (plus one) that
+    /// writes or deletes it. Object: the child with most bytes, or 0.
+    pub earlier: u32,
+    /// List by fetch time, towards the latest. Object: the newest child, or 0.
+    pub later: u32,
+    /// Previous child of the same parent.
+    pub left: u32,
+    /// Next child of the same parent.
+    pub right: u32,
+    /// The Dir or Object that this cell is a child of; 0 for the root and for free cells.
+    pub parent: u32,
+    /// CRC32C of the value; see [`Cell::checksum`].
+    checksum: u32,
+    /// Entry: bytes of the value. Dir, Object: hash of the path from the root.
+    pub size: u64,
+    /// Name below the parent, or where the string arena has it; see [`STORED`].
+    pub label: [u8; 8],
+    time: [u8; 6],
+    /// Bytes of `label` in use, or [`STORED`], in bits 0 to 3; [`Packing`] in bits 4 to 7.
+    label_bits: u8,
+    /// Kind in bits 0 to 3, state in bits 4 and 5, verified in bit 6, checksum unknown in bit 7.
+    bits: u8,
+}
+
+/// [`Cell::label_len`] of a label in the string arena: `label` is then its position and its length
+/// in bytes, both `u32`.
+pub const STORED: u8 = 15;
+
+const VERIFIED: u8 = 1 << 6;
+const NO_CHECKSUM: u8 = 1 << 7;
+
+impl Cell {
+    /// An unlinked cell of this kind.
+    #[must_use]
+    pub fn new(kind: Kind) -> Self {
+        Cell {
+            bits: kind as u8,
+            ..Cell::zeroed()
+        }
+    }
+
+    /// What the cell is; an error where the bits are invalid.
+    pub fn kind(&self) -> Result<Kind> {
+        Ok(match self.bits & 15 {
+            0 => Kind::Free,
+            1 => Kind::Dir,
+            2 => Kind::Object,
+            3 => Kind::Value,
+            4 => Kind::Range,
+            5 => Kind::Offset,
+            6 => Kind::Suffix,
+            _ => return Err(Error::Corrupt("invalid kind of cell")),
+        })
+    }
+
+    /// Whether the cell stands for bytes in the cache store.
+    #[must_use]
+    pub fn is_entry(&self) -> bool {
+        (Kind::Value as u8..=Kind::Suffix as u8).contains(&(self.bits & 15))
+    }
+
+    /// State of an entry.
+    #[must_use]
+    pub fn state(&self) -> State {
+        match self.bits >> 4 & 3 {
+            0 => State::Live,
+            1 => State::Writing,
+            2 => State::Deleting,
+            _ => State::DeleteFailed,
+        }
+    }
+
+    /// Changes the state of an entry.
+    pub fn set_state(&mut self, state: State) {
+        self.bits = self.bits & !(3 << 4) | (state as u8) << 4;
+    }
+
+    /// Bytes of `label` in use, or [`STORED`].
+    #[must_use]
+    pub fn label_len(&self) -> u8 {
+        self.label_bits & 15
+    }
+
+    /// How the label is packed; an error where the bits are invalid.
+    pub fn packing(&self) -> Result<Packing> {
+        Packing::of(self.label_bits >> 4).ok_or(Error::Corrupt("invalid packing of a label"))
+    }
+
+    /// Whether the label is packed like this.
+    #[must_use]
+    pub fn is_in(&self, packing: Packing) -> bool {
+        self.label_bits >> 4 == packing as u8
+    }
+
+    /// Whether the label is these packed coordinates, padded with zeros.
+    #[inline]
+    #[must_use]
+    pub fn is_packed(&self, word: [u8; INLINE], len: u8) -> bool {
+        let bits = (Packing::Coordinates as u8) << 4 | len;
+        u64::from_le_bytes(self.label) == u64::from_le_bytes(word) && self.label_bits == bits
+    }
+
+    /// The label padded with zeros, and its length, where it is in the cell.
+    #[inline]
+    #[must_use]
+    pub fn inline_word(&self) -> Option<([u8; INLINE], u8)> {
+        let len = self.label_len();
+        let unused = u32::from((INLINE as u8).checked_sub(len)?) * 8;
+        // The padding is zero already, unless the cell is damaged.
+        let used = u64::MAX.checked_shr(unused).unwrap_or(0);
+        let word = u64::from_le_bytes(self.label) & used;
+        Some((word.to_le_bytes(), len))
+    }
+
+    /// Sets packing and length of the label.
+    pub fn set_label_len(&mut self, packing: Packing, len: u8) {
+        self.label_bits = (packing as u8) << 4 | len & 15;
+    }
+
+    /// The checksum, where it is known.
+    #[must_use]
+    pub fn checksum(&self) -> Option<u32> {
+        (self.bits & NO_CHECKSUM == 0).then_some(self.checksum)
+    }
+
+    /// Sets the checksum.
+    pub fn set_checksum(&mut self, checksum: Option<u32>) {
+        self.checksum = checksum.unwrap_or(0);
+        self.bits = match checksum {
+            Some(_) => self.bits & !NO_CHECKSUM,
+            None => self.bits | NO_CHECKSUM,
+        };
+    }
+
+    /// Whether the bytes were compared with their checksum. Meaningless in a shared index, where
+    /// each process keeps a set of its own.
+    #[inline]
+    #[must_use]
+    pub fn is_verified(&self) -> bool {
+        self.bits & VERIFIED != 0
+    }
+
+    /// Notes that the bytes match their checksum.
+    pub fn set_verified(&mut self) {
+        self.bits |= VERIFIED;
+    }
+
+    /// Fetch time in milliseconds; 0 means unknown.
+    #[must_use]
+    pub fn time(&self) -> u64 {
+        let [a, b, c, d, e, f] = self.time;
+        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+    }
+
+    /// Sets the fetch time; one that does not fit into 48 bits (the year 10889) is unknown.
+    pub fn set_time(&mut self, millis: u64) {
+        let [a, b, c, d, e, f, high @ ..] = millis.to_le_bytes();
+        self.time = if high == [0, 0] {
+            [a, b, c, d, e, f]
+        } else {
+            [0; 6]
+        };
+    }
+}

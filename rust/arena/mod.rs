@@ -1,0 +1,18 @@
+//! The arena: one array of cells, and the structures in it that turn a key into a cell and back.
+
+mod arena;
+mod cell;
+mod hash_table;
+mod name;
+mod path_cache;
+mod storage;
+mod strings;
+mod traverse;
+mod tree;
+mod validate;
+
+pub(crate) use self::arena::OVERFLOW;
+pub use self::arena::{Arena, List, MAX_CELLS, ROOT};
+pub use self::cell::{Cell, Kind, STORED, State};
+pub(crate) use self::hash_table::SEGMENT;
+pub use self::storage::{Header, Heap, STRING_SIZES, Storage};

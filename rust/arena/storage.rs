@@ -1,0 +1,179 @@
+//! The memory behind an arena: the heap, or files that several processes map.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::cell::Cell;
+use crate::error::{Error, Result};
+
+/// Words of the longest string; each length has its own list of free strings.
+pub const STRING_SIZES: usize = 32;
+
+/// The numbers that belong to the whole index. Lists are (first, last); the first is the next one
+/// to be taken.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Header {
+    /// Bytes that the cache store holds for zcache, or may hold: entries in every state.
+    pub used_bytes: u64,
+    /// Bytes of the `Live` entries.
+    pub live_bytes: u64,
+    /// Free bytes that reservations hold until they are granted.
+    pub reserved_bytes: u64,
+    /// Seed of all hashes.
+    pub seed: u64,
+    /// Entries in every state.
+    pub entries: u64,
+    /// `Live` entries.
+    pub live_entries: u64,
+    /// First free cell, or 0.
+    pub free: u32,
+    /// Cells in the list of free ones.
+    pub free_count: u32,
+    /// Cells that were ever used; those after them are untouched.
+    pub cells_used: u32,
+    /// Bits of the hash that index the directory of the hash table.
+    pub depth: u32,
+    /// `Live` entries in the order of the eviction policy: next victim, last victim.
+    pub recency: [u32; 2],
+    /// `Live` entries by fetch time: earliest, latest.
+    pub fetch_time: [u32; 2],
+    /// Entries that could not be deleted: next to retry, last to retry.
+    pub delete_failed: [u32; 2],
+    /// Entries that are being written or deleted.
+    pub in_progress: [u32; 2],
+    /// Segments of the hash table.
+    pub segments: u32,
+    /// Words of the string arena that were ever used, word 0 included; those after them are
+    /// untouched.
+    pub strings_used: u32,
+    /// First free string of one word, of two words, and so on, or 0.
+    pub free_strings: [u32; STRING_SIZES],
+}
+
+/// Memory for cells, hash table and strings.
+///
+/// `grow_*` takes the new length in elements, never less than the present one; new elements are
+/// zero. Growth that fails leaves everything unchanged.
+pub trait Storage {
+    /// Whether this process alone can change the memory.
+    const EXCLUSIVE: bool = false;
+
+    /// The header.
+    fn header(&self) -> &Header;
+    /// The header, mutable.
+    fn header_mut(&mut self) -> &mut Header;
+    /// All cells.
+    fn cells(&self) -> &[Cell];
+    /// All cells, mutable.
+    fn cells_mut(&mut self) -> &mut [Cell];
+    /// All slots of the hash table.
+    fn slots(&self) -> &[u32];
+    /// All slots of the hash table, mutable.
+    fn slots_mut(&mut self) -> &mut [u32];
+    /// The hash table's directory of segments.
+    fn directory(&self) -> &[u32];
+    /// The hash table's directory of segments, mutable.
+    fn directory_mut(&mut self) -> &mut [u32];
+    /// All words of the string arena.
+    fn strings(&self) -> &[u32];
+    /// All words of the string arena, mutable.
+    fn strings_mut(&mut self) -> &mut [u32];
+    /// Grows the cells.
+    fn grow_cells(&mut self, len: usize) -> Result<()>;
+    /// Grows the slots.
+    fn grow_slots(&mut self, len: usize) -> Result<()>;
+    /// Grows the directory.
+    fn grow_directory(&mut self, len: usize) -> Result<()>;
+    /// Grows the string arena.
+    fn grow_strings(&mut self, len: usize) -> Result<()>;
+}
+
+/// Memory of one process.
+#[derive(Debug, Default)]
+pub struct Heap {
+    rebuilding: bool,
+    header: Header,
+    cells: Vec<Cell>,
+    slots: Vec<u32>,
+    directory: Vec<u32>,
+    strings: Vec<u32>,
+}
+
+impl Heap {
+    /// Memory of an index that rejects values until [`Heap::complete`], because it does not list yet
+    /// what is in the cache store.
+    #[must_use]
+    pub fn rebuilding() -> Self {
+        Heap {
+            rebuilding: true,
+            ..Heap::default()
+        }
+    }
+
+    /// Everything that is in the cache store was adopted.
+    pub fn complete(&mut self) {
+        self.rebuilding = false;
+    }
+
+    /// Whether the index is complete.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        !self.rebuilding
+    }
+}
+
+fn grow<T: Pod>(vec: &mut Vec<T>, len: usize) -> Result<()> {
+    // A large allocation grows by remapping its pages, and pages that were never touched are not
+    // resident, so plain doubling causes neither a pause nor memory in use.
+    let more = len.saturating_sub(vec.len());
+    vec.try_reserve(more).map_err(|_| Error::Full)?;
+    vec.resize(len, T::zeroed());
+    Ok(())
+}
+
+impl Storage for Heap {
+    const EXCLUSIVE: bool = true;
+
+    fn header(&self) -> &Header {
+        &self.header
+    }
+    fn header_mut(&mut self) -> &mut Header {
+        &mut self.header
+    }
+    fn cells(&self) -> &[Cell] {
+        &self.cells
+    }
+    fn cells_mut(&mut self) -> &mut [Cell] {
+        &mut self.cells
+    }
+    fn slots(&self) -> &[u32] {
+        &self.slots
+    }
+    fn slots_mut(&mut self) -> &mut [u32] {
+        &mut self.slots
+    }
+    fn directory(&self) -> &[u32] {
+        &self.directory
+    }
+    fn directory_mut(&mut self) -> &mut [u32] {
+        &mut self.directory
+    }
+    fn strings(&self) -> &[u32] {
+        &self.strings
+    }
+    fn strings_mut(&mut self) -> &mut [u32] {
+        &mut self.strings
+    }
+    fn grow_cells(&mut self, len: usize) -> Result<()> {
+        grow(&mut self.cells, len)
+    }
+    fn grow_slots(&mut self, len: usize) -> Result<()> {
+        grow(&mut self.slots, len)
+    }
+    fn grow_directory(&mut self, len: usize) -> Result<()> {
+        grow(&mut self.directory, len)
+    }
+    fn grow_strings(&mut self, len: usize) -> Result<()> {
+        grow(&mut self.strings, len)
+    }
+}

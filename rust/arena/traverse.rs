@@ -1,0 +1,96 @@
+//! Traversal of the tree below a directory, and of a list. Each is bounded, because a damaged file
+//! may hold cycles.
+
+use super::arena::{Arena, List};
+use super::cell::Kind;
+use super::storage::Storage;
+use super::tree::{CYCLE, EMPTY};
+use crate::error::{Error, Result};
+
+impl<S: Storage> Arena<S> {
+    /// Up to `limit` entries below the directory or object `top`, in any state that `want` accepts.
+    /// Takes time in proportion to what is found plus what `want` rejects.
+    pub(crate) fn entries_below(
+        &self,
+        top: u32,
+        limit: usize,
+        mut want: impl FnMut(&Self, u32) -> Result<bool>,
+    ) -> Result<Vec<u32>> {
+        let mut found = Vec::new();
+        // Every cell is entered once and left once.
+        let mut steps = 2 * self.storage.cells().len();
+        let mut step = || {
+            steps = steps.checked_sub(1).ok_or(CYCLE)?;
+            Ok(())
+        };
+        let mut at = self.get(top)?.older;
+        while at != 0 && found.len() < limit {
+            step()?;
+            let cell = self.get(at)?;
+            if matches!(cell.kind()?, Kind::Dir | Kind::Object) {
+                if cell.older == 0 {
+                    return Err(EMPTY);
+                }
+                at = cell.older;
+                continue;
+            }
+            if want(self, at)? {
+                found.push(at);
+            }
+            let mut climb = at;
+            loop {
+                step()?;
+                let cell = self.get(climb)?;
+                if cell.right != 0 {
+                    at = cell.right;
+                    break;
+                }
+                climb = cell.parent;
+                if climb == top || climb == 0 {
+                    return Ok(found);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// The same without the directories in `top`: its own values, and the ranges of its own keys.
+    pub(crate) fn entries_in(
+        &self,
+        top: u32,
+        limit: usize,
+        mut want: impl FnMut(&Self, u32) -> Result<bool>,
+    ) -> Result<Vec<u32>> {
+        let mut found = Vec::new();
+        let mut steps = self.storage.cells().len();
+        let mut at = self.get(top)?.older;
+        while at != 0 && found.len() < limit {
+            steps = steps.checked_sub(1).ok_or(CYCLE)?;
+            let cell = self.get(at)?;
+            match cell.kind()? {
+                Kind::Dir => {}
+                Kind::Object => {
+                    found.extend(self.entries_below(at, limit - found.len(), &mut want)?);
+                }
+                _ if want(self, at)? => found.push(at),
+                _ => {}
+            }
+            at = cell.right;
+        }
+        Ok(found)
+    }
+
+    /// All cells of a list from its first one; an error where there are more than cells.
+    pub(crate) fn list_cells(&self, list: List) -> Result<Vec<u32>> {
+        let mut cells = Vec::new();
+        let mut at = self.list(list)[0];
+        while at != 0 {
+            if cells.len() > self.storage.cells().len() {
+                return Err(Error::Corrupt("list: cycle"));
+            }
+            cells.push(at);
+            at = self.neighbour(list, at, true)?;
+        }
+        Ok(cells)
+    }
+}

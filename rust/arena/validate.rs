@@ -1,0 +1,231 @@
+//! Validation: every counter, list and table recomputed from the cells.
+
+use super::arena::{Arena, List, OVERFLOW, ROOT, WRONG_STATE};
+use super::cell::{Kind, State};
+use super::hash_table::SEGMENT;
+use super::storage::{STRING_SIZES, Storage};
+use super::tree::EMPTY;
+use crate::error::{Error, Result};
+
+fn check(holds: bool, what: &'static str) -> Result<()> {
+    if holds {
+        Ok(())
+    } else {
+        Err(Error::Corrupt(what))
+    }
+}
+
+/// For each word of the string arena that was ever used: whether a label or a free list has it.
+struct Words(Vec<bool>);
+
+impl Words {
+    fn new(used: usize) -> Self {
+        let mut words = vec![false; used];
+        // Word 0 is never used.
+        if let Some(first) = words.first_mut() {
+            *first = true;
+        }
+        Words(words)
+    }
+
+    fn add(&mut self, at: u32, words: usize) -> Result<()> {
+        let range = at as usize..(at as usize).saturating_add(words);
+        let string = self.0.get_mut(range).unwrap_or_default();
+        check(
+            string.len() == words && !string.contains(&true),
+            "strings: a word in use twice",
+        )?;
+        string.fill(true);
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        check(!self.0.contains(&false), "strings: a word that is lost")
+    }
+}
+
+/// What the header says about the entries, recomputed.
+#[derive(Default)]
+struct Totals {
+    used_bytes: u64,
+    live_bytes: u64,
+    entries: u64,
+    live: u64,
+    failed: u64,
+}
+
+impl<S: Storage> Arena<S> {
+    /// Recomputes everything. Takes time in proportion to the size of the index.
+    pub fn validate(&self) -> Result<()> {
+        let header = *self.header();
+        check(
+            header.cells_used as usize <= self.storage.cells().len(),
+            "more cells used than there are",
+        )?;
+        check(
+            header.strings_used as usize <= self.storage.strings().len(),
+            "more strings used than there are",
+        )?;
+        let mut totals = Totals::default();
+        let [mut free, mut named, mut children] = [0u64; 3];
+        let mut words = Words::new(header.strings_used as usize);
+        for i in ROOT..header.cells_used {
+            let cell = self.get(i)?;
+            let kind = cell.kind()?;
+            if kind == Kind::Free {
+                free += 1;
+                continue;
+            }
+            if let Some((at, len)) = cell.string()? {
+                words.add(at, len)?;
+            }
+            if i != ROOT {
+                named += 1;
+                self.validate_name(i)?;
+            }
+            if matches!(kind, Kind::Dir | Kind::Object) {
+                children += self.validate_children(i)?;
+                continue;
+            }
+            totals.entries += 1;
+            let add = |sum: u64| sum.checked_add(cell.size).ok_or(OVERFLOW);
+            totals.used_bytes = add(totals.used_bytes)?;
+            match cell.state() {
+                State::Live => {
+                    totals.live += 1;
+                    totals.live_bytes = add(totals.live_bytes)?;
+                }
+                State::DeleteFailed => totals.failed += 1,
+                State::Writing | State::Deleting => {}
+            }
+        }
+        check(totals.used_bytes == header.used_bytes, "used bytes")?;
+        check(totals.live_bytes == header.live_bytes, "live bytes")?;
+        check(totals.entries == header.entries, "count of entries")?;
+        check(totals.live == header.live_entries, "count of live entries")?;
+        for size in 1..=STRING_SIZES {
+            for at in self.free_strings(size)? {
+                words.add(at, size)?;
+            }
+        }
+        words.check()?;
+        check(children == named, "tree: a cell missing from its parent")?;
+        self.validate_free(free)?;
+        self.validate_lists(&totals)?;
+        self.validate_table(named)
+    }
+
+    fn validate_name(&self, i: u32) -> Result<()> {
+        let hash = self.hash_of(i)?;
+        let found = self.table_find(hash, |at| Ok(at == i))?;
+        check(found == Some(i), "hash table: cell missing")?;
+        let (key, range) = self.name(i)?;
+        let kind = self.get(i)?.kind()?;
+        let again = match kind {
+            Kind::Dir => self.find_dir(&format!("{key}/"))?,
+            Kind::Object => self.find_object(&key)?,
+            _ => self.find(&key, range)?,
+        };
+        check(again == Some(i), "tree: a key that leads to another cell")
+    }
+
+    /// Returns the number of children.
+    fn validate_children(&self, i: u32) -> Result<u64> {
+        let parent = *self.get(i)?;
+        let (mut at, mut before, mut count) = (parent.older, 0, 0u32);
+        while at != 0 {
+            let cell = self.get(at)?;
+            check(
+                cell.parent == i && cell.left == before,
+                "tree: a child of another parent",
+            )?;
+            count += 1;
+            check(count <= parent.newer, "tree: more children than counted")?;
+            (before, at) = (at, cell.right);
+        }
+        check(count == parent.newer, "tree: count of children")?;
+        if count == 0 && i != ROOT {
+            return Err(EMPTY);
+        }
+        if parent.kind()? == Kind::Object {
+            for hint in [parent.earlier, parent.later] {
+                if hint == 0 {
+                    continue;
+                }
+                let cell = self.get(hint)?;
+                let good = cell.parent == i && cell.is_entry() && cell.state() == State::Live;
+                check(good, "tree: a hint that is no live child")?;
+            }
+        }
+        Ok(u64::from(count))
+    }
+
+    fn validate_free(&self, free: u64) -> Result<()> {
+        let (mut at, mut count) = (self.header().free, 0u64);
+        while at != 0 && count <= free {
+            let cell = self.get(at)?;
+            check(cell.kind()? == Kind::Free, "free list: cell in use")?;
+            (at, count) = (cell.older, count + 1);
+        }
+        check(
+            count == free && free == u64::from(self.header().free_count),
+            "free list: count",
+        )
+    }
+
+    fn validate_lists(&self, totals: &Totals) -> Result<()> {
+        for (list, count) in [
+            (List::Recency, totals.live),
+            (List::FetchTime, totals.live),
+            (List::DeleteFailed, totals.failed),
+            (
+                List::InProgress,
+                totals.entries - totals.live - totals.failed,
+            ),
+        ] {
+            let cells = self.list_cells(list)?;
+            let (mut before, mut latest) = (0, 0);
+            for &i in &cells {
+                let cell = self.get(i)?;
+                if !cell.is_entry() || !list.holds(cell.state()) {
+                    return Err(WRONG_STATE);
+                }
+                check(
+                    self.neighbour(list, i, false)? == before,
+                    "list: broken back link",
+                )?;
+                if list == List::FetchTime {
+                    check(cell.time() >= latest, "list: fetch times out of order")?;
+                    latest = cell.time();
+                }
+                before = i;
+            }
+            check(self.list(list)[1] == before, "list: wrong last cell")?;
+            check(cells.len() as u64 == count, "list: count")?;
+        }
+        Ok(())
+    }
+
+    fn validate_table(&self, named: u64) -> Result<()> {
+        let mut counted = 0u64;
+        let depth = self.header().depth;
+        let len = 1usize.checked_shl(depth);
+        let directory = len.and_then(|len| self.storage.directory().get(..len));
+        let directory = directory.ok_or(Error::Corrupt("hash table: directory too short"))?;
+        for number in 0..self.header().segments {
+            let segment = self.segment(number as usize)?;
+            let used = segment.iter().skip(2).filter(|slot| **slot != 0).count();
+            check(
+                used == segment[0] as usize && used < SEGMENT - 2,
+                "hash table: count of a segment",
+            )?;
+            counted += used as u64;
+            let pointers = directory.iter().filter(|entry| **entry == number).count();
+            check(
+                segment[1] <= depth && pointers == 1 << (depth - segment[1]),
+                "hash table: pointers to a segment",
+            )?;
+        }
+        check(counted == named, "hash table: count")
+    }
+}

@@ -1,0 +1,325 @@
+//! The cache as its callers see it: its bounds, its counters, and the types of its answers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use foldhash::fast::RandomState;
+
+use super::entry::SKEW;
+use super::in_flight::{Flights, Ticket};
+use super::peers::{Peers, Version};
+use super::reserve::Reservation;
+use super::verified::VerifiedSet;
+use crate::arena::{Arena, Cell, ROOT, State};
+use crate::error::{Error, Result};
+use crate::key::{self, ByteRange};
+use crate::policy::{Eviction, Lru};
+
+/// Entries that one step names at most, so that no step holds the lock for long.
+pub const BATCH: usize = 1024;
+
+/// The bounds of a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes that the cache store may hold at most.
+    pub max_size: u64,
+    /// Milliseconds after its fetch from which on an entry is stale; `None` for never.
+    pub max_age: Option<u64>,
+    /// Whether a cached full value also answers requests that select none of its bytes or name
+    /// more than it has. Sources disagree about those, so only for a source known to slice so.
+    pub slices_like_python: bool,
+    /// Whether the cache store can hold `a` beside `a/b`; a file system cannot.
+    pub flat_namespace: bool,
+    /// When to compare the bytes of an entry with its checksum.
+    pub verify: Verify,
+}
+
+/// When the bytes of an entry are compared with its checksum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// Never, except once for what a rebuild has found in a file system.
+    #[default]
+    Never,
+    /// At the first hit in each process.
+    First,
+    /// At each hit.
+    Always,
+}
+
+/// Indexes that this process has made, or its parent before the fork. Each numbers its tickets and
+/// reservations from another start, so what began with one index never ends in another.
+static INDEXES: AtomicU64 = AtomicU64::new(0);
+const NUMBER_BITS: u32 = 40;
+
+/// Bytes to delete: the cell that counts them, and their name in the cache store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Victim {
+    /// To be reported back.
+    pub cell: u32,
+    /// Name in the cache store.
+    pub cache_key: String,
+}
+
+/// An entry that can serve a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Names the entry for [`Cache::discard`].
+    pub handle: u64,
+    /// What the entry holds.
+    pub range: ByteRange,
+    /// Bytes of the entry.
+    pub size: u64,
+    /// CRC32C of the entry, where it is known.
+    pub checksum: Option<u32>,
+    /// First byte of the entry that was asked for.
+    pub start: u64,
+    /// Bytes that were asked for.
+    pub length: u64,
+}
+
+/// Counters since the process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Requests served from the cache store.
+    pub hits: u64,
+    /// Requests that were not.
+    pub misses: u64,
+    /// Entries removed because bytes were needed.
+    pub evictions: u64,
+    /// Those of them that were stale.
+    pub expirations: u64,
+    /// Values that were left uncached.
+    pub rejections: u64,
+}
+
+/// An index with its bounds, flights and reservations.
+///
+/// `S` is the memory, `T` what the readers of a flight wait on, `P` the eviction policy.
+#[derive(Debug)]
+pub struct Cache<S, T, P = Lru> {
+    pub(crate) arena: Arena<S>,
+    pub(super) policy: P,
+    pub(super) limits: Limits,
+    pub(super) flights: Flights<T>,
+    pub(super) reservations: HashMap<u64, Reservation, RandomState>,
+    pub(super) next_reservation: u64,
+    pub(super) stats: Stats,
+    /// Entries of a shared index that this process has verified.
+    pub(super) verified: VerifiedSet,
+    /// See [`Cache::generation`].
+    pub(super) generation: u64,
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// A cache over empty memory.
+    pub fn new(storage: S, limits: Limits, seed: u64) -> Result<Self> {
+        let mut cache = Cache::over(storage, limits);
+        cache.init(seed)?;
+        Ok(cache)
+    }
+
+    pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
+        self.arena.table_init()?;
+        self.arena.tree_init(seed)
+    }
+
+    /// A cache over memory that holds an index already.
+    pub(crate) fn over(storage: S, limits: Limits) -> Self {
+        let first = INDEXES.fetch_add(1, Ordering::Relaxed) << NUMBER_BITS | 1;
+        Cache {
+            arena: Arena::new(storage),
+            policy: P::default(),
+            limits,
+            flights: Flights::new(first),
+            reservations: HashMap::default(),
+            next_reservation: first,
+            stats: Stats::default(),
+            verified: VerifiedSet::default(),
+            generation: 0,
+        }
+    }
+
+    /// The bounds.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Changes the bounds and when to verify; a smaller size is enforced before new bytes are
+    /// written.
+    pub fn set_limits(&mut self, max_size: u64, max_age: Option<u64>, verify: Verify) {
+        self.limits.max_size = max_size;
+        self.arena.storage.set_bound(max_size);
+        self.limits.max_age = max_age;
+        self.limits.verify = verify;
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Bytes that the cache store holds for this cache, or may hold.
+    #[must_use]
+    pub fn current_size(&self) -> u64 {
+        self.arena.header().used_bytes
+    }
+
+    /// Entries that can be served.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.arena.header().live_entries
+    }
+
+    /// Whether nothing can be served.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of memory that the index has touched.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        let header = self.arena.header();
+        let cells = u64::from(header.cells_used) * size_of::<Cell>() as u64;
+        let strings = u64::from(header.strings_used) * size_of::<u32>() as u64;
+        let slots = std::mem::size_of_val(self.arena.storage.slots());
+        cells + strings + (slots + self.verified.memory()) as u64
+    }
+
+    pub(super) fn is_stale(&self, cell: &Cell, now: u64) -> bool {
+        match self.limits.max_age {
+            None => false,
+            // The age of a fetch in the future is unknown, so it is not fresh.
+            Some(age) => {
+                let fetched = cell.time();
+                fetched == 0
+                    || fetched.saturating_sub(now) > SKEW
+                    || now.saturating_sub(fetched) >= age
+            }
+        }
+    }
+
+    pub(super) fn can_serve(&self, cell: &Cell, now: u64) -> bool {
+        cell.is_entry() && cell.state() == State::Live && !self.is_stale(cell, now)
+    }
+
+    pub(super) fn version(&self, key: &str) -> Version {
+        if S::EXCLUSIVE {
+            // There are no other writers, and our own writes invalidate the flights.
+            return Version::default();
+        }
+        let hashes = key::and_above(key).map(shared_hash);
+        hashes.fold(Version::default(), |[sum, _], hash| {
+            let [version, epoch] = self.arena.storage.version(hash);
+            // Versions only ever grow, so no two changes cancel each other.
+            [sum.wrapping_add(version), epoch]
+        })
+    }
+
+    /// Whether the ticket of a reservation is still valid.
+    pub(super) fn is_valid(&self, reservation: &Reservation) -> bool {
+        // In memory of one process every invalidation is counted.
+        S::EXCLUSIVE && reservation.invalidation_epoch == self.flights.invalidation_epoch()
+            || self
+                .valid_key(&reservation.key, reservation.ticket)
+                .is_some()
+    }
+
+    /// The key of a ticket under which a value may be cached.
+    pub(super) fn valid_key(&self, key: &str, ticket: Ticket) -> Option<&Arc<str>> {
+        let valid = self.flights.valid(key, ticket, self.version(key))?;
+        (S::EXCLUSIVE || !self.is_written(key)).then_some(valid)
+    }
+
+    /// Whether a participant is changing this key or a directory above it.
+    fn is_written(&self, key: &str) -> bool {
+        let storage = &self.arena.storage;
+        let is_written = |name| storage.is_written(shared_hash(name));
+        storage.has_writers() && key::and_above(key).any(is_written)
+    }
+
+    /// Whether it is for this participant to [`Cache::adopt`].
+    #[must_use]
+    pub fn owns_rebuild(&self) -> bool {
+        self.arena.storage.owns_rebuild()
+    }
+
+    /// Whether the index lists everything that is in the cache store.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.arena.storage.is_complete()
+    }
+
+    /// Times that the index was emptied; cell numbers of another generation mean nothing.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The slot of this participant; `None` where the index is not shared.
+    #[must_use]
+    pub fn slot(&self) -> Option<usize> {
+        (!S::EXCLUSIVE).then(|| self.arena.storage.own_slot())
+    }
+
+    /// Entries in every state with their bytes, for tests and tools.
+    pub fn entries(&self) -> Result<Vec<(String, ByteRange, u64, State)>> {
+        let all = self
+            .arena
+            .entries_below(ROOT, usize::MAX, |_, _| Ok(true))?;
+        let mut entries = Vec::with_capacity(all.len());
+        for i in all {
+            let (key, range) = self.arena.name(i)?;
+            let cell = self.arena.get(i)?;
+            entries.push((key, range, cell.size, cell.state()));
+        }
+        Ok(entries)
+    }
+
+    /// Keys and ranges in the order of the eviction policy, next victim first.
+    pub fn recency(&self) -> Result<Vec<(String, ByteRange)>> {
+        let order = self.policy.order(&self.arena)?;
+        order.into_iter().map(|i| self.arena.name(i)).collect()
+    }
+
+    /// Open flights, and reservations that are not committed.
+    #[must_use]
+    pub fn in_flight(&self) -> (usize, usize) {
+        (self.flights.len(), self.reservations.len())
+    }
+
+    /// Recomputes every counter and list from the cells and the reservations.
+    pub fn validate(&self) -> Result<()> {
+        self.arena.validate()?;
+        let mut parts = self.reservations.values().map(|r| r.reserved);
+        let reserved = parts.try_fold(0u64, u64::checked_add);
+        let storage = &self.arena.storage;
+        let header = self.arena.header();
+        // In a shared index each participant knows its own part only.
+        let own = storage.participants().get(storage.own_slot());
+        let counted = own.map_or(header.reserved_bytes, |own| own.reserved_bytes);
+        if reserved != Some(counted) {
+            return Err(Error::Corrupt("reserved bytes"));
+        }
+        for reservation in self.reservations.values().filter(|r| r.cell != 0) {
+            if self.arena.get(reservation.cell)?.state() != State::Writing {
+                return Err(Error::Corrupt("granted reservation that is not written"));
+            }
+        }
+        // A directory may have been opened with a smaller bound; the next fill enforces it.
+        let alone = storage.participants().is_empty();
+        let bytes = header.used_bytes.saturating_add(header.reserved_bytes);
+        if alone && bytes > self.limits.max_size {
+            return Err(Error::Corrupt("more bytes than the bound allows"));
+        }
+        Ok(())
+    }
+}
+
+/// Hash by which versions go: the same in every process, whatever its seed.
+pub(super) fn shared_hash(key: &str) -> u64 {
+    key::hash(key.as_bytes(), 0, 0)
+}

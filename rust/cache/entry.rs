@@ -1,0 +1,190 @@
+//! Entries: their states, and the counters of their bytes.
+//!
+//! ```text
+//!            granted            committed
+//!   (none) ───────────▶ Writing ─────────▶ Live ─────┐ evicted, expired,
+//!                          │ aborted,                │ overwritten, damaged
+//!                          ▼ invalidated             ▼
+//!   (none) ◀─────────── Deleting ◀───────────────────┘
+//!            deleted       │ ▲
+//!                   failed ▼ │ retried
+//!                      DeleteFailed
+//! ```
+//!
+//! `used_bytes` counts an entry in every state, because until its delete has returned its bytes may
+//! still be there. It changes in [`Cache::begin_writing`] and [`Cache::release`] only;
+//! `live_bytes` changes in [`Cache::make_live`] and [`Cache::begin_delete`] only.
+
+use super::cache::Cache;
+use super::peers::Peers;
+use crate::arena::{Kind, List, OVERFLOW, State};
+use crate::error::{Error, Result};
+use crate::key::ByteRange;
+use crate::policy::Eviction;
+
+const UNDERFLOW: Error = Error::Corrupt("counter underflow");
+
+/// Milliseconds that a clock may seem to run backwards without having been set: threads read it
+/// before they wait for the lock, so the readings arrive out of order. An entry from such a future
+/// was fetched just now.
+pub(super) const SKEW: u64 = 1000;
+
+/// Entries that one step passes to find the position of an older one, so that no step holds the
+/// lock for long.
+const SEARCH: u32 = 1024;
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Makes an entry for bytes that are about to be written; `None` where there is one.
+    pub(super) fn begin_writing(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        size: u64,
+    ) -> Result<Option<u32>> {
+        let used = self.arena.header().used_bytes.checked_add(size);
+        let used = used.ok_or(Error::Full)?;
+        let Some(i) = self.arena.insert(key, range)? else {
+            return Ok(None);
+        };
+        let cell = self.arena.get_mut(i)?;
+        cell.size = size;
+        cell.set_state(State::Writing);
+        self.link_in_progress(i)?;
+        let header = self.arena.header_mut();
+        header.used_bytes = used;
+        header.entries = header.entries.checked_add(1).ok_or(OVERFLOW)?;
+        Ok(Some(i))
+    }
+
+    /// The bytes of a `Writing` entry are complete and valid. Its age counts from `fetched`, which
+    /// may be before `now`.
+    pub(super) fn make_live(
+        &mut self,
+        i: u32,
+        checksum: Option<u32>,
+        fetched: u64,
+        now: u64,
+    ) -> Result<()> {
+        self.arena.unlink(List::InProgress, i)?;
+        let cell = self.arena.get_mut(i)?;
+        cell.set_checksum(checksum);
+        cell.set_state(State::Live);
+        let (size, parent, kind) = (cell.size, cell.parent, cell.kind()?);
+        self.undate_future(now)?;
+        self.link_by_time(i, fetched.min(now))?;
+        self.policy.insert(&mut self.arena, i)?;
+        if kind != Kind::Value {
+            let widest = self.arena.get(parent)?.earlier;
+            let wider = widest == 0 || self.arena.get(widest)?.size < size;
+            let object = self.arena.get_mut(parent)?;
+            object.later = i;
+            if wider {
+                object.earlier = i;
+            }
+        }
+        let header = self.arena.header_mut();
+        header.live_bytes = header.live_bytes.checked_add(size).ok_or(OVERFLOW)?;
+        header.live_entries = header.live_entries.checked_add(1).ok_or(OVERFLOW)?;
+        Ok(())
+    }
+
+    /// Links an entry by its fetch time. The time of one that was fetched before more than [`SEARCH`]
+    /// others is dropped, so it counts as stale.
+    fn link_by_time(&mut self, i: u32, fetched: u64) -> Result<()> {
+        let fetched = fetched.max(1);
+        let mut before = self.arena.list(List::FetchTime)[1];
+        for _ in 0..SEARCH {
+            let time = match before {
+                0 => 0,
+                _ => self.arena.get(before)?.time(),
+            };
+            if time > fetched {
+                before = self.arena.neighbour(List::FetchTime, before, false)?;
+                continue;
+            }
+            let cell = self.arena.get_mut(i)?;
+            cell.set_time(fetched);
+            // Unknown times are at the front, those that do not fit into a cell included.
+            return match (before, cell.time()) {
+                (0, _) | (_, 0) => self.arena.link(List::FetchTime, i, false),
+                _ => self.arena.link_behind(List::FetchTime, i, before),
+            };
+        }
+        self.arena.get_mut(i)?.set_time(0);
+        self.arena.link(List::FetchTime, i, false)
+    }
+
+    /// After the clock was set back, the age of entries that were fetched "later" than now is
+    /// unknown: they move to the front of the list with time 0, which is stale under any maximum
+    /// age. Each moves once, so a step costs no more than the entries that it concerns.
+    fn undate_future(&mut self, now: u64) -> Result<()> {
+        loop {
+            let latest = self.arena.list(List::FetchTime)[1];
+            if latest == 0 || self.arena.get(latest)?.time() <= now.saturating_add(SKEW) {
+                return Ok(());
+            }
+            self.undate(latest)?;
+        }
+    }
+
+    /// Marks the fetch time of a `Live` entry as unknown.
+    pub(super) fn undate(&mut self, i: u32) -> Result<()> {
+        self.arena.unlink(List::FetchTime, i)?;
+        self.arena.get_mut(i)?.set_time(0);
+        self.arena.link(List::FetchTime, i, false)
+    }
+
+    /// Notes that this participant is writing or deleting the bytes of an entry.
+    fn link_in_progress(&mut self, i: u32) -> Result<()> {
+        let owner = self.arena.storage.own_slot() as u32 + 1;
+        self.arena.link(List::InProgress, i, true)?;
+        self.arena.get_mut(i)?.earlier = owner;
+        Ok(())
+    }
+
+    /// A `Live` entry is no longer valid; the caller deletes its bytes. Returns their number.
+    pub(super) fn begin_delete(&mut self, i: u32) -> Result<u64> {
+        self.policy.remove(&mut self.arena, i)?;
+        self.arena.unlink(List::FetchTime, i)?;
+        let cell = self.arena.get_mut(i)?;
+        cell.set_state(State::Deleting);
+        let (size, parent, kind) = (cell.size, cell.parent, cell.kind()?);
+        self.link_in_progress(i)?;
+        if kind != Kind::Value {
+            // The hints of an object name live children only.
+            self.arena.get_mut(parent)?.forget_hint(i);
+        }
+        let header = self.arena.header_mut();
+        header.live_bytes = header.live_bytes.checked_sub(size).ok_or(UNDERFLOW)?;
+        header.live_entries = header.live_entries.checked_sub(1).ok_or(UNDERFLOW)?;
+        Ok(size)
+    }
+
+    /// A failed delete is tried once more. Returns the number of its bytes.
+    pub(super) fn retry_delete(&mut self, i: u32) -> Result<u64> {
+        self.arena.unlink(List::DeleteFailed, i)?;
+        let cell = self.arena.get_mut(i)?;
+        cell.set_state(State::Deleting);
+        let size = cell.size;
+        self.link_in_progress(i)?;
+        Ok(size)
+    }
+
+    /// The bytes of an entry in progress could not be deleted.
+    pub(super) fn delete_failed(&mut self, i: u32) -> Result<()> {
+        self.arena.unlink(List::InProgress, i)?;
+        self.arena.get_mut(i)?.set_state(State::DeleteFailed);
+        self.arena.link(List::DeleteFailed, i, true)
+    }
+
+    /// The bytes of a `Deleting` entry are gone.
+    pub(super) fn release(&mut self, i: u32) -> Result<()> {
+        let size = self.arena.get(i)?.size;
+        self.arena.unlink(List::InProgress, i)?;
+        self.arena.remove(i)?;
+        let header = self.arena.header_mut();
+        header.used_bytes = header.used_bytes.checked_sub(size).ok_or(UNDERFLOW)?;
+        header.entries = header.entries.checked_sub(1).ok_or(UNDERFLOW)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,132 @@
+//! Eviction: which entry goes next, and the outcome of deletes.
+
+use super::cache::{BATCH, Cache, Victim};
+use super::peers::Peers;
+use crate::arena::{List, State};
+use crate::error::{Error, Result};
+use crate::key::ByteRange;
+use crate::policy::Eviction;
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Drops entries of at least `size` bytes, if there are so many; a batch at most.
+    pub fn evict(&mut self, size: u64, now: u64) -> Result<Vec<Victim>> {
+        let mut victims = Vec::new();
+        let mut freed = 0u64;
+        while freed < size && victims.len() < BATCH {
+            let Some(i) = self.next_victim(now, true)? else {
+                break;
+            };
+            self.stats.evictions += u64::from(self.arena.get(i)?.state() == State::Live);
+            freed = freed.saturating_add(self.take(i, &mut victims)?);
+        }
+        Ok(victims)
+    }
+
+    /// Reports the outcome of deletes that no reservation waits for.
+    pub fn deletes_done(&mut self, deleted: &[u32], failed: &[u32]) -> Result<()> {
+        for &i in deleted {
+            if self.is_deleting(i) {
+                self.release(i)?;
+            }
+        }
+        for &i in failed {
+            if self.is_deleting(i) {
+                self.delete_failed(i)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same unless the index was emptied since this [`Cache::generation`].
+    pub fn deletes_done_since(
+        &mut self,
+        generation: u64,
+        deleted: &[u32],
+        failed: &[u32],
+    ) -> Result<()> {
+        if self.generation != generation {
+            return Ok(());
+        }
+        self.deletes_done(deleted, failed)
+    }
+
+    /// Reports that these were not deleted.
+    pub(super) fn deletes_failed(&mut self, victims: &[Victim]) -> Result<()> {
+        let failed: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+        self.deletes_done(&[], &failed)
+    }
+
+    fn is_deleting(&self, i: u32) -> bool {
+        let cell = self.arena.get(i);
+        let owner = self.arena.storage.own_slot() as u32 + 1;
+        cell.is_ok_and(|c| c.is_entry() && c.state() == State::Deleting && c.earlier == owner)
+    }
+
+    /// Whether there are bytes that could not be deleted.
+    #[must_use]
+    pub fn has_failed_deletes(&self) -> bool {
+        self.arena.header().delete_failed != [0; 2]
+    }
+
+    /// Up to `limit` failed deletes that are worth another try.
+    pub fn retry_failed(&mut self, limit: usize) -> Result<Vec<Victim>> {
+        let mut victims = Vec::new();
+        while victims.len() < limit {
+            let Some(i) = self.arena.end(List::DeleteFailed, false)? else {
+                break;
+            };
+            self.take(i, &mut victims)?;
+        }
+        Ok(victims)
+    }
+
+    /// The entry that goes next: failed deletes if asked for, then the stale, then the choice of
+    /// the policy.
+    pub(super) fn next_victim(&mut self, now: u64, failed: bool) -> Result<Option<u32>> {
+        if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
+            return Ok(Some(i));
+        }
+        // The stale are at the ends: those too old at one, those from the future at the other.
+        for at_last in [false, true] {
+            if let Some(i) = self.arena.end(List::FetchTime, at_last)?
+                && self.is_stale(self.arena.get(i)?, now)
+            {
+                return Ok(Some(i));
+            }
+        }
+        self.policy.victim(&mut self.arena)
+    }
+
+    /// Makes an entry a victim and returns its bytes, or 0 where it is in progress already.
+    pub(super) fn take(&mut self, i: u32, victims: &mut Vec<Victim>) -> Result<u64> {
+        let state = self.arena.get(i)?.state();
+        if matches!(state, State::Writing | State::Deleting) {
+            return Ok(0);
+        }
+        self.arena.prefetch(i)?;
+        let (key, range) = self.arena.name(i)?;
+        if !S::EXCLUSIVE && self.arena.find(&key, range)? != Some(i) {
+            // A damaged cell may give the name of a file that is not ours.
+            return Err(Error::Corrupt("tree: a key that leads to another cell"));
+        }
+        let size = if state == State::Live {
+            self.begin_delete(i)?
+        } else {
+            self.retry_delete(i)?
+        };
+        let cache_key = match range {
+            ByteRange::Full => key,
+            _ => range.cache_key(&key),
+        };
+        victims.push(Victim { cell: i, cache_key });
+        Ok(size)
+    }
+
+    pub(super) fn drop_all(&mut self, cells: &[u32]) -> Result<Vec<Victim>> {
+        let mut victims = Vec::with_capacity(cells.len());
+        for &i in cells {
+            self.take(i, &mut victims)?;
+        }
+        Ok(victims)
+    }
+}

@@ -1,0 +1,400 @@
+//! Source reads in flight, so that one read serves everyone who asks, and the tickets that decide
+//! whether its value may be cached.
+//!
+//! A ticket names a flight. A write, delete, prefix delete or clear invalidates the tickets of the
+//! keys that it touches, before it begins and after it has ended: a value that was read before the
+//! end of a write is never cached after it, and later readers never join such a flight. Writes by
+//! other processes show in the version of the key, with which a flight is opened and checked.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+use smallvec::{SmallVec, smallvec};
+
+use super::peers::Version;
+use crate::key::{self, ByteRange};
+
+/// Names one flight for as long as the process lives.
+pub type Ticket = u64;
+
+#[derive(Debug)]
+struct Flight<T> {
+    ticket: Ticket,
+    range: ByteRange,
+    invalidated: bool,
+    /// Version of the key when the flight was opened.
+    version: Version,
+    /// What the readers wait on; `None` for the copy that a writer puts into the cache.
+    payload: Option<T>,
+    /// Whether another reader waits, or has waited.
+    joined: bool,
+}
+
+/// A flight that is closed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ClosedFlight<T> {
+    /// What its readers waited on.
+    pub payload: Option<T>,
+    /// Whether a reader other than the one who opened it holds the payload.
+    pub joined: bool,
+}
+
+impl<T> From<Flight<T>> for ClosedFlight<T> {
+    fn from(flight: Flight<T>) -> Self {
+        ClosedFlight {
+            payload: flight.payload,
+            joined: flight.joined,
+        }
+    }
+}
+
+/// The flights of one key. Most keys have one; where there are many (a shard of which all
+/// inner chunks are read at once), they are found through an index.
+#[derive(Debug)]
+struct KeyFlights<T> {
+    flights: SmallVec<[Flight<T>; 1]>,
+    /// Made when there are many.
+    index: Option<Box<FlightIndex>>,
+}
+
+/// Positions of the flights of a key.
+#[derive(Debug, Default)]
+struct FlightIndex {
+    by_ticket: HashMap<Ticket, usize, RandomState>,
+    /// The latest flight of a range that has readers. Earlier ones were invalid when it was opened
+    /// and are never joined again.
+    by_span: HashMap<ByteRange, Ticket, RandomState>,
+}
+
+/// Flights of a key from which on there is an index.
+const MANY: usize = 16;
+
+impl<T> KeyFlights<T> {
+    fn push(&mut self, flight: Flight<T>) {
+        if let Some(index) = &mut self.index {
+            index.add(&flight, self.flights.len());
+        }
+        self.flights.push(flight);
+        if self.index.is_none() && self.flights.len() >= MANY {
+            let mut index = Box::<FlightIndex>::default();
+            for (at, flight) in self.flights.iter().enumerate() {
+                index.add(flight, at);
+            }
+            self.index = Some(index);
+        }
+    }
+
+    fn invalidate(&mut self) {
+        self.flights.iter_mut().for_each(|f| f.invalidated = true);
+    }
+
+    fn position(&self, ticket: Ticket) -> Option<usize> {
+        match &self.index {
+            Some(index) => index.by_ticket.get(&ticket).copied(),
+            None => self.flights.iter().position(|f| f.ticket == ticket),
+        }
+    }
+
+    fn get(&self, ticket: Ticket) -> Option<&Flight<T>> {
+        self.flights.get(self.position(ticket)?)
+    }
+
+    fn get_mut(&mut self, ticket: Ticket) -> Option<&mut Flight<T>> {
+        let at = self.position(ticket)?;
+        self.flights.get_mut(at)
+    }
+
+    fn remove(&mut self, ticket: Ticket) -> Option<Flight<T>> {
+        let at = self.position(ticket)?;
+        let flight = self.flights.swap_remove(at);
+        if let Some(index) = &mut self.index {
+            index.by_ticket.remove(&ticket);
+            if index.by_span.get(&flight.range) == Some(&ticket) {
+                index.by_span.remove(&flight.range);
+            }
+            if let Some(moved) = self.flights.get(at) {
+                index.by_ticket.insert(moved.ticket, at);
+            }
+        }
+        Some(flight)
+    }
+
+    /// The flight of exactly this range, if a reader may join it.
+    fn joinable(&mut self, range: ByteRange, version: Version) -> Option<&mut Flight<T>> {
+        let open =
+            |f: &&mut Flight<T>| !f.invalidated && f.version == version && f.payload.is_some();
+        match &self.index {
+            Some(index) => {
+                let ticket = *index.by_span.get(&range)?;
+                self.get_mut(ticket).filter(open)
+            }
+            None => self
+                .flights
+                .iter_mut()
+                .filter(|f| f.range == range)
+                .find(open),
+        }
+    }
+
+    /// Joins the flight of this range.
+    fn join(&mut self, range: ByteRange, version: Version) -> Option<(ByteRange, T)>
+    where
+        T: Clone,
+    {
+        let flight = self.joinable(range, version)?;
+        flight.joined = true;
+        Some((flight.range, flight.payload.clone()?))
+    }
+}
+
+impl FlightIndex {
+    fn add<T>(&mut self, flight: &Flight<T>, at: usize) {
+        self.by_ticket.insert(flight.ticket, at);
+        if flight.payload.is_some() {
+            let latest = self.by_span.entry(flight.range).or_insert(flight.ticket);
+            *latest = flight.ticket.max(*latest);
+        }
+    }
+}
+
+/// All flights of one cache.
+#[derive(Debug)]
+pub struct Flights<T> {
+    by_key: HashMap<Arc<str>, KeyFlights<T>, RandomState>,
+    writers: HashMap<Box<str>, Writers, RandomState>,
+    /// Prefixes below which the source is being changed, and by how many writers.
+    changes: HashMap<Box<str>, usize, RandomState>,
+    next: Ticket,
+    /// Counts the steps that may have invalidated a ticket or closed its flight.
+    invalidation_epoch: u64,
+}
+
+#[derive(Debug, Default)]
+struct Writers {
+    active: usize,
+    overlapped: bool,
+    /// Version of the key once the first of them had begun.
+    version: Version,
+}
+
+impl<T: Clone> Flights<T> {
+    /// Without flights; tickets are counted from `next` on.
+    pub(crate) fn new(next: Ticket) -> Self {
+        Flights {
+            by_key: HashMap::default(),
+            writers: HashMap::default(),
+            changes: HashMap::default(),
+            next,
+            invalidation_epoch: 0,
+        }
+    }
+
+    /// While this is unchanged, every ticket that was valid is still valid, as far as this process
+    /// can tell.
+    #[must_use]
+    pub(crate) fn invalidation_epoch(&self) -> u64 {
+        self.invalidation_epoch
+    }
+
+    /// Joins the flight that brings this range, or the full value.
+    pub fn join(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        version: Version,
+    ) -> Option<(ByteRange, T)> {
+        let flights = self.by_key.get_mut(key)?;
+        let found = flights.join(range, version);
+        found.or_else(|| flights.join(ByteRange::Full, version))
+    }
+
+    /// Opens a flight.
+    pub fn open(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        payload: Option<T>,
+        version: Version,
+    ) -> Ticket {
+        let ticket = self.next;
+        self.next += 1;
+        let flight = Flight {
+            ticket,
+            range,
+            invalidated: false,
+            version,
+            payload,
+            joined: false,
+        };
+        match self.by_key.get_mut(key) {
+            Some(flights) => flights.push(flight),
+            None => {
+                let flights = smallvec![flight];
+                let index = None;
+                self.by_key
+                    .insert(key.into(), KeyFlights { flights, index });
+            }
+        }
+        ticket
+    }
+
+    /// The key of a flight, if its value may be cached.
+    #[must_use]
+    pub fn valid(&self, key: &str, ticket: Ticket, version: Version) -> Option<&Arc<str>> {
+        let (key, flights) = self.by_key.get_key_value(key)?;
+        let flight = flights.get(ticket)?;
+        // A write in progress may reach the source at any moment.
+        let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
+            || !self.changes.is_empty() && self.is_changed(key);
+        (!flight.invalidated && flight.version == version && !is_written).then_some(key)
+    }
+
+    /// Closes a flight; it is never joined again.
+    pub fn close(&mut self, key: &str, ticket: Ticket) -> Option<ClosedFlight<T>> {
+        self.invalidation_epoch += 1;
+        let flights = self.by_key.get_mut(key)?;
+        let flight = flights.remove(ticket)?;
+        if flights.flights.is_empty() {
+            self.by_key.remove(key);
+        }
+        Some(flight.into())
+    }
+
+    /// The same with the key that the flight was opened with, which saves a second hash.
+    pub(crate) fn close_known(&mut self, key: Arc<str>, ticket: Ticket) -> Option<ClosedFlight<T>> {
+        self.invalidation_epoch += 1;
+        let Entry::Occupied(mut entry) = self.by_key.entry(key) else {
+            return None;
+        };
+        let flight = entry.get_mut().remove(ticket)?;
+        if entry.get().flights.is_empty() {
+            entry.remove();
+        }
+        Some(flight.into())
+    }
+
+    /// Closes the flight with this payload; it is never joined again, and its value is not cached.
+    pub fn abort(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<ClosedFlight<T>> {
+        let flights = &self.by_key.get(key)?.flights;
+        let found = flights.iter().find(|f| f.payload.as_ref().is_some_and(&is));
+        let ticket = found?.ticket;
+        self.close(key, ticket)
+    }
+
+    /// Invalidates the flights of one key.
+    pub fn invalidate_key(&mut self, key: &str) {
+        self.invalidation_epoch += 1;
+        if let Some(flights) = self.by_key.get_mut(key) {
+            flights.invalidate();
+        }
+    }
+
+    /// Invalidates the flights of all keys that `covers` accepts. Writers of these keys count as
+    /// overlapped: what they write may be gone again already.
+    pub fn invalidate_where(&mut self, covers: impl Fn(&str) -> bool) {
+        self.invalidation_epoch += 1;
+        for (key, flights) in self.by_key.iter_mut() {
+            if covers(key) {
+                flights.invalidate();
+            }
+        }
+        for (key, writers) in &mut self.writers {
+            if covers(key) {
+                writers.overlapped = true;
+            }
+        }
+    }
+
+    /// Invalidates everything: the index was emptied.
+    pub fn invalidate_all(&mut self) {
+        self.invalidate_where(|_| true);
+    }
+
+    /// A writer of this key begins. `version` is the one after its own change.
+    pub fn begin_write(&mut self, key: &str, version: Version) {
+        self.invalidate_key(key);
+        match self.writers.get_mut(key) {
+            Some(writers) => {
+                writers.active += 1;
+                writers.overlapped = true;
+            }
+            None => {
+                self.writers.insert(
+                    key.into(),
+                    Writers {
+                        active: 1,
+                        overlapped: false,
+                        version,
+                    },
+                );
+            }
+        }
+    }
+
+    /// A change of everything below this prefix begins or ends; nothing below it is cached meanwhile.
+    pub fn prefix_change(&mut self, prefix: &str, begins: bool) {
+        self.invalidation_epoch += 1;
+        match self.changes.get_mut(prefix) {
+            Some(changes) if begins => *changes += 1,
+            Some(changes) if *changes > 1 => *changes -= 1,
+            Some(_) => _ = self.changes.remove(prefix),
+            None if begins => _ = self.changes.insert(prefix.into(), 1),
+            None => {}
+        }
+    }
+
+    /// Whether this key, or a directory above it, is being changed.
+    fn is_changed(&self, key: &str) -> bool {
+        key::and_above(key).any(|name| self.changes.contains_key(name))
+    }
+
+    /// Keys and prefixes that are being changed, once for each writer.
+    pub fn changed(&self) -> impl Iterator<Item = &str> {
+        let writers = self.writers.iter();
+        let writers = writers.map(|(key, writers)| (key, writers.active));
+        let changes = self.changes.iter().map(|(prefix, times)| (prefix, *times));
+        let all = writers.chain(changes);
+        all.flat_map(|(name, times)| std::iter::repeat_n(&**name, times))
+    }
+
+    /// A writer of this key has ended, at this version. True when it was alone all the time, so that
+    /// the source is known to hold what it wrote.
+    pub fn end_write(&mut self, key: &str, version: Version) -> bool {
+        self.invalidate_key(key);
+        let Some(writers) = self.writers.get_mut(key) else {
+            return false;
+        };
+        writers.active = writers.active.saturating_sub(1);
+        let alone = !writers.overlapped && writers.version == version;
+        if writers.active == 0 {
+            self.writers.remove(key);
+        }
+        alone
+    }
+
+    /// Takes all flights and writers out. Tickets are never reused: one that is still held stays
+    /// invalid.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        let mut fresh = Flights::new(self.next);
+        fresh.invalidation_epoch = self.invalidation_epoch + 1;
+        std::mem::replace(self, fresh)
+    }
+
+    /// Flights that are open.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_key
+            .values()
+            .map(|of_key| of_key.flights.len())
+            .sum()
+    }
+
+    /// Whether no flight is open and nothing is being written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty() && self.writers.is_empty() && self.changes.is_empty()
+    }
+}

@@ -1,0 +1,217 @@
+//! Invalidation: writes and deletes in the source, forks, rebuilds and dead participants.
+
+use super::cache::{BATCH, Cache, Victim, shared_hash};
+use super::in_flight::{Flights, Ticket};
+use super::peers::Peers;
+use crate::arena::{Arena, List, ROOT, State, Storage};
+use crate::error::Result;
+use crate::key::{self, ByteRange};
+use crate::policy::Eviction;
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    fn drop_key(&mut self, key: &str) -> Result<Vec<Victim>> {
+        let mut cells = Vec::new();
+        cells.extend(self.arena.find(key, ByteRange::Full)?);
+        if let Some(object) = self.arena.find_object(key)? {
+            cells.extend(
+                self.arena
+                    .entries_below(object, usize::MAX, not_in_progress)?,
+            );
+        }
+        self.drop_all(&cells)
+    }
+
+    /// A write of this key begins: nothing that is cached of it is valid from now on.
+    pub fn begin_write(&mut self, key: &str) -> Result<Vec<Victim>> {
+        // First what may find the index damaged: a step that is repeated must not count twice.
+        let victims = self.drop_key(key)?;
+        self.bump_version(key);
+        self.announce_write(key, true);
+        self.flights.begin_write(key, self.version(key));
+        Ok(victims)
+    }
+
+    /// A write of this key has ended. Where it succeeded and no other write overlapped it, the
+    /// ticket allows its value to be cached; with a `payload`, readers may join its flight until then.
+    pub fn end_write(
+        &mut self,
+        key: &str,
+        ok: bool,
+        payload: Option<T>,
+    ) -> Result<(Vec<Victim>, Option<Ticket>)> {
+        let victims = self.drop_key(key)?;
+        let alone = self.flights.end_write(key, self.version(key));
+        self.bump_version(key);
+        self.announce_write(key, false);
+        let version = self.version(key);
+        let open = || self.flights.open(key, ByteRange::Full, payload, version);
+        let ticket = (ok && alone).then(open);
+        Ok((victims, ticket))
+    }
+
+    fn bump_version(&mut self, key: &str) {
+        if !S::EXCLUSIVE {
+            self.arena.storage.bump_version(shared_hash(key));
+        }
+    }
+
+    fn announce_write(&mut self, key: &str, begins: bool) {
+        if !S::EXCLUSIVE {
+            self.arena.storage.announce_write(shared_hash(key), begins);
+        }
+    }
+
+    /// The source has no such key.
+    pub fn drop_missing(&mut self, key: &str) -> Result<Vec<Victim>> {
+        self.drop_key(key)
+    }
+
+    /// Invalidates the flights and writes below a prefix ("" is everything). To be followed by
+    /// [`Cache::drain_prefix`].
+    pub fn invalidate_prefix(&mut self, prefix: &str) {
+        let prefix = prefix.trim_end_matches('/');
+        self.bump_version(prefix);
+        self.flights.invalidate_where(|key| is_below(key, prefix));
+    }
+
+    /// A change of everything below a prefix begins or ends; nothing below it is cached meanwhile.
+    pub fn prefix_change(&mut self, prefix: &str, begins: bool) {
+        let prefix = prefix.trim_end_matches('/');
+        self.flights.prefix_change(prefix, begins);
+        self.announce_write(prefix, begins);
+    }
+
+    /// Drops entries below a prefix ("" is everything), a batch at a time, until it returns nothing.
+    ///
+    /// Keys outside the prefix are not looked at, except that a prefix that ends inside chunk
+    /// coordinates (`a/c/12`, or a number below numbers) looks at the other chunks of that array.
+    pub fn drain_prefix(&mut self, prefix: &str) -> Result<Vec<Victim>> {
+        let prefix = prefix.trim_end_matches('/');
+        if prefix.is_empty() {
+            let cells = self.arena.entries_below(ROOT, BATCH, is_live)?;
+            return self.drop_all(&cells);
+        }
+        let mut found = Vec::new();
+        found.extend(self.arena.find(prefix, ByteRange::Full)?);
+        if let Some(object) = self.arena.find_object(prefix)? {
+            found.extend(self.arena.entries_below(object, BATCH, is_live)?);
+        }
+        if let Some(dir) = self.arena.find_dir(&format!("{prefix}/"))? {
+            found.extend(self.arena.entries_below(dir, BATCH, is_live)?);
+        }
+        for above in key::above_tails_below(prefix) {
+            if let Some(dir) = self.arena.find_dir(&above)? {
+                found.extend(self.arena.entries_in(dir, BATCH, |arena, i| {
+                    Ok(is_live(arena, i)? && is_below(&arena.name(i)?.0, prefix))
+                })?);
+            }
+        }
+        let mut victims = Vec::new();
+        for i in found {
+            if is_live(&self.arena, i)? {
+                self.take(i, &mut victims)?;
+            }
+        }
+        Ok(victims)
+    }
+
+    /// In a forked child: what other threads of the parent had in progress never ends here.
+    ///
+    /// Returns the flights, because releasing their payloads is the caller's business.
+    pub fn after_fork(&mut self) -> Result<Flights<T>> {
+        let flights = self.flights.take();
+        self.reservations.clear();
+        self.arena.header_mut().reserved_bytes = 0;
+        for i in self.arena.list_cells(List::InProgress)? {
+            self.delete_failed(i)?;
+        }
+        Ok(flights)
+    }
+
+    /// Another participant has emptied the index: nothing that began before counts any more.
+    pub(crate) fn reset(&mut self) {
+        self.generation += 1;
+        self.flights.invalidate_all();
+        self.reservations.clear();
+        self.policy.reset();
+        self.verified.clear();
+    }
+
+    /// Hashes of what is being written here.
+    pub(crate) fn writes(&self) -> Vec<u64> {
+        self.flights.changed().map(shared_hash).collect()
+    }
+
+    /// Announces writes to an index that was emptied meanwhile.
+    pub(crate) fn announce(&mut self, writes: &[u64]) {
+        for &hash in writes {
+            self.arena.storage.announce_write(hash, true);
+        }
+    }
+
+    /// Takes over what dead participants had in progress.
+    pub(crate) fn reclaim_dead(&mut self, dead: &[usize]) -> Result<()> {
+        for &n in dead {
+            let storage = &mut self.arena.storage;
+            let gone = storage.remove_participant(n);
+            let header = storage.header_mut();
+            header.reserved_bytes = header.reserved_bytes.saturating_sub(gone.reserved_bytes);
+            if gone.is_writing() {
+                // What was read during its writes may be older than what they have written.
+                storage.bump_epoch();
+            }
+            for i in self.arena.list_cells(List::InProgress)? {
+                if self.arena.get(i)?.earlier as usize == n + 1 {
+                    self.delete_failed(i)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a value that a scan of the cache store has found, unless it is known. Values are given
+    /// in the order of their fetch; time 0 means unknown. Returns whether it was added.
+    ///
+    /// What cannot be named is not added: names that zcache never gives, and keys that are too long.
+    pub fn adopt(&mut self, cache_key: &str, size: u64, fetched: u64) -> Result<bool> {
+        let Some((key, range)) = ByteRange::parse(cache_key) else {
+            return Ok(false);
+        };
+        if !key::labels_fit(key) {
+            return Ok(false);
+        }
+        // Of a key that was written since the index was emptied, the scan may have seen the old
+        // value.
+        let written = self.version(key) != self.arena.storage.first_version();
+        let Some(i) = self.begin_writing(key, range, size)? else {
+            return Ok(false);
+        };
+        if written {
+            self.delete_failed(i)?;
+            return Ok(true);
+        }
+        self.make_live(i, None, fetched, fetched)?;
+        if fetched == 0 {
+            self.undate(i)?;
+        }
+        Ok(true)
+    }
+}
+
+fn not_in_progress<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(matches!(
+        arena.get(i)?.state(),
+        State::Live | State::DeleteFailed
+    ))
+}
+
+fn is_live<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(arena.get(i)?.state() == State::Live)
+}
+
+fn is_below(key: &str, prefix: &str) -> bool {
+    prefix.is_empty()
+        || key
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}

@@ -1,0 +1,222 @@
+//! Lookups: what serves a request, and who reads the source.
+
+use super::cache::{Cache, Found, Verify, Victim};
+use super::in_flight::{ClosedFlight, Ticket};
+use super::peers::Peers;
+use crate::arena::{Cell, State};
+use crate::error::{Error, Result};
+use crate::key::{ByteRange, select, within};
+use crate::policy::Eviction;
+
+/// What a reader that found nothing does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Joined<T> {
+    /// Look up again: the value was cached meanwhile.
+    Ready,
+    /// Wait for this flight, which brings this range.
+    Follow(ByteRange, T),
+    /// Read the source; the ticket decides whether the value may be cached.
+    Lead(Ticket),
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Finds an entry that holds what is asked for, without counting or touching anything.
+    ///
+    /// For a range these are tried: the full value, the same range, and of the other ranges of the
+    /// key the widest and the newest. That takes the same time however many ranges there are; a
+    /// range inside a third one is not found.
+    pub fn peek(&self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
+        if let Some(i) = self.arena.find(key, ByteRange::Full)? {
+            let cell = self.arena.get(i)?;
+            if self.can_serve(cell, now)
+                && let Some((start, length)) =
+                    select(cell.size, range, self.limits.slices_like_python)
+            {
+                return Ok(Some(found(i, cell, ByteRange::Full, start, length)));
+            }
+        }
+        if range == ByteRange::Full {
+            return Ok(None);
+        }
+        self.peek_ranges(key, range, now)
+    }
+
+    fn peek_ranges(&self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
+        let Some(object) = self.arena.find_object(key)? else {
+            return Ok(None);
+        };
+        if let Some(i) = self.arena.find_range(object, range)? {
+            let cell = self.arena.get(i)?;
+            if self.can_serve(cell, now) {
+                return Ok(Some(found(i, cell, range, 0, cell.size)));
+            }
+        }
+        let hints = self.arena.get(object)?;
+        for i in [hints.earlier, hints.later] {
+            let cell = self.arena.get(i)?;
+            if i == 0 || !self.can_serve(cell, now) {
+                continue;
+            }
+            if cell.parent != object {
+                return Err(Error::Corrupt("tree: a hint to another key"));
+            }
+            let held = self.arena.byte_range(i)?;
+            if let Some((start, length)) = within(held, cell.size, range) {
+                return Ok(Some(found(i, cell, held, start, length)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The fast path for a full value that is served as it is: its size, or `Some(None)` for a
+    /// miss. Counts the hit or miss and touches the entry. `None` where only [`Cache::lookup`] can
+    /// tell.
+    ///
+    /// This takes half of the instructions of a general lookup, so the processor can start on the
+    /// next request while it waits for the memory of this one.
+    #[inline]
+    pub fn hit(&mut self, key: &str, now: u64) -> Option<Option<u64>> {
+        let Some(i) = self.arena.find_chunk(key)? else {
+            self.stats.misses += 1;
+            return Some(None);
+        };
+        let cell = self.arena.get(i).ok()?;
+        if !self.can_serve(cell, now) || self.needs_check(i, cell) {
+            return None;
+        }
+        let size = cell.size;
+        self.policy.touch(&mut self.arena, i).ok()?;
+        self.stats.hits += 1;
+        Some(Some(size))
+    }
+
+    /// Finds an entry that holds what is asked for, touches it, and counts a hit or a miss.
+    #[inline]
+    pub fn lookup(&mut self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
+        let found = self.peek(key, range, now)?;
+        match found {
+            Some(found) => {
+                self.policy.touch(&mut self.arena, found.handle as u32)?;
+                self.stats.hits += 1;
+            }
+            None => self.stats.misses += 1,
+        }
+        Ok(found)
+    }
+
+    /// The bytes of a hit were missing, short or damaged. The entry is dropped if it is still the
+    /// same one, and the request counts as a miss.
+    pub fn discard(&mut self, at: u64) -> Result<Vec<Victim>> {
+        self.recount_as_miss();
+        let i = at as u32;
+        match self.arena.get(i) {
+            Ok(cell) if is_same(cell, i, at) => self.drop_all(&[i]),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// A hit could not be used after all; the request counts as a miss.
+    pub fn recount_as_miss(&mut self) {
+        self.stats.hits = self.stats.hits.saturating_sub(1);
+        self.stats.misses += 1;
+    }
+
+    /// A miss was served by a pending fill; the request counts as a hit.
+    pub fn recount_as_hit(&mut self) {
+        self.stats.misses = self.stats.misses.saturating_sub(1);
+        self.stats.hits += 1;
+    }
+
+    /// A request bypassed the index.
+    pub fn count_miss(&mut self) {
+        self.stats.misses += 1;
+    }
+
+    /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry
+    /// could serve it, because the cache store is out of use.
+    pub fn join(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        payload: T,
+        now: u64,
+        anyway: bool,
+    ) -> Result<Joined<T>> {
+        if !anyway && self.peek(key, range, now)?.is_some() {
+            return Ok(Joined::Ready);
+        }
+        let version = self.version(key);
+        Ok(match self.flights.join(key, range, version) {
+            Some((range, payload)) => Joined::Follow(range, payload),
+            None => Joined::Lead(self.flights.open(key, range, Some(payload), version)),
+        })
+    }
+
+    /// Closes a flight and returns what its readers waited on.
+    pub fn complete_flight(&mut self, key: &str, ticket: Ticket) -> Option<ClosedFlight<T>> {
+        self.flights.close(key, ticket)
+    }
+
+    /// Closes the flight with this payload, because its reader cannot go on.
+    pub fn abort_flight(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<ClosedFlight<T>> {
+        self.flights.abort(key, is)
+    }
+
+    /// The bytes of an entry were read and have this checksum, which was expected or unknown.
+    pub fn verified(&mut self, at: u64, checksum: u32) {
+        let i = at as u32;
+        if let Ok(cell) = self.arena.get_mut(i)
+            && is_same(cell, i, at)
+        {
+            cell.set_checksum(Some(checksum));
+            if S::EXCLUSIVE {
+                cell.set_verified();
+            } else {
+                self.verified.set(i, fingerprint(cell));
+            }
+        }
+    }
+
+    /// Whether the bytes of an entry have to be compared with their checksum before they are served.
+    #[must_use]
+    pub fn must_verify(&self, at: u64) -> bool {
+        let i = at as u32;
+        let cell = self.arena.get(i);
+        cell.is_ok_and(|cell| self.needs_check(i, cell))
+    }
+
+    #[inline]
+    fn needs_check(&self, i: u32, cell: &Cell) -> bool {
+        match self.limits.verify {
+            // Found by a rebuild, perhaps after a power failure: only the bytes tell.
+            Verify::Never => !self.limits.flat_namespace && cell.checksum().is_none(),
+            Verify::Always => true,
+            Verify::First if S::EXCLUSIVE => !cell.is_verified(),
+            Verify::First => self.verified.get(i) != fingerprint(cell),
+        }
+    }
+}
+
+fn found(i: u32, cell: &Cell, range: ByteRange, start: u64, length: u64) -> Found {
+    Found {
+        handle: handle(i, cell),
+        range,
+        size: cell.size,
+        checksum: cell.checksum(),
+        start,
+        length,
+    }
+}
+
+/// Tells the contents of a cell from those that it may have later; never 0.
+fn fingerprint(cell: &Cell) -> u32 {
+    (cell.checksum().unwrap_or(0) ^ cell.time() as u32) | 1
+}
+
+fn handle(i: u32, cell: &Cell) -> u64 {
+    u64::from(i) | (cell.time() ^ cell.size.rotate_left(16)) << 32
+}
+
+fn is_same(cell: &Cell, i: u32, at: u64) -> bool {
+    cell.is_entry() && cell.state() == State::Live && handle(i, cell) == at
+}

@@ -1,0 +1,24 @@
+//! Every operation of the fill and write protocol, each one step under one lock. The cache decides
+//! and counts; it never touches a value.
+//!
+//! Between two steps the caller does what takes time (reads the source, deletes or writes bytes)
+//! without the lock. Each step answers with the deletes that it wants done; the caller reports every
+//! one of them back as deleted or failed.
+
+mod cache;
+mod commit;
+mod entry;
+mod evict;
+mod in_flight;
+mod invalidate;
+mod lookup;
+mod peers;
+mod reserve;
+mod verified;
+
+pub use self::cache::{BATCH, Cache, Found, Limits, Stats, Verify, Victim};
+pub use self::commit::Committed;
+pub use self::in_flight::{ClosedFlight, Flights, Ticket};
+pub use self::lookup::Joined;
+pub use self::peers::{Participant, Peers, Version, WRITES};
+pub use self::reserve::{RejectReason, Reserve};

@@ -1,0 +1,97 @@
+//! Peers: the other participants of an index that several processes share.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::arena::{Heap, Storage};
+
+/// Keys that one participant can name as being written; while it writes more at once, no key may be
+/// filled.
+pub const WRITES: usize = 32;
+
+/// One of those who share an index: a process, or one store of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Participant {
+    /// Its part of `Header::reserved_bytes`.
+    pub reserved_bytes: u64,
+    /// Its bound, in bytes.
+    pub bound: u64,
+    /// Whether this slot is taken; its owner may have died since.
+    pub live: u32,
+    /// Writes in progress for which there is no space in `writes`.
+    pub unnamed: u32,
+    /// Version slots (plus one) of the keys and directories that it is changing, or 0. What was
+    /// read before a write ends is not kept; the write of a dead participant ends when its slot is
+    /// reclaimed.
+    pub writes: [u16; WRITES],
+}
+
+impl Participant {
+    /// Whether it is writing anything.
+    #[must_use]
+    pub fn is_writing(&self) -> bool {
+        self.unnamed != 0 || self.writes != [0; WRITES]
+    }
+}
+
+/// Compares equal as long as no other participant has written a key.
+pub type Version = [u32; 2];
+
+/// What participants tell each other through the storage that they share. The defaults are those of
+/// a storage with one participant. Keys are given by their hash.
+pub trait Peers: Storage {
+    /// Changes when another participant changes this key or everything.
+    fn version(&self, _key: u64) -> Version {
+        [0; 2]
+    }
+    /// The version of all keys when the index was emptied.
+    fn first_version(&self) -> Version {
+        [0; 2]
+    }
+    /// This key, or something below it, is being changed or was.
+    fn bump_version(&mut self, _key: u64) {}
+    /// Any key may have been written.
+    fn bump_epoch(&mut self) {}
+    /// A change of this key, or of something below it, begins or ends.
+    fn announce_write(&mut self, _key: u64, _begins: bool) {}
+    /// Whether any participant is changing anything.
+    fn has_writers(&self) -> bool {
+        false
+    }
+    /// Whether any participant is changing this key.
+    fn is_written(&self, _key: u64) -> bool {
+        false
+    }
+    /// Takes a participant out of the list.
+    fn remove_participant(&mut self, _n: usize) -> Participant {
+        Participant::default()
+    }
+    /// All slots that were ever taken; none where the index is not shared.
+    fn participants(&self) -> &[Participant] {
+        &[]
+    }
+    /// The same, mutable.
+    fn participants_mut(&mut self) -> &mut [Participant] {
+        &mut []
+    }
+    /// Changes the bound of this participant.
+    fn set_bound(&mut self, _bound: u64) {}
+    /// The slot of this participant.
+    fn own_slot(&self) -> usize {
+        0
+    }
+    /// Whether this participant rebuilds the index from the cache store.
+    fn owns_rebuild(&self) -> bool {
+        true
+    }
+    /// Whether the index lists everything that is in the cache store.
+    fn is_complete(&self) -> bool {
+        true
+    }
+}
+
+impl Peers for Heap {
+    fn is_complete(&self) -> bool {
+        Heap::is_complete(self)
+    }
+}

@@ -1,0 +1,364 @@
+//! Reservations: bytes are reserved before they are written, and victims make way for them.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::cache::{BATCH, Cache, Victim};
+use super::in_flight::Ticket;
+use super::peers::Peers;
+use crate::arena::{Arena, Kind, ROOT, State, Storage};
+use crate::error::{Error, Result};
+use crate::key::{self, ByteRange};
+use crate::policy::Eviction;
+
+/// Failed deletes after which a reservation looks for no further victims.
+const MAX_FAILURES: u32 = 8;
+
+/// The answer to a request for bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reserve {
+    /// Write the bytes, then commit or abort.
+    Granted(u64),
+    /// Delete these first and report to [`Cache::evictions_done`].
+    NeedsEviction(u64, Vec<Victim>),
+    /// Leave the value uncached. The reservation is gone.
+    Rejected(RejectReason),
+}
+
+/// Why a value stays uncached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RejectReason {
+    /// It is larger than the bound.
+    TooLarge,
+    /// A part of its key is longer than [`key::MAX_LABEL`].
+    KeyTooLong,
+    /// A write has invalidated its ticket.
+    Invalidated,
+    /// It is cached already.
+    AlreadyCached,
+    /// Bytes of the same name are being written or deleted.
+    Busy,
+    /// Not enough bytes can be freed.
+    NoSpace,
+    /// The key is a directory of other keys, or lies below a key: a file system cannot hold both.
+    PathConflict,
+    /// The index cannot grow.
+    IndexFull,
+    /// The index does not list yet what is in the cache store.
+    Rebuilding,
+}
+
+impl RejectReason {
+    /// The reason in words.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RejectReason::TooLarge => "too large",
+            RejectReason::KeyTooLong => "key too long",
+            RejectReason::Invalidated => "overtaken by a write",
+            RejectReason::AlreadyCached => "already cached",
+            RejectReason::Busy => "busy",
+            RejectReason::NoSpace => "no space",
+            RejectReason::PathConflict => "path conflict",
+            RejectReason::IndexFull => "index full",
+            RejectReason::Rebuilding => "rebuilding",
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Reservation {
+    pub(super) key: Arc<str>,
+    pub(super) range: ByteRange,
+    size: u64,
+    pub(super) ticket: Ticket,
+    /// The epoch of the flights when the ticket was valid.
+    pub(super) invalidation_epoch: u64,
+    /// Its part of `Header::reserved_bytes`.
+    pub(super) reserved: u64,
+    /// Rounds of deletes in which one has failed.
+    failures: u32,
+    /// Entries that are being deleted for it.
+    pub(super) awaited: SmallVec<[u32; 4]>,
+    /// The entry, once granted, else 0.
+    pub(super) cell: u32,
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Reserves `size` bytes for a value that was read or written under `ticket`.
+    pub fn reserve(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        size: u64,
+        ticket: Ticket,
+        now: u64,
+    ) -> Result<Reserve> {
+        if !self.arena.storage.is_complete() {
+            return Ok(self.rejected(RejectReason::Rebuilding));
+        }
+        if !key::labels_fit(key) {
+            return Ok(self.rejected(RejectReason::KeyTooLong));
+        }
+        let held = self.arena.find(key, range)?;
+        // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
+        let too_large = size > self.bound();
+        if too_large && !self.is_outdated(held, now)? {
+            return Ok(self.rejected(RejectReason::TooLarge));
+        }
+        let Some(known) = self.valid_key(key, ticket).map(Arc::clone) else {
+            return Ok(self.rejected(RejectReason::Invalidated));
+        };
+        let mut replaced = None;
+        if let Some(i) = held {
+            let cell = self.arena.get(i)?;
+            replaced = match cell.state() {
+                State::Live if self.is_stale(cell, now) => Some(i),
+                State::Live => return Ok(self.rejected(RejectReason::AlreadyCached)),
+                State::DeleteFailed => Some(i),
+                State::Writing | State::Deleting => {
+                    return Ok(self.rejected(RejectReason::Busy));
+                }
+            };
+        }
+        if self.conflicts(key, range)? {
+            return Ok(self.rejected(RejectReason::PathConflict));
+        }
+        let id = self.next_reservation;
+        self.next_reservation += 1;
+        let reservation = Reservation {
+            key: known,
+            range,
+            size,
+            ticket,
+            invalidation_epoch: self.flights.invalidation_epoch(),
+            reserved: 0,
+            failures: 0,
+            awaited: SmallVec::new(),
+            cell: 0,
+        };
+        self.advance(id, reservation, replaced, now)
+    }
+
+    /// Whether an entry exists that is stale or could not be deleted.
+    fn is_outdated(&self, held: Option<u32>, now: u64) -> Result<bool> {
+        let Some(i) = held else { return Ok(false) };
+        let cell = self.arena.get(i)?;
+        let stale = cell.state() == State::Live && self.is_stale(cell, now);
+        Ok(stale || cell.state() == State::DeleteFailed)
+    }
+
+    /// Reports the deletes that a reservation waits for, and advances it in the same step, so that
+    /// no other reservation takes the bytes.
+    pub fn evictions_done(
+        &mut self,
+        id: u64,
+        deleted: &[u32],
+        failed: &[u32],
+        now: u64,
+    ) -> Result<Reserve> {
+        self.deletes_done(deleted, failed)?;
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(self.rejected(RejectReason::Invalidated));
+        };
+        reservation.failures += u32::from(!failed.is_empty());
+        reservation.awaited.clear();
+        self.advance(id, reservation, None, now)
+    }
+
+    /// The same where every delete has succeeded.
+    pub fn all_evicted(&mut self, id: u64, now: u64) -> Result<Reserve> {
+        let Some(mut reservation) = self.reservations.remove(&id) else {
+            return Ok(self.rejected(RejectReason::Invalidated));
+        };
+        let awaited = std::mem::take(&mut reservation.awaited);
+        match self.deletes_done(&awaited, &[]) {
+            Ok(()) => self.advance(id, reservation, None, now),
+            Err(error) => {
+                self.reservations.insert(id, reservation);
+                Err(error)
+            }
+        }
+    }
+
+    /// The smallest bound of all participants.
+    fn bound(&self) -> u64 {
+        let participants = self.arena.storage.participants().iter();
+        let bounds = participants.filter(|p| p.live != 0).map(|p| p.bound);
+        bounds.fold(self.limits.max_size, u64::min)
+    }
+
+    /// Advances a reservation. It is kept unless it is rejected.
+    fn advance(
+        &mut self,
+        id: u64,
+        mut reservation: Reservation,
+        replaced: Option<u32>,
+        now: u64,
+    ) -> Result<Reserve> {
+        let answer = self.reserve_or_evict(id, &mut reservation, replaced, now);
+        if !matches!(answer, Ok(Reserve::Rejected(_))) {
+            self.reservations.insert(id, reservation);
+        }
+        answer
+    }
+
+    fn reserve_or_evict(
+        &mut self,
+        id: u64,
+        reservation: &mut Reservation,
+        replaced: Option<u32>,
+        now: u64,
+    ) -> Result<Reserve> {
+        if reservation.cell != 0 {
+            return Ok(Reserve::Granted(id));
+        }
+        let mut victims = Vec::new();
+        let bound = self.bound();
+        if reservation.size > bound {
+            if let Some(i) = replaced {
+                self.take(i, &mut victims)?;
+            }
+            if victims.is_empty() {
+                return Ok(self.reject(reservation, RejectReason::TooLarge));
+            }
+            return Ok(Self::await_evictions(id, reservation, victims));
+        }
+        let header = self.arena.header();
+        let taken = header.used_bytes.saturating_add(header.reserved_bytes);
+        let missing = self.reserve_bytes(reservation, bound.saturating_sub(taken));
+        if missing == 0 && replaced.is_none() {
+            return self.grant(id, reservation);
+        }
+        let missing = match missing {
+            0 => 0,
+            // The bound may have become smaller than what is taken.
+            missing => missing.saturating_add(taken.saturating_sub(bound)),
+        };
+        if reservation.failures > MAX_FAILURES {
+            return Ok(self.reject(reservation, RejectReason::NoSpace));
+        }
+        let mut freed = 0u64;
+        if let Some(i) = replaced {
+            freed += self.take(i, &mut victims)?;
+        }
+        if missing > freed.saturating_add(self.arena.header().used_bytes) {
+            self.deletes_failed(&victims)?;
+            return Ok(self.reject(reservation, RejectReason::NoSpace));
+        }
+        while freed < missing && victims.len() < BATCH {
+            // After a delete has failed, look for other victims: one entry that cannot be deleted
+            // must not keep everything else out.
+            let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
+                break;
+            };
+            let cell = self.arena.get(i)?;
+            if cell.state() == State::Live {
+                let stale = self.is_stale(cell, now);
+                self.stats.evictions += 1;
+                self.stats.expirations += u64::from(stale);
+            }
+            freed = freed.saturating_add(self.take(i, &mut victims)?);
+        }
+        if victims.is_empty() {
+            return Ok(self.reject(reservation, RejectReason::NoSpace));
+        }
+        Ok(Self::await_evictions(id, reservation, victims))
+    }
+
+    fn await_evictions(id: u64, reservation: &mut Reservation, victims: Vec<Victim>) -> Reserve {
+        reservation.awaited.clear();
+        reservation.awaited.extend(victims.iter().map(|v| v.cell));
+        Reserve::NeedsEviction(id, victims)
+    }
+
+    /// Reserves up to `free` bytes; returns how many are still missing.
+    fn reserve_bytes(&mut self, reservation: &mut Reservation, free: u64) -> u64 {
+        let more = free.min(reservation.size - reservation.reserved);
+        reservation.reserved += more;
+        if more != 0 {
+            self.change_reserved(|bytes| bytes.saturating_add(more));
+        }
+        reservation.size - reservation.reserved
+    }
+
+    pub(super) fn release_reserved(&mut self, reservation: &mut Reservation) {
+        let bytes = std::mem::take(&mut reservation.reserved);
+        if bytes != 0 {
+            self.change_reserved(|reserved| reserved.saturating_sub(bytes));
+        }
+    }
+
+    fn change_reserved(&mut self, change: impl Fn(u64) -> u64) {
+        let storage = &mut self.arena.storage;
+        let header = storage.header_mut();
+        header.reserved_bytes = change(header.reserved_bytes);
+        let own = storage.own_slot();
+        if let Some(participant) = storage.participants_mut().get_mut(own) {
+            participant.reserved_bytes = change(participant.reserved_bytes);
+        }
+    }
+
+    /// Turns reserved bytes into an entry that is being written.
+    fn grant(&mut self, id: u64, reservation: &mut Reservation) -> Result<Reserve> {
+        if !self.is_valid(reservation) {
+            return Ok(self.reject(reservation, RejectReason::Invalidated));
+        }
+        let (key, range) = (Arc::clone(&reservation.key), reservation.range);
+        if self.conflicts(&key, range)? {
+            let reason = match self.arena.find(&key, range)? {
+                Some(_) => RejectReason::Busy,
+                None => RejectReason::PathConflict,
+            };
+            return Ok(self.reject(reservation, reason));
+        }
+        match self.begin_writing(&key, range, reservation.size) {
+            Ok(Some(cell)) => reservation.cell = cell,
+            Ok(None) => return Ok(self.reject(reservation, RejectReason::Busy)),
+            Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
+            Err(error) => return Err(error),
+        }
+        self.release_reserved(reservation);
+        Ok(Reserve::Granted(id))
+    }
+
+    fn reject(&mut self, reservation: &mut Reservation, reason: RejectReason) -> Reserve {
+        self.release_reserved(reservation);
+        self.rejected(reason)
+    }
+
+    fn rejected(&mut self, reason: RejectReason) -> Reserve {
+        self.stats.rejections += 1;
+        Reserve::Rejected(reason)
+    }
+
+    /// Whether a file system could not hold this key beside those that are cached.
+    #[inline]
+    fn conflicts(&self, key: &str, range: ByteRange) -> Result<bool> {
+        if self.limits.flat_namespace || range != ByteRange::Full {
+            return Ok(false);
+        }
+        self.conflicts_in_files(key)
+    }
+
+    fn conflicts_in_files(&self, key: &str) -> Result<bool> {
+        if let Some(dir) = self.arena.find_dir(&format!("{key}/"))?
+            && dir != ROOT
+            && !self.arena.entries_below(dir, 1, is_value)?.is_empty()
+        {
+            return Ok(true);
+        }
+        for (slash, _) in key.match_indices('/') {
+            let above = key.get(..slash).unwrap_or("");
+            if self.arena.find(above, ByteRange::Full)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn is_value<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(arena.get(i)?.kind()? == Kind::Value)
+}

@@ -1,0 +1,76 @@
+//! A cache directory and the space on its volume.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::value_file;
+
+/// Bytes of a volume that stay free by default, ...
+const FREE_SPACE: u64 = 1 << 30;
+/// ... or the part of a small volume: one byte in so many.
+const FREE_PART: u64 = 20;
+/// With this many bytes more than must stay free, the volume is not asked again ...
+const AMPLE: u64 = 1 << 30;
+/// ... for this long: asking takes as long as writing, and no disk is filled in that time.
+const AMPLE_FOR: Duration = Duration::from_millis(50);
+
+/// Where the files of a cache directory are.
+#[derive(Debug)]
+pub struct CacheDir {
+    pub(super) root: PathBuf,
+    tmp: PathBuf,
+    opened: Instant,
+    /// Milliseconds after `opened` until which the volume has ample space.
+    ample_until: AtomicU64,
+}
+
+impl CacheDir {
+    /// A cache directory, and the directory of its unfinished files.
+    #[must_use]
+    pub fn new(root: PathBuf, tmp: PathBuf) -> Self {
+        CacheDir {
+            root,
+            tmp,
+            opened: Instant::now(),
+            ample_until: AtomicU64::new(0),
+        }
+    }
+
+    /// A name that no other file has, of the participant with this slot.
+    pub(super) fn unfinished(&self, slot: Option<usize>) -> PathBuf {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        self.tmp.join(match slot {
+            Some(slot) => format!("p{slot}-{process}-{number}"),
+            None => format!("own-{process}-{number}"),
+        })
+    }
+
+    fn has_ample_space(&self) -> bool {
+        let until = self.ample_until.load(Ordering::Relaxed);
+        self.opened.elapsed() < Duration::from_millis(until)
+    }
+
+    fn note_ample_space(&self) {
+        let until = (self.opened.elapsed() + AMPLE_FOR).as_millis();
+        let until = u64::try_from(until).unwrap_or(0);
+        self.ample_until.store(until, Ordering::Relaxed);
+    }
+
+    /// Bytes to free on the volume before `size` more are written, so that the minimum stays free.
+    pub(super) fn missing_space(&self, size: u64, min_free: Option<u64>) -> io::Result<u64> {
+        if self.has_ample_space() {
+            return Ok(0);
+        }
+        let (free, volume) = value_file::space(&self.root)?;
+        let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(volume / FREE_PART));
+        let needed = min_free.saturating_add(size);
+        if free.saturating_sub(needed) > AMPLE {
+            self.note_ample_space();
+        }
+        Ok(needed.saturating_sub(free))
+    }
+}

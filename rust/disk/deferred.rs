@@ -1,0 +1,83 @@
+//! Steps of an index from threads without an interpreter, and updates that wait until it is not busy.
+
+use std::thread;
+
+use crate::cache::{ClosedFlight, Ticket};
+use crate::error::{Error, Result};
+use crate::shared::{Locked, StepError};
+
+/// Takes one step of an index from a thread without an interpreter.
+macro_rules! step {
+    ($index:expr, |$cache:ident| $work:expr) => {
+        match $index {
+            index if index.is_disowned() => Err(StepError::Busy),
+            Locked::Own(lock, _) => match lock.lock() {
+                Ok(mut guard) => {
+                    let $cache = &mut *guard;
+                    let result: Result<_> = $work;
+                    result.map_err(StepError::from)
+                }
+                Err(_) => Err(POISONED),
+            },
+            Locked::Shared(lock, _) => match lock.lock() {
+                Ok(mut guard) => guard.step(thread::sleep, |$cache| $work),
+                Err(_) => Err(POISONED),
+            },
+        }
+    };
+}
+
+pub(super) use step;
+
+pub(super) const POISONED: StepError =
+    StepError::Failed(Error::Corrupt("an earlier step did not finish"));
+
+/// An update of the index that could not be made yet.
+#[derive(Debug)]
+pub(super) enum Deferred {
+    /// The outcome of deletes, unless the index was emptied since.
+    Deletes {
+        generation: u64,
+        dropped: Vec<u32>,
+        failed: Vec<u32>,
+    },
+    /// A reservation ends; `gone` says that none of its bytes are left.
+    Release { id: u64, gone: bool },
+    /// A flight is closed.
+    Close { key: Box<str>, ticket: Ticket },
+}
+
+/// Tries once to make an update. A flight that it closes goes to `closed`.
+pub(super) fn apply<T: Clone>(
+    index: &Locked<T>,
+    update: &Deferred,
+    closed: &mut Vec<ClosedFlight<T>>,
+) -> Result<(), StepError> {
+    match update {
+        Deferred::Deletes {
+            generation,
+            dropped,
+            failed,
+        } => step!(index, |cache| cache.deletes_done_since(
+            *generation,
+            dropped,
+            failed
+        )),
+        Deferred::Release { id, gone } => step!(index, |cache| {
+            let victims = cache.abort(*id)?;
+            let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+            let (dropped, failed) = if *gone {
+                (&cells[..], &[][..])
+            } else {
+                (&[][..], &cells[..])
+            };
+            cache.deletes_done(dropped, failed)
+        }),
+        Deferred::Close { key, ticket } => {
+            closed.extend(step!(index, |cache| Ok(
+                cache.complete_flight(key, *ticket)
+            ))?);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! A whole fill of a cache directory: reserve, delete victims, write, commit.
+//!
+//! ```text
+//! reserve ─▶ rejected
+//!    │ ▲
+//!    ▼ └──── advance ◀── delete the victims
+//! granted ─▶ space on the volume? ─▶ write ─▶ commit ─▶ seal
+//! ```
+//!
+//! The lock of the index is held for one step at a time, never over I/O. However a fill ends, its
+//! reservation ends and its flight is closed. Where the index is busy, that is left as deferred
+//! updates, which any thread can apply later.
+
+use std::io;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::cache_dir::CacheDir;
+use super::deferred::{Deferred, POISONED, apply, step};
+use super::value_file::{self, WriteError, WrittenFile};
+use crate::cache::{ClosedFlight, Reserve, Ticket, Victim};
+use crate::error::{Error, Result};
+use crate::key::ByteRange;
+use crate::shared::{Locked, StepError};
+
+/// Times that one fill frees space on the volume.
+const ROUNDS: u32 = 16;
+/// Failed deletes that one fill tries again.
+const RETRIES: usize = 4;
+/// Time that one fill waits for the lock of the index, in all.
+const RETRY_TIME: Duration = Duration::from_secs(1);
+/// Pause between two tries.
+const PAUSE: Duration = Duration::from_millis(5);
+
+const SINCE_EMPTIED: &str = "the index was emptied meanwhile";
+const NO_SPACE: &str = "no space on the volume";
+const UNKNOWN: &str = "a valid value that the index does not know";
+
+/// A value to be cached.
+#[derive(Debug)]
+pub struct Fill<D> {
+    /// Its key.
+    pub key: Box<str>,
+    /// Which part of the key's value it is.
+    pub range: ByteRange,
+    /// Its bytes.
+    pub data: D,
+    /// Decides whether it may be cached.
+    pub ticket: Ticket,
+    /// Milliseconds on the clock of the index from which its age counts.
+    pub fetched: u64,
+    /// Milliseconds on the same clock at `since`.
+    pub now: u64,
+    /// When `now` was read.
+    pub since: Instant,
+    /// Bytes of the volume that stay free.
+    pub min_free_space: Option<u64>,
+}
+
+impl<D> Fill<D> {
+    /// Milliseconds on the clock of the index.
+    fn now(&self) -> u64 {
+        let passed = self.since.elapsed().as_millis();
+        self.now
+            .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
+    }
+}
+
+/// How a fill has ended.
+#[derive(Debug)]
+pub enum Ending {
+    /// The value is cached.
+    Filled,
+    /// The value stays uncached, for this reason.
+    Rejected(&'static str),
+    /// The file system refused to write it.
+    Failed(io::Error),
+    /// The index is damaged.
+    Corrupt(&'static str),
+    /// Another process has held the lock of the index all the time.
+    Busy,
+}
+
+/// The outcome of a fill.
+#[derive(Debug)]
+pub struct Report {
+    /// How it has ended.
+    pub ending: Ending,
+    /// Files that it has deleted.
+    pub deleted: u64,
+    /// Deletes that have failed; their bytes stay counted.
+    pub delete_errors: Vec<io::Error>,
+}
+
+/// One fill in progress.
+pub(super) struct Job<'a, T, D> {
+    index: &'a Locked<T>,
+    dir: &'a CacheDir,
+    fill: &'a Fill<D>,
+    /// Time that is left to wait for the lock.
+    retry_time: Duration,
+    /// Its reservation, until that ends.
+    reservation: Option<u64>,
+    /// Whether none of the bytes that it has written are left.
+    gone: bool,
+    /// Whether its flight is open.
+    flight_open: bool,
+    /// Whether there may be failed deletes.
+    failed_deletes: bool,
+    deleted: u64,
+    delete_errors: Vec<io::Error>,
+    /// Updates that could not be made yet.
+    pub(super) deferred: Vec<Deferred>,
+    /// Flights that were closed; the caller drops their payloads.
+    pub(super) closed: Vec<ClosedFlight<T>>,
+}
+
+impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
+    pub(super) fn new(index: &'a Locked<T>, dir: &'a CacheDir, fill: &'a Fill<D>) -> Self {
+        Job {
+            index,
+            dir,
+            fill,
+            retry_time: RETRY_TIME,
+            reservation: None,
+            gone: true,
+            flight_open: true,
+            failed_deletes: true,
+            deleted: 0,
+            delete_errors: Vec::new(),
+            deferred: Vec::new(),
+            closed: Vec::new(),
+        }
+    }
+
+    /// Runs the fill.
+    pub(super) fn run(&mut self) -> Ending {
+        let ending = self.fill().unwrap_or_else(|error| match error {
+            StepError::Busy => Ending::Busy,
+            StepError::Failed(Error::Corrupt(what)) => Ending::Corrupt(what),
+            // Nothing has changed.
+            StepError::Failed(Error::Full) => Ending::Rejected("index full"),
+        });
+        self.end();
+        if self.failed_deletes && self.deferred.is_empty() {
+            self.retry_deletes();
+        }
+        ending
+    }
+
+    /// Ends the reservation and closes the flight, wherever the fill has stopped.
+    pub(super) fn end(&mut self) {
+        if let Some(id) = self.reservation.take() {
+            let gone = self.gone;
+            self.deferred.push(Deferred::Release { id, gone });
+        }
+        if std::mem::take(&mut self.flight_open) {
+            self.deferred.push(Deferred::Close {
+                key: self.fill.key.clone(),
+                ticket: self.fill.ticket,
+            });
+        }
+        self.apply_deferred();
+    }
+
+    /// The outcome of the fill.
+    pub(super) fn report(&mut self, ending: Ending) -> Report {
+        Report {
+            ending,
+            deleted: self.deleted,
+            delete_errors: std::mem::take(&mut self.delete_errors),
+        }
+    }
+
+    fn apply_deferred(&mut self) {
+        let mut closed = std::mem::take(&mut self.closed);
+        let mut deferred = std::mem::take(&mut self.deferred).into_iter();
+        while let Some(update) = deferred.next() {
+            if self
+                .with_retries(|index| apply(index, &update, &mut closed))
+                .is_err()
+            {
+                // In their order: a reservation ends after the deletes that it waits for.
+                self.deferred.push(update);
+                self.deferred.extend(deferred);
+                break;
+            }
+        }
+        self.closed = closed;
+    }
+
+    /// Takes a step, and tries again while another process holds the lock and there is time left.
+    fn with_retries<R>(
+        &mut self,
+        mut step: impl FnMut(&Locked<T>) -> Result<R, StepError>,
+    ) -> Result<R, StepError> {
+        loop {
+            let begun = Instant::now();
+            match step(self.index) {
+                Err(StepError::Busy) if !self.retry_time.is_zero() => {
+                    thread::sleep(PAUSE);
+                    self.retry_time = self.retry_time.saturating_sub(begun.elapsed());
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn fill(&mut self) -> Result<Ending, StepError> {
+        let (fill, now) = (self.fill, self.fill.now());
+        let size = fill.data.as_ref().len() as u64;
+        let (mut answer, mut generation, slot) = self.with_retries(|index| {
+            step!(index, |cache| {
+                let answer = cache.reserve(&fill.key, fill.range, size, fill.ticket, now)?;
+                Ok((answer, cache.generation(), cache.slot()))
+            })
+        })?;
+        let id = loop {
+            match answer {
+                Reserve::Rejected(reason) => {
+                    self.reservation = None;
+                    return Ok(Ending::Rejected(reason.as_str()));
+                }
+                Reserve::NeedsEviction(id, victims) => {
+                    self.reservation = Some(id);
+                    let (dropped, failed) = self.delete(&victims, false);
+                    let next = self.with_retries(|index| {
+                        step!(index, |cache| {
+                            if cache.is_reserved(id) {
+                                let answer = cache.evictions_done(id, &dropped, &failed, now)?;
+                                Ok(Some((answer, cache.generation())))
+                            } else {
+                                Ok(None)
+                            }
+                        })
+                    });
+                    (answer, generation) = match next {
+                        Ok(Some(next)) => next,
+                        Ok(None) => {
+                            self.reservation = None;
+                            return Ok(Ending::Rejected(SINCE_EMPTIED));
+                        }
+                        Err(error) => {
+                            self.deferred.push(Deferred::Deletes {
+                                generation,
+                                dropped,
+                                failed,
+                            });
+                            return Err(error);
+                        }
+                    };
+                }
+                Reserve::Granted(id) => {
+                    self.reservation = Some(id);
+                    break id;
+                }
+            }
+        };
+        match self.has_space(size)? {
+            Ok(true) => {}
+            Ok(false) => return Ok(Ending::Rejected(NO_SPACE)),
+            Err(error) => return Ok(Ending::Failed(error)),
+        }
+        let name = fill.range.cache_key(&fill.key);
+        match self.write(&name, slot) {
+            Ok(made) => self.commit(id, &name, &made),
+            Err(WriteError::Unknown) => Ok(self.not_written(&name, Ending::Corrupt(UNKNOWN))),
+            Err(WriteError::Io(error)) => Ok(self.not_written(&name, Ending::Failed(error))),
+        }
+    }
+
+    /// Whether the volume has space for the value; evicts where that helps.
+    fn has_space(&mut self, size: u64) -> Result<io::Result<bool>, StepError> {
+        let now = self.fill.now();
+        for _ in 0..ROUNDS {
+            let missing = match self.dir.missing_space(size, self.fill.min_free_space) {
+                Ok(0) => return Ok(Ok(true)),
+                Ok(missing) => missing,
+                Err(error) => return Ok(Err(error)),
+            };
+            let (victims, generation) = self.with_retries(|index| {
+                step!(index, |cache| Ok((
+                    cache.evict(missing, now)?,
+                    cache.generation()
+                )))
+            })?;
+            if victims.is_empty() {
+                break;
+            }
+            self.drop_files(&victims, generation)?;
+        }
+        Ok(Ok(false))
+    }
+
+    fn write(&self, name: &str, slot: Option<usize>) -> Result<WrittenFile, WriteError> {
+        let nanos = i64::try_from(self.fill.fetched)
+            .unwrap_or(i64::MAX)
+            .saturating_mul(value_file::MILLI)
+            .saturating_add(value_file::PENDING);
+        let unfinished = self.dir.unfinished(slot);
+        let data = self.fill.data.as_ref();
+        value_file::write_value(&self.dir.root, Path::new(name), &unfinished, data, nanos)
+    }
+
+    /// Removes what may be there under the name of a value that could not be written.
+    fn not_written(&mut self, name: &str, ending: Ending) -> Ending {
+        match value_file::remove_below(&self.dir.root, Path::new(name)) {
+            Ok(()) => {}
+            Err(error) => {
+                self.gone = false;
+                self.delete_errors.push(error);
+                self.write_tombstone(name);
+            }
+        }
+        ending
+    }
+
+    fn commit(&mut self, id: u64, name: &str, made: &WrittenFile) -> Result<Ending, StepError> {
+        let fill = self.fill;
+        let done = self.with_retries(|index| {
+            step!(index, |cache| {
+                let (checksum, now) = (Some(made.checksum), fill.now());
+                let done = cache.commit_fetched(id, checksum, fill.fetched, now)?;
+                Ok((done, cache.generation(), cache.has_failed_deletes()))
+            })
+        });
+        let (done, generation, failed_deletes) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                self.remove_uncommitted(name, made);
+                return Err(error);
+            }
+        };
+        self.reservation = None;
+        let Some(done) = done else {
+            // The index does not list these bytes.
+            self.remove_uncommitted(name, made);
+            return Ok(Ending::Rejected(SINCE_EMPTIED));
+        };
+        self.flight_open = false;
+        self.closed.extend(done.flight);
+        if done.victims.is_empty() {
+            self.failed_deletes = failed_deletes;
+            // A rebuild ignores a file that is not sealed.
+            let _ = value_file::seal(&self.dir.root, Path::new(name), made);
+            return Ok(Ending::Filled);
+        }
+        self.drop_files(&done.victims, generation)?;
+        Ok(Ending::Rejected("overtaken by a write"))
+    }
+
+    /// Removes a file that has no entry, unless another has taken its place.
+    fn remove_uncommitted(&mut self, name: &str, made: &WrittenFile) {
+        if let Err(error) = value_file::remove_made(&self.dir.root, Path::new(name), made)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            self.gone = false;
+            self.delete_errors.push(error);
+            self.write_tombstone(name);
+        }
+    }
+
+    fn retry_deletes(&mut self) {
+        let found = self.with_retries(|index| {
+            step!(index, |cache| Ok((
+                cache.retry_failed(RETRIES)?,
+                cache.generation()
+            )))
+        });
+        // What fails here fails again in the next fill, which reports it.
+        if let Ok((victims, generation)) = found {
+            let _ = self.drop_files(&victims, generation);
+        }
+    }
+
+    /// Deletes the files of entries that the index has dropped, and reports that.
+    fn drop_files(&mut self, victims: &[Victim], generation: u64) -> Result<(), StepError> {
+        if victims.is_empty() {
+            return Ok(());
+        }
+        let (dropped, failed) = self.delete(victims, true);
+        let update = Deferred::Deletes {
+            generation,
+            dropped,
+            failed,
+        };
+        let told = self.with_retries(|index| apply(index, &update, &mut Vec::new()));
+        if told.is_err() {
+            self.deferred.push(update);
+        }
+        told
+    }
+
+    /// Deletes files; returns the cells of those that are gone and of those that may not be. With
+    /// `invalid`, a file that cannot be deleted gets a tombstone, so that a rebuild ignores it.
+    fn delete(&mut self, victims: &[Victim], invalid: bool) -> (Vec<u32>, Vec<u32>) {
+        let (mut dropped, mut failed) = (Vec::with_capacity(victims.len()), Vec::new());
+        for victim in victims {
+            match value_file::remove_below(&self.dir.root, Path::new(&victim.cache_key)) {
+                Ok(()) => {
+                    self.deleted += 1;
+                    dropped.push(victim.cell);
+                }
+                Err(error) => {
+                    self.delete_errors.push(error);
+                    failed.push(victim.cell);
+                    if invalid {
+                        self.write_tombstone(&victim.cache_key);
+                    }
+                }
+            }
+        }
+        (dropped, failed)
+    }
+
+    fn write_tombstone(&self, name: &str) {
+        // Best effort: a volume that takes no writes takes no tombstones.
+        let _ = value_file::write_tombstone(&self.dir.root, name);
+    }
+}

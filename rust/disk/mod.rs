@@ -1,0 +1,9 @@
+//! A cache directory: files of values, and whole fills by threads without an interpreter.
+
+mod cache_dir;
+mod deferred;
+pub mod fill;
+pub mod queue;
+pub mod value_file;
+
+pub use self::cache_dir::CacheDir;

@@ -1,0 +1,406 @@
+//! The fills of one cache directory, and the threads that do them.
+//!
+//! Each queue has threads of its own, so that a disk that hangs stops no other cache. They start when
+//! there is work, end when there has been none for a while, and need no interpreter: bytes and payloads
+//! that only an attached thread may drop are kept until such a thread calls.
+
+use std::collections::VecDeque;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::cache_dir::CacheDir;
+use super::deferred::{Deferred, apply};
+use super::fill::{Ending, Fill, Job, Report};
+use crate::cache::ClosedFlight;
+use crate::shared::Locked;
+
+/// Time without work after which the owner is notified.
+const QUIET: Duration = Duration::from_millis(50);
+/// Pause between two tries to make deferred updates.
+const AGAIN: Duration = Duration::from_millis(250);
+/// Time without work after which a thread ends.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// What a fill leaves behind, for an attached thread to drop.
+#[derive(Debug)]
+pub struct Leftovers<T, D> {
+    data: Vec<D>,
+    flights: Vec<ClosedFlight<T>>,
+}
+
+impl<T, D> Default for Leftovers<T, D> {
+    fn default() -> Self {
+        Leftovers {
+            data: Vec::new(),
+            flights: Vec::new(),
+        }
+    }
+}
+
+/// Called by a thread of the queue, without any lock, when there is no work left or a fill has failed.
+pub type OnIdle<T, D> = Box<dyn Fn(Leftovers<T, D>) + Send + Sync>;
+
+/// A queue of fills. Those that are in it when it is dropped are still done.
+pub struct Fills<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> {
+    shared: Arc<Shared<T, D>>,
+}
+
+struct Shared<T, D> {
+    index: Arc<Locked<T>>,
+    dir: CacheDir,
+    threads: usize,
+    on_idle: OnIdle<T, D>,
+    state: Mutex<State<T, D>>,
+    /// There is work, or the queue is closing.
+    work: Condvar,
+    /// A fill has ended.
+    ended: Condvar,
+    completed: AtomicU64,
+    pending: AtomicUsize,
+    pending_size: AtomicU64,
+    /// Whether there is anything to collect.
+    due: AtomicBool,
+    /// Whether there are deferred updates.
+    has_deferred: AtomicBool,
+    /// After a fork: everything belongs to the parent.
+    abandoned: AtomicBool,
+}
+
+struct State<T, D> {
+    next: u64,
+    jobs: VecDeque<(u64, Fill<D>)>,
+    /// Threads, and those of them that wait for work.
+    live: usize,
+    idle: usize,
+    closing: bool,
+    /// Whether there was work since the owner was notified.
+    worked: bool,
+    /// Whether a thread is notifying the owner, and whether it has to do so once more.
+    calling: bool,
+    again: bool,
+    results: Vec<(u64, Report)>,
+    deferred: Vec<Deferred>,
+    leftovers: Leftovers<T, D>,
+}
+
+impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
+    /// A queue without work. It uses up to this many threads.
+    #[must_use]
+    pub fn new(
+        index: Arc<Locked<T>>,
+        dir: CacheDir,
+        threads: usize,
+        on_idle: OnIdle<T, D>,
+    ) -> Self {
+        let state = State {
+            next: 0,
+            jobs: VecDeque::new(),
+            live: 0,
+            idle: 0,
+            closing: false,
+            worked: false,
+            calling: false,
+            again: false,
+            results: Vec::new(),
+            deferred: Vec::new(),
+            leftovers: Leftovers::default(),
+        };
+        let shared = Shared {
+            index,
+            dir,
+            threads: threads.max(1),
+            on_idle,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            ended: Condvar::new(),
+            completed: AtomicU64::new(0),
+            pending: AtomicUsize::new(0),
+            pending_size: AtomicU64::new(0),
+            due: AtomicBool::new(false),
+            has_deferred: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+        };
+        Fills {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Submits a value; the number is that of its report.
+    ///
+    /// # Errors
+    ///
+    /// Where no thread can be started, or after a fork. Nothing has changed then.
+    pub fn submit(&self, fill: Fill<D>) -> io::Result<u64> {
+        let shared = &self.shared;
+        if shared.is_abandoned() {
+            return Err(io::Error::other("the queue belongs to the parent process"));
+        }
+        let size = fill.data.as_ref().len() as u64;
+        let mut state = shared.state();
+        let number = state.next;
+        state.jobs.push_back((number, fill));
+        if state.jobs.len() > state.idle && state.live < shared.threads {
+            let mine = Arc::clone(shared);
+            let thread = thread::Builder::new().name("zcache-fill".to_owned());
+            match thread.spawn(move || mine.work()) {
+                Ok(_) => state.live += 1,
+                // Fewer threads will do.
+                Err(_) if state.live > 0 => {}
+                Err(error) => {
+                    let job = state.jobs.pop_back();
+                    drop(state);
+                    drop(job);
+                    return Err(error);
+                }
+            }
+        }
+        state.next += 1;
+        shared.pending.fetch_add(1, Ordering::Relaxed);
+        shared.pending_size.fetch_add(size, Ordering::Relaxed);
+        let leftovers = std::mem::take(&mut state.leftovers);
+        drop(state);
+        shared.work.notify_one();
+        drop(leftovers);
+        Ok(number)
+    }
+
+    /// What has ended since the last call. Never waits. To be called by an attached thread.
+    pub fn collect(&self) -> Vec<(u64, Report)> {
+        let shared = &self.shared;
+        if shared.is_abandoned() || !shared.due.swap(false, Ordering::Acquire) {
+            return Vec::new();
+        }
+        let mut state = shared.state();
+        let results = std::mem::take(&mut state.results);
+        let leftovers = std::mem::take(&mut state.leftovers);
+        drop(state);
+        drop(leftovers);
+        results
+    }
+
+    /// Whether there are deferred updates.
+    #[must_use]
+    pub fn has_deferred(&self) -> bool {
+        !self.shared.is_abandoned() && self.shared.has_deferred.load(Ordering::Acquire)
+    }
+
+    /// Tries to make the deferred updates. Waits for threads of this process only, never for another
+    /// process; to be called by a thread that is not attached.
+    pub fn apply_deferred(&self) {
+        if self.has_deferred() {
+            self.shared.apply_deferred();
+        }
+    }
+
+    /// Waits until more than this many have ended, and returns whether they have.
+    pub fn wait(&self, completed: u64, timeout: Duration) -> bool {
+        let shared = &self.shared;
+        let begun = Instant::now();
+        if shared.is_abandoned() {
+            return false;
+        }
+        let mut state = shared.state();
+        while self.completed() <= completed {
+            let left = timeout.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = shared.ended.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Fills that have ended, since the beginning.
+    #[must_use]
+    pub fn completed(&self) -> u64 {
+        self.shared.completed.load(Ordering::Acquire)
+    }
+
+    /// Fills that have not ended.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        if self.shared.is_abandoned() {
+            return 0;
+        }
+        self.shared.pending.load(Ordering::Acquire)
+    }
+
+    /// Bytes of the fills that have not ended.
+    #[must_use]
+    pub fn pending_size(&self) -> u64 {
+        if self.shared.is_abandoned() {
+            return 0;
+        }
+        self.shared.pending_size.load(Ordering::Acquire)
+    }
+
+    /// Whether it was abandoned.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.shared.is_abandoned()
+    }
+
+    /// In a forked child: leaves everything to the parent. A thread of the parent may hold the lock, so
+    /// what it guards is never dropped.
+    pub fn abandon(&self) {
+        if !self.shared.abandoned.swap(true, Ordering::AcqRel) {
+            std::mem::forget(Arc::clone(&self.shared));
+        }
+    }
+}
+
+impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Drop for Fills<T, D> {
+    fn drop(&mut self) {
+        if !self.shared.is_abandoned() {
+            self.shared.state().closing = true;
+            self.shared.work.notify_all();
+        }
+    }
+}
+
+impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Relaxed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T, D>> {
+        // Nothing in here panics half way.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The life of a thread.
+    fn work(&self) {
+        while let Some((number, fill)) = self.next_job() {
+            self.apply_deferred();
+            self.run(number, fill);
+        }
+        self.apply_deferred();
+    }
+
+    fn next_job(&self) -> Option<(u64, Fill<D>)> {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                return Some(job);
+            }
+            if state.closing {
+                state.live -= 1;
+                return None;
+            }
+            let quiet = state.worked && self.pending.load(Ordering::Relaxed) == 0;
+            let has_deferred = !state.deferred.is_empty();
+            let longest = match (quiet, has_deferred) {
+                (true, _) => QUIET,
+                (false, true) => AGAIN,
+                (false, false) => LINGER,
+            };
+            state.idle += 1;
+            let woken = self.work.wait_timeout(state, longest);
+            let (again, waited) = woken.unwrap_or_else(PoisonError::into_inner);
+            state = again;
+            state.idle -= 1;
+            if !waited.timed_out() || !state.jobs.is_empty() {
+                continue;
+            }
+            if !quiet && !has_deferred {
+                state.live -= 1;
+                return None;
+            }
+            let tells = quiet && std::mem::take(&mut state.worked);
+            drop(state);
+            self.apply_deferred();
+            if tells {
+                self.call();
+            }
+            state = self.state();
+        }
+    }
+
+    fn run(&self, number: u64, fill: Fill<D>) {
+        let size = fill.data.as_ref().len() as u64;
+        let mut job = Job::new(&self.index, &self.dir, &fill);
+        // A panic would leave the fill unfinished forever.
+        let ending = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or_else(|_| {
+            let _ = catch_unwind(AssertUnwindSafe(|| job.end()));
+            Ending::Failed(io::Error::other("a fill has panicked"))
+        });
+        let urgent = matches!(ending, Ending::Failed(_) | Ending::Corrupt(_));
+        let report = job.report(ending);
+        let Job {
+            deferred, closed, ..
+        } = job;
+        let mut state = self.state();
+        state.results.push((number, report));
+        state.deferred.extend(deferred);
+        self.has_deferred
+            .store(!state.deferred.is_empty(), Ordering::Release);
+        state.leftovers.flights.extend(closed);
+        state.leftovers.data.push(fill.data);
+        state.worked = true;
+        self.pending.fetch_sub(1, Ordering::AcqRel);
+        self.pending_size.fetch_sub(size, Ordering::AcqRel);
+        self.completed.fetch_add(1, Ordering::AcqRel);
+        self.due.store(true, Ordering::Release);
+        drop(state);
+        self.ended.notify_all();
+        if urgent {
+            self.call();
+        }
+    }
+
+    /// Notifies the owner from one thread at a time; other threads have it call once more.
+    fn call(&self) {
+        let mut state = self.state();
+        if state.calling {
+            state.again = true;
+            return;
+        }
+        state.calling = true;
+        loop {
+            let leftovers = std::mem::take(&mut state.leftovers);
+            let closing = state.closing;
+            drop(state);
+            if closing {
+                drop(leftovers);
+            } else {
+                (self.on_idle)(leftovers);
+            }
+            state = self.state();
+            if !std::mem::take(&mut state.again) {
+                state.calling = false;
+                return;
+            }
+        }
+    }
+
+    /// Tries to make the deferred updates.
+    fn apply_deferred(&self) {
+        let mut state = self.state();
+        if state.deferred.is_empty() {
+            return;
+        }
+        let deferred = std::mem::take(&mut state.deferred);
+        drop(state);
+        let mut closed = Vec::new();
+        let mut deferred = deferred.into_iter();
+        let mut rest = Vec::new();
+        while let Some(update) = deferred.next() {
+            if apply(&self.index, &update, &mut closed).is_err() {
+                rest.push(update);
+                rest.extend(deferred);
+                break;
+            }
+        }
+        let mut state = self.state();
+        // Before updates that other threads have deferred meanwhile.
+        rest.append(&mut state.deferred);
+        self.has_deferred.store(!rest.is_empty(), Ordering::Release);
+        state.deferred = rest;
+        state.leftovers.flights.extend(closed);
+    }
+}

@@ -1,0 +1,15 @@
+//! Keys: which ones may be cached, how they are split and packed, and which bytes a request selects.
+
+mod byte_range;
+mod key;
+pub mod packing;
+mod select;
+
+pub use self::byte_range::{ByteRange, RangeLabel};
+pub(crate) use self::key::ODD;
+pub use self::key::{
+    MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word, is_cacheable,
+    labels_fit, split,
+};
+pub use self::select::select;
+pub(crate) use self::select::within;

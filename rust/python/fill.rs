@@ -1,0 +1,155 @@
+//! The queue of fills of a cache directory: submit, collect, convert.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+
+use super::backing::Flight;
+use super::convert::{RawSpan, millis, span};
+use super::errors::{exception, os_error};
+use super::index::Index;
+use crate::disk::CacheDir;
+use crate::disk::fill::{Ending, Fill, Report};
+use crate::disk::queue::{Fills, OnIdle};
+
+/// Time between two checks for signals while a thread waits.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// See the stub.
+#[pyclass(frozen, get_all, module = "zcache._core")]
+pub(super) struct FillResult {
+    id: u64,
+    outcome: &'static str,
+    reason: Option<&'static str>,
+    error: Option<Py<PyAny>>,
+    operation: &'static str,
+    deleted: u64,
+    delete_errors: Vec<Py<PyAny>>,
+}
+
+impl FillResult {
+    fn new(py: Python<'_>, id: u64, report: Report) -> Self {
+        let exception = |error| exception(py, error).unbind();
+        let (outcome, reason, error) = match report.ending {
+            Ending::Filled => ("filled", None, None),
+            Ending::Rejected(reason) => ("rejected", Some(reason), None),
+            Ending::Failed(error) => ("failed", None, Some(exception(error))),
+            Ending::Corrupt(reason) => ("corrupt", Some(reason), None),
+            Ending::Busy => ("busy", None, None),
+        };
+        FillResult {
+            id,
+            outcome,
+            reason,
+            error,
+            operation: "write",
+            deleted: report.deleted,
+            delete_errors: report.delete_errors.into_iter().map(exception).collect(),
+        }
+    }
+}
+
+#[pymethods]
+impl FillResult {
+    fn __repr__(&self) -> String {
+        format!("<FillResult {} {}>", self.id, self.outcome)
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct DirectoryFills(Fills<Flight, PyBackedBytes>);
+
+#[pymethods]
+impl DirectoryFills {
+    #[new]
+    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle))]
+    fn new(index: &Index, root: PathBuf, tmp: PathBuf, threads: usize, on_idle: Py<PyAny>) -> Self {
+        let call: OnIdle<_, _> = Box::new(move |leftovers| {
+            // Not while the interpreter ends.
+            Python::try_attach(|py| {
+                drop(leftovers);
+                if let Err(error) = on_idle.call0(py) {
+                    error.write_unraisable(py, Some(on_idle.bind(py)));
+                }
+            });
+        });
+        let files = CacheDir::new(root, tmp);
+        DirectoryFills(Fills::new(Arc::clone(&index.backing), files, threads, call))
+    }
+
+    #[pyo3(signature = (key, raw, data, ticket, fetched, min_free_space, now=None, /))]
+    #[allow(clippy::too_many_arguments)] // All that a fill is about, for one call.
+    fn submit(
+        &self,
+        key: &str,
+        raw: RawSpan,
+        data: PyBackedBytes,
+        ticket: u64,
+        fetched: f64,
+        min_free_space: Option<u64>,
+        now: Option<f64>,
+    ) -> PyResult<u64> {
+        let fill = Fill {
+            key: key.into(),
+            range: span(raw)?,
+            data,
+            ticket,
+            fetched: millis(fetched),
+            now: millis(now.unwrap_or(fetched)),
+            since: Instant::now(),
+            min_free_space,
+        };
+        self.0.submit(fill).map_err(os_error)
+    }
+
+    fn collect(&self, py: Python<'_>) -> Vec<FillResult> {
+        if self.0.has_deferred() {
+            // The thread that holds the lock of the index may need the interpreter.
+            py.detach(|| self.0.apply_deferred());
+        }
+        let reports = self.0.collect().into_iter();
+        reports
+            .map(|(id, report)| FillResult::new(py, id, report))
+            .collect()
+    }
+
+    #[pyo3(signature = (completed, timeout, /))]
+    fn wait(&self, py: Python<'_>, completed: u64, timeout: f64) -> PyResult<bool> {
+        let begun = Instant::now();
+        // NaN and negative times count as zero.
+        let timeout = Duration::try_from_secs_f64(timeout.max(0.0)).unwrap_or(Duration::MAX);
+        loop {
+            let slice = timeout.saturating_sub(begun.elapsed()).min(LOOK);
+            if py.detach(|| self.0.wait(completed, slice)) {
+                return Ok(true);
+            }
+            if slice.is_zero() || self.0.is_abandoned() {
+                return Ok(false);
+            }
+            py.check_signals()?;
+        }
+    }
+
+    #[getter]
+    fn completed(&self) -> u64 {
+        self.0.completed()
+    }
+
+    #[getter]
+    fn pending(&self) -> usize {
+        self.0.pending()
+    }
+
+    #[getter]
+    fn pending_size(&self) -> u64 {
+        self.0.pending_size()
+    }
+
+    fn abandon(&self) {
+        self.0.abandon();
+    }
+}

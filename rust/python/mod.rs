@@ -1,0 +1,82 @@
+//! The Python bindings: the module `zcache._core`, and functions that belong to no class.
+
+mod backing;
+mod convert;
+mod errors;
+mod files;
+mod fill;
+mod index;
+mod memory;
+mod reservation;
+
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use self::convert::{RawSpan, known, span};
+use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
+use crate::key;
+
+#[pyfunction]
+#[pyo3(signature = (key, raw, /))]
+fn cache_key(key: &str, raw: RawSpan) -> PyResult<String> {
+    Ok(span(raw)?.cache_key(key))
+}
+
+#[pyfunction]
+#[pyo3(signature = (size, raw, slices_like_python, /))]
+fn select(size: u64, raw: RawSpan, slices_like_python: bool) -> PyResult<Option<(u64, u64)>> {
+    Ok(key::select(size, span(raw)?, slices_like_python))
+}
+
+#[pyfunction]
+#[pyo3(signature = (key, /))]
+fn is_cacheable_key(key: &Bound<'_, PyString>) -> bool {
+    known(key).is_some()
+}
+
+/// Bytes from which on other threads may run while a checksum is computed.
+const DETACH_FROM: usize = 64 * 1024;
+
+#[pyfunction]
+#[pyo3(name = "crc32c", signature = (data, /))]
+fn checksum(py: Python<'_>, data: &[u8]) -> u32 {
+    if data.len() < DETACH_FROM {
+        ::crc32c::crc32c(data)
+    } else {
+        py.detach(|| ::crc32c::crc32c(data))
+    }
+}
+
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add(
+        "CorruptIndexError",
+        module.py().get_type::<CorruptIndexError>(),
+    )?;
+    module.add("IndexFullError", module.py().get_type::<IndexFullError>())?;
+    module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<index::Index>()?;
+    module.add_class::<reservation::Reservation>()?;
+    module.add_class::<reservation::Granted>()?;
+    module.add_class::<reservation::NeedsEviction>()?;
+    module.add_class::<reservation::Rejected>()?;
+    module.add_class::<reservation::Committed>()?;
+    {
+        module.add("SIGNATURE", crate::disk::value_file::SIGNATURE)?;
+        module.add("PENDING", crate::disk::value_file::PENDING)?;
+        module.add_class::<fill::DirectoryFills>()?;
+        module.add_class::<fill::FillResult>()?;
+        module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;
+        module.add_function(wrap_pyfunction!(files::recorded_size_and_checksum, module)?)?;
+        module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_file, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_files, module)?)?;
+        module.add_function(wrap_pyfunction!(files::leads_outside, module)?)?;
+    }
+    module.add_function(wrap_pyfunction!(cache_key, module)?)?;
+    module.add_function(wrap_pyfunction!(checksum, module)?)?;
+    module.add_function(wrap_pyfunction!(is_cacheable_key, module)?)?;
+    module.add_function(wrap_pyfunction!(select, module)?)?;
+    Ok(())
+}

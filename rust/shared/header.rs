@@ -1,0 +1,200 @@
+//! The header file of a mapped index: what it says about the other files, and who writes what.
+
+use std::mem::offset_of;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::arena::{Cell, Header, MAX_CELLS, SEGMENT};
+use crate::cache::Participant;
+
+/// Participants (processes, or stores of one process) that may share a directory.
+pub const PARTICIPANTS: usize = 256;
+/// Version slots; keys that share one by chance only invalidate each other's fills.
+pub(super) const VERSIONS: usize = 16 * 1024;
+
+const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
+/// Changes with every change of the layout; an index of another format is rebuilt.
+const FORMAT: u32 = 6;
+/// Reads as another number where the byte order differs.
+const BYTE_ORDER: u32 = 0x0102_0304;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct FileHeader {
+    magic: u64,
+    /// The dirty mark: participant (plus one) that is in the middle of a step, or died there.
+    pub(super) dirty: u32,
+    /// CRC32C of what follows, up to the participants; valid whenever `dirty` is 0.
+    pub(super) check: u32,
+    format: u32,
+    byte_order: u32,
+    cell_size: u32,
+    /// Participants that are writing to the source.
+    writers: u32,
+    /// Participant slots that were ever taken; those after them are empty.
+    pub(super) participant_slots: u32,
+    /// Keeps what follows at a multiple of 8 bytes.
+    padding: u32,
+    /// Participant (plus one) that rebuilds the index, or died while it did.
+    pub(super) rebuild_owner: u32,
+    /// Changes when any key may have been written.
+    pub(super) epoch: u32,
+    /// Changes whenever the index is emptied.
+    pub(super) generation: u64,
+    /// Elements in use: hash table slots, cells, entries of the hash table's directory, words of
+    /// strings.
+    pub(super) slots: u64,
+    pub(super) cells: u64,
+    pub(super) directory: u64,
+    pub(super) strings: u64,
+    /// Identifies the boot of the machine.
+    pub(super) boot: [u64; 5],
+    pub(super) header: Header,
+    pub(super) participants: [Participant; PARTICIPANTS],
+}
+
+/// What `FileHeader::check` covers.
+pub(super) const CHECKED: std::ops::Range<usize> =
+    offset_of!(FileHeader, format)..offset_of!(FileHeader, participants);
+
+/// Bytes before the versions.
+pub(super) const HEADER_LEN: usize = 24 * 1024;
+/// Bytes before the hash table's directory.
+pub(super) const DIRECTORY_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
+const _: () = assert!(size_of::<FileHeader>() <= HEADER_LEN);
+
+#[repr(C, align(8))]
+struct Zeros([u8; size_of::<FileHeader>()]);
+static ZEROS: Zeros = Zeros([0; size_of::<FileHeader>()]);
+
+impl FileHeader {
+    /// The header of a file that is not mapped; it is not valid.
+    pub(super) fn missing() -> &'static FileHeader {
+        bytemuck::from_bytes(&ZEROS.0)
+    }
+
+    /// Whether the numbers can be those of an index of this format.
+    pub(super) fn is_plausible(&self) -> bool {
+        self.magic == MAGIC
+            && self.format == FORMAT
+            && self.byte_order == BYTE_ORDER
+            && self.cell_size == size_of::<Cell>() as u32
+            && self.cells <= MAX_CELLS as u64
+            && u64::from(self.header.cells_used) <= self.cells
+            && u64::from(self.header.segments).saturating_mul(SEGMENT as u64) <= self.slots
+            && self.participant_slots as usize <= PARTICIPANTS
+            && self.slots <= 1 << 32
+            && self.directory <= 1 << 20
+            && self.strings <= 1 << 32
+            && u64::from(self.header.strings_used) <= self.strings
+    }
+
+    /// The header of an empty index that this participant is working on and rebuilds.
+    pub(super) fn fresh(own_slot: usize) -> FileHeader {
+        let generation = new_generation();
+        FileHeader {
+            magic: MAGIC,
+            format: FORMAT,
+            byte_order: BYTE_ORDER,
+            cell_size: size_of::<Cell>() as u32,
+            dirty: own_slot as u32 + 1,
+            rebuild_owner: own_slot as u32 + 1,
+            epoch: generation as u32,
+            generation,
+            boot: boot(),
+            ..FileHeader::zeroed()
+        }
+    }
+
+    /// Participant slots that were ever taken.
+    pub(super) fn participants(&self) -> &[Participant] {
+        let len = self.participant_slots as usize;
+        self.participants.get(..len).unwrap_or_default()
+    }
+
+    /// The same, mutable.
+    pub(super) fn participants_mut(&mut self) -> &mut [Participant] {
+        let len = self.participant_slots as usize;
+        self.participants.get_mut(..len).unwrap_or_default()
+    }
+
+    /// See [`Peers::announce_write`].
+    ///
+    /// [`Peers::announce_write`]: crate::cache::Peers::announce_write
+    pub(super) fn announce_write(&mut self, own_slot: usize, key: u64, begins: bool) {
+        let Some(participant) = self.participants.get_mut(own_slot) else {
+            return;
+        };
+        let before = participant.is_writing();
+        let name = write_name(key);
+        // Take an empty place, or clear one with this name.
+        let sought = if begins { 0 } else { name };
+        let mut writes = participant.writes.iter_mut();
+        match writes.find(|at| **at == sought) {
+            Some(at) => *at = if begins { name } else { 0 },
+            None if begins => participant.unnamed = participant.unnamed.saturating_add(1),
+            None => participant.unnamed = participant.unnamed.saturating_sub(1),
+        }
+        match (before, participant.is_writing()) {
+            (false, true) => self.writers = self.writers.saturating_add(1),
+            (true, false) => self.writers = self.writers.saturating_sub(1),
+            _ => {}
+        }
+    }
+
+    /// Whether any participant is changing anything.
+    pub(super) fn has_writers(&self) -> bool {
+        self.writers != 0
+    }
+
+    /// Whether any participant is changing this key.
+    pub(super) fn is_written(&self, own_slot: usize, key: u64) -> bool {
+        let name = write_name(key);
+        // Which keys its own unnamed writes are about, a process knows by its flights.
+        let written = |(n, p): (usize, &Participant)| {
+            p.writes.contains(&name) || p.unnamed != 0 && n != own_slot
+        };
+        self.participants().iter().enumerate().any(written)
+    }
+
+    /// Puts a participant into a slot, in the place of the previous one.
+    pub(super) fn add_participant(&mut self, n: usize, participant: Participant) {
+        self.remove_participant(n);
+        if let Some(slot) = self.participants.get_mut(n) {
+            *slot = participant;
+            self.participant_slots = self.participant_slots.max(n as u32 + 1);
+            self.writers += u32::from(participant.is_writing());
+        }
+    }
+
+    /// Takes a participant out of its slot.
+    pub(super) fn remove_participant(&mut self, n: usize) -> Participant {
+        let gone = self.participants.get_mut(n).map(std::mem::take);
+        let gone = gone.unwrap_or_default();
+        self.writers = self.writers.saturating_sub(u32::from(gone.is_writing()));
+        gone
+    }
+}
+
+pub(super) fn boot() -> [u64; 5] {
+    let mut id = [0; 5];
+    if let Ok(text) = std::fs::read("/proc/sys/kernel/random/boot_id") {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut id);
+        for (to, from) in bytes.iter_mut().zip(text) {
+            *to = from;
+        }
+    }
+    id
+}
+
+/// A number that no earlier index of this directory has had.
+fn new_generation() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = since.map_or(1, |passed| passed.as_nanos() as u64);
+    (nanos ^ u64::from(std::process::id()) << 44).max(1)
+}
+
+/// What stands for a key in `Participant::writes`.
+fn write_name(key: u64) -> u16 {
+    (key as usize % VERSIONS) as u16 + 1
+}

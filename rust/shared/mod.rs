@@ -1,0 +1,15 @@
+//! An index that several processes share: files that they map, a lock around each step, and the
+//! list of participants.
+
+mod header;
+mod index;
+mod lock_files;
+mod locked;
+mod mapped;
+mod participants;
+
+pub use self::header::PARTICIPANTS;
+pub use self::index::{SharedIndex, StepError};
+pub use self::lock_files::{Locks, OpenError};
+pub use self::locked::Locked;
+pub use self::mapped::Mapped;

@@ -1,0 +1,141 @@
+//! Participants of a mapped index: which ones are alive, which one rebuilds it, and what they tell
+//! each other.
+
+use bytemuck::Zeroable;
+use rustix::fs::fstat;
+
+use super::header::{HEADER_LEN, VERSIONS};
+use super::lock_files::is_alive;
+use super::mapped::{HEAD, Mapped};
+use crate::cache::{Participant, Peers, Version};
+
+impl Mapped {
+    /// The other live participants, without reserved bytes; none where the header is unreadable.
+    pub(super) fn living(&self) -> Vec<(usize, Participant)> {
+        // Reading the mapping of a truncated file would be fatal.
+        let mapped = self.maps[HEAD].len() as u64;
+        let is_whole = fstat(&self.files[HEAD]).is_ok_and(|status| status.st_size as u64 >= mapped);
+        if !is_whole || !self.file_header().is_plausible() {
+            return Vec::new();
+        }
+        let others = self.others();
+        let living = others.filter(|(n, _)| is_alive(&self.root, *n));
+        living
+            .map(|(n, other)| {
+                (
+                    n,
+                    Participant {
+                        reserved_bytes: 0,
+                        ..other
+                    },
+                )
+            })
+            .collect()
+    }
+
+    fn others(&self) -> impl Iterator<Item = (usize, Participant)> {
+        let all = self.participants().iter().copied().enumerate();
+        all.filter(|(n, other)| *n != self.own_slot && other.live != 0)
+    }
+
+    /// Adds this participant to the list. The lock must be held.
+    pub fn register(&mut self) {
+        let (own_slot, bound) = (self.own_slot, self.bound);
+        self.generation = self.file_header().generation;
+        let fresh = Participant {
+            live: 1,
+            bound,
+            ..Participant::zeroed()
+        };
+        self.file_header_mut().add_participant(own_slot, fresh);
+    }
+
+    /// Ends the rebuild, if this participant owns it.
+    pub fn complete(&mut self) {
+        if self.owns_rebuild() {
+            self.file_header_mut().rebuild_owner = 0;
+        }
+    }
+
+    /// The participant that rebuilds the index.
+    #[must_use]
+    pub fn rebuild_owner(&self) -> Option<usize> {
+        (self.file_header().rebuild_owner as usize).checked_sub(1)
+    }
+
+    /// Participants that are in the list but no longer alive.
+    #[must_use]
+    pub fn dead(&self) -> Vec<usize> {
+        let others = self.others().map(|(n, _)| n);
+        others.filter(|n| !is_alive(&self.root, *n)).collect()
+    }
+
+    /// Whether the participant that was rebuilding the index has died.
+    #[must_use]
+    pub fn is_rebuild_abandoned(&self) -> bool {
+        let owner = self.rebuild_owner().filter(|n| *n != self.own_slot);
+        owner.is_some_and(|n| {
+            let listed = self.participants().get(n).is_some_and(|p| p.live != 0);
+            !listed || !is_alive(&self.root, n)
+        })
+    }
+}
+
+impl Peers for Mapped {
+    fn version(&self, key: u64) -> Version {
+        let at = key as usize % VERSIONS;
+        let version = self.slice(HEAD, HEADER_LEN, VERSIONS as u64).get(at);
+        [version.copied().unwrap_or(0), self.file_header().epoch]
+    }
+    fn first_version(&self) -> Version {
+        [0, self.file_header().generation as u32]
+    }
+    fn bump_version(&mut self, key: u64) {
+        let at = key as usize % VERSIONS;
+        let versions: &mut [u32] = self.slice_mut(HEAD, HEADER_LEN, VERSIONS as u64);
+        if let Some(version) = versions.get_mut(at) {
+            *version = version.wrapping_add(1);
+        }
+    }
+    fn bump_epoch(&mut self) {
+        let header = self.file_header_mut();
+        header.epoch = header.epoch.wrapping_add(1);
+    }
+    fn announce_write(&mut self, key: u64, begins: bool) {
+        let own_slot = self.own_slot;
+        self.file_header_mut().announce_write(own_slot, key, begins);
+    }
+    fn has_writers(&self) -> bool {
+        self.file_header().has_writers()
+    }
+    fn is_written(&self, key: u64) -> bool {
+        self.file_header().is_written(self.own_slot, key)
+    }
+    fn remove_participant(&mut self, n: usize) -> Participant {
+        self.file_header_mut().remove_participant(n)
+    }
+    fn participants(&self) -> &[Participant] {
+        self.file_header().participants()
+    }
+    fn participants_mut(&mut self) -> &mut [Participant] {
+        self.file_header_mut().participants_mut()
+    }
+    fn set_bound(&mut self, bound: u64) {
+        self.bound = bound;
+        let own_slot = self.own_slot;
+        if let Some(participant) = self.participants_mut().get_mut(own_slot)
+            && participant.live != 0
+        {
+            participant.bound = bound;
+        }
+    }
+    fn own_slot(&self) -> usize {
+        self.own_slot
+    }
+    fn owns_rebuild(&self) -> bool {
+        self.rebuild_owner() == Some(self.own_slot)
+    }
+    fn is_complete(&self) -> bool {
+        self.file_header().rebuild_owner == 0
+    }
+}

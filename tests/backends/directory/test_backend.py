@@ -1,0 +1,210 @@
+"""A cache in a directory, as its users see it: the files in it, and deletes that the disk refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from directories import closed, open_store, reads, sizes_in, tree
+from support import buf, check_quiet, drained, fill, read, read_through, until, write
+from zcache import CacheStore
+from zcache._backends.directory import backend
+from zcache.testing import FakeClock, StoreDouble, check_invariants_async, entries
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+async def test_directory_is_readable_as_zarr(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path)
+    await write(store, "a/zarr.json", b"{}")
+    assert await read(LocalStore(tmp_path / "cache"), "a/zarr.json") == b"{}"
+
+
+async def test_keys_that_file_systems_treat_specially_are_cached(tmp_path: Path) -> None:
+    where = tmp_path / "naïve dir %41 'quoted'"
+    where.mkdir()
+    keys = ["ü/c/0", "sp ace/%2F", "a@1-2", "c/0", "dot.ted/.zgroup", "-", "~", "x" * 128]
+    behind = MemoryStore()
+    for _ in range(2):
+        store, _ = open_store(where, behind)
+        for key in keys:
+            assert (await read(store, key)) in (None, key.encode())
+            await write(store, key, key.encode())
+            assert await read(store, key, RangeByteRequest(0, 1)) == key.encode()[:1]
+        await check_quiet(store)
+    assert store.cache_info()["cached_keys"] == len(keys)
+
+
+@pytest.mark.parametrize("key", ["x" * 129, "a/" + "x" * 200 + "/c/0", ".zcache/a", "a/\0"])
+@pytest.mark.parametrize("what", ["set", "delete", "delete_dir"])
+async def test_write_to_a_key_that_is_never_cached_leaves_all_others_cached(
+    tmp_path: Path, key: str, what: str
+) -> None:
+    store, _ = open_store(tmp_path, MemoryStore())
+    await fill(store, a=b"1", b=b"2")
+    before = entries(store)
+    if what == "set":
+        await write(store, key, b"3")
+        assert await read(store, key) == b"3"
+    else:
+        await (store.delete(key) if what == "delete" else store.delete_dir(key))
+    assert entries(store) == before
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("key", ["a/../b", "./a", "a//b", "/a"])
+async def test_write_to_a_key_that_may_name_another_drops_everything(
+    tmp_path: Path, key: str
+) -> None:
+    store, _ = open_store(tmp_path, MemoryStore())
+    await fill(store, a=b"1", b=b"2")
+    await write(store, key, b"3")
+    assert entries(store) == []
+    await check_quiet(store)
+
+
+async def test_relative_path_stays_where_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = StoreDouble(MemoryStore())
+    store = CacheStore(source, cache_store=LocalStore("cache"))
+    await fill(store, a=b"1")
+    monkeypatch.chdir("/")
+    assert await read(store, "a") == b"1"
+    assert reads(source) == 0
+    await write(store, "b", b"2")
+    assert (tmp_path / "cache/b").read_bytes() == b"2"
+
+
+async def test_value_removed_by_others_is_read_from_the_source_and_cached_again(
+    tmp_path: Path,
+) -> None:
+    store, source = open_store(tmp_path, max_size=100)
+    await write(store, "a/c/0", bytes(60))
+    (tmp_path / "cache/a/c/0").unlink()
+    assert await read_through(store, "a/c/0") == bytes(60)
+    assert reads(source) == 1
+    assert store.cache_stats()["damaged"] == 1
+    assert await read(store, "a/c/0") == bytes(60)
+    assert reads(source) == 0
+    await check_quiet(store)
+
+
+async def test_file_of_others_under_a_key_is_never_served_nor_removed(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, max_size=100)
+    await write(store, "a", bytes(10))
+    foreign = tmp_path / "cache/b"
+    foreign.write_bytes(b"somebody's own")
+    await source.inner.set("b", buf(b"22"))
+    for _ in range(2):
+        assert await read_through(store, "b") == b"22"
+    await write(store, "b", b"333")
+    assert await read_through(store, "b") == b"333"
+    await store.clear_cache()
+    assert foreign.read_bytes() == b"somebody's own"
+    assert "a" not in tree(tmp_path / "cache")
+
+
+async def test_delete_refused_the_value_stays_counted_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is not served, nor found valid by a rebuild."""
+    clock = FakeClock(1e9)
+    store, source = open_store(tmp_path, max_size=100, clock=clock)
+    await write(store, "a", bytes(60))
+
+    def refuse(_: str, names: list[str]) -> list[OSError]:
+        return [PermissionError(13, "Permission denied", name) for name in names]
+
+    monkeypatch.setattr(backend, "remove_files", refuse)
+    await store.delete("a")
+    assert [(entry.key, entry.state) for entry in entries(store)] == [("a", "delete-failed")]
+    assert store.cache_info()["current_size"] == 60
+    await check_invariants_async(store)
+    # A rebuild by the next process does not take it for valid.
+    assert len(tree(tmp_path / "cache/.zcache/dropped")) == 1
+    monkeypatch.undo()
+    clock.advance(1000)
+    assert await read(store, "a") is None
+    await write(store, "b", bytes(50))  # There is no room beside it, so it is deleted first.
+    await write(store, "b", bytes(50))
+    assert sizes_in(tmp_path / "cache") == {"b": 50}
+    await check_quiet(store)
+    assert reads(source) == 1
+
+
+async def test_delete_never_answers_a_write_goes_on_and_the_bytes_stay_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = open_store(tmp_path, max_size=100)
+    await write(store, "a", bytes(60))
+    go, remove_files = threading.Event(), backend.remove_files
+
+    def hang(root: str, names: list[str]) -> Any:
+        assert go.wait(60)
+        return remove_files(root, names)
+
+    monkeypatch.setattr(backend, "remove_files", hang)
+    await asyncio.wait_for(store.set("a", buf(b"new")), 30)
+    assert await read(source.inner, "a") == b"new"
+    assert await read(store, "a") == b"new"
+    assert store.cache_info()["current_size"] >= 60
+    await check_invariants_async(store)
+    go.set()
+    await until(lambda: not _is_old(tmp_path))
+    await until(lambda: all(entry.state == "live" for entry in entries(store)))
+    await drained(store)
+    await check_quiet(store)
+
+
+def _is_old(where: Path) -> bool:
+    try:
+        return (where / "cache/a").stat().st_size == 60
+    except FileNotFoundError:
+        return False
+
+
+async def test_read_never_answers_the_source_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs costs a reader a second once, and later ones nothing."""
+    store, source = open_store(tmp_path)
+    # More than is read on the spot.
+    value = os.urandom(5 * 2**20)
+    await write(store, "a", value)
+    go = threading.Event()
+
+    def hang(*_: Any) -> Any:
+        go.wait(60)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(backend, "read_value", hang)
+    try:
+        for _ in range(20):
+            assert await asyncio.wait_for(read(store, "a"), 30) == value
+        assert reads(source) >= 1  # Or a value that is on its way into the cache.
+        # All but the first did not even ask.
+        assert store.cache_stats()["cache_failures"] <= 2
+    finally:
+        go.set()
+
+
+async def test_files_have_the_permissions_of_the_process(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        store, _ = open_store(tmp_path)
+        await write(store, "a/b", b"1")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache/a/b").stat().st_mode) == 0o640
+    del store
+    await closed(tmp_path)

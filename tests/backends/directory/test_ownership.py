@@ -1,0 +1,394 @@
+"""To which source a cache directory belongs, who may use it, and what is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from directories import tree
+from support import buf, check_quiet, fill, read, read_through, write
+from zcache import CacheStore
+from zcache._backends.directory import files
+from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.directory.stamp import Stamp
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def open_store(where: Path, source: Store | None = None, **options: Any) -> CacheStore:
+    """A store on the directory ``cache``."""
+    source = source or LocalStore(where / "source")
+    return CacheStore(source, cache_store=LocalStore(where / "cache"), **options)
+
+
+def held(where: Path) -> dict[str, int]:
+    """Sizes of the values in the directory, of any writer."""
+    names = (name for name in tree(where / "cache") if not name.startswith(".zcache/"))
+    return {name: (where / "cache" / name).stat().st_size for name in names}
+
+
+# --------------------------------------------------------------------------- ownership
+
+
+async def test_directory_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"adopt=True") as caught:
+        open_store(tmp_path)
+    for words in (str(tmp_path / "cache"), "thesis.tex", str(tmp_path / "source"), "empty"):
+        assert words in str(caught.value)
+    assert tree(tmp_path / "cache") == {"thesis.tex"}
+
+
+async def test_directory_of_ranges_without_a_stamp_is_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path, cache_set_data=False)
+    await fill(store, a=b"0123")
+    await read_through(store, "a", RangeByteRequest(1, 2))
+    del store
+    (tmp_path / "cache/.zcache/stamp.json").unlink()
+    with pytest.raises(ValueError, match=r"adopt=True"):
+        open_store(tmp_path)
+
+
+async def test_directory_with_adopt_is_taken_over(tmp_path: Path) -> None:
+    await LocalStore(tmp_path / "source").set("a/c/0", buf(b"1"))
+    shutil.copytree(tmp_path / "source", tmp_path / "cache")
+    store = open_store(tmp_path, adopt=True, max_size=10)
+    assert await read_through(store, "a/c/0") == b"1"
+    assert store.cache_stats()["misses"] == 0
+    await check_quiet(store)
+    del store
+    # Stamped by now, and what it holds is evicted like anything else.
+    store = open_store(tmp_path, max_size=10)
+    await write(store, "b", bytes(10))
+    assert held(tmp_path) == {"b": 10}
+
+
+async def test_directory_of_another_source_is_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    await fill(store, a=b"1")
+    del store
+    other = LocalStore(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"source_id=") as caught:
+        open_store(tmp_path, other)
+    for words in ("cache", "source", "other"):
+        assert str(tmp_path / words) in str(caught.value)
+    # Taking over what is there is not what adopt=True says.
+    with pytest.raises(ValueError, match=r"source_id="):
+        open_store(tmp_path, other, adopt=True)
+    given = re.search(r"source_id='([^']+)'", str(caught.value))
+    assert given
+    store = open_store(tmp_path, other, source_id=given[1])
+    assert await read_through(store, "a") == b"1"
+
+
+async def test_directory_with_source_id_belongs_to_that_source(tmp_path: Path) -> None:
+    """The same data under two names, and data without a name."""
+    for _ in range(2):
+        store = open_store(tmp_path, MemoryStore(), source_id="runs of 2024")
+        if not await store.exists("a"):
+            await fill(store, a=b"1")
+    assert await read_through(store, "a") == b"1"
+    assert store.cache_stats()["misses"] == 0
+    with pytest.raises(ValueError, match=r"holds the cache of '?runs of 2024"):
+        open_store(tmp_path)
+
+
+async def test_directory_source_without_a_name_starts_cold(tmp_path: Path) -> None:
+    store = open_store(tmp_path, MemoryStore())
+    await fill(store, a=b"1", b=b"2")
+    (tmp_path / "cache/mine").write_bytes(b"mine")
+    del store
+    store = open_store(tmp_path, MemoryStore())
+    assert store.cache_info()["current_size"] == 0
+    assert await read_through(store, "a") is None
+    assert tree(tmp_path / "cache") >= {"mine"}
+    assert tree(tmp_path / "cache").isdisjoint({"a", "b"})
+    # As long as it is in use, it is not used for any other source, with a name or without.
+    for source in (MemoryStore(), None):
+        other = open_store(tmp_path, source)
+        await write(other, "d", b"another's")
+        assert await read_through(other, "d") == b"another's"
+        assert other.cache_info()["cached_keys"] == 0
+        assert tree(tmp_path / "cache").isdisjoint({"d"})
+        del other
+    await fill(store, c=b"3")
+    assert await read_through(store, "c") == b"3"
+    del store
+    store = open_store(tmp_path)
+    assert held(tmp_path) == {"mine": 4}
+    assert store.cache_info()["current_size"] == 0
+
+
+async def test_take_over_cut_off_is_finished_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one source has left is never another's, whenever the process ends."""
+    store = open_store(tmp_path, MemoryStore())
+    await fill(store, a=b"old")
+    del store
+    source = LocalStore(tmp_path / "source")
+    await source.set("a", buf(b"new"))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stamp, "restamp", die)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "remove", die)
+    # And one that dies before it has removed anything.
+    (tmp_path / "cache/a").write_bytes(b"old")
+    files.sign(str(tmp_path / "cache/a"), (tmp_path / "cache/a").lstat())
+    shutil.rmtree(tmp_path / "cache/.zcache/index")
+    with pytest.raises(KeyboardInterrupt):
+        open_store(tmp_path)
+    monkeypatch.undo()
+    store = open_store(tmp_path)
+    assert await read_through(store, "a") == b"new"
+    assert store.cache_stats()["misses"] == 1
+
+
+@pytest.mark.parametrize("stamp", ["", "{", "[]", '{"source": "x"}', "\0" * 64])
+async def test_stamp_unreadable_is_refused(tmp_path: Path, stamp: str) -> None:
+    await fill(open_store(tmp_path), a=b"1")
+    (tmp_path / "cache/.zcache/stamp.json").write_text(stamp)
+    with pytest.raises(ValueError, match=r"cannot be read.*adopt=True"):
+        open_store(tmp_path)
+    store = open_store(tmp_path, adopt=True)
+    assert await read_through(store, "a") == b"1"
+
+
+async def test_stamp_of_another_format_is_refused(tmp_path: Path) -> None:
+    open_store(tmp_path)
+    stamp = tmp_path / "cache/.zcache/stamp.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"zcache": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        open_store(tmp_path, adopt=True)
+
+
+async def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
+    """Not by eviction, overwriting, `clear_cache`, a rebuild, nor where they are in the way."""
+    store = open_store(tmp_path, max_size=30)
+    cache = tmp_path / "cache"
+    foreign = {"a/c/0": b"in the way", "notes.txt": b"mine", ".zcache/ranges/b@0-1": b"odd"}
+    for name, text in foreign.items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(text)
+    (cache / "link").symlink_to(cache / "notes.txt")
+    await write(store, "a/c/0", b"value")
+    assert await read_through(store, "a/c/0") == b"value"
+    assert await read_through(store, "notes.txt") is None
+    for number in range(1, 9):
+        await write(store, f"a/c/{number}", bytes(10))
+    await write(store, "b", b"0123456789")
+    await store.clear_cache()
+    await store.delete("a/c/0")
+    await store.delete_dir("")
+    assert store.cache_info()["current_size"] == 0
+    del store
+    shutil.rmtree(cache / ".zcache/index")
+    store = open_store(tmp_path, max_size=30)
+    assert store.cache_info()["current_size"] == 0
+    for name, text in foreign.items():
+        assert (cache / name).read_bytes() == text
+    assert (cache / "link").is_symlink()
+
+
+async def test_files_replaced_by_others_are_not_removed(tmp_path: Path) -> None:
+    """Such a file is not ours any more, whatever the index says."""
+    store = open_store(tmp_path, max_size=30)
+    await write(store, "a", bytes(10))
+    file = tmp_path / "cache/a"
+    file.unlink()
+    file.write_bytes(b"somebody's")
+    await store.clear_cache()
+    assert file.read_bytes() == b"somebody's"
+    assert store.cache_info()["current_size"] == 0
+
+
+async def test_link_inside_the_directory_is_not_followed(tmp_path: Path) -> None:
+    """Nothing is written there, for no walk would find it, and nothing is removed."""
+    store = open_store(tmp_path, max_size=100)
+    elsewhere = tmp_path / "elsewhere"
+    await fill(CacheStore(MemoryStore(), cache_store=LocalStore(elsewhere)), x=b"another's")
+    (tmp_path / "cache/link").symlink_to(elsewhere)
+    for key in ("link/x", "link/y", "link/z/0"):
+        await store.set(key, buf(b"value"))
+        assert await read_through(store, key) == b"value"
+    assert tree(elsewhere) >= {"x"}
+    assert tree(elsewhere).isdisjoint({"y", "z/0"})
+    for _ in range(2):
+        store = open_store(tmp_path, max_size=100)
+        assert store.cache_info()["current_size"] == 0
+        await store.delete("link/x")
+        await store.delete_dir("link")
+        await store.clear_cache()
+        assert (elsewhere / "x").read_bytes() == b"another's"
+        del store
+        shutil.rmtree(tmp_path / "cache/.zcache/index")
+
+
+@pytest.mark.parametrize("name", ["head", "table", "cells", "texts", "lock", "p0"])
+async def test_link_in_place_of_the_index_is_not_followed(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a shared node others may put one there: the file that it leads to stays as it is."""
+    open_store(tmp_path)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"years of work" * 10_000)
+    path = tmp_path / "cache/.zcache/index" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(precious)
+    store = open_store(tmp_path)
+    await fill(store, a=b"1")
+    assert await read_through(store, "a") == b"1"
+    assert precious.read_bytes() == b"years of work" * 10_000
+    assert len(caplog.records) == 1
+
+
+# ------------------------------------------------------------------- users and permissions
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+async def test_files_new_have_the_umask_of_the_process(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        store = open_store(tmp_path)
+        await fill(store, a=b"1")
+    finally:
+        os.umask(before)
+    for name in ("a", ".zcache/stamp.json", ".zcache/index/cells", ".zcache/index/lock"):
+        assert stat.S_IMODE((tmp_path / "cache" / name).stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "cache/.zcache").stat().st_mode) == 0o777 & ~umask
+
+
+OTHER_USER = """
+import asyncio, logging, os, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from zarr.storage import LocalStore
+from support import buf, read_through
+from zcache import CacheStore
+from zcache.testing import index_slot
+logging.basicConfig(format="LOG %(levelname)s %(message)s", stream=sys.stdout)
+os.setgid(65534)
+os.setuid(65534)
+where = Path(sys.argv[1])
+
+async def main():
+    store = CacheStore(LocalStore(where / "source"), cache_store=LocalStore(where / "cache"))
+    for _ in range(3):
+        assert await read_through(store, "a") == b"1"
+        assert await read_through(store, "empty") == b""
+    stats = store.cache_stats()
+    print("DONE", stats["hits"], stats["cache_failures"], index_slot(store) is not None)
+
+asyncio.run(main())
+"""
+
+
+def as_another_user(where: Path) -> tuple[list[str], list[str]]:
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    for path in [where, *where.parents]:
+        if path == Path("/tmp"):
+            break
+        path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_USER, str(where), str(Path(__file__).parents[2])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return [line for line in lines if line.startswith("LOG")], lines[-1].split()[1:]
+
+
+async def test_directory_of_another_user_is_used_where_possible(tmp_path: Path) -> None:
+    """It is used if it can be; else the reads go to the source, with one warning."""
+    source = LocalStore(tmp_path / "source")
+    await fill(CacheStore(source, cache_store=MemoryStore()), a=b"1", empty=b"")
+    store = open_store(tmp_path)
+    await fill(store, a=b"1")
+    log, (hits, failures, shared) = as_another_user(tmp_path)
+    assert len(log) == 1, log
+    assert "WARNING" in log[0]
+    assert str(tmp_path / "cache") in log[0]
+    for words in ("The source serves every read", "other processes", "do not see what is written"):
+        assert words in log[0]
+    assert (hits, failures, shared) == ("0", "0", "False")
+    assert tree(tmp_path / "cache").isdisjoint({"empty"})
+    # A directory that all may write to.
+    for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    log, (hits, failures, shared) = as_another_user(tmp_path)
+    assert log == []
+    assert (int(hits) >= 5, failures, shared) == (True, "0", "True")
+    assert await read_through(store, "empty") == b""
+    assert (tmp_path / "cache/empty").stat().st_uid == 65534
+    await check_quiet(store)
+
+
+def test_directory_cannot_be_made_the_source_serves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_bytes(b"a file")
+    store = open_store(tmp_path)
+    asyncio.run(fill(store, a=b"1", empty=b""))
+    assert asyncio.run(read(store, "a")) == b"1"
+    assert asyncio.run(read(store, "empty")) == b""
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert (tmp_path / "cache").read_bytes() == b"a file"
+
+
+async def test_file_system_without_locks_has_an_index_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(open_store(tmp_path), a=b"1")
+
+    def unsuitable(*_: object) -> None:
+        raise OSError("the file system (NFS) does not share locks")
+
+    monkeypatch.setattr(CacheDirectory, "_attach", unsuitable)
+    store = open_store(tmp_path)
+    assert "cannot be shared" in caplog.text
+    for lost in ("NFS", "bound", "writes", "ends with it"):
+        assert lost in caplog.text
+    assert await read_through(store, "a") == b"1"
+    assert store.cache_stats()["misses"] == 0
+    await fill(store, b=b"2")
+    assert held(tmp_path) == {"a": 1, "b": 1}
+    await check_quiet(store)
+
+
+def test_directory_inside_a_cache_is_refused(tmp_path: Path) -> None:
+    """A rebuild of the outer one would take its values for its own."""
+    CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / "outer"))
+    (tmp_path / "link").symlink_to(tmp_path / "outer")
+    for inner in ("outer/a", "outer/a/b", "link/a"):
+        with pytest.raises(ValueError, match=r"lies inside the cache directory .*outer"):
+            CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / inner))
+        assert not (tmp_path / "outer" / "a").exists()
+    CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path / "beside"))

@@ -1,0 +1,155 @@
+"""The rebuild of an index while others rebuild it, empty it, fork, or die."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.storage import LocalStore
+
+from support import check_quiet, read
+from zcache import CacheStore
+from zcache._backends.directory import files
+from zcache._backends.directory.scan import Scanner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTS = Path(__file__).parents[2]
+LONGEST = 60
+KEYS = [f"k{number}" for number in range(8)]
+VALUES = [key.encode() for key in KEYS]
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    """A directory with a cache of all keys, without its index."""
+    (tmp_path / "source").mkdir()
+    for key in KEYS:
+        (tmp_path / "source" / key).write_text(key)
+    assert asyncio.run(read_all(open_store(tmp_path))) == VALUES
+    gc.collect()
+    shutil.rmtree(tmp_path / "cache/.zcache/index")
+    return tmp_path
+
+
+def open_store(where: Path, **options: Any) -> CacheStore:
+    source, cache = LocalStore(where / "source"), LocalStore(where / "cache")
+    return CacheStore(source, cache_store=cache, **options)
+
+
+async def read_all(store: CacheStore) -> list[bytes | None]:
+    found = [await read(store, key) for key in KEYS]
+    await store.drain(timeout=5)
+    return found
+
+
+NEVER_READY = """
+import sys, time
+from pathlib import Path
+from zarr.storage import LocalStore
+from zcache import CacheStore
+from zcache._backends.directory import files
+
+where = Path(sys.argv[1])
+
+def never(*args):
+    print("scans", flush=True)
+    time.sleep(600)
+    yield
+
+files.walk = never
+CacheStore(LocalStore(where / "source"), cache_store=LocalStore(where / "cache"), max_size=10**6)
+"""
+
+
+def start_rebuild_without_end(where: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", NEVER_READY, str(where)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def test_rebuild_owner_dies_those_who_wait_fill_the_index(where: Path) -> None:
+    owner = start_rebuild_without_end(where)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "scans\n"
+        stores = [open_store(where, max_size=10**6) for _ in range(2)]
+        assert await read_all(stores[0]) == VALUES
+        assert stores[0].cache_info()["cached_keys"] == 0
+    finally:
+        owner.kill()
+        owner.communicate()
+    deadline = time.monotonic() + LONGEST
+    # The owner of a rebuild is looked for now and then.
+    while not stores[0].cache_info()["cached_keys"] and time.monotonic() < deadline:
+        assert await read_all(stores[1]) == VALUES
+        await asyncio.sleep(0.01)
+    for store in stores:
+        assert await read_all(store) == VALUES
+        assert store.cache_info()["cached_keys"] == len(KEYS)
+        await check_quiet(store)
+
+
+async def test_rebuild_index_emptied_meanwhile_is_not_complete(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not say that all is there: what it had entered before is gone."""
+    without_buried = Scanner._without_buried
+
+    def late(self: Scanner, found: Any) -> Any:
+        self.outdate()
+        return without_buried(self, found)
+
+    monkeypatch.setattr(Scanner, "_without_buried", late)
+    store = open_store(where)
+    assert store.cache_info()["cached_keys"] == 0
+    assert await read_all(store) == VALUES
+
+
+def test_fork_while_another_thread_opens_keeps_no_lock(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child, which never has that store, keeps none of its locks."""
+    walks, go = threading.Event(), threading.Event()
+    walk = files.walk
+
+    def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
+        walks.set()
+        assert go.wait(LONGEST)
+        yield from walk(*args)
+
+    monkeypatch.setattr(files, "walk", slow)
+    opened: list[CacheStore] = []
+    opening = threading.Thread(target=lambda: opened.append(open_store(where)))
+    opening.start()
+    assert walks.wait(LONGEST)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        go.set()
+        opening.join()
+        assert asyncio.run(read_all(opened.pop())) == VALUES
+        gc.collect()
+        for name in ("lock", "p0"):
+            with (where / "cache/.zcache/index" / name).open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

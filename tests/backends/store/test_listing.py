@@ -1,0 +1,264 @@
+"""Cache stores that can only be asked what they hold, and fail when they are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from doubles import FaultyStore, SyncDictStore
+from support import buf, read, read_through, until, value_sync
+from zcache import CacheStore
+from zcache.testing import FakeClock, check_invariants_async
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+SOURCE = {f"{d}{n}": bytes([65 + n]) * 10 for d in ("", "d/") for n in range(3)}
+
+
+FAILURES_TO_OPEN = 5
+
+
+class Remote(FaultyStore):
+    """A store that outlives its process, as those of zarr do; a listing may fail in the middle."""
+
+    __module__ = "zarr.storage._remote"
+
+    async def list(self) -> AsyncIterator[str]:
+        self.counts["list"] += 1
+        await self.before("list", "")
+        async for key in super().list():
+            yield key
+        await self.after("list", "", None)
+
+    async def getsize(self, key: str) -> int:
+        size: int = await self._do("getsize", key, lambda: len(self.values[key]))
+        return size
+
+
+ERRORS: list[Callable[[], Exception]] = [
+    lambda: OSError(5, "input/output error"),
+    lambda: OSError(22, "invalid argument"),
+    lambda: ValueError("a library's own"),
+    TimeoutError,
+    lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
+    NotImplementedError,
+]
+
+
+@pytest.fixture
+def source() -> SyncDictStore:
+    return SyncDictStore(SOURCE)
+
+
+def make(source: SyncDictStore, cache: Remote, **options: Any) -> CacheStore:
+    return CacheStore(source, cache_store=cache, source_id="a source", **options)
+
+
+async def settled(store: CacheStore) -> None:
+    """Wait for a listing and for fills."""
+    await store.drain()
+
+
+async def filled(source: SyncDictStore) -> Remote:
+    """What another process has left behind."""
+    cache = Remote()
+    store = make(source, cache)
+    await settled(store)
+    for key, value in SOURCE.items():
+        assert await read_through(store, key) == value
+    cache.counts.clear()
+    return cache
+
+
+def held(cache: Remote) -> dict[str, bytes]:
+    return {key: value for key, value in cache.values.items() if not key.startswith(".zcache/s")}
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("operation", ["list", "getsize", "get", "set"])
+async def test_listing_fails_is_tried_again_after_a_pause(
+    source: SyncDictStore,
+    operation: str,
+    error: Callable[[], Exception],
+    sync: bool,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cache = Remote() if operation == "set" else await filled(source)
+    store = make(source, cache, max_size=100, clock=clock)
+    cache.plan = lambda at, *_: error() if at == operation else None
+
+    async def reads() -> None:
+        for key, value in SOURCE.items():
+            found = (
+                await asyncio.to_thread(value_sync, store, key) if sync else await read(store, key)
+            )
+            assert found == value
+            await settled(store)
+
+    for _ in range(3):
+        await reads()
+    before = cache.counts.total()
+    assert cache.counts[operation] <= FAILURES_TO_OPEN * len(SOURCE)
+    await reads()
+    assert cache.counts.total() == before
+    clock.advance(1.01)
+    await reads()
+    assert cache.counts.total() > before
+    stats = store.cache_stats()
+    assert stats["cache_failures"] in (2, FAILURES_TO_OPEN + 1)  # After a time-out at once.
+    assert stats["cache_skips"] > 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert held(cache) == ({} if operation == "set" else SOURCE)
+    cache.plan = lambda *_: None
+    clock.advance(100)
+    await settled(store)
+    await reads()
+    counted = source.counts["get"]
+    await reads()
+    assert source.counts["get"] == counted
+    assert store.cache_stats()["hits"] > 0
+    await check_invariants_async(store)
+    assert store.cache_info()["current_size"] == sum(map(len, held(cache).values())) == 60
+
+
+CHANGES: dict[str, Callable[[CacheStore], Any]] = {
+    "set": lambda store: store.set("1", buf(b"new")),
+    "set_sync": lambda store: asyncio.to_thread(store.set_sync, "1", buf(b"new")),
+    "delete": lambda store: store.delete("1"),
+    "delete_sync": lambda store: asyncio.to_thread(store.delete_sync, "1"),
+    "delete_dir": lambda store: store.delete_dir("d"),
+    "clear": lambda store: store.clear(),
+    "clear_cache": lambda store: store.clear_cache(),
+    "strange": lambda store: store.set("d/../1", buf(b"new")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+async def test_listing_incomplete_a_change_is_not_undone(
+    source: SyncDictStore, change: Callable[[CacheStore], Any], clock: FakeClock
+) -> None:
+    cache = await filled(source)
+    store = make(source, cache, max_size=100, clock=clock)
+    cache.plan = lambda *_: OSError(5, "down")
+    await change(store)
+    for key in SOURCE:
+        assert await read_through(store, key) == source.values.get(key)
+    cache.plan = lambda *_: None
+    clock.advance(100)
+    await settled(store)
+    for _ in range(2):
+        for key in SOURCE:
+            assert await read_through(store, key) == source.values.get(key)
+    assert {key: source.values.get(key) for key in held(cache)} == held(cache)
+    await check_invariants_async(store)
+
+
+async def test_listing_incomplete_delete_refused_is_not_served(
+    source: SyncDictStore, clock: FakeClock
+) -> None:
+    cache = await filled(source)
+    store = make(source, cache, clock=clock)
+    cache.plan = lambda *_: OSError(5, "down")
+    await store.set("1", buf(b"new"))
+    cache.plan = lambda at, *_: OSError(5, "down") if at in ("delete", "exists") else None
+    for turn in range(8):
+        assert await read_through(store, "1") == b"new"
+        if turn == 4:
+            cache.plan = lambda *_: None
+        clock.advance(100)
+    assert held(cache)["1"] == b"new"
+    assert store.cache_info()["current_size"] == sum(map(len, held(cache).values()))
+
+
+async def test_listing_during_a_write_keeps_the_older_value_out(
+    source: SyncDictStore, clock: FakeClock
+) -> None:
+    cache = await filled(source)
+    store = make(source, cache, clock=clock)
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def before(operation: str, key: str) -> None:
+        if operation == "set":
+            begun.set()
+            await go.wait()
+
+    source.before = before  # type: ignore[method-assign]
+    cache.plan = lambda *_: OSError(5, "down")
+    write = asyncio.create_task(store.set("1", buf(b"new")))
+    await begun.wait()
+    cache.plan = lambda *_: None
+    clock.advance(100)
+    await settled(store)
+    assert await read_through(store, "0") == SOURCE["0"]
+    assert await read_through(store, "1") == SOURCE["1"]
+    assert store.cache_info()["cached_keys"] >= len(SOURCE) - 1
+    go.set()
+    await write
+    for _ in range(2):
+        assert await read_through(store, "1") == b"new"
+    await check_invariants_async(store)
+
+
+async def test_listing_under_way_reads_go_to_the_source(source: SyncDictStore) -> None:
+    cache = await filled(source)
+    store = make(source, cache)
+    go = asyncio.Event()
+
+    async def before(operation: str, key: str) -> None:
+        if operation == "list":
+            await go.wait()
+
+    cache.before = before  # type: ignore[method-assign]
+    counted = source.counts["get"]
+    for key, value in SOURCE.items():
+        assert await read(store, key) == value
+    assert source.counts["get"] == counted + len(SOURCE)
+    assert store.cache_info()["cached_keys"] == 0
+    go.set()
+    await settled(store)
+    assert store.cache_info()["cached_keys"] == len(SOURCE)
+    for key, value in SOURCE.items():
+        assert await read(store, key) == value
+    assert source.counts["get"] == counted + len(SOURCE)
+
+
+async def test_listing_many_reads_at_once_make_one(source: SyncDictStore) -> None:
+    cache = await filled(source)
+    store = make(source, cache)
+
+    async def before(operation: str, key: str) -> None:
+        await asyncio.sleep(0.01)
+        raise OSError(5, "down")
+
+    cache.before = before  # type: ignore[method-assign]
+    found = await asyncio.gather(*[read(store, key) for key in SOURCE for _ in range(20)])
+    assert found == [value for value in SOURCE.values() for _ in range(20)]
+    await until(lambda: store.cache_stats()["cache_failures"])
+    assert cache.counts["list"] == store.cache_stats()["cache_failures"] == 1
+
+
+async def test_a_listed_store_of_another_source_is_refused_by_drain(
+    source: SyncDictStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = await filled(source)
+    other = SyncDictStore({"0": b"another's"})
+    store = CacheStore(other, cache_store=copy_of(cache), source_id="another")
+    assert await read(store, "0") == b"another's"
+    with pytest.raises(ValueError, match="holds the cache of a source, not of another"):
+        await store.drain()
+    assert await read(store, "0") == b"another's"
+    assert store.cache_info()["cached_keys"] == 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def copy_of(cache: Remote) -> Remote:
+    """A store with the same contents, at another place."""
+    other = Remote()
+    other.values = dict(cache.values)
+    return other

@@ -1,0 +1,90 @@
+"""The index of a directory, by itself: what its participants say to each other outlives its files."""
+
+from __future__ import annotations
+
+import gc
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from directories import INDEX_FILES
+from zcache._core import CorruptIndexError, Granted, Index, Rejected
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VOID = "overtaken by a write"
+
+
+def outcome_of_fill(index: Index, key: str) -> str:
+    """What becomes of a fill: `granted`, or why not."""
+    ticket = index.join(key, None, object(), 2.0, False)
+    assert isinstance(ticket, int)
+    try:
+        answer = index.reserve(key, None, 3, ticket, 2.0)
+        if isinstance(answer, Rejected):
+            return answer.reason
+        assert isinstance(answer, Granted)
+        index.commit(answer.reservation, None, 2.0)
+        return "granted"
+    finally:
+        index.complete_flight(key, ticket)
+
+
+def open_index(where: Path) -> Index:
+    index, fresh = Index.open(str(where))
+    if fresh:
+        index.finish_rebuild()
+    return index
+
+
+@pytest.mark.parametrize("how", ["damaged", "removed"])
+@pytest.mark.parametrize("end", ["ends", "dies"])
+def test_restart_knows_what_others_are_writing(tmp_path: Path, how: str, end: str) -> None:
+    """Nothing is kept of what is being written, though its writer takes no step meanwhile."""
+    one = open_index(tmp_path)
+    other = open_index(tmp_path)
+    one.begin_write("a/k")
+    one.invalidate("b", True)
+    if how == "removed":
+        # The first that finds that opens new files, which the writer hears of at its next step.
+        for name in INDEX_FILES:
+            (tmp_path / name).unlink()
+        assert one.restart(1)
+        one.finish_rebuild()
+        assert not other.restart(2)
+    else:
+        with (tmp_path / "head").open("r+b") as head:
+            head.seek(8)
+            head.write(struct.pack("=I", 3))
+        with pytest.raises(CorruptIndexError):
+            other.lookup("a/k")
+        assert other.restart(1)
+        other.finish_rebuild()
+    found = [outcome_of_fill(other, key) for key in ("a/k", "b/c/0", "a/j")]
+    assert found == [VOID, VOID, "granted"]
+    if end == "ends":
+        one.end_write("a/k", True)
+        one.invalidate("b", False)
+    else:
+        del one
+        gc.collect()
+        other.reclaim_dead()
+    assert [outcome_of_fill(other, key) for key in ("a/k", "b/c/0")] == ["granted", "granted"]
+    other.validate()
+
+
+def test_restart_files_removed_the_first_to_open_new_ones_fills_them(tmp_path: Path) -> None:
+    """Though another has the lock at once: what is being written is said before that."""
+    one = open_index(tmp_path)
+    one.begin_write("a/k")
+    for name in (*INDEX_FILES, "lock"):
+        (tmp_path / name).unlink()
+    with (tmp_path / "lock").open("w"):
+        assert one.restart(1)
+        other, fresh = Index.open(str(tmp_path))
+        assert not fresh
+        one.finish_rebuild()
+        assert outcome_of_fill(other, "a/k") == VOID
+        assert outcome_of_fill(other, "a/j") == "granted"

@@ -1,0 +1,217 @@
+//! Flights: which one a reader joins, and which numbers name them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, RejectReason, Reserve, Verify};
+use zcache::cache::{Flights, Ticket};
+use zcache::key::ByteRange;
+
+const LIMITS: Limits = Limits {
+    max_size: 100,
+    max_age: None,
+    slices_like_python: false,
+    flat_namespace: true,
+    verify: Verify::Never,
+};
+
+fn cache() -> Cache<Heap, u32> {
+    Cache::new(Heap::default(), LIMITS, 1).unwrap()
+}
+
+fn join(cache: &mut Cache<Heap, u32>, range: ByteRange, payload: u32) -> Joined<u32> {
+    cache.join("a/c/0", range, payload, 1, false).unwrap()
+}
+
+fn lead(cache: &mut Cache<Heap, u32>, range: ByteRange, payload: u32) -> Ticket {
+    match join(cache, range, payload) {
+        Joined::Lead(ticket) => ticket,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn abort_flight_is_not_joined_or_cached() {
+    let mut cache = cache();
+    let range = |n| ByteRange::Range {
+        start: n,
+        end: n + 1,
+    };
+    // Enough flights for one key to be found through an index, too.
+    let tickets: Vec<Ticket> = (0..40)
+        .map(|n| lead(&mut cache, range(n), n as u32))
+        .collect();
+    assert_eq!(cache.abort_flight("a/c/0", |payload| *payload == 99), None);
+    assert_eq!(cache.abort_flight("a/c/1", |payload| *payload == 7), None);
+    let aborted = cache
+        .abort_flight("a/c/0", |payload| *payload == 7)
+        .unwrap();
+    assert_eq!(aborted.payload, Some(7));
+    assert!(!aborted.joined);
+    assert_eq!(cache.abort_flight("a/c/0", |payload| *payload == 7), None);
+    // Its value is not cached, and completing it does nothing.
+    let answer = cache.reserve("a/c/0", range(7), 1, tickets[7], 1).unwrap();
+    assert_eq!(answer, Reserve::Rejected(RejectReason::Invalidated));
+    assert_eq!(cache.complete_flight("a/c/0", tickets[7]), None);
+    // The next reader opens a flight; the other flights go on.
+    lead(&mut cache, range(7), 70);
+    for n in 0..40 {
+        let payload = if n == 7 { 70 } else { n as u32 };
+        assert_eq!(
+            join(&mut cache, range(n), 99),
+            Joined::Follow(range(n), payload)
+        );
+    }
+    assert_eq!(cache.in_flight().0, 40);
+}
+
+#[test]
+fn abort_flight_during_fill_deletes_its_bytes() {
+    let mut cache = cache();
+    let ticket = lead(&mut cache, ByteRange::Full, 1);
+    let Reserve::Granted(id) = cache
+        .reserve("a/c/0", ByteRange::Full, 8, ticket, 1)
+        .unwrap()
+    else {
+        panic!("not granted")
+    };
+    cache.abort_flight("a/c/0", |_| true).unwrap();
+    let done = cache.commit(id, Some(0), 1).unwrap().unwrap();
+    assert_eq!(done.victims.len(), 1);
+    assert_eq!(done.flight, None);
+    assert_eq!(cache.peek("a/c/0", ByteRange::Full, 1).unwrap(), None);
+    cache.deletes_done(&[done.victims[0].cell], &[]).unwrap();
+    assert_eq!(cache.current_size(), 0);
+    cache.validate().unwrap();
+}
+
+#[test]
+fn commit_number_of_another_index_is_unknown() {
+    let mut first = cache();
+    let mut second = cache();
+    let ticket = lead(&mut first, ByteRange::Full, 1);
+    assert_ne!(ticket, lead(&mut second, ByteRange::Full, 2));
+    let Reserve::Granted(id) = first
+        .reserve("a/c/0", ByteRange::Full, 8, ticket, 1)
+        .unwrap()
+    else {
+        panic!("not granted")
+    };
+    assert_eq!(second.complete_flight("a/c/0", ticket), None);
+    assert_eq!(
+        second
+            .reserve("a/c/0", ByteRange::Full, 8, ticket, 1)
+            .unwrap(),
+        Reserve::Rejected(RejectReason::Invalidated)
+    );
+    assert!(second.commit(id, Some(0), 1).unwrap().is_none());
+    assert!(second.abort(id).unwrap().is_empty());
+    assert_eq!(second.in_flight().0, 1);
+    assert!(first.commit(id, Some(0), 1).unwrap().is_some());
+    // After a fork too, which drops all flights.
+    let mut flights: Flights<u32> = first.after_fork().unwrap();
+    assert!(flights.take().is_empty());
+    assert!(first.drop_missing("a/c/0").unwrap().len() == 1);
+    assert!(lead(&mut first, ByteRange::Full, 3) > ticket);
+}
+
+#[test]
+fn abandon_reservation_leaves_failed_deletes() {
+    let mut cache = cache();
+    let fill = |cache: &mut Cache<Heap, u32>, key: &str, size| {
+        let Joined::Lead(ticket) = cache.join(key, ByteRange::Full, 0, 1, false).unwrap() else {
+            panic!("{key} is there")
+        };
+        cache
+            .reserve(key, ByteRange::Full, size, ticket, 1)
+            .unwrap()
+    };
+    let Reserve::Granted(id) = fill(&mut cache, "a", 60) else {
+        panic!("not granted")
+    };
+    cache.commit(id, Some(0), 1).unwrap();
+    // It waits for a delete, which may or may not have happened.
+    let Reserve::NeedsEviction(id, victims) = fill(&mut cache, "b", 50) else {
+        panic!("no eviction needed")
+    };
+    assert_eq!(victims.len(), 1);
+    cache.abandon(id).unwrap();
+    assert_eq!(cache.in_flight().1, 0);
+    assert_eq!(cache.current_size(), 60);
+    cache.validate().unwrap();
+    // It was granted, and its bytes may or may not have been written.
+    let failed = cache.retry_failed(10).unwrap();
+    assert_eq!(failed.len(), 1);
+    cache.deletes_done(&[failed[0].cell], &[]).unwrap();
+    let Reserve::Granted(id) = fill(&mut cache, "c", 50) else {
+        panic!("not granted")
+    };
+    cache.abandon(id).unwrap();
+    assert!(cache.commit(id, Some(0), 1).unwrap().is_none());
+    assert_eq!(cache.current_size(), 50);
+    assert_eq!(cache.retry_failed(10).unwrap()[0].cache_key, "c");
+    // One that has ended already.
+    cache.abandon(id).unwrap();
+    cache.validate().unwrap();
+}
+
+#[test]
+fn reserve_below_changing_prefix_is_rejected() {
+    let mut cache = cache();
+    let earlier = lead(&mut cache, ByteRange::Full, 1);
+    cache.invalidate_prefix("a/");
+    cache.prefix_change("a/", true);
+    cache.prefix_change("a", true);
+    let during = lead(&mut cache, ByteRange::Full, 2);
+    for ticket in [earlier, during] {
+        let answer = cache
+            .reserve("a/c/0", ByteRange::Full, 1, ticket, 1)
+            .unwrap();
+        assert_eq!(answer, Reserve::Rejected(RejectReason::Invalidated));
+    }
+    // Keys beside the prefix are not affected.
+    let Joined::Lead(beside) = cache.join("ab", ByteRange::Full, 3, 1, false).unwrap() else {
+        panic!("no other reader")
+    };
+    let answer = cache.reserve("ab", ByteRange::Full, 1, beside, 1).unwrap();
+    assert!(matches!(answer, Reserve::Granted(_)));
+    // One of two has ended.
+    cache.prefix_change("a", false);
+    let answer = cache
+        .reserve("a/c/0", ByteRange::Full, 1, during, 1)
+        .unwrap();
+    assert_eq!(answer, Reserve::Rejected(RejectReason::Invalidated));
+    cache.invalidate_prefix("a");
+    cache.prefix_change("a/", false);
+    let later = lead(&mut cache, ByteRange::Full, 4);
+    let answer = cache
+        .reserve("a/c/0", ByteRange::Full, 1, later, 1)
+        .unwrap();
+    assert!(matches!(answer, Reserve::Granted(_)));
+}
+
+#[test]
+fn end_write_with_payload_is_joined_until_its_value_is_cached() {
+    let mut cache = cache();
+    cache.begin_write("a/c/0").unwrap();
+    let (_, ticket) = cache.end_write("a/c/0", true, Some(9)).unwrap();
+    let ticket = ticket.unwrap();
+    let joined = cache.join("a/c/0", ByteRange::Full, 1, 1, false).unwrap();
+    assert_eq!(joined, Joined::Follow(ByteRange::Full, 9));
+    let answer = cache
+        .reserve("a/c/0", ByteRange::Full, 1, ticket, 1)
+        .unwrap();
+    let Reserve::Granted(id) = answer else {
+        panic!("{answer:?}");
+    };
+    let done = cache.commit(id, Some(0), 1).unwrap().unwrap();
+    assert!(done.flight.unwrap().joined);
+    let joined = cache.join("a/c/0", ByteRange::Full, 1, 1, false).unwrap();
+    assert_eq!(joined, Joined::Ready);
+}

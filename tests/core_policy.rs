@@ -1,0 +1,85 @@
+//! The seam for eviction policies: a cache goes by whichever policy it has.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test stops at the first surprise"
+)]
+
+use zcache::arena::{Arena, Heap, List, Storage};
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
+use zcache::error::Result;
+use zcache::key::ByteRange;
+use zcache::policy::{Eviction, Lru};
+
+/// First in, first out: reads change nothing.
+#[derive(Debug, Default)]
+struct Fifo;
+
+impl Eviction for Fifo {
+    fn insert<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
+        arena.link(List::Recency, entry, true)
+    }
+    fn touch<S: Storage>(&mut self, _: &mut Arena<S>, _: u32) -> Result<()> {
+        Ok(())
+    }
+    fn remove<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
+        arena.unlink(List::Recency, entry)
+    }
+    fn victim<S: Storage>(&mut self, arena: &mut Arena<S>) -> Result<Option<u32>> {
+        arena.end(List::Recency, false)
+    }
+    fn order<S: Storage>(&self, arena: &Arena<S>) -> Result<Vec<u32>> {
+        let mut order = Vec::new();
+        let mut at = arena.list(List::Recency)[0];
+        while at != 0 {
+            order.push(at);
+            at = arena.neighbour(List::Recency, at, true)?;
+        }
+        Ok(order)
+    }
+    fn reset(&mut self) {}
+}
+
+/// Fills three of the keys `a` to `d`, reads `a`, and fills the fourth; returns what is cached, next
+/// victim first.
+fn evict_one<P: Eviction>() -> Vec<String> {
+    let limits = Limits {
+        max_size: 3,
+        max_age: None,
+        slices_like_python: false,
+        flat_namespace: true,
+        verify: Verify::Never,
+    };
+    let mut cache: Cache<Heap, (), P> = Cache::new(Heap::default(), limits, 1).unwrap();
+    for key in ["a", "b", "c", "d"] {
+        if key == "d" {
+            assert!(cache.lookup("a", ByteRange::Full, 1).unwrap().is_some());
+        }
+        let Joined::Lead(ticket) = cache.join(key, ByteRange::Full, (), 1, false).unwrap() else {
+            panic!("{key} is cached already");
+        };
+        let mut answer = cache.reserve(key, ByteRange::Full, 1, ticket, 1).unwrap();
+        if let Reserve::NeedsEviction(id, victims) = answer {
+            assert_eq!(victims.len(), 1);
+            answer = cache.all_evicted(id, 1).unwrap();
+        }
+        let Reserve::Granted(id) = answer else {
+            panic!("{answer:?}");
+        };
+        cache.commit(id, Some(0), 1).unwrap().unwrap();
+        cache.validate().unwrap();
+    }
+    let order = cache.recency().unwrap();
+    order.into_iter().map(|(key, _)| key).collect()
+}
+
+#[test]
+fn lru_entry_that_was_read_is_kept() {
+    assert_eq!(evict_one::<Lru>(), ["c", "a", "d"]);
+}
+
+#[test]
+fn other_policy_decides_for_the_whole_cache() {
+    assert_eq!(evict_one::<Fifo>(), ["b", "c", "d"]);
+}

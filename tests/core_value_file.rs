@@ -1,0 +1,205 @@
+//! Files of values: published whole, never over another's file, and removed only if zcache wrote them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use zcache::disk::value_file::{self, PENDING, SIGNATURE, WriteError, WrittenFile};
+
+const FETCHED: i64 = 1_700_000_000_123_000_000;
+
+/// A directory of its own, removed at the end.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Place {
+        let place =
+            std::env::temp_dir().join(format!("zcache-files-{}-{name}", std::process::id()));
+        fs::create_dir_all(&place).unwrap();
+        Place(place)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn modified(path: &Path) -> i64 {
+    let time = fs::symlink_metadata(path).unwrap().modified().unwrap();
+    i64::try_from(time.duration_since(UNIX_EPOCH).unwrap().as_nanos()).unwrap()
+}
+
+#[test]
+fn value_file_published_and_sealed_is_valid() {
+    let place = Place::new("way");
+    let (unfinished, path) = (place.at("1"), place.at("a/b/c"));
+    let made = value_file::create(&unfinished, b"123456789", FETCHED + PENDING).unwrap();
+    // The check value of CRC-32C.
+    assert_eq!(made.checksum, 0xE306_9283);
+    assert_eq!(modified(&unfinished), FETCHED + PENDING);
+    value_file::publish(&unfinished, &path).unwrap();
+    assert!(!unfinished.exists());
+    assert_eq!(fs::read(&path).unwrap(), b"123456789");
+    if let Some(noted) = value_file::recorded(&path) {
+        assert_eq!(noted, (9, made.checksum));
+    }
+    value_file::seal(&place.0, Path::new("a/b/c"), &made).unwrap();
+    assert_eq!(modified(&path), FETCHED + SIGNATURE);
+    assert!(value_file::remove(&path).unwrap());
+    assert!(!path.exists());
+    assert!(value_file::remove(&path).unwrap(), "it is gone");
+}
+
+fn write(place: &Place, name: &str, data: &[u8]) -> Result<WrittenFile, WriteError> {
+    let (name, unfinished) = (Path::new(name), place.at("tmp/1"));
+    let written = value_file::write_value(&place.0, name, &unfinished, data, FETCHED + PENDING);
+    assert!(!unfinished.exists());
+    written
+}
+
+#[test]
+fn write_value_missing_folders_makes_them() {
+    let place = Place::new("whole");
+    let made = write(&place, "a/b", b"123456789").unwrap();
+    assert_eq!(made.checksum, 0xE306_9283);
+    assert_eq!(modified(&place.at("a/b")), FETCHED + PENDING);
+    assert_eq!(fs::read(place.at("a/b")).unwrap(), b"123456789");
+    fs::remove_dir(place.at("tmp")).unwrap();
+    write(&place, "a/c", b"").unwrap();
+    // A directory that is no cache any more is not made anew.
+    let (name, deeper) = (Path::new("d"), place.at("no/tmp/1"));
+    assert!(value_file::write_value(&place.0, name, &deeper, b"", FETCHED).is_err());
+    assert!(!place.at("no").exists());
+}
+
+#[test]
+fn write_value_taken_name_replaces_pending_only() {
+    let place = Place::new("taken-value");
+    write(&place, "a", b"first").unwrap();
+    let made = write(&place, "a", b"second").unwrap();
+    assert_eq!(fs::read(place.at("a")).unwrap(), b"second");
+    value_file::seal(&place.0, Path::new("a"), &made).unwrap();
+    let unknown = write(&place, "a", b"third");
+    assert!(matches!(unknown, Err(WriteError::Unknown)), "{unknown:?}");
+    fs::write(place.at("theirs"), "theirs").unwrap();
+    let refused = write(&place, "theirs", b"ours");
+    assert!(
+        matches!(&refused, Err(WriteError::Io(error)) if error.kind() == ErrorKind::AlreadyExists),
+        "{refused:?}"
+    );
+    assert_eq!(fs::read(place.at("a")).unwrap(), b"second");
+    assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
+}
+
+#[test]
+fn write_value_link_outside_is_refused() {
+    let (place, elsewhere) = (Place::new("inside"), Place::new("outside"));
+    symlink(&elsewhere.0, place.at("link")).unwrap();
+    let refused = write(&place, "link/a", b"ours");
+    assert!(matches!(refused, Err(WriteError::Io(_))), "{refused:?}");
+    assert!(!elsewhere.at("a").exists());
+}
+
+#[test]
+fn write_tombstone_name_is_its_digest() {
+    let place = Place::new("tombstone");
+    value_file::write_tombstone(&place.0, "a/c/0").unwrap();
+    value_file::write_tombstone(&place.0, "a/c/0").unwrap();
+    // The first 128 bits of SHA-256, as `sha256sum` gives it.
+    let expected = place.at(".zcache/dropped/f3dcb708e290f0ccf64b51ce43d598d5");
+    assert!(expected.exists());
+}
+
+#[test]
+fn seal_other_file_of_the_name_is_left_alone() {
+    let place = Place::new("pending");
+    let name = Path::new("1");
+    let made = value_file::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    // It was evicted, and the same value was fetched again.
+    fs::rename(place.at("1"), place.at("kept")).unwrap();
+    value_file::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    value_file::seal(&place.0, name, &made).unwrap();
+    assert_eq!(modified(&place.at("1")), FETCHED + PENDING);
+    assert!(value_file::remove(&place.at("1")).unwrap());
+    assert!(
+        value_file::seal(&place.0, name, &made).is_err(),
+        "it is gone"
+    );
+    symlink(place.at("kept"), place.at("1")).unwrap();
+    assert!(value_file::seal(&place.0, name, &made).is_err(), "a link");
+    assert_eq!(modified(&place.at("kept")), FETCHED + PENDING);
+    assert!(value_file::remove_made(&place.0, name, &made).is_ok());
+    assert!(place.at("1").is_symlink(), "not the one that was made");
+    value_file::seal(&place.0, Path::new("kept"), &made).unwrap();
+    assert_eq!(modified(&place.at("kept")), FETCHED + SIGNATURE);
+    // Valid now: it is no longer taken for unfinished.
+    value_file::remove_made(&place.0, Path::new("kept"), &made).unwrap();
+    assert!(!value_file::remove_pending(&place.at("kept")).unwrap());
+    assert!(place.at("kept").exists());
+    let made = value_file::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    value_file::remove_made(&place.0, Path::new("2"), &made).unwrap();
+    assert!(!place.at("2").exists());
+    value_file::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    assert!(value_file::remove_pending(&place.at("2")).unwrap());
+    assert!(
+        value_file::remove_pending(&place.at("2")).unwrap(),
+        "it is gone"
+    );
+}
+
+#[test]
+fn publish_taken_name_is_left_alone() {
+    let place = Place::new("taken");
+    fs::write(place.at("theirs"), "theirs").unwrap();
+    fs::write(place.at("file"), "a file").unwrap();
+    value_file::create(&place.at("1"), b"ours", FETCHED + PENDING).unwrap();
+    assert!(value_file::create(&place.at("1"), b"", FETCHED).is_err());
+    assert!(value_file::publish(&place.at("1"), &place.at("theirs")).is_err());
+    assert!(value_file::publish(&place.at("1"), &place.at("file/below")).is_err());
+    assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
+    assert_eq!(fs::read(place.at("1")).unwrap(), b"ours", "still there");
+}
+
+#[test]
+fn remove_file_of_others_is_left_alone() {
+    let place = Place::new("foreign");
+    let theirs = place.at("theirs");
+    fs::write(&theirs, "theirs").unwrap();
+    let file = fs::File::options().write(true).open(&theirs).unwrap();
+    for signature in [0, SIGNATURE - 1, PENDING + 1] {
+        let time = u64::try_from(FETCHED + signature).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_nanos(time))
+            .unwrap();
+        assert!(!value_file::remove(&theirs).unwrap());
+    }
+    // A directory and a link to a file of ours are none of ours.
+    assert!(!value_file::remove(&place.0).unwrap());
+    value_file::create(&place.at("1"), b"ours", FETCHED + SIGNATURE).unwrap();
+    symlink(place.at("1"), place.at("link")).unwrap();
+    assert!(!value_file::remove(&place.at("link")).unwrap());
+    assert!(place.at("1").exists() && theirs.exists());
+}
+
+#[test]
+fn space_of_a_volume_is_known() {
+    let place = Place::new("space");
+    let (free, all) = value_file::space(&place.0).unwrap();
+    assert!(free <= all && all > 0);
+    assert!(value_file::space(&place.at("nowhere")).is_err());
+}

@@ -1,0 +1,90 @@
+"""A cache directory over a source that counts, and what damages it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import os
+from typing import TYPE_CHECKING, Any
+
+from zarr.storage import LocalStore
+
+from support import until
+from zcache import CacheStore
+from zcache.testing import StoreDouble, is_complete
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+INDEX = ".zcache/index"
+INDEX_FILES = ("head", "table", "cells", "texts")
+
+
+def open_store(
+    where: Path, source: Store | None = None, **options: Any
+) -> tuple[CacheStore, StoreDouble]:
+    """A store with its cache in a directory, and its source, which has the same name each time."""
+    double = StoreDouble(source or LocalStore(where / "source"))
+    options = {"source_id": "source"} | options
+    return CacheStore(double, cache_store=LocalStore(where / "cache"), **options), double
+
+
+def reads(source: StoreDouble) -> int:
+    """How many reads reached the source since the last time."""
+    return source.take()["get"]
+
+
+def is_in_use(where: Path) -> bool:
+    """Whether any process has the index open, by a store that waits to be collected too."""
+    for slot in (where / "cache" / INDEX).glob("p*"):
+        file = os.open(slot, os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+    return False
+
+
+async def closed(where: Path) -> None:
+    """Wait until no process uses the directory, so that the next store opens it anew."""
+    while is_in_use(where):
+        # What waits to be collected does not count.
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+
+async def complete(store: CacheStore) -> None:
+    """Wait until an index that is being rebuilt is complete."""
+    await until(lambda: is_complete(store))
+
+
+def tree(where: Path) -> set[str]:
+    """All files below a folder."""
+    return {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}
+
+
+def sizes_in(cache: Path) -> dict[str, int]:
+    """Sizes of all files of values and ranges in a cache directory, of any writer."""
+    sizes = {name: (cache / name).stat().st_size for name in tree(cache)}
+    ranges = ".zcache/ranges/"
+    return {
+        name: size
+        for name, size in sizes.items()
+        if not name.startswith(".zcache/") or name.startswith(ranges)
+    }
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    """Flip one bit, as a disk does: no time changes."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 1 << bit]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

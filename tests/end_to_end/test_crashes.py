@@ -1,0 +1,48 @@
+"""Processes that die, or are stopped, wherever they are: right bytes, no more than the bound, nothing lost.
+
+What happens in the processes is in `crashes.py`; how they are stopped is in `tracing.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import tracing
+from crashes import play
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# What a fill does of itself: a file of its own, its bytes, its times, its name, and the end of the first name.
+FILL = {"open", "write", "utimensat", "linkat", "unlinkat"}
+
+
+@pytest.mark.slow
+def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> None:
+    if (why := tracing.why_not()) is not None:
+        pytest.skip(why)
+    deaths = play("calls", tmp_path)["deaths"]
+    assert {*FILL, "flock", "mkdir", "ftruncate"} <= {"open", *deaths}
+    assert sum(deaths.values()) > 150
+
+
+def test_directory_process_killed_after_each_index_step_stays_right(tmp_path: Path) -> None:
+    """Also on machines where no process may be traced."""
+    assert play("steps", tmp_path)["deaths"] > 20
+
+
+@pytest.mark.slow
+def test_directory_process_stopped_at_each_system_call_holds_up_no_read(tmp_path: Path) -> None:
+    """Its neighbours read and write on, within the bound, and after its death all is right."""
+    if (why := tracing.why_not()) is not None:
+        pytest.skip(why)
+    assert sum(play("stops", tmp_path)["deaths"].values()) > 30
+
+
+@pytest.mark.slow
+def test_directory_processes_killed_at_random_stay_right(tmp_path: Path) -> None:
+    found = play("random", tmp_path, 200, 60)
+    assert found["killed"] >= 100
+    assert found["written"] > 100

@@ -1,0 +1,377 @@
+"""Several stores over one cache store, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
+
+from doubles import GatedStore, SyncDictStore, WatchedDict, reached
+from support import buf, check_quiet, fill, read, read_through
+from zcache import CacheStore
+from zcache.testing import FakeClock, StoreDouble, check_invariants_async, stored_sizes
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+
+@pytest.fixture(params=["memory", "local"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """The kinds of cache store over which several stores share an index."""
+    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+
+
+async def test_stores_over_one_cache_store_have_one_index(cache: Store) -> None:
+    source = StoreDouble(MemoryStore())
+    one, other = (CacheStore(source, cache_store=cache, max_size=100) for _ in range(2))
+    await fill(one, a=bytes(60))
+    assert other.cache_info() == one.cache_info()
+    source.take()
+    assert await read_through(other, "a") == bytes(60)
+    assert source.take() == {}
+    # What is written through one is not served old by the other, and they have one bound.
+    await fill(other, a=bytes(50), b=bytes(50))
+    assert await read_through(one, "a") == bytes(50)
+    await fill(one, c=bytes(50))
+    assert stored_sizes(one) == {"a": 50, "c": 50}
+    await other.delete("a")
+    assert await read_through(one, "a") is None
+    await one.clear_cache()
+    assert stored_sizes(one) == {}
+    await check_quiet(one)
+    await check_quiet(other)
+
+
+async def test_stores_over_one_cache_store_share_a_pending_value(tmp_path: Path) -> None:
+    source, cache = StoreDouble(MemoryStore({"k": buf(b"1")})), StoreDouble(MemoryStore())
+    one, other = (CacheStore(source, cache_store=cache) for _ in range(2))
+    gate = cache.block("set")
+    assert await read(one, "k") == b"1"
+    assert await read(other, "k") == b"1"
+    assert source.take() == {"get": 1}
+    assert not await other.drain(timeout=0)
+    gate.release()
+    assert await other.drain()
+    assert stored_sizes(one) == {"k": 1}
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+async def test_many_stores_over_one_directory_take_no_descriptors_more(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore({"k": buf(b"1")}))
+    cache = LocalStore(tmp_path / "cache")
+    first = CacheStore(source, cache_store=cache)
+    assert await read_through(first, "k") == b"1"
+    before = open_descriptors()
+    stores = [CacheStore(source, cache_store=LocalStore(cache.root)) for _ in range(300)]
+    assert open_descriptors() <= before + 2
+    source.take()
+    for store in stores:
+        assert await read(store, "k") == b"1"
+    assert source.take() == {}
+    assert first.cache_stats()["hits"] == 300
+
+
+@pytest.mark.parametrize("second", [40, None, 200])
+async def test_bounds_of_several_stores_the_smallest_is_in_force(
+    cache: Store, second: int | None
+) -> None:
+    source = MemoryStore()
+    one = CacheStore(source, cache_store=cache, max_size=100)
+    await fill(one, a=bytes(40), b=bytes(40))
+    other = CacheStore(source, cache_store=cache, max_size=second)
+    await fill(one, c=bytes(40))
+    await fill(other, d=bytes(40))
+    assert sorted(stored_sizes(one)) == (["d"] if second == 40 else ["c", "d"])
+    await check_quiet(one)
+    await check_quiet(other)
+
+
+async def test_ages_of_several_stores_the_least_is_in_force(cache: Store, clock: FakeClock) -> None:
+    source = StoreDouble(MemoryStore())
+    strict = CacheStore(source, cache_store=cache, max_age_seconds=10, clock=clock)
+    await fill(strict, a=b"1")
+    lenient = CacheStore(source, cache_store=cache, clock=clock)
+    assert await read_through(lenient, "a") == b"1"
+    clock.advance(10)
+    source.take()
+    assert await read_through(strict, "a") == b"1"
+    assert source.take() == {"get": 1}
+
+
+async def test_limits_of_a_store_that_is_gone_are_in_force_no_more(
+    cache: Store, clock: FakeClock
+) -> None:
+    source = StoreDouble(MemoryStore())
+    store = CacheStore(source, cache_store=cache, max_size=100, clock=clock)
+    strict = CacheStore(source, cache_store=cache, max_size=10, max_age_seconds=0, clock=clock)
+    await fill(store, a=bytes(20))
+    assert store.cache_info()["cached_keys"] == 0
+    del strict
+    gc.collect()
+    await fill(store, a=bytes(20))
+    clock.advance(1)
+    source.take()
+    assert await read_through(store, "a") == bytes(20)
+    assert source.take() == {}
+    await check_quiet(store)
+
+
+def test_a_cache_in_memory_of_another_source_is_refused() -> None:
+    cache, source = MemoryStore(), MemoryStore()
+    first = CacheStore(source, cache_store=cache)
+    with pytest.raises(ValueError, match=r"Give each source"):
+        CacheStore(MemoryStore(), cache_store=cache)
+    assert first == CacheStore(source, cache_store=cache)
+
+
+def test_a_directory_of_another_unnamed_source_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = LocalStore(tmp_path / "cache")
+    first = CacheStore(MemoryStore({"k": buf(b"1")}), cache_store=cache)
+    assert sync(read_through(first, "k")) == b"1"
+    caplog.clear()
+    other = CacheStore(MemoryStore({"k": buf(b"2")}), cache_store=cache)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) <= 2
+    for _ in range(2):
+        assert sync(read_through(other, "k")) == b"2"
+        assert sync(read_through(first, "k")) == b"1"
+    assert other.cache_info()["cached_keys"] == 0
+    assert first.cache_stats()["hits"] == 2
+
+
+async def test_what_is_not_of_zcache_is_refused_or_adopted() -> None:
+    inside = WatchedDict()
+    cache, source = MemoryStore(inside), StoreDouble(MemoryStore())
+    await cache.set("a", buf(b"12345"))
+    with pytest.raises(ValueError, match=r"not empty .*'a'.* adopt=True"):
+        CacheStore(source, cache_store=cache)
+    store = CacheStore(source, cache_store=cache, adopt=True, max_size=8)
+    assert store.cache_info()["current_size"] == 5
+    assert await read_through(store, "a") == b"12345"
+    assert source.take() == {}
+    await fill(store, b=b"12345")
+    assert stored_sizes(store) == {"b": 5}
+    assert inside.peak == 5
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+async def test_copies_share_a_source_in_memory(how: str) -> None:
+    """They share the cache, so they must read the same data: in its process, the original."""
+    store = CacheStore(MemoryStore())
+    await fill(store, a=b"1")
+    copied = copy.deepcopy(store) if how == "deepcopy" else pickle.loads(pickle.dumps(store))
+    await fill(copied, a=b"2")
+    assert await read_through(store, "a") == await read(copied, "a") == b"2"
+    await copied.delete("a")
+    assert await read_through(store, "a") is await read(copied, "a") is None
+
+
+COPIES = """
+import pickle, sys
+from zarr.core.sync import sync
+from support import read
+first, second = pickle.loads(bytes.fromhex(sys.stdin.read()))
+one, again, two = pickle.loads(first), pickle.loads(first), pickle.loads(second)
+assert sync(read(one, "a")) is sync(read(again, "a")) is None
+assert sync(read(two, "a")) == b"1"
+assert one == again and one != two
+"""
+
+
+def test_copies_in_another_process_of_other_contents_are_other_sources() -> None:
+    """What arrives later may hold newer data than what arrived first."""
+    source = MemoryStore()
+    store = CacheStore(source)
+    first = pickle.dumps(store)
+    sync(source.set("a", buf(b"1")))
+    both = pickle.dumps((first, pickle.dumps(store)))
+    done = subprocess.run(
+        [sys.executable, "-c", COPIES],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        input=both.hex(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_shared(one: CacheStore, other: CacheStore) -> None:
+    """Assert that two stores have one index: they count together."""
+    before = other.cache_stats()["misses"]
+    assert sync(read(one, "nothing of this name")) is None
+    assert other.cache_stats()["misses"] == before + 1
+
+
+def remote(where: Path, **options: Any) -> Store:
+    pytest.importorskip("fsspec")
+    return FsspecStore.from_url(f"file://{where}", storage_options={"auto_mkdir": True}, **options)
+
+
+class Elsewhere(SyncDictStore):
+    """A store of the user's own."""
+
+
+def in_memory() -> Store:
+    pytest.importorskip("fsspec")
+    return FsspecStore.from_url("memory://test-one-cache")
+
+
+@pytest.mark.parametrize("kind", ["listed", "listed, two objects", "memory of fsspec", "own"])
+async def test_other_stores_of_one_place_have_one_index(tmp_path: Path, kind: str) -> None:
+    make = {
+        "listed": lambda: [remote(tmp_path / "cache")] * 2,
+        "listed, two objects": lambda: [remote(tmp_path / "cache") for _ in range(2)],
+        "memory of fsspec": lambda: [in_memory() for _ in range(2)],
+        "own": lambda: [Elsewhere()] * 2,
+    }
+    held_in: list[Any] = make[kind]()
+    source = GatedStore({"k": b"old"})
+    one, other = (
+        CacheStore(source, cache_store=cache, max_size=100, source_id="x") for cache in held_in
+    )
+    for store in (one, other):
+        assert await read_through(store, "missing") is None
+    # A fill of the one that has read the old value does not land after the other's write.
+    source.late["get"] = 1
+    task = asyncio.ensure_future(read(other, "k"))
+    await reached(source)
+    await one.set("k", buf(b"new"))
+    source.release()
+    await task
+    for store in (other, one):
+        assert await read_through(store, "k") == b"new"
+        assert store.cache_stats()["damaged"] == 0
+    for number in range(5):
+        await fill(one, **{f"a{number}": bytes(20)})
+        await fill(other, **{f"b{number}": bytes(20)})
+    assert one.cache_info() == other.cache_info()
+    assert 0 < one.cache_info()["current_size"] <= 100
+    await check_invariants_async(one)
+
+
+@pytest.mark.parametrize("kind", ["listed", "own"])
+async def test_an_index_ends_with_the_last_store_that_uses_it(tmp_path: Path, kind: str) -> None:
+    cache: Any = Elsewhere() if kind == "own" else remote(tmp_path / "cache")
+    store = CacheStore(MemoryStore(), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of .* source_id="):
+        CacheStore(MemoryStore(), cache_store=cache)
+    del store
+    gc.collect()
+    CacheStore(MemoryStore(), cache_store=cache)
+
+
+async def test_verify_of_several_stores_the_strictest_is_in_force() -> None:
+    cache, source = MemoryStore(), StoreDouble(MemoryStore())
+    one = CacheStore(source, cache_store=cache, verify="never")
+    await fill(one, a=b"12345")
+    other = CacheStore(source, cache_store=cache, verify="always")
+    for _ in range(2):
+        assert await read(other, "a") == b"12345"
+    cache._store_dict["a"] = buf(b"1234X")
+    assert await read(one, "a") == b"12345"
+    assert one.cache_stats()["damaged"] == 1
+
+
+async def test_the_index_of_a_dict_outlives_the_store_that_it_was_made_for() -> None:
+    values: dict[str, Any] = {}
+    source = MemoryStore({"k": buf(b"old!")})
+    first, second = MemoryStore(values), MemoryStore(values)
+    one = CacheStore(source, cache_store=first, max_size=4)
+    two = CacheStore(source, cache_store=second)
+    assert await read(two, "k") == b"old!"
+    del one, first
+    gc.collect()
+    three = CacheStore(source, cache_store=MemoryStore(values))
+    assert three.cache_stats() == two.cache_stats()
+    await three.set("k", buf(b"new!"))
+    assert await read(two, "k") == b"new!"
+    del two, three, second
+    gc.collect()
+    # Without a store over it, the dict is one that was not filled by zcache.
+    with pytest.raises(ValueError, match="adopt=True"):
+        CacheStore(source, cache_store=MemoryStore(values))
+
+
+def test_stores_inside_each_other_are_two_sources(tmp_path: Path) -> None:
+    cache = MemoryStore()
+    first = CacheStore(LocalStore(tmp_path / "data"), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of file:"):
+        CacheStore(LocalStore(tmp_path / "data/array"), cache_store=cache)
+    with pytest.raises(ValueError, match=r"holds the cache of"):
+        CacheStore(LocalStore(tmp_path / "other"), cache_store=cache, source_id="y")
+    again = CacheStore(LocalStore(tmp_path / "data", read_only=True), cache_store=cache)
+    assert_shared(first, again)
+
+
+def test_one_source_for_reading_and_for_writing(tmp_path: Path) -> None:
+    cache = MemoryStore()
+    reader = CacheStore(remote(tmp_path, read_only=True), cache_store=cache)
+    writer = CacheStore(remote(tmp_path), cache_store=cache)
+    assert_shared(writer, reader)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_they_have_one_index_in_a_forked_child_too() -> None:
+    cache, source = Elsewhere(), SyncDictStore({"a": b"1"})
+    one, other = (CacheStore(source, cache_store=cache) for _ in range(2))
+    sync(read_through(one, "a"))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            assert one.cache_info()["cached_keys"] == other.cache_info()["cached_keys"]
+            # A thread's own way, for the event loop of zarr stayed with the parent.
+            assert one.get_sync("a").to_bytes() == b"1"
+            assert other.cache_stats() == one.cache_stats()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert other.cache_info()["cached_keys"] == 1
+    assert_shared(one, other)
+
+
+def test_stores_are_collected_while_another_is_made() -> None:
+    """The garbage collector ends them at any moment, in the middle of a look at who is there."""
+    threshold = gc.get_threshold()
+    collected = []
+    try:
+        for after in range(0, 200, 10):
+            gc.disable()
+            for _ in range(10):
+                store: Any = CacheStore(SyncDictStore(), cache_store=Elsewhere())
+                store.itself = store
+            last = weakref.ref(store)
+            del store
+            # Not at once: later in each round, at another step of the making.
+            gc.set_threshold(gc.get_count()[0] + after, 10, 10)
+            gc.enable()
+            kept = CacheStore(SyncDictStore({"k": b"1"}), cache_store=Elsewhere())
+            collected.append(last() is None)
+            for _ in range(2):
+                assert sync(read_through(kept, "k")) == b"1"
+            assert kept.cache_stats()["hits"] == 1
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)
+    assert sum(collected) > 2

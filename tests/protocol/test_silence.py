@@ -1,0 +1,95 @@
+"""A cache store, or a source, that never answers holds up nothing but what asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from zarr.storage import LocalStore, MemoryStore
+
+from doubles import DictStore, GatedStore, reached
+from support import (
+    buf,
+    read,
+    read_through,
+    until,
+)
+from zcache import CacheStore
+from zcache.testing import (
+    StoreDouble,
+    in_flight,
+)
+
+VALUE = bytes(range(100))
+SOURCE = {f"{n}": bytes([n]) * 100 for n in range(20)}
+BOUNDED = 30
+"""Seconds far above every documented limit: a test that takes longer has found an endless wait."""
+
+
+@pytest.fixture
+def cache() -> StoreDouble:
+    return StoreDouble(MemoryStore())
+
+
+@pytest.fixture
+def source() -> DictStore:
+    return DictStore(SOURCE)
+
+
+@pytest.mark.parametrize("operation", ["get", "set", "delete", "exists", "list", "getsize"])
+async def test_cache_store_that_never_answers_costs_no_read(
+    operation: str, source: DictStore, cache: StoreDouble
+) -> None:
+    store = CacheStore(source, cache_store=cache, max_size=250)
+    for key in "123":
+        await read_through(store, key)
+    cache.hang(operation)
+
+    async def use() -> None:
+        for _ in range(2):
+            for key, value in SOURCE.items():
+                assert await read(store, key) == value
+        await store.set("1", buf(VALUE))
+        assert await read(store, "1") == VALUE
+        await store.delete("2")
+        assert await read(store, "2") is None
+
+    await asyncio.wait_for(use(), BOUNDED)
+    cache.heal()
+    await store.drain()
+    await until(lambda: in_flight(store) == (0, 0))
+    assert await read(store, "1") == VALUE
+    assert await read(store, "2") is None
+
+
+@pytest.mark.parametrize("operation", ["get", "set", "delete", "exists", "list", "getsize"])
+async def test_cache_store_that_is_silent_from_its_first_use_costs_no_read(
+    operation: str, source: DictStore, tmp_path: Any
+) -> None:
+    """One that has to be listed first: reads go to the source meanwhile."""
+    cache = StoreDouble(LocalStore(tmp_path))
+    cache.hang(operation)
+    store = CacheStore(source, cache_store=cache, source_id="s", max_size=250)
+
+    async def use() -> None:
+        for key, value in SOURCE.items():
+            assert await read(store, key) == value
+
+    await asyncio.wait_for(use(), BOUNDED)
+    cache.heal()
+
+
+async def test_source_that_never_answers_holds_up_its_own_readers_only() -> None:
+    source = GatedStore(SOURCE)
+    store = CacheStore(source)
+    await read_through(store, "1")
+    source.shut["get"] = 1
+    waiting = asyncio.ensure_future(read(store, "2"))
+    await reached(source)
+    assert await read(store, "1") == SOURCE["1"]
+    assert await read(store, "3") == SOURCE["3"]
+    await asyncio.wait_for(store.drain(), BOUNDED)
+    assert not waiting.done()
+    source.release()
+    assert await waiting == SOURCE["2"]

@@ -1,0 +1,305 @@
+"""No reader waits for ever: not for a loop that has ended, nor for a thread that waits itself."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, WrapperStore
+
+from doubles import GatedStore, SyncDictStore, reached
+from support import PROTOTYPE, buf, read, threads, value_sync
+from zcache import CacheStore
+from zcache._protocol import single_flight
+from zcache._protocol.read import Reader
+from zcache.testing import in_flight
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.core.buffer import Buffer
+
+VALUE = bytes(range(100))
+
+
+@pytest.fixture
+def source() -> GatedStore:
+    return GatedStore({"k": VALUE, "other": VALUE[::-1]})
+
+
+@pytest.fixture
+def store(source: GatedStore) -> CacheStore:
+    return CacheStore(source)
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiters soon ask whether their reader can go on."""
+    monkeypatch.setattr(single_flight, "PATIENCE", 0.02)
+    monkeypatch.setattr(single_flight, "PAUSE", 0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_waiters_that_fill_the_thread_pool_their_reader_needs(workers: int, tmp_path: Path) -> None:
+    """`LocalStore` reads in the loop's thread pool, and in that pool sit those who wait for it."""
+    gate = asyncio.Event()
+
+    class Slow(WrapperStore[LocalStore]):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            await gate.wait()
+            return await self._store.get(key, prototype, byte_range)
+
+        def get_sync(self, key: str, **options: Any) -> Any:
+            return self._store.get_sync(key, **options)
+
+        def set_sync(self, key: str, value: Buffer) -> None:
+            self._store.set_sync(key, value)
+
+        def delete_sync(self, key: str) -> None:
+            self._store.delete_sync(key)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(workers))
+        files = LocalStore(tmp_path)
+        for n in range(3):
+            await files.set(f"{n}", buf(VALUE))
+        store = CacheStore(Slow(files))
+        leaders = [asyncio.create_task(read(store, f"{n}")) for n in range(3)]
+        await asyncio.sleep(0)
+        work = [asyncio.to_thread(value_sync, store, f"{n % 3}") for n in range(30)]
+        waiters = asyncio.gather(*work)
+        await asyncio.sleep(0.01)
+        gate.set()
+        assert await asyncio.wait_for(waiters, 60) == [VALUE] * 30
+        assert await asyncio.gather(*leaders) == [VALUE] * 3
+        assert in_flight(store) == (0, 0)
+
+    asyncio.run(main())
+
+
+async def test_a_waiter_that_blocks_the_loop_of_its_reader(
+    source: GatedStore, store: CacheStore
+) -> None:
+    source.shut["get"] = 1
+    leader = asyncio.create_task(read(store, "k"))
+    follower = asyncio.create_task(read(store, "k"))
+    await reached(source)
+    assert value_sync(store) == VALUE
+    assert source.counts["get"] == 2
+    # Nor does any other reader wait for the one that is held up.
+    assert await follower == VALUE
+    source.release()
+    assert await leader == VALUE
+    assert in_flight(store) == (0, 0)
+
+
+@pytest.mark.usefixtures("patience")
+def test_a_loop_that_waits_for_a_task_of_another(source: GatedStore, store: CacheStore) -> None:
+    """As a notebook does that calls a synchronous function: the task needs what its own loop reads."""
+    source.shut["get"] = 1
+
+    async def main() -> None:
+        leader = asyncio.create_task(read(store, "k"))
+        await reached(source)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(asyncio.run, read(store, "k")).result(60) == VALUE
+        source.release()
+        assert await leader == VALUE
+
+    asyncio.run(main())
+    assert source.counts["get"] == 2
+    assert in_flight(store) == (0, 0)
+
+
+@pytest.mark.usefixtures("patience")
+def test_two_loops_that_block_each_other(source: GatedStore, store: CacheStore) -> None:
+    """Each leads what the other one's thread waits for."""
+    source.shut["get"] = 2
+    both = threading.Barrier(2)
+
+    async def lead(mine: str, others: str) -> bytes | None:
+        leader = asyncio.create_task(read(store, mine))
+        await asyncio.sleep(0.01)
+        both.wait(60)
+        found = value_sync(store, others)
+        source.release()
+        await leader
+        return found
+
+    with threads(
+        lambda: asyncio.run(lead("k", "other")), lambda: asyncio.run(lead("other", "k"))
+    ) as results:
+        pass
+    assert results == [VALUE[::-1], VALUE]
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("request_", [None, RangeByteRequest(5, 9)])
+@pytest.mark.parametrize("end", ["stopped", "closed", "collected"])
+def test_a_loop_that_ends_in_the_middle(
+    source: GatedStore, store: CacheStore, end: str, request_: Any
+) -> None:
+    """Its reads never come; those who wait for them, or come later, read anew, once for all."""
+    source.shut["get"] = 1
+    loop = asyncio.new_event_loop()
+    leader = loop.create_task(read(store, "k", request_))
+    while not source.counts["get"]:
+        loop.run_until_complete(asyncio.sleep(0))
+    leader._log_destroy_pending = False  # type: ignore[attr-defined]
+    if end != "stopped":
+        loop.close()
+    if end == "collected":
+        del leader
+        gc.collect()
+
+    async def followers() -> list[bytes | None]:
+        return list(await asyncio.gather(*[read(store, "k", request_) for _ in range(20)]))
+
+    with threads(lambda: asyncio.run(followers()), lambda: value_sync(store)) as results:
+        pass
+    assert results == [[VALUE if request_ is None else VALUE[5:9]] * 20, VALUE]
+    # One more of the same; or two, for the thread wants all of it.
+    assert 2 <= source.counts["get"] <= 3
+    source.release()
+    if end == "stopped":
+        loop.run_until_complete(leader)
+        loop.close()
+    assert in_flight(store) == (0, 0) or end == "closed"
+    reads = source.counts["get"]
+    asyncio.run(followers())
+    assert source.counts["get"] == reads
+
+
+def test_a_reader_that_is_collected_ends_its_flight(source: GatedStore, store: CacheStore) -> None:
+    """The garbage collector may end it at any moment, within a step of another one as well."""
+    for _ in range(3):
+        steps = read(store, "k")
+        source.shut["get"] = 1
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(steps)
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert in_flight(store) == (1, 0)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.close()
+        with single_flight._lock:
+            del steps, task, loop
+            gc.collect()
+        assert in_flight(store) == (0, 0)
+
+
+def test_stores_that_call_back() -> None:
+    """No lock is held while a store works: it may use the cache itself."""
+    used = 0
+    mine: list[CacheStore] = []
+
+    class Curious(SyncDictStore):
+        def before_now(self, operation: str, key: str) -> None:
+            nonlocal used
+            assert mine[0].cache_info()["current_size"] >= 0
+            assert mine[0].cache_stats()["hit_rate"] <= 1
+            assert "cached_keys" in repr(mine[0])
+            assert in_flight(mine[0]).flights >= 0
+            if operation != "get" or key != "deep":
+                used += 1
+                assert value_sync(mine[0], "deep") == VALUE
+
+        after_now = before_now
+
+        async def before(self, operation: str, key: str) -> None:
+            self.before_now(operation, key)
+
+    store = CacheStore(
+        Curious({f"{n}": VALUE for n in range(5)} | {"deep": VALUE}),
+        cache_store=Curious(),
+        max_size=250,
+    )
+    mine.append(store)
+    for n in range(5):
+        assert value_sync(store, f"{n}") == VALUE
+        assert asyncio.run(read(store, f"{n}")) == VALUE
+        store.set_sync(f"{n}", buf(VALUE))
+    store.delete_sync("1")
+    asyncio.run(store.delete_dir("x"))
+    assert used > 20
+
+
+def test_a_thread_does_not_wait_for_its_own_read() -> None:
+    """A finalizer may read, in the thread and in the middle of the read of the very same key."""
+    flight = single_flight.Flight(None)
+    assert not flight.wait_sync()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(flight.wait_sync)
+        flight.deliver(VALUE)
+        assert waiting.result(30)
+    assert flight.wait_sync()
+
+
+@pytest.mark.parametrize("waiter", ["task", "thread", "same thread", "same loop", "batch"])
+@pytest.mark.usefixtures("patience")
+def test_a_reader_that_is_interrupted_before_it_begins(
+    source: GatedStore, store: CacheStore, waiter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flight is open, and no leader will ever end it."""
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(single_flight, "PATIENCE", 0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "_lead", interrupt)
+    found: list[bytes | None] = []
+    if waiter == "same loop":
+
+        async def again() -> list[bytes | None]:
+            with pytest.raises(KeyboardInterrupt):
+                await read(store, "k")
+            return list(await asyncio.gather(read(store, "k"), read(store, "k")))
+
+        found = asyncio.run(again())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            value_sync(store)
+        assert in_flight(store) == (1, 0)
+        if waiter == "task":
+            found = [asyncio.run(read(store, "k"))]
+        elif waiter == "thread":
+            with threads(lambda: value_sync(store)) as found:
+                pass
+        elif waiter == "same thread":
+            found = [value_sync(store)]
+        else:
+
+            async def batch() -> list[bytes | None]:
+                values = await store.get_partial_values(PROTOTYPE, [("k", None)] * 3)
+                return [None if value is None else value.to_bytes() for value in values]
+
+            found = asyncio.run(batch())
+    assert set(found) == {VALUE}
+    assert source.counts["get"] == 1
+    assert in_flight(store) == (0, 0)
+    assert store.cache_info()["cached_keys"] == 1
+
+
+def test_a_write_of_a_closed_loop_that_lands_later() -> None:
+    """A thread may go on with it: it is unknown when it has ended, so nothing of that key is kept."""
+    source = GatedStore({"k": b"old", "other": b"1"})
+    store = CacheStore(source)
+    source.shut["set"] = 1
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(store.set("k", buf(b"new")))
+    while not source.counts["set"]:
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    for _ in range(2):
+        assert asyncio.run(read(store, "k")) == value_sync(store) == b"old"
+    source.values["k"] = b"new"
+    for _ in range(2):
+        assert asyncio.run(read(store, "k")) == value_sync(store) == b"new"
+    assert value_sync(store, "other") == b"1"
+    assert store.cache_info()["cached_keys"] == 1
+    task._log_destroy_pending = False  # type: ignore[attr-defined]

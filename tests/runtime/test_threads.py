@@ -1,0 +1,225 @@
+"""Work in threads on behalf of coroutines: its outcome is never lost, even if its caller has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+
+import pytest
+
+from zcache._runtime.threads import THREADS, in_thread, in_thread_sync
+
+LONG = 30.0
+
+
+def never(_: object) -> None:
+    raise AssertionError("its caller waits for this")
+
+
+async def test_in_thread_of_many_returns_each_result() -> None:
+    found = await asyncio.gather(*(in_thread(lambda n=n: n * n, never) for n in range(500)))
+    assert found == [n * n for n in range(500)]
+
+
+async def test_in_thread_of_a_failure_raises_it() -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        await in_thread(fail, never)
+    assert await in_thread(lambda: 1, never) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_in_thread_of_a_cancelled_caller_reports_its_outcome(fails: bool) -> None:
+    begun, go, told = threading.Event(), threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def work() -> int:
+        begun.set()
+        assert go.wait(LONG)
+        if fails:
+            raise OSError(5, "Input/output error")
+        return 7
+
+    def late(outcome: object) -> None:
+        outcomes.append(outcome)
+        told.set()
+
+    task = asyncio.ensure_future(in_thread(work, late))
+    assert await asyncio.to_thread(begun.wait, LONG)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert outcomes == []
+    go.set()
+    assert told.wait(LONG)
+    (outcome,) = outcomes
+    assert isinstance(outcome, OSError) if fails else outcome == 7
+
+
+async def test_in_thread_cancelled_when_it_is_done_reports_once() -> None:
+    """The work is over, but its coroutine has not gone on yet when it is cancelled."""
+    done = threading.Event()
+    outcomes: list[object] = []
+
+    def work() -> int:
+        done.set()
+        return 7
+
+    task = asyncio.ensure_future(in_thread(work, outcomes.append))
+    await asyncio.sleep(0)
+    assert done.wait(LONG)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # In the thread or here, but once.
+    for _ in range(1000):
+        if outcomes:
+            break
+        await asyncio.sleep(0.001)
+    assert outcomes == [7]
+
+
+async def test_in_thread_with_a_timeout_raises_and_reports_later() -> None:
+    go, told = threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def late(outcome: object) -> None:
+        outcomes.append(outcome)
+        told.set()
+
+    with pytest.raises(TimeoutError):
+        await in_thread(lambda: go.wait(LONG), late, timeout=0.01)
+    assert outcomes == []
+    go.set()
+    assert await asyncio.to_thread(told.wait, LONG)
+    assert outcomes == [True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_thread_sync_with_a_timeout_raises_and_reports_later(fails: bool) -> None:
+    go, told = threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def work() -> int:
+        assert go.wait(LONG)
+        if fails:
+            raise OSError(5, "Input/output error")
+        return 7
+
+    def late(outcome: object) -> None:
+        outcomes.append(outcome)
+        told.set()
+
+    with pytest.raises(TimeoutError):
+        in_thread_sync(work, late, timeout=0.01)
+    go.set()
+    assert told.wait(LONG)
+    (outcome,) = outcomes
+    assert isinstance(outcome, OSError) if fails else outcome == 7
+    assert in_thread_sync(lambda: 1) == 1
+
+
+async def test_threads_that_hang_are_no_threads_of_the_event_loop() -> None:
+    go = threading.Event()
+    stuck = [asyncio.ensure_future(in_thread(lambda: go.wait(LONG))) for _ in range(3 * THREADS)]
+    await asyncio.sleep(0.01)
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), LONG) == 1
+    go.set()
+    assert await asyncio.gather(*stuck) == [True] * 3 * THREADS
+
+
+def test_in_thread_of_a_closed_loop_reports_its_outcome() -> None:
+    begun, go, told = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert go.wait(LONG)
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(in_thread(work, lambda _: told.set()))
+        assert await asyncio.to_thread(begun.wait, LONG)
+        assert not task.done()
+
+    # It cancels what it leaves behind.
+    asyncio.run(leave())
+    go.set()
+    assert told.wait(LONG)
+    # A loop of a later day, and several at once.
+    assert asyncio.run(in_thread(lambda: 1, never)) == 1
+    results: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda n=n: results.append(asyncio.run(in_thread(lambda: n, never)))
+        )
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == list(range(8))
+
+
+@pytest.mark.parametrize("limit", [None, 60.0])
+async def test_in_thread_cancelled_as_the_result_arrives_reports_it(limit: float | None) -> None:
+    """The result is back in the event loop, and the cancellation comes before the caller's turn."""
+    loop = asyncio.get_running_loop()
+    begin, told = threading.Event(), list[object]()
+    task = asyncio.create_task(in_thread(lambda: begin.wait(60) and "result", told.append, limit))
+    await asyncio.sleep(0.01)
+    begin.set()
+    # The thread ends while the event loop is held up, so that it finds both in one turn.
+    time.sleep(0.05)  # noqa: ASYNC251
+    loop.call_soon(task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == ["result"]
+
+
+async def test_in_thread_error_awaited_is_raised_once_and_not_reported() -> None:
+    told: list[object] = []
+
+    def fail() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        await in_thread(fail, told.append)
+    await asyncio.sleep(0.01)
+    assert told == []
+
+
+async def test_in_thread_error_after_the_time_is_no_complaint_of_the_event_loop() -> None:
+    begin, complaints = threading.Event(), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    def fail() -> None:
+        assert begin.wait(60)
+        raise OSError("no")
+
+    told: list[object] = []
+    with pytest.raises(TimeoutError):
+        await in_thread(fail, told.append, 0.01)
+    with pytest.raises(TimeoutError):
+        await in_thread(fail, None, 0.01)
+    begin.set()
+    while not told:  # noqa: ASYNC110 - a thread brings it
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert [type(error) for error in told] == [OSError]
+    assert complaints == []
+
+
+def test_in_thread_sync_error_awaited_is_raised_once_and_not_reported() -> None:
+    told: list[object] = []
+
+    def fail() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        in_thread_sync(fail, told.append, 60)
+    assert told == []

@@ -1,0 +1,106 @@
+"""What pickled copies of a cache share with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zarr.abc.store import Store
+from zarr.core.buffer.cpu import Buffer
+from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
+
+from zcache._source.copies import same_cache, source_of_copy, without_contents
+from zcache._source.identity import SourceId, identify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Own(WrapperStore[Store]):
+    """A store of the user's own that must not be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass
+class Cache:
+    """What is asked of a cache."""
+
+    source: Any
+    cache: Any = field(default_factory=MemoryStore)
+    home: int | None = field(default_factory=os.getpid)
+    token: str = ""
+
+    @property
+    def source_id(self) -> SourceId:
+        return identify(self.source)
+
+
+def memory(value: bytes = b"1") -> MemoryStore:
+    return MemoryStore({"a": Buffer.from_bytes(value)})
+
+
+def test_source_of_copy_at_home_is_the_original() -> None:
+    for source, copied in [(memory(), memory(b"2")), (Own(memory()), Own(memory(b"2")))]:
+        assert source_of_copy(Cache(source), copied) is source
+
+
+def test_source_of_copy_elsewhere_is_one_that_holds_the_same() -> None:
+    arrived = memory()
+    assert source_of_copy(Cache(arrived, home=None), memory()) is arrived
+    for other in (memory(b"2"), MemoryStore()):
+        assert source_of_copy(Cache(arrived, home=None), other) is None
+
+
+def test_source_of_copy_of_a_source_with_a_name_is_its_own(tmp_path: Path) -> None:
+    copied = LocalStore(tmp_path)
+    assert source_of_copy(Cache(LocalStore(tmp_path)), copied) is copied
+
+
+def test_source_of_copy_keeps_whether_it_is_read_only() -> None:
+    source = memory()
+    found = source_of_copy(Cache(source), memory().with_read_only(True))
+    assert found is not None
+    assert found.read_only
+    assert isinstance(found, MemoryStore)
+    assert found._store_dict is source._store_dict
+
+
+def test_without_contents_empties_memory_behind_wrappers(tmp_path: Path) -> None:
+    inner = memory()
+    emptied = without_contents(WrapperStore(LoggingStore(inner, log_level="ERROR")))
+    assert type(emptied) is WrapperStore
+    assert emptied._store._store._store_dict == {}
+    assert list(inner._store_dict) == ["a"]
+    local = LocalStore(tmp_path)
+    assert without_contents(local) is local
+
+
+def test_same_cache_compares_places_and_no_stores(tmp_path: Path) -> None:
+    source = memory()
+
+    def same(one: Store, other: Store, tokens: str = "12") -> bool:
+        return same_cache(
+            Cache(source, one, token=tokens[0]), Cache(source, other, token=tokens[1])
+        )
+
+    assert same(MemoryStore(), LocalStore(tmp_path), "11")
+    assert same(memory(), MemoryStore())
+    assert same(LocalStore(tmp_path), LocalStore(tmp_path))
+    assert not same(LocalStore(tmp_path), LocalStore(tmp_path / "a"))
+    own = Own(LocalStore(tmp_path))
+    assert same(own, own)
+    assert not same(own, Own(LocalStore(tmp_path)))
+
+
+def test_source_of_copy_that_cannot_be_read_only_is_the_copy() -> None:
+    class Fixed(Own):
+        def with_read_only(self, read_only: bool = False) -> Any:
+            raise NotImplementedError
+
+    copied = Fixed(memory().with_read_only(True))
+    assert source_of_copy(Cache(Fixed(memory())), copied) is copied

@@ -1,0 +1,47 @@
+"""URLs without what is secret in them, and servers that everybody writes alike."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcache._source.answers import UnnamedError
+from zcache._source.urls import redact, server
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<Store https://me:hush@node:1/a?sig=hush#f>", "<Store https://node:1/a>"),
+        ("at 's3://b/a?X-Amz-Signature=hush' and abfs://c@acc/x", "at 's3://b/a' and abfs://acc/x"),
+        ("http://me:hu/sh@node/a", "http://node/a"),
+        ("http://node:80/a@b and http://[::1]/a@b", "http://node:80/a@b and http://[::1]/a@b"),
+        ("no URL? me@here", "no URL? me@here"),
+    ],
+)
+def test_redact_strips_what_may_be_secret(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("HTTP://me:hush@Node:80/", "http://node"),
+        ("https://node:443/a/", "https://node/a"),
+        ("https://node:80", "https://node:80"),
+        ("http://[::1]:9000", "http://[::1]:9000"),
+    ],
+)
+def test_server_is_written_in_one_way(url: str, shown: str) -> None:
+    assert server(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url", [None, "", "node:9000", "ftp://node", "http://", "http://node/?set=1"]
+)
+def test_server_that_is_no_url_or_says_more_is_refused(url: object) -> None:
+    with pytest.raises(UnnamedError):
+        server(url)
+
+
+def test_server_with_credentials_in_its_query_is_named_without_them() -> None:
+    assert server("https://node/?anything=hush", signed=True) == "https://node"

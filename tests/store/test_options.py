@@ -1,0 +1,412 @@
+"""What the constructor takes and refuses, and what a store says about itself."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
+from zarr.testing.store import LatencyStore
+
+from support import buf, check_quiet, read
+from zcache import CacheStore
+from zcache.exceptions import OptionTypeError, OptionValueError
+from zcache.testing import StoreDouble, cache_store_of, stored_sizes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+SIZES: list[tuple[object, int | None]] = [
+    (None, None),
+    (0, 0),
+    (1, 1),
+    (256 * 1024 * 1024, 268435456),
+    (2**64 - 1, 2**64 - 1),
+    (np.int64(5), 5),
+    (np.uint8(5), 5),
+    ("0", 0),
+    ("17", 17),
+    ("17 B", 17),
+    ("256MB", 256_000_000),
+    ("256mb", 256_000_000),
+    ("1 kB", 1000),
+    ("1 KiB", 1024),
+    ("2 GiB", 2 * 1024**3),
+    ("2gib", 2 * 1024**3),
+    ("1.5 GiB", 3 * 1024**3 // 2),
+    ("0.1TB", 10**11),
+    ("3 TiB", 3 * 1024**4),
+    ("1 PB", 10**15),
+    ("16383 PiB", 16383 * 1024**5),
+    ("  8 MiB  ", 8 * 1024**2),
+]
+NO_SIZES: list[tuple[object, type[Exception]]] = [
+    (-1, OptionValueError),
+    (np.int64(-1), OptionValueError),
+    (2**64, OptionValueError),
+    ("16384 PiB", OptionValueError),
+    ("-1", OptionValueError),
+    ("-5MB", OptionValueError),
+    ("", OptionValueError),
+    ("MB", OptionValueError),
+    ("lots", OptionValueError),
+    ("infinity", OptionValueError),
+    ("nan", OptionValueError),
+    ("5 apples", OptionValueError),
+    ("5 MB/s", OptionValueError),
+    ("1e9", OptionValueError),
+    ("1_000", OptionValueError),
+    ("0x10", OptionValueError),
+    ("1" * 5000, OptionValueError),
+    ("0.5", OptionValueError),
+    ("0.5 B", OptionValueError),
+    ("\u0663 MB", OptionValueError),
+    (True, OptionTypeError),
+    (False, OptionTypeError),
+    (np.True_, OptionTypeError),
+    (1.0, OptionTypeError),
+    (1.5e9, OptionTypeError),
+    (np.float64(5), OptionTypeError),
+    (float("nan"), OptionTypeError),
+    (float("inf"), OptionTypeError),
+    (Decimal(5), OptionTypeError),
+    (Fraction(5), OptionTypeError),
+    (b"5MB", OptionTypeError),
+    ([5], OptionTypeError),
+    (5j, OptionTypeError),
+    (np.timedelta64(5, "s"), OptionTypeError),
+]
+AGES: list[tuple[object, object]] = [
+    ("infinity", "infinity"),
+    (None, "infinity"),
+    (float("inf"), "infinity"),
+    (0, 0),
+    (0.0, 0.0),
+    (3600, 3600),
+    (0.25, 0.25),
+    (1e-9, 1e-9),
+    (1e300, 1e300),
+    (np.int64(60), 60.0),
+    (np.float32(0.5), 0.5),
+    (Fraction(1, 2), 0.5),
+]
+NO_AGES: list[tuple[object, type[Exception]]] = [
+    (-1, OptionValueError),
+    (-0.001, OptionValueError),
+    (float("-inf"), OptionValueError),
+    (float("nan"), OptionValueError),
+    (np.float64("nan"), OptionValueError),
+    (10**400, OptionValueError),
+    ("forever", OptionValueError),
+    ("Infinity", OptionValueError),
+    ("60", OptionValueError),
+    ("", OptionValueError),
+    (True, OptionTypeError),
+    (np.False_, OptionTypeError),
+    (b"infinity", OptionTypeError),
+    ([60], OptionTypeError),
+    (5j, OptionTypeError),
+    (np.timedelta64(5, "s"), OptionTypeError),
+]
+
+
+@pytest.fixture
+def replaced() -> type[CacheStore]:
+    """The class that this one replaces, as long as zarr has it."""
+    module = pytest.importorskip(
+        "zarr.experimental.cache_store", reason="this zarr has no longer what zcache replaces"
+    )
+    replaced: type[CacheStore] = module.CacheStore
+    return replaced
+
+
+def shown(value: object) -> str:
+    return repr(value)[:40]
+
+
+@pytest.mark.parametrize(("given", "size"), SIZES, ids=shown)
+def test_max_size_with_a_meaning_is_taken(given: Any, size: int | None) -> None:
+    store = CacheStore(MemoryStore(), max_size=given)
+    assert store.max_size == store.cache_info()["max_size"] == size
+    assert type(store.max_size) in (int, type(None))
+
+
+@pytest.mark.parametrize(("given", "error"), NO_SIZES, ids=shown)
+def test_max_size_without_a_meaning_raises(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        CacheStore(MemoryStore(), max_size=given)
+    assert_helpful(
+        caught.value, f"invalid max_size: {given!r}. Give", "bytes", '"2 GiB"', "None for no bound"
+    )
+
+
+@pytest.mark.parametrize(("given", "age"), AGES, ids=shown)
+def test_max_age_with_a_meaning_is_taken(given: Any, age: object) -> None:
+    store = CacheStore(MemoryStore(), max_age_seconds=given)
+    assert store.max_age_seconds == store.cache_info()["max_age_seconds"] == age
+    assert type(store.max_age_seconds) in (int, float, str)
+
+
+@pytest.mark.parametrize(("given", "error"), NO_AGES, ids=shown)
+def test_max_age_without_a_meaning_raises(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        CacheStore(MemoryStore(), max_age_seconds=given)
+    assert_helpful(
+        caught.value,
+        f"invalid max_age_seconds: {given!r}. Give",
+        "seconds",
+        '"infinity"',
+        "None for entries",
+    )
+
+
+@pytest.mark.parametrize("given", [None, 0, 1, "yes", np.True_])
+@pytest.mark.parametrize("option", ["cache_set_data", "adopt", "read_only"])
+def test_flag_that_is_no_bool_raises(option: str, given: Any) -> None:
+    if option == "read_only" and given is None:
+        assert CacheStore(MemoryStore(), read_only=None).read_only is False
+        return
+    with pytest.raises(OptionTypeError) as caught:
+        CacheStore(MemoryStore(), **{option: given})
+    assert_helpful(caught.value, f"invalid {option}: {given!r}. Give True or False.")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "error", "allowed"),
+    [
+        ("verify", "sometimes", OptionValueError, '"first", "always" or "never"'),
+        ("verify", None, OptionValueError, '"first", "always" or "never"'),
+        ("verify", True, OptionValueError, '"first", "always" or "never"'),
+        ("source_id", "", OptionValueError, "text that names the source"),
+        ("source_id", 5, OptionTypeError, "text that names the source"),
+        ("min_free_space", -1, OptionValueError, "bytes"),
+        ("min_free_space", "some", OptionValueError, '"2 GiB"'),
+        ("min_free_space", 1.5, OptionTypeError, "bytes"),
+        ("min_free_space", True, OptionTypeError, "bytes"),
+    ],
+)
+def test_option_without_a_meaning_raises(
+    option: str, given: Any, error: type[Exception], allowed: str
+) -> None:
+    with pytest.raises(error) as caught:
+        CacheStore(MemoryStore(), **{option: given})
+    assert_helpful(caught.value, f"invalid {option}: {given!r}. Give", allowed)
+
+
+@pytest.mark.parametrize("given", [None, "s3://bucket", {}, MemoryStore])
+def test_store_that_is_none_raises(given: Any) -> None:
+    with pytest.raises(OptionTypeError) as caught:
+        CacheStore(given)
+    # Its type only: a text or an object of the user's own may hold a secret.
+    assert_helpful(
+        caught.value, f"invalid store: {type(given).__name__}. Give a zarr.abc.store.Store"
+    )
+
+
+@pytest.mark.parametrize("given", ["/tmp/cache", {}, 5, MemoryStore])
+def test_cache_store_that_is_none_raises(given: Any) -> None:
+    with pytest.raises(OptionTypeError) as caught:
+        CacheStore(MemoryStore(), cache_store=given)
+    # Its type only: a text or an object of the user's own may hold a secret.
+    assert_helpful(
+        caught.value, f"invalid cache_store: {type(given).__name__}. Give a zarr.abc.store.Store"
+    )
+
+
+def assert_helpful(error: Exception, *parts: str) -> None:
+    """The text names the value and what is allowed, and does not hide behind another error."""
+    for part in parts:
+        assert part in str(error)
+    assert error.__suppress_context__ or error.__context__ is None
+
+
+# ------------------------------------------------------- cache stores that cannot be one
+
+
+class NoDeletes(MemoryStore):
+    supports_deletes = False
+
+
+class NoWrites(MemoryStore):
+    supports_writes = False
+
+
+def refused(source: Store, cache: Store, *parts: str) -> None:
+    with pytest.raises(OptionValueError, match="invalid cache_store: ") as caught:
+        CacheStore(source, cache_store=cache)
+    assert_helpful(caught.value, type(cache).__name__, *parts)
+
+
+def test_cache_store_without_deletes_is_refused(tmp_path: Path) -> None:
+    refused(MemoryStore(), NoDeletes(), "does not support deletes", "MemoryStore or LocalStore")
+    refused(MemoryStore(), ZipStore(tmp_path / "cache.zip", mode="w"), "does not support deletes")
+
+
+def test_cache_store_without_writes_is_refused(tmp_path: Path) -> None:
+    refused(MemoryStore(), NoWrites(), "does not support writes")
+    refused(
+        MemoryStore(), MemoryStore(read_only=True), "does not support writes", "read_only=False"
+    )
+    refused(MemoryStore(), LocalStore(tmp_path, read_only=True), "does not support writes")
+    refused(MemoryStore(), LatencyStore(NoWrites()), "does not support writes")
+
+
+def test_cache_store_that_is_the_source_is_refused() -> None:
+    store = MemoryStore()
+    refused(store, store, "is the source itself", "another store")
+    refused(store, MemoryStore(store._store_dict), "is the source itself")
+    refused(store.with_read_only(read_only=True), store, "is the source itself")
+    refused(LatencyStore(store), store, "is the source itself")
+    refused(store, StoreDouble(LatencyStore(store)), "is the source itself")
+
+
+def test_cache_store_that_is_the_source_of_the_replaced_class_is_refused(
+    replaced: type[CacheStore],
+) -> None:
+    store = MemoryStore()
+    refused(replaced(store, cache_store=MemoryStore()), store, "is the source itself")
+
+
+def test_cache_store_that_is_the_source_of_another_cache_is_refused() -> None:
+    source = MemoryStore()
+    inner = CacheStore(source)
+    refused(inner, source, "is the source itself")
+    refused(StoreDouble(inner), source, "is the source itself")
+    refused(source, inner, "is the source itself")
+
+
+def test_cache_store_that_holds_the_cache_of_the_source_is_refused(tmp_path: Path) -> None:
+    """The two would wait for each other, or not know of each other's values."""
+    for cache in (MemoryStore(), LatencyStore(MemoryStore()), LocalStore(tmp_path)):
+        inner = CacheStore(MemoryStore(), cache_store=cache)
+        refused(inner, cache, "holds the cache of the source", "another store")
+        refused(StoreDouble(inner), cache, "holds the cache of the source")
+        CacheStore(inner, cache_store=MemoryStore())
+
+
+def test_cache_store_in_the_directory_of_the_source_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    source = LocalStore(root)
+    for other in (
+        *(str(root), f"{root}/", tmp_path / "link", "data", "./link/../data"),
+        f"{root}/../data",
+        os.path.relpath(root),
+    ):
+        refused(source, LocalStore(other), "is the source itself")
+        refused(LatencyStore(source), LatencyStore(LocalStore(other)), "is the source itself")
+    missing = LocalStore(tmp_path / "missing")
+    refused(missing, LocalStore(tmp_path / "missing"), "is the source itself")
+    CacheStore(source, cache_store=LocalStore(tmp_path / "data2"))
+
+
+def test_cache_store_inside_or_around_the_source_is_refused(tmp_path: Path) -> None:
+    """Or around it: each would list, overwrite or clear values of the other."""
+    (tmp_path / "data").mkdir()
+    inside, outside = LocalStore(tmp_path / "data"), LocalStore(tmp_path)
+    refused(outside, inside, "inside")
+    refused(inside, outside, "inside")
+
+
+def test_directory_with_an_option_that_raises_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"value")
+    with pytest.raises(OptionValueError, match="max_size"):
+        CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path), max_size="much")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+# ------------------------------------------------------------------------- signature
+
+
+def test_signature_begins_with_the_one_of_the_replaced_class(replaced: type[CacheStore]) -> None:
+    mine = inspect.signature(CacheStore).parameters
+    theirs = inspect.signature(replaced).parameters
+    assert list(theirs) == list(mine)[: len(theirs)]
+    assert [p.kind for p in theirs.values()] == [mine[name].kind for name in theirs]
+    assert {name: mine[name].default for name in list(theirs)[1:]} == {
+        "cache_store": None,
+        "max_age_seconds": "infinity",
+        "max_size": None,
+        "cache_set_data": True,
+    }
+    for name in list(mine)[len(theirs) :]:
+        assert mine[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert mine[name].default is not inspect.Parameter.empty
+    with pytest.raises(TypeError):
+        CacheStore()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        CacheStore(MemoryStore(), MemoryStore())  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("which", ["zcache", "replaced"])
+def test_call_of_the_replaced_class_does_the_same(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    """Each way to call the class that is replaced does the same here."""
+    cls = CacheStore if which == "zcache" else request.getfixturevalue("replaced")
+    source, cache = MemoryStore(), MemoryStore()
+    options: dict[str, Any] = {
+        "max_age_seconds": 60,
+        "max_size": 1024,
+        "cache_set_data": False,
+    }
+    for store in (
+        cls(source, cache_store=cache, **options),
+        cls(store=source, cache_store=cache, **options),
+    ):
+        assert store.cache_info() == {
+            "cache_store_type": "MemoryStore",
+            "current_size": 0,
+            "tracked_keys": 0,
+            "cached_keys": 0,
+            **options,
+        }
+        assert list(store.cache_stats())[:5] == [
+            *("hits", "misses", "evictions", "total_requests", "hit_rate"),
+        ]
+        for name, value in options.items():
+            assert getattr(store, name) == value
+
+
+async def test_cache_store_by_default_is_a_new_memory_store() -> None:
+    source = MemoryStore()
+    one, other = CacheStore(source), CacheStore(source)
+    assert type(cache_store_of(one)) is MemoryStore
+    assert cache_store_of(one) is not cache_store_of(other)
+    await one.set("key", buf(b"value"))
+    assert stored_sizes(one) == {"key": 5}
+    assert stored_sizes(other) == {}
+    assert await read(other, "key") == b"value"
+    await check_quiet(one)
+    await check_quiet(other)
+
+
+@pytest.mark.parametrize(
+    "kinds", ["fsspec fsspec", "local fsspec", "fsspec local", "fsspec inside", "read-only fsspec"]
+)
+def test_cache_store_that_is_the_source_by_another_library_is_refused(
+    tmp_path: Path, kinds: str
+) -> None:
+    """To evict from it would delete what it holds."""
+    pytest.importorskip("fsspec")
+    url = f"file://{tmp_path}/data"
+    make = {
+        "fsspec": lambda: FsspecStore.from_url(url),
+        "read-only": lambda: FsspecStore.from_url(url, read_only=True),
+        "inside": lambda: FsspecStore.from_url(f"{url}/cache"),
+        "local": lambda: LocalStore(tmp_path / "data"),
+    }
+    source, cache = (make[kind]() for kind in kinds.split())
+    with pytest.raises(OptionValueError, match=r"is the source itself, or one of them is inside"):
+        CacheStore(source, cache_store=cache)
