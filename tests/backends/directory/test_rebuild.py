@@ -60,9 +60,8 @@ import sys, time
 from pathlib import Path
 from zarr.storage import LocalStore
 from zcache import CacheStore
-from zcache._backends.directory import files, index
+from zcache._backends.directory import files
 
-index.BLOCK_SIZE = 1
 where = Path(sys.argv[1])
 
 def never(*args):
@@ -70,7 +69,7 @@ def never(*args):
     time.sleep(600)
     yield
 
-files.Finder.find = never
+files.walk = never
 CacheStore(LocalStore(where / "source"), cache_store=LocalStore(where / "cache"), max_size=10**6)
 """
 
@@ -127,14 +126,14 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
 ) -> None:
     """The child, which never has that store, keeps none of its locks."""
     walks, go = threading.Event(), threading.Event()
-    find = files.Finder.find
+    walk = files.walk
 
     def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
         walks.set()
         assert go.wait(LONGEST)
-        yield from find(*args)
+        yield from walk(*args)
 
-    monkeypatch.setattr(files.Finder, "find", slow)
+    monkeypatch.setattr(files, "walk", slow)
     opened: list[CacheStore] = []
     opening = threading.Thread(target=lambda: opened.append(open_store(where)))
     opening.start()
