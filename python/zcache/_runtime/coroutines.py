@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from zcache._runtime.fork import at_fork
@@ -181,12 +180,6 @@ def _forget(task: asyncio.Task[Any]) -> None:
     _unfinished.discard(task)
     if not task.cancelled():
         task.exception()  # Its error was reported, or is of no interest any more.
-
-
-def close_unawaited(work: object) -> None:
-    """Close a coroutine that is not going to be awaited."""
-    if inspect.iscoroutine(work):
-        work.close()
 
 
 def _after_fork() -> None:
