@@ -101,3 +101,13 @@ def make_era_interim(path: Path) -> None:
         index = group.create_array(name, shape=(size,), dtype="int32", dimension_names=(name,))
         index[:] = np.arange(size)
     zarr.consolidate_metadata(path)
+
+
+@pytest.fixture(autouse=True)
+def block_size(monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Count bytes in cache directories, so that bounds in tests need not be those of a file system.
+
+    A module that defines this fixture anew has its own way.
+    """
+    monkeypatch.setattr("zcache._backends.directory.index.BLOCK_SIZE", 1)
+    return 1

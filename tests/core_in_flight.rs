@@ -166,8 +166,8 @@ fn reserve_below_changing_prefix_is_rejected() {
     let mut cache = cache();
     let earlier = lead(&mut cache, ByteRange::Full, 1);
     cache.invalidate_prefix("a/");
-    cache.prefix_change("a/", true);
-    cache.prefix_change("a", true);
+    cache.prefix_change("a/", true).unwrap();
+    cache.prefix_change("a", true).unwrap();
     let during = lead(&mut cache, ByteRange::Full, 2);
     for ticket in [earlier, during] {
         let answer = cache
@@ -182,13 +182,13 @@ fn reserve_below_changing_prefix_is_rejected() {
     let answer = cache.reserve("ab", ByteRange::Full, 1, beside, 1).unwrap();
     assert!(matches!(answer, Reserve::Granted(_)));
     // One of two has ended.
-    cache.prefix_change("a", false);
+    cache.prefix_change("a", false).unwrap();
     let answer = cache
         .reserve("a/c/0", ByteRange::Full, 1, during, 1)
         .unwrap();
     assert_eq!(answer, Reserve::Rejected(RejectReason::Invalidated));
     cache.invalidate_prefix("a");
-    cache.prefix_change("a/", false);
+    cache.prefix_change("a/", false).unwrap();
     let later = lead(&mut cache, ByteRange::Full, 4);
     let answer = cache
         .reserve("a/c/0", ByteRange::Full, 1, later, 1)

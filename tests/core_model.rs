@@ -407,7 +407,7 @@ impl Run {
         self.cache.invalidate_prefix(prefix);
         self.model.prefix_voided(prefix);
         if let Some(begins) = begins {
-            self.cache.prefix_change(prefix, begins);
+            self.cache.prefix_change(prefix, begins).unwrap();
             self.model.prefix_marked(prefix, begins);
         }
         loop {

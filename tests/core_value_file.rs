@@ -16,6 +16,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use zcache::disk::value_file::{self, PENDING, SIGNATURE, WriteError, WrittenFile};
 
+const SOURCE: value_file::SourceDigest = *b"a source";
 const FETCHED: i64 = 1_700_000_000_123_000_000;
 
 /// A directory of its own, removed at the end.
@@ -49,7 +50,7 @@ fn modified(path: &Path) -> i64 {
 fn value_file_published_and_sealed_is_valid() {
     let place = Place::new("way");
     let (unfinished, path) = (place.at("1"), place.at("a/b/c"));
-    let made = value_file::create(&unfinished, b"123456789", FETCHED + PENDING).unwrap();
+    let made = value_file::create(&unfinished, b"123456789", FETCHED + PENDING, SOURCE).unwrap();
     // The check value of CRC-32C.
     assert_eq!(made.checksum, 0xE306_9283);
     assert_eq!(modified(&unfinished), FETCHED + PENDING);
@@ -68,7 +69,8 @@ fn value_file_published_and_sealed_is_valid() {
 
 fn write(place: &Place, name: &str, data: &[u8]) -> Result<WrittenFile, WriteError> {
     let (name, unfinished) = (Path::new(name), place.at("tmp/1"));
-    let written = value_file::write_value(&place.0, name, &unfinished, data, FETCHED + PENDING);
+    let written =
+        value_file::write_value(&place.0, name, &unfinished, data, FETCHED + PENDING, SOURCE);
     assert!(!unfinished.exists());
     written
 }
@@ -84,7 +86,7 @@ fn write_value_missing_folders_makes_them() {
     write(&place, "a/c", b"").unwrap();
     // A directory that is no cache any more is not made anew.
     let (name, deeper) = (Path::new("d"), place.at("no/tmp/1"));
-    assert!(value_file::write_value(&place.0, name, &deeper, b"", FETCHED).is_err());
+    assert!(value_file::write_value(&place.0, name, &deeper, b"", FETCHED, SOURCE).is_err());
     assert!(!place.at("no").exists());
 }
 
@@ -130,10 +132,10 @@ fn write_tombstone_name_is_its_digest() {
 fn seal_other_file_of_the_name_is_left_alone() {
     let place = Place::new("pending");
     let name = Path::new("1");
-    let made = value_file::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    let made = value_file::create(&place.at("1"), b"", FETCHED + PENDING, SOURCE).unwrap();
     // It was evicted, and the same value was fetched again.
     fs::rename(place.at("1"), place.at("kept")).unwrap();
-    value_file::create(&place.at("1"), b"", FETCHED + PENDING).unwrap();
+    value_file::create(&place.at("1"), b"", FETCHED + PENDING, SOURCE).unwrap();
     value_file::seal(&place.0, name, &made).unwrap();
     assert_eq!(modified(&place.at("1")), FETCHED + PENDING);
     assert!(value_file::remove(&place.at("1")).unwrap());
@@ -152,10 +154,10 @@ fn seal_other_file_of_the_name_is_left_alone() {
     value_file::remove_made(&place.0, Path::new("kept"), &made).unwrap();
     assert!(!value_file::remove_pending(&place.at("kept")).unwrap());
     assert!(place.at("kept").exists());
-    let made = value_file::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    let made = value_file::create(&place.at("2"), b"", FETCHED + PENDING, SOURCE).unwrap();
     value_file::remove_made(&place.0, Path::new("2"), &made).unwrap();
     assert!(!place.at("2").exists());
-    value_file::create(&place.at("2"), b"", FETCHED + PENDING).unwrap();
+    value_file::create(&place.at("2"), b"", FETCHED + PENDING, SOURCE).unwrap();
     assert!(value_file::remove_pending(&place.at("2")).unwrap());
     assert!(
         value_file::remove_pending(&place.at("2")).unwrap(),
@@ -168,8 +170,8 @@ fn publish_taken_name_is_left_alone() {
     let place = Place::new("taken");
     fs::write(place.at("theirs"), "theirs").unwrap();
     fs::write(place.at("file"), "a file").unwrap();
-    value_file::create(&place.at("1"), b"ours", FETCHED + PENDING).unwrap();
-    assert!(value_file::create(&place.at("1"), b"", FETCHED).is_err());
+    value_file::create(&place.at("1"), b"ours", FETCHED + PENDING, SOURCE).unwrap();
+    assert!(value_file::create(&place.at("1"), b"", FETCHED, SOURCE).is_err());
     assert!(value_file::publish(&place.at("1"), &place.at("theirs")).is_err());
     assert!(value_file::publish(&place.at("1"), &place.at("file/below")).is_err());
     assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
@@ -190,7 +192,7 @@ fn remove_file_of_others_is_left_alone() {
     }
     // A directory and a link to a file of ours are none of ours.
     assert!(!value_file::remove(&place.0).unwrap());
-    value_file::create(&place.at("1"), b"ours", FETCHED + SIGNATURE).unwrap();
+    value_file::create(&place.at("1"), b"ours", FETCHED + SIGNATURE, SOURCE).unwrap();
     symlink(place.at("1"), place.at("link")).unwrap();
     assert!(!value_file::remove(&place.at("link")).unwrap());
     assert!(place.at("1").exists() && theirs.exists());
@@ -199,7 +201,9 @@ fn remove_file_of_others_is_left_alone() {
 #[test]
 fn space_of_a_volume_is_known() {
     let place = Place::new("space");
-    let (free, all) = value_file::space(&place.0).unwrap();
+    let value_file::Space {
+        free, total: all, ..
+    } = value_file::space(&place.0).unwrap();
     assert!(free <= all && all > 0);
     assert!(value_file::space(&place.at("nowhere")).is_err());
 }

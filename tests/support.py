@@ -21,6 +21,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from zcache import CacheStore
+from zcache._backends.directory import index as directory_index
 from zcache.testing import (
     check_invariants,
     check_invariants_async,
@@ -30,6 +31,9 @@ from zcache.testing import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+# As the fixture `block_size` has it, for processes that a test starts.
+directory_index.BLOCK_SIZE = 1
 
 PROTOTYPE = default_buffer_prototype()
 TESTS = Path(__file__).parent

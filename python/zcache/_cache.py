@@ -93,11 +93,14 @@ class Cache:
             cache, source, self.source_id, adopt=adopt, limits=limits, clock=clock
         )
         self.shared = self.backend.shared
-        self._member = Member(limits)
+        # What lies in a dict of this process is damaged by no disk.
+        self._member = Member({**limits, "verify": self.backend.verify or verify})
         self.shared.join(self._member)
         self._make_queue()
         self.reader = Reader(self.backend, slices_like_python=slices)
         self.writer = Writer(self.backend, describe(source))
+        # Others have used the cache store before.
+        self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
         _caches.add(self)
 
     def _make_queue(self) -> None:
@@ -129,6 +132,27 @@ class Cache:
                 self.known_token = uuid.uuid4().hex
             _by_token[self.known_token] = self
             return self.known_token
+
+    def stats(self) -> dict[str, int]:
+        """What was counted since this cache was made; takes no lock of the index.
+
+        Reads, and what was skipped, are counted for this cache; evictions, refusals and failures are
+        those of the cache store, for which all who use it in this process share the responsibility.
+        """
+        counters = self.backend.counters
+        before = self._before
+        _, _, evictions, expirations, refusals = self.shared.handle.stats()
+        return {
+            "hits": counters.reads.hits,
+            "misses": counters.reads.misses,
+            "evictions": evictions - before[2],
+            "expirations": expirations - before[3],
+            "refusals": refusals - before[4],
+            "bypassed": counters.bypassed,
+            "damaged": counters.damaged,
+            "cache_failures": self.shared.breaker.failures - before[5],
+            "cache_skips": counters.skipped,
+        }
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.
@@ -193,7 +217,7 @@ def _after_fork() -> None:
         shared.breaker.after_fork()
         shared.place.after_fork()
     for cache in list(_caches):
-        cache.reader.counters.after_fork()
+        cache.backend.counters.after_fork()
 
 
 at_fork(_after_fork)

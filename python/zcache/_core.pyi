@@ -30,13 +30,21 @@ __all__ = [
     "__version__",
     "cache_key",
     "crc32c",
+    "file_holds",
+    "file_owner",
+    "is_absent",
     "is_cacheable_key",
     "leads_outside",
     "open_cached",
+    "read_record",
     "recorded_size_and_checksum",
+    "remove_empty_folder",
     "remove_file",
     "remove_files",
+    "remove_key",
     "select",
+    "sign_file",
+    "take_folder_bytes",
     "volume_space",
 ]
 
@@ -137,6 +145,29 @@ class Committed:
     def has_failed_deletes(self) -> bool: ...
 
 @final
+class ReadCounters:
+    """Hits and misses of one store, whichever index has answered. Takes no lock."""
+
+    hits: int
+    misses: int
+
+    def __new__(cls) -> ReadCounters: ...
+    def count_hit(self) -> None:
+        """Count a read that was served by the cache."""
+
+    def count_miss(self) -> None:
+        """Count a read that was not."""
+
+    def retract_miss(self) -> None:
+        """Take a miss back, because the same read is looked up once more."""
+
+    def recount_as_miss(self) -> None:
+        """Say that what was counted as a hit was none."""
+
+    def recount_as_hit(self) -> None:
+        """Say that what was counted as a miss was served after all."""
+
+@final
 class Index:
     """Entries, flights and reservations of one cache store, on the heap or in a directory.
 
@@ -153,10 +184,14 @@ class Index:
     verify : {"never", "first", "always"}, optional
         At which hits the bytes are compared with their checksum.
     seed : int, optional
-        Seed of the hashes, which nobody should be able to guess.
+        Seed of the hashes. Default is None: one that nobody can guess.
     complete : bool, optional
         Whether the index knows all that is in the cache store. If not, `reserve` rejects with "rebuilding"
         until `finish_rebuild`.
+    unit : int, optional
+        Bytes of a block of the cache store, of which a value takes whole ones. Default is 1. With more, the
+        folders count as well; see `count_folders`. An index in a directory that counts in another unit is
+        emptied.
     """
 
     def __new__(
@@ -167,8 +202,9 @@ class Index:
         slices_like_python: bool = False,
         flat_namespace: bool = False,
         verify: str = "never",
-        seed: int = 0,
+        seed: int | None = None,
         complete: bool = True,
+        unit: int = 1,
     ) -> Index: ...
     @staticmethod
     def open(
@@ -181,8 +217,19 @@ class Index:
         flat_namespace: bool = False,
         verify: str = "never",
         seed: int = 0,
+        unit: int = 1,
+        timeout: float = 1.0,
     ) -> tuple[Index, bool]:
-        """Open the index in a directory; True says that it is new and has to be rebuilt by the caller."""
+        """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
+
+        Raises
+        ------
+        IndexBusyError
+            If another process holds its lock for more than `timeout` seconds.
+        """
+
+    def view(self, counters: ReadCounters, /) -> Index:
+        """The same index, whose lookups count in `counters` as well."""
 
     def __len__(self) -> int:
         """Entries that can be served."""
@@ -301,6 +348,9 @@ class Index:
     def confirm_deletes(self, dropped: list[int], failed: list[int], /) -> None:
         """Report deletes that no reservation waits for, by the numbers of their entries."""
 
+    def expected(self, cells: list[int], /) -> list[tuple[int, int] | None]:
+        """Size and CRC32C of entries that are being deleted; None where they are not known."""
+
     def failed_deletes(self, limit: int, /) -> list[_Victim]:
         """Up to `limit` entries whose delete has failed and is worth another try."""
 
@@ -328,7 +378,7 @@ class Index:
         """Drop entries below a prefix, a batch at a time; to be called until it returns nothing."""
 
     def stats(self) -> tuple[int, int, int, int, int]:
-        """Hits, misses, evictions, expirations and rejections since the index was opened."""
+        """Hits, misses, evictions, expirations and rejections since the index was opened; takes no lock."""
 
     def entries(self) -> list[tuple[str, _Range, int, str]]:
         """Key, byte range, size and state of each entry."""
@@ -353,6 +403,19 @@ class Index:
 
     def mark_corrupt(self) -> None:
         """Say that the index does not fit the files; raises `CorruptIndexError` if it is in a directory."""
+
+    def count_folders(self, size: int, /) -> None:
+        """Count folders that were made or have grown, or, below 0, were removed."""
+
+    @property
+    def excess(self) -> int:
+        """Bytes that the cache store holds or is about to hold above the bound."""
+
+    def formerly(self, name: str, /) -> tuple[int, int, int] | None:
+        """Fetch time in milliseconds, size and CRC32C of a value that an index of an earlier boot has listed.
+
+        Known until the rebuild is finished.
+        """
 
     @property
     def is_complete(self) -> bool:
@@ -388,11 +451,14 @@ class Index:
     def restart(self, seed: int, /) -> bool:
         """Empty an index that cannot be used; True asks the caller to rebuild it."""
 
+    def rejoin(self, seed: int, /) -> bool:
+        """Use it again after a time without it; True asks the caller to rebuild it."""
+
     def reclaim_dead(self) -> tuple[list[int], bool]:
         """Take over from participants that have died: their slots, and whether a `restart` is due."""
 
-    def wait_unlocked(self) -> None:
-        """Wait until no other process holds the lock of the index."""
+    def wait_unlocked(self) -> bool:
+        """Wait until no other process holds the lock of the index; False if that was not possible."""
 
 @final
 class FillResult:
@@ -453,6 +519,8 @@ class DirectoryFills:
     on_idle : callable
         Called without arguments, in one of the threads, when there was nothing to do for 50 ms after there
         was, and soon after a fill has "failed" or is "corrupt". It must not keep the object alive, nor wait.
+    source : bytes, optional
+        Short name of the source, 8 bytes; zeros where it has none.
     """
 
     def __new__(
@@ -463,6 +531,7 @@ class DirectoryFills:
         *,
         threads: int = 2,
         on_idle: Callable[[], object],
+        source: bytes = ...,
     ) -> DirectoryFills: ...
     def submit(
         self,
@@ -516,8 +585,42 @@ def recorded_size_and_checksum(path: str, /) -> tuple[int, int] | None:
 def remove_file(path: str, /) -> bool:
     """Remove a file if zcache wrote it. Whether nothing is there now."""
 
-def remove_files(root: str, names: list[str], /) -> list[OSError | None]:
-    """Remove values from a cache directory; what zcache did not write stays and is no error."""
+def remove_files(
+    root: str, names: list[str], known: list[tuple[int, int] | None] | None = None, /
+) -> list[OSError | None]:
+    """Remove values from a cache directory; what zcache did not write stays.
+
+    Folders go with their last value. With `known`, the size and CRC32C that the index knows of each, a
+    file that has them is removed as well, and one that is not zcache's is an error (``EEXIST``).
+    """
+
+def file_holds(path: str, size: int, checksum: int, /) -> bool:
+    """Whether a regular file has this size and this CRC32C."""
+
+def file_owner(path: str, /) -> Literal["ours", "pending", "foreign"]:
+    """Whose a file is, by its time or by the note beside it."""
+
+def read_record(path: str, /) -> tuple[int, int, bool, int, bytes] | None:
+    """What is noted beside a value.
+
+    Size, CRC32C, whether it was committed, milliseconds since 1970 of its fetch, and its source (8 bytes,
+    zeros where that is unknown); None where nothing is noted.
+    """
+
+def take_folder_bytes() -> int:
+    """Bytes by which folders have grown or, below 0, shrunk in what this thread did since it last asked."""
+
+def sign_file(path: str, fetched: int, /) -> None:
+    """Say that a file is a value of zcache's, fetched at this time in milliseconds since 1970."""
+
+def remove_empty_folder(path: str, /) -> bool:
+    """Remove a folder that holds nothing but empty folders. Whether it is gone."""
+
+def remove_key(root: str, key: str, /) -> list[tuple[str, OSError]]:
+    """Remove what a cache directory holds of a key, ranges included; names that stayed, and why."""
+
+def is_absent(root: str, key: str, /) -> bool:
+    """Whether a cache directory holds nothing of a key, as far as that is known without waiting."""
 
 def volume_space(path: str, /) -> tuple[int, int]:
     """Bytes that may still be written to a volume, and bytes of the whole volume."""

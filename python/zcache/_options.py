@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from numbers import Real
 from typing import Any, Final, Literal
 
+import numpy as np
 from zarr.abc.store import Store
+from zarr.storage import LocalStore
 
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
 from zcache._source.location import overlaps
+from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAX_BYTES: Final = 2**64 - 1
@@ -31,8 +35,8 @@ def parse_size(value: object, name: str = "max_size") -> int | None:
 
     Parameters
     ----------
-    value : int, str or None
-        Bytes from 0 to 2**64 - 1; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
+    value : int, float, str or None
+        Bytes from 0 to 2**64 - 1, also as a float without a fraction, such as ``1e9``; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
         ``"2 GiB"`` (2**30 bytes each), in any case; or None for no bound.
     name : str
         How the caller calls it, for the error.
@@ -40,7 +44,7 @@ def parse_size(value: object, name: str = "max_size") -> int | None:
     Raises
     ------
     TypeError
-        For anything else, bool and float among them.
+        For anything else, bool and floats with a fraction among them.
     ValueError
         For a negative number, one beyond 64 bits, an unknown unit, or part of a byte.
     """
@@ -52,6 +56,8 @@ def parse_size(value: object, name: str = "max_size") -> int | None:
     else:
         if isinstance(value, bool):
             raise OptionTypeError(_size_message(name, value))
+        if isinstance(value, (float, np.floating)) and float(value).is_integer():
+            value = int(value)
         try:
             size = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -117,7 +123,8 @@ def parse_age(value: object) -> float | Literal["infinity"]:
         raise OptionValueError(_age_message(value))
     if math.isinf(age):
         return "infinity"
-    return number if isinstance(number, int) else age
+    # Without what a class of a user's own makes of comparisons.
+    return int(number) if isinstance(number, int) else age
 
 
 def _age_message(value: object) -> str:
@@ -158,6 +165,17 @@ def check_flag(name: str, value: object) -> None:
         raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")
 
 
+def path_of_cache_store(path: str | os.PathLike[str]) -> str:
+    """The path of a directory to keep values in."""
+    text: object = os.fspath(path)
+    if not isinstance(text, str) or not text or "://" in text:
+        raise OptionValueError(
+            f"invalid cache_store: {redact(str(text))!r}. Give the path of a local directory, or a "
+            "zarr.abc.store.Store for values that are kept elsewhere."
+        )
+    return text
+
+
 def check_store(name: str, store: object) -> None:
     if not isinstance(store, Store):
         raise OptionTypeError(
@@ -169,12 +187,14 @@ def check_store(name: str, store: object) -> None:
 def check_cache_store(source: Store, cache: Store) -> None:
     check_store("cache_store", cache)
     what = f"invalid cache_store: {describe(cache)}"
-    if cache.read_only or not cache.supports_writes:
+    # A directory that is warm can be read from all the same.
+    reads_only = type(cache) is LocalStore and cache.read_only
+    if not reads_only and (cache.read_only or not cache.supports_writes):
         raise OptionValueError(
             f"{what} does not support writes. Open it with read_only=False, or give another store to "
             "keep the cache in."
         )
-    if not cache.supports_deletes:
+    if not reads_only and not cache.supports_deletes:
         raise OptionValueError(
             f"{what} does not support deletes, so it cannot make room. Give a store that can delete, "
             "such as MemoryStore or LocalStore."

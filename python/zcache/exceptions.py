@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CacheOwnershipError",
+    "CacheUnreachableError",
     "IndexLockTimeout",
     "OptionTypeError",
     "OptionValueError",
@@ -30,6 +31,10 @@ class OptionValueError(ZcacheError, ValueError):
 
 class CacheOwnershipError(ZcacheError, ValueError):
     """The cache store holds what zcache did not write, or the cache of another source."""
+
+
+class CacheUnreachableError(ZcacheError, OSError):
+    """The cache cannot be used, and those who can use it cannot be told that a key is written."""
 
 
 class SyncNotSupportedError(ZcacheError, TypeError):

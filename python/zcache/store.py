@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -11,7 +12,7 @@ from zarr.abc.store import Store, SupportsSyncStore
 from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.config import config
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
 from zcache._byte_ranges import to_byte_range
@@ -26,6 +27,7 @@ from zcache._options import (
     check_verify,
     parse_age,
     parse_size,
+    path_of_cache_store,
 )
 from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from_ranges_sync
 from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
@@ -75,10 +77,10 @@ class CacheStore(Store):
     ----------
     store : Store
         The source: where values come from and writes go to.
-    cache_store : Store, optional
+    cache_store : Store, str or PathLike, optional
         Where values are kept. It must be able to write and to delete, and belongs to zcache alone.
-        Default is a new `MemoryStore`. Give a `LocalStore` on a local disk for a cache larger than
-        memory.
+        Default is a new `MemoryStore`. Give a path on a local disk, or a `LocalStore` on it, which is
+        the same, for a cache larger than memory.
     max_age_seconds : float or "infinity", optional
         Seconds, from 0 on and fractions allowed, after which a value is read from the source again.
         Default is "infinity" (None is the same): values never expire. Set it where others write to
@@ -93,7 +95,8 @@ class CacheStore(Store):
     read_only : bool, optional
         Open the source anew with this setting. Default is None: as the source is.
     verify : {"first", "always", "never"}, optional
-        When the bytes of a hit are compared with their CRC32C. Default is "first": at the first hit
+        When the bytes of a hit are compared with their CRC32C. It is about bytes that have left the
+        process: what lies in a `MemoryStore` is never compared. Default is "first": at the first hit
         of each process, which finds what a disk has damaged. "always" costs one pass over the bytes at
         each hit; "never" is for a cache store that checks by itself, and still checks once what it finds
         in a cache directory after a loss of power.
@@ -154,7 +157,7 @@ class CacheStore(Store):
         self,
         store: Store,
         *,
-        cache_store: Store | None = None,
+        cache_store: Store | str | os.PathLike[str] | None = None,
         max_age_seconds: float | Literal["infinity"] | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
@@ -169,6 +172,8 @@ class CacheStore(Store):
         check_store("store", store)
         if cache_store is None:
             cache_store = MemoryStore()
+        elif isinstance(cache_store, (str, os.PathLike)):
+            cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)
@@ -245,53 +250,47 @@ class CacheStore(Store):
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        entries = self._cache.ask(len)
+        size, entries = self._cache.ask(_size_and_entries)
         return {
             "cache_store_type": type(self._cache_store).__name__,
             "max_age_seconds": self.max_age_seconds,
             "max_size": self.max_size,
-            "current_size": self._cache.ask(_current_size),
+            "current_size": size,
             "cache_set_data": self.cache_set_data,
             "tracked_keys": entries,
             "cached_keys": entries,
         }
 
     def cache_stats(self) -> dict[str, Any]:
-        """Count what happened since the store was made.
+        """Count what happened since the store was made. Waits for nothing.
+
+        Copies of a store (`with_read_only`, pickles that arrive in the same process) count together with it;
+        another store over the same cache counts its own reads, from its making on. The counts go on
+        where the index is rebuilt, and in a forked child, which counts on by itself; a copy in another
+        process begins at zero.
 
         Returns
         -------
         dict
-            ``hits`` (reads served by the cache: by its store, or by a value on its way there), ``misses`` (reads that were not), ``evictions``
-            (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
+            ``hits`` (reads served by the cache: by its store, or by a value on its way there), ``misses``
+            (reads that were not), ``evictions`` (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
             by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
-            gone, of another length or against their checksum), ``cache_failures`` (operations of the cache store that
-            raised or did not answer in time), ``cache_skips`` (times that it was left alone because it
-            kept failing).
-
-        Raises
-        ------
-        IndexLockTimeout
-            A `TimeoutError`: another process holds the lock of the index for more than a second.
+            gone, of another length or against their checksum), ``cache_failures`` (operations of the
+            cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
+            which it was left alone, because it kept failing or its index was locked). ``evictions``,
+            ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
+            over the cache.
         """
-        cache = self._cache
-        counters, breaker = cache.reader.counters, cache.shared.breaker
-        hits, misses, evictions, expirations, refusals = cache.ask(Index.stats)
-        total = hits + misses
+        counts = self._cache.stats()
+        total = counts["hits"] + counts["misses"]
+        first = {name: counts.pop(name) for name in ("hits", "misses", "evictions")}
         return {
-            "hits": hits,
-            "misses": misses,
-            "evictions": evictions,
+            **first,
             "total_requests": total,
-            "hit_rate": hits / total if total else 0.0,
-            "expirations": expirations,
-            "refusals": refusals,
-            "bypassed": counters.bypassed,
-            "damaged": counters.damaged,
-            "cache_failures": breaker.failures,
-            "cache_skips": breaker.skipped,
+            "hit_rate": first["hits"] / total if total else 0.0,
+            **counts,
         }
 
     async def clear_cache(self) -> None:
@@ -359,7 +358,7 @@ class CacheStore(Store):
 
     def __repr__(self) -> str:
         try:
-            size, entries = self._cache.ask(_current_size), self._cache.ask(len)
+            size, entries = self._cache.ask(_size_and_entries)
         except IndexLockTimeout:
             size = entries = "unknown"
         return (
@@ -751,5 +750,5 @@ def _is_sync(store: Store) -> bool:
     return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
 
 
-def _current_size(index: Index) -> int:
-    return index.current_size
+def _size_and_entries(index: Index) -> tuple[int, int]:
+    return index.current_size, len(index)

@@ -13,6 +13,10 @@ pub const STRING_SIZES: usize = 32;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Header {
+    /// Bytes of a block of the cache store: a value takes whole ones. 0 and 1 are the same.
+    pub unit: u64,
+    /// Bytes of the folders of the cache store.
+    pub folder_bytes: u64,
     /// Bytes that the cache store holds for zcache, or may hold: entries in every state.
     pub used_bytes: u64,
     /// Bytes of the `Live` entries.
@@ -48,6 +52,26 @@ pub struct Header {
     pub strings_used: u32,
     /// First free string of one word, of two words, and so on, or 0.
     pub free_strings: [u32; STRING_SIZES],
+}
+
+impl Header {
+    /// Bytes that a value of this size takes in the cache store at most.
+    #[must_use]
+    pub fn cost(&self, size: u64) -> u64 {
+        if self.unit <= 1 {
+            return size;
+        }
+        // One more for each MiB: what the file system notes of where the blocks are. And a name alone
+        // takes room as well.
+        let blocks = size.div_ceil(self.unit).max(1).saturating_add(size >> 20);
+        blocks.saturating_mul(self.unit)
+    }
+
+    /// Bytes that are in use.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.used_bytes.saturating_add(self.folder_bytes)
+    }
 }
 
 /// Memory for cells, hash table and strings.

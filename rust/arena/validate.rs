@@ -89,7 +89,8 @@ impl<S: Storage> Arena<S> {
             }
             totals.entries += 1;
             let add = |sum: u64| sum.checked_add(cell.size).ok_or(OVERFLOW);
-            totals.used_bytes = add(totals.used_bytes)?;
+            let cost = self.header().cost(cell.size);
+            totals.used_bytes = totals.used_bytes.checked_add(cost).ok_or(OVERFLOW)?;
             match cell.state() {
                 State::Live => {
                     totals.live += 1;

@@ -78,6 +78,42 @@ pub struct Found {
     pub length: u64,
 }
 
+/// The counters of an index, which can be read without its lock.
+///
+/// Only the holder of the lock counts, so an addition is a load and a store.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub(super) hits: AtomicU64,
+    pub(super) misses: AtomicU64,
+    pub(super) evictions: AtomicU64,
+    pub(super) expirations: AtomicU64,
+    pub(super) rejections: AtomicU64,
+}
+
+impl Tally {
+    /// What was counted so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+            evictions: self.evictions.load(Ordering::Relaxed),
+            expirations: self.expirations.load(Ordering::Relaxed),
+            rejections: self.rejections.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn add(counter: &AtomicU64, count: u64) {
+        let sum = counter.load(Ordering::Relaxed).saturating_add(count);
+        counter.store(sum, Ordering::Relaxed);
+    }
+
+    pub(super) fn take_one(counter: &AtomicU64) {
+        let rest = counter.load(Ordering::Relaxed).saturating_sub(1);
+        counter.store(rest, Ordering::Relaxed);
+    }
+}
+
 /// Counters since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -104,11 +140,15 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) flights: Flights<T>,
     pub(super) reservations: HashMap<u64, Reservation, RandomState>,
     pub(super) next_reservation: u64,
-    pub(super) stats: Stats,
+    /// Bytes that were reserved or granted when the index was emptied, until their writers have ended.
+    pub(super) promises: HashMap<u64, u64, RandomState>,
+    pub(super) tally: Arc<Tally>,
     /// Entries of a shared index that this process has verified.
     pub(super) verified: VerifiedSet,
     /// See [`Cache::generation`].
     pub(super) generation: u64,
+    /// See [`Header::unit`](crate::arena::Header::unit).
+    unit: u64,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -120,6 +160,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
+        self.arena.header_mut().unit = self.unit;
         self.arena.table_init()?;
         self.arena.tree_init(seed)
     }
@@ -134,10 +175,44 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             flights: Flights::new(first),
             reservations: HashMap::default(),
             next_reservation: first,
-            stats: Stats::default(),
+            promises: HashMap::default(),
+            tally: Arc::default(),
             verified: VerifiedSet::default(),
             generation: 0,
+            unit: 0,
         }
+    }
+
+    /// Counts whole blocks of so many bytes, in an index that is empty.
+    pub fn set_unit(&mut self, unit: u64) {
+        self.unit = unit;
+        self.arena.header_mut().unit = unit;
+    }
+
+    /// The unit that an empty index gets.
+    pub(crate) fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    /// The same, for an index that may have another one, in which case it has to be emptied.
+    pub(crate) fn expect_unit(&mut self, unit: u64) -> bool {
+        self.unit = unit;
+        self.arena.header().unit == unit
+    }
+
+    /// Counts folders that were made or grew, or, below 0, were removed; nothing where bytes count.
+    pub fn count_folders(&mut self, bytes: i64) {
+        let header = self.arena.header_mut();
+        if header.unit <= 1 {
+            return;
+        }
+        header.folder_bytes = header.folder_bytes.saturating_add_signed(bytes);
+    }
+
+    /// Bytes above the bound.
+    #[must_use]
+    pub fn excess(&self) -> u64 {
+        self.taken().saturating_sub(self.bound())
     }
 
     /// The bounds.
@@ -155,16 +230,31 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.limits.verify = verify;
     }
 
+    /// Bytes that the cache store may hold by now, and those that are reserved.
+    pub(super) fn taken(&self) -> u64 {
+        let header = self.arena.header();
+        let participants = self.arena.storage.participants().iter();
+        let promised = participants.map(|p| p.promised_bytes);
+        let taken = header.held_bytes().saturating_add(header.reserved_bytes);
+        promised.fold(taken, u64::saturating_add)
+    }
+
     /// The counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.stats
+        self.tally.stats()
+    }
+
+    /// The counters, for whoever reads them without the lock.
+    #[must_use]
+    pub fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
     }
 
     /// Bytes that the cache store holds for this cache, or may hold.
     #[must_use]
     pub fn current_size(&self) -> u64 {
-        self.arena.header().used_bytes
+        self.arena.header().held_bytes()
     }
 
     /// Entries that can be served.
@@ -304,6 +394,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if reserved != Some(counted) {
             return Err(Error::Corrupt("reserved bytes"));
         }
+        if let Some(own) = own {
+            let writing = self.reservations.values().filter(|r| r.cell != 0);
+            let promised = self.promised();
+            if own.writing_bytes != writing.map(|r| header.cost(r.size)).sum::<u64>()
+                || own.promised_bytes != promised
+            {
+                return Err(Error::Corrupt("bytes of a participant"));
+            }
+        }
         for reservation in self.reservations.values().filter(|r| r.cell != 0) {
             if self.arena.get(reservation.cell)?.state() != State::Writing {
                 return Err(Error::Corrupt("granted reservation that is not written"));
@@ -311,7 +410,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         // A directory may have been opened with a smaller bound; the next fill enforces it.
         let alone = storage.participants().is_empty();
-        let bytes = header.used_bytes.saturating_add(header.reserved_bytes);
+        let bytes = header.held_bytes().saturating_add(header.reserved_bytes);
         if alone && bytes > self.limits.max_size {
             return Err(Error::Corrupt("more bytes than the bound allows"));
         }

@@ -1,6 +1,6 @@
 //! The end of a reservation: its entry is committed, or what was written is deleted.
 
-use super::cache::{Cache, Victim};
+use super::cache::{Cache, Tally, Victim};
 use super::in_flight::ClosedFlight;
 use super::peers::Peers;
 use super::reserve::Reservation;
@@ -38,18 +38,20 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fetched: u64,
         now: u64,
     ) -> Result<Option<Committed<T>>> {
-        let Some(reservation) = self.reservations.remove(&id) else {
+        let Some(mut reservation) = self.reservations.remove(&id) else {
             return Ok(None);
         };
         if reservation.cell == 0 {
             self.reservations.insert(id, reservation);
             return Ok(None);
         }
+        self.arena.storage.check_place()?;
+        self.release_reserved(&mut reservation);
         let victims = if self.is_valid(&reservation) {
             self.make_live(reservation.cell, checksum, fetched, now)?;
             Vec::new()
         } else {
-            self.stats.rejections += 1;
+            Tally::add(&self.tally.rejections, 1);
             self.unwrite(&reservation)?
         };
         let (key, ticket) = (reservation.key, reservation.ticket);
@@ -66,6 +68,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// The bytes were not written, or perhaps in part. Returns what has to be deleted.
     pub fn abort(&mut self, id: u64) -> Result<Vec<Victim>> {
         let Some(mut reservation) = self.reservations.remove(&id) else {
+            self.keep_promise(id);
             return Ok(Vec::new());
         };
         self.release_reserved(&mut reservation);
@@ -79,6 +82,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// and the deletes that it waits for, become failed deletes.
     pub fn abandon(&mut self, id: u64) -> Result<()> {
         let Some(mut reservation) = self.reservations.remove(&id) else {
+            self.keep_promise(id);
             return Ok(());
         };
         let awaited = std::mem::take(&mut reservation.awaited);
@@ -93,6 +97,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     fn unwrite(&mut self, reservation: &Reservation) -> Result<Vec<Victim>> {
         let cell = reservation.cell;
         self.arena.get_mut(cell)?.set_state(State::Deleting);
+        let cost = self.arena.header().cost(reservation.size);
+        self.change_writing(|bytes| bytes.saturating_sub(cost));
         let cache_key = reservation.range.cache_key(&reservation.key);
         Ok(vec![Victim { cell, cache_key }])
     }

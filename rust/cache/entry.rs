@@ -41,7 +41,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         range: ByteRange,
         size: u64,
     ) -> Result<Option<u32>> {
-        let used = self.arena.header().used_bytes.checked_add(size);
+        let header = self.arena.header();
+        let used = header.used_bytes.checked_add(header.cost(size));
         let used = used.ok_or(Error::Full)?;
         let Some(i) = self.arena.insert(key, range)? else {
             return Ok(None);
@@ -53,6 +54,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let header = self.arena.header_mut();
         header.used_bytes = used;
         header.entries = header.entries.checked_add(1).ok_or(OVERFLOW)?;
+        let cost = header.cost(size);
+        self.change_writing(|bytes| bytes.saturating_add(cost));
         Ok(Some(i))
     }
 
@@ -70,6 +73,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         cell.set_checksum(checksum);
         cell.set_state(State::Live);
         let (size, parent, kind) = (cell.size, cell.parent, cell.kind()?);
+        let cost = self.arena.header().cost(size);
+        self.change_writing(|bytes| bytes.saturating_sub(cost));
         self.undate_future(now)?;
         self.link_by_time(i, fetched.min(now))?;
         self.policy.insert(&mut self.arena, i)?;
@@ -172,6 +177,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// The bytes of an entry in progress could not be deleted.
     pub(super) fn delete_failed(&mut self, i: u32) -> Result<()> {
+        let own = self.arena.storage.own_slot() as u32 + 1;
+        let cell = self.arena.get(i)?;
+        if cell.state() == State::Writing && cell.earlier == own {
+            let cost = self.arena.header().cost(cell.size);
+            self.change_writing(|bytes| bytes.saturating_sub(cost));
+        }
         self.arena.unlink(List::InProgress, i)?;
         self.arena.get_mut(i)?.set_state(State::DeleteFailed);
         self.arena.link(List::DeleteFailed, i, true)
@@ -183,7 +194,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.unlink(List::InProgress, i)?;
         self.arena.remove(i)?;
         let header = self.arena.header_mut();
-        header.used_bytes = header.used_bytes.checked_sub(size).ok_or(UNDERFLOW)?;
+        let cost = header.cost(size);
+        header.used_bytes = header.used_bytes.checked_sub(cost).ok_or(UNDERFLOW)?;
         header.entries = header.entries.checked_sub(1).ok_or(UNDERFLOW)?;
         Ok(())
     }

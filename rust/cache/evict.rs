@@ -1,6 +1,6 @@
 //! Eviction: which entry goes next, and the outcome of deletes.
 
-use super::cache::{BATCH, Cache, Victim};
+use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
@@ -16,7 +16,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let Some(i) = self.next_victim(now, true)? else {
                 break;
             };
-            self.stats.evictions += u64::from(self.arena.get(i)?.state() == State::Live);
+            Tally::add(
+                &self.tally.evictions,
+                u64::from(self.arena.get(i)?.state() == State::Live),
+            );
             freed = freed.saturating_add(self.take(i, &mut victims)?);
         }
         Ok(victims)
@@ -60,6 +63,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let cell = self.arena.get(i);
         let owner = self.arena.storage.own_slot() as u32 + 1;
         cell.is_ok_and(|c| c.is_entry() && c.state() == State::Deleting && c.earlier == owner)
+    }
+
+    /// Size and checksum of an entry that this participant is deleting, where both are known.
+    #[must_use]
+    pub fn expected(&self, i: u32) -> Option<(u64, u32)> {
+        if !self.is_deleting(i) {
+            return None;
+        }
+        let cell = self.arena.get(i).ok()?;
+        Some((cell.size, cell.checksum()?))
     }
 
     /// Whether there are bytes that could not be deleted.
@@ -119,7 +132,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             _ => range.cache_key(&key),
         };
         victims.push(Victim { cell: i, cache_key });
-        Ok(size)
+        Ok(self.arena.header().cost(size))
     }
 
     pub(super) fn drop_all(&mut self, cells: &[u32]) -> Result<Vec<Victim>> {

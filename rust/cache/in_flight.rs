@@ -334,15 +334,22 @@ impl<T: Clone> Flights<T> {
     }
 
     /// A change of everything below this prefix begins or ends; nothing below it is cached meanwhile.
-    pub fn prefix_change(&mut self, prefix: &str, begins: bool) {
+    /// False for the end of one whose beginning is not known.
+    pub fn prefix_change(&mut self, prefix: &str, begins: bool) -> bool {
         self.invalidation_epoch += 1;
         match self.changes.get_mut(prefix) {
             Some(changes) if begins => *changes += 1,
             Some(changes) if *changes > 1 => *changes -= 1,
             Some(_) => _ = self.changes.remove(prefix),
             None if begins => _ = self.changes.insert(prefix.into(), 1),
-            None => {}
+            None => return false,
         }
+        true
+    }
+
+    /// Whether a write of this key is known to be in progress.
+    pub(crate) fn is_written(&self, key: &str) -> bool {
+        self.writers.contains_key(key)
     }
 
     /// Whether this key, or a directory above it, is being changed.

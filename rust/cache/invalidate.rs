@@ -4,7 +4,7 @@ use super::cache::{BATCH, Cache, Victim, shared_hash};
 use super::in_flight::{Flights, Ticket};
 use super::peers::Peers;
 use crate::arena::{Arena, List, ROOT, State, Storage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
 
@@ -23,6 +23,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// A write of this key begins: nothing that is cached of it is valid from now on.
     pub fn begin_write(&mut self, key: &str) -> Result<Vec<Victim>> {
+        self.arena.storage.check_place()?;
         // First what may find the index damaged: a step that is repeated must not count twice.
         let victims = self.drop_key(key)?;
         self.bump_version(key);
@@ -39,10 +40,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         ok: bool,
         payload: Option<T>,
     ) -> Result<(Vec<Victim>, Option<Ticket>)> {
+        self.arena.storage.check_place()?;
         let victims = self.drop_key(key)?;
+        // One that began with another index is not announced here.
+        let known = self.flights.is_written(key);
         let alone = self.flights.end_write(key, self.version(key));
         self.bump_version(key);
-        self.announce_write(key, false);
+        if known {
+            self.announce_write(key, false);
+        }
         let version = self.version(key);
         let open = || self.flights.open(key, ByteRange::Full, payload, version);
         let ticket = (ok && alone).then(open);
@@ -75,10 +81,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// A change of everything below a prefix begins or ends; nothing below it is cached meanwhile.
-    pub fn prefix_change(&mut self, prefix: &str, begins: bool) {
+    pub fn prefix_change(&mut self, prefix: &str, begins: bool) -> Result<()> {
+        self.arena.storage.check_place()?;
         let prefix = prefix.trim_end_matches('/');
-        self.flights.prefix_change(prefix, begins);
-        self.announce_write(prefix, begins);
+        if self.flights.prefix_change(prefix, begins) {
+            self.announce_write(prefix, begins);
+        }
+        Ok(())
     }
 
     /// Drops entries below a prefix ("" is everything), a batch at a time, until it returns nothing.
@@ -132,7 +141,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(crate) fn reset(&mut self) {
         self.generation += 1;
         self.flights.invalidate_all();
-        self.reservations.clear();
+        self.promise_all();
         self.policy.reset();
         self.verified.clear();
     }
@@ -142,11 +151,29 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.flights.changed().map(shared_hash).collect()
     }
 
+    /// Forgets what it had begun: that ends elsewhere. Returns the flights, because releasing their
+    /// payloads is the caller's business.
+    pub(crate) fn take_flights(&mut self) -> Flights<T> {
+        self.flights.take()
+    }
+
+    /// Comes back to an index that it has not used for a while, and has no flights in.
+    pub(crate) fn rejoin(&mut self) -> Result<()> {
+        self.reset();
+        // They are told again, with those from now.
+        self.tell_promised(0);
+        self.reclaim_dead(&[self.arena.storage.own_slot()])?;
+        // Whatever it has written meanwhile.
+        self.arena.storage.bump_epoch();
+        Ok(())
+    }
+
     /// Announces writes to an index that was emptied meanwhile.
     pub(crate) fn announce(&mut self, writes: &[u64]) {
         for &hash in writes {
             self.arena.storage.announce_write(hash, true);
         }
+        self.tell_promises();
     }
 
     /// Takes over what dead participants had in progress.
@@ -156,6 +183,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let gone = storage.remove_participant(n);
             let header = storage.header_mut();
             header.reserved_bytes = header.reserved_bytes.saturating_sub(gone.reserved_bytes);
+            if gone.promised_bytes != 0 {
+                // It may have written them after the scan, and they are not counted.
+                return Err(Error::Corrupt(
+                    "a participant died that had not ended its writes",
+                ));
+            }
+            if header.unit > 1 {
+                // Of this it may have made folders; the next rebuild counts what is there.
+                let folders = &mut header.folder_bytes;
+                *folders = folders.saturating_add(gone.reserved_bytes);
+            }
             if gone.is_writing() {
                 // What was read during its writes may be older than what they have written.
                 storage.bump_epoch();

@@ -1,6 +1,6 @@
 //! Lookups: what serves a request, and who reads the source.
 
-use super::cache::{Cache, Found, Verify, Victim};
+use super::cache::{Cache, Found, Tally, Verify, Victim};
 use super::in_flight::{ClosedFlight, Ticket};
 use super::peers::Peers;
 use crate::arena::{Cell, State};
@@ -77,7 +77,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[inline]
     pub fn hit(&mut self, key: &str, now: u64) -> Option<Option<u64>> {
         let Some(i) = self.arena.find_chunk(key)? else {
-            self.stats.misses += 1;
+            Tally::add(&self.tally.misses, 1);
             return Some(None);
         };
         let cell = self.arena.get(i).ok()?;
@@ -86,7 +86,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let size = cell.size;
         self.policy.touch(&mut self.arena, i).ok()?;
-        self.stats.hits += 1;
+        Tally::add(&self.tally.hits, 1);
         Some(Some(size))
     }
 
@@ -97,9 +97,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         match found {
             Some(found) => {
                 self.policy.touch(&mut self.arena, found.handle as u32)?;
-                self.stats.hits += 1;
+                Tally::add(&self.tally.hits, 1);
             }
-            None => self.stats.misses += 1,
+            None => Tally::add(&self.tally.misses, 1),
         }
         Ok(found)
     }
@@ -117,19 +117,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// A hit could not be used after all; the request counts as a miss.
     pub fn recount_as_miss(&mut self) {
-        self.stats.hits = self.stats.hits.saturating_sub(1);
-        self.stats.misses += 1;
+        Tally::take_one(&self.tally.hits);
+        Tally::add(&self.tally.misses, 1);
     }
 
     /// A miss was served by a pending fill; the request counts as a hit.
     pub fn recount_as_hit(&mut self) {
-        self.stats.misses = self.stats.misses.saturating_sub(1);
-        self.stats.hits += 1;
+        Tally::take_one(&self.tally.misses);
+        Tally::add(&self.tally.hits, 1);
     }
 
     /// A request bypassed the index.
     pub fn count_miss(&mut self) {
-        self.stats.misses += 1;
+        Tally::add(&self.tally.misses, 1);
     }
 
     /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry

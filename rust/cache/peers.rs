@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::arena::{Heap, Storage};
+use crate::error::Result;
 
 /// Keys that one participant can name as being written; while it writes more at once, no key may be
 /// filled.
@@ -14,6 +15,11 @@ pub const WRITES: usize = 32;
 pub struct Participant {
     /// Its part of `Header::reserved_bytes`.
     pub reserved_bytes: u64,
+    /// Bytes of the entries that it is writing.
+    pub writing_bytes: u64,
+    /// Bytes that it may still write without an entry: it was granted them before the index was
+    /// emptied.
+    pub promised_bytes: u64,
     /// Its bound, in bytes.
     pub bound: u64,
     /// Whether this slot is taken; its owner may have died since.
@@ -27,6 +33,18 @@ pub struct Participant {
 }
 
 impl Participant {
+    /// What is left of it when the index is emptied while it lives: its writes go on.
+    #[must_use]
+    pub fn without_entries(self) -> Self {
+        let bytes = self.reserved_bytes.saturating_add(self.writing_bytes);
+        Participant {
+            reserved_bytes: 0,
+            writing_bytes: 0,
+            promised_bytes: self.promised_bytes.saturating_add(bytes),
+            ..self
+        }
+    }
+
     /// Whether it is writing anything.
     #[must_use]
     pub fn is_writing(&self) -> bool {
@@ -79,6 +97,10 @@ pub trait Peers: Storage {
     /// The slot of this participant.
     fn own_slot(&self) -> usize {
         0
+    }
+    /// Checks that others who open the cache store find the same storage.
+    fn check_place(&mut self) -> Result<()> {
+        Ok(())
     }
     /// Whether this participant rebuilds the index from the cache store.
     fn owns_rebuild(&self) -> bool {

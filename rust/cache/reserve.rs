@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::cache::{BATCH, Cache, Victim};
+use super::cache::{BATCH, Cache, Tally, Victim};
 use super::in_flight::Ticket;
 use super::peers::Peers;
 use crate::arena::{Arena, Kind, ROOT, State, Storage};
@@ -14,6 +14,9 @@ use crate::policy::Eviction;
 
 /// Failed deletes after which a reservation looks for no further victims.
 const MAX_FAILURES: u32 = 8;
+
+/// Blocks by which a folder may grow when it gets one more name.
+const GROWTH: u64 = 2;
 
 /// The answer to a request for bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +74,9 @@ impl RejectReason {
 pub(super) struct Reservation {
     pub(super) key: Arc<str>,
     pub(super) range: ByteRange,
-    size: u64,
+    pub(super) size: u64,
+    /// Bytes that it may take in the cache store, folders included.
+    pub(super) cost: u64,
     pub(super) ticket: Ticket,
     /// The epoch of the flights when the ticket was valid.
     pub(super) invalidation_epoch: u64,
@@ -103,7 +108,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let held = self.arena.find(key, range)?;
         // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
-        let too_large = size > self.bound();
+        let cost = self.cost_with_folders(key, range, size);
+        let too_large = cost > self.bound();
         if too_large && !self.is_outdated(held, now)? {
             return Ok(self.rejected(RejectReason::TooLarge));
         }
@@ -131,6 +137,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             key: known,
             range,
             size,
+            cost,
             ticket,
             invalidation_epoch: self.flights.invalidation_epoch(),
             reserved: 0,
@@ -183,7 +190,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The smallest bound of all participants.
-    fn bound(&self) -> u64 {
+    pub(super) fn bound(&self) -> u64 {
         let participants = self.arena.storage.participants().iter();
         let bounds = participants.filter(|p| p.live != 0).map(|p| p.bound);
         bounds.fold(self.limits.max_size, u64::min)
@@ -216,7 +223,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let mut victims = Vec::new();
         let bound = self.bound();
-        if reservation.size > bound {
+        if reservation.cost > bound {
             if let Some(i) = replaced {
                 self.take(i, &mut victims)?;
             }
@@ -225,10 +232,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
             return Ok(Self::await_evictions(id, reservation, victims));
         }
-        let header = self.arena.header();
-        let taken = header.used_bytes.saturating_add(header.reserved_bytes);
+        let taken = self.taken();
+        // A bound of so many bytes is one of so many entries as well: those without bytes are not free.
+        // One is always taken.
+        let crowded = reservation.cost == 0 && self.arena.header().entries >= bound.max(1);
         let missing = self.reserve_bytes(reservation, bound.saturating_sub(taken));
-        if missing == 0 && replaced.is_none() {
+        if missing == 0 && !crowded && replaced.is_none() {
             return self.grant(id, reservation);
         }
         let missing = match missing {
@@ -247,7 +256,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.deletes_failed(&victims)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
-        while freed < missing && victims.len() < BATCH {
+        while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
             let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
@@ -256,8 +265,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let cell = self.arena.get(i)?;
             if cell.state() == State::Live {
                 let stale = self.is_stale(cell, now);
-                self.stats.evictions += 1;
-                self.stats.expirations += u64::from(stale);
+                Tally::add(&self.tally.evictions, 1);
+                Tally::add(&self.tally.expirations, u64::from(stale));
             }
             freed = freed.saturating_add(self.take(i, &mut victims)?);
         }
@@ -275,18 +284,84 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Reserves up to `free` bytes; returns how many are still missing.
     fn reserve_bytes(&mut self, reservation: &mut Reservation, free: u64) -> u64 {
-        let more = free.min(reservation.size - reservation.reserved);
+        let more = free.min(reservation.cost - reservation.reserved);
         reservation.reserved += more;
         if more != 0 {
             self.change_reserved(|bytes| bytes.saturating_add(more));
         }
-        reservation.size - reservation.reserved
+        reservation.cost - reservation.reserved
+    }
+
+    /// Bytes that a value may take in the cache store, with the folders that have to be made for it.
+    fn cost_with_folders(&self, key: &str, range: ByteRange, size: u64) -> u64 {
+        let header = self.arena.header();
+        let cost = header.cost(size);
+        if header.unit <= 1 {
+            return cost;
+        }
+        let above = match range {
+            ByteRange::Full => 0,
+            _ => 2,
+        };
+        // The one that gets a new name may grow as well.
+        let folders = key.matches('/').count() as u64 + above + GROWTH;
+        cost.saturating_add(folders.saturating_mul(header.unit))
     }
 
     pub(super) fn release_reserved(&mut self, reservation: &mut Reservation) {
         let bytes = std::mem::take(&mut reservation.reserved);
         if bytes != 0 {
             self.change_reserved(|reserved| reserved.saturating_sub(bytes));
+        }
+    }
+
+    /// Notes that this participant writes more, or fewer, bytes of entries.
+    pub(super) fn change_writing(&mut self, change: impl Fn(u64) -> u64) {
+        let storage = &mut self.arena.storage;
+        let own = storage.own_slot();
+        if let Some(participant) = storage.participants_mut().get_mut(own) {
+            participant.writing_bytes = change(participant.writing_bytes);
+        }
+    }
+
+    /// The index was emptied: what was granted may still be written.
+    pub(super) fn promise_all(&mut self) {
+        for (id, reservation) in self.reservations.iter_mut() {
+            let bytes = match reservation.cell {
+                0 => reservation.reserved,
+                // The upper bound, with the folders that it may make.
+                _ => reservation.cost,
+            };
+            self.promises.insert(*id, bytes);
+        }
+        self.reservations.clear();
+    }
+
+    /// Tells the others what may still be written.
+    pub(crate) fn tell_promises(&mut self) {
+        let bytes = self.promised();
+        self.tell_promised(bytes);
+    }
+
+    pub(crate) fn tell_promised(&mut self, bytes: u64) {
+        let storage = &mut self.arena.storage;
+        let own = storage.own_slot();
+        if let Some(participant) = storage.participants_mut().get_mut(own) {
+            participant.promised_bytes = bytes;
+        }
+    }
+
+    /// Bytes that may still be written without an entry.
+    pub(crate) fn promised(&self) -> u64 {
+        self.promises
+            .values()
+            .fold(0, |sum, bytes| sum.saturating_add(*bytes))
+    }
+
+    /// Nothing of what was granted before the index was emptied is written any more.
+    pub(super) fn keep_promise(&mut self, id: u64) {
+        if self.promises.remove(&id).is_some() {
+            self.tell_promises();
         }
     }
 
@@ -319,7 +394,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
             Err(error) => return Err(error),
         }
-        self.release_reserved(reservation);
+        // What remains is for the folders, until it is known which were made.
+        let cost = self.arena.header().cost(reservation.size);
+        let entry = cost.min(reservation.reserved);
+        reservation.reserved -= entry;
+        self.change_reserved(|reserved| reserved.saturating_sub(entry));
         Ok(Reserve::Granted(id))
     }
 
@@ -329,7 +408,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     fn rejected(&mut self, reason: RejectReason) -> Reserve {
-        self.stats.rejections += 1;
+        Tally::add(&self.tally.rejections, 1);
         Reserve::Rejected(reason)
     }
 

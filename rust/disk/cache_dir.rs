@@ -5,22 +5,38 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::value_file;
+use super::value_file::{self, SourceDigest};
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
 /// ... or the part of a small volume: one byte in so many.
 const FREE_PART: u64 = 20;
+/// Files that can still be made on the volume, unless it takes few, ...
+const FREE_FILES: u64 = 1000;
+/// ... and then one in so many.
+const FREE_FILES_PART: u64 = 50;
+/// Files and folders that one fill may make.
+const FILES_PER_FILL: u64 = 8;
 /// With this many bytes more than must stay free, the volume is not asked again ...
 const AMPLE: u64 = 1 << 30;
 /// ... for this long: asking takes as long as writing, and no disk is filled in that time.
 const AMPLE_FOR: Duration = Duration::from_millis(50);
+
+/// What a volume lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Missing {
+    /// Bytes to free.
+    pub bytes: u64,
+    /// Whether it runs out of inodes.
+    pub inodes: bool,
+}
 
 /// Where the files of a cache directory are.
 #[derive(Debug)]
 pub struct CacheDir {
     pub(super) root: PathBuf,
     tmp: PathBuf,
+    pub(super) source: SourceDigest,
     opened: Instant,
     /// Milliseconds after `opened` until which the volume has ample space.
     ample_until: AtomicU64,
@@ -33,9 +49,16 @@ impl CacheDir {
         CacheDir {
             root,
             tmp,
+            source: SourceDigest::default(),
             opened: Instant::now(),
             ample_until: AtomicU64::new(0),
         }
+    }
+
+    /// The same, whose values are recorded as those of this source.
+    #[must_use]
+    pub fn of(self, source: SourceDigest) -> Self {
+        CacheDir { source, ..self }
     }
 
     /// A name that no other file has, of the participant with this slot.
@@ -60,17 +83,29 @@ impl CacheDir {
         self.ample_until.store(until, Ordering::Relaxed);
     }
 
-    /// Bytes to free on the volume before `size` more are written, so that the minimum stays free.
-    pub(super) fn missing_space(&self, size: u64, min_free: Option<u64>) -> io::Result<u64> {
+    /// What to free on the volume before `size` more bytes are written, so that the minimum stays free.
+    pub(super) fn missing_space(
+        &self,
+        size: u64,
+        min_free: Option<u64>,
+    ) -> io::Result<Option<Missing>> {
         if self.has_ample_space() {
-            return Ok(0);
+            return Ok(None);
         }
-        let (free, volume) = value_file::space(&self.root)?;
-        let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(volume / FREE_PART));
+        let space = value_file::space(&self.root)?;
+        let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(space.total / FREE_PART));
         let needed = min_free.saturating_add(size);
-        if free.saturating_sub(needed) > AMPLE {
-            self.note_ample_space();
+        let bytes = needed.saturating_sub(space.free);
+        let inodes = space.files.is_some_and(|(free, total)| {
+            free < FREE_FILES.min(total / FREE_FILES_PART).max(FILES_PER_FILL)
+        });
+        if bytes == 0 && !inodes {
+            let many_files = space.files.is_none_or(|(free, _)| free > 10 * FREE_FILES);
+            if space.free - needed > AMPLE && many_files {
+                self.note_ample_space();
+            }
+            return Ok(None);
         }
-        Ok(needed.saturating_sub(free))
+        Ok(Some(Missing { bytes, inodes }))
     }
 }

@@ -41,6 +41,8 @@ pub(super) enum Deferred {
         dropped: Vec<u32>,
         failed: Vec<u32>,
     },
+    /// Bytes by which folders have grown, or, below 0, shrunk.
+    Folders(i64),
     /// A reservation ends; `gone` says that none of its bytes are left.
     Release { id: u64, gone: bool },
     /// A flight is closed.
@@ -63,6 +65,10 @@ pub(super) fn apply<T: Clone>(
             dropped,
             failed
         )),
+        Deferred::Folders(bytes) => step!(index, |cache| {
+            cache.count_folders(*bytes);
+            Ok(())
+        }),
         Deferred::Release { id, gone } => step!(index, |cache| {
             let victims = cache.abort(*id)?;
             let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();

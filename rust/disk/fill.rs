@@ -24,6 +24,8 @@ use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::shared::{Locked, StepError};
 
+/// Values that are evicted at once where the volume runs out of inodes.
+const FEWER_FILES: usize = 16;
 /// Times that one fill frees space on the volume.
 const ROUNDS: u32 = 16;
 /// Failed deletes that one fill tries again.
@@ -134,8 +136,24 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         }
     }
 
+    /// Tells the index which folders were made or removed.
+    fn count_folders(&mut self) {
+        let bytes = value_file::take_folders();
+        if bytes == 0 {
+            return;
+        }
+        let update = Deferred::Folders(bytes);
+        if self
+            .with_retries(|index| apply(index, &update, &mut Vec::new()))
+            .is_err()
+        {
+            self.deferred.push(update);
+        }
+    }
+
     /// Runs the fill.
     pub(super) fn run(&mut self) -> Ending {
+        value_file::take_folders();
         let ending = self.fill().unwrap_or_else(|error| match error {
             StepError::Busy => Ending::Busy,
             StepError::Failed(Error::Corrupt(what)) => Ending::Corrupt(what),
@@ -238,7 +256,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                     (answer, generation) = match next {
                         Ok(Some(next)) => next,
                         Ok(None) => {
-                            self.reservation = None;
                             return Ok(Ending::Rejected(SINCE_EMPTIED));
                         }
                         Err(error) => {
@@ -263,7 +280,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             Err(error) => return Ok(Ending::Failed(error)),
         }
         let name = fill.range.cache_key(&fill.key);
-        match self.write(&name, slot) {
+        let written = self.write(&name, slot);
+        self.count_folders();
+        match written {
             Ok(made) => self.commit(id, &name, &made),
             Err(WriteError::Unknown) => Ok(self.not_written(&name, Ending::Corrupt(UNKNOWN))),
             Err(WriteError::Io(error)) => Ok(self.not_written(&name, Ending::Failed(error))),
@@ -275,15 +294,22 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         let now = self.fill.now();
         for _ in 0..ROUNDS {
             let missing = match self.dir.missing_space(size, self.fill.min_free_space) {
-                Ok(0) => return Ok(Ok(true)),
-                Ok(missing) => missing,
+                Ok(None) => return Ok(Ok(true)),
+                Ok(Some(missing)) => missing,
                 Err(error) => return Ok(Err(error)),
             };
             let (victims, generation) = self.with_retries(|index| {
-                step!(index, |cache| Ok((
-                    cache.evict(missing, now)?,
-                    cache.generation()
-                )))
+                step!(index, |cache| {
+                    let mut victims = cache.evict(missing.bytes, now)?;
+                    while missing.inodes && victims.len() < FEWER_FILES {
+                        let more = cache.evict(1, now)?;
+                        if more.is_empty() {
+                            break;
+                        }
+                        victims.extend(more);
+                    }
+                    Ok((victims, cache.generation()))
+                })
             })?;
             if victims.is_empty() {
                 break;
@@ -300,7 +326,8 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             .saturating_add(value_file::PENDING);
         let unfinished = self.dir.unfinished(slot);
         let data = self.fill.data.as_ref();
-        value_file::write_value(&self.dir.root, Path::new(name), &unfinished, data, nanos)
+        let (root, source) = (&self.dir.root, self.dir.source);
+        value_file::write_value(root, Path::new(name), &unfinished, data, nanos, source)
     }
 
     /// Removes what may be there under the name of a value that could not be written.
@@ -313,6 +340,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                 self.write_tombstone(name);
             }
         }
+        self.count_folders();
         ending
     }
 
@@ -332,12 +360,12 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                 return Err(error);
             }
         };
-        self.reservation = None;
         let Some(done) = done else {
-            // The index does not list these bytes.
+            // The index does not list these bytes, but counts them as granted.
             self.remove_uncommitted(name, made);
             return Ok(Ending::Rejected(SINCE_EMPTIED));
         };
+        self.reservation = None;
         self.flight_open = false;
         self.closed.extend(done.flight);
         if done.victims.is_empty() {
@@ -359,6 +387,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             self.delete_errors.push(error);
             self.write_tombstone(name);
         }
+        self.count_folders();
     }
 
     fn retry_deletes(&mut self) {
@@ -397,7 +426,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     fn delete(&mut self, victims: &[Victim], invalid: bool) -> (Vec<u32>, Vec<u32>) {
         let (mut dropped, mut failed) = (Vec::with_capacity(victims.len()), Vec::new());
         for victim in victims {
-            match value_file::remove_below(&self.dir.root, Path::new(&victim.cache_key)) {
+            match self.delete_one(victim) {
                 Ok(()) => {
                     self.deleted += 1;
                     dropped.push(victim.cell);
@@ -411,7 +440,21 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                 }
             }
         }
+        self.count_folders();
         (dropped, failed)
+    }
+
+    fn delete_one(&mut self, victim: &Victim) -> io::Result<()> {
+        let name = Path::new(&victim.cache_key);
+        if value_file::remove_value(&self.dir.root, name)? {
+            return Ok(());
+        }
+        // Its times were changed, or it is not ours: the index knows what it should hold.
+        let known = self.with_retries(|index| {
+            let cell = victim.cell;
+            step!(index, |cache| Ok(cache.expected(cell)))
+        });
+        value_file::remove_known(&self.dir.root, name, known.unwrap_or(None))
     }
 
     fn write_tombstone(&self, name: &str) {

@@ -62,15 +62,14 @@ pub(super) fn shared<R: Send>(
     }
 }
 
-/// Waits until the lock of the directory is free.
-pub(super) fn wait(backing: &Backing, py: Python<'_>) -> PyResult<()> {
+/// Waits until the lock of the directory is free. False where it could not wait.
+pub(super) fn wait(backing: &Backing, py: Python<'_>) -> PyResult<bool> {
     match backing {
-        Locked::Own(..) => Ok(()),
-        Locked::Shared(..) if backing.is_disowned() => Ok(()),
+        Locked::Own(..) => Ok(true),
+        Locked::Shared(..) if backing.is_disowned() => Ok(true),
         Locked::Shared(lock, _) => {
             let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
-            py.detach(wait);
-            Ok(())
+            Ok(py.detach(wait))
         }
     }
 }

@@ -52,6 +52,7 @@ impl From<OpenError> for PyErr {
     fn from(error: OpenError) -> Self {
         match error {
             OpenError::Io(error) => os_error(error),
+            OpenError::Busy => busy(),
             OpenError::Crowded => PyOSError::new_err((
                 rustix::io::Errno::USERS.raw_os_error(),
                 format!("{PARTICIPANTS} stores use the index of this directory already"),

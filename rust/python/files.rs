@@ -26,7 +26,8 @@ pub(super) fn recorded_size_and_checksum(path: PathBuf) -> Option<(u64, u32)> {
 #[pyo3(signature = (path, /))]
 pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
     // Two microseconds; detaching and attaching can take longer.
-    value_file::space(&path).map_err(os_error)
+    let space = value_file::space(&path).map_err(os_error)?;
+    Ok((space.free, space.total))
 }
 
 #[pyfunction]
@@ -36,17 +37,27 @@ pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (root, names, /))]
+#[pyo3(signature = (root, names, known=None, /))]
 pub(super) fn remove_files<'py>(
     py: Python<'py>,
     root: PathBuf,
     names: Vec<PathBuf>,
+    known: Option<Vec<Option<(u64, u32)>>>,
 ) -> Vec<Option<Bound<'py, PyAny>>> {
-    let all = py.detach(|| {
-        let each = names
-            .iter()
-            .map(|name| value_file::remove_below(&root, name));
-        each.collect::<Vec<_>>()
+    let all = py.detach(|| match known {
+        None => {
+            let each = names
+                .iter()
+                .map(|name| value_file::remove_below(&root, name));
+            each.collect::<Vec<_>>()
+        }
+        Some(known) => {
+            let each = names
+                .iter()
+                .zip(known)
+                .map(|(name, known)| value_file::remove_known(&root, name, known));
+            each.collect()
+        }
     });
     let exceptions = all
         .into_iter()
@@ -55,7 +66,77 @@ pub(super) fn remove_files<'py>(
 }
 
 #[pyfunction]
+#[pyo3(signature = (root, key, /))]
+pub(super) fn remove_key<'py>(
+    py: Python<'py>,
+    root: PathBuf,
+    key: &str,
+) -> Vec<(String, Bound<'py, PyAny>)> {
+    let failed = py.detach(|| value_file::remove_key(&root, key));
+    let failed = failed.into_iter();
+    failed
+        .map(|(name, error)| (name, exception(py, error)))
+        .collect()
+}
+
+#[pyfunction]
+#[pyo3(signature = (root, key, /))]
+pub(super) fn is_absent(root: &str, key: &str) -> bool {
+    // It does not wait, so nobody else needs the interpreter meanwhile.
+    value_file::is_absent(Path::new(root), key)
+}
+
+#[pyfunction]
 #[pyo3(signature = (root, name, /))]
 pub(super) fn leads_outside(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
     py.detach(|| value_file::leads_outside(&root, &name))
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, size, checksum, /))]
+pub(super) fn file_holds(
+    py: Python<'_>,
+    path: PathBuf,
+    size: u64,
+    checksum: u32,
+) -> PyResult<bool> {
+    py.detach(|| value_file::holds(&path, size, checksum))
+        .map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn read_record(path: PathBuf) -> Option<(u64, u32, bool, u64, [u8; 8])> {
+    let record = value_file::record_of(&path)?;
+    let (size, checksum) = (record.size, record.checksum);
+    Some((size, checksum, record.sealed, record.fetched, record.source))
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn file_owner(path: PathBuf) -> PyResult<&'static str> {
+    let owner = value_file::owner(&path).map_err(|errno| os_error(errno.into()))?;
+    Ok(match owner {
+        value_file::Owner::Ours => "ours",
+        value_file::Owner::Pending => "pending",
+        value_file::Owner::Foreign => "foreign",
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, fetched, /))]
+pub(super) fn sign_file(py: Python<'_>, path: PathBuf, fetched: u64) -> PyResult<()> {
+    py.detach(|| value_file::sign(&path, fetched))
+        .map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn remove_empty_folder(py: Python<'_>, path: PathBuf) -> bool {
+    py.detach(|| value_file::remove_empty(&path))
+}
+
+#[pyfunction]
+pub(super) fn take_folder_bytes() -> i64 {
+    value_file::take_folders()
 }

@@ -66,8 +66,15 @@ pub(super) struct DirectoryFills(Fills<Flight, PyBackedBytes>);
 #[pymethods]
 impl DirectoryFills {
     #[new]
-    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle))]
-    fn new(index: &Index, root: PathBuf, tmp: PathBuf, threads: usize, on_idle: Py<PyAny>) -> Self {
+    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8]))]
+    fn new(
+        index: &Index,
+        root: PathBuf,
+        tmp: PathBuf,
+        threads: usize,
+        on_idle: Py<PyAny>,
+        source: [u8; 8],
+    ) -> Self {
         let call: OnIdle<_, _> = Box::new(move |leftovers| {
             // Not while the interpreter ends.
             Python::try_attach(|py| {
@@ -77,7 +84,7 @@ impl DirectoryFills {
                 }
             });
         });
-        let files = CacheDir::new(root, tmp);
+        let files = CacheDir::new(root, tmp).of(source);
         DirectoryFills(Fills::new(Arc::clone(&index.backing), files, threads, call))
     }
 

@@ -2,8 +2,10 @@
 //!
 //! Why the lock is never held for long, see [`super::backing`].
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
@@ -16,11 +18,12 @@ use super::convert::{
     RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
     raw_span, raw_victims, span, when_to_verify,
 };
+use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
 use crate::arena::Heap;
-use crate::cache::{Cache, Joined};
+use crate::cache::{Cache, Joined, Tally};
 use crate::error::Error;
 use crate::shared::SharedIndex;
 
@@ -29,13 +32,25 @@ use crate::shared::SharedIndex;
 pub(super) struct Index {
     pub(super) backing: Arc<Backing>,
     pub(super) abandoned: Arc<Abandoned>,
+    tally: Arc<Tally>,
+    /// Of the store whose lookups these are.
+    counters: Option<Py<ReadCounters>>,
 }
 
 impl Index {
-    fn over(backing: Backing) -> Self {
+    fn over(backing: Backing, tally: Arc<Tally>) -> Self {
         Index {
             backing: Arc::new(backing),
             abandoned: Arc::default(),
+            tally,
+            counters: None,
+        }
+    }
+
+    #[inline]
+    fn count(&self, hit: bool) {
+        if let Some(counters) = &self.counters {
+            counters.get().count(hit);
         }
     }
 }
@@ -44,7 +59,7 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=0, complete=true))]
+                        verify="never", seed=None, complete=true, unit=1))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -52,8 +67,9 @@ impl Index {
         slices_like_python: bool,
         flat_namespace: bool,
         verify: &str,
-        seed: u64,
+        seed: Option<u64>,
         complete: bool,
+        unit: u64,
     ) -> PyResult<Self> {
         let limits = limits(
             max_size,
@@ -67,13 +83,18 @@ impl Index {
         } else {
             Heap::rebuilding()
         };
-        Ok(Index::over(Backing::own(Cache::new(block, limits, seed)?)))
+        // One that cannot be guessed: keys could else be chosen so that they collide.
+        let seed = seed.unwrap_or_else(|| RandomState::new().hash_one(0));
+        let mut cache = Cache::new(block, limits, seed)?;
+        cache.set_unit(unit);
+        let tally = cache.tally();
+        Ok(Index::over(Backing::own(cache), tally))
     }
 
     /// Opens the index of a cache directory; see the stub.
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
-                        flat_namespace=false, verify="never", seed=0))]
+                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
@@ -84,6 +105,8 @@ impl Index {
         flat_namespace: bool,
         verify: &str,
         seed: u64,
+        unit: u64,
+        timeout: f64,
     ) -> PyResult<(Self, bool)> {
         let limits = limits(
             max_size,
@@ -92,8 +115,21 @@ impl Index {
             flat_namespace,
             verify,
         )?;
-        let (directory, fresh) = py.detach(|| SharedIndex::open(&root, limits, seed))?;
-        Ok((Index::over(Backing::shared(directory)), fresh))
+        let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
+        let open = || SharedIndex::open_within(&root, limits, seed, unit, patience);
+        let (directory, fresh) = py.detach(open)?;
+        let tally = directory.tally();
+        Ok((Index::over(Backing::shared(directory), tally), fresh))
+    }
+
+    #[pyo3(signature = (counters, /))]
+    fn view(&self, counters: Py<ReadCounters>) -> Self {
+        Index {
+            backing: Arc::clone(&self.backing),
+            abandoned: Arc::clone(&self.abandoned),
+            tally: Arc::clone(&self.tally),
+            counters: Some(counters),
+        }
     }
 
     #[pyo3(signature = (key, raw=None, now=0.0, /))]
@@ -112,6 +148,7 @@ impl Index {
             let hit = cache.hit(key, millis(now));
             drop(cache);
             if let Some(answer) = hit {
+                self.count(answer.is_some());
                 let size = answer.map(|size| size.into_pyobject(py)).transpose()?;
                 return Ok(size.map(Bound::into_any));
             }
@@ -121,6 +158,7 @@ impl Index {
             let found = cache.lookup(key, span, millis(now))?;
             Ok(found.map(|found| (found, cache.must_verify(found.handle))))
         })?;
+        self.count(found.is_some());
         found
             .map(|(found, verify)| hit(py, key, span, &found, verify))
             .transpose()
@@ -329,6 +367,14 @@ impl Index {
         step!(self, py, |cache| cache.deletes_done(&dropped, &failed))
     }
 
+    #[pyo3(signature = (cells, /))]
+    fn expected(&self, py: Python<'_>, cells: Vec<u32>) -> PyResult<Vec<Option<(u64, u32)>>> {
+        step!(self, py, |cache| Ok(cells
+            .iter()
+            .map(|&cell| cache.expected(cell))
+            .collect()))
+    }
+
     #[pyo3(signature = (limit, /))]
     fn failed_deletes(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<RawVictim>> {
         let victims = step!(self, py, |cache| cache.retry_failed(limit))?;
@@ -366,10 +412,11 @@ impl Index {
     #[pyo3(signature = (prefix, begins=None, /))]
     fn invalidate(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
         step!(self, py, |cache| {
-            cache.invalidate_prefix(prefix);
+            // First what may fail: a step that is repeated must not count twice.
             if let Some(begins) = begins {
-                cache.prefix_change(prefix, begins);
+                cache.prefix_change(prefix, begins)?;
             }
+            cache.invalidate_prefix(prefix);
             Ok(())
         })
     }
@@ -380,15 +427,15 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    fn stats(&self, py: Python<'_>) -> PyResult<(u64, u64, u64, u64, u64)> {
-        let stats = step!(self, py, |cache| Ok(cache.stats()))?;
-        Ok((
+    fn stats(&self) -> (u64, u64, u64, u64, u64) {
+        let stats = self.tally.stats();
+        (
             stats.hits,
             stats.misses,
             stats.evictions,
             stats.expirations,
             stats.rejections,
-        ))
+        )
     }
 
     #[getter]
@@ -450,6 +497,12 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (name, /))]
+    fn formerly(&self, py: Python<'_>, name: &str) -> PyResult<Option<(u64, u64, u32)>> {
+        let found = shared(&self.backing, py, None, |index| Ok(index.formerly(name)))?;
+        Ok(found.map(|value| (value.fetched, value.size, value.checksum)))
+    }
+
     #[getter]
     fn is_complete(&self, py: Python<'_>) -> PyResult<bool> {
         step!(self, py, |cache| Ok(cache.is_complete()))
@@ -481,6 +534,19 @@ impl Index {
             cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
             Ok(())
         })
+    }
+
+    #[pyo3(signature = (size, /))]
+    fn count_folders(&self, py: Python<'_>, size: i64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.count_folders(size);
+            Ok(())
+        })
+    }
+
+    #[getter]
+    fn excess(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.excess()))
     }
 
     #[pyo3(signature = (size, now, /))]
@@ -521,12 +587,22 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (seed, /))]
+    fn rejoin(&self, py: Python<'_>, seed: u64) -> PyResult<bool> {
+        // The flights outlive the lock, for releasing them may run code of Python's.
+        let (fresh, _flights) = shared(&self.backing, py, (Ok(false), None), |directory| {
+            let (fresh, flights) = directory.rejoin(seed);
+            Ok((fresh, Some(flights)))
+        })?;
+        Ok(fresh?)
+    }
+
     fn reclaim_dead(&self, py: Python<'_>) -> PyResult<(Vec<usize>, bool)> {
         let none = (Vec::new(), false);
         shared(&self.backing, py, none, |directory| directory.reap())
     }
 
-    fn wait_unlocked(&self, py: Python<'_>) -> PyResult<()> {
+    fn wait_unlocked(&self, py: Python<'_>) -> PyResult<bool> {
         wait(&self.backing, py)
     }
 }

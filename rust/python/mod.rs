@@ -2,6 +2,7 @@
 
 mod backing;
 mod convert;
+mod counters;
 mod errors;
 mod files;
 mod fill;
@@ -57,6 +58,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<index::Index>()?;
+    module.add_class::<counters::ReadCounters>()?;
     module.add_class::<reservation::Reservation>()?;
     module.add_class::<reservation::Granted>()?;
     module.add_class::<reservation::NeedsEviction>()?;
@@ -72,7 +74,15 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_file, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_files, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_key, module)?)?;
+        module.add_function(wrap_pyfunction!(files::is_absent, module)?)?;
         module.add_function(wrap_pyfunction!(files::leads_outside, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_empty_folder, module)?)?;
+        module.add_function(wrap_pyfunction!(files::read_record, module)?)?;
+        module.add_function(wrap_pyfunction!(files::file_holds, module)?)?;
+        module.add_function(wrap_pyfunction!(files::take_folder_bytes, module)?)?;
+        module.add_function(wrap_pyfunction!(files::file_owner, module)?)?;
+        module.add_function(wrap_pyfunction!(files::sign_file, module)?)?;
     }
     module.add_function(wrap_pyfunction!(cache_key, module)?)?;
     module.add_function(wrap_pyfunction!(checksum, module)?)?;

@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const FORMAT: u32 = 6;
+const FORMAT: u32 = 8;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -47,6 +47,9 @@ pub(super) struct FileHeader {
     pub(super) cells: u64,
     pub(super) directory: u64,
     pub(super) strings: u64,
+    /// Modification time of the lock file. Whoever cannot use the index but changes the source sets
+    /// another one.
+    pub(super) mark: [i64; 2],
     /// Identifies the boot of the machine.
     pub(super) boot: [u64; 5],
     pub(super) header: Header,
@@ -58,7 +61,7 @@ pub(super) const CHECKED: std::ops::Range<usize> =
     offset_of!(FileHeader, format)..offset_of!(FileHeader, participants);
 
 /// Bytes before the versions.
-pub(super) const HEADER_LEN: usize = 24 * 1024;
+pub(super) const HEADER_LEN: usize = 32 * 1024;
 /// Bytes before the hash table's directory.
 pub(super) const DIRECTORY_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
 const _: () = assert!(size_of::<FileHeader>() <= HEADER_LEN);

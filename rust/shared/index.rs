@@ -9,9 +9,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::former::{Former, FormerValue};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
-use crate::cache::{Cache, Limits, Peers};
+use crate::cache::{Cache, Flights, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 
 /// Times that a step tries the lock and only yields in between: a step takes less time than the
@@ -23,10 +24,16 @@ const YIELDS: u32 = 16;
 const RETRIES: u32 = 40;
 const PAUSE: Duration = Duration::from_micros(25);
 
+/// Time that the lock of new files is waited for which take the place of removed ones: all threads of
+/// this process wait as well.
+const REOPEN_PATIENCE: Duration = Duration::from_millis(4);
+
 /// An index in a directory.
 #[derive(Debug)]
 pub struct SharedIndex<T> {
     cache: Cache<Mapped, T>,
+    /// What an index of an earlier boot has listed.
+    former: Former,
 }
 
 /// Why a step could not be taken.
@@ -50,20 +57,49 @@ impl<T: Clone> SharedIndex<T> {
     /// The flag says that the index is new: the caller scans the directory, passes what it finds to
     /// [`Cache::adopt`], and then calls [`SharedIndex::complete`].
     pub fn open(root: &Path, limits: Limits, seed: u64) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, &[])
+        Self::open_within(root, limits, seed, 1, Duration::MAX)
     }
 
-    /// The same; `writes` are announced before others can take a step.
+    /// The same for a file system whose blocks have `unit` bytes; waits for the lock no longer than
+    /// `patience`.
+    ///
+    /// # Errors
+    /// [`OpenError::Busy`] after that.
+    pub fn open_within(
+        root: &Path,
+        limits: Limits,
+        seed: u64,
+        unit: u64,
+        patience: Duration,
+    ) -> Result<(Self, bool), OpenError> {
+        Self::open_announcing(root, limits, seed, unit, patience, &[], 0)
+    }
+
+    /// The same; `writes` are announced before others can take a step, and bytes that are promised.
     fn open_announcing(
         root: &Path,
         limits: Limits,
         seed: u64,
+        unit: u64,
+        patience: Duration,
         writes: &[u64],
+        promised: u64,
     ) -> Result<(Self, bool), OpenError> {
-        let (storage, mut fresh) = Mapped::open(root, limits.max_size)?;
+        let (storage, mut fresh) = Mapped::open(root, limits.max_size, patience)?;
         let mut index = SharedIndex {
             cache: Cache::over(storage, limits),
+            former: Former::default(),
         };
+        if index.storage().outdated {
+            // What is damaged is no evidence.
+            index.former = Former::of(&index.cache).unwrap_or_default();
+            index.storage().reset()?;
+        }
+        if !index.cache.expect_unit(unit) && !fresh {
+            // It counts in another way.
+            index.storage().reset()?;
+            fresh = true;
+        }
         if index.prepare(fresh, seed).is_err() {
             let full = || OpenError::from(rustix::io::Errno::NOSPC);
             if fresh {
@@ -75,6 +111,7 @@ impl<T: Clone> SharedIndex<T> {
             index.prepare(true, seed).map_err(|_| full())?;
         }
         index.cache.announce(writes);
+        index.cache.tell_promised(promised);
         index.storage().end(true);
         Ok((index, fresh))
     }
@@ -108,14 +145,23 @@ impl<T: Clone> SharedIndex<T> {
     }
 
     fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
-        for attempt in 0..YIELDS + RETRIES {
+        // Once it is known that another process keeps it, waiting again costs only time.
+        let was_held = self.storage().is_held();
+        for attempt in 0..if was_held { 1 } else { YIELDS + RETRIES } {
             match self.storage().try_lock() {
-                Ok(true) => return Ok(()),
+                Ok(true) => {
+                    if was_held {
+                        self.storage().set_held(false);
+                    }
+                    return Ok(());
+                }
+                Ok(false) if was_held => break,
                 Ok(false) if attempt < YIELDS => std::thread::yield_now(),
                 Ok(false) => relax(PAUSE),
                 Err(_) => return Err(Error::Corrupt("lock: not available").into()),
             }
         }
+        self.storage().set_held(true);
         Err(StepError::Busy)
     }
 
@@ -130,9 +176,13 @@ impl<T: Clone> SharedIndex<T> {
     }
 
     fn end<R>(&mut self, result: Result<R>) -> Result<R, StepError> {
-        let sound = !matches!(result, Err(Error::Corrupt(_)));
+        let sound = !matches!(result, Err(Error::Corrupt(_))) && !self.storage().has_faulted();
         self.storage().end(sound);
-        Ok(result?)
+        let result = result?;
+        if self.storage().has_faulted() {
+            return Err(Error::Corrupt("index file: a page that cannot be read or written").into());
+        }
+        Ok(result)
     }
 
     /// Empties an index that is damaged or left by its rebuild owner. True asks the caller to
@@ -149,13 +199,47 @@ impl<T: Clone> SharedIndex<T> {
         self.end(result)
     }
 
+    /// Comes back after a time in which this participant did without the index. Whether it is to be
+    /// rebuilt, as after [`SharedIndex::restart`]; and the flights, whose payloads are the caller's to
+    /// drop, also where it could not come back.
+    pub fn rejoin(&mut self, seed: u64) -> (Result<bool, StepError>, Flights<T>) {
+        let flights = self.cache.take_flights();
+        (self.rejoin_without_flights(seed), flights)
+    }
+
+    fn rejoin_without_flights(&mut self, seed: u64) -> Result<bool, StepError> {
+        let fresh = self.restart(seed)?;
+        if !fresh {
+            self.step(std::thread::sleep, |cache| {
+                cache.rejoin()?;
+                cache.arena.storage.register();
+                cache.announce(&[]);
+                Ok(())
+            })?;
+        }
+        Ok(fresh)
+    }
+
     /// Opens new files in the place of those that were removed.
     fn reopen(&mut self, seed: u64) -> Result<bool, StepError> {
         let root = self.storage().root().to_owned();
         let writes = self.cache.writes();
-        let opened = Self::open_announcing(&root, self.cache.limits(), seed, &writes);
-        let (other, fresh) = opened.map_err(|_| Error::Full)?;
+        let (limits, unit) = (self.cache.limits(), self.cache.unit());
         self.cache.reset();
+        let promised = self.cache.promised();
+        let opened = Self::open_announcing(
+            &root,
+            limits,
+            seed,
+            unit,
+            REOPEN_PATIENCE,
+            &writes,
+            promised,
+        );
+        let (other, fresh) = opened.map_err(|error| match error {
+            OpenError::Busy => StepError::Busy,
+            _ => Error::Full.into(),
+        })?;
         self.storage().replace(other.cache.arena.storage);
         Ok(fresh)
     }
@@ -188,6 +272,8 @@ impl<T: Clone> SharedIndex<T> {
         self.step(std::thread::sleep, |cache| {
             let dead = cache.arena.storage.dead();
             cache.reclaim_dead(&dead)?;
+            // A file system that refuses that makes no difference now.
+            let _ = cache.arena.storage.keep_young();
             Ok((dead, cache.arena.storage.is_rebuild_abandoned()))
         })
     }
@@ -201,12 +287,25 @@ impl<T: Clone> SharedIndex<T> {
         })
     }
 
+    /// What an index of an earlier boot has listed under this name in the cache store.
+    #[must_use]
+    pub fn formerly(&self, cache_key: &str) -> Option<FormerValue> {
+        self.former.get(cache_key)
+    }
+
     /// Everything that is in the directory was adopted.
     pub fn complete(&mut self) -> Result<(), StepError> {
+        self.former = Former::default();
         self.step(std::thread::sleep, |cache| {
             cache.arena.storage.complete();
             Ok(())
         })
+    }
+
+    /// The counters, for whoever reads them without the lock.
+    #[must_use]
+    pub fn tally(&self) -> Arc<Tally> {
+        self.cache.tally()
     }
 
     /// See [`Locks`].
@@ -215,10 +314,18 @@ impl<T: Clone> SharedIndex<T> {
         self.cache.arena.storage.locks()
     }
 
-    /// A call that waits for the lock without using this index.
-    pub fn waiter(&self) -> impl Fn() + Send + 'static {
+    /// A call that waits for the lock without using this index; whether it could. Afterwards steps wait
+    /// for it again.
+    pub fn waiter(&self) -> impl Fn() -> bool + Send + 'static {
         let path = self.cache.arena.storage.lock_path();
-        move || Mapped::wait(&path)
+        let locks = self.locks();
+        move || {
+            let waited = Mapped::wait(&path);
+            if waited {
+                locks.set_held(false);
+            }
+            waited
+        }
     }
 
     /// The slot of this participant.

@@ -1,16 +1,21 @@
 //! Files of a mapped index: how they are opened, mapped, extended, and locked by participants.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
-use rustix::fs::{FallocateFlags, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fstat, stat};
+#[cfg(target_os = "linux")]
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use super::header::PARTICIPANTS;
+
+/// Pause between two tries to take the lock while an index is opened: a few steps of others.
+const TRY_AGAIN: Duration = Duration::from_micros(100);
 
 /// The descriptors that keep their locks alive in a forked child after its parent has died. Readable
 /// without the lock of the index, which a thread of the parent may have held at the fork.
@@ -18,6 +23,7 @@ use super::header::PARTICIPANTS;
 pub struct Locks {
     fds: [AtomicI32; 2],
     disabled: AtomicBool,
+    held: AtomicBool,
 }
 
 impl Locks {
@@ -31,6 +37,16 @@ impl Locks {
     /// the lock is never free.
     pub fn disable(&self) {
         self.disabled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether this process has found that somebody keeps the lock: then a step tries once, and does
+    /// not wait for what will not be free.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_held(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
     }
 
     pub(crate) fn are_disabled(&self) -> bool {
@@ -49,6 +65,8 @@ impl Locks {
 pub enum OpenError {
     /// The operating system refuses.
     Io(io::Error),
+    /// Another process holds the lock, for longer than the caller waits.
+    Busy,
     /// All slots are taken by live participants.
     Crowded,
     /// Locks or mappings of this file system do not reach all its users.
@@ -67,24 +85,81 @@ impl From<rustix::io::Errno> for OpenError {
     }
 }
 
-pub(super) fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        // A link must not lead to a file elsewhere.
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    // A link must not lead to a file elsewhere, nor a device block.
+    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
+    options
 }
 
-#[allow(unsafe_code)]
-pub(super) fn map(file: &File) -> io::Result<MmapMut> {
-    // SAFETY: The file is changed by others while it is mapped, but only by holders of the same
-    // lock, and this process looks into the mapping only while it holds that lock. A process that
-    // ignores the lock can change numbers, which are never trusted; a file that was truncated is
-    // found by the check of its length at the beginning of each step.
-    unsafe { MmapMut::map_mut(file) }
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    match create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let file = options().create(true).truncate(false).open(path)?;
+            require_regular(file)
+        }
+        created => created,
+    }
+}
+
+pub(super) fn open_existing(path: &Path) -> io::Result<File> {
+    require_regular(options().open(path)?)
+}
+
+fn require_regular(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(rustix::io::Errno::NODEV.into())
+}
+
+/// Makes a file that is not there yet.
+pub(super) fn create(path: &Path) -> io::Result<File> {
+    let file = options().create_new(true).open(path)?;
+    keep_in_place(&file);
+    Ok(file)
+}
+
+/// Whether a file is far longer than what it holds: no index of ours leaves so much unallocated.
+pub(super) fn is_hollow(file: &File) -> io::Result<bool> {
+    const MOST: u64 = 64 << 20;
+    let status = fstat(file)?;
+    let held = (status.st_blocks as u64).saturating_mul(512);
+    Ok(status.st_size as u64 > held.saturating_add(MOST))
+}
+
+/// Where a file system would write each change to another place, has it write to the same: what is
+/// allocated for a mapped file is used then, also on a full volume. Only as long as it is empty.
+fn keep_in_place(file: &File) {
+    #[cfg(target_os = "linux")]
+    if let Ok(flags) = ioctl_getflags(file) {
+        // Not all file systems know it, and those that write in place anyway need not.
+        let _ = ioctl_setflags(file, flags | IFlags::NOCOW);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
+}
+
+/// Opens the lock file and takes the lock, within `patience`. The file that is locked is the one that
+/// others find.
+pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<File, OpenError> {
+    loop {
+        let lock = open(path)?;
+        lock_within(&lock, patience)?;
+        // Somebody may have removed it meanwhile, and others may lock another one.
+        if is_at(&lock, path) {
+            return Ok(lock);
+        }
+    }
+}
+
+/// Whether a file is the one of this name.
+pub(super) fn is_at(file: &File, path: &Path) -> bool {
+    match (fstat(file), stat(path)) {
+        (Ok(file), Ok(named)) => (file.st_dev, file.st_ino) == (named.st_dev, named.st_ino),
+        _ => false,
+    }
 }
 
 /// Network and user-space file systems, by the numbers of `statfs(2)`.
@@ -104,6 +179,18 @@ pub(super) fn unsuitable(kind: u64) -> Option<&'static str> {
     }
 }
 
+/// Gives a file blocks of its own where it shares them with a copy: to write to a shared one allocates
+/// another, and on a full disk that would fail in the middle of a step.
+pub(super) fn unshare(file: &File, len: u64) {
+    #[cfg(target_os = "linux")]
+    {
+        // Most file systems share none, and do not know it.
+        let _ = fallocate(file, FallocateFlags::UNSHARE_RANGE, 0, len);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, len);
+}
+
 /// Extends a file. Its blocks are allocated at once: a hole that cannot be filled later, on a full
 /// disk, would kill the process with a signal.
 pub(super) fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
@@ -116,6 +203,21 @@ pub(super) fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
             file.write_all_at(&zeros, end)
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes the lock, within `patience`.
+fn lock_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
+    let begun = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error.into()),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= patience => {
+                return Err(OpenError::Busy);
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(TRY_AGAIN),
+        }
     }
 }
 
@@ -135,10 +237,6 @@ pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {
 
 pub(super) fn is_alive(root: &Path, n: usize) -> bool {
     // A slot counts as taken where its file cannot be opened, or was removed while its owner works.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(slot_file(root, n));
+    let file = open_existing(&slot_file(root, n));
     file.map_or(true, |file| file.try_lock().is_err())
 }

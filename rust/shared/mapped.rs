@@ -13,13 +13,16 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use memmap2::MmapMut;
-use rustix::fs::fstat;
+use rustix::fs::{Stat, fstat};
 
+use super::guard::Map;
 use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot};
-use super::lock_files::{Locks, OpenError, extend, is_alive, map, open, take_slot, unsuitable};
+use super::lock_files::{
+    Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
+    open_existing, take_slot, unshare, unsuitable,
+};
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
 
@@ -29,14 +32,25 @@ pub struct Mapped {
     pub(super) root: PathBuf,
     lock: File,
     pub(super) files: [File; FILES.len()],
-    pub(super) maps: [MmapMut; FILES.len()],
+    pub(super) maps: [Map; FILES.len()],
     pub(super) own_slot: usize,
     pub(super) bound: u64,
     pub(super) generation: u64,
+    /// Whether it is sound but of an earlier boot, or of another machine: not to be believed without a
+    /// look at the files.
+    pub(super) outdated: bool,
     /// Locked as long as this participant lives; only the kernel looks at it.
     alive: File,
     locks: Arc<Locks>,
+    /// When it was last seen that the files are where others look for them.
+    looked: Instant,
 }
+
+/// Time after which a step looks again whether the files are in their place. Each change of the source
+/// looks, whatever the time.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Age at which the times of the files are renewed.
+const OLD: Duration = Duration::from_secs(3600);
 
 const FILES: [&str; 4] = ["head", "table", "cells", "texts"];
 pub(super) const HEAD: usize = 0;
@@ -49,20 +63,26 @@ impl Mapped {
     /// but does not register yet. The lock is held when this returns.
     ///
     /// The flag says that the index is new and empty; the caller rebuilds it.
-    pub fn open(root: &Path, bound: u64) -> Result<(Self, bool), OpenError> {
+    pub fn open(root: &Path, bound: u64, patience: Duration) -> Result<(Self, bool), OpenError> {
         #[cfg(target_os = "linux")]
         if let Some(name) = unsuitable(u64::try_from(rustix::fs::statfs(root)?.f_type).unwrap_or(0))
         {
             return Err(OpenError::Unsuitable(name));
         }
-        let lock = open(&root.join("lock"))?;
-        lock.lock()?;
+        let lock = open_and_lock(&root.join("lock"), patience)?;
         let [head, table, cells, strings] = FILES.map(|name| open(&root.join(name)));
         let files = [head?, table?, cells?, strings?];
+        let mut emptied = false;
+        for file in &files {
+            if is_hollow(file)? {
+                // To allocate all of it would fill the volume.
+                file.set_len(0)?;
+                emptied = true;
+            }
+        }
         if files[HEAD].metadata()?.len() < DIRECTORY_AT as u64 {
             extend(&files[HEAD], 0, DIRECTORY_AT)?;
         }
-        let mut emptied = false;
         for file in &files {
             match file.metadata()?.len() as usize {
                 // An empty file cannot be mapped.
@@ -71,11 +91,14 @@ impl Mapped {
                     extend(file, 0, HEADER_LEN)?;
                 }
                 // A copy of the directory may have holes.
-                len => extend(file, 0, len)?,
+                len => {
+                    unshare(file, len as u64);
+                    extend(file, 0, len)?;
+                }
             }
         }
         let (own_slot, alive) = take_slot(root)?;
-        let [head, table, cells, strings] = files.each_ref().map(map);
+        let [head, table, cells, strings] = files.each_ref().map(Map::new);
         let maps = [head?, table?, cells?, strings?];
         let mut mapped = Mapped {
             root: root.to_owned(),
@@ -85,45 +108,90 @@ impl Mapped {
             own_slot,
             bound,
             generation: 0,
+            outdated: false,
             alive,
             locks: Arc::default(),
+            looked: Instant::now(),
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
         let owner = mapped.rebuild_owner();
         let header = mapped.file_header();
-        let sound = !emptied
+        let clean = !emptied
             && header.is_plausible()
             && header.dirty == 0
-            && header.check == mapped.checksum()
-            && header.boot == boot()
+            && header.check == mapped.checksum();
+        let this_boot = header.boot == boot();
+        let sound = clean
+            && this_boot
             // A rebuild goes on unless its owner has died; the owner with our slot has.
             && owner.is_none_or(|n| n != own_slot && is_alive(root, n))
             && mapped.remap(None).is_ok();
-        if !sound {
+        mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(None).is_ok();
+        if !sound && !mapped.outdated {
             mapped.reset()?;
         }
-        mapped.file_header_mut().dirty = own_slot as u32 + 1;
+        let mark = mark(&fstat(&mapped.lock)?);
+        let header = mapped.file_header_mut();
+        header.dirty = own_slot as u32 + 1;
+        if header.mark != mark {
+            header.mark = mark;
+            header.epoch = header.epoch.wrapping_add(1);
+        }
         Ok((mapped, !sound))
     }
 
     /// Empties the index for all participants. The lock must be held.
     ///
-    /// The others see the new generation at their next step, and register again. What they are
-    /// writing to the source meanwhile stays known.
+    /// The others see the new files at their next step, and register again. What they are writing
+    /// meanwhile, to the source and to the cache store, stays known. The old files are left as they
+    /// are: to truncate what others have mapped would end their processes.
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
-        for (n, file) in self.files.iter().enumerate() {
-            let len = HEADER_LEN + if n == HEAD { DIRECTORY_AT } else { 0 };
-            file.set_len(0)?;
-            extend(file, 0, len)?;
-        }
-        for (map_of, file) in self.maps.iter_mut().zip(&self.files) {
-            *map_of = map(file)?;
-        }
+        let made = self.make_files().or_else(|_| {
+            // On a full volume the old ones go first.
+            for name in FILES {
+                let _ = std::fs::remove_file(self.root.join(name));
+            }
+            self.make_files()
+        });
+        let files = made?;
+        let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        self.maps = [head?, table?, cells?, strings?];
+        self.files = files;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
+        self.file_header_mut().mark = mark(&fstat(&self.lock)?);
         for (n, other) in others {
             self.file_header_mut().add_participant(n, other);
         }
+        // The first one says that a rebuild is due, so it goes first.
+        for name in FILES {
+            std::fs::rename(self.root.join(new_name(name)), self.root.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// Makes empty files under names of their own.
+    fn make_files(&self) -> io::Result<[File; FILES.len()]> {
+        let make = |name: &str| {
+            let path = self.root.join(new_name(name));
+            // Left by somebody who has died.
+            let _ = std::fs::remove_file(&path);
+            let file = create(&path)?;
+            let len = HEADER_LEN + if name == FILES[HEAD] { DIRECTORY_AT } else { 0 };
+            extend(&file, 0, len)?;
+            Ok::<_, io::Error>(file)
+        };
+        let [head, table, cells, strings] = FILES.map(make);
+        Ok([head?, table?, cells?, strings?])
+    }
+
+    /// Takes the files that are there under the names of the index now.
+    fn reopen_files(&mut self) -> io::Result<()> {
+        let [head, table, cells, strings] = FILES.map(|name| open_existing(&self.root.join(name)));
+        let files = [head?, table?, cells?, strings?];
+        let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        self.maps = [head?, table?, cells?, strings?];
+        self.files = files;
         Ok(())
     }
 
@@ -139,22 +207,58 @@ impl Mapped {
         }
     }
 
-    /// Waits until the lock is free, after a step has found it taken. Returns early on a signal, and
-    /// where the file is gone: the next step finds out.
-    pub fn wait(path: &Path) {
+    /// Waits until the lock is free, after a step has found it taken. True also where the file is gone:
+    /// the next step finds out. False where it could not wait, because of a signal or for want of a
+    /// descriptor.
+    #[must_use]
+    pub fn wait(path: &Path) -> bool {
         // Through a file of its own: the lock belongs to the open file, which others may use now.
         match File::open(path) {
             // Unlocked explicitly: a child that was forked meanwhile has the file open as well.
-            Ok(file) if file.lock().is_ok() => drop(file.unlock()),
-            _ => std::thread::sleep(Duration::from_millis(1)),
+            Ok(file) if file.lock().is_ok() => {
+                drop(file.unlock());
+                true
+            }
+            Ok(_) => false,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
         }
     }
 
-    /// Whether any of the files was removed, so that other participants would not find it.
+    /// Whether others who open the index would find another lock or take this participant for dead:
+    /// then neither side sees what the other one does.
     #[must_use]
     pub fn are_removed(&self) -> bool {
-        let removed = |file| fstat(file).is_ok_and(|status| status.st_nlink == 0);
-        removed(&self.lock) || removed(&self.alive) || self.files.iter().any(removed)
+        fstat(&self.alive).is_ok_and(|status| status.st_nlink == 0) || !self.is_in_place()
+    }
+
+    /// Whether the lock is still what others find under its name.
+    fn is_in_place(&self) -> bool {
+        is_at(&self.lock, &self.lock_path())
+    }
+
+    /// Checks that others who open the cache store find these files.
+    pub(super) fn require_place(&mut self) -> Result<()> {
+        if !self.is_in_place() {
+            return Err(REMOVED);
+        }
+        self.looked = Instant::now();
+        Ok(())
+    }
+
+    /// Notes that the files are in use: a purge by age takes what has not changed for long.
+    pub(super) fn keep_young(&mut self) -> io::Result<()> {
+        let now = SystemTime::now();
+        let status = fstat(&self.lock)?;
+        let changed = UNIX_EPOCH + Duration::from_secs(status.st_mtime.try_into().unwrap_or(0));
+        if now.duration_since(changed).is_ok_and(|age| age < OLD) {
+            return Ok(());
+        }
+        for file in self.files.iter().chain([&self.lock, &self.alive]) {
+            file.set_modified(now)?;
+        }
+        // Not a mark of somebody else.
+        self.file_header_mut().mark = mark(&fstat(&self.lock)?);
+        Ok(())
     }
 
     /// Continues with other files, opened by the same participant. The slot of the old ones is free
@@ -169,6 +273,17 @@ impl Mapped {
     #[must_use]
     pub fn locks(&self) -> Arc<Locks> {
         Arc::clone(&self.locks)
+    }
+
+    /// Whether another process keeps the lock, as far as this one has found out.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.locks.is_held()
+    }
+
+    /// Notes whether another process keeps the lock.
+    pub fn set_held(&self, held: bool) {
+        self.locks.set_held(held);
     }
 
     /// Directory of the files.
@@ -186,16 +301,31 @@ impl Mapped {
     /// Checks the files after the lock was taken; an error means that they cannot be used. Returns
     /// whether the index was emptied, or this participant reclaimed, meanwhile.
     pub fn begin(&mut self) -> Result<bool> {
-        let status = fstat(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
-        if status.st_nlink == 0 {
+        let guard = fstat(&self.lock).map_err(|_| NOT_MAPPED)?;
+        let alive = fstat(&self.alive).map_err(|_| NOT_MAPPED)?;
+        // Others would lock another file than this one, or take this participant for dead.
+        if guard.st_nlink == 0 || alive.st_nlink == 0 {
             return Err(REMOVED);
+        }
+        if self.looked.elapsed() >= LOOK_EVERY {
+            self.require_place()?;
+        }
+        let mut status = fstat(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
+        if status.st_nlink == 0 {
+            // Another participant has emptied the index.
+            self.require_place()?;
+            self.reopen_files().map_err(|_| REMOVED)?;
+            status = fstat(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
+        }
+        if self.has_faulted() {
+            return Err(NOT_MAPPED);
         }
         let len = status.st_size as u64;
         if len < DIRECTORY_AT as u64 {
             return Err(Error::Corrupt("header: truncated"));
         }
         if len != self.maps[HEAD].len() as u64 {
-            self.maps[HEAD] = map(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
+            self.maps[HEAD] = Map::new(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
         }
         let header = self.file_header();
         if !header.is_plausible() {
@@ -216,7 +346,17 @@ impl Mapped {
             .get(own_slot)
             .is_none_or(|p| p.live == 0);
         header.dirty = own_slot as u32 + 1;
+        // Somebody who cannot use the index has changed the source.
+        if header.mark != mark(&guard) {
+            header.mark = mark(&guard);
+            header.epoch = header.epoch.wrapping_add(1);
+        }
         Ok(reclaimed || self.file_header().generation != self.generation)
+    }
+
+    /// Whether a page of the files could not be had; what was found in its place is not theirs.
+    pub(super) fn has_faulted(&self) -> bool {
+        self.maps.iter().any(Map::has_faulted)
     }
 
     /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark.
@@ -262,7 +402,7 @@ impl Mapped {
                 return Err(Error::Corrupt("index file: truncated"));
             }
             if len != map_of.len() as u64 {
-                *map_of = map(file).map_err(|_| NOT_MAPPED)?;
+                *map_of = Map::new(file).map_err(|_| NOT_MAPPED)?;
             }
         }
         Ok(())
@@ -311,10 +451,19 @@ impl Mapped {
             extend(file, map_of.len(), more)
                 .or_else(|_| extend(file, map_of.len(), len))
                 .map_err(|_| Error::Full)?;
-            *map_of = map(file).map_err(|_| Error::Full)?;
+            *map_of = Map::new(file).map_err(|_| Error::Full)?;
         }
         Ok(())
     }
+}
+
+fn new_name(name: &str) -> String {
+    format!("{name}.new")
+}
+
+/// What whoever cannot use the index changes of the lock file, to say that the source was changed.
+fn mark(lock: &Stat) -> [i64; 2] {
+    [lock.st_mtime, lock.st_mtime_nsec as i64]
 }
 
 const REMOVED: Error = Error::Corrupt("index file: removed");

@@ -1,6 +1,8 @@
 //! An index that several processes share: files that they map, a lock around each step, and the
 //! list of participants.
 
+mod former;
+mod guard;
 mod header;
 mod index;
 mod lock_files;
@@ -8,6 +10,7 @@ mod locked;
 mod mapped;
 mod participants;
 
+pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;
 pub use self::index::{SharedIndex, StepError};
 pub use self::lock_files::{Locks, OpenError};

@@ -8,9 +8,11 @@ use super::header::{HEADER_LEN, VERSIONS};
 use super::lock_files::is_alive;
 use super::mapped::{HEAD, Mapped};
 use crate::cache::{Participant, Peers, Version};
+use crate::error::Result;
 
 impl Mapped {
-    /// The other live participants, without reserved bytes; none where the header is unreadable.
+    /// The other live participants, as they go on after the index is emptied; none where the header is
+    /// unreadable.
     pub(super) fn living(&self) -> Vec<(usize, Participant)> {
         // Reading the mapping of a truncated file would be fatal.
         let mapped = self.maps[HEAD].len() as u64;
@@ -21,15 +23,7 @@ impl Mapped {
         let others = self.others();
         let living = others.filter(|(n, _)| is_alive(&self.root, *n));
         living
-            .map(|(n, other)| {
-                (
-                    n,
-                    Participant {
-                        reserved_bytes: 0,
-                        ..other
-                    },
-                )
-            })
+            .map(|(n, other)| (n, other.without_entries()))
             .collect()
     }
 
@@ -131,6 +125,9 @@ impl Peers for Mapped {
     }
     fn own_slot(&self) -> usize {
         self.own_slot
+    }
+    fn check_place(&mut self) -> Result<()> {
+        self.require_place()
     }
     fn owns_rebuild(&self) -> bool {
         self.rebuild_owner() == Some(self.own_slot)

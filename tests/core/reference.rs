@@ -419,7 +419,7 @@ impl Model {
                 Reserve::NeedsEviction(same, victims) => {
                     assert!(*same == id && own && victims.len() == 1);
                     self.reservations.get_mut(&id).expect("open").reserved = 0;
-                    return self.evicted(id, own, 0, now, victims);
+                    return self.evicted(id, own, 0, false, now, victims);
                 }
                 Reserve::Rejected(reason) => assert!(*reason == RejectReason::TooLarge && !own),
                 Reserve::Granted(_) => panic!("granted beyond the bound"),
@@ -428,9 +428,11 @@ impl Model {
             self.stats.rejections += 1;
             return;
         }
+        // As many entries as the bound has bytes.
+        let crowded = size == 0 && self.entries.len() as u64 >= self.limits.max_size.max(1);
         let reason = match got {
             Reserve::Granted(granted) => {
-                assert_eq!((*granted, lacking, own), (id, 0, false));
+                assert_eq!((*granted, lacking, own, crowded), (id, 0, false, false));
                 assert!(self.valid(&name.0, ticket), "granted to an invalid ticket");
                 assert!(!self.entries.contains_key(&name), "two entries of one name");
                 assert!(!self.conflicts(&name));
@@ -449,16 +451,17 @@ impl Model {
             }
             Reserve::NeedsEviction(same, victims) => {
                 assert_eq!(*same, id);
-                return self.evicted(id, own, lacking, now, victims);
+                return self.evicted(id, own, lacking, crowded, now, victims);
             }
             Reserve::Rejected(reason) => *reason,
         };
-        let out_of_room = lacking > 0 || own;
+        let out_of_room = lacking > 0 || own || crowded;
         match reason {
             RejectReason::NoSpace => {
                 let hopeless = u128::from(lacking) > self.used_bytes();
                 let nothing = !own && self.candidates(failures == 0) == 0;
-                assert!(lacking > 0 && (failures > PATIENCE || hopeless || nothing));
+                assert!(lacking > 0 || crowded);
+                assert!(failures > PATIENCE || hopeless || nothing);
             }
             RejectReason::Invalidated => assert!(!out_of_room && !self.valid(&name.0, ticket)),
             RejectReason::Busy => assert!(!out_of_room && self.entries.contains_key(&name)),
@@ -486,7 +489,15 @@ impl Model {
 
     /// Victims are right if each of them was the next to go when it was taken, and none is too
     /// many or missing.
-    fn evicted(&mut self, id: u64, own: bool, lacking: u64, now: u64, victims: &[Victim]) {
+    fn evicted(
+        &mut self,
+        id: u64,
+        own: bool,
+        lacking: u64,
+        mut crowded: bool,
+        now: u64,
+        victims: &[Victim],
+    ) {
         let failed = self.reservations[&id].failures == 0;
         let mut freed = 0u128;
         let mut victims = victims.iter().map(|v| self.name_of(v)).collect::<Vec<_>>();
@@ -496,9 +507,11 @@ impl Model {
             let first = victims.remove(0);
             assert_eq!(first, self.reservations[&id].name);
             freed += self.take(&first);
+            crowded = false;
         }
         for name in victims {
-            assert!(freed < u128::from(lacking), "a victim too many");
+            assert!(freed < u128::from(lacking) || crowded, "a victim too many");
+            crowded = false;
             self.check_next(&name, failed, now);
             let entry = &self.entries[&name];
             if entry.state == State::Live {

@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 from agent import SOURCE_ID, Agent, spawned
 from crashes import LoggingStore, play, reads_of, size_at_one_instant
 from support import buf, check_quiet, check_quiet_sync, fill, read, read_through, until, write
-from zcache import CacheStore
+from zcache import CacheStore, IndexLockTimeout
 from zcache.testing import StoreDouble, entries, index_slot
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ async def test_bound_smaller_in_another_process_is_in_force_while_that_lives(
     store = open_store(tmp_path, max_size=100)
     await fill(store, **{f"a/{number}": bytes(10) for number in range(8)})
     with Agent(tmp_path, max_size=30) as strict:
-        assert store.cache_info()["current_size"] == 80
         await write(store, "b", bytes(10))  # Enforced before new bytes are written.
         size = store.cache_info()["current_size"]
         assert size == strict("info")["current_size"] == 30
@@ -112,7 +111,8 @@ async def test_bound_smaller_in_the_same_process_is_in_force_while_its_store_liv
     await fill(store, **{f"a/{number}": bytes(10) for number in range(8)})
     strict = open_store(tmp_path, max_size=30)
     assert index_slot(strict) == index_slot(store)
-    assert store.cache_info()["current_size"] == 80
+    # In the background, whether or not anything is filled.
+    await until(lambda: store.cache_info()["current_size"] == 30)
     await write(store, "b", bytes(10))
     assert store.cache_info() == strict.cache_info() | {"max_size": 100}
     assert store.cache_info()["current_size"] == 30
@@ -277,7 +277,7 @@ async def test_change_under_way_in_another_process_stops_only_what_it_is_about(
 async def test_lock_held_elsewhere_reads_go_to_the_source_and_the_loop_goes_on(
     tmp_path: Path,
 ) -> None:
-    """A process that is stopped in the middle of a step holds up writes for as long, reads for a second."""
+    """A process that is stopped in the middle of a step holds up reads and writes for a second."""
     store = open_store(tmp_path)
     await write(store, "a", b"1")
     lock = os.open(tmp_path / "cache/.zcache/index/lock", os.O_RDWR)
@@ -302,10 +302,10 @@ async def test_lock_held_elsewhere_reads_go_to_the_source_and_the_loop_goes_on(
     assert turns > 10
     assert [reader.result() for reader in readers] == [b"1", None]
     assert reads_of(tmp_path / "source").count("a") >= 1
-    assert not any(writer.done() for writer in writers)
     os.close(lock)
-    await asyncio.gather(*writers)
-    assert await read(store, "c") == b"3"
+    outcomes = await asyncio.gather(*writers, return_exceptions=True)
+    assert all(one is None or isinstance(one, IndexLockTimeout) for one in outcomes)
+    assert await read(store, "c") == (b"3" if outcomes[0] is None else None)
     await check_quiet(store)
 
 

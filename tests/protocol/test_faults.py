@@ -411,17 +411,17 @@ async def test_circuit_breaker_opens_for_one_kind_of_operation(
     assert store.cache_stats()["hits"] > before
 
 
-async def test_circuit_breaker_opens_when_every_key_fails(
+async def test_circuit_breaker_stays_closed_when_every_key_is_refused(
     pause: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Errors of keys say nothing about others, however many there are."""
     source, cache = DictStore({str(n): b"x" for n in range(500)}), FaultyStore()
     store = CacheStore(source, cache_store=cache, clock=pause)
     cache.plan = lambda *_: ValueError("whatever it is")
     for key in source.values:
         assert await read_through(store, key) == b"x"
-    assert cache.counts["set"] < 100
-    assert store.cache_stats()["cache_skips"] > 300
-    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+    assert store.cache_stats()["cache_skips"] == 0
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) <= 1
     cache.plan = lambda *_: None
     pause.advance(100)
     await check_same(store, source, cache)
@@ -459,7 +459,8 @@ async def test_circuit_breaker_stays_closed_for_errors_of_one_key(pause: FakeClo
     stats = store.cache_stats()
     assert stats["cache_skips"] == 0
     assert stats["hits"] == 4 * 4
-    assert stats["cache_failures"] > FAILURES_TO_OPEN
+    # A value that was refused is not tried at each read.
+    assert 0 < stats["cache_failures"] <= FAILURES_TO_OPEN
     assert cache.total == store.cache_info()["current_size"]
 
 

@@ -49,6 +49,7 @@ SIZES: list[tuple[object, int | None]] = [
 ]
 NO_SIZES: list[tuple[object, type[Exception]]] = [
     (-1, OptionValueError),
+    (1.5, OptionTypeError),
     (np.int64(-1), OptionValueError),
     (2**64, OptionValueError),
     ("16384 PiB", OptionValueError),
@@ -71,9 +72,6 @@ NO_SIZES: list[tuple[object, type[Exception]]] = [
     (True, OptionTypeError),
     (False, OptionTypeError),
     (np.True_, OptionTypeError),
-    (1.0, OptionTypeError),
-    (1.5e9, OptionTypeError),
-    (np.float64(5), OptionTypeError),
     (float("nan"), OptionTypeError),
     (float("inf"), OptionTypeError),
     (Decimal(5), OptionTypeError),
@@ -210,7 +208,7 @@ def test_store_that_is_none_raises(given: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("given", ["/tmp/cache", {}, 5, MemoryStore])
+@pytest.mark.parametrize("given", [{}, 5, MemoryStore])
 def test_cache_store_that_is_none_raises(given: Any) -> None:
     with pytest.raises(OptionTypeError) as caught:
         CacheStore(MemoryStore(), cache_store=given)
@@ -249,12 +247,11 @@ def test_cache_store_without_deletes_is_refused(tmp_path: Path) -> None:
     refused(MemoryStore(), ZipStore(tmp_path / "cache.zip", mode="w"), "does not support deletes")
 
 
-def test_cache_store_without_writes_is_refused(tmp_path: Path) -> None:
+def test_cache_store_without_writes_is_refused() -> None:
     refused(MemoryStore(), NoWrites(), "does not support writes")
     refused(
         MemoryStore(), MemoryStore(read_only=True), "does not support writes", "read_only=False"
     )
-    refused(MemoryStore(), LocalStore(tmp_path, read_only=True), "does not support writes")
     refused(MemoryStore(), LatencyStore(NoWrites()), "does not support writes")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+from zcache._index.counters import Counters
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -108,7 +110,15 @@ class Ended:
 
 
 class Filler(Protocol):
-    """Carries out the jobs of a queue, in the background. One for each place and process."""
+    """Carries out the jobs of a queue, in the background. One for each place and process.
+
+    Attributes
+    ----------
+    reads_only : bool
+        Whether the cache store takes nothing, so that no job is begun.
+    """
+
+    reads_only: bool
 
     def submit(self, io: IO, job: FillJob) -> None:
         """Begin a job, or put it behind others; it always ends, and its flight with it.
@@ -157,19 +167,28 @@ class Backend(ABC):
         flight, or None where the value stays uncached and its flight open.
     works_in_background : bool
         Whether `begin` does anything.
+    counters : Counters
+        What its reads and writes came to.
     owns_what_it_reads : bool
         Whether `try_read` returns memory that is the reader's alone.
+    removes_by_name : bool
+        Whether others may take in, without the index, what is stored: then a change of the source removes
+        it by name, whether or not the index knows it.
     """
 
+    verify: ClassVar[str | None] = None
+    """When bytes are verified, whatever the store asks for; None for as it asks."""
     filler: Filler | None = None
     fill_now: FillNow | None = None
     owns_what_it_reads: ClassVar[bool] = True
     works_in_background: ClassVar[bool] = True
+    removes_by_name: ClassVar[bool] = False
 
     def __init__(self, store: Store, shared: SharedIndex) -> None:
         self.store: Any = store
         self.shared = shared
         self.breaker = shared.breaker
+        self.counters = Counters()
 
     @property
     def index(self) -> Index:
@@ -203,16 +222,37 @@ class Backend(ABC):
         Never raises because of the cache store. Returns after `DELETE_TIMEOUT` in any case.
         """
 
+    async def remove_key(
+        self,
+        io: IO,
+        key: str,  # noqa: ARG002
+        victims: Sequence[Victim],
+        *,
+        begins: bool,  # noqa: ARG002
+    ) -> None:
+        """Delete what is stored of a key that is written in the source, whether the index knows it or not.
+
+        `victims` are the entries of it that the index has dropped; see `remove`.
+
+        Raises
+        ------
+        CacheUnreachableError
+            Before the write `begins`: if it would stay unknown to others who use the cache store.
+        """
+        if victims:
+            await self.remove(io, victims)
+
     def remove_later(self, victims: Sequence[Victim]) -> None:
         """Leave bytes to a later delete: they stay counted until then."""
         if victims:
             cells = [cell for cell, _ in victims]
             self.shared.handle.call_later(_ignore, _confirm_failed, cells)
 
-    async def remove_unlisted(self, io: IO, prefix: str) -> None:  # noqa: B027 - nothing to do by default
+    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:  # noqa: B027 - nothing to do by default
         """Delete what is stored of a key and below it, whether or not the index knows it yet.
 
-        Called while the index is not complete. Never raises because of the cache store.
+        Called while the index is not complete; with `removes_by_name` before each change below a prefix
+        `begins` and after it has ended. See `remove_key`.
         """
 
     def begin(self, io: IO) -> None:  # noqa: B027 - nothing to do by default

@@ -29,6 +29,7 @@ class MemoryBackend(Backend):
     store: MemoryStore
     owns_what_it_reads: ClassVar[bool] = False
     works_in_background: ClassVar[bool] = False
+    verify: ClassVar[str | None] = "never"
 
     def __init__(self, store: MemoryStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)

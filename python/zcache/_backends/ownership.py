@@ -11,6 +11,15 @@ FORMAT: Final = 1
 """Format of what zcache keeps in a cache store."""
 
 
+def is_stamp(text: bytes) -> bool:
+    """Whether this can be read as a stamp, of whatever format."""
+    try:
+        stamp = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(stamp, dict) and {"zcache", "source"} <= stamp.keys()
+
+
 def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[str, Any] | None:
     """Read a stamp; None for one that cannot be read, if it may be replaced.
 

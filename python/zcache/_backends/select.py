@@ -7,7 +7,7 @@ import gc
 import os
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import LocalStore, MemoryStore
 
@@ -73,12 +73,20 @@ def open_backend(
         If the cache store belongs to somebody else.
     """
     opening = _Opening(cache, source, source_id, adopt, limits, clock)
-    try:
-        return opening.open()
-    except CacheOwnershipError:
-        # Stores that are only waiting to be collected do not count.
-        gc.collect()
-        return opening.open()
+    for _ in range(_TRIES):
+        try:
+            return opening.open()
+        except CacheOwnershipError:
+            # Stores that are only waiting to be collected, or for a step in the background, do not count.
+            gc.collect()
+            time.sleep(_PAUSE)
+    return opening.open()
+
+
+_TRIES: Final = 5
+"""Times that a cache store of another source is looked at again, ..."""
+_PAUSE: Final = 0.02
+"""... after so many seconds."""
 
 
 class _Opening:
@@ -168,6 +176,7 @@ class _Opening:
             adopt=self.adopt,
             limits=self.limits,
             clock=self.clock or time.time,
+            read_only=self.cache.read_only,
         )
         shared = self._new(directory.handle, time.time)
         shared.place = directory

@@ -2,18 +2,24 @@
 
 A step is named (`handle.call(io, Index.reserve, ...)`), and the handle supplies the index of now:
 recovery, a fork or the loss of the directory may have replaced it since the caller began.
+
+Nobody waits longer than `LOCK_TIMEOUT` for a lock that somebody keeps, counted from the first who found it
+taken. Until it is free all others are told so at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import threading
 import time
+import weakref
+from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from zcache._core import CorruptIndexError, Index, IndexBusyError
 from zcache._runtime.threads import run_in_background
@@ -30,11 +36,15 @@ T = TypeVar("T")
 RETRYABLE: Final = (IndexBusyError, CorruptIndexError)
 """What a step of the index raises if it was not taken, and may be once something was done about it."""
 LOCK_TIMEOUT: Final = 1.0
-"""Seconds that a read waits for the lock of an index, and for its first opening in a forked child."""
+"""Seconds that a caller waits for the lock of an index, and for its opening."""
 RECOVERIES: Final = 20
 """Times that one step may find the index damaged before this process does without it."""
 _RETRY: Final = 0.01
 """Seconds between two tries where no thread can be started to wait."""
+_OPEN_RETRY: Final = 0.1
+"""The same for an index that is to be opened, which takes longer than a step."""
+_QUIET: Final = 60.0
+"""Seconds in which it is said once that an index cannot be used."""
 
 
 def ignore(_: object) -> None:
@@ -43,6 +53,13 @@ def ignore(_: object) -> None:
 
 def _take(step: Callable[..., T], index: Index, *args: Any) -> T:
     return step(index, *args)
+
+
+class Watcher(Protocol):
+    """Who calls an index directly."""
+
+    def use_index(self, index: Index) -> None:
+        """Call this one from now on."""
 
 
 class IndexHandle:
@@ -59,35 +76,90 @@ class IndexHandle:
 
     Attributes
     ----------
-    index : Index
-        The index of now. On the hot path its methods are called directly.
     usable : bool
-        False where the cache store cannot be used at all: then nothing is ever cached.
+        False where the cache store cannot be used: then nothing is cached.
+    lost : Index or None
+        The index that was given up, if it may be used again.
     ageless : bool
         Whether nothing ever expires, so that the clock need not be asked.
     recover : callable
         Replaces or repairs an index that is damaged; runs in a thread.
     take : callable
         Takes a step: `zcache.testing` puts its recorder here.
+    deferred : deque of callable
+        Steps that nobody waits for, where no thread could be started to take them later.
     open_first : callable or None
-        In a forked child: opens the index, which the child has not used yet; runs in a thread.
+        Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
+        that it may wait for the lock, and raises `IndexBusyError` after that.
     """
 
     take = staticmethod(_take)
 
     def __init__(self, index: Index, name: str, limits: dict[str, Any]) -> None:
-        self.index = index
+        self._index = index
         self.name = name
         self.limits = limits
         self.usable = True
+        self.lost: Index | None = None
+        self._said = -math.inf
         self.ageless = limits["max_age"] is None
         self.recover: Callable[[Exception], None] = self.abandon
-        self.open_first: Callable[[], None] | None = None
+        self.open_first: Callable[[float], None] | None = None
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._resolution: Future[None] | None = None
-        self._resolving_since = 0.0
-        self._opener: int | None = None
+        # When somebody first found the lock taken that is taken still, and when somebody last did.
+        self._stuck_since = -math.inf
+        self._stuck_last = -math.inf
+        self._opening: Future[None] | None = None
+        self._opening_since = -math.inf
+        self._opened_last = -math.inf
+        self.deferred: deque[Callable[[], None]] = deque()
+        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._counted_before = (0, 0, 0, 0, 0)
+
+    # ----------------------------------------------------- the index of now
+
+    @property
+    def index(self) -> Index:
+        """The index of now."""
+        return self._index
+
+    @index.setter
+    def index(self, index: Index) -> None:
+        if index is not self._index:
+            # What was counted goes on: a rebuild or a fork is no new beginning for the stores over it.
+            self._counted_before = self.stats()
+            self.show(index)
+
+    def show(self, index: Index) -> None:
+        """Put an index, or what stands before it, where callers find it."""
+        with self._lock:
+            self._index = index
+            for watcher in list(self._watchers):
+                watcher.use_index(index)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the index is open, or never will be."""
+        return self.open_first is None
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` the index of now, and each one that takes its place."""
+        with self._lock:
+            self._watchers.add(watcher)
+            watcher.use_index(self._index)
+
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """See `Index.stats`; counted on where another index has taken the place of one. Needs no lock."""
+        before, now = self._counted_before, self._index.stats()
+        return (
+            before[0] + now[0],
+            before[1] + now[1],
+            before[2] + now[2],
+            before[3] + now[3],
+            before[4] + now[4],
+        )
 
     # -------------------------------------------------------------- steps
 
@@ -96,7 +168,8 @@ class IndexHandle:
         io: IO,
         step: Callable[..., T],
         *args: Any,
-        timeout: float | None = None,  # noqa: ASYNC109 - for reads of others as well
+        timeout: float = LOCK_TIMEOUT,  # noqa: ASYNC109 - for reads of others as well
+        alone: bool = False,
     ) -> T:
         """Take a step of the index; where another process holds its lock, wait out of the way.
 
@@ -107,31 +180,35 @@ class IndexHandle:
         step : callable
             A method of `Index`; it gets the index of now and `args`.
         timeout : float, optional
-            Seconds that all who wait now wait at most. Default is None: as long as it takes.
+            Seconds that all who wait now wait at most, counted from the first of them.
+        alone : bool, optional
+            Count from now instead: a write that cannot wait for a source in the place of the index.
 
         Raises
         ------
         IndexLockTimeout
             After `timeout`; the step was not taken.
         """
-        damages, until = 0, None
         if self.open_first is not None:
-            await self._open(io, timeout)
+            await self._wait_until_open(io, timeout, alone)
+        if self.deferred:
+            self.take_deferred()
+        damages, until = 0, math.inf
         while True:
-            if timeout is not None and self._resolution is not None and self._left(timeout) <= 0:
-                raise IndexLockTimeout(self._message(timeout))
             try:
                 return self.take(step, self.index, *args)
             except RETRYABLE as error:
                 damages += isinstance(error, CorruptIndexError)
                 done = self._resolve(error, last=damages >= RECOVERIES)
+                until = min(until, time.monotonic() + timeout)
+                left = until - time.monotonic()
+                if not alone:
+                    left = min(left, self._left(timeout))
+                if left <= 0:
+                    raise IndexLockTimeout(self._message(timeout)) from None
                 if done is None:
-                    now = time.monotonic()
-                    until = until or now + (timeout or math.inf)
-                    if now >= until:
-                        raise IndexLockTimeout(self._message(timeout)) from None
-                    await io.pause(_RETRY)
-                elif not await io.until(done, None if timeout is None else self._left(timeout)):
+                    await io.pause(min(_RETRY, left))
+                elif not await io.until(done, left):
                     raise IndexLockTimeout(self._message(timeout)) from None
 
     async def call_shielded(
@@ -140,7 +217,7 @@ class IndexHandle:
         on_detached_result: Callable[[T], object],
         step: Callable[..., T],
         *args: Any,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float = LOCK_TIMEOUT,  # noqa: ASYNC109
     ) -> T:
         """Take a step that has to be taken, even if the caller is cancelled while it waits.
 
@@ -158,6 +235,8 @@ class IndexHandle:
 
     def call_later(self, then: Callable[[T], object], step: Callable[..., T], *args: Any) -> None:
         """Take a step now if that needs no waiting, else in the background; `then` gets its answer."""
+        if self.deferred:
+            self.take_deferred()
         self._call_later(then, step, args, 0)
 
     def _call_later(
@@ -170,10 +249,7 @@ class IndexHandle:
             again = partial(self._call_later, then, step, args, damages)
             done = self._resolve(error, last=damages >= RECOVERIES)
             if done is None:
-                timer = threading.Timer(_RETRY, again)
-                timer.daemon = True
-                with contextlib.suppress(RuntimeError):
-                    timer.start()
+                self._defer(again)
                 return
 
             # Not before the index answers: a thread that waited for it would be one less for others.
@@ -181,11 +257,27 @@ class IndexHandle:
                 try:
                     run_in_background(again)
                 except RuntimeError:
-                    again()
+                    self._defer(again)
 
             done.add_done_callback(go_on)
         else:
             then(result)
+
+    def _defer(self, again: Callable[[], None]) -> None:
+        """Have a step taken by whoever comes next, for there is no thread to wait."""
+        self.deferred.append(again)
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().call_later(_RETRY, self.take_deferred)
+
+    def take_deferred(self) -> None:
+        """Take steps that nobody waits for and no thread could be started for."""
+        # As many as there are now: those that still cannot be taken come back.
+        for _ in range(len(self.deferred)):
+            try:
+                again = self.deferred.popleft()
+            except IndexError:  # Another thread was faster.
+                return
+            again()
 
     def call_blocking(
         self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
@@ -197,31 +289,48 @@ class IndexHandle:
         IndexLockTimeout
             After `timeout` seconds.
         """
-        damages = 0
-        # The thread that opens it takes steps as well.
-        if self.open_first is not None and self._opener != threading.get_ident():
-            done = self._open_in_thread()
-            if done is not None:
+        limit = math.inf if timeout is None else timeout
+        while self.open_first is not None:
+            opening = self._begin_opening()
+            left = self._opening_since + limit - time.monotonic()
+            if self.is_open:
+                break
+            if left <= 0:
+                raise IndexLockTimeout(self._message(timeout))
+            if opening is None:
+                time.sleep(min(_RETRY, left))
+            else:
                 with contextlib.suppress(TimeoutError):
-                    done.result(timeout)
-        until = None if timeout is None else time.monotonic() + timeout
+                    opening.result(_finite(left))
+        return self.call_opened(step, *args, timeout=timeout)
+
+    def call_opened(
+        self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
+    ) -> T:
+        """The same while the index is being opened, for whoever opens it."""
+        damages, until = 0, math.inf
+        limit = math.inf if timeout is None else timeout
         while True:
             try:
                 return self.take(step, self.index, *args)
             except RETRYABLE as error:
                 damages += isinstance(error, CorruptIndexError)
                 done = self._resolve(error, last=damages >= RECOVERIES)
+                until = min(until, time.monotonic() + limit)
+                left = min(self._left(limit), until - time.monotonic())
+                if left <= 0:
+                    raise IndexLockTimeout(self._message(timeout)) from None
                 if done is None:
-                    time.sleep(_RETRY)
+                    time.sleep(min(_RETRY, left))
                 else:
                     with contextlib.suppress(TimeoutError):
-                        done.result(None if until is None else max(0.0, until - time.monotonic()))
-                if until is not None and time.monotonic() >= until:
-                    raise IndexLockTimeout(self._message(timeout)) from None
+                        done.result(_finite(left))
 
     def _left(self, timeout: float) -> float:
         """Seconds left for all who wait for the same, counted from the first of them."""
-        return self._resolving_since + timeout - time.monotonic()
+        since = self._stuck_since
+        # It may have become free in this moment.
+        return timeout if since == -math.inf else since + timeout - time.monotonic()
 
     def _message(self, timeout: float | None) -> str:
         return (
@@ -234,23 +343,36 @@ class IndexHandle:
     def _resolve(self, error: Exception, *, last: bool = False) -> Future[None] | None:
         """Wait for the lock of the index, or recover an index that is damaged.
 
-        That happens in one thread for all who wait; None where no thread can be started. `last` says
-        that it was recovered often enough.
+        That happens in one thread for all who wait; None where no thread can be started to wait. `last`
+        says that it was recovered often enough.
         """
         with self._lock:
-            if self._resolution is None:
-                done: Future[None] = Future()
-                self._resolving_since = time.monotonic()
-                # Not one of the pool, which serves reads, and a daemon: the process ends without it.
-                thread = threading.Thread(
-                    target=self._resolve_in_thread, args=(error, done, last), daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:
-                    return None
-                self._resolution = done
-            return self._resolution
+            now = time.monotonic()
+            # Where no thread waits, nobody says when it is free: it was if nobody has asked for a while.
+            known = self._resolution is not None or now - self._stuck_last < LOCK_TIMEOUT
+            self._stuck_last = now
+            if not known or self._stuck_since == -math.inf:
+                self._stuck_since = now
+            if self._resolution is not None:
+                return self._resolution
+            done: Future[None] = Future()
+            # Before the thread runs, which takes it away.
+            self._resolution = done
+            # Not one of the pool, which serves reads, and a daemon: the process ends without it.
+            thread = threading.Thread(
+                target=self._resolve_in_thread, args=(error, done, last), daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:
+                self._resolution = None
+            else:
+                return done
+        if last or isinstance(error, CorruptIndexError):
+            # That is work, and no wait for others.
+            self._resolve_in_thread(error, done, last)
+            return done
+        return None
 
     def _resolve_in_thread(self, error: Exception, done: Future[None], last: bool) -> None:
         try:
@@ -259,13 +381,15 @@ class IndexHandle:
             elif isinstance(error, CorruptIndexError):
                 self.recover(error)
             else:
-                self.index.wait_unlocked()
+                while not self.index.wait_unlocked():
+                    time.sleep(_RETRY)  # No descriptor to wait with, say.
         except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
             self.abandon(failure)
         finally:
             with self._lock:
                 if self._resolution is done:
                     self._resolution = None
+                self._stuck_since = -math.inf
             done.set_result(None)
 
     def resolve(self, error: CorruptIndexError) -> None:
@@ -285,60 +409,120 @@ class IndexHandle:
             self._resolve(verdict)
 
     def abandon(self, failure: BaseException) -> None:
-        """Do without the cache store from now on."""
+        """Do without the cache store, until it is `restore`d."""
+        now = time.monotonic()
+        with self._lock:
+            is_known = not self.usable or now - self._said < _QUIET
+            self.usable = False
+            if self.index.shared:
+                self.lost = self.index
+            self.index = self.empty_index()
+        if is_known:
+            return
+        self._said = now
         logger.warning(
-            "the index of the cache %s cannot be used any more (%s). The source serves every read; other "
-            "processes that use the cache do not see what is written through this one.",
+            "the index of the cache %s cannot be used any more (%s). The source serves every read, until it can "
+            "be used again; what is written is removed from it for other processes.",
             self.name,
             # As text: a log record is kept for long by some, and with it the frames of an exception.
             repr(failure),
         )
-        self.usable = False
-        self.index = self.empty_index()
+
+    def restore(self, index: Index) -> None:
+        """Use the cache store again, with this index."""
+        with self._lock:
+            counted, again = self.stats(), index.stats()
+            self.show(index)
+            # What it had counted before it was given up is part of both.
+            before = [all_of - its for all_of, its in zip(counted, again, strict=True)]
+            self._counted_before = (before[0], before[1], before[2], before[3], before[4])
+            self.lost, self.usable = None, True
+        logger.info("the index of the cache %s is used again", self.name)
 
     def empty_index(self) -> Index:
         """An index that takes nothing in."""
         return Index(**{**self.limits, "max_size": 0})
 
-    # -------------------------------------------------------------- forks
+    # ------------------------------------------------------------- opening
 
-    async def _open(self, io: IO, timeout: float | None) -> None:  # noqa: ASYNC109
-        done = self._open_in_thread()
-        if done is not None and not await io.until(done, timeout):
-            raise IndexLockTimeout(self._message(timeout))
-
-    def _open_in_thread(self) -> Future[None] | None:
+    def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
+        """Have the index opened in the background; until then nothing is cached."""
         with self._lock:
-            if self.open_first is None:
-                return None
-            if self._resolution is None:
-                done: Future[None] = Future()
-                self._resolving_since = time.monotonic()
-                thread = threading.Thread(target=self._open_now, args=(done,), daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    return None
-                self._resolution = done
-            return self._resolution
+            self.index = self.empty_index()
+            self.open_first = open_first
+            self._opening, self._opening_since = None, -math.inf
+        return self._begin_opening()
 
-    def _open_now(self, done: Future[None]) -> None:
+    async def _wait_until_open(self, io: IO, timeout: float, alone: bool) -> None:  # noqa: ASYNC109
+        begun = time.monotonic()
+        while self.open_first is not None:
+            opening = self._begin_opening()
+            left = (begun if alone else self._opening_since) + timeout - time.monotonic()
+            if self.is_open:
+                return
+            if left <= 0:
+                raise IndexLockTimeout(self._message(timeout))
+            if opening is None:
+                await io.pause(min(_RETRY, left))
+            elif not await io.until(opening, left):
+                raise IndexLockTimeout(self._message(timeout))
+
+    def _begin_opening(self) -> Future[None] | None:
+        """Open the index in one thread for all who wait, or here where none can be started."""
+        with self._lock:
+            if self.open_first is None or self._opening is not None:
+                return self._opening
+            now = time.monotonic()
+            if self._opening_since == -math.inf:
+                self._opening_since = now
+            if now - self._opened_last < _OPEN_RETRY:
+                return None
+            self._opened_last = now
+            done: Future[None] = Future()
+            self._opening = done
+            thread = threading.Thread(target=self._open_now, args=(done, LOCK_TIMEOUT), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                pass
+            else:
+                return done
+        self._open_now(done, 0.0)
+        return None
+
+    def _open_now(self, done: Future[None], patience: float) -> None:
         try:
-            self._opener = threading.get_ident()
-            open_first = self.open_first
-            if open_first is not None:
-                open_first()
+            while (open_first := self.open_first) is not None:
+                try:
+                    open_first(patience)
+                except IndexBusyError:
+                    if not patience:
+                        return  # Whoever comes next tries again.
+                else:
+                    self.open_first = None
         except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
             self.abandon(failure)
+            self.open_first = None
         finally:
             with self._lock:
-                self.open_first = self._resolution = None
+                if self._opening is done:
+                    self._opening = None
             done.set_result(None)
 
-    def after_fork(self, open_first: Callable[[], None] | None) -> None:
+    # -------------------------------------------------------------- forks
+
+    def after_fork(self, open_first: Callable[[float], None] | None) -> None:
         """Start over in a forked child; with `open_first`, the index is opened at its first use."""
         self._lock = threading.RLock()
-        self._resolution = None
+        self._resolution = self._opening = None
+        self._stuck_since = self._stuck_last = -math.inf
+        self._opening_since = self._opened_last = -math.inf
+        # The parent takes them.
+        self.deferred.clear()
         if open_first is not None:
             self.index = self.empty_index()
             self.open_first = open_first
+
+
+def _finite(seconds: float) -> float | None:
+    return None if seconds == math.inf else seconds

@@ -86,6 +86,7 @@ class SharedIndex:
             age = _least(members, "max_age")
             size = _least(members, "max_size")
             verify = max((m.limits["verify"] for m in members), key=_BY_STRICTNESS.index)
+            before = self.handle.limits["max_size"]
             self.handle.limits = {
                 **self.handle.limits,
                 "max_size": size,
@@ -94,6 +95,9 @@ class SharedIndex:
             }
             self.handle.ageless = age is None
         self.handle.call_later(_ignore, Index.set_limits, size, age, verify)
+        enforce = getattr(self.place, "enforce_bound", None)
+        if enforce is not None and size is not None and (before is None or size < before):
+            enforce()
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.base import FillJob
 from zcache._byte_ranges import ByteRange, to_byte_range
 from zcache._core import Index, is_cacheable_key
-from zcache._index.handle import LOCK_TIMEOUT, ignore
+from zcache._index.handle import LOCK_TIMEOUT
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
 from zcache.exceptions import IndexLockTimeout
@@ -193,6 +193,8 @@ class Batch:
         flight = Flight(self._io.loop(), now)
         reader.backend.begin(self._io)
         left_alone = not reader.breaker.allows()
+        if left_alone:
+            reader.counters.count("skipped")
         try:
             joined = await reader.handle.call(
                 self._io,
@@ -201,7 +203,8 @@ class Batch:
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
-            self.count_bypassed(1)
+            # Its miss was counted when it was looked up.
+            reader.counters.count("skipped")
             self._direct.append(number)
             return
         if isinstance(joined, int) and joined is not False:
@@ -211,7 +214,7 @@ class Batch:
         # Another read brings it, or has brought it; perhaps this very call, for a duplicate.
         if isinstance(joined, tuple) and (pending := joined[1]).done:
             if pending.may_be_joined(now, reader.handle.limits["max_age"]):
-                reader.handle.call_later(ignore, Index.recount_as_hit)
+                reader.recount_as_hit()
             else:
                 joined = None
         self._waits.append((number, joined))

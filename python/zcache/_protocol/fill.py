@@ -15,9 +15,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from zcache._runtime.circuit_breaker import concerns_key
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zcache._backends.base import Ended, Filler, FillJob
     from zcache._index.handle import IndexHandle
     from zcache._runtime.circuit_breaker import CircuitBreaker
@@ -33,6 +36,38 @@ DRAIN_TIMEOUT: Final = 60.0
 """Seconds that `drain` waits at most by default."""
 CLOSE_TIMEOUT: Final = 5.0
 """Seconds that `close`, the end of a `with` block and the end of the process wait at most."""
+
+
+KEY_PAUSE: Final = 1.0
+"""Seconds for which a value is not tried again that the cache store cannot hold, ..."""
+LONGEST_KEY_PAUSE: Final = 60.0
+"""... twice as long after each further failure, up to this."""
+REMEMBERED_KEYS: Final = 4096
+"""Values of which that is remembered; the oldest is forgotten first."""
+
+
+class _RefusedKeys:
+    """Values that the cache store cannot hold: each try would evict others for nothing."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until: dict[tuple[str, object], tuple[float, float]] = {}
+
+    def __contains__(self, value: tuple[str, object]) -> bool:
+        if not self._until or (found := self._until.get(value)) is None:
+            return False
+        return self._clock() < found[0]
+
+    def add(self, value: tuple[str, object]) -> None:
+        _, pause = self._until.pop(value, (0.0, KEY_PAUSE / 2))
+        pause = min(2 * pause, LONGEST_KEY_PAUSE)
+        self._until[value] = (self._clock() + pause, pause)
+        if len(self._until) > REMEMBERED_KEYS:
+            self._until.pop(next(iter(self._until)), None)
+
+    def discard(self, value: tuple[str, object]) -> None:
+        if self._until:
+            self._until.pop(value, None)
 
 
 class FillQueue:
@@ -70,6 +105,7 @@ class FillQueue:
         self.is_set = False
         self.pending_size = 0
         self._pending: dict[int, FillJob] = {}
+        self._refused = _RefusedKeys(breaker.clock)
         self._submitted = 0
         # The queue was full and nothing moved: no other reader waits until something does.
         self._stalled = False
@@ -114,6 +150,11 @@ class FillQueue:
         allows = self.breaker.allows
         # Without deletes no room can be made: to try would cost entries that are still good.
         if not (self._handle.usable and allows("write") and allows("delete")):
+            if self._handle.usable and allows("read"):
+                # Where reads are left alone as well, this one was counted before.
+                job.backend.counters.count("skipped")
+            return False
+        if self.filler.reads_only or (job.key, job.byte_range) in self._refused:
             return False
         try:
             while True:
@@ -121,6 +162,7 @@ class FillQueue:
                 if self.offer(io, job):
                     return True
                 if self._stalled or not allows("write"):
+                    job.backend.counters.count("skipped")
                     return False
                 if not await self.filler.wait(io, completed, STALL_TIMEOUT):
                     self._stalled = True
@@ -128,7 +170,9 @@ class FillQueue:
                         TimeoutError(f"it has taken nothing for {STALL_TIMEOUT} s"), "write"
                     )
                     return False
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
+            if concerns_key(error):
+                self._refused.add((job.key, job.byte_range))
             self.breaker.failed(error, "write")
             return False
 
@@ -141,6 +185,11 @@ class FillQueue:
         self._forget(ended.job)
         with self._lock:
             self._stalled = False
+            value = (ended.job.key, ended.job.byte_range)
+            if any(what == "write" and concerns_key(e) for e, what in ended.failures):
+                self._refused.add(value)
+            elif ended.written:
+                self._refused.discard(value)
         for error, operation in ended.failures:
             self.breaker.failed(error, operation)
         if ended.written:

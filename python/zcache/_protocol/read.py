@@ -8,8 +8,7 @@ raises because of the cache store: only the source's own errors, and cancellatio
 from __future__ import annotations
 
 import contextlib
-import threading
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import FillJob
 from zcache._core import Index, crc32c, select
@@ -17,6 +16,7 @@ from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
 from zcache._runtime.threads import NoThreadError
+from zcache._runtime.turns import turns
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -31,33 +31,8 @@ if TYPE_CHECKING:
 
 BUSY: Final = -1
 """Stands for a hit or miss that is not known yet: the lock of the index was taken."""
-
-
-class Counters:
-    """What happened to reads without the index.
-
-    Attributes
-    ----------
-    bypassed : int
-        Reads of keys that are never cached.
-    damaged : int
-        Hits whose bytes were gone, of another length, or against their checksum.
-    """
-
-    def __init__(self) -> None:
-        self.bypassed = 0
-        self.damaged = 0
-        # `+=` alone loses some without the GIL. Reentrant: inside it the garbage collector may end a read.
-        self._lock = threading.RLock()
-
-    def count(self, what: Literal["bypassed", "damaged"]) -> None:
-        """Count one more."""
-        with self._lock:
-            setattr(self, what, getattr(self, what) + 1)
-
-    def after_fork(self) -> None:
-        """Start with a lock of our own."""
-        self._lock = threading.RLock()
+VERIFY_ASIDE: Final = 2**20
+"""Bytes from which on a checksum is computed in a thread: a smaller one takes less than the way there."""
 
 
 class Reader:
@@ -76,12 +51,18 @@ class Reader:
         self.handle: IndexHandle = backend.shared.handle
         self.fills = backend.shared.fills
         self.breaker = backend.shared.breaker
-        self.counters = Counters()
+        self.counters = backend.counters
+        self._reads = self.counters.reads
         self.now = backend.shared.clock
         self._slices_like_python = slices_like_python
         self._try_read = backend.try_read
         self._fill_now = backend.fill_now
         self._begin = backend.begin if backend.works_in_background else None
+        self.handle.watch(self)
+
+    def use_index(self, index: Index) -> None:
+        """Look keys up in this index from now on, and count in the counters of this cache."""
+        self._lookup = index.view(self._reads).lookup
 
     # ------------------------------------------------------------------ hits
 
@@ -100,12 +81,13 @@ class Reader:
         handle = self.handle
         try:
             if byte_range is None and handle.ageless:
-                hit = handle.index.lookup(key)  # Three arguments take a tenth longer.
+                hit = self._lookup(key)  # Three arguments take a tenth longer.
             else:
-                hit = handle.index.lookup(key, byte_range, 0.0 if handle.ageless else self.now())
+                hit = self._lookup(key, byte_range, 0.0 if handle.ageless else self.now())
         except RETRYABLE:
             return None, BUSY
         except UnicodeEncodeError:
+            self._reads.count_miss()
             return None, None
         if hit is None or (try_read := self._try_read) is None or self.breaker.reads_fail:
             return None, hit
@@ -146,7 +128,7 @@ class Reader:
         try:
             value = await self.serve(io, key, prototype, byte_range, hit)
         except IndexLockTimeout:
-            return await self.bypass(io, key, prototype, request)
+            return await self.skip(io, key, prototype, request)
         if value is not None:
             return value
         return await self.fetch(io, key, prototype, request, byte_range)
@@ -167,9 +149,12 @@ class Reader:
             If the index does not answer: then without it.
         """
         if hit is BUSY:
-            hit = await self.handle.call(
-                io, Index.lookup, key, byte_range, self.now(), timeout=LOCK_TIMEOUT
-            )
+            try:
+                hit = await self.handle.call(io, Index.lookup, key, byte_range, self.now())
+            except BaseException:
+                self._reads.count_miss()
+                raise
+            (self._reads.count_miss if hit is None else self._reads.count_hit)()
         return None if hit is None else await self._serve(io, key, prototype, byte_range, hit)
 
     async def cached(
@@ -183,6 +168,7 @@ class Reader:
         """Bytes of a value that is cached as a whole; None where that is not known."""
         # Where the cache store is left alone, `get` reads the source.
         if not self.breaker.allows():
+            self.counters.count("skipped")
             return None
         try:
             return await self.handle.call(
@@ -193,7 +179,14 @@ class Reader:
 
     def count_miss(self) -> None:
         """Count a read that the index was not asked about."""
-        self.handle.call_later(ignore, Index.count_miss)
+        self._reads.count_miss()
+
+    async def skip(
+        self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Buffer | None:
+        """Read the source, for the index does not answer."""
+        self.counters.count("skipped")
+        return await io.read(key, prototype, request)
 
     async def bypass(
         self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
@@ -212,7 +205,8 @@ class Reader:
     ) -> Buffer | None:
         """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
         if not self.breaker.allows():
-            self.handle.call_later(ignore, Index.recount_as_miss)
+            # Counted as skipped where the source is asked.
+            self._reads.recount_as_miss()
             return None
         if isinstance(hit, int):
             name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
@@ -232,14 +226,14 @@ class Reader:
             self.breaker.failed(error)
             if isinstance(error, (TimeoutError, NoThreadError)):
                 # The entry may be good: it could not be read now.
-                self.handle.call_later(ignore, Index.recount_as_miss)
+                self._reads.recount_as_miss()
                 return None
         else:
             self.breaker.succeeded()
             if value is not None and handle is None:
                 return value
             if value is not None:
-                value = await self._verify(prototype, value, hit)
+                value = await self._verify(io, prototype, value, hit)
                 if value is not None:
                     return value
             is_damaged = True
@@ -248,12 +242,17 @@ class Reader:
             self.counters.count("damaged")
         return None
 
-    async def _verify(self, prototype: BufferPrototype, value: Buffer, hit: Hit) -> Buffer | None:
+    async def _verify(
+        self, io: IO, prototype: BufferPrototype, value: Buffer, hit: Hit
+    ) -> Buffer | None:
         """What was asked for of a whole value, if its checksum is right."""
         assert not isinstance(hit, int)
         name, total, start, size, handle, checksum = hit
-        data = snapshot(value)
-        found = crc32c(data)
+        if total < VERIFY_ASIDE or io.loop() is None:
+            data = snapshot(value)
+            found = crc32c(data)
+        else:
+            data, found = await self._checksum_aside(io, value)
         if checksum is None:
             # The index was rebuilt, and does not know it; perhaps it is recorded beside the value.
             checksum = (self.backend.recorded_size_and_checksum(name) or (total, found))[1]
@@ -262,10 +261,23 @@ class Reader:
         self.handle.call_later(ignore, Index.mark_verified, handle, found)
         return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
 
+    async def _checksum_aside(self, io: IO, value: Buffer) -> tuple[bytes, int]:
+        """The bytes of a large value and their checksum, out of the way of the event loop."""
+
+        def work() -> tuple[bytes, int]:
+            data = snapshot(value)
+            return data, crc32c(data)
+
+        try:
+            return await io.in_thread(work)
+        except NoThreadError:
+            return work()
+
     async def _discard(
         self, io: IO, key: str, byte_range: ByteRange | None, name: str, size: int
     ) -> bool:
         """Drop an entry of this size that cannot be served; whether it was still there."""
+        self._reads.recount_as_miss()
         intact = self.backend.intact_size(name)
         try:
             victims = await self.handle.call(
@@ -295,15 +307,43 @@ class Reader:
         `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
         once, for it may be the leader that others wait for.
         """
+        if self._fill_now is None and joined is None and not turns.begins():
+            return self._fetch_in_turn(io, key, prototype, request, byte_range)
+        return self._fetch(io, key, prototype, request, byte_range, joined)
+
+    async def _fetch_in_turn(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+    ) -> Buffer | None:
+        await turns.wait()
+        return await self._fetch(io, key, prototype, request, byte_range, None)
+
+    def _fetch(
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
+        joined: tuple[ByteRange | None, Flight] | None,
+    ) -> Awaitable[Buffer | None]:
         answer: Any = joined
         handle = self.handle
         if joined is None and handle.open_first is None:
+            if handle.deferred:
+                handle.take_deferred()
             if self._begin is not None:
                 self._begin(io)
             now = self.now()
             flight = Flight(io.loop(), now)
             # Where the cache store is left alone, what it holds does not count.
             left_alone = bool(self.breaker.failing) and not self.breaker.allows()
+            if left_alone:
+                self.counters.count("skipped")
             try:
                 answer = handle.index.join(key, byte_range, flight, now, left_alone)
             except RETRYABLE:
@@ -339,6 +379,8 @@ class Reader:
             if joined is False:
                 # Only cacheable keys are ever held, so a hit needs no such check.
                 return await self.bypass(io, key, prototype, request)
+            if joined is BUSY:
+                return await self.skip(io, key, prototype, request)
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, request, byte_range, joined, flight)
             (whole, other), joined = joined, None
@@ -380,8 +422,12 @@ class Reader:
             return True, await io.read(key, prototype, request)
         if is_pending:
             # On its way into the cache store: served by the cache, not by the source.
-            self.handle.call_later(ignore, Index.recount_as_hit)
+            self.recount_as_hit()
         return True, prototype.buffer.from_bytes(part)
+
+    def recount_as_hit(self) -> None:
+        """Count a miss as a hit: a value on its way into the cache store has served it."""
+        self._reads.recount_as_hit()
 
     async def _join(
         self,
@@ -400,9 +446,13 @@ class Reader:
                 *(key, byte_range, flight, self.now(), left_alone),
                 timeout=LOCK_TIMEOUT,
             )
-            value = await self.cached(io, key, prototype, byte_range) if joined is None else None
+            value = None
+            if joined is None:
+                # Its lookup counted a miss; this one counts what the read comes to.
+                self._reads.retract_miss()
+                value = await self.cached(io, key, prototype, byte_range)
         except IndexLockTimeout:
-            return False, None
+            return BUSY, None
         return joined, value
 
     def _part(

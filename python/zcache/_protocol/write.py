@@ -1,11 +1,14 @@
 """Writes and deletes of the source, and what they invalidate.
 
 Nothing here raises because of the cache store: only the source's own errors, and cancellations, leave
-these methods.
+these methods; and, before the source is touched, `IndexLockTimeout`, where the others on a directory could
+not be told of the change because one of them keeps the lock of the index, and `CacheUnreachableError`, where
+others who use the cache store would never see the change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Final
@@ -17,6 +20,7 @@ from zcache._index.handle import ignore
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import OutcomeUnknown
+from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -81,10 +85,9 @@ class Writer:
                 handle.call_later(ignore, Index.complete_flight, key, ticket)
 
         try:
-            victims = await handle.call(io, Index.begin_write, key)
+            victims = await handle.call(io, Index.begin_write, key, alone=True)
             begun = True
-            if victims:
-                await self.backend.remove(io, victims)
+            await self.backend.remove_key(io, key, victims, begins=True)
             await self._remove_unlisted(io, key)
             changing = True
             try:
@@ -92,8 +95,12 @@ class Writer:
             except Exception:
                 if not ended:
                     ended = True
-                    victims, _ = await handle.call_shielded(io, lost, Index.end_write, key, False)
-                    await self.backend.remove(io, victims)
+                    # Its end is told later, then, and the key stays uncached until that.
+                    with contextlib.suppress(IndexLockTimeout):
+                        victims, _ = await handle.call_shielded(
+                            io, lost, Index.end_write, key, False
+                        )
+                        await self.backend.remove_key(io, key, victims, begins=False)
                 raise
             changing = False
             # A caller that is cancelled while it waits has ended it all the same. Once too often would be
@@ -101,10 +108,17 @@ class Writer:
             ended = True
             if data is not None:
                 flight.deliver(data)
-            victims, ticket = await handle.call_shielded(
-                io, lost, Index.end_write, key, data is not None, flight
-            )
-            if victims:
+            try:
+                victims, ticket = await handle.call_shielded(
+                    io, lost, Index.end_write, key, data is not None, flight
+                )
+            except IndexLockTimeout:
+                # The source has it. Its end is told later, and the key stays uncached until that.
+                return
+            if ticket is None:
+                # Another write, or the index was emptied meanwhile and did not know of this one.
+                await self.backend.remove_key(io, key, victims, begins=False)
+            elif victims:
                 await self.backend.remove(io, victims)
             if ticket is not None and data is not None:
                 is_handed_over = await self._fill(io, key, data, ticket, flight.fetched)
@@ -127,9 +141,23 @@ class Writer:
         taken: bool = await self.fills.put(io, job)
         return taken
 
+    async def _remove_below(self, io: IO, prefix: str, *, begins: bool) -> None:
+        """Drop what is below a prefix that is changed in the source, whatever the index knows of it."""
+        await self.drain_prefix(io, prefix)
+        if self.backend.removes_by_name:
+            await self.backend.remove_unlisted(io, prefix, begins=begins)
+        else:
+            await self._remove_unlisted(io, prefix)
+
     async def _remove_unlisted(self, io: IO, prefix: str) -> None:
         """Drop what an index that is not complete may not know yet."""
-        if self.handle.usable and not await self.handle.call(io, _is_complete):
+        if not self.handle.usable:
+            return
+        try:
+            is_complete = await self.handle.call(io, _is_complete)
+        except IndexLockTimeout:
+            is_complete = False
+        if not is_complete:
             await self.backend.remove_unlisted(io, prefix)
 
     async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -150,19 +178,20 @@ class Writer:
             ended = True
             self._drain_later(prefix, begins=False)
 
-        await handle.call(io, Index.invalidate, prefix, True)
+        await handle.call(io, Index.invalidate, prefix, True, alone=True)
         try:
-            await self.drain_prefix(io, prefix)
-            await self._remove_unlisted(io, prefix)
+            await self._remove_below(io, prefix, begins=True)
         except BaseException as interrupt:
             late(interrupt)
             raise
 
         async def end() -> None:
-            await handle.call_shielded(
-                io, lambda _: self._drain_later(prefix), Index.invalidate, prefix, False
-            )
-            await self.drain_prefix(io, prefix)
+            # It was emptied before the change, and nothing was filled since: the rest may come later.
+            with contextlib.suppress(IndexLockTimeout):
+                await handle.call_shielded(
+                    io, lambda _: self._drain_later(prefix), Index.invalidate, prefix, False
+                )
+                await self._remove_below(io, prefix, begins=False)
 
         try:
             await io.change(work, self._unless_unknown(late))
@@ -226,7 +255,7 @@ class Writer:
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
-        await self.handle.call(io, Index.invalidate, "")
+        await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
         await self._remove_unlisted(io, "")
         victims = await self.handle.call_shielded(

@@ -17,8 +17,6 @@ Operation: TypeAlias = Literal["read", "write", "delete", "list"]
 
 FAILURES_TO_OPEN: Final = 5
 """Failures in a row that open the breaker. A time-out opens it at once."""
-KEY_FAILURES_TO_OPEN: Final = 50
-"""The same for errors that concern one key: if no key at all gets through, it is the store."""
 FIRST_PAUSE: Final = 1.0
 """Seconds that the cache store is then left alone; twice as long after each further failure."""
 LONGEST_PAUSE: Final = 60.0
@@ -63,22 +61,17 @@ def is_name_too_long(name: str, *errors: BaseException) -> bool:
 class _Failures:
     """Failures of one kind of operation since it last succeeded."""
 
-    __slots__ = ("in_a_row", "keys_in_a_row", "open_until", "pause", "timed_out")
+    __slots__ = ("in_a_row", "open_until", "pause", "timed_out")
 
     def __init__(self) -> None:
         self.in_a_row = 0
-        self.keys_in_a_row = 0
         self.timed_out = False
         self.pause = FIRST_PAUSE
         self.open_until = 0.0
 
     @property
     def is_open(self) -> bool:
-        return (
-            self.timed_out
-            or self.in_a_row >= FAILURES_TO_OPEN
-            or self.keys_in_a_row >= KEY_FAILURES_TO_OPEN
-        )
+        return self.timed_out or self.in_a_row >= FAILURES_TO_OPEN
 
 
 class CircuitBreaker:
@@ -98,8 +91,6 @@ class CircuitBreaker:
     ----------
     failures : int
         Operations of the cache store that raised or did not answer in time.
-    skipped : int
-        Times that the cache store was left alone because it kept failing.
     reads_fail : bool
         Whether the last read failed, other than because of its key.
     failing : dict
@@ -108,7 +99,7 @@ class CircuitBreaker:
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
-        self._clock = clock
+        self.clock = clock
         # Held while counting only. Reentrant: inside it the garbage collector may end a reader, and with
         # that an operation.
         self._lock = threading.RLock()
@@ -116,20 +107,15 @@ class CircuitBreaker:
         self._warned = False
         self._quiet_until = 0.0
         self.failures = 0
-        self.skipped = 0
         self.reads_fail = False
 
     def allows(self, operation: Operation = "read") -> bool:
         """Whether the cache store may be used now. After a pause one failure opens the breaker again."""
         failures = self.failing.get(operation)
-        if failures is None or not failures.is_open or self._clock() >= failures.open_until:
-            return True
-        with self._lock:
-            self.skipped += 1
-        return False
+        return failures is None or not failures.is_open or self.clock() >= failures.open_until
 
     def is_open(self, operation: Operation) -> bool:
-        """Whether this kind of operation fails; does not count as a skipped one."""
+        """Whether this kind of operation fails, whether or not it may be tried again by now."""
         failures = self.failing.get(operation)
         return failures is not None and failures.is_open
 
@@ -150,23 +136,22 @@ class CircuitBreaker:
 
     def failed(self, error: BaseException, operation: Operation = "read") -> None:
         """Note an operation that raised, or did not answer in time (`TimeoutError`)."""
+        now = self.clock()
         with self._lock:
             self.failures += 1
+            if operation != "list" and concerns_key(error):
+                # However often: it says nothing about other keys.
+                logger.debug("the cache store %s cannot hold a key: %r", self._name, error)
+                return
             failures = self.failing.setdefault(operation, _Failures())
-            about_key = operation != "list" and concerns_key(error)
-            if about_key:
-                failures.keys_in_a_row += 1
-            else:
-                failures.in_a_row += 1
-                failures.timed_out |= isinstance(error, TimeoutError)
-                self.reads_fail |= operation == "read"
-            now = self._clock()
+            failures.in_a_row += 1
+            failures.timed_out |= isinstance(error, TimeoutError)
+            self.reads_fail |= operation == "read"
             # What was under way when the pause began, and fails now, says nothing new.
             if failures.is_open and now >= failures.open_until:
                 failures.open_until = now + failures.pause
                 failures.pause = min(2 * failures.pause, LONGEST_PAUSE)
-            warn = not self._warned and (failures.is_open or not about_key)
-            warn = warn and now >= self._quiet_until
+            warn = not self._warned and now >= self._quiet_until
             if warn:
                 self._warned = True
                 self._quiet_until = now + QUIET
@@ -178,13 +163,10 @@ class CircuitBreaker:
                 # As text: a log record is kept for long by some, and with it the frames of an exception.
                 repr(error),
             )
-        elif about_key:
-            logger.debug("the cache store %s cannot hold a key: %r", self._name, error)
 
     def after_fork(self) -> None:
-        """Start over in a forked child, which has failed at nothing yet."""
+        """Start over in a forked child, to which nothing has failed yet; the count goes on."""
         self._lock = threading.RLock()
         self.failing = {}
         self._warned = self.reads_fail = False
         self._quiet_until = 0.0
-        self.failures = self.skipped = 0

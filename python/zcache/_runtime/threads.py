@@ -123,7 +123,9 @@ async def in_thread(
         If no thread can be started.
     """
     loop = asyncio.get_running_loop()
-    call = ThreadCall(work, loop.create_future(), _completions(loop))
+    completions = _completions(loop)
+    completions.rearm()
+    call = ThreadCall(work, loop.create_future(), completions)
     _pool.submit(call.run)
     try:
         if timeout is not None and not (await asyncio.wait((call.future,), timeout=timeout))[0]:
@@ -180,7 +182,8 @@ class ThreadCall(Generic[T]):
     ) -> None:
         self._work = work
         self._completions = completions
-        self._lock = threading.Lock()
+        # Reentrant: a signal may come in between, whose handler reads as well.
+        self._lock = threading.RLock()
         self._on_detached: Callable[[T | BaseException], object] | None = None
         self.future = future
         self._over = False
@@ -236,18 +239,29 @@ class _LoopCompletions:
             if loop is not None:
                 loop.call_soon_threadsafe(self._collect)
 
+    def rearm(self) -> None:
+        """Have the next call that is done wake the loop; to be called in its thread before a call begins.
+
+        An interrupt may have come between a wake-up and its look at the queue, which is lost then.
+        """
+        self._woken = False
+        if self._done and (loop := self._loop()) is not None:
+            self._woken = True
+            loop.call_soon(self._collect)
+
     def _collect(self) -> None:
         # First, so that a call that comes too late for this look wakes the loop again.
         self._woken = False
         try:
             while self._done:
-                call = self._done.popleft()
-                if call.future.done():
-                    continue
-                if call.error is None:
-                    call.future.set_result(call.result)
-                else:
-                    call.future.set_exception(call.error)
+                # It leaves the queue last: an interrupt may come between any two of these lines.
+                call = self._done[0]
+                if not call.future.done():
+                    if call.error is None:
+                        call.future.set_result(call.result)
+                    else:
+                        call.future.set_exception(call.error)
+                self._done.popleft()
         finally:
             # An interrupt came in between: the others must not wait forever.
             if self._done and (loop := self._loop()) is not None:

@@ -7,12 +7,14 @@ the internals do.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
 
+from zcache._backends.directory.files import count_folders
 from zcache._byte_ranges import to_request
-from zcache._core import PENDING, SIGNATURE, Index, cache_key
+from zcache._core import Index, cache_key, file_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SIGNATURES: Final = frozenset({SIGNATURE, PENDING})
-"""Nanoseconds below the millisecond in the modification times of the files that zcache wrote."""
 RANGES: Final = ".zcache/ranges/"
 """Where a cache store holds byte ranges of values."""
 _STATES: Final = {
@@ -60,6 +60,30 @@ def memory_values(cache: Store) -> Mapping[str, Buffer] | None:
 def directory_root(cache: Store) -> str | None:
     """The root of a cache directory; None for any other cache store."""
     return str(cache.root) if type(cache) is LocalStore else None
+
+
+def is_ours(path: str) -> bool:
+    """Whether zcache wrote a file, by its time or by the note beside it."""
+    try:
+        return file_owner(path) != "foreign"
+    except OSError:
+        return False
+
+
+def disk_usage(store: CacheStore) -> int | None:
+    """Bytes that a cache directory takes, if whole blocks count; without the files of the index."""
+    root = directory_root(cache_store(store))
+    if root is None or store._cache.shared.handle.limits.get("unit", 1) <= 1:
+        return None
+    values = 0
+    for folder, folders, names in os.walk(root):
+        if folder == root and ".zcache" in folders:
+            folders.remove(".zcache")
+        for name in names:
+            path = os.path.join(folder, name)
+            if is_ours(path):
+                values += os.lstat(path).st_blocks * 512
+    return values + count_folders(root)
 
 
 def raw_entries(store: CacheStore) -> list[tuple[str, ByteRequest | None, int, str, str]]:
@@ -131,13 +155,13 @@ def intercepted(
         return answer
 
     handle.take = take
-    handle.index = _Intercepted(inner, then)
+    handle.show(_Intercepted(inner, then))
     try:
         yield
     finally:
         del handle.take
         if isinstance(handle.index, _Intercepted):
-            handle.index = inner
+            handle.show(inner)
 
 
 def _real(index: Any) -> Index:
@@ -156,9 +180,12 @@ class _Intercepted:
     def __len__(self) -> int:
         return len(self.intercepted_index)
 
+    def view(self, counters: Any) -> _Intercepted:
+        return _Intercepted(self.intercepted_index.view(counters), self._then)
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.intercepted_index, name)
-        if not callable(found):
+        if not callable(found) or name == "stats":
             return found
 
         def call(*args: Any) -> Any:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from zcache.testing._doubles import StoreDouble
 from zcache.testing._internals import (
     RANGES,
-    SIGNATURES,
     cache_store,
     current_size,
     directory_root,
+    disk_usage,
+    is_ours,
     live_entries,
     memory_values,
     validate,
@@ -73,8 +74,9 @@ def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None
     for _ in range(_ATTEMPTS):
         found = stored_sizes(store) if held is None else dict(held)
         after = _snapshot(store)
+        usage = disk_usage(store)
         if after == before:
-            _check_stored(after, found)
+            _check_stored(after, found, usage)
             return
         before = after
 
@@ -103,8 +105,9 @@ async def check_invariants_async(
     for _ in range(_ATTEMPTS):
         found = await _stored_sizes(store) if held is None else dict(held)
         after = _snapshot(store)
+        usage = disk_usage(store)
         if after == before:
-            _check_stored(after, found)
+            _check_stored(after, found, usage)
             return
         before = after
 
@@ -189,8 +192,7 @@ def _file_sizes(root: str) -> dict[str, int]:
                 status = os.lstat(path)
             except FileNotFoundError:
                 continue
-            ours = status.st_mtime_ns % 1_000_000 in SIGNATURES
-            if ours and stat.S_ISREG(status.st_mode):
+            if stat.S_ISREG(status.st_mode) and is_ours(path):
                 sizes[name] = status.st_size
     return sizes
 
@@ -218,8 +220,8 @@ def _snapshot(store: CacheStore) -> _Snapshot:
     )
 
 
-def _check_stored(said: _Snapshot, held: Mapping[str, int]) -> None:
-    """Compare what the index says with what the cache store holds."""
+def _check_stored(said: _Snapshot, held: Mapping[str, int], usage: int | None) -> None:
+    """Compare what the index says with what the cache store holds, and takes on its disk if known."""
     live = {entry.name: entry.size for entry in said.entries if entry.state == "live"}
     failed = {entry.name: entry.size for entry in said.entries if entry.state == "delete-failed"}
     quiet = not said.in_flight.reservations and len(said.entries) == len(live) + len(failed)
@@ -237,8 +239,11 @@ def _check_stored(said: _Snapshot, held: Mapping[str, int]) -> None:
     if quiet:
         if unknown := held.keys() - live.keys() - failed.keys():
             faults.append(f"not in the index: {_some(unknown)}")
-        if (counted := sum(live.values()) + sum(failed.values())) != said.current_size:
+        counted = sum(live.values()) + sum(failed.values())
+        if usage is None and counted != said.current_size:
             faults.append(f"entries have {counted} bytes, current_size is {said.current_size}")
+        if usage is not None and usage > said.current_size:
+            faults.append(f"the disk holds {usage} bytes, current_size is {said.current_size}")
     if faults:
         raise InvariantError("; ".join(faults))
 

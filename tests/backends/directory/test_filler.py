@@ -124,12 +124,13 @@ async def test_write_refused_the_value_stays_uncached_and_nothing_is_left(
     assert store.cache_stats()["cache_failures"] >= 1
     assert in_flight(store) == (0, 0)
     assert reads(source) == 30
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    # It may be this key's fault, for all that the error says, so others are tried.
+    assert not caplog.records
     unfinished.unlink()
     unfinished.mkdir()
-    clock.advance(1000)
-    assert await read_through(store, "a") == b"29"
-    assert sizes_in(tmp_path / "cache") == {"a": 2}
+    await write(store, "b", b"30")
+    assert await read_through(store, "b") == b"30"
+    assert sizes_in(tmp_path / "cache") == {"b": 2}
     await check_quiet(store)
 
 

@@ -80,6 +80,7 @@ async def test_open_again_while_fills_are_pending_both_share(tmp_path: Path) -> 
     assert await read(other, "a") == b"1"
     assert reads(source) == 0
     assert index_slot(other) == index_slot(store)
+    await store.drain()
     assert other.cache_info() == store.cache_info()
     await check_quiet(store)
     assert len(list((tmp_path / "cache" / INDEX).glob("p*"))) == 1
@@ -165,18 +166,16 @@ class SlowScan:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_walked, self.go = threading.Event(), threading.Event()
-        walk = files.walk
+        find = files.Finder.find
 
-        def slow(
-            root: str, pending: Any, below: str | None = None
-        ) -> Iterator[tuple[int, int, str]]:
-            found = list(walk(root, pending, below))
+        def slow(finder: files.Finder, below: str | None = None) -> Iterator[tuple[int, int, str]]:
+            found = list(find(finder, below))
             if below is None:
                 self.has_walked.set()
                 assert self.go.wait(60)
             return iter(found)
 
-        monkeypatch.setattr(files, "walk", slow)
+        monkeypatch.setattr(files.Finder, "find", slow)
         monkeypatch.setattr(index, "REBUILD_PATIENCE", 0.05)
 
 
@@ -265,7 +264,7 @@ async def test_open_scan_fails_in_the_background_the_source_serves(
         assert go.wait(60)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(files, "walk", no_walk)
+    monkeypatch.setattr(files.Finder, "find", no_walk)
     monkeypatch.setattr(index, "REBUILD_PATIENCE", 0.05)
     store, _ = open_store(tmp_path)
     go.set()
@@ -273,7 +272,7 @@ async def test_open_scan_fails_in_the_background_the_source_serves(
     assert await read_through(store, "a") == b"1"
     await write(store, "a", b"2")
     assert await read_through(store, "a") == b"2"
-    assert len(caplog.records) == 1
+    assert caplog.text.count("cannot be used any more") == 1
 
 
 async def test_recover_in_vain_the_directory_is_abandoned_with_one_line(
@@ -287,7 +286,6 @@ async def test_recover_in_vain_the_directory_is_abandoned_with_one_line(
     assert await read_through(store, "a") == b"1"
     await write(store, "a", b"2")
     assert await read_through(store, "a") == b"2"
-    assert store.cache_info()["current_size"] == 0
     assert ["cannot be used any more" in message for message in caplog.messages] == [True]
 
 
@@ -322,19 +320,11 @@ async def test_part_of_the_folder_removed_reads_are_right_and_caching_comes_back
         names = sorted(path.name for path in gone.parent.iterdir())
         pytest.fail(f"{part} is none of {names}")
     if not in_use:
-        if part in (".zcache", ".zcache/stamp.json"):
-            # The owner of the values is not known any more.
-            with pytest.raises(ValueError, match=r"adopt=True"):
-                open_store(tmp_path, max_size=100)
-        store, source = open_store(tmp_path, max_size=100, adopt=True)
+        store, source = open_store(tmp_path, max_size=100)
     for number in range(3):
         await store.set(f"a/c/{number}", buf(bytes([number]) * 10))
         assert await read_through(store, f"a/c/{number}") == bytes([number]) * 10
         assert await read_through(store, "b", RangeByteRequest(0, 5)) == b"01234"
-    if in_use and part == ".zcache":
-        # The owner of the values is not known any more: the source serves, until they are taken over.
-        assert entries(store) == []
-        return
     await complete(store)
     for _ in range(2):
         reads(source)

@@ -60,8 +60,9 @@ import sys, time
 from pathlib import Path
 from zarr.storage import LocalStore
 from zcache import CacheStore
-from zcache._backends.directory import files
+from zcache._backends.directory import files, index
 
+index.BLOCK_SIZE = 1
 where = Path(sys.argv[1])
 
 def never(*args):
@@ -69,7 +70,7 @@ def never(*args):
     time.sleep(600)
     yield
 
-files.walk = never
+files.Finder.find = never
 CacheStore(LocalStore(where / "source"), cache_store=LocalStore(where / "cache"), max_size=10**6)
 """
 
@@ -126,14 +127,14 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
 ) -> None:
     """The child, which never has that store, keeps none of its locks."""
     walks, go = threading.Event(), threading.Event()
-    walk = files.walk
+    find = files.Finder.find
 
     def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
         walks.set()
         assert go.wait(LONGEST)
-        yield from walk(*args)
+        yield from find(*args)
 
-    monkeypatch.setattr(files, "walk", slow)
+    monkeypatch.setattr(files.Finder, "find", slow)
     opened: list[CacheStore] = []
     opening = threading.Thread(target=lambda: opened.append(open_store(where)))
     opening.start()

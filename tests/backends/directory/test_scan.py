@@ -11,7 +11,7 @@ from zarr.abc.store import RangeByteRequest
 
 from directories import INDEX, closed, open_store, reads, tree
 from support import buf, check_quiet, drained, fill, read, read_through, write
-from zcache._backends.directory.files import is_ours, is_pending, walk
+from zcache._backends.directory.files import Finder, owner
 from zcache._backends.directory.scan import Scanner
 from zcache._core import PENDING, SIGNATURE
 
@@ -37,29 +37,32 @@ def test_walk_finds_values_and_ranges_and_nothing_else(tmp_path: Path) -> None:
     make(tmp_path / "b", 1, signature=PENDING)
     (tmp_path / "link").symlink_to(tmp_path / "a/c/0")
     (tmp_path / "folder").symlink_to(tmp_path / "a", target_is_directory=True)
-    pending: list[str] = []
-    found = {name: (milli, size) for milli, size, name in walk(str(tmp_path), pending.append)}
+    assert owner(str(tmp_path / "b")) == "pending"
+    finder = Finder(str(tmp_path), bytes(8))
+    found = {name: (milli, size) for milli, size, name in finder.find()}
     assert found == {
         "a/c/0": (1_700_000_000_000, 3),
         ".zcache/ranges/a/c/0@0-2": (1_700_000_000_000, 2),
     }
-    assert pending == [str(tmp_path / "b")]
-    assert is_ours((tmp_path / "b").lstat())
-    assert is_pending((tmp_path / "b").lstat())
-    assert not is_ours((tmp_path / "of-another").lstat())
+    assert not (tmp_path / "b").exists()
+    assert owner(str(tmp_path / "a/c/0")) == "ours"
+    assert owner(str(tmp_path / "of-another")) == "foreign"
 
 
 def test_walk_below_a_prefix_finds_only_what_is_below(tmp_path: Path) -> None:
     for name in ("a/c/0", "a/c/1", "ab/c/0"):
         make(tmp_path / name, 1)
-    assert sorted(name for *_, name in walk(str(tmp_path), print, "a/")) == ["a/c/0", "a/c/1"]
+    assert sorted(name for *_, name in Finder(str(tmp_path), bytes(8)).find("a/")) == [
+        "a/c/0",
+        "a/c/1",
+    ]
 
 
 def test_walk_below_a_link_that_leads_outside_finds_nothing(tmp_path: Path) -> None:
     make(tmp_path / "outside/c/0", 1)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/a").symlink_to(tmp_path / "outside", target_is_directory=True)
-    assert list(walk(str(tmp_path / "cache"), print, "a/")) == []
+    assert list(Finder(str(tmp_path / "cache"), bytes(8)).find("a/")) == []
 
 
 @pytest.mark.parametrize(

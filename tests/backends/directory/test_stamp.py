@@ -36,7 +36,8 @@ def test_stamp_new_directory_is_made_and_claimed(tmp_path: Path) -> None:
     where = tmp_path / "deep/cache"
     assert not open_stamp(where).is_foreign
     assert source_in(where) == "one"
-    assert names_in(where / ".zcache") == ["stamp.json"]
+    assert names_in(where / ".zcache") == ["index", "stamp.json"]
+    assert names_in(where / ".zcache/index") == ["stamp.json"]
     assert not open_stamp(where).is_foreign
 
 
@@ -84,6 +85,8 @@ def test_stamp_that_cannot_be_read_is_refused_unless_adopted(tmp_path: Path, tex
     open_stamp(tmp_path)
     path = tmp_path / ".zcache/stamp.json"
     path.write_bytes(text)
+    # Each is a copy of the other one.
+    (tmp_path / ".zcache/index/stamp.json").write_bytes(text)
     with pytest.raises(CacheOwnershipError):
         open_stamp(tmp_path)
     assert path.read_bytes() == text
@@ -124,4 +127,5 @@ def test_stamp_claimed_by_many_at_once_has_one_owner(tmp_path: Path) -> None:
         thread.join()
     assert owners == [source_in(where)]
     assert len(errors) == 7
-    assert names_in(where / ".zcache") == ["stamp.json"]
+    assert names_in(where / ".zcache") == ["index", "stamp.json"]
+    assert names_in(where / ".zcache/index") == ["stamp.json"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,12 +12,21 @@ from typing import TYPE_CHECKING
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend
 from zcache._backends.directory.files import read_value
 from zcache._backends.directory.page_cache import PageCacheReader, is_supported
-from zcache._core import Index, recorded_size_and_checksum, remove_files
+from zcache._core import (
+    Index,
+    is_absent,
+    recorded_size_and_checksum,
+    remove_files,
+    remove_key,
+    take_folder_bytes,
+)
 from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError
+from zcache._runtime.threads import NoThreadError
+from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from zarr.core.buffer import Buffer, BufferPrototype
     from zarr.storage import LocalStore
@@ -25,12 +37,17 @@ if TYPE_CHECKING:
     from zcache._runtime.io import IO
 
 
+logger = logging.getLogger("zcache")
+
+
 class DirectoryBackend(Backend):
     """Files below a directory, each under the name of its key.
 
     The directory is the one of the moment in which it was opened, whatever the working directory
     becomes.
     """
+
+    removes_by_name = True
 
     def __init__(self, store: LocalStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)
@@ -53,7 +70,11 @@ class DirectoryBackend(Backend):
 
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
         handle = self.shared.handle
-        work = partial(remove_files, self._root, [name for _, name in victims])
+        if self.filler is not None and self.filler.reads_only:
+            # They stay, and this process serves them no more.
+            self.remove_later(victims)
+            return
+        work = partial(self._remove_in_thread, victims)
         try:
             outcome = await io.in_thread(
                 work, partial(self._removed_late, victims), timeout=DELETE_TIMEOUT
@@ -62,17 +83,105 @@ class DirectoryBackend(Backend):
             # What is being deleted stays counted until that has ended.
             self.breaker.failed(error, "delete")
             return
-        except Exception as error:  # noqa: BLE001 - no thread is left, say; the user did not ask for it
+        except NoThreadError:
+            # Here, then: a file that stays is one that others may be served.
+            outcome = work()
+        except Exception as error:  # noqa: BLE001 - the user did not ask for it
             outcome = [_as_os_error(error)] * len(victims)
         except BaseException:
             if io.loop() is None:  # Nothing goes on then, so it is not reported either.
                 self.remove_later(victims)
             raise
         dropped, failed = self._sort(victims, outcome)
-        await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
         if failed:
             names = _names(victims, failed)
-            await io.in_thread(lambda: self._directory.scanner.bury(names), timeout=DELETE_TIMEOUT)
+            with contextlib.suppress(TimeoutError, NoThreadError):
+                await io.in_thread(
+                    lambda: self._directory.scanner.bury(names), timeout=DELETE_TIMEOUT
+                )
+        with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
+            await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
+
+    async def remove_key(
+        self, io: IO, key: str, victims: Sequence[Victim], *, begins: bool
+    ) -> None:
+        if victims:
+            await self.remove(io, victims)
+        # Another participant may have dropped the entry, and have died or stopped before it removed the
+        # file; a damaged index may hide it. A later rebuild would find it and take it for valid.
+        if self.shared.handle.usable and is_absent(self._root, key):
+            return
+        await self._remove_by_name(io, lambda: remove_key(self._root, key), begins=begins)
+
+    async def _remove_by_name(
+        self, io: IO, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
+    ) -> None:
+        directory = self._directory
+        if directory.scanner.only_looks:
+            # They stay, and this process serves them no more.
+            return
+        without = not self.shared.handle.usable
+        if without and directory.is_others:
+            return
+        if without:
+            directory.come_back()
+
+        def remove() -> None:
+            if without:
+                # First, so that nothing that is older is filled afterwards.
+                directory.tell_others()
+            take_folder_bytes()
+            failed = work()
+            if folders := take_folder_bytes():
+                self.shared.handle.call_later(ignore, Index.count_folders, folders)
+            for _, error in failed:
+                self.breaker.failed(error, "delete")
+            if failed and without:
+                raise failed[0][1]
+            directory.scanner.bury(name for name, _ in failed)
+
+        try:
+            try:
+                await io.in_thread(remove, ignore, timeout=DELETE_TIMEOUT)
+            except NoThreadError:
+                remove()
+        except (TimeoutError, OSError) as error:
+            if not without:
+                self.breaker.failed(error, "delete")
+                return
+            self._could_not_tell(error, begins=begins)
+
+    def _could_not_tell(self, error: Exception, *, begins: bool) -> None:
+        """Others who use the directory do not hear of a write: it must not begin."""
+        if begins:
+            raise CacheUnreachableError(
+                f"the index of the cache directory {self._root} cannot be used, and other processes that "
+                f"use it cannot be told of a write: {error!r}"
+            ) from error
+        logger.warning(
+            "processes that use the cache directory %s may not see a write: %r", self._root, error
+        )
+
+    def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
+        names = [name for _, name in victims]
+        take_folder_bytes()
+        outcome = remove_files(self._root, names, [None] * len(names))
+        doubtful = [n for n, error in enumerate(outcome) if error and error.errno == errno.EEXIST]
+        if doubtful:
+            # Their times were changed, or they are not ours: the index knows what they should hold.
+            cells = [victims[n][0] for n in doubtful]
+            try:
+                known = self.shared.handle.call_blocking(Index.expected, cells)
+            except IndexLockTimeout:
+                known = [None] * len(cells)
+            again = remove_files(self._root, [names[n] for n in doubtful], known)
+            for n, error in zip(doubtful, again, strict=True):
+                outcome[n] = error
+            if any(again):
+                self._directory.scanner.say_in_the_way()
+        if folders := take_folder_bytes():
+            self.shared.handle.call_later(ignore, Index.count_folders, folders)
+        return outcome
 
     def _removed_late(
         self, victims: Sequence[Victim], outcome: list[OSError | None] | BaseException
@@ -99,12 +208,19 @@ class DirectoryBackend(Backend):
             self.breaker.succeeded("delete")
         return dropped, failed
 
-    async def remove_unlisted(self, io: IO, prefix: str) -> None:
+    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:
         scanner = self._directory.scanner
-        try:
-            await io.in_thread(lambda: scanner.remove_below(prefix))
-        except (OSError, RuntimeError) as error:
-            self.breaker.failed(error, "delete")
+        if scanner.only_looks:
+            return
+
+        def remove() -> list[tuple[str, OSError]]:
+            try:
+                scanner.remove_below(prefix)
+            except OSError as error:
+                return [(prefix, error)]
+            return []
+
+        await self._remove_by_name(io, remove, begins=begins)
 
     def begin(self, io: IO) -> None:  # noqa: ARG002
         self._directory.reclaim_dead()

@@ -3,21 +3,38 @@
 The core writes them (`rust/disk/value_file.rs`): each to a file of its own below ``.zcache/tmp/``, which
 is then linked to its name, so that half a value is never seen, and a name that exists is never
 overwritten. The modification time is the time of the fetch in milliseconds, and below that a
-signature. So a scan of the directory tells what zcache wrote, and when; and nothing without the
-signature is ever removed. Until the index has committed a value its file has another signature
-(pending).
+signature. So a scan of the directory tells what zcache wrote, and when. Until the index has committed a
+value its file has another signature (pending).
+
+Copies, archives and ``touch`` change that time. So there are two more proofs: a note in an extended
+attribute, where the file system has those and the copy keeps them, and the index itself, which knows size
+and CRC32C of each value. What is not proved to be zcache's is never removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+import unicodedata
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
-from zcache._core import PENDING, SIGNATURE, leads_outside, remove_file
+from zcache._core import (
+    PENDING,
+    SIGNATURE,
+    file_holds,
+    file_owner,
+    leads_outside,
+    read_record,
+    remove_empty_folder,
+    remove_file,
+    remove_files,
+    sign_file,
+)
 from zcache._runtime.buffers import to_buffer
 
 if TYPE_CHECKING:
@@ -25,24 +42,58 @@ if TYPE_CHECKING:
 
     from zarr.core.buffer import Buffer, BufferPrototype
 
+logger = logging.getLogger("zcache")
+
 _MILLI: Final = 1_000_000
+_PART: Final = 2**20
+"""Bytes that are read at once where a copy is made of them."""
+_BLOCK: Final = 512
+"""Bytes of a block in ``st_blocks``, whatever the file system has."""
+_UNKNOWN_SOURCE: Final = bytes(8)
+TOLERATED: Final = frozenset(
+    {"lost+found", "Thumbs.db", "desktop.ini", "System Volume Information", "$RECYCLE.BIN"}
+)
+"""Names that systems and file managers put into a directory on their own, ..."""
+_TOLERATED_BEGINNINGS: Final = (
+    *(
+        ".DS_Store",
+        "._",
+        ".nfs",
+        ".Trash",
+        ".snapshot",
+        ".fuse_hidden",
+        ".Spotlight-",
+        ".fseventsd",
+    ),
+    *(".directory", ".smbdelete", ".__afs", ".TemporaryItems", ".apdisk", ".lustre", ".zfs"),
+)
+"""... and how such names begin."""
 
 
-def is_ours(status: os.stat_result) -> bool:
-    """Whether zcache wrote this file."""
-    signature = status.st_mtime_ns % _MILLI
-    return signature in (SIGNATURE, PENDING) and stat.S_ISREG(status.st_mode)
+def is_tolerated(name: str) -> bool:
+    """Whether a system or a file manager puts such a name into a directory on its own."""
+    return name in TOLERATED or name.startswith(_TOLERATED_BEGINNINGS)
 
 
-def is_pending(status: os.stat_result) -> bool:
-    """Whether zcache wrote this file and never committed it."""
-    return status.st_mtime_ns % _MILLI == PENDING and stat.S_ISREG(status.st_mode)
+def owner(path: str) -> Literal["ours", "pending", "foreign"]:
+    """Whose a file is: zcache's, zcache's but never committed, or somebody else's.
+
+    Raises
+    ------
+    OSError
+        If there is none, or the file system refuses.
+    """
+    return file_owner(path)
+
+
+def is_signed(status: os.stat_result) -> bool:
+    """Whether the time of a file says that zcache wrote it."""
+    return status.st_mtime_ns % _MILLI == SIGNATURE
 
 
 def sign(path: str, status: os.stat_result) -> None:
     """Take a file over as zcache's, and keep its modification time to the millisecond."""
-    time = status.st_mtime_ns // _MILLI * _MILLI + SIGNATURE
-    os.utime(path, ns=(time, time), follow_symlinks=False)
+    sign_file(path, max(0, status.st_mtime_ns // _MILLI))
 
 
 def remove(path: str) -> bool:
@@ -54,6 +105,105 @@ def remove(path: str) -> bool:
         If the file system refuses.
     """
     return remove_file(path)
+
+
+def remove_value(root: str, name: str) -> None:
+    """Remove the value of this name, if it is zcache's, and the folders above it that are empty then.
+
+    Raises
+    ------
+    OSError
+        If the file system refuses.
+    """
+    (error,) = remove_files(root, [name])
+    if error is not None:
+        raise error
+
+
+def remove_empty_folders(root: str) -> None:
+    """Remove the folders in a cache directory that hold nothing but empty folders."""
+    found = []
+    for folder in (root, os.path.join(root, ".zcache", "ranges")):
+        try:
+            with os.scandir(folder) as entries:
+                found += [
+                    entry.path
+                    for entry in entries
+                    # Such as .zcache itself; others are the system's.
+                    if not entry.name.startswith(".")
+                    and entry.name not in TOLERATED
+                    and entry.is_dir(follow_symlinks=False)
+                ]
+        except OSError:
+            continue
+    for path in found:
+        remove_empty_folder(path)
+
+
+def fold(name: str) -> str:
+    """The one of all names that differ in case or normal form that stands for them."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def folds_names(folder: str) -> bool:
+    """Whether names that differ in case are one file where this folder is.
+
+    Nothing is made to find out, for nothing would remove it after a crash.
+    """
+    above, name = os.path.split(folder)
+    return os.path.lexists(os.path.join(above, name.swapcase()))
+
+
+def _read_at(file: int, into: memoryview, start: int) -> int:
+    try:
+        return os.preadv(file, (into,), start)
+    except OSError as error:
+        # Some sandboxes refuse new system calls.
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    part = os.pread(file, min(len(into), _PART), start)
+    into[: len(part)] = part
+    return len(part)
+
+
+def count_folders(root: str) -> int:
+    """Bytes of all folders of a cache directory, and of zcache's own files that the index does not list.
+
+    The files of the index count as nothing: they are kept beside the bound.
+    """
+    reserved = os.path.join(root, ".zcache")
+    total = 0
+    for directory, folders, names in os.walk(root):
+        with contextlib.suppress(OSError):
+            total += os.lstat(directory).st_blocks * _BLOCK
+        if directory != reserved:
+            continue
+        folders[:] = [name for name in folders if name != "index"]
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(directory, name)).st_blocks * _BLOCK
+    return total
+
+
+def block_size(folder: str) -> int:
+    """Bytes of a block: what a file of one byte takes, with the record beside it.
+
+    Raises
+    ------
+    OSError
+        If the file system refuses.
+    """
+    size = 0
+    with contextlib.suppress(OSError, AttributeError):
+        # Without a name, for nothing would remove it after a crash.
+        file = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, b"1")
+            # 0 where the file system has not made up its mind.
+            size = os.fstat(file).st_blocks * _BLOCK
+        finally:
+            os.close(file)
+    return size or os.statvfs(folder).f_frsize
 
 
 def read_value(
@@ -68,9 +218,9 @@ def read_value(
     """
     try:
         # A pipe in its place must not block.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ELOOP):
             return None
         raise
     try:
@@ -80,7 +230,7 @@ def read_value(
         array = np.empty(size, "u1")
         done = 0
         while done < size:
-            count = os.preadv(file, (array.data[done:],), start + done)
+            count = _read_at(file, array.data[done:], start + done)
             if not count:
                 return None
             done += count
@@ -89,47 +239,131 @@ def read_value(
     return to_buffer(array, prototype)
 
 
-def walk(
-    root: str, pending: Callable[[str], object], below: str | None = None
-) -> Iterator[tuple[int, int, str]]:
-    """Find all values that zcache wrote below `root`.
+class Finder:
+    """Finds the values that zcache wrote in a cache directory.
 
     Parameters
     ----------
     root : str
-        The cache directory.
-    pending : callable
-        Gets the paths of those that were never committed.
-    below : str, optional
-        Name of the one folder to look into, with a slash at its end. Default is all.
+        The directory.
+    source : bytes
+        Short name of the source.
 
-    Yields
-    ------
-    tuple of int, int, str
-        Fetch time in milliseconds since 1970, size in bytes, and name in the cache store.
+    Attributes
+    ----------
+    strict : bool
+        Whether only values count of which is noted that they are those of the source.
+    only_looks : bool
+        Whether nothing is removed or signed.
+    formerly : callable
+        Fetch time, size and CRC32C of a value that an earlier index has listed, by its name: a proof where
+        a copy of the directory has lost the others.
+    foreign : int
+        How many files it has come by that zcache did not write.
     """
-    reserved = os.path.join(root, ".zcache")
-    todo = [(root, ""), (os.path.join(reserved, "ranges"), ".zcache/ranges/")]
-    if below is not None:
-        todo = [] if leads_outside(root, f"{below}*") else [(os.path.join(root, below), below)]
-    while todo:
-        directory, prefix = todo.pop()
+
+    def __init__(self, root: str, source: bytes) -> None:
+        self._root = root
+        self._reserved = os.path.join(root, ".zcache")
+        self._source = source
+        self.strict = self.only_looks = False
+        self.formerly: Callable[[str], tuple[int, int, int] | None] = _unknown
+        self.foreign = 0
+
+    def find(self, below: str | None = None) -> Iterator[tuple[int, int, str]]:
+        """Find values, and remove what was never valid or is another source's.
+
+        Parameters
+        ----------
+        below : str, optional
+            Name of the one folder to look into, with a slash at its end. Default is all.
+
+        Yields
+        ------
+        tuple of int, int, str
+            Fetch time in milliseconds since 1970, size in bytes, and name in the cache store.
+        """
+        self.foreign = 0
+        todo = [(self._root, ""), (os.path.join(self._reserved, "ranges"), ".zcache/ranges/")]
+        if below is not None:
+            outside = leads_outside(self._root, f"{below}*")
+            todo = [] if outside else [(os.path.join(self._root, below), below)]
+        while todo:
+            directory, prefix = todo.pop()
+            if os.path.islink(directory) and prefix:
+                continue
+            try:
+                entries = os.scandir(directory)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                continue
+            with entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.path != self._reserved:
+                            todo.append((entry.path, f"{prefix}{entry.name}/"))
+                        continue
+                    found = self._examine(entry, prefix + entry.name)
+                    if found is not None:
+                        yield (*found, prefix + entry.name)
+
+    def _examine(self, entry: os.DirEntry[str], name: str) -> tuple[int, int] | None:
+        """Fetch time and size of a file, if it is a value of the source's."""
         try:
-            entries = os.scandir(directory)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
-        with entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    if entry.path != reserved:
-                        todo.append((entry.path, f"{prefix}{entry.name}/"))
-                    continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                milli, signature = divmod(status.st_mtime_ns, _MILLI)
-                if signature == SIGNATURE and stat.S_ISREG(status.st_mode):
-                    yield milli, status.st_size, prefix + entry.name
-                elif is_pending(status):
-                    pending(entry.path)
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            self.foreign += not is_tolerated(entry.name)
+            return None
+        fetched, signature = divmod(status.st_mtime_ns, _MILLI)
+        size = status.st_size
+        if signature == SIGNATURE:
+            if self.strict and not self._is_of_source(entry.path):
+                self._remove(entry.path)
+                return None
+            return fetched, size
+        if signature == PENDING:
+            self._remove(entry.path)
+            return None
+        note = read_record(entry.path)
+        if note is not None and note[0] == size and note[4] in (self._source, _UNKNOWN_SOURCE):
+            if not note[2] or (self.strict and note[4] != self._source):
+                self._remove(entry.path)
+                return None
+            return self._signed(entry.path, note[3], size)
+        former = self.formerly(name)
+        if former is not None and former[1] == size and _holds(entry.path, *former[1:]):
+            return self._signed(entry.path, former[0], size)
+        self.foreign += not is_tolerated(entry.name)
+        return None
+
+    def _is_of_source(self, path: str) -> bool:
+        note = read_record(path)
+        return note is not None and note[4] == self._source
+
+    def _signed(self, path: str, fetched: int, size: int) -> tuple[int, int]:
+        # On a volume that takes nothing it is proved anew each time.
+        if not self.only_looks:
+            with contextlib.suppress(OSError):
+                sign_file(path, fetched)
+        return fetched, size
+
+    def _remove(self, path: str) -> None:
+        if self.only_looks:
+            return
+        try:
+            remove(path)
+        except OSError as error:
+            # Of no use, but not in the way either until its key is written.
+            logger.debug("the file %s cannot be removed: %r", path, error)
+
+
+def _unknown(name: str) -> None:  # noqa: ARG001
+    return None
+
+
+def _holds(path: str, size: int, checksum: int) -> bool:
+    try:
+        return file_holds(path, size, checksum)
+    except OSError:
+        return False

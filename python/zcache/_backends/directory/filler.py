@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.base import Ended
+from zcache._backends.directory.files import fold
 from zcache._core import DirectoryFills
 from zcache._runtime.threads import run_in_background
 
@@ -30,11 +33,23 @@ class DirectoryFiller:
     ----------
     min_free_space : int or None
         Bytes of the volume that stay free; None for the default of the core.
+    reads_only : bool
+        Whether the directory is only read from.
+    folds_names : bool
+        Whether names that differ in case are one file; then only values with folded names are taken.
     """
 
     def __init__(
-        self, root: str, tmp: str, clock: Callable[[], float], on_idle: Callable[[], object]
+        self,
+        root: str,
+        tmp: str,
+        clock: Callable[[], float],
+        on_idle: Callable[[], object],
+        source: bytes = bytes(8),
+        on_foreign: Callable[[], object] | None = None,
     ) -> None:
+        self._source = source
+        self._on_foreign = on_foreign
         self._root = root
         self._clock = clock
         self._tmp = tmp
@@ -45,16 +60,22 @@ class DirectoryFiller:
         # may end a reader.
         self._lock = threading.RLock()
         self.min_free_space: int | None = None
+        self.reads_only = self.folds_names = False
         self._moved: Future[bool] | None = None
 
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""
-        self._fills = DirectoryFills(index, self._root, self._tmp, on_idle=self._on_idle)
+        self._fills = DirectoryFills(
+            index, self._root, self._tmp, on_idle=self._on_idle, source=self._source
+        )
 
     def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
         fills = self._fills
         if fills is None:
             raise RuntimeError("the cache directory is not open")
+        if self.folds_names and fold(job.key) != job.key:
+            # Another key may have the same file.
+            raise ValueError(f"the volume does not tell {job.key!r} from {fold(job.key)!r}")
         with self._lock:
             number = fills.submit(
                 job.key,
@@ -71,6 +92,10 @@ class DirectoryFiller:
         results = () if self._fills is None else self._fills.collect()
         if not results:
             return ()
+        if self._on_foreign is not None and any(map(_met_foreign, results)):
+            on_foreign, self._on_foreign = self._on_foreign, None
+            with contextlib.suppress(RuntimeError):
+                run_in_background(on_foreign)
         with self._lock:
             # Of a caller that was interrupted right after the hand-over there is no note.
             known = [(self._jobs.pop(one.id, None), one) for one in results]
@@ -116,6 +141,12 @@ class DirectoryFiller:
         self._jobs.clear()
         if fills is not None:
             fills.abandon()
+
+
+def _met_foreign(result: FillResult) -> bool:
+    """Whether a fill has met a file that is not zcache's."""
+    errors = [*result.delete_errors, result.error]
+    return any(isinstance(e, OSError) and e.errno == errno.EEXIST for e in errors)
 
 
 def _ended(job: FillJob, result: FillResult) -> Ended:

@@ -107,7 +107,7 @@ def _open(path: str) -> int:
 
 
 def _open_waiting(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 class PageCacheReader:

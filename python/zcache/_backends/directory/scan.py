@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.directory import files
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zcache")
 
 _BATCH: Final = 4096
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Scanner:
@@ -32,9 +33,23 @@ class Scanner:
         The directory.
     reserved : str
         The folder ``.zcache`` in it.
+    source : bytes
+        Short name of the source.
+
+    Attributes
+    ----------
+    strict : bool
+        Whether the next rebuild takes in only what is noted to be the source's.
+    folds_names : bool
+        Whether names that differ in case are one file; then only folded ones are taken in.
+    only_looks : bool
+        Whether nothing in the directory is changed.
     """
 
-    def __init__(self, root: str, reserved: str) -> None:
+    def __init__(self, root: str, reserved: str, source: bytes = bytes(8)) -> None:
+        self._source = source
+        self.strict = self.only_looks = self.folds_names = False
+        self._said = False
         self._root = root
         self._reserved = reserved
         # What was removed while a scan is on its way, which may have found it before.
@@ -70,20 +85,30 @@ class Scanner:
         self._newest += 1
 
     def _rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
-        found, stay = self._without_buried(self._cacheable())
+        finder = files.Finder(self._root, self._source)
+        finder.strict = self.strict
+        finder.only_looks = self.only_looks
+        finder.formerly = partial(_ask_formerly, handle_of_now)
+        found, stay = self._without_buried(self._cacheable(finder))
+        self.strict = False
+        if finder.foreign:
+            self.say_in_the_way(finder.foreign)
+        # What an eviction has left behind where its process died before it went.
+        if not self.only_looks:
+            files.remove_empty_folders(self._root)
         for start in range(0, len(found), _BATCH):
             batch = found[start : start + _BATCH]
             handle = handle_of_now()
             # Or it was emptied once more, and another process fills it.
-            if handle is None or not handle.call_blocking(Index.adopt, batch, timeout=None):
+            if handle is None or not handle.call_opened(Index.adopt, batch, timeout=None):
                 return
         if (handle := handle_of_now()) is None:
             return
         for name in stay:
-            victims = handle.call_blocking(Index.drop_missing, key_of(name), timeout=None)
+            victims = handle.call_opened(Index.drop_missing, key_of(name), timeout=None)
             cells = [cell for cell, _ in victims]
-            handle.call_blocking(Index.confirm_deletes, [], cells, timeout=None)
-        if found:
+            handle.call_opened(Index.confirm_deletes, [], cells, timeout=None)
+        if found and not self.only_looks:
             # Before others may go on, so that this line comes before theirs.
             logger.warning(
                 "the index of the cache directory %s was rebuilt (%s): %d values, %d bytes",
@@ -94,34 +119,41 @@ class Scanner:
             )
         if (handle := handle_of_now()) is None:
             return
-        handle.call_blocking(Index.finish_rebuild, timeout=None)
+        if handle.limits.get("unit", 1) > 1:
+            folders = files.count_folders(self._root)
+            handle.call_opened(Index.count_folders, folders, timeout=None)
+        handle.call_opened(Index.finish_rebuild, timeout=None)
         while self._removed:
             self._drop_below(handle, self._removed.pop())
 
-    def _cacheable(self) -> list[tuple[int, int, str]]:
+    def _cacheable(self, finder: files.Finder) -> list[tuple[int, int, str]]:
         """All values that can be entries, by age; others of zcache's files are removed."""
         found = []
-        for value in sorted(files.walk(self._root, _remove_quietly)):
-            if is_encodable(value[2]) and is_cacheable_key(key_of(value[2])):
-                found.append(value)
-            else:
-                _remove_quietly(self.path(value[2]))
+        for value in sorted(finder.find()):
+            name = value[2]
+            if is_encodable(name) and is_cacheable_key(key_of(name)):
+                if not self.folds_names or files.fold(name) == name:
+                    found.append(value)
+            elif not self.only_looks:
+                self._remove_quietly(name)
         return found
 
+    def _remove_quietly(self, name: str) -> None:
+        try:
+            files.remove_value(self._root, name)
+        except OSError as error:
+            logger.debug("the file %s in %s cannot be removed: %r", name, self._root, error)
+
     def _drop_below(self, handle: IndexHandle, prefix: str) -> None:
-        while victims := handle.call_blocking(Index.drain_prefix, prefix, timeout=None):
+        while victims := handle.call_opened(Index.drain_prefix, prefix, timeout=None):
             dropped, failed = [], []
             for cell, name in victims:
                 try:
-                    files.remove(self.path(name))
+                    files.remove_value(self._root, name)
                     dropped.append(cell)
                 except OSError:
                     failed.append(cell)
-            handle.call_blocking(Index.confirm_deletes, dropped, failed, timeout=None)
-
-    def path(self, name: str) -> str:
-        """The file of a value."""
-        return os.path.join(self._root, *name.split("/"))
+            handle.call_opened(Index.confirm_deletes, dropped, failed, timeout=None)
 
     def remove_below(self, prefix: str) -> None:
         """Remove the files of a key and of all keys below it, whether the index knows them or not.
@@ -135,44 +167,69 @@ class Scanner:
             self._removed.append(prefix)
         if prefix:
             above, _, tail = prefix.rpartition("/")
-            ranges = os.path.join(self._reserved, "ranges", *above.split("/"))
+            folder = f".zcache/ranges/{above}".rstrip("/")
             try:
-                names = os.listdir(ranges)
+                names = os.listdir(os.path.join(self._root, folder))
             except (FileNotFoundError, NotADirectoryError):
                 names = []
             for name in names:
                 if name.rpartition("@")[0] == tail:
-                    files.remove(os.path.join(ranges, name))
-            if not leads_outside(self._root, prefix):
-                files.remove(self.path(prefix))
+                    files.remove_value(self._root, f"{folder}/{name}")
+            files.remove_value(self._root, prefix)
             prefix += "/"
         for below in (prefix, f".zcache/ranges/{prefix}"):
-            for _, _, name in files.walk(self._root, files.remove, below):
-                files.remove(self.path(name))
+            for _, _, name in files.Finder(self._root, self._source).find(below):
+                files.remove_value(self._root, name)
+        files.remove_empty_folders(self._root)
+
+    def say_in_the_way(self, count: int | None = None) -> None:
+        """Warn once of files that zcache did not write, as far as it can tell."""
+        if self._said:
+            return
+        self._said = True
+        if count is None:
+            finder = files.Finder(self._root, self._source)
+            finder.only_looks = True
+            for _ in finder.find():
+                pass
+            count = finder.foreign
+        logger.warning(
+            "the cache directory %s holds %d files that zcache cannot show to be its own: they stay, count "
+            "towards no bound, and keep values of their names uncached. Pass adopt=True if all that the "
+            "directory holds is this cache, as after a copy that lost times and attributes; or remove them.",
+            self._root,
+            count,
+        )
 
     def bury(self, names: Iterable[str]) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names:
             path = os.path.join(self._root, tombstone(name))
+            if leads_outside(self._root, tombstone(name)) or os.path.lexists(path):
+                continue
             # On a volume that takes nothing it cannot be told.
             with contextlib.suppress(OSError):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                Path(path).touch()
+                os.close(os.open(path, _NEW, 0o666))
 
     def _without_buried(
         self, found: list[tuple[int, int, str]]
     ) -> tuple[list[tuple[int, int, str]], list[str]]:
         """Delete what has a tombstone; returns what is left, and of that what is not valid."""
         where = os.path.join(self._root, DROPPED)
+        if leads_outside(self._root, f"{DROPPED}/*"):
+            return found, []
         try:
             tombstones = os.listdir(where)
         except OSError:
             return found, []
         dropped = set(buried(tombstones, (name for _, _, name in found)))
+        if self.only_looks:
+            return found, list(dropped)
         stay = []
         for name in dropped:
             try:
-                files.remove(self.path(name))
+                files.remove_value(self._root, name)
             except OSError:
                 stay.append(name)
         kept = {tombstone(name).rpartition("/")[2] for name in stay}
@@ -184,9 +241,8 @@ class Scanner:
         return [value for value in found if value[2] not in gone], stay
 
 
-def _remove_quietly(path: str) -> None:
-    try:
-        files.remove(path)
-    except OSError as error:
-        # Of no use, but not in the way either until its key is written.
-        logger.debug("the unfinished file %s cannot be removed: %r", path, error)
+def _ask_formerly(
+    handle_of_now: Callable[[], IndexHandle | None], name: str
+) -> tuple[int, int, int] | None:
+    handle = handle_of_now()
+    return None if handle is None else handle.call_opened(Index.formerly, name, timeout=None)

@@ -1,28 +1,48 @@
-"""The stamp of a cache directory: it says that the directory is zcache's, of which format and source."""
+"""The stamp of a cache directory: it says that the directory is zcache's, of which format and source.
+
+A purge takes the oldest files first, and the stamp is one of them. So there is a copy beside the index,
+each value has a note of its source, and whoever uses the directory puts back what has gone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
+import stat
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory import files
-from zcache._backends.ownership import FORMAT, not_ours, other_source, parse_stamp
+from zcache._backends.ownership import (
+    FORMAT,
+    is_stamp,
+    not_ours,
+    other_source,
+    parse_stamp,
+)
+from zcache._core import IndexBusyError
 from zcache._source.identity import EPHEMERAL
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TAKE_OVER: Final = 60.0
-"""Seconds that a process waits for another one that takes the directory over."""
 _LOOK_AGAIN: Final = 0.02
 """Seconds between two looks."""
+_YOUNG: Final = 3600.0
+"""Seconds after which the stamp of a directory in use gets a new time: purges go by that."""
+_LARGEST: Final = 65536
+"""Bytes of a stamp at most."""
+_FOLDERS: Final = ("index", "tmp", "ranges", "dropped")
+"""Folders of zcache's own below ``.zcache``."""
+
+logger = logging.getLogger("zcache")
 
 
 class InUseError(CacheOwnershipError):
@@ -47,6 +67,10 @@ class Stamp:
     ----------
     is_foreign : bool
         Whether it still belongs to a source that ended with its process.
+    is_doubtful : bool
+        Whether nothing but the notes beside its values says whose they are.
+    has_adopted : bool
+        Whether it has signed files that the index may not list.
 
     Raises
     ------
@@ -60,23 +84,91 @@ class Stamp:
         self.root = root
         self._reserved = reserved
         self._path = os.path.join(reserved, "stamp.json")
+        self._copy = os.path.join(reserved, "index", "stamp.json")
+        self._identity: tuple[int, int] | None = None
+        self.is_doubtful = self.has_adopted = False
+        self._trusts_owner = adopt
         self.source = source
         self.is_foreign = False
         self.check(adopt=adopt)
 
+    @staticmethod
+    def source_of(root: str) -> str | None:
+        """Name of the source of a cache directory, which stays as it is; None where that is unknown."""
+        reserved = os.path.join(root, ".zcache")
+        for path in (
+            os.path.join(reserved, "stamp.json"),
+            os.path.join(reserved, "index/stamp.json"),
+        ):
+            try:
+                text = _read_small(path)
+            except OSError:
+                continue
+            if text is not None and is_stamp(text):
+                stamp = parse_stamp(text, f"directory {root}", adopt=False, listed=False)
+                return None if stamp is None else str(stamp["source"])
+        return None
+
     def check(self, *, adopt: bool) -> None:
         """Make the directory if it is missing, and see whose it is."""
         self._check_above()
-        os.makedirs(self.root, exist_ok=True)
+        try:
+            # For nobody else, unless it is there already and says otherwise.
+            os.makedirs(os.path.dirname(self.root), exist_ok=True)
+            os.mkdir(self.root, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(self.root):
+                raise
+        self._check_owner()
+        for folder in (self._reserved, *(os.path.join(self._reserved, name) for name in _FOLDERS)):
+            if os.path.islink(folder):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
         stamp = self._read(adopt)
         if stamp is None:
             stamp = self._claim(adopt)
+        elif adopt and stamp["source"] == self.source:
+            self.has_adopted = self._adopt()
         # What a source has left that ended with its process is of no use to anybody.
         self.is_foreign = stamp["source"] != self.source
         if self.is_foreign and not str(stamp["source"]).startswith(EPHEMERAL):
             raise CacheOwnershipError(
                 other_source(f"directory {self.root}", stamp["source"], self.source)
             )
+        self._identity = _identity(self.root)
+        self._keep_copy(stamp)
+
+    def keep(self) -> None:
+        """Put back, in a directory in use, what a purge has taken of the stamp; and keep it young.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+        if self.is_foreign or _identity(self.root) != self._identity:
+            return
+        now = time.time()
+        try:
+            status = os.lstat(self._path)
+        except FileNotFoundError:
+            os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
+            self._write(self.source, replace=False)
+            return
+        if status.st_mtime < now - _YOUNG:
+            for path in (self._path, self._copy):
+                with contextlib.suppress(OSError):
+                    os.utime(path, follow_symlinks=False)
+
+    def _check_owner(self) -> None:
+        """Refuse a directory that another user may have made to be written to, or read from, by this one."""
+        status = os.stat(self.root)
+        own = status.st_uid in (os.geteuid(), 0)
+        if own or self._trusts_owner or not os.access(self.root, os.W_OK):
+            return
+        raise CacheOwnershipError(
+            f"the cache directory {self.root} is another user's (uid {status.st_uid}), who may read and "
+            "change what is cached in it. Give one of your own, or pass adopt=True if you trust him."
+        )
 
     def _check_above(self) -> None:
         """Refuse a folder inside another cache, whose rebuild would take in the values of this one."""
@@ -88,32 +180,78 @@ class Stamp:
                 )
 
     def _read(self, adopt: bool) -> dict[str, Any] | None:
-        try:
-            with open(self._path, "rb") as file:
-                stamp = parse_stamp(
-                    file.read(), f"directory {self.root}", adopt=adopt, listed=False
-                )
-        except FileNotFoundError:
+        """The stamp, or its copy where that is all there is; None where there is neither."""
+        where = f"directory {self.root}"
+        text = _read_small(self._path)
+        if text is None or not is_stamp(text):
+            copy = _read_small(self._copy)
+            if copy is not None and is_stamp(copy):
+                stamp = parse_stamp(copy, where, adopt=adopt, listed=False)
+                if stamp is not None:
+                    with contextlib.suppress(OSError):
+                        self._write(stamp["source"], replace=text is not None)
+                return stamp
+        if text is None:
             return None
+        stamp = parse_stamp(text, where, adopt=adopt, listed=False)
         if stamp is None:
             os.unlink(self._path)
         return stamp
 
     def _claim(self, adopt: bool) -> dict[str, Any]:
-        found = [name for name in os.listdir(self.root) if name != ".zcache"]
-        with contextlib.suppress(FileNotFoundError):
-            found += os.listdir(os.path.join(self._reserved, "ranges"))
-        if found and not adopt:
+        was_cache = os.path.lexists(self._reserved)
+        ours, foreign = self._survey()
+        if adopt:
+            self.has_adopted = self._adopt()
+        elif foreign is not None and not (ours and was_cache):
             if (stamp := self._read(adopt)) is not None:
                 return stamp  # Another process was first, and these are its values.
-            raise CacheOwnershipError(not_ours(f"directory {self.root}", found[0], self.source))
-        if found:
-            self._adopt()
+            raise CacheOwnershipError(not_ours(f"directory {self.root}", foreign, self.source))
+        elif ours:
+            logger.warning(
+                "the stamp of the cache directory %s has gone, so what it holds is taken in again as far as "
+                "it is noted to be of this source; the rest of what zcache wrote is removed.",
+                self.root,
+            )
+            self.is_doubtful = True
+            # What it lists may be another source's.
+            _remove_files(os.path.join(self._reserved, "index"))
         return self._write(self.source, replace=False)
+
+    def _survey(self) -> tuple[bool, str | None]:
+        """Whether there are values of zcache's, and the name of something else that is there, if any."""
+        ours, foreign = False, None
+        reserved = os.path.join(self._reserved, "ranges")
+        for top in (self.root, reserved):
+            for directory, folders, names in os.walk(top):
+                if directory == self.root:
+                    folders[:] = [
+                        name
+                        for name in folders
+                        if name != ".zcache" and not files.is_tolerated(name)
+                    ]
+                for name in names:
+                    if files.is_tolerated(name):
+                        continue
+                    path = os.path.join(directory, name)
+                    try:
+                        is_ours = files.owner(path) != "foreign"
+                    except OSError:
+                        continue
+                    if is_ours:
+                        ours = True
+                    else:
+                        foreign = foreign or os.path.relpath(path, self.root)
+                if ours and foreign:
+                    return ours, foreign
+        return ours, foreign
 
     def _write(self, source: str, *, replace: bool) -> dict[str, Any]:
         stamp = {"zcache": FORMAT, "source": source}
-        os.makedirs(self._reserved, exist_ok=True)
+        os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
+        # It must not outlive a stamp of another source.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._copy)
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:
             json.dump(stamp, file)
@@ -122,17 +260,31 @@ class Stamp:
             os.fsync(file.fileno())
         if replace:
             os.replace(unfinished, self._path)
-            return stamp
-        try:
-            os.link(unfinished, self._path)
-        except FileExistsError:
-            # Another process was first; its stamp counts.
-            return self._read(adopt=False) or stamp
-        finally:
-            os.unlink(unfinished)
+        else:
+            try:
+                _link(unfinished, self._path)
+            except FileExistsError:
+                # Another process was first; its stamp counts.
+                return self._read(adopt=False) or stamp
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(unfinished)
+        self._keep_copy(stamp)
         return stamp
 
-    def _adopt(self) -> None:
+    def _keep_copy(self, stamp: dict[str, Any]) -> None:
+        """Have a copy of the stamp beside the index, where that can be."""
+        with contextlib.suppress(OSError):
+            if os.path.lexists(self._copy):
+                return
+            os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
+            unfinished = f"{self._copy}.{uuid.uuid4().hex}"
+            Path(unfinished).write_text(json.dumps(stamp), encoding="utf-8")
+            os.replace(unfinished, self._copy)
+
+    def _adopt(self) -> bool:
+        """Sign all files; returns whether any was not signed before."""
+        signed = False
         below = [
             directory
             for directory, names, _ in os.walk(self.root)
@@ -143,16 +295,22 @@ class Stamp:
                 f"the directory {self.root} holds another cache directory, {below[0]}, whose values would "
                 "become those of this one. Give a directory that holds none, or remove it."
             )
-        for directory, names, names_of_files in os.walk(self.root):
-            if directory == self.root and ".zcache" in names:
-                names.remove(".zcache")
+        for directory, folders, names_of_files in os.walk(self.root):
+            if directory == self.root and ".zcache" in folders:
+                folders.remove(".zcache")
+            folders[:] = [name for name in folders if not files.is_tolerated(name)]
             for name in names_of_files:
                 path = os.path.join(directory, name)
                 status = os.lstat(path)
-                if files.is_pending(status):
+                if files.is_tolerated(name) or not stat.S_ISREG(status.st_mode):
+                    continue
+                whose = files.owner(path)
+                if whose == "pending":
                     files.remove(path)  # Never committed, so it may not be valid.
-                else:
+                elif not files.is_signed(status):
                     files.sign(path, status)
+                    signed = True
+        return signed
 
     def take_over(self, *, alone: bool) -> None:
         """Begin to make the directory the current source's. To be emptied, then `restamp`ed.
@@ -172,19 +330,26 @@ class Stamp:
         self._write(f"{EPHEMERAL}{uuid.uuid4().hex}", replace=True)
 
     @contextlib.contextmanager
-    def one_at_a_time(self) -> Iterator[None]:
-        """Let only one process at a time take the directory over."""
+    def one_at_a_time(self, until: float) -> Iterator[None]:
+        """Let only one process at a time take the directory over.
+
+        Raises
+        ------
+        IndexBusyError
+            If another one is at it at the time `until`, on the clock of `time.monotonic`.
+        """
         if not self.is_foreign:
             yield
             return
         path = os.path.join(self._reserved, "take-over")
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            until = time.monotonic() + _TAKE_OVER
-            while time.monotonic() < until:
+            while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise IndexBusyError("another process takes the directory over") from None
                     time.sleep(_LOOK_AGAIN)
                 else:
                     break
@@ -199,3 +364,61 @@ class Stamp:
         """Make the directory the current source's, now that it is empty."""
         self._write(self.source, replace=True)
         self.is_foreign = False
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _mode(root: str) -> int:
+    """Permissions of a folder below the root: nobody gets more than the root itself gives."""
+    return 0o700 | stat.S_IMODE(os.stat(root).st_mode) & 0o777
+
+
+def _read_small(path: str) -> bytes | None:
+    """Contents of a regular file, empty for anything else; None where there is nothing."""
+    try:
+        # A pipe in its place must not block.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return b""
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return b""
+        return os.read(file, _LARGEST)
+    finally:
+        os.close(file)
+
+
+def _link(path: str, to: str) -> None:
+    """Give a file a second name, or move it there where the file system knows no links.
+
+    Raises
+    ------
+    FileExistsError
+        If the name is taken.
+    """
+    try:
+        os.link(path, to)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.lexists(to):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to) from None
+        os.rename(path, to)
+
+
+def _remove_files(folder: str) -> None:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)

@@ -35,6 +35,8 @@ class TemporaryFiles:
 
         `own` is the slot of this process: who had it before is gone.
         """
+        if os.path.islink(self.path):
+            return
         by_slot: dict[str, list[str]] = {}
         for name in os.listdir(self.path):
             by_slot.setdefault(name.partition("-")[0], []).append(os.path.join(self.path, name))
@@ -52,7 +54,9 @@ class TemporaryFiles:
     def _if_free(self, slot: str) -> Iterator[bool]:
         """Whether no live process has this slot; it stays free meanwhile."""
         try:
-            file = os.open(os.path.join(self._index_root, slot), os.O_RDWR | os.O_CLOEXEC)
+            file = os.open(
+                os.path.join(self._index_root, slot), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
         except OSError:
             yield False
             return

@@ -217,10 +217,10 @@ class StoreBackend(Backend):
 
     def begin(self, io: IO) -> None:
         listing: Listing | None = self._place.listing
-        if listing is not None:
-            listing.begin(io, self.store, self.breaker)
+        if listing is not None and not listing.begin(io, self.store, self.breaker):
+            self.counters.count("skipped")
 
-    async def remove_unlisted(self, io: IO, prefix: str) -> None:
+    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:  # noqa: ARG002
         listing: Listing | None = self._place.listing
         if listing is None:
             return

@@ -75,15 +75,21 @@ class Listing:
         """A new listing of the same store in a forked child, which may find values of its parent."""
         return Listing(self._handle, self._source, adopt=True)
 
-    def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> None:
-        """List the store in the background, unless that is done or under way."""
+    def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> bool:
+        """List the store in the background, unless that is done or under way.
+
+        Returns
+        -------
+        bool
+            False where the store is left alone, because its listing keeps failing.
+        """
         if self._is_listed or self.refusal is not None:
-            return
+            return True
         with self._lock:
             if self.done is not None and not self.done.done() and not self._is_stuck():
-                return
+                return True
             if not breaker.allows("list"):
-                return
+                return False
             done: Future[None] = Future()
             self.done = done
             self._loop = io.loop()
@@ -97,6 +103,7 @@ class Listing:
         except RuntimeError as error:
             breaker.failed(error, "list")
             done.set_result(None)
+        return True
 
     def _is_stuck(self) -> bool:
         """Whether its event loop has stopped for good."""
@@ -104,6 +111,8 @@ class Listing:
 
     def note_change(self, prefix: str) -> None:
         """Note that what lies at and below a prefix is outdated, should the listing find it."""
+        # Of a class of a user's own neither `__hash__` nor `__eq__` may run under the lock.
+        prefix = "".join((prefix,))  # noqa: FLY002 - `f"{prefix}"` runs its `__format__`
         with self._lock:
             if self._is_listed:
                 return

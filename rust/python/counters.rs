@@ -1,0 +1,67 @@
+//! What the reads of one store came to. Counted without any lock, and so known without one.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use pyo3::prelude::*;
+
+/// Hits and misses of one store, whichever index has answered.
+///
+/// Signed, for a correction may come before what it corrects.
+#[pyclass(frozen, module = "zcache._core")]
+#[derive(Debug, Default)]
+pub(super) struct ReadCounters {
+    hits: AtomicI64,
+    misses: AtomicI64,
+}
+
+impl ReadCounters {
+    #[inline]
+    pub(super) fn count(&self, hit: bool) {
+        let counter = if hit { &self.hits } else { &self.misses };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn read(counter: &AtomicI64) -> u64 {
+        u64::try_from(counter.load(Ordering::Relaxed)).unwrap_or(0)
+    }
+}
+
+#[pymethods]
+impl ReadCounters {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    #[getter]
+    fn hits(&self) -> u64 {
+        Self::read(&self.hits)
+    }
+
+    #[getter]
+    fn misses(&self) -> u64 {
+        Self::read(&self.misses)
+    }
+
+    fn count_hit(&self) {
+        self.count(true);
+    }
+
+    fn count_miss(&self) {
+        self.count(false);
+    }
+
+    fn retract_miss(&self) {
+        self.misses.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn recount_as_miss(&self) {
+        self.hits.fetch_sub(1, Ordering::Relaxed);
+        self.count(false);
+    }
+
+    fn recount_as_hit(&self) {
+        self.misses.fetch_sub(1, Ordering::Relaxed);
+        self.count(true);
+    }
+}

@@ -1,0 +1,137 @@
+"""A cache directory takes no more of its disk than `max_size`: blocks and folders count."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from support import buf, read, until
+from zcache import CacheStore
+from zcache.testing import check_invariants_async, stored_sizes
+
+BOUND = 400_000
+
+
+@pytest.fixture(autouse=True)
+def block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here blocks count, as everywhere outside the tests."""
+    monkeypatch.setattr("zcache._backends.directory.index.BLOCK_SIZE", None)
+
+
+def usage(root: Path) -> int:
+    """What `du` says of a directory, without the index."""
+    total = 0
+    for folder, folders, names in os.walk(root):
+        if folder == str(root / ".zcache") and "index" in folders:
+            folders.remove("index")
+        for path in (Path(folder), *(Path(folder) / name for name in names)):
+            try:
+                total += os.lstat(path).st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def open_store(where: Path, source: MemoryStore, **options: object) -> CacheStore:
+    options = {"source_id": "source", "max_size": BOUND, **options}
+    return CacheStore(source, cache_store=LocalStore(where), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a/c/{}", "a/c/{}/0/0", "{}" + "x" * 100])
+@pytest.mark.parametrize("size", [0, 1, 100, 4096, 5000])
+async def test_disk_usage_never_exceeds_the_bound(tmp_path: Path, name: str, size: int) -> None:
+    source = MemoryStore({name.format(n): buf(bytes(size)) for n in range(200)})
+    store = open_store(tmp_path, source)
+    highest = 0
+    for number, key in enumerate(source._store_dict):
+        await read(store, key)
+        if number % 10 == 0:
+            highest = max(highest, usage(tmp_path))
+    assert store.drain_sync()
+    await check_invariants_async(store)
+    assert max(highest, usage(tmp_path)) <= BOUND
+    assert store.cache_info()["current_size"] <= BOUND
+    assert len(stored_sizes(store)) > 15
+
+
+async def test_current_size_is_what_the_disk_holds(tmp_path: Path) -> None:
+    source = MemoryStore({f"a/c/{n}/0": buf(b"x" * 3000 * n) for n in range(1, 20)})
+    store = open_store(tmp_path, source, max_size=10_000_000)
+    for key in source._store_dict:
+        await read(store, key)
+        await read(store, key, RangeByteRequest(2, 4))
+        assert store.drain_sync()
+        assert store.cache_info()["current_size"] == usage(tmp_path)
+    await store.delete_dir("a/c/3")
+    assert store.cache_info()["current_size"] == usage(tmp_path)
+    del store
+    for path in (tmp_path / ".zcache/index").iterdir():
+        path.unlink()
+    store = open_store(tmp_path, source, max_size=10_000_000)
+    assert store.cache_info()["current_size"] == usage(tmp_path)
+    await store.clear_cache()
+    assert store.cache_info()["current_size"] == usage(tmp_path)
+
+
+async def test_folder_that_grows_counts(tmp_path: Path) -> None:
+    """A folder of many names takes many blocks, and keeps them as long as it is there."""
+    source = MemoryStore({f"a/{'n' * 100}{n}": buf(b"") for n in range(300)})
+    store = open_store(tmp_path, source, max_size=5_000_000)
+    for key in source._store_dict:
+        await read(store, key)
+    assert store.drain_sync()
+    folder = (tmp_path / "a").stat().st_blocks * 512
+    assert usage(tmp_path) <= store.cache_info()["current_size"]
+    await store.clear_cache()
+    assert store.cache_info()["current_size"] == usage(tmp_path)
+    if folder > 4096:
+        assert store.cache_info()["current_size"] < folder + 30_000
+
+
+async def test_smaller_bound_is_enforced_without_fills(tmp_path: Path) -> None:
+    source = MemoryStore({f"a/c/{n}": buf(bytes(1000)) for n in range(80)})
+    store = open_store(tmp_path, source)
+    for key in source._store_dict:
+        await read(store, key)
+    assert store.drain_sync()
+    del store
+    store = open_store(tmp_path, source, max_size=BOUND // 2)
+    await until(lambda: usage(tmp_path) <= BOUND // 2)
+    assert len(stored_sizes(store)) > 10
+    other = open_store(tmp_path, source, max_size=BOUND // 4)
+    await until(lambda: usage(tmp_path) <= BOUND // 4)
+    await check_invariants_async(other)
+
+
+_WRITER = """
+import asyncio, sys
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+from zcache import CacheStore
+root, bound, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+source = MemoryStore({f"t/c/{(n * seed) % 211}/0": cpu.Buffer.from_bytes(bytes(n * 7 % 9000)) for n in range(600)})
+store = CacheStore(source, cache_store=LocalStore(root), source_id="s", max_size=bound)
+async def main():
+    for key in source._store_dict:
+        await store.get(key, default_buffer_prototype())
+asyncio.run(main())
+store.drain_sync()
+"""
+
+
+async def test_several_processes_keep_the_bound(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _WRITER, str(tmp_path), str(BOUND)]
+    processes = [subprocess.Popen([*command, str(seed)]) for seed in (3, 5)]  # noqa: ASYNC220
+    highest = 0
+    while any(process.poll() is None for process in processes):
+        highest = max(highest, usage(tmp_path))
+        await asyncio.sleep(0.01)
+    assert [process.wait() for process in processes] == [0, 0]
+    assert 0 < max(highest, usage(tmp_path)) <= BOUND

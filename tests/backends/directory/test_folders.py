@@ -1,0 +1,199 @@
+"""Folders of a cache directory: they go with their last value, and none stays in the way of one."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from support import buf, read
+from zcache import CacheStore
+from zcache.testing import StoreDouble, check_invariants_async, stored_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def folders(where: Path) -> set[str]:
+    """Folders of values in a cache directory."""
+    found = {str(path.relative_to(where)) for path in where.rglob("*") if path.is_dir()}
+    own = {".zcache", ".zcache/index", ".zcache/tmp", ".zcache/dropped"}
+    return found - own
+
+
+def open_store(where: Path, source: MemoryStore | StoreDouble, **options: object) -> CacheStore:
+    options = {"source_id": "source", **options}
+    return CacheStore(source, cache_store=LocalStore(where), **options)  # type: ignore[arg-type]
+
+
+async def filled(store: CacheStore, key: str) -> None:
+    await read(store, key)
+    assert store.drain_sync()
+
+
+async def test_eviction_last_value_takes_its_folders(tmp_path: Path) -> None:
+    source = MemoryStore({f"t/c/{n}/0/0": buf(bytes(5000)) for n in range(30)})
+    store = open_store(tmp_path, source, max_size=100_000)
+    for n in range(30):
+        await filled(store, f"t/c/{n}/0/0")
+    kept = stored_sizes(store)
+    expected = set()
+    for name in kept:
+        expected.update(str(above) for above in list(PurePath(name).parents)[:-1])
+    assert 0 < len(kept) < 30
+    assert folders(tmp_path) == expected
+
+
+@pytest.mark.parametrize("how", ["clear", "write", "delete_dir", "delete"])
+async def test_no_value_left_no_folder_left(tmp_path: Path, how: str) -> None:
+    source = MemoryStore({"t/c/0/0": buf(bytes(100)), "t/c/0/1": buf(bytes(100))})
+    store = open_store(tmp_path, source, max_size=100_000, cache_set_data=False)
+    await filled(store, "t/c/0/0")
+    await read(store, "t/c/0/1", RangeByteRequest(2, 4))
+    assert store.drain_sync()
+    assert ".zcache/ranges/t/c/0" in folders(tmp_path)
+    if how == "clear":
+        await store.clear_cache()
+    elif how == "delete_dir":
+        await store.delete_dir("t")
+    else:
+        for key in ("t/c/0/0", "t/c/0/1"):
+            await (store.delete(key) if how == "delete" else store.set(key, buf(b"new")))
+    assert folders(tmp_path) == set()
+    await check_invariants_async(store)
+
+
+async def test_empty_folder_in_the_way_is_replaced(tmp_path: Path) -> None:
+    source = MemoryStore({"lat/c/0": buf(b"value")})
+    store = open_store(tmp_path, source, max_size=100_000)
+    (tmp_path / "lat/c/0/1/2").mkdir(parents=True)
+    await filled(store, "lat/c/0")
+    assert (tmp_path / "lat/c/0").read_bytes() == b"value"
+    await check_invariants_async(store)
+
+
+async def test_overwritten_with_fewer_dimensions_is_cached_again(tmp_path: Path) -> None:
+    source = MemoryStore({"lat/c/0/0": buf(b"two")})
+    store = open_store(tmp_path, source, max_size=100_000)
+    await filled(store, "lat/c/0/0")
+    await store.delete_dir("lat")
+    await store.set("lat/c/0", buf(b"one"))
+    assert store.drain_sync()
+    assert stored_sizes(store) == {"lat/c/0": 3}
+    await store.delete_dir("lat")
+    await store.set("lat/c/0/0", buf(b"two"))
+    assert store.drain_sync()
+    assert stored_sizes(store) == {"lat/c/0/0": 3}
+
+
+async def test_folder_with_foreign_file_stays_and_disturbs_no_other_key(tmp_path: Path) -> None:
+    values = {f"b/c/{n}": buf(bytes(100)) for n in range(20)}
+    source = StoreDouble(MemoryStore({"lat/c/0": buf(b"value"), **values}))
+    store = open_store(tmp_path, source, max_size=1_000_000)
+    (tmp_path / "lat/c/0").mkdir(parents=True)
+    (tmp_path / "lat/c/0/theirs").write_text("theirs")
+    for _ in range(100):
+        assert await read(store, "lat/c/0") == b"value"
+    for key in values:
+        await filled(store, key)
+    assert set(stored_sizes(store)) == set(values)
+    assert store.cache_stats()["cache_skips"] == 0
+    assert (tmp_path / "lat/c/0/theirs").read_text() == "theirs"
+
+
+async def test_keys_that_cannot_be_stored_evict_nothing_again(tmp_path: Path) -> None:
+    """An array whose name is too long for the file system closes the cache to no other array."""
+    long = {f"{'n' * 300}/c/{n}": buf(bytes(1000)) for n in range(60)}
+    values = {f"b/c/{n}": buf(bytes(1000)) for n in range(10)}
+    source = StoreDouble(MemoryStore({**long, **values}))
+    store = open_store(tmp_path, source, max_size=200_000)
+    for key in long:
+        await filled(store, key)
+    for key in values:
+        await filled(store, key)
+    before = store.cache_stats()
+    for _ in range(100):
+        await read(store, next(iter(long)))
+    assert store.drain_sync()
+    assert store.cache_stats()["evictions"] == before["evictions"]
+    assert set(stored_sizes(store)) == set(values)
+
+
+async def test_rebuild_removes_empty_folders_and_leaves_those_of_the_system(tmp_path: Path) -> None:
+    source = MemoryStore({"a/c/0": buf(b"value")})
+    store = open_store(tmp_path, source)
+    await filled(store, "a/c/0")
+    del store
+    for name in ("t/c/1/0", "lost+found", ".Trash-0"):
+        (tmp_path / name).mkdir(parents=True)
+    for path in (tmp_path / ".zcache/index").iterdir():
+        path.unlink()
+    store = open_store(tmp_path, source)
+    assert folders(tmp_path) == {"a", "a/c", "lost+found", ".Trash-0"}
+    assert stored_sizes(store) == {"a/c/0": 5}
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A volume that takes few files."""
+    image, where = tmp_path / "image", tmp_path / "volume"
+    where.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 * 2**20)
+    for command in (
+        ["mkfs.ext4", "-q", "-N", "128", "-O", "^has_journal", "-m", "0", image],
+        ["mount", "-o", "loop", image, where],
+    ):
+        try:
+            done = subprocess.run([*map(str, command)], capture_output=True, check=False)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        if done.returncode:
+            pytest.skip(f"no such volume here: {done.stderr.decode().strip()}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
+async def test_volume_out_of_inodes_evicts(few_inodes: Path) -> None:
+    source = StoreDouble(MemoryStore({f"a/c/{n}/0": buf(bytes([n])) for n in range(200)}))
+    store = open_store(few_inodes / "cache", source, min_free_space=0)
+    for n in range(200):
+        assert await read(store, f"a/c/{n}/0") == bytes([n])
+        assert store.drain_sync()
+    assert store.cache_stats()["evictions"] > 50
+    before = source.calls["get"]
+    assert await read(store, "a/c/199/0") == bytes([199])
+    assert source.calls["get"] == before
+    await check_invariants_async(store)
+    await store.clear_cache()
+    await filled(store, "a/c/1/0")
+    assert stored_sizes(store) == {"a/c/1/0": 1}
+
+
+async def test_volume_without_inodes_takes_nothing_and_serves(few_inodes: Path) -> None:
+    source = StoreDouble(MemoryStore({f"a/c/{n}/0": buf(bytes([n])) for n in range(10)}))
+    store = open_store(few_inodes / "cache", source, min_free_space=0)
+    await filled(store, "a/c/1/0")
+    taken = []
+    with contextlib.suppress(OSError):
+        for n in range(1000):
+            path = few_inodes / str(n)
+            path.touch()
+            taken.append(path)
+    for n in range(10):
+        assert await read(store, f"a/c/{n}/0") == bytes([n])
+        assert store.drain_sync()
+    for path in taken:
+        path.unlink()
+    for n in range(10):
+        await filled(store, f"a/c/{n}/0")
+    assert len(stored_sizes(store)) == 10
+    await check_invariants_async(store)

@@ -1,0 +1,311 @@
+"""A process that stops while it holds the lock of an index: the others go on, within a second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache import CacheStore, IndexLockTimeout
+from zcache._runtime import threads
+from zcache.testing import StoreDouble, check_invariants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+GUARD = 20.0
+"""Seconds after which a test gives up on what should take about one."""
+VALUE = cpu.Buffer.from_bytes(b"value")
+PROTOTYPE = default_buffer_prototype()
+
+
+def open_store(root: Path, source: Any = None, **options: Any) -> CacheStore:
+    source = MemoryStore() if source is None else source
+    return CacheStore(source, cache_store=LocalStore(root), source_id="s", **options)
+
+
+@contextlib.contextmanager
+def held(root: Path, name: str = "index/lock") -> Iterator[None]:
+    """Hold a lock as a process does that is stopped: through a file of its own."""
+    file = os.open(root / ".zcache" / name, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def in_time(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or its error; fails if it hangs."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:  # noqa: BLE001 - it is looked at
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(GUARD)
+    assert outcome, "it hangs"
+    return outcome[0]
+
+
+def read(store: CacheStore, key: str) -> bytes | None:
+    value = asyncio.run(store.get(key, PROTOTYPE))
+    return None if value is None else value.to_bytes()
+
+
+@pytest.fixture
+def without_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def refuse() -> None:
+        # One without threads of earlier calls.
+        monkeypatch.setattr(threads, "_pool", type(threads._pool)(threads.THREADS))
+        monkeypatch.setattr(threading.Thread, "start", start)
+
+    return refuse
+
+
+def test_every_public_method_answers_while_the_lock_is_held(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore({"k": VALUE, "d/k": VALUE}))
+    store = open_store(tmp_path, source)
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+    with held(tmp_path):
+        assert "current_size=unknown" in in_time(lambda: repr(store))
+        assert in_time(store.cache_stats)["misses"] == 1
+        assert isinstance(in_time(store.cache_info), IndexLockTimeout)
+        assert in_time(lambda: read(store, "k")) == b"value"
+        assert in_time(lambda: asyncio.run(store.exists("k"))) is True
+        assert in_time(lambda: asyncio.run(store.getsize("k"))) == 5
+        writes: list[Callable[[], Any]] = [
+            lambda: store.set("k", cpu.Buffer.from_bytes(b"new")),
+            lambda: store.set_if_not_exists("k2", VALUE),
+            lambda: store.delete("k"),
+            lambda: store.delete_dir("d"),
+            store.clear,
+            store.clear_cache,
+        ]
+        for write in writes:
+            assert isinstance(in_time(lambda work=write: asyncio.run(work())), IndexLockTimeout)
+        # The others could not be told, so the source was not touched.
+        assert in_time(lambda: read(store, "k")) == b"value"
+        assert asyncio.run(source.exists("k2")) is False
+    asyncio.run(store.set("k", cpu.Buffer.from_bytes(b"new")))
+    assert read(store, "k") == b"new"
+    store.drain_sync()
+    check_invariants(store)
+
+
+def test_a_write_whose_end_cannot_be_told_returns_and_stays_coherent(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore({"k": VALUE}))
+    store = open_store(tmp_path, source)
+    other = open_store(tmp_path, source)
+
+    async def write() -> None:
+        with contextlib.ExitStack() as stack:
+            gate = source.block("set")
+            task = asyncio.ensure_future(store.set("k", cpu.Buffer.from_bytes(b"new")))
+            await gate.entered_async()
+            stack.enter_context(held(tmp_path))
+            gate.release()
+            await asyncio.wait_for(task, GUARD)
+
+    asyncio.run(write())
+    assert read(store, "k") == read(other, "k") == b"new"
+    store.drain_sync()
+    assert read(store, "k") == b"new"
+    check_invariants(store)
+
+
+def test_reads_cost_no_wait_once_one_has_found_the_lock_held(tmp_path: Path) -> None:
+    store = open_store(tmp_path, MemoryStore({str(n): VALUE for n in range(500)}))
+
+    async def reads() -> None:
+        with held(tmp_path):
+            await store.get("0", PROTOTYPE)  # Finds out.
+            # One after the other: each would wait for a second else.
+            for n in range(500):
+                assert await store.get(str(n), PROTOTYPE) is not None
+
+    async def main() -> None:
+        await asyncio.wait_for(reads(), GUARD)
+
+    asyncio.run(main())
+    stats = store.cache_stats()
+    assert stats["cache_skips"] == stats["misses"] == 501
+    assert stats["bypassed"] == 0
+
+
+def leave_warm(root: Path) -> None:
+    """A directory with a cached value and an index that no process uses."""
+    store = open_store(root, MemoryStore({"k": VALUE}))
+    assert read(store, "k") == b"value"
+    assert store.drain_sync()
+    del store
+    gc.collect()
+
+
+def test_a_constructor_goes_on_and_the_index_is_opened_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave_warm(tmp_path)
+    source = StoreDouble(MemoryStore({"k": VALUE}))
+    with held(tmp_path):
+        store = in_time(lambda: open_store(tmp_path, source, max_size=1000))
+        assert "is not open yet" in caplog.text
+        assert "unknown" in in_time(lambda: repr(store))
+        assert in_time(lambda: read(store, "k")) == b"value"
+        assert source.take()["get"] == 1
+        # What this process knows nothing of yet others may be served.
+        write = store.set("k", cpu.Buffer.from_bytes(b"new"))
+        assert isinstance(in_time(lambda: asyncio.run(write)), IndexLockTimeout)
+        assert source.take()["set"] == 0
+    # It is opened as soon as the lock is free.
+    opening = store._cache.shared.handle._opening
+    assert opening is not None
+    opening.result(GUARD)
+    assert store.cache_info()["cached_keys"] == 1
+    assert store.cache_info()["max_size"] == 1000
+    assert read(store, "k") == b"value"
+    assert source.take()["get"] == 0
+    asyncio.run(store.set("k", cpu.Buffer.from_bytes(b"new")))
+    assert read(store, "k") == b"new"
+
+
+def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_path: Path) -> None:
+    # Of a source without a name, whose values are removed first.
+    store = CacheStore(MemoryStore({"k": VALUE}), cache_store=LocalStore(tmp_path))
+    read(store, "k")
+    store.drain_sync()
+    del store
+    gc.collect()
+    with held(tmp_path, "take-over"):
+        other = in_time(lambda: open_store(tmp_path, MemoryStore({"k": VALUE})))
+        assert in_time(lambda: read(other, "k")) == b"value"
+    opening = other._cache.shared.handle._opening
+    assert opening is not None
+    opening.result(GUARD)
+    assert read(other, "k") == b"value"
+    other.drain_sync()
+    assert other.cache_info()["cached_keys"] == 1
+
+
+FORKED = """
+import asyncio, fcntl, os, sys
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+from zcache import CacheStore
+root = sys.argv[1]
+source = MemoryStore({"k": cpu.Buffer.from_bytes(b"value")})
+store = CacheStore(source, cache_store=LocalStore(root), source_id="s")
+asyncio.run(store.get("k", default_buffer_prototype()))
+store.drain_sync()
+file = os.open(root + "/.zcache/index/lock", os.O_RDWR)
+fcntl.flock(file, fcntl.LOCK_EX)
+child = os.fork()
+if child == 0:
+    async def main():
+        beats = 0
+        async def beat():
+            nonlocal beats
+            while True:
+                beats += 1
+                await asyncio.sleep(0.01)
+        task = asyncio.ensure_future(beat())
+        for _ in range(100):
+            value = await store.get("k", default_buffer_prototype())
+            assert value.to_bytes() == b"value"
+        task.cancel()
+        print("beats" if beats > 10 else f"only {beats} beats", flush=True)
+    asyncio.run(main())
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_child_reads_while_the_lock_is_held(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=False)
+    assert done.stdout == "beats\n", done.stderr
+
+
+def test_no_thread_to_wait_with_reaches_no_reader_and_no_writer_hangs(
+    tmp_path: Path, without_threads: Callable[[], None]
+) -> None:
+    source = StoreDouble(MemoryStore({"k": VALUE, "other": VALUE}))
+    store = open_store(tmp_path, source)
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+
+    async def reads(count: int) -> None:
+        for _ in range(count):
+            value = await store.get("k", PROTOTYPE)
+            assert value is not None
+
+    async def main() -> None:
+        with held(tmp_path):
+            await asyncio.wait_for(reads(200), GUARD)
+            with pytest.raises(IndexLockTimeout):
+                await asyncio.wait_for(store.set("k", VALUE), GUARD)
+        source.take()
+        await store.set("k", cpu.Buffer.from_bytes(b"new"))
+        value = await store.get("k", PROTOTYPE)
+        assert value is not None
+        assert value.to_bytes() == b"new"
+
+    without_threads()
+    asyncio.run(main())
+    check_invariants(store)
+
+
+def test_a_step_that_nobody_waits_for_is_taken_later_without_a_thread(
+    tmp_path: Path, without_threads: Callable[[], None]
+) -> None:
+    source = StoreDouble(MemoryStore({"k": VALUE}))
+    store = open_store(tmp_path, source)
+
+    async def main() -> None:
+        gate = source.block("set")
+        task = asyncio.ensure_future(store.set("k", VALUE))
+        await gate.entered_async()
+        with held(tmp_path):
+            gate.release()
+            await asyncio.wait_for(task, GUARD)
+        await store.get("k", PROTOTYPE)
+
+    without_threads()
+    asyncio.run(main())
+    # The write has ended for the index as well: the next read is kept.
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+    assert store.cache_info()["cached_keys"] == 1
+    check_invariants(store)
+
+
+def test_a_first_opener_without_threads_leaves_a_directory_that_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_threads: Callable[[], None]
+) -> None:
+    with monkeypatch.context():
+        without_threads()
+        store = open_store(tmp_path, MemoryStore({"k": VALUE}))
+        assert read(store, "k") == b"value"
+    monkeypatch.undo()
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+    assert store.cache_info()["cached_keys"] == 1

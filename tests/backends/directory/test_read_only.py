@@ -1,0 +1,162 @@
+"""A warm cache directory that takes nothing is read from, and nothing in it is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.storage import LocalStore, MemoryStore
+
+from support import buf, read
+from zcache import CacheStore
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(10)}
+
+
+def source() -> StoreDouble:
+    return StoreDouble(MemoryStore({key: buf(value) for key, value in VALUES.items()}))
+
+
+async def warmed(where: Path) -> None:
+    store = CacheStore(source(), cache_store=LocalStore(where), source_id="source")
+    for key in VALUES:
+        await read(store, key)
+    assert store.drain_sync()
+
+
+def contents(where: Path) -> dict[str, tuple[int, bytes]]:
+    found = [path for path in where.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+@contextlib.contextmanager
+def mounted_read_only(where: Path) -> Iterator[None]:
+    """A read-only bind mount of a directory on itself."""
+    for arguments in (["--bind", where, where], ["-o", "remount,ro,bind", where]):
+        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+        if done.returncode:
+            subprocess.run(["umount", "-l", where], capture_output=True, check=False)
+            pytest.skip(f"no mounts here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
+async def check_served(store: CacheStore, behind: StoreDouble) -> None:
+    for key, value in VALUES.items():
+        assert await read(store, key) == value
+    assert behind.calls["get"] == 0
+    await behind.inner.set("b", buf(b"more"))
+    for _ in range(20):
+        assert await read(store, "b") == b"more"
+    assert store.cache_stats()["cache_failures"] == 0
+    # What is written is not served as it was, though its file stays.
+    await store.set("a/c/1", buf(b"new"))
+    await store.delete("a/c/2")
+    assert await read(store, "a/c/1") == b"new"
+    assert await read(store, "a/c/2") is None
+    await store.clear_cache()
+    assert await read(store, "a/c/3") == VALUES["a/c/3"]
+    assert store.drain_sync()
+
+
+async def test_store_that_is_read_only(tmp_path: Path) -> None:
+    await warmed(tmp_path)
+    before = contents(tmp_path)
+    behind = source()
+    cache = LocalStore(tmp_path, read_only=True)
+    store = CacheStore(behind, cache_store=cache, source_id="source", max_size=100)
+    await check_served(store, behind)
+    assert contents(tmp_path) == before
+
+
+async def test_damaged_value_is_not_served_even_without_verify(tmp_path: Path) -> None:
+    await warmed(tmp_path)
+    path = tmp_path / "a/c/3"
+    if "user.zcache" not in os.listxattr(path):
+        pytest.skip("this file system has no extended attributes")
+    times = path.stat()
+    path.write_bytes(b"?" * 1000)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    behind = source()
+    cache = LocalStore(tmp_path, read_only=True)
+    store = CacheStore(behind, cache_store=cache, source_id="source", verify="never")
+    assert await read(store, "a/c/3") == VALUES["a/c/3"]
+    assert path.read_bytes() == b"?" * 1000
+
+
+async def test_another_source_gets_nothing(tmp_path: Path) -> None:
+    await warmed(tmp_path)
+    behind = StoreDouble(MemoryStore({"a/c/1": buf(b"other")}))
+    cache = LocalStore(tmp_path, read_only=True)
+    store = CacheStore(behind, cache_store=cache, source_id="another")
+    assert await read(store, "a/c/1") == b"other"
+
+
+@pytest.mark.parametrize("lose", [None, "stamp.json", "index", "tmp"])
+async def test_read_only_volume(tmp_path: Path, lose: str | None) -> None:
+    where = tmp_path / "cache"
+    await warmed(where)
+    if lose is not None:
+        path = where / ".zcache" / lose
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    before = contents(where)
+    behind = source()
+    with mounted_read_only(where):
+        store = CacheStore(behind, cache_store=LocalStore(where), source_id="source")
+        await check_served(store, behind)
+        assert contents(where) == before
+
+
+_AS_SOMEBODY = """
+import asyncio, os, sys
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+from zcache import CacheStore
+from zcache.testing import StoreDouble
+os.setgid(65534); os.setuid(65534)
+source = StoreDouble(MemoryStore({f"a/c/{n}": cpu.Buffer.from_bytes(bytes([n]) * 1000) for n in range(10)}))
+store = CacheStore(source, cache_store=LocalStore(sys.argv[1]), source_id="source")
+async def main():
+    for n in range(10):
+        value = await store.get(f"a/c/{n}", default_buffer_prototype())
+        assert value.to_bytes() == bytes([n]) * 1000
+asyncio.run(main())
+print(source.calls["get"])
+"""
+
+
+def open_to_all(where: Path) -> None:
+    """Let everybody read a directory, and reach it."""
+    for above in where.parents:
+        if not above.stat().st_mode & 0o001:
+            above.chmod(above.stat().st_mode | 0o011)
+    for path in (where, *where.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+async def test_another_users_directory(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    where = tmp_path / "cache"
+    await warmed(where)
+    open_to_all(where)
+    before = contents(where)
+    command = [sys.executable, "-c", _AS_SOMEBODY, str(where)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: ASYNC221
+    assert done.stdout.strip() == "0", done.stderr
+    assert contents(where) == before

@@ -1,0 +1,198 @@
+"""Parts of a cache directory that are removed or moved while it is in use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.storage import LocalStore
+
+import storm
+from storm import KEYS, get, open_store, value
+from support import buf, drained_sync
+from zcache.testing import entries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zcache import CacheStore
+
+PARTS = ["lock", "head", "table", "cells", "texts", "p0", "p1"]
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    source = LocalStore(tmp_path / "source")
+    for key in range(KEYS):
+        source.set_sync(f"a/c/{key}", buf(value(key)))
+    return tmp_path
+
+
+class Storm:
+    """Participants in processes of their own."""
+
+    def __init__(self, where: Path, seconds: float, max_size: int) -> None:
+        self.max_size = max_size
+        self.root = where / "cache"
+        script = [sys.executable, str(Path(storm.__file__)), str(where)]
+        self.end = seconds
+        self.processes = [
+            subprocess.Popen(
+                [*script, str(seconds), str(max_size)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+            for _ in range(3)
+        ]
+        for process in self.processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    def rounds(self, pause: float) -> Iterator[None]:
+        until = time.monotonic() + self.end - 0.5
+        while time.monotonic() < until:
+            yield
+            time.sleep(pause)
+
+    def size(self) -> int:
+        """Bytes of all values that are there, at one instant."""
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            return self._size()
+        finally:
+            for process in self.processes:
+                process.send_signal(signal.SIGCONT)
+
+    def _size(self) -> int:
+        total = 0
+        for above, folders, names in os.walk(self.root):
+            if ".zcache" in folders:
+                folders.remove(".zcache")
+            total += sum((Path(above) / name).lstat().st_size for name in names)
+        return total
+
+    def check(self) -> None:
+        for process in self.processes:
+            out, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, (process.returncode, errors[-2000:])
+            report = json.loads(out)
+            assert report["wrong"] == report["errors"] == 0, (report, errors[-2000:])
+            assert report["reads"] > 0
+            assert report["writes"] > 0
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_of_the_index_is_removed_in_use(where: Path, part: str) -> None:
+    """Nobody ends, nothing wrong is read, and the bound holds."""
+    processes = Storm(where, 2.0, 8000)
+    largest = 0
+    for _ in processes.rounds(0.03):
+        (where / "cache/.zcache/index" / part).unlink(missing_ok=True)
+        largest = max(largest, processes.size())
+    processes.check()
+    assert largest <= processes.max_size
+
+
+@pytest.mark.parametrize("part", ["head", "table", "cells", "texts"])
+def test_a_file_of_the_index_is_truncated_in_use(where: Path, part: str) -> None:
+    """No process ends by the signal for a page that a mapped file has not any more."""
+    processes = Storm(where, 2.0, 8000)
+    for number, _ in enumerate(processes.rounds(0.005)):
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(where / "cache/.zcache/index" / part, number % 3 * 4096)
+    processes.check()
+
+
+def two(where: Path) -> tuple[CacheStore, subprocess.Popen[str]]:
+    """A store here, and one in another process that answers."""
+    script = """
+import sys
+from pathlib import Path
+from storm import get, open_store
+from support import buf, drained_sync
+from zcache.testing import entries
+
+store = open_store(Path(sys.argv[1]))
+for line in sys.stdin:
+    word, *rest = line.split()
+    if word == "get":
+        print((get(store, rest[0]) or b"-")[:12].decode(), flush=True)
+    elif word == "set":
+        store.set_sync(rest[0], buf(rest[1].encode()))
+        print("ok", flush=True)
+    else:
+        drained_sync(store)
+        print(len(entries(store)), flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(where)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return open_store(where), process
+
+
+def ask(process: subprocess.Popen[str], line: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+HOW = {
+    "removed": lambda root: shutil.rmtree(root, ignore_errors=True),
+    "emptied": lambda root: [
+        shutil.rmtree(path, ignore_errors=True) for path in list(root.iterdir())
+    ],
+    "moved": lambda root: root.rename(root.with_name("elsewhere")),
+    "without the index": lambda root: shutil.rmtree(root / ".zcache/index", ignore_errors=True),
+}
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_a_directory_goes_while_two_processes_use_it(where: Path, how: str) -> None:
+    """Both go on with a cache at the same place, and see what the other one writes."""
+    here, there = two(where)
+    try:
+        for key in range(10):
+            get(here, f"a/c/{key}")
+            drained_sync(here)
+            assert ask(there, f"get a/c/{key}") == value(key)[:12].decode()
+        HOW[how](where / "cache")
+        for number in range(20):
+            here.set_sync("a/c/1", buf(b"here %d" % number))
+            assert ask(there, "get a/c/1") == f"here {number}"
+            assert ask(there, f"set a/c/1 there{number}") == "ok"
+            assert get(here, "a/c/1") == b"there%d" % number
+            time.sleep(0.1)
+        for key in range(10, 20):
+            get(here, f"a/c/{key}")
+        drained_sync(here)
+        # Both have the same index again.
+        assert len(entries(here)) >= 10
+        assert ask(there, "count") == str(len(entries(here)))
+        assert get(open_store(where), "a/c/1") == b"there19"
+    finally:
+        there.kill()
+        there.communicate()

@@ -1,0 +1,87 @@
+"""Sandboxes and file systems that refuse a system call: values are right, and cached."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALLS = {
+    "openat2": 437,
+    "preadv2": 327,
+    "fsetxattr": 190,
+    "lgetxattr": 192,
+    "linkat": 265,
+    "renameat2": 316,
+    "link": 86,
+}
+
+_IN_SANDBOX = """
+import asyncio, ctypes, json, struct, sys
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+from zcache import CacheStore
+from zcache.testing import StoreDouble, stored_sizes
+
+numbers, error, root = json.loads(sys.argv[1])
+load, allow, refuse = (0x20, 0, 0, 0), (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | error)
+jumps = [(0x15, len(numbers) - n, 0, number) for n, number in enumerate(numbers)]
+program = b"".join(struct.pack("HBBI", *one) for one in (load, *jumps, allow, refuse))
+kept = ctypes.create_string_buffer(program)
+header = ctypes.create_string_buffer(
+    struct.pack("HxxxxxxP", len(jumps) + 3, ctypes.addressof(kept))
+)
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, header, 0, 0):
+    print(json.dumps("no seccomp"))
+    sys.exit()
+
+values = {f"a/c/{n}": bytes([n]) * 5000 for n in range(20)}
+source = StoreDouble(MemoryStore({key: cpu.Buffer.from_bytes(value) for key, value in values.items()}))
+store = CacheStore(source, cache_store=LocalStore(root), max_size="1MB", source_id="x")
+async def main():
+    for _ in range(2):
+        for key, value in values.items():
+            assert (await store.get(key, default_buffer_prototype())).to_bytes() == value
+        assert store.drain_sync()
+asyncio.run(main())
+print(json.dumps([source.calls["get"], len(stored_sizes(store)), store.cache_stats()["cache_failures"]]))
+"""
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "openat2",
+        "preadv2",
+        "openat2 preadv2",
+        "fsetxattr lgetxattr",
+        "linkat",
+        "linkat link",
+        "linkat link renameat2",
+    ],
+)
+def test_refused_calls_cost_no_caching(tmp_path: Path, names: str, error: int) -> None:
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("the numbers of system calls are those of x86-64")
+    given = [[CALLS[name] for name in names.split()], error, str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_SANDBOX, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    if outcome == "no seccomp":
+        pytest.skip("no seccomp here")
+    assert outcome == [20, 20, 0], done.stderr

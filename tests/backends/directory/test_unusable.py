@@ -1,0 +1,202 @@
+"""A participant that cannot use the index: others see what it writes, and it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.storage import LocalStore, MemoryStore
+
+from storm import get
+from support import buf, drained_sync
+from zcache import CacheStore
+from zcache._index import shared
+from zcache._runtime.coroutines import run_without_loop
+from zcache._runtime.io import SyncIO
+from zcache.exceptions import CacheUnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+KEYS = [f"a/c/{n}" for n in range(5)]
+
+
+def put(store: Store, key: str, value: bytes) -> None:
+    store.set_sync(key, buf(value))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def source() -> MemoryStore:
+    source = MemoryStore()
+    for key in KEYS:
+        put(source, key, b"old")
+    return source
+
+
+def participant(where: Path, source: Store) -> CacheStore:
+    """One whose place is another path of the same directory, so that it is a participant of its own."""
+    return CacheStore(source, cache_store=LocalStore(where), source_id="source")
+
+
+@pytest.fixture
+def both(tmp_path: Path, source: MemoryStore) -> tuple[CacheStore, CacheStore]:
+    """Two participants; each has read all."""
+    root = tmp_path / "cache"
+    one = participant(root, source)
+    other = forget_that_it_is_shared(root, source)
+    for key in KEYS:
+        for store in (one, other):
+            assert get(store, key) == b"old"
+            drained_sync(store)
+    return one, other
+
+
+def forget_that_it_is_shared(root: Path, source: Store) -> CacheStore:
+    """A store of the same process that is a participant of its own, like one in another process."""
+    kept = dict(shared._shared)
+    shared._shared.clear()
+    try:
+        return participant(root, source)
+    finally:
+        shared._shared.update(kept)
+
+
+def handle_of(store: CacheStore) -> Any:
+    return store._cache.shared.handle
+
+
+def give_up(store: CacheStore) -> None:
+    """What happens where the index could not be used for a second."""
+    handle_of(store).abandon(OSError(errno.EMFILE, "no descriptors"))
+    # It does not come back for the time of the test.
+    store._cache.shared.place._last_try = time.monotonic() + 3600
+
+
+def come_back(store: CacheStore) -> None:
+    store._cache.shared.place._last_try = 0.0
+    deadline = time.monotonic() + 20
+    while not handle_of(store).usable:
+        get(store, KEYS[0])
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+CHANGES: dict[str, Callable[[CacheStore, str], object]] = {
+    "set_sync": lambda store, key: put(store, key, b"new"),
+    "set": lambda store, key: asyncio.run(store.set(key, buf(b"new"))),
+    "delete_sync": lambda store, key: store.delete_sync(key),
+    "delete_dir": lambda store, _: asyncio.run(store.delete_dir("a")),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_others_see_what_is_changed_without_the_index(
+    both: tuple[CacheStore, CacheStore], source: MemoryStore, change: str
+) -> None:
+    one, other = both
+    give_up(one)
+    CHANGES[change](one, KEYS[1])
+    expected = get(source, KEYS[1])
+    assert expected != b"old"
+    for store in (one, other, one, other):
+        assert get(store, KEYS[1]) == expected
+        drained_sync(store)
+
+
+def test_a_fill_that_began_before_a_write_without_the_index_is_not_kept(
+    both: tuple[CacheStore, CacheStore], source: MemoryStore
+) -> None:
+    """The other one has read the source already when the write returns."""
+    one, other = both
+    give_up(one)
+    handle = handle_of(other)
+    put(other, KEYS[1], b"old")
+    drained_sync(other)
+    index = handle.index
+    index.confirm_deletes([cell for cell, _ in index.drop_missing(KEYS[1])], [])
+    ticket = index.join(KEYS[1], None, object(), 0.0, False)
+    put(one, KEYS[1], b"new")
+    rejected = index.reserve(KEYS[1], None, 3, ticket, 0.0)
+    assert getattr(rejected, "reason", None) == "overtaken by a write"
+    assert get(other, KEYS[1]) == get(source, KEYS[1]) == b"new"
+
+
+def test_it_comes_back(both: tuple[CacheStore, CacheStore]) -> None:
+    one, other = both
+    give_up(one)
+    put(one, KEYS[1], b"without")
+    come_back(one)
+    assert get(one, KEYS[1]) == b"without"
+    drained_sync(one)
+    put(other, KEYS[1], b"other")
+    assert get(one, KEYS[1]) == b"other"
+    put(one, KEYS[1], b"one")
+    drained_sync(one)
+    assert get(other, KEYS[1]) == b"one"
+    # It is cached, and both have the same.
+    assert one.cache_info()["cached_keys"] == other.cache_info()["cached_keys"] > 0
+
+
+def test_a_write_that_was_begun_before_ends_after(
+    both: tuple[CacheStore, CacheStore], source: MemoryStore
+) -> None:
+    """Its beginning is known to an index that is not used when it ends, and the other way round."""
+    one, other = both
+
+    class Slow:
+        during: Callable[[], None]
+
+        async def __call__(self) -> None:
+            put(source, KEYS[1], b"new")
+            self.during()
+
+    for during in (give_up, come_back):
+        work = Slow()
+        work.during = lambda during=during: during(one)  # type: ignore[misc]
+        run_without_loop(one._cache.writer.write(SyncIO(source), KEYS[1], work, b"new"))
+        for store in (one, other):
+            assert get(store, KEYS[1]) == b"new"
+        drained_sync(other)
+    # Nothing is left that would keep the key out.
+    deadline = time.monotonic() + 20
+    while not one.cache_info()["cached_keys"]:
+        get(one, KEYS[1])
+        drained_sync(one)
+        assert time.monotonic() < deadline
+
+
+def test_a_write_that_nobody_could_be_told_of_does_not_begin(
+    both: tuple[CacheStore, CacheStore], source: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = both
+    give_up(one)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "refused")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    with pytest.raises(CacheUnreachableError):
+        put(one, KEYS[1], b"new")
+    with pytest.raises(CacheUnreachableError):
+        asyncio.run(one.set(KEYS[1], buf(b"new")))
+    assert get(source, KEYS[1]) == b"old"
+    assert get(other, KEYS[1]) == b"old"
+
+
+def test_the_cache_of_another_source_is_left_alone(
+    both: tuple[CacheStore, CacheStore], tmp_path: Path
+) -> None:
+    one, _ = both
+    give_up(one)
+    one._cache.shared.place.is_others = True
+    file = tmp_path / "cache" / KEYS[1]
+    assert file.exists()
+    put(one, KEYS[1], b"new")
+    assert file.exists()

@@ -1,0 +1,361 @@
+//! An index that several participants share: what one of them does while the others lose it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+
+use zcache::cache::{Joined, Limits, RejectReason, Reserve, Verify};
+use zcache::error::Error;
+use zcache::key::ByteRange;
+use zcache::shared::{SharedIndex, StepError};
+
+const LIMITS: Limits = Limits {
+    max_size: 1000,
+    max_age: None,
+    slices_like_python: false,
+    flat_namespace: false,
+    verify: Verify::Never,
+};
+
+type Index = SharedIndex<u32>;
+
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Dir {
+        let root =
+            std::env::temp_dir().join(format!("zcache-shared-{}-{name}", std::process::id()));
+        fs::create_dir_all(&root).unwrap();
+        Dir(root)
+    }
+
+    fn open(&self) -> Index {
+        let (mut index, fresh) = Index::open(&self.0, LIMITS, 1).unwrap();
+        if fresh {
+            index.complete().unwrap();
+        }
+        index
+    }
+
+    /// What a participant leaves that is killed inside a step.
+    fn die_in_a_step(&self) {
+        let head = OpenOptions::new()
+            .write(true)
+            .open(self.0.join("head"))
+            .unwrap();
+        head.write_all_at(&[9], 8).unwrap();
+    }
+
+    fn remove(&self, names: &[&str]) {
+        for name in names {
+            fs::remove_file(self.0.join(name)).unwrap();
+        }
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn join(index: &mut Index, key: &str) -> u64 {
+    let joined = index.step(sleep, |cache| cache.join(key, ByteRange::Full, 0, 1, false));
+    match joined.unwrap() {
+        Joined::Lead(ticket) => ticket,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn reserve(index: &mut Index, key: &str, size: u64) -> Reserve {
+    let ticket = join(index, key);
+    index
+        .step(sleep, |cache| {
+            cache.reserve(key, ByteRange::Full, size, ticket, 1)
+        })
+        .unwrap()
+}
+
+fn granted(index: &mut Index, key: &str, size: u64) -> u64 {
+    match reserve(index, key, size) {
+        Reserve::Granted(id) => id,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn is_full(index: &mut Index, key: &str, size: u64) {
+    let answer = reserve(index, key, size);
+    assert_eq!(answer, Reserve::Rejected(RejectReason::NoSpace), "{key}");
+}
+
+fn is_damaged<R: std::fmt::Debug>(answer: Result<R, StepError>) {
+    assert!(
+        matches!(answer, Err(StepError::Failed(Error::Corrupt(_)))),
+        "{answer:?}"
+    );
+}
+
+/// Empties the index as one participant does that finds it damaged.
+fn rebuild(index: &mut Index) {
+    is_damaged(index.step(sleep, |cache| Ok(cache.len())));
+    assert!(index.restart(7).unwrap());
+    index.complete().unwrap();
+}
+
+#[test]
+fn what_was_granted_counts_after_a_rebuild_until_it_has_ended() {
+    let dir = Dir::new("granted");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let id = granted(&mut one, "a", 600);
+    dir.die_in_a_step();
+    rebuild(&mut other);
+    // The one is writing its bytes all the time, whatever the index says.
+    is_full(&mut other, "b", 500);
+    let small = granted(&mut other, "c", 400);
+    let done = one.step(sleep, |cache| cache.commit(id, None, 1));
+    assert!(done.unwrap().is_none(), "the index knows nothing of it");
+    is_full(&mut other, "d", 500);
+    // It has removed them.
+    one.step(sleep, |cache| cache.abort(id)).unwrap();
+    granted(&mut other, "e", 600);
+    other.step(sleep, |cache| cache.abort(small)).unwrap();
+    for index in [&mut one, &mut other] {
+        index.step(sleep, |cache| cache.validate()).unwrap();
+    }
+}
+
+#[test]
+fn reserved_bytes_count_after_two_rebuilds() {
+    let dir = Dir::new("reserved");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    granted(&mut one, "a", 300);
+    granted(&mut one, "b", 300);
+    for _ in 0..2 {
+        dir.die_in_a_step();
+        rebuild(&mut other);
+        is_full(&mut other, "c", 500);
+    }
+    // By itself as well.
+    dir.die_in_a_step();
+    rebuild(&mut one);
+    is_full(&mut other, "d", 500);
+    is_full(&mut one, "e", 500);
+    granted(&mut one, "f", 400);
+}
+
+#[test]
+fn what_was_granted_counts_in_new_files() {
+    let dir = Dir::new("new-files");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let id = granted(&mut one, "a", 600);
+    dir.remove(&["lock", "head", "table", "cells", "texts"]);
+    is_damaged(one.step(sleep, |cache| Ok(cache.len())));
+    is_damaged(other.step(sleep, |cache| Ok(cache.len())));
+    assert!(one.restart(7).unwrap());
+    one.complete().unwrap();
+    assert!(!other.restart(8).unwrap(), "it was made anew already");
+    is_full(&mut other, "b", 500);
+    one.step(sleep, |cache| cache.abort(id)).unwrap();
+    granted(&mut other, "c", 1000);
+}
+
+#[test]
+fn bytes_of_a_writer_that_died_after_a_rebuild_are_looked_for() {
+    let dir = Dir::new("died");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    granted(&mut one, "a", 600);
+    dir.die_in_a_step();
+    rebuild(&mut other);
+    drop(one);
+    // It may have written them since: only a scan can tell.
+    is_damaged(other.reap());
+    rebuild(&mut other);
+    granted(&mut other, "b", 1000);
+}
+
+#[test]
+fn a_lock_that_is_gone_is_not_believed() {
+    let dir = Dir::new("lock");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    dir.remove(&["lock"]);
+    let mut third = dir.open();
+    for index in [&mut one, &mut other] {
+        is_damaged(index.step(sleep, |cache| Ok(cache.len())));
+        assert!(!index.restart(7).unwrap(), "the third one has the files");
+    }
+    // All three lock the same file.
+    let lock = File::open(dir.0.join("lock")).unwrap();
+    lock.lock().unwrap();
+    for index in [&mut one, &mut other, &mut third] {
+        let answer = index.step(sleep, |cache| Ok(cache.len()));
+        assert!(matches!(answer, Err(StepError::Busy)), "{answer:?}");
+    }
+}
+
+#[test]
+fn files_of_the_index_that_are_gone_are_made_anew() {
+    for name in ["head", "table", "cells", "texts"] {
+        let dir = Dir::new(name);
+        let (mut one, mut other) = (dir.open(), dir.open());
+        dir.remove(&[name]);
+        rebuild(&mut one);
+        granted(&mut other, "a", 600);
+        is_full(&mut one, "b", 500);
+    }
+}
+
+#[test]
+fn a_slot_that_is_gone_is_not_believed() {
+    let dir = Dir::new("slot");
+    let mut one = dir.open();
+    let id = granted(&mut one, "a", 600);
+    dir.remove(&["p0"]);
+    let mut other = dir.open();
+    assert_eq!(other.own_slot(), one.own_slot());
+    is_damaged(one.step(sleep, |cache| cache.commit(id, None, 1)));
+    one.restart(7).unwrap();
+    one.step(sleep, |cache| Ok(cache.len())).unwrap();
+    assert_ne!(other.own_slot(), one.own_slot());
+    other.step(sleep, |cache| Ok(cache.len())).unwrap();
+}
+
+#[test]
+fn a_directory_that_was_moved_is_not_believed() {
+    let dir = Dir::new("moved");
+    let elsewhere = Dir::new("elsewhere");
+    let mut one = dir.open();
+    fs::remove_dir(&elsewhere.0).unwrap();
+    fs::rename(&dir.0, &elsewhere.0).unwrap();
+    // Each change of the source looks; other steps do now and then.
+    is_damaged(one.step(sleep, |cache| cache.begin_write("a")));
+    fs::create_dir(&dir.0).unwrap();
+    let mut other = dir.open();
+    assert!(!one.restart(7).unwrap());
+    let ticket = join(&mut other, "a");
+    one.step(sleep, |cache| cache.begin_write("a")).unwrap();
+    let answer = other.step(sleep, |cache| {
+        cache.reserve("a", ByteRange::Full, 1, ticket, 1)
+    });
+    assert_eq!(
+        answer.unwrap(),
+        Reserve::Rejected(RejectReason::Invalidated)
+    );
+}
+
+#[test]
+fn who_has_no_index_ends_the_fills_of_others() {
+    let dir = Dir::new("mark");
+    let mut one = dir.open();
+    let ticket = join(&mut one, "a");
+    let lock = File::options()
+        .write(true)
+        .open(dir.0.join("lock"))
+        .unwrap();
+    lock.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let answer = one.step(sleep, |cache| {
+        cache.reserve("a", ByteRange::Full, 1, ticket, 1)
+    });
+    assert_eq!(
+        answer.unwrap(),
+        Reserve::Rejected(RejectReason::Invalidated)
+    );
+    // The files are young again, and that is no mark.
+    let ticket = join(&mut one, "b");
+    one.reap().unwrap();
+    assert!(
+        fs::metadata(path(&dir, "lock"))
+            .unwrap()
+            .modified()
+            .unwrap()
+            > std::time::UNIX_EPOCH
+    );
+    let answer = one.step(sleep, |cache| {
+        cache.reserve("b", ByteRange::Full, 1, ticket, 1)
+    });
+    assert!(matches!(answer.unwrap(), Reserve::Granted(_)));
+}
+
+fn path(dir: &Dir, name: &str) -> PathBuf {
+    Path::new(&dir.0).join(name)
+}
+
+#[test]
+fn who_comes_back_has_nothing_in_hand() {
+    let dir = Dir::new("back");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    one.step(sleep, |cache| cache.begin_write("a")).unwrap();
+    let id = granted(&mut one, "b", 300);
+    let ticket = join(&mut other, "c");
+    let (fresh, flights) = one.rejoin(7);
+    let fresh = fresh.unwrap();
+    assert!(!fresh);
+    drop(flights);
+    // What was read before that may be older than what it has written meanwhile.
+    let answer = other.step(sleep, |cache| {
+        cache.reserve("c", ByteRange::Full, 1, ticket, 1)
+    });
+    assert_eq!(
+        answer.unwrap(),
+        Reserve::Rejected(RejectReason::Invalidated)
+    );
+    // No write of its own is in the way any more.
+    granted(&mut other, "a", 1);
+    // Its fill has not ended.
+    let small = join(&mut other, "d");
+    let answer = other.step(sleep, |cache| {
+        cache.reserve("d", ByteRange::Full, 900, small, 1)
+    });
+    assert!(!matches!(answer.unwrap(), Reserve::Granted(_)));
+    one.step(sleep, |cache| cache.abort(id)).unwrap();
+    // The end of a write that began with another index takes nothing away.
+    other.step(sleep, |cache| cache.begin_write("e")).unwrap();
+    one.step(sleep, |cache| cache.end_write("e", true, None))
+        .unwrap();
+    let ticket = join(&mut one, "e");
+    let answer = one.step(sleep, |cache| {
+        cache.reserve("e", ByteRange::Full, 1, ticket, 1)
+    });
+    assert_eq!(
+        answer.unwrap(),
+        Reserve::Rejected(RejectReason::Invalidated)
+    );
+}
+
+#[test]
+fn a_file_that_is_truncated_in_a_step_ends_the_step_alone() {
+    for name in ["head", "table", "cells", "texts"] {
+        let dir = Dir::new(&format!("truncated-{name}"));
+        let (mut one, mut other) = (dir.open(), dir.open());
+        let long = "k".repeat(100);
+        let id = granted(&mut one, &long, 600);
+        one.step(sleep, |cache| cache.commit(id, None, 1)).unwrap();
+        let file = File::options().write(true).open(path(&dir, name)).unwrap();
+        let answer = one.step(sleep, |cache| {
+            file.set_len(0).unwrap();
+            let _ = cache.entries();
+            let _ = cache.validate();
+            cache.drain_prefix("")
+        });
+        is_damaged(answer);
+        is_damaged(one.step(sleep, |cache| Ok(cache.len())));
+        assert!(one.restart(7).unwrap());
+        one.complete().unwrap();
+        for index in [&mut one, &mut other] {
+            let id = granted(index, &long, 600);
+            let gone = index.step(sleep, |cache| {
+                let cells: Vec<u32> = cache.abort(id)?.iter().map(|victim| victim.cell).collect();
+                cache.deletes_done(&cells, &[])
+            });
+            gone.unwrap();
+        }
+    }
+}

@@ -1,0 +1,103 @@
+"""Work that ten thousand tasks begin at once is spread over turns of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from zcache._runtime.turns import BUDGET, FEWEST, Turns
+
+
+def work() -> None:
+    """As long as ten pieces have together in one turn."""
+    until = time.perf_counter() + BUDGET / 10
+    while time.perf_counter() < until:
+        pass
+
+
+async def test_others_have_their_turn_in_between() -> None:
+    turns = Turns()
+    done = 0
+    seen: list[int] = []
+
+    async def piece() -> None:
+        nonlocal done
+        if not turns.begins():
+            await turns.wait()
+        work()
+        done += 1
+
+    async def watch() -> None:
+        while done < 300:
+            seen.append(done)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(watch(), *(piece() for _ in range(300)))
+    assert done == 300
+    # None of the turns had a large part of them.
+    assert max(b - a for a, b in zip(seen, [*seen[1:], done], strict=True)) < 150
+
+
+async def test_they_begin_in_their_order() -> None:
+    turns = Turns()
+    order: list[int] = []
+
+    async def piece(number: int) -> None:
+        if not turns.begins():
+            await turns.wait()
+        work()
+        order.append(number)
+
+    await asyncio.gather(*(piece(number) for number in range(100)))
+    assert order == list(range(100))
+
+
+async def test_a_cancelled_waiter_holds_nobody_up() -> None:
+    turns = Turns()
+    done: list[int] = []
+
+    async def piece(number: int) -> None:
+        if not turns.begins():
+            await turns.wait()
+        work()
+        done.append(number)
+
+    tasks = [asyncio.ensure_future(piece(number)) for number in range(100)]
+    await asyncio.sleep(0)
+    assert len(done) < 100
+    for task in tasks[-90::2]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    cancelled = sum(isinstance(result, asyncio.CancelledError) for result in results)
+    assert len(done) == 100 - cancelled
+    assert cancelled > 0
+
+
+def test_a_loop_that_ended_leaves_nothing_behind() -> None:
+    turns = Turns()
+
+    async def begin_and_leave() -> None:
+        for _ in range(3 * FEWEST):
+            if turns.begins():
+                work()
+            else:
+                task = asyncio.ensure_future(turns.wait())
+                await asyncio.sleep(0)
+                task.cancel()
+                break
+
+    asyncio.run(begin_and_leave())
+
+    async def begin() -> bool:
+        return turns.begins()
+
+    assert asyncio.run(begin()) is True
+
+
+def test_a_thread_without_a_loop_never_waits() -> None:
+    turns = Turns()
+    assert all(turns.begins() for _ in range(10))
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()

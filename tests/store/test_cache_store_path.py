@@ -1,0 +1,78 @@
+"""`cache_store` as a path, and sizes as floats."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache import CacheStore, OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class OwnPath:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path, lambda path: OwnPath(str(path))])
+async def test_a_path_is_a_local_store_on_it(tmp_path: Path, kind: Callable[[Any], Any]) -> None:
+    source = MemoryStore({"k": cpu.Buffer.from_bytes(b"value")})
+    store = CacheStore(source, cache_store=kind(tmp_path), source_id="s")
+    await store.get("k", default_buffer_prototype())
+    assert await store.drain()
+    assert (tmp_path / "k").read_bytes() == b"value"
+    same = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="s")
+    assert same == store
+    assert same.cache_info()["cached_keys"] == 1
+
+
+@pytest.mark.parametrize("path", ["", "s3://user:secret@bucket/cache", "file:///tmp/cache"])
+def test_what_is_no_local_path_is_refused(path: str) -> None:
+    with pytest.raises(OptionValueError, match="path of a local directory") as caught:
+        CacheStore(MemoryStore(), cache_store=path)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e9, np.float64(1e9), np.float32(1e9), 1_000_000_000])
+@pytest.mark.parametrize("name", ["max_size", "min_free_space", "max_pending_size"])
+def test_a_whole_number_may_be_a_float(name: str, size: Any) -> None:
+    options: dict[str, Any] = {name: size}
+    store = CacheStore(MemoryStore(), **options)
+    if name == "max_size":
+        assert store.max_size == 1_000_000_000
+        assert type(store.max_size) is int
+
+
+@pytest.mark.parametrize("size", [1.5, math.nan, math.inf, -math.inf])
+def test_other_floats_are_no_sizes(size: float) -> None:
+    with pytest.raises(OptionTypeError, match="max_size"):
+        CacheStore(MemoryStore(), max_size=size)
+
+
+@pytest.mark.parametrize("size", [-1.0, 2.0**64])
+def test_floats_out_of_range_are_no_sizes(size: float) -> None:
+    with pytest.raises(OptionValueError, match="max_size"):
+        CacheStore(MemoryStore(), max_size=size)
+
+
+@pytest.mark.parametrize("free", [2**64 - 1, 2**64 - 4096, 2**63])
+async def test_more_free_space_than_there_can_be_caches_nothing(tmp_path: Path, free: int) -> None:
+    source = MemoryStore({"k": cpu.Buffer.from_bytes(b"value")})
+    store = CacheStore(source, cache_store=tmp_path, source_id="s", min_free_space=free)
+    value = await store.get("k", default_buffer_prototype())
+    assert value is not None
+    await store.set("l", cpu.Buffer.from_bytes(b"other"))
+    assert await store.drain()
+    assert store.cache_info()["current_size"] == 0
+    assert store.cache_stats()["cache_failures"] == 0
