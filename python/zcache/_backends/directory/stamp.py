@@ -249,9 +249,6 @@ class Stamp:
     def _write(self, source: str, *, replace: bool) -> dict[str, Any]:
         stamp = {"zcache": FORMAT, "source": source}
         os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
-        # It must not outlive a stamp of another source.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._copy)
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:
             json.dump(stamp, file)
@@ -259,6 +256,8 @@ class Stamp:
             # Once per directory: an empty stamp after a loss of power would lock its owner out.
             os.fsync(file.fileno())
         if replace:
+            # It must not outlive a stamp of another source.
+            self._remove_copy()
             os.replace(unfinished, self._path)
         else:
             try:
@@ -269,8 +268,14 @@ class Stamp:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(unfinished)
+            # Whoever is not the first must leave the copy of who was: this one belonged to no stamp.
+            self._remove_copy()
         self._keep_copy(stamp)
         return stamp
+
+    def _remove_copy(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._copy)
 
     def _keep_copy(self, stamp: dict[str, Any]) -> None:
         """Have a copy of the stamp beside the index, where that can be."""

@@ -78,9 +78,9 @@ class StoreFiller:
         self._drop_closed()
         if not self._ended:
             return ()
-        found = []
-        while self._ended:
-            found.append(self._ended.popleft())
+        # Two readers may look at once.
+        with self._lock:
+            found, self._ended = self._ended, deque()
         return found
 
     @property
