@@ -5,9 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 
-import pytest
+from typing import TYPE_CHECKING
 
+import pytest
+from zarr.storage import LocalStore
+
+from doubles import SyncDictStore
+from support import PROTOTYPE
+from zcache import CacheStore
+from zcache._runtime import turns
 from zcache._runtime.turns import BUDGET, FEWEST, Turns
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def work() -> None:
@@ -101,3 +111,21 @@ def test_a_thread_without_a_loop_never_waits() -> None:
     assert all(turns.begins() for _ in range(10))
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()
+
+
+@pytest.mark.parametrize("kind", ["directory", "store"])
+async def test_synchronous_read_inside_an_event_loop_waits_for_no_turn(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "BUDGET", -1.0)  # No turn is young.
+    source = SyncDictStore({f"{n}": b"value" for n in range(50)})
+    cache = LocalStore(tmp_path / "cache") if kind == "directory" else SyncDictStore()
+    store = CacheStore(source, cache_store=cache, max_size=100, source_id="source")
+    if not store._supports_sync_io:
+        pytest.skip("zarr before 3.4 has no synchronous local store")
+    for key in source.values:
+        value = store.get_sync(key)
+        assert value is not None
+        assert value.to_bytes() == b"value"
+    values = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in source.values))
+    assert all(value is not None and value.to_bytes() == b"value" for value in values)

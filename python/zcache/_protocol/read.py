@@ -307,7 +307,9 @@ class Reader:
         `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
         once, for it may be the leader that others wait for.
         """
-        if self._fill_now is None and joined is None and not turns.begins():
+        # A synchronous read cannot wait for a turn, also where a loop runs in its thread.
+        waits = self._fill_now is None and joined is None and io.loop() is not None
+        if waits and not turns.begins():
             return self._fetch_in_turn(io, key, prototype, request, byte_range)
         return self._fetch(io, key, prototype, request, byte_range, joined)
 
