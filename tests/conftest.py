@@ -109,5 +109,5 @@ def block_size(monkeypatch: pytest.MonkeyPatch) -> int | None:
 
     A module that defines this fixture anew has its own way.
     """
-    monkeypatch.setattr("zcache._backends.directory.index.BLOCK_SIZE", 1)
+    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", 1)
     return 1

@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
 use zcache::cache::{Cache, Joined, Limits, Reserve, Ticket, Verify, Victim};
-use zcache::disk::value_file::{self, MILLI, PENDING, SIGNATURE, WrittenFile};
+use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
+use zcache::disk::removal;
+use zcache::disk::value_file::{self, WrittenFile};
 use zcache::key::ByteRange;
 use zcache::shared::{Mapped, SharedIndex, StepError};
 
@@ -73,7 +75,7 @@ impl World {
         let found = fs::symlink_metadata(self.file()).ok();
         let mark = found.as_ref().map(|status| status.mtime_nsec() % MILLI);
         if mark == Some(PENDING) {
-            value_file::remove(&self.file()).unwrap();
+            removal::remove(&self.file()).unwrap();
         }
         if mark == Some(SIGNATURE) {
             let size = found.unwrap().size();
@@ -113,7 +115,7 @@ impl World {
 
     fn remove(&self, victims: &[Victim]) {
         for victim in victims {
-            value_file::remove_below(&self.root, Path::new(&victim.cache_key)).unwrap();
+            removal::remove_below(&self.root, Path::new(&victim.cache_key)).unwrap();
         }
     }
 
@@ -190,7 +192,7 @@ impl Actor {
             2 => {
                 world.remove(&self.victims);
                 self.confirm(world);
-                assert!(value_file::remove_key(&world.root, KEY).is_empty());
+                assert!(removal::remove_key(&world.root, KEY).is_empty());
             }
             3 => {
                 world.source = self.value;
@@ -203,7 +205,7 @@ impl Actor {
             5 => {
                 world.remove(&self.victims);
                 if self.ticket.is_none() {
-                    assert!(value_file::remove_key(&world.root, KEY).is_empty());
+                    assert!(removal::remove_key(&world.root, KEY).is_empty());
                 }
                 // It returns.
                 world.valid = vec![world.source];
@@ -243,7 +245,7 @@ impl Actor {
                 match value_file::write_value(root, name, &self.unfinished, &data, nanos, [0; 8]) {
                     Ok(made) => self.made = Some(made),
                     Err(_) => {
-                        value_file::remove_below(root, name).unwrap();
+                        removal::remove_below(root, name).unwrap();
                         return false;
                     }
                 }

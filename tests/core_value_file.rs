@@ -1,4 +1,4 @@
-//! Files of values: published whole, never over another's file, and removed only if zcache wrote them.
+//! Files of values: published whole, never over another's file.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,38 +8,23 @@
     reason = "a test stops at the first surprise"
 )]
 
+#[path = "core/place.rs"]
+mod place;
+
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::path::Path;
+use std::time::UNIX_EPOCH;
 
-use zcache::disk::value_file::{self, PENDING, SIGNATURE, WriteError, WrittenFile};
+use zcache::disk::ownership::{self, PENDING, SIGNATURE};
+use zcache::disk::removal;
+use zcache::disk::value_file::{self, WriteError, WrittenFile};
 
-const SOURCE: value_file::SourceDigest = *b"a source";
+use place::Place;
+
+const SOURCE: ownership::SourceDigest = *b"a source";
 const FETCHED: i64 = 1_700_000_000_123_000_000;
-
-/// A directory of its own, removed at the end.
-struct Place(PathBuf);
-
-impl Place {
-    fn new(name: &str) -> Place {
-        let place =
-            std::env::temp_dir().join(format!("zcache-files-{}-{name}", std::process::id()));
-        fs::create_dir_all(&place).unwrap();
-        Place(place)
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 fn modified(path: &Path) -> i64 {
     let time = fs::symlink_metadata(path).unwrap().modified().unwrap();
@@ -57,14 +42,14 @@ fn value_file_published_and_sealed_is_valid() {
     value_file::publish(&unfinished, &path).unwrap();
     assert!(!unfinished.exists());
     assert_eq!(fs::read(&path).unwrap(), b"123456789");
-    if let Some(noted) = value_file::recorded(&path) {
+    if let Some(noted) = ownership::recorded(&path) {
         assert_eq!(noted, (9, made.checksum));
     }
     value_file::seal(&place.0, Path::new("a/b/c"), &made).unwrap();
     assert_eq!(modified(&path), FETCHED + SIGNATURE);
-    assert!(value_file::remove(&path).unwrap());
+    assert!(removal::remove(&path).unwrap());
     assert!(!path.exists());
-    assert!(value_file::remove(&path).unwrap(), "it is gone");
+    assert!(removal::remove(&path).unwrap(), "it is gone");
 }
 
 fn write(place: &Place, name: &str, data: &[u8]) -> Result<WrittenFile, WriteError> {
@@ -119,16 +104,6 @@ fn write_value_link_outside_is_refused() {
 }
 
 #[test]
-fn write_tombstone_name_is_its_digest() {
-    let place = Place::new("tombstone");
-    value_file::write_tombstone(&place.0, "a/c/0").unwrap();
-    value_file::write_tombstone(&place.0, "a/c/0").unwrap();
-    // The first 128 bits of SHA-256, as `sha256sum` gives it.
-    let expected = place.at(".zcache/dropped/f3dcb708e290f0ccf64b51ce43d598d5");
-    assert!(expected.exists());
-}
-
-#[test]
 fn seal_other_file_of_the_name_is_left_alone() {
     let place = Place::new("pending");
     let name = Path::new("1");
@@ -138,7 +113,7 @@ fn seal_other_file_of_the_name_is_left_alone() {
     value_file::create(&place.at("1"), b"", FETCHED + PENDING, SOURCE).unwrap();
     value_file::seal(&place.0, name, &made).unwrap();
     assert_eq!(modified(&place.at("1")), FETCHED + PENDING);
-    assert!(value_file::remove(&place.at("1")).unwrap());
+    assert!(removal::remove(&place.at("1")).unwrap());
     assert!(
         value_file::seal(&place.0, name, &made).is_err(),
         "it is gone"
@@ -152,15 +127,15 @@ fn seal_other_file_of_the_name_is_left_alone() {
     assert_eq!(modified(&place.at("kept")), FETCHED + SIGNATURE);
     // Valid now: it is no longer taken for unfinished.
     value_file::remove_made(&place.0, Path::new("kept"), &made).unwrap();
-    assert!(!value_file::remove_pending(&place.at("kept")).unwrap());
+    assert!(!removal::remove_pending(&place.at("kept")).unwrap());
     assert!(place.at("kept").exists());
     let made = value_file::create(&place.at("2"), b"", FETCHED + PENDING, SOURCE).unwrap();
     value_file::remove_made(&place.0, Path::new("2"), &made).unwrap();
     assert!(!place.at("2").exists());
     value_file::create(&place.at("2"), b"", FETCHED + PENDING, SOURCE).unwrap();
-    assert!(value_file::remove_pending(&place.at("2")).unwrap());
+    assert!(removal::remove_pending(&place.at("2")).unwrap());
     assert!(
-        value_file::remove_pending(&place.at("2")).unwrap(),
+        removal::remove_pending(&place.at("2")).unwrap(),
         "it is gone"
     );
 }
@@ -176,34 +151,4 @@ fn publish_taken_name_is_left_alone() {
     assert!(value_file::publish(&place.at("1"), &place.at("file/below")).is_err());
     assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
     assert_eq!(fs::read(place.at("1")).unwrap(), b"ours", "still there");
-}
-
-#[test]
-fn remove_file_of_others_is_left_alone() {
-    let place = Place::new("foreign");
-    let theirs = place.at("theirs");
-    fs::write(&theirs, "theirs").unwrap();
-    let file = fs::File::options().write(true).open(&theirs).unwrap();
-    for signature in [0, SIGNATURE - 1, PENDING + 1] {
-        let time = u64::try_from(FETCHED + signature).unwrap();
-        file.set_modified(UNIX_EPOCH + Duration::from_nanos(time))
-            .unwrap();
-        assert!(!value_file::remove(&theirs).unwrap());
-    }
-    // A directory and a link to a file of ours are none of ours.
-    assert!(!value_file::remove(&place.0).unwrap());
-    value_file::create(&place.at("1"), b"ours", FETCHED + SIGNATURE, SOURCE).unwrap();
-    symlink(place.at("1"), place.at("link")).unwrap();
-    assert!(!value_file::remove(&place.at("link")).unwrap());
-    assert!(place.at("1").exists() && theirs.exists());
-}
-
-#[test]
-fn space_of_a_volume_is_known() {
-    let place = Place::new("space");
-    let value_file::Space {
-        free, total: all, ..
-    } = value_file::space(&place.0).unwrap();
-    assert!(free <= all && all > 0);
-    assert!(value_file::space(&place.at("nowhere")).is_err());
 }

@@ -21,7 +21,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from zcache import CacheStore
-from zcache._backends.directory import index as directory_index
+from zcache._backends.directory import layout
 from zcache.testing import (
     check_invariants,
     check_invariants_async,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # As the fixture `block_size` has it, for processes that a test starts.
-directory_index.BLOCK_SIZE = 1
+layout.BLOCK_SIZE = 1
 
 PROTOTYPE = default_buffer_prototype()
 TESTS = Path(__file__).parent

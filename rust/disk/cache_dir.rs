@@ -1,11 +1,13 @@
 //! A cache directory and the space on its volume.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::value_file::{self, SourceDigest};
+use rustix::fs::statvfs;
+
+use super::ownership::SourceDigest;
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -21,6 +23,33 @@ const FILES_PER_FILL: u64 = 8;
 const AMPLE: u64 = 1 << 30;
 /// ... for this long: asking takes as long as writing, and no disk is filled in that time.
 const AMPLE_FOR: Duration = Duration::from_millis(50);
+
+/// What an ordinary user may still put on a volume, and what it holds in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that are free.
+    pub free: u64,
+    /// Bytes of the volume.
+    pub total: u64,
+    /// Files that may still be made, and all that there may be; `None` where that has no limit.
+    pub files: Option<(u64, u64)>,
+}
+
+/// How much room there is on the volume of a path.
+///
+/// # Errors
+///
+/// Where the file system does not tell.
+pub fn space(path: &Path) -> io::Result<Space> {
+    let volume = statvfs(path)?;
+    let unit = volume.f_frsize;
+    Ok(Space {
+        free: volume.f_bavail.saturating_mul(unit),
+        total: volume.f_blocks.saturating_mul(unit),
+        // Some have none of their own, and say that there are 0.
+        files: (volume.f_files != 0).then_some((volume.f_favail, volume.f_files)),
+    })
+}
 
 /// What a volume lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +121,7 @@ impl CacheDir {
         if self.has_ample_space() {
             return Ok(None);
         }
-        let space = value_file::space(&self.root)?;
+        let space = space(&self.root)?;
         let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(space.total / FREE_PART));
         let needed = min_free.saturating_add(size);
         let bytes = needed.saturating_sub(space.free);

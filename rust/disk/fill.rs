@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use super::cache_dir::CacheDir;
 use super::deferred::{Deferred, POISONED, apply, step};
 use super::value_file::{self, WriteError, WrittenFile};
+use super::{folders, ownership, removal};
 use crate::cache::{ClosedFlight, Reserve, Ticket, Victim};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
@@ -138,7 +139,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     /// Tells the index which folders were made or removed.
     fn count_folders(&mut self) {
-        let bytes = value_file::take_folders();
+        let bytes = folders::take_folders();
         if bytes == 0 {
             return;
         }
@@ -153,7 +154,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     /// Runs the fill.
     pub(super) fn run(&mut self) -> Ending {
-        value_file::take_folders();
+        folders::take_folders();
         let ending = self.fill().unwrap_or_else(|error| match error {
             StepError::Busy => Ending::Busy,
             StepError::Failed(Error::Corrupt(what)) => Ending::Corrupt(what),
@@ -322,8 +323,8 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     fn write(&self, name: &str, slot: Option<usize>) -> Result<WrittenFile, WriteError> {
         let nanos = i64::try_from(self.fill.fetched)
             .unwrap_or(i64::MAX)
-            .saturating_mul(value_file::MILLI)
-            .saturating_add(value_file::PENDING);
+            .saturating_mul(ownership::MILLI)
+            .saturating_add(ownership::PENDING);
         let unfinished = self.dir.unfinished(slot);
         let data = self.fill.data.as_ref();
         let (root, source) = (&self.dir.root, self.dir.source);
@@ -332,7 +333,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     /// Removes what may be there under the name of a value that could not be written.
     fn not_written(&mut self, name: &str, ending: Ending) -> Ending {
-        match value_file::remove_below(&self.dir.root, Path::new(name)) {
+        match removal::remove_below(&self.dir.root, Path::new(name)) {
             Ok(()) => {}
             Err(error) => {
                 self.gone = false;
@@ -446,7 +447,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     fn delete_one(&mut self, victim: &Victim) -> io::Result<()> {
         let name = Path::new(&victim.cache_key);
-        if value_file::remove_value(&self.dir.root, name)? {
+        if removal::remove_value(&self.dir.root, name)? {
             return Ok(());
         }
         // Its times were changed, or it is not ours: the index knows what it should hold.
@@ -454,11 +455,11 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             let cell = victim.cell;
             step!(index, |cache| Ok(cache.expected(cell)))
         });
-        value_file::remove_known(&self.dir.root, name, known.unwrap_or(None))
+        removal::remove_known(&self.dir.root, name, known.unwrap_or(None))
     }
 
     fn write_tombstone(&self, name: &str) {
         // Best effort: a volume that takes no writes takes no tombstones.
-        let _ = value_file::write_tombstone(&self.dir.root, name);
+        let _ = removal::write_tombstone(&self.dir.root, name);
     }
 }

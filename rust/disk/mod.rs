@@ -3,7 +3,10 @@
 mod cache_dir;
 mod deferred;
 pub mod fill;
+pub mod folders;
+pub mod ownership;
 pub mod queue;
+pub mod removal;
 pub mod value_file;
 
-pub use self::cache_dir::CacheDir;
+pub use self::cache_dir::{CacheDir, Space, space};

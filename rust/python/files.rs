@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use pyo3::prelude::*;
 
 use super::errors::{exception, os_error};
-use crate::disk::value_file;
+use crate::disk::{self, folders, ownership, removal, value_file};
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
@@ -19,21 +19,21 @@ pub(super) fn open_cached(path: &str) -> PyResult<i32> {
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn recorded_size_and_checksum(path: PathBuf) -> Option<(u64, u32)> {
-    value_file::recorded(&path)
+    ownership::recorded(&path)
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
     // Two microseconds; detaching and attaching can take longer.
-    let space = value_file::space(&path).map_err(os_error)?;
+    let space = disk::space(&path).map_err(os_error)?;
     Ok((space.free, space.total))
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
-    py.detach(|| value_file::remove(&path)).map_err(os_error)
+    py.detach(|| removal::remove(&path)).map_err(os_error)
 }
 
 #[pyfunction]
@@ -46,16 +46,14 @@ pub(super) fn remove_files<'py>(
 ) -> Vec<Option<Bound<'py, PyAny>>> {
     let all = py.detach(|| match known {
         None => {
-            let each = names
-                .iter()
-                .map(|name| value_file::remove_below(&root, name));
+            let each = names.iter().map(|name| removal::remove_below(&root, name));
             each.collect::<Vec<_>>()
         }
         Some(known) => {
             let each = names
                 .iter()
                 .zip(known)
-                .map(|(name, known)| value_file::remove_known(&root, name, known));
+                .map(|(name, known)| removal::remove_known(&root, name, known));
             each.collect()
         }
     });
@@ -72,7 +70,7 @@ pub(super) fn remove_key<'py>(
     root: PathBuf,
     key: &str,
 ) -> Vec<(String, Bound<'py, PyAny>)> {
-    let failed = py.detach(|| value_file::remove_key(&root, key));
+    let failed = py.detach(|| removal::remove_key(&root, key));
     let failed = failed.into_iter();
     failed
         .map(|(name, error)| (name, exception(py, error)))
@@ -83,13 +81,13 @@ pub(super) fn remove_key<'py>(
 #[pyo3(signature = (root, key, /))]
 pub(super) fn is_absent(root: &str, key: &str) -> bool {
     // It does not wait, so nobody else needs the interpreter meanwhile.
-    value_file::is_absent(Path::new(root), key)
+    removal::is_absent(Path::new(root), key)
 }
 
 #[pyfunction]
 #[pyo3(signature = (root, name, /))]
 pub(super) fn leads_outside(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
-    py.detach(|| value_file::leads_outside(&root, &name))
+    py.detach(|| folders::leads_outside(&root, &name))
 }
 
 #[pyfunction]
@@ -100,14 +98,14 @@ pub(super) fn file_holds(
     size: u64,
     checksum: u32,
 ) -> PyResult<bool> {
-    py.detach(|| value_file::holds(&path, size, checksum))
+    py.detach(|| ownership::holds(&path, size, checksum))
         .map_err(os_error)
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn read_record(path: PathBuf) -> Option<(u64, u32, bool, u64, [u8; 8])> {
-    let record = value_file::record_of(&path)?;
+    let record = ownership::record_of(&path)?;
     let (size, checksum) = (record.size, record.checksum);
     Some((size, checksum, record.sealed, record.fetched, record.source))
 }
@@ -115,28 +113,28 @@ pub(super) fn read_record(path: PathBuf) -> Option<(u64, u32, bool, u64, [u8; 8]
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn file_owner(path: PathBuf) -> PyResult<&'static str> {
-    let owner = value_file::owner(&path).map_err(|errno| os_error(errno.into()))?;
+    let owner = ownership::owner(&path).map_err(|errno| os_error(errno.into()))?;
     Ok(match owner {
-        value_file::Owner::Ours => "ours",
-        value_file::Owner::Pending => "pending",
-        value_file::Owner::Foreign => "foreign",
+        ownership::Owner::Ours => "ours",
+        ownership::Owner::Pending => "pending",
+        ownership::Owner::Foreign => "foreign",
     })
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, fetched, /))]
 pub(super) fn sign_file(py: Python<'_>, path: PathBuf, fetched: u64) -> PyResult<()> {
-    py.detach(|| value_file::sign(&path, fetched))
+    py.detach(|| ownership::sign(&path, fetched))
         .map_err(os_error)
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn remove_empty_folder(py: Python<'_>, path: PathBuf) -> bool {
-    py.detach(|| value_file::remove_empty(&path))
+    py.detach(|| folders::remove_empty(&path))
 }
 
 #[pyfunction]
 pub(super) fn take_folder_bytes() -> i64 {
-    value_file::take_folders()
+    folders::take_folders()
 }

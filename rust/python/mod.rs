@@ -65,8 +65,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<reservation::Rejected>()?;
     module.add_class::<reservation::Committed>()?;
     {
-        module.add("SIGNATURE", crate::disk::value_file::SIGNATURE)?;
-        module.add("PENDING", crate::disk::value_file::PENDING)?;
+        module.add("SIGNATURE", crate::disk::ownership::SIGNATURE)?;
+        module.add("PENDING", crate::disk::ownership::PENDING)?;
         module.add_class::<fill::DirectoryFills>()?;
         module.add_class::<fill::FillResult>()?;
         module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;

@@ -161,6 +161,13 @@ class IndexHandle:
             before[4] + now[4],
         )
 
+    def apply_limits(self) -> None:
+        """Have the index of now keep to `limits`."""
+        limits = self.limits
+        self.call_later(
+            ignore, Index.set_limits, limits["max_size"], limits["max_age"], limits["verify"]
+        )
+
     # -------------------------------------------------------------- steps
 
     async def call(

@@ -6,7 +6,6 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
@@ -94,7 +93,7 @@ class SharedIndex:
                 "verify": verify,
             }
             self.handle.ageless = age is None
-        self.handle.call_later(_ignore, Index.set_limits, size, age, verify)
+        self.handle.apply_limits()
         enforce = getattr(self.place, "enforce_bound", None)
         if enforce is not None and size is not None and (before is None or size < before):
             enforce()
@@ -122,10 +121,6 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
-
-
-def _ignore(_: object) -> None:
-    pass
 
 
 def _named(source: Store, source_id: SourceId) -> str:

@@ -22,7 +22,7 @@ BOUND = 400_000
 @pytest.fixture(autouse=True)
 def block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here blocks count, as everywhere outside the tests."""
-    monkeypatch.setattr("zcache._backends.directory.index.BLOCK_SIZE", None)
+    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
 
 
 def usage(root: Path) -> int:

@@ -18,7 +18,7 @@ from crashes import as_if_inside, child, wait
 from directories import INDEX, INDEX_FILES, closed, complete, open_store, reads, sizes_in
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache._backends.directory import files, index
-from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.directory.layout import Layout
 from zcache._core import Index
 from zcache.testing import FakeClock, entries, index_slot, is_complete, recency
 
@@ -275,20 +275,6 @@ async def test_open_scan_fails_in_the_background_the_source_serves(
     assert caplog.text.count("cannot be used any more") == 1
 
 
-async def test_recover_in_vain_the_directory_is_abandoned_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No read waits for an index that is never right."""
-    store, _ = open_store(tmp_path)
-    await write(store, "a", b"1")
-    monkeypatch.setattr(CacheDirectory, "start_over", lambda *_: None)
-    os.truncate(tmp_path / "cache" / INDEX / "head", 100)
-    assert await read_through(store, "a") == b"1"
-    await write(store, "a", b"2")
-    assert await read_through(store, "a") == b"2"
-    assert ["cannot be used any more" in message for message in caplog.messages] == [True]
-
-
 # ---------------------------------------------------------------------- what is not there
 
 
@@ -368,7 +354,7 @@ async def test_index_cannot_be_shared_is_kept_in_memory(
     def refuse(*_: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(CacheDirectory, "_attach", refuse)
+    monkeypatch.setattr(Layout, "open_index", refuse)
     store, source = open_store(tmp_path, max_size=100)
     assert "cannot be shared" in caplog.text
     assert index_slot(store) is None

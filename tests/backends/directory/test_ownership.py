@@ -22,7 +22,7 @@ from directories import tree
 from support import buf, check_quiet, fill, read, read_through, write
 from zcache import CacheStore
 from zcache._backends.directory import files
-from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.stamp import Stamp
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ async def test_file_system_without_locks_has_an_index_in_memory(
     def unsuitable(*_: object) -> None:
         raise OSError("the file system (NFS) does not share locks")
 
-    monkeypatch.setattr(CacheDirectory, "_attach", unsuitable)
+    monkeypatch.setattr(Layout, "open_index", unsuitable)
     store = open_store(tmp_path)
     assert "cannot be shared" in caplog.text
     for lost in ("NFS", "bound", "writes", "ends with it"):

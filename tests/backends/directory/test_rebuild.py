@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from zarr.storage import LocalStore
 
+from directories import complete
 from support import check_quiet, read
 from zcache import CacheStore
-from zcache._backends.directory import files
+from zcache._backends.directory import files, rebuild
 from zcache._backends.directory.scan import Scanner
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ import sys, time
 from pathlib import Path
 from zarr.storage import LocalStore
 from zcache import CacheStore
-from zcache._backends.directory import files, index
+from zcache._backends.directory import files, layout
 
-index.BLOCK_SIZE = 1
+layout.BLOCK_SIZE = 1
 where = Path(sys.argv[1])
 
 def never(*args):
@@ -120,6 +121,22 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
     store = open_store(where)
     assert store.cache_info()["cached_keys"] == 0
     assert await read_all(store) == VALUES
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_rebuild_no_thread_at_the_opening_is_made_up_for(
+    where: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    cache = LocalStore(where / "cache", read_only=read_only)
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild, "run_in_background", refuse)
+        store = CacheStore(LocalStore(where / "source"), cache_store=cache)
+    assert await read_all(store) == VALUES
+    await complete(store)
+    assert store.cache_info()["cached_keys"] == len(KEYS)
 
 
 def test_fork_while_another_thread_opens_keeps_no_lock(

@@ -121,15 +121,15 @@ class DirectoryBackend(Backend):
             # They stay, and this process serves them no more.
             return
         without = not self.shared.handle.usable
-        if without and directory.is_others:
+        if without and directory.layout.is_others:
             return
         if without:
-            directory.come_back()
+            directory.recovery.come_back()
 
         def remove() -> None:
             if without:
                 # First, so that nothing that is older is filled afterwards.
-                directory.tell_others()
+                directory.layout.tell_others()
             take_folder_bytes()
             failed = work()
             if folders := take_folder_bytes():
@@ -223,7 +223,7 @@ class DirectoryBackend(Backend):
         await self._remove_by_name(io, remove, begins=begins)
 
     def begin(self, io: IO) -> None:  # noqa: ARG002
-        self._directory.reclaim_dead()
+        self._directory.recovery.reclaim_dead()
 
     def recorded_size_and_checksum(self, name: str) -> tuple[int, int] | None:
         return recorded_size_and_checksum(os.path.join(self._root, name))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from zcache._backends.base import FillJob
+    from zcache._backends.directory.layout import Layout
     from zcache._core import FillResult, Index
     from zcache._runtime.circuit_breaker import Operation
     from zcache._runtime.io import IO
@@ -29,51 +30,55 @@ _POLL: Final = 0.005
 class DirectoryFiller:
     """Hands jobs to the core and collects how they ended.
 
+    Parameters
+    ----------
+    layout : Layout
+        The directory.
+    clock : callable
+        Seconds since 1970.
+    on_idle : callable
+        Called when fills have ended.
+
     Attributes
     ----------
     min_free_space : int or None
         Bytes of the volume that stay free; None for the default of the core.
     reads_only : bool
         Whether the directory is only read from.
-    folds_names : bool
-        Whether names that differ in case are one file; then only values with folded names are taken.
     """
 
     def __init__(
-        self,
-        root: str,
-        tmp: str,
-        clock: Callable[[], float],
-        on_idle: Callable[[], object],
-        source: bytes = bytes(8),
-        on_foreign: Callable[[], object] | None = None,
+        self, layout: Layout, clock: Callable[[], float], on_idle: Callable[[], object]
     ) -> None:
-        self._source = source
-        self._on_foreign = on_foreign
-        self._root = root
+        self._layout = layout
         self._clock = clock
-        self._tmp = tmp
         self._on_idle = on_idle
+        self._has_met_foreign = False
         self._fills: DirectoryFills | None = None
         self._jobs: dict[int, FillJob] = {}
         # Held from the hand-over to the note of the number. Reentrant: inside it the garbage collector
         # may end a reader.
         self._lock = threading.RLock()
         self.min_free_space: int | None = None
-        self.reads_only = self.folds_names = False
+        self.reads_only = False
         self._moved: Future[bool] | None = None
 
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""
+        layout = self._layout
         self._fills = DirectoryFills(
-            index, self._root, self._tmp, on_idle=self._on_idle, source=self._source
+            index,
+            layout.root,
+            layout.temporary.path,
+            on_idle=self._on_idle,
+            source=layout.digest,
         )
 
     def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
         fills = self._fills
         if fills is None:
             raise RuntimeError("the cache directory is not open")
-        if self.folds_names and fold(job.key) != job.key:
+        if self._layout.folds_names and fold(job.key) != job.key:
             # Another key may have the same file.
             raise ValueError(f"the volume does not tell {job.key!r} from {fold(job.key)!r}")
         with self._lock:
@@ -92,10 +97,10 @@ class DirectoryFiller:
         results = () if self._fills is None else self._fills.collect()
         if not results:
             return ()
-        if self._on_foreign is not None and any(map(_met_foreign, results)):
-            on_foreign, self._on_foreign = self._on_foreign, None
+        if not self._has_met_foreign and any(map(_met_foreign, results)):
+            self._has_met_foreign = True
             with contextlib.suppress(RuntimeError):
-                run_in_background(on_foreign)
+                run_in_background(self._layout.scanner.say_in_the_way)
         with self._lock:
             # Of a caller that was interrupted right after the hand-over there is no note.
             known = [(self._jobs.pop(one.id, None), one) for one in results]

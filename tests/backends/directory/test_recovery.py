@@ -1,4 +1,4 @@
-"""A participant that cannot use the index: others see what it writes, and it comes back."""
+"""A participant that cannot use the index: others see what it writes, and it comes back if it can."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from zarr.storage import LocalStore, MemoryStore
 from storm import get
 from support import buf, drained_sync
 from zcache import CacheStore
+from zcache._backends.directory.recovery import Recovery
 from zcache._index import shared
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import SyncIO
@@ -76,11 +77,11 @@ def give_up(store: CacheStore) -> None:
     """What happens where the index could not be used for a second."""
     handle_of(store).abandon(OSError(errno.EMFILE, "no descriptors"))
     # It does not come back for the time of the test.
-    store._cache.shared.place._last_try = time.monotonic() + 3600
+    store._cache.shared.place.recovery._last_try = time.monotonic() + 3600
 
 
 def come_back(store: CacheStore) -> None:
-    store._cache.shared.place._last_try = 0.0
+    store._cache.shared.place.recovery._last_try = 0.0
     deadline = time.monotonic() + 20
     while not handle_of(store).usable:
         get(store, KEYS[0])
@@ -195,8 +196,26 @@ def test_the_cache_of_another_source_is_left_alone(
 ) -> None:
     one, _ = both
     give_up(one)
-    one._cache.shared.place.is_others = True
+    one._cache.shared.place.layout.is_others = True
     file = tmp_path / "cache" / KEYS[1]
     assert file.exists()
     put(one, KEYS[1], b"new")
     assert file.exists()
+
+
+def test_recovery_in_vain_the_directory_is_abandoned_with_one_line(
+    tmp_path: Path,
+    source: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No read waits for an index that is never right."""
+    store = participant(tmp_path / "cache", source)
+    assert get(store, KEYS[1]) == b"old"
+    drained_sync(store)
+    monkeypatch.setattr(Recovery, "start_over", lambda *_: None)
+    os.truncate(tmp_path / "cache/.zcache/index/head", 100)
+    assert get(store, KEYS[1]) == b"old"
+    put(store, KEYS[1], b"new")
+    assert get(store, KEYS[1]) == b"new"
+    assert ["cannot be used any more" in message for message in caplog.messages] == [True]

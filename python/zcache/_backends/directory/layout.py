@@ -1,0 +1,171 @@
+"""What zcache keeps in a cache directory beside the values, and which source the directory belongs to."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from typing import Any, Final
+
+from zcache._backends.directory import files
+from zcache._backends.directory.scan import Scanner
+from zcache._backends.directory.stamp import Stamp
+from zcache._backends.directory.temporary import TemporaryFiles
+from zcache._core import Index
+
+BLOCK_SIZE: int | None = None
+"""Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
+_TICK: Final = 0.001
+"""Seconds; file systems do not tell shorter times apart."""
+
+
+class Layout:
+    """The folders of a cache directory, its stamp, and the files of its index.
+
+    Parameters
+    ----------
+    root : path
+        The directory.
+    source : str or None
+        Name of the source; None for a directory of which nothing is used.
+
+    Attributes
+    ----------
+    digest : bytes
+        Short name of the source, as it is recorded with each value.
+    scanner : Scanner
+        Finds the values, whether or not the index knows them.
+    temporary : TemporaryFiles
+        The unfinished files.
+    stamp : Stamp
+        Says which source the directory belongs to; there once it is claimed.
+    is_others : bool
+        Whether it is, by now, the cache of another source.
+    folds_names : bool
+        Whether names that differ in case are one file.
+    """
+
+    stamp: Stamp
+
+    def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
+        self.root = os.path.abspath(root)
+        self.source = source
+        self.reserved = os.path.join(self.root, ".zcache")
+        self.index_root = os.path.join(self.reserved, "index")
+        self.digest = hashlib.sha256((source or "").encode()).digest()[:8]
+        self.scanner = Scanner(self.root, self.reserved, self.digest)
+        self.temporary = TemporaryFiles(self.reserved, self.index_root)
+        self.is_others = self.folds_names = False
+        self._block_size = 1
+
+    def claim(self, *, adopt: bool) -> None:
+        """See whose the directory is, make what is missing of it, and see what its volume is like.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If it belongs to somebody else.
+        OSError
+            If it cannot be used.
+        """
+        self.stamp = Stamp(self.root, self.reserved, self.source or "", adopt=adopt)
+        self.make_folders()
+        unit = BLOCK_SIZE
+        if unit is None:
+            try:
+                unit = files.block_size(self.temporary.path)
+            except OSError:
+                # A full volume, say, which takes in nothing now.
+                unit = os.statvfs(self.root).f_frsize
+        self._block_size = unit
+        self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
+
+    def check(self) -> None:
+        """See once more whose the directory is: others may have taken it over or removed it.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If it belongs to somebody else.
+        OSError
+            If it cannot be used.
+        """
+        self.stamp.check(adopt=False)
+        self.make_folders()
+
+    def make_folders(self) -> None:
+        """Make what is missing of the folders."""
+        mode = 0o700 | os.stat(self.root).st_mode & 0o777
+        os.makedirs(self.index_root, mode=mode, exist_ok=True)
+        os.makedirs(self.temporary.path, mode=mode, exist_ok=True)
+
+    def note_doubt(self) -> None:
+        """Have the next scan take in only what is recorded to be the source's, where all else is gone."""
+        if self.stamp.is_doubtful:
+            self.scanner.strict = True
+            self.stamp.is_doubtful = False
+
+    def note_owner(self, failure: Exception) -> None:
+        """Note whether the directory is the cache of another source, which is left alone."""
+        stamp = os.path.join(self.reserved, "stamp.json")
+        self.is_others = isinstance(failure, ValueError) and os.path.lexists(stamp)
+
+    def is_empty(self) -> bool:
+        """Whether there are no values."""
+        ranges = os.path.join(self.reserved, "ranges")
+        return os.listdir(self.root) == [".zcache"] and not os.path.exists(ranges)
+
+    # ------------------------------------------------------------ the index
+
+    def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
+        """These limits of an index, counted in blocks of the volume."""
+        return {**limits, "unit": self._block_size}
+
+    def open_index(self, limits: dict[str, Any], until: float) -> tuple[Index, bool]:
+        """Open the index, and say whether it is new.
+
+        Raises
+        ------
+        IndexBusyError
+            If another process holds its lock at the time `until`, on the clock of `time.monotonic`.
+        OSError
+            If it cannot be used.
+        """
+        patience = max(0.0, until - time.monotonic())
+        return Index.open(self.index_root, seed=new_seed(), timeout=patience, **limits)
+
+    def tell_others(self) -> None:
+        """Say that the source is changed by somebody who cannot use the index.
+
+        A step that finds another time of the lock file than the last one ends all reads of the source
+        that have begun before: what they bring is not cached.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+        lock = os.path.join(self.index_root, "lock")
+        try:
+            before = os.stat(lock).st_mtime_ns
+            try:
+                now = time.time_ns()
+                os.utime(lock, ns=(now, now))
+            except PermissionError:
+                # It is another user's, who lets us write: then it can be set to the time of now only.
+                os.utime(lock)
+                while os.stat(lock).st_mtime_ns == before:
+                    time.sleep(_TICK)
+                    os.utime(lock)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # Whoever makes it anew begins with what is there then.
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            # Where nothing can be written, only what is there already can be served.
+
+
+def new_seed() -> int:
+    """A number that cannot be guessed, for the hashes of an index."""
+    return int.from_bytes(os.urandom(8), "little")

@@ -1,0 +1,95 @@
+"""Rebuilds of the index of a cache directory, in the background."""
+
+from __future__ import annotations
+
+import weakref
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Final
+
+from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
+from zcache._runtime.threads import run_in_background
+
+if TYPE_CHECKING:
+    from zcache._backends.directory.layout import Layout
+
+REBUILD_PATIENCE: Final = LOCK_TIMEOUT
+"""Seconds that the opening of a directory waits in all, for the lock of its index, a rebuild, or another
+process that takes the directory over. Then that goes on in the background, and nothing is cached meanwhile."""
+
+
+class Rebuild:
+    """Has an empty index filled from a scan; until that is done it takes nothing in.
+
+    Parameters
+    ----------
+    layout : Layout
+        The directory.
+    handle : IndexHandle
+        The index.
+    """
+
+    def __init__(self, layout: Layout, handle: IndexHandle) -> None:
+        self._layout = layout
+        # A rebuild keeps nothing alive: once all stores are gone it comes to nothing, and the next process
+        # that opens the directory sees that its rebuild owner is gone.
+        self._handle = weakref.ref(handle)
+        # Why the index has to be filled, where no thread could be started for that.
+        self._due: str | None = None
+
+    def here(self, why: str) -> None:
+        """Fill the index in this thread."""
+        handle = self._handle
+        self._layout.scanner.rebuild(lambda: _usable(handle()), why)
+
+    def begin(self, why: str) -> Future[None] | None:
+        """Fill the index in the background.
+
+        None where no thread can be started: it is tried again, unless there is so little to scan that it was
+        done here.
+        """
+        self._due = None
+        scanner, handle = self._layout.scanner, self._handle
+        try:
+            return run_in_background(lambda: scanner.rebuild(lambda: _usable(handle()), why))
+        except RuntimeError:  # No thread, or the process is about to end.
+            pass
+        # There is no stamp where the directory is only read from.
+        if not scanner.only_looks and (self._layout.stamp.is_foreign or self._layout.is_empty()):
+            self.here(why)
+        else:
+            self._due = why
+        return None
+
+    def begin_watched(self, why: str) -> None:
+        """Fill the index in the background, and do without the directory where that fails."""
+        work = self.begin(why)
+        if work is not None:
+            self.watch(work)
+
+    def begin_if_due(self) -> None:
+        """Begin what no thread could be started for."""
+        if self._due is not None:
+            self.begin_watched(self._due)
+
+    def wait(self, work: Future[None], seconds: float | None) -> None:
+        """Wait for a rebuild; after `seconds` it goes on in the background."""
+        wait([work], seconds)
+        if work.done():
+            work.result()
+        else:
+            self.watch(work)
+
+    def watch(self, work: Future[None]) -> None:
+        """Let a rebuild go on in the background, and do without the directory where it fails."""
+        handle = self._handle
+
+        def ended(work: Future[None]) -> None:
+            failure = work.exception()
+            if failure is not None and (found := handle()) is not None:
+                found.abandon(failure)
+
+        work.add_done_callback(ended)
+
+
+def _usable(handle: IndexHandle | None) -> IndexHandle | None:
+    return handle if handle is not None and handle.usable else None

@@ -1,0 +1,177 @@
+"""How a cache directory is used again: after damage of its index, a loss, or the death of a participant."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from zcache._backends.directory.layout import new_seed
+from zcache._backends.directory.rebuild import REBUILD_PATIENCE
+from zcache._core import CorruptIndexError
+from zcache._runtime.threads import run_in_background
+from zcache.exceptions import CacheOwnershipError
+
+if TYPE_CHECKING:
+    from zcache._backends.directory.filler import DirectoryFiller
+    from zcache._backends.directory.layout import Layout
+    from zcache._backends.directory.rebuild import Rebuild
+    from zcache._index.handle import IndexHandle
+
+logger = logging.getLogger("zcache")
+
+_MOMENTARY: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EIO}
+)
+"""Errors of a file system after which a recovery is tried again, ..."""
+_MOMENT: Final = 0.05
+"""... after so many seconds."""
+RECLAIM_EVERY: Final = 1.0
+"""Seconds between two looks for participants that have died, and two tries to use a directory again."""
+
+
+class Recovery:
+    """Brings the index of a directory back into use.
+
+    Parameters
+    ----------
+    layout : Layout
+        The directory.
+    handle : IndexHandle
+        Its index.
+    filler : DirectoryFiller
+        Carries out fills.
+    rebuild : Rebuild
+        Fills an empty index.
+    """
+
+    def __init__(
+        self, layout: Layout, handle: IndexHandle, filler: DirectoryFiller, rebuild: Rebuild
+    ) -> None:
+        self._layout = layout
+        self._handle = handle
+        self._filler = filler
+        self._rebuild = rebuild
+        self._last_reclaim = self._last_try = 0.0
+        # The handle must not keep alive what keeps it alive.
+        this = weakref.ref(self)
+        handle.recover = lambda error: _recover(this(), error)
+
+    def start_over(self, why: str) -> None:
+        """Empty an index that is damaged, and fill it from a scan; runs in a thread."""
+        layout, handle = self._layout, self._handle
+        index = handle.index
+        if not index.shared:
+            # On the heap only this process can have done it.
+            handle.abandon(CorruptIndexError(why))
+            return
+        try:
+            layout.check()
+            layout.scanner.outdate()
+            ours = index.restart(new_seed())
+            # Somebody may have removed the directory meanwhile, and others may have made it anew.
+            layout.check()
+            layout.note_doubt()
+            if layout.stamp.is_foreign:
+                raise ValueError(f"the directory {layout.root} belongs to another source now")  # noqa: TRY301
+        except OSError as failure:
+            if failure.errno in _MOMENTARY:
+                time.sleep(_MOMENT)
+                return  # The next step finds the same, and comes back here.
+            handle.abandon(failure)
+            return
+        except (ValueError, CorruptIndexError) as failure:
+            layout.note_owner(failure)
+            handle.abandon(failure)
+            return
+        except RuntimeError:
+            return  # The lock is taken: the next step waits for it, and comes back here.
+        if ours:
+            try:
+                layout.temporary.sweep()
+            except OSError as error:  # The next look for the dead does it.
+                logger.debug("unfinished files of %s stay: %r", layout.root, error)
+            self._rebuild.begin_watched(why)
+
+    def come_back(self) -> None:
+        """Try in the background to use the directory again, at most once in `RECLAIM_EVERY` seconds."""
+        now = time.monotonic()
+        unused = self._handle.usable or self._layout.source is None
+        if unused or now - self._last_try < RECLAIM_EVERY:
+            return
+        self._last_try = now
+        this = weakref.ref(self)
+        with contextlib.suppress(RuntimeError):  # No thread now.
+            run_in_background(lambda: _come_back(this()))
+
+    def come_back_now(self) -> None:
+        """Use the directory again, if that is possible."""
+        layout, handle = self._layout, self._handle
+        lost = handle.lost
+        try:
+            layout.claim(adopt=False)
+            handle.limits = layout.with_unit(handle.limits)
+            if lost is None:
+                until = time.monotonic() + REBUILD_PATIENCE
+                index, is_new = layout.open_index(handle.limits, until)
+            else:
+                index, is_new = lost, lost.rejoin(new_seed())
+            layout.stamp.check(adopt=False)
+            layout.note_doubt()
+            if layout.stamp.is_foreign:
+                raise CacheOwnershipError("another source has it")
+        except (OSError, RuntimeError, ValueError) as error:
+            layout.note_owner(error)
+            logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)
+            return
+        layout.is_others = False
+        if lost is None:
+            self._filler.start(index)
+        handle.restore(index)
+        handle.apply_limits()
+        if is_new:
+            self._rebuild.begin_watched("it was not used for a while")
+
+    def reclaim_dead(self) -> None:
+        """Take over from processes that have died, at most once in `RECLAIM_EVERY` seconds."""
+        handle = self._handle
+        if not handle.usable:
+            self.come_back()
+            return
+        now = time.monotonic()
+        if now - self._last_reclaim < RECLAIM_EVERY:
+            return
+        self._last_reclaim = now
+        self._rebuild.begin_if_due()
+        index = handle.index
+        if not index.shared or self._filler.reads_only:
+            return
+        # Where the directory itself is gone, the step finds out.
+        with contextlib.suppress(OSError):
+            self._layout.stamp.keep()
+            self._layout.make_folders()
+        try:
+            dead, rebuild_owner_died = index.reclaim_dead()
+            if dead:
+                self._layout.temporary.sweep()
+        except CorruptIndexError as error:
+            handle.resolve(error)
+            return
+        except (RuntimeError, OSError):
+            return
+        if rebuild_owner_died:
+            # In a thread, for that reads and makes files.
+            handle.resolve(CorruptIndexError("the process that rebuilt it has died"))
+
+
+def _recover(recovery: Recovery | None, error: Exception) -> None:
+    if recovery is not None:
+        recovery.start_over(str(error))
+
+
+def _come_back(recovery: Recovery | None) -> None:
+    if recovery is not None:
+        recovery.come_back_now()

@@ -1,0 +1,179 @@
+//! Removes values, and never another's file. What cannot be removed gets a tombstone.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, open, unlinkat};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::folders::{leads_outside, make_folders, prune};
+use super::ownership::{Owner, holds, owner};
+use super::value_file::open_cached;
+use crate::key::ByteRange;
+
+/// Directory of the tombstones of values that are no longer valid but could not be deleted.
+const DROPPED: &str = ".zcache/dropped";
+
+/// Directory of the files of ranges.
+const RANGES: &str = ".zcache/ranges";
+
+/// Removes a file if zcache wrote it. Returns whether there is no file now.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove(path: &Path) -> io::Result<bool> {
+    removed(remove_owned(path, &[Owner::Ours, Owner::Pending]))
+}
+
+/// Removes a file if zcache wrote it and never sealed it. Returns whether there is no file now.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove_pending(path: &Path) -> io::Result<bool> {
+    removed(remove_owned(path, &[Owner::Pending]))
+}
+
+fn removed(result: rustix::io::Result<bool>) -> io::Result<bool> {
+    match result {
+        // Nothing is there, or no file can have such a name.
+        Err(
+            Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::NAMETOOLONG
+            | Errno::INVAL
+            | Errno::ILSEQ
+            | Errno::LOOP,
+        ) => Ok(true),
+        removed => Ok(removed?),
+    }
+}
+
+fn remove_owned(path: &Path, owners: &[Owner]) -> rustix::io::Result<bool> {
+    if !owners.contains(&owner(path)?) {
+        return Ok(false);
+    }
+    unlinkat(CWD, path, AtFlags::empty())?;
+    Ok(true)
+}
+
+/// Removes the value of this name from a cache directory, and the folders above it that are empty
+/// then. A file that zcache did not write stays, and is no error.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
+    remove_value(root, name).map(drop)
+}
+
+/// The same; false where a file is there that is not ours, and stays.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn remove_value(root: &Path, name: &Path) -> io::Result<bool> {
+    if leads_outside(root, name) {
+        return Ok(true);
+    }
+    let path = root.join(name);
+    let gone = remove(&path)?;
+    if gone {
+        prune(root, name);
+    }
+    // A folder is no value.
+    Ok(gone || path.is_dir())
+}
+
+/// Removes a value that the index knows by its size and its CRC32C, whatever its times say.
+///
+/// # Errors
+///
+/// Where the file system refuses; `EEXIST` where another file is in its place, which stays.
+pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::Result<()> {
+    if remove_value(root, name)? {
+        return Ok(());
+    }
+    let path = root.join(name);
+    match known {
+        Some((size, checksum)) if holds(&path, size, checksum)? => {
+            unlinkat(CWD, &path, AtFlags::empty())?;
+            prune(root, name);
+            Ok(())
+        }
+        _ => Err(Errno::EXIST.into()),
+    }
+}
+
+/// The name of the directory of a key's ranges, and what their file names begin with.
+fn ranges_of(key: &str) -> (PathBuf, String) {
+    let (above, tail) = key.rsplit_once('/').unwrap_or(("", key));
+    (Path::new(RANGES).join(above), format!("{tail}@"))
+}
+
+/// Removes what is stored of a key, its ranges included, whether or not an index lists it. Returns
+/// what could not be removed.
+#[must_use]
+pub fn remove_key(root: &Path, key: &str) -> Vec<(String, io::Error)> {
+    let mut failed = Vec::new();
+    if let Err(error) = remove_below(root, Path::new(key)) {
+        failed.push((key.to_owned(), error));
+    }
+    let (ranges, prefix) = ranges_of(key);
+    let found = match std::fs::read_dir(root.join(&ranges)) {
+        Ok(found) => found,
+        Err(error) => {
+            if !is_absence(&error) {
+                failed.push((format!("{RANGES}/{key}@0-"), error));
+            }
+            return failed;
+        }
+    };
+    for entry in found {
+        let Ok(entry) = entry else { break };
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| name.starts_with(&prefix)) else {
+            continue;
+        };
+        let name = format!("{}/{name}", ranges.display());
+        let is_range = ByteRange::parse(&name).is_some_and(|(of, _)| of == key);
+        if is_range && let Err(error) = remove_below(root, Path::new(&name)) {
+            failed.push((name, error));
+        }
+    }
+    failed
+}
+
+/// Whether nothing can be stored of a key, as far as that is known without waiting for a disk.
+#[must_use]
+pub fn is_absent(root: &Path, key: &str) -> bool {
+    let absent = |path: &Path| open_cached(path).is_err_and(|error| is_absence(&error));
+    absent(&root.join(key)) && absent(&root.join(ranges_of(key).0))
+}
+
+/// Whether an error says that there is no such file.
+fn is_absence(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory)
+}
+
+/// Writes a tombstone for a value that is no longer valid but could not be deleted.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn write_tombstone(root: &Path, name: &str) -> io::Result<()> {
+    let digest = Sha256::digest(name.as_bytes());
+    // The Python side derives the same name.
+    let digest: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
+    if leads_outside(root, &Path::new(DROPPED).join(&digest)) {
+        return Err(Errno::LOOP.into());
+    }
+    let path = root.join(DROPPED);
+    make_folders(&path)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    open(path.join(digest), flags, Mode::from_raw_mode(0o666))?;
+    Ok(())
+}

@@ -1,0 +1,26 @@
+//! A cache directory and the space on its volume.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/place.rs"]
+mod place;
+
+use zcache::disk;
+
+use place::Place;
+
+#[test]
+fn space_of_a_volume_is_known() {
+    let place = Place::new("space");
+    let disk::Space {
+        free, total: all, ..
+    } = disk::space(&place.0).unwrap();
+    assert!(free <= all && all > 0);
+    assert!(disk::space(&place.at("nowhere")).is_err());
+}

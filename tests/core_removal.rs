@@ -1,0 +1,53 @@
+//! Values are removed only if zcache wrote them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/place.rs"]
+mod place;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::{Duration, UNIX_EPOCH};
+
+use zcache::disk::ownership::{PENDING, SIGNATURE};
+use zcache::disk::{removal, value_file};
+
+use place::Place;
+
+const FETCHED: i64 = 1_700_000_000_123_000_000;
+
+#[test]
+fn remove_file_of_others_is_left_alone() {
+    let place = Place::new("foreign");
+    let theirs = place.at("theirs");
+    fs::write(&theirs, "theirs").unwrap();
+    let file = fs::File::options().write(true).open(&theirs).unwrap();
+    for signature in [0, SIGNATURE - 1, PENDING + 1] {
+        let time = u64::try_from(FETCHED + signature).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_nanos(time))
+            .unwrap();
+        assert!(!removal::remove(&theirs).unwrap());
+    }
+    // A directory and a link to a file of ours are none of ours.
+    assert!(!removal::remove(&place.0).unwrap());
+    value_file::create(&place.at("1"), b"ours", FETCHED + SIGNATURE, [0; 8]).unwrap();
+    symlink(place.at("1"), place.at("link")).unwrap();
+    assert!(!removal::remove(&place.at("link")).unwrap());
+    assert!(place.at("1").exists() && theirs.exists());
+}
+
+#[test]
+fn write_tombstone_name_is_its_digest() {
+    let place = Place::new("tombstone");
+    removal::write_tombstone(&place.0, "a/c/0").unwrap();
+    removal::write_tombstone(&place.0, "a/c/0").unwrap();
+    // The first 128 bits of SHA-256, as `sha256sum` gives it.
+    let expected = place.at(".zcache/dropped/f3dcb708e290f0ccf64b51ce43d598d5");
+    assert!(expected.exists());
+}
