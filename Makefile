@@ -104,8 +104,12 @@ soak: env-newest ## long random runs with faults and kills
 	.venvs/newest/bin/python tests/soak.py $(ARGS)
 
 .PHONY: wheel
-wheel: ## one abi3 wheel in dist/
+wheel: ## one abi3 wheel in dist/, on Linux for glibc 2.17 and later
 	@'$(PYTHON)' scripts/envs.py wheel
+
+.PHONY: reproduce
+reproduce: ## build the wheel of the last commit twice, in two folders, and compare the bytes
+	@'$(PYTHON)' scripts/reproduce.py
 
 .PHONY: clean
 clean: ## remove all that make has made

@@ -2,8 +2,8 @@
 
     python3 scripts/envs.py TARGET...
 
-    build   maturin and nothing else, on the interpreter that runs this script
-    wheel   one abi3 wheel, built by `build`
+    build   maturin and zig, nothing else, on the interpreter that runs this script
+    wheel   one abi3 wheel, built by `build`; on Linux for glibc 2.17 and later
     base    every extra and the wheel, on the interpreter that runs this script
     newest  the same on the newest CPython found; a link to `base` where that is as new
     demo    the extra `demo` alone and the wheel, on the newest CPython: shows that it is complete
@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,10 @@ WHEEL_INPUTS = (
 EDITABLE_INPUTS = tuple(
     name for name in WHEEL_INPUTS if name not in {"python", "README.md", "LICENSE"}
 )
+
+# The wheel is linked by zig, which knows the symbols of each glibc, so that it runs on systems much older than this one.
+ZIG = "ziglang>=0.17,<0.18"
+USES_ZIG = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 EXTRAS = {"base": ("test", "lint", "bench", "demo", "examples"), "demo": ("demo",)}
 EXTRAS["newest"] = EXTRAS["dev"] = EXTRAS["base"]
@@ -169,7 +174,7 @@ def requirements(role: str) -> list[str]:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     maturin = list(config["build-system"]["requires"])
     if role == "build":
-        return maturin
+        return [*maturin, ZIG] if USES_ZIG else maturin
     project = config["project"]
     wanted = list(project["dependencies"])
     if role == "dev":
@@ -223,8 +228,43 @@ def digest(inputs: tuple[str, ...]) -> str:
 
 
 def need_cargo() -> None:
-    if not shutil.which("cargo"):
-        raise EnvsError("no cargo on PATH; zcache needs a Rust toolchain to build")
+    for tool in ("cargo", "rustc"):
+        if not shutil.which(tool):
+            raise EnvsError(f"no {tool} on PATH; zcache needs a Rust toolchain to build")
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def wheel_settings() -> tuple[list[str], dict[str, str]]:
+    """Arguments of maturin, and variables, with which one commit gives the same bytes in each folder."""
+    rustc = dict(
+        line.split(": ", 1) for line in output("rustc", "-vV").splitlines() if ": " in line
+    )
+    arguments = ["--release", "--locked"]
+    if USES_ZIG:
+        # With --target the flags below are not those of build scripts, which run here.
+        target = ("--target", rustc["host"])
+        arguments += ["--zig", "--compatibility", "manylinux2014", *target]
+    cargo = os.environ.get("CARGO_HOME") or Path.home() / ".cargo"
+    library = f"{output('rustc', '--print', 'sysroot')}/lib/rustlib/src/rust"
+    shown = {ROOT: "zcache-source", cargo: "cargo-home", library: f"/rustc/{rustc['commit-hash']}"}
+    flags = [f"--remap-path-prefix={path}={name}" for path, name in shown.items()]
+    # Where there is no git there is no commit: the first date that a zip file can have.
+    epoch = output("git", "log", "-1", "--format=%ct") or "315532800"
+    return arguments, {
+        # In this form a flag may have spaces.
+        "CARGO_ENCODED_RUSTFLAGS": "\x1f".join(flags),
+        "SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH") or epoch,
+    }
 
 
 def wheel(base: Interpreter) -> tuple[Path, str]:
@@ -233,7 +273,8 @@ def wheel(base: Interpreter) -> tuple[Path, str]:
     # Before the digest: cargo writes Cargo.lock where there is none, and that file is an input.
     if not (ROOT / "Cargo.lock").exists():
         run("cargo", "generate-lockfile")
-    wanted = digest(WHEEL_INPUTS)
+    arguments, environ = wheel_settings()
+    wanted = "\n".join([digest(WHEEL_INPUTS), *arguments, environ["SOURCE_DATE_EPOCH"]])
     stamp = DIST / "wheel-key"
     built = sorted(DIST.glob("zarr_zcache-*.whl"))
     if len(built) != 1 or read(stamp) != wanted:
@@ -241,17 +282,9 @@ def wheel(base: Interpreter) -> tuple[Path, str]:
         say("dist: building the wheel (release profile)")
         for old in (*built, stamp):
             old.unlink(missing_ok=True)
-        locked = ["--locked"] if os.environ.get("CI") else []
-        run(
-            python.with_name("maturin"),
-            "build",
-            "--release",
-            *locked,
-            "--out",
-            DIST,
-            "--interpreter",
-            python,
-        )
+        environ["CARGO_ZIGBUILD_PYTHON_PATH"] = str(python)
+        maturin = python.with_name("maturin")
+        run(maturin, "build", *arguments, "--out", DIST, "--interpreter", python, **environ)
         built = sorted(DIST.glob("zarr_zcache-*.whl"))
         if len(built) != 1 or "-abi3-" not in built[0].name:
             raise EnvsError(f"wanted one abi3 wheel, maturin made {[path.name for path in built]}")
