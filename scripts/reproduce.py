@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(folder: Path, **environ: str) -> Path:
+def build(repository: Path, folder: Path, **environ: str) -> Path:
     """Clone the last commit into a folder, and build its wheel as `make wheel` does."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)
     script = str(folder / "scripts" / "envs.py")
     subprocess.run([sys.executable, script, "wheel"], env={**os.environ, **environ}, check=True)
     (wheel,) = (folder / "dist").glob("*.whl")
@@ -46,11 +46,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="zcache-") as top:
-        first = build(Path(top) / "one" / "zcache")
+        one, other = Path(top) / "one" / "zcache", Path(top) / "another folder" / "of" / "zcache"
+        first = build(ROOT, one)
         cargo = Path(top) / "cargo home"
         cargo.mkdir()
         os.umask(0o077)
-        second = build(Path(top) / "another folder" / "of" / "zcache", CARGO_HOME=str(cargo))
+        # Of the first one: there may be another commit by now.
+        second = build(one, other, CARGO_HOME=str(cargo))
         equal = first.name == second.name and first.read_bytes() == second.read_bytes()
         if not equal:
             print(*differences(first, second), sep="\n")

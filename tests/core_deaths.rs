@@ -94,7 +94,7 @@ impl World {
         for _ in 0..3 {
             match index.step(sleep, &mut work) {
                 Ok(answer) => return answer,
-                Err(StepError::Busy) => panic!("nobody holds the lock"),
+                Err(StepError::Busy) => panic!("the lock is free"),
                 Err(StepError::Failed(_)) => {
                     if index.restart(7).unwrap() {
                         self.rebuild(index);

@@ -26,7 +26,7 @@ KEYS = 40
 
 
 def value(key: int) -> bytes:
-    """The only value that a key has that nobody writes."""
+    """The only value of a key that is never written."""
     return b"%08d" % key * 50
 
 

@@ -3,7 +3,7 @@
 Times are seconds on the clock of the index: since 1970 for the index of a directory, on any clock that
 does not run backwards for one on the heap. Sizes are bytes. A byte range is None for the whole value,
 ``(1, start, end)``, ``(2, start, 0)`` for all from there on, or ``(3, count, 0)`` for the last bytes. A
-victim is the number of an entry and the name of its bytes in the cache store: whoever gets one deletes the
+victim is the number of an entry and the name of its bytes in the cache store: the caller that gets one deletes the
 bytes and says so.
 
 A method of an index that other processes share raises `IndexBusyError` if another process holds the lock for
@@ -184,7 +184,7 @@ class Index:
     verify : {"never", "first", "always"}, optional
         At which hits the bytes are compared with their checksum.
     seed : int, optional
-        Seed of the hashes. Default is None: one that nobody can guess.
+        Seed of the hashes. Default is None: one that cannot be guessed.
     complete : bool, optional
         Whether the index knows all that is in the cache store. If not, `reserve` rejects with "rebuilding"
         until `finish_rebuild`.
@@ -340,10 +340,10 @@ class Index:
         """
 
     def release(self, reservation: Reservation, /) -> list[_Victim]:
-        """Give a reservation back whose bytes were not written, or nobody knows; returns what to delete."""
+        """Give a reservation back whose bytes were not written, as far as is known; returns what to delete."""
 
     def abandon(self, reservation: Reservation, /) -> None:
-        """Give it back where nobody deletes anything: what it has begun counts as a failed delete."""
+        """Give it back without a delete: what it has begun counts as a failed delete."""
 
     def confirm_deletes(self, dropped: list[int], failed: list[int], /) -> None:
         """Report deletes that no reservation waits for, by the numbers of their entries."""
@@ -574,7 +574,7 @@ class DirectoryFills:
         """Bytes of the values that have not ended."""
 
     def abandon(self) -> None:
-        """In a forked child: let go of everything, without waiting for a lock."""
+        """In a forked child: drop everything, without waiting for a lock."""
 
 def open_cached(path: str, /) -> int:
     """Open a file for reading if that needs no disk; `BlockingIOError` if it does."""
@@ -598,7 +598,7 @@ def file_holds(path: str, size: int, checksum: int, /) -> bool:
     """Whether a regular file has this size and this CRC32C."""
 
 def file_owner(path: str, /) -> Literal["ours", "pending", "foreign"]:
-    """Whose a file is, by its time or by the note beside it."""
+    """The owner of a file, by its time or by the note beside it."""
 
 def read_record(path: str, /) -> tuple[int, int, bool, int, bytes] | None:
     """What is noted beside a value.

@@ -245,7 +245,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.tally.stats()
     }
 
-    /// The counters, for whoever reads them without the lock.
+    /// The counters, to be read without the lock.
     #[must_use]
     pub fn tally(&self) -> Arc<Tally> {
         Arc::clone(&self.tally)

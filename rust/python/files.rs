@@ -80,7 +80,7 @@ pub(super) fn remove_key<'py>(
 #[pyfunction]
 #[pyo3(signature = (root, key, /))]
 pub(super) fn is_absent(root: &str, key: &str) -> bool {
-    // It does not wait, so nobody else needs the interpreter meanwhile.
+    // It does not wait, so no other thread needs the interpreter meanwhile.
     removal::is_absent(Path::new(root), key)
 }
 

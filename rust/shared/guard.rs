@@ -3,7 +3,7 @@
 //! To touch a page of a mapped file that the file has not any more, or that cannot be read or
 //! allocated, ends a process by `SIGBUS`. Here it does not: the handler puts an empty page in its place,
 //! and the mapping is marked, so that the step fails at its end. What a step finds in the page does no
-//! harm, for no number in a mapping is trusted. A fault anywhere else goes to whoever had the signal
+//! harm, for no number in a mapping is trusted. A fault anywhere else goes to the handler that had the signal
 //! before.
 //!
 //! What remains: who sets another handler later, and does not pass on what is not its own, takes this
@@ -168,7 +168,7 @@ mod handler {
         pass_on(signal, info, context);
     }
 
-    /// It is not ours: whoever had the signal before gets it.
+    /// It is not ours: the handler that had the signal before gets it.
     fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
         let Some(before) = BEFORE.get() else { return };
         let handler = before.sa_sigaction;

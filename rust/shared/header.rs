@@ -47,7 +47,7 @@ pub(super) struct FileHeader {
     pub(super) cells: u64,
     pub(super) directory: u64,
     pub(super) strings: u64,
-    /// Modification time of the lock file. Whoever cannot use the index but changes the source sets
+    /// Modification time of the lock file. A process that cannot use the index but changes the source sets
     /// another one.
     pub(super) mark: [i64; 2],
     /// Identifies the boot of the machine.

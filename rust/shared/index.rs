@@ -302,7 +302,7 @@ impl<T: Clone> SharedIndex<T> {
         })
     }
 
-    /// The counters, for whoever reads them without the lock.
+    /// The counters, to be read without the lock.
     #[must_use]
     pub fn tally(&self) -> Arc<Tally> {
         self.cache.tally()

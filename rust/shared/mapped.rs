@@ -461,7 +461,7 @@ fn new_name(name: &str) -> String {
     format!("{name}.new")
 }
 
-/// What whoever cannot use the index changes of the lock file, to say that the source was changed.
+/// What a process that cannot use the index changes of the lock file, to say that the source was changed.
 fn mark(lock: &Stat) -> [i64; 2] {
     [lock.st_mtime, lock.st_mtime_nsec as i64]
 }

@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 from directories import tree
 from support import buf, check_quiet, quiet, read_through, write
 from zcache import CacheStore
-from zcache._backends.tombstones import buried, key_of, tombstone
+from zcache._backends.tombstones import key_of, tombstone, with_tombstone
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def test_tombstone_of_each_name_is_its_own() -> None:
     names = ["a", "a/b", ".zcache/ranges/a/b@3-5", "\udcff"]
     assert [key_of(name) for name in names] == ["a", "a/b", "a/b", "\udcff"]
     assert len({tombstone(name) for name in names}) == len(names)
-    assert buried([tombstone("a/b"), tombstone("a")], names) == ["a", "a/b"]
-    assert buried([], names) == []
+    assert with_tombstone([tombstone("a/b"), tombstone("a")], names) == ["a", "a/b"]
+    assert with_tombstone([], names) == []
 
 
 # ------------------------------------------------------------------- directories

@@ -163,7 +163,7 @@ class _Opening:
     def _without(self, error: CacheOwnershipError) -> SharedIndex:
         """Nothing is cached: the directory is in use for another source without a name."""
         directory = CacheDirectory.unopened(self.cache.root, self.limits, self.clock or time.time)
-        # Whoever keeps a log would keep the frames, and they the index that is in use.
+        # A log record would keep the frames, and they the index that is in use.
         directory.handle.abandon(error.with_traceback(None))
         shared = self._new(directory.handle, time.time)
         shared.place = directory

@@ -25,7 +25,7 @@ def tombstone(name: str) -> str:
     return f"{DROPPED}{_digest(name)}"
 
 
-def buried(tombstones: Iterable[str], names: Iterable[str]) -> list[str]:
+def with_tombstone(tombstones: Iterable[str], names: Iterable[str]) -> list[str]:
     """Those names of values that one of these tombstones stands for."""
     digests = {one.rpartition("/")[2] for one in tombstones}
     return [name for name in names if _digest(name) in digests] if digests else []

@@ -3,7 +3,7 @@
 A step is named (`handle.call(io, Index.reserve, ...)`), and the handle supplies the index of now:
 recovery, a fork or the loss of the directory may have replaced it since the caller began.
 
-Nobody waits longer than `LOCK_TIMEOUT` for a lock that somebody keeps, counted from the first who found it
+No caller waits longer than `LOCK_TIMEOUT` for a lock that is kept, counted from the first who found it
 taken. Until it is free all others are told so at once.
 """
 
@@ -79,7 +79,7 @@ class IndexHandle:
     usable : bool
         False where the cache store cannot be used: then nothing is cached.
     lost : Index or None
-        The index that was given up, if it may be used again.
+        The index that was abandoned, if it may be used again.
     ageless : bool
         Whether nothing ever expires, so that the clock need not be asked.
     recover : callable
@@ -87,7 +87,7 @@ class IndexHandle:
     take : callable
         Takes a step: `zcache.testing` puts its recorder here.
     deferred : deque of callable
-        Steps that nobody waits for, where no thread could be started to take them later.
+        Steps without a waiter, where no thread could be started to take them later.
     open_first : callable or None
         Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
         that it may wait for the lock, and raises `IndexBusyError` after that.
@@ -271,13 +271,13 @@ class IndexHandle:
             then(result)
 
     def _defer(self, again: Callable[[], None]) -> None:
-        """Have a step taken by whoever comes next, for there is no thread to wait."""
+        """Have a step taken by the next caller, for there is no thread to wait."""
         self.deferred.append(again)
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_later(_RETRY, self.take_deferred)
 
     def take_deferred(self) -> None:
-        """Take steps that nobody waits for and no thread could be started for."""
+        """Take steps without a waiter, for which no thread could be started."""
         # As many as there are now: those that still cannot be taken come back.
         for _ in range(len(self.deferred)):
             try:
@@ -314,7 +314,7 @@ class IndexHandle:
     def call_opened(
         self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
     ) -> T:
-        """The same while the index is being opened, for whoever opens it."""
+        """The same while the index is being opened, for those who open it."""
         damages, until = 0, math.inf
         limit = math.inf if timeout is None else timeout
         while True:
@@ -355,7 +355,7 @@ class IndexHandle:
         """
         with self._lock:
             now = time.monotonic()
-            # Where no thread waits, nobody says when it is free: it was if nobody has asked for a while.
+            # Where no thread waits, none says when it is free: it was if no caller has asked for a while.
             known = self._resolution is not None or now - self._stuck_last < LOCK_TIMEOUT
             self._stuck_last = now
             if not known or self._stuck_since == -math.inf:
@@ -440,7 +440,7 @@ class IndexHandle:
         with self._lock:
             counted, again = self.stats(), index.stats()
             self.show(index)
-            # What it had counted before it was given up is part of both.
+            # What it had counted before it was abandoned is part of both.
             before = [all_of - its for all_of, its in zip(counted, again, strict=True)]
             self._counted_before = (before[0], before[1], before[2], before[3], before[4])
             self.lost, self.usable = None, True
@@ -504,7 +504,7 @@ class IndexHandle:
                     open_first(patience)
                 except IndexBusyError:
                     if not patience:
-                        return  # Whoever comes next tries again.
+                        return  # The next caller tries again.
                 else:
                     self.open_first = None
         except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is

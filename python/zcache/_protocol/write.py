@@ -33,7 +33,7 @@ logger = logging.getLogger("zcache")
 
 TURN: Final = 0.01
 """Seconds after which a change of very many values gives others of its event loop their turn. Not much
-less: whoever releases the interpreter more often than threads ask for it keeps them waiting."""
+less: a thread that releases the interpreter more often than others ask for it keeps them waiting."""
 
 # They say to other processes what may still be changed in a source: as long as this one lives.
 _never_ended: list[Index] = []

@@ -53,7 +53,7 @@ def array_of(value: Buffer) -> Any:
 def to_own(value: object, prototype: BufferPrototype) -> Buffer | None:
     """What a store gave, if it is a value at all, in memory that its reader may write to.
 
-    A store in memory may give out what it holds: whoever writes to that would write to the cache.
+    A store in memory may hand out what it holds: a caller who writes to that would write to the cache.
     """
     if value is None:
         return None
@@ -66,19 +66,19 @@ def to_own(value: object, prototype: BufferPrototype) -> Buffer | None:
 
 
 def own(value: Buffer) -> None:
-    """Let a buffer show bytes that nobody can change: whoever reads them could else write to them."""
+    """Let a buffer show bytes that cannot be changed: its reader could else write to them."""
     data, frozen = freeze(value)
     if frozen is None:
         value._data = to_cpu_buffer(data)._data
 
 
 def snapshot(value: Buffer) -> bytes:
-    """The bytes of a buffer, out of reach of whoever holds it."""
+    """The bytes of a buffer, out of reach of its holders."""
     return freeze(value)[0]
 
 
 def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
-    """The same, and a buffer over them like this one, if nobody can change what this one shows."""
+    """The same, and a buffer over them like this one, if what this one shows cannot be changed."""
     array = array_of(value)
     base: object = array.base
     if type(base) is _Array:  # What a store in memory gives out is a view of what it holds.

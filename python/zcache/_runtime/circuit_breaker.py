@@ -78,7 +78,7 @@ class CircuitBreaker:
     """Lets operations through to the cache store, or not.
 
     Reads, writes, deletes and listings each have a pause of their own: a full disk is still good to
-    read from, and a delete that succeeds says nothing about it.
+    read from, and a delete that succeeds does not show it.
 
     Parameters
     ----------
@@ -140,14 +140,14 @@ class CircuitBreaker:
         with self._lock:
             self.failures += 1
             if operation != "list" and concerns_key(error):
-                # However often: it says nothing about other keys.
+                # However often: other keys may fare better.
                 logger.debug("the cache store %s cannot hold a key: %r", self._name, error)
                 return
             failures = self.failing.setdefault(operation, _Failures())
             failures.in_a_row += 1
             failures.timed_out |= isinstance(error, TimeoutError)
             self.reads_fail |= operation == "read"
-            # What was under way when the pause began, and fails now, says nothing new.
+            # What was under way when the pause began, and fails now, is no news.
             if failures.is_open and now >= failures.open_until:
                 failures.open_until = now + failures.pause
                 failures.pause = min(2 * failures.pause, LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-"""Callbacks for a forked child. A leaf: whoever has something to reset registers it here."""
+"""Callbacks for a forked child. A leaf: modules that have something to reset register it here."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Turns(threading.local):
                     waiter.set_result(None)
         finally:
             # Behind those who were let in, so that the next look knows what they took; and also after an
-            # interrupt, which leaves nobody behind.
+            # interrupt, which leaves no waiter behind.
             if self._is_due:
                 loop.call_soon(self._end, loop)
 

@@ -19,11 +19,11 @@ _INTERRUPTS: Final = (
 
 
 class UnnamedError(Exception):
-    """Nobody can tell which place or which source this is."""
+    """Which place or which source this is cannot be told."""
 
 
 def ask(question: Callable[[], _T]) -> _T | None:
-    """What a library answers; None if it fails, for then nobody can tell.
+    """What a library answers; None if it fails, for then it cannot be told.
 
     A panic of one that is written in Rust is a `BaseException` and no `Exception`.
     """

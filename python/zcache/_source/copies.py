@@ -92,6 +92,6 @@ def same_cache(one: Original, other: Original) -> bool:
         return True
     mine, theirs = one.cache, other.cache
     if isinstance(mine, MemoryStore) and isinstance(theirs, MemoryStore):
-        # What they hold at the moment says nothing about what they are.
+        # What they hold at the moment does not show what they are.
         return type(mine) is type(theirs) and mine.read_only == theirs.read_only
     return mine.read_only == theirs.read_only and place_in_process(mine) == place_in_process(theirs)

@@ -1,6 +1,6 @@
 """Read-only sessions of icechunk, named by where their repository is and by their snapshot.
 
-A snapshot never changes, but all repositories begin with the same one, so its id alone says nothing. A
+A snapshot never changes, but all repositories begin with the same one, so its id alone is no name. A
 session tells where its repository is only in its serialized form, as it goes to workers. That form is icechunk's
 own: whatever is not as expected in it, the session has no name.
 """
@@ -28,7 +28,7 @@ def snapshot_of(store: Any) -> str | None:
     Parameters
     ----------
     store : icechunk.IcechunkStore
-        A store; that it is read-only itself says nothing about its session.
+        A store; it may be read-only itself, whatever its session is.
 
     Raises
     ------

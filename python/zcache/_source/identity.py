@@ -86,7 +86,7 @@ def _name(store: Any) -> str | None:
         return snapshot_of(store)
     if type(store) not in _KINDS:
         return None
-    # Its options may matter as well, and nobody lists them.
+    # Its options may matter as well, and are listed nowhere.
     if type(store) is FsspecStore and protocol_of(store.fs) == "dir":
         return None
     location = location_of(store)
@@ -136,7 +136,7 @@ def _entry(store: Any) -> _Ephemeral:
             try:
                 weakref.finalize(store, _forget, key, entry, holder).atexit = False
             except TypeError:
-                # Nobody would tell when it is gone, and its address another one's.
+                # There is no callback when it is gone, and its address another one's.
                 return entry
             entry.holders.add(holder)
             _known[key] = entry

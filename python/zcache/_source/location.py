@@ -25,7 +25,7 @@ _TRANSPARENT: Final = frozenset(
         ("zcache.store", "CacheStore"),
     }
 )
-"""Wrappers that show what they wrap, by the same names. Of subclasses nobody knows."""
+"""Wrappers that show what they wrap, by the same names. A subclass may be anything."""
 _FILESYSTEMS: Final = {
     ("fsspec.implementations.local", "LocalFileSystem"): "file",
     ("fsspec.implementations.memory", "MemoryFileSystem"): "memory",
@@ -183,7 +183,7 @@ def _in_filesystem(filesystem: Any, path: str) -> Location | None:
 def _key(path: str) -> str:
     """A path within a store of objects, of which the first part is the bucket."""
     key = path.strip("/")
-    # These may be part of a key, or the version of an object: nobody can tell.
+    # These may be part of a key, or the version of an object: there is no telling.
     if not key or any(mark in key for mark in ("://", "?", "#")):
         raise UnnamedError
     return key
@@ -339,7 +339,7 @@ def memory_store_of(store: Any) -> MemoryStore | None:
 
 
 def outlives_process(store: Any) -> bool:
-    """Whether what a store holds may be there in the next process; of a user's own nobody knows."""
+    """Whether what a store holds may be there in the next process; a class of a user's own may do either."""
     inner = innermost(store)
     known = any(base.__module__.startswith("zarr.storage.") for base in type(inner).__mro__)
     return known and not isinstance(inner, MemoryStore)

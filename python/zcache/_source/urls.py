@@ -81,7 +81,7 @@ def web_address(url: object, *, signed: bool = False) -> tuple[str, str]:
 
 
 def check_query(query: str) -> None:
-    """See that a query says nothing but who asks.
+    """See that a query holds nothing but who asks.
 
     Raises
     ------

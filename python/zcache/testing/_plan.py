@@ -144,7 +144,7 @@ class Rule:
     def takes(self, request: Request) -> bool:
         return self.operation in (request.operation, "*") and self.key in (request.key, None)
 
-    def strike(self) -> None:
+    def raise_error(self) -> None:
         if self.error is not None:
             raise self.error if isinstance(self.error, BaseException) else self.error()
 
@@ -153,14 +153,14 @@ class Rule:
             self.gate.pass_sync()
         if self.seconds:
             time.sleep(self.seconds)
-        self.strike()
+        self.raise_error()
 
     async def act_async(self) -> None:
         if self.gate is not None:
             await self.gate.pass_async()
         if self.seconds:
             await asyncio.sleep(self.seconds)
-        self.strike()
+        self.raise_error()
 
 
 class Plan:

@@ -111,13 +111,13 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
     where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It must not say that all is there: what it had entered before is gone."""
-    without_buried = Scanner._without_buried
+    without_tombstones = Scanner._without_tombstones
 
     def late(self: Scanner, found: Any) -> Any:
         self.outdate()
-        return without_buried(self, found)
+        return without_tombstones(self, found)
 
-    monkeypatch.setattr(Scanner, "_without_buried", late)
+    monkeypatch.setattr(Scanner, "_without_tombstones", late)
     store = open_store(where)
     assert store.cache_info()["cached_keys"] == 0
     assert await read_all(store) == VALUES

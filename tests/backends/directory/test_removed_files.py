@@ -101,7 +101,7 @@ class Storm:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_file_of_the_index_is_removed_in_use(where: Path, part: str) -> None:
-    """Nobody ends, nothing wrong is read, and the bound holds."""
+    """No process ends, nothing wrong is read, and the bound holds."""
     processes = Storm(where, 2.0, 8000)
     largest = 0
     for _ in processes.rounds(0.03):

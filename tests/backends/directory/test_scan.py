@@ -84,7 +84,9 @@ def test_remove_below_removes_values_and_ranges_of_zcache_alone(
 
 
 def test_bury_names_are_kept_as_tombstones(tmp_path: Path) -> None:
-    Scanner(str(tmp_path), str(tmp_path / ".zcache")).bury(["a/c/0", ".zcache/ranges/b@0-1"])
+    Scanner(str(tmp_path), str(tmp_path / ".zcache")).add_tombstones(
+        ["a/c/0", ".zcache/ranges/b@0-1"]
+    )
     assert len(tree(tmp_path / ".zcache/dropped")) == 2
 
 
@@ -99,7 +101,7 @@ async def test_rebuild_takes_no_value_that_has_a_tombstone(
     del store
     await closed(tmp_path)
     # As after a process that could not delete, and then lost its index.
-    Scanner(str(tmp_path / "cache"), str(tmp_path / "cache/.zcache")).bury(["a"])
+    Scanner(str(tmp_path / "cache"), str(tmp_path / "cache/.zcache")).add_tombstones(["a"])
     await source.inner.set("a", buf(b"new"))
     shutil.rmtree(tmp_path / "cache" / INDEX)
     store, source = open_store(tmp_path)

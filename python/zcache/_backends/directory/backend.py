@@ -97,7 +97,7 @@ class DirectoryBackend(Backend):
             names = _names(victims, failed)
             with contextlib.suppress(TimeoutError, NoThreadError):
                 await io.in_thread(
-                    lambda: self._directory.scanner.bury(names), timeout=DELETE_TIMEOUT
+                    lambda: self._directory.scanner.add_tombstones(names), timeout=DELETE_TIMEOUT
                 )
         with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
             await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
@@ -138,7 +138,7 @@ class DirectoryBackend(Backend):
                 self.breaker.failed(error, "delete")
             if failed and without:
                 raise failed[0][1]
-            directory.scanner.bury(name for name, _ in failed)
+            directory.scanner.add_tombstones(name for name, _ in failed)
 
         try:
             try:
@@ -191,7 +191,7 @@ class DirectoryBackend(Backend):
             return
         dropped, failed = self._sort(victims, outcome)
         if failed:
-            self._directory.scanner.bury(_names(victims, failed))
+            self._directory.scanner.add_tombstones(_names(victims, failed))
         self.shared.handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
 
     def _sort(

@@ -1,4 +1,4 @@
-"""The bound of a cache directory where nobody fills: what is above it is evicted in the background."""
+"""The bound of a cache directory without fills: what is above it is evicted in the background."""
 
 from __future__ import annotations
 

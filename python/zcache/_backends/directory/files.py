@@ -76,7 +76,7 @@ def is_tolerated(name: str) -> bool:
 
 
 def owner(path: str) -> Literal["ours", "pending", "foreign"]:
-    """Whose a file is: zcache's, zcache's but never committed, or somebody else's.
+    """The owner of a file: zcache's, zcache's but never committed, or somebody else's.
 
     Raises
     ------

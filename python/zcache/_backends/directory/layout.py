@@ -159,7 +159,7 @@ class Layout:
                     time.sleep(_TICK)
                     os.utime(lock)
         except (FileNotFoundError, NotADirectoryError):
-            pass  # Whoever makes it anew begins with what is there then.
+            pass  # A process that makes it anew begins with what is there then.
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise

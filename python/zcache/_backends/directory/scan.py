@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.directory import files
-from zcache._backends.tombstones import DROPPED, buried, key_of, tombstone
+from zcache._backends.tombstones import DROPPED, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable
 from zcache._core import Index, is_cacheable_key, leads_outside
 
@@ -89,7 +89,7 @@ class Scanner:
         finder.strict = self.strict
         finder.only_looks = self.only_looks
         finder.formerly = partial(_ask_formerly, handle_of_now)
-        found, stay = self._without_buried(self._cacheable(finder))
+        found, stay = self._without_tombstones(self._cacheable(finder))
         self.strict = False
         if finder.foreign:
             self.say_in_the_way(finder.foreign)
@@ -201,7 +201,7 @@ class Scanner:
             count,
         )
 
-    def bury(self, names: Iterable[str]) -> None:
+    def add_tombstones(self, names: Iterable[str]) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names:
             path = os.path.join(self._root, tombstone(name))
@@ -212,7 +212,7 @@ class Scanner:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 os.close(os.open(path, _NEW, 0o666))
 
-    def _without_buried(
+    def _without_tombstones(
         self, found: list[tuple[int, int, str]]
     ) -> tuple[list[tuple[int, int, str]], list[str]]:
         """Delete what has a tombstone; returns what is left, and of that what is not valid."""
@@ -223,7 +223,7 @@ class Scanner:
             tombstones = os.listdir(where)
         except OSError:
             return found, []
-        dropped = set(buried(tombstones, (name for _, _, name in found)))
+        dropped = set(with_tombstone(tombstones, (name for _, _, name in found)))
         if self.only_looks:
             return found, list(dropped)
         stay = []

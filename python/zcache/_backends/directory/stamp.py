@@ -1,7 +1,7 @@
 """The stamp of a cache directory: it says that the directory is zcache's, of which format and source.
 
 A purge takes the oldest files first, and the stamp is one of them. So there is a copy beside the index,
-each value has a note of its source, and whoever uses the directory puts back what has gone.
+each value has a note of its source, and each process that uses the directory puts back what has gone.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Stamp:
         """Make the directory if it is missing, and see whose it is."""
         self._check_above()
         try:
-            # For nobody else, unless it is there already and says otherwise.
+            # For no other user, unless it is there already and says otherwise.
             os.makedirs(os.path.dirname(self.root), exist_ok=True)
             os.mkdir(self.root, 0o700)
         except FileExistsError:
@@ -268,7 +268,7 @@ class Stamp:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(unfinished)
-            # Whoever is not the first must leave the copy of who was: this one belonged to no stamp.
+            # A process that is not the first must leave the copy of the first: this one belonged to no stamp.
             self._remove_copy()
         self._keep_copy(stamp)
         return stamp
@@ -309,8 +309,8 @@ class Stamp:
                 status = os.lstat(path)
                 if files.is_tolerated(name) or not stat.S_ISREG(status.st_mode):
                     continue
-                whose = files.owner(path)
-                if whose == "pending":
+                owner = files.owner(path)
+                if owner == "pending":
                     files.remove(path)  # Never committed, so it may not be valid.
                 elif not files.is_signed(status):
                     files.sign(path, status)
@@ -380,7 +380,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _mode(root: str) -> int:
-    """Permissions of a folder below the root: nobody gets more than the root itself gives."""
+    """Permissions of a folder below the root: no more than the root itself gives."""
     return 0o700 | stat.S_IMODE(os.stat(root).st_mode) & 0o777
 
 

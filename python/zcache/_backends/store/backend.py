@@ -143,8 +143,8 @@ class StoreBackend(Backend):
             # It may have failed after it took effect, or because the value is gone already.
             try:
                 return error if await guarded(self.store.exists(name)) else None
-            except Exception as doubt:  # noqa: BLE001 - then it is unknown, mostly
-                return None if is_name_too_long(name, error, doubt) else error
+            except Exception as second:  # noqa: BLE001 - then it is unknown, mostly
+                return None if is_name_too_long(name, error, second) else error
         return None
 
     def _delete_sync(self, name: str) -> Exception | None:
@@ -153,8 +153,8 @@ class StoreBackend(Backend):
         except Exception as error:  # noqa: BLE001 - a cache store may raise anything
             try:
                 found = self.store.get_sync(name, prototype=default_buffer_prototype())
-            except Exception as doubt:  # noqa: BLE001 - then it is unknown, mostly
-                return None if is_name_too_long(name, error, doubt) else error
+            except Exception as second:  # noqa: BLE001 - then it is unknown, mostly
+                return None if is_name_too_long(name, error, second) else error
             return None if found is None else error
         return None
 
@@ -174,7 +174,7 @@ class StoreBackend(Backend):
         dropped, failed = self.sort(victims, outcome)
         await confirm(io, ignore, Index.confirm_deletes, dropped, failed)
         if failed and self.breaker.allows("write"):
-            await self.bury(io, names_of(victims, failed))
+            await self.add_tombstones(io, names_of(victims, failed))
 
     def _removed_late(self, victims: Sequence[Victim], outcome: Outcome | BaseException) -> None:
         if isinstance(outcome, BaseException):
@@ -196,7 +196,7 @@ class StoreBackend(Backend):
             self.breaker.succeeded("delete")
         return dropped, failed
 
-    async def bury(self, io: IO, names: Sequence[str]) -> None:
+    async def add_tombstones(self, io: IO, names: Sequence[str]) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names if self.outlives_process else ():
             # If that fails as well, it cannot be told.

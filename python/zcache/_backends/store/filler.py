@@ -338,7 +338,7 @@ class _Fill:
         dropped, failed = backend.sort(victims, outcome)
         if failed:
             try:
-                await backend.bury(self._io, names_of(victims, failed))
+                await backend.add_tombstones(self._io, names_of(victims, failed))
             except BaseException:
                 self._handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
                 self._handle.call_later(backend.remove_later, Index.release, reservation)

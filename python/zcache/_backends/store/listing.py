@@ -18,7 +18,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from zcache._backends.ownership import FORMAT, not_ours, other_source, parse_stamp
-from zcache._backends.tombstones import DROPPED, RANGES, buried, key_of, tombstone
+from zcache._backends.tombstones import DROPPED, RANGES, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable, is_reserved
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import guarded
@@ -196,7 +196,7 @@ class Listing:
         """Delete what has a tombstone or was never finished. What stays keeps its mark and counts."""
         marks = [name for name in names if name.startswith((DROPPED, WRITING))]
         stays: set[str] = set()
-        for name in buried(marks, values):
+        for name in with_tombstone(marks, values):
             for cell, victim in index.drop_missing(key_of(name)):
                 try:
                     await cache.delete(victim)
