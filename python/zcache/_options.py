@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -92,7 +93,34 @@ def _size_message(name: str, value: object) -> str:
     )
 
 
-def parse_age(value: object) -> float | Literal["infinity"]:
+def parse_ages(
+    value: object,
+) -> float | Literal["infinity"] | dict[str, float | Literal["infinity"]]:
+    """Convert a maximum age, or a mapping from glob patterns to ages; see `parse_age`.
+
+    Raises
+    ------
+    TypeError
+        For a pattern that is no text.
+    ValueError
+        For a pattern that no key can match.
+    """
+    if not isinstance(value, Mapping):
+        return parse_age(value)
+    ages: dict[str, float | Literal["infinity"]] = {}
+    for pattern, age in value.items():
+        kind = OptionValueError if isinstance(pattern, str) else OptionTypeError
+        if kind is OptionTypeError or not all(pattern.split("/")):
+            raise kind(
+                f"invalid pattern in max_age_seconds: {pattern!r}. Give a glob pattern over whole keys, such "
+                'as "**/zarr.json" or "forecast/**" (`**` is any number of parts, `*` is within one part), '
+                'or "**" for all keys.'
+            )
+        ages[str(pattern)] = parse_age(age, f"max_age_seconds of {pattern!r}")
+    return ages
+
+
+def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["infinity"]:
     """Convert a maximum age to seconds, or to "infinity".
 
     Parameters
@@ -100,6 +128,8 @@ def parse_age(value: object) -> float | Literal["infinity"]:
     value : float, int, str or None
         Seconds from 0 on, fractions allowed; or ``"infinity"``, None or ``float("inf")``, which all
         mean that nothing ever expires.
+    name : str
+        How the caller calls it, for the error.
 
     Raises
     ------
@@ -111,26 +141,29 @@ def parse_age(value: object) -> float | Literal["infinity"]:
     if value is None or (isinstance(value, str) and value == "infinity"):
         return "infinity"
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        raise OptionTypeError(_age_message(value))
+        raise OptionTypeError(_age_message(name, value))
     number: Any = value
     try:
         age = math.nan if isinstance(number, str) else float(number)
     except TypeError:  # numpy's time spans call themselves integers
-        raise OptionTypeError(_age_message(value)) from None
+        raise OptionTypeError(_age_message(name, value)) from None
     except OverflowError:
-        raise OptionValueError(_age_message(value)) from None
+        raise OptionValueError(_age_message(name, value)) from None
     if math.isnan(age) or age < 0:
-        raise OptionValueError(_age_message(value))
+        raise OptionValueError(_age_message(name, value))
     if math.isinf(age):
         return "infinity"
     # Without what a class of a user's own makes of comparisons.
     return int(number) if isinstance(number, int) else age
 
 
-def _age_message(value: object) -> str:
+def _age_message(name: str, value: object) -> str:
+    by_key = ""
+    if name == "max_age_seconds":
+        by_key = ' For ages by kind of key give a mapping, such as {"**/zarr.json": 60}.'
     return (
-        f"invalid max_age_seconds: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
-        f'fresh), or "infinity" or None for entries that never expire.'
+        f"invalid {name}: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
+        f'fresh), or "infinity" or None for entries that never expire.{by_key}'
     )
 
 
