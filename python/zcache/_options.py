@@ -6,7 +6,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -14,9 +14,10 @@ import numpy as np
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
-from zcache._source.location import overlaps
+from zcache._source.location import innermost, outlives_process, overlaps
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -28,19 +29,24 @@ _UNITS: dict[str, int] = {
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", start=1)},
 }
+_SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", re.ASCII)
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
-def parse_size(value: object, name: str = "max_size") -> int | None:
+def parse_size(
+    value: object, name: str = "max_size", whole: Callable[[], int] | None = None
+) -> int | None:
     """Convert a size to bytes.
 
     Parameters
     ----------
     value : int, float, str or None
         Bytes from 0 to 2**64 - 1, also as a float without a fraction, such as ``1e9``; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
-        ``"2 GiB"`` (2**30 bytes each), in any case; or None for no bound.
+        ``"2 GiB"`` (2**30 bytes each), in any case; or, with `whole`, a share such as ``"25%"``; or None for no bound.
     name : str
         How the caller calls it, for the error.
+    whole : callable, optional
+        Bytes of what shares are of; asked for a share only. Default is None: shares are refused.
 
     Raises
     ------
@@ -53,7 +59,11 @@ def parse_size(value: object, name: str = "max_size") -> int | None:
         return None
     size: int
     if isinstance(value, str):
-        size = _parse_size_text(value, name)
+        share = None if whole is None else _SHARE.fullmatch(value)
+        if share is not None and whole is not None:
+            size = _parse_share(share[1], name, value, whole)
+        else:
+            size = _parse_size_text(value, name)
     else:
         if isinstance(value, bool):
             raise OptionTypeError(_size_message(name, value))
@@ -85,12 +95,42 @@ def _parse_size_text(text: str, name: str) -> int:
     return size
 
 
+def _parse_share(number: str, name: str, value: object, whole: Callable[[], int]) -> int:
+    percent = float(number)
+    if percent > 100:
+        raise OptionValueError(_size_message(name, value))
+    try:
+        return int(whole() * percent / 100)
+    except OSError as error:
+        raise OptionValueError(
+            f"invalid {name}: {value!r}. What it is a share of cannot be told ({error}). Give bytes, or text "
+            'such as "2 GiB".'
+        ) from error
+
+
 def _size_message(name: str, value: object) -> str:
     none = "no bound" if name == "max_size" else "the default"
+    share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (
         f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-        f'as "256MB" or "2 GiB", or None for {none}.'
+        f'as "256MB" or "2 GiB"{share}, or None for {none}.'
     )
+
+
+def capacity_of(cache: Store) -> int:
+    """Bytes that shares of a cache store are of: the whole volume of a directory, or the memory.
+
+    Raises
+    ------
+    OSError
+        If it has neither, or the system does not tell.
+    """
+    inner = innermost(cache)
+    if isinstance(inner, LocalStore):
+        return volume(inner.root)
+    if outlives_process(inner):
+        raise OSError(f"{describe(cache)} is no local directory")
+    return memory()
 
 
 def parse_ages(

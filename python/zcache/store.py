@@ -7,6 +7,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zarr.abc.store import Store, SupportsSyncStore
@@ -20,6 +21,7 @@ from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
 from zcache._options import (
+    capacity_of,
     check_cache_store,
     check_clock,
     check_flag,
@@ -98,8 +100,10 @@ class CacheStore(Store):
         where a dataset grows while its chunks stay as they are.
     max_size : int or str, optional
         Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text
-        such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30). Default is None, no bound. Set it to what
-        the memory or disk behind `cache_store` can spare. A larger value is never cached.
+        such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
+        volume of a directory, and else of the memory, or of what the control group of the process may use
+        of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
+        None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
     cache_set_data : bool, optional
         Whether values that are written are cached as well. Default is True; set it to False where
         what is written is not read again soon.
@@ -199,7 +203,7 @@ class CacheStore(Store):
         cache = Cache(
             store,
             cache_store,
-            max_size=parse_size(max_size),
+            max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
             max_age=parse_ages(max_age_seconds),
             metadata_max_age=None
             if metadata_max_age_seconds is None
@@ -207,7 +211,9 @@ class CacheStore(Store):
             verify=check_verify(verify),
             adopt=adopt,
             source_id=check_source_id(source_id),
-            min_free_space=parse_size(min_free_space, "min_free_space"),
+            min_free_space=parse_size(
+                min_free_space, "min_free_space", partial(capacity_of, cache_store)
+            ),
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
         )
@@ -245,6 +251,11 @@ class CacheStore(Store):
     def max_size(self) -> int | None:
         """Bytes that the cache store holds at most; None for no bound."""
         return self._cache.max_size
+
+    @property
+    def min_free_space(self) -> int | None:
+        """Bytes of the volume of a cache directory that stay free; None for the default."""
+        return self._cache.min_free_space
 
     @property
     def max_age_seconds(self) -> Age | dict[str, Age]:
