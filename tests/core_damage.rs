@@ -122,13 +122,14 @@ impl Run {
         let key = self.keys[pick % self.keys.len()].clone();
         let range = self.ranges[pick / 7 % self.ranges.len()];
         let now = self.now;
+        let fresh = (now, self.cache.limits().max_age);
         match call {
             Call::Lookup => {
-                let found = self.cache.lookup(&key, range, now)?;
+                let found = self.cache.lookup(&key, range, fresh)?;
                 self.handles.extend(found.map(|found| found.handle));
             }
             Call::Peek => {
-                self.cache.peek(&key, range, now)?;
+                self.cache.peek(&key, range, fresh)?;
             }
             Call::Discard => {
                 if let Some(handle) = self.handles.pop() {
@@ -137,7 +138,7 @@ impl Run {
                 }
             }
             Call::Fill | Call::Reserve => {
-                let Joined::Lead(ticket) = self.cache.join(&key, range, (), now, false)? else {
+                let Joined::Lead(ticket) = self.cache.join(&key, range, (), fresh, false)? else {
                     return Ok(());
                 };
                 let size = pick as u64 / 3 % 50;

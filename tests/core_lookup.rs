@@ -17,10 +17,10 @@ const CHUNK: &str = "era5/t2m/c/120/44/7";
 
 type Index = Cache<Heap, ()>;
 
-fn index(max_age: Option<u64>, verify: Verify, flat_namespace: bool) -> Index {
+fn index(verify: Verify, flat_namespace: bool) -> Index {
     let limits = Limits {
         max_size: 1000,
-        max_age,
+        max_age: None,
         slices_like_python: false,
         flat_namespace,
         verify,
@@ -56,7 +56,7 @@ fn both(index: &mut Index, key: &str, now: u64) -> (Option<u64>, Option<u64>) {
 
 #[test]
 fn hit_chunk_keys_of_every_convention_agree_with_lookup() {
-    let mut index = index(None, Verify::Never, true);
+    let mut index = index(Verify::Never, true);
     let chunks = [
         CHUNK,
         "z/c/0/1",
@@ -95,7 +95,7 @@ fn hit_chunk_keys_of_every_convention_agree_with_lookup() {
 
 #[test]
 fn hit_counts_and_moves_entry_to_end() {
-    let mut index = index(None, Verify::Never, true);
+    let mut index = index(Verify::Never, true);
     for key in ["a/c/0", "a/c/1", "a/c/2"] {
         fill(&mut index, key, 1, 1);
     }
@@ -115,16 +115,17 @@ fn hit_counts_and_moves_entry_to_end() {
 
 #[test]
 fn hit_stale_or_unfinished_entry_is_left_to_lookup() {
-    let mut index = index(Some(100), Verify::Never, true);
+    let age = Some(100);
+    let mut index = index(Verify::Never, true);
     fill(&mut index, "era5/t2m/c/0", 1, 1);
     let id = begin(&mut index, CHUNK, 3, 1);
-    assert_eq!(index.hit(CHUNK, 1), None);
+    assert_eq!(index.hit(CHUNK, (1, age)), None);
     index.commit(id, Some(9), 1).unwrap().unwrap();
-    assert_eq!(index.hit(CHUNK, 1), Some(Some(3)));
-    assert_eq!(index.hit(CHUNK, 100), Some(Some(3)));
-    assert_eq!(index.hit(CHUNK, 101), None);
+    assert_eq!(index.hit(CHUNK, (1, age)), Some(Some(3)));
+    assert_eq!(index.hit(CHUNK, (100, age)), Some(Some(3)));
+    assert_eq!(index.hit(CHUNK, (101, age)), None);
     assert_eq!(index.begin_write(CHUNK).unwrap().len(), 1);
-    assert_eq!(index.hit(CHUNK, 1), None);
+    assert_eq!(index.hit(CHUNK, (1, age)), None);
 }
 
 #[test]
@@ -137,7 +138,7 @@ fn hit_entry_to_verify_is_left_to_lookup() {
         (Verify::First, true, Some(9), None),
         (Verify::Always, true, Some(9), None),
     ] {
-        let mut index = index(None, verify, flat_namespace);
+        let mut index = index(verify, flat_namespace);
         let id = begin(&mut index, CHUNK, 3, 1);
         index.commit(id, checksum, 1).unwrap().unwrap();
         assert_eq!(

@@ -19,7 +19,7 @@ use proptest::sample::Index;
 use reference::{Model, Name, Sighting};
 use zcache::arena::Heap;
 use zcache::cache::ClosedFlight;
-use zcache::cache::{Cache, Committed, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Committed, Freshness, Joined, Limits, Reserve, Verify, Victim};
 use zcache::key::ByteRange;
 
 /// One step. Keys, ranges and what is in progress are picked by index.
@@ -52,6 +52,8 @@ enum Step {
     Fork,
     Clock(u64),
     Tick(i64),
+    /// The age that look-ups ask for from now on.
+    MaxAge(Option<u64>),
     /// Misuse: numbers that name nothing.
     Nonsense(u32),
 }
@@ -80,6 +82,7 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => Just(Fork),
         1 => keys::time().prop_map(Clock),
         6 => (-1500i64..2500).prop_map(Tick),
+        3 => max_age().prop_map(MaxAge),
         1 => any::<u32>().prop_map(Nonsense),
     ]
 }
@@ -104,6 +107,14 @@ fn size() -> impl Strategy<Value = u64> {
     ]
 }
 
+fn max_age() -> impl Strategy<Value = Option<u64>> {
+    prop_oneof![
+        2 => Just(None),
+        4 => (1u64..4000).prop_map(Some),
+        1 => prop::sample::select(vec![Some(0), Some(u64::MAX)]),
+    ]
+}
+
 fn limits() -> impl Strategy<Value = Limits> {
     let max_size = prop_oneof![
         8 => 50u64..600,
@@ -111,12 +122,7 @@ fn limits() -> impl Strategy<Value = Limits> {
         2 => Just(u64::MAX),
         1 => (0u64..100).prop_map(|n| u64::MAX - n),
     ];
-    let max_age = prop_oneof![
-        2 => Just(None),
-        4 => (1u64..4000).prop_map(Some),
-        1 => prop::sample::select(vec![Some(0), Some(u64::MAX)]),
-    ];
-    (max_size, max_age, any::<bool>(), any::<bool>()).prop_map(
+    (max_size, max_age(), any::<bool>(), any::<bool>()).prop_map(
         |(max_size, max_age, slices_like_python, flat_namespace)| Limits {
             max_size,
             max_age,
@@ -157,6 +163,10 @@ impl Run {
             changes: Vec::new(),
             sightings: Vec::new(),
         }
+    }
+
+    fn fresh(&self) -> Freshness {
+        (self.now, self.model.max_age).into()
     }
 
     fn note(&self, victims: &[Victim]) -> Pending {
@@ -275,18 +285,19 @@ impl Run {
             }
             Step::Clock(now) => self.now = *now,
             Step::Tick(by) => self.now = self.now.saturating_add_signed(*by),
+            Step::MaxAge(age) => self.model.max_age = *age,
             Step::Nonsense(n) => self.nonsense(*n),
         }
     }
 
     fn lookup(&mut self, key: &str, range: ByteRange) {
-        let peeked = self.cache.peek(key, range, self.now).unwrap();
+        let peeked = self.cache.peek(key, range, self.fresh()).unwrap();
         // The fast path, where it answers, agrees.
         let short = range == ByteRange::Full && self.tickets.len().is_multiple_of(2);
-        let found = match short.then(|| self.cache.hit(key, self.now)).flatten() {
+        let found = match short.then(|| self.cache.hit(key, self.fresh())).flatten() {
             Some(None) => None,
             Some(Some(size)) => peeked.filter(|found| found.size == size && found.range == range),
-            None => self.cache.lookup(key, range, self.now).unwrap(),
+            None => self.cache.lookup(key, range, self.fresh()).unwrap(),
         };
         assert_eq!(peeked, found);
         self.model.check_found(key, range, self.now, found.as_ref());
@@ -295,12 +306,12 @@ impl Run {
     }
 
     fn join(&mut self, key: &str, range: ByteRange, anyway: bool) {
-        let found = self.cache.peek(key, range, self.now).unwrap();
+        let found = self.cache.peek(key, range, self.fresh()).unwrap();
         self.model.check_found(key, range, self.now, found.as_ref());
         let payload = self.tickets.len() as u32;
         let joined = self
             .cache
-            .join(key, range, payload, self.now, anyway)
+            .join(key, range, payload, self.fresh(), anyway)
             .unwrap();
         let ready = found.is_some() && !anyway;
         self.model.joined(key, range, payload, ready, &joined);

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Found, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Found, Freshness, Joined, Limits, Reserve, Verify, Victim};
 use zcache::key::{ByteRange, select};
 
 const KEYS: [&str; 6] = ["a/c/0", "a/c/1", "a/c/1/2", "a/zarr.json", "a", "b"];
@@ -215,10 +215,10 @@ impl World {
                 let range = task.range();
                 match self
                     .cache
-                    .join(key, range, payload, self.now, false)
+                    .join(key, range, payload, self.fresh(), false)
                     .unwrap()
                 {
-                    Joined::Ready => match self.cache.lookup(key, range, self.now).unwrap() {
+                    Joined::Ready => match self.cache.lookup(key, range, self.fresh()).unwrap() {
                         Some(found) => Stage::Serve(found),
                         None => panic!("ready for nothing"),
                     },
@@ -323,12 +323,18 @@ impl World {
         }
     }
 
+    fn fresh(&self) -> Freshness {
+        (self.now, self.cache.limits().max_age).into()
+    }
+
     fn begin(&mut self, task: &Task) -> Stage {
         match &task.kind {
-            Kind::Read(range) => match self.cache.lookup(task.name, *range, self.now).unwrap() {
-                Some(found) => Stage::Serve(found),
-                None => Stage::Join,
-            },
+            Kind::Read(range) => {
+                match self.cache.lookup(task.name, *range, self.fresh()).unwrap() {
+                    Some(found) => Stage::Serve(found),
+                    None => Stage::Join,
+                }
+            }
             Kind::Write(_) => {
                 let victims = self.cache.begin_write(task.name).unwrap();
                 Stage::Delete(Deletes::new(victims), Box::new(Stage::Change))

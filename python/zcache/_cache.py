@@ -7,8 +7,9 @@ import threading
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from zcache._ages import MaxAges
 from zcache._backends.select import open_backend
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
@@ -22,10 +23,11 @@ from zcache._source.location import innermost, outlives_process
 from zcache._source.slicing import slices_like_python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from zarr.abc.store import Store
 
+    from zcache._ages import Age
     from zcache._core import Index
     from zcache._runtime.io import IO
 
@@ -41,8 +43,8 @@ class Cache:
         Where they are kept.
     max_size, min_free_space, max_pending_size : int or None
         Bytes; see `CacheStore`.
-    max_age : float or "infinity"
-        Seconds.
+    max_age, metadata_max_age : float, "infinity", mapping or None
+        Seconds; see `MaxAges`.
     token : str, optional
         Of the original that this is a copy of.
     verify, adopt, source_id, clock
@@ -60,7 +62,8 @@ class Cache:
         cache: Store,
         *,
         max_size: int | None,
-        max_age: float | Literal["infinity"],
+        max_age: Age | Mapping[str, Age],
+        metadata_max_age: Age | None = None,
         token: str | None = None,
         verify: str = "first",
         adopt: bool = False,
@@ -73,7 +76,7 @@ class Cache:
         self.cache = cache
         self.home = None if token else os.getpid()
         self.max_size = max_size
-        self.max_age = max_age
+        self.ages = MaxAges(max_age, metadata_max_age)
         self.verify = verify
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
@@ -83,7 +86,7 @@ class Cache:
         slices = slices_like_python(innermost(source))
         limits = {
             "max_size": max_size,
-            "max_age": None if max_age == "infinity" else max_age,
+            "max_age": self.ages.longest,
             "verify": verify,
             "slices_like_python": slices,
         }
@@ -97,7 +100,7 @@ class Cache:
         self._member = Member({**limits, "verify": self.backend.verify or verify})
         self.shared.join(self._member)
         self._make_queue()
-        self.reader = Reader(self.backend, slices_like_python=slices)
+        self.reader = Reader(self.backend, ages=self.ages, slices_like_python=slices)
         self.writer = Writer(self.backend, describe(source))
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias, final
 __all__ = [
     "PENDING",
     "SIGNATURE",
+    "Ages",
     "Committed",
     "CorruptIndexError",
     "DirectoryFills",
@@ -145,6 +146,19 @@ class Committed:
     def has_failed_deletes(self) -> bool: ...
 
 @final
+class Ages:
+    """Maximum ages in seconds by glob patterns, of which the first that matches holds.
+
+    ``**`` is any number of parts of a key; ``*``, ``?`` and ``[...]`` stay within one part. None is any age.
+    """
+
+    def __new__(
+        cls, rules: list[tuple[str, float | None]], default: float | None = None, /
+    ) -> Ages: ...
+    def of(self, key: str, /) -> float | None:
+        """Maximum age of the value of a key."""
+
+@final
 class ReadCounters:
     """Hits and misses of one store, whichever index has answered. Takes no lock."""
 
@@ -176,7 +190,8 @@ class Index:
     max_size : int, optional
         Bytes that the cache store may hold. Default is no bound.
     max_age : float, optional
-        Seconds after which an entry is stale. Default is never.
+        Seconds after which an entry is of no use to anybody, and the first to go when bytes are needed.
+        Default is never. What may be served is an argument of each look-up.
     slices_like_python : bool, optional
         Whether a cached value also answers ranges that reach beyond its end.
     flat_namespace : bool, optional
@@ -247,20 +262,28 @@ class Index:
         """Flights that are open, and reservations that are not committed."""
 
     def lookup(
-        self, key: str, raw: _Range = None, now: float = 0.0, /
+        self, key: str, raw: _Range = None, now: float = 0.0, max_age: float | None = None, /
     ) -> int | tuple[str, int, int, int, int | None, int | None] | None:
-        """Find what serves a request; None counts as a miss.
+        """Find what serves a request and is younger than `max_age` seconds; None counts as a miss.
 
         A whole value that needs no check is only its size. Anything else is name, size of the entry, first
         byte and number of bytes in it, and, where the bytes have to be compared with their checksum, a handle
         for `mark_verified` and the CRC32C if it is known.
         """
 
-    def peek(self, key: str, raw: _Range, now: float, /) -> int | None:
+    def peek(
+        self, key: str, raw: _Range, now: float, max_age: float | None = None, /
+    ) -> int | None:
         """Number of bytes that would be served; counts and changes nothing."""
 
     def discard(
-        self, key: str, raw: _Range, now: float, size: int | None = None, /
+        self,
+        key: str,
+        raw: _Range,
+        now: float,
+        size: int | None = None,
+        max_age: float | None = None,
+        /,
     ) -> list[_Victim]:
         """Drop an entry whose bytes were not what they should be, and recount its hit as a miss.
 
@@ -277,9 +300,16 @@ class Index:
         """Count a miss as a hit: it was served by a fill that is pending."""
 
     def join(
-        self, key: str, raw: _Range, flight: Any, now: float, anyway: bool, /
+        self,
+        key: str,
+        raw: _Range,
+        flight: Any,
+        now: float,
+        anyway: bool,
+        max_age: float | None = None,
+        /,
     ) -> int | tuple[_Range, Any] | Literal[False] | None:
-        """Join the flight that brings these bytes, or open one.
+        """Join the flight that brings these bytes, or open one, which replaces what is older than `max_age`.
 
         Returns
         -------

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -13,9 +14,10 @@ import numpy as np
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
-from zcache._source.location import overlaps
+from zcache._source.location import innermost, outlives_process, overlaps
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -27,19 +29,24 @@ _UNITS: dict[str, int] = {
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", start=1)},
 }
+_SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", re.ASCII)
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
-def parse_size(value: object, name: str = "max_size") -> int | None:
+def parse_size(
+    value: object, name: str = "max_size", whole: Callable[[], int] | None = None
+) -> int | None:
     """Convert a size to bytes.
 
     Parameters
     ----------
     value : int, float, str or None
         Bytes from 0 to 2**64 - 1, also as a float without a fraction, such as ``1e9``; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
-        ``"2 GiB"`` (2**30 bytes each), in any case; or None for no bound.
+        ``"2 GiB"`` (2**30 bytes each), in any case; or, with `whole`, a share such as ``"25%"``; or None for no bound.
     name : str
         How the caller calls it, for the error.
+    whole : callable, optional
+        Bytes of what shares are of; asked for a share only. Default is None: shares are refused.
 
     Raises
     ------
@@ -52,7 +59,11 @@ def parse_size(value: object, name: str = "max_size") -> int | None:
         return None
     size: int
     if isinstance(value, str):
-        size = _parse_size_text(value, name)
+        share = None if whole is None else _SHARE.fullmatch(value)
+        if share is not None and whole is not None:
+            size = _parse_share(share[1], name, value, whole)
+        else:
+            size = _parse_size_text(value, name)
     else:
         if isinstance(value, bool):
             raise OptionTypeError(_size_message(name, value))
@@ -84,15 +95,72 @@ def _parse_size_text(text: str, name: str) -> int:
     return size
 
 
+def _parse_share(number: str, name: str, value: object, whole: Callable[[], int]) -> int:
+    percent = float(number)
+    if percent > 100:
+        raise OptionValueError(_size_message(name, value))
+    try:
+        return int(whole() * percent / 100)
+    except OSError as error:
+        raise OptionValueError(
+            f"invalid {name}: {value!r}. What it is a share of cannot be told ({error}). Give bytes, or text "
+            'such as "2 GiB".'
+        ) from error
+
+
 def _size_message(name: str, value: object) -> str:
     none = "no bound" if name == "max_size" else "the default"
+    share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (
         f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-        f'as "256MB" or "2 GiB", or None for {none}.'
+        f'as "256MB" or "2 GiB"{share}, or None for {none}.'
     )
 
 
-def parse_age(value: object) -> float | Literal["infinity"]:
+def capacity_of(cache: Store) -> int:
+    """Bytes that shares of a cache store are of: the whole volume of a directory, or the memory.
+
+    Raises
+    ------
+    OSError
+        If it has neither, or the system does not tell.
+    """
+    inner = innermost(cache)
+    if isinstance(inner, LocalStore):
+        return volume(inner.root)
+    if outlives_process(inner):
+        raise OSError(f"{describe(cache)} is no local directory")
+    return memory()
+
+
+def parse_ages(
+    value: object,
+) -> float | Literal["infinity"] | dict[str, float | Literal["infinity"]]:
+    """Convert a maximum age, or a mapping from glob patterns to ages; see `parse_age`.
+
+    Raises
+    ------
+    TypeError
+        For a pattern that is no text.
+    ValueError
+        For a pattern that no key can match.
+    """
+    if not isinstance(value, Mapping):
+        return parse_age(value)
+    ages: dict[str, float | Literal["infinity"]] = {}
+    for pattern, age in value.items():
+        kind = OptionValueError if isinstance(pattern, str) else OptionTypeError
+        if kind is OptionTypeError or not all(pattern.split("/")):
+            raise kind(
+                f"invalid pattern in max_age_seconds: {pattern!r}. Give a glob pattern over whole keys, such "
+                'as "**/zarr.json" or "forecast/**" (`**` is any number of parts, `*` is within one part), '
+                'or "**" for all keys.'
+            )
+        ages[str(pattern)] = parse_age(age, f"max_age_seconds of {pattern!r}")
+    return ages
+
+
+def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["infinity"]:
     """Convert a maximum age to seconds, or to "infinity".
 
     Parameters
@@ -100,6 +168,8 @@ def parse_age(value: object) -> float | Literal["infinity"]:
     value : float, int, str or None
         Seconds from 0 on, fractions allowed; or ``"infinity"``, None or ``float("inf")``, which all
         mean that nothing ever expires.
+    name : str
+        How the caller calls it, for the error.
 
     Raises
     ------
@@ -111,26 +181,29 @@ def parse_age(value: object) -> float | Literal["infinity"]:
     if value is None or (isinstance(value, str) and value == "infinity"):
         return "infinity"
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        raise OptionTypeError(_age_message(value))
+        raise OptionTypeError(_age_message(name, value))
     number: Any = value
     try:
         age = math.nan if isinstance(number, str) else float(number)
     except TypeError:  # numpy's time spans call themselves integers
-        raise OptionTypeError(_age_message(value)) from None
+        raise OptionTypeError(_age_message(name, value)) from None
     except OverflowError:
-        raise OptionValueError(_age_message(value)) from None
+        raise OptionValueError(_age_message(name, value)) from None
     if math.isnan(age) or age < 0:
-        raise OptionValueError(_age_message(value))
+        raise OptionValueError(_age_message(name, value))
     if math.isinf(age):
         return "infinity"
     # Without what a class of a user's own makes of comparisons.
     return int(number) if isinstance(number, int) else age
 
 
-def _age_message(value: object) -> str:
+def _age_message(name: str, value: object) -> str:
+    by_key = ""
+    if name == "max_age_seconds":
+        by_key = ' For ages by kind of key give a mapping, such as {"**/zarr.json": 60}.'
     return (
-        f"invalid max_age_seconds: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
-        f'fresh), or "infinity" or None for entries that never expire.'
+        f"invalid {name}: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
+        f'fresh), or "infinity" or None for entries that never expire.{by_key}'
     )
 
 

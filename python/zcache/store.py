@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import uuid
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zarr.abc.store import Store, SupportsSyncStore
@@ -19,6 +21,7 @@ from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
 from zcache._options import (
+    capacity_of,
     check_cache_store,
     check_clock,
     check_flag,
@@ -26,6 +29,7 @@ from zcache._options import (
     check_store,
     check_verify,
     parse_age,
+    parse_ages,
     parse_size,
     path_of_cache_store,
 )
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
+    from zcache._ages import Age
     from zcache._protocol.batch import Fetch, Group, Request
 
 
@@ -81,14 +86,24 @@ class CacheStore(Store):
         Where values are kept. It must be able to write and to delete, and belongs to zcache alone.
         Default is a new `MemoryStore`. Give a path on a local disk, or a `LocalStore` on it, which is
         the same, for a cache larger than memory.
-    max_age_seconds : float or "infinity", optional
+    max_age_seconds : float, "infinity" or mapping of str to these, optional
         Seconds, from 0 on and fractions allowed, after which a value is read from the source again.
         Default is "infinity" (None is the same): values never expire. Set it where others write to
-        the source; writes through this store are seen at once in any case.
+        the source; writes through this store are seen at once in any case. A mapping gives ages by glob
+        patterns over whole keys, such as ``{"**/zarr.json": 60, "forecast/**": 3600}``: the first that
+        matches holds, and where none does, "infinity". ``**`` is any number of parts of a key, none
+        among them; ``*``, ``?`` and ``[...]`` stay within one part. Other stores over the same cache have
+        their own ages.
+    metadata_max_age_seconds : float or "infinity", optional
+        The same for metadata documents (``zarr.json``, ``.zarray``, ``.zgroup``, ``.zattrs``,
+        ``.zmetadata``), whatever `max_age_seconds` says of them. Default is None: as that says. Set it
+        where a dataset grows while its chunks stay as they are.
     max_size : int or str, optional
         Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text
-        such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30). Default is None, no bound. Set it to what
-        the memory or disk behind `cache_store` can spare. A larger value is never cached.
+        such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
+        volume of a directory, and else of the memory, or of what the control group of the process may use
+        of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
+        None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
     cache_set_data : bool, optional
         Whether values that are written are cached as well. Default is True; set it to False where
         what is written is not read again soon.
@@ -158,9 +173,13 @@ class CacheStore(Store):
         store: Store,
         *,
         cache_store: Store | str | os.PathLike[str] | None = None,
-        max_age_seconds: float | Literal["infinity"] | None = "infinity",
+        max_age_seconds: float
+        | Literal["infinity"]
+        | Mapping[str, float | Literal["infinity"] | None]
+        | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
+        metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         read_only: bool | None = None,
         verify: Literal["first", "always", "never"] = "first",
         adopt: bool = False,
@@ -184,12 +203,17 @@ class CacheStore(Store):
         cache = Cache(
             store,
             cache_store,
-            max_size=parse_size(max_size),
-            max_age=parse_age(max_age_seconds),
+            max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
+            max_age=parse_ages(max_age_seconds),
+            metadata_max_age=None
+            if metadata_max_age_seconds is None
+            else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
             verify=check_verify(verify),
             adopt=adopt,
             source_id=check_source_id(source_id),
-            min_free_space=parse_size(min_free_space, "min_free_space"),
+            min_free_space=parse_size(
+                min_free_space, "min_free_space", partial(capacity_of, cache_store)
+            ),
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
         )
@@ -229,9 +253,20 @@ class CacheStore(Store):
         return self._cache.max_size
 
     @property
-    def max_age_seconds(self) -> float | Literal["infinity"]:
-        """Seconds after which a value is read from the source again, or "infinity"."""
-        return self._cache.max_age
+    def min_free_space(self) -> int | None:
+        """Bytes of the volume of a cache directory that stay free; None for the default."""
+        return self._cache.min_free_space
+
+    @property
+    def max_age_seconds(self) -> Age | dict[str, Age]:
+        """Seconds after which a value is read from the source again, or "infinity"; or these by pattern."""
+        given = self._cache.ages.given
+        return dict(given) if isinstance(given, Mapping) else given
+
+    @property
+    def metadata_max_age_seconds(self) -> Age | None:
+        """The same for metadata documents; None where `max_age_seconds` says it."""
+        return self._cache.ages.metadata
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -239,7 +274,8 @@ class CacheStore(Store):
         Returns
         -------
         dict
-            ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds or "infinity"),
+            ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds, "infinity", or a
+            dict of these by pattern),
             ``max_size`` (bytes or None), ``current_size`` (bytes in the cache store, those whose
             delete failed among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
             the number of entries that can be served; a full value is one entry, and each range
@@ -342,6 +378,7 @@ class CacheStore(Store):
         if self._cache is not other._cache and (
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
+            or self.metadata_max_age_seconds != other.metadata_max_age_seconds
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -361,9 +398,11 @@ class CacheStore(Store):
             size, entries = self._cache.ask(_size_and_entries)
         except IndexLockTimeout:
             size = entries = "unknown"
+        metadata = self.metadata_max_age_seconds
+        shown = "" if metadata is None else f"metadata_max_age_seconds={metadata!r}, "
         return (
             f"{type(self).__name__}(store={show(self._store)}, cache_store={show(self._cache_store)}, "
-            f"max_age_seconds={self.max_age_seconds!r}, max_size={self.max_size!r}, "
+            f"max_age_seconds={self.max_age_seconds!r}, {shown}max_size={self.max_size!r}, "
             f"current_size={size}, cached_keys={entries})"
         )
 
@@ -376,7 +415,8 @@ class CacheStore(Store):
             "cache": without_contents(kept),
             "options": {
                 "max_size": cache.max_size,
-                "max_age": cache.max_age,
+                "max_age": cache.ages.given,
+                "metadata_max_age": cache.ages.metadata,
                 "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,

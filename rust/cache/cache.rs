@@ -24,7 +24,8 @@ pub const BATCH: usize = 1024;
 pub struct Limits {
     /// Bytes that the cache store may hold at most.
     pub max_size: u64,
-    /// Milliseconds after its fetch from which on an entry is stale; `None` for never.
+    /// Milliseconds after its fetch from which on an entry is of no use to anybody, and the first to go
+    /// when bytes are needed; `None` for never. What a look-up may serve is its own [`Freshness`].
     pub max_age: Option<u64>,
     /// Whether a cached full value also answers requests that select none of its bytes or name
     /// more than it has. Sources disagree about those, so only for a source known to slice so.
@@ -33,6 +34,43 @@ pub struct Limits {
     pub flat_namespace: bool,
     /// When to compare the bytes of an entry with its checksum.
     pub verify: Verify,
+}
+
+/// Which entries a look-up may serve: those that were fetched less than `max_age` before `now`.
+///
+/// The age is an argument, so that each store, and each kind of key, has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freshness {
+    /// Milliseconds on the clock of the index.
+    pub now: u64,
+    /// Milliseconds; `None` for any age.
+    pub max_age: Option<u64>,
+}
+
+impl Freshness {
+    /// Whether an entry with this fetch time is too old. The age of a fetch in the future, or at an
+    /// unknown time (0), is unknown, so it is not fresh.
+    #[inline]
+    #[must_use]
+    pub fn is_stale(self, fetched: u64) -> bool {
+        let Freshness { now, max_age } = self;
+        max_age.is_some_and(|age| {
+            fetched == 0 || fetched.saturating_sub(now) > SKEW || now.saturating_sub(fetched) >= age
+        })
+    }
+}
+
+/// A time alone: entries of any age.
+impl From<u64> for Freshness {
+    fn from(now: u64) -> Self {
+        Freshness { now, max_age: None }
+    }
+}
+
+impl From<(u64, Option<u64>)> for Freshness {
+    fn from((now, max_age): (u64, Option<u64>)) -> Self {
+        Freshness { now, max_age }
+    }
 }
 
 /// When the bytes of an entry are compared with its checksum.
@@ -279,21 +317,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         cells + strings + (slots + self.verified.memory()) as u64
     }
 
-    pub(super) fn is_stale(&self, cell: &Cell, now: u64) -> bool {
-        match self.limits.max_age {
-            None => false,
-            // The age of a fetch in the future is unknown, so it is not fresh.
-            Some(age) => {
-                let fetched = cell.time();
-                fetched == 0
-                    || fetched.saturating_sub(now) > SKEW
-                    || now.saturating_sub(fetched) >= age
-            }
-        }
-    }
-
-    pub(super) fn can_serve(&self, cell: &Cell, now: u64) -> bool {
-        cell.is_entry() && cell.state() == State::Live && !self.is_stale(cell, now)
+    /// Whether an entry is of no use to anybody any more.
+    pub(super) fn is_useless(&self, cell: &Cell, now: u64) -> bool {
+        Freshness::from((now, self.limits.max_age)).is_stale(cell.time())
     }
 
     pub(super) fn version(&self, key: &str) -> Version {

@@ -93,16 +93,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(victims)
     }
 
-    /// The entry that goes next: failed deletes if asked for, then the stale, then the choice of
+    /// The entry that goes next: failed deletes if asked for, then the useless, then the choice of
     /// the policy.
     pub(super) fn next_victim(&mut self, now: u64, failed: bool) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
             return Ok(Some(i));
         }
-        // The stale are at the ends: those too old at one, those from the future at the other.
+        // The useless are at the ends: those too old at one, those from the future at the other.
         for at_last in [false, true] {
             if let Some(i) = self.arena.end(List::FetchTime, at_last)?
-                && self.is_stale(self.arena.get(i)?, now)
+                && self.is_useless(self.arena.get(i)?, now)
             {
                 return Ok(Some(i));
             }

@@ -26,6 +26,8 @@ struct Flight<T> {
     invalidated: bool,
     /// Version of the key when the flight was opened.
     version: Version,
+    /// Milliseconds: what it replaces is older.
+    max_age: Option<u64>,
     /// What the readers wait on; `None` for the copy that a writer puts into the cache.
     payload: Option<T>,
     /// Whether another reader waits, or has waited.
@@ -217,6 +219,7 @@ impl<T: Clone> Flights<T> {
         range: ByteRange,
         payload: Option<T>,
         version: Version,
+        max_age: Option<u64>,
     ) -> Ticket {
         let ticket = self.next;
         self.next += 1;
@@ -225,6 +228,7 @@ impl<T: Clone> Flights<T> {
             range,
             invalidated: false,
             version,
+            max_age,
             payload,
             joined: false,
         };
@@ -249,6 +253,12 @@ impl<T: Clone> Flights<T> {
         let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
             || !self.changes.is_empty() && self.is_changed(key);
         (!flight.invalidated && flight.version == version && !is_written).then_some(key)
+    }
+
+    /// The age by which the reader of a flight has found nothing; `None` for any age.
+    #[must_use]
+    pub(crate) fn max_age(&self, key: &str, ticket: Ticket) -> Option<u64> {
+        self.by_key.get(key)?.get(ticket)?.max_age
     }
 
     /// Closes a flight; it is never joined again.

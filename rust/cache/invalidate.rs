@@ -50,7 +50,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.announce_write(key, false);
         }
         let version = self.version(key);
-        let open = || self.flights.open(key, ByteRange::Full, payload, version);
+        let open = || {
+            self.flights
+                .open(key, ByteRange::Full, payload, version, None)
+        };
         let ticket = (ok && alone).then(open);
         Ok((victims, ticket))
     }

@@ -1,6 +1,6 @@
 //! Lookups: what serves a request, and who reads the source.
 
-use super::cache::{Cache, Found, Tally, Verify, Victim};
+use super::cache::{Cache, Found, Freshness, Tally, Verify, Victim};
 use super::in_flight::{ClosedFlight, Ticket};
 use super::peers::Peers;
 use crate::arena::{Cell, State};
@@ -25,10 +25,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// For a range these are tried: the full value, the same range, and of the other ranges of the
     /// key the widest and the newest. That takes the same time however many ranges there are; a
     /// range inside a third one is not found.
-    pub fn peek(&self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
+    pub fn peek(
+        &self,
+        key: &str,
+        range: ByteRange,
+        fresh: impl Into<Freshness>,
+    ) -> Result<Option<Found>> {
+        let fresh = fresh.into();
         if let Some(i) = self.arena.find(key, ByteRange::Full)? {
             let cell = self.arena.get(i)?;
-            if self.can_serve(cell, now)
+            if can_serve(cell, fresh)
                 && let Some((start, length)) =
                     select(cell.size, range, self.limits.slices_like_python)
             {
@@ -38,23 +44,23 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if range == ByteRange::Full {
             return Ok(None);
         }
-        self.peek_ranges(key, range, now)
+        self.peek_ranges(key, range, fresh)
     }
 
-    fn peek_ranges(&self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
+    fn peek_ranges(&self, key: &str, range: ByteRange, fresh: Freshness) -> Result<Option<Found>> {
         let Some(object) = self.arena.find_object(key)? else {
             return Ok(None);
         };
         if let Some(i) = self.arena.find_range(object, range)? {
             let cell = self.arena.get(i)?;
-            if self.can_serve(cell, now) {
+            if can_serve(cell, fresh) {
                 return Ok(Some(found(i, cell, range, 0, cell.size)));
             }
         }
         let hints = self.arena.get(object)?;
         for i in [hints.earlier, hints.later] {
             let cell = self.arena.get(i)?;
-            if i == 0 || !self.can_serve(cell, now) {
+            if i == 0 || !can_serve(cell, fresh) {
                 continue;
             }
             if cell.parent != object {
@@ -75,13 +81,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// This takes half of the instructions of a general lookup, so the processor can start on the
     /// next request while it waits for the memory of this one.
     #[inline]
-    pub fn hit(&mut self, key: &str, now: u64) -> Option<Option<u64>> {
+    pub fn hit(&mut self, key: &str, fresh: impl Into<Freshness>) -> Option<Option<u64>> {
+        let fresh = fresh.into();
         let Some(i) = self.arena.find_chunk(key)? else {
             Tally::add(&self.tally.misses, 1);
             return Some(None);
         };
         let cell = self.arena.get(i).ok()?;
-        if !self.can_serve(cell, now) || self.needs_check(i, cell) {
+        if !can_serve(cell, fresh) || self.needs_check(i, cell) {
             return None;
         }
         let size = cell.size;
@@ -92,8 +99,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Finds an entry that holds what is asked for, touches it, and counts a hit or a miss.
     #[inline]
-    pub fn lookup(&mut self, key: &str, range: ByteRange, now: u64) -> Result<Option<Found>> {
-        let found = self.peek(key, range, now)?;
+    pub fn lookup(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        fresh: impl Into<Freshness>,
+    ) -> Result<Option<Found>> {
+        let found = self.peek(key, range, fresh)?;
         match found {
             Some(found) => {
                 self.policy.touch(&mut self.arena, found.handle as u32)?;
@@ -133,22 +145,30 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry
-    /// could serve it, because the cache store is out of use.
+    /// could serve it, because the cache store is out of use. The flight replaces entries that are
+    /// stale by `fresh`.
     pub fn join(
         &mut self,
         key: &str,
         range: ByteRange,
         payload: T,
-        now: u64,
+        fresh: impl Into<Freshness>,
         anyway: bool,
     ) -> Result<Joined<T>> {
-        if !anyway && self.peek(key, range, now)?.is_some() {
+        let fresh = fresh.into();
+        if !anyway && self.peek(key, range, fresh)?.is_some() {
             return Ok(Joined::Ready);
         }
         let version = self.version(key);
         Ok(match self.flights.join(key, range, version) {
             Some((range, payload)) => Joined::Follow(range, payload),
-            None => Joined::Lead(self.flights.open(key, range, Some(payload), version)),
+            None => {
+                let max_age = fresh.max_age;
+                let ticket = self
+                    .flights
+                    .open(key, range, Some(payload), version, max_age);
+                Joined::Lead(ticket)
+            }
         })
     }
 
@@ -195,6 +215,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             Verify::First => self.verified.get(i) != fingerprint(cell),
         }
     }
+}
+
+fn can_serve(cell: &Cell, fresh: Freshness) -> bool {
+    cell.is_entry() && cell.state() == State::Live && !fresh.is_stale(cell.time())
 }
 
 fn found(i: u32, cell: &Cell, range: ByteRange, start: u64, length: u64) -> Found {

@@ -16,7 +16,7 @@ mod peers;
 mod reserve;
 mod verified;
 
-pub use self::cache::{BATCH, Cache, Found, Limits, Stats, Tally, Verify, Victim};
+pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
 pub use self::commit::Committed;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};
 pub use self::lookup::Joined;

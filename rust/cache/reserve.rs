@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::cache::{BATCH, Cache, Tally, Victim};
+use super::cache::{BATCH, Cache, Freshness, Tally, Victim};
 use super::in_flight::Ticket;
 use super::peers::Peers;
-use crate::arena::{Arena, Kind, ROOT, State, Storage};
+use crate::arena::{Arena, Cell, Kind, ROOT, State, Storage};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -110,7 +110,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
         let cost = self.cost_with_folders(key, range, size);
         let too_large = cost > self.bound();
-        if too_large && !self.is_outdated(held, now)? {
+        if too_large && !self.is_outdated(held, key, ticket, now)? {
             return Ok(self.rejected(RejectReason::TooLarge));
         }
         let Some(known) = self.valid_key(key, ticket).map(Arc::clone) else {
@@ -120,7 +120,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(i) = held {
             let cell = self.arena.get(i)?;
             replaced = match cell.state() {
-                State::Live if self.is_stale(cell, now) => Some(i),
+                State::Live if self.is_stale(cell, key, ticket, now) => Some(i),
                 State::Live => return Ok(self.rejected(RejectReason::AlreadyCached)),
                 State::DeleteFailed => Some(i),
                 State::Writing | State::Deleting => {
@@ -148,11 +148,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.advance(id, reservation, replaced, now)
     }
 
+    /// Whether an entry was too old for the reader of this flight.
+    fn is_stale(&self, cell: &Cell, key: &str, ticket: Ticket, now: u64) -> bool {
+        let max_age = self.flights.max_age(key, ticket);
+        Freshness { now, max_age }.is_stale(cell.time())
+    }
+
     /// Whether an entry exists that is stale or could not be deleted.
-    fn is_outdated(&self, held: Option<u32>, now: u64) -> Result<bool> {
+    fn is_outdated(&self, held: Option<u32>, key: &str, ticket: Ticket, now: u64) -> Result<bool> {
         let Some(i) = held else { return Ok(false) };
         let cell = self.arena.get(i)?;
-        let stale = cell.state() == State::Live && self.is_stale(cell, now);
+        let stale = cell.state() == State::Live && self.is_stale(cell, key, ticket, now);
         Ok(stale || cell.state() == State::DeleteFailed)
     }
 
@@ -264,7 +270,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             };
             let cell = self.arena.get(i)?;
             if cell.state() == State::Live {
-                let stale = self.is_stale(cell, now);
+                let stale = self.is_useless(cell, now);
                 Tally::add(&self.tally.evictions, 1);
                 Tally::add(&self.tally.expirations, u64::from(stale));
             }

@@ -1,11 +1,13 @@
 //! Keys: which ones may be cached, how they are split and packed, and which bytes a request selects.
 
 mod byte_range;
+mod glob;
 mod key;
 pub mod packing;
 mod select;
 
 pub use self::byte_range::{ByteRange, RangeLabel};
+pub use self::glob::Glob;
 pub(crate) use self::key::ODD;
 pub use self::key::{
     MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word, is_cacheable,

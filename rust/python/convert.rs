@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use crate::arena::State;
-use crate::cache::{Found, Limits, Verify, Victim};
+use crate::cache::{Found, Freshness, Limits, Verify, Victim};
 use crate::key::{self, ByteRange};
 
 /// A byte range as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
@@ -71,6 +71,14 @@ pub(super) fn raw_recency(recency: Vec<(String, ByteRange)>) -> Vec<(String, Raw
 /// Seconds to whole milliseconds; NaN and negative times count as zero.
 pub(super) fn millis(seconds: f64) -> u64 {
     (seconds * 1000.0) as u64
+}
+
+/// What a look-up may serve, given seconds.
+pub(super) fn fresh(now: f64, max_age: Option<f64>) -> Freshness {
+    Freshness {
+        now: millis(now),
+        max_age: max_age.map(age),
+    }
 }
 
 /// Seconds of a maximum age to whole milliseconds, rounded up.

@@ -15,7 +15,7 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
-    RawEntry, RawSpan, RawVictim, age, hit, known, limits, millis, raw_entries, raw_recency,
+    RawEntry, RawSpan, RawVictim, age, fresh, hit, known, limits, millis, raw_entries, raw_recency,
     raw_span, raw_victims, span, when_to_verify,
 };
 use super::counters::ReadCounters;
@@ -132,20 +132,22 @@ impl Index {
         }
     }
 
-    #[pyo3(signature = (key, raw=None, now=0.0, /))]
+    #[pyo3(signature = (key, raw=None, now=0.0, max_age=None, /))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
         key: &str,
         raw: RawSpan,
         now: f64,
+        max_age: Option<f64>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let fresh = fresh(now, max_age);
         if raw.is_none()
             && let Backing::Own(lock, _) = &*self.backing
             && !self.backing.is_disowned()
         {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
-            let hit = cache.hit(key, millis(now));
+            let hit = cache.hit(key, fresh);
             drop(cache);
             if let Some(answer) = hit {
                 self.count(answer.is_some());
@@ -155,7 +157,7 @@ impl Index {
         }
         let span = span(raw)?;
         let found = step!(self, py, |cache| {
-            let found = cache.lookup(key, span, millis(now))?;
+            let found = cache.lookup(key, span, fresh)?;
             Ok(found.map(|found| (found, cache.must_verify(found.handle))))
         })?;
         self.count(found.is_some());
@@ -164,14 +166,21 @@ impl Index {
             .transpose()
     }
 
-    #[pyo3(signature = (key, raw, now, /))]
-    fn peek(&self, py: Python<'_>, key: &str, raw: RawSpan, now: f64) -> PyResult<Option<u64>> {
-        let span = span(raw)?;
-        let found = step!(self, py, |cache| cache.peek(key, span, millis(now)))?;
+    #[pyo3(signature = (key, raw, now, max_age=None, /))]
+    fn peek(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        raw: RawSpan,
+        now: f64,
+        max_age: Option<f64>,
+    ) -> PyResult<Option<u64>> {
+        let (span, fresh) = (span(raw)?, fresh(now, max_age));
+        let found = step!(self, py, |cache| cache.peek(key, span, fresh))?;
         Ok(found.map(|found| found.length))
     }
 
-    #[pyo3(signature = (key, raw, now, size=None, /))]
+    #[pyo3(signature = (key, raw, now, size=None, max_age=None, /))]
     fn discard(
         &self,
         py: Python<'_>,
@@ -179,10 +188,11 @@ impl Index {
         raw: RawSpan,
         now: f64,
         size: Option<u64>,
+        max_age: Option<f64>,
     ) -> PyResult<Vec<RawVictim>> {
-        let span = span(raw)?;
+        let (span, fresh) = (span(raw)?, fresh(now, max_age));
         let victims = step!(self, py, |cache| {
-            let found = cache.peek(key, span, millis(now))?;
+            let found = cache.peek(key, span, fresh)?;
             // An entry of another size may have taken its place.
             let same = found.filter(|found| size.is_none_or(|size| size == found.size));
             cache.discard(same.map_or(u64::MAX, |found| found.handle))
@@ -211,7 +221,8 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (key, raw, flight, now, anyway, /))]
+    #[pyo3(signature = (key, raw, flight, now, anyway, max_age=None, /))]
+    #[allow(clippy::too_many_arguments)] // All that a look-up is about, and what is waited on.
     fn join<'py>(
         &self,
         py: Python<'py>,
@@ -220,20 +231,15 @@ impl Index {
         flight: &Bound<'py, PyAny>,
         now: f64,
         anyway: bool,
+        max_age: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let Some(key) = known(key) else {
             return Ok(false.into_pyobject(py)?.to_owned().into_any());
         };
-        let span = span(raw)?;
+        let (span, fresh) = (span(raw)?, fresh(now, max_age));
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let kept = Flight(flight.clone().unbind());
-        let joined = step!(self, py, |cache| cache.join(
-            key,
-            span,
-            kept,
-            millis(now),
-            anyway
-        ))?;
+        let joined = step!(self, py, |cache| cache.join(key, span, kept, fresh, anyway))?;
         match joined {
             Joined::Ready => Ok(py.None().into_bound(py)),
             Joined::Lead(ticket) => Ok(ticket.into_pyobject(py)?.into_any()),

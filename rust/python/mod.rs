@@ -1,5 +1,6 @@
 //! The Python bindings: the module `zcache._core`, and functions that belong to no class.
 
+mod ages;
 mod backing;
 mod convert;
 mod counters;
@@ -58,6 +59,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<index::Index>()?;
+    module.add_class::<ages::Ages>()?;
     module.add_class::<counters::ReadCounters>()?;
     module.add_class::<reservation::Reservation>()?;
     module.add_class::<reservation::Granted>()?;

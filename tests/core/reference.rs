@@ -39,6 +39,8 @@ struct Flight {
     invalidated: bool,
     payload: Option<u32>,
     joined: bool,
+    /// Age by which its reader has found nothing.
+    max_age: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,8 @@ pub(crate) struct Sighting {
 #[derive(Debug)]
 pub(crate) struct Model {
     limits: Limits,
+    /// Age that look-ups ask for now.
+    pub(crate) max_age: Option<u64>,
     entries: BTreeMap<Name, Entry>,
     /// Least recently used first.
     recency: Vec<Name>,
@@ -88,10 +92,19 @@ pub(crate) struct Model {
     thinned: BTreeSet<String>,
 }
 
+fn is_older(entry: &Entry, now: u64, max_age: Option<u64>) -> bool {
+    let Some(age) = max_age else {
+        return false;
+    };
+    let passed = i128::from(now) - i128::from(entry.fetched);
+    entry.fetched == 0 || passed < -i128::from(SKEW) || passed.max(0) >= i128::from(age)
+}
+
 impl Model {
     pub(crate) fn new(limits: Limits) -> Self {
         Model {
             limits,
+            max_age: None,
             entries: BTreeMap::new(),
             recency: Vec::new(),
             failed: Vec::new(),
@@ -135,12 +148,14 @@ impl Model {
         (self.flights.len(), self.reservations.len())
     }
 
+    /// Whether an entry is too old for a look-up.
     fn stale(&self, entry: &Entry, now: u64) -> bool {
-        let Some(age) = self.limits.max_age else {
-            return false;
-        };
-        let passed = i128::from(now) - i128::from(entry.fetched);
-        entry.fetched == 0 || passed < -i128::from(SKEW) || passed.max(0) >= i128::from(age)
+        is_older(entry, now, self.max_age)
+    }
+
+    /// Whether an entry goes before live ones.
+    fn useless(&self, entry: &Entry, now: u64) -> bool {
+        is_older(entry, now, self.limits.max_age)
     }
 
     fn fresh(&self, key: &str, range: ByteRange, now: u64) -> Option<&Entry> {
@@ -285,12 +300,17 @@ impl Model {
             }
             Joined::Lead(ticket) => {
                 assert!(open.is_empty(), "a second flight beside {open:?}");
-                self.open(*ticket, (key.to_owned(), asked), Some(payload));
+                self.open(
+                    *ticket,
+                    (key.to_owned(), asked),
+                    Some(payload),
+                    self.max_age,
+                );
             }
         }
     }
 
-    fn open(&mut self, ticket: u64, name: Name, payload: Option<u32>) {
+    fn open(&mut self, ticket: u64, name: Name, payload: Option<u32>, max_age: Option<u64>) {
         assert!(self.tickets.insert(ticket), "a ticket twice");
         self.flights.push(Flight {
             ticket,
@@ -298,6 +318,7 @@ impl Model {
             invalidated: false,
             payload,
             joined: false,
+            max_age,
         });
     }
 
@@ -334,8 +355,11 @@ impl Model {
         got: &Reserve,
     ) {
         let mut own = false;
+        let mut flights = self.flights.iter();
+        let flight = flights.find(|f| f.ticket == ticket && f.name.0 == name.0);
+        let max_age = flight.and_then(|f| f.max_age);
         let outdated = self.entries.get(name).is_some_and(|e| {
-            e.state == State::DeleteFailed || e.state == State::Live && self.stale(e, now)
+            e.state == State::DeleteFailed || e.state == State::Live && is_older(e, now, max_age)
         });
         let (dirs, tail) = key::split(&name.0);
         let too_long = |part: &str| part.len() > 128;
@@ -347,7 +371,7 @@ impl Model {
             Some(RejectReason::Invalidated)
         } else {
             let entry = self.entries.get(name);
-            match entry.map(|e| (e.state, self.stale(e, now))) {
+            match entry.map(|e| (e.state, is_older(e, now, max_age))) {
                 Some((State::Live, false)) => Some(RejectReason::AlreadyCached),
                 Some((State::Writing | State::Deleting, _)) => Some(RejectReason::Busy),
                 held => {
@@ -516,7 +540,7 @@ impl Model {
             let entry = &self.entries[&name];
             if entry.state == State::Live {
                 self.stats.evictions += 1;
-                self.stats.expirations += u64::from(self.stale(entry, now));
+                self.stats.expirations += u64::from(self.useless(entry, now));
             }
             freed += self.take(&name);
         }
@@ -524,7 +548,7 @@ impl Model {
         assert!(enough || self.candidates(failed) == 0, "a victim too few");
     }
 
-    /// Failed deletes first, then the stale, then the least recently used.
+    /// Failed deletes first, then the useless, then the least recently used.
     fn check_next(&self, name: &Name, failed: bool, now: u64) {
         if let Some(next) = self.failed.first().filter(|_| failed) {
             assert!(next.contains(name), "a failed delete comes first");
@@ -534,7 +558,7 @@ impl Model {
             .recency
             .iter()
             .map(|name| (name, &self.entries[name]))
-            .filter(|(_, entry)| self.stale(entry, now))
+            .filter(|(_, entry)| self.useless(entry, now))
             .map(|(name, entry)| (name, entry.fetched))
             .collect();
         let Some(earliest) = old.iter().map(|(_, fetched)| *fetched).min() else {
@@ -726,7 +750,7 @@ impl Model {
         }
         assert_eq!(ticket.is_some(), ok && alone);
         if let Some(ticket) = ticket {
-            self.open(ticket, (key.to_owned(), ByteRange::Full), None);
+            self.open(ticket, (key.to_owned(), ByteRange::Full), None, None);
         }
     }
 

@@ -108,18 +108,6 @@ async def test_bounds_of_several_stores_the_smallest_is_in_force(
     await check_quiet(other)
 
 
-async def test_ages_of_several_stores_the_least_is_in_force(cache: Store, clock: FakeClock) -> None:
-    source = StoreDouble(MemoryStore())
-    strict = CacheStore(source, cache_store=cache, max_age_seconds=10, clock=clock)
-    await fill(strict, a=b"1")
-    lenient = CacheStore(source, cache_store=cache, clock=clock)
-    assert await read_through(lenient, "a") == b"1"
-    clock.advance(10)
-    source.take()
-    assert await read_through(strict, "a") == b"1"
-    assert source.take() == {"get": 1}
-
-
 async def test_limits_of_a_store_that_is_gone_are_in_force_no_more(
     cache: Store, clock: FakeClock
 ) -> None:

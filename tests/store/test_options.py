@@ -407,3 +407,42 @@ def test_cache_store_that_is_the_source_by_another_library_is_refused(
     source, cache = (make[kind]() for kind in kinds.split())
     with pytest.raises(OptionValueError, match=r"is the source itself, or one of them is inside"):
         CacheStore(source, cache_store=cache)
+
+
+# -------------------------------------------------------------------------------- shares
+
+
+def test_share_of_a_directory_is_one_of_its_whole_volume(tmp_path: Path) -> None:
+    volume = os.statvfs(tmp_path)
+    whole = volume.f_blocks * volume.f_frsize
+    cache = LocalStore(tmp_path / "not" / "yet" / "there")
+    store = CacheStore(MemoryStore(), cache_store=cache, max_size="25%", min_free_space="12.5 %")
+    assert store.max_size == store.cache_info()["max_size"] == int(whole * 0.25)
+    assert store.min_free_space == int(whole * 0.125)
+    copy = store.with_read_only(True)
+    assert (copy.max_size, copy.min_free_space) == (store.max_size, store.min_free_space)
+
+
+def test_share_in_memory_is_one_of_what_the_process_may_use() -> None:
+    store = CacheStore(MemoryStore(), max_size="50%")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < store.cache_info()["max_size"] <= physical // 2
+    assert CacheStore(MemoryStore(), max_size="0%").max_size == 0
+
+
+@pytest.mark.parametrize("given", ["-1%", "101%", "%", "1e1%", "25 percent", "25%%"])
+def test_share_without_a_meaning_raises(given: str) -> None:
+    for name in ("max_size", "min_free_space"):
+        options: Any = {name: given}
+        with pytest.raises(OptionValueError) as caught:
+            CacheStore(MemoryStore(), **options)
+        assert_helpful(caught.value, f"invalid {name}: {given!r}. Give", '"25%"')
+
+
+def test_share_of_what_has_no_size_raises() -> None:
+    cache = FsspecStore.from_url("memory://zcache-shares")
+    with pytest.raises(OptionValueError) as caught:
+        CacheStore(MemoryStore(), cache_store=cache, max_size="25%")
+    assert_helpful(caught.value, "invalid max_size: '25%'", "no local directory", "Give bytes")
+    with pytest.raises(OptionValueError, match="invalid max_pending_size"):
+        CacheStore(MemoryStore(), max_pending_size="25%")

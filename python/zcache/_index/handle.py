@@ -80,8 +80,6 @@ class IndexHandle:
         False where the cache store cannot be used: then nothing is cached.
     lost : Index or None
         The index that was abandoned, if it may be used again.
-    ageless : bool
-        Whether nothing ever expires, so that the clock need not be asked.
     recover : callable
         Replaces or repairs an index that is damaged; runs in a thread.
     take : callable
@@ -102,7 +100,6 @@ class IndexHandle:
         self.usable = True
         self.lost: Index | None = None
         self._said = -math.inf
-        self.ageless = limits["max_age"] is None
         self.recover: Callable[[Exception], None] = self.abandon
         self.open_first: Callable[[float], None] | None = None
         # Reentrant: while it is held the garbage collector may end an operation.

@@ -73,7 +73,10 @@ class SharedIndex:
         self._members: weakref.WeakSet[Member] = weakref.WeakSet()
 
     def join(self, member: Member) -> None:
-        """Use it as well; the strictest limits are in force, so that none is exceeded."""
+        """Use it as well; the strictest limits are in force, so that none is exceeded.
+
+        The maximum age of a look-up is each store's own; what is too old for all of them goes first.
+        """
         self._members.add(member)
         self._set_limits()
         weakref.finalize(member, self._set_limits).atexit = False
@@ -82,7 +85,8 @@ class SharedIndex:
         with _lock:
             if not (members := list(self._members)):
                 return
-            age = _least(members, "max_age")
+            ages = [member.limits["max_age"] for member in members]
+            age = None if None in ages else max(ages)
             size = _least(members, "max_size")
             verify = max((m.limits["verify"] for m in members), key=_BY_STRICTNESS.index)
             before = self.handle.limits["max_size"]
@@ -92,7 +96,6 @@ class SharedIndex:
                 "max_age": age,
                 "verify": verify,
             }
-            self.handle.ageless = age is None
         self.handle.apply_limits()
         enforce = getattr(self.place, "enforce_bound", None)
         if enforce is not None and size is not None and (before is None or size < before):

@@ -189,7 +189,7 @@ class Batch:
         asked = self._asked[number]
         assert asked is not None
         reader = self._reader
-        now = reader.now()
+        now, max_age = reader.now(), reader.ages.of(asked[0])
         flight = Flight(self._io.loop(), now)
         reader.backend.begin(self._io)
         left_alone = not reader.breaker.allows()
@@ -199,7 +199,7 @@ class Batch:
             joined = await reader.handle.call(
                 self._io,
                 Index.join,
-                *(*asked, flight, now, left_alone),
+                *(*asked, flight, now, left_alone, max_age),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -213,7 +213,7 @@ class Batch:
             return
         # Another read brings it, or has brought it; perhaps this very call, for a duplicate.
         if isinstance(joined, tuple) and (pending := joined[1]).done:
-            if pending.may_be_joined(now, reader.handle.limits["max_age"]):
+            if pending.may_be_joined(now, max_age):
                 reader.recount_as_hit()
             else:
                 joined = None

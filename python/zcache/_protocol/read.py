@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._ages import MaxAges
     from zcache._backends.base import Backend, Hit
     from zcache._byte_ranges import ByteRange
     from zcache._runtime.io import IO
@@ -42,11 +43,13 @@ class Reader:
     ----------
     backend : Backend
         The cache store, with its index.
+    ages : MaxAges
+        How old a value may be that is served.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
     """
 
-    def __init__(self, backend: Backend, *, slices_like_python: bool) -> None:
+    def __init__(self, backend: Backend, *, ages: MaxAges, slices_like_python: bool) -> None:
         self.backend = backend
         self.handle: IndexHandle = backend.shared.handle
         self.fills = backend.shared.fills
@@ -55,6 +58,9 @@ class Reader:
         self._reads = self.counters.reads
         self.now = backend.shared.clock
         self._slices_like_python = slices_like_python
+        self.ages = ages
+        # For a hit: an attribute that is looked up less.
+        self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
         self._try_read = backend.try_read
         self._fill_now = backend.fill_now
         self._begin = backend.begin if backend.works_in_background else None
@@ -78,12 +84,14 @@ class Reader:
         hit : int or tuple or None
             Else what the index has found: None for a miss, `BUSY` where it is not known yet.
         """
-        handle = self.handle
         try:
-            if byte_range is None and handle.ageless:
-                hit = self._lookup(key)  # Three arguments take a tenth longer.
+            if self._ageless:
+                # More arguments take a tenth longer, and so does the clock.
+                hit = self._lookup(key) if byte_range is None else self._lookup(key, byte_range)
             else:
-                hit = self._lookup(key, byte_range, 0.0 if handle.ageless else self.now())
+                age_of = self._age_of
+                max_age = self._max_age if age_of is None else age_of(key)
+                hit = self._lookup(key, byte_range, self.now(), max_age)
         except RETRYABLE:
             return None, BUSY
         except UnicodeEncodeError:
@@ -150,7 +158,9 @@ class Reader:
         """
         if hit is BUSY:
             try:
-                hit = await self.handle.call(io, Index.lookup, key, byte_range, self.now())
+                hit = await self.handle.call(
+                    io, Index.lookup, key, byte_range, self.now(), self.ages.of(key)
+                )
             except BaseException:
                 self._reads.count_miss()
                 raise
@@ -172,7 +182,7 @@ class Reader:
             return None
         try:
             return await self.handle.call(
-                io, Index.peek, key, None, self.now(), timeout=LOCK_TIMEOUT
+                io, Index.peek, key, None, self.now(), self.ages.of(key), timeout=LOCK_TIMEOUT
             )
         except IndexLockTimeout:
             return None
@@ -281,7 +291,10 @@ class Reader:
         intact = self.backend.intact_size(name)
         try:
             victims = await self.handle.call(
-                io, Index.discard, key, byte_range, self.now(), size, timeout=LOCK_TIMEOUT
+                io,
+                Index.discard,
+                *(key, byte_range, self.now(), size, self.ages.of(key)),
+                timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
             return False  # The next read finds the same.
@@ -347,7 +360,8 @@ class Reader:
             if left_alone:
                 self.counters.count("skipped")
             try:
-                answer = handle.index.join(key, byte_range, flight, now, left_alone)
+                max_age = self._max_age if self._age_of is None else self._age_of(key)
+                answer = handle.index.join(key, byte_range, flight, now, left_alone, max_age)
             except RETRYABLE:
                 pass
             else:
@@ -405,7 +419,7 @@ class Reader:
         before: bool,
     ) -> tuple[bool, Buffer | None]:
         """Wait for a flight that brings `whole`; whether that gave an answer, and the answer."""
-        counts = before or other.may_be_joined(self.now(), self.handle.limits["max_age"])
+        counts = before or other.may_be_joined(self.now(), self.ages.of(key))
         is_pending = other.done and not before
         if not counts or not await io.wait(other):
             # Its leader cannot go on: all who wait for it start over, and later readers do not join it.
@@ -445,7 +459,7 @@ class Reader:
             joined = await self.handle.call(
                 io,
                 Index.join,
-                *(key, byte_range, flight, self.now(), left_alone),
+                *(key, byte_range, flight, self.now(), left_alone, self.ages.of(key)),
                 timeout=LOCK_TIMEOUT,
             )
             value = None
