@@ -342,10 +342,11 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         state.leftovers.flights.extend(closed);
         state.leftovers.data.push(fill.data);
         state.worked = true;
+        // First: who finds nothing pending collects all that there was.
+        self.due.store(true, Ordering::Release);
         self.pending.fetch_sub(1, Ordering::AcqRel);
         self.pending_size.fetch_sub(size, Ordering::AcqRel);
         self.completed.fetch_add(1, Ordering::AcqRel);
-        self.due.store(true, Ordering::Release);
         drop(state);
         self.ended.notify_all();
         if urgent {

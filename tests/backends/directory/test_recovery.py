@@ -218,4 +218,5 @@ def test_recovery_in_vain_the_directory_is_abandoned_with_one_line(
     assert get(store, KEYS[1]) == b"old"
     put(store, KEYS[1], b"new")
     assert get(store, KEYS[1]) == b"new"
-    assert ["cannot be used any more" in message for message in caplog.messages] == [True]
+    # It may be in use again by now, which others say.
+    assert caplog.text.count("cannot be used any more") == 1
