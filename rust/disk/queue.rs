@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::cache_dir::CacheDir;
 use super::deferred::{Deferred, apply};
-use super::fill::{Ending, Fill, Job, Report};
+use super::fill::{Ending, Fill, Job, Report, look};
 use crate::cache::ClosedFlight;
 use crate::shared::Locked;
 
@@ -193,6 +193,15 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
     pub fn apply_deferred(&self) {
         if self.has_deferred() {
             self.shared.apply_deferred();
+        }
+    }
+
+    /// Looks for marks of others; see [`CacheDir::marked_by`]. To be called by a thread that is not attached.
+    pub fn look(&self) {
+        let shared = &self.shared;
+        if !shared.is_abandoned() {
+            // Where it cannot be noted now, the next commit looks again.
+            let _ = look(&shared.index, &shared.dir);
         }
     }
 

@@ -72,7 +72,13 @@ class DirectoryFiller:
             layout.temporary.path,
             on_idle=self._on_idle,
             source=layout.digest,
+            marked=layout.lock_path if layout.has_own_index else None,
         )
+
+    def note_marks(self) -> None:
+        """End what has begun before others, or this process, have said that they change the source."""
+        if self._fills is not None:
+            self._fills.look()
 
     def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
         fills = self._fills
