@@ -12,6 +12,7 @@ call site.
 from zcache._core import __version__
 from zcache.exceptions import (
     CacheOwnershipError,
+    CacheUnreachableError,
     IndexLockTimeout,
     OptionTypeError,
     OptionValueError,
@@ -23,6 +24,7 @@ from zcache.store import CacheStore
 __all__ = [
     "CacheOwnershipError",
     "CacheStore",
+    "CacheUnreachableError",
     "IndexLockTimeout",
     "OptionTypeError",
     "OptionValueError",

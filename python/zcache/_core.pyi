@@ -551,6 +551,9 @@ class DirectoryFills:
         was, and soon after a fill has "failed" or is "corrupt". It must not keep the object alive, nor wait.
     source : bytes, optional
         Short name of the source, 8 bytes; zeros where it has none.
+    marked : str, optional
+        A file whose time others change who share no index with this process, before and after they change
+        the source: what was read before is not kept. Default is None: all share the index.
     """
 
     def __new__(
@@ -562,6 +565,7 @@ class DirectoryFills:
         threads: int = 2,
         on_idle: Callable[[], object],
         source: bytes = ...,
+        marked: str | None = None,
     ) -> DirectoryFills: ...
     def submit(
         self,
@@ -584,6 +588,9 @@ class DirectoryFills:
         OSError
             If no thread can be started, or after a fork. The flight is open still.
         """
+
+    def look(self) -> None:
+        """Look whether `marked` has another time than before; each commit does that as well."""
 
     def collect(self) -> list[FillResult]:
         """Results since the last call. Never waits for a fill or for another process."""

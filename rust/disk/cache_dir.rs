@@ -3,11 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
 
 use super::ownership::SourceDigest;
+use super::value_file::open_to_read;
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -69,7 +71,13 @@ pub struct CacheDir {
     opened: Instant,
     /// Milliseconds after `opened` until which the volume has ample space.
     ample_until: AtomicU64,
+    /// What others change, who share no index with this process, to say that they change the source.
+    marked: Option<PathBuf>,
+    seen: Mutex<Option<Mark>>,
 }
+
+/// A time of the marked file; `None` where there is none.
+pub(super) type Mark = Option<(i64, i64)>;
 
 impl CacheDir {
     /// A cache directory, and the directory of its unfinished files.
@@ -81,7 +89,31 @@ impl CacheDir {
             source: SourceDigest::default(),
             opened: Instant::now(),
             ample_until: AtomicU64::new(0),
+            marked: None,
+            seen: Mutex::new(None),
         }
+    }
+
+    /// The same; who changes the source without the index changes the time of this file.
+    #[must_use]
+    pub fn marked_by(self, file: PathBuf) -> Self {
+        let seen = Mutex::new(Some(mark_of(&file)));
+        CacheDir {
+            marked: Some(file),
+            seen,
+            ..self
+        }
+    }
+
+    /// The mark of now; `None` where nobody leaves one.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        self.marked.as_deref().map(mark_of)
+    }
+
+    /// Whether a mark is not the one that was seen last; from now on it is.
+    pub(super) fn is_news(&self, mark: Option<Mark>) -> bool {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *seen, mark) != mark
     }
 
     /// The same, whose values are recorded as those of this source.
@@ -137,4 +169,12 @@ impl CacheDir {
         }
         Ok(Some(Missing { bytes, inodes }))
     }
+}
+
+fn mark_of(file: &Path) -> Mark {
+    // Opened: a network file system asks its server then.
+    let found = open_to_read(file).and_then(rustix::fs::fstat);
+    found
+        .ok()
+        .map(|status| (status.st_mtime, status.st_mtime_nsec as i64))
 }

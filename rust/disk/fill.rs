@@ -16,13 +16,14 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::cache_dir::CacheDir;
+use super::cache_dir::{CacheDir, Mark};
 use super::deferred::{Deferred, POISONED, apply, step};
 use super::value_file::{self, WriteError, WrittenFile};
 use super::{folders, ownership, removal};
-use crate::cache::{ClosedFlight, Reserve, Ticket, Victim};
+use crate::cache::{Cache, ClosedFlight, Peers, Reserve, Ticket, Victim};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
+use crate::policy::Eviction;
 use crate::shared::{Locked, StepError};
 
 /// Values that are evicted at once where the volume runs out of inodes.
@@ -68,6 +69,30 @@ impl<D> Fill<D> {
         self.now
             .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
     }
+}
+
+/// Ends all reads of the source that have begun before a mark that was not seen yet.
+fn note<S: Peers, T: Clone, P: Eviction>(
+    cache: &mut Cache<S, T, P>,
+    dir: &CacheDir,
+    mark: Option<Mark>,
+) {
+    if dir.is_news(mark) {
+        cache.invalidate_prefix("");
+    }
+}
+
+/// Looks for a mark of others, who change the source and share no index with this process.
+///
+/// # Errors
+///
+/// Where the step cannot be taken now; the next commit looks again.
+pub(super) fn look<T: Clone>(index: &Locked<T>, dir: &CacheDir) -> Result<(), StepError> {
+    let mark = dir.mark();
+    step!(index, |cache| {
+        note(cache, dir, mark);
+        Ok(())
+    })
 }
 
 /// How a fill has ended.
@@ -346,9 +371,12 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     fn commit(&mut self, id: u64, name: &str, made: &WrittenFile) -> Result<Ending, StepError> {
-        let fill = self.fill;
+        let (fill, dir) = (self.fill, self.dir);
+        // After the file has its name: whoever changes the source later removes it by that.
+        let mark = dir.mark();
         let done = self.with_retries(|index| {
             step!(index, |cache| {
+                note(cache, dir, mark);
                 let (checksum, now) = (Some(made.checksum), fill.now());
                 let done = cache.commit_fetched(id, checksum, fill.fetched, now)?;
                 Ok((done, cache.generation(), cache.has_failed_deletes()))

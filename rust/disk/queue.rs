@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::cache_dir::CacheDir;
 use super::deferred::{Deferred, apply};
-use super::fill::{Ending, Fill, Job, Report};
+use super::fill::{Ending, Fill, Job, Report, look};
 use crate::cache::ClosedFlight;
 use crate::shared::Locked;
 
@@ -196,6 +196,15 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         }
     }
 
+    /// Looks for marks of others; see [`CacheDir::marked_by`]. To be called by a thread that is not attached.
+    pub fn look(&self) {
+        let shared = &self.shared;
+        if !shared.is_abandoned() {
+            // Where it cannot be noted now, the next commit looks again.
+            let _ = look(&shared.index, &shared.dir);
+        }
+    }
+
     /// Waits until more than this many have ended, and returns whether they have.
     pub fn wait(&self, completed: u64, timeout: Duration) -> bool {
         let shared = &self.shared;
@@ -342,10 +351,11 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         state.leftovers.flights.extend(closed);
         state.leftovers.data.push(fill.data);
         state.worked = true;
+        // First: who finds nothing pending collects all that there was.
+        self.due.store(true, Ordering::Release);
         self.pending.fetch_sub(1, Ordering::AcqRel);
         self.pending_size.fetch_sub(size, Ordering::AcqRel);
         self.completed.fetch_add(1, Ordering::AcqRel);
-        self.due.store(true, Ordering::Release);
         drop(state);
         self.ended.notify_all();
         if urgent {

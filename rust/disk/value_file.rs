@@ -46,6 +46,12 @@ fn regular(file: OwnedFd) -> rustix::io::Result<OwnedFd> {
     }
 }
 
+/// Opens what is there to read, without following a link; a pipe does not block.
+pub(super) fn open_to_read(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    open(path, flags, Mode::empty())
+}
+
 /// A file that is written, and pending until it is sealed. It is closed: thousands of fills may be in
 /// progress at once, and a process has few descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

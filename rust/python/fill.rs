@@ -66,7 +66,8 @@ pub(super) struct DirectoryFills(Fills<Flight, PyBackedBytes>);
 #[pymethods]
 impl DirectoryFills {
     #[new]
-    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8]))]
+    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8], marked=None))]
+    #[allow(clippy::too_many_arguments)] // All that a queue is about.
     fn new(
         index: &Index,
         root: PathBuf,
@@ -74,6 +75,7 @@ impl DirectoryFills {
         threads: usize,
         on_idle: Py<PyAny>,
         source: [u8; 8],
+        marked: Option<PathBuf>,
     ) -> Self {
         let call: OnIdle<_, _> = Box::new(move |leftovers| {
             // Not while the interpreter ends.
@@ -85,6 +87,10 @@ impl DirectoryFills {
             });
         });
         let files = CacheDir::new(root, tmp).of(source);
+        let files = match marked {
+            Some(file) => files.marked_by(file),
+            None => files,
+        };
         DirectoryFills(Fills::new(Arc::clone(&index.backing), files, threads, call))
     }
 
@@ -122,6 +128,10 @@ impl DirectoryFills {
         reports
             .map(|(id, report)| FillResult::new(py, id, report))
             .collect()
+    }
+
+    fn look(&self, py: Python<'_>) {
+        py.detach(|| self.0.look());
     }
 
     #[pyo3(signature = (completed, timeout, /))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,6 +30,8 @@ from support import (
     value_sync,
 )
 from zcache import CacheStore
+from zcache._backends.directory.filler import DirectoryFiller
+from zcache._protocol.fill import FillQueue
 from zcache.testing import (
     FakeClock,
     StoreDouble,
@@ -927,3 +930,42 @@ async def test_bound_holds_while_fills_are_pending(source: StoreDouble) -> None:
     await store.drain()
     assert 0 < cache.peak <= 450
     await check_quiet(store)
+
+
+@pytest.mark.parametrize("lost", ["results", "notes"])
+async def test_offer_after_an_interrupt_took_what_was_collected_has_its_room(
+    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """The interrupt comes between the end of a fill and its note."""
+    store = CacheStore(
+        source, cache_store=LocalStore(tmp_path), source_id="source", max_pending_size=len(VALUE)
+    )
+    queue: FillQueue = store._cache.shared.fills
+    filler = queue.filler
+    assert isinstance(filler, DirectoryFiller)
+    owner, method = (DirectoryFiller, "collect") if lost == "results" else (FillQueue, "_note")
+    real: Any = getattr(owner, method)
+    taken: list[Any] = []
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        result = real(self, *args) if lost == "results" else args
+        if not result:
+            return result
+        taken.append(result)
+        monkeypatch.setattr(owner, method, real)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        monkeypatch.setattr(owner, method, interrupted)
+        await read(store, "k")
+        while not taken:
+            queue.collect()
+            await asyncio.sleep(0.001)
+    assert taken
+    assert queue.pending_size == len(VALUE)
+    assert await read(store, "k1") == VALUE
+    assert await store.drain()
+    assert stored_sizes(store).keys() == {"k", "k1"}
+    assert queue.pending_size == 0
+    assert not filler._jobs
+    assert store.cache_stats()["cache_skips"] == 0

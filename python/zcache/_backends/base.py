@@ -191,6 +191,12 @@ class Backend(ABC):
         self.counters = Counters()
 
     @property
+    def tells_by_name(self) -> bool:
+        """Whether others learn of a change only by what `remove_key` does: then it is called before each
+        change and after it, and what is written is not filled."""
+        return False
+
+    @property
     def index(self) -> Index:
         """The index of now."""
         return self.shared.handle.index
@@ -248,11 +254,16 @@ class Backend(ABC):
             cells = [cell for cell, _ in victims]
             self.shared.handle.call_later(_ignore, _confirm_failed, cells)
 
-    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:  # noqa: B027 - nothing to do by default
+    def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
+        """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
+
+    async def remove_unlisted(  # noqa: B027 - nothing to do by default
+        self, io: IO, prefix: str, *, begins: bool | None = None
+    ) -> None:
         """Delete what is stored of a key and below it, whether or not the index knows it yet.
 
         Called while the index is not complete; with `removes_by_name` before each change below a prefix
-        `begins` and after it has ended. See `remove_key`.
+        `begins` and after it has ended, which is None where nothing is changed. See `remove_key`.
         """
 
     def begin(self, io: IO) -> None:  # noqa: B027 - nothing to do by default

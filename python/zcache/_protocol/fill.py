@@ -125,8 +125,10 @@ class FillQueue:
         # An interrupt may come between any two of these steps.
         try:
             with self._lock:
-                if self._pending and self.pending_size + size > self.max_pending_size:
-                    return False
+                if self._is_full(size):
+                    if not self.filler.is_idle:
+                        return False
+                    self._forget_lost(self._submitted)
                 self._submitted += 1
                 job.number = self._submitted
                 self.pending_size += size
@@ -137,6 +139,9 @@ class FillQueue:
             self._forget(job)
             raise
         return True
+
+    def _is_full(self, size: int) -> bool:
+        return bool(self._pending) and self.pending_size + size > self.max_pending_size
 
     async def put(self, io: IO, job: FillJob) -> bool:
         """Take a value; while the queue is full, wait as long as the cache store makes progress.
@@ -204,6 +209,12 @@ class FillQueue:
             if not self._pending:
                 _busy.discard(self)
 
+    def _forget_lost(self, last: int) -> None:
+        """Forget the jobs up to this number, where none is under way: an interrupt has taken their notes."""
+        for job in list(self._pending.values()):
+            if job.number <= last:
+                self._forget(job)
+
     async def drain(self, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
         """Wait until all values that were taken before have reached the cache store or were refused.
 
@@ -218,10 +229,7 @@ class FillQueue:
             completed = self.filler.completed
             self.collect()
             if self.filler.is_idle:
-                # An interrupt may have taken what was collected.
-                for job in list(self._pending.values()):
-                    if job.number <= last:
-                        self._forget(job)
+                self._forget_lost(last)
             with self._lock:
                 first = next(iter(self._pending), None)
             # Jobs may end in another order, but are pending in the order of their numbers. One whose reader

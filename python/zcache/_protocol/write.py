@@ -77,6 +77,7 @@ class Writer:
             nonlocal ended
             ended = True
             handle.call_later(lost, Index.end_write, key, False)
+            self.backend.tell_later(key)
 
         def lost(outcome: tuple[list[Victim], int | None]) -> None:
             victims, ticket = outcome
@@ -103,6 +104,8 @@ class Writer:
                         await self.backend.remove_key(io, key, victims, begins=False)
                 raise
             changing = False
+            if self.backend.tells_by_name:
+                await self.backend.remove_key(io, key, (), begins=False)
             # A caller that is cancelled while it waits has ended it all the same. Once too often would be
             # the end of another write.
             ended = True
@@ -120,7 +123,7 @@ class Writer:
                 await self.backend.remove_key(io, key, victims, begins=False)
             elif victims:
                 await self.backend.remove(io, victims)
-            if ticket is not None and data is not None:
+            if ticket is not None and data is not None and not self.backend.tells_by_name:
                 is_handed_over = await self._fill(io, key, data, ticket, flight.fetched)
         except BaseException as error:
             # A change that goes on without its caller reports its end; without an event loop none does.
@@ -177,6 +180,7 @@ class Writer:
             nonlocal ended
             ended = True
             self._drain_later(prefix, begins=False)
+            self.backend.tell_later(prefix)
 
         await handle.call(io, Index.invalidate, prefix, True, alone=True)
         try:

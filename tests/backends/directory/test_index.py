@@ -359,9 +359,12 @@ async def test_index_cannot_be_shared_is_kept_in_memory(
     assert "cannot be shared" in caplog.text
     assert index_slot(store) is None
     assert await read(store, "a") == b"1"
-    await write(store, "b", bytes(50))
-    await write(store, "c", bytes(60))
     assert reads(source) == 0
+    for key, size in (("b", 50), ("c", 60)):
+        await write(store, key, bytes(size))
+        assert await read_through(store, key) == bytes(size)
+    # What is written is cached when it is read next.
+    assert reads(source) == 2
     assert sizes_in(tmp_path / "cache") == {"c": 60}
     await check_quiet(store)
 

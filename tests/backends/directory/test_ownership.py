@@ -385,6 +385,7 @@ async def test_file_system_without_locks_has_an_index_in_memory(
     assert await read_through(store, "a") == b"1"
     assert store.cache_stats()["misses"] == 0
     await fill(store, b=b"2")
+    assert await read_through(store, "b") == b"2"
     assert held(tmp_path) == {"a": 1, "b": 1}
     await check_quiet(store)
 

@@ -13,7 +13,7 @@ import pytest
 from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, read
-from zcache import CacheStore
+from zcache import CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ async def warmed(where: Path) -> None:
 
 
 def contents(where: Path) -> dict[str, tuple[int, bytes]]:
-    found = [path for path in where.rglob("*") if path.is_file()]
+    """All files with their times, but for the one whose time tells others of changes."""
+    found = [path for path in where.rglob("*") if path.is_file() and path.name != "lock"]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
@@ -61,11 +62,22 @@ async def check_served(store: CacheStore, behind: StoreDouble) -> None:
     for _ in range(20):
         assert await read(store, "b") == b"more"
     assert store.cache_stats()["cache_failures"] == 0
-    # What is written is not served as it was, though its file stays.
-    await store.set("a/c/1", buf(b"new"))
-    await store.delete("a/c/2")
-    assert await read(store, "a/c/1") == b"new"
-    assert await read(store, "a/c/2") is None
+    # Others who read it could not be told of a change of what it holds: it does not begin.
+    for change in (
+        store.set("a/c/1", buf(b"new")),
+        store.delete("a/c/2"),
+        store.delete_dir("a"),
+        store.clear(),
+    ):
+        with pytest.raises(CacheUnreachableError, match="could not be told"):
+            await change
+    for key, value in VALUES.items():
+        assert await read(behind.inner, key) == await read(store, key) == value
+    # What it does not hold may change.
+    await store.set("b", buf(b"new"))
+    assert await read(store, "b") == b"new"
+    await store.delete("b")
+    assert await read(store, "b") is None
     await store.clear_cache()
     assert await read(store, "a/c/3") == VALUES["a/c/3"]
     assert store.drain_sync()
@@ -126,7 +138,7 @@ _AS_SOMEBODY = """
 import asyncio, os, sys
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
-from zcache import CacheStore
+from zcache import CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble
 os.setgid(65534); os.setuid(65534)
 source = StoreDouble(MemoryStore({f"a/c/{n}": cpu.Buffer.from_bytes(bytes([n]) * 1000) for n in range(10)}))
@@ -135,6 +147,14 @@ async def main():
     for n in range(10):
         value = await store.get(f"a/c/{n}", default_buffer_prototype())
         assert value.to_bytes() == bytes([n]) * 1000
+    # Its owner could not be told, who may be reading just what is changed.
+    for key in ("a/c/1", "b"):
+        try:
+            await store.set(key, cpu.Buffer.from_bytes(b"new"))
+        except CacheUnreachableError:
+            continue
+        raise AssertionError(key)
+    assert not await source.inner.exists("b")
 asyncio.run(main())
 print(source.calls["get"])
 """

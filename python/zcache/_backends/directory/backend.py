@@ -22,7 +22,7 @@ from zcache._core import (
 )
 from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError
-from zcache._runtime.threads import NoThreadError
+from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -102,6 +102,11 @@ class DirectoryBackend(Backend):
         with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
             await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
 
+    @property
+    def tells_by_name(self) -> bool:
+        handle = self.shared.handle
+        return not (handle.usable and handle.index.shared)
+
     async def remove_key(
         self, io: IO, key: str, victims: Sequence[Victim], *, begins: bool
     ) -> None:
@@ -109,36 +114,44 @@ class DirectoryBackend(Backend):
             await self.remove(io, victims)
         # Another participant may have dropped the entry, and have died or stopped before it removed the
         # file; a damaged index may hide it. A later rebuild would find it and take it for valid.
-        if self.shared.handle.usable and is_absent(self._root, key):
+        if not self.tells_by_name and is_absent(self._root, key):
             return
-        await self._remove_by_name(io, lambda: remove_key(self._root, key), begins=begins)
+        await self._remove_by_name(io, key, lambda: remove_key(self._root, key), begins=begins)
+
+    def tell_later(self, prefix: str) -> None:
+        if not self.tells_by_name or self._leaves_alone():
+            return
+
+        def tell() -> None:
+            try:
+                self._tell_and_remove(prefix, lambda: self._remove_below(prefix))
+            except OSError as error:
+                self._could_not_tell(error, begins=False)
+
+        try:
+            run_in_background(tell)
+        except RuntimeError:  # No thread now.
+            tell()
+
+    def _leaves_alone(self) -> bool:
+        """Whether the directory is another source's by now."""
+        return not self.shared.handle.usable and self._directory.layout.is_others
 
     async def _remove_by_name(
-        self, io: IO, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
+        self, io: IO, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
     ) -> None:
-        directory = self._directory
-        if directory.scanner.only_looks:
-            # They stay, and this process serves them no more.
+        if self._leaves_alone():
             return
-        without = not self.shared.handle.usable
-        if without and directory.layout.is_others:
-            return
-        if without:
-            directory.recovery.come_back()
+        tells = self.tells_by_name
+        if not self.shared.handle.usable:
+            self._directory.recovery.come_back()
 
         def remove() -> None:
-            if without:
-                # First, so that nothing that is older is filled afterwards.
-                directory.layout.tell_others()
-            take_folder_bytes()
-            failed = work()
-            if folders := take_folder_bytes():
-                self.shared.handle.call_later(ignore, Index.count_folders, folders)
-            for _, error in failed:
-                self.breaker.failed(error, "delete")
-            if failed and without:
-                raise failed[0][1]
-            directory.scanner.add_tombstones(name for name, _ in failed)
+            if tells:
+                self._tell_and_remove(prefix, work)
+            else:
+                names = [name for name, _ in self._remove_counted(work)]
+                self._directory.scanner.add_tombstones(names)
 
         try:
             try:
@@ -146,17 +159,48 @@ class DirectoryBackend(Backend):
             except NoThreadError:
                 remove()
         except (TimeoutError, OSError) as error:
-            if not without:
+            if tells:
+                self._could_not_tell(error, begins=begins)
+            else:
                 self.breaker.failed(error, "delete")
-                return
-            self._could_not_tell(error, begins=begins)
+
+    def _tell_and_remove(self, prefix: str, work: Callable[[], list[tuple[str, OSError]]]) -> None:
+        """Tell others of a change without the index: nothing older is filled, nothing older is there.
+
+        Raises
+        ------
+        OSError
+            If that cannot be.
+        """
+        # First, so that nothing that is older is filled afterwards.
+        self._directory.layout.tell_others()
+        self._directory.filler.note_marks()
+        if self._directory.layout.is_read_only:
+            for name in self._directory.scanner.names_below(prefix):
+                raise OSError(errno.EROFS, "it was given as read-only", name)
+            return
+        if failed := self._remove_counted(work):
+            raise failed[0][1]
+
+    def _remove_counted(
+        self, work: Callable[[], list[tuple[str, OSError]]]
+    ) -> list[tuple[str, OSError]]:
+        take_folder_bytes()
+        failed = work()
+        if folders := take_folder_bytes():
+            self.shared.handle.call_later(ignore, Index.count_folders, folders)
+        if not self._directory.scanner.only_looks:
+            for _, error in failed:
+                self.breaker.failed(error, "delete")
+        return failed
 
     def _could_not_tell(self, error: Exception, *, begins: bool) -> None:
         """Others who use the directory do not hear of a write: it must not begin."""
         if begins:
             raise CacheUnreachableError(
-                f"the index of the cache directory {self._root} cannot be used, and other processes that "
-                f"use it cannot be told of a write: {error!r}"
+                f"other processes that use the cache directory {self._root} could not be told of this write, "
+                f"for this one cannot use its index or only reads it: {error!r}. Write to the source itself "
+                "if nobody else reads through that directory, or give a cache directory of your own."
             ) from error
         logger.warning(
             "processes that use the cache directory %s may not see a write: %r", self._root, error
@@ -208,19 +252,29 @@ class DirectoryBackend(Backend):
             self.breaker.succeeded("delete")
         return dropped, failed
 
-    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:
-        scanner = self._directory.scanner
-        if scanner.only_looks:
-            return
-
-        def remove() -> list[tuple[str, OSError]]:
+    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool | None = None) -> None:
+        if begins is not None:
+            await self._remove_by_name(
+                io, prefix, lambda: self._remove_below(prefix), begins=begins
+            )
+        elif not self._directory.scanner.only_looks:
             try:
-                scanner.remove_below(prefix)
-            except OSError as error:
-                return [(prefix, error)]
-            return []
+                await io.in_thread(
+                    lambda: self._remove_counted(lambda: self._remove_below(prefix)),
+                    ignore,
+                    timeout=DELETE_TIMEOUT,
+                )
+            except NoThreadError:
+                self._remove_counted(lambda: self._remove_below(prefix))
+            except TimeoutError as error:
+                self.breaker.failed(error, "delete")
 
-        await self._remove_by_name(io, remove, begins=begins)
+    def _remove_below(self, prefix: str) -> list[tuple[str, OSError]]:
+        try:
+            self._directory.scanner.remove_below(prefix)
+        except OSError as error:
+            return [(prefix, error)]
+        return []
 
     def begin(self, io: IO) -> None:  # noqa: ARG002
         self._directory.recovery.reclaim_dead()

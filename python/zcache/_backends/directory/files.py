@@ -126,14 +126,15 @@ def remove_empty_folders(root: str) -> None:
     for folder in (root, os.path.join(root, ".zcache", "ranges")):
         try:
             with os.scandir(folder) as entries:
-                found += [
-                    entry.path
-                    for entry in entries
-                    # Such as .zcache itself; others are the system's.
-                    if not entry.name.startswith(".")
-                    and entry.name not in TOLERATED
-                    and entry.is_dir(follow_symlinks=False)
-                ]
+                inside = list(entries)
+            found += [
+                entry.path
+                for entry in inside
+                # Such as .zcache itself; others are the system's.
+                if not entry.name.startswith(".")
+                and entry.name not in TOLERATED
+                and entry.is_dir(follow_symlinks=False)
+            ]
         except OSError:
             continue
     for path in found:

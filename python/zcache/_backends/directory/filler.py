@@ -72,7 +72,13 @@ class DirectoryFiller:
             layout.temporary.path,
             on_idle=self._on_idle,
             source=layout.digest,
+            marked=layout.lock_path if layout.has_own_index else None,
         )
+
+    def note_marks(self) -> None:
+        """End what has begun before others, or this process, have said that they change the source."""
+        if self._fills is not None:
+            self._fills.look()
 
     def submit(self, io: IO, job: FillJob) -> None:  # noqa: ARG002 - the core needs no event loop
         fills = self._fills
@@ -94,17 +100,23 @@ class DirectoryFiller:
             self._jobs[number] = job
 
     def collect(self) -> Sequence[Ended]:
-        results = () if self._fills is None else self._fills.collect()
-        if not results:
+        fills = self._fills
+        if fills is None:
             return ()
+        with self._lock:
+            # Before the look, so that it finds all of them.
+            was_idle = not fills.pending
+            results = fills.collect()
+            # Of a caller that was interrupted right after the hand-over there is no note.
+            known = [(self._jobs.pop(one.id, None), one) for one in results]
+            if was_idle and self._jobs:
+                # An interrupt has taken what was collected before.
+                self._jobs.clear()
         if not self._has_met_foreign and any(map(_met_foreign, results)):
             self._has_met_foreign = True
             with contextlib.suppress(RuntimeError):
                 run_in_background(self._layout.scanner.say_in_the_way)
-        with self._lock:
-            # Of a caller that was interrupted right after the hand-over there is no note.
-            known = [(self._jobs.pop(one.id, None), one) for one in results]
-            return [_ended(job, one) for job, one in known if job is not None]
+        return [_ended(job, one) for job, one in known if job is not None]
 
     @property
     def completed(self) -> int:

@@ -90,6 +90,7 @@ class CacheDirectory:
         read_only: bool = False,
     ) -> None:
         self._prepare(root, source, limits, clock)
+        self.layout.is_read_only = read_only
         if read_only:
             self._read_from(OSError(errno.EROFS, "it was given as read-only"))
             return
@@ -248,12 +249,13 @@ class CacheDirectory:
     def _keep_to_ourselves(self, error: OSError) -> None:
         logger.warning(
             "the index of the cache directory %s cannot be shared (%s). This process keeps one of its own "
-            "in memory: other processes have bounds of their own, do not see its writes, and what it knows "
-            "ends with it.",
+            "in memory: other processes have bounds of their own, what it writes is cached when it is read "
+            "next, and what it knows ends with it.",
             self.root,
             error,
         )
         self.handle.index = Index(**self.handle.limits)
+        self.layout.has_own_index = True
         if self.layout.stamp.is_foreign:
             self.scanner.remove_below("")
             self.layout.stamp.restamp()
@@ -262,7 +264,9 @@ class CacheDirectory:
 
     def _read_from(self, error: OSError) -> None:
         """Serve what a directory holds that takes nothing: an image, say, or another user's."""
-        if error.errno not in _TAKES_NOTHING or Stamp.source_of(self.root) != self.layout.source:
+        owner = Stamp.source_of(self.root)
+        if error.errno not in _TAKES_NOTHING or owner != self.layout.source:
+            self.layout.is_others = owner not in (None, self.layout.source)
             self.handle.abandon(error)
             return
         logger.warning(

@@ -16,6 +16,7 @@ from zcache._core import Index
 
 BLOCK_SIZE: int | None = None
 """Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TICK: Final = 0.001
 """Seconds; file systems do not tell shorter times apart."""
 
@@ -42,6 +43,10 @@ class Layout:
         Says which source the directory belongs to; there once it is claimed.
     is_others : bool
         Whether it is, by now, the cache of another source.
+    is_read_only : bool
+        Whether it was given as read-only: then no value in it is removed.
+    has_own_index : bool
+        Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
         Whether names that differ in case are one file.
     """
@@ -53,10 +58,12 @@ class Layout:
         self.source = source
         self.reserved = os.path.join(self.root, ".zcache")
         self.index_root = os.path.join(self.reserved, "index")
+        self.lock_path = os.path.join(self.index_root, "lock")
         self.digest = hashlib.sha256((source or "").encode()).digest()[:8]
         self.scanner = Scanner(self.root, self.reserved, self.digest)
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
-        self.is_others = self.folds_names = False
+        self.is_others = self.is_read_only = False
+        self.has_own_index = self.folds_names = False
         self._block_size = 1
 
     def claim(self, *, adopt: bool) -> None:
@@ -136,17 +143,18 @@ class Layout:
         return Index.open(self.index_root, seed=new_seed(), timeout=patience, **limits)
 
     def tell_others(self) -> None:
-        """Say that the source is changed by somebody who cannot use the index.
+        """Say that the source is changed by somebody who does not share the index.
 
-        A step that finds another time of the lock file than the last one ends all reads of the source
-        that have begun before: what they bring is not cached.
+        Whoever finds another time of the lock file than the last one (a step of the index, or a commit of
+        somebody with an index of his own) ends all reads of the source that have begun before: what they
+        bring is not cached.
 
         Raises
         ------
         OSError
             If the file system refuses.
         """
-        lock = os.path.join(self.index_root, "lock")
+        lock = self.lock_path
         try:
             before = os.stat(lock).st_mtime_ns
             try:
@@ -159,7 +167,10 @@ class Layout:
                     time.sleep(_TICK)
                     os.utime(lock)
         except (FileNotFoundError, NotADirectoryError):
-            pass  # A process that makes it anew begins with what is there then.
+            # Whoever shares an index makes it anew, and begins with what is there then.
+            if self.has_own_index:
+                self.make_folders()
+                os.close(os.open(lock, _NEW, 0o666))
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise

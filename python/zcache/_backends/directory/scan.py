@@ -14,7 +14,7 @@ from zcache._byte_ranges import is_encodable
 from zcache._core import Index, is_cacheable_key, leads_outside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from zcache._index.handle import IndexHandle
 
@@ -165,22 +165,31 @@ class Scanner:
         """
         if self._scans:
             self._removed.append(prefix)
+        for name in self.names_below(prefix):
+            files.remove_value(self._root, name)
+        if prefix:
+            # Also one that was never valid.
+            files.remove_value(self._root, prefix)
+        files.remove_empty_folders(self._root)
+
+    def names_below(self, prefix: str) -> Iterator[str]:
+        """Names of all values that are stored of a key and of all keys below it."""
+        finder = files.Finder(self._root, self._source)
+        finder.only_looks = self.only_looks
         if prefix:
             above, _, tail = prefix.rpartition("/")
             folder = f".zcache/ranges/{above}".rstrip("/")
-            try:
-                names = os.listdir(os.path.join(self._root, folder))
-            except (FileNotFoundError, NotADirectoryError):
-                names = []
-            for name in names:
-                if name.rpartition("@")[0] == tail:
-                    files.remove_value(self._root, f"{folder}/{name}")
-            files.remove_value(self._root, prefix)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                for name in os.listdir(os.path.join(self._root, folder)):
+                    if name.rpartition("@")[0] == tail:
+                        yield f"{folder}/{name}"
+            with contextlib.suppress(OSError):
+                if files.owner(os.path.join(self._root, prefix)) != "foreign":
+                    yield prefix
             prefix += "/"
         for below in (prefix, f".zcache/ranges/{prefix}"):
-            for _, _, name in files.Finder(self._root, self._source).find(below):
-                files.remove_value(self._root, name)
-        files.remove_empty_folders(self._root)
+            for _, _, name in finder.find(below):
+                yield name
 
     def say_in_the_way(self, count: int | None = None) -> None:
         """Warn once of files that zcache did not write, as far as it can tell."""
