@@ -258,13 +258,8 @@ def wheel_settings() -> tuple[list[str], dict[str, str]]:
     library = f"{output('rustc', '--print', 'sysroot')}/lib/rustlib/src/rust"
     shown = {ROOT: "zcache-source", cargo: "cargo-home", library: f"/rustc/{rustc['commit-hash']}"}
     flags = [f"--remap-path-prefix={path}={name}" for path, name in shown.items()]
-<<<<<<< HEAD
     # Of the last commit that changes it; where there is no git, the first date that a zip file can have.
     epoch = output("git", "log", "-1", "--format=%ct", "--", *WHEEL_INPUTS) or "315532800"
-=======
-    # Where there is no git there is no commit: the first date that a zip file can have.
-    epoch = output("git", "log", "-1", "--format=%ct") or "315532800"
->>>>>>> wt-reach
     return arguments, {
         # In this form a flag may have spaces.
         "CARGO_ENCODED_RUSTFLAGS": "\x1f".join(flags),

@@ -192,8 +192,10 @@ class Backend(ABC):
 
     @property
     def tells_by_name(self) -> bool:
-        """Whether others learn of a change only by what `remove_key` does: then it is called before each
-        change and after it, and what is written is not filled."""
+        """Whether others learn of a change only by what `remove_key` does.
+
+        Then it is called before each change and after it, and what is written is not filled.
+        """
         return False
 
     @property

@@ -220,7 +220,13 @@ class StoreBackend(Backend):
         if listing is not None and not listing.begin(io, self.store, self.breaker):
             self.counters.count("skipped")
 
-    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool = False) -> None:  # noqa: ARG002
+    async def remove_unlisted(
+        self,
+        io: IO,
+        prefix: str,
+        *,
+        begins: bool | None = None,  # noqa: ARG002
+    ) -> None:
         listing: Listing | None = self._place.listing
         if listing is None:
             return
