@@ -23,7 +23,8 @@ def wheel() -> Iterator[zipfile.ZipFile]:
     found = list((ROOT / "dist").glob("zarr_zcache-*.whl"))
     if not found:
         pytest.skip("there is no wheel in dist/; `make wheel` builds one")
-    with zipfile.ZipFile(*found) as archive:
+    (path,) = found
+    with zipfile.ZipFile(path) as archive:
         yield archive
 
 
