@@ -38,6 +38,7 @@ __all__ = [
     "leads_outside",
     "open_cached",
     "read_record",
+    "read_resident",
     "recorded_size_and_checksum",
     "remove_empty_folder",
     "remove_file",
@@ -46,6 +47,7 @@ __all__ = [
     "select",
     "sign_file",
     "take_folder_bytes",
+    "tells_residency",
     "volume_space",
 ]
 
@@ -615,6 +617,20 @@ class DirectoryFills:
 
 def open_cached(path: str, /) -> int:
     """Open a file for reading if that needs no disk; `BlockingIOError` if it does."""
+
+def tells_residency(file: int, /) -> bool:
+    """Whether `read_resident` can be used for files of the file system that an open file is on.
+
+    Only on tmpfs and overlayfs, and not where a sandbox says of all pages that they are in memory.
+    """
+
+def read_resident(path: str, into: Any, total: int, start: int, size: int, /) -> float | None:
+    """Read the `size` bytes from `start` on of a file of `total` bytes, if all of them are in memory.
+
+    They fill the beginning of `into`, a writable buffer of bytes. Returns the seconds that it had to wait all the same; None where
+    nothing was read: the file is another one, its pages are not in memory, or the kernel does not say, as of
+    files of another user. Raises `BlockingIOError` where to open it needs a disk.
+    """
 
 def recorded_size_and_checksum(path: str, /) -> tuple[int, int] | None:
     """Size and CRC32C that a file should have, where its file system has recorded them."""

@@ -7,6 +7,7 @@ pub mod folders;
 pub mod ownership;
 pub mod queue;
 pub mod removal;
+pub mod residency;
 pub mod value_file;
 
 pub use self::cache_dir::{CacheDir, Space, space};

@@ -72,6 +72,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_class::<fill::DirectoryFills>()?;
         module.add_class::<fill::FillResult>()?;
         module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;
+        module.add_function(wrap_pyfunction!(files::tells_residency, module)?)?;
+        module.add_function(wrap_pyfunction!(files::read_resident, module)?)?;
         module.add_function(wrap_pyfunction!(files::recorded_size_and_checksum, module)?)?;
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_file, module)?)?;

@@ -213,15 +213,15 @@ class Backend(ABC):
     ) -> Buffer | None:
         """Read the same; None where the value is gone or has another length."""
 
-    async def turn(self, size: int) -> bool:  # noqa: ARG002
-        """Wait for a turn of the event loop in which so many bytes may be read by `try_read`.
+    async def turn(self, size: int) -> TryRead | None:  # noqa: ARG002
+        """Wait for a turn of the event loop in which so many bytes may be read without waiting.
 
         Returns
         -------
-        bool
-            False where that would change nothing.
+        callable or None
+            Reads as `try_read` does, at once; None where to wait would change nothing.
         """
-        return False
+        return None
 
     @abstractmethod
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._ages import MaxAges
-    from zcache._backends.base import Backend, Hit
+    from zcache._backends.base import Backend, Hit, TryRead
     from zcache._byte_ranges import ByteRange
     from zcache._runtime.io import IO
 
@@ -101,13 +101,13 @@ class Reader:
             return None, hit
         if hit.__class__ is int:
             return try_read(key, prototype, hit, 0, hit), hit
-        return self._try_read_part(prototype, hit), hit
+        return self._try_read_part(try_read, prototype, hit), hit
 
-    def _try_read_part(self, prototype: BufferPrototype, hit: Any) -> Buffer | None:
+    def _try_read_part(
+        self, try_read: TryRead, prototype: BufferPrototype, hit: Any
+    ) -> Buffer | None:
         """Read what is a part of a value, or was not verified yet, without waiting."""
         name, total, start, size, handle, checksum = hit
-        try_read = self._try_read
-        assert try_read is not None
         if handle is None:
             return try_read(name, prototype, total, start, size)
         value = None if checksum is None else try_read(name, prototype, total, 0, total)
@@ -224,9 +224,10 @@ class Reader:
             name, total, start, size, handle, checksum = hit
         # Bytes that are not verified yet are read as a whole, for the checksum is of the whole.
         first, wanted = (start, size) if handle is None else (0, total)
-        if self._try_read is not None and io.loop() is not None and await self.backend.turn(wanted):
+        if self._try_read is not None and io.loop() is not None:
+            try_read = await self.backend.turn(wanted)
             known = (name, total, start, size, handle, checksum)
-            value = self._try_read_part(prototype, known)
+            value = try_read and self._try_read_part(try_read, prototype, known)
             if value is not None:
                 return value
         is_damaged = False

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import inspect
+import math
 import os
 import sys
 import threading
@@ -19,13 +20,17 @@ from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import flip
+from mounts import mounted
 from support import PROTOTYPE, buf, check_quiet, count_turns, read, read_through
 from zcache import CacheStore
 from zcache._backends.directory import backend, page_cache
 from zcache._backends.directory.page_cache import PageCacheReader
-from zcache._core import Index, open_cached
+from zcache._core import Index, open_cached, read_resident, tells_residency
+from zcache._runtime.turns import ReadTurns
+from zcache.testing import FakeClock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 VALUE = bytes(range(256)) * 4096  # 1 MiB
@@ -43,13 +48,45 @@ def has_nowait(where: Path) -> bool:
             return False
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy with something else changes nothing."""
+    monkeypatch.setattr(page_cache, "SLOW", math.inf)
+
+
 @pytest.fixture
-async def store(tmp_path: Path) -> CacheStore:
-    """With values that are cached and verified."""
+def here(tmp_path: Path) -> Path:
+    """A directory on a file system that reads without waiting."""
     if not has_nowait(tmp_path):
         pytest.skip("no RWF_NOWAIT on this file system")
+    return tmp_path
+
+
+@pytest.fixture(params=["here", "tmpfs", "overlayfs"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A directory on each kind of file system from which hits are read on the spot."""
+    if request.param == "here":
+        yield request.getfixturevalue("here")
+        return
+    with mounted(request.param, tmp_path) as path:
+        yield path
+
+
+@pytest.fixture
+async def store(where: Path) -> CacheStore:
+    """With values that are cached and verified, on each kind of file system."""
+    return await filled(where)
+
+
+@pytest.fixture
+async def plain_store(here: Path) -> CacheStore:
+    """The same on the one that reads without waiting."""
+    return await filled(here)
+
+
+async def filled(where: Path) -> CacheStore:
     source = MemoryStore({key: buf(VALUE) for key in KEYS})
-    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    store = CacheStore(source, cache_store=LocalStore(where / "cache"))
     for _ in range(2):
         for key in KEYS:
             assert await read_through(store, key) == VALUE
@@ -105,8 +142,6 @@ async def test_hits_many_leave_turns_to_other_tasks(
 
 async def reopened(where: Path, **options: Any) -> CacheStore:
     """A store on a cache directory with values that it has not verified yet."""
-    if not has_nowait(where):
-        pytest.skip("no RWF_NOWAIT on this file system")
     source = MemoryStore({key: buf(VALUE) for key in KEYS})
     cache = LocalStore(where / "cache")
     before = CacheStore(source, cache_store=cache, source_id="s")
@@ -118,32 +153,31 @@ async def reopened(where: Path, **options: Any) -> CacheStore:
     return CacheStore(source, cache_store=cache, source_id="s", **options)
 
 
+@pytest.mark.parametrize(("size", "count"), [(page_cache.COUNTED - 1, 900), (100, 10_000)])
 async def test_hits_many_small_leave_turns_to_other_tasks(
-    tmp_path: Path, thread_reads: list[str]
+    where: Path, thread_reads: list[str], size: int, count: int
 ) -> None:
-    if not has_nowait(tmp_path):
-        pytest.skip("no RWF_NOWAIT on this file system")
-    size, count = page_cache.COUNTED - 1, 900
-    keys = [f"c/{number}" for number in range(count)]
-    source = MemoryStore({key: buf(VALUE[:size]) for key in keys})
-    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
-    for key in keys:
+    names = [f"c/{number}" for number in range(min(count, 900))]
+    source = MemoryStore({key: buf(VALUE[:size]) for key in names})
+    store = CacheStore(source, cache_store=LocalStore(where / "cache"))
+    for key in names:
         await read_through(store, key)
+    keys = [names[number % len(names)] for number in range(count)]
     for _ in range(2):
         turns: list[None] = []
         watcher = asyncio.ensure_future(count_turns(turns))
         found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in keys))
         watcher.cancel()
         assert [value and value.to_bytes() for value in found] == [VALUE[:size]] * count
-        assert len(turns) >= count * size // page_cache.LARGEST - 1
+        assert len(turns) >= count * max(size, page_cache.LEAST) // page_cache.LARGEST - 1
     assert thread_reads == []
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])
 async def test_hit_first_is_verified_without_a_thread(
-    tmp_path: Path, thread_reads: list[str], verify: str
+    where: Path, thread_reads: list[str], verify: str
 ) -> None:
-    store = await reopened(tmp_path, verify=verify)
+    store = await reopened(where, verify=verify)
     assert await read(store, KEYS[0], RangeByteRequest(7, 300)) == VALUE[7:300]
     turns: list[None] = []
     watcher = asyncio.ensure_future(count_turns(turns))
@@ -153,17 +187,17 @@ async def test_hit_first_is_verified_without_a_thread(
     assert len(turns) >= len(KEYS) * len(VALUE) // page_cache.LARGEST - 1
     assert thread_reads == []
     # Verified once, or each time.
-    flip(tmp_path / "cache" / KEYS[1], 0, 7)
+    flip(where / "cache" / KEYS[1], 0, 7)
     assert await read(store, KEYS[1]) == (VALUE if verify == "always" else b"\x80" + VALUE[1:])
     assert store.cache_stats()["damaged"] == (verify == "always")
 
 
 @pytest.mark.parametrize("asked", [None, RangeByteRequest(7, 300)])
 async def test_hit_first_damaged_is_read_from_the_source(
-    tmp_path: Path, asked: RangeByteRequest | None
+    where: Path, asked: RangeByteRequest | None
 ) -> None:
-    store = await reopened(tmp_path)
-    flip(tmp_path / "cache" / KEYS[1], len(VALUE) - 1, 0)
+    store = await reopened(where)
+    flip(where / "cache" / KEYS[1], len(VALUE) - 1, 0)
     assert await read(store, KEYS[1], asked) == (VALUE if asked is None else VALUE[7:300])
     assert store.cache_stats()["damaged"] == 1
     await check_quiet(store)
@@ -185,7 +219,7 @@ async def test_hit_on_memory_of_others_is_verified_and_copied() -> None:
 
 @pytest.mark.parametrize("answer", ["not there", "some of it"])
 async def test_hit_outside_the_page_cache_does_not_block_the_loop(
-    store: CacheStore, thread_reads: list[str], answer: str, monkeypatch: pytest.MonkeyPatch
+    plain_store: CacheStore, thread_reads: list[str], answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device waits for what only another task of the event loop does."""
 
@@ -205,7 +239,7 @@ async def test_hit_outside_the_page_cache_does_not_block_the_loop(
         return slow(*args)
 
     monkeypatch.setattr(backend, "read_value", device)
-    task = asyncio.ensure_future(read(store, KEYS[0]))
+    task = asyncio.ensure_future(read(plain_store, KEYS[0]))
     assert await asyncio.to_thread(begun.wait, 30)
     go.set()
     assert await task == VALUE
@@ -213,31 +247,39 @@ async def test_hit_outside_the_page_cache_does_not_block_the_loop(
 
 
 async def test_hit_pages_dropped_is_read_in_a_thread(
-    store: CacheStore, tmp_path: Path, thread_reads: list[str]
+    store: CacheStore, where: Path, thread_reads: list[str]
 ) -> None:
     """The kernel says of each file whether it would have to wait for the disk."""
-    path = tmp_path / "cache" / KEYS[0]
+    path = where / "cache" / KEYS[0]
+    if not drop_pages(path):
+        pytest.skip("the system keeps the pages")
+    assert await read(store, KEYS[0]) == VALUE
+    assert thread_reads == KEYS[:1]
+    assert await read(store, KEYS[0]) == VALUE
+    assert thread_reads == KEYS[:1]
+
+
+def drop_pages(path: Path) -> bool:
+    """Take a file out of the page cache; whether it is out."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if tells_residency(file.fileno()):
+            return read_resident(str(path), bytearray(size), size, 0, size) is None
         try:
-            os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT)
+            os.preadv(file.fileno(), [bytearray(size)], 0, os.RWF_NOWAIT)
         except BlockingIOError:
-            pass
-        else:
-            pytest.skip("the system keeps the pages")
-    assert await read(store, KEYS[0]) == VALUE
-    assert thread_reads == KEYS[:1]
-    assert await read(store, KEYS[0]) == VALUE
-    assert thread_reads == KEYS[:1]
+            return True
+    return False
 
 
 @pytest.mark.parametrize("length", [len(VALUE) - 1, len(VALUE) + 1])
 async def test_range_of_a_file_of_another_length_is_read_from_the_source(
-    store: CacheStore, tmp_path: Path, length: int
+    store: CacheStore, where: Path, length: int
 ) -> None:
     """A value that was verified, and then cut or made longer: what else has changed is unknown."""
-    path = tmp_path / "cache" / KEYS[0]
+    path = where / "cache" / KEYS[0]
     times = path.stat()
     os.truncate(path, length)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -245,11 +287,9 @@ async def test_range_of_a_file_of_another_length_is_read_from_the_source(
     assert store.cache_stats()["damaged"] == 1
 
 
-@pytest.mark.parametrize("where", ["memory", "directory"])
-async def test_hit_is_one_coroutine_and_one_call_of_the_index(
-    where: str, store: CacheStore
-) -> None:
-    if where == "memory":
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+async def test_hit_is_one_coroutine_and_one_call_of_the_index(kind: str, store: CacheStore) -> None:
+    if kind == "memory":
         store = CacheStore(MemoryStore({KEYS[0]: buf(VALUE)}))
         for _ in range(2):
             assert await read(store, KEYS[0]) == VALUE
@@ -275,12 +315,10 @@ async def test_hit_is_one_coroutine_and_one_call_of_the_index(
     assert (coroutines, calls) == (["CacheStore.get"], ["lookup"])
 
 
-def test_get_sync_after_a_closed_loop_reads(tmp_path: Path) -> None:
+def test_get_sync_after_a_closed_loop_reads(where: Path) -> None:
     """A loop that is closed, but not collected yet, is nothing to a thread that reads by itself."""
-    if not has_nowait(tmp_path):
-        pytest.skip("no RWF_NOWAIT on this file system")
     source = MemoryStore({"k": buf(VALUE)})
-    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"))
+    store = CacheStore(source, cache_store=LocalStore(where / "cache"))
     loop = asyncio.new_event_loop()
     for _ in range(3):
         assert loop.run_until_complete(read(store, "k")) == VALUE
@@ -295,7 +333,7 @@ def test_get_sync_after_a_closed_loop_reads(tmp_path: Path) -> None:
 
 
 async def test_file_system_without_nowait_is_asked_once(
-    store: CacheStore, thread_reads: list[str], monkeypatch: pytest.MonkeyPatch
+    plain_store: CacheStore, thread_reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
 
@@ -306,9 +344,61 @@ async def test_file_system_without_nowait_is_asked_once(
 
     pretend(monkeypatch, unknown)
     for key in KEYS:
-        assert await read(store, key) == VALUE
+        assert await read(plain_store, key) == VALUE
     assert asked == 1
     assert thread_reads == KEYS
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "overlayfs"])
+async def test_hit_that_waits_all_the_same_leaves_the_next_ones_to_threads(
+    tmp_path: Path, thread_reads: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a hundred times as long as it has waited, but never longer than a minute."""
+    waits = [0.0]
+    monkeypatch.setattr(page_cache, "SLOW", 0.01)
+
+    def read_slowly(*args: Any) -> float | None:
+        waited = read_resident(*args)
+        return None if waited is None else waits[0]
+
+    monkeypatch.setattr(page_cache, "read_resident", read_slowly)
+    clock = FakeClock()
+    with mounted(kind, tmp_path) as where:
+        await filled(where)
+        thread_reads.clear()
+        reader = PageCacheReader(str(where / "cache"), clock)
+
+        async def is_read() -> bool:
+            await asyncio.sleep(0)  # In a turn of its own.
+            return reader(KEYS[0], PROTOTYPE, len(VALUE), 0, len(VALUE)) is not None
+
+        assert await is_read()
+        for waits[0], pause in ((2 * page_cache.SLOW, 2.0), (5.0, 60.0)):
+            assert await is_read()
+            assert not await is_read()
+            clock.advance(pause - 0.001)
+            assert not await is_read()
+            # It asks for no turn either, in which it would not be read.
+            assert await reader.turn(1) is None
+            clock.advance(0.002)
+        waits[0] = page_cache.SLOW
+        assert await is_read()
+        assert await is_read()
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "overlayfs"])
+async def test_hit_on_a_file_of_another_user_is_read_in_a_thread(
+    tmp_path: Path, thread_reads: list[str], kind: str
+) -> None:
+    """Of such a file the kernel says that all its pages are in memory."""
+    if os.geteuid():
+        pytest.skip("files cannot be given away")
+    with mounted(kind, tmp_path) as where:
+        store = await filled(where)
+        os.chown(where / "cache" / KEYS[0], 12345, -1)
+        for key in KEYS[:2]:
+            assert await read(store, key) == VALUE
+    assert thread_reads == KEYS[:1]
 
 
 async def test_hit_on_foreign_objects_in_memory_is_read_from_the_source() -> None:
@@ -324,8 +414,8 @@ async def test_hit_on_foreign_objects_in_memory_is_read_from_the_source() -> Non
 
 
 async def test_pages_missing_are_asked_for_once_in_a_turn(
-    store: CacheStore,
-    tmp_path: Path,
+    plain_store: CacheStore,
+    here: Path,
     thread_reads: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -337,25 +427,25 @@ async def test_pages_missing_are_asked_for_once_in_a_turn(
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(page_cache, "open_cached", cold)
-    found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in KEYS))
+    found = await asyncio.gather(*(plain_store.get(key, PROTOTYPE) for key in KEYS))
     assert [value and value.to_bytes() for value in found] == [VALUE] * len(KEYS)
     assert (len(asked), len(thread_reads)) == (1, len(KEYS))
-    await store.get(KEYS[0], PROTOTYPE)
+    await plain_store.get(KEYS[0], PROTOTYPE)
     assert len(asked) == 2
     # A thread without an event loop may ask as often as it likes.
     monkeypatch.undo()
-    reader = PageCacheReader(str(tmp_path / "cache"))
+    reader = PageCacheReader(str(here / "cache"))
     await asyncio.to_thread(reader, KEYS[0], PROTOTYPE, len(VALUE), 0, len(VALUE))
     assert reader(KEYS[0], PROTOTYPE, len(VALUE), 0, len(VALUE)) is not None
 
 
 def test_turn_never_ended_is_over_with_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = page_cache._Turn()
-    monkeypatch.setattr(turn, "_end", lambda: None)
+    turn = ReadTurns(1)
+    monkeypatch.setattr(turn, "_end", lambda loop: None)
 
     async def ask() -> tuple[bool, bool]:
         before = turn.is_cold
-        turn.was_cold()
+        turn.note_cold()
         return before, turn.is_cold
 
     for _ in range(2):
@@ -365,13 +455,13 @@ def test_turn_never_ended_is_over_with_its_loop(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
 async def test_system_without_cached_opens_opens_files_as_usual(
-    store: CacheStore, thread_reads: list[str], error: int, monkeypatch: pytest.MonkeyPatch
+    plain_store: CacheStore, thread_reads: list[str], error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(_: str) -> int:
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(page_cache, "open_cached", unknown)
-    assert await read(store, KEYS[0]) == VALUE
+    assert await read(plain_store, KEYS[0]) == VALUE
     assert thread_reads == []
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
     from zarr.storage import LocalStore
 
-    from zcache._backends.base import Victim
+    from zcache._backends.base import TryRead, Victim
     from zcache._backends.directory.index import CacheDirectory
     from zcache._index.shared import SharedIndex
     from zcache._runtime.io import IO
@@ -65,8 +65,8 @@ class DirectoryBackend(Backend):
             lambda: read_value(path, prototype, total, start, size), timeout=READ_TIMEOUT
         )
 
-    async def turn(self, size: int) -> bool:
-        return self._page_cache is not None and await self._page_cache.turn(size)
+    async def turn(self, size: int) -> TryRead | None:
+        return None if self._page_cache is None else await self._page_cache.turn(size)
 
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
         handle = self.shared.handle

@@ -6,94 +6,47 @@ these reads never wait: where they would have to, they return None, and a thread
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-import threading
-import weakref
-from typing import TYPE_CHECKING, Final
+import time
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from zcache._byte_ranges import is_encodable
-from zcache._core import open_cached
+from zcache._core import open_cached, read_resident, tells_residency
 from zcache._runtime.buffers import to_buffer
+from zcache._runtime.turns import ReadTurns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._backends.base import TryRead
+
 LARGEST: Final = 4 * 2**20
 """Bytes that are read on the spot in one turn of an event loop: more would hold it up for long."""
 TURNS: Final = 64
-"""Turns of the event loop that a read waits for one that is not full."""
+"""Turns of the event loop that large reads may be behind; more are read by threads."""
 COUNTED: Final = 2**16
 """Bytes from which on a read counts towards that by itself, and smaller ones together: to count takes as
 long as to read a page."""
+LEAST: Final = 2**13
+"""Bytes that each read counts for at least: to open and close a file takes as long as to read these."""
+SLOW: Final = 0.01
+"""Seconds that a read may take which should not have to wait, ..."""
+PAUSE: Final = 100
+"""... and how many times as long threads read after one that took longer, ..."""
+LONGEST_PAUSE: Final = 60.0
+"""... in seconds at most."""
+
+_UNKNOWN_FLAG: Final = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def is_supported() -> bool:
     """Whether this system can read without waiting."""
     return hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")
-
-
-class _Turn(threading.local):
-    """What was read in this turn of the event loop that runs in a thread."""
-
-    def __init__(self) -> None:
-        self._loop: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
-        self._read = 0
-        self._full = False
-        self._cold: Callable[[], asyncio.AbstractEventLoop | None] | None = None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether something was too much for this turn."""
-        return self._full and self._loop() is asyncio._get_running_loop()
-
-    def is_over(self, size: int) -> bool:
-        """Whether so many bytes more are too many for this turn."""
-        loop = asyncio._get_running_loop()
-        if loop is None or self._loop() is not loop:
-            return False  # A thread that may block, or nothing was read yet.
-        return self._full or self._read + size > LARGEST
-
-    def begins(self, size: int) -> bool:
-        """Count so many bytes, unless they are too many for this turn."""
-        loop = asyncio._get_running_loop()
-        if loop is None:
-            return True  # A thread that may block.
-        if self._loop() is not loop:
-            self._loop, self._read, self._full = weakref.ref(loop), 0, False
-        read = self._read
-        if read + size > LARGEST:
-            self._full = True
-            return False
-        if read == 0:
-            loop.call_soon(self._end)
-        self._read = read + size
-        return True
-
-    def was_cold(self) -> None:
-        """Something was not in the page cache: even to ask costs time, for the kernel begins to read."""
-        loop = asyncio._get_running_loop()
-        if loop is not None:  # A thread may ask as often as it likes.
-            self._cold = weakref.ref(loop)
-            loop.call_soon(self._end)
-
-    @property
-    def is_cold(self) -> bool:
-        """Whether something was not in the page cache in this turn."""
-        if self._cold is None:
-            return False
-        loop = asyncio._get_running_loop()
-        return loop is not None and self._cold() is loop
-
-    def _end(self) -> None:
-        self._read = 0
-        self._full = False
-        self._cold = None
 
 
 def _open(path: str) -> int:
@@ -111,71 +64,117 @@ def _open_waiting(path: str) -> int:
 
 
 class PageCacheReader:
-    """Reads files whose pages are in memory already; only the kernel knows which."""
+    """Reads files whose pages are in memory already; only the kernel knows which.
 
-    def __init__(self, root: str) -> None:
+    Most file systems read without waiting, or not at all (``RWF_NOWAIT``). Of tmpfs and overlayfs, which
+    cannot, the kernel is asked before whether all pages are in memory. Should a read wait all the same, for
+    more than `SLOW` seconds, threads read for a hundred times as long, at most a minute.
+
+    Parameters
+    ----------
+    root : str
+        The cache directory.
+    clock : callable
+        Seconds; what such pauses are counted by. Default is `time.monotonic`.
+    """
+
+    def __init__(self, root: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._root = root + os.sep
-        self._works = True
-        self._turn = _Turn()
+        self._turn = ReadTurns(LARGEST)
         self._small = 0
         self._open = _open if is_encodable(root) else _open_waiting
+        self._clock = clock
+        # How a file is read; None where that may wait.
+        self._read: Callable[[str, Any, int, int, int], int] | None = self._read_nowait
+        # When it may be read on the spot again; None for never.
+        self._resumes: float | None = None
 
     def __call__(
         self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
     ) -> Buffer | None:
-        if size > LARGEST or size == 0 or not self._works or not self._begins(size):
+        if size > LARGEST or size == 0 or not self._begins(size):
+            return None
+        return self._read_now(name, prototype, total, start, size)
+
+    def _read_now(
+        self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
+    ) -> Buffer | None:
+        """Read what is counted for this turn already."""
+        read = self._read or self._resume()
+        if read is None:
             return None
         # One byte more than there should be: a value that has grown is not the one of the entry.
-        at_end = start + size == total
-        array = np.empty(size + at_end, "u1")
+        array = np.empty(size + (start + size == total), "u1")
         try:
-            file = self._open(self._root + name)
-            try:
-                count = os.preadv(file, (array.data,), start, os.RWF_NOWAIT)
-                if not at_end and os.fstat(file).st_size != total:
-                    return None
-            finally:
-                os.close(file)
+            count = read(self._root + name, array, total, start, size)
         except BlockingIOError:
-            self._turn.was_cold()
+            self._turn.note_cold()
             return None
-        except OSError as error:
-            if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                # Not on this file system.
-                self._works = False
-            return None
-        except ValueError:
+        except (OSError, ValueError):
             return None
         return to_buffer(array[:size], prototype) if count == size else None
+
+    def _read_nowait(self, path: str, array: Any, total: int, start: int, size: int) -> int:
+        """Read into `array`, and return how many bytes that were; 0 where they are not as expected."""
+        file = self._open(path)
+        try:
+            count = os.preadv(file, (array.data,), start, os.RWF_NOWAIT)
+            if len(array) == size and os.fstat(file).st_size != total:
+                return 0
+            return count
+        except OSError as error:
+            if error.errno not in _UNKNOWN_FLAG:
+                raise
+            # Not on this file system: asked once.
+            self._read = self._read_resident if tells_residency(file) else None
+        finally:
+            os.close(file)
+        return 0 if self._read is None else self._read(path, array, total, start, size)
+
+    def _read_resident(self, path: str, array: Any, total: int, start: int, size: int) -> int:
+        """The same for file systems without ``RWF_NOWAIT``."""
+        waited = read_resident(path, array, total, start, size)
+        if waited is None:
+            return 0
+        if waited > SLOW:
+            self._read = None
+            self._resumes = self._clock() + min(waited * PAUSE, LONGEST_PAUSE)
+        return size
+
+    def _resume(self) -> Callable[[str, Any, int, int, int], int] | None:
+        """Read on the spot again once the pause after a slow read is over."""
+        if self._resumes is not None and self._clock() >= self._resumes:
+            self._resumes, self._read = None, self._read_resident
+        return self._read
 
     def _begins(self, size: int) -> bool:
         """Count a read, unless it is too much for this turn, or may have to wait as others had to."""
         turn = self._turn
-        if turn.is_cold:
+        if turn.is_closed or (self._read is None and self._resume() is None):
             return False
         if size >= COUNTED:
             return turn.begins(size)
-        if turn.is_full:
-            return False
         # Of several threads some may go uncounted.
-        small = self._small = self._small + size
+        small = self._small = self._small + (max(LEAST, size))
         if small < COUNTED:
             return True
         self._small = 0
         return turn.begins(small)
 
-    async def turn(self, size: int) -> bool:
-        """Wait for a turn of the event loop in which so many bytes may be read.
+    async def turn(self, size: int) -> TryRead | None:
+        """Wait for a turn of the event loop in which so many bytes may be read, after those before.
 
         Returns
         -------
-        bool
-            False where that was not why they were not read in this one.
+        callable or None
+            Reads on the spot, at once; None where that was not why they were not read in this turn.
         """
-        if size > LARGEST or not self._turn.is_over(size):
-            return False
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
-            if not self._turn.is_over(size):
-                return True
-        return False  # Others are always first: a thread reads it at once.
+        turn, counted = self._turn, max(size, LEAST)
+        if size > LARGEST or self._read is None or turn.is_cold or not turn.is_over(counted):
+            return None
+        # A large value is read by a thread rather than very late. To have a small one read so takes
+        # longer than to read it.
+        if size >= COUNTED and turn.queued > TURNS * LARGEST:
+            return None
+        await turn.wait(counted)
+        return self._read_now

@@ -1,0 +1,62 @@
+"""File systems that a test mounts, where the machine lets it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def kind_of(path: Path) -> str:
+    """The kind of the file system that a path is on."""
+    done = subprocess.run(
+        ["stat", "-f", "-c", "%T", path], capture_output=True, check=False, text=True
+    )
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def mounted(kind: str, where: Path) -> Iterator[Path]:
+    """An empty directory on a file system of this kind, tmpfs or overlayfs; `where` is an empty directory.
+
+    Skips the test, with the reason, where it can neither be mounted nor is there already.
+    """
+    options, target = [], where / "on"
+    target.mkdir()
+    if kind == "overlayfs":
+        for name in ("lower", "upper", "work"):
+            (where / name).mkdir()
+        layers = f"lowerdir={where}/lower,upperdir={where}/upper,workdir={where}/work"
+        options = ["-o", layers]
+    name = "overlay" if kind == "overlayfs" else kind
+    try:
+        command = ["mount", "-t", name, *options, name, str(target)]
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        refusal = done.stderr.strip() if done.returncode else None
+    except FileNotFoundError:
+        refusal = "there is no mount command"
+    if refusal is None:
+        try:
+            yield target
+        finally:
+            subprocess.run(["umount", "-l", target], check=True)
+        return
+    for there in (where, SHARED_MEMORY):
+        if kind_of(there) == kind:
+            path = Path(tempfile.mkdtemp(dir=there))
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path)
+            return
+    pytest.skip(f"no {kind} here: {refusal}")
