@@ -30,6 +30,7 @@ from zcache._options import (
     check_verify,
     parse_age,
     parse_ages,
+    parse_seconds,
     parse_size,
     path_of_cache_store,
 )
@@ -98,6 +99,11 @@ class CacheStore(Store):
         The same for metadata documents (``zarr.json``, ``.zarray``, ``.zgroup``, ``.zattrs``,
         ``.zmetadata``), whatever `max_age_seconds` says of them. Default is None: as that says. Set it
         where a dataset grows while its chunks stay as they are.
+    stale_if_error : float or "infinity", optional
+        Seconds, from 0 on and fractions allowed, past its age for which a value is served still where the
+        source raises an error; an answer that there is no such key is none. Default is 0: the error is
+        raised. Set it where an old value is better than none. A source that never answers is waited for:
+        give it a time-out of its own.
     max_size : int or str, optional
         Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text
         such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
@@ -180,6 +186,7 @@ class CacheStore(Store):
         max_size: int | str | None = None,
         cache_set_data: bool = True,
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
+        stale_if_error: float | Literal["infinity"] = 0,
         read_only: bool | None = None,
         verify: Literal["first", "always", "never"] = "first",
         adopt: bool = False,
@@ -205,6 +212,7 @@ class CacheStore(Store):
             cache_store,
             max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
             max_age=parse_ages(max_age_seconds),
+            stale_if_error=parse_seconds(stale_if_error, "stale_if_error"),
             metadata_max_age=None
             if metadata_max_age_seconds is None
             else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
@@ -313,7 +321,8 @@ class CacheStore(Store):
             by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
-            gone, of another length or against their checksum), ``cache_failures`` (operations of the
+            gone, of another length or against their checksum), ``stale_hits`` (hits that were too old, because the
+            source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
             which it was left alone, because it kept failing or its index was locked). ``evictions``,
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
@@ -379,6 +388,7 @@ class CacheStore(Store):
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
             or self.metadata_max_age_seconds != other.metadata_max_age_seconds
+            or self._cache.stale_if_error != other._cache.stale_if_error
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -417,6 +427,7 @@ class CacheStore(Store):
                 "max_size": cache.max_size,
                 "max_age": cache.ages.given,
                 "metadata_max_age": cache.ages.metadata,
+                "stale_if_error": cache.stale_if_error,
                 "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
@@ -690,12 +701,27 @@ class CacheStore(Store):
 
     async def exists(self, key: str) -> bool:
         # docstring inherited
-        return await self._cached_size(key) is not None or await self._store.exists(key)
+        if await self._cached_size(key) is not None:
+            return True
+        try:
+            return await self._store.exists(key)
+        except Exception as error:
+            if await self._reader.stale.size(error, self._io, key) is None:
+                raise
+            return True
 
     async def getsize(self, key: str) -> int:
         # docstring inherited
         size = await self._cached_size(key)
-        return await self._store.getsize(key) if size is None else size
+        if size is not None:
+            return size
+        try:
+            return await self._store.getsize(key)
+        except Exception as error:
+            size = await self._reader.stale.size(error, self._io, key)
+            if size is None:
+                raise
+            return size
 
     async def _cached_size(self, key: str) -> int | None:
         return await self._reader.cached_size(self._io, key) if is_cacheable_key(key) else None

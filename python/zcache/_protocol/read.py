@@ -14,6 +14,7 @@ from zcache._backends.base import FillJob
 from zcache._core import Index, crc32c, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._protocol.single_flight import Flight
+from zcache._protocol.stale import StaleValues
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
 from zcache._runtime.threads import NoThreadError
 from zcache._runtime.turns import turns
@@ -45,11 +46,28 @@ class Reader:
         The cache store, with its index.
     ages : MaxAges
         How old a value may be that is served.
+    stale_if_error : float
+        Seconds past its age for which a value is served where the source raises.
+    source_name : str
+        For the log.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
+
+    Attributes
+    ----------
+    stale : StaleValues
+        What is served in place of an error of the source.
     """
 
-    def __init__(self, backend: Backend, *, ages: MaxAges, slices_like_python: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        ages: MaxAges,
+        stale_if_error: float,
+        source_name: str,
+        slices_like_python: bool,
+    ) -> None:
         self.backend = backend
         self.handle: IndexHandle = backend.shared.handle
         self.fills = backend.shared.fills
@@ -61,6 +79,8 @@ class Reader:
         self.ages = ages
         # For a hit: an attribute that is looked up less.
         self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
+        self.stale = StaleValues(self, stale_if_error, source_name)
+        self._may_be_stale = stale_if_error > 0
         self._try_read = backend.try_read
         self._fill_now = backend.fill_now
         self._begin = backend.begin if backend.works_in_background else None
@@ -165,7 +185,9 @@ class Reader:
                 self._reads.count_miss()
                 raise
             (self._reads.count_miss if hit is None else self._reads.count_hit)()
-        return None if hit is None else await self._serve(io, key, prototype, byte_range, hit)
+        if hit is None:
+            return None
+        return await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
 
     async def cached(
         self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
@@ -205,15 +227,19 @@ class Reader:
         self.counters.count("bypassed")
         return await io.read(key, prototype, request)
 
-    async def _serve(
+    async def serve_found(
         self,
         io: IO,
         key: str,
         prototype: BufferPrototype,
         byte_range: ByteRange | None,
         hit: Hit,
+        max_age: float | None,
     ) -> Buffer | None:
-        """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
+        """Read a hit from the cache store; None where that fails, upon which the entry is gone.
+
+        `max_age` are the seconds with which it was found.
+        """
         if not self.breaker.allows():
             # Counted as skipped where the source is asked.
             self._reads.recount_as_miss()
@@ -248,7 +274,7 @@ class Reader:
                     return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
-        if await self._discard(io, key, byte_range, name, total) and is_damaged:
+        if await self._discard(io, key, byte_range, name, total, max_age) and is_damaged:
             self.counters.count("damaged")
         return None
 
@@ -284,7 +310,13 @@ class Reader:
             return work()
 
     async def _discard(
-        self, io: IO, key: str, byte_range: ByteRange | None, name: str, size: int
+        self,
+        io: IO,
+        key: str,
+        byte_range: ByteRange | None,
+        name: str,
+        size: int,
+        max_age: float | None,
     ) -> bool:
         """Drop an entry of this size that cannot be served; whether it was still there."""
         self._reads.recount_as_miss()
@@ -293,7 +325,7 @@ class Reader:
             victims = await self.handle.call(
                 io,
                 Index.discard,
-                *(key, byte_range, self.now(), size, self.ages.of(key)),
+                *(key, byte_range, self.now(), size, max_age),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -323,8 +355,16 @@ class Reader:
         # A synchronous read cannot wait for a turn, also where a loop runs in its thread.
         waits = self._fill_now is None and joined is None and io.loop() is not None
         if waits and not turns.begins():
-            return self._fetch_in_turn(io, key, prototype, request, byte_range)
-        return self._fetch(io, key, prototype, request, byte_range, joined)
+            work: Awaitable[Buffer | None] = self._fetch_in_turn(
+                io, key, prototype, request, byte_range
+            )
+        else:
+            work = self._fetch(io, key, prototype, request, byte_range, joined)
+        return (
+            self.stale.or_stale(work, io, key, prototype, byte_range)
+            if self._may_be_stale
+            else work
+        )
 
     async def _fetch_in_turn(
         self,
