@@ -14,6 +14,7 @@ from zcache._backends.select import open_backend
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
 from zcache._protocol.fill import FillQueue
+from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
 from zcache._protocol.write import Writer
 from zcache._runtime.fork import at_fork
@@ -49,7 +50,7 @@ class Cache:
         Seconds; see `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    verify, adopt, source_id, clock
+    offline, verify, adopt, source_id, clock
         See `CacheStore`.
 
     Attributes
@@ -67,6 +68,7 @@ class Cache:
         max_age: Age | Mapping[str, Age],
         metadata_max_age: Age | None = None,
         stale_if_error: float = 0,
+        offline: bool = False,
         token: str | None = None,
         verify: str = "first",
         adopt: bool = False,
@@ -81,6 +83,7 @@ class Cache:
         self.max_size = max_size
         self.ages = MaxAges(max_age, metadata_max_age)
         self.stale_if_error = stale_if_error
+        self.offline = offline
         self.verify = verify
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
@@ -106,12 +109,14 @@ class Cache:
         self._make_queue()
         self.reader = Reader(
             self.backend,
-            ages=self.ages,
+            ages=MaxAges("infinity") if offline else self.ages,
+            offline=offline,
             stale_if_error=stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
         )
-        self.writer = Writer(self.backend, describe(source))
+        self.lister = Lister(self.shared.listings)
+        self.writer = Writer(self.backend, self.lister, describe(source))
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
         _caches.add(self)
@@ -119,7 +124,7 @@ class Cache:
     def _longest_use(self) -> float | None:
         """Seconds for which a value is of use to this store; None for always."""
         longest = self.ages.longest
-        return None if longest is None else longest + self.stale_if_error
+        return None if longest is None or self.offline else longest + self.stale_if_error
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""

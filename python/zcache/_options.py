@@ -245,6 +245,14 @@ def check_clock(clock: Any) -> Any:
     return clock
 
 
+def parse_offline(value: object) -> bool:
+    """Whether a store is offline: as it is told, or as the environment says now."""
+    if value is None:
+        return os.environ.get("ZCACHE_OFFLINE", "0") not in ("", "0")
+    check_flag("offline", value)
+    return bool(value)
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")

@@ -143,7 +143,10 @@ async def test_stale_values_of_a_batch_are_served_and_the_rest_raises(
 
 
 async def test_stale_values_are_logged_once_a_minute_without_secrets(
-    cache: Store, clock: FakeClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cache: Store,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
     monkeypatch.setattr("zcache._protocol.stale.time.monotonic", lambda: now)

@@ -112,6 +112,8 @@ class Batch:
                 ready.append((number, value))
         if ready:
             yield ready
+        if reader.offline and await reader.wait_until_complete(self._io):
+            yield await self._look_again(missing)
         if missing or self._direct:
             async with contextlib.aclosing(self._bring(missing)) as groups:
                 async for group in groups:
@@ -122,6 +124,19 @@ class Batch:
                 self._io, key, self._prototype, request, to_byte_range(request), joined
             )
             yield [(number, value)]
+
+    async def _look_again(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
+        """What is there by now of what was missing, which is taken out."""
+        found: list[tuple[int, Buffer | None]] = []
+        for number in missing:
+            asked = self._asked[number]
+            assert asked is not None
+            self._reader.retract_miss()
+            value = await self._reader.cached(self._io, asked[0], self._prototype, asked[1])
+            if value is not None:
+                found.append((number, value))
+        missing[:] = set(missing) - {number for number, _ in found}
+        return found
 
     async def _serve(self, number: int, hit: Any) -> Buffer | None:
         asked = self._asked[number]

@@ -8,6 +8,7 @@ raises because of the cache store: only the source's own errors, and cancellatio
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import FillJob
@@ -18,6 +19,7 @@ from zcache._protocol.stale import StaleValues
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
 from zcache._runtime.threads import NoThreadError
 from zcache._runtime.turns import turns
+from zcache._source.offline import miss
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ VERIFY_ASIDE: Final = 2**20
 """Bytes from which on a checksum is computed in a thread: a smaller one takes less than the way there."""
 
 
+COMPLETE_TIMEOUT: Final = 60.0
+"""Seconds that a read waits, where the source is not asked, for the index to know all that is cached; ..."""
+COMPLETE_PAUSE: Final = 0.02
+"""... and between two looks."""
+
+
 class Reader:
     """Reads through one cache.
 
@@ -46,6 +54,8 @@ class Reader:
         The cache store, with its index.
     ages : MaxAges
         How old a value may be that is served.
+    offline : bool
+        Whether the source is not asked.
     stale_if_error : float
         Seconds past its age for which a value is served where the source raises.
     source_name : str
@@ -64,6 +74,7 @@ class Reader:
         backend: Backend,
         *,
         ages: MaxAges,
+        offline: bool,
         stale_if_error: float,
         source_name: str,
         slices_like_python: bool,
@@ -77,6 +88,7 @@ class Reader:
         self.now = backend.shared.clock
         self._slices_like_python = slices_like_python
         self.ages = ages
+        self.offline = offline
         # For a hit: an attribute that is looked up less.
         self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
         self.stale = StaleValues(self, stale_if_error, source_name)
@@ -352,6 +364,8 @@ class Reader:
         `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
         once, for it may be the leader that others wait for.
         """
+        if self.offline:
+            return self._fetch_offline(io, key, prototype, byte_range)
         # A synchronous read cannot wait for a turn, also where a loop runs in its thread.
         waits = self._fill_now is None and joined is None and io.loop() is not None
         if waits and not turns.begins():
@@ -365,6 +379,35 @@ class Reader:
             if self._may_be_stale
             else work
         )
+
+    async def _fetch_offline(
+        self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+    ) -> Buffer | None:
+        """Read what was not found, once all is known that is cached; the source is not asked."""
+        if await self.wait_until_complete(io):
+            self.retract_miss()
+            value = await self.cached(io, key, prototype, byte_range)
+            if value is not None:
+                return value
+        raise miss(key)
+
+    def retract_miss(self) -> None:
+        """Take a miss back, because the same read is looked up once more."""
+        self._reads.retract_miss()
+
+    async def wait_until_complete(self, io: IO) -> bool:
+        """Wait until the index knows all that is cached, a minute at most; False where it does already."""
+        with contextlib.suppress(IndexLockTimeout):
+            if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+                return False
+        self.backend.begin(io)
+        until = time.monotonic() + COMPLETE_TIMEOUT
+        while time.monotonic() < until:
+            with contextlib.suppress(IndexLockTimeout):
+                if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+                    break
+            await io.pause(COMPLETE_PAUSE)
+        return True
 
     async def _fetch_in_turn(
         self,
@@ -578,3 +621,7 @@ class Reader:
             )
             if victims:
                 await self.backend.remove(io, victims)
+
+
+def _is_complete(index: Index) -> bool:
+    return index.is_complete
