@@ -14,6 +14,7 @@ from zcache._backends.select import open_backend
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
 from zcache._protocol.fill import FillQueue
+from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
 from zcache._protocol.write import Writer
 from zcache._runtime.fork import at_fork
@@ -45,9 +46,11 @@ class Cache:
         Bytes; see `CacheStore`.
     max_age, metadata_max_age : float, "infinity", mapping or None
         Seconds; see `MaxAges`.
+    stale_if_error : float
+        Seconds; see `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    verify, adopt, source_id, clock
+    offline, verify, adopt, source_id, clock
         See `CacheStore`.
 
     Attributes
@@ -64,6 +67,8 @@ class Cache:
         max_size: int | None,
         max_age: Age | Mapping[str, Age],
         metadata_max_age: Age | None = None,
+        stale_if_error: float = 0,
+        offline: bool = False,
         token: str | None = None,
         verify: str = "first",
         adopt: bool = False,
@@ -77,6 +82,8 @@ class Cache:
         self.home = None if token else os.getpid()
         self.max_size = max_size
         self.ages = MaxAges(max_age, metadata_max_age)
+        self.stale_if_error = stale_if_error
+        self.offline = offline
         self.verify = verify
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
@@ -86,7 +93,7 @@ class Cache:
         slices = slices_like_python(innermost(source))
         limits = {
             "max_size": max_size,
-            "max_age": self.ages.longest,
+            "max_age": self._longest_use(),
             "verify": verify,
             "slices_like_python": slices,
         }
@@ -100,11 +107,24 @@ class Cache:
         self._member = Member({**limits, "verify": self.backend.verify or verify})
         self.shared.join(self._member)
         self._make_queue()
-        self.reader = Reader(self.backend, ages=self.ages, slices_like_python=slices)
-        self.writer = Writer(self.backend, describe(source))
+        self.reader = Reader(
+            self.backend,
+            ages=MaxAges("infinity") if offline else self.ages,
+            offline=offline,
+            stale_if_error=stale_if_error,
+            source_name=describe(source),
+            slices_like_python=slices,
+        )
+        self.lister = Lister(self.shared.listings)
+        self.writer = Writer(self.backend, self.lister, describe(source))
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
         _caches.add(self)
+
+    def _longest_use(self) -> float | None:
+        """Seconds for which a value is of use to this store; None for always."""
+        longest = self.ages.longest
+        return None if longest is None or self.offline else longest + self.stale_if_error
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""
@@ -153,6 +173,7 @@ class Cache:
             "refusals": refusals - before[4],
             "bypassed": counters.bypassed,
             "damaged": counters.damaged,
+            "stale_hits": counters.stale,
             "cache_failures": self.shared.breaker.failures - before[5],
             "cache_skips": counters.skipped,
         }

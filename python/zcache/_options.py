@@ -197,6 +197,18 @@ def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["
     return int(number) if isinstance(number, int) else age
 
 
+def parse_seconds(value: object, name: str) -> float:
+    """Convert a number of seconds, which "infinity" is as well; see `parse_age`."""
+    message = f'invalid {name}: {value!r}. Give seconds as a number from 0 on, or "infinity".'
+    if value is None:
+        raise OptionTypeError(message)
+    try:
+        seconds = parse_age(value)
+    except (OptionTypeError, OptionValueError) as error:
+        raise type(error)(message) from None
+    return math.inf if seconds == "infinity" else seconds
+
+
 def _age_message(name: str, value: object) -> str:
     by_key = ""
     if name == "max_age_seconds":
@@ -231,6 +243,14 @@ def check_clock(clock: Any) -> Any:
             f"invalid clock: {clock!r}. Give a function that returns seconds, or None."
         )
     return clock
+
+
+def parse_offline(value: object) -> bool:
+    """Whether a store is offline: as it is told, or as the environment says now."""
+    if value is None:
+        return os.environ.get("ZCACHE_OFFLINE", "0") not in ("", "0")
+    check_flag("offline", value)
+    return bool(value)
 
 
 def check_flag(name: str, value: object) -> None:

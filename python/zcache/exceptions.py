@@ -6,6 +6,7 @@ __all__ = [
     "CacheOwnershipError",
     "CacheUnreachableError",
     "IndexLockTimeout",
+    "OfflineError",
     "OptionTypeError",
     "OptionValueError",
     "SyncNotSupportedError",
@@ -35,6 +36,10 @@ class CacheOwnershipError(ZcacheError, ValueError):
 
 class CacheUnreachableError(ZcacheError, OSError):
     """The cache cannot be used, and those who can use it cannot be told that a key is written."""
+
+
+class OfflineError(ZcacheError, OSError):
+    """Only the source could answer, and it is not asked: the store is offline."""
 
 
 class SyncNotSupportedError(ZcacheError, TypeError):

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from zarr.abc.store import Store, SupportsSyncStore
 from zarr.core.buffer import Buffer
@@ -30,6 +30,8 @@ from zcache._options import (
     check_verify,
     parse_age,
     parse_ages,
+    parse_offline,
+    parse_seconds,
     parse_size,
     path_of_cache_store,
 )
@@ -41,6 +43,7 @@ from zcache._runtime.io import IO, SyncIO
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show
 from zcache._source.identity import EPHEMERAL
+from zcache._source.offline import OfflineSource, no_change
 from zcache._source.urls import redact
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
 
@@ -63,8 +66,8 @@ if TYPE_CHECKING:
 
 _OWN: Final = frozenset(
     {
-        *("_cache", "_io", "_is_open", "_read_only", "_reader", "_store", "_sync_io", "_syncable"),
-        "_writer",
+        *("_cache", "_io", "_is_open", "_read_only", "_reader", "_source", "_store", "_sync_io"),
+        *("_syncable", "_writer"),
         "cache_set_data",
     }
 )
@@ -98,6 +101,16 @@ class CacheStore(Store):
         The same for metadata documents (``zarr.json``, ``.zarray``, ``.zgroup``, ``.zattrs``,
         ``.zmetadata``), whatever `max_age_seconds` says of them. Default is None: as that says. Set it
         where a dataset grows while its chunks stay as they are.
+    stale_if_error : float or "infinity", optional
+        Seconds, from 0 on and fractions allowed, past its age for which a value is served still where the
+        source raises an error; an answer that there is no such key is none. Default is 0: the error is
+        raised. Set it where an old value is better than none. A source that never answers is waited for:
+        give it a time-out of its own.
+    offline : bool, optional
+        Never ask the source: what is cached is served, however old it is; anything else raises
+        `OfflineError`, and so do writes. Of the listings only `list_dir` and `is_empty` are answered, as
+        the source has answered `list_dir` before. Default is None: whether the environment has
+        ``ZCACHE_OFFLINE`` with a value other than ``""`` and ``"0"`` now. Set it where there is no network.
     max_size : int or str, optional
         Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text
         such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
@@ -180,6 +193,8 @@ class CacheStore(Store):
         max_size: int | str | None = None,
         cache_set_data: bool = True,
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
+        stale_if_error: float | Literal["infinity"] = 0,
+        offline: bool | None = None,
         read_only: bool | None = None,
         verify: Literal["first", "always", "never"] = "first",
         adopt: bool = False,
@@ -205,6 +220,8 @@ class CacheStore(Store):
             cache_store,
             max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
             max_age=parse_ages(max_age_seconds),
+            offline=parse_offline(offline),
+            stale_if_error=parse_seconds(stale_if_error, "stale_if_error"),
             metadata_max_age=None
             if metadata_max_age_seconds is None
             else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
@@ -223,9 +240,11 @@ class CacheStore(Store):
         super().__init__(read_only=store.read_only)
         self._store = store
         self._cache = cache
+        # What is asked: nothing, where the store is offline.
+        self._source: Any = OfflineSource() if cache.offline else store
         self.cache_set_data = cache_set_data
-        self._io = IO(store)
-        self._sync_io = SyncIO(store)
+        self._io = IO(self._source)
+        self._sync_io = SyncIO(self._source)
         self._reader = cache.reader
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
@@ -313,7 +332,8 @@ class CacheStore(Store):
             by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
-            gone, of another length or against their checksum), ``cache_failures`` (operations of the
+            gone, of another length or against their checksum), ``stale_hits`` (hits that were too old, because the
+            source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
             which it was left alone, because it kept failing or its index was locked). ``evictions``,
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
@@ -379,6 +399,8 @@ class CacheStore(Store):
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
             or self.metadata_max_age_seconds != other.metadata_max_age_seconds
+            or self._cache.stale_if_error != other._cache.stale_if_error
+            or self._cache.offline != other._cache.offline
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -417,6 +439,8 @@ class CacheStore(Store):
                 "max_size": cache.max_size,
                 "max_age": cache.ages.given,
                 "metadata_max_age": cache.ages.metadata,
+                "stale_if_error": cache.stale_if_error,
+                "offline": cache.offline,
                 "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
@@ -451,14 +475,16 @@ class CacheStore(Store):
 
     async def _open(self) -> None:
         # The source first: where it cannot be opened, neither is this.
-        await self._store._ensure_open()
+        if not self._cache.offline:
+            await self._store._ensure_open()
         await super()._open()
 
     async def _ensure_open(self) -> None:
         # docstring inherited
         if not self._is_open:
             # Many may come here at once, and opening the source may suspend; `_open` is for one.
-            await self._store._ensure_open()
+            if not self._cache.offline:
+                await self._store._ensure_open()
             self._is_open = True
 
     def close(self) -> None:
@@ -470,7 +496,8 @@ class CacheStore(Store):
         fills = self._cache.shared.fills
         if fills is not None and fills.can_wait_here():
             run_without_loop(self._cache.drain(self._sync_io, CLOSE_TIMEOUT))
-        self._store.close()
+        if not self._cache.offline:
+            self._store.close()
         super().close()
 
     def with_read_only(self, read_only: bool = False) -> CacheStore:
@@ -562,7 +589,7 @@ class CacheStore(Store):
         # docstring inherited
         requests = list(key_ranges)
 
-        fetch = from_partial_values(self._store, prototype, requests)
+        fetch = from_partial_values(self._source, prototype, requests)
         values: list[Buffer | None] = [None] * len(requests)
         batch = Batch(self._reader, self._io, prototype, requests, fetch)
         async with contextlib.aclosing(batch.run()) as groups:
@@ -613,7 +640,7 @@ class CacheStore(Store):
         given = {name: value for name, value in options.items() if value is not None}
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
-        fetch = from_ranges(self._store, prototype, requests, given)
+        fetch = from_ranges(self._source, prototype, requests, given)
         # Closed with this one, so that no flight stays open until the garbage collector comes.
         async with contextlib.aclosing(
             self._ranges(self._io, prototype, requests, fetch)
@@ -641,7 +668,7 @@ class CacheStore(Store):
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
         options = {"max_gap_bytes": max_gap_bytes, "max_coalesced_bytes": max_coalesced_bytes}
-        fetch = from_ranges_sync(self._store, prototype, requests, options)
+        fetch = from_ranges_sync(self._source, prototype, requests, options)
 
         async def collect() -> list[tuple[int, Buffer | None]]:
             groups = self._ranges(self._sync_io, prototype, requests, fetch)
@@ -690,12 +717,27 @@ class CacheStore(Store):
 
     async def exists(self, key: str) -> bool:
         # docstring inherited
-        return await self._cached_size(key) is not None or await self._store.exists(key)
+        if await self._cached_size(key) is not None:
+            return True
+        try:
+            return bool(await self._source.exists(key))
+        except Exception as error:
+            if await self._reader.stale.size(error, self._io, key) is None:
+                raise
+            return True
 
     async def getsize(self, key: str) -> int:
         # docstring inherited
         size = await self._cached_size(key)
-        return await self._store.getsize(key) if size is None else size
+        if size is not None:
+            return size
+        try:
+            return int(await self._source.getsize(key))
+        except Exception as error:
+            size = await self._reader.stale.size(error, self._io, key)
+            if size is None:
+                raise
+            return size
 
     async def _cached_size(self, key: str) -> int | None:
         return await self._reader.cached_size(self._io, key) if is_cacheable_key(key) else None
@@ -704,14 +746,14 @@ class CacheStore(Store):
 
     async def set(self, key: str, value: Buffer) -> None:
         # docstring inherited
-        self._check_writable()
-        await self._set(self._io, key, value, lambda: self._store.set(key, value))
+        self._check_may_write(key)
+        await self._set(self._io, key, value, lambda: self._source.set(key, value))
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write without an event loop; see `set` and `get_sync`."""
         self._check_sync("set_sync")
-        self._check_writable()
-        source: Any = self._store
+        self._check_may_write(key)
+        source = self._source
         run_without_loop(self._set(self._sync_io, key, value, _later(source.set_sync, key, value)))
 
     async def _set(
@@ -723,33 +765,38 @@ class CacheStore(Store):
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         # docstring inherited
-        self._check_writable()
+        self._check_may_write(key)
         # It does not tell which value the source holds afterwards.
-        work = self._store.set_if_not_exists
+        work = self._source.set_if_not_exists
         await self._writer.write(self._io, key, lambda: work(key, value), None)
 
     async def delete(self, key: str) -> None:
         # docstring inherited
-        self._check_writable()
+        self._check_may_write(key)
         # Some stores delete all that lies below the key with it.
-        await self._writer.change(self._io, key, lambda: self._store.delete(key))
+        await self._writer.change(self._io, key, lambda: self._source.delete(key))
 
     def delete_sync(self, key: str) -> None:
         """Delete without an event loop; see `delete` and `get_sync`."""
         self._check_sync("delete_sync")
-        self._check_writable()
-        source: Any = self._store
+        self._check_may_write(key)
+        source = self._source
         run_without_loop(self._writer.change(self._sync_io, key, _later(source.delete_sync, key)))
 
     async def delete_dir(self, prefix: str) -> None:
         # docstring inherited
-        self._check_writable()
-        await self._writer.change(self._io, prefix, lambda: self._store.delete_dir(prefix))
+        self._check_may_write(prefix)
+        await self._writer.change(self._io, prefix, lambda: self._source.delete_dir(prefix))
 
     async def clear(self) -> None:
         # docstring inherited
+        self._check_may_write("")
+        await self._writer.change(self._io, "", self._source.clear)
+
+    def _check_may_write(self, key: str) -> None:
         self._check_writable()
-        await self._writer.change(self._io, "", self._store.clear)
+        if self._cache.offline:
+            raise no_change(key)
 
     def _check_sync(self, method: str) -> None:
         for name, store in (("source", self._store), ("cache store", self._cache_store)):
@@ -763,19 +810,26 @@ class CacheStore(Store):
 
     async def is_empty(self, prefix: str) -> bool:
         # docstring inherited
-        return await self._store.is_empty(prefix)
+        if self._cache.offline:
+            names = await self._cache.lister.remembered(self._io, prefix)
+            if names is not None:
+                return not names
+        return bool(await self._source.is_empty(prefix))
 
     def list(self) -> AsyncIterator[str]:
         # docstring inherited
-        return self._store.list()
+        return cast("AsyncIterator[str]", self._source.list())
 
     def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
-        return self._store.list_prefix(prefix)
+        return cast("AsyncIterator[str]", self._source.list_prefix(prefix))
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
-        return self._store.list_dir(prefix)
+        lister = self._cache.lister
+        if self._cache.offline:
+            return lister.list_dir_offline(self._io, prefix)
+        return lister.list_dir(self._io, prefix)
 
 
 def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None]]:

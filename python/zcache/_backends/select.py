@@ -13,6 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.listings import DirectoryListings, MemoryListings
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
@@ -137,13 +138,15 @@ class _Opening:
         return shared
 
     def _new(self, handle: IndexHandle, clock: Clock) -> SharedIndex:
-        return SharedIndex(
+        shared = SharedIndex(
             handle,
             self.source,
             self.source_id,
             self.clock or clock,
             self.clock or time.monotonic,
         )
+        shared.listings = MemoryListings()
+        return shared
 
     def _directory(self) -> SharedIndex:
         root = os.path.realpath(os.path.abspath(self.cache.root))
@@ -180,6 +183,7 @@ class _Opening:
         )
         shared = self._new(directory.handle, time.time)
         shared.place = directory
+        shared.listings = DirectoryListings(directory.layout.index_root, self.source_id.name)
         return shared
 
     def _memory(self, kept: MemoryStore) -> SharedIndex:

@@ -21,6 +21,8 @@ class Counters:
         Reads of keys that are never cached.
     damaged : int
         Hits whose bytes were gone, of another length, or against their checksum.
+    stale : int
+        Hits that were too old, in place of what the source did not give.
     skipped : int
         Reads and writes for which the cache store was left alone, because it kept failing or another
         process kept the lock of its index.
@@ -31,10 +33,11 @@ class Counters:
         self.bypassed = 0
         self.damaged = 0
         self.skipped = 0
+        self.stale = 0
         # `+=` alone loses some without the GIL. Reentrant: inside it the garbage collector may end a read.
         self._lock = threading.RLock()
 
-    def count(self, what: Literal["bypassed", "damaged", "skipped"]) -> None:
+    def count(self, what: Literal["bypassed", "damaged", "skipped", "stale"]) -> None:
         """Count one more."""
         with self._lock:
             setattr(self, what, getattr(self, what) + 1)

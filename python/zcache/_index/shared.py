@@ -49,6 +49,8 @@ class SharedIndex:
         Values on their way into the cache store; None where a fill takes one step.
     cache : weak reference to Store, or None
         The cache store that it was last opened for, where others may hold the same values.
+    listings : Listings
+        Answers of the source to `list_dir`.
     place : object
         What the backends of this place share beside the index, such as the directory.
     """
@@ -66,6 +68,7 @@ class SharedIndex:
         self.breaker = CircuitBreaker(handle.name, breaker_clock)
         self.fills: Any = None
         self.place: Any = None
+        self.listings: Any = None
         self.cache: weakref.ref[Store] | None = None
         self.key: Hashable = None
         self._source = source

@@ -112,6 +112,8 @@ class Batch:
                 ready.append((number, value))
         if ready:
             yield ready
+        if reader.offline and await reader.wait_until_complete(self._io):
+            yield await self._look_again(missing)
         if missing or self._direct:
             async with contextlib.aclosing(self._bring(missing)) as groups:
                 async for group in groups:
@@ -122,6 +124,19 @@ class Batch:
                 self._io, key, self._prototype, request, to_byte_range(request), joined
             )
             yield [(number, value)]
+
+    async def _look_again(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
+        """What is there by now of what was missing, which is taken out."""
+        found: list[tuple[int, Buffer | None]] = []
+        for number in missing:
+            asked = self._asked[number]
+            assert asked is not None
+            self._reader.retract_miss()
+            value = await self._reader.cached(self._io, asked[0], self._prototype, asked[1])
+            if value is not None:
+                found.append((number, value))
+        missing[:] = set(missing) - {number for number, _ in found}
+        return found
 
     async def _serve(self, number: int, hit: Any) -> Buffer | None:
         asked = self._asked[number]
@@ -137,30 +152,55 @@ class Batch:
             for number in missing:
                 await self._join(number)
             wanted = sorted([*self._leads, *self._direct])
-            if not wanted:
-                return
-            if self._io.loop() is None:
-                async with contextlib.aclosing(self._fetch(wanted)) as fetched:
-                    async for group in fetched:
-                        yield await self._deliver(group)
-                return
-            # In a task of its own: others wait for what this call brings, so it must go on even while its
-            # caller does something else.
-            groups: asyncio.Queue[Group | BaseException | None] = asyncio.Queue()
-            task = asyncio.ensure_future(self._read(wanted, groups))
             try:
-                while (found := await groups.get()) is not None:
-                    if isinstance(found, BaseException):
-                        raise found
-                    yield found
-            finally:
-                task.cancel()
-                # Not for ever: a source may ignore it.
-                await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
+                async with contextlib.aclosing(self._from_source(wanted)) as groups:
+                    async for group in groups:
+                        yield group
+            except Exception as error:
+                if served := await self._stale_instead_of(error):
+                    yield served
+                if len(served) < len(self._leads) + len(self._direct):
+                    raise
         finally:
             # Who waits for what did not come asks for it.
             for number in list(self._leads):
                 self._close(number)
+
+    async def _from_source(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
+        if not wanted:
+            return
+        if self._io.loop() is None:
+            async with contextlib.aclosing(self._fetch(wanted)) as fetched:
+                async for group in fetched:
+                    yield await self._deliver(group)
+            return
+        # In a task of its own: others wait for what this call brings, so it must go on even while its
+        # caller does something else.
+        groups: asyncio.Queue[Group | BaseException | None] = asyncio.Queue()
+        task = asyncio.ensure_future(self._read(wanted, groups))
+        try:
+            while (found := await groups.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+        finally:
+            task.cancel()
+            # Not for ever: a source may ignore it.
+            await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
+
+    async def _stale_instead_of(self, error: Exception) -> list[tuple[int, Buffer | None]]:
+        """What is still cached of the requests that the source has not answered."""
+        stale = self._reader.stale
+        served: list[tuple[int, Buffer | None]] = []
+        if not stale:
+            return served
+        for number in self._leads:
+            asked = self._asked[number]
+            assert asked is not None
+            value = await stale.instead_of(error, self._io, asked[0], self._prototype, asked[1])
+            if value is not None:
+                served.append((number, value))
+        return served
 
     async def _read(
         self, wanted: list[int], groups: asyncio.Queue[Group | BaseException | None]
@@ -224,6 +264,8 @@ class Batch:
         for number, found in group:
             lead = self._leads.get(number)
             if lead is None:
+                if number in self._direct:
+                    self._direct.remove(number)
                 continue
             ticket, flight = lead
             asked = self._asked[number]

@@ -8,15 +8,18 @@ raises because of the cache store: only the source's own errors, and cancellatio
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import FillJob
 from zcache._core import Index, crc32c, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._protocol.single_flight import Flight
+from zcache._protocol.stale import StaleValues
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
 from zcache._runtime.threads import NoThreadError
 from zcache._runtime.turns import turns
+from zcache._source.offline import miss
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -36,6 +39,12 @@ VERIFY_ASIDE: Final = 2**20
 """Bytes from which on a checksum is computed in a thread: a smaller one takes less than the way there."""
 
 
+COMPLETE_TIMEOUT: Final = 60.0
+"""Seconds that a read waits, where the source is not asked, for the index to know all that is cached; ..."""
+COMPLETE_PAUSE: Final = 0.02
+"""... and between two looks."""
+
+
 class Reader:
     """Reads through one cache.
 
@@ -45,11 +54,31 @@ class Reader:
         The cache store, with its index.
     ages : MaxAges
         How old a value may be that is served.
+    offline : bool
+        Whether the source is not asked.
+    stale_if_error : float
+        Seconds past its age for which a value is served where the source raises.
+    source_name : str
+        For the log.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
+
+    Attributes
+    ----------
+    stale : StaleValues
+        What is served in place of an error of the source.
     """
 
-    def __init__(self, backend: Backend, *, ages: MaxAges, slices_like_python: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        ages: MaxAges,
+        offline: bool,
+        stale_if_error: float,
+        source_name: str,
+        slices_like_python: bool,
+    ) -> None:
         self.backend = backend
         self.handle: IndexHandle = backend.shared.handle
         self.fills = backend.shared.fills
@@ -59,8 +88,11 @@ class Reader:
         self.now = backend.shared.clock
         self._slices_like_python = slices_like_python
         self.ages = ages
+        self.offline = offline
         # For a hit: an attribute that is looked up less.
         self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
+        self.stale = StaleValues(self, stale_if_error, source_name)
+        self._may_be_stale = stale_if_error > 0
         self._try_read = backend.try_read
         self._fill_now = backend.fill_now
         self._begin = backend.begin if backend.works_in_background else None
@@ -165,7 +197,9 @@ class Reader:
                 self._reads.count_miss()
                 raise
             (self._reads.count_miss if hit is None else self._reads.count_hit)()
-        return None if hit is None else await self._serve(io, key, prototype, byte_range, hit)
+        if hit is None:
+            return None
+        return await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
 
     async def cached(
         self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
@@ -205,15 +239,19 @@ class Reader:
         self.counters.count("bypassed")
         return await io.read(key, prototype, request)
 
-    async def _serve(
+    async def serve_found(
         self,
         io: IO,
         key: str,
         prototype: BufferPrototype,
         byte_range: ByteRange | None,
         hit: Hit,
+        max_age: float | None,
     ) -> Buffer | None:
-        """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
+        """Read a hit from the cache store; None where that fails, upon which the entry is gone.
+
+        `max_age` are the seconds with which it was found.
+        """
         if not self.breaker.allows():
             # Counted as skipped where the source is asked.
             self._reads.recount_as_miss()
@@ -249,7 +287,7 @@ class Reader:
                     return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
-        if await self._discard(io, key, byte_range, name, total) and is_damaged:
+        if await self._discard(io, key, byte_range, name, total, max_age) and is_damaged:
             self.counters.count("damaged")
         return None
 
@@ -285,7 +323,13 @@ class Reader:
             return work()
 
     async def _discard(
-        self, io: IO, key: str, byte_range: ByteRange | None, name: str, size: int
+        self,
+        io: IO,
+        key: str,
+        byte_range: ByteRange | None,
+        name: str,
+        size: int,
+        max_age: float | None,
     ) -> bool:
         """Drop an entry of this size that cannot be served; whether it was still there."""
         self._reads.recount_as_miss()
@@ -294,7 +338,7 @@ class Reader:
             victims = await self.handle.call(
                 io,
                 Index.discard,
-                *(key, byte_range, self.now(), size, self.ages.of(key)),
+                *(key, byte_range, self.now(), size, max_age),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -321,11 +365,50 @@ class Reader:
         `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
         once, for it may be the leader that others wait for.
         """
+        if self.offline:
+            return self._fetch_offline(io, key, prototype, byte_range)
         # A synchronous read cannot wait for a turn, also where a loop runs in its thread.
         waits = self._fill_now is None and joined is None and io.loop() is not None
         if waits and not turns.begins():
-            return self._fetch_in_turn(io, key, prototype, request, byte_range)
-        return self._fetch(io, key, prototype, request, byte_range, joined)
+            work: Awaitable[Buffer | None] = self._fetch_in_turn(
+                io, key, prototype, request, byte_range
+            )
+        else:
+            work = self._fetch(io, key, prototype, request, byte_range, joined)
+        return (
+            self.stale.or_stale(work, io, key, prototype, byte_range)
+            if self._may_be_stale
+            else work
+        )
+
+    async def _fetch_offline(
+        self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+    ) -> Buffer | None:
+        """Read what was not found, once all is known that is cached; the source is not asked."""
+        if await self.wait_until_complete(io):
+            self.retract_miss()
+            value = await self.cached(io, key, prototype, byte_range)
+            if value is not None:
+                return value
+        raise miss(key)
+
+    def retract_miss(self) -> None:
+        """Take a miss back, because the same read is looked up once more."""
+        self._reads.retract_miss()
+
+    async def wait_until_complete(self, io: IO) -> bool:
+        """Wait until the index knows all that is cached, a minute at most; False where it does already."""
+        with contextlib.suppress(IndexLockTimeout):
+            if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+                return False
+        self.backend.begin(io)
+        until = time.monotonic() + COMPLETE_TIMEOUT
+        while time.monotonic() < until:
+            with contextlib.suppress(IndexLockTimeout):
+                if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+                    break
+            await io.pause(COMPLETE_PAUSE)
+        return True
 
     async def _fetch_in_turn(
         self,
@@ -539,3 +622,7 @@ class Reader:
             )
             if victims:
                 await self.backend.remove(io, victims)
+
+
+def _is_complete(index: Index) -> bool:
+    return index.is_complete

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from zcache._backends.base import Backend, Victim
+    from zcache._protocol.listing import Lister
     from zcache._runtime.io import IO
 
 
@@ -46,15 +47,18 @@ class Writer:
     ----------
     backend : Backend
         The cache store, with its index.
+    lister : Lister
+        Hears of what changes.
     source_name : str
         For the log.
     """
 
-    def __init__(self, backend: Backend, source_name: str) -> None:
+    def __init__(self, backend: Backend, lister: Lister, source_name: str) -> None:
         self.backend = backend
         self.handle = backend.shared.handle
         self.fills = backend.shared.fills
         self._now = backend.shared.clock
+        self._lister = lister
         self._source_name = source_name
         self._warned = False
 
@@ -90,10 +94,12 @@ class Writer:
             begun = True
             await self.backend.remove_key(io, key, victims, begins=True)
             await self._remove_unlisted(io, key)
+            await self._lister.forget(io, key)
             changing = True
             try:
                 await io.change(work, self._unless_unknown(late))
             except Exception:
+                await self._lister.forget(io, key)
                 if not ended:
                     ended = True
                     # Its end is told later, then, and the key stays uncached until that.
@@ -118,6 +124,7 @@ class Writer:
             except IndexLockTimeout:
                 # The source has it. Its end is told later, and the key stays uncached until that.
                 return
+            await self._lister.forget(io, key)
             if ticket is None:
                 # Another write, or the index was emptied meanwhile and did not know of this one.
                 await self.backend.remove_key(io, key, victims, begins=False)
@@ -165,6 +172,13 @@ class Writer:
 
     async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         """Change the source below a prefix by `work`; nothing below it stays cached."""
+        await self._lister.forget(io, None)
+        try:
+            await self._change(io, prefix, work)
+        finally:
+            await self._lister.forget(io, None)
+
+    async def _change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         prefix = prefix.rstrip("/")
         if not is_cacheable_key(prefix):
             if not is_encodable(prefix) or (is_plain(prefix) and _has_nothing_cached(prefix)):
@@ -259,6 +273,7 @@ class Writer:
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
+        await self._lister.forget(io, None)
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
         await self._remove_unlisted(io, "")

@@ -1,0 +1,149 @@
+"""Values that are too old, in place of what a source does not give because it raises an error."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._core import Index, is_cacheable_key
+from zcache._index.handle import LOCK_TIMEOUT
+from zcache.exceptions import IndexLockTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from zcache._byte_ranges import ByteRange
+    from zcache._protocol.read import Reader
+    from zcache._runtime.io import IO
+
+logger = logging.getLogger("zcache")
+
+QUIET: Final = 60.0
+"""Seconds in which it is said once that a source fails."""
+
+
+class StaleValues:
+    """What the cache still has of values that the source was to be asked for again.
+
+    Parameters
+    ----------
+    reader : Reader
+        The reads of one cache.
+    seconds : float
+        Past its age, for which a value is served; 0 for never.
+    source_name : str
+        For the log.
+    """
+
+    def __init__(self, reader: Reader, seconds: float, source_name: str) -> None:
+        self._reader = reader
+        self._seconds = seconds
+        self._source_name = source_name
+        self._said = -math.inf
+
+    def __bool__(self) -> bool:
+        return self._seconds > 0
+
+    async def or_stale(
+        self,
+        work: Awaitable[Buffer | None],
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+    ) -> Buffer | None:
+        """What `work` reads from the source; a stale value where that raises, if there is one."""
+        try:
+            return await work
+        except Exception as error:
+            value = await self.instead_of(error, io, key, prototype, byte_range)
+            if value is None:
+                raise
+            return value
+
+    async def instead_of(
+        self,
+        error: Exception,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRange | None,
+    ) -> Buffer | None:
+        """A stale value in place of this error of the source; None where there is none.
+
+        The read was counted as a miss; with a value it is a hit.
+        """
+        if not self._may_replace(error, key):
+            return None
+        reader, max_age = self._reader, self._max_age(key)
+        found = await self._ask(io, Index.lookup, key, byte_range, max_age)
+        if found is None:
+            return None
+        # What could not be read is counted as a miss again.
+        reader.recount_as_hit()
+        value = await reader.serve_found(io, key, prototype, byte_range, found, max_age)
+        if value is not None:
+            self._note(error)
+        return value
+
+    async def size(self, error: Exception, io: IO, key: str) -> int | None:
+        """Bytes of a stale value that is cached as a whole, in place of this error of the source."""
+        if not self._may_replace(error, key):
+            return None
+        size: int | None = await self._ask(io, Index.peek, key, None, self._max_age(key))
+        if size is not None:
+            self._note(error)
+        return size
+
+    def _may_replace(self, error: Exception, key: str) -> bool:
+        if not self or _says_missing(error) or not self._reader.breaker.allows():
+            return False
+        # What is of any age has no stale values.
+        return is_cacheable_key(key) and self._reader.ages.of(key) is not None
+
+    def _max_age(self, key: str) -> float | None:
+        seconds = (self._reader.ages.of(key) or 0.0) + self._seconds
+        return None if seconds == math.inf else seconds
+
+    async def _ask(
+        self, io: IO, step: Any, key: str, byte_range: ByteRange | None, max_age: float | None
+    ) -> Any:
+        reader = self._reader
+        asked = (key, byte_range, reader.now(), max_age)
+        try:
+            return await reader.handle.call(io, step, *asked, timeout=LOCK_TIMEOUT)
+        except IndexLockTimeout:
+            return None
+
+    def _note(self, error: Exception) -> None:
+        self._reader.counters.count("stale")
+        now = time.monotonic()
+        with _lock:
+            is_known = now - self._said < QUIET
+            if not is_known:
+                self._said = now
+        if not is_known:
+            # Not the error itself: it may show what nobody is to see.
+            logger.warning(
+                "the source %s raised %s: values that are older than max_age_seconds are served in its place, up to "
+                "%s s past their age (stale_if_error). This is said once a minute.",
+                self._source_name,
+                type(error).__name__,
+                self._seconds,
+            )
+
+
+# Guards the time of the last word; never held while anything waits.
+_lock = threading.RLock()
+
+
+def _says_missing(error: BaseException) -> bool:
+    """Whether an error is the answer that there is no such key."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_says_missing(one) for one in error.exceptions)
+    return isinstance(error, (FileNotFoundError, KeyError))

@@ -1,0 +1,318 @@
+"""A store whose source is never asked."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+import zcache
+from support import PROTOTYPE, buf, check_quiet, drained, drained_sync, fill, read, read_through
+from zcache import CacheStore, OfflineError
+from zcache.exceptions import OptionTypeError
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+    from zcache.testing import FakeClock
+
+
+@pytest.fixture(params=["memory", "directory"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def source() -> StoreDouble:
+    return StoreDouble(MemoryStore())
+
+
+def opened(source: Store, cache: Store, **options: Any) -> CacheStore:
+    return CacheStore(source, cache_store=cache, source_id="source", **options)
+
+
+async def names_in(store: Store, prefix: str) -> list[str]:
+    return sorted([name async for name in store.list_dir(prefix)])
+
+
+async def test_offline_serves_what_is_cached_whatever_its_age_and_asks_nothing(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    online = opened(source, cache, max_age_seconds=10, clock=clock)
+    await fill(online, **{"a/b": b"12345"})
+    clock.advance(1e6)
+    store = opened(source, cache, max_age_seconds=10, clock=clock, offline=True)
+    source.take()
+    part = RangeByteRequest(1, 3)
+    await store._ensure_open()
+    assert await read(store, "a/b") == b"12345"
+    assert await read(store, "a/b", part) == b"23"
+    assert await store.exists("a/b")
+    assert await store.getsize("a/b") == 5
+    found = await store.get_partial_values(PROTOTYPE, [("a/b", part), ("a/b", None)])
+    assert [value and value.to_bytes() for value in found] == [b"23", b"12345"]
+    assert store.max_age_seconds == 10
+    with pytest.raises(OfflineError, match=r"'unknown'.*offline=False"):
+        await read(store, "unknown")
+    with pytest.raises(OfflineError, match="unknown"):
+        await read(store, "unknown", part)
+    for call in (store.exists("unknown"), store.getsize("unknown"), store.is_empty("x")):
+        with pytest.raises(OfflineError):
+            await call
+    for names in (store.list(), store.list_prefix("a"), store.list_dir("a")):
+        with pytest.raises(OfflineError):
+            [name async for name in names]
+    with pytest.raises(OfflineError, match="unknown"):
+        await store.get_partial_values(PROTOTYPE, [("a/b", None), ("unknown", None)])
+    if hasattr(store, "get_sync"):
+        with pytest.raises(OfflineError, match="unknown"):
+            await asyncio.to_thread(store.get_sync, "unknown", prototype=PROTOTYPE)
+        with pytest.raises(OfflineError, match="unknown"):
+            [group async for group in store.get_ranges("unknown", [part], prototype=PROTOTYPE)]
+        groups = [group async for group in store.get_ranges("a/b", [part], prototype=PROTOTYPE)]
+        assert len(groups) == 1
+    store.close()
+    assert source.take() == {}
+    assert issubclass(OfflineError, OSError)
+    assert issubclass(OfflineError, zcache.ZcacheError)
+    await check_quiet(store)
+
+
+async def test_offline_refuses_writes_and_keeps_what_is_cached(
+    source: StoreDouble, cache: Store
+) -> None:
+    online = opened(source, cache)
+    await fill(online, **{"a/b": b"1"})
+    store = opened(source, cache, offline=True)
+    source.take()
+    calls = [
+        lambda: store.set("a/b", buf(b"2")),
+        lambda: store.set_if_not_exists("c", buf(b"2")),
+        lambda: store.delete("a/b"),
+        lambda: store.delete_dir("a"),
+        store.clear,
+    ]
+    for call in calls:
+        with pytest.raises(OfflineError, match="written or deleted"):
+            await call()
+    if hasattr(store, "set_sync"):
+        with pytest.raises(OfflineError):
+            store.set_sync("a/b", buf(b"2"))
+        with pytest.raises(OfflineError):
+            store.delete_sync("a/b")
+    assert source.take() == {}
+    assert await read(store, "a/b") == b"1"
+    assert await read(online, "a/b") == b"1"
+    assert source.take() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "option", "expected"),
+    [
+        ("1", None, True),
+        ("yes", None, True),
+        ("0", None, False),
+        ("", None, False),
+        (None, None, False),
+        ("1", False, False),
+        ("0", True, True),
+    ],
+)
+async def test_offline_environment_is_read_when_the_store_is_made(
+    source: StoreDouble,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str | None,
+    option: bool | None,
+    expected: bool,
+) -> None:
+    monkeypatch.delenv("ZCACHE_OFFLINE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ZCACHE_OFFLINE", value)
+    store = opened(source, MemoryStore(), offline=option)
+    monkeypatch.setenv("ZCACHE_OFFLINE", "0" if expected else "1")
+    for copy in (store, store.with_read_only(True), pickle.loads(pickle.dumps(store))):
+        if expected:
+            with pytest.raises(OfflineError):
+                await read(copy, "a")
+        else:
+            assert await read(copy, "a") is None
+
+
+def test_offline_of_another_type_raises() -> None:
+    with pytest.raises(OptionTypeError, match="invalid offline: 1"):
+        CacheStore(MemoryStore(), offline=1)  # type: ignore[arg-type]
+
+
+async def test_offline_waits_for_an_index_that_is_not_complete(
+    source: StoreDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that was lost is rebuilt in the background; until then a miss says nothing."""
+    cache = LocalStore(tmp_path / "cache")
+    online = opened(source, cache)
+    await fill(online, **{f"a/{number}": b"1" for number in range(50)})
+    await drained(online)
+    name = zcache.__name__
+    script = f"""
+import asyncio, shutil, sys
+from zarr.storage import LocalStore, MemoryStore
+from zarr.core.buffer import default_buffer_prototype
+from {name} import CacheStore
+from {name}._backends.directory import index
+index.REBUILD_PATIENCE = 0.0
+shutil.rmtree(sys.argv[1] + "/.zcache/index")
+async def main():
+    store = CacheStore(MemoryStore(), cache_store=sys.argv[1], source_id="source", offline=True)
+    for number in range(50):
+        value = await store.get(f"a/{{number}}", default_buffer_prototype())
+        assert value.to_bytes() == b"1"
+asyncio.run(main())
+"""
+    del online
+    await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", script, str(tmp_path / "cache")], check=True
+    )
+
+
+# ------------------------------------------------------------------------------ listings
+
+
+async def test_offline_listing_is_answered_as_the_source_has_answered_it(
+    source: StoreDouble, cache: Store
+) -> None:
+    online = opened(source, cache)
+    await fill(online, **{"a/x": b"1", "a/y/z": b"2", "é/w": b"3"})
+    expected = {prefix: await names_in(online, prefix) for prefix in ("", "a", "a/y", "none", "é")}
+    store = opened(source, cache, offline=True)
+    source.take()
+    for prefix, names in expected.items():
+        assert await names_in(store, prefix) == names
+        if prefix:
+            assert await names_in(store, prefix + "/") == names
+        assert await store.is_empty(prefix) == (not names)
+    with pytest.raises(OfflineError, match="listing of 'a/x'"):
+        await names_in(store, "a/x")
+    assert source.take() == {}
+
+
+async def test_offline_listing_that_was_not_read_to_its_end_is_not_remembered(
+    source: StoreDouble, cache: Store
+) -> None:
+    online = opened(source, cache)
+    await fill(online, **{"a/x": b"1", "a/y": b"2"})
+    names = online.list_dir("a")
+    await anext(names)
+    await names.aclose()  # type: ignore[attr-defined]
+    store = opened(source, cache, offline=True)
+    with pytest.raises(OfflineError):
+        await names_in(store, "a")
+
+
+@pytest.mark.parametrize("change", ["set", "delete", "delete_dir", "clear", "clear_cache"])
+async def test_offline_listing_is_forgotten_with_any_change_below(
+    source: StoreDouble, cache: Store, change: str
+) -> None:
+    online = opened(source, cache)
+    await fill(online, **{"a/b/x": b"1", "c/y": b"2"})
+    for prefix in ("", "a", "a/b", "c"):
+        await names_in(online, prefix)
+    await {
+        "set": lambda: online.set("a/b/new", buf(b"3")),
+        "delete": lambda: online.delete("a/b/x"),
+        "delete_dir": lambda: online.delete_dir("a"),
+        "clear": online.clear,
+        "clear_cache": online.clear_cache,
+    }[change]()
+    store = opened(source, cache, offline=True)
+    for prefix in ("", "a", "a/b"):
+        with pytest.raises(OfflineError):
+            await names_in(store, prefix)
+    if change == "set":
+        assert await names_in(store, "c") == ["y"]
+
+
+async def test_offline_listing_that_a_write_overtakes_is_not_remembered(
+    source: StoreDouble, cache: Store
+) -> None:
+    online = opened(source, cache)
+    await fill(online, **{"a/x": b"1"})
+    gate = source.block("set", after=False)
+    write = asyncio.ensure_future(online.set("a/y", buf(b"2")))
+    await gate.entered_async()
+    assert await names_in(online, "a") == ["x"]
+    gate.release()
+    await write
+    store = opened(source, cache, offline=True)
+    with pytest.raises(OfflineError):
+        await names_in(store, "a")
+    assert await names_in(online, "a") == ["x", "y"]
+    assert await names_in(store, "a") == ["x", "y"]
+
+
+async def test_offline_listing_of_another_source_or_damaged_is_not_answered(
+    source: StoreDouble, tmp_path: Path
+) -> None:
+    online = opened(source, LocalStore(tmp_path / "cache"))
+    await fill(online, **{"a/x": b"1"})
+    await names_in(online, "a")
+    store = opened(source, LocalStore(tmp_path / "cache"), offline=True)
+    [path] = (tmp_path / "cache" / ".zcache" / "index").glob("listing-*")
+    good = path.read_bytes()
+    for data in (b"", good[:-1], good.replace(b'"x"', b'"y"'), b"\xff" * 20):
+        path.write_bytes(data)
+        with pytest.raises(OfflineError):
+            await names_in(store, "a")
+    path.write_bytes(good)
+    assert await names_in(store, "a") == ["x"]
+
+
+# ------------------------------------------------------------------------------ datasets
+
+
+def test_offline_dataset_that_was_read_once_is_read_again(tmp_path: Path) -> None:
+    where = tmp_path / "source"
+    made = zarr.open_group(where, mode="w", attributes={"title": "t"})
+    for name in ("x", "y"):
+        array = made.create_array(name, shape=(4, 4), chunks=(2, 2), dtype="i4")
+        array[:] = np.arange(16).reshape(4, 4)
+    made.create_group("inner").create_array("z", shape=(2,), dtype="f8")[:] = [1, 2]
+
+    def walk(store: CacheStore) -> dict[str, Any]:
+        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+        found: dict[str, Any] = {"attributes": dict(group.attrs)}
+        for name, node in group.members(max_depth=None):
+            found[name] = node[...].tolist() if isinstance(node, zarr.Array) else None
+        found["keys"] = sorted(group.array_keys()), sorted(group.group_keys())
+        return found
+
+    cache = tmp_path / "cache"
+    online = CacheStore(LocalStore(where, read_only=True), cache_store=cache)
+    expected = walk(online)
+    drained_sync(online)
+    where.rename(tmp_path / "gone")
+    store = CacheStore(LocalStore(where, read_only=True), cache_store=cache, offline=True)
+    assert walk(store) == expected
+    assert store.cache_stats()["misses"] == 0
+    with pytest.raises(OfflineError):
+        zarr.open_array(store, path="inner/unknown", mode="r", zarr_format=3)
+
+
+async def test_offline_reads_what_an_online_store_of_the_same_process_fills(
+    source: StoreDouble, cache: Store
+) -> None:
+    online, store = opened(source, cache), opened(source, cache, offline=True)
+    await source.inner.set("a", buf(b"1"))
+    with pytest.raises(OfflineError):
+        await read(store, "a")
+    assert await read_through(online, "a") == b"1"
+    assert await read(store, "a") == b"1"

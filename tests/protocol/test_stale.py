@@ -1,0 +1,220 @@
+"""Values past their age in place of errors of the source."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
+from zcache import CacheStore
+from zcache.exceptions import OptionTypeError, OptionValueError
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+    from zcache.testing import FakeClock
+
+
+@pytest.fixture(params=["memory", "directory"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def source() -> StoreDouble:
+    return StoreDouble(MemoryStore())
+
+
+def opened(source: Store, cache: Store, clock: FakeClock, **options: Any) -> CacheStore:
+    options = {"max_age_seconds": 10, "stale_if_error": 20} | options
+    return CacheStore(source, cache_store=cache, clock=clock, source_id="source", **options)
+
+
+async def test_stale_value_is_served_for_so_long_past_its_age_and_no_longer(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock)
+    await fill(store, a=b"12345")
+    source.fail("*", OSError("down"))
+    clock.advance(29.5)
+    hits = store.cache_stats()["hits"]
+    assert await read_through(store, "a") == b"12345"
+    assert await read_through(store, "a", RangeByteRequest(1, 3)) == b"23"
+    if hasattr(store, "get_sync"):
+        value = await asyncio.to_thread(store.get_sync, "a", prototype=PROTOTYPE)
+        assert value is not None
+        assert value.to_bytes() == b"12345"
+    assert await store.exists("a")
+    assert await store.getsize("a") == 5
+    stats = store.cache_stats()
+    reads = 3 if hasattr(store, "get_sync") else 2
+    assert stats["stale_hits"] == reads + 2
+    assert stats["hits"] == hits + reads
+    clock.advance(0.5)
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+    with pytest.raises(OSError, match="down"):
+        await store.exists("a")
+    source.heal()
+    assert await read_through(store, "a") == b"12345"
+    await check_quiet(store)
+
+
+async def test_stale_default_raises_the_error(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock, stale_if_error=0)
+    await fill(store, a=b"1")
+    clock.advance(10)
+    source.fail("get", OSError("down"))
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+    assert store.cache_stats()["stale_hits"] == 0
+
+
+async def test_stale_value_is_not_served_where_the_source_says_that_there_is_none(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock)
+    await fill(store, a=b"1")
+    await source.inner.delete("a")
+    clock.advance(10)
+    assert await read_through(store, "a") is None
+    assert store.cache_info()["cached_keys"] == 0
+    await fill(store, b=b"1")
+    await source.inner.delete("b")
+    clock.advance(10)
+    with pytest.raises(FileNotFoundError):
+        await store.getsize("b")
+    assert store.cache_stats()["stale_hits"] == 0
+    await check_quiet(store)
+
+
+async def test_stale_value_of_a_followed_flight_is_served_to_all(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock)
+    strict = opened(source, cache, clock, stale_if_error=0)
+    await fill(store, a=b"1")
+    clock.advance(10)
+    gate = source.block("get")
+    source.fail("get", OSError("down"))
+    reads = [asyncio.ensure_future(read(store, "a")) for _ in range(5)]
+    others = [asyncio.ensure_future(read(strict, "a")) for _ in range(2)]
+    await gate.entered_async()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    gate.release()
+    assert await asyncio.gather(*reads) == [b"1"] * 5
+    # Whoever has not asked for it gets none.
+    errors = await asyncio.gather(*others, return_exceptions=True)
+    assert [str(error) for error in errors] == ["down"] * 2
+    assert source.take()["get"] == 1
+    assert store.cache_stats()["stale_hits"] == 5
+    assert strict.cache_stats()["stale_hits"] == 0
+    await check_quiet(store)
+
+
+async def test_stale_values_of_a_batch_are_served_and_the_rest_raises(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock)
+    await fill(store, a=b"12345", b=b"6")
+    part = RangeByteRequest(0, 2)
+    clock.advance(10)
+    source.fail("*", OSError("down"))
+    found = await store.get_partial_values(PROTOTYPE, [("a", part), ("b", None), ("a", part)])
+    assert [value and value.to_bytes() for value in found] == [b"12", b"6", b"12"]
+    with pytest.raises(OSError, match="down"):
+        await store.get_partial_values(PROTOTYPE, [("a", part), ("unknown", None)])
+    if hasattr(LocalStore, "get_ranges"):
+        groups = [group async for group in store.get_ranges("a", [part, None], prototype=PROTOTYPE)]
+        values = {number: value.to_bytes() for group in groups for number, value in group if value}
+        assert values == {0: b"12", 1: b"12345"}
+    await check_quiet(store)
+
+
+async def test_stale_values_are_logged_once_a_minute_without_secrets(
+    cache: Store,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("zcache._protocol.stale.time.monotonic", lambda: now)
+    source = StoreDouble(MemoryStore())
+    store = opened(source, cache, clock, stale_if_error="infinity")
+    await fill(store, a=b"1")
+    clock.advance(1e6)
+    source.fail("get", OSError("https://host/?X-Amz-Signature=secret"))
+    with caplog.at_level(logging.WARNING, "zcache"):
+        for _ in range(3):
+            assert await read(store, "a") == b"1"
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "OSError" in caplog.text
+        assert "stale_if_error" in caplog.text
+        assert "secret" not in caplog.text
+        now += 59
+        assert await read(store, "a") == b"1"
+        assert len(caplog.records) == 1
+        now += 1
+        assert await read(store, "a") == b"1"
+        assert len(caplog.records) == 2
+
+
+async def test_stale_value_that_others_have_evicted_or_damaged_raises_the_error(
+    source: StoreDouble, tmp_path: Path, clock: FakeClock
+) -> None:
+    store = opened(source, LocalStore(tmp_path / "cache"), clock, verify="always")
+    await fill(store, a=b"1", b=b"2")
+    clock.advance(10)
+    source.fail("get", OSError("down"))
+    (tmp_path / "cache" / "a").unlink()
+    (tmp_path / "cache" / "b").write_bytes(b"3")
+    for key in ("a", "b"):
+        with pytest.raises(OSError, match="down"):
+            await read(store, key)
+    assert store.cache_stats()["stale_hits"] == 0
+    source.heal()
+    assert await read_through(store, "a") == b"1"
+    await check_quiet(store)
+
+
+async def test_stale_value_is_not_the_first_to_go_while_it_is_of_use(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock, max_size=20)
+    await fill(store, stale=bytes(10), live=bytes(10))
+    clock.advance(10)
+    await source.inner.set("live", buf(bytes(10)))
+    source.fail("get", OSError("down"), key="stale")
+    assert await read_through(store, "live") == bytes(10)
+    assert await read_through(store, "stale") == bytes(10)
+    await fill(store, new=bytes(10))
+    assert store.cache_stats()["expirations"] == 0
+    assert await read_through(store, "stale") == bytes(10)
+    await drained(store)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (-1, OptionValueError),
+        (float("nan"), OptionValueError),
+        (True, OptionTypeError),
+        (None, OptionTypeError),
+        ("soon", OptionValueError),
+    ],
+)
+def test_stale_if_error_without_a_meaning_raises(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        CacheStore(MemoryStore(), stale_if_error=given)
+    assert f"invalid stale_if_error: {given!r}. Give seconds" in str(caught.value)
