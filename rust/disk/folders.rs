@@ -3,9 +3,13 @@
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Stat, statat, unlinkat};
 use rustix::io::Errno;
+
+/// Time between two looks whether another thread has changed its folder: about as long as that takes.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// Folders that stay when they are empty.
 const STAY: &str = ".zcache";
@@ -32,7 +36,8 @@ impl OneAtATime {
             if held != own && CHANGING.compare_exchange(held, own, new, old).is_ok() {
                 return OneAtATime;
             }
-            std::thread::yield_now();
+            // To yield instead would give all others who want the processor a turn before each look.
+            std::thread::sleep(PAUSE);
         }
     }
 }
@@ -53,9 +58,12 @@ fn count_folders(bytes: i64) {
 }
 
 /// Bytes of blocks.
-fn blocks(path: &Path) -> rustix::io::Result<i64> {
-    let status = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
-    Ok(status.st_blocks.saturating_mul(512))
+fn blocks(status: &Stat) -> i64 {
+    status.st_blocks.saturating_mul(512)
+}
+
+fn blocks_of(path: &Path) -> rustix::io::Result<i64> {
+    Ok(blocks(&statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?))
 }
 
 /// Makes a name in a folder, and counts by how much that has grown.
@@ -64,11 +72,11 @@ pub(super) fn change_in(
     change: impl FnOnce() -> rustix::io::Result<()>,
 ) -> rustix::io::Result<()> {
     let _one_at_a_time = OneAtATime::begin();
-    let Some(Ok(before)) = folder.map(blocks) else {
+    let Some(Ok(before)) = folder.map(blocks_of) else {
         return change();
     };
     change()?;
-    if let Some(Ok(after)) = folder.map(blocks) {
+    if let Some(Ok(after)) = folder.map(blocks_of) {
         count_folders(after.saturating_sub(before));
     }
     Ok(())
@@ -76,9 +84,14 @@ pub(super) fn change_in(
 
 /// Removes a folder if it is empty, and counts that.
 fn remove_folder(path: &Path) -> rustix::io::Result<()> {
-    let before = blocks(path)?;
+    let before = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    // Two links, and one of each folder in it; some file systems always say 1.
+    if before.st_nlink > 2 {
+        // To try would wait for those who make or remove something in it.
+        return Err(Errno::NOTEMPTY);
+    }
     unlinkat(CWD, path, AtFlags::REMOVEDIR)?;
-    count_folders(-before);
+    count_folders(-blocks(&before));
     Ok(())
 }
 
@@ -104,7 +117,7 @@ pub(super) fn make_folders(folder: &Path) -> io::Result<()> {
     for path in missing.into_iter().rev() {
         let mode = Mode::from_raw_mode(mode | 0o700);
         match change_in(path.parent(), || rustix::fs::mkdir(path, mode)) {
-            Ok(()) => count_folders(blocks(path).unwrap_or(0)),
+            Ok(()) => count_folders(blocks_of(path).unwrap_or(0)),
             Err(Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
