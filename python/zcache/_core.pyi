@@ -74,7 +74,7 @@ class IndexFullError(OSError):
 class Reservation:
     """Room for a value, or what is to be deleted for it.
 
-    One that is let go before `Index.commit` or `Index.release` is given back by the next step that asks for
+    One that is dropped before `Index.commit` or `Index.release` is given back by the next step that asks for
     room or for what is in flight.
     """
 
@@ -536,7 +536,7 @@ class DirectoryFills:
     """Fills of one cache directory, done by threads that need no interpreter.
 
     Each fill makes room, deletes victims, writes the bytes and commits. However it ends, its flight is closed
-    and nothing is left reserved. Fills that are pending when the object is let go are done still.
+    and nothing is left reserved. Fills that are pending when the object is dropped are done still.
 
     Parameters
     ----------

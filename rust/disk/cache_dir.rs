@@ -105,7 +105,7 @@ impl CacheDir {
         }
     }
 
-    /// The mark of now; `None` where nobody leaves one.
+    /// The mark of now; `None` where there is none.
     pub(super) fn mark(&self) -> Option<Mark> {
         self.marked.as_deref().map(mark_of)
     }

@@ -372,7 +372,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     fn commit(&mut self, id: u64, name: &str, made: &WrittenFile) -> Result<Ending, StepError> {
         let (fill, dir) = (self.fill, self.dir);
-        // After the file has its name: whoever changes the source later removes it by that.
+        // After the file has its name: a later change of the source removes it by that.
         let mark = dir.mark();
         let done = self.with_retries(|index| {
             step!(index, |cache| {

@@ -104,7 +104,7 @@ mod linux {
         matches!(errno, Some(Errno::NOSYS | Errno::PERM | Errno::INVAL))
     }
 
-    /// How often this thread has let go of the processor because it had to wait for something.
+    /// How often this thread has left the processor because it had to wait for something.
     #[allow(unsafe_code)]
     fn times_slept() -> libc::c_long {
         let mut usage = MaybeUninit::<libc::rusage>::zeroed();
@@ -120,7 +120,7 @@ mod linux {
         let Ok(status) = fstat(&file) else {
             return false;
         };
-        // Of files of others the kernel says that all pages are in memory, so that nobody can spy.
+        // Of files of others the kernel says that all pages are in memory, so that no user can spy.
         FileType::from_raw_mode(status.st_mode) == FileType::RegularFile
             && status.st_size as u64 == total
             && status.st_uid == geteuid().as_raw()

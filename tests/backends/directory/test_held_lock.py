@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GUARD = 20.0
-"""Seconds after which a test gives up on what should take about one."""
+"""Seconds after which a test fails that should take about one."""
 VALUE = cpu.Buffer.from_bytes(b"value")
 PROTOTYPE = default_buffer_prototype()
 

@@ -200,7 +200,7 @@ class DirectoryBackend(Backend):
             raise CacheUnreachableError(
                 f"other processes that use the cache directory {self._root} could not be told of this write, "
                 f"for this one cannot use its index or only reads it: {error!r}. Write to the source itself "
-                "if nobody else reads through that directory, or give a cache directory of your own."
+                "if no other process reads through that directory, or give a cache directory of your own."
             ) from error
         logger.warning(
             "processes that use the cache directory %s may not see a write: %r", self._root, error

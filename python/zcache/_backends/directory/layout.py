@@ -143,11 +143,11 @@ class Layout:
         return Index.open(self.index_root, seed=new_seed(), timeout=patience, **limits)
 
     def tell_others(self) -> None:
-        """Say that the source is changed by somebody who does not share the index.
+        """Say that the source is changed by a process that does not share the index.
 
-        Whoever finds another time of the lock file than the last one (a step of the index, or a commit of
-        somebody with an index of his own) ends all reads of the source that have begun before: what they
-        bring is not cached.
+        A process that finds another time of the lock file than the last one, in a step of the index or in a
+        commit to an index of its own, ends all reads of the source that have begun before: what they bring
+        is not cached.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class Layout:
                     time.sleep(_TICK)
                     os.utime(lock)
         except (FileNotFoundError, NotADirectoryError):
-            # Whoever shares an index makes it anew, and begins with what is there then.
+            # A process that shares an index makes it anew, and begins with what is there then.
             if self.has_own_index:
                 self.make_folders()
                 os.close(os.open(lock, _NEW, 0o666))
