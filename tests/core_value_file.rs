@@ -39,7 +39,7 @@ fn value_file_published_and_sealed_is_valid() {
     // The check value of CRC-32C.
     assert_eq!(made.checksum, 0xE306_9283);
     assert_eq!(modified(&unfinished), FETCHED + PENDING);
-    value_file::publish(&unfinished, &path).unwrap();
+    value_file::publish(&place.0, &unfinished, Path::new("a/b/c")).unwrap();
     assert!(!unfinished.exists());
     assert_eq!(fs::read(&path).unwrap(), b"123456789");
     if let Some(noted) = ownership::recorded(&path) {
@@ -147,8 +147,8 @@ fn publish_taken_name_is_left_alone() {
     fs::write(place.at("file"), "a file").unwrap();
     value_file::create(&place.at("1"), b"ours", FETCHED + PENDING, SOURCE).unwrap();
     assert!(value_file::create(&place.at("1"), b"", FETCHED, SOURCE).is_err());
-    assert!(value_file::publish(&place.at("1"), &place.at("theirs")).is_err());
-    assert!(value_file::publish(&place.at("1"), &place.at("file/below")).is_err());
+    assert!(value_file::publish(&place.0, &place.at("1"), Path::new("theirs")).is_err());
+    assert!(value_file::publish(&place.0, &place.at("1"), Path::new("file/below")).is_err());
     assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
     assert_eq!(fs::read(place.at("1")).unwrap(), b"ours", "still there");
 }

@@ -31,17 +31,18 @@ __all__ = [
     "__version__",
     "cache_key",
     "crc32c",
+    "end_calls",
     "file_holds",
     "file_owner",
     "is_absent",
     "is_cacheable_key",
-    "leads_outside",
     "open_cached",
+    "open_folder",
+    "open_value",
     "read_record",
     "read_resident",
     "recorded_size_and_checksum",
     "remove_empty_folder",
-    "remove_file",
     "remove_files",
     "remove_key",
     "select",
@@ -49,6 +50,7 @@ __all__ = [
     "take_folder_bytes",
     "tells_residency",
     "volume_space",
+    "write_tombstone",
 ]
 
 __version__: Final[str]
@@ -615,8 +617,26 @@ class DirectoryFills:
     def abandon(self) -> None:
         """In a forked child: drop everything, without waiting for a lock."""
 
+def end_calls(timeout: float, /) -> bool:
+    """Have threads of `DirectoryFills` call no Python code any more, for the interpreter ends.
+
+    Waits for those that do, `timeout` seconds at most. Whether they have ended.
+    """
+
 def open_cached(path: str, /) -> int:
-    """Open a file for reading if that needs no disk; `BlockingIOError` if it does."""
+    """Open a file for reading if that needs no disk; `BlockingIOError` if it does.
+
+    No part of its path may be a link (``ELOOP``).
+    """
+
+def open_value(root: str, name: str, /) -> int:
+    """Open a value in a cache directory for reading.
+
+    A link or a mount below the directory leads nowhere (``ELOOP``, ``EXDEV``).
+    """
+
+def open_folder(root: str, name: str, /) -> int:
+    """Open a folder in a cache directory, to list it; see `open_value`. The name "" is the directory."""
 
 def tells_residency(file: int, /) -> bool:
     """Whether `read_resident` can be used for files of the file system that an open file is on.
@@ -634,9 +654,6 @@ def read_resident(path: str, into: Any, total: int, start: int, size: int, /) ->
 
 def recorded_size_and_checksum(path: str, /) -> tuple[int, int] | None:
     """Size and CRC32C that a file should have, where its file system has recorded them."""
-
-def remove_file(path: str, /) -> bool:
-    """Remove a file if zcache wrote it. Whether nothing is there now."""
 
 def remove_files(
     root: str, names: list[str], known: list[tuple[int, int] | None] | None = None, /
@@ -663,11 +680,11 @@ def read_record(path: str, /) -> tuple[int, int, bool, int, bytes] | None:
 def take_folder_bytes() -> int:
     """Bytes by which folders have grown or, below 0, shrunk in what this thread did since it last asked."""
 
-def sign_file(path: str, fetched: int, /) -> None:
-    """Say that a file is a value of zcache's, fetched at this time in milliseconds since 1970."""
+def sign_file(root: str, name: str, fetched: int, /) -> None:
+    """Say that a file in a cache directory is a value of zcache's, fetched at this time in milliseconds since 1970."""
 
-def remove_empty_folder(path: str, /) -> bool:
-    """Remove a folder that holds nothing but empty folders. Whether it is gone."""
+def remove_empty_folder(root: str, name: str, /) -> bool:
+    """Remove a folder in a cache directory that holds nothing but empty folders. Whether it is gone."""
 
 def remove_key(root: str, key: str, /) -> list[tuple[str, OSError]]:
     """Remove what a cache directory holds of a key, ranges included; names that stayed, and why."""
@@ -678,8 +695,8 @@ def is_absent(root: str, key: str, /) -> bool:
 def volume_space(path: str, /) -> tuple[int, int]:
     """Bytes that may still be written to a volume, and bytes of the whole volume."""
 
-def leads_outside(root: str, name: str, /) -> bool:
-    """Whether a symbolic link above a name leads out of the directory."""
+def write_tombstone(root: str, name: str, /) -> None:
+    """Leave a tombstone for a value that is not valid any more but could not be deleted."""
 
 def crc32c(data: bytes, /) -> int:
     """CRC32C of bytes."""

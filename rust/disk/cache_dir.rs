@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
 
+use super::below::At;
 use super::ownership::SourceDigest;
-use super::value_file::open_to_read;
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -173,7 +173,7 @@ impl CacheDir {
 
 fn mark_of(file: &Path) -> Mark {
     // Opened: a network file system asks its server then.
-    let found = open_to_read(file).and_then(rustix::fs::fstat);
+    let found = At::from(file).open().and_then(rustix::fs::fstat);
     found
         .ok()
         .map(|status| (status.st_mtime, status.st_mtime_nsec as i64))

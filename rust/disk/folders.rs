@@ -1,12 +1,15 @@
 //! Folders of a cache directory: made for a value, removed with the last one, and counted by their blocks.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, Stat, statat, unlinkat};
+use rustix::fs::{AtFlags, Mode, Stat, fstat, mkdirat, unlinkat};
 use rustix::io::Errno;
+
+use super::below::{At, FOLDER, Place, Root, names_in, open_in};
 
 /// Time between two looks whether another thread has changed its folder: about as long as that takes.
 const PAUSE: Duration = Duration::from_micros(20);
@@ -62,105 +65,100 @@ fn blocks(status: &Stat) -> i64 {
     status.st_blocks.saturating_mul(512)
 }
 
-fn blocks_of(path: &Path) -> rustix::io::Result<i64> {
-    Ok(blocks(&statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?))
-}
-
 /// Makes a name in a folder, and counts by how much that has grown.
 pub(super) fn change_in(
-    folder: Option<&Path>,
-    change: impl FnOnce() -> rustix::io::Result<()>,
+    at: At<'_>,
+    change: impl FnOnce(At<'_>) -> rustix::io::Result<()>,
 ) -> rustix::io::Result<()> {
     let _one_at_a_time = OneAtATime::begin();
-    let Some(Ok(before)) = folder.map(blocks_of) else {
-        return change();
-    };
-    change()?;
-    if let Some(Ok(after)) = folder.map(blocks_of) {
-        count_folders(after.saturating_sub(before));
+    let before = fstat(at.folder)?;
+    change(at)?;
+    if let Ok(after) = fstat(at.folder) {
+        count_folders(blocks(&after).saturating_sub(blocks(&before)));
     }
     Ok(())
 }
 
 /// Removes a folder if it is empty, and counts that.
-fn remove_folder(path: &Path) -> rustix::io::Result<()> {
-    let before = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
+fn remove_folder(at: At<'_>) -> rustix::io::Result<()> {
+    let before = at.status()?;
     // Two links, and one of each folder in it; some file systems always say 1.
     if before.st_nlink > 2 {
         // To try would wait for those who make or remove something in it.
         return Err(Errno::NOTEMPTY);
     }
-    unlinkat(CWD, path, AtFlags::REMOVEDIR)?;
+    unlinkat(at.folder, at.name, AtFlags::REMOVEDIR)?;
     count_folders(-blocks(&before));
     Ok(())
 }
 
-/// Permissions of a folder.
-pub(super) fn mode_of(folder: &Path) -> io::Result<u32> {
-    let status = statat(CWD, folder, AtFlags::empty())?;
-    Ok(Mode::from_raw_mode(status.st_mode).bits() & 0o777)
-}
-
-/// Makes a folder and those above it, each with the permissions of the one that it is made in.
-pub(super) fn make_folders(folder: &Path) -> io::Result<()> {
-    let mut missing = Vec::new();
-    let mut above = folder;
-    let mode = loop {
-        match mode_of(above) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                missing.push(above);
-                above = above.parent().ok_or(error)?;
+/// Makes a folder of a cache directory and those above it, each with the permissions of the one that it is
+/// made in.
+pub(super) fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
+    let mut above = Root::open(root)?.open_below(Path::new(""), FOLDER)?;
+    for part in folder {
+        let at = At {
+            folder: above.as_fd(),
+            name: Path::new(part),
+        };
+        let below = match open_in(at.folder, at.name, false) {
+            Err(Errno::NOENT) => {
+                let mode = Mode::from_raw_mode(at.mode_of_folder()? | 0o700);
+                match change_in(at, |at| mkdirat(at.folder, at.name, mode)) {
+                    Ok(()) => count_folders(at.status().map_or(0, |status| blocks(&status))),
+                    Err(Errno::EXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                open_in(at.folder, at.name, false)
             }
-            mode => break mode?,
-        }
-    };
-    for path in missing.into_iter().rev() {
-        let mode = Mode::from_raw_mode(mode | 0o700);
-        match change_in(path.parent(), || rustix::fs::mkdir(path, mode)) {
-            Ok(()) => count_folders(blocks_of(path).unwrap_or(0)),
-            Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
-        }
+            opened => opened,
+        };
+        above = below?;
     }
     Ok(())
 }
 
 /// Removes a folder that holds nothing but empty folders. Whether it is gone.
-#[must_use]
-pub fn remove_empty(path: &Path) -> bool {
-    let is_folder = |status: Stat| FileType::from_raw_mode(status.st_mode) == FileType::Directory;
-    if !statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(is_folder) {
+pub(super) fn remove_empty_at(at: At<'_>) -> bool {
+    if !at.is_folder() {
         return false;
     }
-    let Ok(entries) = std::fs::read_dir(path) else {
+    let found = open_in(at.folder, at.name, true).and_then(|folder| {
+        let names = names_in(&folder)?;
+        Ok((folder, names))
+    });
+    let Ok((folder, names)) = found else {
         return false;
     };
     let mut all_gone = true;
-    for entry in entries {
-        all_gone &= entry.is_ok_and(|entry| remove_empty(&entry.path()));
+    for name in &names {
+        all_gone &= remove_empty_at(At {
+            folder: folder.as_fd(),
+            name,
+        });
     }
-    all_gone && remove_folder(path).is_ok()
+    all_gone && remove_folder(at).is_ok()
+}
+
+/// Removes the folder of this name in a cache directory if it holds nothing but empty folders. Whether it is
+/// gone.
+#[must_use]
+pub fn remove_empty(root: &Path, name: &Path) -> bool {
+    Place::find(root, name).is_ok_and(|place| remove_empty_at(place.at()))
 }
 
 /// Removes the folders above a name that are empty.
 pub(super) fn prune(root: &Path, name: &Path) {
+    let Ok(root) = Root::open(root) else { return };
     for above in name.ancestors().skip(1) {
         if above.as_os_str().is_empty() || above == Path::new(STAY) {
             return;
         }
-        match remove_folder(&root.join(above)) {
+        let removed = root.find(above).and_then(|place| remove_folder(place.at()));
+        match removed {
             Ok(()) | Err(Errno::NOENT) => {}
             // It holds something, or that cannot be known.
             Err(_) => return,
         }
     }
-}
-
-/// Whether there is a symbolic link between `root` and `name`.
-#[must_use]
-pub fn leads_outside(root: &Path, name: &Path) -> bool {
-    let above = name.ancestors().skip(1);
-    above
-        .filter(|above| !above.as_os_str().is_empty())
-        .any(|above| root.join(above).is_symlink())
 }

@@ -1,5 +1,6 @@
 //! A cache directory: files of values, and whole fills by threads without an interpreter.
 
+pub mod below;
 mod cache_dir;
 mod deferred;
 pub mod fill;

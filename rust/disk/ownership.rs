@@ -7,9 +7,10 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, Stat, Timespec, Timestamps, XattrFlags, fsetxattr, fstat,
-    futimens, lgetxattr, open, statat,
+    FileType, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, fsetxattr, fstat, futimens,
 };
+
+use super::below::{At, is, open_value};
 
 /// Nanoseconds below the millisecond of the modification time of each file that zcache wrote.
 pub const SIGNATURE: i64 = 271_828;
@@ -115,9 +116,10 @@ pub(super) fn write_record(file: impl AsFd, record: Record) -> rustix::io::Resul
 
 /// What is recorded beside a value, if anything is.
 #[must_use]
-pub fn record_of(path: &Path) -> Option<Record> {
+pub fn record_of<'a>(file: impl Into<At<'a>>) -> Option<Record> {
     let mut bytes = [0u8; RECORD + 1];
-    let count = lgetxattr(path, ATTRIBUTE, &mut bytes[..]).ok()?;
+    let file = file.into().open().ok()?;
+    let count = fgetxattr(file, ATTRIBUTE, &mut bytes[..]).ok()?;
     (count == RECORD || count == SHORT_RECORD)
         .then(|| Record::parse(bytes.get(..count)?))
         .flatten()
@@ -125,8 +127,8 @@ pub fn record_of(path: &Path) -> Option<Record> {
 
 /// Length and CRC32C that a file should have, where they are recorded.
 #[must_use]
-pub fn recorded(path: &Path) -> Option<(u64, u32)> {
-    record_of(path).map(|record| (record.size, record.checksum))
+pub fn recorded<'a>(file: impl Into<At<'a>>) -> Option<(u64, u32)> {
+    record_of(file).map(|record| (record.size, record.checksum))
 }
 
 /// Who wrote a file.
@@ -145,15 +147,16 @@ pub enum Owner {
 /// # Errors
 ///
 /// Where there is none, or the file system refuses.
-pub fn owner(path: &Path) -> rustix::io::Result<Owner> {
-    let status = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
-    if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+pub fn owner<'a>(file: impl Into<At<'a>>) -> rustix::io::Result<Owner> {
+    let file = file.into();
+    let status = file.status()?;
+    if !is(&status, FileType::RegularFile) {
         return Ok(Owner::Foreign);
     }
     Ok(match modified(&status).rem_euclid(MILLI) {
         SIGNATURE => Owner::Ours,
         PENDING => Owner::Pending,
-        _ => match record_of(path) {
+        _ => match record_of(file) {
             Some(record) if record.size == status.st_size as u64 => {
                 if record.sealed {
                     Owner::Ours
@@ -171,12 +174,10 @@ pub fn owner(path: &Path) -> rustix::io::Result<Owner> {
 /// # Errors
 ///
 /// Where it cannot be read.
-pub fn holds(path: &Path, size: u64, checksum: u32) -> io::Result<bool> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = open(path, flags, Mode::empty())?;
+pub fn holds<'a>(file: impl Into<At<'a>>, size: u64, checksum: u32) -> io::Result<bool> {
+    let file = file.into().open()?;
     let status = fstat(&file)?;
-    let regular = FileType::from_raw_mode(status.st_mode) == FileType::RegularFile;
-    if !regular || status.st_size as u64 != size {
+    if !is(&status, FileType::RegularFile) || status.st_size as u64 != size {
         return Ok(false);
     }
     let (mut found, mut seen) = (0, 0u64);
@@ -192,15 +193,14 @@ pub fn holds(path: &Path, size: u64, checksum: u32) -> io::Result<bool> {
     Ok(seen == size && found == checksum)
 }
 
-/// Says that a file is a value of ours, fetched at this time in milliseconds, as after a copy that has
+/// Says that the file of this name in a cache directory is a value of ours, fetched at this time in milliseconds, as after a copy that has
 /// lost what said so.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn sign(path: &Path, fetched: u64) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = open(path, flags, Mode::empty())?;
+pub fn sign(root: &Path, name: &Path, fetched: u64) -> io::Result<()> {
+    let file = open_value(root, name)?;
     let milli = i64::try_from(fetched).unwrap_or(0);
     set_modified(&file, milli.saturating_mul(MILLI).saturating_add(SIGNATURE))
 }

@@ -3,13 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, open, unlinkat};
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::folders::{leads_outside, make_folders, prune};
+use super::below::{At, Place, leads_elsewhere, names_in, open_cached, open_folder};
+use super::folders::{make_folders, prune};
 use super::ownership::{Owner, holds, owner};
-use super::value_file::open_cached;
 use crate::key::ByteRange;
 
 /// Directory of the tombstones of values that are no longer valid but could not be deleted.
@@ -23,8 +23,8 @@ const RANGES: &str = ".zcache/ranges";
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn remove(path: &Path) -> io::Result<bool> {
-    removed(remove_owned(path, &[Owner::Ours, Owner::Pending]))
+pub fn remove<'a>(file: impl Into<At<'a>>) -> io::Result<bool> {
+    removed(remove_owned(file.into(), &[Owner::Ours, Owner::Pending]))
 }
 
 /// Removes a file if zcache wrote it and never sealed it. Returns whether there is no file now.
@@ -32,8 +32,8 @@ pub fn remove(path: &Path) -> io::Result<bool> {
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn remove_pending(path: &Path) -> io::Result<bool> {
-    removed(remove_owned(path, &[Owner::Pending]))
+pub fn remove_pending<'a>(file: impl Into<At<'a>>) -> io::Result<bool> {
+    removed(remove_owned(file.into(), &[Owner::Pending]))
 }
 
 fn removed(result: rustix::io::Result<bool>) -> io::Result<bool> {
@@ -51,11 +51,11 @@ fn removed(result: rustix::io::Result<bool>) -> io::Result<bool> {
     }
 }
 
-fn remove_owned(path: &Path, owners: &[Owner]) -> rustix::io::Result<bool> {
-    if !owners.contains(&owner(path)?) {
+fn remove_owned(file: At<'_>, owners: &[Owner]) -> rustix::io::Result<bool> {
+    if !owners.contains(&owner(file)?) {
         return Ok(false);
     }
-    unlinkat(CWD, path, AtFlags::empty())?;
+    file.unlink()?;
     Ok(true)
 }
 
@@ -75,16 +75,21 @@ pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
 ///
 /// Where the file system refuses.
 pub fn remove_value(root: &Path, name: &Path) -> io::Result<bool> {
-    if leads_outside(root, name) {
-        return Ok(true);
-    }
-    let path = root.join(name);
-    let gone = remove(&path)?;
+    let place = match Place::find(root, name) {
+        Ok(place) => place,
+        Err(error) if leads_elsewhere(error) => return Ok(true),
+        Err(error) => {
+            let gone = removed(Err(error))?;
+            prune(root, name);
+            return Ok(gone);
+        }
+    };
+    let gone = remove(place.at())?;
     if gone {
         prune(root, name);
     }
     // A folder is no value.
-    Ok(gone || path.is_dir())
+    Ok(gone || place.at().is_folder())
 }
 
 /// Removes a value that the index knows by its size and its CRC32C, whatever its times say.
@@ -96,10 +101,10 @@ pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::
     if remove_value(root, name)? {
         return Ok(());
     }
-    let path = root.join(name);
+    let place = Place::find(root, name)?;
     match known {
-        Some((size, checksum)) if holds(&path, size, checksum)? => {
-            unlinkat(CWD, &path, AtFlags::empty())?;
+        Some((size, checksum)) if holds(place.at(), size, checksum)? => {
+            place.at().unlink()?;
             prune(root, name);
             Ok(())
         }
@@ -122,18 +127,17 @@ pub fn remove_key(root: &Path, key: &str) -> Vec<(String, io::Error)> {
         failed.push((key.to_owned(), error));
     }
     let (ranges, prefix) = ranges_of(key);
-    let found = match std::fs::read_dir(root.join(&ranges)) {
+    let found = match open_folder(root, &ranges).and_then(|folder| Ok(names_in(folder)?)) {
         Ok(found) => found,
         Err(error) => {
-            if !is_absence(&error) {
+            let elsewhere = Errno::from_io_error(&error).is_some_and(leads_elsewhere);
+            if !elsewhere && !is_absence(&error) {
                 failed.push((format!("{RANGES}/{key}@0-"), error));
             }
             return failed;
         }
     };
-    for entry in found {
-        let Ok(entry) = entry else { break };
-        let name = entry.file_name();
+    for name in found {
         let Some(name) = name.to_str().filter(|name| name.starts_with(&prefix)) else {
             continue;
         };
@@ -168,12 +172,11 @@ pub fn write_tombstone(root: &Path, name: &str) -> io::Result<()> {
     let digest = Sha256::digest(name.as_bytes());
     // The Python side derives the same name.
     let digest: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
-    if leads_outside(root, &Path::new(DROPPED).join(&digest)) {
-        return Err(Errno::LOOP.into());
-    }
-    let path = root.join(DROPPED);
-    make_folders(&path)?;
+    make_folders(root, Path::new(DROPPED))?;
+    let name = Path::new(DROPPED).join(digest);
+    let place = Place::find(root, &name)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    open(path.join(digest), flags, Mode::from_raw_mode(0o666))?;
+    let at = place.at();
+    openat(at.folder, at.name, flags, Mode::from_raw_mode(0o666))?;
     Ok(())
 }

@@ -25,7 +25,7 @@ mod linux {
     use rustix::io::{Errno, pread, retry_on_intr};
     use rustix::process::geteuid;
 
-    use crate::disk::value_file::open_cached;
+    use crate::disk::below::open_cached;
 
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;

@@ -2,16 +2,16 @@
 //! committed.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Mode, OFlags, RenameFlags, Stat, fstat, linkat, open, renameat,
-    renameat_with, statat, unlinkat,
+    AtFlags, Dev, FileType, Mode, RenameFlags, Stat, fstat, linkat, mkdirat, renameat,
+    renameat_with,
 };
 use rustix::io::Errno;
 
-use super::folders::{change_in, leads_outside, make_folders, mode_of, prune, remove_empty};
+use super::below::{At, Place, Root, is, open_value};
+use super::folders::{change_in, make_folders, prune, remove_empty_at};
 use super::ownership::{
     MILLI, Owner, PENDING, Record, SIGNATURE, SourceDigest, modified, owner, set_modified,
     write_record,
@@ -20,37 +20,6 @@ use super::removal::remove_pending;
 
 /// Times that the directory of a new name is made again while other processes remove empty ones.
 const TRIES: u32 = 64;
-
-/// Opens a file to read, if that needs no I/O: `EAGAIN` where its name or its inode would have to
-/// be read from a disk. `ENOSYS`, `EPERM` or `EINVAL` where the system cannot tell; `ESPIPE` where it
-/// is no regular file.
-pub fn open_cached(path: &Path) -> io::Result<OwnedFd> {
-    #[cfg(target_os = "linux")]
-    let opened = {
-        use rustix::fs::{ResolveFlags, openat2};
-        // A pipe in its place must not block, and a link may lead anywhere.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
-        openat2(CWD, path, flags, Mode::empty(), ResolveFlags::CACHED).and_then(regular)
-    };
-    #[cfg(not(target_os = "linux"))]
-    let opened = Err(Errno::NOSYS);
-    Ok(opened?)
-}
-
-/// The same file, if it is a regular one.
-#[cfg(target_os = "linux")]
-fn regular(file: OwnedFd) -> rustix::io::Result<OwnedFd> {
-    match FileType::from_raw_mode(fstat(&file)?.st_mode) {
-        FileType::RegularFile => Ok(file),
-        _ => Err(Errno::SPIPE),
-    }
-}
-
-/// Opens what is there to read, without following a link; a pipe does not block.
-pub(super) fn open_to_read(path: &Path) -> rustix::io::Result<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    open(path, flags, Mode::empty())
-}
 
 /// A file that is written, and pending until it is sealed. It is closed: thousands of fills may be in
 /// progress at once, and a process has few descriptors.
@@ -72,8 +41,8 @@ impl WrittenFile {
     }
 
     /// The same under its own name: some file systems number files by their names.
-    fn at(self, path: &Path) -> WrittenFile {
-        match statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
+    fn at(self, place: At<'_>) -> WrittenFile {
+        match place.status() {
             Ok(status) if modified(&status) == self.nanos => WrittenFile {
                 device: status.st_dev,
                 inode: status.st_ino,
@@ -100,17 +69,15 @@ impl WrittenFile {
 /// # Errors
 ///
 /// Where the file is there already, or the file system refuses. What was written by then stays.
-pub fn create(
-    path: &Path,
+pub fn create<'a>(
+    at: impl Into<At<'a>>,
     data: &[u8],
     nanos: i64,
     source: SourceDigest,
 ) -> io::Result<WrittenFile> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let at = at.into();
     // Others may read a value where they may read the folder.
-    let mode = Mode::from_raw_mode(mode_of(folder)? & 0o666);
-    let file = open(path, flags, mode)?;
+    let file = at.create(Mode::from_raw_mode(at.mode_of_folder()? & 0o666))?;
     let mut rest = data;
     while !rest.is_empty() {
         match rustix::io::write(&file, rest) {
@@ -143,15 +110,15 @@ pub fn create(
 }
 
 /// Moves a file to a name that is free.
-fn move_to(unfinished: &Path, path: &Path) -> rustix::io::Result<()> {
-    match renameat_with(CWD, unfinished, CWD, path, RenameFlags::NOREPLACE) {
+fn move_to(from: At<'_>, to: At<'_>) -> rustix::io::Result<()> {
+    let flags = RenameFlags::NOREPLACE;
+    match renameat_with(from.folder, from.name, to.folder, to.name, flags) {
         // Not here either: an empty file takes the name, and is replaced.
         Err(Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-            open(path, flags, Mode::from_raw_mode(0o600))?;
-            let moved = renameat(CWD, unfinished, CWD, path);
+            to.create(Mode::from_raw_mode(0o600))?;
+            let moved = renameat(from.folder, from.name, to.folder, to.name);
             if moved.is_err() {
-                let _ = unlinkat(CWD, path, AtFlags::empty());
+                let _ = to.unlink();
             }
             moved
         }
@@ -159,36 +126,55 @@ fn move_to(unfinished: &Path, path: &Path) -> rustix::io::Result<()> {
     }
 }
 
-/// Gives an unfinished file a name that is free, and makes the directories above it.
+/// Gives an unfinished file a name in a cache directory that is free, and makes the folders above it.
 ///
 /// # Errors
 ///
 /// Where the name is taken, or the file system refuses; the unfinished name is then still there.
-pub fn publish(unfinished: &Path, path: &Path) -> io::Result<()> {
+pub fn publish<'a>(root: &Path, unfinished: impl Into<At<'a>>, name: &Path) -> io::Result<()> {
+    publish_below(&Root::open(root)?, root, unfinished.into(), name).map(drop)
+}
+
+fn publish_below<'n>(
+    root: &Root<'_>,
+    path: &Path,
+    unfinished: At<'_>,
+    name: &'n Path,
+) -> io::Result<Place<'n>> {
     let mut tries = 0;
-    while let Err(error) = change_in(path.parent(), || name(unfinished, path)) {
-        if error != Errno::NOENT || tries == TRIES {
-            return Err(error.into());
+    loop {
+        let published = root.find(name).and_then(|place| {
+            change_in(place.at(), |at| give_name(unfinished, at))?;
+            Ok(place)
+        });
+        match published {
+            Err(Errno::NOENT) if tries < TRIES => tries += 1,
+            published => return Ok(published?),
         }
-        tries += 1;
-        match path.parent().map(make_folders) {
+        match name.parent().map(|folder| make_folders(path, folder)) {
             // Somebody has removed one that was empty, while this made the next.
             Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
     }
-    Ok(())
 }
 
 /// Gives an unfinished file another name that is free, instead of its own.
-fn name(unfinished: &Path, path: &Path) -> rustix::io::Result<()> {
-    match linkat(CWD, unfinished, CWD, path, AtFlags::empty()) {
+fn give_name(unfinished: At<'_>, at: At<'_>) -> rustix::io::Result<()> {
+    let flags = AtFlags::empty();
+    match linkat(
+        unfinished.folder,
+        unfinished.name,
+        at.folder,
+        at.name,
+        flags,
+    ) {
         // No links here, or not to this file.
-        Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => move_to(unfinished, path),
+        Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => move_to(unfinished, at),
         linked => {
             linked?;
             // Where that fails, the clean-up of unfinished files removes it.
-            let _ = unlinkat(CWD, unfinished, AtFlags::empty());
+            let _ = unfinished.unlink();
             Ok(())
         }
     }
@@ -209,13 +195,19 @@ impl From<io::Error> for WriteError {
     }
 }
 
+impl From<Errno> for WriteError {
+    fn from(error: Errno) -> Self {
+        WriteError::Io(error.into())
+    }
+}
+
 /// Writes the value of this name in a cache directory: under an unfinished name first, then published.
 /// Makes missing directories, and replaces a value that was never sealed.
 ///
 /// # Errors
 ///
-/// See [`WriteError`]; `ELOOP` where a link leads out of the directory: no scan would find the file there.
-/// The unfinished name is gone then.
+/// See [`WriteError`]; `ELOOP` or `EXDEV` where a link or a mount leads out of the directory: no scan would
+/// find the file there. The unfinished name is gone then.
 pub fn write_value(
     root: &Path,
     name: &Path,
@@ -224,87 +216,107 @@ pub fn write_value(
     nanos: i64,
     source: SourceDigest,
 ) -> Result<WrittenFile, WriteError> {
-    let tmp = unfinished.strip_prefix(root);
-    if leads_outside(root, name) || tmp.is_ok_and(|tmp| leads_outside(root, tmp)) {
-        return Err(io::Error::from(Errno::LOOP).into());
-    }
-    let path = root.join(name);
-    match write(unfinished, &path, data, nanos, source) {
+    let value = Value {
+        root: Root::open(root)?,
+        path: root,
+        name,
+        unfinished: unfinished.strip_prefix(root).map_err(|_| Errno::XDEV)?,
+        nanos,
+        source,
+    };
+    match value.write(data) {
         Err(WriteError::Io(error)) if error.kind() == io::ErrorKind::NotADirectory => {
             // A value is in the way of a folder.
-            if !clear_above(root, name)? {
+            if !value.clear_above()? {
                 return Err(error.into());
             }
-            write(unfinished, &path, data, nanos, source)
+            value.write(data)
         }
         Err(WriteError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
-            // Only the directory of unfinished files is made anew. Where more is missing, the cache was
-            // removed.
-            if let Some(tmp) = unfinished.parent()
-                && let Err(error) = std::fs::create_dir(tmp)
-                && error.kind() != io::ErrorKind::AlreadyExists
-            {
-                return Err(error.into());
-            }
-            write(unfinished, &path, data, nanos, source)
+            value.make_tmp()?;
+            value.write(data)
         }
         written => written,
     }
 }
 
-fn write(
-    unfinished: &Path,
-    path: &Path,
-    data: &[u8],
+/// A value on its way into a cache directory.
+struct Value<'a> {
+    root: Root<'a>,
+    path: &'a Path,
+    name: &'a Path,
+    unfinished: &'a Path,
     nanos: i64,
     source: SourceDigest,
-) -> Result<WrittenFile, WriteError> {
-    let made = create(unfinished, data, nanos, source)
-        .map_err(WriteError::from)
-        .and_then(|made| {
-            publish_value(unfinished, path)?;
-            Ok(made.at(path))
-        });
-    if made.is_err() {
-        let _ = unlinkat(CWD, unfinished, AtFlags::empty());
-    }
-    made
 }
 
-fn publish_value(unfinished: &Path, path: &Path) -> Result<(), WriteError> {
-    match publish(unfinished, path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            if !remove_pending(path)? && !remove_empty(path) {
-                let ours = owner(path).map_err(io::Error::from)? != Owner::Foreign;
-                return Err(if ours {
-                    WriteError::Unknown
-                } else {
-                    error.into()
-                });
+impl Value<'_> {
+    fn write(&self, data: &[u8]) -> Result<WrittenFile, WriteError> {
+        let unfinished = self.root.find(self.unfinished)?;
+        let made = create(unfinished.at(), data, self.nanos, self.source)
+            .map_err(WriteError::from)
+            .and_then(|made| {
+                let place = self.publish(unfinished.at())?;
+                Ok(made.at(place.at()))
+            });
+        if made.is_err() {
+            let _ = unfinished.at().unlink();
+        }
+        made
+    }
+
+    fn publish(&self, unfinished: At<'_>) -> Result<Place<'_>, WriteError> {
+        let publish = || publish_below(&self.root, self.path, unfinished, self.name);
+        match publish() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let place = self.root.find(self.name)?;
+                if !remove_pending(place.at())? && !remove_empty_at(place.at()) {
+                    let ours = owner(place.at())? != Owner::Foreign;
+                    return Err(if ours {
+                        WriteError::Unknown
+                    } else {
+                        error.into()
+                    });
+                }
+                Ok(publish()?)
             }
-            Ok(publish(unfinished, path)?)
+            published => Ok(published?),
         }
-        published => Ok(published?),
     }
-}
 
-/// Removes values that were never valid from above a name. Whether there was one.
-fn clear_above(root: &Path, name: &Path) -> Result<bool, WriteError> {
-    for above in name.ancestors().skip(1) {
-        let path = root.join(above);
-        if above.as_os_str().is_empty() || !path.is_file() {
-            continue;
+    /// Makes the folder of unfinished files anew, and no more: where more is missing, the cache was removed.
+    fn make_tmp(&self) -> Result<(), WriteError> {
+        let tmp = self.unfinished.parent().unwrap_or(Path::new(""));
+        let place = self.root.find(tmp)?;
+        let at = place.at();
+        let mode = Mode::from_raw_mode(at.mode_of_folder()? | 0o700);
+        match mkdirat(at.folder, at.name, mode) {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        if remove_pending(&path)? {
-            return Ok(true);
-        }
-        return if owner(&path).map_err(io::Error::from)? == Owner::Ours {
-            Err(WriteError::Unknown)
-        } else {
-            Ok(false)
-        };
     }
-    Ok(false)
+
+    /// Removes values that were never valid from above its name. Whether there was one.
+    fn clear_above(&self) -> Result<bool, WriteError> {
+        for above in self.name.ancestors().skip(1) {
+            let Ok(place) = self.root.find(above) else {
+                continue;
+            };
+            let is_file = |status: Stat| is(&status, FileType::RegularFile);
+            if !place.at().status().is_ok_and(is_file) {
+                continue;
+            }
+            if remove_pending(place.at())? {
+                return Ok(true);
+            }
+            return if owner(place.at())? == Owner::Ours {
+                Err(WriteError::Unknown)
+            } else {
+                Ok(false)
+            };
+        }
+        Ok(false)
+    }
 }
 
 /// Marks the file of this name in a cache directory as valid, if it is still this one: it may be
@@ -314,8 +326,7 @@ fn clear_above(root: &Path, name: &Path) -> Result<bool, WriteError> {
 ///
 /// Where the file system refuses.
 pub fn seal(root: &Path, name: &Path, made: &WrittenFile) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = open(root.join(name), flags, Mode::empty())?;
+    let file = open_value(root, name)?;
     if made.is(&fstat(&file)?) {
         let _ = write_record(&file, made.record(true));
         set_modified(&file, made.nanos - PENDING + SIGNATURE)?;
@@ -329,9 +340,9 @@ pub fn seal(root: &Path, name: &Path, made: &WrittenFile) -> io::Result<()> {
 ///
 /// Where the file system refuses, or there is none.
 pub fn remove_made(root: &Path, name: &Path, made: &WrittenFile) -> io::Result<()> {
-    let path = root.join(name);
-    if made.is(&statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW)?) {
-        unlinkat(CWD, &path, AtFlags::empty())?;
+    let place = Place::find(root, name)?;
+    if made.is(&place.at().status()?) {
+        place.at().unlink()?;
         prune(root, name);
     }
     Ok(())

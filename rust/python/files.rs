@@ -8,13 +8,13 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 
 use super::errors::{exception, os_error};
-use crate::disk::{self, folders, ownership, removal, residency, value_file};
+use crate::disk::{self, below, folders, ownership, removal, residency};
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn open_cached(path: &str) -> PyResult<i32> {
     // It does not wait, so detaching would gain nothing.
-    let file = value_file::open_cached(Path::new(path)).map_err(os_error)?;
+    let file = below::open_cached(Path::new(path)).map_err(os_error)?;
     Ok(file.into_raw_fd())
 }
 
@@ -56,6 +56,20 @@ pub(super) fn read_resident(
 }
 
 #[pyfunction]
+#[pyo3(signature = (root, name, /))]
+pub(super) fn open_value(py: Python<'_>, root: PathBuf, name: PathBuf) -> PyResult<i32> {
+    let file = py.detach(|| below::open_value(&root, &name));
+    Ok(file.map_err(os_error)?.into_raw_fd())
+}
+
+#[pyfunction]
+#[pyo3(signature = (root, name, /))]
+pub(super) fn open_folder(py: Python<'_>, root: PathBuf, name: PathBuf) -> PyResult<i32> {
+    let folder = py.detach(|| below::open_folder(&root, &name));
+    Ok(folder.map_err(os_error)?.into_raw_fd())
+}
+
+#[pyfunction]
 #[pyo3(signature = (path, /))]
 pub(super) fn recorded_size_and_checksum(path: PathBuf) -> Option<(u64, u32)> {
     ownership::recorded(&path)
@@ -67,12 +81,6 @@ pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
     // Two microseconds; detaching and attaching can take longer.
     let space = disk::space(&path).map_err(os_error)?;
     Ok((space.free, space.total))
-}
-
-#[pyfunction]
-#[pyo3(signature = (path, /))]
-pub(super) fn remove_file(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
-    py.detach(|| removal::remove(&path)).map_err(os_error)
 }
 
 #[pyfunction]
@@ -125,8 +133,9 @@ pub(super) fn is_absent(root: &str, key: &str) -> bool {
 
 #[pyfunction]
 #[pyo3(signature = (root, name, /))]
-pub(super) fn leads_outside(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
-    py.detach(|| folders::leads_outside(&root, &name))
+pub(super) fn write_tombstone(py: Python<'_>, root: PathBuf, name: &str) -> PyResult<()> {
+    py.detach(|| removal::write_tombstone(&root, name))
+        .map_err(os_error)
 }
 
 #[pyfunction]
@@ -161,16 +170,21 @@ pub(super) fn file_owner(path: PathBuf) -> PyResult<&'static str> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (path, fetched, /))]
-pub(super) fn sign_file(py: Python<'_>, path: PathBuf, fetched: u64) -> PyResult<()> {
-    py.detach(|| ownership::sign(&path, fetched))
+#[pyo3(signature = (root, name, fetched, /))]
+pub(super) fn sign_file(
+    py: Python<'_>,
+    root: PathBuf,
+    name: PathBuf,
+    fetched: u64,
+) -> PyResult<()> {
+    py.detach(|| ownership::sign(&root, &name, fetched))
         .map_err(os_error)
 }
 
 #[pyfunction]
-#[pyo3(signature = (path, /))]
-pub(super) fn remove_empty_folder(py: Python<'_>, path: PathBuf) -> bool {
-    py.detach(|| folders::remove_empty(&path))
+#[pyo3(signature = (root, name, /))]
+pub(super) fn remove_empty_folder(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
+    py.detach(|| folders::remove_empty(&root, &name))
 }
 
 #[pyfunction]

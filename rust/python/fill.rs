@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -15,8 +16,50 @@ use crate::disk::CacheDir;
 use crate::disk::fill::{Ending, Fill, Report};
 use crate::disk::queue::{Fills, OnIdle};
 
+/// Time between two looks whether all calls of Python code have ended.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Time between two checks for signals while a thread waits.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// Threads that are in Python code, and whether no other may begin: an interpreter that ends stops them in
+/// the middle of it, and the process with them.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+static ENDS: AtomicBool = AtomicBool::new(false);
+
+/// One call of Python code by a thread of a queue.
+struct Call;
+
+impl Call {
+    fn begin() -> Option<Self> {
+        CALLS.fetch_add(1, Ordering::SeqCst);
+        let call = Call;
+        (!ENDS.load(Ordering::SeqCst)).then_some(call)
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        CALLS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// See the stub.
+#[pyfunction]
+#[pyo3(signature = (timeout, /))]
+pub(super) fn end_calls(py: Python<'_>, timeout: f64) -> bool {
+    ENDS.store(true, Ordering::SeqCst);
+    let timeout = Duration::try_from_secs_f64(timeout.max(0.0)).unwrap_or(Duration::MAX);
+    let begun = Instant::now();
+    py.detach(|| {
+        while CALLS.load(Ordering::SeqCst) != 0 {
+            if begun.elapsed() >= timeout {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        true
+    })
+}
 
 /// See the stub.
 #[pyclass(frozen, get_all, module = "zcache._core")]
@@ -78,7 +121,11 @@ impl DirectoryFills {
         marked: Option<PathBuf>,
     ) -> Self {
         let call: OnIdle<_, _> = Box::new(move |leftovers| {
-            // Not while the interpreter ends.
+            let Some(_call) = Call::begin() else {
+                // Nobody could drop them, and nobody needs the memory.
+                std::mem::forget(leftovers);
+                return;
+            };
             Python::try_attach(|py| {
                 drop(leftovers);
                 if let Err(error) = on_idle.call0(py) {
@@ -167,6 +214,8 @@ impl DirectoryFills {
     }
 
     fn abandon(&self) {
+        // Those who were in Python code are threads of the parent.
+        CALLS.store(0, Ordering::SeqCst);
         self.0.abandon();
     }
 }

@@ -1,16 +1,18 @@
 //! Files of a mapped index: how they are opened, mapped, extended, and locked by participants.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate, fstat, stat};
 #[cfg(target_os = "linux")]
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, stat};
+#[cfg(target_os = "linux")]
+use rustix::io::Errno;
 
 use super::header::PARTICIPANTS;
 
@@ -85,26 +87,44 @@ impl From<rustix::io::Errno> for OpenError {
     }
 }
 
-fn options() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true);
-    // A link must not lead to a file elsewhere, nor a device block.
-    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
-    options
+/// Opens a file by a path without links: none may lead to a file elsewhere. Nor does a device block.
+fn open_plain(path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let mode = Mode::from_raw_mode(0o666);
+    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{ResolveFlags, openat2};
+        let mode = if flags.contains(OFlags::CREATE) {
+            mode
+        } else {
+            Mode::empty()
+        };
+        match openat2(CWD, path, flags, mode, ResolveFlags::NO_SYMLINKS) {
+            // Old kernels, and sandboxes that hide this call.
+            Err(Errno::NOSYS | Errno::PERM) => {}
+            opened => return opened,
+        }
+    }
+    rustix::fs::open(path, flags, mode)
 }
 
 pub(super) fn open(path: &Path) -> io::Result<File> {
     match create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let file = options().create(true).truncate(false).open(path)?;
-            require_regular(file)
+            let file = open_plain(path, OFlags::RDWR | OFlags::CREATE)?;
+            require_regular(file.into())
         }
         created => created,
     }
 }
 
 pub(super) fn open_existing(path: &Path) -> io::Result<File> {
-    require_regular(options().open(path)?)
+    require_regular(open_plain(path, OFlags::RDWR)?.into())
+}
+
+/// Opens the folder of an index, to work in it.
+pub(super) fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+    Ok(open_plain(path, OFlags::RDONLY | OFlags::DIRECTORY)?)
 }
 
 fn require_regular(file: File) -> io::Result<File> {
@@ -116,7 +136,8 @@ fn require_regular(file: File) -> io::Result<File> {
 
 /// Makes a file that is not there yet.
 pub(super) fn create(path: &Path) -> io::Result<File> {
-    let file = options().create_new(true).open(path)?;
+    let new = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+    let file = File::from(open_plain(path, new)?);
     keep_in_place(&file);
     Ok(file)
 }

@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{Stat, fstat};
+use rustix::fs::{AtFlags, Stat, fstat, renameat, unlinkat};
 
 use super::guard::Map;
 use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot};
 use super::lock_files::{
     Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
-    open_existing, take_slot, unshare, unsuitable,
+    open_existing, open_folder, take_slot, unshare, unsuitable,
 };
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
@@ -149,8 +149,9 @@ impl Mapped {
         let others = self.living();
         let made = self.make_files().or_else(|_| {
             // On a full volume the old ones go first.
+            let folder = open_folder(&self.root)?;
             for name in FILES {
-                let _ = std::fs::remove_file(self.root.join(name));
+                let _ = unlinkat(&folder, name, AtFlags::empty());
             }
             self.make_files()
         });
@@ -164,19 +165,20 @@ impl Mapped {
             self.file_header_mut().add_participant(n, other);
         }
         // The first one says that a rebuild is due, so it goes first.
+        let folder = open_folder(&self.root)?;
         for name in FILES {
-            std::fs::rename(self.root.join(new_name(name)), self.root.join(name))?;
+            renameat(&folder, new_name(name), &folder, name)?;
         }
         Ok(())
     }
 
     /// Makes empty files under names of their own.
     fn make_files(&self) -> io::Result<[File; FILES.len()]> {
+        let folder = open_folder(&self.root)?;
         let make = |name: &str| {
-            let path = self.root.join(new_name(name));
             // Left by somebody who has died.
-            let _ = std::fs::remove_file(&path);
-            let file = create(&path)?;
+            let _ = unlinkat(&folder, new_name(name), AtFlags::empty());
+            let file = create(&self.root.join(new_name(name)))?;
             let len = HEADER_LEN + if name == FILES[HEAD] { DIRECTORY_AT } else { 0 };
             extend(&file, 0, len)?;
             Ok::<_, io::Error>(file)

@@ -15,6 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from zcache._core import end_calls
 from zcache._runtime.circuit_breaker import concerns_key
 from zcache._runtime.fork import at_fork
 
@@ -285,6 +286,8 @@ def _drain_at_exit() -> None:
 # Stores that use threads of their event loop cannot write any more once `atexit` has its turn.
 with contextlib.suppress(AttributeError, RuntimeError):
     threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]
+# Last of all, for what is registered first is called last.
+atexit.register(end_calls, CLOSE_TIMEOUT)
 # And for what threads have read that end after the main one.
 atexit.register(_drain_at_exit)
 

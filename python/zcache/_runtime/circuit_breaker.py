@@ -34,6 +34,7 @@ _KEY_ERRORS: Final = frozenset(
         errno.EINVAL,
         errno.EILSEQ,
         errno.ELOOP,
+        errno.EXDEV,
         errno.ENOTEMPTY,
     }
 )

@@ -157,7 +157,7 @@ async def test_take_over_cut_off_is_finished_by_the_next(
     monkeypatch.setattr(files, "remove_value", die)
     # And one that dies before it has removed anything.
     (tmp_path / "cache/a").write_bytes(b"old")
-    files.sign(str(tmp_path / "cache/a"), (tmp_path / "cache/a").lstat())
+    files.sign(str(tmp_path / "cache"), "a", (tmp_path / "cache/a").lstat())
     shutil.rmtree(tmp_path / "cache/.zcache/index")
     with pytest.raises(KeyboardInterrupt):
         open_store(tmp_path)

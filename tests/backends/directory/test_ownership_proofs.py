@@ -236,7 +236,7 @@ async def test_lost_parts_in_use_come_back(tmp_path: Path, parts: str) -> None:
     store = open_store(tmp_path, behind)
     await reads(store, behind)
     lose_parts(tmp_path, parts)
-    store._cache.shared.place._last_reclaim = 0  # As if a second had passed.
+    store._cache.shared.place.recovery._last_reclaim = 0  # As if a second had passed.
     await store._store.set("b", buf(b"new"))
     assert await read(store, "b") == b"new"
     assert store.drain_sync()

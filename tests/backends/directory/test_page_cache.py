@@ -99,9 +99,9 @@ def thread_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read_value = backend.read_value
 
-    def noted(path: str, *args: Any) -> Any:
-        names.append(path.rpartition("/cache/")[2])
-        return read_value(path, *args)
+    def noted(root: str, name: str, *args: Any) -> Any:
+        names.append(name)
+        return read_value(root, name, *args)
 
     monkeypatch.setattr(backend, "read_value", noted)
     return names

@@ -18,20 +18,20 @@ CALLS = {
     "openat2": 437,
     "preadv2": 327,
     "fsetxattr": 190,
-    "lgetxattr": 192,
+    "fgetxattr": 193,
     "linkat": 265,
     "renameat2": 316,
     "link": 86,
 }
 
 _IN_SANDBOX = """
-import asyncio, ctypes, json, struct, sys
+import asyncio, ctypes, json, os, struct, sys
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 from zcache import CacheStore
 from zcache.testing import StoreDouble, stored_sizes
 
-numbers, error, root = json.loads(sys.argv[1])
+numbers, error, root, elsewhere = json.loads(sys.argv[1])
 load, allow, refuse = (0x20, 0, 0, 0), (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | error)
 jumps = [(0x15, len(numbers) - n, 0, number) for n, number in enumerate(numbers)]
 program = b"".join(struct.pack("HBBI", *one) for one in (load, *jumps, allow, refuse))
@@ -47,6 +47,8 @@ if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, header, 0, 0):
 values = {f"a/c/{n}": bytes([n]) * 5000 for n in range(20)}
 source = StoreDouble(MemoryStore({key: cpu.Buffer.from_bytes(value) for key, value in values.items()}))
 store = CacheStore(source, cache_store=LocalStore(root), max_size="1MB", source_id="x")
+if elsewhere:
+    os.symlink(elsewhere, root + "/a")
 async def main():
     for _ in range(2):
         for key, value in values.items():
@@ -64,7 +66,7 @@ print(json.dumps([source.calls["get"], len(stored_sizes(store)), store.cache_sta
         "openat2",
         "preadv2",
         "openat2 preadv2",
-        "fsetxattr lgetxattr",
+        "fsetxattr fgetxattr",
         "linkat",
         "linkat link",
         "linkat link renameat2",
@@ -73,7 +75,25 @@ print(json.dumps([source.calls["get"], len(stored_sizes(store)), store.cache_sta
 def test_refused_calls_cost_no_caching(tmp_path: Path, names: str, error: int) -> None:
     if platform.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("the numbers of system calls are those of x86-64")
-    given = [[CALLS[name] for name in names.split()], error, str(tmp_path / "cache")]
+    outcome = in_sandbox(names, error, tmp_path / "cache")
+    assert outcome == [20, 20, 0]
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="the numbers are those of x86-64"
+)
+def test_refused_openat2_links_lead_nowhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    requests, stored, _ = in_sandbox("openat2", errno.EPERM, tmp_path / "cache", elsewhere)
+    assert (requests, stored) == (40, 0)
+    assert list(elsewhere.iterdir()) == []
+
+
+def in_sandbox(names: str, error: int, cache: Path, elsewhere: Path | None = None) -> list[int]:
+    """Source reads of 40 reads of 20 keys, values that are cached then, and failures of the cache."""
+    numbers = [CALLS[name] for name in names.split()]
+    given = [numbers, error, str(cache), elsewhere and str(elsewhere)]
     done = subprocess.run(
         [sys.executable, "-c", _IN_SANDBOX, json.dumps(given)],
         capture_output=True,
@@ -84,4 +104,4 @@ def test_refused_calls_cost_no_caching(tmp_path: Path, names: str, error: int) -
     outcome = json.loads(done.stdout)
     if outcome == "no seccomp":
         pytest.skip("no seccomp here")
-    assert outcome == [20, 20, 0], done.stderr
+    return list(outcome)

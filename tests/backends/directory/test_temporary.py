@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> TemporaryFiles:
-    (tmp_path / "index").mkdir()
-    (tmp_path / "tmp").mkdir()
-    return TemporaryFiles(str(tmp_path), str(tmp_path / "index"))
+    (tmp_path / ".zcache/index").mkdir(parents=True)
+    (tmp_path / ".zcache/tmp").mkdir()
+    return TemporaryFiles(str(tmp_path / ".zcache"), str(tmp_path / ".zcache/index"))
 
 
 def leave(tmp_path: Path, *names: str) -> None:
     for name in names:
-        (tmp_path / "tmp" / name).write_bytes(bytes(100))
+        (tmp_path / ".zcache/tmp" / name).write_bytes(bytes(100))
 
 
 def test_sweep_slot_that_is_free_removes_its_files(tmp_path: Path, folder: TemporaryFiles) -> None:
-    (tmp_path / "index/p7").touch()
+    (tmp_path / ".zcache/index/p7").touch()
     leave(tmp_path, "p7-123-0", "p7-123-1")
     folder.sweep()
-    assert tree(tmp_path / "tmp") == set()
+    assert tree(tmp_path / ".zcache/tmp") == set()
 
 
 def test_sweep_slot_in_use_keeps_its_files(tmp_path: Path, folder: TemporaryFiles) -> None:
     import fcntl
 
     leave(tmp_path, "p7-123-0")
-    with (tmp_path / "index/p7").open("w") as slot:
+    with (tmp_path / ".zcache/index/p7").open("w") as slot:
         fcntl.flock(slot, fcntl.LOCK_EX)
         folder.sweep()
-        assert tree(tmp_path / "tmp") == {"p7-123-0"}
+        assert tree(tmp_path / ".zcache/tmp") == {"p7-123-0"}
     folder.sweep()
-    assert tree(tmp_path / "tmp") == set()
+    assert tree(tmp_path / ".zcache/tmp") == set()
 
 
 def test_sweep_own_slot_removes_what_its_last_process_has_left(
@@ -53,7 +53,7 @@ def test_sweep_own_slot_removes_what_its_last_process_has_left(
 ) -> None:
     leave(tmp_path, "p3-1-0", "p30-1-0")
     folder.sweep(own=3)
-    assert tree(tmp_path / "tmp") == {"p30-1-0"}
+    assert tree(tmp_path / ".zcache/tmp") == {"p30-1-0"}
 
 
 def test_sweep_process_without_a_slot_removes_what_is_too_old(
@@ -61,11 +61,11 @@ def test_sweep_process_without_a_slot_removes_what_is_too_old(
 ) -> None:
     leave(tmp_path, "own-1-0")
     folder.sweep()
-    assert tree(tmp_path / "tmp") == {"own-1-0"}
-    later = (tmp_path / "tmp/own-1-0").stat().st_ctime + 3601
+    assert tree(tmp_path / ".zcache/tmp") == {"own-1-0"}
+    later = (tmp_path / ".zcache/tmp/own-1-0").stat().st_ctime + 3601
     monkeypatch.setattr("zcache._backends.directory.temporary.time.time", lambda: later)
     folder.sweep()
-    assert tree(tmp_path / "tmp") == set()
+    assert tree(tmp_path / ".zcache/tmp") == set()
 
 
 async def test_open_removes_what_a_process_that_is_gone_has_left(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ class DirectoryBackend(Backend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
-        path = os.path.join(self._root, name)
+        root = self._root
         return await io.in_thread(
-            lambda: read_value(path, prototype, total, start, size), timeout=READ_TIMEOUT
+            lambda: read_value(root, name, prototype, total, start, size), timeout=READ_TIMEOUT
         )
 
     async def turn(self, size: int) -> TryRead | None:

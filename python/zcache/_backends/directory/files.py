@@ -28,10 +28,10 @@ from zcache._core import (
     SIGNATURE,
     file_holds,
     file_owner,
-    leads_outside,
+    open_folder,
+    open_value,
     read_record,
     remove_empty_folder,
-    remove_file,
     remove_files,
     sign_file,
 )
@@ -50,6 +50,10 @@ _PART: Final = 2**20
 _BLOCK: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system has."""
 _UNKNOWN_SOURCE: Final = bytes(8)
+_NOTHING_THERE: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ELOOP, errno.EXDEV}
+)
+"""What a file system says of a name that leads to no file of the directory."""
 TOLERATED: Final = frozenset(
     {"lost+found", "Thumbs.db", "desktop.ini", "System Volume Information", "$RECYCLE.BIN"}
 )
@@ -91,20 +95,9 @@ def is_signed(status: os.stat_result) -> bool:
     return status.st_mtime_ns % _MILLI == SIGNATURE
 
 
-def sign(path: str, status: os.stat_result) -> None:
+def sign(root: str, name: str, status: os.stat_result) -> None:
     """Take a file over as zcache's, and keep its modification time to the millisecond."""
-    sign_file(path, max(0, status.st_mtime_ns // _MILLI))
-
-
-def remove(path: str) -> bool:
-    """Remove a file if it is zcache's. False if there is one that is not; it stays.
-
-    Raises
-    ------
-    OSError
-        If the file system refuses.
-    """
-    return remove_file(path)
+    sign_file(root, name, max(0, status.st_mtime_ns // _MILLI))
 
 
 def remove_value(root: str, name: str) -> None:
@@ -122,23 +115,26 @@ def remove_value(root: str, name: str) -> None:
 
 def remove_empty_folders(root: str) -> None:
     """Remove the folders in a cache directory that hold nothing but empty folders."""
-    found = []
-    for folder in (root, os.path.join(root, ".zcache", "ranges")):
-        try:
-            with os.scandir(folder) as entries:
-                inside = list(entries)
-            found += [
-                entry.path
-                for entry in inside
+    for above in ("", ".zcache/ranges"):
+        with contextlib.suppress(OSError), _listed(root, above) as entries:
+            inside = list(entries)
+            for entry in inside:
                 # Such as .zcache itself; others are the system's.
-                if not entry.name.startswith(".")
-                and entry.name not in TOLERATED
-                and entry.is_dir(follow_symlinks=False)
-            ]
-        except OSError:
-            continue
-    for path in found:
-        remove_empty_folder(path)
+                if entry.name.startswith(".") or entry.name in TOLERATED:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    remove_empty_folder(root, f"{above}/{entry.name}".lstrip("/"))
+
+
+@contextlib.contextmanager
+def _listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """What is in a folder of a cache directory; a link or a mount leads nowhere."""
+    folder = open_folder(root, name)
+    try:
+        with os.scandir(folder) as entries:
+            yield entries
+    finally:
+        os.close(folder)
 
 
 def fold(name: str) -> str:
@@ -208,9 +204,9 @@ def block_size(folder: str) -> int:
 
 
 def read_value(
-    path: str, prototype: BufferPrototype, total: int, start: int, size: int
+    root: str, name: str, prototype: BufferPrototype, total: int, start: int, size: int
 ) -> Buffer | None:
-    """Read `size` bytes from `start` on of a regular file of `total` bytes; None if it is not that.
+    """Read `size` bytes from `start` on of the value of this name; None if it is no file of `total` bytes.
 
     Raises
     ------
@@ -218,10 +214,9 @@ def read_value(
         If the file system refuses.
     """
     try:
-        # A pipe in its place must not block.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = open_value(root, name)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ELOOP):
+        if error.errno in _NOTHING_THERE:
             return None
         raise
     try:
@@ -265,7 +260,6 @@ class Finder:
 
     def __init__(self, root: str, source: bytes) -> None:
         self._root = root
-        self._reserved = os.path.join(root, ".zcache")
         self._source = source
         self.strict = self.only_looks = False
         self.formerly: Callable[[str], tuple[int, int, int] | None] = _unknown
@@ -285,27 +279,21 @@ class Finder:
             Fetch time in milliseconds since 1970, size in bytes, and name in the cache store.
         """
         self.foreign = 0
-        todo = [(self._root, ""), (os.path.join(self._reserved, "ranges"), ".zcache/ranges/")]
-        if below is not None:
-            outside = leads_outside(self._root, f"{below}*")
-            todo = [] if outside else [(os.path.join(self._root, below), below)]
+        todo = ["", ".zcache/ranges/"] if below is None else [below]
         while todo:
-            directory, prefix = todo.pop()
-            if os.path.islink(directory) and prefix:
-                continue
+            prefix = todo.pop()
             try:
-                entries = os.scandir(directory)
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                continue
-            with entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if entry.path != self._reserved:
-                            todo.append((entry.path, f"{prefix}{entry.name}/"))
-                        continue
-                    found = self._examine(entry, prefix + entry.name)
-                    if found is not None:
-                        yield (*found, prefix + entry.name)
+                with _listed(self._root, prefix.rstrip("/")) as entries:
+                    for entry in entries:
+                        name = prefix + entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            if name != ".zcache":
+                                todo.append(f"{name}/")
+                        elif (found := self._examine(entry, name)) is not None:
+                            yield (*found, name)
+            except OSError as error:
+                if error.errno not in _NOTHING_THERE and not isinstance(error, PermissionError):
+                    raise
 
     def _examine(self, entry: os.DirEntry[str], name: str) -> tuple[int, int] | None:
         """Fetch time and size of a file, if it is a value of the source's."""
@@ -316,25 +304,26 @@ class Finder:
         if not stat.S_ISREG(status.st_mode):
             self.foreign += not is_tolerated(entry.name)
             return None
+        path = os.path.join(self._root, name)
         fetched, signature = divmod(status.st_mtime_ns, _MILLI)
         size = status.st_size
         if signature == SIGNATURE:
-            if self.strict and not self._is_of_source(entry.path):
-                self._remove(entry.path)
+            if self.strict and not self._is_of_source(path):
+                self._remove(name)
                 return None
             return fetched, size
         if signature == PENDING:
-            self._remove(entry.path)
+            self._remove(name)
             return None
-        note = read_record(entry.path)
+        note = read_record(path)
         if note is not None and note[0] == size and note[4] in (self._source, _UNKNOWN_SOURCE):
             if not note[2] or (self.strict and note[4] != self._source):
-                self._remove(entry.path)
+                self._remove(name)
                 return None
-            return self._signed(entry.path, note[3], size)
+            return self._signed(name, note[3], size)
         former = self.formerly(name)
-        if former is not None and former[1] == size and _holds(entry.path, *former[1:]):
-            return self._signed(entry.path, former[0], size)
+        if former is not None and former[1] == size and _holds(path, *former[1:]):
+            return self._signed(name, former[0], size)
         self.foreign += not is_tolerated(entry.name)
         return None
 
@@ -342,21 +331,21 @@ class Finder:
         note = read_record(path)
         return note is not None and note[4] == self._source
 
-    def _signed(self, path: str, fetched: int, size: int) -> tuple[int, int]:
+    def _signed(self, name: str, fetched: int, size: int) -> tuple[int, int]:
         # On a volume that takes nothing it is proved anew each time.
         if not self.only_looks:
             with contextlib.suppress(OSError):
-                sign_file(path, fetched)
+                sign_file(self._root, name, fetched)
         return fetched, size
 
-    def _remove(self, path: str) -> None:
+    def _remove(self, name: str) -> None:
         if self.only_looks:
             return
         try:
-            remove(path)
+            remove_value(self._root, name)
         except OSError as error:
             # Of no use, but not in the way either until its key is written.
-            logger.debug("the file %s cannot be removed: %r", path, error)
+            logger.debug("the file %s of %s cannot be removed: %r", name, self._root, error)
 
 
 def _unknown(name: str) -> None:  # noqa: ARG001

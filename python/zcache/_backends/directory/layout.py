@@ -54,7 +54,8 @@ class Layout:
     stamp: Stamp
 
     def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
-        self.root = os.path.abspath(root)
+        # Without links, which are not followed below it.
+        self.root = os.path.realpath(root)
         self.source = source
         self.reserved = os.path.join(self.root, ".zcache")
         self.index_root = os.path.join(self.reserved, "index")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from zcache._backends.directory import files
 from zcache._backends.tombstones import DROPPED, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable
-from zcache._core import Index, is_cacheable_key, leads_outside
+from zcache._core import Index, is_cacheable_key, open_folder, write_tombstone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zcache")
 
 _BATCH: Final = 4096
-_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Scanner:
@@ -213,25 +212,27 @@ class Scanner:
     def add_tombstones(self, names: Iterable[str]) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names:
-            path = os.path.join(self._root, tombstone(name))
-            if leads_outside(self._root, tombstone(name)) or os.path.lexists(path):
-                continue
             # On a volume that takes nothing it cannot be told.
             with contextlib.suppress(OSError):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                os.close(os.open(path, _NEW, 0o666))
+                write_tombstone(self._root, name)
 
     def _without_tombstones(
         self, found: list[tuple[int, int, str]]
     ) -> tuple[list[tuple[int, int, str]], list[str]]:
         """Delete what has a tombstone; returns what is left, and of that what is not valid."""
-        where = os.path.join(self._root, DROPPED)
-        if leads_outside(self._root, f"{DROPPED}/*"):
-            return found, []
         try:
-            tombstones = os.listdir(where)
+            folder = open_folder(self._root, DROPPED)
         except OSError:
             return found, []
+        try:
+            return self._remove_with_tombstone(found, folder)
+        finally:
+            os.close(folder)
+
+    def _remove_with_tombstone(
+        self, found: list[tuple[int, int, str]], folder: int
+    ) -> tuple[list[tuple[int, int, str]], list[str]]:
+        tombstones = os.listdir(folder)
         dropped = set(with_tombstone(tombstones, (name for _, _, name in found)))
         if self.only_looks:
             return found, list(dropped)
@@ -245,7 +246,7 @@ class Scanner:
         for name in tombstones:
             if name not in kept:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(where, name))
+                    os.unlink(name, dir_fd=folder)
         gone = dropped.difference(stay)
         return [value for value in found if value[2] not in gone], stay
 

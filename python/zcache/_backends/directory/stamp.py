@@ -303,17 +303,23 @@ class Stamp:
         for directory, folders, names_of_files in os.walk(self.root):
             if directory == self.root and ".zcache" in folders:
                 folders.remove(".zcache")
-            folders[:] = [name for name in folders if not files.is_tolerated(name)]
+            # What is mounted there is no part of the cache.
+            folders[:] = [
+                name
+                for name in folders
+                if not (files.is_tolerated(name) or os.path.ismount(os.path.join(directory, name)))
+            ]
             for name in names_of_files:
                 path = os.path.join(directory, name)
                 status = os.lstat(path)
                 if files.is_tolerated(name) or not stat.S_ISREG(status.st_mode):
                     continue
                 owner = files.owner(path)
+                name = os.path.relpath(path, self.root)
                 if owner == "pending":
-                    files.remove(path)  # Never committed, so it may not be valid.
+                    files.remove_value(self.root, name)  # Never committed, so it may not be valid.
                 elif not files.is_signed(status):
-                    files.sign(path, status)
+                    files.sign(self.root, name, status)
                     signed = True
         return signed
 

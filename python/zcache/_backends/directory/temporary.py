@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
 from typing import TYPE_CHECKING, Final
+
+from zcache._core import open_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +30,7 @@ class TemporaryFiles:
     """
 
     def __init__(self, reserved: str, index_root: str) -> None:
+        self._reserved = reserved
         self.path = os.path.join(reserved, "tmp")
         self._index_root = index_root
 
@@ -35,20 +39,31 @@ class TemporaryFiles:
 
         `own` is the slot of this process: who had it before is gone.
         """
-        if os.path.islink(self.path):
-            return
+        try:
+            folder = open_folder(os.path.dirname(self._reserved), ".zcache/tmp")
+        except OSError as error:
+            # A link or a mount leads to others' files.
+            if error.errno in (errno.ELOOP, errno.EXDEV):
+                return
+            raise
+        try:
+            self._sweep(folder, own)
+        finally:
+            os.close(folder)
+
+    def _sweep(self, folder: int, own: int | None) -> None:
         by_slot: dict[str, list[str]] = {}
-        for name in os.listdir(self.path):
-            by_slot.setdefault(name.partition("-")[0], []).append(os.path.join(self.path, name))
-        for slot, paths in by_slot.items():
+        for name in os.listdir(folder):
+            by_slot.setdefault(name.partition("-")[0], []).append(name)
+        for slot, names in by_slot.items():
             if slot == "own":
-                _remove_old(paths)
+                _remove_old(folder, names)
             elif slot == f"p{own}":
-                _remove(paths)
+                _remove(folder, names)
             else:
                 with self._if_free(slot) as free:
                     if free:
-                        _remove(paths)
+                        _remove(folder, names)
 
     @contextlib.contextmanager
     def _if_free(self, slot: str) -> Iterator[bool]:
@@ -69,15 +84,16 @@ class TemporaryFiles:
             os.close(file)
 
 
-def _remove(paths: list[str]) -> None:
-    for path in paths:
+def _remove(folder: int, names: list[str]) -> None:
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+            os.unlink(name, dir_fd=folder)
 
 
-def _remove_old(paths: list[str]) -> None:
+def _remove_old(folder: int, names: list[str]) -> None:
     """Remove those that are too old to be written still: without an index nothing tells who lives."""
-    for path in paths:
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ctime < time.time() - _LONGEST_WRITE:
-                os.unlink(path)
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if status.st_ctime < time.time() - _LONGEST_WRITE:
+                os.unlink(name, dir_fd=folder)
