@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,31 @@ def temporary_directory(scale: Scale) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def mounted(kind: str, where: Path) -> Iterator[Path | None]:
+    """An empty directory on tmpfs or overlayfs; None where the machine mounts none."""
+    target = where / kind
+    target.mkdir()
+    name, options = kind, []
+    if kind == "overlayfs":
+        name, layers = "overlay", [where / layer for layer in ("lower", "upper", "work")]
+        for layer in layers:
+            layer.mkdir()
+        lower, upper, work = layers
+        options = ["-o", f"lowerdir={lower},upperdir={upper},workdir={work}"]
+    try:
+        subprocess.run(
+            ["mount", "-t", name, *options, name, target], check=True, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "-l", target], check=True)
 
 
 def zcache_store(source: Store, cache: Store | None = None, **options: Any) -> Any:

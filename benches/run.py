@@ -32,6 +32,7 @@ GROUPS = {
     "first_hit": ("_hits", "first_hit"),
     "miss": ("_hits", "miss_evict"),
     "disk_hit": ("_hits", "disk_hit"),
+    "hit_elsewhere": ("_hits", "hit_elsewhere"),
     "loop_lag": ("_hits", "loop_lag"),
     "arrays": ("_arrays", "warm_arrays"),
     "sharded": ("_arrays", "sharded"),

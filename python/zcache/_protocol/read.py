@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 BUSY: Final = -1
 """Stands for a hit or miss that is not known yet: the lock of the index was taken."""
-VERIFY_ASIDE: Final = 2**20
-"""Bytes from which on a checksum is computed in a thread: a smaller one takes less than the way there."""
 
 
 COMPLETE_TIMEOUT: Final = 60.0
@@ -297,30 +295,19 @@ class Reader:
         """What was asked for of a whole value, if its checksum is right."""
         assert not isinstance(hit, int)
         name, total, start, size, handle, checksum = hit
-        if total < VERIFY_ASIDE or io.loop() is None:
+
+        def part_and_checksum() -> tuple[bytes, int]:
             data = snapshot(value)
-            found = crc32c(data)
-        else:
-            data, found = await self._checksum_aside(io, value)
+            return data if size == total else data[start : start + size], crc32c(data)
+
+        part, found = await io.aside(total, part_and_checksum)
         if checksum is None:
             # The index was rebuilt, and does not know it; perhaps it is recorded beside the value.
             checksum = (self.backend.recorded_size_and_checksum(name) or (total, found))[1]
         if checksum != found:
             return None
         self.handle.call_later(ignore, Index.mark_verified, handle, found)
-        return value if size == total else prototype.buffer.from_bytes(data[start : start + size])
-
-    async def _checksum_aside(self, io: IO, value: Buffer) -> tuple[bytes, int]:
-        """The bytes of a large value and their checksum, out of the way of the event loop."""
-
-        def work() -> tuple[bytes, int]:
-            data = snapshot(value)
-            return data, crc32c(data)
-
-        try:
-            return await io.in_thread(work)
-        except NoThreadError:
-            return work()
+        return value if size == total else prototype.buffer.from_bytes(part)
 
     async def _discard(
         self,

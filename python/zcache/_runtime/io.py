@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from zarr.storage import MemoryStore
 
-from zcache._runtime.coroutines import shield_to_completion, within
-from zcache._runtime.threads import in_thread, in_thread_sync
+from zcache._runtime.coroutines import NoAnswerError, shield_to_completion, within
+from zcache._runtime.threads import NoThreadError, in_thread, in_thread_sync
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AT_ONCE: Final = 64
 """Hits of one call that are read at once: more would only wait for threads or connections."""
+ASIDE: Final = 2**20
+"""Bytes from which on to copy or to add up takes longer than the way to a thread and back."""
+_ASIDE_IN_A_SECOND: Final = 2**28
+"""Bytes for which a thread has a second; fewer have a second too."""
 
 
 class IO:
@@ -85,6 +89,18 @@ class IO:
     ) -> T:
         """Do what may block out of the way of the event loop; see `in_thread`."""
         return await in_thread(work, on_detached_result, timeout)
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """Do what only computes with so many bytes out of the way of the event loop, if they are many.
+
+        Here after all where no thread has done it in time, for others may never let go of theirs.
+        """
+        if size < ASIDE:
+            return work()
+        try:
+            return await self.in_thread(work, timeout=max(1.0, size / _ASIDE_IN_A_SECOND))
+        except (NoThreadError, NoAnswerError):
+            return work()
 
     async def call(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -90,16 +91,19 @@ class PageCacheReader:
         self._resumes: float | None = None
 
     def __call__(
-        self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
+        self,
+        name: str,
+        prototype: BufferPrototype,
+        total: int,
+        start: int,
+        size: int,
+        /,
+        *,
+        counted: bool = False,
     ) -> Buffer | None:
-        if size > LARGEST or size == 0 or not self._begins(size):
+        """See `Backend.try_read`; `counted` says that the bytes count for this turn already."""
+        if size > LARGEST or size == 0 or not (counted or self._begins(size)):
             return None
-        return self._read_now(name, prototype, total, start, size)
-
-    def _read_now(
-        self, name: str, prototype: BufferPrototype, total: int, start: int, size: int, /
-    ) -> Buffer | None:
-        """Read what is counted for this turn already."""
         read = self._read or self._resume()
         if read is None:
             return None
@@ -177,4 +181,4 @@ class PageCacheReader:
         if size >= COUNTED and turn.queued > TURNS * LARGEST:
             return None
         await turn.wait(counted)
-        return self._read_now
+        return partial(self, counted=True)

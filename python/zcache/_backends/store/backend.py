@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, Backend
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zarr.abc.store import Store
-    from zarr.core.buffer import Buffer, BufferPrototype
+    from zarr.core.buffer import BufferPrototype
 
     from zcache._backends.base import Victim
     from zcache._index.shared import SharedIndex
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Outcome = list[Exception | None]
 """For each delete None, or why it failed."""
+_FIRST_BYTE: Final = to_request((1, 0, 1))
+"""As much of a value as tells whether it is there."""
 
 
 class StoreBackend(Backend):
@@ -53,16 +56,15 @@ class StoreBackend(Backend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
-        part: ByteRange | None = None
-        wanted = total
-        if size < total:
-            # Of nothing the last byte is read: an entry whose size is damaged would else go unnoticed, and
-            # stores differ in what they make of an empty range.
-            first, wanted = (start, size) if size else (total - 1, 1)
-            # Up to the end, whatever its place: the length then tells whether the value is still the one
-            # of the entry. Of a longer one these numbers would select something else.
-            to_end = first + wanted == total
-            part = (2, first, 0) if to_end else (1, first, first + wanted)
+        # Of nothing the last byte is read: an entry whose size is damaged would else go unnoticed, and stores
+        # differ in what they make of an empty range.
+        first, wanted = (start, size) if size or not total else (total - 1, 1)
+        to_end = first + wanted == total
+        part: ByteRange | None = (1, first, first + wanted)
+        if to_end:
+            # One byte more than there should be: the length then tells whether the value is still the one of
+            # the entry, and of one that has grown no more is read.
+            part = (1, first, total + 1) if total else None
         request = to_request(part)
         store = self.store
         found = await io.call(
@@ -70,10 +72,10 @@ class StoreBackend(Backend):
             lambda: store.get(name, prototype, request),
             lambda: store.get_sync(name, prototype=prototype, byte_range=request),
         )
-        value = to_own(found, prototype)
-        if value is None or len(value) != wanted:
+        if isinstance(found, Buffer) and len(found) != wanted:
             return None
-        return value if size or not total else prototype.buffer.from_bytes(b"")
+        value = await io.aside(wanted, partial(to_own, found, prototype))
+        return value if size or not total or value is None else prototype.buffer.from_bytes(b"")
 
     # -------------------------------------------------------------- writing
 
@@ -152,7 +154,9 @@ class StoreBackend(Backend):
             self.store.delete_sync(name)
         except Exception as error:  # noqa: BLE001 - a cache store may raise anything
             try:
-                found = self.store.get_sync(name, prototype=default_buffer_prototype())
+                found = self.store.get_sync(
+                    name, prototype=default_buffer_prototype(), byte_range=_FIRST_BYTE
+                )
             except Exception as second:  # noqa: BLE001 - then it is unknown, mostly
                 return None if is_name_too_long(name, error, second) else error
             return None if found is None else error

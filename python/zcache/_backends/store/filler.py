@@ -242,6 +242,7 @@ class _Fill:
         self._name = job.key if job.byte_range is None else cache_key(job.key, job.byte_range)
         self._failures: Failures = []
         self._reservation: Reservation | None = None
+        self._checksum = 0
         self.is_detached = False
         self._on_cut_off = on_cut_off
         # Whether it has lost its task, which would have ended the job.
@@ -284,6 +285,8 @@ class _Fill:
     async def _run(self) -> bool:
         job, size = self._job, len(self._job.data)
         now = self._backend.shared.clock
+        # Before anything is reserved that a cancellation would have to give back.
+        self._checksum = await self._io.aside(size, partial(crc32c, job.data))
         answer = await self._handle.call(
             self._io,
             Index.reserve,
@@ -364,7 +367,7 @@ class _Fill:
             self.is_detached = self._lost_task = True
             raise
         committed: Committed | None = await self._step(
-            self._committed_late, Index.commit, reservation, crc32c(job.data), now(), job.fetched
+            self._committed_late, Index.commit, reservation, self._checksum, now(), job.fetched
         )
         if committed is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
@@ -396,7 +399,7 @@ class _Fill:
                 self._committed_late,
                 Index.commit,
                 reservation,
-                crc32c(job.data),
+                self._checksum,
                 now(),
                 job.fetched,
             )
