@@ -20,6 +20,7 @@ newer one or says what is missing, instead of failing with a syntax error.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -244,6 +245,23 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def copy_unwinder() -> str:
+    """Copy the unwinder of the system below target/, where it has one name in each folder; return that.
+
+    zig would link one of its own. At the end of the interpreter CPython 3.13 and older end a daemon thread by
+    `pthread_exit`, which unwinds its stack by the unwinder of the system; where that meets frames of Rust whose
+    functions expect another one, the process ends with SIGSEGV.
+    """
+    # dlopen knows where it is, whatever the distribution.
+    ctypes.CDLL("libgcc_s.so.1")
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    found = next(line.split()[-1] for line in maps.splitlines() if "/libgcc_s" in line)
+    copied = ROOT / "target" / "libgcc_s.so.1"
+    copied.parent.mkdir(exist_ok=True)
+    shutil.copyfile(found, copied)
+    return str(copied.relative_to(ROOT))
+
+
 def wheel_settings() -> tuple[list[str], dict[str, str]]:
     """Arguments of maturin, and variables, with which one commit gives the same bytes in each folder."""
     rustc = dict(
@@ -258,6 +276,8 @@ def wheel_settings() -> tuple[list[str], dict[str, str]]:
     library = f"{output('rustc', '--print', 'sysroot')}/lib/rustlib/src/rust"
     shown = {ROOT: "zcache-source", cargo: "cargo-home", library: f"/rustc/{rustc['commit-hash']}"}
     flags = [f"--remap-path-prefix={path}={name}" for path, name in shown.items()]
+    if USES_ZIG:
+        flags.append(f"-Clink-arg={copy_unwinder()}")
     # Of the last commit that changes it; where there is no git, the first date that a zip file can have.
     epoch = output("git", "log", "-1", "--format=%ct", "--", *WHEEL_INPUTS) or "315532800"
     return arguments, {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore
 
-from support import until
+from support import files_below, until
 from zcache import CacheStore
 from zcache.testing import StoreDouble, is_complete
 
@@ -65,7 +65,7 @@ async def complete(store: CacheStore) -> None:
 
 def tree(where: Path) -> set[str]:
     """All files below a folder."""
-    return {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}
+    return {str(path.relative_to(where)) for path in files_below(where) if path.is_file()}
 
 
 def sizes_in(cache: Path) -> dict[str, int]:

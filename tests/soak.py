@@ -32,7 +32,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import FaultyStore
-from support import PROTOTYPE, buf, cut, quiet, until
+from support import PROTOTYPE, buf, cut, files_below, quiet, until
 from zcache import CacheStore
 from zcache.testing import FakeClock, check_invariants, check_invariants_async, entries, in_flight
 
@@ -274,8 +274,7 @@ class Round:
             if names:
                 self.faulty.do_set(chance.choice(names), None)
         elif self.kind == "directory":
-            files = [path for path in self.directory.rglob("*/*") if ".zcache" not in path.parts]
-            files = [path for path in files if path.is_file()]
+            files = [path for path in files_below(self.directory) if ".zcache" not in path.parts]
             if files:
                 chance.choice(files).unlink(missing_ok=True)
         self.counts["values that vanished"] += self.kind != "memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,12 @@ async def fill(store: Store, **values: bytes) -> None:
             await drained(store)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder in use, whose folders may vanish meanwhile: `Path.rglob` raises then."""
+    for above, _, names in os.walk(folder):
+        yield from (Path(above, name) for name in names)
+
+
 def sizes_of(store: Store) -> dict[str, int]:
     """Sizes of the values that a store in memory or in a directory holds, by key; nothing of zcache's."""
     inner = innermost(store)
@@ -69,7 +76,7 @@ def sizes_of(store: Store) -> dict[str, int]:
     else:
         assert isinstance(inner, LocalStore), inner
         root = Path(inner.root)
-        files = (path for path in root.rglob("*") if path.is_file())
+        files = files_below(root)
         sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
     return {key: size for key, size in sizes.items() if is_value(key)}
 

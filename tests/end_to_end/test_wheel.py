@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-OLDEST_GLIBC = (2, 17)
+OLDEST_GLIBC, OLDEST_LIBGCC = (2, 17), (4, 8, 0)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def elf(library: bytes) -> Any:
     return ELFFile(io.BytesIO(library))
 
 
-def glibc_versions(library: bytes) -> set[tuple[int, ...]]:
-    """The versions of glibc that a library asks for."""
+def versions(library: bytes, prefix: str) -> set[tuple[int, ...]]:
+    """The versions of glibc (``GLIBC_``) or libgcc (``GCC_``) that a library asks for."""
     needed = elf(library).get_section_by_name(".gnu.version_r").iter_versions()
     names = [version.name for _, versions in needed for version in versions]
-    found = [re.fullmatch(r"GLIBC_([0-9.]+)", name) for name in names]
+    found = [re.fullmatch(prefix + r"([0-9.]+)", name) for name in names]
     return {tuple(map(int, match[1].split("."))) for match in found if match}
 
 
@@ -71,11 +71,13 @@ def test_wheel_tag_is_stable_abi_and_manylinux_2_17(wheel: zipfile.ZipFile) -> N
         assert re.search(r"[-.]manylinux_2_17_[a-z0-9_]+\.whl$", name)
 
 
-def test_wheel_asks_for_no_symbol_of_a_newer_glibc(wheel: zipfile.ZipFile) -> None:
+def test_wheel_asks_for_no_symbol_of_a_newer_system(wheel: zipfile.ZipFile) -> None:
     if not is_for_linux(wheel):
         pytest.skip("this wheel is for a system without glibc")
     library = extension(wheel)
-    assert max(glibc_versions(library)) <= OLDEST_GLIBC
+    assert max(versions(library, "GLIBC_")) <= OLDEST_GLIBC
+    # The unwinder is the system's; `copy_unwinder` in scripts/envs.py says why.
+    assert max(versions(library, "GCC_")) <= OLDEST_LIBGCC
     # Those of Python have no versions. One of glibc without a version is newer than what zig was asked for, so it must be
     # weak: the program looks whether it is there.
     others = symbols_without_version(library)
