@@ -21,6 +21,7 @@ from directories import flip
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
 from support import buf, check_quiet, fill, read, read_through
 from zcache import CacheStore
+from zcache._index import shared
 from zcache.testing import (
     FakeClock,
     StoreDouble,
