@@ -65,8 +65,9 @@ pub struct Cell {
     pub parent: u32,
     /// CRC32C of the value; see [`Cell::checksum`].
     checksum: u32,
-    /// Entry: bytes of the value. Dir, Object: hash of the path from the root.
-    pub size: u64,
+    /// Entry: bytes of the value, and above them a check; see [`Cell::size`]. Dir, Object: hash of the path
+    /// from the root.
+    size: u64,
     /// Name below the parent, or where the string arena has it; see [`STORED`].
     pub label: [u8; 8],
     time: [u8; 6],
@@ -79,6 +80,11 @@ pub struct Cell {
 /// [`Cell::label_len`] of a label in the string arena: `label` is then its position and its length
 /// in bytes, both `u32`.
 pub const STORED: u8 = 15;
+
+/// Bits of the size of an entry; the rest are its check.
+const SIZE_BITS: u32 = 48;
+/// No entry has so many bytes.
+pub const TOO_LARGE: u64 = 1 << SIZE_BITS;
 
 const VERIFIED: u8 = 1 << 6;
 const NO_CHECKSUM: u8 = 1 << 7;
@@ -124,9 +130,61 @@ impl Cell {
         }
     }
 
-    /// Changes the state of an entry.
-    pub fn set_state(&mut self, state: State) {
+    /// Changes the state of an entry; an error where the cell is damaged.
+    pub fn set_state(&mut self, state: State) -> Result<()> {
+        let size = self.size()?;
+        self.begin(size, state);
+        Ok(())
+    }
+
+    /// Makes an entry of this many bytes, less than [`TOO_LARGE`], of a cell that has its name.
+    pub fn begin(&mut self, size: u64, state: State) {
         self.bits = self.bits & !(3 << 4) | (state as u8) << 4;
+        self.size = size | u64::from(self.check_of(size)) << SIZE_BITS;
+    }
+
+    /// Bytes of an entry; an error where one bit of these, of its name, kind or state has flipped.
+    #[inline]
+    pub fn size(&self) -> Result<u64> {
+        let size = self.size & (TOO_LARGE - 1);
+        if self.size >> SIZE_BITS == u64::from(self.check_of(size)) {
+            Ok(size)
+        } else {
+            Err(Error::Corrupt("entry: wrong check"))
+        }
+    }
+
+    /// Each bit of what it covers flips one bit of it.
+    #[inline]
+    fn check_of(&self, size: u64) -> u16 {
+        const SALT: u64 = 0xA5C3;
+        let bits = self.bits & !(VERIFIED | NO_CHECKSUM);
+        let rest = u64::from_le_bytes([self.label_bits, bits, 0, 0, 0, 0, 0, 0]);
+        let parent = u64::from(self.parent).rotate_left(23);
+        let all = SALT
+            ^ size
+            ^ u64::from_le_bytes(self.label).rotate_left(7)
+            ^ parent
+            ^ rest.rotate_left(41);
+        let half = all ^ all >> 32;
+        (half ^ half >> 16) as u16
+    }
+
+    /// Hash of the path of a Dir or Object.
+    #[must_use]
+    pub fn hash(&self) -> u64 {
+        self.size
+    }
+
+    /// Sets the hash of the path of a Dir or Object.
+    pub fn set_hash(&mut self, hash: u64) {
+        self.size = hash;
+    }
+
+    /// Tells this entry from a later one in the same cell.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.time() ^ self.size.rotate_left(16)
     }
 
     /// Bytes of `label` in use, or [`STORED`].

@@ -13,6 +13,6 @@ mod validate;
 
 pub(crate) use self::arena::OVERFLOW;
 pub use self::arena::{Arena, List, MAX_CELLS, ROOT};
-pub use self::cell::{Cell, Kind, STORED, State};
+pub use self::cell::{Cell, Kind, STORED, State, TOO_LARGE};
 pub(crate) use self::hash_table::SEGMENT;
 pub use self::storage::{Header, Heap, STRING_SIZES, Storage};

@@ -52,7 +52,7 @@ impl<S: Storage> Arena<S> {
         self.header_mut().cells_used = ROOT;
         self.ensure(2)?;
         let mut cell = Cell::new(Kind::Dir);
-        cell.size = seed;
+        cell.set_hash(seed);
         let root = self.alloc(cell)?;
         if root == ROOT {
             Ok(())
@@ -65,10 +65,10 @@ impl<S: Storage> Arena<S> {
     pub(crate) fn hash_of(&self, i: u32) -> Result<u64> {
         let cell = self.get(i)?;
         match cell.kind()? {
-            Kind::Dir | Kind::Object => Ok(cell.size),
+            Kind::Dir | Kind::Object => Ok(cell.hash()),
             Kind::Free => Err(Error::Corrupt("hash table: free cell")),
             kind => {
-                let seed = self.get(cell.parent)?.size;
+                let seed = self.get(cell.parent)?.hash();
                 let salt = salt(kind, cell.packing()?);
                 Ok(match cell.inline_word() {
                     Some((word, len)) => key::hash_word(word, len, seed, salt),
@@ -166,7 +166,7 @@ impl<S: Storage> Arena<S> {
     }
 
     fn hash_below(&self, parent: u32, kind: Kind, label: &Label) -> Result<u64> {
-        Ok(hash(label, self.get(parent)?.size, kind))
+        Ok(hash(label, self.get(parent)?.hash(), kind))
     }
 
     #[inline]
@@ -258,7 +258,7 @@ impl<S: Storage> Arena<S> {
             for name in key::directories(dirs) {
                 *at = self.find_or_add_child(*at, Kind::Dir, &Label::Raw(name.as_bytes()))?;
             }
-            let hash = self.get(*at)?.size;
+            let hash = self.get(*at)?.hash();
             self.paths.put(dirs, self.header().seed, hash, *at);
         }
         let numbers = RangeLabel::new(range);
@@ -285,7 +285,7 @@ impl<S: Storage> Arena<S> {
         cell.parent = parent;
         cell.right = first;
         if matches!(kind, Kind::Dir | Kind::Object) {
-            cell.size = hash;
+            cell.set_hash(hash);
         }
         self.set_label(&mut cell, label)?;
         let i = self.alloc(cell)?;

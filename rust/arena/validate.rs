@@ -88,8 +88,9 @@ impl<S: Storage> Arena<S> {
                 continue;
             }
             totals.entries += 1;
-            let add = |sum: u64| sum.checked_add(cell.size).ok_or(OVERFLOW);
-            let cost = self.header().cost(cell.size);
+            let size = cell.size()?;
+            let add = |sum: u64| sum.checked_add(size).ok_or(OVERFLOW);
+            let cost = self.header().cost(size);
             totals.used_bytes = totals.used_bytes.checked_add(cost).ok_or(OVERFLOW)?;
             match cell.state() {
                 State::Live => {

@@ -390,7 +390,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         for i in all {
             let (key, range) = self.arena.name(i)?;
             let cell = self.arena.get(i)?;
-            entries.push((key, range, cell.size, cell.state()));
+            entries.push((key, range, cell.size()?, cell.state()));
         }
         Ok(entries)
     }

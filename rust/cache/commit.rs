@@ -96,7 +96,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// The victim that is what a granted reservation has written.
     fn unwrite(&mut self, reservation: &Reservation) -> Result<Vec<Victim>> {
         let cell = reservation.cell;
-        self.arena.get_mut(cell)?.set_state(State::Deleting);
+        self.arena.get_mut(cell)?.set_state(State::Deleting)?;
         let cost = self.arena.header().cost(reservation.size);
         self.change_writing(|bytes| bytes.saturating_sub(cost));
         let cache_key = reservation.range.cache_key(&reservation.key);

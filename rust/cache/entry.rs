@@ -17,7 +17,7 @@
 
 use super::cache::Cache;
 use super::peers::Peers;
-use crate::arena::{Kind, List, OVERFLOW, State};
+use crate::arena::{Kind, List, OVERFLOW, State, TOO_LARGE};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -41,6 +41,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         range: ByteRange,
         size: u64,
     ) -> Result<Option<u32>> {
+        if size >= TOO_LARGE {
+            return Err(Error::Full);
+        }
         let header = self.arena.header();
         let used = header.used_bytes.checked_add(header.cost(size));
         let used = used.ok_or(Error::Full)?;
@@ -48,8 +51,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         };
         let cell = self.arena.get_mut(i)?;
-        cell.size = size;
-        cell.set_state(State::Writing);
+        cell.begin(size, State::Writing);
         self.link_in_progress(i)?;
         let header = self.arena.header_mut();
         header.used_bytes = used;
@@ -71,8 +73,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.unlink(List::InProgress, i)?;
         let cell = self.arena.get_mut(i)?;
         cell.set_checksum(checksum);
-        cell.set_state(State::Live);
-        let (size, parent, kind) = (cell.size, cell.parent, cell.kind()?);
+        cell.set_state(State::Live)?;
+        let (size, parent, kind) = (cell.size()?, cell.parent, cell.kind()?);
         let cost = self.arena.header().cost(size);
         self.change_writing(|bytes| bytes.saturating_sub(cost));
         self.undate_future(now)?;
@@ -80,7 +82,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.policy.insert(&mut self.arena, i)?;
         if kind != Kind::Value {
             let widest = self.arena.get(parent)?.earlier;
-            let wider = widest == 0 || self.arena.get(widest)?.size < size;
+            let wider = widest == 0 || self.arena.get(widest)?.size()? < size;
             let object = self.arena.get_mut(parent)?;
             object.later = i;
             if wider {
@@ -152,8 +154,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.policy.remove(&mut self.arena, i)?;
         self.arena.unlink(List::FetchTime, i)?;
         let cell = self.arena.get_mut(i)?;
-        cell.set_state(State::Deleting);
-        let (size, parent, kind) = (cell.size, cell.parent, cell.kind()?);
+        cell.set_state(State::Deleting)?;
+        let (size, parent, kind) = (cell.size()?, cell.parent, cell.kind()?);
         self.link_in_progress(i)?;
         if kind != Kind::Value {
             // The hints of an object name live children only.
@@ -169,8 +171,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn retry_delete(&mut self, i: u32) -> Result<u64> {
         self.arena.unlink(List::DeleteFailed, i)?;
         let cell = self.arena.get_mut(i)?;
-        cell.set_state(State::Deleting);
-        let size = cell.size;
+        cell.set_state(State::Deleting)?;
+        let size = cell.size()?;
         self.link_in_progress(i)?;
         Ok(size)
     }
@@ -180,17 +182,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let own = self.arena.storage.own_slot() as u32 + 1;
         let cell = self.arena.get(i)?;
         if cell.state() == State::Writing && cell.earlier == own {
-            let cost = self.arena.header().cost(cell.size);
+            let cost = self.arena.header().cost(cell.size()?);
             self.change_writing(|bytes| bytes.saturating_sub(cost));
         }
         self.arena.unlink(List::InProgress, i)?;
-        self.arena.get_mut(i)?.set_state(State::DeleteFailed);
+        self.arena.get_mut(i)?.set_state(State::DeleteFailed)?;
         self.arena.link(List::DeleteFailed, i, true)
     }
 
     /// The bytes of a `Deleting` entry are gone.
     pub(super) fn release(&mut self, i: u32) -> Result<()> {
-        let size = self.arena.get(i)?.size;
+        let size = self.arena.get(i)?.size()?;
         self.arena.unlink(List::InProgress, i)?;
         self.arena.remove(i)?;
         let header = self.arena.header_mut();

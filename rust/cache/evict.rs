@@ -72,7 +72,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return None;
         }
         let cell = self.arena.get(i).ok()?;
-        Some((cell.size, cell.checksum()?))
+        Some((cell.size().ok()?, cell.checksum()?))
     }
 
     /// Whether there are bytes that could not be deleted.

@@ -34,11 +34,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let fresh = fresh.into();
         if let Some(i) = self.arena.find(key, ByteRange::Full)? {
             let cell = self.arena.get(i)?;
-            if can_serve(cell, fresh)
-                && let Some((start, length)) =
-                    select(cell.size, range, self.limits.slices_like_python)
-            {
-                return Ok(Some(found(i, cell, ByteRange::Full, start, length)));
+            if can_serve(cell, fresh) {
+                let size = cell.size()?;
+                let selected = select(size, range, self.limits.slices_like_python);
+                if let Some((start, length)) = selected {
+                    return Ok(Some(found(i, cell, size, ByteRange::Full, start, length)));
+                }
             }
         }
         if range == ByteRange::Full {
@@ -54,7 +55,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(i) = self.arena.find_range(object, range)? {
             let cell = self.arena.get(i)?;
             if can_serve(cell, fresh) {
-                return Ok(Some(found(i, cell, range, 0, cell.size)));
+                let size = cell.size()?;
+                return Ok(Some(found(i, cell, size, range, 0, size)));
             }
         }
         let hints = self.arena.get(object)?;
@@ -67,8 +69,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Err(Error::Corrupt("tree: a hint to another key"));
             }
             let held = self.arena.byte_range(i)?;
-            if let Some((start, length)) = within(held, cell.size, range) {
-                return Ok(Some(found(i, cell, held, start, length)));
+            let size = cell.size()?;
+            if let Some((start, length)) = within(held, size, range) {
+                return Ok(Some(found(i, cell, size, held, start, length)));
             }
         }
         Ok(None)
@@ -91,7 +94,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !can_serve(cell, fresh) || self.needs_check(i, cell) {
             return None;
         }
-        let size = cell.size;
+        let size = cell.size().ok()?;
         self.policy.touch(&mut self.arena, i).ok()?;
         Tally::add(&self.tally.hits, 1);
         Some(Some(size))
@@ -221,11 +224,11 @@ fn can_serve(cell: &Cell, fresh: Freshness) -> bool {
     cell.is_entry() && cell.state() == State::Live && !fresh.is_stale(cell.time())
 }
 
-fn found(i: u32, cell: &Cell, range: ByteRange, start: u64, length: u64) -> Found {
+fn found(i: u32, cell: &Cell, size: u64, range: ByteRange, start: u64, length: u64) -> Found {
     Found {
         handle: handle(i, cell),
         range,
-        size: cell.size,
+        size,
         checksum: cell.checksum(),
         start,
         length,
@@ -238,7 +241,7 @@ fn fingerprint(cell: &Cell) -> u32 {
 }
 
 fn handle(i: u32, cell: &Cell) -> u64 {
-    u64::from(i) | (cell.time() ^ cell.size.rotate_left(16)) << 32
+    u64::from(i) | cell.fingerprint() << 32
 }
 
 fn is_same(cell: &Cell, i: u32, at: u64) -> bool {

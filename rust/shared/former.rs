@@ -34,7 +34,7 @@ impl Former {
         for i in live {
             let cell = arena.get(i)?;
             if let Some(checksum) = cell.checksum() {
-                let (fetched, size) = (cell.time(), cell.size);
+                let (fetched, size) = (cell.time(), cell.size()?);
                 let (key, range) = arena.name(i)?;
                 let value = FormerValue {
                     fetched,

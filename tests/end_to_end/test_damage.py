@@ -218,8 +218,10 @@ async def test_index_size_below_the_start_of_a_range_serves_no_empty_range(where
     size = len(value(key))
     cells = where / "cache" / INDEX / "cells"
     before = cells.read_bytes()
-    assert before.count(struct.pack("<Q", size)) == 1
-    cells.write_bytes(before.replace(struct.pack("<Q", size), struct.pack("<Q", 1)))
+    # Six bytes, and two of a check, which fails.
+    as_stored = struct.pack("<Q", size)[:6]
+    assert before.count(as_stored) == 1
+    cells.write_bytes(before.replace(as_stored, struct.pack("<Q", 1)[:6]))
     for verify in ("never", "first", "always"):
         store, _source = open_damaged(where, verify=verify)
         for request, start, end in (

@@ -21,6 +21,7 @@ from directories import flip
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
 from support import buf, check_quiet, fill, read, read_through
 from zcache import CacheStore
+from zcache._index import shared
 from zcache.testing import (
     FakeClock,
     StoreDouble,
@@ -369,3 +370,25 @@ def test_stores_are_collected_while_another_is_made() -> None:
         gc.enable()
         gc.set_threshold(*threshold)
     assert sum(collected) > 2
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+def test_store_without_references_is_gone_at_once(tmp_path: Path, kind: str) -> None:
+    """Not only once the garbage collector runs: the next store of the place begins anew."""
+    caches: dict[str, Any] = {
+        "memory": MemoryStore,
+        "directory": lambda: LocalStore(tmp_path),
+        "store": SyncDictStore,
+    }
+    gc.collect()
+    before = len(shared.live())
+    gc.disable()
+    try:
+        store = CacheStore(SyncDictStore({"k": b"v"}), cache_store=caches[kind]())
+        assert store.get_sync("k") is not None
+        assert store.drain_sync()
+        assert len(shared.live()) == before + 1
+        del store
+        assert len(shared.live()) == before
+    finally:
+        gc.enable()

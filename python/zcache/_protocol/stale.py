@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index, is_cacheable_key
@@ -41,7 +42,8 @@ class StaleValues:
     """
 
     def __init__(self, reader: Reader, seconds: float, source_name: str) -> None:
-        self._reader = reader
+        # It belongs to the reader, and keeps it no longer alive than others do.
+        self._reader: Reader = weakref.proxy(reader)
         self._seconds = seconds
         self._source_name = source_name
         self._said = -math.inf

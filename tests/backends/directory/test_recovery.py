@@ -241,6 +241,23 @@ def alone(
     return one, other
 
 
+def do_before_each_change(
+    monkeypatch: pytest.MonkeyPatch, source: MemoryStore, work: Callable[[], None]
+) -> None:
+    """Do something when the source is about to change."""
+    for name in ("set", "set_sync", "delete", "delete_sync", "delete_dir"):
+        real = getattr(MemoryStore, name, None)
+        if real is None:
+            continue
+
+        def change(self: Any, *args: Any, real: Any = real, **options: Any) -> Any:
+            if self is source:
+                work()
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(MemoryStore, name, change)
+
+
 @pytest.mark.parametrize("filled", ["before its end", "after its end"])
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("who", ["both", "alone"])
@@ -269,17 +286,7 @@ def test_what_is_read_during_a_change_of_one_without_the_index_is_not_kept(
 
     if filled == "after its end":
         monkeypatch.setattr(filler, "submit", wait_with_fills)
-    for name in ("set", "set_sync", "delete", "delete_sync", "delete_dir"):
-        real = getattr(MemoryStore, name, None)
-        if real is None:
-            continue
-
-        def first(self: Any, *args: Any, real: Any = real, **options: Any) -> Any:
-            if self is source:
-                during()
-            return real(self, *args, **options)
-
-        monkeypatch.setattr(MemoryStore, name, first)
+    do_before_each_change(monkeypatch, source, during)
     CHANGES[change](one, key)
     monkeypatch.undo()
     expected = get(source, key)

@@ -1,0 +1,187 @@
+"""A volume without space or inodes, a process without descriptors or threads: who can be served is."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore
+
+from directories import closed
+from doubles import SyncDictStore
+from support import PROTOTYPE, buf, listed, read
+from zcache import CacheStore
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(8)}
+
+
+def source() -> StoreDouble:
+    return StoreDouble(SyncDictStore(dict(VALUES)))
+
+
+def open_store(where: Path, behind: StoreDouble) -> CacheStore:
+    cache = LocalStore(where)
+    return CacheStore(behind, cache_store=cache, source_id="source", min_free_space=0)
+
+
+async def warmed(where: Path) -> None:
+    store = open_store(where, source())
+    for key in VALUES:
+        await read(store, key)
+    assert await store.drain()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A volume of a megabyte and 100 inodes."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=100", "small", path]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mounts here: {done.stderr.decode().strip()}")
+    try:
+        yield path
+    finally:
+        gc.collect()
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def fill_up(volume: Path, what: str) -> None:
+    try:
+        for number in range(10_000):
+            with (volume / f"fill-{number}").open("wb") as file:
+                if what == "space":
+                    file.write(bytes(4096))
+    except OSError:
+        return
+    pytest.fail("it is never full")
+
+
+@pytest.mark.parametrize("lose", [None, "index", "stamp.json", "tmp"])
+@pytest.mark.parametrize("what", ["space", "inodes"])
+async def test_full_volume_at_the_opening_is_read_from(
+    small: Path, what: str, lose: str | None
+) -> None:
+    where = small / "cache"
+    await warmed(where)
+    await closed(small)
+    if lose is not None:
+        subprocess.run(["rm", "-r", where / ".zcache" / lose], check=True)  # noqa: ASYNC221
+    fill_up(small, what)
+    behind = source()
+    store = open_store(where, behind)
+    for key, value in VALUES.items():
+        assert await read(store, key) == value
+    assert behind.calls["get"] == 0
+    # Its values can be removed, so it can be written through.
+    await store.set("a/c/1", buf(b"new"))
+    await store.delete("a/c/2")
+    await store.set("b", buf(bytes(5000)))
+    assert await store.drain()
+    assert await read(store, "a/c/1") == b"new"
+    assert await read(store, "a/c/2") is None
+    assert await read(store, "b") == bytes(5000)
+    del store
+    await closed(small)
+    store = open_store(where, behind)
+    assert await read(store, "a/c/1") == b"new"
+    assert await read(store, "a/c/2") is None
+
+
+# ------------------------------------------------------- descriptors and threads
+
+METHODS: dict[str, Callable[[CacheStore], Any]] = {
+    "get": lambda s: read(s, "a/c/1"),
+    "get_cold": lambda s: read(s, "a/c/7"),
+    "get_range": lambda s: read(s, "a/c/7", RangeByteRequest(1, 5)),
+    "get_partial_values": lambda s: s.get_partial_values(
+        PROTOTYPE, [("a/c/1", None), ("a/c/7", RangeByteRequest(0, 4))]
+    ),
+    "exists": lambda s: s.exists("a/c/1"),
+    "getsize": lambda s: s.getsize("a/c/1"),
+    "set": lambda s: s.set("a/c/1", buf(b"new")),
+    "set_if_not_exists": lambda s: s.set_if_not_exists("n", buf(b"new")),
+    "delete": lambda s: s.delete("a/c/2"),
+    "delete_dir": lambda s: s.delete_dir("a/c"),
+    "list": lambda s: listed(s.list()),
+    "list_dir": lambda s: listed(s.list_dir("a")),
+    "clear": lambda s: s.clear(),
+    "clear_cache": lambda s: s.clear_cache(),
+    "drain": lambda s: s.drain(timeout=5),
+}
+
+
+@pytest.fixture
+def no_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+async def check_method(tmp_path: Path, method: str, limit: Callable[[], object]) -> None:
+    """The same answer as from the source alone, within a time that is not for ever."""
+    behind = source()
+    store = open_store(tmp_path, behind)
+    for key in list(VALUES)[:4]:
+        await read(store, key)
+    assert await store.drain()
+    limit()
+    answer = await asyncio.wait_for(METHODS[method](store), 30)
+    if method in ("get", "get_cold"):
+        assert answer == VALUES["a/c/1" if method == "get" else "a/c/7"]
+    elif method == "get_range":
+        assert answer == VALUES["a/c/7"][1:5]
+    elif method == "get_partial_values":
+        assert [value.to_bytes() for value in answer] == [VALUES["a/c/1"], VALUES["a/c/7"][:4]]
+    elif method == "exists":
+        assert answer is True
+    elif method == "getsize":
+        assert answer == 1000
+    for key in VALUES:
+        assert await asyncio.wait_for(read(store, key), 30) == await read(behind.inner, key)
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_without_descriptors_everybody_is_served(
+    tmp_path: Path, method: str, request: pytest.FixtureRequest
+) -> None:
+    await check_method(tmp_path, method, lambda: request.getfixturevalue("no_descriptors"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_without_threads_everybody_is_served(
+    tmp_path: Path, method: str, request: pytest.FixtureRequest
+) -> None:
+    await check_method(tmp_path, method, lambda: request.getfixturevalue("no_threads"))
