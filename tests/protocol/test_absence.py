@@ -481,3 +481,52 @@ async def test_options_name_what_is_wrong(source: StoreDouble) -> None:
         CacheStore(source, missing_max_age_seconds=True)
     with pytest.raises(TypeError, match="cache_missing"):
         CacheStore(source, cache_missing=1)  # type: ignore[arg-type]
+
+
+async def test_absence_past_its_age_is_served_in_place_of_an_error_of_the_source(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = CacheStore(
+        source,
+        cache_store=cache,
+        clock=clock,
+        source_id="s",
+        stale_if_error=100,
+        max_age_seconds=50,
+    )
+    await remember(store, "a")
+    source.fail("*", OSError("away"))
+    clock.advance(149)
+    assert await read(store, "a") is None
+    assert not await store.exists("a")
+    with pytest.raises(FileNotFoundError):
+        await store.getsize("a")
+    assert await store.get_partial_values(PROTOTYPE, [("a", None)]) == [None]
+    assert store.cache_stats()["stale_hits"] == 4
+    assert store.cache_stats()["negative_hits"] == 2
+    clock.advance(1)
+    for work in (lambda: read(store, "a"), lambda: store.exists("a"), lambda: store.getsize("a")):
+        with pytest.raises(OSError, match="away"):
+            await work()
+    source.heal()
+    await source.inner.set("a", buf(b"1"))
+    assert await read(store, "a") == b"1"
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_dataset_opens_again_offline_whatever_the_age_of_what_is_missing(
+    source: StoreDouble, tmp_path: Path, clock: FakeClock, zarr_format: Any
+) -> None:
+    array = zarr.create_array(
+        source.inner, shape=(4,), chunks=(2,), dtype="i4", fill_value=0, zarr_format=zarr_format
+    )
+    array[:2] = 1
+    options: dict[str, Any] = {"cache_store": tmp_path, "source_id": "s", "clock": clock}
+    store = CacheStore(source, **options)
+    assert zarr.open(store, mode="r")[:].tolist() == [1, 1, 0, 0]
+    drained_sync(store)
+    clock.advance(1e6)
+    source.take()
+    offline = CacheStore(source, offline=True, **options)
+    assert zarr.open(offline, mode="r")[:].tolist() == [1, 1, 0, 0]
+    assert source.take() == {}
