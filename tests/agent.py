@@ -18,7 +18,7 @@ from zarr.storage import LocalStore
 
 from support import buf, read
 from zcache import CacheStore
-from zcache.testing import StoreDouble, check_invariants, index_slot
+from zcache.testing import StoreDouble, check_invariants, index_slot, missing_keys
 
 if TYPE_CHECKING:
     from zcache.testing import Gate
@@ -132,6 +132,14 @@ class _Commands:
             await store.delete(key)
         elif what == "delete_dir":
             await store.delete_dir(key)
+        elif what == "invalidate":
+            return await store.invalidate(key)
+        elif what == "exists":
+            return await store.exists(key)
+        elif what == "cached_keys":
+            return sorted(store.cached_keys(key))
+        elif what == "missing_keys":
+            return missing_keys(store)
         else:
             assert what == "clear", what
             await store.clear_cache()

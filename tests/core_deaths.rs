@@ -17,7 +17,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
-use zcache::cache::{Cache, Joined, Limits, Reserve, Ticket, Verify, Victim};
+use zcache::cache::{AbsenceAges, Answer, Cache, Joined, Limits, Reserve, Ticket, Verify, Victim};
 use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
 use zcache::disk::removal;
 use zcache::disk::value_file::{self, WrittenFile};
@@ -38,11 +38,26 @@ const FETCHED: i64 = 1_700_000_000_123 * MILLI;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Write,
+    Delete,
     Fill,
+    /// A fill that finds nothing in the source.
+    Miss,
     Evict,
 }
 /// Each with the number of its steps.
-const KINDS: [(Kind, usize); 3] = [(Kind::Write, 5), (Kind::Fill, 6), (Kind::Evict, 3)];
+const KINDS: [(Kind, usize); 5] = [
+    (Kind::Write, 5),
+    (Kind::Delete, 5),
+    (Kind::Fill, 6),
+    (Kind::Miss, 3),
+    (Kind::Evict, 3),
+];
+/// Stands for nothing in the source.
+const NOTHING: u32 = 0;
+const ANY_AGE: AbsenceAges = AbsenceAges {
+    own: None,
+    node: None,
+};
 
 /// The directory, the source, and what may be read.
 struct World {
@@ -121,9 +136,16 @@ impl World {
 
     /// A read of the cache.
     fn check(&mut self, index: &mut SharedIndex<u32>, case: &str) {
-        let found = self.step(index, |cache| cache.lookup(KEY, ByteRange::Full, 1));
-        if found.is_none() {
-            return;
+        let found = self.step(index, |cache| {
+            cache.ask(KEY, ByteRange::Full, 1, Some(ANY_AGE))
+        });
+        match found {
+            Answer::Found(_) => {}
+            Answer::Absent => {
+                let valid = &self.valid;
+                return assert!(valid.contains(&NOTHING), "{case}: nothing of {valid:?}");
+            }
+            _ => return,
         }
         let Ok(bytes) = fs::read(self.file()) else {
             return;
@@ -151,7 +173,10 @@ struct Actor {
 impl Actor {
     fn new(world: &mut World, kind: Kind) -> Actor {
         world.next += 1;
-        let value = world.next;
+        let value = match kind {
+            Kind::Delete => NOTHING,
+            _ => world.next,
+        };
         Actor {
             kind,
             index: world.open(),
@@ -162,7 +187,7 @@ impl Actor {
             value,
             reservation: None,
             made: None,
-            unfinished: world.root.join(format!(".zcache/tmp/{value}")),
+            unfinished: world.root.join(format!(".zcache/tmp/{}", world.next)),
         }
     }
 
@@ -171,8 +196,9 @@ impl Actor {
         self.at += 1;
         self.goes_on = self.goes_on
             && match self.kind {
-                Kind::Write => self.write(world),
+                Kind::Write | Kind::Delete => self.write(world),
                 Kind::Fill => self.fill(world),
+                Kind::Miss => self.miss(world),
                 Kind::Evict => self.evict(world),
             };
         self.goes_on
@@ -227,7 +253,10 @@ impl Actor {
                 };
                 self.ticket = Some(ticket);
             }
-            2 => self.value = world.source,
+            2 => {
+                self.value = world.source;
+                return self.value != NOTHING;
+            }
             3 => {
                 let ticket = self.ticket.unwrap();
                 let room = world.step(&mut self.index, |cache| {
@@ -276,6 +305,33 @@ impl Actor {
         true
     }
 
+    /// See `zcache._protocol.read`.
+    fn miss(&mut self, world: &mut World) -> bool {
+        match self.at {
+            1 => {
+                let joined = world.step(&mut self.index, |cache| {
+                    cache.join(KEY, ByteRange::Full, 0, 1, true)
+                });
+                let Joined::Lead(ticket) = joined else {
+                    return false;
+                };
+                self.ticket = Some(ticket);
+            }
+            2 => return world.source == NOTHING,
+            3 => {
+                let ticket = self.ticket.unwrap();
+                let (victims, _) = world.step(&mut self.index, |cache| {
+                    cache.commit_absence(KEY, ticket, 1, 1, true)
+                });
+                self.victims = victims;
+                world.remove(&self.victims);
+                self.confirm(world);
+            }
+            _ => return false,
+        }
+        true
+    }
+
     fn evict(&mut self, world: &mut World) -> bool {
         match self.at {
             1 => self.victims = world.step(&mut self.index, |cache| cache.evict(1, 1)),
@@ -288,20 +344,24 @@ impl Actor {
 }
 
 /// Runs one case; returns whether there was anything left to do for the last one.
-fn run(root: &Path, cast: &[(Kind, usize)], stops: bool, reaps: bool) -> bool {
+fn run(root: &Path, start: u32, cast: &[(Kind, usize)], stops: bool, reaps: bool) -> bool {
     for name in ["a", ".zcache/index", ".zcache/tmp"] {
         let _ = fs::remove_dir_all(root.join(name));
         fs::create_dir_all(root.join(name)).unwrap();
     }
-    let case = format!("{cast:?}, stopped: {stops}, reaped: {reaps}");
+    let case = format!("{start}, {cast:?}, stopped: {stops}, reaped: {reaps}");
     let mut world = World {
         root: root.to_owned(),
-        source: 1,
-        valid: vec![1],
+        source: start,
+        valid: vec![start],
         next: 1,
     };
     let mut survivor = world.open();
-    let mut first = Actor::new(&mut world, Kind::Fill);
+    let kind = match start {
+        NOTHING => Kind::Miss,
+        _ => Kind::Fill,
+    };
+    let mut first = Actor::new(&mut world, kind);
     while first.go(&mut world) {}
     drop(first);
     let (mut stopped, mut was_long) = (Vec::new(), false);
@@ -343,11 +403,13 @@ fn all(name: &str, participants: u32) {
     // All of three take minutes: `ZCACHE_ALL_DEATHS=1` runs them.
     let is_sampled = participants > 2 && std::env::var_os("ZCACHE_ALL_DEATHS").is_none();
     let mut cases = 0;
-    for number in (0..choices.len().pow(participants)).step_by(if is_sampled { 11 } else { 1 }) {
+    for number in (0..choices.len().pow(participants)).step_by(if is_sampled { 43 } else { 1 }) {
         let digit = |n| number / choices.len().pow(n) % choices.len();
         let cast: Vec<(Kind, usize)> = (0..participants).map(|n| choices[digit(n)]).collect();
         for (stops, reaps) in [(false, false), (false, true), (true, false)] {
-            cases += u32::from(run(&root, &cast, stops, reaps));
+            for start in [1, NOTHING] {
+                cases += u32::from(run(&root, start, &cast, stops, reaps));
+            }
         }
     }
     fs::remove_dir_all(&root).unwrap();

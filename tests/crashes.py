@@ -152,6 +152,7 @@ def check_directory(source: Path, cache: Path, max_size: int, keys: Iterable[str
 # ------------------------------------------------------------------------ random kills
 
 KEYS = [f"a/c/{number}" for number in range(24)]
+TOGGLED = [f"b/{number}" for number in range(4)]
 LENGTHS = (100, 4000)
 BOUND = 20_000
 
@@ -170,7 +171,49 @@ def version_of(key: str, data: bytes) -> int:
     return int(version)
 
 
-def load(source: Path, cache: Path, floors: mmap.mmap, number: int, seed: int) -> None:
+class Numbers:
+    """Whole numbers that processes share."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, 8 * count)
+
+    def __getitem__(self, at: int) -> int:
+        number: int = struct.unpack("Q", self._memory[8 * at : 8 * at + 8])[0]
+        return number
+
+    def __setitem__(self, at: int, number: int) -> None:
+        self._memory[8 * at : 8 * at + 8] = struct.pack("Q", number)
+
+
+class Toggled:
+    """Keys that are there with odd versions, and missing with even ones."""
+
+    def __init__(self) -> None:
+        # Versions that are being made, and those whose change has returned.
+        self.begun, self.done = Numbers(len(TOGGLED)), Numbers(len(TOGGLED))
+
+    async def change(self, store: CacheStore, index: int) -> None:
+        key, version = TOGGLED[index], self.begun[index] + 1
+        self.begun[index] = version
+        if version % 2:
+            await store.set(key, buf(value(key, version)))
+        else:
+            await store.delete(key)
+        self.done[index] = version
+
+    async def look(self, store: CacheStore, index: int) -> None:
+        key, floor = TOGGLED[index], self.done[index]
+        data = await read(store, key)
+        legal = range(floor, self.begun[index] + 1)
+        if data is None:
+            assert any(version % 2 == 0 for version in legal), (key, legal, "missing, but there")
+        else:
+            assert version_of(key, data) in legal, (key, legal)
+
+
+def load(
+    source: Path, cache: Path, floors: mmap.mmap, toggled: Toggled, number: int, seed: int
+) -> None:
     """Read everything and write one's own keys, until killed."""
     store = CacheStore(LocalStore(source), cache_store=LocalStore(cache), max_size=BOUND)
     dice = random.Random(seed)
@@ -192,7 +235,15 @@ def load(source: Path, cache: Path, floors: mmap.mmap, number: int, seed: int) -
     async def rounds() -> None:
         while True:
             # Different keys: one writer for each at a time.
-            await asyncio.gather(*map(task, dice.sample(range(len(KEYS)), 6)))
+            others = dice.sample(range(len(TOGGLED)), 3)
+            does = toggled.change if dice.random() < 0.2 else toggled.look
+            await asyncio.gather(
+                *map(task, dice.sample(range(len(KEYS)), 6)),
+                *(toggled.look(store, index) for index in others if index != number),
+                does(store, number),
+            )
+            if dice.random() < 0.02:
+                await store.invalidate(dice.choice(["b", TOGGLED[number], KEYS[0]]))
 
     asyncio.run(rounds())
 
@@ -205,11 +256,12 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(value(key, 0))
     floors = mmap.mmap(-1, 8 * len(KEYS))
+    toggled = Toggled()
     dice = random.Random(1)
 
     def start(number: int) -> int:
         seed = dice.randrange(2**32)
-        return child(lambda: load(source, cache, floors, number, seed))
+        return child(lambda: load(source, cache, floors, toggled, number, seed))
 
     workers = {number: start(number) for number in range(4)}
     killed, peak, until = 0, 0, time.monotonic() + seconds
@@ -225,7 +277,7 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
             assert codes == [-signal.SIGKILL] * len(codes), "a worker has failed by itself"
             killed += len(codes)
             if everybody:
-                assert run(lambda: check_directory(source, cache, BOUND, KEYS)) == 0
+                assert run(lambda: check_directory(source, cache, BOUND, [*KEYS, *TOGGLED])) == 0
             for number in victims:
                 workers[number] = start(number)
     finally:
@@ -233,7 +285,7 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
             os.kill(worker, signal.SIGKILL)
         codes = wait(workers.values())
     assert codes == [-signal.SIGKILL] * 4, "a worker has failed by itself"
-    assert run(lambda: check_directory(source, cache, BOUND, KEYS)) == 0
+    assert run(lambda: check_directory(source, cache, BOUND, [*KEYS, *TOGGLED])) == 0
     assert peak <= BOUND, peak
     written = sum(version_of(key, (source / key).read_bytes()) for key in KEYS)
     return {"killed": killed, "peak": peak, "written": written}
@@ -242,6 +294,7 @@ def kill_at_random(root: Path, kills: int, seconds: float) -> dict[str, Any]:
 # -------------------------------------------------------------- a kill at each step
 
 SCENE_KEYS = [f"a/c/{number}" for number in range(3)]
+SCENE_MISSING = "a/c/3"
 SCENE_BOUND = 250
 
 
@@ -252,7 +305,7 @@ def open_scene(source: Path, cache: Path) -> CacheStore:
 def scene(
     source: Path, cache: Path, *, before: Callable[[CacheStore], object] | None = None
 ) -> None:
-    """A new cache, fills of a range and two values, one that evicts, a hit, a write, and deletes."""
+    """A new cache, fills of a range and two values, one that evicts, a hit, an absence, writes, and deletes."""
     store = open_scene(source, cache)
 
     async def play() -> None:
@@ -263,6 +316,11 @@ def scene(
             before(store)
         assert await read_through(store, "a/c/2")
         assert await read(store, "a/c/2")
+        assert await read_through(store, SCENE_MISSING) is None
+        await store.set(SCENE_MISSING, buf(b"new"))
+        await store.invalidate(SCENE_MISSING)
+        await store.delete(SCENE_MISSING)
+        assert await read_through(store, SCENE_MISSING) is None
         await store.set("a/c/2", buf(b"new" * 40))
         await store.drain()
         await store.delete("a/c/1")
@@ -281,7 +339,7 @@ def set_the_scene(place: Path) -> tuple[Path, Path]:
 
 
 def check_scene(source: Path, cache: Path) -> int:
-    return run(lambda: check_directory(source, cache, SCENE_BOUND, SCENE_KEYS))
+    return run(lambda: check_directory(source, cache, SCENE_BOUND, [*SCENE_KEYS, SCENE_MISSING]))
 
 
 def as_if_inside(cache: Path) -> None:
@@ -433,7 +491,7 @@ def share_a_bound(root: Path) -> dict[str, int]:
             if (ended := os.waitpid(worker, os.WNOHANG))[0]:
                 assert os.waitstatus_to_exitcode(ended[1]) == 0
                 workers.remove(worker)
-    assert run(lambda: check_directory(source, cache, BOUND, KEYS)) == 0
+    assert run(lambda: check_directory(source, cache, BOUND, [*KEYS, *TOGGLED])) == 0
     return {"peak": peak, "looks": looks, "bound": BOUND}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from schedules import Scenario, World, acting
 from support import read_through
 from zcache._core import NeedsEviction, Rejected
-from zcache.testing import FakeClock, entries, recency, record_steps
+from zcache.testing import FakeClock, entries, missing_keys, recency, record_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ class Action(NamedTuple):
 class Recorder:
     """Notes what each actor learned from the index, and which tickets are invalid."""
 
-    UNNOTED = frozenset({"entries", "recency", "validate", "stats"})
+    UNNOTED = frozenset({"entries", "recency", "validate", "stats", "absent_keys", "next_keys"})
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -64,7 +64,7 @@ class Recorder:
             prefix = args[0].rstrip("/")
             below = prefix + "/" if prefix else ""
             self._void(lambda key: key == prefix or key.startswith(below))
-        if name == "complete_flight":
+        if name in ("complete_flight", "commit_absence"):
             self.void.pop(args[1], None)
         if name == "commit":
             return self._commit(args[0], answer)
@@ -75,7 +75,7 @@ class Recorder:
                 # By its number: one that is kept alive here would not be given back.
                 self._tickets[id(answer.reservation)] = args[3]
             return names(answer.victims) if isinstance(answer, NeedsEviction) else "granted"
-        if name in ("release", "failed_deletes", "drain_prefix", "discard", "drop_missing"):
+        if name in ("release", "failed_deletes", "drain_prefix", "discard", "commit_absence"):
             return names(answer)
         return None if name == "confirm_deletes" else repr(answer)
 
@@ -278,6 +278,7 @@ class _Run:
                 sorted(world.cache.values.items()),
                 sorted(map(repr, entries(world.store))),
                 recency(world.store),
+                missing_keys(world.store),
                 sorted(self.recorder.void.values()),
                 sorted(self.recorder.writers.items()),
                 [(point.actor, point.label) for point in world.points],

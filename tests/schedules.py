@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from doubles import SyncDictStore
 from support import PROTOTYPE, buf, check_same, cut, read
 from zcache import CacheStore
-from zcache.testing import check_invariants, entries
+from zcache.testing import check_invariants, entries, missing_keys
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -60,6 +60,11 @@ class Op(NamedTuple):
         if self.method == "get":
             return [(self.key, self.what)]
         return list(self.what) if self.method == "get_partial_values" else []
+
+    @property
+    def is_write(self) -> bool:
+        """Whether this changes the source."""
+        return not self.reads and self.method not in ("exists", "invalidate", "clear_cache")
 
 
 def get(key: str, request: ByteRequest | None = None) -> Op:
@@ -217,6 +222,8 @@ class World:
         if op.method == "get_partial_values":
             found = await store.get_partial_values(PROTOTYPE, op.what)
             return [None if value is None else value.to_bytes() for value in found]
+        if op.method == "exists":
+            return [b"" if await store.exists(op.key) else None]
         if op.method in ("set", "set_if_not_exists"):
             await getattr(store, op.method)(op.key, buf(op.what))
         elif op.method == "_set_many":
@@ -295,6 +302,10 @@ class World:
 
     def check_results(self, actor: Actor, results: list[bytes | None]) -> None:
         """Assert that a read gave what it may give."""
+        if actor.op.method == "exists":
+            legal = self.legal(actor.op.key, None, actor.begun or 0)
+            assert any((value is None) == (results[0] is None) for value in legal), actor.op
+            return
         for (key, request), result in zip(actor.op.reads, results, strict=True):
             legal = self.legal(key, request, actor.begun or 0)
             assert result in legal, f"{key} {request} gave {result!r}, not one of {legal}"
@@ -303,7 +314,7 @@ class World:
         """Whether a write is under way, or goes on by itself after its caller has left."""
         held = {point.actor for point in self.points}
         return any(
-            not actor.op.reads
+            actor.op.is_write
             and actor.begun is not None
             and (number in held or (actor.task is not None and not actor.task.done()))
             for number, actor in enumerate(self.actors)
@@ -319,6 +330,12 @@ class World:
         assert bound is None or self.cache.peak <= bound, "more bytes than the bound allows"
         if self.someone_writes():
             return
+        assert not self.source.values.keys() & set(missing_keys(self.store)), "missing, but there"
+        cached = {entry.key for entry in entries(self.store) if entry.state == "live"}
+        assert {key for key in self.store.cached_keys() if not self.store.is_cached(key)} <= {
+            entry.key for entry in entries(self.store) if entry.byte_range is not None
+        }
+        assert set(self.store.cached_keys()) <= cached
         for entry in entries(self.store):
             key = entry.key
             if entry.byte_range is None and entry.state == "live" and key not in damaged:

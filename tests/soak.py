@@ -155,6 +155,7 @@ class Round:
             cache_store=caches[kind](),
             max_size=self.max_size,
             max_age_seconds=self.chance.choice(["infinity", 0.05]),
+            missing_max_age_seconds=self.chance.choice(["infinity", 0.1]),
             cache_set_data=self.chance.random() < 0.8,
             # Small, so that readers have to wait for it.
             max_pending_size=self.chance.choice([0, 300, 10**6]),
@@ -184,6 +185,27 @@ class Round:
         value = await self.store.get(register.key, PROTOTYPE, request)
         register.check(since, request, None if value is None else value.to_bytes())
         self.counts["reads"] += 1
+
+    async def look(self, chance: random.Random) -> None:
+        """Ask whether a key is there, and what is cached."""
+        register = chance.choice(chance.choice(self.groups))
+        since = register.done
+        found = await self.store.exists(register.key)
+        legal = register.values[since : register.begun + 1]
+        if found not in [value is not None for value in legal]:
+            raise MismatchError(f"{register.key} exists: {found}, in {since} to {register.begun}")
+        if chance.random() < 0.2:
+            prefix = register.key.rpartition("/")[0]
+            keys = [key async for key in self.store.cached_keys(prefix)]
+            if not all(key.startswith(prefix) for key in keys):
+                raise MismatchError(f"{keys} are not all below {prefix}")
+        self.counts["reads"] += 1
+
+    async def invalidate(self, chance: random.Random) -> None:
+        """Forget a key, or what is below a prefix."""
+        register = chance.choice(chance.choice(self.groups))
+        await self.store.invalidate(chance.choice([register.key, register.key.rpartition("/")[0]]))
+        self.counts["invalidations"] += 1
 
     async def read_many(self, chance: random.Random) -> None:
         registers = [chance.choice(chance.choice(self.groups)) for _ in range(4)]
@@ -254,6 +276,9 @@ class Round:
         while not self.stop.is_set():
             writer = self.write(chance, self.groups[number])
             readers = [self.read(chance) for _ in range(12)] + [self.read_many(chance)]
+            readers += [self.look(chance), self.look(chance)]
+            if chance.random() < 0.2:
+                readers.append(self.invalidate(chance))
             tasks = [asyncio.create_task(work) for work in (writer, *readers)]
             await asyncio.sleep(chance.random() / 500)
             for task in chance.sample(tasks, 2):
@@ -411,7 +436,7 @@ def main() -> int:
             if time.monotonic() >= end:
                 break
     operations = sum(total[name] for name in ("reads", "writes", "prefix deletes"))
-    for name in ("reads", "writes", "prefix deletes", "cancelled", "forks"):
+    for name in ("reads", "writes", "prefix deletes", "invalidations", "cancelled", "forks"):
         print(f"  {name}: {total[name]}")
     print(f"  errors of the source: {total['errors of the source']}")
     print(f"  values that vanished: {total['values that vanished']}")

@@ -10,11 +10,16 @@ from zcache._core import Ages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MISSING_MAX_AGE: Final = 300
+"""Seconds for which a key is remembered as missing, unless `missing_max_age_seconds` says otherwise."""
+
 Age: TypeAlias = "float | Literal['infinity']"
 """Seconds, or "infinity"."""
 
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 """Last parts of the keys of metadata documents."""
+NODES: Final = METADATA[:3]
+"""Those of them without which there is no node."""
 
 
 class MaxAges:
@@ -36,6 +41,8 @@ class MaxAges:
         Seconds for every key where `by_key` is None; None for any age.
     by_key : callable or None
         The seconds for a key, where they differ.
+    patterns : Ages or None
+        The same for the index.
     longest : float or None
         Seconds after which no value is fresh; None where some always are.
     """
@@ -54,8 +61,10 @@ class MaxAges:
         ages = {default, *(age for _, age in rules)}
         self.single = default
         self.by_key: Callable[[str], float | None] | None = None
+        self.patterns: Ages | None = None
         if len(ages) > 1:
-            self.by_key = Ages(rules, default).of
+            self.patterns = Ages(rules, default)
+            self.by_key = self.patterns.of
         self.longest = None if None in ages else max(age for age in ages if age is not None)
 
     @property

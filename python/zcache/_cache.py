@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from zcache._ages import MaxAges
+from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
@@ -21,6 +22,7 @@ from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
 from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
+from zcache._source.missing import MissingKeyErrors
 from zcache._source.slicing import slices_like_python
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Cache:
         Seconds; see `MaxAges`.
     stale_if_error : float
         Seconds; see `CacheStore`.
+    cache_missing, missing_max_age
+        See `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
     offline, verify, adopt, source_id, clock
@@ -69,6 +73,8 @@ class Cache:
         metadata_max_age: Age | None = None,
         stale_if_error: float = 0,
         offline: bool = False,
+        cache_missing: bool = True,
+        missing_max_age: Age = MISSING_MAX_AGE,
         token: str | None = None,
         verify: str = "first",
         adopt: bool = False,
@@ -84,6 +90,8 @@ class Cache:
         self.ages = MaxAges(max_age, metadata_max_age)
         self.stale_if_error = stale_if_error
         self.offline = offline
+        self.cache_missing = cache_missing
+        self.missing_max_age = missing_max_age
         self.verify = verify
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
@@ -107,14 +115,19 @@ class Cache:
         self._member = Member({**limits, "verify": self.backend.verify or verify})
         self.shared.join(self._member)
         self._make_queue()
+        missing_age = (
+            math.inf if missing_max_age == "infinity" or offline else float(missing_max_age)
+        )
         self.reader = Reader(
             self.backend,
             ages=MaxAges("infinity") if offline else self.ages,
+            missing_max_age=missing_age if cache_missing else 0.0,
             offline=offline,
             stale_if_error=stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
         )
+        self.missing_key_errors = MissingKeyErrors()
         self.lister = Lister(self.shared.listings)
         self.writer = Writer(self.backend, self.lister, describe(source))
         # Others have used the cache store before.
@@ -168,6 +181,8 @@ class Cache:
         return {
             "hits": counters.reads.hits,
             "misses": counters.reads.misses,
+            "negative_hits": counters.reads.negative_hits,
+            "missing_keys": self.shared.handle.index.absences,
             "evictions": evictions - before[2],
             "expirations": expirations - before[3],
             "refusals": refusals - before[4],

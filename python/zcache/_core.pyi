@@ -61,6 +61,9 @@ PENDING: Final[int]
 
 _Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]
+_AbsenceAges: TypeAlias = tuple[float, float | None]
+"""Seconds below which an absence counts; and, if it is that of a metadata document, the age below which another
+document of its node has to be cached (None for any)."""
 _Reserve: TypeAlias = Granted | NeedsEviction | Rejected
 
 class CorruptIndexError(RuntimeError):
@@ -168,13 +171,23 @@ class ReadCounters:
 
     hits: int
     misses: int
+    negative_hits: int
 
     def __new__(cls) -> ReadCounters: ...
+    def count_negative_hit(self) -> None:
+        """Count a read that was answered by an absence."""
+
     def count_hit(self) -> None:
         """Count a read that was served by the cache."""
 
     def count_miss(self) -> None:
         """Count a read that was not."""
+
+    def recount_as_negative_hit(self) -> None:
+        """Say that what was counted as a miss was answered by an absence."""
+
+    def recount_negative_as_miss(self) -> None:
+        """Say that what was counted as a negative hit was none."""
 
     def retract_miss(self) -> None:
         """Take a miss back, because the same read is looked up once more."""
@@ -266,9 +279,18 @@ class Index:
         """Flights that are open, and reservations that are not committed."""
 
     def lookup(
-        self, key: str, raw: _Range = None, now: float = 0.0, max_age: float | None = None, /
-    ) -> int | tuple[str, int, int, int, int | None, int | None] | None:
+        self,
+        key: str,
+        raw: _Range = None,
+        now: float = 0.0,
+        max_age: float | None = None,
+        missing: _AbsenceAges | None = None,
+        /,
+    ) -> int | tuple[str, int, int, int, int | None, int | None] | Literal[False] | None:
         """Find what serves a request and is younger than `max_age` seconds; None counts as a miss.
+
+        False says that the source has no such key, by an absence of the ages `missing`. Without that argument
+        it says that there is an absence, of whatever age, and nothing was counted: then ask again with it.
 
         A whole value that needs no check is only its size. Anything else is name, size of the entry, first
         byte and number of bytes in it, and, where the bytes have to be compared with their checksum, a handle
@@ -276,9 +298,18 @@ class Index:
         """
 
     def peek(
-        self, key: str, raw: _Range, now: float, max_age: float | None = None, /
-    ) -> int | None:
-        """Number of bytes that would be served; counts and changes nothing."""
+        self,
+        key: str,
+        raw: _Range,
+        now: float,
+        max_age: float | None = None,
+        missing: _AbsenceAges | None = None,
+        /,
+    ) -> int | Literal[False] | None:
+        """Number of bytes that would be served; counts and changes nothing.
+
+        False says that the source has no such key; only with `missing`.
+        """
 
     def discard(
         self,
@@ -311,6 +342,7 @@ class Index:
         now: float,
         anyway: bool,
         max_age: float | None = None,
+        missing: _AbsenceAges | None = None,
         /,
     ) -> int | tuple[_Range, Any] | Literal[False] | None:
         """Join the flight that brings these bytes, or open one, which replaces what is older than `max_age`.
@@ -322,13 +354,23 @@ class Index:
         tuple
             The byte range and payload of the flight to wait for.
         None
-            Look again: the bytes are cached by now. Never with `anyway`.
+            Look again: the bytes are cached by now, which is never said with `anyway`; or the source is
+            known by now to have no such key.
         False
             The key cannot be cached.
         """
 
     def complete_flight(self, key: str, ticket: int, /) -> None:
         """Close the flight of a ticket; nothing happens if it is closed."""
+
+    def commit_absence(
+        self, key: str, ticket: int, fetched: float, now: float, kept: bool, /
+    ) -> list[_Victim]:
+        """Say that the source has no such key; closes the flight of the ticket.
+
+        Unless that is void, the entries of the key go, and it is remembered as missing if that is to be
+        `kept`. Returns what to delete.
+        """
 
     def abort_flight(self, key: str, flight: object, /) -> None:
         """Close the flight with this payload, whose reader cannot go on."""
@@ -403,13 +445,44 @@ class Index:
         """Drop a key that the source does not have."""
 
     def invalidate(self, prefix: str, begins: bool | None = None, /) -> None:
-        """Make void the flights and writes below a prefix ("" is everything); then `drain_prefix`.
+        """Make void the flights and writes below a prefix ("" is everything).
+
+        Then `drain_prefix` and `drain_absences`.
 
         With `begins` a change of all that begins (True) or ends (False).
         """
 
     def drain_prefix(self, prefix: str, /) -> list[_Victim]:
         """Drop entries below a prefix, a batch at a time; to be called until it returns nothing."""
+
+    def drain_absences(self, prefix: str, /) -> bool:
+        """End absences below a prefix, a batch at a time; to be called until it returns False."""
+
+    @property
+    def absences(self) -> int:
+        """Keys that are remembered as missing, as of the last step; takes no lock."""
+
+    @property
+    def max_absences(self) -> int:
+        """Keys that may be remembered as missing."""
+
+    def absent_keys(self) -> list[str]:
+        """Keys that are remembered as missing, least recently used first."""
+
+    def next_keys(
+        self,
+        prefix: str,
+        now: float,
+        max_age: float | None,
+        ages: Ages | None = None,
+        cursor: tuple[int, int] | None = None,
+        /,
+    ) -> tuple[list[str], tuple[int, int] | None]:
+        """Some keys at or below a prefix of which something can be served, and where to go on.
+
+        What is younger than `max_age` seconds can, or than `ages` says of its key.
+        That is None at the end. A key that stays cached comes exactly once.
+        """
 
     def stats(self) -> tuple[int, int, int, int, int]:
         """Hits, misses, evictions, expirations and rejections since the index was opened; takes no lock."""

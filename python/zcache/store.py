@@ -10,16 +10,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from zarr.abc.store import Store, SupportsSyncStore
+from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
+from zarr.core.common import concurrent_map
 from zarr.core.config import config
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
+from zcache._ages import MISSING_MAX_AGE
+from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
+from zcache._index.keys import CachedKeys
 from zcache._options import (
     capacity_of,
     check_cache_store,
@@ -39,10 +43,11 @@ from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from
 from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
 from zcache._runtime.buffers import snapshot
 from zcache._runtime.coroutines import run_without_loop
-from zcache._runtime.io import IO, SyncIO
+from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show
 from zcache._source.identity import EPHEMERAL
+from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
 from zcache._source.urls import redact
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
@@ -117,6 +122,17 @@ class CacheStore(Store):
         volume of a directory, and else of the memory, or of what the control group of the process may use
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
         None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
+    cache_missing : bool, optional
+        Whether a key that the source does not have is remembered as missing, so that it is not asked for
+        again. Default is True. Metadata documents are, too, as long as another document of their node is
+        cached, such as ``zarr.json`` beside ``.zarray``; before that each look for them asks the source. Set
+        it to False where others add keys to the source that must be seen at once.
+    missing_max_age_seconds : float or "infinity", optional
+        Seconds, from 0 on and fractions allowed, for which that is remembered; not longer than the maximum
+        age of a value of that key. Default is 300. Set it lower where others add chunks that must be seen
+        soon, and to "infinity" for data that nobody changes. One key for each 256 bytes of `max_size` is
+        remembered, at least 1,024 and at most 2**20, the most recently used; each takes about 64 bytes in
+        the index, and none of `max_size`.
     cache_set_data : bool, optional
         Whether values that are written are cached as well. Default is True; set it to False where
         what is written is not read again soon.
@@ -195,6 +211,8 @@ class CacheStore(Store):
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         stale_if_error: float | Literal["infinity"] = 0,
         offline: bool | None = None,
+        cache_missing: bool = True,
+        missing_max_age_seconds: float | Literal["infinity"] | None = MISSING_MAX_AGE,
         read_only: bool | None = None,
         verify: Literal["first", "always", "never"] = "first",
         adopt: bool = False,
@@ -209,6 +227,7 @@ class CacheStore(Store):
         elif isinstance(cache_store, (str, os.PathLike)):
             cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)
+        check_flag("cache_missing", cache_missing)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)
         if read_only is not None:
@@ -225,6 +244,8 @@ class CacheStore(Store):
             metadata_max_age=None
             if metadata_max_age_seconds is None
             else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
+            cache_missing=cache_missing,
+            missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
             adopt=adopt,
             source_id=check_source_id(source_id),
@@ -248,7 +269,7 @@ class CacheStore(Store):
         self._reader = cache.reader
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
-        self._syncable = _is_sync(store) and _is_sync(cache.cache)
+        self._syncable = is_sync(store) and is_sync(cache.cache)
 
     def _derive(self, store: Store) -> CacheStore:
         derived = type(self).__new__(type(self))
@@ -286,6 +307,16 @@ class CacheStore(Store):
     def metadata_max_age_seconds(self) -> Age | None:
         """The same for metadata documents; None where `max_age_seconds` says it."""
         return self._cache.ages.metadata
+
+    @property
+    def cache_missing(self) -> bool:
+        """Whether keys that the source does not have are remembered."""
+        return self._cache.cache_missing
+
+    @property
+    def missing_max_age_seconds(self) -> Age:
+        """Seconds for which they are at most, or "infinity"."""
+        return self._cache.missing_max_age
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -329,7 +360,9 @@ class CacheStore(Store):
         dict
             ``hits`` (reads served by the cache: by its store, or by a value on its way there), ``misses``
             (reads that were not), ``evictions`` (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
-            by requests, 0.0 where there were none); then ``expirations`` (evictions of stale
+            by requests, 0.0 where there were none); then ``negative_hits`` (reads that were answered because
+            the key was known to be missing: neither hits nor misses), ``missing_keys`` (keys that are
+            remembered as missing now, as far as this process has looked), ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
             gone, of another length or against their checksum), ``stale_hits`` (hits that were too old, because the
@@ -348,6 +381,95 @@ class CacheStore(Store):
             "hit_rate": first["hits"] / total if total else 0.0,
             **counts,
         }
+
+    def is_cached(self, key: str, byte_range: ByteRequest | None = None) -> bool:
+        """Tell whether a read would be served by the cache store.
+
+        Parameters
+        ----------
+        key : str
+            The key.
+        byte_range : ByteRequest, optional
+            The part of its value; a cached full value has all parts. Default is None: the full value.
+
+        Returns
+        -------
+        bool
+            False also for a value that is too old to be served, for one that is still on its way into the
+            cache store (see `drain`), and for a key that is only known to be missing.
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        try:
+            parsed = to_byte_range(byte_range)
+        except ValueError:
+            return False
+        if not is_cacheable_key(key):
+            return False
+        now, age = self._reader.now(), self._reader.ages.of(key)
+        return self._cache.ask(lambda index: index.peek(key, parsed, now, age)) is not None
+
+    def cached_keys(self, prefix: str = "") -> CachedKeys:
+        """Go through the keys of which something can be served from the cache store.
+
+        Parameters
+        ----------
+        prefix : str, optional
+            A key or a directory: only that key and those below it. Default is "", all.
+
+        Returns
+        -------
+        CachedKeys
+            An iterator over keys, for ``for`` and for ``async for``, in no order. It takes them from the
+            index a batch at a time, as they are then. Each key that is cached all the time comes once,
+            whatever happens to others meanwhile; one that goes and comes back may come twice.
+
+        Raises
+        ------
+        IndexLockTimeout
+            While iterating: another process holds the lock of the index for more than a second.
+        """
+        return CachedKeys(self._cache.shared, self._reader.ages, self._io, prefix)
+
+    async def invalidate(self, prefix: str = "") -> int:
+        """Forget what is cached, so that it is read from the source again. The source stays as it is.
+
+        Parameters
+        ----------
+        prefix : str, optional
+            A key or a directory: that key, with all its byte ranges, and all keys below it. Default is "",
+            everything.
+
+        Returns
+        -------
+        int
+            How many entries were forgotten: full values and byte ranges. Keys that are remembered as missing
+            are forgotten as well, but not counted.
+
+        Raises
+        ------
+        IndexLockTimeout, CacheUnreachableError
+            If other processes that use the cache directory cannot be told.
+        """
+        return await self._writer.invalidate(self._io, prefix)
+
+    def invalidate_sync(self, prefix: str = "") -> int:
+        """Forget the same without an event loop; see `invalidate`.
+
+        Raises
+        ------
+        SyncNotSupportedError
+            A `TypeError`: the cache store has no synchronous methods.
+        """
+        if self._cache.backend.needs_loop:
+            raise SyncNotSupportedError(
+                f"invalidate_sync needs a cache store with synchronous methods, but {show(self._cache_store)} "
+                "has none. Use invalidate instead."
+            )
+        return run_without_loop(self._writer.invalidate(self._sync_io, prefix))
 
     async def clear_cache(self) -> None:
         """Empty the cache. The source stays as it is, and so does what zcache did not write."""
@@ -401,6 +523,8 @@ class CacheStore(Store):
             or self.metadata_max_age_seconds != other.metadata_max_age_seconds
             or self._cache.stale_if_error != other._cache.stale_if_error
             or self._cache.offline != other._cache.offline
+            or self.cache_missing != other.cache_missing
+            or self.missing_max_age_seconds != other.missing_max_age_seconds
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -441,6 +565,8 @@ class CacheStore(Store):
                 "metadata_max_age": cache.ages.metadata,
                 "stale_if_error": cache.stale_if_error,
                 "offline": cache.offline,
+                "cache_missing": cache.cache_missing,
+                "missing_max_age": cache.missing_max_age,
                 "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
@@ -526,7 +652,7 @@ class CacheStore(Store):
 
     @property
     def _supports_sync_io(self) -> bool:
-        return _is_sync(self._store) and _is_sync(self._cache_store)
+        return is_sync(self._store) and is_sync(self._cache_store)
 
     # ------------------------------------------------------------- reads
 
@@ -550,6 +676,9 @@ class CacheStore(Store):
             return value
         if hit is None:
             return await self._reader.fetch(self._io, key, prototype, byte_range, parsed)
+        if hit is ABSENT:
+            self._reader.begin(self._io)
+            return None
         return await self._reader.get(self._io, key, prototype, byte_range, parsed, hit)
 
     def get_sync(
@@ -591,7 +720,14 @@ class CacheStore(Store):
 
         fetch = from_partial_values(self._source, prototype, requests)
         values: list[Buffer | None] = [None] * len(requests)
-        batch = Batch(self._reader, self._io, prototype, requests, fetch)
+        batch = Batch(
+            self._reader,
+            self._io,
+            prototype,
+            requests,
+            fetch,
+            trusts_absences=self._cache.offline or finds_none_in_many(self._store),
+        )
         async with contextlib.aclosing(batch.run()) as groups:
             async for group in groups:
                 for number, value in group:
@@ -689,8 +825,10 @@ class CacheStore(Store):
         async with contextlib.aclosing(groups):
             async for group in groups:
                 if any(value is None for _, value in group):
-                    missing = FileNotFoundError(requests[0][0])
-                    raise BaseExceptionGroup("a range of a missing key was asked for", [missing])
+                    ranges = [byte_range for _, byte_range in requests]
+                    await raise_for_ranges(
+                        requests[0][0], ranges, prototype, sync=io.loop() is None
+                    )
                 yield group
 
     async def _get_many(
@@ -717,18 +855,22 @@ class CacheStore(Store):
 
     async def exists(self, key: str) -> bool:
         # docstring inherited
-        if await self._cached_size(key) is not None:
-            return True
+        size = await self._cached_size(key)
+        if size is not None:
+            return size is not ABSENT
         try:
             return bool(await self._source.exists(key))
         except Exception as error:
-            if await self._reader.stale.size(error, self._io, key) is None:
+            size = await self._reader.stale.size(error, self._io, key)
+            if size is None:
                 raise
-            return True
+            return size is not ABSENT
 
     async def getsize(self, key: str) -> int:
         # docstring inherited
         size = await self._cached_size(key)
+        if size is ABSENT:
+            return await self._cache.missing_key_errors.getsize(self._source, key)
         if size is not None:
             return size
         try:
@@ -737,9 +879,25 @@ class CacheStore(Store):
             size = await self._reader.stale.size(error, self._io, key)
             if size is None:
                 raise
+            if size is ABSENT:
+                raise FileNotFoundError(key) from None
             return size
 
-    async def _cached_size(self, key: str) -> int | None:
+    async def getsize_prefix(self, prefix: str) -> int:
+        # docstring inherited
+        if prefix and not prefix.endswith("/"):
+            prefix += "/"
+
+        async def size_of(key: str) -> int:
+            if await self._cached_size(key) is ABSENT:
+                # It was listed now, so that it was missing before says nothing.
+                return int(await self._source.getsize(key))
+            return await self.getsize(key)
+
+        keys = [(key,) async for key in self.list_prefix(prefix)]
+        return sum(await concurrent_map(keys, size_of, limit=config.get("async.concurrency")))
+
+    async def _cached_size(self, key: str) -> int | Literal[False] | None:
         return await self._reader.cached_size(self._io, key) if is_cacheable_key(key) else None
 
     # ------------------------------------------------------------ writes
@@ -800,7 +958,7 @@ class CacheStore(Store):
 
     def _check_sync(self, method: str) -> None:
         for name, store in (("source", self._store), ("cache store", self._cache_store)):
-            if not _is_sync(store):
+            if not is_sync(store):
                 raise SyncNotSupportedError(
                     f"{method} needs stores with synchronous methods, but the {name} "
                     f"{show(store)} has none. Use {method.removesuffix('_sync')} instead."
@@ -837,11 +995,6 @@ def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None
         work(*args)
 
     return call
-
-
-def _is_sync(store: Store) -> bool:
-    """Whether a store can do without an event loop now, as zarr's codec pipeline asks."""
-    return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
 
 
 def _size_and_entries(index: Index) -> tuple[int, int]:

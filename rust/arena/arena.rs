@@ -35,6 +35,8 @@ pub enum List {
     DeleteFailed,
     /// `Writing` and `Deleting` entries.
     InProgress,
+    /// Absences, least recently used first.
+    Absences,
 }
 
 impl<S: Storage> Arena<S> {
@@ -136,6 +138,7 @@ impl<S: Storage> Arena<S> {
             List::FetchTime => &mut header.fetch_time,
             List::DeleteFailed => &mut header.delete_failed,
             List::InProgress => &mut header.in_progress,
+            List::Absences => &mut header.absence_order,
         }
     }
 
@@ -147,6 +150,7 @@ impl<S: Storage> Arena<S> {
             List::FetchTime => self.header().fetch_time,
             List::DeleteFailed => self.header().delete_failed,
             List::InProgress => self.header().in_progress,
+            List::Absences => self.header().absence_order,
         }
     }
 
@@ -158,8 +162,7 @@ impl<S: Storage> Arena<S> {
         if i == 0 {
             return Ok(None);
         }
-        let cell = self.get(i)?;
-        if cell.is_entry() && list.holds(cell.state()) {
+        if list.holds(self.get(i)?) {
             Ok(Some(i))
         } else {
             Err(WRONG_STATE)
@@ -233,13 +236,16 @@ impl<S: Storage> Arena<S> {
 }
 
 impl List {
-    /// Whether entries in this state belong to the list.
-    pub(crate) fn holds(self, state: State) -> bool {
-        match self {
+    /// Whether such a cell belongs to the list.
+    pub(crate) fn holds(self, cell: &Cell) -> bool {
+        let state = cell.state();
+        let is_in_state = match self {
             List::Recency | List::FetchTime => state == State::Live,
             List::DeleteFailed => state == State::DeleteFailed,
             List::InProgress => matches!(state, State::Writing | State::Deleting),
-        }
+            List::Absences => return matches!(cell.kind(), Ok(Kind::Absent)),
+        };
+        cell.is_entry() && is_in_state
     }
 }
 

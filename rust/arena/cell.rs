@@ -26,6 +26,8 @@ pub enum Kind {
     Offset = 5,
     /// Entry: a `SuffixByteRequest`.
     Suffix = 6,
+    /// An absence: the source has no such key. It stands for no bytes, so it is no entry.
+    Absent = 7,
 }
 
 /// Where an entry stands between its reservation and the deletion of its bytes.
@@ -46,24 +48,25 @@ pub enum State {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Cell {
-    /// Recency list (or list of failed deletes), towards the least recent. Dir, Object: first
-    /// child. Free: next free cell.
+    /// Recency list (or list of failed deletes, or of absences), towards the least recent. Dir,
+    /// Object: first child that is no absence. Free: next free cell.
     pub older: u32,
-    /// Recency list (or list of failed deletes), towards the most recent. Dir, Object: number of
-    /// children.
+    /// Recency list (or list of failed deletes, or of absences), towards the most recent. Dir,
+    /// Object: number of those children.
     pub newer: u32,
     /// List by fetch time, towards the earliest. Entry in progress: the participant (plus one) that
-    /// writes or deletes it. Object: the child with most bytes, or 0.
+    /// writes or deletes it. Object: the child with most bytes, or 0. Dir: first absence in it.
     pub earlier: u32,
-    /// List by fetch time, towards the latest. Object: the newest child, or 0.
+    /// List by fetch time, towards the latest. Object: the newest child, or 0. Dir: number of
+    /// absences in it. Absent: the epoch in which it was learned.
     pub later: u32,
-    /// Previous child of the same parent.
+    /// Previous child (or absence) of the same parent.
     pub left: u32,
-    /// Next child of the same parent.
+    /// Next child (or absence) of the same parent.
     pub right: u32,
     /// The Dir or Object that this cell is a child of; 0 for the root and for free cells.
     pub parent: u32,
-    /// CRC32C of the value; see [`Cell::checksum`].
+    /// CRC32C of the value; see [`Cell::checksum`]. Dir: most slashes in the name of an absence in it.
     checksum: u32,
     /// Entry: bytes of the value, and above them a check; see [`Cell::size`]. Dir, Object: hash of the path
     /// from the root.
@@ -109,6 +112,7 @@ impl Cell {
             4 => Kind::Range,
             5 => Kind::Offset,
             6 => Kind::Suffix,
+            7 => Kind::Absent,
             _ => return Err(Error::Corrupt("invalid kind of cell")),
         })
     }
@@ -242,6 +246,36 @@ impl Cell {
             Some(_) => self.bits & !NO_CHECKSUM,
             None => self.bits | NO_CHECKSUM,
         };
+    }
+
+    /// First of the children of a Dir or Object that are absences, or that are not; and their number.
+    #[must_use]
+    pub(crate) fn children(&self, of_absences: bool) -> [u32; 2] {
+        if of_absences {
+            [self.earlier, self.later]
+        } else {
+            [self.older, self.newer]
+        }
+    }
+
+    /// Sets the same.
+    pub(crate) fn set_children(&mut self, of_absences: bool, [first, count]: [u32; 2]) {
+        if of_absences {
+            (self.earlier, self.later) = (first, count);
+        } else {
+            (self.older, self.newer) = (first, count);
+        }
+    }
+
+    /// Most slashes in the name of an absence that is, or was, in this directory.
+    #[must_use]
+    pub(crate) fn absent_depth(&self) -> u32 {
+        self.checksum
+    }
+
+    /// Sets the same.
+    pub(crate) fn set_absent_depth(&mut self, slashes: u32) {
+        self.checksum = slashes;
     }
 
     /// Whether the bytes were compared with their checksum. Meaningless in a shared index, where

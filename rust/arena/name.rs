@@ -16,7 +16,8 @@ impl<S: Storage> Arena<S> {
     /// The key of a cell, and which bytes of it the cell holds.
     pub(crate) fn name(&self, i: u32) -> Result<(String, ByteRange)> {
         let cell = *self.get(i)?;
-        let is_range = !matches!(cell.kind()?, Kind::Value | Kind::Object | Kind::Dir);
+        let kind = cell.kind()?;
+        let is_range = matches!(kind, Kind::Range | Kind::Offset | Kind::Suffix);
         let range = if is_range {
             self.byte_range(i)?
         } else {

@@ -29,6 +29,8 @@ pub struct Header {
     pub entries: u64,
     /// `Live` entries.
     pub live_entries: u64,
+    /// Absences.
+    pub absences: u64,
     /// First free cell, or 0.
     pub free: u32,
     /// Cells in the list of free ones.
@@ -45,6 +47,8 @@ pub struct Header {
     pub delete_failed: [u32; 2],
     /// Entries that are being written or deleted.
     pub in_progress: [u32; 2],
+    /// Absences in the order of use: next to go, last to go.
+    pub absence_order: [u32; 2],
     /// Segments of the hash table.
     pub segments: u32,
     /// Words of the string arena that were ever used, word 0 included; those after them are

@@ -27,15 +27,16 @@ impl<S: Storage> Arena<S> {
         while at != 0 && found.len() < limit {
             step()?;
             let cell = self.get(at)?;
-            if matches!(cell.kind()?, Kind::Dir | Kind::Object) {
-                if cell.older == 0 {
-                    return Err(EMPTY);
+            match cell.kind()? {
+                Kind::Dir | Kind::Object if cell.older != 0 => {
+                    at = cell.older;
+                    continue;
                 }
-                at = cell.older;
-                continue;
-            }
-            if want(self, at)? {
-                found.push(at);
+                // One that holds absences only.
+                Kind::Dir if cell.children(true)[0] != 0 => {}
+                Kind::Dir | Kind::Object => return Err(EMPTY),
+                _ if want(self, at)? => found.push(at),
+                _ => {}
             }
             let mut climb = at;
             loop {
@@ -74,6 +75,52 @@ impl<S: Storage> Arena<S> {
                 }
                 _ if want(self, at)? => found.push(at),
                 _ => {}
+            }
+            at = cell.right;
+        }
+        Ok(found)
+    }
+
+    /// Up to `limit` absences below the directory `top`. Takes time in proportion to what is found,
+    /// and to the entries and directories below it.
+    pub(crate) fn absences_below(&self, top: u32, limit: usize) -> Result<Vec<u32>> {
+        let mut found = self.absences_in(top, limit, |_, _| Ok(true))?;
+        let mut dirs = vec![top];
+        let mut steps = self.storage.cells().len();
+        while let Some(dir) = dirs.pop() {
+            let mut at = self.get(dir)?.older;
+            while at != 0 && found.len() < limit {
+                steps = steps.checked_sub(1).ok_or(CYCLE)?;
+                let cell = self.get(at)?;
+                if cell.kind()? == Kind::Dir {
+                    let rest = limit - found.len();
+                    found.extend(self.absences_in(at, rest, |_, _| Ok(true))?);
+                    dirs.push(at);
+                }
+                at = cell.right;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Up to `limit` absences in the directory `dir` itself that `want` accepts.
+    pub(crate) fn absences_in(
+        &self,
+        dir: u32,
+        limit: usize,
+        mut want: impl FnMut(&Self, u32) -> Result<bool>,
+    ) -> Result<Vec<u32>> {
+        let mut found = Vec::new();
+        let mut steps = self.storage.cells().len();
+        let [mut at, _] = self.get(dir)?.children(true);
+        while at != 0 && found.len() < limit {
+            steps = steps.checked_sub(1).ok_or(CYCLE)?;
+            let cell = self.get(at)?;
+            if cell.kind()? != Kind::Absent {
+                return Err(Error::Corrupt("tree: an absence that is none"));
+            }
+            if want(self, at)? {
+                found.push(at);
             }
             at = cell.right;
         }

@@ -32,6 +32,11 @@ struct Located {
     below: Option<(u32, u64)>,
 }
 
+/// Slashes in the part of a key that its cell has as its name.
+pub(super) fn tail_slashes(key: &str) -> u32 {
+    key::split(key).1.matches('/').count() as u32
+}
+
 fn salt(kind: Kind, packing: Packing) -> u8 {
     kind as u8 | (packing as u8) << 4
 }
@@ -218,17 +223,38 @@ impl<S: Storage> Arena<S> {
         }
     }
 
+    /// The absence of a key.
+    pub(crate) fn find_absence(&self, key: &str) -> Result<Option<u32>> {
+        self.find_key(key, Kind::Absent)
+    }
+
+    /// Makes the cell of an absence, with its directories; `None` where it exists.
+    pub(crate) fn insert_absence(&mut self, key: &str) -> Result<Option<u32>> {
+        let made = self.insert_as(Kind::Absent, key, ByteRange::Full)?;
+        if let Some(i) = made {
+            let slashes = tail_slashes(key);
+            let parent = self.get(i)?.parent;
+            let dir = self.get_mut(parent)?;
+            dir.set_absent_depth(dir.absent_depth().max(slashes));
+        }
+        Ok(made)
+    }
+
     /// Makes the cell of an entry, with its directories; `None` where it exists.
     pub(crate) fn insert(&mut self, key: &str, range: ByteRange) -> Result<Option<u32>> {
+        self.insert_as(Kind::of(range), key, range)
+    }
+
+    fn insert_as(&mut self, kind: Kind, key: &str, range: ByteRange) -> Result<Option<u32>> {
         let (dirs, label) = packing::split(key);
         if range == ByteRange::Full {
-            let Located { found, below } = self.locate(dirs, &label, Kind::Value)?;
+            let Located { found, below } = self.locate(dirs, &label, kind)?;
             if found.is_some() {
                 return Ok(None);
             }
             if let Some((dir, hash)) = below {
                 self.ensure(1)?;
-                return self.add_child(dir, Kind::Value, &label, hash).map(Some);
+                return self.add_child(dir, kind, &label, hash).map(Some);
             }
         } else if self.find(key, range)?.is_some() {
             return Ok(None);
@@ -236,7 +262,7 @@ impl<S: Storage> Arena<S> {
         // All cells first, so that what follows cannot run out of them half way.
         self.ensure(dirs.bytes().filter(|c| *c == b'/').count() + 2)?;
         let mut at = ROOT;
-        let made = self.insert_below(&mut at, dirs, &label, range);
+        let made = self.insert_below(&mut at, kind, dirs, &label, range);
         if made.is_err() {
             // Strings or hash table cannot grow: remove the directories that were made in vain.
             self.prune(at)?;
@@ -248,6 +274,7 @@ impl<S: Storage> Arena<S> {
     fn insert_below(
         &mut self,
         at: &mut u32,
+        kind: Kind,
         dirs: &str,
         label: &Label,
         range: ByteRange,
@@ -267,8 +294,8 @@ impl<S: Storage> Arena<S> {
             *at = self.find_or_add_child(*at, Kind::Object, &label)?;
             label = Label::Raw(numbers.bytes());
         }
-        let hash = self.hash_below(*at, Kind::of(range), &label)?;
-        self.add_child(*at, Kind::of(range), &label, hash)
+        let hash = self.hash_below(*at, kind, &label)?;
+        self.add_child(*at, kind, &label, hash)
     }
 
     fn find_or_add_child(&mut self, parent: u32, kind: Kind, label: &Label) -> Result<u32> {
@@ -280,7 +307,8 @@ impl<S: Storage> Arena<S> {
     }
 
     fn add_child(&mut self, parent: u32, kind: Kind, label: &Label, hash: u64) -> Result<u32> {
-        let first = self.get(parent)?.older;
+        let is_absence = kind == Kind::Absent;
+        let [first, count] = self.get(parent)?.children(is_absence);
         let mut cell = Cell::new(kind);
         cell.parent = parent;
         cell.right = first;
@@ -296,9 +324,8 @@ impl<S: Storage> Arena<S> {
         if first != 0 {
             self.get_mut(first)?.left = i;
         }
-        let above = self.get_mut(parent)?;
-        above.older = i;
-        above.newer = above.newer.checked_add(1).ok_or(OVERFLOW)?;
+        let count = count.checked_add(1).ok_or(OVERFLOW)?;
+        self.get_mut(parent)?.set_children(is_absence, [i, count]);
         Ok(i)
     }
 
@@ -328,8 +355,10 @@ impl<S: Storage> Arena<S> {
     fn remove_child(&mut self, i: u32) -> Result<()> {
         self.table_remove(self.hash_of(i)?, i)?;
         let cell = *self.get(i)?;
+        let is_absence = cell.kind()? == Kind::Absent;
+        let [mut first, count] = self.get(cell.parent)?.children(is_absence);
         if cell.left == 0 {
-            self.get_mut(cell.parent)?.older = cell.right;
+            first = cell.right;
         } else {
             self.get_mut(cell.left)?.right = cell.right;
         }
@@ -340,10 +369,13 @@ impl<S: Storage> Arena<S> {
             self.paths.remove(i);
         }
         let above = self.get_mut(cell.parent)?;
-        above.newer = above
-            .newer
+        let count = count
             .checked_sub(1)
             .ok_or(Error::Corrupt("tree: more children than counted"))?;
+        above.set_children(is_absence, [first, count]);
+        if is_absence && count == 0 {
+            above.set_absent_depth(0);
+        }
         if above.kind()? == Kind::Object {
             above.forget_hint(i);
         }
@@ -354,10 +386,11 @@ impl<S: Storage> Arena<S> {
     fn prune(&mut self, mut i: u32) -> Result<()> {
         while i != ROOT {
             let cell = self.get(i)?;
-            if !matches!(cell.kind()?, Kind::Dir | Kind::Object) {
+            let kind = cell.kind()?;
+            if !matches!(kind, Kind::Dir | Kind::Object) {
                 return Err(Error::Corrupt("tree: a parent that is no directory"));
             }
-            if cell.older != 0 {
+            if cell.older != 0 || kind == Kind::Dir && cell.children(true)[0] != 0 {
                 break;
             }
             let parent = cell.parent;

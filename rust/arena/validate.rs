@@ -4,7 +4,7 @@ use super::arena::{Arena, List, OVERFLOW, ROOT, WRONG_STATE};
 use super::cell::{Kind, State};
 use super::hash_table::SEGMENT;
 use super::storage::{STRING_SIZES, Storage};
-use super::tree::EMPTY;
+use super::tree::{EMPTY, tail_slashes};
 use crate::error::{Error, Result};
 
 fn check(holds: bool, what: &'static str) -> Result<()> {
@@ -52,6 +52,7 @@ struct Totals {
     entries: u64,
     live: u64,
     failed: u64,
+    absences: u64,
 }
 
 impl<S: Storage> Arena<S> {
@@ -87,6 +88,10 @@ impl<S: Storage> Arena<S> {
                 children += self.validate_children(i)?;
                 continue;
             }
+            if kind == Kind::Absent {
+                totals.absences += 1;
+                continue;
+            }
             totals.entries += 1;
             let size = cell.size()?;
             let add = |sum: u64| sum.checked_add(size).ok_or(OVERFLOW);
@@ -105,6 +110,7 @@ impl<S: Storage> Arena<S> {
         check(totals.live_bytes == header.live_bytes, "live bytes")?;
         check(totals.entries == header.entries, "count of entries")?;
         check(totals.live == header.live_entries, "count of live entries")?;
+        check(totals.absences == header.absences, "count of absences")?;
         for size in 1..=STRING_SIZES {
             for at in self.free_strings(size)? {
                 words.add(at, size)?;
@@ -126,6 +132,7 @@ impl<S: Storage> Arena<S> {
         let again = match kind {
             Kind::Dir => self.find_dir(&format!("{key}/"))?,
             Kind::Object => self.find_object(&key)?,
+            Kind::Absent => self.find_absence(&key)?,
             _ => self.find(&key, range)?,
         };
         check(again == Some(i), "tree: a key that leads to another cell")
@@ -134,19 +141,35 @@ impl<S: Storage> Arena<S> {
     /// Returns the number of children.
     fn validate_children(&self, i: u32) -> Result<u64> {
         let parent = *self.get(i)?;
-        let (mut at, mut before, mut count) = (parent.older, 0, 0u32);
-        while at != 0 {
-            let cell = self.get(at)?;
-            check(
-                cell.parent == i && cell.left == before,
-                "tree: a child of another parent",
-            )?;
-            count += 1;
-            check(count <= parent.newer, "tree: more children than counted")?;
-            (before, at) = (at, cell.right);
+        let mut all = 0;
+        let kinds = match parent.kind()? {
+            Kind::Dir => &[false, true][..],
+            _ => &[false],
+        };
+        for &of_absences in kinds {
+            let [mut at, counted] = parent.children(of_absences);
+            let (mut before, mut count) = (0, 0u32);
+            while at != 0 {
+                let cell = self.get(at)?;
+                let is_absence = cell.kind()? == Kind::Absent;
+                check(
+                    cell.parent == i && cell.left == before && is_absence == of_absences,
+                    "tree: a child of another parent",
+                )?;
+                if is_absence {
+                    check(
+                        tail_slashes(&self.name(at)?.0) <= parent.absent_depth(),
+                        "tree: an absence deeper than noted",
+                    )?;
+                }
+                count += 1;
+                check(count <= counted, "tree: more children than counted")?;
+                (before, at) = (at, cell.right);
+            }
+            check(count == counted, "tree: count of children")?;
+            all += count;
         }
-        check(count == parent.newer, "tree: count of children")?;
-        if count == 0 && i != ROOT {
+        if all == 0 && i != ROOT {
             return Err(EMPTY);
         }
         if parent.kind()? == Kind::Object {
@@ -159,7 +182,7 @@ impl<S: Storage> Arena<S> {
                 check(good, "tree: a hint that is no live child")?;
             }
         }
-        Ok(u64::from(count))
+        Ok(u64::from(all))
     }
 
     fn validate_free(&self, free: u64) -> Result<()> {
@@ -184,12 +207,13 @@ impl<S: Storage> Arena<S> {
                 List::InProgress,
                 totals.entries - totals.live - totals.failed,
             ),
+            (List::Absences, totals.absences),
         ] {
             let cells = self.list_cells(list)?;
             let (mut before, mut latest) = (0, 0);
             for &i in &cells {
                 let cell = self.get(i)?;
-                if !cell.is_entry() || !list.holds(cell.state()) {
+                if !list.holds(cell) {
                     return Err(WRONG_STATE);
                 }
                 check(

@@ -126,6 +126,8 @@ pub struct Tally {
     pub(super) evictions: AtomicU64,
     pub(super) expirations: AtomicU64,
     pub(super) rejections: AtomicU64,
+    /// Absences, as of the last step that has changed their number here, or taken a shared index.
+    pub(super) absences: AtomicU64,
 }
 
 impl Tally {
@@ -139,6 +141,12 @@ impl Tally {
             expirations: self.expirations.load(Ordering::Relaxed),
             rejections: self.rejections.load(Ordering::Relaxed),
         }
+    }
+
+    /// Absences that the index was last seen to have.
+    #[must_use]
+    pub fn absences(&self) -> u64 {
+        self.absences.load(Ordering::Relaxed)
     }
 
     pub(super) fn add(counter: &AtomicU64, count: u64) {

@@ -48,6 +48,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.storage.check_place()?;
         self.release_reserved(&mut reservation);
         let victims = if self.is_valid(&reservation) {
+            self.drop_absence(&reservation.key)?;
             self.make_live(reservation.cell, checksum, fetched, now)?;
             Vec::new()
         } else {

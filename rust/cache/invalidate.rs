@@ -9,7 +9,9 @@ use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    fn drop_key(&mut self, key: &str) -> Result<Vec<Victim>> {
+    /// Drops what is known of a key: its entries, or that there is no such key.
+    pub(super) fn drop_key(&mut self, key: &str) -> Result<Vec<Victim>> {
+        self.drop_absence(key)?;
         let mut cells = Vec::new();
         cells.extend(self.arena.find(key, ByteRange::Full)?);
         if let Some(object) = self.arena.find_object(key)? {
@@ -76,7 +78,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Invalidates the flights and writes below a prefix ("" is everything). To be followed by
-    /// [`Cache::drain_prefix`].
+    /// [`Cache::drain_prefix`] and [`Cache::drain_absences`].
     pub fn invalidate_prefix(&mut self, prefix: &str) {
         let prefix = prefix.trim_end_matches('/');
         self.bump_version(prefix);
@@ -250,7 +252,7 @@ fn is_live<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
     Ok(arena.get(i)?.state() == State::Live)
 }
 
-fn is_below(key: &str, prefix: &str) -> bool {
+pub(super) fn is_below(key: &str, prefix: &str) -> bool {
     prefix.is_empty()
         || key
             .strip_prefix(prefix)

@@ -87,6 +87,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn hit(&mut self, key: &str, fresh: impl Into<Freshness>) -> Option<Option<u64>> {
         let fresh = fresh.into();
         let Some(i) = self.arena.find_chunk(key)? else {
+            if self.absences() != 0 {
+                return None;
+            }
             Tally::add(&self.tally.misses, 1);
             return Some(None);
         };
@@ -220,7 +223,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 }
 
-fn can_serve(cell: &Cell, fresh: Freshness) -> bool {
+pub(super) fn can_serve(cell: &Cell, fresh: Freshness) -> bool {
     cell.is_entry() && cell.state() == State::Live && !fresh.is_stale(cell.time())
 }
 

@@ -5,20 +5,24 @@
 //! without the lock. Each step answers with the deletes that it wants done; the caller reports every
 //! one of them back as deleted or failed.
 
+mod absent;
 mod cache;
 mod commit;
 mod entry;
 mod evict;
 mod in_flight;
 mod invalidate;
+mod keys;
 mod lookup;
 mod peers;
 mod reserve;
 mod verified;
 
+pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};
 pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
 pub use self::commit::Committed;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};
+pub use self::keys::Cursor;
 pub use self::lookup::Joined;
 pub use self::peers::{Participant, Peers, Version, WRITES};
 pub use self::reserve::{RejectReason, Reserve};

@@ -13,6 +13,14 @@ pub(super) struct Ages {
     default: Option<f64>,
 }
 
+impl Ages {
+    pub(super) fn of_key(&self, key: &str) -> Option<f64> {
+        let mut rules = self.rules.iter();
+        let found = rules.find(|(glob, _)| glob.matches(key));
+        found.map_or(self.default, |(_, age)| *age)
+    }
+}
+
 #[pymethods]
 impl Ages {
     #[new]
@@ -27,9 +35,6 @@ impl Ages {
     #[pyo3(signature = (key, /))]
     fn of(&self, key: &Bound<'_, PyString>) -> Option<f64> {
         // Lone surrogates are in no pattern, and never cached.
-        let key = key.to_str().unwrap_or_default();
-        let mut rules = self.rules.iter();
-        let found = rules.find(|(glob, _)| glob.matches(key));
-        found.map_or(self.default, |(_, age)| *age)
+        self.of_key(key.to_str().unwrap_or_default())
     }
 }

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use crate::arena::State;
-use crate::cache::{Found, Freshness, Limits, Verify, Victim};
+use crate::cache::{AbsenceAges, Found, Freshness, Limits, Verify, Victim};
 use crate::key::{self, ByteRange};
 
 /// A byte range as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
@@ -135,4 +135,20 @@ pub(super) fn hit<'py>(
         found.checksum,
     );
     Ok(hit.into_pyobject(py)?.into_any())
+}
+
+/// Seconds of [`AbsenceAges`].
+pub(super) type RawAges = (f64, Option<f64>);
+
+pub(super) fn absence_ages((own, node): RawAges) -> AbsenceAges {
+    AbsenceAges {
+        // Any age, if it is infinite.
+        own: own.is_finite().then(|| age(own)),
+        node: node.map(age),
+    }
+}
+
+/// Stands for a key that the source does not have.
+pub(super) fn absent(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    Ok(false.into_pyobject(py)?.to_owned().into_any())
 }

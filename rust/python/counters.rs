@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 pub(super) struct ReadCounters {
     hits: AtomicI64,
     misses: AtomicI64,
+    negative_hits: AtomicI64,
 }
 
 impl ReadCounters {
@@ -19,6 +20,11 @@ impl ReadCounters {
     pub(super) fn count(&self, hit: bool) {
         let counter = if hit { &self.hits } else { &self.misses };
         counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(super) fn count_negative(&self) {
+        self.negative_hits.fetch_add(1, Ordering::Relaxed);
     }
 
     fn read(counter: &AtomicI64) -> u64 {
@@ -43,11 +49,30 @@ impl ReadCounters {
         Self::read(&self.misses)
     }
 
+    #[getter]
+    fn negative_hits(&self) -> u64 {
+        Self::read(&self.negative_hits)
+    }
+
+    fn count_negative_hit(&self) {
+        self.count_negative();
+    }
+
     fn count_hit(&self) {
         self.count(true);
     }
 
     fn count_miss(&self) {
+        self.count(false);
+    }
+
+    fn recount_as_negative_hit(&self) {
+        self.misses.fetch_sub(1, Ordering::Relaxed);
+        self.count_negative();
+    }
+
+    fn recount_negative_as_miss(&self) {
+        self.negative_hits.fetch_sub(1, Ordering::Relaxed);
         self.count(false);
     }
 

@@ -12,18 +12,19 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
+use super::ages::Ages;
 use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
-    RawEntry, RawSpan, RawVictim, age, fresh, hit, known, limits, millis, raw_entries, raw_recency,
-    raw_span, raw_victims, span, when_to_verify,
+    RawAges, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit, known, limits,
+    millis, raw_entries, raw_recency, raw_span, raw_victims, span, when_to_verify,
 };
 use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
 use crate::arena::Heap;
-use crate::cache::{Cache, Joined, Tally};
+use crate::cache::{Answer, Cache, Cursor, Joined, Tally};
 use crate::error::Error;
 use crate::shared::SharedIndex;
 
@@ -132,7 +133,7 @@ impl Index {
         }
     }
 
-    #[pyo3(signature = (key, raw=None, now=0.0, max_age=None, /))]
+    #[pyo3(signature = (key, raw=None, now=0.0, max_age=None, missing=None, /))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
@@ -140,6 +141,7 @@ impl Index {
         raw: RawSpan,
         now: f64,
         max_age: Option<f64>,
+        missing: Option<RawAges>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let fresh = fresh(now, max_age);
         if raw.is_none()
@@ -156,28 +158,59 @@ impl Index {
             }
         }
         let span = span(raw)?;
-        let found = step!(self, py, |cache| {
-            let found = cache.lookup(key, span, fresh)?;
-            Ok(found.map(|found| (found, cache.must_verify(found.handle))))
+        let (answer, verify) = step!(self, py, |cache| {
+            let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            let verify = match answer {
+                Answer::Found(found) => cache.must_verify(found.handle),
+                _ => false,
+            };
+            Ok((answer, verify))
         })?;
-        self.count(found.is_some());
-        found
-            .map(|(found, verify)| hit(py, key, span, &found, verify))
-            .transpose()
+        match answer {
+            Answer::Found(found) => {
+                self.count(true);
+                hit(py, key, span, &found, verify).map(Some)
+            }
+            Answer::Unknown => {
+                self.count(false);
+                Ok(None)
+            }
+            Answer::Absent => {
+                if let Some(counters) = &self.counters {
+                    counters.get().count_negative();
+                }
+                absent(py).map(Some)
+            }
+            Answer::PerhapsAbsent => absent(py).map(Some),
+        }
     }
 
-    #[pyo3(signature = (key, raw, now, max_age=None, /))]
-    fn peek(
+    #[pyo3(signature = (key, raw, now, max_age=None, missing=None, /))]
+    fn peek<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         key: &str,
         raw: RawSpan,
         now: f64,
         max_age: Option<f64>,
-    ) -> PyResult<Option<u64>> {
+        missing: Option<RawAges>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
-        let found = step!(self, py, |cache| cache.peek(key, span, fresh))?;
-        Ok(found.map(|found| found.length))
+        let (found, is_absent) = step!(self, py, |cache| {
+            let found = cache.peek(key, span, fresh)?;
+            Ok(match missing {
+                Some(ages) if found.is_none() => (
+                    None,
+                    cache.knows_absent(key, fresh.now, absence_ages(ages))?,
+                ),
+                _ => (found, false),
+            })
+        })?;
+        if is_absent {
+            return absent(py).map(Some);
+        }
+        let length = found.map(|found| found.length.into_pyobject(py));
+        Ok(length.transpose()?.map(Bound::into_any))
     }
 
     #[pyo3(signature = (key, raw, now, size=None, max_age=None, /))]
@@ -221,7 +254,7 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (key, raw, flight, now, anyway, max_age=None, /))]
+    #[pyo3(signature = (key, raw, flight, now, anyway, max_age=None, missing=None, /))]
     #[allow(clippy::too_many_arguments)] // All that a look-up is about, and what is waited on.
     fn join<'py>(
         &self,
@@ -232,6 +265,7 @@ impl Index {
         now: f64,
         anyway: bool,
         max_age: Option<f64>,
+        missing: Option<RawAges>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let Some(key) = known(key) else {
             return Ok(false.into_pyobject(py)?.to_owned().into_any());
@@ -239,7 +273,15 @@ impl Index {
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let kept = Flight(flight.clone().unbind());
-        let joined = step!(self, py, |cache| cache.join(key, span, kept, fresh, anyway))?;
+        let joined = step!(self, py, |cache| {
+            if let Some(ages) = missing
+                && cache.knows_absent(key, fresh.now, absence_ages(ages))?
+            {
+                Ok(Joined::Ready)
+            } else {
+                cache.join(key, span, kept, fresh, anyway)
+            }
+        })?;
         match joined {
             Joined::Ready => Ok(py.None().into_bound(py)),
             Joined::Lead(ticket) => Ok(ticket.into_pyobject(py)?.into_any()),
@@ -255,6 +297,24 @@ impl Index {
         let flight = step!(self, py, |cache| Ok(cache.complete_flight(key, ticket)))?;
         drop(flight);
         Ok(())
+    }
+
+    #[pyo3(signature = (key, ticket, fetched, now, kept, /))]
+    fn commit_absence(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        ticket: u64,
+        fetched: f64,
+        now: f64,
+        kept: bool,
+    ) -> PyResult<Vec<RawVictim>> {
+        let (fetched, now) = (millis(fetched), millis(now));
+        let (victims, flight) = step!(self, py, |cache| cache
+            .commit_absence(key, ticket, fetched, now, kept))?;
+        // Dropped after the lock, because that may run Python code.
+        drop(flight);
+        Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (key, flight, /))]
@@ -431,6 +491,42 @@ impl Index {
     fn drain_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
         let victims = step!(self, py, |cache| cache.drain_prefix(prefix))?;
         Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn drain_absences(&self, py: Python<'_>, prefix: &str) -> PyResult<bool> {
+        step!(self, py, |cache| cache.drain_absences(prefix))
+    }
+
+    #[getter]
+    fn absences(&self) -> u64 {
+        self.tally.absences()
+    }
+
+    fn absent_keys(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        step!(self, py, |cache| cache.absent_keys())
+    }
+
+    #[getter]
+    fn max_absences(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.max_absences()))
+    }
+
+    #[pyo3(signature = (prefix, now, max_age, ages=None, cursor=None, /))]
+    fn next_keys(
+        &self,
+        py: Python<'_>,
+        prefix: &str,
+        now: f64,
+        max_age: Option<f64>,
+        ages: Option<&Ages>,
+        cursor: Option<Cursor>,
+    ) -> PyResult<(Vec<String>, Option<Cursor>)> {
+        let age_of = |key: &str| ages.map_or(max_age, |ages| ages.of_key(key));
+        step!(self, py, |cache| {
+            let cursor = cursor.unwrap_or_else(|| cache.first_keys());
+            cache.next_keys(prefix, cursor, |key| fresh(now, age_of(key)))
+        })
     }
 
     fn stats(&self) -> (u64, u64, u64, u64, u64) {

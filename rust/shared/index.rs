@@ -112,6 +112,7 @@ impl<T: Clone> SharedIndex<T> {
         }
         index.cache.announce(writes);
         index.cache.tell_promised(promised);
+        index.cache.tell_absences();
         index.storage().end(true);
         Ok((index, fresh))
     }
@@ -177,6 +178,9 @@ impl<T: Clone> SharedIndex<T> {
 
     fn end<R>(&mut self, result: Result<R>) -> Result<R, StepError> {
         let sound = !matches!(result, Err(Error::Corrupt(_))) && !self.storage().has_faulted();
+        if sound {
+            self.cache.tell_absences();
+        }
         self.storage().end(sound);
         let result = result?;
         if self.storage().has_faulted() {

@@ -65,6 +65,8 @@ ops = st.one_of(
     op("delete_dir", prefixes),
     op("clear", st.just("")),
     op("clear_cache", st.just("")),
+    op("exists"),
+    op("invalidate", prefixes),
 )
 cache_errors = st.sampled_from(
     [
@@ -105,6 +107,8 @@ class Machine(RuleBasedStateMachine):
         max_size=st.sampled_from([0, 10, 25, 60, None]),
         max_age_seconds=st.sampled_from([MAX_AGE, "infinity"]),
         cache_set_data=st.booleans(),
+        cache_missing=st.booleans(),
+        missing_max_age_seconds=st.sampled_from([1, MAX_AGE, "infinity"]),
         held=st.booleans(),
     )
     def begin(self, max_size: int | None, held: bool, **options: Any) -> None:
@@ -238,6 +242,7 @@ class Machine(RuleBasedStateMachine):
         stats = self.world.store.cache_stats()
         assert stats["total_requests"] == stats["hits"] + stats["misses"]
         assert stats["expirations"] <= stats["evictions"]
+        assert self.world.store.cache_missing or not stats["negative_hits"]
         assert stats["cache_failures"] <= self.world.cache.raised
         assert in_flight(self.world.store) == (0, 0)
 

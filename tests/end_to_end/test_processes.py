@@ -22,7 +22,7 @@ from agent import SOURCE_ID, Agent, spawned
 from crashes import LoggingStore, play, reads_of, size_at_one_instant
 from support import buf, check_quiet, check_quiet_sync, fill, read, read_through, until, write
 from zcache import CacheStore, IndexLockTimeout
-from zcache.testing import StoreDouble, entries, index_slot
+from zcache.testing import StoreDouble, entries, index_slot, missing_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +179,41 @@ async def test_write_in_another_process_is_read_at_once(tmp_path: Path, other: A
     other("check")
 
 
+async def test_absence_in_one_process_is_known_in_the_other_and_ended_by_both(
+    tmp_path: Path, other: Agent
+) -> None:
+    source = StoreDouble(LocalStore(tmp_path / "source"))
+    store = open_store(tmp_path, source)
+    for what, key in [
+        ("set", "a/c/0"),
+        ("delete", "a/c/0"),
+        ("delete_dir", "a"),
+        ("clear", ""),
+        ("invalidate", "a/c"),
+    ]:
+        assert other("get", "a/c/0") is None
+        source.take()
+        assert await read(store, "a/c/0") is None
+        assert not await store.exists("a/c/0")
+        assert source.take() == {}
+        other(what, key, "1")
+        assert "a/c/0" not in missing_keys(store)
+        assert await read(store, "a/c/0") == (b"1" if what == "set" else None)
+        await store.delete("a/c/0")
+        assert await read(store, "a/c/0") is None
+        # And the other way round.
+        assert other("exists", "a/c/0") is False
+        await store.set("a/c/0", buf(b"2"))
+        assert other("get", "a/c/0") == "2"
+        assert "a/c/0" not in other("missing_keys")
+        await store.drain()
+        assert other("cached_keys", "a") == ["a/c/0"]
+        assert other("invalidate", "a/c/0") == 1
+        assert not store.is_cached("a/c/0")
+        await store.delete("a/c/0")
+    await check_quiet(store)
+
+
 async def test_fill_in_one_process_is_a_hit_in_the_other(tmp_path: Path, other: Agent) -> None:
     store = open_store(tmp_path)
     other("set", "a", "0123456789")
@@ -190,7 +225,24 @@ async def test_fill_in_one_process_is_a_hit_in_the_other(tmp_path: Path, other: 
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("what", ["set", "delete", "delete_dir", "clear"])
+@pytest.mark.parametrize("what", ["set", "delete", "delete_dir", "clear", "invalidate"])
+async def test_missing_key_read_while_another_process_changes_it_is_not_remembered(
+    tmp_path: Path, other: Agent, what: str
+) -> None:
+    source = StoreDouble(LocalStore(tmp_path / "source"))
+    store = open_store(tmp_path, source)
+    gate = source.block("get", times=1, after=True)
+    reader = asyncio.create_task(read(store, "a/c/0"))
+    await gate.entered_async()
+    other(what, "a" if what == "delete_dir" else "a/c/0", "new")
+    gate.release()
+    assert await reader is None  # It began before.
+    assert missing_keys(store) == []
+    assert await read(store, "a/c/0") == (b"new" if what == "set" else None)
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("what", ["set", "delete", "delete_dir", "clear", "invalidate"])
 async def test_fill_under_way_changed_in_another_process_is_void(
     tmp_path: Path, other: Agent, what: str
 ) -> None:
@@ -204,7 +256,7 @@ async def test_fill_under_way_changed_in_another_process_is_void(
     other(what, "a" if what == "delete_dir" else "a/c/0", "new")
     gate.release()
     assert await reader == b"old"  # It began before.
-    now = {"set": "new", "clear": "old"}.get(what)
+    now = {"set": "new", "clear": "old", "invalidate": "old"}.get(what)
     for _ in range(2):
         assert await read(store, "a/c/0") == (now.encode() if now else None)
         assert other("get", "a/c/0") == now

@@ -31,6 +31,7 @@ MIDDLE, TAIL, END = RangeByteRequest(1, 3), OffsetByteRequest(2), SuffixByteRequ
 PAST = RangeByteRequest(2, 6)
 REQUESTS: list[ByteRequest] = [MIDDLE, TAIL, END, PAST]
 WARM = (get("a"),)
+MISSED = (*WARM, get("missing"))
 BATCH = Op("get_partial_values", what=(("a", MIDDLE), ("a", MIDDLE), ("a", TAIL)))
 
 
@@ -58,6 +59,15 @@ PAIRS = named(
     scenario(get("a"), put("a", LONG)),
     scenario(get("a"), put("a", NEW), warm=WARM),
     scenario(get("missing"), put("missing", NEW)),
+    scenario(get("missing"), put("missing", NEW), warm=MISSED),
+    scenario(get("missing", MIDDLE), Op("invalidate", "missing"), warm=MISSED),
+    scenario(get("missing"), Op("invalidate", "missing")),
+    scenario(get("missing"), get("missing", TAIL)),
+    scenario(Op("exists", "missing"), put("missing", NEW), warm=MISSED),
+    scenario(get("missing"), Op("delete", "missing"), warm=MISSED),
+    scenario(get("g/missing"), Op("delete_dir", "g"), warm=(*WARM, get("g/missing"))),
+    scenario(get("a"), Op("invalidate"), warm=WARM),
+    scenario(put("a", NEW), Op("invalidate", "a"), warm=WARM),
     scenario(put("a", NEW), put("a", LONG)),
     scenario(put("a", NEW), put("a", LONG), warm=WARM),
     scenario(get("a"), Op("delete", "a")),
@@ -105,6 +115,10 @@ TRIPLES = named(
     scenario(get("a", END), put("a", LONG), get("a", END), warm=WARM, coarse=True),
     scenario(put("a", NEW), put("a", LONG), Op("delete", "a"), warm=WARM, coarse=True),
     scenario(get("a"), put("a", LONG), Op("clear_cache"), warm=WARM, coarse=True),
+    scenario(
+        get("missing"), put("missing", LONG), Op("invalidate", "missing"), warm=MISSED, coarse=True
+    ),
+    scenario(get("missing"), put("missing", LONG), Op("delete", "missing"), coarse=True),
     scenario(get("a"), get("b"), get("c"), max_size=5, coarse=True),
     scenario(get("a"), put("b", NEW), Op("delete", "c"), max_size=5, warm=WARM, coarse=True),
 )
@@ -162,6 +176,9 @@ async def test_two_operations_both_cancelled_anywhere_keep_all_invariants(played
         Op("delete_dir", "g"),
         Op("clear"),
         Op("clear_cache"),
+        Op("invalidate", "g"),
+        Op("exists", "missing"),
+        get("missing"),
     ],
     ids=lambda op: f"{op.method}_{op.key}",
 )

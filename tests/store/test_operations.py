@@ -61,6 +61,8 @@ async def test_exists_and_getsize_agree_with_get(source: StoreDouble, clock: Fak
     store = CacheStore(source, max_age_seconds=10, cache_set_data=False, clock=clock)
     assert await agree(store, "a") is None
     await behind.set("a", buf(b"123"))
+    assert await agree(store, "a") is None
+    clock.advance(10)
     assert await agree(store, "a") == b"123"
     # What others do to the source is not seen before the entry expires, by none of the three.
     await behind.set("a", buf(b"12345"))
@@ -70,6 +72,7 @@ async def test_exists_and_getsize_agree_with_get(source: StoreDouble, clock: Fak
     clock.advance(10)
     assert await agree(store, "a") is None
     await behind.set("a", buf(b""))
+    clock.advance(10)
     assert await agree(store, "a") == b""
     await store.delete("a")
     assert await agree(store, "a") is None

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     FillNow = Callable[[str, ByteRange | None, bytes, Buffer, int, float], bool | None]
     Hit = int | tuple[str, int, int, int, int | None, int | None]
 
+ABSENT: Final = False
+"""Stands for a hit: the source has no such key."""
 READ_TIMEOUT: Final = 1.0
 """Seconds within which the cache store has to answer a hit; then the source serves it."""
 DELETE_TIMEOUT: Final = 1.0
@@ -196,6 +198,16 @@ class Backend(ABC):
 
         Then it is called before each change and after it, and what is written is not filled.
         """
+        return False
+
+    @property
+    def remembers_absences(self) -> bool:
+        """Whether all who write through this cache store end what is remembered as missing here."""
+        return True
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether values can be deleted by coroutines of the cache store only."""
         return False
 
     @property

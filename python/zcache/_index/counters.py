@@ -16,7 +16,7 @@ class Counters:
     Attributes
     ----------
     reads : ReadCounters
-        Hits and misses, which the index counts itself where it answers at once.
+        Hits, misses and negative hits, which the index counts itself where it answers at once.
     bypassed : int
         Reads of keys that are never cached.
     damaged : int

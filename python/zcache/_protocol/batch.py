@@ -7,12 +7,13 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._backends.base import FillJob
+from zcache._backends.base import ABSENT, FillJob
 from zcache._byte_ranges import ByteRange, to_byte_range
 from zcache._core import Index, is_cacheable_key
 from zcache._index.handle import LOCK_TIMEOUT
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
+from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Batch:
     fetch : callable
         Asks the source for the requests with these numbers, in one call, and yields groups of number
         and value as they come.
+    trusts_absences : bool, optional
+        Whether keys that are remembered as missing are answered without the source. Default is True.
 
     Attributes
     ----------
@@ -64,7 +67,10 @@ class Batch:
         prototype: BufferPrototype,
         requests: Sequence[Request],
         fetch: Fetch,
+        *,
+        trusts_absences: bool = True,
     ) -> None:
+        self._trusts_absences = trusts_absences
         self._reader = reader
         self._io = io
         self._prototype = prototype
@@ -88,28 +94,13 @@ class Batch:
     async def run(self) -> AsyncGenerator[Group, None]:
         """Yield groups of request number and value (None for a missing key), as they come."""
         reader = self._reader
-        missing = []
-        ready: list[tuple[int, Buffer | None]] = []
-        # Hits that have to wait for their bytes.
-        slow: list[tuple[int, Any]] = []
-        for number, asked in enumerate(self._asked):
-            if asked is None:
-                self.count_bypassed(1)
-                self._direct.append(number)
-                continue
-            value, hit = reader.get_nowait(asked[0], self._prototype, asked[1])
-            if value is not None:
-                ready.append((number, value))
-            elif hit is None:
-                missing.append(number)
-            else:
-                slow.append((number, hit))
+        ready, missing, slow = self._look_up()
         values = await self._io.gather([partial(self._serve, *one) for one in slow])
-        for (number, _), value in zip(slow, values, strict=True):
-            if value is None:
-                missing.append(number)
-            else:
+        for (number, _), (is_answer, value) in zip(slow, values, strict=True):
+            if is_answer:
                 ready.append((number, value))
+            else:
+                missing.append(number)
         if ready:
             yield ready
         if reader.offline and await reader.wait_until_complete(self._io):
@@ -125,6 +116,31 @@ class Batch:
             )
             yield [(number, value)]
 
+    def _look_up(
+        self,
+    ) -> tuple[list[tuple[int, Buffer | None]], list[int], list[tuple[int, Any]]]:
+        """What is there at once, what is not cached, and hits that have to wait for their bytes."""
+        reader = self._reader
+        ready: list[tuple[int, Buffer | None]] = []
+        missing: list[int] = []
+        slow: list[tuple[int, Any]] = []
+        for number, asked in enumerate(self._asked):
+            if asked is None:
+                self.count_bypassed(1)
+                self._direct.append(number)
+                continue
+            value, hit = reader.get_nowait(asked[0], self._prototype, asked[1])
+            if hit is ABSENT and not self._trusts_absences:
+                reader.recount_negative_as_miss()
+                self._direct.append(number)
+            elif value is not None or hit is ABSENT:
+                ready.append((number, value))
+            elif hit is None:
+                missing.append(number)
+            else:
+                slow.append((number, hit))
+        return ready, missing, slow
+
     async def _look_again(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
         """What is there by now of what was missing, which is taken out."""
         found: list[tuple[int, Buffer | None]] = []
@@ -132,19 +148,21 @@ class Batch:
             asked = self._asked[number]
             assert asked is not None
             self._reader.retract_miss()
-            value = await self._reader.cached(self._io, asked[0], self._prototype, asked[1])
-            if value is not None:
+            is_answer, value = await self._reader.cached(
+                self._io, asked[0], self._prototype, asked[1]
+            )
+            if is_answer:
                 found.append((number, value))
         missing[:] = set(missing) - {number for number, _ in found}
         return found
 
-    async def _serve(self, number: int, hit: Any) -> Buffer | None:
+    async def _serve(self, number: int, hit: Any) -> tuple[bool, Buffer | None]:
         asked = self._asked[number]
         assert asked is not None
         try:
             return await self._reader.serve(self._io, asked[0], self._prototype, asked[1], hit)
         except IndexLockTimeout:
-            return None
+            return False, None
 
     async def _bring(self, missing: list[int]) -> AsyncGenerator[Group, None]:
         """Ask the source, in one call, for what no other reader reads already."""
@@ -159,7 +177,7 @@ class Batch:
             except Exception as error:
                 if served := await self._stale_instead_of(error):
                     yield served
-                if len(served) < len(self._leads) + len(self._direct):
+                if not served or len(served) < len(self._leads) + len(self._direct):
                     raise
         finally:
             # Who waits for what did not come asks for it.
@@ -170,9 +188,9 @@ class Batch:
         if not wanted:
             return
         if self._io.loop() is None:
-            async with contextlib.aclosing(self._fetch(wanted)) as fetched:
+            async with contextlib.aclosing(self._fetched(wanted)) as fetched:
                 async for group in fetched:
-                    yield await self._deliver(group)
+                    yield group
             return
         # In a task of its own: others wait for what this call brings, so it must go on even while its
         # caller does something else.
@@ -197,18 +215,32 @@ class Batch:
         for number in self._leads:
             asked = self._asked[number]
             assert asked is not None
-            value = await stale.instead_of(error, self._io, asked[0], self._prototype, asked[1])
-            if value is not None:
+            is_answer, value = await stale.instead_of(
+                error, self._io, asked[0], self._prototype, asked[1]
+            )
+            if is_answer:
                 served.append((number, value))
         return served
+
+    async def _fetched(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
+        """What the source brings, delivered to all who wait for it."""
+        async with contextlib.aclosing(self._fetch(wanted)) as groups:
+            try:
+                async for group in groups:
+                    yield await self._deliver(group)
+            except BaseExceptionGroup as error:
+                # So says `get_ranges` that there is no such key.
+                if says_missing(error):
+                    await self._deliver([(number, None) for number in list(self._leads)])
+                raise
 
     async def _read(
         self, wanted: list[int], groups: asyncio.Queue[Group | BaseException | None]
     ) -> None:
         try:
-            async with contextlib.aclosing(self._fetch(wanted)) as fetched:
+            async with contextlib.aclosing(self._fetched(wanted)) as fetched:
                 async for group in fetched:
-                    groups.put_nowait(await self._deliver(group))
+                    groups.put_nowait(group)
         except asyncio.CancelledError as cancelled:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -239,7 +271,7 @@ class Batch:
             joined = await reader.handle.call(
                 self._io,
                 Index.join,
-                *(*asked, flight, now, left_alone, max_age),
+                *(*asked, flight, now, left_alone, max_age, reader.missing_ages(asked[0])),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -272,9 +304,8 @@ class Batch:
             assert asked is not None
             reader = self._reader
             if found is None:
-                flight.deliver(None)
-                await reader.drop_missing(self._io, asked[0])
-                self._close(number)
+                await reader.deliver_absence(self._io, asked[0], ticket, flight)
+                del self._leads[number]
                 continue
             data, buffer = freeze(found)
             flight.deliver(data)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from zcache._backends.base import FillJob
+from zcache._ages import METADATA, NODES
+from zcache._backends.base import ABSENT, FillJob
 from zcache._core import Index, crc32c, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._protocol.single_flight import Flight
@@ -23,13 +24,13 @@ from zcache._source.offline import miss
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._ages import MaxAges
-    from zcache._backends.base import Backend, Hit, TryRead
+    from zcache._backends.base import Backend, Hit, TryRead, Victim
     from zcache._byte_ranges import ByteRange
     from zcache._runtime.io import IO
 
@@ -60,6 +61,8 @@ class Reader:
         For the log.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
+    missing_max_age : float
+        Seconds for which a key is remembered as missing at most; 0 for not at all.
 
     Attributes
     ----------
@@ -72,6 +75,7 @@ class Reader:
         backend: Backend,
         *,
         ages: MaxAges,
+        missing_max_age: float,
         offline: bool,
         stale_if_error: float,
         source_name: str,
@@ -91,6 +95,8 @@ class Reader:
         self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
         self.stale = StaleValues(self, stale_if_error, source_name)
         self._may_be_stale = stale_if_error > 0
+        self._missing_max_age = missing_max_age
+        self._missing_ages = (_least(missing_max_age, ages.single), ages.single)
         self._try_read = backend.try_read
         self._fill_now = backend.fill_now
         self._begin = backend.begin if backend.works_in_background else None
@@ -99,6 +105,29 @@ class Reader:
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
         self._lookup = index.view(self._reads).lookup
+
+    def begin(self, io: IO) -> None:
+        """Do what the cache store asks for by now; called by reads that are no hits."""
+        if self._begin is not None:
+            self._begin(io)
+
+    # ------------------------------------------------------------------ ages
+
+    def missing_ages(self, key: str) -> tuple[float, float | None]:
+        """Seconds for which a key is remembered as missing: not longer than a value of it would be.
+
+        And, for a metadata document, the greatest age of another that shows that there is its node.
+        """
+        age_of = self._age_of
+        if age_of is None:
+            return self._missing_ages
+        node, slash, name = key.rpartition("/")
+        age = age_of(key)
+        own = _least(self._missing_max_age, age)
+        if name not in METADATA:
+            return own, age
+        ages = [age_of(f"{node}{slash}{other}") for other in NODES]
+        return own, min((one for one in ages if one is not None), default=None)
 
     # ------------------------------------------------------------------ hits
 
@@ -112,7 +141,8 @@ class Reader:
         value : Buffer or None
             The value, where it could be read.
         hit : int or tuple or None
-            Else what the index has found: None for a miss, `BUSY` where it is not known yet.
+            Else what the index has found: None for a miss, `ABSENT` for a key that the source does not
+            have, `BUSY` where it is not known yet.
         """
         try:
             if self._ageless:
@@ -122,6 +152,13 @@ class Reader:
                 age_of = self._age_of
                 max_age = self._max_age if age_of is None else age_of(key)
                 hit = self._lookup(key, byte_range, self.now(), max_age)
+            if hit is ABSENT:
+                # Perhaps: most keys have no absence, and need no time to be found.
+                hit = self._lookup(
+                    key, byte_range, self.now(), self.ages.of(key), self.missing_ages(key)
+                )
+                if hit is ABSENT:
+                    return None, ABSENT
         except RETRYABLE:
             return None, BUSY
         except UnicodeEncodeError:
@@ -164,10 +201,10 @@ class Reader:
         `byte_range` is `request` as the index takes it, `hit` what the index has found.
         """
         try:
-            value = await self.serve(io, key, prototype, byte_range, hit)
+            is_answer, value = await self.serve(io, key, prototype, byte_range, hit)
         except IndexLockTimeout:
             return await self.skip(io, key, prototype, request)
-        if value is not None:
+        if is_answer:
             return value
         return await self.fetch(io, key, prototype, request, byte_range)
 
@@ -178,8 +215,8 @@ class Reader:
         prototype: BufferPrototype,
         byte_range: ByteRange | None,
         hit: Hit | None,
-    ) -> Buffer | None:
-        """Read a hit from the cache store; None where it cannot serve the request.
+    ) -> tuple[bool, Buffer | None]:
+        """Read a hit from the cache store; whether it could serve the request, and the answer.
 
         Raises
         ------
@@ -189,32 +226,46 @@ class Reader:
         if hit is BUSY:
             try:
                 hit = await self.handle.call(
-                    io, Index.lookup, key, byte_range, self.now(), self.ages.of(key)
+                    io,
+                    Index.lookup,
+                    *(key, byte_range, self.now(), self.ages.of(key), self.missing_ages(key)),
                 )
             except BaseException:
                 self._reads.count_miss()
                 raise
-            (self._reads.count_miss if hit is None else self._reads.count_hit)()
+            if hit is ABSENT:
+                self._reads.count_negative_hit()
+            else:
+                (self._reads.count_miss if hit is None else self._reads.count_hit)()
+        if hit is ABSENT:
+            self.begin(io)
+            return True, None
         if hit is None:
-            return None
-        return await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
+            return False, None
+        value = await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
+        return value is not None, value
 
     async def cached(
         self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
-    ) -> Buffer | None:
-        """Read from the cache store; None where it cannot serve the request."""
+    ) -> tuple[bool, Buffer | None]:
+        """Read from the cache store; whether it could serve the request, and the answer."""
         value, hit = self.get_nowait(key, prototype, byte_range)
-        return await self.serve(io, key, prototype, byte_range, hit) if value is None else value
+        if value is not None:
+            return True, value
+        return await self.serve(io, key, prototype, byte_range, hit)
 
-    async def cached_size(self, io: IO, key: str) -> int | None:
-        """Bytes of a value that is cached as a whole; None where that is not known."""
+    async def cached_size(self, io: IO, key: str) -> int | Literal[False] | None:
+        """Bytes of a value that is cached as a whole; `ABSENT`; or None where that is not known."""
         # Where the cache store is left alone, `get` reads the source.
         if not self.breaker.allows():
             self.counters.count("skipped")
             return None
         try:
             return await self.handle.call(
-                io, Index.peek, key, None, self.now(), self.ages.of(key), timeout=LOCK_TIMEOUT
+                io,
+                Index.peek,
+                *(key, None, self.now(), self.ages.of(key), self.missing_ages(key)),
+                timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
             return None
@@ -374,8 +425,8 @@ class Reader:
         """Read what was not found, once all is known that is cached; the source is not asked."""
         if await self.wait_until_complete(io):
             self.retract_miss()
-            value = await self.cached(io, key, prototype, byte_range)
-            if value is not None:
+            is_answer, value = await self.cached(io, key, prototype, byte_range)
+            if is_answer:
                 return value
         raise miss(key)
 
@@ -431,8 +482,12 @@ class Reader:
             if left_alone:
                 self.counters.count("skipped")
             try:
-                max_age = self._max_age if self._age_of is None else self._age_of(key)
-                answer = handle.index.join(key, byte_range, flight, now, left_alone, max_age)
+                age_of = self._age_of
+                max_age = self._max_age if age_of is None else age_of(key)
+                missing = self._missing_ages if age_of is None else self.missing_ages(key)
+                answer = handle.index.join(
+                    key, byte_range, flight, now, left_alone, max_age, missing
+                )
             except RETRYABLE:
                 pass
             else:
@@ -458,8 +513,8 @@ class Reader:
         while True:
             flight = Flight(io.loop(), self.now())
             if joined is None:
-                joined, value = await self._join(io, key, prototype, byte_range, flight)
-                if value is not None:
+                joined, is_answer, value = await self._join(io, key, prototype, byte_range, flight)
+                if is_answer:
                     return value
                 if joined is None:
                     continue
@@ -512,6 +567,14 @@ class Reader:
             self.recount_as_hit()
         return True, prototype.buffer.from_bytes(part)
 
+    def recount_negative_as_miss(self) -> None:
+        """Count a negative hit as a miss: only the source knows what its answer is."""
+        self._reads.recount_negative_as_miss()
+
+    def recount_as_negative_hit(self) -> None:
+        """Count a miss as a negative hit: an absence has answered it after all."""
+        self._reads.recount_as_negative_hit()
+
     def recount_as_hit(self) -> None:
         """Count a miss as a hit: a value on its way into the cache store has served it."""
         self._reads.recount_as_hit()
@@ -523,24 +586,25 @@ class Reader:
         prototype: BufferPrototype,
         byte_range: ByteRange | None,
         flight: Flight,
-    ) -> tuple[Any, Buffer | None]:
-        """What `join` answers, waiting for the index if need be; and the value, if it is there by now."""
+    ) -> tuple[Any, bool, Buffer | None]:
+        """What `join` answers, waiting for the index if need be; and what is known by now, if it is."""
         left_alone = not self.breaker.allows()
         try:
             joined = await self.handle.call(
                 io,
                 Index.join,
-                *(key, byte_range, flight, self.now(), left_alone, self.ages.of(key)),
+                *(key, byte_range, flight, self.now(), left_alone),
+                *(self.ages.of(key), self.missing_ages(key)),
                 timeout=LOCK_TIMEOUT,
             )
-            value = None
+            is_answer, value = False, None
             if joined is None:
                 # Its lookup counted a miss; this one counts what the read comes to.
                 self._reads.retract_miss()
-                value = await self.cached(io, key, prototype, byte_range)
+                is_answer, value = await self.cached(io, key, prototype, byte_range)
         except IndexLockTimeout:
-            return BUSY, None
-        return joined, value
+            return BUSY, False, None
+        return joined, is_answer, value
 
     def _part(
         self, data: bytes, whole: ByteRange | None, byte_range: ByteRange | None
@@ -573,8 +637,8 @@ class Reader:
                 flight.fail(error)
                 raise
             if data is None:
-                flight.deliver(None)
-                await self.drop_missing(io, key)
+                await self.deliver_absence(io, key, ticket, flight)
+                is_handed_over = True
             elif (fill_now := self._fill_now) is not None:
                 # All steps of the fill in one call, for nothing in it waits.
                 buffer = to_cpu_buffer(data) if buffer is None else buffer
@@ -601,15 +665,27 @@ class Reader:
         """Close a flight whose value is not cached."""
         self.handle.call_later(ignore, Index.complete_flight, key, ticket)
 
-    async def drop_missing(self, io: IO, key: str) -> None:
-        """Drop what is cached of a key that the source does not have."""
+    async def deliver_absence(self, io: IO, key: str, ticket: int, flight: Flight) -> None:
+        """End a flight of a key that the source does not have; what is cached of that goes."""
+        kept = self._missing_max_age > 0 and self.backend.remembers_absences
+        victims: Sequence[Victim] = ()
+        # Where the lock is taken, later: nobody waits for this.
         with contextlib.suppress(IndexLockTimeout):
             victims = await self.handle.call_shielded(
-                io, self.backend.remove_later, Index.drop_missing, key, timeout=LOCK_TIMEOUT
+                io,
+                self.backend.remove_later,
+                Index.commit_absence,
+                *(key, ticket, flight.fetched, self.now(), kept),
+                timeout=0.0,
             )
-            if victims:
-                await self.backend.remove(io, victims)
+        flight.deliver(None)
+        if victims:
+            await self.backend.remove(io, victims)
 
 
 def _is_complete(index: Index) -> bool:
     return index.is_complete
+
+
+def _least(seconds: float, age: float | None) -> float:
+    return seconds if age is None else min(seconds, age)

@@ -98,8 +98,9 @@ class Flight:
     def may_be_joined(self, now: float, max_age: float | None) -> bool:
         """Whether a reader that comes now may wait for it, or take what it has brought."""
         if self.done:
+            # That there was no such key is the index's to remember.
             is_young = max_age is None or 0 <= now - self.fetched < max_age
-            return is_young and self.error is None and not self.abandoned
+            return is_young and self.data is not None
         return self.loop is None or not self.loop.is_closed()
 
     def _wake_all(self) -> None:

@@ -7,8 +7,9 @@ import math
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from zcache._backends.base import ABSENT
 from zcache._core import Index, is_cacheable_key
 from zcache._index.handle import LOCK_TIMEOUT
 from zcache.exceptions import IndexLockTimeout
@@ -63,8 +64,8 @@ class StaleValues:
         try:
             return await work
         except Exception as error:
-            value = await self.instead_of(error, io, key, prototype, byte_range)
-            if value is None:
+            is_answer, value = await self.instead_of(error, io, key, prototype, byte_range)
+            if not is_answer:
                 raise
             return value
 
@@ -75,29 +76,35 @@ class StaleValues:
         key: str,
         prototype: BufferPrototype,
         byte_range: ByteRange | None,
-    ) -> Buffer | None:
-        """A stale value in place of this error of the source; None where there is none.
+    ) -> tuple[bool, Buffer | None]:
+        """Whether there is a stale value in place of this error of the source, and the value.
 
-        The read was counted as a miss; with a value it is a hit.
+        That is None for a key that was missing. The read was counted as a miss; with a value it is a hit.
         """
         if not self._may_replace(error, key):
-            return None
+            return False, None
         reader, max_age = self._reader, self._max_age(key)
         found = await self._ask(io, Index.lookup, key, byte_range, max_age)
         if found is None:
-            return None
+            return False, None
+        if found is ABSENT:
+            reader.recount_as_negative_hit()
+            self._note(error)
+            return True, None
         # What could not be read is counted as a miss again.
         reader.recount_as_hit()
         value = await reader.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
             self._note(error)
-        return value
+        return value is not None, value
 
-    async def size(self, error: Exception, io: IO, key: str) -> int | None:
-        """Bytes of a stale value that is cached as a whole, in place of this error of the source."""
+    async def size(self, error: Exception, io: IO, key: str) -> int | Literal[False] | None:
+        """Bytes of a stale value that is cached as a whole, or `ABSENT`, in place of this error of the source."""
         if not self._may_replace(error, key):
             return None
-        size: int | None = await self._ask(io, Index.peek, key, None, self._max_age(key))
+        size: int | Literal[False] | None = await self._ask(
+            io, Index.peek, key, None, self._max_age(key)
+        )
         if size is not None:
             self._note(error)
         return size
@@ -105,18 +112,23 @@ class StaleValues:
     def _may_replace(self, error: Exception, key: str) -> bool:
         if not self or _says_missing(error) or not self._reader.breaker.allows():
             return False
-        # What is of any age has no stale values.
-        return is_cacheable_key(key) and self._reader.ages.of(key) is not None
+        # What is of any age is never stale.
+        ages = self._reader.ages.of(key), self._reader.missing_ages(key)[0]
+        return is_cacheable_key(key) and ages != (None, math.inf)
 
     def _max_age(self, key: str) -> float | None:
-        seconds = (self._reader.ages.of(key) or 0.0) + self._seconds
-        return None if seconds == math.inf else seconds
+        return self._longer(self._reader.ages.of(key))
+
+    def _longer(self, age: float | None) -> float | None:
+        return None if age is None or self._seconds == math.inf else age + self._seconds
 
     async def _ask(
         self, io: IO, step: Any, key: str, byte_range: ByteRange | None, max_age: float | None
     ) -> Any:
         reader = self._reader
-        asked = (key, byte_range, reader.now(), max_age)
+        own, node = reader.missing_ages(key)
+        missing = (own + self._seconds if own else 0.0, self._longer(node))
+        asked = (key, byte_range, reader.now(), max_age, missing)
         try:
             return await reader.handle.call(io, step, *asked, timeout=LOCK_TIMEOUT)
         except IndexLockTimeout:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import FillJob
 from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved
@@ -151,13 +152,14 @@ class Writer:
         taken: bool = await self.fills.put(io, job)
         return taken
 
-    async def _remove_below(self, io: IO, prefix: str, *, begins: bool) -> None:
-        """Drop what is below a prefix that is changed in the source, whatever the index knows of it."""
-        await self.drain_prefix(io, prefix)
+    async def _remove_below(self, io: IO, prefix: str, *, begins: bool) -> int:
+        """Drop what is below a prefix, whatever the index knows of it; how many entries it knew."""
+        count = await self.drain_prefix(io, prefix)
         if self.backend.removes_by_name:
             await self.backend.remove_unlisted(io, prefix, begins=begins)
         else:
             await self._remove_unlisted(io, prefix)
+        return count
 
     async def _remove_unlisted(self, io: IO, prefix: str) -> None:
         """Drop what an index that is not complete may not know yet."""
@@ -179,15 +181,11 @@ class Writer:
             await self._lister.forget(io, None)
 
     async def _change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
-        prefix = prefix.rstrip("/")
-        if not is_cacheable_key(prefix):
-            if not is_encodable(prefix) or (is_plain(prefix) and _has_nothing_cached(prefix)):
-                # Nothing is ever cached below it.
-                await io.change(work, lambda _: None)
-                return
-            # It may name anything, by another name.
-            prefix = ""
-        handle = self.handle
+        scope = _scope(prefix)
+        if scope is None:
+            await io.change(work, lambda _: None)
+            return
+        prefix, handle = scope, self.handle
         ended = False
 
         def late(_: BaseException | None) -> None:
@@ -242,18 +240,28 @@ class Writer:
 
         return ended
 
-    async def drain_prefix(self, io: IO, prefix: str) -> None:
-        """Drop everything below a prefix."""
+    async def drain_prefix(self, io: IO, prefix: str) -> int:
+        """Drop everything below a prefix; how many entries that was, not counting absences."""
         begun = time.monotonic()
+        count = 0
+
+        async def turn() -> None:
+            nonlocal begun
+            if time.monotonic() - begun >= TURN:
+                await io.pause()
+                begun = time.monotonic()
+
         try:
             while victims := await self.handle.call(io, Index.drain_prefix, prefix):
+                count += len(victims)
                 await self.backend.remove(io, victims)
-                if time.monotonic() - begun >= TURN:
-                    await io.pause()
-                    begun = time.monotonic()
+                await turn()
+            while await self.handle.call(io, Index.drain_absences, prefix):
+                await turn()
         except BaseException:
             self._drain_later(prefix)
             raise
+        return count
 
     def _drain_later(self, prefix: str, *, begins: bool | None = None) -> None:
         """Drop everything below a prefix at once, and leave the bytes to later deletes.
@@ -262,14 +270,40 @@ class Writer:
         """
 
         def drain(_: object) -> None:
-            self.handle.call_later(drop, Index.drain_prefix, prefix)
-
-        def drop(victims: list[Victim]) -> None:
-            if victims:
-                self.backend.remove_later(victims)
-                drain(None)
+            self._repeat_later(self.backend.remove_later, Index.drain_prefix, prefix)
+            self._repeat_later(ignore, Index.drain_absences, prefix)
 
         self.handle.call_later(drain, Index.invalidate, prefix, begins)
+
+    def _repeat_later(
+        self, then: Callable[[Any], object], step: Callable[[Index, str], Any], prefix: str
+    ) -> None:
+        """Take a step until its answer is empty; `then` gets the others."""
+        here, is_running, goes_on = threading.get_ident(), True, True
+
+        def take(answer: Any) -> None:
+            nonlocal goes_on
+            if not answer:
+                return
+            then(answer)
+            if is_running and threading.get_ident() == here:
+                goes_on = True  # In the loop below: there may be many.
+            else:
+                self._repeat_later(then, step, prefix)
+
+        while goes_on:
+            goes_on = False
+            self.handle.call_later(take, step, prefix)
+        is_running = False
+
+    async def invalidate(self, io: IO, prefix: str) -> int:
+        """Forget what is cached at and below a prefix; how many entries. The source stays as it is."""
+        scope = _scope(prefix)
+        await self._lister.forget(io, None)
+        if scope is None:
+            return 0
+        await self.handle.call(io, Index.invalidate, scope, alone=True)
+        return await self._remove_below(io, scope, begins=True)
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
@@ -282,6 +316,17 @@ class Writer:
         )
         if victims:
             await self.backend.remove(io, victims)
+
+
+def _scope(prefix: str) -> str | None:
+    """The keys that a change at and below a prefix concerns, as a prefix; None where none can be cached."""
+    prefix = prefix.rstrip("/")
+    if is_cacheable_key(prefix):
+        return prefix
+    if not is_encodable(prefix) or (is_plain(prefix) and _has_nothing_cached(prefix)):
+        return None
+    # It may name anything, by another name.
+    return ""
 
 
 def _has_nothing_cached(prefix: str) -> bool:

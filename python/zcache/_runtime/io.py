@@ -11,6 +11,7 @@ import time
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from zarr.abc.store import SupportsSyncStore
 from zarr.storage import MemoryStore
 
 from zcache._runtime.coroutines import NoAnswerError, shield_to_completion, within
@@ -205,6 +206,11 @@ class SyncIO(IO):
     async def pause(self, seconds: float = 0) -> None:
         if seconds:
             time.sleep(seconds)  # noqa: ASYNC251 - its caller may block, and it never suspends
+
+
+def is_sync(store: Store) -> bool:
+    """Whether a store can do without an event loop now, as zarr's codec pipeline asks."""
+    return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
 
 
 async def _change_now(

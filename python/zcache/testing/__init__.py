@@ -5,7 +5,7 @@ internals of zcache change.
 
 - `check_invariants` and `check_invariants_async` compare what the index says with what the cache store
   really holds; `check_index` looks at the index alone.
-- `entries`, `recency`, `in_flight`, `is_complete` and `index_slot` show what the index says; `source_of` and
+- `entries`, `recency`, `missing_keys`, `in_flight`, `is_complete` and `index_slot` show what the index says; `source_of` and
   `cache_store_of` give the two stores behind a `CacheStore`.
 - `record_steps` records what a store asks its index.
 - `FakeClock` is a clock that a test sets, for ``CacheStore(..., clock=clock)``.
@@ -46,6 +46,7 @@ from zcache.testing._views import (
     in_flight,
     index_slot,
     is_complete,
+    missing_keys,
     recency,
     record_steps,
     shares_index,
@@ -69,6 +70,7 @@ __all__ = [
     "in_flight",
     "index_slot",
     "is_complete",
+    "missing_keys",
     "recency",
     "record_steps",
     "shares_index",

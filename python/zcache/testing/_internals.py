@@ -105,6 +105,11 @@ def raw_recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:
     return [(key, to_request(span)) for key, span in ask(store, Index.recency)]
 
 
+def absent_keys(store: CacheStore) -> list[str]:
+    """Keys that are remembered as missing, least recently used first."""
+    return ask(store, Index.absent_keys)
+
+
 def raw_in_flight(store: CacheStore) -> tuple[int, int]:
     """How many flights and reservations there are."""
     return ask(store, lambda index: index.in_flight)

@@ -142,6 +142,22 @@ def recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:
     return _internals.raw_recency(store)
 
 
+def missing_keys(store: CacheStore) -> list[str]:
+    """Keys that are remembered as missing, however long ago that was learned.
+
+    Parameters
+    ----------
+    store : CacheStore
+        Any store over the cache.
+
+    Returns
+    -------
+    list of str
+        Keys, least recently used first.
+    """
+    return _internals.absent_keys(store)
+
+
 def in_flight(store: CacheStore) -> InFlight:
     """What is under way.
 

@@ -57,6 +57,11 @@ class DirectoryBackend(Backend):
         self.try_read = self._page_cache
         self.filler = self._directory.filler
 
+    @property
+    def remembers_absences(self) -> bool:
+        # Who has an index of his own tells others of a write by its file alone, and an absence has none.
+        return self.index.shared
+
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:

@@ -242,6 +242,8 @@ class CacheDirectory:
             for _, name in victims:
                 files.remove_value(self.root, name)
             call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
+        while call(Index.drain_absences, "", timeout=None):
+            pass
         # And what the index does not know.
         self.scanner.remove_below("")
         call(Index.count_folders, take_folder_bytes(), timeout=None)

@@ -1,0 +1,120 @@
+"""What a source raises for a key that it does not have, to be raised again without asking it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore, ObjectStore
+
+from zcache._source.location import innermost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import BufferPrototype
+
+_OWN_WORDS: Final = (FsspecStore, ObjectStore)
+"""Stores that pass on what another library says."""
+
+
+class _Nothing:
+    """A source that has no keys: what zarr's methods make of that is what they raise for a missing key."""
+
+    async def get(self, *_: Any, **__: Any) -> None:
+        """Find nothing."""
+
+    def get_sync(self, *_: Any, **__: Any) -> None:
+        """Find nothing."""
+
+
+_nothing: Final[Any] = _Nothing()
+
+
+class MissingKeyErrors:
+    """What one source raises for the size of a missing key, once it has said so itself."""
+
+    def __init__(self) -> None:
+        # A key, and what the source has raised for it.
+        self._seen: tuple[str, FileNotFoundError] | None = None
+
+    async def getsize(self, source: Store, key: str) -> int:
+        """Do what a source does for the size of a key that `get` does not find: raise, in general.
+
+        Only a `LocalStore` is asked each time, for it has a size for what `get` does not find, a directory;
+        and what passes on the words of another library is asked once.
+
+        Raises
+        ------
+        FileNotFoundError
+            As the source raises it.
+        """
+        kept = innermost(source)
+        if isinstance(kept, LocalStore):
+            size = await source.getsize(key)
+            if not await source.exists(key):
+                return size
+            # It was made meanwhile, and is seen later, as by `get`.
+            path = str(kept.root / key)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if isinstance(kept, _OWN_WORDS):
+            if self._seen is not None:
+                raise _for_key(*self._seen, key)
+            try:
+                await source.getsize(key)
+            except FileNotFoundError as error:
+                self._seen = key, _for_key(key, error, key)
+                raise
+        raise FileNotFoundError(key)
+
+
+def finds_none_in_many(source: Store) -> bool:
+    """Whether `get_partial_values` gives None for a missing key, as `get` does."""
+    return not isinstance(innermost(source), LocalStore)  # It raises.
+
+
+def _for_key(seen: str, error: FileNotFoundError, key: str) -> FileNotFoundError:
+    """The same error about another key."""
+
+    def other(value: object) -> object:
+        return value.replace(seen, key) if isinstance(value, str) else value
+
+    again = type(error)(*map(other, error.args))
+    for name in ("filename", "filename2"):
+        if (value := getattr(error, name, None)) is not None:
+            setattr(again, name, other(value))
+    return again
+
+
+async def raise_for_ranges(
+    key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, *, sync: bool
+) -> NoReturn:
+    """Raise what zarr's `get_ranges`, or `get_ranges_sync`, raises for ranges of a missing key.
+
+    Raises
+    ------
+    BaseExceptionGroup
+        Always; holds a `FileNotFoundError`.
+    """
+    store: Any = Store
+    if sync and hasattr(store, "get_ranges_sync"):
+        store.get_ranges_sync(_nothing, key, byte_ranges, prototype=prototype)
+    elif not sync and hasattr(store, "get_ranges"):
+        async for _ in store.get_ranges(_nothing, key, byte_ranges, prototype=prototype):
+            pass
+    # zarr before 3.3 has neither.
+    missing = FileNotFoundError(key)
+    raise BaseExceptionGroup("a range of a missing key was asked for", [missing])
+
+
+def says_missing(error: BaseExceptionGroup[BaseException]) -> bool:
+    """Whether all that went wrong is that there is no such key."""
+    return all(
+        says_missing(one)
+        if isinstance(one, BaseExceptionGroup)
+        else isinstance(one, FileNotFoundError)
+        for one in error.exceptions
+    )

@@ -1,0 +1,280 @@
+//! Absences: keys that the source is known not to have.
+//!
+//! An absence is made as an entry is: under the ticket of the flight that brought it, so a change of
+//! the source that came in between keeps it out. It stands for no bytes, so that one step makes it,
+//! and it takes part in no bound but its own: absences only ever push each other out, the least
+//! recently used first.
+//!
+//! Metadata documents are asked for where there may be none yet, so the absence of one counts only
+//! while another one shows that there is a node: see [`Cache::knows_absent`].
+
+use super::cache::{BATCH, Cache, Found, Freshness, Tally, Victim};
+use super::in_flight::{ClosedFlight, Ticket};
+use super::invalidate::is_below;
+use super::lookup::can_serve;
+use super::peers::Peers;
+use crate::arena::{List, ROOT};
+use crate::error::{Error, Result};
+use crate::key::{self, ByteRange};
+use crate::policy::Eviction;
+
+/// Absences that an index holds at most, ...
+pub const MAX_ABSENCES: u64 = 1 << 20;
+/// ... one for so many bytes of the bound, which is about four times what one takes in memory, ...
+pub const BOUND_PER_ABSENCE: u64 = 256;
+/// ... but so many in any case, unless nothing is cached at all.
+pub const FEW_ABSENCES: u64 = 1024;
+
+/// Documents of the metadata of a node, in both formats of Zarr.
+const DOCUMENTS: [&str; 5] = ["zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"];
+/// Those of them without which there is no node.
+const NODES: [&str; 3] = ["zarr.json", ".zarray", ".zgroup"];
+
+/// Which absences a look-up believes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AbsenceAges {
+    /// Those that were learned less than so many milliseconds ago; `None` for any age.
+    pub own: Option<u64>,
+    /// Of a metadata document, beside another one that was fetched less than so many milliseconds ago.
+    pub node: Option<u64>,
+}
+
+/// What an index answers to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer<F> {
+    /// An entry serves it.
+    Found(F),
+    /// The source has no such key.
+    Absent,
+    /// There is an absence, and its greatest age was not given. Nothing was counted: ask again.
+    PerhapsAbsent,
+    /// Only the source can tell.
+    Unknown,
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Absences, those that are too old among them.
+    #[must_use]
+    pub fn absences(&self) -> u64 {
+        self.arena.header().absences
+    }
+
+    /// Absences that this index may hold.
+    #[must_use]
+    pub fn max_absences(&self) -> u64 {
+        match self.bound() {
+            0 => 0,
+            bound => (bound / BOUND_PER_ABSENCE).clamp(FEW_ABSENCES, MAX_ABSENCES),
+        }
+    }
+
+    /// The source has no such key: its entries go, it is remembered as missing if that is to be `kept`,
+    /// and the flight of the ticket is closed. Where the ticket is void only the last.
+    pub fn commit_absence(
+        &mut self,
+        key: &str,
+        ticket: Ticket,
+        fetched: u64,
+        now: u64,
+        kept: bool,
+    ) -> Result<(Vec<Victim>, Option<ClosedFlight<T>>)> {
+        let mut victims = Vec::new();
+        if self.valid_key(key, ticket).is_some() {
+            self.arena.storage.check_place()?;
+            victims = self.drop_key(key)?;
+            // What is not listed yet may be older than this, and would come before it.
+            if kept && self.arena.storage.is_complete() && key::labels_fit(key) {
+                self.add_absence(key, fetched.min(now))?;
+            }
+        }
+        Ok((victims, self.flights.close(key, ticket)))
+    }
+
+    fn add_absence(&mut self, key: &str, fetched: u64) -> Result<()> {
+        let most = self.max_absences();
+        // More than one where the bound has become smaller.
+        for _ in 0..BATCH {
+            if self.absences() < most {
+                break;
+            }
+            match self.arena.end(List::Absences, false)? {
+                Some(i) => self.remove_absence(i)?,
+                None => return Ok(()),
+            }
+        }
+        if self.absences() >= most {
+            return Ok(());
+        }
+        let i = match self.arena.insert_absence(key) {
+            Ok(Some(i)) => i,
+            // An index that cannot grow does without.
+            Ok(None) | Err(Error::Full) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let epoch = self.epoch();
+        let cell = self.arena.get_mut(i)?;
+        cell.set_time(fetched.max(1));
+        cell.later = epoch;
+        self.arena.link(List::Absences, i, true)?;
+        let header = self.arena.header_mut();
+        header.absences = header.absences.saturating_add(1);
+        self.tell_absences();
+        Ok(())
+    }
+
+    fn remove_absence(&mut self, i: u32) -> Result<()> {
+        self.arena.unlink(List::Absences, i)?;
+        self.arena.remove(i)?;
+        let header = self.arena.header_mut();
+        let rest = header.absences.checked_sub(1);
+        header.absences = rest.ok_or(Error::Corrupt("fewer absences than counted"))?;
+        self.tell_absences();
+        Ok(())
+    }
+
+    /// Notes their number for whoever asks without the lock.
+    pub(crate) fn tell_absences(&self) {
+        let count = self.absences();
+        let told = &self.tally.absences;
+        told.store(count, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Changes when any key may have been written by somebody who cannot use the index.
+    fn epoch(&self) -> u32 {
+        self.arena.storage.version(0)[1]
+    }
+
+    /// Ends the absence of a key.
+    pub(super) fn drop_absence(&mut self, key: &str) -> Result<()> {
+        if self.absences() != 0
+            && let Some(i) = self.arena.find_absence(key)?
+        {
+            self.remove_absence(i)?;
+        }
+        Ok(())
+    }
+
+    /// Ends absences below a prefix ("" is everything), a batch at a time. Whether there may be more.
+    ///
+    /// Keys outside the prefix are looked at only as in [`Cache::drain_prefix`], and not where the
+    /// prefix is as deep as any absence beside it, as that of a chunk is.
+    pub fn drain_absences(&mut self, prefix: &str) -> Result<bool> {
+        if self.absences() == 0 {
+            return Ok(false);
+        }
+        let prefix = prefix.trim_end_matches('/');
+        if prefix.is_empty() {
+            for _ in 0..BATCH {
+                match self.arena.end(List::Absences, false)? {
+                    Some(i) => self.remove_absence(i)?,
+                    None => return Ok(false),
+                }
+            }
+            return Ok(true);
+        }
+        self.drop_absence(prefix)?;
+        let mut found = Vec::new();
+        if let Some(dir) = self.arena.find_dir(&format!("{prefix}/"))?
+            && dir != ROOT
+        {
+            found = self.arena.absences_below(dir, BATCH)?;
+        }
+        for above in key::above_tails_below(prefix) {
+            if let Some(dir) = self.arena.find_dir(&above)? {
+                let slashes = prefix.get(above.len()..).unwrap_or("").matches('/').count();
+                if (slashes as u32) < self.arena.get(dir)?.absent_depth() {
+                    let rest = BATCH.saturating_sub(found.len());
+                    found.extend(self.arena.absences_in(dir, rest, |arena, i| {
+                        Ok(is_below(&arena.name(i)?.0, prefix))
+                    })?);
+                }
+            }
+        }
+        for &i in &found {
+            self.remove_absence(i)?;
+        }
+        Ok(found.len() >= BATCH)
+    }
+
+    /// Whether the source is known not to have a key.
+    ///
+    /// That of a metadata document counts only while another document of the same node is cached that
+    /// makes the node real: who waits for a node to appear asks the source each time.
+    pub fn knows_absent(&self, key: &str, now: u64, ages: AbsenceAges) -> Result<bool> {
+        let Some(i) = self.find_absence(key)? else {
+            return Ok(false);
+        };
+        let cell = self.arena.get(i)?;
+        let fresh = Freshness::from((now, ages.own));
+        if cell.later != self.epoch() || fresh.is_stale(cell.time()) {
+            return Ok(false);
+        }
+        self.is_vouched_for(key, (now, ages.node).into())
+    }
+
+    fn find_absence(&self, key: &str) -> Result<Option<u32>> {
+        if self.absences() == 0 {
+            return Ok(None);
+        }
+        self.arena.find_absence(key)
+    }
+
+    /// Whether the absence of a key can be believed, or an entry shows that its node is there.
+    fn is_vouched_for(&self, key: &str, fresh: Freshness) -> Result<bool> {
+        let (node, name) = key.split_at(key.rfind('/').map_or(0, |slash| slash + 1));
+        if !DOCUMENTS.contains(&name) {
+            return Ok(true);
+        }
+        for other in NODES.into_iter().filter(|other| *other != name) {
+            let found = self
+                .arena
+                .find(&format!("{node}{other}"), ByteRange::Full)?;
+            if let Some(i) = found
+                && can_serve(self.arena.get(i)?, fresh)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Finds what serves a request, touches it, and counts it as [`Cache::lookup`] does; an absence is
+    /// neither a hit nor a miss. Where `ages` are not given, the answer may be
+    /// [`Answer::PerhapsAbsent`].
+    pub fn ask(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        fresh: impl Into<Freshness>,
+        ages: Option<AbsenceAges>,
+    ) -> Result<Answer<Found>> {
+        let fresh = fresh.into();
+        if let Some(found) = self.peek(key, range, fresh)? {
+            self.policy.touch(&mut self.arena, found.handle as u32)?;
+            Tally::add(&self.tally.hits, 1);
+            return Ok(Answer::Found(found));
+        }
+        if let Some(i) = self.find_absence(key)? {
+            let Some(ages) = ages else {
+                return Ok(Answer::PerhapsAbsent);
+            };
+            if self.knows_absent(key, fresh.now, ages)? {
+                if self.arena.list(List::Absences)[1] != i {
+                    self.arena.unlink(List::Absences, i)?;
+                    self.arena.link(List::Absences, i, true)?;
+                }
+                return Ok(Answer::Absent);
+            }
+        }
+        Tally::add(&self.tally.misses, 1);
+        Ok(Answer::Unknown)
+    }
+
+    /// Keys that are remembered as missing, least recently used first, for tests and tools.
+    pub fn absent_keys(&self) -> Result<Vec<String>> {
+        let cells = self.arena.list_cells(List::Absences)?;
+        let known = |i: &u32| self.arena.get(*i).is_ok_and(|c| c.later == self.epoch());
+        let names = cells.into_iter().filter(known).map(|i| self.arena.name(i));
+        names.map(|name| Ok(name?.0)).collect()
+    }
+}
