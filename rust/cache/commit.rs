@@ -49,6 +49,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.release_reserved(&mut reservation);
         let victims = if self.is_valid(&reservation) {
             self.make_live(reservation.cell, checksum, fetched, now)?;
+            self.keep_validator(&reservation)?;
             Vec::new()
         } else {
             Tally::add(&self.tally.rejections, 1);

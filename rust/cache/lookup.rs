@@ -233,7 +233,7 @@ fn found(i: u32, cell: &Cell, range: ByteRange, start: u64, length: u64) -> Foun
 }
 
 /// Tells the contents of a cell from those that it may have later; never 0.
-fn fingerprint(cell: &Cell) -> u32 {
+pub(super) fn fingerprint(cell: &Cell) -> u32 {
     (cell.checksum().unwrap_or(0) ^ cell.time() as u32) | 1
 }
 

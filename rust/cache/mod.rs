@@ -13,6 +13,7 @@ mod in_flight;
 mod invalidate;
 mod lookup;
 mod peers;
+mod refresh;
 mod reserve;
 mod verified;
 
