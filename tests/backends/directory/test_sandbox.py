@@ -80,7 +80,8 @@ def test_refused_calls_cost_no_caching(tmp_path: Path, names: str, error: int) -
 
 
 @pytest.mark.skipif(
-    platform.machine() != "x86_64" or sys.platform != "linux", reason="the numbers are those of x86-64"
+    platform.machine() != "x86_64" or sys.platform != "linux",
+    reason="the numbers are those of x86-64",
 )
 def test_refused_openat2_links_lead_nowhere(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
