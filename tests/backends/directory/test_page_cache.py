@@ -170,7 +170,8 @@ async def test_hits_many_small_leave_turns_to_other_tasks(
         watcher.cancel()
         assert [value and value.to_bytes() for value in found] == [VALUE[:size]] * count
         assert len(turns) >= count * max(size, page_cache.LEAST) // page_cache.LARGEST - 1
-    assert thread_reads == []
+    # One that finds the index busy, as on a busy machine, is read by a thread once it is free.
+    assert len(thread_reads) < count // 10
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])
