@@ -317,7 +317,8 @@ class Stamp:
                 owner = files.owner(path)
                 relative = os.path.relpath(path, self.root)
                 if owner == "pending":
-                    files.remove_value(self.root, relative)  # Never committed, so it may not be valid.
+                    # Never committed, so it may not be valid.
+                    files.remove_value(self.root, relative)
                 elif not files.is_signed(status):
                     files.sign(self.root, relative, status)
                     signed = True
