@@ -315,11 +315,12 @@ class Stamp:
                 if files.is_tolerated(name) or not stat.S_ISREG(status.st_mode):
                     continue
                 owner = files.owner(path)
-                name = os.path.relpath(path, self.root)
+                relative = os.path.relpath(path, self.root)
                 if owner == "pending":
-                    files.remove_value(self.root, name)  # Never committed, so it may not be valid.
+                    # Never committed, so it may not be valid.
+                    files.remove_value(self.root, relative)
                 elif not files.is_signed(status):
-                    files.sign(self.root, name, status)
+                    files.sign(self.root, relative, status)
                     signed = True
         return signed
 
