@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::cache::{BATCH, Cache, Freshness, Tally, Victim};
 use super::in_flight::Ticket;
 use super::peers::Peers;
-use crate::arena::{Arena, Cell, Kind, ROOT, State, Storage};
+use crate::arena::{Arena, Cell, Kind, ROOT, State, Storage, TOO_LARGE};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -109,7 +109,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let held = self.arena.find(key, range)?;
         // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
         let cost = self.cost_with_folders(key, range, size);
-        let too_large = cost > self.bound();
+        let too_large = cost > self.bound() || size >= TOO_LARGE;
         if too_large && !self.is_outdated(held, key, ticket, now)? {
             return Ok(self.rejected(RejectReason::TooLarge));
         }
@@ -229,7 +229,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let mut victims = Vec::new();
         let bound = self.bound();
-        if reservation.cost > bound {
+        if reservation.cost > bound || reservation.size >= TOO_LARGE {
             if let Some(i) = replaced {
                 self.take(i, &mut victims)?;
             }

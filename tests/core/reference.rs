@@ -365,7 +365,7 @@ impl Model {
         let too_long = |part: &str| part.len() > 128;
         let reason = if too_long(tail) || dirs.split('/').any(too_long) {
             Some(RejectReason::KeyTooLong)
-        } else if size > self.limits.max_size && !outdated {
+        } else if self.is_too_large(size) && !outdated {
             Some(RejectReason::TooLarge)
         } else if !self.valid(&name.0, ticket) {
             Some(RejectReason::Invalidated)
@@ -425,6 +425,11 @@ impl Model {
         }
     }
 
+    /// An entry has 48 bits for its size.
+    fn is_too_large(&self, size: u64) -> bool {
+        size > self.limits.max_size || size >= 1 << 48
+    }
+
     fn advance(&mut self, id: u64, own: bool, now: u64, got: &Reserve) {
         let taken = self.used_bytes() + self.reserved_bytes();
         let free = u128::from(self.limits.max_size) - taken;
@@ -437,7 +442,7 @@ impl Model {
             reservation.size,
             reservation.ticket,
         );
-        if size > self.limits.max_size {
+        if self.is_too_large(size) {
             // Only what it replaces goes.
             match got {
                 Reserve::NeedsEviction(same, victims) => {

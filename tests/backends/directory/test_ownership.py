@@ -19,7 +19,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import tree
-from support import buf, check_quiet, fill, read, read_through, write
+from support import buf, check_quiet, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
@@ -117,6 +117,7 @@ async def test_directory_source_without_a_name_starts_cold(tmp_path: Path) -> No
     (tmp_path / "cache/mine").write_bytes(b"mine")
     del store
     store = open_store(tmp_path, MemoryStore())
+    await opened(store)
     assert store.cache_info()["current_size"] == 0
     assert await read_through(store, "a") is None
     assert tree(tmp_path / "cache") >= {"mine"}
@@ -133,8 +134,14 @@ async def test_directory_source_without_a_name_starts_cold(tmp_path: Path) -> No
     assert await read_through(store, "c") == b"3"
     del store
     store = open_store(tmp_path)
+    await opened(store)
     assert held(tmp_path) == {"mine": 4}
     assert store.cache_info()["current_size"] == 0
+
+
+async def opened(store: CacheStore) -> None:
+    """Wait until a directory is taken over, which goes on in the background after a second."""
+    await until(lambda: store._cache.shared.handle.is_open)
 
 
 async def test_take_over_cut_off_is_finished_by_the_next(
