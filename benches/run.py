@@ -36,6 +36,7 @@ GROUPS = {
     "loop_lag": ("_hits", "loop_lag"),
     "arrays": ("_arrays", "warm_arrays"),
     "sharded": ("_arrays", "sharded"),
+    "sparse": ("_sparse", "sparse"),
     "one_flight": ("_cold", "one_flight"),
     "cold": ("_cold", "cold_reads"),
     "slow_cache": ("_cold", "slow_cache"),
