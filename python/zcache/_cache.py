@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
@@ -24,6 +24,7 @@ from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
 from zcache._source.missing import MissingKeyErrors
 from zcache._source.slicing import slices_like_python
+from zcache._source.validators import validators_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ class Cache:
         See `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    offline, verify, adopt, source_id, clock
+    offline, revalidate, verify, adopt, source_id, clock
         See `CacheStore`.
 
     Attributes
@@ -75,6 +76,7 @@ class Cache:
         offline: bool = False,
         cache_missing: bool = True,
         missing_max_age: Age = MISSING_MAX_AGE,
+        revalidate: Literal[False, True, "metadata"] = False,
         token: str | None = None,
         verify: str = "first",
         adopt: bool = False,
@@ -92,6 +94,7 @@ class Cache:
         self.offline = offline
         self.cache_missing = cache_missing
         self.missing_max_age = missing_max_age
+        self.revalidate = revalidate
         self.verify = verify
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
@@ -123,6 +126,8 @@ class Cache:
             ages=MaxAges("infinity") if offline else self.ages,
             missing_max_age=missing_age if cache_missing else 0.0,
             offline=offline,
+            revalidate=revalidate,
+            validators=validators_of(source) if revalidate else None,
             stale_if_error=stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
@@ -137,7 +142,11 @@ class Cache:
     def _longest_use(self) -> float | None:
         """Seconds for which a value is of use to this store; None for always."""
         longest = self.ages.longest
-        return None if longest is None or self.offline else longest + self.stale_if_error
+        return (
+            None
+            if longest is None or self.offline or self.revalidate
+            else longest + self.stale_if_error
+        )
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""
@@ -257,6 +266,8 @@ def _after_fork() -> None:
         shared.place.after_fork()
     for cache in list(_caches):
         cache.backend.counters.after_fork()
+        if cache.reader.revalidator is not None:
+            cache.reader.revalidator.after_fork()
 
 
 at_fork(_after_fork)

@@ -360,6 +360,28 @@ class Index:
             The key cannot be cached.
         """
 
+    def set_validator(self, key: str, ticket: int, validator: str, /) -> None:
+        """Note the validator of what was read under a ticket; kept with the entry when that is committed."""
+
+    def validator(self, key: str, raw: _Range, /) -> str | None:
+        """Validator of the entry that would serve a request at any age, if it has one."""
+
+    def refresh(
+        self,
+        key: str,
+        raw: _Range,
+        ticket: int,
+        validator: str,
+        fetched: float,
+        now: float,
+        /,
+    ) -> int | tuple[str, int, int, int, int | None, int | None] | None:
+        """Say that the source had this validator at `fetched`: the age of what has the same counts from then.
+
+        Returns what serves the request, as `lookup` does, without counting it. None where that has another
+        validator, or a write has made the ticket void.
+        """
+
     def complete_flight(self, key: str, ticket: int, /) -> None:
         """Close the flight of a ticket; nothing happens if it is closed."""
 

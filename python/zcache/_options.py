@@ -245,6 +245,15 @@ def check_clock(clock: Any) -> Any:
     return clock
 
 
+def check_revalidate(value: object) -> Literal[False, True, "metadata"]:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value == "metadata":
+        return "metadata"
+    kind = OptionValueError if isinstance(value, str) else OptionTypeError
+    raise kind(f'invalid revalidate: {value!r}. Give True, False or "metadata".')
+
+
 def parse_offline(value: object) -> bool:
     """Whether a store is offline: as it is told, or as the environment says now."""
     if value is None:

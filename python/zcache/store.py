@@ -29,6 +29,7 @@ from zcache._options import (
     check_cache_store,
     check_clock,
     check_flag,
+    check_revalidate,
     check_source_id,
     check_store,
     check_verify,
@@ -111,6 +112,14 @@ class CacheStore(Store):
         source raises an error; an answer that there is no such key is none. Default is 0: the error is
         raised. Set it where an old value is better than none. A source that never answers is waited for:
         give it a time-out of its own.
+    revalidate : bool or "metadata", optional
+        Compare a value that is too old with the source, by one small request, and read it again only where
+        it is not the same: by ETag for `ObjectStore`, and for `FsspecStore` over S3, GCS, Azure and HTTP; by
+        modification time, size and number of the file for `LocalStore`; for a class of your own by its
+        ``async def validator(self, key) -> str | None``, see `zcache._source.validators`. Weak ETags do not
+        count. "metadata" does so for metadata documents only. Default is False. Set it where large values
+        change seldom. Unless one answer of the source brings bytes and ETag (`ObjectStore`), a miss costs two
+        small requests more. A source that cannot tell is read again.
     offline : bool, optional
         Never ask the source: what is cached is served, however old it is; anything else raises
         `OfflineError`, and so do writes. Of the listings only `list_dir` and `is_empty` are answered, as
@@ -213,6 +222,7 @@ class CacheStore(Store):
         offline: bool | None = None,
         cache_missing: bool = True,
         missing_max_age_seconds: float | Literal["infinity"] | None = MISSING_MAX_AGE,
+        revalidate: Literal[False, True, "metadata"] = False,
         read_only: bool | None = None,
         verify: Literal["first", "always", "never"] = "first",
         adopt: bool = False,
@@ -240,6 +250,7 @@ class CacheStore(Store):
             max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
             max_age=parse_ages(max_age_seconds),
             offline=parse_offline(offline),
+            revalidate=check_revalidate(revalidate),
             stale_if_error=parse_seconds(stale_if_error, "stale_if_error"),
             metadata_max_age=None
             if metadata_max_age_seconds is None
@@ -525,6 +536,7 @@ class CacheStore(Store):
             or self._cache.offline != other._cache.offline
             or self.cache_missing != other.cache_missing
             or self.missing_max_age_seconds != other.missing_max_age_seconds
+            or self._cache.revalidate != other._cache.revalidate
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -567,6 +579,7 @@ class CacheStore(Store):
                 "offline": cache.offline,
                 "cache_missing": cache.cache_missing,
                 "missing_max_age": cache.missing_max_age,
+                "revalidate": cache.revalidate,
                 "verify": cache.verify,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,

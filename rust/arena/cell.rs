@@ -28,6 +28,8 @@ pub enum Kind {
     Suffix = 6,
     /// An absence: the source has no such key. It stands for no bytes, so it is no entry.
     Absent = 7,
+    /// A note of an entry, which is its parent; see [`note`](super::note).
+    Note = 8,
 }
 
 /// Where an entry stands between its reservation and the deletion of its bytes.
@@ -74,7 +76,8 @@ pub struct Cell {
     /// Name below the parent, or where the string arena has it; see [`STORED`].
     pub label: [u8; 8],
     time: [u8; 6],
-    /// Bytes of `label` in use, or [`STORED`], in bits 0 to 3; [`Packing`] in bits 4 to 7.
+    /// Bytes of `label` in use, or [`STORED`], in bits 0 to 3; [`Packing`] in bits 4 to 6; whether an entry
+    /// has a note in bit 7.
     label_bits: u8,
     /// Kind in bits 0 to 3, state in bits 4 and 5, verified in bit 6, checksum unknown in bit 7.
     bits: u8,
@@ -89,6 +92,7 @@ const SIZE_BITS: u32 = 48;
 /// No entry has so many bytes.
 pub const TOO_LARGE: u64 = 1 << SIZE_BITS;
 
+const NOTED: u8 = 1 << 7;
 const VERIFIED: u8 = 1 << 6;
 const NO_CHECKSUM: u8 = 1 << 7;
 
@@ -113,6 +117,7 @@ impl Cell {
             5 => Kind::Offset,
             6 => Kind::Suffix,
             7 => Kind::Absent,
+            8 => Kind::Note,
             _ => return Err(Error::Corrupt("invalid kind of cell")),
         })
     }
@@ -199,13 +204,14 @@ impl Cell {
 
     /// How the label is packed; an error where the bits are invalid.
     pub fn packing(&self) -> Result<Packing> {
-        Packing::of(self.label_bits >> 4).ok_or(Error::Corrupt("invalid packing of a label"))
+        Packing::of((self.label_bits & !NOTED) >> 4)
+            .ok_or(Error::Corrupt("invalid packing of a label"))
     }
 
     /// Whether the label is packed like this.
     #[must_use]
     pub fn is_in(&self, packing: Packing) -> bool {
-        self.label_bits >> 4 == packing as u8
+        (self.label_bits & !NOTED) >> 4 == packing as u8
     }
 
     /// Whether the label is these packed coordinates, padded with zeros.
@@ -213,7 +219,8 @@ impl Cell {
     #[must_use]
     pub fn is_packed(&self, word: [u8; INLINE], len: u8) -> bool {
         let bits = (Packing::Coordinates as u8) << 4 | len;
-        u64::from_le_bytes(self.label) == u64::from_le_bytes(word) && self.label_bits == bits
+        u64::from_le_bytes(self.label) == u64::from_le_bytes(word)
+            && self.label_bits & !NOTED == bits
     }
 
     /// The label padded with zeros, and its length, where it is in the cell.
@@ -231,6 +238,17 @@ impl Cell {
     /// Sets packing and length of the label.
     pub fn set_label_len(&mut self, packing: Packing, len: u8) {
         self.label_bits = (packing as u8) << 4 | len & 15;
+    }
+
+    /// Whether an entry has a note.
+    #[must_use]
+    pub fn has_note(&self) -> bool {
+        self.label_bits & NOTED != 0
+    }
+
+    /// Notes whether an entry has a note.
+    pub fn set_note(&mut self, has_note: bool) {
+        self.label_bits = self.label_bits & !NOTED | if has_note { NOTED } else { 0 };
     }
 
     /// The checksum, where it is known.

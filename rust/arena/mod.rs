@@ -4,6 +4,7 @@ mod arena;
 mod cell;
 mod hash_table;
 mod name;
+pub(crate) mod note;
 mod path_cache;
 mod storage;
 mod strings;

@@ -68,7 +68,7 @@ impl<S: Storage> Arena<S> {
             "more strings used than there are",
         )?;
         let mut totals = Totals::default();
-        let [mut free, mut named, mut children] = [0u64; 3];
+        let [mut free, mut named, mut children, mut notes, mut noted] = [0u64; 5];
         let mut words = Words::new(header.strings_used as usize);
         for i in ROOT..header.cells_used {
             let cell = self.get(i)?;
@@ -80,6 +80,13 @@ impl<S: Storage> Arena<S> {
             if let Some((at, len)) = cell.string()? {
                 words.add(at, len)?;
             }
+            if kind == Kind::Note {
+                notes += 1;
+                let is_entry = self.get(cell.parent)?.is_entry();
+                check(is_entry && self.has_own_note(i)?, "note: of no entry")?;
+                continue;
+            }
+            noted += u64::from(cell.has_note());
             if i != ROOT {
                 named += 1;
                 self.validate_name(i)?;
@@ -118,9 +125,15 @@ impl<S: Storage> Arena<S> {
         }
         words.check()?;
         check(children == named, "tree: a cell missing from its parent")?;
+        check(notes == noted, "note: missing")?;
         self.validate_free(free)?;
         self.validate_lists(&totals)?;
-        self.validate_table(named)
+        self.validate_table(named + notes)
+    }
+
+    /// Whether a note is the one of its entry.
+    fn has_own_note(&self, i: u32) -> Result<bool> {
+        Ok(self.find_note(self.get(i)?.parent)? == Some(i))
     }
 
     fn validate_name(&self, i: u32) -> Result<()> {

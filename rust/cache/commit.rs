@@ -50,6 +50,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let victims = if self.is_valid(&reservation) {
             self.drop_absence(&reservation.key)?;
             self.make_live(reservation.cell, checksum, fetched, now)?;
+            self.keep_validator(&reservation)?;
             Vec::new()
         } else {
             Tally::add(&self.tally.rejections, 1);

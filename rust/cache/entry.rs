@@ -97,7 +97,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Links an entry by its fetch time. The time of one that was fetched before more than [`SEARCH`]
     /// others is dropped, so it counts as stale.
-    fn link_by_time(&mut self, i: u32, fetched: u64) -> Result<()> {
+    pub(super) fn link_by_time(&mut self, i: u32, fetched: u64) -> Result<()> {
         let fetched = fetched.max(1);
         let mut before = self.arena.list(List::FetchTime)[1];
         for _ in 0..SEARCH {
@@ -124,7 +124,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// After the clock was set back, the age of entries that were fetched "later" than now is
     /// unknown: they move to the front of the list with time 0, which is stale under any maximum
     /// age. Each moves once, so a step costs no more than the entries that it concerns.
-    fn undate_future(&mut self, now: u64) -> Result<()> {
+    pub(super) fn undate_future(&mut self, now: u64) -> Result<()> {
         loop {
             let latest = self.arena.list(List::FetchTime)[1];
             if latest == 0 || self.arena.get(latest)?.time() <= now.saturating_add(SKEW) {

@@ -28,6 +28,8 @@ struct Flight<T> {
     version: Version,
     /// Milliseconds: what it replaces is older.
     max_age: Option<u64>,
+    /// Validator of what its reader has read, to be kept with that.
+    validator: Option<Box<str>>,
     /// What the readers wait on; `None` for the copy that a writer puts into the cache.
     payload: Option<T>,
     /// Whether another reader waits, or has waited.
@@ -229,6 +231,7 @@ impl<T: Clone> Flights<T> {
             invalidated: false,
             version,
             max_age,
+            validator: None,
             payload,
             joined: false,
         };
@@ -259,6 +262,20 @@ impl<T: Clone> Flights<T> {
     #[must_use]
     pub(crate) fn max_age(&self, key: &str, ticket: Ticket) -> Option<u64> {
         self.by_key.get(key)?.get(ticket)?.max_age
+    }
+
+    /// Notes the validator of what the reader of a flight has read.
+    pub(crate) fn set_validator(&mut self, key: &str, ticket: Ticket, validator: &str) {
+        let flights = self.by_key.get_mut(key);
+        if let Some(flight) = flights.and_then(|flights| flights.get_mut(ticket)) {
+            flight.validator = Some(validator.into());
+        }
+    }
+
+    /// Takes the same out.
+    pub(crate) fn take_validator(&mut self, key: &str, ticket: Ticket) -> Option<Box<str>> {
+        let flights = self.by_key.get_mut(key)?;
+        flights.get_mut(ticket)?.validator.take()
     }
 
     /// Closes a flight; it is never joined again.

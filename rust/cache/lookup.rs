@@ -239,7 +239,7 @@ fn found(i: u32, cell: &Cell, size: u64, range: ByteRange, start: u64, length: u
 }
 
 /// Tells the contents of a cell from those that it may have later; never 0.
-fn fingerprint(cell: &Cell) -> u32 {
+pub(super) fn fingerprint(cell: &Cell) -> u32 {
     (cell.checksum().unwrap_or(0) ^ cell.time() as u32) | 1
 }
 

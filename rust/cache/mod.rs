@@ -15,6 +15,7 @@ mod invalidate;
 mod keys;
 mod lookup;
 mod peers;
+mod refresh;
 mod reserve;
 mod verified;
 

@@ -291,6 +291,48 @@ impl Index {
         }
     }
 
+    #[pyo3(signature = (key, ticket, validator, /))]
+    fn set_validator(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        ticket: u64,
+        validator: &str,
+    ) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.set_validator(key, ticket, validator);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (key, raw, /))]
+    fn validator(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<Option<String>> {
+        let span = span(raw)?;
+        step!(self, py, |cache| cache.validator(key, span))
+    }
+
+    #[pyo3(signature = (key, raw, ticket, validator, fetched, now, /))]
+    #[allow(clippy::too_many_arguments)] // All that a comparison is about.
+    fn refresh<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        raw: RawSpan,
+        ticket: u64,
+        validator: &str,
+        fetched: f64,
+        now: f64,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let (span, fetched, now) = (span(raw)?, millis(fetched), millis(now));
+        let found = step!(self, py, |cache| {
+            let found = cache.refresh(key, span, ticket, validator, fetched, now)?;
+            Ok(found.map(|found| (found, cache.must_verify(found.handle))))
+        })?;
+        found
+            .map(|(found, verify)| hit(py, key, span, &found, verify))
+            .transpose()
+    }
+
     #[pyo3(signature = (key, ticket, /))]
     fn complete_flight(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
         // The payload is dropped after the lock, because that may run Python code.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._protocol.read import Reader
+    from zcache._protocol.revalidate import Check, Revalidator
     from zcache._runtime.io import IO
 
     Request = tuple[str, ByteRequest | None]
@@ -82,6 +83,8 @@ class Batch:
         self._leads: dict[int, tuple[int, Flight]] = {}
         self._waits: list[tuple[int, Any]] = []
         self._direct: list[int] = []
+        # Validators of the keys, from before they are read.
+        self._checks: dict[str, Check] = {}
 
     def _parse(self, key: str, request: ByteRequest | None) -> tuple[str, ByteRange | None] | None:
         try:
@@ -166,9 +169,13 @@ class Batch:
 
     async def _bring(self, missing: list[int]) -> AsyncGenerator[Group, None]:
         """Ask the source, in one call, for what no other reader reads already."""
+        reader = self._reader
         try:
             for number in missing:
                 await self._join(number)
+            if reader.revalidator is not None:
+                async for same in self._unchanged(reader.revalidator):
+                    yield same
             wanted = sorted([*self._leads, *self._direct])
             try:
                 async with contextlib.aclosing(self._from_source(wanted)) as groups:
@@ -183,6 +190,46 @@ class Batch:
             # Who waits for what did not come asks for it.
             for number in list(self._leads):
                 self._close(number)
+
+    async def _unchanged(self, revalidator: Revalidator) -> AsyncGenerator[Group, None]:
+        """Serve what is too old but still the same, and note which validators the others have before they are read."""
+        for number, (ticket, flight) in list(self._leads.items()):
+            asked = self._asked[number]
+            assert asked is not None
+            key = asked[0]
+            if not revalidator.applies(key):
+                continue
+            value, check = await revalidator.compare(
+                self._io, key, self._prototype, asked[1], ticket, self._checks.get(key)
+            )
+            if check is not None:
+                self._checks[key] = check
+            if value is not None:
+                flight.deliver(freeze(value)[0])
+                self._close(number)
+                yield [(number, value)]
+        for number in self._leads:
+            asked = self._asked[number]
+            assert asked is not None
+            if asked[0] not in self._checks and revalidator.applies(asked[0]):
+                now = self._reader.now()
+                self._checks[asked[0]] = await revalidator.current(self._io, asked[0]), now
+
+    async def _note_validators(self, revalidator: Revalidator, numbers: list[int]) -> None:
+        """Have validators kept with what has come, where they are still the ones from before."""
+        after: dict[str, str | None] = {}
+        for number in numbers:
+            asked, lead = self._asked[number], self._leads.get(number)
+            if asked is None or lead is None:
+                continue
+            key = asked[0]
+            before = self._checks.get(key, (None, 0.0))[0]
+            if before is None:
+                continue
+            if key not in after:
+                after[key] = await revalidator.current(self._io, key)
+            if after[key] == before:
+                revalidator.note(key, lead[0], before)
 
     async def _from_source(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
         if not wanted:
@@ -293,6 +340,9 @@ class Batch:
 
     async def _deliver(self, group: Group) -> Group:
         """Hand what has come to all who wait for it, and over to the cache."""
+        if self._reader.revalidator is not None:
+            numbers = [number for number, found in group if found is not None]
+            await self._note_validators(self._reader.revalidator, numbers)
         for number, found in group:
             lead = self._leads.get(number)
             if lead is None:

@@ -15,6 +15,7 @@ from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, FillJob
 from zcache._core import Index, crc32c, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from zcache._backends.base import Backend, Hit, TryRead, Victim
     from zcache._byte_ranges import ByteRange
     from zcache._runtime.io import IO
+    from zcache._source.validators import Validators
 
 BUSY: Final = -1
 """Stands for a hit or miss that is not known yet: the lock of the index was taken."""
@@ -55,6 +57,10 @@ class Reader:
         How old a value may be that is served.
     offline : bool
         Whether the source is not asked.
+    revalidate : bool or "metadata"
+        Which keys are compared with the source when they are too old.
+    validators : Validators, optional
+        Those of the source, if it has any.
     stale_if_error : float
         Seconds past its age for which a value is served where the source raises.
     source_name : str
@@ -66,6 +72,8 @@ class Reader:
 
     Attributes
     ----------
+    revalidator : Revalidator or None
+        Compares what is too old with the source.
     stale : StaleValues
         What is served in place of an error of the source.
     """
@@ -77,6 +85,8 @@ class Reader:
         ages: MaxAges,
         missing_max_age: float,
         offline: bool,
+        revalidate: Literal[False, True, "metadata"],
+        validators: Validators | None,
         stale_if_error: float,
         source_name: str,
         slices_like_python: bool,
@@ -93,6 +103,9 @@ class Reader:
         self.offline = offline
         # For a hit: an attribute that is looked up less.
         self._ageless, self._max_age, self._age_of = ages.is_ageless, ages.single, ages.by_key
+        self.revalidator: Revalidator | None = None
+        if revalidate and validators is not None:
+            self.revalidator = Revalidator(self, validators, revalidate)
         self.stale = StaleValues(self, stale_if_error, source_name)
         self._may_be_stale = stale_if_error > 0
         self._missing_max_age = missing_max_age
@@ -629,14 +642,23 @@ class Reader:
         is_handed_over = False
         try:
             flight.begun = True
+            is_cached = False
             try:
-                value = await io.read(key, prototype, request)
+                revalidator = self.revalidator
+                if revalidator is None or not revalidator.applies(key):
+                    value = await io.read(key, prototype, request)
+                else:
+                    value, is_cached = await revalidator.read(
+                        io, key, prototype, request, byte_range, ticket
+                    )
                 data, buffer = (None, None) if value is None else freeze(value)
             except Exception as error:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
-            if data is None:
+            if is_cached:
+                flight.deliver(data)
+            elif data is None:
                 await self.deliver_absence(io, key, ticket, flight)
                 is_handed_over = True
             elif (fill_now := self._fill_now) is not None:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 from zarr.abc.store import Store, SupportsSyncStore
 from zarr.storage import WrapperStore
 
+from zcache._runtime.coroutines import run_without_loop
+from zcache._runtime.io import IO, SyncIO
+from zcache._source.validators import validators_of
 from zcache.testing._plan import Gate, Plan, Request, Rule
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ class StoreDouble(WrapperStore[Store]):
     Has every operation of the store behind it, the synchronous ones among them, and may be used by any
     number of threads and event loops at once. Operations are named "get", "get_partial_values",
     "get_ranges", "set", "set_if_not_exists", "delete", "delete_dir", "clear", "exists", "getsize",
-    "getsize_prefix", "is_empty", "list", "list_prefix" and "list_dir"; "*" is each of them.
+    "getsize_prefix", "is_empty", "list", "list_prefix", "list_dir" and "validator"; "*" is each of them.
 
     Parameters
     ----------
@@ -224,6 +227,29 @@ class StoreDouble(WrapperStore[Store]):
         for rule in after:
             await rule.act_async()
         return result
+
+    async def validator(self, key: str) -> str | None:
+        """The validator of a key in the store behind it; operation "validator"."""
+        before, after = self._plan.begin(Request("validator", key))
+        for rule in before:
+            await rule.act_async()
+        of_inner = validators_of(self._store)
+        found = None if of_inner is None else await of_inner.current(IO(self._store), key)
+        for rule in after:
+            await rule.act_async()
+        return found
+
+    def validator_sync(self, key: str) -> str | None:
+        """The same without an event loop."""
+        before, after = self._plan.begin(Request("validator", key))
+        for rule in before:
+            rule.act()
+        of_inner = validators_of(self._store)
+        io = SyncIO(self._store)
+        found = None if of_inner is None else run_without_loop(of_inner.current(io, key))
+        for rule in after:
+            rule.act()
+        return found
 
     def _call_sync(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before, after = self._plan.begin(_request(operation, args))
