@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import weakref
@@ -85,6 +86,18 @@ class DictStore(Store):
                 self.values[key] = value
             self.total += len(value or b"") - len(old)
             self.peak = max(self.peak, self.total)
+
+    def do_validate(self, key: str) -> str:
+        """What changes with the bytes of a key."""
+        value = self.values.get(key)
+        if value is None:
+            raise FileNotFoundError(key)
+        return hashlib.sha256(value).hexdigest()
+
+    async def validator(self, key: str) -> str | None:
+        """For `revalidate`; one operation more."""
+        found: str = await self._do("validator", key, lambda: self.do_validate(key))
+        return found
 
     async def _do(self, operation: str, key: str, effect: Callable[[], Any]) -> Any:
         with self._lock:
@@ -218,6 +231,11 @@ class SyncDictStore(DictStore):
         found: Buffer | None = self._do_now(
             "get", key, lambda: self.do_get(key, prototype, byte_range)
         )
+        return found
+
+    def validator_sync(self, key: str) -> str | None:
+        """As `validator`."""
+        found: str = self._do_now("validator", key, lambda: self.do_validate(key))
         return found
 
     def set_sync(self, key: str, value: Buffer) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doubles import SyncDictStore
 from support import PROTOTYPE, buf, check_same, cut, read
-from zcache import CacheStore
+from zcache import CacheStore, OfflineError
 from zcache.testing import check_invariants, entries, missing_keys
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Op(NamedTuple):
     @property
     def reads(self) -> list[tuple[str, ByteRequest | None]]:
         """Keys and requests that this reads."""
-        if self.method == "get":
+        if self.method in ("get", "get_offline"):
             return [(self.key, self.what)]
         return list(self.what) if self.method == "get_partial_values" else []
 
@@ -173,16 +173,25 @@ class World:
     ----------
     scenario : Scenario
         What there is in the beginning.
+    with_offline : bool
+        Whether there is a store over the same cache that never asks the source.
     **options
         Of the `CacheStore`.
     """
 
-    def __init__(self, scenario: Scenario, **options: Any) -> None:
+    def __init__(self, scenario: Scenario, *, with_offline: bool = False, **options: Any) -> None:
         self.scenario = scenario
         self.source, self.cache = HeldStore(scenario.source), HeldStore()
         self.source.name, self.cache.name = "source", "cache"
         options = {"max_size": scenario.max_size, **options}
         self.store = CacheStore(self.source, cache_store=self.cache, **options)
+        # Over the same cache, for operations that ask for it.
+        self.offline = self.store
+        if with_offline:
+            clock = options.get("clock")
+            self.offline = CacheStore(
+                self.source, cache_store=self.cache, offline=True, clock=clock
+            )
         self.actors: list[Actor] = []
         self.points: list[Point] = []
         self._ticks = itertools.count(1)
@@ -207,7 +216,7 @@ class World:
         actor.begun = next(self._ticks)
         try:
             results = await self._call(actor.op)
-        except SourceError:
+        except (SourceError, OfflineError):
             actor.failed = True
             return
         finally:
@@ -219,6 +228,8 @@ class World:
         store = self.store
         if op.method == "get":
             return [await read(store, op.key, op.what)]
+        if op.method == "get_offline":
+            return [await read(self.offline, op.key, op.what)]
         if op.method == "get_partial_values":
             found = await store.get_partial_values(PROTOTYPE, op.what)
             return [None if value is None else value.to_bytes() for value in found]

@@ -154,8 +154,10 @@ class Round:
             self.source,
             cache_store=caches[kind](),
             max_size=self.max_size,
-            max_age_seconds=self.chance.choice(["infinity", 0.05]),
+            max_age_seconds=self.chance.choice(["infinity", 0.05, {"g0/**": 0.05, "*/1": 0}]),
             missing_max_age_seconds=self.chance.choice(["infinity", 0.1]),
+            stale_if_error=self.chance.choice([0, 0.05, "infinity"]),
+            revalidate=self.chance.random() < 0.5,
             cache_set_data=self.chance.random() < 0.8,
             # Small, so that readers have to wait for it.
             max_pending_size=self.chance.choice([0, 300, 10**6]),

@@ -49,6 +49,7 @@ def op(method: str, key: Any = keys, what: Any = None) -> Any:
 reads, sets, deletes = op("get", what=requests), op("set", what=values), op("delete")
 ops = st.one_of(
     reads,
+    op("get_offline", what=requests),
     op(
         "get_partial_values",
         st.just(""),
@@ -105,7 +106,9 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         max_size=st.sampled_from([0, 10, 25, 60, None]),
-        max_age_seconds=st.sampled_from([MAX_AGE, "infinity"]),
+        max_age_seconds=st.sampled_from([MAX_AGE, "infinity", {"g/**": MAX_AGE, "a": 2}]),
+        stale_if_error=st.sampled_from([0, MAX_AGE, "infinity"]),
+        revalidate=st.booleans(),
         cache_set_data=st.booleans(),
         cache_missing=st.booleans(),
         missing_max_age_seconds=st.sampled_from([1, MAX_AGE, "infinity"]),
@@ -114,7 +117,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, max_size: int | None, held: bool, **options: Any) -> None:
         async def make() -> None:
             scenario = Scenario((), START, max_size=max_size)
-            self.world = World(scenario, clock=self.clock, **options)
+            self.world = World(scenario, with_offline=True, clock=self.clock, **options)
             self.world.hold_up(on=True)
             self.held = held
 
@@ -180,7 +183,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         operation=st.sampled_from(
-            ["get", "set", "set_if_not_exists", "delete", "delete_dir", "clear"]
+            ["get", "set", "set_if_not_exists", "delete", "delete_dir", "clear", "validator"]
         ),
         at=when,
     )
@@ -243,6 +246,7 @@ class Machine(RuleBasedStateMachine):
         assert stats["total_requests"] == stats["hits"] + stats["misses"]
         assert stats["expirations"] <= stats["evictions"]
         assert self.world.store.cache_missing or not stats["negative_hits"]
+        assert stats["stale_hits"] <= stats["hits"]
         assert stats["cache_failures"] <= self.world.cache.raised
         assert in_flight(self.world.store) == (0, 0)
 
