@@ -47,6 +47,8 @@ GROUPS = {
     "memory": ("_capacity", "memory"),
     "sweep": ("_capacity", "sweep"),
     "directory": ("_directory", "rows"),
+    "revalidation": ("_freshness", "revalidation"),
+    "opening": ("_freshness", "opening"),
 }
 _LONGEST = 300  # Seconds for one group; all of them together take a few minutes.
 

@@ -22,7 +22,8 @@
 //! # Memory
 //!
 //! ```text
-//! bytes = 56 × (entries + directories + keys with ranges)   cells
+//! bytes = 56 × (entries + directories + keys with ranges    cells
+//!               + validators)
 //!       + 4.6 to 9.2 × the same number                      hash table
 //!       + labels of more than 8 bytes, in words of 4        strings
 //! ```

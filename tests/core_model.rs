@@ -327,7 +327,7 @@ impl Run {
             return;
         }
         let (name, ticket) = self.tickets[open].clone();
-        if size % 3 != 0 {
+        if !size.is_multiple_of(3) {
             // Of every length, those that are too long to be kept among them.
             let validator = "v".repeat(size as usize % 150);
             self.cache.set_validator(key, ticket, &validator);

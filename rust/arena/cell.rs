@@ -28,8 +28,8 @@ pub enum Kind {
     Suffix = 6,
     /// An absence: the source has no such key. It stands for no bytes, so it is no entry.
     Absent = 7,
-    /// A note of an entry, which is its parent; see [`note`](super::note).
-    Note = 8,
+    /// A validator of an entry, which is its parent; see [`validator`](super::validator).
+    Validator = 8,
 }
 
 /// Where an entry stands between its reservation and the deletion of its bytes.
@@ -77,7 +77,7 @@ pub struct Cell {
     pub label: [u8; 8],
     time: [u8; 6],
     /// Bytes of `label` in use, or [`STORED`], in bits 0 to 3; [`Packing`] in bits 4 to 6; whether an entry
-    /// has a note in bit 7.
+    /// has a validator in bit 7.
     label_bits: u8,
     /// Kind in bits 0 to 3, state in bits 4 and 5, verified in bit 6, checksum unknown in bit 7.
     bits: u8,
@@ -92,7 +92,7 @@ const SIZE_BITS: u32 = 48;
 /// No entry has so many bytes.
 pub const TOO_LARGE: u64 = 1 << SIZE_BITS;
 
-const NOTED: u8 = 1 << 7;
+const WITH_VALIDATOR: u8 = 1 << 7;
 const VERIFIED: u8 = 1 << 6;
 const NO_CHECKSUM: u8 = 1 << 7;
 
@@ -117,7 +117,7 @@ impl Cell {
             5 => Kind::Offset,
             6 => Kind::Suffix,
             7 => Kind::Absent,
-            8 => Kind::Note,
+            8 => Kind::Validator,
             _ => return Err(Error::Corrupt("invalid kind of cell")),
         })
     }
@@ -204,14 +204,14 @@ impl Cell {
 
     /// How the label is packed; an error where the bits are invalid.
     pub fn packing(&self) -> Result<Packing> {
-        Packing::of((self.label_bits & !NOTED) >> 4)
+        Packing::of((self.label_bits & !WITH_VALIDATOR) >> 4)
             .ok_or(Error::Corrupt("invalid packing of a label"))
     }
 
     /// Whether the label is packed like this.
     #[must_use]
     pub fn is_in(&self, packing: Packing) -> bool {
-        (self.label_bits & !NOTED) >> 4 == packing as u8
+        (self.label_bits & !WITH_VALIDATOR) >> 4 == packing as u8
     }
 
     /// Whether the label is these packed coordinates, padded with zeros.
@@ -220,7 +220,7 @@ impl Cell {
     pub fn is_packed(&self, word: [u8; INLINE], len: u8) -> bool {
         let bits = (Packing::Coordinates as u8) << 4 | len;
         u64::from_le_bytes(self.label) == u64::from_le_bytes(word)
-            && self.label_bits & !NOTED == bits
+            && self.label_bits & !WITH_VALIDATOR == bits
     }
 
     /// The label padded with zeros, and its length, where it is in the cell.
@@ -240,16 +240,17 @@ impl Cell {
         self.label_bits = (packing as u8) << 4 | len & 15;
     }
 
-    /// Whether an entry has a note.
+    /// Whether an entry has a validator.
     #[must_use]
-    pub fn has_note(&self) -> bool {
-        self.label_bits & NOTED != 0
+    pub fn has_validator(&self) -> bool {
+        self.label_bits & WITH_VALIDATOR != 0
     }
 
-    /// Notes whether an entry has a note; an error where the cell is damaged.
-    pub fn set_note(&mut self, has_note: bool) -> Result<()> {
+    /// Notes whether an entry has a validator; an error where the cell is damaged.
+    pub fn set_validator(&mut self, has_one: bool) -> Result<()> {
         let (size, state) = (self.size()?, self.state());
-        self.label_bits = self.label_bits & !NOTED | if has_note { NOTED } else { 0 };
+        self.label_bits =
+            self.label_bits & !WITH_VALIDATOR | if has_one { WITH_VALIDATOR } else { 0 };
         self.begin(size, state);
         Ok(())
     }

@@ -4,13 +4,13 @@ mod arena;
 mod cell;
 mod hash_table;
 mod name;
-pub(crate) mod note;
 mod path_cache;
 mod storage;
 mod strings;
 mod traverse;
 mod tree;
 mod validate;
+pub(crate) mod validator;
 
 pub(crate) use self::arena::OVERFLOW;
 pub use self::arena::{Arena, List, MAX_CELLS, ROOT};

@@ -72,7 +72,7 @@ impl<S: Storage> Arena<S> {
         match cell.kind()? {
             Kind::Dir | Kind::Object => Ok(cell.hash()),
             Kind::Free => Err(Error::Corrupt("hash table: free cell")),
-            Kind::Note => Ok(self.note_hash(cell.parent)),
+            Kind::Validator => Ok(self.validator_hash(cell.parent)),
             kind => {
                 let seed = self.get(cell.parent)?.hash();
                 let salt = salt(kind, cell.packing()?);
@@ -348,7 +348,7 @@ impl<S: Storage> Arena<S> {
 
     /// Removes an entry from the tree and frees its cell; it must be in no list.
     pub(crate) fn remove(&mut self, i: u32) -> Result<()> {
-        self.drop_note(i)?;
+        self.drop_validator(i)?;
         let parent = self.get(i)?.parent;
         self.remove_child(i)?;
         self.prune(parent)

@@ -68,7 +68,13 @@ impl<S: Storage> Arena<S> {
             "more strings used than there are",
         )?;
         let mut totals = Totals::default();
-        let [mut free, mut named, mut children, mut notes, mut noted] = [0u64; 5];
+        let [
+            mut free,
+            mut named,
+            mut children,
+            mut validators,
+            mut validated,
+        ] = [0u64; 5];
         let mut words = Words::new(header.strings_used as usize);
         for i in ROOT..header.cells_used {
             let cell = self.get(i)?;
@@ -80,13 +86,16 @@ impl<S: Storage> Arena<S> {
             if let Some((at, len)) = cell.string()? {
                 words.add(at, len)?;
             }
-            if kind == Kind::Note {
-                notes += 1;
+            if kind == Kind::Validator {
+                validators += 1;
                 let is_entry = self.get(cell.parent)?.is_entry();
-                check(is_entry && self.has_own_note(i)?, "note: of no entry")?;
+                check(
+                    is_entry && self.is_own_validator(i)?,
+                    "validator: of no entry",
+                )?;
                 continue;
             }
-            noted += u64::from(cell.has_note());
+            validated += u64::from(cell.has_validator());
             if i != ROOT {
                 named += 1;
                 self.validate_name(i)?;
@@ -125,15 +134,15 @@ impl<S: Storage> Arena<S> {
         }
         words.check()?;
         check(children == named, "tree: a cell missing from its parent")?;
-        check(notes == noted, "note: missing")?;
+        check(validators == validated, "validator: missing")?;
         self.validate_free(free)?;
         self.validate_lists(&totals)?;
-        self.validate_table(named + notes)
+        self.validate_table(named + validators)
     }
 
-    /// Whether a note is the one of its entry.
-    fn has_own_note(&self, i: u32) -> Result<bool> {
-        Ok(self.find_note(self.get(i)?.parent)? == Some(i))
+    /// Whether a validator is the one of its entry.
+    fn is_own_validator(&self, i: u32) -> Result<bool> {
+        Ok(self.find_validator(self.get(i)?.parent)? == Some(i))
     }
 
     fn validate_name(&self, i: u32) -> Result<()> {

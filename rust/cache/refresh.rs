@@ -25,7 +25,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(validator) = self.flights.take_validator(key, ticket) else {
             return Ok(());
         };
-        match self.arena.set_note(reservation.cell, validator.as_bytes()) {
+        match self
+            .arena
+            .set_validator(reservation.cell, validator.as_bytes())
+        {
             // Without one the value is read again when it is too old.
             Err(Error::Full) => Ok(()),
             kept => kept,
@@ -37,8 +40,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(found) = self.peek(key, range, 0)? else {
             return Ok(None);
         };
-        let note = self.arena.note(found.handle as u32)?;
-        Ok(note.map(|text| String::from_utf8_lossy(text).into_owned()))
+        let own = self.arena.validator(found.handle as u32)?;
+        Ok(own.map(|text| String::from_utf8_lossy(text).into_owned()))
     }
 
     /// The source had this validator at `fetched`: the age of the entries of the key that have the same one
@@ -57,8 +60,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         }
         let same = |found: &Found| {
-            let note = self.arena.note(found.handle as u32);
-            note.map(|note| note == Some(validator.as_bytes()))
+            let own = self.arena.validator(found.handle as u32);
+            own.map(|own| own == Some(validator.as_bytes()))
         };
         match self.peek(key, range, now)? {
             Some(found) if same(&found)? => {}
@@ -72,7 +75,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         // Whatever is left out of the batch, this one is not.
         cells.extend(self.peek(key, range, now)?.map(|found| found.handle as u32));
         for i in cells {
-            if self.arena.note(i)? == Some(validator.as_bytes()) {
+            if self.arena.validator(i)? == Some(validator.as_bytes()) {
                 self.date_anew(i, fetched, now)?;
             }
         }

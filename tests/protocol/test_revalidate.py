@@ -97,6 +97,9 @@ async def test_revalidate_value_that_is_gone_is_dropped(
     clock.advance(10)
     assert await read_through(store, "a") is None
     assert stored_sizes(store) == {}
+    source.take()
+    assert await read_through(store, "a") is None
+    assert source.take() == {}
     await check_quiet(store)
 
 
