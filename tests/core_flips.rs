@@ -121,11 +121,13 @@ impl World {
                 Ok(answer) => return Some(answer),
                 Err(StepError::Busy) => panic!("{}: the lock is free", self.case),
                 Err(StepError::Failed(zcache::error::Error::Full)) => return None,
-                Err(StepError::Failed(_)) => {
-                    if index.restart(7).unwrap() {
-                        self.rebuild(index);
-                    }
-                }
+                Err(StepError::Failed(_)) => match index.restart(7) {
+                    Ok(true) => self.rebuild(index),
+                    Ok(false) => {}
+                    // This participant does without it for a while.
+                    Err(StepError::Failed(zcache::error::Error::Full)) => return None,
+                    Err(error) => panic!("{}: {error:?}", self.case),
+                },
             }
         }
         panic!("{}: it is damaged again and again", self.case)
