@@ -24,8 +24,8 @@
 //! ```text
 //! bytes = 56 × (entries + directories + keys with ranges    cells
 //!               + validators)
-//!       + 4.6 to 9.2 × the same number                      hash table
-//!       + labels of more than 8 bytes, in words of 4        strings
+//!       + 4.6 to 9.2 × the same number                                 hash table
+//!       + labels of more than 8 bytes, in words of 4                   strings
 //! ```
 //!
 //! Chunk coordinates take half a byte a character, so those of up to 16 characters need no string.

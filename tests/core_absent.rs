@@ -9,7 +9,7 @@
     reason = "a test stops at the first surprise"
 )]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -114,13 +114,14 @@ struct World {
     writing: Vec<&'static str>,
     /// Keys that are missing and when that was learned, least recently used first.
     absent: Vec<(&'static str, u64)>,
-    live: HashSet<(&'static str, ByteRange)>,
+    /// What is cached, and when it was fetched.
+    live: HashMap<(&'static str, ByteRange), u64>,
 }
 
 impl World {
     fn drop_key(&mut self, key: &str) {
         self.absent.retain(|(absent, _)| *absent != key);
-        self.live.retain(|(live, _)| *live != key);
+        self.live.retain(|(live, _), _| *live != key);
     }
 
     fn void(&mut self, covers: impl Fn(&str) -> bool) {
@@ -153,7 +154,7 @@ impl World {
             let others = NODES.iter().filter(|other| **other != name);
             let mut names = others.map(|other| format!("{node}{other}"));
             names.any(|other| {
-                let mut live = self.live.iter();
+                let mut live = self.live.keys();
                 live.any(|(key, range)| *key == other && *range == ByteRange::Full)
             })
         };
@@ -189,7 +190,9 @@ impl World {
                 let (victims, closed) = answer.unwrap();
                 assert!(closed.is_some());
                 self.confirm(&victims);
-                if self.is_open(&flight) {
+                let mut live = self.live.iter();
+                let is_newer = live.any(|((key, _), at)| *key == flight.key && *at > flight.begun);
+                if self.is_open(&flight) && !is_newer {
                     self.drop_key(flight.key);
                     if kept {
                         self.absent.push((flight.key, flight.begun));
@@ -205,7 +208,7 @@ impl World {
                     let done = self.cache.commit(id, None, self.now).unwrap().unwrap();
                     assert_eq!(done.victims, []);
                     self.absent.retain(|(absent, _)| *absent != key);
-                    self.live.insert((key, range));
+                    self.live.insert((key, range), self.now);
                 } else {
                     let _ = self.cache.complete_flight(key, flight.ticket);
                 }
@@ -249,12 +252,13 @@ impl World {
                     |key: &str| prefix.is_empty() || key == prefix || key.starts_with(&below);
                 self.void(covers);
                 self.absent.retain(|(key, _)| !covers(key));
-                self.live.retain(|(key, _)| !covers(key));
+                self.live.retain(|(key, _), _| !covers(key));
             }
             Step::Ask(key, part, age) => {
                 let key = KEYS[key.index(KEYS.len())];
                 let range = if part { RANGE } else { ByteRange::Full };
-                let found = [range, ByteRange::Full].map(|range| self.live.contains(&(key, range)));
+                let found =
+                    [range, ByteRange::Full].map(|range| self.live.contains_key(&(key, range)));
                 let listed = self.absent.iter().position(|(absent, _)| *absent == key);
                 let before = self.cache.stats();
                 let unknown = self.cache.ask(key, range, self.now, None).unwrap();
@@ -301,7 +305,7 @@ impl World {
             .cache
             .next_keys("", self.cache.first_keys(), |_| self.now.into())
             .unwrap();
-        let unique: HashSet<&str> = self.live.iter().map(|(key, _)| *key).collect();
+        let unique: HashSet<&str> = self.live.keys().map(|(key, _)| *key).collect();
         assert_eq!((found.len(), rest), (unique.len(), None));
         assert!(found.iter().all(|key| unique.contains(key.as_str())));
     }
@@ -316,7 +320,7 @@ proptest! {
             flights: Vec::new(),
             writing: Vec::new(),
             absent: Vec::new(),
-            live: HashSet::new(),
+            live: HashMap::new(),
         };
         for step in steps {
             world.apply(step);
@@ -376,5 +380,23 @@ fn absences_of_a_smaller_bound_are_fewer() {
     cache.set_limits(0, None, Verify::Never);
     miss(&mut cache, "e");
     assert!(!cache.absent_keys().unwrap().contains(&"e".to_owned()));
+    cache.validate().unwrap();
+}
+
+#[test]
+fn absence_of_an_earlier_read_leaves_a_later_value() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), limits(u64::MAX), 7).unwrap();
+    let mut lead = |range, now| match cache.join("a", range, 0, now, false).unwrap() {
+        Joined::Lead(ticket) => ticket,
+        other => panic!("{other:?}"),
+    };
+    // A range is asked for; somebody else makes the key, and all of it is read.
+    let (early, late) = (lead(RANGE, 1000), lead(ByteRange::Full, 1001));
+    let Reserve::Granted(id) = cache.reserve("a", ByteRange::Full, 4, late, 1001).unwrap() else {
+        panic!("there is room");
+    };
+    cache.commit(id, None, 1001).unwrap();
+    let (victims, _) = cache.commit_absence("a", early, 1000, 1002, true).unwrap();
+    assert_eq!((victims.len(), cache.absences(), cache.len()), (0, 0, 1));
     cache.validate().unwrap();
 }

@@ -9,11 +9,12 @@
 //! while another one shows that there is a node: see [`Cache::knows_absent`].
 
 use super::cache::{BATCH, Cache, Found, Freshness, Tally, Victim};
+use super::entry::SKEW;
 use super::in_flight::{ClosedFlight, Ticket};
 use super::invalidate::is_below;
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{List, ROOT};
+use crate::arena::{List, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -69,7 +70,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The source has no such key: its entries go, it is remembered as missing if that is to be `kept`,
-    /// and the flight of the ticket is closed. Where the ticket is void only the last.
+    /// and the flight of the ticket is closed. Only the last where the ticket is void, or where somebody
+    /// has found the key later than this read has begun.
     pub fn commit_absence(
         &mut self,
         key: &str,
@@ -79,7 +81,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         kept: bool,
     ) -> Result<(Vec<Victim>, Option<ClosedFlight<T>>)> {
         let mut victims = Vec::new();
-        if self.valid_key(key, ticket).is_some() {
+        if self.valid_key(key, ticket).is_some() && !self.is_known_since(key, fetched, now)? {
             self.arena.storage.check_place()?;
             victims = self.drop_key(key)?;
             // What is not listed yet may be older than this, and would come before it.
@@ -88,6 +90,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
         }
         Ok((victims, self.flights.close(key, ticket)))
+    }
+
+    /// Whether a value of a key, or a range, was fetched after this time. One from the future says nothing.
+    fn is_known_since(&self, key: &str, fetched: u64, now: u64) -> Result<bool> {
+        let since = fetched.saturating_add(1)..=now.saturating_add(SKEW);
+        let value = self.arena.find(key, ByteRange::Full)?;
+        let object = self.arena.find_object(key)?;
+        let newest = object.map(|i| Ok(self.arena.get(i)?.later)).transpose()?;
+        for i in value.into_iter().chain(newest.filter(|i| *i != 0)) {
+            let cell = self.arena.get(i)?;
+            if cell.is_entry() && cell.state() == State::Live && since.contains(&cell.time()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn add_absence(&mut self, key: &str, fetched: u64) -> Result<()> {

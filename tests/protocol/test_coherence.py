@@ -322,8 +322,12 @@ def test_write_whose_loop_ended_leaves_nothing_stale(
         for key in SOURCE:
             await read(store, key)
         for _ in range(2):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(WRITES[name].do(store), 0.01)
+            before = len(source.under_way)
+            writing = asyncio.ensure_future(WRITES[name].do(store))
+            await until(lambda: len(source.under_way) > before)  # noqa: B023 - it ends here
+            writing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
 
     with ThreadPoolExecutor(2) as pool:
         source = ThreadedStore(SOURCE, pool)
