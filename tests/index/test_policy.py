@@ -108,8 +108,9 @@ def test_lru_order_equals_the_reference_model(
         model.pop(key, None)
         if size > max_size:
             return
-        # A bound of so many bytes is also one of so many entries, for some have no bytes.
-        while sum(model.values()) + size > max_size or len(model) >= max(max_size, 1):
+        # For those without bytes, a bound of so many bytes is one of so many entries.
+        crowded = size == 0
+        while sum(model.values()) + size > max_size or (crowded and len(model) >= max(max_size, 1)):
             model.popitem(last=False)
             evictions += 1
         model[key] = size

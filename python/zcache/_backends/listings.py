@@ -24,6 +24,8 @@ MOST: Final = 1024
 LARGEST: Final = 64 * 1024
 """Bytes of one; a longer one is not remembered."""
 _PREFIX: Final = "listing-"
+_MARK: Final = "listings"
+"""An empty file that is there while there may be answers."""
 
 
 class Listings(ABC):
@@ -94,6 +96,7 @@ class DirectoryListings(Listings):
 
     def __init__(self, index_root: str, source: str) -> None:
         self._root = index_root
+        self._mark = os.path.join(index_root, _MARK)
         self._source = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()
 
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
@@ -106,6 +109,8 @@ class DirectoryListings(Listings):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             # Kept open: what is written to it is nobody's once others have taken it away.
             blank = _Blank(os.open(path, flags, self._mode()))
+            # After the blank: who does not see the mark has ended before the source is asked.
+            os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, self._mode()))
         except OSError:
             return None  # Read-only, or full: then it is not remembered.
 
@@ -137,15 +142,18 @@ class DirectoryListings(Listings):
         return list(found["names"])
 
     def forget(self, key: str | None) -> None:
+        if key is None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._mark)
         paths = self._files() if key is None else [self._path(above) for above in _above(key)]
         for path in paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
     def has_none_of(self, key: str | None) -> bool:
-        if key is None:
-            return False
-        return all(is_absent(self._root, _name(above)) for above in _above(key))
+        if is_absent(self._root, _MARK):
+            return True
+        return key is not None and all(is_absent(self._root, _name(above)) for above in _above(key))
 
     def _mode(self) -> int:
         return 0o600 | os.stat(self._root).st_mode & 0o044
