@@ -112,11 +112,18 @@ class Decoding(Flight):
     waiting = 0
     is_ended = False
 
+    begun = True
+
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str, origin: Origin) -> None:
-        super().__init__(loop)
+        self.loop = loop
         self.name = name
         self.origin = origin
-        self.begun = True
+
+    def end(self) -> None:
+        """Wake all who wait; who comes later sees that it is done."""
+        self.done = True
+        if self._waiters is not None:
+            self._wake_all()
 
 
 class DecodedCache:
@@ -301,6 +308,7 @@ class DecodedCache:
         now = self.now()
         origin.landed = max(origin.landed, now)
         is_fill = fill is not None
+        is_closed = False
         try:
             reservation = self._room_for(index, decoding, array.nbytes, is_fill)
             if reservation is None and not decoding.waiting:
@@ -316,10 +324,12 @@ class DecodedCache:
                     self._fills += is_fill
             if reservation is not None:
                 done = index.commit(reservation, None, 0.0)
+                is_closed = done is not None
                 self._end_deletes(index, [(-1, name)] if done is None else done.victims)
         finally:
-            index.complete_flight(name, decoding.ticket)
-            decoding.deliver(None)
+            if not is_closed:
+                index.complete_flight(name, decoding.ticket)
+            decoding.end()
 
     def _room_for(self, index: Index, decoding: Decoding, size: int, is_fill: bool) -> Any:
         """The room that a chunk has, if it may be kept; what it has no use for is given back."""

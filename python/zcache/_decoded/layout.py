@@ -15,7 +15,7 @@ from zarr.core.buffer import cpu
 from zarr.core.indexing import get_indexer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from zarr.abc.codec import Codec
     from zarr.core.array_spec import ArraySpec
@@ -62,6 +62,7 @@ class Layout:
         self.size = math.prod(self.shape) * dtype.itemsize
         self.number = 0
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
+        self._first, self._last = (0,) * len(self.shape), (-1,) * len(self.shape)
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
         what = (
@@ -79,9 +80,10 @@ class Layout:
 
     def only_fill(self, array: Array) -> Array | None:
         """The same with one element in memory, if all are the fill value, bit for bit; else None."""
-        if not array.size or array.flat[0].tobytes() != self._fill:
+        # Most chunks are told by their first element, or their last.
+        if array[self._first].tobytes() != self._fill or array[self._last].tobytes() != self._fill:
             return None
-        if array.flat[-1].tobytes() != self._fill or array.itemsize not in (1, 2, 4, 8):
+        if not array.size or array.itemsize not in (1, 2, 4, 8):
             return None
         bits = array.view(f"u{array.itemsize}")
         if not (bits == bits.flat[0]).all():
@@ -159,6 +161,16 @@ def boxes_of(coords: Iterable[Coords]) -> list[Box]:
 def coords_in(box: Box) -> Iterable[Coords]:
     """The inner chunks of a box."""
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
+
+
+def chunks_of(array: Array, inner: Coords) -> Iterator[Array]:
+    """The inner chunks of a box, in the order of `coords_in`."""
+    counts = [n // size for n, size in zip(array.shape, inner, strict=True)]
+    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
+    axes = range(len(split))
+    chunks = array.reshape(split).transpose(*axes[::2], *axes[1::2])
+    for at in np.ndindex(*counts):
+        yield chunks[(*at, ...)]
 
 
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._decoded.layout import boxes_of, coords_in, is_basic, scatter, slices_of
+from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, scatter, slices_of
 
 if TYPE_CHECKING:
     from zcache._decoded.cache import DecodedCache, Decoding
@@ -192,6 +192,26 @@ class ShardPart(Part):
         assert self._out is not None
         self._out[place] = array[selection]
 
+    def place_box(self, box: Box, array: Array) -> bool:
+        """Copy out what is wanted of many chunks at once; False where it is not one block of them."""
+        inner = self.layout.inner
+        if self._scratch is not None or inner is None:
+            return False
+        taken: list[Any] = []
+        place: list[slice] = []
+        for wanted, first, last, n in zip(self.item[2], *box, inner, strict=True):
+            if type(wanted) is not slice:
+                taken.append(wanted - first * n)
+                continue
+            if wanted.step not in (None, 1):
+                return False
+            start, stop = max(wanted.start, first * n), min(wanted.stop, last * n)
+            taken.append(slice(start - first * n, stop - first * n))
+            place.append(slice(start - wanted.start, stop - wanted.start))
+        assert self._out is not None
+        self._out[(*place, ...)] = array[(*taken, ...)]
+        return True
+
     def fill(self, at: Coords, value: Any) -> None:
         """The shard is not there."""
         assert self._out is not None
@@ -249,14 +269,13 @@ class _InnerChunks(Job):
         self.shape = tuple(one.stop - one.start for one in self.selection)
 
     def arrived(self, array: Array) -> None:
-        part, first = self.part, self.box[0]
+        part = self.part
         part.is_absent = False
-        for at in coords_in(self.box):
-            here = tuple(n - start for n, start in zip(at, first, strict=True))
-            stop = tuple(n + 1 for n in here)
-            where: Any = (*slices_of((here, stop), self.inner), ...)
-            chunk = array[where]
-            part.place(at, chunk)
+        chunks = list(zip(coords_in(self.box), chunks_of(array, self.inner), strict=True))
+        if not part.place_box(self.box, array):
+            for at, chunk in chunks:
+                part.place(at, chunk)
+        for at, chunk in chunks:
             part.land(at, chunk)
 
     def is_missing(self, fill: Any) -> None:
