@@ -66,7 +66,7 @@ def check_decoded(store: CacheStore) -> None:
     index = cache._index
     index.validate()
     with cache._lock:
-        kept = [one for one in cache._values.values() if not one.is_fill]
+        kept = [one for one in cache._values.values() if one.memory is not None]
         # What is there, and what is reserved for what is being decoded.
         assert sum(one.array.nbytes for one in kept) <= index.current_size <= cache.max_size
     assert not any(one.array.flags.writeable for one in kept)
@@ -79,5 +79,5 @@ def check_decoded_quiet(store: CacheStore) -> None:
     if cache is not None:
         assert cache._index.in_flight == (0, 0)
         assert not any(one.pins for one in cache._values.values())
-        sizes = [one.array.nbytes for one in cache._values.values() if not one.is_fill]
+        sizes = [one.array.nbytes for one in cache._values.values() if one.memory is not None]
         assert sum(sizes) == cache._index.current_size

@@ -7,7 +7,7 @@
 
 use super::cache::{BATCH, Cache, Freshness, shared_hash};
 use super::peers::Peers;
-use crate::arena::{Arena, State};
+use crate::arena::{Arena, Cell, State};
 use crate::error::Result;
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -95,6 +95,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fresh: Freshness,
         touch_ranges: bool,
     ) -> Result<bool> {
+        // The cache would say that there is nothing.
+        if self.absences() != 0 && self.arena.find_absence(key)?.is_some() {
+            return Ok(false);
+        }
         let current =
             decode.version == self.version_of_decoded(key) && !fresh.is_stale(decode.fetched);
         if !current {
@@ -127,14 +131,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         found.extend(self.arena.find(key, ByteRange::Full)?);
         found.retain(|i| self.is_live(*i));
         if let Some(object) = self.arena.find_object(key)? {
-            let is_live = |arena: &Arena<S>, i| Ok(arena.get(i)?.state() == State::Live);
+            let is_live = |arena: &Arena<S>, i| Ok(is_live(arena.get(i)?));
             found.extend(self.arena.entries_below(object, limit, is_live)?);
         }
         Ok(found)
     }
 
     fn is_live(&self, i: u32) -> bool {
-        let cell = self.arena.get(i);
-        cell.is_ok_and(|cell| cell.is_entry() && cell.state() == State::Live)
+        self.arena.get(i).is_ok_and(is_live)
     }
+}
+
+fn is_live(cell: &Cell) -> bool {
+    cell.is_entry() && cell.state() == State::Live
 }

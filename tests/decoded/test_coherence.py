@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -372,6 +374,51 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     array[:]
     check_decoded_quiet(store)
     assert decoded(store, "size") == 32
+
+
+def test_output_of_a_read_is_released_with_its_last_user() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=10_000)
+    arrays = [create(store, name=f"v{n}", **more) for n, more in enumerate([{}, {"shards": (8,)}])]
+    gc.collect()
+    gc.disable()
+    try:
+        for array in arrays:
+            for _ in range(2):
+                outputs = weakref.ref(array[:])
+                assert outputs() is None
+    finally:
+        gc.enable()
+
+
+async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() -> None:
+    """Its memory is that of another chunk then."""
+    store = CacheStore(MemoryStore(), decoded_size=16)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    origin = cache.begin("a", 0.0)
+    _, leading = cache.join("a/0", origin, 16, loop)
+    index = cache._index
+
+    class Slow:
+        """Others go on while a reader joins."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(index, name)
+
+        def join(self, *args: Any) -> Any:
+            cache._index = index
+            joined = index.join(*args)
+            cache.land(leading, np.arange(4, dtype="i4"), None)
+            _, other = cache.join("b/0", cache.begin("b", 0.0), 16, loop)
+            cache.land(other, np.zeros(4, dtype="i4"), None)
+            return joined
+
+    cache._index = Slow()
+    leads, decoding = cache.join("a/0", origin, 16, loop)
+    assert leads
+    assert decoding is not leading
+    cache.give_up(decoding)
+    check_decoded_quiet(store)
 
 
 def test_least_recently_used_chunks_go_first() -> None:

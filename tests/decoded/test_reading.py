@@ -121,7 +121,7 @@ def check(store: CacheStore) -> None:
     cache._index.validate()
     assert cache._index.in_flight == (0, 0)
     kept = cache._values.values()
-    assert sum(k.array.nbytes for k in kept if not k.is_fill) == cache._index.current_size
+    assert sum(k.array.nbytes for k in kept if k.memory is not None) == cache._index.current_size
     assert not any(k.pins or k.array.flags.writeable for k in kept)
 
 

@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Granted, Index, NeedsEviction
-from zcache._decoded.layout import owned
+from zcache._decoded.buffers import Buffers, copy_into
 from zcache._index.handle import RETRYABLE
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.fork import at_fork
@@ -71,20 +71,20 @@ class Kept:
         Where they come from.
     pins : int
         Readers that copy from it now: until they have, it counts.
-    is_fill : bool
-        Whether it holds nothing but the fill value, which is in memory once.
-    is_condemned : bool
-        Whether it was to be evicted while it was pinned.
+    memory : ndarray or None
+        What it lies in; None where it is one element, the fill value.
+    is_condemned, is_gone : bool
+        Whether it was to be evicted while it was pinned; whether it was evicted, so that others use its memory.
     """
 
-    __slots__ = ("array", "is_condemned", "is_fill", "origin", "pins")
+    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins")
 
-    def __init__(self, array: Array, origin: Origin, is_fill: bool) -> None:
+    def __init__(self, array: Array, origin: Origin, memory: Array | None) -> None:
         self.array = array
         self.origin = origin
-        self.is_fill = is_fill
+        self.memory = memory
         self.pins = 0
-        self.is_condemned = False
+        self.is_condemned = self.is_gone = False
 
 
 class Decoding(Flight):
@@ -168,6 +168,9 @@ class DecodedCache:
         self._lock = threading.RLock()
         self._index = Index(max_size=self.max_size, flat_namespace=True)
         self._values: dict[str, Kept] = {}
+        self._buffers = Buffers()
+        # Bytes of what is in `_values`, or about to be.
+        self._size = 0
         self._absent: set[str] = set()
         self._fills = 0
         self._bytes = self._handle.index
@@ -286,11 +289,15 @@ class DecodedCache:
             other: Decoding = answer[1]
             if other.origin.version == origin.version:
                 with self._lock:
-                    if other.kept is not None:
-                        other.kept.pins += 1
-                    else:
+                    kept = other.kept
+                    if kept is None:
                         other.waiting += 1
-                return False, other
+                        return False, other
+                    if not kept.is_gone:
+                        kept.pins += 1
+                        return False, other
+                # It has landed and was evicted since the index was asked.
+                continue
             # It began before a change that has been seen here.
             index.invalidate(name)
         return None
@@ -313,9 +320,15 @@ class DecodedCache:
             reservation = self._room_for(index, decoding, array.nbytes, is_fill)
             if reservation is None and not decoding.waiting:
                 return
-            array = owned(array if fill is None else fill)
-            array.flags.writeable = False
-            kept = Kept(array, origin, is_fill)
+            memory = None
+            if fill is not None:
+                array = fill
+            elif reservation is not None:
+                with self._lock:
+                    memory = self._buffers.take(array.nbytes, self.max_size - self._size)
+                    self._size += array.nbytes
+                array = copy_into(memory, array)
+            kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept
                 kept.pins = decoding.waiting
@@ -326,6 +339,8 @@ class DecodedCache:
                 done = index.commit(reservation, None, 0.0)
                 is_closed = done is not None
                 self._end_deletes(index, [(-1, name)] if done is None else done.victims)
+        except MemoryError:
+            pass  # Its reader has it.
         finally:
             if not is_closed:
                 index.complete_flight(name, decoding.ticket)
@@ -403,7 +418,12 @@ class DecodedCache:
                     continue
                 if kept is not None:
                     del self._values[name]
-                    self._fills -= kept.is_fill
+                    kept.is_gone = True
+                    if kept.memory is None:
+                        self._fills -= 1
+                    else:
+                        self._size -= kept.memory.nbytes
+                        self._buffers.give_back(kept.memory, self.max_size - self._size)
                 dropped.append(cell)
         return dropped, failed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
@@ -24,9 +24,6 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Coords: TypeAlias = "tuple[int, ...]"
 Box: TypeAlias = "tuple[Coords, Coords]"
 """First inner chunk, and the one after the last, along each axis."""
-
-_SLACK: Final = 1.25
-"""Memory that an array may hold alive, in its own size, before it is copied instead."""
 
 
 class Layout:
@@ -88,6 +85,7 @@ class Layout:
         bits = array.view(f"u{array.itemsize}")
         if not (bits == bits.flat[0]).all():
             return None
+        # `flat` copies.
         return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
 
 
@@ -178,19 +176,6 @@ def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
     return tuple(
         slice(first * n, last * n) for first, last, n in zip(box[0], box[1], inner, strict=True)
     )
-
-
-def owned(array: Array) -> Array:
-    """An array whose elements nobody else can change, and that keeps no other memory alive."""
-    if array.size > 1 and not any(array.strides):
-        return array  # One element, which `only_fill` has copied.
-    base: Any = array
-    while isinstance(base, np.ndarray) and base.base is not None:
-        base = base.base
-    if type(base) is bytes and len(base) <= _SLACK * array.nbytes + 64:
-        return array.view()
-    # The copy may be written to by nobody: whoever lands it says so.
-    return array.copy(order="K")
 
 
 def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple[int, ...]) -> None:

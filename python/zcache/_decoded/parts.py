@@ -95,7 +95,7 @@ class ChunkPart(Part):
         cache = reading.cache
         getter = self.item[0]
         name = f"{getter.path}/{self.layout.number}"
-        kept = cache.get(name, getter.path, reading, reading.now)
+        kept = cache.get(name, getter.path, reading.mark, reading.now)
         if kept is not None:
             reading.copy(self, (), kept)
             return True
@@ -167,7 +167,7 @@ class ShardPart(Part):
         stem = f"{key}/{self.layout.number}"
         for at in self._wanted:
             name = "/".join((stem, *map(str, at)))
-            kept = cache.get(name, key, reading, reading.now)
+            kept = cache.get(name, key, reading.mark, reading.now)
             if kept is not None:
                 reading.copy(self, at, kept)
                 self.is_absent = False
@@ -200,7 +200,7 @@ class ShardPart(Part):
         taken: list[Any] = []
         place: list[slice] = []
         for wanted, first, last, n in zip(self.item[2], *box, inner, strict=True):
-            if type(wanted) is not slice:
+            if not isinstance(wanted, slice):
                 taken.append(wanted - first * n)
                 continue
             if wanted.step not in (None, 1):
@@ -209,7 +209,7 @@ class ShardPart(Part):
             taken.append(slice(start - first * n, stop - first * n))
             place.append(slice(start - wanted.start, stop - wanted.start))
         assert self._out is not None
-        self._out[(*place, ...)] = array[(*taken, ...)]
+        self._out[tuple(place)] = array[tuple(taken)]
         return True
 
     def fill(self, at: Coords, value: Any) -> None:

@@ -68,6 +68,8 @@ class Reading:
         self.target = target
         self.drop_axes = drop_axes
         self.now = cache.now()
+        # Kept by what it has found current, so not this, which has the output.
+        self.mark = object()
         self.results: list[dict[str, str]] = [PRESENT] * size
         self.loop = asyncio.get_running_loop()
         self._parts: list[Part] = []
@@ -97,6 +99,8 @@ class Reading:
                     self.cache.give_up(decoding)
                 for decoding in part.followed.values():
                     self.cache.leave(decoding)
+            # They refer to this, and with it the output would wait for the garbage collector.
+            self._parts.clear()
         return tuple(self.results)
 
     async def _decode(self, out: Any) -> None:
