@@ -85,10 +85,10 @@ fn is_current_after_a_change_of_the_key_or_above_it_is_false() {
 #[test]
 fn is_current_after_a_change_by_another_participant_is_false() {
     let place = Place::new("decoded");
-    let (mut one, fresh) = SharedIndex::<()>::open(&place.0, LIMITS, 1).unwrap();
+    let (mut one, fresh) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
     assert!(fresh);
     one.complete().unwrap();
-    let (mut other, _) = SharedIndex::<()>::open(&place.0, LIMITS, 1).unwrap();
+    let (mut other, _) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
     for change in 0..5 {
         let decode = one.step(sleep, |cache| Ok(begin(cache, 1))).unwrap();
         assert!(one.step(sleep, |cache| is_current(cache, decode)).unwrap());

@@ -136,6 +136,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 @shards
 def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[str, Any]) -> None:
     store = CacheStore(
@@ -318,6 +319,7 @@ def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:
 # ----------------------------------------------------------------------- the bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["BatchedCodecPipeline", "FusedCodecPipeline"])
 def test_bound_holds_at_every_instant_over_many_threads(pipeline: str) -> None:
     if not hasattr(zarr.core.codec_pipeline, pipeline):

@@ -124,6 +124,7 @@ def _in_worker(pickled: bytes) -> tuple[int, int]:
     return hits(array), array.store.cache_stats()["decoded_size"]
 
 
+@pytest.mark.slow
 def test_worker_that_unpickles_keeps_chunks_of_its_own(tmp_path: Path) -> None:
     source = LocalStore(tmp_path / "source")
     store = CacheStore(source, cache_store=tmp_path / "cache", decoded_size="1MB")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Granted, Index, NeedsEviction
 from zcache._decoded.buffers import Buffers, copy_into
+from zcache._decoded.chunk import Decoding, Kept, Origin
 from zcache._index.handle import RETRYABLE
-from zcache._protocol.single_flight import Flight
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
@@ -32,98 +32,6 @@ FILLS: Final = 65_536
 """Chunks that hold nothing but the fill value, which take no memory, and are kept at most."""
 ABSENT: Final = 65_536
 """Chunks of which it is known at most that the store had none when they were last read."""
-
-
-class Origin:
-    """What a decode knows of the bytes that it reads.
-
-    Attributes
-    ----------
-    version, fetched
-        See `Index.begin_decode`.
-    stale : int
-        Values past their age that were read until it began; see `Counters`.
-    landed : float
-        When the decode ended, in seconds on the clock of the byte cache.
-    touched : float
-        When the ranges of the key were last counted as used.
-    checked : object
-        The read that has found it current.
-    """
-
-    __slots__ = ("checked", "fetched", "landed", "stale", "touched", "version")
-
-    def __init__(self, begun: float, stale: int, stamp: tuple[int, int]) -> None:
-        self.version, self.fetched = stamp
-        self.stale = stale
-        self.landed = self.touched = begun
-        self.checked: object = None
-
-
-class Kept:
-    """A decoded chunk.
-
-    Attributes
-    ----------
-    array : ndarray
-        Its elements; cannot be written to.
-    origin : Origin
-        Where they come from.
-    pins : int
-        Readers that copy from it now: until they have, it counts.
-    memory : ndarray or None
-        What it lies in; None where it is one element, the fill value.
-    is_condemned, is_gone : bool
-        Whether it was to be evicted while it was pinned; whether it was evicted, so that others use its memory.
-    """
-
-    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins")
-
-    def __init__(self, array: Array, origin: Origin, memory: Array | None) -> None:
-        self.array = array
-        self.origin = origin
-        self.memory = memory
-        self.pins = 0
-        self.is_condemned = self.is_gone = False
-
-
-class Decoding(Flight):
-    """A chunk that is being decoded, and those who wait for it.
-
-    Attributes
-    ----------
-    name : str
-        Of the chunk.
-    origin : Origin
-        Of its bytes.
-    ticket : int
-        Of its flight.
-    reservation : Reservation or None
-        Room for it.
-    kept : Kept or None
-        What it has come to; also where there was no room for it.
-    is_ended : bool
-        Whether its leader has let go of it.
-    """
-
-    kept: Kept | None = None
-    ticket = 0
-    reservation: Any = None
-    waiting = 0
-    is_ended = False
-
-    begun = True
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, name: str, origin: Origin) -> None:
-        self.loop = loop
-        self.name = name
-        self.origin = origin
-
-    def end(self) -> None:
-        """Wake all who wait; who comes later sees that it is done."""
-        self.done = True
-        if self._waiters is not None:
-            self._wake_all()
 
 
 class DecodedCache:

@@ -9,7 +9,8 @@ import numpy as np
 from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, scatter, slices_of
 
 if TYPE_CHECKING:
-    from zcache._decoded.cache import DecodedCache, Decoding
+    from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Decoding
     from zcache._decoded.layout import Array, Box, Coords, Layout
     from zcache._decoded.reading import Reading
 

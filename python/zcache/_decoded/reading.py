@@ -13,7 +13,8 @@ from zcache._decoded.parts import ChunkPart, ShardPart
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zcache._decoded.cache import DecodedCache, Kept
+    from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Kept
     from zcache._decoded.layout import Array, Coords, Layout
     from zcache._decoded.parts import Job, Part
 
