@@ -37,6 +37,7 @@ GROUPS = {
     "arrays": ("_arrays", "warm_arrays"),
     "sharded": ("_arrays", "sharded"),
     "sparse": ("_sparse", "sparse"),
+    "decoded": ("_decoded", "rows"),
     "one_flight": ("_cold", "one_flight"),
     "cold": ("_cold", "cold_reads"),
     "slow_cache": ("_cold", "slow_cache"),

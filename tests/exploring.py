@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from decoding import read_decoded
 from schedules import Scenario, World, acting
-from support import read_through
+from support import drained, read_through
 from zcache._core import NeedsEviction, Rejected
 from zcache.testing import FakeClock, entries, missing_keys, recency, record_steps
 
@@ -152,6 +153,8 @@ async def explore(
     AssertionError
         If a promise is broken. Its notes tell the schedule.
     """
+    # What the decoded chunks and those who wait for them know is no part of a state.
+    prune = prune and all(op.method != "decode" for op in scenario.ops)
     seen: set[str] = set()
     ends: set[str] = set()
     todo: list[tuple[Action, ...]] = [()] * (schedules or 1)
@@ -191,7 +194,11 @@ class _Run:
     async def _begin(self) -> None:
         world = self.world
         for op in self.scenario.warm:
-            await read_through(world.store, op.key, op.what)
+            if op.method == "decode":
+                await read_decoded(world.store, op.key)
+                await drained(world.store)
+            else:
+                await read_through(world.store, op.key, op.what)
         world.hold_up(on=True)
         for op in self.scenario.ops:
             world.start(op, held=True)

@@ -14,6 +14,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from decoding import CHUNK, check_decoded, check_decoded_quiet, read_decoded
 from doubles import SyncDictStore
 from support import PROTOTYPE, buf, check_same, cut, read
 from zcache import CacheStore, OfflineError
@@ -34,7 +35,8 @@ class SourceError(Exception):
 class Op(NamedTuple):
     """One operation: a method of the store, a key or prefix, and a value or a byte request.
 
-    `get_partial_values` has its requests, and `_set_many` its keys and values, in `what`.
+    `get_partial_values` has its requests, and `_set_many` its keys and values, in `what`. `decode` reads a
+    value by way of a decoded chunk.
     """
 
     method: str
@@ -57,7 +59,7 @@ class Op(NamedTuple):
     @property
     def reads(self) -> list[tuple[str, ByteRequest | None]]:
         """Keys and requests that this reads."""
-        if self.method in ("get", "get_offline"):
+        if self.method in ("get", "get_offline", "decode"):
             return [(self.key, self.what)]
         return list(self.what) if self.method == "get_partial_values" else []
 
@@ -69,6 +71,10 @@ class Op(NamedTuple):
 
 def get(key: str, request: ByteRequest | None = None) -> Op:
     return Op("get", key, request)
+
+
+def decode(key: str) -> Op:
+    return Op("decode", key)
 
 
 def put(key: str, value: bytes) -> Op:
@@ -183,7 +189,8 @@ class World:
         self.scenario = scenario
         self.source, self.cache = HeldStore(scenario.source), HeldStore()
         self.source.name, self.cache.name = "source", "cache"
-        options = {"max_size": scenario.max_size, **options}
+        # Room for two decoded chunks.
+        options = {"max_size": scenario.max_size, "decoded_size": 2 * CHUNK + 5, **options}
         self.store = CacheStore(self.source, cache_store=self.cache, **options)
         # Over the same cache, for operations that ask for it.
         self.offline = self.store
@@ -230,6 +237,8 @@ class World:
             return [await read(store, op.key, op.what)]
         if op.method == "get_offline":
             return [await read(self.offline, op.key, op.what)]
+        if op.method == "decode":
+            return [await read_decoded(store, op.key)]
         if op.method == "get_partial_values":
             found = await store.get_partial_values(PROTOTYPE, op.what)
             return [None if value is None else value.to_bytes() for value in found]
@@ -337,6 +346,7 @@ class World:
         # What others have damaged counts with the size that it had.
         lost = {entry.name: entry.size for entry in entries(self.store) if entry.name in damaged}
         check_invariants(self.store, held={**held, **lost})
+        check_decoded(self.store)
         bound = self.scenario.max_size
         assert bound is None or self.cache.peak <= bound, "more bytes than the bound allows"
         if self.someone_writes():
@@ -364,6 +374,11 @@ class World:
         await check_same(self.store, self.source, self.cache)
         # Once more: this time from the cache.
         await check_same(self.store, self.source, self.cache)
+        # First what may be kept: there is room for two.
+        for key in dict.fromkeys([*(actor.op.key for actor in self.actors), *self.source.values]):
+            for _ in range(2):
+                assert await read_decoded(self.store, key) == self.source.values.get(key), key
+        check_decoded_quiet(self.store)
 
     async def dismiss(self) -> None:
         """End everything."""

@@ -10,6 +10,8 @@ call site.
 """
 
 from zcache._core import __version__
+from zcache._decoded.pipeline import DecodedCodecPipeline
+from zcache.decoded import with_decoded_cache
 from zcache.exceptions import (
     CacheOwnershipError,
     CacheUnreachableError,
@@ -26,6 +28,7 @@ __all__ = [
     "CacheOwnershipError",
     "CacheStore",
     "CacheUnreachableError",
+    "DecodedCodecPipeline",
     "IndexLockTimeout",
     "OfflineError",
     "OptionTypeError",
@@ -33,4 +36,5 @@ __all__ = [
     "SyncNotSupportedError",
     "ZcacheError",
     "__version__",
+    "with_decoded_cache",
 ]

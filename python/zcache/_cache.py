@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
+from zcache._decoded import cache as decoded_chunks
+from zcache._decoded.cache import DecodedCache
+from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
 from zcache._protocol.fill import FillQueue
@@ -45,7 +48,7 @@ class Cache:
         Where values come from.
     cache : Store
         Where they are kept.
-    max_size, min_free_space, max_pending_size : int or None
+    max_size, min_free_space, max_pending_size, decoded_size : int or None
         Bytes; see `CacheStore`.
     max_age, metadata_max_age : float, "infinity", mapping or None
         Seconds; see `MaxAges`.
@@ -60,6 +63,8 @@ class Cache:
 
     Attributes
     ----------
+    decoded : DecodedCache or None
+        Decoded chunks, where `decoded_size` is given.
     home : int or None
         The process that it was made in; None if it arrived there as a copy.
     """
@@ -84,6 +89,7 @@ class Cache:
         min_free_space: int | None = None,
         max_pending_size: int | None = None,
         clock: Callable[[], float] | None = None,
+        decoded_size: int | None = None,
     ) -> None:
         self.source = source
         self.cache = cache
@@ -135,6 +141,7 @@ class Cache:
         self.missing_key_errors = MissingKeyErrors()
         self.lister = Lister(self.shared.listings)
         self.writer = Writer(self.backend, self.lister, describe(source))
+        self.decoded = None if decoded_size is None else self.decoded_chunks(decoded_size)
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
         _caches.add(self)
@@ -146,6 +153,14 @@ class Cache:
             None
             if longest is None or self.offline or self.revalidate
             else longest + self.stale_if_error
+        )
+
+    def decoded_chunks(self, max_size: int) -> DecodedCache:
+        """Room for decoded chunks, which arrays use that are opened from now on."""
+        install()
+        reader = self.reader
+        return DecodedCache(
+            max_size, self.shared.handle, self.shared.clock, reader.ages, reader.counters
         )
 
     def _make_queue(self) -> None:
@@ -178,7 +193,7 @@ class Cache:
             _by_token[self.known_token] = self
             return self.known_token
 
-    def stats(self) -> dict[str, int]:
+    def stats(self, decoded: DecodedCache | None) -> dict[str, int | float]:
         """What was counted since this cache was made; takes no lock of the index.
 
         Reads, and what was skipped, are counted for this cache; evictions, refusals and failures are
@@ -200,6 +215,7 @@ class Cache:
             "stale_hits": counters.stale,
             "cache_failures": self.shared.breaker.failures - before[5],
             "cache_skips": counters.skipped,
+            **(decoded_chunks.NOTHING if decoded is None else decoded.stats()),
         }
 
     def ask(self, question: Callable[[Index], Any]) -> Any:

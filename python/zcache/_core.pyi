@@ -533,6 +533,36 @@ class Index:
     def mark_corrupt(self) -> None:
         """Say that the index does not fit the files; raises `CorruptIndexError` if it is in a directory."""
 
+    def begin_decode(
+        self, key: str, now: float, max_age: float | None = None, /
+    ) -> tuple[int, int] | None:
+        """Say that the bytes of a key will be read and decoded; to be asked before they are read.
+
+        Returns
+        -------
+        tuple or None
+            Version of the key; milliseconds at which the oldest bytes were fetched that may be read. None where the result must not be kept: the key is being
+            changed, or the age of its bytes is not known.
+        """
+
+    def is_current(
+        self,
+        key: str,
+        version: int,
+        fetched: int,
+        landed: float,
+        touch_ranges: bool,
+        now: float,
+        max_age: float | None = None,
+        /,
+    ) -> bool:
+        """Whether what was decoded from a key may be used now.
+
+        Nothing has changed the key since `begin_decode` gave `version` and `fetched`; it has not expired; and
+        no full value is cached that was read from the source after `landed`, when the decode had ended. If so,
+        the full value counts as used, or, with `touch_ranges`, up to 1,024 ranges of it.
+        """
+
     def count_folders(self, size: int, /) -> None:
         """Count folders that were made or have grown, or, below 0, were removed."""
 

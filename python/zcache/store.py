@@ -43,6 +43,7 @@ from zcache._options import (
 from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from_ranges_sync
 from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
 from zcache._runtime.buffers import snapshot
+from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._source.copies import same_cache, source_of_copy, without_contents
@@ -72,9 +73,8 @@ if TYPE_CHECKING:
 
 _OWN: Final = frozenset(
     {
-        *("_cache", "_io", "_is_open", "_read_only", "_reader", "_source", "_store", "_sync_io"),
-        *("_syncable", "_writer"),
-        "cache_set_data",
+        *("_cache", "_decoded", "_io", "_is_open", "_read_only", "_reader", "_source", "_store"),
+        *("_sync_io", "_syncable", "_writer", "cache_set_data"),
     }
 )
 """Attributes of a `CacheStore` itself."""
@@ -171,6 +171,10 @@ class CacheStore(Store):
         store; a single larger value is still taken. Default is None: 64 MiB. A reader that finds them
         used up waits while the cache store makes progress. Set it lower where memory is short, higher
         where a slow cache store has to take in bursts.
+    decoded_size : int or str, optional
+        Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
+        for this store and its copies, beside the encoded ones. Default is None: none are kept. Set it where the
+        same chunks are read again and again; arrays that are opened on the store afterwards use them.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
         the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
@@ -229,6 +233,7 @@ class CacheStore(Store):
         source_id: str | None = None,
         min_free_space: int | str | None = None,
         max_pending_size: int | str | None = None,
+        decoded_size: int | str | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         check_store("store", store)
@@ -265,6 +270,7 @@ class CacheStore(Store):
             ),
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
+            decoded_size=parse_size(decoded_size, "decoded_size", memory),
         )
         self._setup(store, cache, cache_set_data)
 
@@ -274,6 +280,7 @@ class CacheStore(Store):
         self._cache = cache
         # What is asked: nothing, where the store is offline.
         self._source: Any = OfflineSource() if cache.offline else store
+        self._decoded = cache.decoded
         self.cache_set_data = cache_set_data
         self._io = IO(self._source)
         self._sync_io = SyncIO(self._source)
@@ -286,6 +293,14 @@ class CacheStore(Store):
         derived = type(self).__new__(type(self))
         vars(derived).update(self._of_subclass())
         derived._setup(store, self._cache, self.cache_set_data)
+        derived._decoded = self._decoded
+        return derived
+
+    def _with_decoded_size(self, size: int) -> CacheStore:
+        """A store that shares all with this one but keeps decoded chunks of its own."""
+        derived = self._derive(self._store)
+        derived._is_open = self._is_open
+        derived._decoded = self._cache.decoded_chunks(size)
         return derived
 
     def _of_subclass(self) -> dict[str, Any]:
@@ -381,9 +396,12 @@ class CacheStore(Store):
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
             which it was left alone, because it kept failing or its index was locked). ``evictions``,
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
-            over the cache.
+            over the cache. Of decoded chunks, which are inner chunks where there are shards: ``decoded_hits``
+            and ``decoded_misses`` (chunks that were kept, or were being decoded for another reader, and that
+            were not), ``decoded_size`` (bytes that are kept now, and that are being decoded to be kept),
+            ``decode_seconds`` (time in the wrapped codec pipeline, which reads and decodes what is missing).
         """
-        counts = self._cache.stats()
+        counts = self._cache.stats(self._decoded)
         total = counts["hits"] + counts["misses"]
         first = {name: counts.pop(name) for name in ("hits", "misses", "evictions")}
         return {
@@ -485,6 +503,8 @@ class CacheStore(Store):
     async def clear_cache(self) -> None:
         """Empty the cache. The source stays as it is, and so does what zcache did not write."""
         await self._writer.clear(self._io)
+        if self._decoded is not None:
+            self._decoded.clear()
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.
@@ -566,6 +586,7 @@ class CacheStore(Store):
 
     def __getstate__(self) -> dict[str, Any]:
         cache = self._cache
+        own = None if self._decoded in (None, cache.decoded) else self._decoded.max_size
         # Contents stay: a cache in memory travels empty.
         kept = cache.cache
         return {
@@ -586,8 +607,10 @@ class CacheStore(Store):
                 "min_free_space": cache.min_free_space,
                 "max_pending_size": cache.max_pending_size,
                 "clock": cache.clock,
+                "decoded_size": None if cache.decoded is None else cache.decoded.max_size,
             },
             "set": self.cache_set_data,
+            "own_decoded": own,
             "token": cache.token,
             "open": self._is_open,
             "more": self._of_subclass(),
@@ -608,6 +631,8 @@ class CacheStore(Store):
             cache = _cache.find_or_add(Cache(store, state["cache"], token=token, **options))
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
+        if state["own_decoded"] is not None:
+            self._decoded = cache.decoded_chunks(state["own_decoded"])
         self._is_open = state["open"]
 
     # ---------------------------------------------------- open and close

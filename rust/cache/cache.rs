@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
+use super::decoded::Changes;
 use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
 use super::peers::{Peers, Version};
@@ -191,6 +192,8 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) tally: Arc<Tally>,
     /// Entries of a shared index that this process has verified.
     pub(super) verified: VerifiedSet,
+    /// Changes since somebody has begun to decode values.
+    pub(super) changes: Changes,
     /// See [`Cache::generation`].
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
@@ -224,6 +227,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             promises: HashMap::default(),
             tally: Arc::default(),
             verified: VerifiedSet::default(),
+            changes: Changes::default(),
             generation: 0,
             unit: 0,
         }
@@ -356,6 +360,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn valid_key(&self, key: &str, ticket: Ticket) -> Option<&Arc<str>> {
         let valid = self.flights.valid(key, ticket, self.version(key))?;
         (S::EXCLUSIVE || !self.is_written(key)).then_some(valid)
+    }
+
+    /// Whether this key, or a directory above it, is being changed by anybody who is known.
+    pub(super) fn is_changing(&self, key: &str) -> bool {
+        self.flights.is_changing(key) || !S::EXCLUSIVE && self.is_written(key)
     }
 
     /// Whether a participant is changing this key or a directory above it.

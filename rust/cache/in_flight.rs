@@ -253,9 +253,19 @@ impl<T: Clone> Flights<T> {
         let (key, flights) = self.by_key.get_key_value(key)?;
         let flight = flights.get(ticket)?;
         // A write in progress may reach the source at any moment.
-        let is_written = !self.writers.is_empty() && self.writers.contains_key(&**key)
-            || !self.changes.is_empty() && self.is_changed(key);
+        let is_written = self.is_changing(key);
         (!flight.invalidated && flight.version == version && !is_written).then_some(key)
+    }
+
+    /// Whether this process is changing this key or a directory above it.
+    pub(crate) fn is_changing(&self, key: &str) -> bool {
+        !self.writers.is_empty() && self.writers.contains_key(key)
+            || !self.changes.is_empty() && self.is_changed(key)
+    }
+
+    /// Whether a flight of this key is open.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.by_key.contains_key(key)
     }
 
     /// The age by which the reader of a flight has found nothing; `None` for any age.

@@ -61,7 +61,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     fn bump_version(&mut self, key: &str) {
-        if !S::EXCLUSIVE {
+        if S::EXCLUSIVE {
+            self.changes.count(key);
+        } else {
             self.arena.storage.bump_version(shared_hash(key));
         }
     }

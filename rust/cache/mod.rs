@@ -8,6 +8,7 @@
 mod absent;
 mod cache;
 mod commit;
+mod decoded;
 mod entry;
 mod evict;
 mod in_flight;
@@ -22,6 +23,7 @@ mod verified;
 pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};
 pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
 pub use self::commit::Committed;
+pub use self::decoded::Decode;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};
 pub use self::keys::Cursor;
 pub use self::lookup::Joined;

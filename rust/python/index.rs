@@ -24,7 +24,7 @@ use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
 use crate::arena::Heap;
-use crate::cache::{Answer, Cache, Cursor, Joined, Tally};
+use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Tally};
 use crate::error::Error;
 use crate::shared::SharedIndex;
 
@@ -678,6 +678,43 @@ impl Index {
             cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
             Ok(())
         })
+    }
+
+    #[pyo3(signature = (key, now, max_age=None, /))]
+    fn begin_decode(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        now: f64,
+        max_age: Option<f64>,
+    ) -> PyResult<Option<(u64, u64)>> {
+        let fresh = fresh(now, max_age);
+        let decode = step!(self, py, |cache| cache.begin_decode(key, fresh))?;
+        Ok(decode.map(|decode| (decode.version, decode.fetched)))
+    }
+
+    #[pyo3(signature = (key, version, fetched, landed, touch_ranges, now, max_age=None, /))]
+    #[allow(clippy::too_many_arguments)] // What a decode remembers, without an object for it.
+    fn is_current(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        version: u64,
+        fetched: u64,
+        landed: f64,
+        touch_ranges: bool,
+        now: f64,
+        max_age: Option<f64>,
+    ) -> PyResult<bool> {
+        let decode = Decode { version, fetched };
+        let (landed, fresh) = (millis(landed), fresh(now, max_age));
+        step!(self, py, |cache| cache.is_current(
+            key,
+            decode,
+            landed,
+            fresh,
+            touch_ranges
+        ))
     }
 
     #[pyo3(signature = (size, /))]

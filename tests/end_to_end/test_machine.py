@@ -132,6 +132,10 @@ class Machine(RuleBasedStateMachine):
 
         self.run(begin())
 
+    @rule(key=keys)
+    def start_to_decode(self, key: str) -> None:
+        self.start(Op("decode", key))
+
     @rule(what=st.one_of(reads, sets, deletes))
     def call_now(self, what: Op) -> None:
         """From a thread without an event loop."""

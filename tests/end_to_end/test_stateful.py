@@ -23,6 +23,7 @@ from zarr.storage import LocalStore, MemoryStore
 from zarr.testing.stateful import ZarrHierarchyStateMachine, ZarrStoreStateMachine
 from zarr.testing.strategies import keys as zarr_keys
 
+from decoding import check_decoded_quiet
 from doubles import WatchedStore
 from support import PROTOTYPE, buf, check_quiet_sync
 from zcache import CacheStore
@@ -59,6 +60,8 @@ class Checked(RuleBasedStateMachine):
             cache_store=make_cache(self.directory),
             max_size=max_size,
             max_age_seconds=MAX_AGE,
+            # Some chunks, but not all.
+            decoded_size=500,
             clock=self.clock,
             **options,
         )
@@ -88,6 +91,7 @@ class Checked(RuleBasedStateMachine):
     def invariants_hold(self) -> None:
         note(f"{self.cached!r} {self.cached.cache_stats()}")
         check_quiet_sync(self.cached)
+        check_decoded_quiet(self.cached)
 
     def teardown(self) -> None:
         stats = self.cached.cache_stats()

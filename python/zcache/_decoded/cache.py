@@ -1,0 +1,391 @@
+"""Decoded chunks in the memory of this process.
+
+Two indexes are asked. One of its own counts the bytes, chooses victims and joins readers, as it does for
+encoded values: so the bound holds at every instant, and the eviction policies are the same. That of the byte
+cache says whether what is kept is still what a read would decode, see `Index.begin_decode`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._core import Granted, Index, NeedsEviction
+from zcache._decoded.buffers import Buffers, copy_into
+from zcache._decoded.chunk import Decoding, Kept, Origin
+from zcache._index.handle import RETRYABLE
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from zcache._ages import MaxAges
+    from zcache._decoded.layout import Array
+    from zcache._index.counters import Counters
+    from zcache._index.handle import IndexHandle
+
+TOUCH: Final = 1.0
+"""Seconds after which the cached ranges of a shard count as used again, if its decoded chunks are."""
+FILLS: Final = 65_536
+"""Chunks that hold nothing but the fill value, which take no memory, and are kept at most."""
+ABSENT: Final = 65_536
+"""Chunks of which it is known at most that the store had none when they were last read."""
+
+
+class DecodedCache:
+    """Decoded chunks of the arrays of one store and its copies.
+
+    Parameters
+    ----------
+    max_size : int
+        Bytes that it holds at most, those among them that are being decoded.
+    handle : IndexHandle
+        The index of the byte cache.
+    clock : callable
+        Seconds; the clock of that index.
+    ages : MaxAges
+        How old bytes may be whose chunks are served.
+    counters : Counters
+        Of the byte cache.
+    """
+
+    def __init__(
+        self,
+        max_size: int,
+        handle: IndexHandle,
+        clock: Callable[[], float],
+        ages: MaxAges,
+        counters: Counters,
+    ) -> None:
+        self.max_size = max_size
+        self._age_of = ages.of
+        self._counters = counters
+        self.now = clock
+        self._handle = handle
+        self._seconds = 0.0
+        self._layouts: dict[str, int] = {}
+        self._counted = (0, 0)
+        self._start()
+        handle.watch(self)
+        _live.add(self)
+
+    def _start(self) -> None:
+        # Reentrant: inside it the garbage collector may end a reader. Never held while anything waits.
+        self._lock = threading.RLock()
+        self._index = Index(max_size=self.max_size, flat_namespace=True)
+        self._values: dict[str, Kept] = {}
+        self._buffers = Buffers()
+        # Bytes of what is in `_values`, or about to be.
+        self._size = 0
+        self._absent: set[str] = set()
+        self._fills = 0
+        self._bytes = self._handle.index
+
+    def use_index(self, index: Index) -> None:
+        """Nothing that is kept is known to be current by another index of the byte cache."""
+        if index is not self._bytes:
+            self._bytes = index
+            self.clear()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the byte cache knows of all changes: else nothing may be served, nor kept."""
+        return self._handle.usable and self._handle.open_first is None
+
+    def number_of(self, layout: str) -> int:
+        """A number for a way of decoding: what is decoded in another way has another name."""
+        with self._lock:
+            return self._layouts.setdefault(layout, len(self._layouts))
+
+    # ------------------------------------------------------------------ hits
+
+    def get(self, name: str, key: str, reader: object, now: float) -> Kept | None:
+        """A chunk that is kept and current, to be unpinned once it is copied. Counts a hit or a miss.
+
+        `reader` stands for one read: of an origin that it has found current it does not ask again.
+        """
+        index = self._index
+        if index.lookup(name) is None:
+            return None
+        with self._lock:
+            kept = self._values.get(name)
+            if kept is not None:
+                kept.pins += 1
+        if kept is None:
+            index.recount_as_miss()
+            return None
+        origin = kept.origin
+        if origin.checked is reader:
+            return kept
+        is_current = self._is_current(key, origin, now)
+        if is_current:
+            origin.checked = reader
+            return kept
+        self.unpin(kept)
+        if is_current is None:
+            index.recount_as_miss()
+        else:
+            self._end_deletes(index, index.discard(name, None, 0.0))
+        return None
+
+    def _is_current(self, key: str, origin: Origin, now: float) -> bool | None:
+        """Whether what comes from there may be served; None where the index does not say."""
+        touch = not 0 <= now - origin.touched < TOUCH
+        try:
+            is_current = self._bytes.is_current(
+                key,
+                origin.version,
+                origin.fetched,
+                origin.landed,
+                touch,
+                now,
+                self._age_of(key),
+            )
+        except RETRYABLE:
+            return None
+        if touch:
+            origin.touched = now
+        return is_current
+
+    def unpin(self, kept: Kept) -> None:
+        """Say that a chunk is copied."""
+        with self._lock:
+            kept.pins -= 1
+            is_due = kept.is_condemned and not kept.pins
+        if is_due:
+            index = self._index
+            self._end_deletes(index, index.failed_deletes(1024))
+
+    # ---------------------------------------------------------------- misses
+
+    def begin(self, key: str, now: float) -> Origin | None:
+        """Where bytes come from that are read from now on; None where their chunks must not be kept."""
+        stale = self._counters.stale
+        try:
+            stamp = self._bytes.begin_decode(key, now, self._age_of(key))
+        except (*RETRYABLE, UnicodeEncodeError):
+            return None
+        return None if stamp is None else Origin(now, stale, stamp)
+
+    def join(
+        self, name: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
+    ) -> tuple[bool, Decoding] | None:
+        """Decode a chunk for all who want it, or wait for who does.
+
+        Returns
+        -------
+        tuple of bool, Decoding
+            Whether the caller decodes, and then `land` or `give_up`; else it waits, and `leave` if it does not
+            use what comes.
+        None
+            It cannot be kept: decode it for yourself.
+        """
+        index = self._index
+        for _ in range(2):
+            decoding = Decoding(loop, name, origin)
+            answer: Any = index.join(name, None, decoding, 0.0, True)
+            if isinstance(answer, int) and not isinstance(answer, bool):
+                decoding.ticket = answer
+                # One that the store had not lately takes no room before it is there.
+                if name not in self._absent:
+                    decoding.reservation = self._reserve(index, name, size, answer)
+                return True, decoding
+            if not answer:
+                return None
+            other: Decoding = answer[1]
+            if other.origin.version == origin.version:
+                with self._lock:
+                    kept = other.kept
+                    if kept is None:
+                        other.waiting += 1
+                        return False, other
+                    if not kept.is_gone:
+                        kept.pins += 1
+                        return False, other
+                # It has landed and was evicted since the index was asked.
+                continue
+            # It began before a change that has been seen here.
+            index.invalidate(name)
+        return None
+
+    def land(self, decoding: Decoding, array: Array, fill: Array | None) -> None:
+        """Keep a chunk that was decoded, if there is room, and hand it to those who wait for it.
+
+        `fill` is the same with one element in memory, if it holds nothing but the fill value.
+        """
+        with self._lock:
+            if decoding.is_ended:
+                return  # Its reader has gone, and a thread of the pipeline goes on.
+            decoding.is_ended = True
+        index, name, origin = self._index, decoding.name, decoding.origin
+        now = self.now()
+        origin.landed = max(origin.landed, now)
+        is_fill = fill is not None
+        is_closed = False
+        try:
+            reservation = self._room_for(index, decoding, array.nbytes, is_fill)
+            if reservation is None and not decoding.waiting:
+                return
+            memory = None
+            if fill is not None:
+                array = fill
+            elif reservation is not None:
+                with self._lock:
+                    memory = self._buffers.take(array.nbytes, self.max_size - self._size)
+                    self._size += array.nbytes
+                array = copy_into(memory, array)
+            kept = Kept(array, origin, memory)
+            with self._lock:
+                decoding.kept = kept
+                kept.pins = decoding.waiting
+                if reservation is not None:
+                    self._values[name] = kept
+                    self._fills += is_fill
+            if reservation is not None:
+                done = index.commit(reservation, None, 0.0)
+                is_closed = done is not None
+                self._end_deletes(index, [(-1, name)] if done is None else done.victims)
+        except MemoryError:
+            pass  # Its reader has it.
+        finally:
+            if not is_closed:
+                index.complete_flight(name, decoding.ticket)
+            decoding.end()
+
+    def _room_for(self, index: Index, decoding: Decoding, size: int, is_fill: bool) -> Any:
+        """The room that a chunk has, if it may be kept; what it has no use for is given back."""
+        name = decoding.name
+        reservation, decoding.reservation = decoding.reservation, None
+        self._absent.discard(name)
+        if decoding.origin.stale != self._counters.stale:
+            # Perhaps it comes from a value that was past its age, in place of an error of the source.
+            self._give_back(index, reservation)
+            return None
+        if is_fill:
+            self._give_back(index, reservation)
+            if self._fills >= FILLS:
+                return None
+            return self._reserve(index, name, 0, decoding.ticket)
+        return reservation or self._reserve(index, name, size, decoding.ticket)
+
+    def give_up(self, decoding: Decoding, *, is_absent: bool = False) -> None:
+        """End a decode that has brought nothing; with `is_absent`, because the store has no such chunk."""
+        with self._lock:
+            if decoding.is_ended:
+                return
+            decoding.is_ended = True
+        index, name = self._index, decoding.name
+        if is_absent:
+            if len(self._absent) >= ABSENT:
+                self._absent.clear()
+            self._absent.add(name)
+        try:
+            reservation, decoding.reservation = decoding.reservation, None
+            self._give_back(index, reservation)
+        finally:
+            index.complete_flight(name, decoding.ticket)
+            decoding.abandon()
+
+    def leave(self, decoding: Decoding) -> None:
+        """Do without what somebody else decodes."""
+        with self._lock:
+            kept = decoding.kept
+            if kept is None:
+                decoding.waiting -= 1
+        if kept is not None:
+            self.unpin(kept)
+
+    def count_followed(self) -> None:
+        """Count a miss as a hit: another reader has decoded the chunk."""
+        self._index.recount_as_hit()
+
+    # ------------------------------------------------------------------ room
+
+    def _reserve(self, index: Index, name: str, size: int, ticket: int) -> Any:
+        answer = index.reserve(name, None, size, ticket, 0.0)
+        while isinstance(answer, NeedsEviction):
+            dropped, failed = self._remove(answer.victims)
+            answer = index.advance(answer.reservation, dropped, failed, 0.0)
+        return answer.reservation if isinstance(answer, Granted) else None
+
+    def _give_back(self, index: Index, reservation: Any) -> None:
+        if reservation is not None:
+            self._end_deletes(index, index.release(reservation))
+
+    def _remove(self, victims: Sequence[tuple[int, str]]) -> tuple[list[int], list[int]]:
+        """Let go of chunks: the numbers of those that are gone, and of those that are still copied from."""
+        dropped, failed = [], []
+        with self._lock:
+            for cell, name in victims:
+                kept = self._values.get(name)
+                if kept is not None and kept.pins:
+                    kept.is_condemned = True
+                    failed.append(cell)
+                    continue
+                if kept is not None:
+                    del self._values[name]
+                    kept.is_gone = True
+                    if kept.memory is None:
+                        self._fills -= 1
+                    else:
+                        self._size -= kept.memory.nbytes
+                        self._buffers.give_back(kept.memory, self.max_size - self._size)
+                dropped.append(cell)
+        return dropped, failed
+
+    def _end_deletes(self, index: Index, victims: Sequence[tuple[int, str]]) -> None:
+        if victims:
+            dropped, failed = self._remove(victims)
+            index.confirm_deletes([cell for cell in dropped if cell >= 0], failed)
+
+    def clear(self) -> None:
+        """Let go of everything; what is being decoded now is not kept."""
+        index = self._index
+        index.invalidate("")
+        while victims := index.drain_prefix(""):
+            self._end_deletes(index, victims)
+        self._absent.clear()
+
+    # ------------------------------------------------------------ statistics
+
+    def count_seconds(self, seconds: float) -> None:
+        """Count time that the wrapped pipeline took."""
+        with self._lock:
+            self._seconds += seconds
+
+    def stats(self) -> dict[str, int | float]:
+        """What `CacheStore.cache_stats` says of it."""
+        hits, misses, *_ = self._index.stats()
+        return {
+            "decoded_hits": self._counted[0] + hits,
+            "decoded_misses": self._counted[1] + misses,
+            "decoded_size": self._index.current_size,
+            "decode_seconds": self._seconds,
+        }
+
+    def after_fork(self) -> None:
+        """Start empty in a forked child: what the parent decodes now never ends here."""
+        hits, misses, *_ = self._index.stats()
+        self._counted = (self._counted[0] + hits, self._counted[1] + misses)
+        self._start()
+
+
+_live: weakref.WeakSet[DecodedCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_live):
+        cache.after_fork()
+
+
+at_fork(_after_fork)
+
+NOTHING: Final = {
+    "decoded_hits": 0,
+    "decoded_misses": 0,
+    "decoded_size": 0,
+    "decode_seconds": 0.0,
+}
+"""The statistics where no decoded chunks are kept."""

@@ -1,0 +1,191 @@
+"""How the chunks of an array are decoded, and which parts of them a selection takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
+from zarr.codecs import ShardingCodec
+from zarr.core import chunk_grids
+from zarr.core.buffer import cpu
+from zarr.core.indexing import get_indexer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from zarr.abc.codec import Codec
+    from zarr.core.array_spec import ArraySpec
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Coords: TypeAlias = "tuple[int, ...]"
+Box: TypeAlias = "tuple[Coords, Coords]"
+"""First inner chunk, and the one after the last, along each axis."""
+
+
+class Layout:
+    """One way of decoding chunks.
+
+    Parameters
+    ----------
+    codecs : sequence of Codec
+        Of the array.
+    spec : ArraySpec
+        Of its chunks.
+
+    Attributes
+    ----------
+    name : str
+        Differs where the same bytes would be decoded to something else.
+    number : int
+        Stands for `name` in the names of chunks.
+    shape : tuple of int
+        Of the unit that is kept: a chunk, or an inner chunk.
+    size : int
+        Bytes of it.
+    inner : tuple of int or None
+        Shape of the inner chunks, where these are the unit.
+    """
+
+    def __init__(self, codecs: Sequence[Codec], spec: ArraySpec) -> None:
+        dtype = spec.dtype.to_native_dtype()
+        self.dtype = dtype
+        shard = _sharding(codecs)
+        self.inner: Coords | None = None if shard is None else shard.chunk_shape
+        self.shape: Coords = spec.shape if self.inner is None else self.inner
+        self.size = math.prod(self.shape) * dtype.itemsize
+        self.number = 0
+        self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
+        self._first, self._last = (0,) * len(self.shape), (-1,) * len(self.shape)
+        fill = spec.fill_value
+        self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
+        what = (
+            [codec.to_dict() for codec in codecs],
+            spec.shape,
+            dtype,
+            self._fill,
+            spec.config.order,
+        )
+        self.name = json.dumps(what, default=_plain, sort_keys=True)
+
+    def projections(self, spec: ArraySpec, selection: Any) -> Any:
+        """The indexer of a selection in a shard."""
+        return get_indexer(selection, shape=spec.shape, chunk_grid=self._grid)
+
+    def only_fill(self, array: Array) -> Array | None:
+        """The same with one element in memory, if all are the fill value, bit for bit; else None."""
+        # Most chunks are told by their first element, or their last.
+        if array[self._first].tobytes() != self._fill or array[self._last].tobytes() != self._fill:
+            return None
+        if not array.size or array.itemsize not in (1, 2, 4, 8):
+            return None
+        bits = array.view(f"u{array.itemsize}")
+        if not (bits == bits.flat[0]).all():
+            return None
+        # `flat` copies.
+        return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
+
+
+def layout_of(codecs: Sequence[Codec], spec: ArraySpec) -> Layout | None:
+    """The layout of chunks; None where they are not kept.
+
+    That are chunks of another memory than the host's, of elements that lie elsewhere (objects, strings of any
+    length), or of codecs that decode parts of a chunk by themselves and are not zarr's shards.
+    """
+    prototype = spec.prototype
+    if prototype.nd_buffer is not cpu.NDBuffer or prototype.buffer is not cpu.Buffer:
+        return None
+    dtype = spec.dtype.to_native_dtype()
+    if dtype.hasobject or dtype.kind == "T" or not dtype.itemsize:
+        return None
+    partly = [codec for codec in codecs if isinstance(codec, ArrayBytesCodecPartialDecodeMixin)]
+    if len(codecs) == 1 and partly and _sharding(codecs) is None:
+        return None
+    try:
+        return Layout(codecs, spec)
+    except Exception:  # noqa: BLE001 - a codec that does not say what it is, say: zarr decodes it as ever
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """What describes a part of an array's metadata in JSON."""
+    if isinstance(value, np.dtype):
+        return value.descr if value.names else value.str
+    if isinstance(value, bytes):
+        return value.hex()
+    # A codec of format 2. Anything else that is not JSON raises.
+    return value.get_config()
+
+
+def _sharding(codecs: Sequence[Codec]) -> ShardingCodec | None:
+    """The codec of the shards, where inner chunks can be read by themselves."""
+    codec = codecs[0] if len(codecs) == 1 else None
+    return codec if type(codec) is ShardingCodec else None
+
+
+def _grid(shape: Coords, inner: Coords) -> Any:
+    grids: Any = chunk_grids
+    if hasattr(grids, "RegularChunkGrid") and not hasattr(grids.ChunkGrid, "from_sizes"):
+        return grids.RegularChunkGrid(chunk_shape=inner)  # zarr 3.1
+    return grids.ChunkGrid.from_sizes(shape, inner)
+
+
+def boxes_of(coords: Iterable[Coords]) -> list[Box]:
+    """Boxes that hold these inner chunks and no others."""
+    boxes = [(at, tuple(n + 1 for n in at)) for at in sorted(coords)]
+    for axis in reversed(range(len(boxes[0][0]) if boxes else 0)):
+        joined: dict[tuple[Coords, ...], Box] = {}
+        merged: list[Box] = []
+
+        def others(at: Coords, axis: int = axis) -> Coords:
+            return at[:axis] + at[axis + 1 :]
+
+        for first, last in sorted(boxes, key=lambda box: box[0][axis]):
+            key = (others(first), others(last))
+            before = joined.get(key)
+            if before is not None and before[1][axis] == first[axis]:
+                joined[key] = (before[0], last)
+                continue
+            if before is not None:
+                merged.append(before)
+            joined[key] = (first, last)
+        boxes = [*merged, *joined.values()]
+    return boxes
+
+
+def coords_in(box: Box) -> Iterable[Coords]:
+    """The inner chunks of a box."""
+    return product(*(range(first, last) for first, last in zip(*box, strict=True)))
+
+
+def chunks_of(array: Array, inner: Coords) -> Iterator[Array]:
+    """The inner chunks of a box, in the order of `coords_in`."""
+    counts = [n // size for n, size in zip(array.shape, inner, strict=True)]
+    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
+    axes = range(len(split))
+    chunks = array.reshape(split).transpose(*axes[::2], *axes[1::2])
+    for at in np.ndindex(*counts):
+        yield chunks[(*at, ...)]
+
+
+def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
+    """The elements of a box."""
+    return tuple(
+        slice(first * n, last * n) for first, last, n in zip(box[0], box[1], inner, strict=True)
+    )
+
+
+def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple[int, ...]) -> None:
+    """Copy what is selected of a chunk into an array, as zarr does."""
+    part = chunk[selection]
+    if drop:
+        part = np.squeeze(part, axis=drop)
+    target[place] = part
+
+
+def is_basic(place: Any) -> bool:
+    """Whether this part of an array is a view of it."""
+    return isinstance(place, tuple) and all(type(one) is slice for one in place)

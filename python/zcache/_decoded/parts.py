@@ -1,0 +1,284 @@
+"""What a read wants of one chunk or shard, and what the wrapped pipeline is asked for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, scatter, slices_of
+
+if TYPE_CHECKING:
+    from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Decoding
+    from zcache._decoded.layout import Array, Box, Coords, Layout
+    from zcache._decoded.reading import Reading
+
+MISSING: Final = {"status": "missing"}
+
+
+class Job:
+    """What is asked of the wrapped pipeline.
+
+    Attributes
+    ----------
+    selection : tuple
+        Which part of the chunk or shard.
+    shape : tuple of int or None
+        Of that part; None where it is not plain.
+    """
+
+    selection: Any
+    shape: Coords | None
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def arrived(self, array: Array) -> None:
+        raise NotImplementedError
+
+    def is_missing(self, fill: Any) -> None:
+        raise NotImplementedError
+
+    def was_read(self, *, is_missing: bool) -> None:
+        """It is in the output already."""
+
+
+class Part:
+    """What a read wants of one chunk or shard."""
+
+    def __init__(self, reading: Reading, number: int, item: Any, layout: Layout) -> None:
+        self.reading = reading
+        self.number = number
+        self.item = item
+        self.layout = layout
+        self.leads: dict[Coords, Decoding] = {}
+        self.followed: dict[Coords, Decoding] = {}
+
+    def jobs(self) -> list[Job]:
+        """What is to be asked of the wrapped pipeline."""
+        raise NotImplementedError
+
+    def place(self, at: Coords, array: Array) -> None:
+        """Copy out what is wanted of a chunk."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Say that all is there."""
+
+    def miss(self, cache: DecodedCache, name: str, at: Coords, origin: Any) -> None:
+        """Decode a chunk, or wait for who does."""
+        joined = None
+        if origin is not None:
+            joined = cache.join(name, origin, self.layout.size, self.reading.loop)
+        if joined is not None:
+            leads, decoding = joined
+            (self.leads if leads else self.followed)[at] = decoding
+
+    def land(self, at: Coords, array: Array) -> None:
+        """Keep a chunk that has been decoded here."""
+        decoding = self.leads.get(at)
+        layout = self.layout
+        if decoding is None:
+            return
+        if array.shape != layout.shape or array.nbytes != layout.size:
+            self.reading.cache.give_up(decoding)
+            return
+        self.reading.cache.land(decoding, array, layout.only_fill(array))
+
+
+class ChunkPart(Part):
+    """A part of a chunk."""
+
+    def look_up(self) -> bool:
+        """Copy out what is kept; whether that is all."""
+        reading = self.reading
+        cache = reading.cache
+        getter = self.item[0]
+        name = f"{getter.path}/{self.layout.number}"
+        kept = cache.get(name, getter.path, reading.mark, reading.now)
+        if kept is not None:
+            reading.copy(self, (), kept)
+            return True
+        self.miss(cache, name, (), cache.begin(getter.path, reading.now))
+        return False
+
+    def jobs(self) -> list[Job]:
+        return [] if self.followed else [_WholeChunk(self)]
+
+    def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
+        _, _, selection, place, _ = self.item
+        reading = self.reading
+        scatter(reading.target, place, array, selection, reading.drop_axes)
+
+
+class _WholeChunk(Job):
+    """A chunk that is kept, or that many wait for."""
+
+    part: ChunkPart
+
+    def __init__(self, part: ChunkPart) -> None:
+        super().__init__(part)
+        self.selection = tuple(slice(0, n) for n in part.layout.shape)
+        self.shape = part.layout.shape
+
+    def arrived(self, array: Array) -> None:
+        self.part.place((), array)
+        self.part.land((), array)
+
+    def is_missing(self, fill: Any) -> None:
+        part = self.part
+        part.reading.target[part.item[3]] = fill
+        part.reading.results[part.number] = MISSING
+        if () in part.leads:
+            part.reading.cache.give_up(part.leads[()], is_absent=True)
+
+
+class ShardPart(Part):
+    """A part of a shard."""
+
+    def __init__(self, reading: Reading, number: int, item: Any, layout: Layout) -> None:
+        super().__init__(reading, number, item, layout)
+        _, spec, selection, place, _ = item
+        indexer = layout.projections(spec, selection)
+        self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
+        self._sel_shape = getattr(indexer, "sel_shape", None)
+        self._scratch: Array | None = None
+        self._out = self._view(place, indexer.shape)
+        if self._out is None:
+            order = spec.config.order
+            self._out = self._scratch = np.empty(indexer.shape, layout.dtype, order=order)
+        self._misses: list[Coords] = []
+        self.is_absent = True
+
+    def _view(self, place: Any, shape: Coords) -> Array | None:
+        """Where the part lies in the output, if it is a view of that."""
+        if self._sel_shape is not None or not is_basic(place):
+            return None
+        view = self.reading.target[(*place, ...)]
+        if self.reading.drop_axes:
+            view = np.expand_dims(view, self.reading.drop_axes)
+        return view if view.shape == shape else None
+
+    def look_up(self) -> bool:
+        reading = self.reading
+        cache = reading.cache
+        key = self.item[0].path
+        origin: Any = None
+        stem = f"{key}/{self.layout.number}"
+        for at in self._wanted:
+            name = "/".join((stem, *map(str, at)))
+            kept = cache.get(name, key, reading.mark, reading.now)
+            if kept is not None:
+                reading.copy(self, at, kept)
+                self.is_absent = False
+                continue
+            self._misses.append(at)
+            if origin is None:
+                origin = cache.begin(key, reading.now) or False
+            self.miss(cache, name, at, origin or None)
+        if not self._misses:
+            self.finish()
+        return not self._misses
+
+    def jobs(self) -> list[Job]:
+        # Of what nobody keeps, zarr reads as much as it wants to.
+        if len(self._misses) == len(self._wanted) and not self.leads and not self.followed:
+            return [_AsAsked(self)]
+        missing = [at for at in self._misses if at not in self.followed]
+        return [_InnerChunks(self, box) for box in boxes_of(missing)]
+
+    def place(self, at: Coords, array: Array) -> None:
+        selection, place = self._wanted[at]
+        assert self._out is not None
+        self._out[place] = array[selection]
+
+    def place_box(self, box: Box, array: Array) -> bool:
+        """Copy out what is wanted of many chunks at once; False where it is not one block of them."""
+        inner = self.layout.inner
+        if self._scratch is not None or inner is None:
+            return False
+        taken: list[Any] = []
+        place: list[slice] = []
+        for wanted, first, last, n in zip(self.item[2], *box, inner, strict=True):
+            if not isinstance(wanted, slice):
+                taken.append(wanted - first * n)
+                continue
+            if wanted.step not in (None, 1):
+                return False
+            start, stop = max(wanted.start, first * n), min(wanted.stop, last * n)
+            taken.append(slice(start - first * n, stop - first * n))
+            place.append(slice(start - wanted.start, stop - wanted.start))
+        assert self._out is not None
+        self._out[tuple(place)] = array[tuple(taken)]
+        return True
+
+    def fill(self, at: Coords, value: Any) -> None:
+        """The shard is not there."""
+        assert self._out is not None
+        self._out[self._wanted[at][1]] = value
+        if (decoding := self.leads.get(at)) is not None:
+            self.reading.cache.give_up(decoding, is_absent=True)
+
+    def finish(self) -> None:
+        if self._scratch is not None:
+            array = self._scratch
+            if self._sel_shape is not None:
+                array = array.reshape(self._sel_shape)
+            scatter(self.reading.target, self.item[3], array, ..., self.reading.drop_axes)
+        if self.is_absent:
+            self.reading.results[self.number] = MISSING
+
+
+class _AsAsked(Job):
+    """A part of a shard that nobody keeps."""
+
+    part: ShardPart
+
+    def __init__(self, part: ShardPart) -> None:
+        super().__init__(part)
+        self.selection = part.item[2]
+        self.shape = None
+
+    def arrived(self, array: Array) -> None:
+        reading = self.part.reading
+        scatter(reading.target, self.part.item[3], array, ..., reading.drop_axes)
+        self.part.is_absent = False
+        self.part._scratch = None
+
+    def is_missing(self, fill: Any) -> None:
+        self.part.reading.target[self.part.item[3]] = fill
+        self.part._scratch = None
+
+    def was_read(self, *, is_missing: bool) -> None:
+        self.part.is_absent = is_missing
+        self.part._scratch = None
+
+
+class _InnerChunks(Job):
+    """Inner chunks of a shard that lie side by side."""
+
+    part: ShardPart
+
+    def __init__(self, part: ShardPart, box: Box) -> None:
+        super().__init__(part)
+        inner = part.layout.inner
+        assert inner is not None
+        self.box = box
+        self.inner = inner
+        self.selection = slices_of(box, inner)
+        self.shape = tuple(one.stop - one.start for one in self.selection)
+
+    def arrived(self, array: Array) -> None:
+        part = self.part
+        part.is_absent = False
+        chunks = list(zip(coords_in(self.box), chunks_of(array, self.inner), strict=True))
+        if not part.place_box(self.box, array):
+            for at, chunk in chunks:
+                part.place(at, chunk)
+        for at, chunk in chunks:
+            part.land(at, chunk)
+
+    def is_missing(self, fill: Any) -> None:
+        for at in coords_in(self.box):
+            self.part.fill(at, fill)

@@ -1,0 +1,225 @@
+"""The codec pipeline that keeps decoded chunks, and how arrays come by it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from zarr.abc.codec import CodecPipeline
+from zarr.codecs import _v2
+from zarr.core import array as zarr_array
+from zarr.core.buffer import cpu
+from zarr.core.config import config
+from zarr.registry import register_pipeline
+from zarr.storage import StorePath
+
+from zcache._decoded.cache import DecodedCache
+from zcache._decoded.layout import Layout, layout_of
+from zcache._decoded.reading import Reading
+from zcache.exceptions import OptionValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from zarr.abc.codec import Codec
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import Buffer, NDBuffer
+
+logger = logging.getLogger("zcache")
+
+WRAPPED: Final = "zcache.codec_pipeline"
+"""Key of zarr's config: the pipeline to wrap, where `codec_pipeline.path` names `DecodedCodecPipeline`."""
+_DEFAULT: Final = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+
+
+class DecodedCodecPipeline(CodecPipeline):
+    """A codec pipeline that keeps decoded chunks of arrays on a `CacheStore` with `decoded_size`.
+
+    All else is done by the pipeline that it wraps. Arrays on such a store get it by themselves, over the
+    pipeline that is configured when they are opened. It may also be named in zarr's config, as
+    ``codec_pipeline.path``; then it wraps the pipeline that ``zcache.codec_pipeline`` names there, by default
+    zarr's own, and leaves arrays on other stores to it.
+
+    Parameters
+    ----------
+    wrapped : CodecPipeline
+        What decodes and encodes.
+    codecs : iterable of Codec
+        Of the array.
+    """
+
+    def __init__(self, wrapped: CodecPipeline, codecs: Iterable[Codec]) -> None:
+        self.wrapped = wrapped
+        self._codecs = tuple(codecs)
+        self._layouts: dict[Any, tuple[Any, Layout | None]] = {}
+        self._layouts_of: DecodedCache | None = None
+
+    @classmethod
+    def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> DecodedCodecPipeline:
+        """Wrap the pipeline that is named in zarr's config; see the class."""
+        codecs = tuple(codecs)
+        return cls(_wrapped_class().from_codecs(codecs, **options), codecs)
+
+    def evolve_from_array_spec(self, array_spec: ArraySpec) -> DecodedCodecPipeline:
+        # docstring inherited
+        return type(self)(self.wrapped.evolve_from_array_spec(array_spec), self._codecs)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.wrapped, self._codecs)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DecodedCodecPipeline):
+            return NotImplemented
+        return self.wrapped == other.wrapped
+
+    def __hash__(self) -> int:
+        return hash(self.wrapped)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.wrapped!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "wrapped":
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+    def __iter__(self) -> Iterator[Codec]:
+        return iter(self.wrapped)  # type: ignore[call-overload,no-any-return]
+
+    # --------------------------------------------------- what it leaves to the wrapped pipeline
+
+    @property
+    def supports_partial_decode(self) -> bool:
+        # docstring inherited
+        return self.wrapped.supports_partial_decode
+
+    @property
+    def supports_partial_encode(self) -> bool:
+        # docstring inherited
+        return self.wrapped.supports_partial_encode
+
+    def validate(self, **what: Any) -> None:
+        # docstring inherited
+        self.wrapped.validate(**what)
+
+    def compute_encoded_size(self, byte_length: int, array_spec: ArraySpec) -> int:
+        # docstring inherited
+        return self.wrapped.compute_encoded_size(byte_length, array_spec)
+
+    async def decode(
+        self, chunk_bytes_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]
+    ) -> Iterable[NDBuffer | None]:
+        # docstring inherited
+        return await self.wrapped.decode(chunk_bytes_and_specs)
+
+    async def encode(
+        self, chunk_arrays_and_specs: Iterable[tuple[NDBuffer | None, ArraySpec]]
+    ) -> Iterable[Buffer | None]:
+        # docstring inherited
+        return await self.wrapped.encode(chunk_arrays_and_specs)
+
+    async def write(
+        self, batch_info: Iterable[Any], value: NDBuffer, drop_axes: tuple[int, ...] = ()
+    ) -> None:
+        # docstring inherited
+        await self.wrapped.write(batch_info, value, drop_axes)
+
+    # ---------------------------------------------------------------------------- reads
+
+    async def read(
+        self, batch_info: Iterable[Any], out: NDBuffer, drop_axes: tuple[int, ...] = ()
+    ) -> Any:
+        # docstring inherited
+        batch = list(batch_info)
+        if batch:
+            getter = batch[0][0]
+            cache = getattr(getter.store, "_decoded", None) if type(getter) is StorePath else None
+            if isinstance(cache, DecodedCache) and cache.is_usable:
+                target: Any = out._data if type(out) is cpu.NDBuffer else None
+                layouts: Any = [self._layout(cache, item[1]) for item in batch]
+                if type(target) is np.ndarray and None not in layouts:
+                    reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
+                    return await reading.run(batch, layouts, out)
+        return await self.wrapped.read(batch, out, drop_axes)
+
+    def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:
+        if self._layouts_of is not cache:
+            self._layouts_of, self._layouts = cache, {}
+        layouts = self._layouts
+        key = (id(spec.dtype), spec.shape, spec.config.order, spec.prototype.nd_buffer)
+        try:
+            return layouts[key][1]
+        except KeyError:
+            layout = layout_of(self._codecs, spec)
+            if layout is not None:
+                layout.number = cache.number_of(layout.name)
+            # The data type is kept, so that no other has its address.
+            layouts[key] = spec.dtype, layout
+            return layout
+
+
+def _wrapped_class() -> type[CodecPipeline]:
+    path = config.get(WRAPPED, _DEFAULT)
+    if path == _NAME:
+        path = _DEFAULT
+    module, _, name = str(path).rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise OptionValueError(
+            f"zarr.config has {WRAPPED}={path!r}, which is no class. Give the full name of a codec "
+            f"pipeline, such as {_DEFAULT!r}."
+        )
+    return found
+
+
+def _codecs_of(metadata: Any) -> tuple[Codec, ...]:
+    if metadata.zarr_format == 2:
+        return (_v2.V2Codec(filters=metadata.filters, compressor=metadata.compressor),)
+    return tuple(metadata.codecs)
+
+
+_lock = threading.Lock()
+
+
+def install() -> None:
+    """Have arrays that are opened from now on on a store with decoded chunks use them.
+
+    zarr makes the pipeline of each array in `create_codec_pipeline`, from the class that is configured then.
+    What it makes for such a store is wrapped; all else stays as it is, and so does the config.
+    """
+    with _lock:
+        make = getattr(zarr_array, "create_codec_pipeline", None)
+        if make is None:
+            logger.warning(
+                "this zarr makes codec pipelines in another way, so decoded_size has no effect by itself. Set "
+                'zarr.config.set({"codec_pipeline.path": "%s"}).',
+                _NAME,
+            )
+            return
+        if hasattr(make, "_zcache"):
+            return
+
+        @functools.wraps(make)
+        def create_codec_pipeline(metadata: Any, **more: Any) -> CodecPipeline:
+            pipeline: CodecPipeline = make(metadata, **more)
+            if isinstance(
+                getattr(more.get("store"), "_decoded", None), DecodedCache
+            ) and not isinstance(pipeline, DecodedCodecPipeline):
+                return DecodedCodecPipeline(pipeline, _codecs_of(metadata))
+            return pipeline
+
+        create_codec_pipeline._zcache = True  # type: ignore[attr-defined]
+        zarr_array.create_codec_pipeline = create_codec_pipeline
+
+
+# By the name under which users know it.
+DecodedCodecPipeline.__module__ = "zcache"
+_NAME: Final = "zcache.DecodedCodecPipeline"
+register_pipeline(DecodedCodecPipeline)

@@ -1,0 +1,195 @@
+"""One read of a selection: hits are copied, what is missing is decoded in one call of the wrapped pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from zarr.core.buffer import cpu
+
+from zcache._decoded.parts import ChunkPart, ShardPart
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Kept
+    from zcache._decoded.layout import Array, Coords, Layout
+    from zcache._decoded.parts import Job, Part
+
+PRESENT: Final = {"status": "present"}
+
+
+class _Catcher(cpu.NDBuffer):
+    """Stands for the output in a call of zarr's pipelines: what they assign goes to who asked for it.
+
+    So each decoded chunk is copied out as soon as it is there, and kept without a copy.
+    """
+
+    def __init__(self, target: Any, jobs: Sequence[Job]) -> None:
+        super().__init__(target)
+        self._jobs = jobs
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        job = self._jobs[key]
+        if isinstance(value, cpu.NDBuffer):
+            job.arrived(value.as_numpy_array())
+        else:
+            job.is_missing(value)
+
+
+class Reading:
+    """One call of `CodecPipeline.read`.
+
+    Parameters
+    ----------
+    pipeline : CodecPipeline
+        The wrapped pipeline.
+    cache : DecodedCache
+        Decoded chunks.
+    target : ndarray
+        The output.
+    drop_axes : tuple of int
+        Axes that it does not have.
+    size : int
+        Chunks that are read.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        cache: DecodedCache,
+        target: Array,
+        drop_axes: tuple[int, ...],
+        size: int,
+    ) -> None:
+        self.pipeline = pipeline
+        self.cache = cache
+        self.target = target
+        self.drop_axes = drop_axes
+        self.now = cache.now()
+        # Kept by what it has found current, so not this, which has the output.
+        self.mark = object()
+        self.results: list[dict[str, str]] = [PRESENT] * size
+        self.loop = asyncio.get_running_loop()
+        self._parts: list[Part] = []
+
+    def copy(self, part: Part, at: Coords, kept: Kept) -> None:
+        """Copy from a chunk that is pinned."""
+        try:
+            part.place(at, kept.array)
+        finally:
+            self.cache.unpin(kept)
+
+    async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
+        """Read a batch, and say which chunks were there."""
+        try:
+            for number, (item, layout) in enumerate(zip(batch, layouts, strict=True)):
+                kind = ChunkPart if layout.inner is None else ShardPart
+                part: Any = kind(self, number, item, layout)
+                self._parts.append(part)
+                if part.look_up():
+                    self._parts.pop()
+            if self._parts:
+                await self._decode(out)
+                await self._take_followed(out)
+        finally:
+            for part in self._parts:
+                for decoding in part.leads.values():
+                    self.cache.give_up(decoding)
+                for decoding in part.followed.values():
+                    self.cache.leave(decoding)
+            # They refer to this, and with it the output would wait for the garbage collector.
+            self._parts.clear()
+        return tuple(self.results)
+
+    async def _decode(self, out: Any) -> None:
+        jobs = [job for part in self._parts for job in part.jobs()]
+        if not jobs:
+            return
+        items = [
+            (job.part.item[0], job.part.item[1], job.selection, number, job.part.item[4])
+            for number, job in enumerate(jobs)
+        ]
+        begun = time.perf_counter()
+        if type(self.pipeline).__module__ == "zarr.core.codec_pipeline":
+            catcher: Any = _Catcher(self.target, jobs)
+            await self.pipeline.read(items, catcher, drop_axes=())
+        else:
+            await self._decode_elsewhere(items, jobs, out)
+        self.cache.count_seconds(time.perf_counter() - begun)
+
+    async def _decode_elsewhere(self, items: Sequence[Any], jobs: Sequence[Job], out: Any) -> None:
+        """The same with a pipeline that may write into the memory of its output.
+
+        It gets memory for whole chunks, one below the other, from which those that are kept are copied.
+        """
+        found: Sequence[Any] = ()
+        pairs = list(zip(items, jobs, strict=True))
+        if asked := [(item, job) for item, job in pairs if job.shape is None]:
+            wanted = [(*item[:3], job.part.item[3], item[4]) for item, job in asked]
+            found = await self.pipeline.read(wanted, out, self.drop_axes) or ()
+            for n, (_, job) in enumerate(asked):
+                job.was_read(is_missing=bool(found) and found[n]["status"] == "missing")
+        for stack in _stacks([pair for pair in pairs if pair[1].shape is not None]):
+            shapes: list[Any] = [job.shape for _, job in stack]
+            places, rows = [], 0
+            for shape in shapes:
+                rest = [slice(0, n) for n in shape[1:]]
+                places.append((slice(rows, rows + shape[0]), *rest) if shape else ())
+                rows += shape[0] if shape else 0
+            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            dtype = stack[0][1].part.layout.dtype
+            buffer = cpu.NDBuffer.empty((rows, *largest[1:]) if largest else (), dtype=dtype)
+            wanted = [
+                (*item[:3], place, item[4]) for (item, _), place in zip(stack, places, strict=True)
+            ]
+            found = await self.pipeline.read(wanted, buffer, drop_axes=()) or ()
+            array = buffer.as_numpy_array()
+            for n, (_, job) in enumerate(stack):
+                where: Any = (*places[n], ...)
+                chunk = array[where]
+                # Where it does not say what was there, nothing but the fill value is not kept.
+                only_fill = job.part.layout.only_fill(chunk) is not None
+                if found[n]["status"] == "missing" if found else only_fill:
+                    job.is_missing(chunk.flat[0])
+                else:
+                    job.arrived(chunk)
+
+    async def _take_followed(self, out: Any) -> None:
+        """Copy out what others have decoded; what they could not is read here."""
+        again = []
+        for part in self._parts:
+            is_there = True
+            while part.followed:
+                at, decoding = next(iter(part.followed.items()))
+                ended = await decoding.wait()
+                if ended and (kept := decoding.kept) is not None:
+                    del part.followed[at]
+                    self.copy(part, at, kept)
+                    self.cache.count_followed()
+                    if isinstance(part, ShardPart):
+                        part.is_absent = False
+                    continue
+                del part.followed[at]
+                self.cache.leave(decoding)
+                is_there = False
+            if is_there:
+                part.finish()
+            else:
+                again.append(part)
+        if again:
+            begun = time.perf_counter()
+            items = [part.item for part in again]
+            found: Any = await self.pipeline.read(items, out, self.drop_axes)
+            self.cache.count_seconds(time.perf_counter() - begun)
+            for part, result in zip(again, found or (), strict=False):
+                self.results[part.number] = result
+
+
+def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
+    """Those that can lie in one array: all of them, unless they have no axes."""
+    if not pairs or pairs[0][1].shape:
+        return [pairs] if pairs else []
+    return [[pair] for pair in pairs]

@@ -1,0 +1,68 @@
+"""Decoded chunks of one array, over any store."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from zarr import Array
+from zarr.core.array import AsyncArray
+from zarr.storage import StorePath
+
+from zcache._options import parse_size
+from zcache.exceptions import OptionTypeError
+from zcache.store import CacheStore
+
+AnyArray = TypeVar("AnyArray")
+
+
+def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
+    """The same array, with its decoded chunks kept in the memory of this process.
+
+    Parameters
+    ----------
+    array : Array or AsyncArray
+        An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads
+        see what is written, resized and deleted through the array that is returned, and through arrays and groups that
+        are opened on its `store`. They do not see what others write to the store below, not even through `array`.
+    size : int or str
+        Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30).
+
+    Returns
+    -------
+    Array or AsyncArray
+        As was given. A copy of it that is unpickled starts empty.
+
+    Raises
+    ------
+    OptionTypeError
+        A `TypeError`: `array` is no array, or `size` no size.
+    OptionValueError
+        A `ValueError`: `size` has no meaning.
+    """
+    inner: Any = array
+    if isinstance(array, Array):
+        inner = array._async_array
+    if not isinstance(inner, AsyncArray):
+        raise OptionTypeError(
+            f"invalid array: {type(array).__name__}. Give a zarr.Array or a zarr.AsyncArray."
+        )
+    parsed = parse_size(size, "size")
+    if parsed is None:
+        raise OptionTypeError('invalid size: None. Give bytes, or text such as "2 GiB".')
+    path = inner.store_path
+    store = path.store
+    if isinstance(store, CacheStore):
+        store = store._with_decoded_size(parsed)
+    else:
+        is_open = store._is_open
+        # It keeps no bytes. All that goes through it voids what is decoded.
+        store = CacheStore(store, max_size=0, decoded_size=parsed)
+        store._is_open = is_open
+    make: Any = AsyncArray if inner is array else _array
+    found: AnyArray = make(inner.metadata, StorePath(store, path.path), inner.config)
+    return found
+
+
+def _array(*of_async: Any) -> Any:
+    make: Any = AsyncArray
+    return Array(make(*of_async))

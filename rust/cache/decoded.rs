@@ -1,0 +1,147 @@
+//! Decoded values: whether what somebody has decoded from the bytes of a key may still be used.
+//!
+//! The index holds no decoded values. Whoever does asks for a [`Decode`] before it reads the bytes, keeps
+//! it with what it has decoded, and asks [`Cache::is_current`] before each use. A write, delete, prefix
+//! delete or clear, also of another participant, changes the version of the key when it begins and when
+//! it ends. So a decode that began before the end of a write is never used after it.
+
+use super::cache::{BATCH, Cache, Freshness, shared_hash};
+use super::peers::Peers;
+use crate::arena::{Arena, Cell, State};
+use crate::error::Result;
+use crate::key::{self, ByteRange};
+use crate::policy::Eviction;
+
+/// Counters of changes; keys that share one by chance only make each other's decoded values void.
+const SLOTS: usize = 16 * 1024;
+
+/// What a decode has to remember of its beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decode {
+    /// Version of the key.
+    pub version: u64,
+    /// When the oldest bytes that it may read were fetched, in milliseconds.
+    pub fetched: u64,
+}
+
+/// Counts the changes of keys in an index that is not shared, once anybody asks. A shared one has such
+/// counters in its storage.
+#[derive(Debug, Default)]
+pub(super) struct Changes(Option<Box<[u32]>>);
+
+impl Changes {
+    /// This key, or something below it, is being changed or was.
+    pub(super) fn count(&mut self, key: &str) {
+        if let Some(counts) = &mut self.0
+            && let Some(count) = counts.get_mut(shared_hash(key) as usize % SLOTS)
+        {
+            *count = count.wrapping_add(1);
+        }
+    }
+
+    fn of(&self, key: &str) -> u32 {
+        let Some(counts) = &self.0 else {
+            return 0;
+        };
+        let at = key::and_above(key).map(|name| shared_hash(name) as usize % SLOTS);
+        // They only ever grow, so no two changes cancel each other.
+        at.filter_map(|at| counts.get(at))
+            .fold(0, |sum, count| sum.wrapping_add(*count))
+    }
+
+    fn start(&mut self) {
+        self.0
+            .get_or_insert_with(|| vec![0; SLOTS].into_boxed_slice());
+    }
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// A decode of this key begins. `None` where nobody could say later whether its result may be used:
+    /// the key is being changed; or values expire, and it is not known how old the bytes will be (they
+    /// are on their way from the source, or are very many ranges).
+    pub fn begin_decode(&mut self, key: &str, fresh: Freshness) -> Result<Option<Decode>> {
+        self.changes.start();
+        if self.is_changing(key) {
+            return Ok(None);
+        }
+        let version = self.version_of_decoded(key);
+        let mut fetched = fresh.now;
+        if fresh.max_age.is_some() {
+            if self.flights.has(key) {
+                return Ok(None);
+            }
+            let entries = self.live_entries(key, BATCH + 1)?;
+            if entries.len() > BATCH {
+                return Ok(None);
+            }
+            for i in entries {
+                // What is stale is not read.
+                let time = self.arena.get(i)?.time();
+                if !fresh.is_stale(time) {
+                    fetched = fetched.min(time);
+                }
+            }
+        }
+        Ok(Some(Decode { version, fetched }))
+    }
+
+    /// Whether what was decoded may be used now; `landed` is when its decode had ended. If so, its bytes
+    /// count as used: the full value, or, with `touch_ranges`, ranges of the key up to a batch.
+    pub fn is_current(
+        &mut self,
+        key: &str,
+        decode: Decode,
+        landed: u64,
+        fresh: Freshness,
+        touch_ranges: bool,
+    ) -> Result<bool> {
+        // The cache would say that there is nothing.
+        if self.absences() != 0 && self.arena.find_absence(key)?.is_some() {
+            return Ok(false);
+        }
+        let current =
+            decode.version == self.version_of_decoded(key) && !fresh.is_stale(decode.fetched);
+        if !current {
+            return Ok(false);
+        }
+        let full = self.arena.find(key, ByteRange::Full)?;
+        let Some(i) = full.filter(|i| self.is_live(*i)) else {
+            if touch_ranges {
+                for i in self.live_entries(key, BATCH)? {
+                    self.policy.touch(&mut self.arena, i)?;
+                }
+            }
+            return Ok(true);
+        };
+        self.policy.touch(&mut self.arena, i)?;
+        // Else the cache would serve other bytes, which were read since.
+        Ok(self.arena.get(i)?.time() <= landed)
+    }
+
+    fn version_of_decoded(&self, key: &str) -> u64 {
+        if S::EXCLUSIVE {
+            return u64::from(self.changes.of(key));
+        }
+        let [version, epoch] = self.version(key);
+        u64::from(epoch) << 32 | u64::from(version)
+    }
+
+    fn live_entries(&self, key: &str, limit: usize) -> Result<Vec<u32>> {
+        let mut found = Vec::new();
+        found.extend(self.arena.find(key, ByteRange::Full)?);
+        found.retain(|i| self.is_live(*i));
+        if let Some(object) = self.arena.find_object(key)? {
+            let is_live = |arena: &Arena<S>, i| Ok(is_live(arena.get(i)?));
+            found.extend(self.arena.entries_below(object, limit, is_live)?);
+        }
+        Ok(found)
+    }
+
+    fn is_live(&self, i: u32) -> bool {
+        self.arena.get(i).is_ok_and(is_live)
+    }
+}
+
+fn is_live(cell: &Cell) -> bool {
+    cell.is_entry() && cell.state() == State::Live
+}

@@ -1,0 +1,198 @@
+//! Decoded values: what a decode remembers of its beginning, and what makes it void.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/place.rs"]
+mod place;
+
+use std::thread::sleep;
+
+use place::Place;
+use zcache::arena::Heap;
+use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve, Verify};
+use zcache::error::Result;
+use zcache::key::ByteRange;
+use zcache::shared::SharedIndex;
+
+const LIMITS: Limits = Limits {
+    max_size: 1_000_000,
+    max_age: None,
+    slices_like_python: false,
+    flat_namespace: false,
+    verify: Verify::Never,
+};
+const KEY: &str = "v/c/0/1";
+
+fn heap() -> Cache<Heap, ()> {
+    Cache::new(Heap::default(), LIMITS, 7).unwrap()
+}
+
+fn fill<S: Peers>(cache: &mut Cache<S, ()>, key: &str, range: ByteRange, now: u64) {
+    let Joined::Lead(ticket) = cache.join(key, range, (), now, true).unwrap() else {
+        panic!("{key} is on its way");
+    };
+    let Reserve::Granted(id) = cache.reserve(key, range, 1, ticket, now).unwrap() else {
+        panic!("no room for {key}");
+    };
+    cache.commit(id, None, now).unwrap().unwrap();
+}
+
+fn at(now: u64, max_age: Option<u64>) -> Freshness {
+    Freshness { now, max_age }
+}
+
+fn begin<S: Peers>(cache: &mut Cache<S, ()>, now: u64) -> Decode {
+    let decode = cache.begin_decode(KEY, at(now, None)).unwrap();
+    decode.expect("a key that is not being changed")
+}
+
+fn is_current<S: Peers>(cache: &mut Cache<S, ()>, decode: Decode) -> Result<bool> {
+    cache.is_current(KEY, decode, 10, at(10, None), false)
+}
+
+/// Changes of `KEY`, or of what is above it.
+fn changes<S: Peers>(cache: &mut Cache<S, ()>, change: usize) {
+    let prefixes = ["", "v", "v/c/", "v/c/0/1"];
+    if let Some(prefix) = prefixes.get(change) {
+        cache.invalidate_prefix(prefix);
+    } else {
+        cache.begin_write(KEY).unwrap();
+        cache.end_write(KEY, true, None).unwrap();
+    }
+}
+
+#[test]
+fn is_current_after_a_change_of_the_key_or_above_it_is_false() {
+    let mut cache = heap();
+    for change in 0..5 {
+        let decode = begin(&mut cache, 1);
+        assert!(is_current(&mut cache, decode).unwrap());
+        changes(&mut cache, change);
+        assert!(!is_current(&mut cache, decode).unwrap(), "{change}");
+    }
+    let decode = begin(&mut cache, 1);
+    cache.invalidate_prefix("v/c/0/10");
+    cache.begin_write("v/c/0/2").unwrap();
+    assert!(is_current(&mut cache, decode).unwrap());
+}
+
+#[test]
+fn is_current_after_a_change_by_another_participant_is_false() {
+    let place = Place::new("decoded");
+    let (mut one, fresh) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
+    assert!(fresh);
+    one.complete().unwrap();
+    let (mut other, _) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
+    for change in 0..5 {
+        let decode = one.step(sleep, |cache| Ok(begin(cache, 1))).unwrap();
+        assert!(one.step(sleep, |cache| is_current(cache, decode)).unwrap());
+        other
+            .step(sleep, |cache| {
+                changes(cache, change);
+                Ok(())
+            })
+            .unwrap();
+        assert!(!one.step(sleep, |cache| is_current(cache, decode)).unwrap());
+    }
+    other.step(sleep, |cache| cache.begin_write(KEY)).unwrap();
+    let begun = one.step(sleep, |cache| cache.begin_decode(KEY, at(1, None)));
+    assert_eq!(begun.unwrap(), None);
+}
+
+#[test]
+fn begin_while_the_key_is_being_changed_is_not_to_be_kept() {
+    let mut cache = heap();
+    let begin = |cache: &mut Cache<Heap, ()>| cache.begin_decode(KEY, at(1, None)).unwrap();
+    cache.begin_write(KEY).unwrap();
+    assert_eq!(begin(&mut cache), None);
+    cache.end_write(KEY, false, None).unwrap();
+    assert!(begin(&mut cache).is_some());
+    cache.prefix_change("v/c", true).unwrap();
+    assert_eq!(begin(&mut cache), None);
+    cache.prefix_change("v/c", false).unwrap();
+    assert!(begin(&mut cache).is_some());
+}
+
+#[test]
+fn age_counts_from_the_oldest_bytes_that_may_be_read() {
+    let mut cache = heap();
+    let fetched = |cache: &mut Cache<Heap, ()>, now| {
+        let decode = cache.begin_decode(KEY, at(now, Some(100))).unwrap();
+        decode.map(|decode| decode.fetched)
+    };
+    assert_eq!(fetched(&mut cache, 50), Some(50));
+    fill(&mut cache, KEY, ByteRange::Suffix(5), 10);
+    fill(&mut cache, KEY, ByteRange::Range { start: 0, end: 3 }, 30);
+    assert_eq!(fetched(&mut cache, 50), Some(10));
+    // What is stale is not read.
+    assert_eq!(fetched(&mut cache, 115), Some(30));
+    let decode = Decode {
+        version: begin(&mut cache, 1).version,
+        fetched: 10,
+    };
+    for (now, expected) in [(109, true), (110, false)] {
+        let fresh = at(now, Some(100));
+        let found = cache.is_current(KEY, decode, 10, fresh, false).unwrap();
+        assert_eq!(found, expected);
+    }
+    // How old it will be is not known.
+    cache.join(KEY, ByteRange::Full, (), 50, false).unwrap();
+    assert_eq!(fetched(&mut cache, 50), None);
+    assert!(cache.begin_decode(KEY, at(50, None)).unwrap().is_some());
+}
+
+#[test]
+fn age_of_very_many_ranges_is_not_known() {
+    let mut cache = heap();
+    for n in 0..BATCH as u64 + 1 {
+        fill(
+            &mut cache,
+            KEY,
+            ByteRange::Range {
+                start: n,
+                end: n + 1,
+            },
+            10,
+        );
+    }
+    assert_eq!(cache.begin_decode(KEY, at(50, Some(100))).unwrap(), None);
+}
+
+#[test]
+fn is_current_while_newer_bytes_are_cached_is_false() {
+    let mut cache = heap();
+    fill(&mut cache, KEY, ByteRange::Full, 5);
+    let decode = begin(&mut cache, 6);
+    assert!(is_current(&mut cache, decode).unwrap());
+    let victims = cache.drain_prefix(KEY).unwrap();
+    cache.deletes_done(&[victims[0].cell], &[]).unwrap();
+    fill(&mut cache, KEY, ByteRange::Full, 11);
+    assert!(!is_current(&mut cache, decode).unwrap());
+}
+
+#[test]
+fn use_of_what_was_decoded_keeps_its_bytes() {
+    let mut cache = heap();
+    let last = |cache: &Cache<Heap, ()>| cache.recency().unwrap().pop().unwrap().0;
+    for key in [KEY, "v/c/0/2"] {
+        fill(&mut cache, key, ByteRange::Range { start: 0, end: 1 }, 1);
+    }
+    let decode = begin(&mut cache, 1);
+    for (touch_ranges, expected) in [(false, "v/c/0/2"), (true, KEY)] {
+        let fresh = at(2, None);
+        cache
+            .is_current(KEY, decode, 1, fresh, touch_ranges)
+            .unwrap();
+        assert_eq!(last(&cache), expected);
+    }
+    fill(&mut cache, KEY, ByteRange::Full, 1);
+    fill(&mut cache, "v/c/0/3", ByteRange::Full, 1);
+    is_current(&mut cache, decode).unwrap();
+    assert_eq!(last(&cache), KEY);
+}

@@ -1,0 +1,471 @@
+"""No read returns decoded values that are older than what the byte cache would give."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore
+
+from decoding import check_decoded, check_decoded_quiet
+from support import drained_sync, until
+from zcache import CacheStore
+from zcache.testing import FakeClock, StoreDouble, recency
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def create(store: Any, **more: Any) -> Any:
+    array = zarr.create_array(
+        store,
+        **{"name": "v", "shape": (16,), "chunks": (4,), "dtype": "i4", "fill_value": -1, **more},
+    )
+    array[:] = np.arange(16)
+    return array
+
+
+def decoded(store: CacheStore, what: str) -> int:
+    found: int = store.cache_stats()[f"decoded_{what}"]
+    return found
+
+
+@pytest.fixture(params=["memory", "directory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CacheStore:
+    return CacheStore(
+        MemoryStore(),
+        cache_store=MemoryStore() if request.param == "memory" else tmp_path / "cache",
+        source_id="source",
+        decoded_size=10_000,
+    )
+
+
+shards = pytest.mark.parametrize("more", [{}, {"shards": (8,)}], ids=["chunks", "shards"])
+
+
+@shards
+def test_read_after_any_change_through_the_store_sees_it(
+    store: CacheStore, more: dict[str, Any]
+) -> None:
+    array = create(store, **more)
+    other = zarr.open_array(store, path="v")
+    values = np.arange(16)
+
+    def same() -> None:
+        for opened in (array, other):
+            np.testing.assert_array_equal(opened[:], values)
+
+    same()
+    other[3] = values[3] = 100
+    same()
+    chunks = [key for key in sync(_keys(store)) if key.startswith("v/c/")]
+    before = sync(store._store.get(chunks[0], _PROTOTYPE))
+    assert before is not None
+    values[: 8 if more else 4] = -1
+    sync(store.delete(chunks[0]))
+    same()
+    values[: 8 if more else 4] = [0, 1, 2, 100, 4, 5, 6, 7][: 8 if more else 4]
+    sync(store.set(chunks[0], before))
+    same()
+    array.resize((8,))
+    array.resize((16,))
+    values[8:] = -1
+    same()
+    sync(store.delete_dir("v/c"))
+    values[:] = -1
+    same()
+    create(store, overwrite=True, dtype="f8")[:] = values = np.linspace(0, 1, 16)
+    np.testing.assert_array_equal(zarr.open_array(store, path="v")[:], values)
+    sync(store.clear_cache())
+    assert decoded(store, "size") == 0
+    check_decoded_quiet(store)
+
+
+async def _keys(store: CacheStore) -> list[str]:
+    return sorted([key async for key in store.list()])
+
+
+_PROTOTYPE: Any = zarr.core.buffer.default_buffer_prototype()
+
+
+@shards
+def test_write_through_another_store_on_the_cache_is_seen(
+    store: CacheStore, more: dict[str, Any]
+) -> None:
+    array = create(store, **more)
+    array[:]
+    other = CacheStore(
+        store._store, cache_store=store._cache_store, source_id="source", decoded_size=1000
+    )
+    writer = zarr.open_array(other, path="v")
+    writer[2] = 7
+    assert array[2] == 7
+    array[2] = 8
+    assert writer[2] == 8
+    sync(other.clear_cache())
+    misses = decoded(store, "misses")
+    assert array[2] == 8
+    assert decoded(store, "misses") == misses + 1
+
+
+_OTHER = """
+import sys, zarr
+from zarr.storage import LocalStore
+from zcache import CacheStore
+store = CacheStore(LocalStore(sys.argv[1]), cache_store=sys.argv[2], decoded_size=1000)
+array = zarr.open_array(store, path="v")
+for line in sys.stdin:
+    what, value = line.split()
+    if what == "write":
+        array[2] = int(value)
+    elif what == "delete":
+        zarr.core.sync.sync(store.delete_dir("v/c"))
+    elif what == "clear":
+        zarr.core.sync.sync(store.clear_cache())
+    print(array[2], flush=True)
+"""
+
+
+@pytest.mark.slow
+@shards
+def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[str, Any]) -> None:
+    store = CacheStore(
+        LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", decoded_size=1000
+    )
+    array = create(store, **more)
+    command = [sys.executable, "-c", _OTHER, str(tmp_path / "source"), str(tmp_path / "cache")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def ask(what: str) -> int:
+            print(what, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        for value in (5, 6):
+            array[2]
+            assert ask(f"write {value}") == value
+            assert array[2] == value
+            array[2] = value + 10
+            assert ask("read 0") == value + 10
+        hits = decoded(store, "hits")
+        assert array[2] == 16
+        assert ask("clear 0") == 16
+        misses = decoded(store, "misses")
+        assert array[2] == 16
+        assert (decoded(store, "hits"), decoded(store, "misses")) == (hits, misses + 1)
+        assert ask("delete 0") == -1
+        assert array[2] == -1
+        process.stdin.close()
+
+
+@shards
+@pytest.mark.parametrize("ages", [10, {"v/c/**": 10}])
+def test_chunk_expires_with_its_bytes(clock: FakeClock, more: dict[str, Any], ages: Any) -> None:
+    source = MemoryStore()
+    create(source, **more)
+    store = CacheStore(source, max_age_seconds=ages, clock=clock, decoded_size=1000)
+    array = zarr.open_array(store, path="v")
+    assert array[2] == 2
+    clock.advance(6)
+    assert array[2] == 2
+    # Another part of the shard is younger, and what is decoded with it is not served for longer.
+    assert array[7] == 7
+    zarr.open_array(source, path="v")[2] = 50
+    assert array[2] == 2
+    assert decoded(store, "hits") == 2
+    clock.advance(4)
+    assert array[2] == 50
+    # What has taken the place of stale bytes is kept from its first read on.
+    hits = decoded(store, "hits")
+    assert array[2] == 50
+    assert decoded(store, "hits") == hits + 1
+
+
+def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
+    source = StoreDouble(MemoryStore())
+    create(source)
+    store = CacheStore(
+        source,
+        source_id="s",
+        max_age_seconds=10,
+        stale_if_error=100,
+        clock=clock,
+        decoded_size=1000,
+    )
+    array = zarr.open_array(store, path="v")
+    assert array[2] == 2
+    clock.advance(20)
+    zarr.open_array(source, path="v")[2] = 50
+    source.fail("get", OSError("unreachable"), times=1)
+    assert array[2] == 2
+    assert store.cache_stats()["stale_hits"] == 1
+    assert array[2] == 50
+
+
+def test_chunk_whose_bytes_were_read_anew_is_decoded_anew(clock: FakeClock) -> None:
+    source = MemoryStore()
+    create(source)
+    store = CacheStore(source, clock=clock, decoded_size=1000)
+    array = zarr.open_array(store, path="v")
+    assert array[2] == 2
+    zarr.open_array(source, path="v")[2] = 50
+    clock.advance(1)
+    # Evicted from the byte cache alone, and read again.
+    index = store._cache.shared.handle.index
+    victims = index.drain_prefix("v/c")
+    for _, name in victims:
+        del store._cache_store._store_dict[name]  # type: ignore[attr-defined]
+    index.confirm_deletes([cell for cell, _ in victims], [])
+    sync(store.get("v/c/0"))
+    assert array[2] == 50
+
+
+def test_chunk_outlives_its_bytes_and_a_write_ends_it() -> None:
+    store = CacheStore(MemoryStore(), max_size=0, decoded_size=1000)
+    array = create(store)
+    array[:]
+    misses = store.cache_stats()["misses"]
+    np.testing.assert_array_equal(array[:], np.arange(16))
+    assert decoded(store, "hits") == 4
+    assert store.cache_stats()["misses"] == misses
+    array[2] = 9
+    assert array[2] == 9
+
+
+@shards
+def test_hit_keeps_the_bytes_warm(clock: FakeClock, more: dict[str, Any]) -> None:
+    store = CacheStore(MemoryStore(), clock=clock, decoded_size=1000, cache_set_data=False)
+    array = create(store, **more)
+    array[:4]
+    array[12:]
+    warmest = "v/c/1" if more else "v/c/3"
+    assert recency(store)[-1][0] == warmest
+    clock.advance(1)
+    hits = store.cache_stats()["hits"]
+    array[0]
+    assert store.cache_stats()["hits"] == hits
+    assert recency(store)[-1][0] == "v/c/0"
+
+
+# ------------------------------------------------------------- many readers at once
+
+
+@shards
+def test_many_readers_decode_a_chunk_once(more: dict[str, Any]) -> None:
+    source = StoreDouble(MemoryStore())
+    create(source, **more)
+    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    array = zarr.open_array(store, path="v")
+
+    def total() -> int:
+        found: int = array[:].sum()
+        return found
+
+    gate = source.block("get", times=1)
+    with ThreadPoolExecutor(8) as pool:
+        reads = [pool.submit(total) for _ in range(8)]
+        gate.wait_entered()
+        gate.release()
+        assert {read.result(60) for read in reads} == {120}
+    assert (decoded(store, "hits"), decoded(store, "misses")) == (28, 4)
+    check_decoded_quiet(store)
+
+
+async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancelled() -> None:
+    source = StoreDouble(MemoryStore())
+    await asyncio.to_thread(create, source)
+    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    array: Any = await zarr.api.asynchronous.open_array(store=store, path="v")
+    gate = source.block("get", times=1)
+    leader = asyncio.create_task(array.getitem(slice(0, 4)))
+    await asyncio.to_thread(gate.wait_entered)
+    copy = zarr.Array(array)
+    follower = asyncio.create_task(asyncio.to_thread(copy.__getitem__, slice(0, 4)))
+    await until(lambda: decoded(store, "misses") == 2)
+    leader.cancel()
+    gate.release()
+    found: Any = await asyncio.wait_for(follower, 60)
+    assert found.tolist() == [0, 1, 2, 3]
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+    check_decoded_quiet(store)
+
+
+def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:
+    source = StoreDouble(MemoryStore())
+    create(source)
+    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    array = zarr.open_array(store, path="v")
+    source.fail("get", OSError("unreachable"), times=1)
+    with pytest.raises(OSError, match="unreachable"):
+        array[:]
+    check_decoded_quiet(store)
+    np.testing.assert_array_equal(array[:], np.arange(16))
+
+
+# ----------------------------------------------------------------------- the bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["BatchedCodecPipeline", "FusedCodecPipeline"])
+def test_bound_holds_at_every_instant_over_many_threads(pipeline: str) -> None:
+    if not hasattr(zarr.core.codec_pipeline, pipeline):
+        pytest.skip("since zarr 3.4")
+    with zarr.config.set({"codec_pipeline.path": f"zarr.core.codec_pipeline.{pipeline}"}):
+        store = CacheStore(MemoryStore(), decoded_size=5 * 400 + 50)
+        array = zarr.create_array(store, name="v", shape=(40, 100), chunks=(1, 100), dtype="i4")
+        sharded = zarr.create_array(
+            store, name="s", shape=(40, 100), chunks=(1, 100), shards=(10, 100), dtype="i4"
+        )
+    values = np.arange(4000).reshape(40, 100) + 1
+    array[:] = sharded[:] = values
+    done = threading.Event()
+
+    def look() -> int:
+        looks = 0
+        while not done.is_set():
+            check_decoded(store)
+            looks += 1
+        return looks
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            first = rng.integers(0, 38)
+            part = slice(first, first + rng.integers(1, 12))
+            for opened in (array, sharded):
+                np.testing.assert_array_equal(opened[part], values[part])
+
+    with ThreadPoolExecutor(5) as pool:
+        looking = pool.submit(look)
+        try:
+            list(pool.map(read, range(4)))
+        finally:
+            done.set()
+        assert looking.result(60) > 5
+    assert decoded(store, "hits") > 0
+    assert store._decoded._index.stats()[2] > 0  # type: ignore[union-attr]
+    check_decoded_quiet(store)
+
+
+def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    array = create(store)
+    array[:8]
+    cache: Any = store._decoded
+    names = list(cache._values)
+    kept = cache.get(names[0], "v/c/0", object(), cache.now())
+    array[8:]
+    assert names[0] in cache._values
+    assert decoded(store, "size") == 32
+    cache.unpin(kept)
+    assert names[0] not in cache._values
+    array[:]
+    check_decoded_quiet(store)
+    assert decoded(store, "size") == 32
+
+
+def test_output_of_a_read_is_released_with_its_last_user() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=10_000)
+    arrays = [create(store, name=f"v{n}", **more) for n, more in enumerate([{}, {"shards": (8,)}])]
+    gc.collect()
+    gc.disable()
+    try:
+        for array in arrays:
+            for _ in range(2):
+                outputs = weakref.ref(array[:])
+                assert outputs() is None
+    finally:
+        gc.enable()
+
+
+async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() -> None:
+    """Its memory is that of another chunk then."""
+    store = CacheStore(MemoryStore(), decoded_size=16)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    origin = cache.begin("a", 0.0)
+    _, leading = cache.join("a/0", origin, 16, loop)
+    index = cache._index
+
+    class Slow:
+        """Others go on while a reader joins."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(index, name)
+
+        def join(self, *args: Any) -> Any:
+            cache._index = index
+            joined = index.join(*args)
+            cache.land(leading, np.arange(4, dtype="i4"), None)
+            _, other = cache.join("b/0", cache.begin("b", 0.0), 16, loop)
+            cache.land(other, np.zeros(4, dtype="i4"), None)
+            return joined
+
+    cache._index = Slow()
+    leads, decoding = cache.join("a/0", origin, 16, loop)
+    assert leads
+    assert decoding is not leading
+    cache.give_up(decoding)
+    check_decoded_quiet(store)
+
+
+def test_least_recently_used_chunks_go_first() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=3 * 16)
+    array = create(store)
+    for at in (0, 4, 8, 0, 12):
+        array[at]
+    before = decoded(store, "hits")
+    for at in (0, 8, 12):
+        array[at]
+    assert decoded(store, "hits") == before + 3
+
+
+def test_larger_than_the_bound_is_not_kept(store: CacheStore) -> None:
+    array = zarr.create_array(store, name="large", shape=(5000,), chunks=(5000,), dtype="i4")
+    array[:] = 1
+    for _ in range(2):
+        assert (array[:] == 1).all()
+    assert (decoded(store, "hits"), decoded(store, "size")) == (0, 0)
+
+
+def test_unused_room_is_not_taken_for_chunks_that_are_not_there() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=3 * 16)
+    array = create(store)
+    sparse = zarr.create_array(store, name="s", shape=(64,), chunks=(4,), dtype="i4")
+    sparse[:]
+    array[:12]
+    hits = decoded(store, "hits")
+    sparse[:]
+    array[:12]
+    assert decoded(store, "hits") == hits + 3
+
+
+def test_drained_directory_serves_what_was_decoded(tmp_path: Path) -> None:
+    """A hit reads nothing: neither the source nor the cache store."""
+    source = StoreDouble(MemoryStore())
+    cache = StoreDouble(MemoryStore())
+    store = CacheStore(source, cache_store=cache, source_id="s", decoded_size=1000)
+    array = create(store)
+    array[:]
+    drained_sync(store)
+
+    def counts() -> tuple[int, int]:
+        return len(source.requests), len(cache.requests)
+
+    before = counts()
+    np.testing.assert_array_equal(array[:], np.arange(16))
+    assert counts() == before

@@ -1,0 +1,275 @@
+"""Reads through decoded chunks give what zarr gives, whatever is selected, and count what they came to."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.core import codec_pipeline
+from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.registry import register_pipeline
+from zarr.storage import MemoryStore
+
+from zcache import CacheStore, DecodedCodecPipeline
+from zcache._decoded.layout import boxes_of, coords_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Elsewhere(BatchedCodecPipeline):
+    """A pipeline of another package, which may write into the memory of its output."""
+
+
+register_pipeline(Elsewhere)
+HAS_FUSED = hasattr(codec_pipeline, "FusedCodecPipeline")
+PIPELINES = {
+    "batched": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "elsewhere": f"{Elsewhere.__module__}.Elsewhere",
+}
+if HAS_FUSED:
+    PIPELINES["fused"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
+
+
+@pytest.fixture(params=sorted(PIPELINES))
+def pipeline(request: pytest.FixtureRequest) -> Iterator[str]:
+    with zarr.config.set({"codec_pipeline.path": PIPELINES[request.param]}):
+        yield request.param
+
+
+def decoded_store(size: int | str = "1MB", **options: Any) -> CacheStore:
+    return CacheStore(MemoryStore(), decoded_size=size, **options)
+
+
+def counts(store: CacheStore) -> tuple[int, int]:
+    stats = store.cache_stats()
+    return stats["decoded_hits"], stats["decoded_misses"]
+
+
+def create(store: CacheStore, **more: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return zarr.create_array(
+            store, **{"shape": (17, 23), "chunks": (4, 5), "dtype": "i4", "fill_value": -1, **more}
+        )
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "format 3": {},
+    "format 2 in order F": {"zarr_format": 2, "order": "F"},
+    "shards": {"shards": (8, 10)},
+    "big-endian": {"dtype": ">i4"},
+    "uncompressed": {"compressors": None},
+    "uncompressed shards": {"shards": (8, 10), "compressors": None},
+    "transposed": {"filters": [zarr.codecs.TransposeCodec(order=(1, 0))]},
+    "floats": {"dtype": "f8", "fill_value": "NaN", "shards": (8, 10)},
+    "times": {"dtype": "M8[s]", "fill_value": 0},
+    "one chunk": {"chunks": (17, 23)},
+}
+
+
+def selections(rng: np.random.Generator) -> Iterator[tuple[str, Any]]:
+    """Ways to index, and what."""
+    i, j = rng.integers(0, 17, 2), rng.integers(0, 23, 2)
+    yield "[]", (slice(min(i), max(i) + 1, int(rng.integers(1, 3))), slice(min(j), max(j) + 1))
+    yield "[]", (int(i[0]), slice(None))
+    yield "[]", (int(i[0]), int(j[0]))
+    yield "[]", ...
+    yield "oindex", ([1, 5, 9], slice(None))
+    yield "oindex", ([1, 5, 9], [2, 3, 8, 20])
+    yield "oindex", (int(i[0]), [2, 8, 20])
+    yield "oindex", (slice(2, 9), rng.random(23) < 0.3)
+    yield "vindex", ([1, 5, 9, 1], [2, 3, 8, 22])
+    yield "vindex", rng.random((17, 23)) < 0.2
+    yield "blocks", (slice(0, 1), 0)
+
+
+def take(array: Any, how: str, what: Any) -> Any:
+    return array[what] if how == "[]" else getattr(array, how)[what]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_read_of_any_selection_gives_what_zarr_gives(pipeline: str, layout: str) -> None:
+    store = decoded_store()
+    array = create(store, **LAYOUTS[layout])
+    rng = np.random.default_rng(0)
+    values = np.arange(17 * 23).reshape(17, 23).astype(array.dtype)
+    values[3:9, 4:16] = array.fill_value  # Some chunks are not there.
+    array[:] = values
+    bare = zarr.open_array(store._store)
+    assert isinstance(array._async_array.codec_pipeline, DecodedCodecPipeline)
+    assert not isinstance(bare._async_array.codec_pipeline, DecodedCodecPipeline)
+    for _ in range(3):
+        for how, what in selections(rng):
+            np.testing.assert_array_equal(take(array, how, what), take(bare, how, what))
+        at = rng.integers(0, 17)
+        array[at] = values[at] = rng.integers(0, 9, 23)
+        np.testing.assert_array_equal(array[:], values)
+    before = counts(store)
+    array[:9], array[9:]
+    hits, misses = np.subtract(counts(store), before)
+    assert hits > misses
+    check(store)
+
+
+def check(store: CacheStore) -> None:
+    """Assert that the books of decoded chunks are those of what is kept."""
+    cache: Any = store._decoded
+    cache._index.validate()
+    assert cache._index.in_flight == (0, 0)
+    kept = cache._values.values()
+    assert sum(k.array.nbytes for k in kept if k.memory is not None) == cache._index.current_size
+    assert not any(k.pins or k.array.flags.writeable for k in kept)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "fill", "kept"),
+    [
+        ("i2", 0, True),
+        ("c16", 0, True),
+        ("S7", b"", True),
+        ("U5", "", True),
+        (np.dtype([("a", "i4"), ("b", ">f8")]), None, True),
+        ("bool", False, True),
+        (str, "", False),
+    ],
+)
+def test_read_of_any_type_gives_what_was_written(
+    pipeline: str, dtype: Any, fill: Any, kept: bool, zarr_format: int
+) -> None:
+    store = decoded_store()
+    if isinstance(dtype, np.dtype) and zarr_format == 3:
+        fill = np.zeros((), dtype)[()]
+    array = create(
+        store, shape=(10,), chunks=(4,), dtype=dtype, zarr_format=zarr_format, fill_value=fill
+    )
+    if isinstance(dtype, np.dtype):
+        values = np.array([(n, n / 3) for n in range(10)], dtype=dtype)
+    elif dtype is str:
+        values = np.array([f"text {n}" * n for n in range(10)], dtype=object)
+    else:
+        values = np.arange(10).astype(dtype)
+    array[:] = values
+    for _ in range(2):
+        np.testing.assert_array_equal(array[1:9], values[1:9])
+    assert counts(store) == ((3, 3) if kept else (0, 0))
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_read_of_an_array_without_axes(pipeline: str, zarr_format: int) -> None:
+    store = decoded_store()
+    array = create(store, shape=(), chunks=(), zarr_format=zarr_format)
+    assert array[()] == -1
+    array[()] = 7
+    assert [array[()], array[...]] == [7, 7]
+    assert counts(store) == (1, 2)
+
+
+@pytest.mark.skipif(not hasattr(zarr.config, "get") or not HAS_FUSED, reason="since zarr 3.4")
+def test_read_of_chunks_of_many_sizes(pipeline: str) -> None:
+    store = decoded_store()
+    with zarr.config.set({"array.rectilinear_chunks": True}):
+        array = create(store, shape=(10,), chunks=[[3, 5, 2]])
+        array[:] = np.arange(10)
+        for _ in range(2):
+            np.testing.assert_array_equal(array[1:9], np.arange(1, 9))
+    assert counts(store) == (3, 3)
+
+
+def test_chunks_that_are_not_there_take_no_memory(pipeline: str) -> None:
+    store = decoded_store()
+    whole = create(store, name="whole")
+    shards = create(store, name="shards", shards=(8, 10))
+    for array in (whole, shards):
+        for _ in range(2):
+            assert (array[:] == -1).all()
+    assert store.cache_stats()["decoded_size"] == 0
+    # In a shard that is there, what is not in it is known as well.
+    shards[0, 0] = 1
+    for _ in range(2):
+        assert (shards[:8, :10] == -1).sum() == 79
+    assert store.cache_stats()["decoded_size"] == 4 * 5 * 4
+    assert store.cache_stats()["decoded_hits"] == 4
+
+
+@pytest.mark.skipif(not HAS_FUSED, reason="since zarr 3.4")
+@pytest.mark.parametrize("more", [{}, {"shards": (8, 10)}])
+def test_chunk_that_is_missing_is_an_error_where_zarr_is_asked_for_one(
+    pipeline: str, more: dict[str, Any]
+) -> None:
+    store = decoded_store()
+    array = create(store, config={"read_missing_chunks": False}, **more)
+    array[:8, :10] = 1
+    for _ in range(2):
+        assert (array[:8, :10] == 1).all()
+        with pytest.raises(zarr.errors.ChunkNotFoundError):
+            array[:]
+
+
+def test_zeros_of_either_sign_are_kept_apart() -> None:
+    store = decoded_store()
+    array = create(store, shape=(4,), chunks=(2,), shards=(4,), dtype="f4", fill_value=0.0)
+    array[:] = np.array([-0.0, -0.0, 1.0, 1.0])
+    for _ in range(2):
+        assert np.signbit(array[:2]).all()
+
+
+def test_what_a_user_gets_is_a_copy(pipeline: str) -> None:
+    store = decoded_store()
+    array = create(store, compressors=None, chunks=(17, 23))
+    values = np.arange(17 * 23, dtype="i4").reshape(17, 23)
+    array[:] = values
+    values[:] = 0
+    first = array[:]
+    first[:] = 5
+    np.testing.assert_array_equal(array[:], np.arange(17 * 23).reshape(17, 23))
+
+
+def test_buffers_of_another_kind_pass_through() -> None:
+    from zarr.core.buffer import BufferPrototype, cpu
+
+    class OtherBuffer(cpu.NDBuffer):
+        pass
+
+    store = decoded_store()
+    array = create(store)
+    array[:] = 3
+    other = BufferPrototype(buffer=cpu.Buffer, nd_buffer=OtherBuffer)
+    for _ in range(2):
+        assert (array.get_basic_selection(..., prototype=other) == 3).all()
+    assert counts(store) == (0, 0)
+
+
+def test_missing_chunks_are_decoded_in_one_call() -> None:
+    calls: list[int] = []
+
+    class Counting(BatchedCodecPipeline):
+        async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
+            batch = list(batch_info)
+            calls.append(len(batch))
+            return await super().read(batch, out, drop_axes)
+
+    store = decoded_store()
+    array = create(store, shards=(8, 10))
+    array[:] = 5
+    inner = array._async_array.codec_pipeline
+    inner.wrapped = Counting(**{k: getattr(inner.wrapped, k) for k in inner.wrapped.__dict__})
+    array[2, 3]
+    array[:16, :20]  # of four shards, in one of which an inner chunk is kept
+    assert calls == [1, 5]
+    array[:16, :20]
+    assert calls == [1, 5]
+
+
+def test_boxes_hold_what_they_are_made_of_and_no_more() -> None:
+    rng = np.random.default_rng(0)
+    for shape in [(), (9,), (5, 4), (3, 4, 3)]:
+        for density in (0.3, 0.8, 1.0):
+            wanted = [at for at in np.ndindex(*shape) if rng.random() < density]
+            boxes = boxes_of(wanted)
+            assert sorted(at for box in boxes for at in coords_in(box)) == wanted
+            assert density < 1 or len(boxes) == 1

@@ -1,0 +1,217 @@
+"""Which arrays keep decoded chunks: those on a store with `decoded_size`, whatever is configured, and no others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.registry import get_pipeline_class, register_pipeline
+from zarr.storage import LocalStore, MemoryStore
+
+from zcache import CacheStore, DecodedCodecPipeline, with_decoded_cache
+from zcache.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Configured(BatchedCodecPipeline):
+    """What a user has configured."""
+
+
+register_pipeline(Configured)
+PATH = f"{Configured.__module__}.Configured"
+
+
+def pipeline_of(array: Any) -> Any:
+    return array._async_array.codec_pipeline
+
+
+def create(store: Any, **more: Any) -> Any:
+    array = zarr.create_array(store, shape=(8,), chunks=(4,), dtype="i4", **more)
+    array[:] = np.arange(8)
+    return array
+
+
+def hits(array: Any) -> int:
+    """Decoded hits of two reads of everything, by an array of two chunks."""
+    before = array.store.cache_stats()["decoded_hits"]
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], np.arange(8))
+    found: int = array.store.cache_stats()["decoded_hits"] - before
+    return found
+
+
+def test_option_alone_is_enough_and_other_stores_stay_as_they_are() -> None:
+    path, kind = zarr.config.get("codec_pipeline.path"), get_pipeline_class()
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    assert hits(create(store)) == 2
+    assert (zarr.config.get("codec_pipeline.path"), get_pipeline_class()) == (path, kind)
+    for other in (MemoryStore(), CacheStore(MemoryStore())):
+        assert type(pipeline_of(create(other))) is kind
+
+
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_pipeline_that_is_configured_is_wrapped(when: str) -> None:
+    with zarr.config.set({"codec_pipeline.path": PATH} if when == "before" else {}):
+        store = CacheStore(MemoryStore(), decoded_size="1MB")
+        create(store)
+    with zarr.config.set({"codec_pipeline.path": PATH} if when != "never" else {}):
+        array = zarr.open_array(store)
+        assert (type(pipeline_of(array).wrapped) is Configured) == (when != "never")
+        assert hits(array) == 2
+
+
+def test_config_that_is_reset_makes_no_difference() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    create(store)
+    with zarr.config.set({}):
+        zarr.config.reset()
+        assert hits(zarr.open_array(store)) == 2
+
+
+def test_pipeline_by_name_wraps_what_is_named() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    named = {"codec_pipeline.path": "zcache.DecodedCodecPipeline"}
+    with zarr.config.set(named):
+        assert get_pipeline_class() is DecodedCodecPipeline
+        array = create(store)
+        assert type(pipeline_of(array).wrapped) is BatchedCodecPipeline
+        assert hits(array) == 2
+        # Elsewhere it does nothing.
+        other = create(MemoryStore(), shards=(8,))
+        np.testing.assert_array_equal(other[:], np.arange(8))
+    with zarr.config.set({**named, "zcache.codec_pipeline": PATH}):
+        array = zarr.open_array(store)
+        assert type(pipeline_of(array).wrapped) is Configured
+        assert hits(array) == 4
+    with (
+        zarr.config.set({**named, "zcache.codec_pipeline": "no.such.Class"}),
+        pytest.raises(OptionValueError, match=r"no\.such\.Class"),
+    ):
+        zarr.open_array(store)
+
+
+def test_array_equal_to_another_one() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    array = create(store)
+    other = zarr.open_array(store, mode="r+")
+    assert array == other
+    assert hash(pipeline_of(array)) == hash(pipeline_of(other))
+    assert pipeline_of(array).batch_size == pipeline_of(array).wrapped.batch_size
+
+
+def test_copies_share_their_chunks() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    array = create(store)
+    assert hits(array) == 2
+    for copy in (
+        pickle.loads(pickle.dumps(array)),
+        zarr.open_array(store.with_read_only(True), mode="r"),
+        zarr.open_array(pickle.loads(pickle.dumps(store))),
+    ):
+        assert hits(copy) == 4
+
+
+def _in_worker(pickled: bytes) -> tuple[int, int]:
+    array = pickle.loads(pickled)
+    return hits(array), array.store.cache_stats()["decoded_size"]
+
+
+@pytest.mark.slow
+def test_worker_that_unpickles_keeps_chunks_of_its_own(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=tmp_path / "cache", decoded_size="1MB")
+    array = create(store)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for what in (array, with_decoded_cache(zarr.open_array(source), "1MB")):
+            assert pool.apply(_in_worker, (pickle.dumps(what),)) == (2, 32)
+
+
+def test_xarray_reads_decoded_chunks() -> None:
+    source = MemoryStore()
+    xr.Dataset({"v": ("x", np.arange(8))}).to_zarr(
+        source, zarr_format=3, encoding={"v": {"chunks": (4,)}}
+    )
+    store = CacheStore(source, decoded_size="1MB")
+    dataset = xr.open_zarr(store, chunks=None)
+    for _ in range(2):
+        np.testing.assert_array_equal(dataset["v"][2:6].values, np.arange(2, 6))
+    assert store.cache_stats()["decoded_hits"] == 2
+
+
+def test_forked_child_starts_empty_and_goes_on() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    create(store)
+    cache: Any = store._decoded
+    array = zarr.open_array(store)
+    assert hits(array) == 2
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def child() -> None:
+        theirs.send((len(cache._values), cache._index.current_size, cache.stats()["decoded_hits"]))
+
+    process: Any = context.Process(target=child)
+    process.start()
+    assert ours.poll(60)
+    assert ours.recv() == (0, 0, 2)
+    process.join(60)
+    assert hits(array) == 4
+
+
+# ------------------------------------------------------------------ one array
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_one_array_keeps_its_chunks(is_cached: bool) -> None:
+    source = MemoryStore()
+    below = CacheStore(source) if is_cached else source
+    plain = create(below)
+    array = with_decoded_cache(plain, "1MB")
+    assert hits(array) == 2
+    array[2] = 7
+    assert array[2] == 7
+    array[2] = 2
+    array.resize((4,))
+    array.resize((8,))
+    assert (array[4:] == 0).all()
+    array[4:] = np.arange(4, 8)
+    assert hits(array) == 2
+    assert type(pipeline_of(zarr.open_array(below))) is BatchedCodecPipeline
+    if is_cached:
+        # It shares the index of its store.
+        plain[1] = 9
+        assert array[1] == 9
+
+
+async def test_one_array_without_a_loop_of_zarr_keeps_its_chunks() -> None:
+    plain = await zarr.api.asynchronous.create_array(
+        MemoryStore(), shape=(8,), chunks=(4,), dtype="i4", fill_value=3
+    )
+    await plain.setitem(slice(0, 8), 5)
+    array = with_decoded_cache(plain, 1000)
+    assert type(array) is type(plain)
+    for _ in range(2):
+        found: Any = await array.getitem(slice(None))
+        assert (found == 5).all()
+    store: Any = array.store
+    assert store.cache_stats()["decoded_hits"] == 2
+
+
+def test_bad_input_is_refused() -> None:
+    array = create(MemoryStore())
+    with pytest.raises(OptionTypeError, match="invalid array: MemoryStore"):
+        with_decoded_cache(MemoryStore(), "1MB")
+    with pytest.raises(OptionTypeError, match="invalid size: None"):
+        with_decoded_cache(array, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionValueError, match="invalid size: -1"):
+        with_decoded_cache(array, -1)
+    with pytest.raises(OptionValueError, match="invalid decoded_size: 'much'"):
+        CacheStore(MemoryStore(), decoded_size="much")
