@@ -18,6 +18,7 @@ from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
 from zcache._index.shared import Member
 from zcache._protocol.fill import FillQueue
+from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
 from zcache._protocol.write import Writer
@@ -127,10 +128,9 @@ class Cache:
         missing_age = (
             math.inf if missing_max_age == "infinity" or offline else float(missing_max_age)
         )
+        ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            self.backend,
-            ages=MaxAges("infinity") if offline else self.ages,
-            missing_max_age=missing_age if cache_missing else 0.0,
+            Hits(self.backend, ages, missing_age if cache_missing else 0.0),
             offline=offline,
             revalidate=revalidate,
             validators=validators_of(source) if revalidate else None,

@@ -73,7 +73,17 @@ if TYPE_CHECKING:
 
 _OWN: Final = frozenset(
     {
-        *("_cache", "_decoded", "_io", "_is_open", "_read_only", "_reader", "_source", "_store"),
+        *(
+            "_cache",
+            "_decoded",
+            "_hits",
+            "_io",
+            "_is_open",
+            "_read_only",
+            "_reader",
+            "_source",
+            "_store",
+        ),
         *("_sync_io", "_syncable", "_writer", "cache_set_data"),
     }
 )
@@ -284,7 +294,7 @@ class CacheStore(Store):
         self.cache_set_data = cache_set_data
         self._io = IO(self._source)
         self._sync_io = SyncIO(self._source)
-        self._reader = cache.reader
+        self._reader, self._hits = cache.reader, cache.reader.hits
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
         self._syncable = is_sync(store) and is_sync(cache.cache)
@@ -706,16 +716,16 @@ class CacheStore(Store):
         try:
             parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
-            self._reader.count_miss()
+            self._hits.count_miss()
             return await self._reader.bypass(self._io, key, prototype, byte_range)
         # A hit that needs no waiting ends here: no other coroutine, and one call into the index.
-        value, hit = self._reader.get_nowait(key, prototype, parsed)
+        value, hit = self._hits.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
         if hit is None:
             return await self._reader.fetch(self._io, key, prototype, byte_range, parsed)
         if hit is ABSENT:
-            self._reader.begin(self._io)
+            self._hits.begin(self._io)
             return None
         return await self._reader.get(self._io, key, prototype, byte_range, parsed, hit)
 
@@ -741,9 +751,9 @@ class CacheStore(Store):
         try:
             parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
-            self._reader.count_miss()
+            self._hits.count_miss()
             return run_without_loop(self._reader.bypass(io, key, prototype, byte_range))
-        value, hit = self._reader.get_nowait(key, prototype, parsed)
+        value, hit = self._hits.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
         return run_without_loop(self._reader.get(io, key, prototype, byte_range, parsed, hit))
@@ -936,7 +946,7 @@ class CacheStore(Store):
         return sum(await concurrent_map(keys, size_of, limit=config.get("async.concurrency")))
 
     async def _cached_size(self, key: str) -> int | Literal[False] | None:
-        return await self._reader.cached_size(self._io, key) if is_cacheable_key(key) else None
+        return await self._hits.cached_size(self._io, key) if is_cacheable_key(key) else None
 
     # ------------------------------------------------------------ writes
 

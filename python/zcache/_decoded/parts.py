@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,11 +11,51 @@ from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, sca
 
 if TYPE_CHECKING:
     from zcache._decoded.cache import DecodedCache
-    from zcache._decoded.chunk import Decoding
+    from zcache._decoded.chunk import Decoding, Kept
     from zcache._decoded.layout import Array, Box, Coords, Layout
-    from zcache._decoded.reading import Reading
 
+PRESENT: Final = {"status": "present"}
 MISSING: Final = {"status": "missing"}
+
+
+class Output:
+    """What one read fills.
+
+    Parameters
+    ----------
+    cache : DecodedCache
+        Decoded chunks.
+    target : ndarray
+        The output.
+    drop_axes : tuple of int
+        Axes that it does not have.
+    size : int
+        Chunks that are read.
+
+    Attributes
+    ----------
+    results : list of dict
+        Which of the chunks were there.
+    """
+
+    def __init__(
+        self, cache: DecodedCache, target: Array, drop_axes: tuple[int, ...], size: int
+    ) -> None:
+        self.cache = cache
+        self.target = target
+        self.drop_axes = drop_axes
+        self.now = cache.now()
+        # Kept by what it has found current, so not this, which has the output.
+        self.mark = object()
+        self.results: list[dict[str, str]] = [PRESENT] * size
+        self.loop = asyncio.get_running_loop()
+
+    def copy(self, part: Part, at: Coords, kept: Kept) -> None:
+        """Copy from a chunk that is pinned."""
+        try:
+            part.place(at, kept.array)
+        finally:
+            self.cache.unpin(kept)
 
 
 class Job:
@@ -47,8 +88,8 @@ class Job:
 class Part:
     """What a read wants of one chunk or shard."""
 
-    def __init__(self, reading: Reading, number: int, item: Any, layout: Layout) -> None:
-        self.reading = reading
+    def __init__(self, output: Output, number: int, item: Any, layout: Layout) -> None:
+        self.output = output
         self.number = number
         self.item = item
         self.layout = layout
@@ -70,7 +111,7 @@ class Part:
         """Decode a chunk, or wait for who does."""
         joined = None
         if origin is not None:
-            joined = cache.join(name, origin, self.layout.size, self.reading.loop)
+            joined = cache.join(name, origin, self.layout.size, self.output.loop)
         if joined is not None:
             leads, decoding = joined
             (self.leads if leads else self.followed)[at] = decoding
@@ -82,9 +123,9 @@ class Part:
         if decoding is None:
             return
         if array.shape != layout.shape or array.nbytes != layout.size:
-            self.reading.cache.give_up(decoding)
+            self.output.cache.give_up(decoding)
             return
-        self.reading.cache.land(decoding, array, layout.only_fill(array))
+        self.output.cache.land(decoding, array, layout.only_fill(array))
 
 
 class ChunkPart(Part):
@@ -92,15 +133,15 @@ class ChunkPart(Part):
 
     def look_up(self) -> bool:
         """Copy out what is kept; whether that is all."""
-        reading = self.reading
-        cache = reading.cache
+        output = self.output
+        cache = output.cache
         getter = self.item[0]
         name = f"{getter.path}/{self.layout.number}"
-        kept = cache.get(name, getter.path, reading.mark, reading.now)
+        kept = cache.get(name, getter.path, output.mark, output.now)
         if kept is not None:
-            reading.copy(self, (), kept)
+            output.copy(self, (), kept)
             return True
-        self.miss(cache, name, (), cache.begin(getter.path, reading.now))
+        self.miss(cache, name, (), cache.begin(getter.path, output.now))
         return False
 
     def jobs(self) -> list[Job]:
@@ -108,8 +149,8 @@ class ChunkPart(Part):
 
     def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
         _, _, selection, place, _ = self.item
-        reading = self.reading
-        scatter(reading.target, place, array, selection, reading.drop_axes)
+        output = self.output
+        scatter(output.target, place, array, selection, output.drop_axes)
 
 
 class _WholeChunk(Job):
@@ -128,17 +169,17 @@ class _WholeChunk(Job):
 
     def is_missing(self, fill: Any) -> None:
         part = self.part
-        part.reading.target[part.item[3]] = fill
-        part.reading.results[part.number] = MISSING
+        part.output.target[part.item[3]] = fill
+        part.output.results[part.number] = MISSING
         if () in part.leads:
-            part.reading.cache.give_up(part.leads[()], is_absent=True)
+            part.output.cache.give_up(part.leads[()], is_absent=True)
 
 
 class ShardPart(Part):
     """A part of a shard."""
 
-    def __init__(self, reading: Reading, number: int, item: Any, layout: Layout) -> None:
-        super().__init__(reading, number, item, layout)
+    def __init__(self, output: Output, number: int, item: Any, layout: Layout) -> None:
+        super().__init__(output, number, item, layout)
         _, spec, selection, place, _ = item
         indexer = layout.projections(spec, selection)
         self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
@@ -155,27 +196,27 @@ class ShardPart(Part):
         """Where the part lies in the output, if it is a view of that."""
         if self._sel_shape is not None or not is_basic(place):
             return None
-        view = self.reading.target[(*place, ...)]
-        if self.reading.drop_axes:
-            view = np.expand_dims(view, self.reading.drop_axes)
+        view = self.output.target[(*place, ...)]
+        if self.output.drop_axes:
+            view = np.expand_dims(view, self.output.drop_axes)
         return view if view.shape == shape else None
 
     def look_up(self) -> bool:
-        reading = self.reading
-        cache = reading.cache
+        output = self.output
+        cache = output.cache
         key = self.item[0].path
         origin: Any = None
         stem = f"{key}/{self.layout.number}"
         for at in self._wanted:
             name = "/".join((stem, *map(str, at)))
-            kept = cache.get(name, key, reading.mark, reading.now)
+            kept = cache.get(name, key, output.mark, output.now)
             if kept is not None:
-                reading.copy(self, at, kept)
+                output.copy(self, at, kept)
                 self.is_absent = False
                 continue
             self._misses.append(at)
             if origin is None:
-                origin = cache.begin(key, reading.now) or False
+                origin = cache.begin(key, output.now) or False
             self.miss(cache, name, at, origin or None)
         if not self._misses:
             self.finish()
@@ -218,16 +259,16 @@ class ShardPart(Part):
         assert self._out is not None
         self._out[self._wanted[at][1]] = value
         if (decoding := self.leads.get(at)) is not None:
-            self.reading.cache.give_up(decoding, is_absent=True)
+            self.output.cache.give_up(decoding, is_absent=True)
 
     def finish(self) -> None:
         if self._scratch is not None:
             array = self._scratch
             if self._sel_shape is not None:
                 array = array.reshape(self._sel_shape)
-            scatter(self.reading.target, self.item[3], array, ..., self.reading.drop_axes)
+            scatter(self.output.target, self.item[3], array, ..., self.output.drop_axes)
         if self.is_absent:
-            self.reading.results[self.number] = MISSING
+            self.output.results[self.number] = MISSING
 
 
 class _AsAsked(Job):
@@ -241,13 +282,13 @@ class _AsAsked(Job):
         self.shape = None
 
     def arrived(self, array: Array) -> None:
-        reading = self.part.reading
-        scatter(reading.target, self.part.item[3], array, ..., reading.drop_axes)
+        output = self.part.output
+        scatter(output.target, self.part.item[3], array, ..., output.drop_axes)
         self.part.is_absent = False
         self.part._scratch = None
 
     def is_missing(self, fill: Any) -> None:
-        self.part.reading.target[self.part.item[3]] = fill
+        self.part.output.target[self.part.item[3]] = fill
         self.part._scratch = None
 
     def was_read(self, *, is_missing: bool) -> None:

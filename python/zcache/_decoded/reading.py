@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from zarr.core.buffer import cpu
 
-from zcache._decoded.parts import ChunkPart, ShardPart
+from zcache._decoded.parts import ChunkPart, Output, ShardPart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zcache._decoded.cache import DecodedCache
-    from zcache._decoded.chunk import Kept
-    from zcache._decoded.layout import Array, Coords, Layout
+    from zcache._decoded.layout import Array, Layout
     from zcache._decoded.parts import Job, Part
-
-PRESENT: Final = {"status": "present"}
 
 
 class _Catcher(cpu.NDBuffer):
@@ -66,28 +62,15 @@ class Reading:
     ) -> None:
         self.pipeline = pipeline
         self.cache = cache
-        self.target = target
-        self.drop_axes = drop_axes
-        self.now = cache.now()
-        # Kept by what it has found current, so not this, which has the output.
-        self.mark = object()
-        self.results: list[dict[str, str]] = [PRESENT] * size
-        self.loop = asyncio.get_running_loop()
+        self.output = Output(cache, target, drop_axes, size)
         self._parts: list[Part] = []
-
-    def copy(self, part: Part, at: Coords, kept: Kept) -> None:
-        """Copy from a chunk that is pinned."""
-        try:
-            part.place(at, kept.array)
-        finally:
-            self.cache.unpin(kept)
 
     async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
         """Read a batch, and say which chunks were there."""
         try:
             for number, (item, layout) in enumerate(zip(batch, layouts, strict=True)):
                 kind = ChunkPart if layout.inner is None else ShardPart
-                part: Any = kind(self, number, item, layout)
+                part: Any = kind(self.output, number, item, layout)
                 self._parts.append(part)
                 if part.look_up():
                     self._parts.pop()
@@ -100,9 +83,9 @@ class Reading:
                     self.cache.give_up(decoding)
                 for decoding in part.followed.values():
                     self.cache.leave(decoding)
-            # They refer to this, and with it the output would wait for the garbage collector.
+            # Nothing here keeps the output any longer.
             self._parts.clear()
-        return tuple(self.results)
+        return tuple(self.output.results)
 
     async def _decode(self, out: Any) -> None:
         jobs = [job for part in self._parts for job in part.jobs()]
@@ -114,7 +97,7 @@ class Reading:
         ]
         begun = time.perf_counter()
         if type(self.pipeline).__module__ == "zarr.core.codec_pipeline":
-            catcher: Any = _Catcher(self.target, jobs)
+            catcher: Any = _Catcher(self.output.target, jobs)
             await self.pipeline.read(items, catcher, drop_axes=())
         else:
             await self._decode_elsewhere(items, jobs, out)
@@ -129,7 +112,7 @@ class Reading:
         pairs = list(zip(items, jobs, strict=True))
         if asked := [(item, job) for item, job in pairs if job.shape is None]:
             wanted = [(*item[:3], job.part.item[3], item[4]) for item, job in asked]
-            found = await self.pipeline.read(wanted, out, self.drop_axes) or ()
+            found = await self.pipeline.read(wanted, out, self.output.drop_axes) or ()
             for n, (_, job) in enumerate(asked):
                 job.was_read(is_missing=bool(found) and found[n]["status"] == "missing")
         for stack in _stacks([pair for pair in pairs if pair[1].shape is not None]):
@@ -167,7 +150,7 @@ class Reading:
                 ended = await decoding.wait()
                 if ended and (kept := decoding.kept) is not None:
                     del part.followed[at]
-                    self.copy(part, at, kept)
+                    self.output.copy(part, at, kept)
                     self.cache.count_followed()
                     if isinstance(part, ShardPart):
                         part.is_absent = False
@@ -182,10 +165,10 @@ class Reading:
         if again:
             begun = time.perf_counter()
             items = [part.item for part in again]
-            found: Any = await self.pipeline.read(items, out, self.drop_axes)
+            found: Any = await self.pipeline.read(items, out, self.output.drop_axes)
             self.cache.count_seconds(time.perf_counter() - begun)
             for part, result in zip(again, found or (), strict=False):
-                self.results[part.number] = result
+                self.output.results[part.number] = result
 
 
 def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:

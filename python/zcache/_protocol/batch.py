@@ -106,7 +106,7 @@ class Batch:
                 missing.append(number)
         if ready:
             yield ready
-        if reader.offline and await reader.wait_until_complete(self._io):
+        if reader.offline and await reader.hits.wait_until_complete(self._io):
             yield await self._look_again(missing)
         if missing or self._direct:
             async with contextlib.aclosing(self._bring(missing)) as groups:
@@ -132,9 +132,9 @@ class Batch:
                 self.count_bypassed(1)
                 self._direct.append(number)
                 continue
-            value, hit = reader.get_nowait(asked[0], self._prototype, asked[1])
+            value, hit = reader.hits.get_nowait(asked[0], self._prototype, asked[1])
             if hit is ABSENT and not self._trusts_absences:
-                reader.recount_negative_as_miss()
+                reader.hits.recount_negative_as_miss()
                 self._direct.append(number)
             elif value is not None or hit is ABSENT:
                 ready.append((number, value))
@@ -150,8 +150,8 @@ class Batch:
         for number in missing:
             asked = self._asked[number]
             assert asked is not None
-            self._reader.retract_miss()
-            is_answer, value = await self._reader.cached(
+            self._reader.hits.retract_miss()
+            is_answer, value = await self._reader.hits.cached(
                 self._io, asked[0], self._prototype, asked[1]
             )
             if is_answer:
@@ -163,7 +163,7 @@ class Batch:
         asked = self._asked[number]
         assert asked is not None
         try:
-            return await self._reader.serve(self._io, asked[0], self._prototype, asked[1], hit)
+            return await self._reader.hits.serve(self._io, asked[0], self._prototype, asked[1], hit)
         except IndexLockTimeout:
             return False, None
 
@@ -302,13 +302,13 @@ class Batch:
         """Count requests that the cache never answers."""
         for _ in range(count):
             self._reader.counters.count("bypassed")
-            self._reader.count_miss()
+            self._reader.hits.count_miss()
 
     async def _join(self, number: int) -> None:
         asked = self._asked[number]
         assert asked is not None
         reader = self._reader
-        now, max_age = reader.now(), reader.ages.of(asked[0])
+        now, ages = reader.now(), reader.hits.ages_of(asked[0])
         flight = Flight(self._io.loop(), now)
         reader.backend.begin(self._io)
         left_alone = not reader.breaker.allows()
@@ -318,7 +318,7 @@ class Batch:
             joined = await reader.handle.call(
                 self._io,
                 Index.join,
-                *(*asked, flight, now, left_alone, max_age, reader.missing_ages(asked[0])),
+                *(*asked, flight, now, left_alone, *ages),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -332,8 +332,8 @@ class Batch:
             return
         # Another read brings it, or has brought it; perhaps this very call, for a duplicate.
         if isinstance(joined, tuple) and (pending := joined[1]).done:
-            if pending.may_be_joined(now, max_age):
-                reader.recount_as_hit()
+            if pending.may_be_joined(now, ages[0]):
+                reader.hits.recount_as_hit()
             else:
                 joined = None
         self._waits.append((number, joined))

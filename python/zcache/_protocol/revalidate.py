@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._byte_ranges import ByteRange
-    from zcache._protocol.read import Reader
+    from zcache._protocol.hits import Hits
     from zcache._runtime.io import IO
     from zcache._source.validators import Validators
 
@@ -35,18 +35,16 @@ class Revalidator:
 
     Parameters
     ----------
-    reader : Reader
-        The reads of the cache.
+    hits : Hits
+        What the cache holds.
     validators : Validators
         Those of the source.
     mode : True or "metadata"
         Which keys are compared.
     """
 
-    def __init__(
-        self, reader: Reader, validators: Validators, mode: Literal[True, "metadata"]
-    ) -> None:
-        self._reader = reader
+    def __init__(self, hits: Hits, validators: Validators, mode: Literal[True, "metadata"]) -> None:
+        self._hits = hits
         self._validators = validators
         self._mode = mode
         # Comparisons under way, by key.
@@ -126,7 +124,7 @@ class Revalidator:
 
     def note(self, key: str, ticket: int, validator: str) -> None:
         """Have a validator kept with what was read under a ticket."""
-        self._reader.handle.call_later(ignore, Index.set_validator, key, ticket, validator)
+        self._hits.handle.call_later(ignore, Index.set_validator, key, ticket, validator)
 
     async def current(self, io: IO, key: str) -> str | None:
         """The validator of a key in the source; None where it does not tell, for whatever reason."""
@@ -136,11 +134,11 @@ class Revalidator:
         return None
 
     async def _known(self, io: IO, key: str, byte_range: ByteRange | None) -> str | None:
-        reader = self._reader
-        if not reader.breaker.allows():
+        hits = self._hits
+        if not hits.breaker.allows():
             return None
         try:
-            return await reader.handle.call(
+            return await hits.handle.call(
                 io, Index.validator, key, byte_range, timeout=LOCK_TIMEOUT
             )
         except IndexLockTimeout:
@@ -148,7 +146,7 @@ class Revalidator:
 
     async def _check(self, io: IO, key: str) -> Check:
         """The validator in the source, and when it was asked: once for all who ask at a time."""
-        now = self._reader.now()
+        now = self._hits.now()
         flight = Flight(io.loop(), now)
         with _lock:
             other = self._checks.setdefault(key, flight)
@@ -177,12 +175,12 @@ class Revalidator:
         validator: str,
         asked: float,
     ) -> Buffer | None:
-        reader = self._reader
+        hits = self._hits
         try:
-            hit: Any = await reader.handle.call(
+            hit: Any = await hits.handle.call(
                 io,
                 Index.refresh,
-                *(key, byte_range, ticket, validator, asked, reader.now()),
+                *(key, byte_range, ticket, validator, asked, hits.now()),
                 timeout=LOCK_TIMEOUT,
             )
         except IndexLockTimeout:
@@ -190,8 +188,8 @@ class Revalidator:
         if hit is None:
             return None
         # What could not be read is counted as a miss again.
-        reader.recount_as_hit()
-        return await reader.serve_found(io, key, prototype, byte_range, hit, None)
+        hits.recount_as_hit()
+        return await hits.serve_found(io, key, prototype, byte_range, hit, None)
 
 
 # Guards the comparisons under way; never held while anything waits.

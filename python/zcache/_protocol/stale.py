@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._backends.base import ABSENT
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._byte_ranges import ByteRange
-    from zcache._protocol.read import Reader
+    from zcache._protocol.hits import Hits
     from zcache._runtime.io import IO
 
 logger = logging.getLogger("zcache")
@@ -34,17 +33,16 @@ class StaleValues:
 
     Parameters
     ----------
-    reader : Reader
-        The reads of one cache.
+    hits : Hits
+        What one cache holds.
     seconds : float
         Past its age, for which a value is served; 0 for never.
     source_name : str
         For the log.
     """
 
-    def __init__(self, reader: Reader, seconds: float, source_name: str) -> None:
-        # It belongs to the reader, and keeps it no longer alive than others do.
-        self._reader: Reader = weakref.proxy(reader)
+    def __init__(self, hits: Hits, seconds: float, source_name: str) -> None:
+        self._hits = hits
         self._seconds = seconds
         self._source_name = source_name
         self._said = -math.inf
@@ -83,17 +81,17 @@ class StaleValues:
         """
         if not self._may_replace(error, key):
             return False, None
-        reader, max_age = self._reader, self._max_age(key)
+        hits, max_age = self._hits, self._max_age(key)
         found = await self._ask(io, Index.lookup, key, byte_range, max_age)
         if found is None:
             return False, None
         if found is ABSENT:
-            reader.recount_as_negative_hit()
+            hits.recount_as_negative_hit()
             self._note(error)
             return True, None
         # What could not be read is counted as a miss again.
-        reader.recount_as_hit()
-        value = await reader.serve_found(io, key, prototype, byte_range, found, max_age)
+        hits.recount_as_hit()
+        value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
             self._note(error)
         return value is not None, value
@@ -110,14 +108,14 @@ class StaleValues:
         return size
 
     def _may_replace(self, error: Exception, key: str) -> bool:
-        if not self or _says_missing(error) or not self._reader.breaker.allows():
+        if not self or _says_missing(error) or not self._hits.breaker.allows():
             return False
         # What is of any age is never stale.
-        ages = self._reader.ages.of(key), self._reader.missing_ages(key)[0]
+        ages = self._hits.ages.of(key), self._hits.missing_ages(key)[0]
         return is_cacheable_key(key) and ages != (None, math.inf)
 
     def _max_age(self, key: str) -> float | None:
-        return self._longer(self._reader.ages.of(key))
+        return self._longer(self._hits.ages.of(key))
 
     def _longer(self, age: float | None) -> float | None:
         return None if age is None or self._seconds == math.inf else age + self._seconds
@@ -125,17 +123,17 @@ class StaleValues:
     async def _ask(
         self, io: IO, step: Any, key: str, byte_range: ByteRange | None, max_age: float | None
     ) -> Any:
-        reader = self._reader
-        own, node = reader.missing_ages(key)
+        hits = self._hits
+        own, node = hits.missing_ages(key)
         missing = (own + self._seconds if own else 0.0, self._longer(node))
-        asked = (key, byte_range, reader.now(), max_age, missing)
+        asked = (key, byte_range, hits.now(), max_age, missing)
         try:
-            return await reader.handle.call(io, step, *asked, timeout=LOCK_TIMEOUT)
+            return await hits.handle.call(io, step, *asked, timeout=LOCK_TIMEOUT)
         except IndexLockTimeout:
             return None
 
     def _note(self, error: Exception) -> None:
-        self._reader.counters.count("stale")
+        self._hits.counters.count("stale")
         now = time.monotonic()
         with _lock:
             is_known = now - self._said < QUIET
