@@ -26,6 +26,7 @@ __all__ = [
     "IndexBusyError",
     "IndexFullError",
     "NeedsEviction",
+    "ReadCounters",
     "Rejected",
     "Reservation",
     "__version__",

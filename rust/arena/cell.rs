@@ -28,7 +28,7 @@ pub enum Kind {
     Suffix = 6,
     /// An absence: the source has no such key. It stands for no bytes, so it is no entry.
     Absent = 7,
-    /// A validator of an entry, which is its parent; see [`validator`](super::validator).
+    /// A validator of an entry, which is its parent; see `validator.rs`.
     Validator = 8,
 }
 
