@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -182,6 +183,7 @@ class Traced:
             reason = os.WSTOPSIG(status)
             if reason == signal.SIGTRAP | 0x80:
                 if self._is_the_one(thread):
+                    self._settle()
                     return None
             elif reason == signal.SIGSTOP and thread not in self._threads:
                 self._threads.add(thread)  # So does each thread begin.
@@ -192,9 +194,7 @@ class Traced:
         info = _Info()
         _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.byref(info))
         if info.op != _ENTRY:
-            name, file, how = self._under_way.pop(thread, ("", 0, 0))
-            if name == "flock" and not info.words[0] and self._path(file).endswith("/index/lock"):
-                self.holds_lock = not how & 8  # LOCK_UN
+            self._note_end(thread, info)
             return False
         name = _NAMES.get(info.words[0], "")
         first, second, third = info.words[1], info.words[2], info.words[3]
@@ -209,6 +209,26 @@ class Traced:
         if self._left == 0:
             self.at = name
         return self._left == 0
+
+    def _note_end(self, thread: int, info: _Info) -> None:
+        name, file, how = self._under_way.pop(thread, ("", 0, 0))
+        if name == "flock" and not info.words[0] and self._path(file).endswith("/index/lock"):
+            self.holds_lock = not how & 8  # LOCK_UN
+
+    def _settle(self) -> None:
+        """Wait until each other thread stands still: one of them may be taking the lock just now."""
+        while True:
+            thread, status = os.waitpid(-1, _WALL | os.WNOHANG)
+            if thread:
+                if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP | 0x80:
+                    info = _Info()
+                    _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.byref(info))
+                    if info.op != _ENTRY:
+                        self._note_end(thread, info)
+            elif not any(map(_is_running, Path(f"/proc/{self.child}/task").glob("*/stat"))):
+                return
+            else:
+                time.sleep(0.001)
 
     def _path(self, file: int) -> str:
         try:
@@ -226,3 +246,10 @@ class Traced:
             # A thread that was about to stop does so first.
             if thread == self.child and not os.WIFSTOPPED(status):
                 self._ended = True
+
+
+def _is_running(stat: Path) -> bool:
+    """Whether a thread neither stands still nor waits in the kernel."""
+    with contextlib.suppress(OSError):
+        return stat.read_text().rpartition(")")[2].split()[0] == "R"
+    return False
