@@ -24,9 +24,9 @@ from zcache._runtime.buffers import own
 from zcache._source.describe import describe
 from zcache._source.location import (
     innermost,
+    location_here,
     memory_store_of,
     outlives_process,
-    overlaps,
     place_in_process,
 )
 from zcache.exceptions import CacheOwnershipError
@@ -125,15 +125,17 @@ class _Opening:
     def _shared(self, key: tuple[Any, ...], make: Callable[[], SharedIndex]) -> SharedIndex:
         shared = find_or_make(key, make)
         shared.check_source(self.cache, self.source, self.source_id)
+        here = location_here(self.cache)
         with contextlib.suppress(
             TypeError
         ):  # A class of the user's own may have no such references.
-            shared.cache = weakref.ref(self.cache)
+            shared.cache, shared.location = weakref.ref(self.cache), here
         # Wrappers of a user's own make another place of the same values: then each would serve the
         # other's bytes.
         for other in live():
-            cache = None if other is shared or other.cache is None else other.cache()
-            if cache is not None and overlaps(cache, self.cache):
+            if other is shared or other.location is None or other.cache is None:
+                continue
+            if other.location.overlaps(here) and other.cache() is not None:
                 other.check_source(self.cache, self.source, self.source_id)
         return shared
 

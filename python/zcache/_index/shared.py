@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from zcache._index.handle import IndexHandle
     from zcache._source.identity import SourceId
+    from zcache._source.location import Location
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 
@@ -49,6 +50,8 @@ class SharedIndex:
         Values on their way into the cache store; None where a fill takes one step.
     cache : weak reference to Store, or None
         The cache store that it was last opened for, where others may hold the same values.
+    location : Location or None
+        Where that keeps its values.
     listings : Listings
         Answers of the source to `list_dir`.
     place : object
@@ -70,6 +73,7 @@ class SharedIndex:
         self.place: Any = None
         self.listings: Any = None
         self.cache: weakref.ref[Store] | None = None
+        self.location: Location | None = None
         self.key: Hashable = None
         self._source = source
         self.source_id = source_id

@@ -316,11 +316,12 @@ def overlaps(one: Any, other: Any) -> bool:
     """Whether two stores keep their values in the same place, or one inside the other's."""
     if one is other:
         return True
-    mine, theirs = _place(innermost(one)), _place(innermost(other))
-    return mine.overlaps(theirs)
+    return location_here(one).overlaps(location_here(other))
 
 
-def _place(store: Any) -> Location:
+def location_here(store: Any) -> Location:
+    """Where a store keeps its values, be it in the memory of this process."""
+    store = innermost(store)
     if (location := location_of(store)) is not None:
         return location
     if isinstance(store, MemoryStore):
