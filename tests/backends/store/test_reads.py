@@ -19,7 +19,7 @@ from zcache import CacheStore
 from zcache._backends.directory import page_cache
 from zcache._backends.store import filler
 from zcache._core import crc32c
-from zcache._protocol import read as protocol
+from zcache._protocol import hits as protocol
 from zcache._runtime import io
 from zcache._runtime.coroutines import NoAnswerError
 from zcache._runtime.threads import NoThreadError
