@@ -388,7 +388,10 @@ def test_store_without_references_is_gone_at_once(tmp_path: Path, kind: str) -> 
         assert store.get_sync("k") is not None
         assert store.drain_sync()
         assert len(shared.live()) == before + 1
+        handle = weakref.ref(store._cache.shared.handle)
         del store
         assert len(shared.live()) == before
+        # It has the memory of the index.
+        assert handle() is None
     finally:
         gc.enable()

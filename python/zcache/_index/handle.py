@@ -80,8 +80,8 @@ class IndexHandle:
         False where the cache store cannot be used: then nothing is cached.
     lost : Index or None
         The index that was abandoned, if it may be used again.
-    recover : callable
-        Replaces or repairs an index that is damaged; runs in a thread.
+    recover : callable or None
+        Replaces or repairs an index that is damaged; runs in a thread. Default is None: `abandon`.
     take : callable
         Takes a step: `zcache.testing` puts its recorder here.
     deferred : deque of callable
@@ -100,7 +100,8 @@ class IndexHandle:
         self.usable = True
         self.lost: Index | None = None
         self._said = -math.inf
-        self.recover: Callable[[Exception], None] = self.abandon
+        # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
+        self.recover: Callable[[Exception], None] | None = None
         self.open_first: Callable[[float], None] | None = None
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
@@ -383,7 +384,7 @@ class IndexHandle:
             if last:
                 self.abandon(error)
             elif isinstance(error, CorruptIndexError):
-                self.recover(error)
+                (self.recover or self.abandon)(error)
             else:
                 while not self.index.wait_unlocked():
                     time.sleep(_RETRY)  # No descriptor to wait with, say.
