@@ -46,7 +46,9 @@ class Interrupter:
         self._again = again
 
     def trace(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        # An expression that is left before its end is closed, and that has nowhere to raise.
+        if not code.co_filename.startswith(PACKAGE) or code.co_name == "<genexpr>":
             return None
         name, at = frame.f_code.co_filename, frame.f_lineno
         # Not between a lock and the block below it: there the interpreter itself lets no interrupt in.

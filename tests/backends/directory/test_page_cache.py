@@ -397,9 +397,11 @@ async def test_hit_on_a_file_of_another_user_is_read_in_a_thread(
     with mounted(kind, tmp_path) as where:
         store = await filled(where)
         os.chown(where / "cache" / KEYS[0], 12345, -1)
+        thread_reads.clear()
         for key in KEYS[:2]:
             assert await read(store, key) == VALUE
-    assert thread_reads == KEYS[:1]
+    # Another may be read there as well, for a while after one was slow.
+    assert KEYS[0] in thread_reads
 
 
 async def test_hit_on_foreign_objects_in_memory_is_read_from_the_source() -> None:
