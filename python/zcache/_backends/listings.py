@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._core import crc32c, is_absent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 MOST: Final = 1024
 """Answers that are remembered at most for each cache store."""
@@ -184,11 +184,13 @@ def _name(directory: str) -> str:
     return f"{_PREFIX}{digest[:32]}"
 
 
-def _above(key: str) -> Iterator[str]:
+def _above(key: str) -> list[str]:
     """The directories that a key is in, the root among them."""
+    found = []
     while key:
         key = key.rpartition("/")[0]
-        yield key
+        found.append(key)
+    return found
 
 
 def _size(names: Sequence[str]) -> int:
