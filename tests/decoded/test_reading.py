@@ -49,7 +49,7 @@ def counts(store: CacheStore) -> tuple[int, int]:
     return stats["decoded_hits"], stats["decoded_misses"]
 
 
-def create(store: CacheStore, **more: Any) -> Any:
+def create(store: Any, **more: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return zarr.create_array(
@@ -113,6 +113,85 @@ def test_read_of_any_selection_gives_what_zarr_gives(pipeline: str, layout: str)
     hits, misses = np.subtract(counts(store), before)
     assert hits > misses
     check(store)
+
+
+def any_selection(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[str, Any, Any]:
+    """A way to index, what is selected, and the same for numpy; arrays may lie beside slices and integers."""
+    how = str(rng.choice(["[]", "vindex", "mask", "blocks", *["oindex"] * 6]))
+    if how == "mask":
+        mask = rng.random(shape) < rng.choice([0.1, 0.9])
+        return "vindex", mask, mask
+    if how == "vindex":
+        at = tuple(rng.integers(0, n, 7) for n in shape)
+        return how, at, at
+    if how == "blocks":
+        what = tuple(slice(b := int(rng.integers(0, 2)), b + 1) for _ in shape)
+        return how, what, None
+    what, expected = [], []
+    for n in shape:
+        low, high = sorted(int(k) for k in rng.integers(0, n + 1, 2))
+        kind = rng.choice(
+            ["slice", "all", "all", "step", "integer", "indices", "unsorted", "mask", "ones"]
+        )
+        if how == "[]" and kind in ("indices", "unsorted", "mask", "ones"):
+            kind = "slice"
+        one: Any = {
+            "slice": slice(low, high),
+            "all": slice(None),
+            "step": slice(low, high, 2),
+            "integer": int(rng.integers(0, n)),
+            "indices": np.unique(rng.integers(0, n, 6)),
+            "unsorted": rng.integers(0, n, 6),
+            "mask": rng.random(n) < 0.4,
+            "ones": np.ones(n, bool),
+        }[kind]
+        what.append(one)
+        expected.append(one)
+    return how, tuple(what), expected
+
+
+def taken_by_numpy(values: Any, how: str, what: Any, expected: Any, blocks: tuple[int, ...]) -> Any:
+    if how == "vindex":
+        return values[expected]
+    if how == "blocks":
+        expected = [slice(b.start * n, b.stop * n) for b, n in zip(what, blocks, strict=True)]
+    # One axis after the other; from the last on, because integers drop theirs.
+    for axis in reversed(range(values.ndim)):
+        values = values[(*[slice(None)] * axis, expected[axis])]
+    return values
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_read_of_any_selection_gives_what_numpy_gives_however_much_is_kept(
+    pipeline: str, is_sharded: bool, order: Any
+) -> None:
+    rng = np.random.default_rng(18)
+    for shape, chunks, shards in [
+        ((13,), (2,), (6,)),
+        ((16, 16), (4, 4), (8, 8)),
+        ((9, 11, 7), (2, 3, 2), (4, 6, 4)),
+    ]:
+        source = MemoryStore()
+        sizes: Any = {"chunks": chunks, "shards": shards if is_sharded else None}
+        values = np.arange(1, 1 + np.prod(shape), dtype="i4").reshape(shape)
+        values[: chunks[0]] = -1  # Some chunks are not there.
+        create(source, shape=shape, **sizes)[:] = values
+        for _ in range(20):
+            with zarr.config.set({"array.order": order}):
+                array: Any = zarr.open_array(CacheStore(source, decoded_size="1MB"), mode="r")
+            assert array.order == order
+            for _ in range(int(rng.integers(0, 3))):  # cold, or warm in part
+                array[tuple(int(n) for n in rng.integers(0, shape))]
+            # Each of them keeps more.
+            for _ in range(2):
+                how, what, expected = any_selection(rng, shape)
+                wanted = taken_by_numpy(
+                    values, how, what, expected, shards if is_sharded else chunks
+                )
+                found = take(array, how, what)
+                np.testing.assert_array_equal(found, wanted, f"{how}[{what}]")
+            check(array.store)
 
 
 def check(store: CacheStore) -> None:

@@ -242,10 +242,11 @@ class ShardPart(Part):
         taken: list[Any] = []
         place: list[slice] = []
         for wanted, first, last, n in zip(self.item[2], *box, inner, strict=True):
-            if not isinstance(wanted, slice):
+            if isinstance(wanted, (int, np.integer)):
                 taken.append(wanted - first * n)
                 continue
-            if wanted.step not in (None, 1):
+            # Indices and masks are placed chunk by chunk.
+            if not isinstance(wanted, slice) or wanted.step not in (None, 1):
                 return False
             start, stop = max(wanted.start, first * n), min(wanted.stop, last * n)
             taken.append(slice(start - first * n, stop - first * n))
