@@ -158,10 +158,7 @@ class Cache:
     def decoded_chunks(self, max_size: int) -> DecodedCache:
         """Room for decoded chunks, which arrays use that are opened from now on."""
         install()
-        reader = self.reader
-        return DecodedCache(
-            max_size, self.shared.handle, self.shared.clock, reader.ages, reader.counters
-        )
+        return DecodedCache(max_size, self.backend, self.reader.ages, self.reader.counters)
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""

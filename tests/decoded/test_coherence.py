@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import gc
 import subprocess
 import sys
@@ -20,9 +22,11 @@ from zarr.storage import LocalStore, MemoryStore
 from decoding import check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore
+from zcache._backends.directory.layout import Layout
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -136,14 +140,10 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.slow
-@shards
-def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[str, Any]) -> None:
-    store = CacheStore(
-        LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", decoded_size=1000
-    )
-    array = create(store, **more)
-    command = [sys.executable, "-c", _OTHER, str(tmp_path / "source"), str(tmp_path / "cache")]
+@contextlib.contextmanager
+def another_process(where: Path) -> Iterator[Callable[[str], int]]:
+    """A process on the same source and cache; it does what it is told, and says what it reads then."""
+    command = [sys.executable, "-c", _OTHER, str(where / "source"), str(where / "cache")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -152,8 +152,21 @@ def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[st
 
         def ask(what: str) -> int:
             print(what, file=process.stdin, flush=True)
+            assert process.stdout
             return int(process.stdout.readline())
 
+        yield ask
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@shards
+def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[str, Any]) -> None:
+    store = CacheStore(
+        LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", decoded_size=1000
+    )
+    array = create(store, **more)
+    with another_process(tmp_path) as ask:
         for value in (5, 6):
             array[2]
             assert ask(f"write {value}") == value
@@ -168,7 +181,41 @@ def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[st
         assert (decoded(store, "hits"), decoded(store, "misses")) == (hits, misses + 1)
         assert ask("delete 0") == -1
         assert array[2] == -1
-        process.stdin.close()
+
+
+@pytest.mark.slow
+@shards
+@pytest.mark.parametrize("why", ["read-only", "not shared"])
+def test_index_of_its_own_serves_no_decoded_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str, more: dict[str, Any]
+) -> None:
+    """It would not hear of what another process writes."""
+    source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
+    create(source, **more)
+    with CacheStore(source, cache_store=cache) as warm:
+        zarr.open_array(warm, path="v")[:]
+        assert warm.drain_sync()
+    del warm
+    gc.collect()
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    with monkeypatch.context() as patch:
+        if why == "read-only":
+            cache = LocalStore(cache.root, read_only=True)
+        else:
+            patch.setattr(Layout, "open_index", refuse)
+        store = CacheStore(source, cache_store=cache, decoded_size=1000)
+    array = zarr.open_array(store, path="v")
+    with another_process(tmp_path) as ask:
+        for value in (5, 6):
+            assert array[1] == array[1] == 1
+            assert ask(f"write {value}") == value
+            assert array[2] == value
+        assert ask("delete 0") == -1
+        assert array[2] == -1
+    assert (decoded(store, "hits"), decoded(store, "size")) == (0, 0)
 
 
 @shards

@@ -201,6 +201,11 @@ class Backend(ABC):
         return False
 
     @property
+    def hears_of_changes(self) -> bool:
+        """Whether the index knows of each change that anybody makes through this cache store."""
+        return self.shared.handle.usable
+
+    @property
     def remembers_absences(self) -> bool:
         """Whether all who write through this cache store end what is remembered as missing here."""
         return True

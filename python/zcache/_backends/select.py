@@ -152,14 +152,16 @@ class _Opening:
 
     def _directory(self) -> SharedIndex:
         root = os.path.realpath(os.path.abspath(self.cache.root))
-        shared = find_or_make(("directory", root), self._new_directory)
+        # Who only reads is to who writes what another process would be, and neither sets the other's rules.
+        key = ("directory", root, self.cache.read_only)
+        shared = find_or_make(key, self._new_directory)
         try:
             shared.check_source(self.cache, self.source, self.source_id)
         except CacheOwnershipError as error:
             if not shared.source_id.is_ephemeral:
                 raise
             gc.collect()
-            shared = find_or_make(("directory", root), self._new_directory)
+            shared = find_or_make(key, self._new_directory)
             if shared.source_id != self.source_id:
                 # It ends with this process, so it is not worth an error; the log names the way out.
                 return self._without(error)

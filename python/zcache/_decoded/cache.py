@@ -19,12 +19,12 @@ from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from zcache._ages import MaxAges
+    from zcache._backends.base import Backend
     from zcache._decoded.layout import Array
     from zcache._index.counters import Counters
-    from zcache._index.handle import IndexHandle
 
 TOUCH: Final = 1.0
 """Seconds after which the cached ranges of a shard count as used again, if its decoded chunks are."""
@@ -41,10 +41,8 @@ class DecodedCache:
     ----------
     max_size : int
         Bytes that it holds at most, those among them that are being decoded.
-    handle : IndexHandle
-        The index of the byte cache.
-    clock : callable
-        Seconds; the clock of that index.
+    backend : Backend
+        Of the byte cache, with its index and clock.
     ages : MaxAges
         How old bytes may be whose chunks are served.
     counters : Counters
@@ -54,16 +52,16 @@ class DecodedCache:
     def __init__(
         self,
         max_size: int,
-        handle: IndexHandle,
-        clock: Callable[[], float],
+        backend: Backend,
         ages: MaxAges,
         counters: Counters,
     ) -> None:
         self.max_size = max_size
         self._age_of = ages.of
         self._counters = counters
-        self.now = clock
-        self._handle = handle
+        self.now = backend.shared.clock
+        self._backend = backend
+        self._handle = handle = backend.shared.handle
         self._seconds = 0.0
         self._layouts: dict[str, int] = {}
         self._counted = (0, 0)
@@ -91,8 +89,11 @@ class DecodedCache:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the byte cache knows of all changes: else nothing may be served, nor kept."""
-        return self._handle.usable and self._handle.open_first is None
+        """Whether the byte cache knows of all changes: else nothing may be served, nor kept.
+
+        Asked once for each read.
+        """
+        return self._handle.is_open and self._backend.hears_of_changes
 
     def number_of(self, layout: str) -> int:
         """A number for a way of decoding: what is decoded in another way has another name."""

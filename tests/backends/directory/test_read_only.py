@@ -14,7 +14,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, read
 from zcache import CacheStore, CacheUnreachableError
-from zcache.testing import StoreDouble
+from zcache.testing import StoreDouble, check_invariants_async
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,6 +91,47 @@ async def test_store_that_is_read_only(tmp_path: Path) -> None:
     store = CacheStore(behind, cache_store=cache, source_id="source", max_size=100)
     await check_served(store, behind)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("first", ["read-only", "writable"])
+async def test_beside_a_writable_store_of_the_same_process(tmp_path: Path, first: str) -> None:
+    """As if another process wrote."""
+    await warmed(tmp_path)
+    behind = source()
+
+    def opened(*, read_only: bool) -> CacheStore:
+        cache = LocalStore(tmp_path, read_only=read_only)
+        return CacheStore(behind, cache_store=cache, source_id="source")
+
+    if first == "read-only":
+        reader = opened(read_only=True)
+        writer = opened(read_only=False)
+    else:
+        writer = opened(read_only=False)
+        reader = opened(read_only=True)
+    stores = (reader, writer)
+    for key, value in VALUES.items():
+        assert [await read(store, key) for store in stores] == [value] * 2
+    assert behind.calls["get"] == 0
+    # One of another length, one of the same, and one that was not there.
+    for key, value in {"a/c/1": b"new", "a/c/2": b"?" * 1000, "b": b"more"}.items():
+        assert await read(reader, key) == VALUES.get(key)
+        await writer.set(key, buf(value))
+        assert [await read(store, key) for store in stores] == [value] * 2
+        assert writer.drain_sync()
+        assert writer.is_cached(key)
+        assert [await read(store, key) for store in stores] == [value] * 2
+    with pytest.raises(CacheUnreachableError, match="could not be told"):
+        await reader.set("a/c/3", buf(b"new"))
+    # What nobody holds may change, and who remembers that it is missing hears of it.
+    assert await read(writer, "d") is None
+    await reader.set("d", buf(b"by the reader"))
+    assert [await read(store, "d") for store in stores] == [b"by the reader"] * 2
+    await writer.delete("a/c/2")
+    await writer.delete_dir("a")
+    for key in ("a/c/2", "a/c/4"):
+        assert [await read(store, key) for store in stores] == [None] * 2
+    await check_invariants_async(writer)
 
 
 async def test_damaged_value_is_not_served_even_without_verify(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ class DirectoryBackend(Backend):
         self.filler = self._directory.filler
 
     @property
+    def hears_of_changes(self) -> bool:
+        # What others change reaches an index of our own only by the files that they remove.
+        return not self.tells_by_name
+
+    @property
     def remembers_absences(self) -> bool:
         # Who has an index of his own tells others of a write by its file alone, and an absence has none.
         return self.index.shared
