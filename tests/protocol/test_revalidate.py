@@ -344,6 +344,48 @@ async def test_revalidate_source_that_is_down_is_replaced_by_stale_values(
     assert store.cache_stats()["stale_hits"] == 1
 
 
+@pytest.mark.parametrize("part", PARTS)
+async def test_revalidate_source_that_is_down_is_asked_once_for_each_of_both(
+    source: StoreDouble, cache: Store, clock: FakeClock, part: ByteRequest | None
+) -> None:
+    await source.inner.set("a", buf(b"12345"))
+    store = opened(source, cache, clock)
+    assert await read_through(store, "a", part) is not None
+    clock.advance(10)
+    source.fail("*", OSError("down"))
+    source.take()
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a", part)
+    assert source.take() == {"validator": 1, "get": 1}
+    with pytest.raises(OSError, match="down"):
+        await read(store, "b", part)
+    assert source.take() == {"validator": 1, "get": 1}
+    await check_quiet(store)
+
+
+async def test_revalidate_key_that_is_gone_is_read_at_once(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    await source.inner.set("a", buf(b"1"))
+    store = opened(source, cache, clock)
+    assert await read_through(store, "a") == b"1"
+    await source.inner.delete("a")
+    clock.advance(10)
+    source.take()
+    assert await read_through(store, "a") is None
+    assert source.take() == {"validator": 1, "get": 1}
+    # It went between the comparison and the read: nothing is left to compare.
+    await source.inner.set("b", buf(b"1"))
+    gate = source.block("validator", key="b", after=True)
+    reading = asyncio.ensure_future(read(store, "b"))
+    await gate.entered_async()
+    await source.inner.delete("b")
+    gate.release()
+    assert await reading is None
+    assert source.take() == {"validator": 1, "get": 1}
+    await check_quiet(store)
+
+
 async def test_revalidate_without_an_event_loop(
     source: StoreDouble, cache: Store, clock: FakeClock
 ) -> None:
@@ -425,6 +467,28 @@ async def test_revalidate_obstore_by_etag_with_one_request_for_both(
     await source.delete("a")
     clock.advance(10)
     assert await read_through(store, "a", part) is None
+
+
+async def test_revalidate_obstore_repeats_no_read_that_has_failed(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obstore = pytest.importorskip("obstore")
+    source = ObjectStore(pytest.importorskip("obstore.store").MemoryStore())
+    await source.set("a", buf(b"12345"))
+    store = opened(source, MemoryStore(), clock)
+    assert await read_through(store, "a") == b"12345"
+    clock.advance(10)
+    calls: list[str] = []
+    for name in ("get_async", "get_range_async", "head_async"):
+
+        async def down(*_: Any, _name: str = name, **__: Any) -> Any:
+            calls.append(_name)
+            raise OSError("down")
+
+        monkeypatch.setattr(obstore, name, down)
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+    assert calls == ["head_async", "get_async"]
 
 
 @pytest.mark.parametrize(
