@@ -239,6 +239,34 @@ async def test_revalidate_batches_compare_each_key_once(
     await check_quiet(store)
 
 
+async def test_revalidate_batches_compare_all_keys_at_a_time(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    keys = [f"k{number}" for number in range(20)]
+    for key in keys:
+        await source.inner.set(key, buf(b"12345"))
+    store = opened(source, cache, clock)
+    requests = [(key, part) for key in keys for part in (PARTS[1], PARTS[2])]
+    # Before a first read and after it; and then in a comparison.
+    for rounds, values in ((2, 1), (1, 0)):
+        source.take()
+        gate = source.block("validator", times=len(keys))
+        reading = asyncio.ensure_future(store.get_partial_values(PROTOTYPE, requests))
+        for _ in range(rounds):
+            await gate.entered_async(len(keys))
+            before, gate = gate, source.block("validator", times=len(keys))
+            before.release()
+        source.heal()
+        found = await reading
+        assert [value and value.to_bytes() for value in found] == [b"23", b"345"] * len(keys)
+        counts = source.take()
+        assert counts["validator"] == rounds * len(keys)
+        assert counts["get_partial_values"] == values
+        await drained(store)
+        clock.advance(10)
+    await check_quiet(store)
+
+
 async def test_revalidate_write_in_between_voids_the_comparison(
     source: StoreDouble, cache: Store, clock: FakeClock
 ) -> None:
