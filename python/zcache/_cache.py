@@ -139,7 +139,7 @@ class Cache:
             slices_like_python=slices,
         )
         self.missing_key_errors = MissingKeyErrors()
-        self.lister = Lister(self.shared.listings)
+        self.lister = Lister(self.shared.listings, self.reader.stale)
         self.writer = Writer(self.backend, self.lister, describe(source))
         self.decoded = None if decoded_size is None else self.decoded_chunks(decoded_size)
         # Others have used the cache store before.

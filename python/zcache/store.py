@@ -1020,7 +1020,13 @@ class CacheStore(Store):
             names = await self._cache.lister.remembered(self._io, prefix)
             if names is not None:
                 return not names
-        return bool(await self._source.is_empty(prefix))
+        try:
+            return bool(await self._source.is_empty(prefix))
+        except Exception as error:
+            names = await self._cache.lister.instead_of(error, self._io, prefix)
+            if names is None:
+                raise
+            return not names
 
     def list(self) -> AsyncIterator[str]:
         # docstring inherited

@@ -241,6 +241,39 @@ async def test_offline_listing_is_forgotten_with_any_change_below(
         assert await names_in(store, "c") == ["y"]
 
 
+@pytest.mark.parametrize("change", ["invalidate", "delete", "delete_dir"])
+async def test_offline_listings_elsewhere_are_remembered_after_a_change(
+    source: StoreDouble, cache: Store, change: str
+) -> None:
+    deep = "/".join("d" * 20)
+    online = opened(source, cache)
+    await fill(online, **{"a/b/c/x": b"1", "a/bc/x": b"1", "ab/y": b"2", f"{deep}/z": b"3"})
+    prefixes = ("a/bc", "ab", "d", deep)
+    expected = {prefix: await names_in(online, prefix) for prefix in prefixes}
+    for prefix in ("", "a", "a/b", "a/b/c"):
+        await names_in(online, prefix)
+    await getattr(online, change)("a/b")
+    store = opened(source, cache, offline=True)
+    for prefix, names in expected.items():
+        assert await names_in(store, prefix) == names
+    for prefix in ("", "a", "a/b", "a/b/c"):
+        with pytest.raises(OfflineError):
+            await names_in(store, prefix)
+    await getattr(online, change)(f"{deep}/z")
+    with pytest.raises(OfflineError):
+        await names_in(store, deep)
+    assert await names_in(store, "ab") == ["y"]
+
+
+async def test_offline_listing_of_a_name_that_is_no_text_is_refused(
+    source: StoreDouble, cache: Store
+) -> None:
+    online = opened(source, cache)
+    assert await names_in(online, "\ud800") == []
+    with pytest.raises(OfflineError):
+        await names_in(opened(source, cache, offline=True), "\ud800")
+
+
 async def test_offline_listing_that_a_write_overtakes_is_not_remembered(
     source: StoreDouble, cache: Store
 ) -> None:

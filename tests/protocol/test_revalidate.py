@@ -239,6 +239,34 @@ async def test_revalidate_batches_compare_each_key_once(
     await check_quiet(store)
 
 
+async def test_revalidate_batches_compare_all_keys_at_a_time(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    keys = [f"k{number}" for number in range(20)]
+    for key in keys:
+        await source.inner.set(key, buf(b"12345"))
+    store = opened(source, cache, clock)
+    requests = [(key, part) for key in keys for part in (PARTS[1], PARTS[2])]
+    # Before a first read and after it; and then in a comparison.
+    for rounds, values in ((2, 1), (1, 0)):
+        source.take()
+        gate = source.block("validator", times=len(keys))
+        reading = asyncio.ensure_future(store.get_partial_values(PROTOTYPE, requests))
+        for _ in range(rounds):
+            await gate.entered_async(len(keys))
+            before, gate = gate, source.block("validator", times=len(keys))
+            before.release()
+        source.heal()
+        found = await reading
+        assert [value and value.to_bytes() for value in found] == [b"23", b"345"] * len(keys)
+        counts = source.take()
+        assert counts["validator"] == rounds * len(keys)
+        assert counts["get_partial_values"] == values
+        await drained(store)
+        clock.advance(10)
+    await check_quiet(store)
+
+
 async def test_revalidate_write_in_between_voids_the_comparison(
     source: StoreDouble, cache: Store, clock: FakeClock
 ) -> None:
@@ -344,6 +372,48 @@ async def test_revalidate_source_that_is_down_is_replaced_by_stale_values(
     assert store.cache_stats()["stale_hits"] == 1
 
 
+@pytest.mark.parametrize("part", PARTS)
+async def test_revalidate_source_that_is_down_is_asked_once_for_each_of_both(
+    source: StoreDouble, cache: Store, clock: FakeClock, part: ByteRequest | None
+) -> None:
+    await source.inner.set("a", buf(b"12345"))
+    store = opened(source, cache, clock)
+    assert await read_through(store, "a", part) is not None
+    clock.advance(10)
+    source.fail("*", OSError("down"))
+    source.take()
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a", part)
+    assert source.take() == {"validator": 1, "get": 1}
+    with pytest.raises(OSError, match="down"):
+        await read(store, "b", part)
+    assert source.take() == {"validator": 1, "get": 1}
+    await check_quiet(store)
+
+
+async def test_revalidate_key_that_is_gone_is_read_at_once(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    await source.inner.set("a", buf(b"1"))
+    store = opened(source, cache, clock)
+    assert await read_through(store, "a") == b"1"
+    await source.inner.delete("a")
+    clock.advance(10)
+    source.take()
+    assert await read_through(store, "a") is None
+    assert source.take() == {"validator": 1, "get": 1}
+    # It went between the comparison and the read: nothing is left to compare.
+    await source.inner.set("b", buf(b"1"))
+    gate = source.block("validator", key="b", after=True)
+    reading = asyncio.ensure_future(read(store, "b"))
+    await gate.entered_async()
+    await source.inner.delete("b")
+    gate.release()
+    assert await reading is None
+    assert source.take() == {"validator": 1, "get": 1}
+    await check_quiet(store)
+
+
 async def test_revalidate_without_an_event_loop(
     source: StoreDouble, cache: Store, clock: FakeClock
 ) -> None:
@@ -425,6 +495,28 @@ async def test_revalidate_obstore_by_etag_with_one_request_for_both(
     await source.delete("a")
     clock.advance(10)
     assert await read_through(store, "a", part) is None
+
+
+async def test_revalidate_obstore_repeats_no_read_that_has_failed(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obstore = pytest.importorskip("obstore")
+    source = ObjectStore(pytest.importorskip("obstore.store").MemoryStore())
+    await source.set("a", buf(b"12345"))
+    store = opened(source, MemoryStore(), clock)
+    assert await read_through(store, "a") == b"12345"
+    clock.advance(10)
+    calls: list[str] = []
+    for name in ("get_async", "get_range_async", "head_async"):
+
+        async def down(*_: Any, _name: str = name, **__: Any) -> Any:
+            calls.append(_name)
+            raise OSError("down")
+
+        monkeypatch.setattr(obstore, name, down)
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+    assert calls == ["head_async", "get_async"]
 
 
 @pytest.mark.parametrize(

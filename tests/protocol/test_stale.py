@@ -218,3 +218,57 @@ def test_stale_if_error_without_a_meaning_raises(given: Any, error: type[Excepti
     with pytest.raises(error) as caught:
         CacheStore(MemoryStore(), stale_if_error=given)
     assert f"invalid stale_if_error: {given!r}. Give seconds" in str(caught.value)
+
+
+async def names_in(store: Store, prefix: str) -> list[str]:
+    return sorted([name async for name in store.list_dir(prefix)])
+
+
+async def test_stale_listing_is_the_last_answer_while_the_source_raises(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock, max_age_seconds="infinity")
+    await fill(store, **{"a/x": b"1", "a/y": b"2"})
+    assert await names_in(store, "a") == ["x", "y"]
+    assert await names_in(store, "none") == []
+    clock.advance(1e6)
+    source.fail("*", OSError("down"))
+    for _ in range(2):  # A listing that fails leaves the answer where it is.
+        assert await names_in(store, "a") == ["x", "y"]
+    assert not await store.is_empty("a")
+    assert await store.is_empty("none")
+    assert store.cache_stats()["stale_hits"] == 4
+    for prefix in ("b", ""):
+        with pytest.raises(OSError, match="down"):
+            await names_in(store, prefix)
+        with pytest.raises(OSError, match="down"):
+            await store.is_empty(prefix)
+    strict = opened(source, cache, clock, stale_if_error=0)
+    with pytest.raises(OSError, match="down"):
+        await names_in(strict, "a")
+    with pytest.raises(OSError, match="down"):
+        await strict.is_empty("a")
+    source.heal()
+    await store.set("a/z", buf(b"3"))
+    source.fail("*", OSError("down"))
+    with pytest.raises(OSError, match="down"):
+        await names_in(store, "a")
+
+
+async def test_stale_listing_goes_on_where_the_source_stops(
+    source: StoreDouble, cache: Store, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock)
+    await fill(store, **{"a/x": b"1", "a/y": b"2"})
+    assert await names_in(store, "a") == ["x", "y"]
+    source.fail("list_dir", OSError("down"), after=True)
+    assert await names_in(store, "a") == ["x", "y"]
+    # Errors of who takes the names are no errors of the source.
+    names: Any = store.list_dir("a")
+    await anext(names)
+    with pytest.raises(OSError, match="mine"):
+        await names.athrow(OSError("mine"))
+    source.heal()
+    source.fail("list_dir", FileNotFoundError("a"))
+    with pytest.raises(FileNotFoundError):
+        await names_in(store, "a")

@@ -1,8 +1,8 @@
 """What the source has answered to `list_dir`, for a time when it cannot be asked.
 
 An answer is remembered only if no write of anything below the directory has begun or ended since the source
-was asked: whoever lists puts a blank there first, and fills in that very one; whoever writes takes away what is
-there, before and after. That holds between processes as well.
+was asked: whoever lists takes hold of what is there first, the last answer or a blank, and writes into that very
+one; whoever writes takes it away, before and after. That holds between processes as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ MOST: Final = 1024
 LARGEST: Final = 64 * 1024
 """Bytes of one; a longer one is not remembered."""
 _PREFIX: Final = "listing-"
+_LEVELS: Final = 16
+"""Parts of a directory that the name of its file has one by one."""
 _MARK: Final = "listings"
 """An empty file that is there while there may be answers."""
 
@@ -43,12 +45,20 @@ class Listings(ABC):
         """The answer for a directory, if it is remembered."""
 
     @abstractmethod
-    def forget(self, key: str | None) -> None:
-        """Forget what a write of this key may change; None for all."""
+    def forget(self, key: str) -> None:
+        """Forget what a write of this key may change: the directories that it is in."""
 
-    def has_none_of(self, key: str | None) -> bool:  # noqa: ARG002
+    @abstractmethod
+    def forget_below(self, prefix: str) -> None:
+        """Forget what a change at and below this prefix may change: those, itself and all below it."""
+
+    @abstractmethod
+    def has_none_of(self, key: str) -> bool:
         """Whether `forget` would certainly change nothing, as far as that is known without waiting."""
-        return False
+
+    @abstractmethod
+    def has_none(self) -> bool:
+        """Whether nothing is remembered, as far as that is known without waiting."""
 
 
 class MemoryListings(Listings):
@@ -59,25 +69,39 @@ class MemoryListings(Listings):
         self._answers: dict[str, list[list[str]]] = {}
 
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
-        # Empty until there is an answer.
-        blank: list[list[str]] = []
-        if len(self._answers) >= MOST:
+        if len(self._answers) >= MOST and directory not in self._answers:
             self._answers.clear()
-        self._answers[directory] = blank
-        return lambda names: blank.append(list(names)) if _size(names) <= LARGEST else None
+        # Of one answer, or of none yet.
+        kept = self._answers.setdefault(directory, [])
+
+        def keep(names: Sequence[str]) -> None:
+            if _size(names) <= LARGEST:
+                kept[:] = [list(names)]
+
+        return keep
 
     def get(self, directory: str) -> list[str] | None:
-        found = self._answers.get(directory)
-        return list(found[0]) if found else None
+        for names in self._answers.get(directory, ()):
+            return list(names)
+        return None
 
-    def forget(self, key: str | None) -> None:
-        if key is None:
-            self._answers.clear()
-            return
+    def forget(self, key: str) -> None:
         for directory in _above(key):
             self._answers.pop(directory, None)
 
-    def has_none_of(self, key: str | None) -> bool:  # noqa: ARG002
+    def forget_below(self, prefix: str) -> None:
+        if not prefix:
+            self._answers.clear()
+            return
+        self.forget(prefix)
+        for directory in list(self._answers):
+            if directory == prefix or directory.startswith(prefix + "/"):
+                self._answers.pop(directory, None)
+
+    def has_none_of(self, key: str) -> bool:  # noqa: ARG002
+        return self.has_none()
+
+    def has_none(self) -> bool:
         return not self._answers
 
 
@@ -102,14 +126,11 @@ class DirectoryListings(Listings):
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
         path = self._path(directory)
         try:
-            if len(self._files()) >= MOST:
-                self.forget(None)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            if not os.path.lexists(path) and len(self._files()) >= MOST:
+                self.forget_below("")
             # Kept open: what is written to it is nobody's once others have taken it away.
-            blank = _Blank(os.open(path, flags, self._mode()))
-            # After the blank: who does not see the mark has ended before the source is asked.
+            kept = _Kept(self._open(path))
+            # After that: who does not see the mark has ended before the source is asked.
             os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, self._mode()))
         except OSError:
             return None  # Read-only, or full: then it is not remembered.
@@ -119,11 +140,22 @@ class DirectoryListings(Listings):
                 {"source": self._source, "directory": directory, "names": list(names)}
             )
             data = text.encode(errors="surrogatepass")
+            data = b"%08x" % crc32c(data) + data
             with contextlib.suppress(OSError):
-                if len(data) <= LARGEST:
-                    os.write(blank.file, b"%08x" % crc32c(data) + data)
+                if len(data) <= LARGEST + 8:
+                    # Two who write at a time leave what is not read, by its checksum.
+                    os.pwrite(kept.file, data, 0)
+                    os.ftruncate(kept.file, len(data))
 
         return keep
+
+    def _open(self, path: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, self._mode())
+        except PermissionError:
+            os.unlink(path)  # Of another user.
+            return os.open(path, flags, self._mode())
 
     def get(self, directory: str) -> list[str] | None:
         try:
@@ -141,19 +173,25 @@ class DirectoryListings(Listings):
             return None
         return list(found["names"])
 
-    def forget(self, key: str | None) -> None:
-        if key is None:
+    def forget(self, key: str) -> None:
+        for directory in _above(key):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(directory))
+
+    def forget_below(self, prefix: str) -> None:
+        if not prefix:
             with contextlib.suppress(OSError):
                 os.unlink(self._mark)
-        paths = self._files() if key is None else [self._path(above) for above in _above(key)]
-        for path in paths:
+        self.forget(prefix)
+        for path in self._files(_levels(prefix)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    def has_none_of(self, key: str | None) -> bool:
-        if is_absent(self._root, _MARK):
-            return True
-        return key is not None and all(is_absent(self._root, _name(above)) for above in _above(key))
+    def has_none_of(self, key: str) -> bool:
+        return self.has_none() or all(is_absent(self._root, _name(above)) for above in _above(key))
+
+    def has_none(self) -> bool:
+        return is_absent(self._root, _MARK)
 
     def _mode(self) -> int:
         return 0o600 | os.stat(self._root).st_mode & 0o044
@@ -161,16 +199,16 @@ class DirectoryListings(Listings):
     def _path(self, directory: str) -> str:
         return os.path.join(self._root, _name(directory))
 
-    def _files(self) -> list[str]:
+    def _files(self, prefix: str = _PREFIX) -> list[str]:
         try:
             names = os.listdir(self._root)
         except OSError:
             return []
-        return [os.path.join(self._root, name) for name in names if name.startswith(_PREFIX)]
+        return [os.path.join(self._root, name) for name in names if name.startswith(prefix)]
 
 
-class _Blank:
-    """A file that is open as long as somebody may fill it in."""
+class _Kept:
+    """A file that is open as long as somebody may write into it."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -181,7 +219,14 @@ class _Blank:
 
 def _name(directory: str) -> str:
     digest = hashlib.sha256(directory.encode(errors="surrogateescape")).hexdigest()
-    return f"{_PREFIX}{digest[:32]}"
+    return f"{_levels(directory)}{digest[:32]}"
+
+
+def _levels(directory: str) -> str:
+    """How the names of the files of a directory and of those below it begin; those of a few others may, too."""
+    parts = directory.split("/")[:_LEVELS] if directory else []
+    checksums = (crc32c(part.encode(errors="surrogateescape")) for part in parts)
+    return _PREFIX + "".join(f"{checksum:08x}-" for checksum in checksums)
 
 
 def _above(key: str) -> list[str]:

@@ -174,7 +174,8 @@ class Batch:
             for number in missing:
                 await self._join(number)
             if reader.revalidator is not None:
-                async for same in self._unchanged(reader.revalidator):
+                same = await self._unchanged(reader.revalidator)
+                if same:
                     yield same
             wanted = sorted([*self._leads, *self._direct])
             try:
@@ -191,45 +192,59 @@ class Batch:
             for number in list(self._leads):
                 self._close(number)
 
-    async def _unchanged(self, revalidator: Revalidator) -> AsyncGenerator[Group, None]:
-        """Serve what is too old but still the same, and note which validators the others have before they are read."""
-        for number, (ticket, flight) in list(self._leads.items()):
-            asked = self._asked[number]
-            assert asked is not None
-            key = asked[0]
-            if not revalidator.applies(key):
-                continue
-            value, check = await revalidator.compare(
-                self._io, key, self._prototype, asked[1], ticket, self._checks.get(key)
-            )
-            if check is not None:
-                self._checks[key] = check
-            if value is not None:
-                flight.deliver(freeze(value)[0])
-                self._close(number)
-                yield [(number, value)]
-        for number in self._leads:
-            asked = self._asked[number]
-            assert asked is not None
-            if asked[0] not in self._checks and revalidator.applies(asked[0]):
+    async def _unchanged(self, revalidator: Revalidator) -> Group:
+        """What is too old but still the same; notes which validators the others have before they are read.
+
+        All keys at a time, and each of them once.
+        """
+        same: list[tuple[int, Buffer | None]] = []
+
+        async def check_key(key: str, numbers: list[int]) -> None:
+            for number in numbers:
+                asked, (ticket, flight) = self._asked[number], self._leads[number]
+                assert asked is not None
+                value, check = await revalidator.compare(
+                    self._io, key, self._prototype, asked[1], ticket, self._checks.get(key)
+                )
+                if check is not None:
+                    self._checks[key] = check
+                if value is not None:
+                    flight.deliver(freeze(value)[0])
+                    self._close(number)
+                    same.append((number, value))
+            if key not in self._checks:
                 now = self._reader.now()
-                self._checks[asked[0]] = await revalidator.current(self._io, asked[0]), now
+                self._checks[key] = await revalidator.current(self._io, key), now
+
+        keys = self._by_key(list(self._leads))
+        await self._io.gather(
+            [partial(check_key, *one) for one in keys.items() if revalidator.applies(one[0])]
+        )
+        return same
 
     async def _note_validators(self, revalidator: Revalidator, numbers: list[int]) -> None:
         """Have validators kept with what has come, where they are still the ones from before."""
-        after: dict[str, str | None] = {}
+
+        async def note(key: str, tickets: list[int], before: str) -> None:
+            if await revalidator.current(self._io, key) == before:
+                for ticket in tickets:
+                    revalidator.note(key, ticket, before)
+
+        known = [
+            partial(note, key, [self._leads[number][0] for number in of_key], before)
+            for key, of_key in self._by_key(numbers).items()
+            if (before := self._checks.get(key, (None, 0.0))[0]) is not None
+        ]
+        await self._io.gather(known)
+
+    def _by_key(self, numbers: list[int]) -> dict[str, list[int]]:
+        """Those of these requests that this call leads, by their keys."""
+        keys: dict[str, list[int]] = {}
         for number in numbers:
-            asked, lead = self._asked[number], self._leads.get(number)
-            if asked is None or lead is None:
-                continue
-            key = asked[0]
-            before = self._checks.get(key, (None, 0.0))[0]
-            if before is None:
-                continue
-            if key not in after:
-                after[key] = await revalidator.current(self._io, key)
-            if after[key] == before:
-                revalidator.note(key, lead[0], before)
+            asked = self._asked[number]
+            if asked is not None and number in self._leads:
+                keys.setdefault(asked[0], []).append(number)
+        return keys
 
     async def _from_source(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
         if not wanted:

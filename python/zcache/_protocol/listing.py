@@ -1,4 +1,4 @@
-"""Listings: answered by the source, and remembered for a time when it cannot be asked."""
+"""Listings: answered by the source, and remembered for a time when it cannot be asked or raises errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT
 from zcache._backends.listings import LARGEST
-from zcache._byte_ranges import is_plain
+from zcache._byte_ranges import is_encodable, is_plain
 from zcache._runtime.threads import NoThreadError
 from zcache._source.offline import no_listing
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from zcache._backends.listings import Listings
+    from zcache._protocol.stale import StaleValues
     from zcache._runtime.io import IO
 
 T = TypeVar("T")
@@ -28,24 +29,44 @@ class Lister:
     ----------
     listings : Listings
         What is remembered of them.
+    stale : StaleValues
+        What is served in place of an error of the source.
     """
 
-    def __init__(self, listings: Listings) -> None:
+    def __init__(self, listings: Listings, stale: StaleValues) -> None:
         self._listings = listings
+        self._stale = stale
 
     async def list_dir(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
-        """Ask the source, and remember its answer once it is complete."""
+        """Ask the source, and remember its answer once it is complete.
+
+        Where the source raises an error, the rest of what it has answered before takes its place.
+        """
         directory = prefix.rstrip("/")
         keep: Any = None
-        if not directory or is_plain(directory):
+        if _can_be_kept(directory):
             keep = await self._do(io, READ_TIMEOUT, partial(self._listings.begin, directory))
         names: list[str] = []
         size = 0
-        source = io.source.list_dir(prefix)
+        source: Any = None
         try:
-            async for name in source:
+            while True:
+                try:
+                    source = aiter(io.source.list_dir(prefix)) if source is None else source
+                    name = await anext(source)
+                except StopAsyncIteration:
+                    break
+                except Exception as error:
+                    known = await self.instead_of(error, io, prefix) if size <= LARGEST else None
+                    if known is None:
+                        raise
+                    given, keep = set(names), None
+                    for name in known:
+                        if name not in given:
+                            yield name
+                    break
                 size += len(name)
-                if keep is not None and size <= LARGEST:
+                if size <= LARGEST:
                     names.append(name)
                 yield name
         finally:
@@ -53,6 +74,15 @@ class Lister:
                 await source.aclose()
         if keep is not None and size <= LARGEST:
             await self._do(io, READ_TIMEOUT, partial(keep, names))
+
+    async def instead_of(self, error: Exception, io: IO, prefix: str) -> list[str] | None:
+        """What takes the place of this error of the source: its last answer, of any age; None for nothing."""
+        if not self._stale.is_about(error):
+            return None
+        names = await self.remembered(io, prefix)
+        if names is not None:
+            self._stale.note(error)
+        return names
 
     async def list_dir_offline(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
         """What the source has answered before.
@@ -70,12 +100,23 @@ class Lister:
 
     async def remembered(self, io: IO, prefix: str) -> list[str] | None:
         """What the source has answered before; None where that is not known."""
-        return await self._do(io, READ_TIMEOUT, partial(self._listings.get, prefix.rstrip("/")))
+        directory = prefix.rstrip("/")
+        if not _can_be_kept(directory):
+            return None
+        return await self._do(io, READ_TIMEOUT, partial(self._listings.get, directory))
 
-    async def forget(self, io: IO, key: str | None) -> None:
-        """Forget what a write of this key, which begins or has ended, may change; None for all."""
+    async def forget(self, io: IO, key: str) -> None:
+        """Forget what a write of this key, which begins or has ended, may change."""
         if not self._listings.has_none_of(key):
             await self._do(io, DELETE_TIMEOUT, partial(self._listings.forget, key))
+
+    async def forget_below(self, io: IO, prefix: str) -> None:
+        """Forget what a change at and below this prefix, which begins or has ended, may change."""
+        prefix = prefix.rstrip("/")
+        # Another name may name anything.
+        below = prefix if _can_be_kept(prefix) else ""
+        if not self._listings.has_none():
+            await self._do(io, DELETE_TIMEOUT, partial(self._listings.forget_below, below))
 
     async def _do(self, io: IO, timeout: float, work: Callable[[], T]) -> T | None:  # noqa: ASYNC109
         if not self._listings.may_wait:
@@ -83,3 +124,7 @@ class Lister:
         with contextlib.suppress(OSError, NoThreadError):  # TimeoutError is an OSError
             return await io.in_thread(work, None, timeout)
         return None
+
+
+def _can_be_kept(directory: str) -> bool:
+    return not directory or (is_plain(directory) and is_encodable(directory))

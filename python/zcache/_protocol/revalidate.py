@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zcache._source.validators import Validators
 
     Check = tuple[str | None, float]
-    """A validator, and when the source was asked for it."""
+    """A validator, None where the source has told none, and when it was asked."""
 
 
 class Revalidator:
@@ -75,16 +75,14 @@ class Revalidator:
         value, check = await self.compare(io, key, prototype, byte_range, ticket)
         if value is not None:
             return value, True
-        before = None if check is None else check[0]
         paired = await self._validators.read(key, prototype, request) if io.loop() else None
         if paired is not None:
             value, validator = paired
         else:
-            if before is None:
-                before = await self.current(io, key)
+            # Asked once, whatever came of that: a source that is down would keep each read waiting twice.
+            validator = await self.current(io, key) if check is None else check[0]
             value = await io.read(key, prototype, request)
-            validator = before
-            if before is not None and before != await self.current(io, key):
+            if validator is None or value is None or validator != await self.current(io, key):
                 validator = None
         if validator is not None and value is not None:
             self.note(key, ticket, validator)

@@ -87,13 +87,13 @@ class StaleValues:
             return False, None
         if found is ABSENT:
             hits.recount_as_negative_hit()
-            self._note(error)
+            self.note(error)
             return True, None
         # What could not be read is counted as a miss again.
         hits.recount_as_hit()
         value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
-            self._note(error)
+            self.note(error)
         return value is not None, value
 
     async def size(self, error: Exception, io: IO, key: str) -> int | Literal[False] | None:
@@ -104,11 +104,15 @@ class StaleValues:
             io, Index.peek, key, None, self._max_age(key)
         )
         if size is not None:
-            self._note(error)
+            self.note(error)
         return size
 
+    def is_about(self, error: Exception) -> bool:
+        """Whether something else may take the place of this error of the source."""
+        return bool(self) and not _says_missing(error)
+
     def _may_replace(self, error: Exception, key: str) -> bool:
-        if not self or _says_missing(error) or not self._hits.breaker.allows():
+        if not self.is_about(error) or not self._hits.breaker.allows():
             return False
         # What is of any age is never stale.
         ages = self._hits.ages.of(key), self._hits.missing_ages(key)[0]
@@ -132,7 +136,8 @@ class StaleValues:
         except IndexLockTimeout:
             return None
 
-    def _note(self, error: Exception) -> None:
+    def note(self, error: Exception) -> None:
+        """Count that something took the place of this error of the source, and say so now and then."""
         self._hits.counters.count("stale")
         now = time.monotonic()
         with _lock:

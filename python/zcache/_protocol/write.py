@@ -174,11 +174,11 @@ class Writer:
 
     async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         """Change the source below a prefix by `work`; nothing below it stays cached."""
-        await self._lister.forget(io, None)
+        await self._lister.forget_below(io, prefix)
         try:
             await self._change(io, prefix, work)
         finally:
-            await self._lister.forget(io, None)
+            await self._lister.forget_below(io, prefix)
 
     async def _change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         scope = _scope(prefix)
@@ -299,7 +299,7 @@ class Writer:
     async def invalidate(self, io: IO, prefix: str) -> int:
         """Forget what is cached at and below a prefix; how many entries. The source stays as it is."""
         scope = _scope(prefix)
-        await self._lister.forget(io, None)
+        await self._lister.forget_below(io, prefix)
         if scope is None:
             return 0
         await self.handle.call(io, Index.invalidate, scope, alone=True)
@@ -307,7 +307,7 @@ class Writer:
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
-        await self._lister.forget(io, None)
+        await self._lister.forget_below(io, "")
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
         await self._remove_unlisted(io, "")

@@ -154,8 +154,10 @@ class _OfObjects(Validators):
             data: Any = await answer.bytes_async()
         except _MISSING:
             return None, None
-        except Exception:  # noqa: BLE001 - the store itself says what it makes of the request
-            data = None
+        except Exception:
+            if request is None:
+                raise
+            data = None  # The store itself says what it makes of the range.
         if data is None or count not in (None, len(data)):
             return await self._source.get(key, prototype, request), None
         return prototype.buffer.from_bytes(data), _strong(answer.meta.get("e_tag"))
