@@ -542,8 +542,8 @@ class Index:
         Returns
         -------
         tuple or None
-            Version of the key; milliseconds at which the oldest bytes were fetched that may be read. None where the result must not be kept: the key is being
-            changed, or the age of its bytes is not known.
+            Version of the key; milliseconds at which the oldest bytes were fetched that may be read, 0 where values
+            expire and that is not known: then the result must not be kept. None while the key is being changed.
         """
 
     def is_current(

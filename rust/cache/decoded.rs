@@ -20,7 +20,8 @@ const SLOTS: usize = 16 * 1024;
 pub struct Decode {
     /// Version of the key.
     pub version: u64,
-    /// When the oldest bytes that it may read were fetched, in milliseconds.
+    /// When the oldest bytes that it may read were fetched, in milliseconds; 0 where values expire and that
+    /// is not known, which is always stale.
     pub fetched: u64,
 }
 
@@ -56,9 +57,9 @@ impl Changes {
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    /// A decode of this key begins. `None` where nobody could say later whether its result may be used:
-    /// the key is being changed; or values expire, and it is not known how old the bytes will be (they
-    /// are on their way from the source, or are very many ranges).
+    /// A decode of this key begins. `None` while the key is being changed: nobody could say later whether
+    /// its result may be used. Without a date where values expire, and it is not known how old the bytes
+    /// will be: they are on their way from the source, or are very many ranges.
     pub fn begin_decode(&mut self, key: &str, fresh: Freshness) -> Result<Option<Decode>> {
         self.changes.start();
         if self.is_changing(key) {
@@ -67,12 +68,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let version = self.version_of_decoded(key);
         let mut fetched = fresh.now;
         if fresh.max_age.is_some() {
+            let undated = Some(Decode {
+                version,
+                fetched: 0,
+            });
             if self.flights.has(key) {
-                return Ok(None);
+                return Ok(undated);
             }
             let entries = self.live_entries(key, BATCH + 1)?;
             if entries.len() > BATCH {
-                return Ok(None);
+                return Ok(undated);
             }
             for i in entries {
                 // What is stale is not read.

@@ -311,10 +311,11 @@ def test_hit_keeps_the_bytes_warm(clock: FakeClock, more: dict[str, Any]) -> Non
 
 
 @shards
-def test_many_readers_decode_a_chunk_once(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("age", ["infinity", 3600])
+def test_many_readers_decode_a_chunk_once(more: dict[str, Any], age: Any) -> None:
     source = StoreDouble(MemoryStore())
     create(source, **more)
-    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    store = CacheStore(source, source_id="s", max_age_seconds=age, decoded_size=10_000)
     array = zarr.open_array(store, path="v")
 
     def total() -> int:
@@ -445,7 +446,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     origin = cache.begin("a", 0.0)
-    _, leading = cache.join("a/0", origin, 16, loop)
+    _, leading = cache.join("a/0", "a", origin, 16, loop)
     index = cache._index
 
     class Slow:
@@ -458,15 +459,66 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
             cache._index = index
             joined = index.join(*args)
             cache.land(leading, np.arange(4, dtype="i4"), None)
-            _, other = cache.join("b/0", cache.begin("b", 0.0), 16, loop)
+            _, other = cache.join("b/0", "b", cache.begin("b", 0.0), 16, loop)
             cache.land(other, np.zeros(4, dtype="i4"), None)
             return joined
 
     cache._index = Slow()
-    leads, decoding = cache.join("a/0", origin, 16, loop)
+    leads, decoding = cache.join("a/0", "a", origin, 16, loop)
     assert leads
     assert decoding is not leading
     cache.give_up(decoding)
+    check_decoded_quiet(store)
+
+
+async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: FakeClock) -> None:
+    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+
+    def join() -> Any:
+        return cache.join("v/c/0/0", "v/c/0", cache.begin("v/c/0", clock()), 16, loop)
+
+    leads, leading = join()
+    assert leads
+    clock.advance(9)
+    leads, following = join()
+    assert not leads
+    assert following is leading
+    cache.leave(following)
+    clock.advance(1)
+    leads, again = join()
+    assert leads
+    assert again is not leading
+    for decoding in (leading, again):
+        cache.give_up(decoding)
+    check_decoded_quiet(store)
+
+
+async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
+    clock: FakeClock,
+) -> None:
+    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    key, index = "v/c/0", store._cache.shared.handle.index
+
+    def join(name: str) -> Any:
+        return cache.join(name, key, cache.begin(key, clock()), 16, loop)
+
+    leads, leading = join("v/c/0/0")
+    assert leads
+    ticket = index.join(key, None, object(), clock(), False)
+    leads, following = join("v/c/0/0")
+    assert not leads
+    assert following is leading
+    assert join("v/c/0/1") is None
+    # A change ends that.
+    index.invalidate(key)
+    assert join("v/c/0/0") is None
+    cache.leave(following)
+    cache.give_up(leading)
+    index.complete_flight(key, ticket)
     check_decoded_quiet(store)
 
 

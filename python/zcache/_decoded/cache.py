@@ -120,7 +120,7 @@ class DecodedCache:
         origin = kept.origin
         if origin.checked is reader:
             return kept
-        is_current = self._is_current(key, origin, now)
+        is_current = self._is_current(key, origin, origin.landed, now)
         if is_current:
             origin.checked = reader
             return kept
@@ -131,7 +131,7 @@ class DecodedCache:
             self._end_deletes(index, index.discard(name, None, 0.0))
         return None
 
-    def _is_current(self, key: str, origin: Origin, now: float) -> bool | None:
+    def _is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
         """Whether what comes from there may be served; None where the index does not say."""
         touch = not 0 <= now - origin.touched < TOUCH
         try:
@@ -139,7 +139,7 @@ class DecodedCache:
                 key,
                 origin.version,
                 origin.fetched,
-                origin.landed,
+                landed,
                 touch,
                 now,
                 self._age_of(key),
@@ -164,16 +164,17 @@ class DecodedCache:
     def begin(self, key: str, now: float) -> Origin | None:
         """Where bytes come from that are read from now on; None where their chunks must not be kept."""
         stale = self._counters.stale
+        age = self._age_of(key)
         try:
-            stamp = self._bytes.begin_decode(key, now, self._age_of(key))
+            stamp = self._bytes.begin_decode(key, now, age)
         except (*RETRYABLE, UnicodeEncodeError):
             return None
-        return None if stamp is None else Origin(now, stale, stamp)
+        return None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
 
     def join(
-        self, name: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
+        self, name: str, key: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
     ) -> tuple[bool, Decoding] | None:
-        """Decode a chunk for all who want it, or wait for who does.
+        """Decode a chunk for all who want it, or wait for who does, if that would be current now.
 
         Returns
         -------
@@ -189,6 +190,9 @@ class DecodedCache:
             answer: Any = index.join(name, None, decoding, 0.0, True)
             if isinstance(answer, int) and not isinstance(answer, bool):
                 decoding.ticket = answer
+                if not origin.is_dated:
+                    self.give_up(decoding)
+                    return None
                 # One that the store had not lately takes no room before it is there.
                 if name not in self._absent:
                     decoding.reservation = self._reserve(index, name, size, answer)
@@ -196,7 +200,11 @@ class DecodedCache:
             if not answer:
                 return None
             other: Decoding = answer[1]
-            if other.origin.version == origin.version:
+            now = self.now()
+            is_current = self._is_current(key, other.origin, now, now)
+            if is_current is None or not other.origin.is_dated:
+                return None
+            if is_current:
                 with self._lock:
                     kept = other.kept
                     if kept is None:
@@ -207,7 +215,7 @@ class DecodedCache:
                         return False, other
                 # It has landed and was evicted since the index was asked.
                 continue
-            # It began before a change that has been seen here.
+            # It began before a change, or has expired.
             index.invalidate(name)
         return None
 

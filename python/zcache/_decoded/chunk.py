@@ -19,6 +19,8 @@ class Origin:
     ----------
     version, fetched
         See `Index.begin_decode`.
+    is_dated : bool
+        Whether it can be said when its chunks expire: else they must not be kept, nor handed to others.
     stale : int
         Values past their age that were read until it began; see `Counters`.
     landed : float
@@ -29,10 +31,13 @@ class Origin:
         The read that has found it current.
     """
 
-    __slots__ = ("checked", "fetched", "landed", "stale", "touched", "version")
+    __slots__ = ("checked", "fetched", "is_dated", "landed", "stale", "touched", "version")
 
-    def __init__(self, begun: float, stale: int, stamp: tuple[int, int]) -> None:
+    def __init__(
+        self, begun: float, stale: int, stamp: tuple[int, int], *, expires: bool = False
+    ) -> None:
         self.version, self.fetched = stamp
+        self.is_dated = not expires or self.fetched != 0
         self.stale = stale
         self.landed = self.touched = begun
         self.checked: object = None

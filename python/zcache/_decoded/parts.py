@@ -111,7 +111,8 @@ class Part:
         """Decode a chunk, or wait for who does."""
         joined = None
         if origin is not None:
-            joined = cache.join(name, origin, self.layout.size, self.output.loop)
+            key = self.item[0].path
+            joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
         if joined is not None:
             leads, decoding = joined
             (self.leads if leads else self.followed)[at] = decoding
