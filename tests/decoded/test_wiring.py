@@ -191,6 +191,13 @@ def test_one_array_keeps_its_chunks(is_cached: bool) -> None:
         assert array[1] == 9
 
 
+def test_one_array_with_another_config_keeps_its_chunks() -> None:
+    array = with_decoded_cache(create(MemoryStore()), "1MB")
+    assert hits(array) == 2
+    # In another order it keeps chunks of its own.
+    assert hits(array.with_config({"order": "F"})) == 2
+
+
 async def test_one_array_without_a_loop_of_zarr_keeps_its_chunks() -> None:
     plain = await zarr.api.asynchronous.create_array(
         MemoryStore(), shape=(8,), chunks=(4,), dtype="i4", fill_value=3
