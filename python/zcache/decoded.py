@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
 from zarr.core.array import AsyncArray
 from zarr.storage import StorePath
 
 from zcache._options import parse_size
+from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
 
 AnyArray = TypeVar("AnyArray")
 
@@ -22,8 +28,8 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     ----------
     array : Array or AsyncArray
         An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads
-        see what is written, resized and deleted through the array that is returned, and through arrays and groups that
-        are opened on its `store`. They do not see what others write to the store below, not even through `array`.
+        see what is written, resized and deleted through the array that is returned, through arrays and groups that
+        are opened on its `store`, and through whatever else this function has made over the same store object. They do not see what others write to the store below, not even through `array`.
     size : int or str
         Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30).
 
@@ -54,13 +60,38 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     if isinstance(store, CacheStore):
         store = store._with_decoded_size(parsed)
     else:
-        is_open = store._is_open
-        # It keeps no bytes. All that goes through it voids what is decoded.
-        store = CacheStore(store, max_size=0, decoded_size=parsed)
-        store._is_open = is_open
+        shared = _over(store)
+        store = shared._with_decoded_size(parsed)
+        # It is found again as long as anybody has chunks that depend on it.
+        assert store._decoded is not None
+        store._decoded.keeps = shared
     make: Any = AsyncArray if inner is array else _array
     found: AnyArray = make(inner.metadata, StorePath(store, path.path), inner.config)
     return found
+
+
+_lock = threading.Lock()
+# By the address of the source, which each of them keeps alive.
+_stores: weakref.WeakValueDictionary[int, CacheStore] = weakref.WeakValueDictionary()
+
+
+def _over(source: Store) -> CacheStore:
+    """The store over this one that keeps no bytes. All that goes through it voids what is decoded."""
+    with _lock:
+        found = _stores.get(id(source))
+        if found is None:
+            found = _stores[id(source)] = CacheStore(source, max_size=0)
+        found._is_open = source._is_open
+        return found
+
+
+def _after_fork() -> None:
+    # A thread of the parent may have held it.
+    global _lock
+    _lock = threading.Lock()
+
+
+at_fork(_after_fork)
 
 
 def _array(*of_async: Any) -> Any:

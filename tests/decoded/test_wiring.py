@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,21 @@ def test_one_array_keeps_its_chunks(is_cached: bool) -> None:
         # It shares the index of its store.
         plain[1] = 9
         assert array[1] == 9
+
+
+def test_arrays_over_one_store_see_what_is_written_through_each_other() -> None:
+    plain = create(MemoryStore())
+    one = with_decoded_cache(plain, "1MB")
+    for _ in range(2):
+        other = with_decoded_cache(plain, "1MB")
+        hits(one)
+        assert hits(other) == 2
+        one[2] = 7
+        assert other[2] == 7
+        other[2] = 2
+        assert one[2] == 2
+        del other
+        gc.collect()
 
 
 def test_one_array_with_another_config_keeps_its_chunks() -> None:

@@ -65,6 +65,7 @@ class DecodedCache:
         self._seconds = 0.0
         self._layouts: dict[str, int] = {}
         self._counted = (0, 0)
+        self.keeps: object = None  # lives as long as this
         self._start()
         handle.watch(self)
         _live.add(self)
@@ -107,8 +108,7 @@ class DecodedCache:
 
         `reader` stands for one read: of an origin that it has found current it does not ask again.
         """
-        index = self._index
-        if index.lookup(name) is None:
+        if (index := self._index).lookup(name) is None:
             return None
         with self._lock:
             kept = self._values.get(name)
