@@ -605,6 +605,13 @@ class Index:
     def is_alone(self) -> bool:
         """Whether there is no other live participant."""
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether others who open the directory find this index now; true where it is not shared.
+
+        A step alone looks only from time to time.
+        """
+
     def finish_rebuild(self) -> None:
         """Say that everything that is in the cache store was adopted."""
 

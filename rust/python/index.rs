@@ -751,6 +751,13 @@ impl Index {
         shared(&self.backing, py, true, |directory| directory.alone())
     }
 
+    #[getter]
+    fn is_in_place(&self, py: Python<'_>) -> PyResult<bool> {
+        shared(&self.backing, py, true, |directory| {
+            Ok(directory.is_in_place())
+        })
+    }
+
     fn finish_rebuild(&self, py: Python<'_>) -> PyResult<()> {
         if let Backing::Own(lock, _) = &*self.backing {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;

@@ -282,6 +282,11 @@ impl<T: Clone> SharedIndex<T> {
         })
     }
 
+    /// Whether others who open the directory find this index now. A step alone looks only from time to time.
+    pub fn is_in_place(&mut self) -> bool {
+        !self.storage().are_removed()
+    }
+
     /// Whether there is no other live participant.
     pub fn alone(&mut self) -> Result<bool, StepError> {
         self.step(std::thread::sleep, |cache| {

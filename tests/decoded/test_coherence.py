@@ -9,6 +9,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -216,6 +217,37 @@ def test_index_of_its_own_serves_no_decoded_chunks(
         assert ask("delete 0") == -1
         assert array[2] == -1
     assert (decoded(store, "hits"), decoded(store, "size")) == (0, 0)
+
+
+@shards
+def test_renamed_directory_is_noticed_by_the_next_read(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """Who has made another one in its place is not heard of."""
+    source = MemoryStore()
+    create(source, **more)
+    values = source._store_dict
+    before = dict(values)
+    zarr.open_array(source, path="v")[2] = 50
+    after = dict(values)
+    where = tmp_path / "cache"
+    store = CacheStore(source, cache_store=where, source_id="source", decoded_size=1000)
+    array = zarr.open_array(store, path="v")
+    for n in range(5):
+        values.update(before)
+        sync(store.clear_cache())
+
+        def is_hit() -> bool:
+            hits = decoded(store, "hits")
+            assert array[2] == 2
+            return decoded(store, "hits") > hits
+
+        # The index of the directory before is given up in the background.
+        while not is_hit():
+            time.sleep(0.001)
+        where.rename(tmp_path / f"gone{n}")
+        values.update(after)
+        assert array[2] == 50
 
 
 @shards

@@ -20,7 +20,7 @@ from zcache._core import (
     remove_key,
     take_folder_bytes,
 )
-from zcache._index.handle import ignore
+from zcache._index.handle import RETRYABLE, ignore
 from zcache._runtime.coroutines import NoAnswerError
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
@@ -59,8 +59,12 @@ class DirectoryBackend(Backend):
 
     @property
     def hears_of_changes(self) -> bool:
-        # What others change reaches an index of our own only by the files that they remove.
-        return not self.tells_by_name
+        # What others change reaches an index of our own only by the files that they remove. And if the directory
+        # was renamed, they have made another one.
+        try:
+            return not self.tells_by_name and self.index.is_in_place
+        except RETRYABLE:
+            return False
 
     @property
     def remembers_absences(self) -> bool:
