@@ -262,6 +262,14 @@ def parse_offline(value: object) -> bool:
     return bool(value)
 
 
+def check_prefix(prefix: object) -> str:
+    if not isinstance(prefix, str):
+        raise OptionTypeError(
+            f'invalid prefix: {prefix!r}. Give a key or a directory as text, or "" for everything.'
+        )
+    return prefix
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from zcache._options import (
     check_cache_store,
     check_clock,
     check_flag,
+    check_prefix,
     check_revalidate,
     check_source_id,
     check_store,
@@ -345,6 +347,22 @@ class CacheStore(Store):
         return self._cache.ages.metadata
 
     @property
+    def revalidate(self) -> Literal[False, True, "metadata"]:
+        """Whether values that are too old are compared before they are read again, or those of metadata."""
+        return self._cache.revalidate
+
+    @property
+    def stale_if_error(self) -> Age:
+        """Seconds past its age for which a value is served where the source raises, or "infinity"."""
+        seconds = self._cache.stale_if_error
+        return "infinity" if seconds == math.inf else seconds
+
+    @property
+    def offline(self) -> bool:
+        """Whether the source is never asked."""
+        return self._cache.offline
+
+    @property
     def cache_missing(self) -> bool:
         """Whether keys that the source does not have are remembered."""
         return self._cache.cache_missing
@@ -398,11 +416,11 @@ class CacheStore(Store):
             (reads that were not), ``evictions`` (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
             by requests, 0.0 where there were none); then ``negative_hits`` (reads that were answered because
             the key was known to be missing: neither hits nor misses), ``missing_keys`` (keys that are
-            remembered as missing now, as far as this process has looked), ``expirations`` (evictions of stale
+            remembered as missing, those among them that are too old to be answered so, as far as this process has looked), ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
-            gone, of another length or against their checksum), ``stale_hits`` (hits that were too old, because the
-            source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
+            gone, of another length or against their checksum), ``stale_hits`` (values, sizes and listings that
+            were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
             which it was left alone, because it kept failing or its index was locked). ``evictions``,
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
@@ -468,10 +486,12 @@ class CacheStore(Store):
 
         Raises
         ------
+        OptionTypeError
+            A `TypeError`: the prefix is no text.
         IndexLockTimeout
             While iterating: another process holds the lock of the index for more than a second.
         """
-        return CachedKeys(self._cache.shared, self._reader.ages, self._io, prefix)
+        return CachedKeys(self._cache.shared, self._reader.ages, self._io, check_prefix(prefix))
 
     async def invalidate(self, prefix: str = "") -> int:
         """Forget what is cached, so that it is read from the source again. The source stays as it is.
@@ -490,10 +510,12 @@ class CacheStore(Store):
 
         Raises
         ------
+        OptionTypeError
+            A `TypeError`: the prefix is no text.
         IndexLockTimeout, CacheUnreachableError
             If other processes that use the cache directory cannot be told.
         """
-        return await self._writer.invalidate(self._io, prefix)
+        return await self._writer.invalidate(self._io, check_prefix(prefix))
 
     def invalidate_sync(self, prefix: str = "") -> int:
         """Forget the same without an event loop; see `invalidate`.
@@ -503,6 +525,7 @@ class CacheStore(Store):
         SyncNotSupportedError
             A `TypeError`: the cache store has no synchronous methods.
         """
+        check_prefix(prefix)
         if self._cache.backend.needs_loop:
             raise SyncNotSupportedError(
                 f"invalidate_sync needs a cache store with synchronous methods, but {show(self._cache_store)} "
@@ -562,11 +585,11 @@ class CacheStore(Store):
             self.max_size != other.max_size
             or self.max_age_seconds != other.max_age_seconds
             or self.metadata_max_age_seconds != other.metadata_max_age_seconds
-            or self._cache.stale_if_error != other._cache.stale_if_error
-            or self._cache.offline != other._cache.offline
+            or self.stale_if_error != other.stale_if_error
+            or self.offline != other.offline
             or self.cache_missing != other.cache_missing
             or self.missing_max_age_seconds != other.missing_max_age_seconds
-            or self._cache.revalidate != other._cache.revalidate
+            or self.revalidate != other.revalidate
             or not same_cache(self._cache, other._cache)
         ):
             return False
@@ -586,11 +609,18 @@ class CacheStore(Store):
             size, entries = self._cache.ask(_size_and_entries)
         except IndexLockTimeout:
             size = entries = "unknown"
-        metadata = self.metadata_max_age_seconds
-        shown = "" if metadata is None else f"metadata_max_age_seconds={metadata!r}, "
+        options: dict[str, object] = {"max_age_seconds": self.max_age_seconds}
+        if self.metadata_max_age_seconds is not None:
+            options["metadata_max_age_seconds"] = self.metadata_max_age_seconds
+        options |= {
+            name: value
+            for name in ("revalidate", "stale_if_error", "offline")
+            if (value := getattr(self, name))
+        }
+        shown = "".join(f"{name}={value!r}, " for name, value in options.items())
         return (
             f"{type(self).__name__}(store={show(self._store)}, cache_store={show(self._cache_store)}, "
-            f"max_age_seconds={self.max_age_seconds!r}, {shown}max_size={self.max_size!r}, "
+            f"{shown}max_size={self.max_size!r}, "
             f"current_size={size}, cached_keys={entries})"
         )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CacheStore
@@ -16,6 +18,7 @@ from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from zarr.abc.store import Store
@@ -272,3 +275,109 @@ async def test_stale_listing_goes_on_where_the_source_stops(
     source.fail("list_dir", FileNotFoundError("a"))
     with pytest.raises(FileNotFoundError):
         await names_in(store, "a")
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers each request with the status that its server has."""
+
+    def do_GET(self) -> None:
+        status = self.server.status  # type: ignore[attr-defined]
+        body = b"12345" if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815 - so it is called
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def http() -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server.daemon_threads = True
+    server.status = 200
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("options", [{}, {"revalidate": True}])
+async def test_stale_value_of_http_is_served_where_fsspec_says_that_there_is_none(
+    http: Any, cache: Store, clock: FakeClock, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("aiohttp")
+    source = FsspecStore.from_url(
+        f"http://127.0.0.1:{http.server_port}", storage_options={"skip_instance_cache": True}
+    )
+    fs: Any = source.fs
+    async with await fs.set_session():  # Closed at the end.
+        store = opened(source, cache, clock, **options)
+        assert await read_through(store, "a") == b"12345"
+        clock.advance(10)
+        for status in (503, 403):
+            http.status = status
+            assert await read(store, "a") == b"12345"
+            assert await store.getsize("a") == 5
+        assert store.cache_stats()["stale_hits"] == 4
+        http.status = 404
+        with pytest.raises(FileNotFoundError):
+            await store.getsize("a")
+        assert await read(store, "a") is None
+        assert store.cache_stats()["stale_hits"] == 4
+
+
+def caused(cause: BaseException) -> FileNotFoundError:
+    error = FileNotFoundError("a")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_served"),
+    [
+        (caused(ConnectionRefusedError()), True),
+        (caused(TimeoutError()), True),
+        (caused(caused(PermissionError())), True),
+        (caused(FileNotFoundError()), False),
+        (caused(IsADirectoryError()), False),
+        (caused(RuntimeError("404")), False),
+        (FileNotFoundError("a"), False),
+    ],
+)
+async def test_stale_size_by_the_cause_of_the_error(
+    source: StoreDouble, cache: Store, clock: FakeClock, error: Exception, is_served: bool
+) -> None:
+    store = opened(source, cache, clock)
+    await fill(store, a=b"12345")
+    assert await read_through(store, "a") == b"12345"
+    clock.advance(10)
+    source.fail("getsize", error)
+    if is_served:
+        assert await store.getsize("a") == 5
+    else:
+        with pytest.raises(FileNotFoundError):
+            await store.getsize("a")
+
+
+@pytest.mark.parametrize(("given", "words"), [(20, "up to 20 s past"), ("infinity", "of any age")])
+async def test_stale_log_says_how_old(
+    source: StoreDouble,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    given: Any,
+    words: str,
+) -> None:
+    store = opened(source, MemoryStore(), clock, stale_if_error=given)
+    await fill(store, a=b"1")
+    clock.advance(10)
+    source.fail("get", OSError("down"))
+    with caplog.at_level(logging.WARNING, "zcache"):
+        assert await read(store, "a") == b"1"
+    assert words in caplog.text

@@ -12,7 +12,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CacheStore
-from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
+from zcache.exceptions import IndexLockTimeout, OptionTypeError, SyncNotSupportedError
 from zcache.testing import FakeClock, StoreDouble, entries, missing_keys
 
 if TYPE_CHECKING:
@@ -221,3 +221,14 @@ async def test_control_where_the_lock_is_held_says_so(
     await asyncio.sleep(0)
     assert await store.get("g/a", PROTOTYPE) is not None
     assert entries(store)
+
+
+@pytest.mark.parametrize("prefix", [None, 1, b"a"])
+async def test_prefix_that_is_no_text_raises(prefix: Any) -> None:
+    store = CacheStore(MemoryStore())
+    with pytest.raises(OptionTypeError, match=f"invalid prefix: {prefix!r}. Give a key"):
+        await store.invalidate(prefix)
+    with pytest.raises(OptionTypeError, match="invalid prefix"):
+        store.invalidate_sync(prefix)
+    with pytest.raises(OptionTypeError, match="invalid prefix"):
+        store.cached_keys(prefix)

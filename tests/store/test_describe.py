@@ -122,6 +122,20 @@ async def test_text() -> None:
     assert "max_age_seconds='infinity', max_size=None, " in repr(Mine(source))
 
 
+def test_options_of_freshness_are_shown() -> None:
+    store = CacheStore(MemoryStore(), revalidate="metadata", stale_if_error=1.5, offline=True)
+    text = "max_age_seconds='infinity', revalidate='metadata', stale_if_error=1.5, offline=True, max_size"
+    for same in (store, store.with_read_only(True), pickle.loads(pickle.dumps(store))):
+        assert (same.revalidate, same.stale_if_error, same.offline) == ("metadata", 1.5, True)
+        assert text in repr(same)
+        for name in ("revalidate", "stale_if_error", "offline"):
+            with pytest.raises(AttributeError):
+                setattr(same, name, False)
+    plain = CacheStore(MemoryStore(), offline=False)
+    assert (plain.revalidate, plain.stale_if_error, plain.offline) == (False, 0, False)
+    assert CacheStore(MemoryStore(), stale_if_error="infinity").stale_if_error == "infinity"
+
+
 def test_equal(tmp_path: Path) -> None:
     source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
     options: dict[str, Any] = {"max_size": 100, "max_age_seconds": 60}

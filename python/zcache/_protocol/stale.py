@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from zcache._backends.base import ABSENT
 from zcache._core import Index, is_cacheable_key
 from zcache._index.handle import LOCK_TIMEOUT
+from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -146,12 +147,13 @@ class StaleValues:
                 self._said = now
         if not is_known:
             # Not the error itself: it may show what nobody is to see.
+            seconds = self._seconds
             logger.warning(
-                "the source %s raised %s: values that are older than max_age_seconds are served in its place, up to "
-                "%s s past their age (stale_if_error). This is said once a minute.",
+                "the source %s raised %s: values that are older than max_age_seconds are served in its place, %s "
+                "(stale_if_error). This is said once a minute.",
                 self._source_name,
                 type(error).__name__,
-                self._seconds,
+                "of any age" if seconds == math.inf else f"up to {seconds:g} s past their age",
             )
 
 
@@ -163,4 +165,4 @@ def _says_missing(error: BaseException) -> bool:
     """Whether an error is the answer that there is no such key."""
     if isinstance(error, BaseExceptionGroup):
         return all(_says_missing(one) for one in error.exceptions)
-    return isinstance(error, (FileNotFoundError, KeyError))
+    return isinstance(error, KeyError) or says_missing(error)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _OWN_WORDS: Final = (FsspecStore, ObjectStore)
 """Stores that pass on what another library says."""
+_GONE: Final = (404, 410)
+"""Answers of HTTP that there is no such key."""
 
 
 class _Nothing:
@@ -110,11 +112,25 @@ async def raise_for_ranges(
     raise BaseExceptionGroup("a range of a missing key was asked for", [missing])
 
 
-def says_missing(error: BaseExceptionGroup[BaseException]) -> bool:
+def says_missing(error: BaseException) -> bool:
     """Whether all that went wrong is that there is no such key."""
-    return all(
-        says_missing(one)
-        if isinstance(one, BaseExceptionGroup)
-        else isinstance(one, FileNotFoundError)
-        for one in error.exceptions
-    )
+    if isinstance(error, BaseExceptionGroup):
+        return all(says_missing(one) for one in error.exceptions)
+    if not isinstance(error, FileNotFoundError):
+        return False
+    # fsspec over HTTP raises one for whatever keeps it from the size, and says what that was.
+    cause = error.__cause__
+    return cause is None or not _is_failure(cause)
+
+
+def _is_failure(cause: BaseException) -> bool:
+    """Whether a source did not get to the answer that there is no such key, as its library tells it."""
+    status = getattr(cause, "status", None)
+    if isinstance(status, int) and status:
+        return status not in _GONE
+    if isinstance(cause, FileNotFoundError):
+        return not says_missing(cause)
+    if isinstance(cause, (IsADirectoryError, NotADirectoryError)):
+        return False
+    modules = {kind.__module__ for kind in type(cause).__mro__}
+    return isinstance(cause, OSError) or "aiohttp.client_exceptions" in modules
