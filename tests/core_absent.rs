@@ -103,6 +103,8 @@ struct Flight {
     range: ByteRange,
     ticket: Ticket,
     begun: u64,
+    /// Absences that had been made by then.
+    made: u64,
     valid: bool,
 }
 
@@ -114,6 +116,9 @@ struct World {
     writing: Vec<&'static str>,
     /// Keys that are missing and when that was learned, least recently used first.
     absent: Vec<(&'static str, u64)>,
+    /// The number of each, and how many were ever made.
+    numbers: HashMap<&'static str, u64>,
+    made: u64,
     /// What is cached, and when it was fetched.
     live: HashMap<(&'static str, ByteRange), u64>,
 }
@@ -122,6 +127,18 @@ impl World {
     fn drop_key(&mut self, key: &str) {
         self.absent.retain(|(absent, _)| *absent != key);
         self.live.retain(|(live, _), _| *live != key);
+    }
+
+    /// A document that makes a node real was found by a read that began when so many absences had been made.
+    fn drop_older(&mut self, key: &str, made: u64) {
+        let (node, name) = key.split_at(key.rfind('/').map_or(0, |slash| slash + 1));
+        if !NODES.contains(&name) {
+            return;
+        }
+        self.absent.retain(|(absent, _)| {
+            let other = absent.strip_prefix(node).unwrap_or("");
+            NODES.contains(&other) || !DOCUMENTS.contains(&other) || self.numbers[absent] > made
+        });
     }
 
     fn void(&mut self, covers: impl Fn(&str) -> bool) {
@@ -174,6 +191,7 @@ impl World {
                         range,
                         ticket,
                         begun,
+                        made: self.made,
                         valid,
                     });
                 }
@@ -196,6 +214,8 @@ impl World {
                     self.drop_key(flight.key);
                     if kept {
                         self.absent.push((flight.key, flight.begun));
+                        self.made += 1;
+                        self.numbers.insert(flight.key, self.made);
                     }
                 }
             }
@@ -208,6 +228,9 @@ impl World {
                     let done = self.cache.commit(id, None, self.now).unwrap().unwrap();
                     assert_eq!(done.victims, []);
                     self.absent.retain(|(absent, _)| *absent != key);
+                    if range == ByteRange::Full {
+                        self.drop_older(key, flight.made);
+                    }
                     self.live.insert((key, range), self.now);
                 } else {
                     let _ = self.cache.complete_flight(key, flight.ticket);
@@ -320,6 +343,8 @@ proptest! {
             flights: Vec::new(),
             writing: Vec::new(),
             absent: Vec::new(),
+            numbers: HashMap::new(),
+            made: 0,
             live: HashMap::new(),
         };
         for step in steps {

@@ -71,7 +71,7 @@ pub struct Cell {
     /// CRC32C of the value; see [`Cell::checksum`]. Dir: most slashes in the name of an absence in it.
     checksum: u32,
     /// Entry: bytes of the value, and above them a check; see [`Cell::size`]. Dir, Object: hash of the path
-    /// from the root.
+    /// from the root. Absent: its number.
     size: u64,
     /// Name below the parent, or where the string arena has it; see [`STORED`].
     pub label: [u8; 8],
@@ -188,6 +188,17 @@ impl Cell {
     /// Sets the hash of the path of a Dir or Object.
     pub fn set_hash(&mut self, hash: u64) {
         self.size = hash;
+    }
+
+    /// Number of an absence, in the order in which they were made.
+    #[must_use]
+    pub(crate) fn absence_number(&self) -> u64 {
+        self.size
+    }
+
+    /// Sets the same.
+    pub(crate) fn set_absence_number(&mut self, number: u64) {
+        self.size = number;
     }
 
     /// Tells this entry from a later one in the same cell.

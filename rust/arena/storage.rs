@@ -31,6 +31,8 @@ pub struct Header {
     pub live_entries: u64,
     /// Absences.
     pub absences: u64,
+    /// Absences that were ever made.
+    pub absences_made: u64,
     /// First free cell, or 0.
     pub free: u32,
     /// Cells in the list of free ones.

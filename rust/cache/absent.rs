@@ -6,7 +6,8 @@
 //! recently used first.
 //!
 //! Metadata documents are asked for where there may be none yet, so the absence of one counts only
-//! while another one shows that there is a node: see [`Cache::knows_absent`].
+//! while another one shows that there is a node, and that of attributes only if it was learned after the
+//! source was last asked for that one: see [`Cache::knows_absent`] and [`Cache::drop_older_absences`].
 
 use super::cache::{BATCH, Cache, Found, Freshness, Tally, Victim};
 use super::entry::SKEW;
@@ -51,6 +52,11 @@ pub enum Answer<F> {
     PerhapsAbsent,
     /// Only the source can tell.
     Unknown,
+}
+
+/// The node of a metadata document, with a slash unless it is the root, and its name.
+fn split_document(key: &str) -> (&str, &str) {
+    key.split_at(key.rfind('/').map_or(0, |slash| slash + 1))
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -129,12 +135,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             Err(error) => return Err(error),
         };
         let epoch = self.epoch();
-        let cell = self.arena.get_mut(i)?;
-        cell.set_time(fetched.max(1));
-        cell.later = epoch;
-        self.arena.link(List::Absences, i, true)?;
         let header = self.arena.header_mut();
         header.absences = header.absences.saturating_add(1);
+        header.absences_made = header.absences_made.saturating_add(1);
+        let number = header.absences_made;
+        let cell = self.arena.get_mut(i)?;
+        cell.set_time(fetched.max(1));
+        cell.set_absence_number(number);
+        cell.later = epoch;
+        self.arena.link(List::Absences, i, true)?;
         self.tell_absences();
         Ok(())
     }
@@ -167,6 +176,26 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             && let Some(i) = self.arena.find_absence(key)?
         {
             self.remove_absence(i)?;
+        }
+        Ok(())
+    }
+
+    /// The source has this document, of which a flight was opened: if it makes a node real, the absences of
+    /// what belongs to the node end that were made before that, when there may have been no node.
+    ///
+    /// A node has one of the documents that make it real, so the absences of the others hold.
+    pub(super) fn drop_older_absences(&mut self, key: &str, ticket: Ticket) -> Result<()> {
+        let (node, name) = split_document(key);
+        if self.absences() == 0 || !NODES.contains(&name) {
+            return Ok(());
+        }
+        let made = self.flights.absences_made(key, ticket).unwrap_or(u64::MAX);
+        for other in DOCUMENTS.into_iter().filter(|other| !NODES.contains(other)) {
+            if let Some(i) = self.arena.find_absence(&format!("{node}{other}"))?
+                && self.arena.get(i)?.absence_number() <= made
+            {
+                self.remove_absence(i)?;
+            }
         }
         Ok(())
     }
@@ -238,7 +267,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Whether the absence of a key can be believed, or an entry shows that its node is there.
     fn is_vouched_for(&self, key: &str, fresh: Freshness) -> Result<bool> {
-        let (node, name) = key.split_at(key.rfind('/').map_or(0, |slash| slash + 1));
+        let (node, name) = split_document(key);
         if !DOCUMENTS.contains(&name) {
             return Ok(true);
         }

@@ -6,6 +6,7 @@ use super::peers::Peers;
 use super::reserve::Reservation;
 use crate::arena::State;
 use crate::error::Result;
+use crate::key::ByteRange;
 use crate::policy::Eviction;
 
 /// The outcome of a commit.
@@ -49,6 +50,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.release_reserved(&mut reservation);
         let victims = if self.is_valid(&reservation) {
             self.drop_absence(&reservation.key)?;
+            if reservation.range == ByteRange::Full {
+                self.drop_older_absences(&reservation.key, reservation.ticket)?;
+            }
             self.make_live(reservation.cell, checksum, fetched, now)?;
             self.keep_validator(&reservation)?;
             Vec::new()

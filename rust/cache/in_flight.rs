@@ -28,6 +28,8 @@ struct Flight<T> {
     version: Version,
     /// Milliseconds: what it replaces is older.
     max_age: Option<u64>,
+    /// Absences that had been made when the flight was opened.
+    absences_made: u64,
     /// Validator of what its reader has read, to be kept with that.
     validator: Option<Box<str>>,
     /// What the readers wait on; `None` for the copy that a writer puts into the cache.
@@ -222,6 +224,7 @@ impl<T: Clone> Flights<T> {
         payload: Option<T>,
         version: Version,
         max_age: Option<u64>,
+        absences_made: u64,
     ) -> Ticket {
         let ticket = self.next;
         self.next += 1;
@@ -231,6 +234,7 @@ impl<T: Clone> Flights<T> {
             invalidated: false,
             version,
             max_age,
+            absences_made,
             validator: None,
             payload,
             joined: false,
@@ -272,6 +276,12 @@ impl<T: Clone> Flights<T> {
     #[must_use]
     pub(crate) fn max_age(&self, key: &str, ticket: Ticket) -> Option<u64> {
         self.by_key.get(key)?.get(ticket)?.max_age
+    }
+
+    /// Absences that had been made when a flight was opened.
+    #[must_use]
+    pub(crate) fn absences_made(&self, key: &str, ticket: Ticket) -> Option<u64> {
+        Some(self.by_key.get(key)?.get(ticket)?.absences_made)
     }
 
     /// Notes the validator of what the reader of a flight has read.

@@ -52,9 +52,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.announce_write(key, false);
         }
         let version = self.version(key);
+        let made = self.arena.header().absences_made;
         let open = || {
             self.flights
-                .open(key, ByteRange::Full, payload, version, None)
+                .open(key, ByteRange::Full, payload, version, None, made)
         };
         let ticket = (ok && alone).then(open);
         Ok((victims, ticket))

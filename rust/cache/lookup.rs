@@ -169,10 +169,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(match self.flights.join(key, range, version) {
             Some((range, payload)) => Joined::Follow(range, payload),
             None => {
-                let max_age = fresh.max_age;
+                let (max_age, made) = (fresh.max_age, self.arena.header().absences_made);
                 let ticket = self
                     .flights
-                    .open(key, range, Some(payload), version, max_age);
+                    .open(key, range, Some(payload), version, max_age, made);
                 Joined::Lead(ticket)
             }
         })

@@ -79,6 +79,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 self.date_anew(i, fetched, now)?;
             }
         }
+        self.drop_older_absences(key, ticket)?;
         // Its handle has changed together with its time.
         let found = self.peek(key, range, now)?;
         if let Some(found) = &found {

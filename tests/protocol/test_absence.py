@@ -331,9 +331,87 @@ async def test_missing_document_counts_beside_one_that_makes_its_node_real(
     await read(store, missing)
     assert source.take() == {"get": 3}, "who waits for a node sees it at once"
     await read(store, node + other)
+    await read(store, missing)
     source.take()
     await read(store, missing)
     assert source.take() == ({} if other in NODES else {"get": 1})
+
+
+async def appears(source: StoreDouble, node: str, *names: str) -> None:
+    """Another writer makes a node."""
+    for name in names:
+        await source.inner.set(node + name, buf(name.encode()))
+
+
+async def seen(store: CacheStore, node: str, *names: str) -> list[bytes | None]:
+    return [await read(store, node + name) for name in names]
+
+
+@pytest.mark.parametrize("node", ["", "g/"])
+@pytest.mark.parametrize("first", NODES)
+async def test_who_waits_for_a_node_sees_all_its_documents(
+    store: CacheStore, source: StoreDouble, node: str, first: str
+) -> None:
+    names = (first, ".zattrs", ".zmetadata")
+    for _ in range(2):
+        assert await seen(store, node, *names) == [None] * len(names)
+    await appears(source, node, *names)
+    assert await seen(store, node, *names) == [name.encode() for name in names]
+    await check_quiet(store)
+
+
+async def test_node_that_is_made_anew_is_seen_with_all_its_documents(
+    cache: Store, clock: FakeClock
+) -> None:
+    source = StoreDouble(
+        LocalStore(cache.root.parent / "s") if isinstance(cache, LocalStore) else MemoryStore()
+    )
+    store = CacheStore(
+        source,
+        cache_store=cache,
+        clock=clock,
+        source_id="s",
+        max_age_seconds={"**/.zarray": 10},
+        revalidate=True,
+    )
+    await appears(source, "", ".zarray")
+    assert await seen(store, "", ".zarray", ".zattrs") == [b".zarray", None]
+    await drained(store)
+    # What is compared, and is the same, may be that of another node.
+    await appears(source, "", ".zattrs")
+    clock.advance(10)
+    assert await seen(store, "", ".zarray", ".zattrs") == [b".zarray", b".zattrs"]
+    await source.inner.delete(".zarray")
+    await source.inner.delete(".zattrs")
+    await store.invalidate(".zattrs")
+    clock.advance(10)
+    assert await seen(store, "", ".zarray", ".zattrs") == [None, None]
+    await appears(source, "", ".zarray", ".zattrs")
+    assert await seen(store, "", ".zarray", ".zattrs") == [b".zarray", b".zattrs"]
+
+
+async def test_document_written_through_the_cache_ends_what_was_missing_beside_it(
+    store: CacheStore, source: StoreDouble
+) -> None:
+    assert await seen(store, "", ".zarray", ".zattrs") == [None, None]
+    await appears(source, "", ".zattrs")
+    await store.set(".zarray", buf(b"{}"))
+    await drained(store)
+    assert await seen(store, "", ".zarray", ".zattrs") == [b"{}", b".zattrs"]
+
+
+async def test_documents_that_are_asked_for_together_are_remembered_as_missing(
+    store: CacheStore, source: StoreDouble
+) -> None:
+    names = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+    await appears(source, "", "zarr.json")
+    await read(store, "elsewhere")
+    for _ in range(2):
+        await asyncio.gather(*(read(store, name) for name in names))
+        await drained(store)
+    source.take()
+    assert await seen(store, "", *names) == [b"zarr.json", None, None, None]
+    assert source.take() == {}
 
 
 async def test_missing_document_counts_while_the_other_one_is_fresh(
