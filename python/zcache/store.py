@@ -946,7 +946,7 @@ class CacheStore(Store):
         return sum(await concurrent_map(keys, size_of, limit=config.get("async.concurrency")))
 
     async def _cached_size(self, key: str) -> int | Literal[False] | None:
-        return await self._hits.cached_size(self._io, key) if is_cacheable_key(key) else None
+        return await self._reader.known_size(self._io, key) if is_cacheable_key(key) else None
 
     # ------------------------------------------------------------ writes
 

@@ -106,8 +106,8 @@ class Batch:
                 missing.append(number)
         if ready:
             yield ready
-        if reader.offline and await reader.hits.wait_until_complete(self._io):
-            yield await self._look_again(missing)
+        if reader.offline and (found := await self._look_offline(missing)):
+            yield found
         if missing or self._direct:
             async with contextlib.aclosing(self._bring(missing)) as groups:
                 async for group in groups:
@@ -144,16 +144,21 @@ class Batch:
                 slow.append((number, hit))
         return ready, missing, slow
 
-    async def _look_again(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
-        """What is there by now of what was missing, which is taken out."""
+    async def _look_offline(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
+        """What is there by now of what was missing, or cannot be there at all, which is taken out."""
+        hits = self._reader.hits
+        again = await hits.wait_until_complete(self._io)
         found: list[tuple[int, Buffer | None]] = []
         for number in missing:
             asked = self._asked[number]
             assert asked is not None
-            self._reader.hits.retract_miss()
-            is_answer, value = await self._reader.hits.cached(
-                self._io, asked[0], self._prototype, asked[1]
-            )
+            is_answer, value = False, None
+            if again:
+                hits.retract_miss()
+                is_answer, value = await hits.cached(self._io, asked[0], self._prototype, asked[1])
+            if not is_answer and await hits.is_ruled_out(self._io, asked[0]):
+                hits.recount_as_negative_hit()
+                is_answer = True
             if is_answer:
                 found.append((number, value))
         missing[:] = set(missing) - {number for number, _ in found}

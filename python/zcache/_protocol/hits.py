@@ -216,6 +216,21 @@ class Hits:
         except IndexLockTimeout:
             return None
 
+    async def is_ruled_out(self, io: IO, key: str) -> bool:
+        """Whether a cached document of a node says that it has no document of this key.
+
+        A node has one of those that make it real. Without ``.zmetadata`` it reads the same, and beside
+        ``zarr.json``, which holds the attributes, there is no ``.zattrs``.
+        """
+        node, slash, name = key.rpartition("/")
+        if name not in METADATA:
+            return False
+        others = NODES[:1] if name == ".zattrs" else [other for other in NODES if other != name]
+        for other in others:
+            if await self.cached_size(io, f"{node}{slash}{other}"):
+                return True
+        return False
+
     async def serve_found(
         self,
         io: IO,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from zcache._backends.base import FillJob
+from zcache._backends.base import ABSENT, FillJob
 from zcache._core import Index, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, ignore
 from zcache._protocol.hits import BUSY, Hits
@@ -161,7 +161,20 @@ class Reader:
             is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
             if is_answer:
                 return value
+        if await self.hits.is_ruled_out(io, key):
+            self.hits.recount_as_negative_hit()
+            return None
         raise miss(key)
+
+    async def known_size(self, io: IO, key: str) -> int | Literal[False] | None:
+        """Bytes of a value that is cached as a whole; `ABSENT`; or None where that is not known."""
+        size = await self.hits.cached_size(io, key)
+        if size is None and self.offline:
+            if await self.hits.wait_until_complete(io):
+                size = await self.hits.cached_size(io, key)
+            if size is None and await self.hits.is_ruled_out(io, key):
+                return ABSENT
+        return size
 
     async def _fetch_in_turn(
         self,
