@@ -230,6 +230,8 @@ class FillQueue:
             completed = self.filler.completed
             self.collect()
             if self.filler.is_idle:
+                # What has ended since: it would keep its cache alive.
+                self.collect()
                 self._forget_lost(last)
             with self._lock:
                 first = next(iter(self._pending), None)
