@@ -932,6 +932,31 @@ async def test_bound_holds_while_fills_are_pending(source: StoreDouble) -> None:
     await check_quiet(store)
 
 
+async def test_drain_keeps_nothing_of_a_fill_that_ends_between_two_looks(
+    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep its cache alive, and the next store of the directory would have the old index."""
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source")
+    # Nobody but the drain looks.
+    store._cache.shared.place.on_idle = lambda: None
+    collect, looks = DirectoryFiller.collect, list[int]()
+
+    def too_early(self: DirectoryFiller) -> Sequence[Any]:
+        looks.append(1)
+        if len(looks) > 1:
+            return collect(self)
+        end = time.monotonic() + HANGS
+        while not self.is_idle and time.monotonic() < end:
+            time.sleep(0.001)
+        return ()
+
+    assert await read(store, "k") == VALUE
+    monkeypatch.setattr(DirectoryFiller, "collect", too_early)
+    assert await store.drain()
+    assert len(looks) > 1
+    assert not store._cache.shared.fills.filler._jobs
+
+
 @pytest.mark.parametrize("lost", ["results", "notes"])
 async def test_offer_after_an_interrupt_took_what_was_collected_has_its_room(
     tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch, lost: str
