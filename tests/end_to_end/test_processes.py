@@ -146,11 +146,21 @@ async def test_slots_all_taken_the_source_serves_until_one_is_free(
     del late
     gc.collect()
     os.close(others.pop())
-    last = open_store(tmp_path, max_size=100)
-    assert await read(last, "a") == b"1"
-    assert reads_of(tmp_path / "source") == ["a", "a"]
+    for _ in range(100):
+        known = len(reads_of(tmp_path / "source"))
+        last = open_store(tmp_path, max_size=100)
+        assert await read(last, "a") == b"1"
+        if len(reads_of(tmp_path / "source")) == known:
+            break
+        # What has given up may be looking for a slot just now, and have this one.
+        last = None
+        gc.collect()
+        await asyncio.sleep(0.1)
+    else:
+        pytest.fail("it is never free")
     for other in others:
         os.close(other)
+    assert last is not None
     await check_quiet(last)
 
 
