@@ -12,13 +12,14 @@ import pytest
 from zarr.storage import LocalStore, MemoryStore
 
 from storm import get
-from support import buf, drained_sync
+from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
 from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.recovery import Recovery
 from zcache._index import shared
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import SyncIO
+from zcache.testing import is_complete, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -333,3 +334,24 @@ def test_directory_of_another_source_that_is_only_read_is_left_alone(
     put(other, KEYS[1], b"new")
     assert get(other, KEYS[1]) == b"new"
     assert (tmp_path / KEYS[1]).read_bytes() == b"old"
+
+
+async def test_rebuild_of_an_index_that_was_given_up_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = MemoryStore({f"{n}": buf(b"value") for n in range(5)})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source")
+    for key in source._store_dict:
+        await read(store, key)
+    assert store.drain_sync()
+    del store
+    (tmp_path / ".zcache/index/head").unlink()
+    with monkeypatch.context() as patch:
+        # It has stopped half way.
+        patch.setattr("zcache._backends.directory.scan.Scanner.rebuild", lambda *_: None)
+        store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source")
+        assert not is_complete(store)
+        store._cache.shared.handle.abandon(OSError("gone for a moment"))
+    store._cache.shared.place.recovery.come_back_now()
+    await until(lambda: is_complete(store))
+    assert len(stored_sizes(store)) == 5

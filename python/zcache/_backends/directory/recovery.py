@@ -118,7 +118,8 @@ class Recovery:
                 until = time.monotonic() + REBUILD_PATIENCE
                 index, is_new = layout.open_index(handle.limits, until)
             else:
-                index, is_new = lost, lost.rejoin(new_seed())
+                # A rebuild of its own has stopped as the index was given up, and nobody else makes it up.
+                index, is_new = lost, lost.rejoin(new_seed()) or lost.adopt([])
             layout.stamp.check(adopt=False)
             layout.note_doubt()
             if layout.stamp.is_foreign:
