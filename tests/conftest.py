@@ -11,10 +11,12 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 
+from zcache._backends.directory.rebuild import Rebuild
 from zcache.testing import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
 
 # Nothing here is about time, and stores do I/O: no deadline. zarr's strategies filter a lot.
 _COMMON: dict[str, Any] = {
@@ -111,3 +113,18 @@ def block_size(monkeypatch: pytest.MonkeyPatch) -> int | None:
     """
     monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", 1)
     return 1
+
+
+@pytest.fixture(autouse=True)
+def patient_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the opening of a directory wait until its index is rebuilt, however busy the machine is.
+
+    A test that shortens the wait has its own way.
+    """
+    wait = Rebuild.wait
+
+    def wait_longer(self: Rebuild, work: Future[None], seconds: float | None) -> None:
+        is_shortened = seconds is not None and seconds < 0.1
+        wait(self, work, seconds if is_shortened else 60)
+
+    monkeypatch.setattr(Rebuild, "wait", wait_longer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import os
@@ -23,6 +24,8 @@ from support import check_quiet, read
 from zcache import CacheStore
 from zcache._backends.directory import files, rebuild
 from zcache._backends.directory.scan import Scanner
+from zcache._core import CorruptIndexError
+from zcache.testing import is_complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,10 +120,43 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
         self.outdate()
         return without_tombstones(self, found)
 
-    monkeypatch.setattr(Scanner, "_without_tombstones", late)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scanner, "_without_tombstones", late)
+        store = open_store(where)
+        assert store.cache_info()["cached_keys"] == 0
+        assert await read_all(store) == VALUES
+    # Nobody else fills it: the next look for what has died does.
+    deadline = time.monotonic() + LONGEST
+    while not is_complete(store) and time.monotonic() < deadline:
+        assert await read_all(store) == VALUES
+        await asyncio.sleep(0.01)
+    assert store.cache_info()["cached_keys"] == len(KEYS)
+
+
+async def test_rebuild_damage_told_by_two_threads_is_filled_once_more(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one ends the scan of the first one, which alone had emptied the index."""
     store = open_store(where)
-    assert store.cache_info()["cached_keys"] == 0
+    walks, go = threading.Event(), threading.Event()
+    find = files.Finder.find
+
+    def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
+        walks.set()
+        assert go.wait(LONGEST)
+        yield from find(*args)
+
+    monkeypatch.setattr(files.Finder, "find", slow)
+    recovery = store._cache.shared.place.recovery
+    with contextlib.suppress(CorruptIndexError):
+        store._cache.shared.handle.index.mark_corrupt()
+    recovery.start_over("damaged")
+    assert walks.wait(LONGEST)
+    recovery.start_over("damaged, another one says")
+    go.set()
+    await complete(store)
     assert await read_all(store) == VALUES
+    assert store.cache_stats()["misses"] == 0
 
 
 @pytest.mark.parametrize("read_only", [False, True])

@@ -11,6 +11,7 @@ from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
     from zcache._backends.directory.layout import Layout
+    from zcache._core import Index
 
 REBUILD_PATIENCE: Final = LOCK_TIMEOUT
 """Seconds that the opening of a directory waits in all, for the lock of its index, a rebuild, or another
@@ -33,8 +34,8 @@ class Rebuild:
         # A rebuild keeps nothing alive: once all stores are gone it comes to nothing, and the next process
         # that opens the directory sees that its rebuild owner is gone.
         self._handle = weakref.ref(handle)
-        # Why the index has to be filled, where no thread could be started for that.
-        self._due: str | None = None
+        self._why = ""
+        self._work: Future[None] | None = None
 
     def here(self, why: str) -> None:
         """Fill the index in this thread."""
@@ -44,20 +45,20 @@ class Rebuild:
     def begin(self, why: str) -> Future[None] | None:
         """Fill the index in the background.
 
-        None where no thread can be started: it is tried again, unless there is so little to scan that it was
+        None where no thread can be started: `Recovery` tries again, unless there is so little to scan that it was
         done here.
         """
-        self._due = None
+        self._why = why
         scanner, handle = self._layout.scanner, self._handle
         try:
-            return run_in_background(lambda: scanner.rebuild(lambda: _usable(handle()), why))
+            self._work = run_in_background(lambda: scanner.rebuild(lambda: _usable(handle()), why))
         except RuntimeError:  # No thread, or the process is about to end.
-            pass
+            self._work = None
+        else:
+            return self._work
         # There is no stamp where the directory is only read from.
         if not scanner.only_looks and (self._layout.stamp.is_foreign or self._layout.is_empty()):
             self.here(why)
-        else:
-            self._due = why
         return None
 
     def begin_watched(self, why: str) -> None:
@@ -66,10 +67,16 @@ class Rebuild:
         if work is not None:
             self.watch(work)
 
-    def begin_if_due(self) -> None:
-        """Begin what no thread could be started for."""
-        if self._due is not None:
-            self.begin_watched(self._due)
+    def is_stopped(self, index: Index) -> bool:
+        """Whether the index is this process's to fill, and nothing fills it.
+
+        No thread could be started, or the scan was ended because somebody was about to empty the index.
+        """
+        return (self._work is None or self._work.done()) and index.adopt([])
+
+    def go_on(self) -> None:
+        """Begin again what has stopped."""
+        self.begin_watched(self._why)
 
     def wait(self, work: Future[None], seconds: float | None) -> None:
         """Wait for a rebuild; after `seconds` it goes on in the background."""

@@ -71,7 +71,8 @@ class Recovery:
         try:
             layout.check()
             layout.scanner.outdate()
-            ours = index.restart(new_seed())
+            # Where another thread was faster, the scan that has just been outdated was its.
+            ours = index.restart(new_seed()) or index.adopt([])
             # Somebody may have removed the directory meanwhile, and others may have made it anew.
             layout.check()
             layout.note_doubt()
@@ -146,24 +147,26 @@ class Recovery:
         if now - self._last_reclaim < RECLAIM_EVERY:
             return
         self._last_reclaim = now
-        self._rebuild.begin_if_due()
         index = handle.index
-        if not index.shared or self._filler.reads_only:
-            return
+        is_shared = index.shared and not self._filler.reads_only
         # Where the directory itself is gone, the step finds out.
         with contextlib.suppress(OSError):
-            self._layout.stamp.keep()
-            self._layout.make_folders()
+            if is_shared:
+                self._layout.stamp.keep()
+                self._layout.make_folders()
         try:
-            dead, rebuild_owner_died = index.reclaim_dead()
+            dead, rebuild_owner_died = index.reclaim_dead() if is_shared else ([], False)
             if dead:
                 self._layout.temporary.sweep()
+            is_stopped = self._rebuild.is_stopped(index)
         except CorruptIndexError as error:
             handle.resolve(error)
             return
         except (RuntimeError, OSError):
             return
-        if rebuild_owner_died:
+        if is_stopped:
+            self._rebuild.go_on()
+        elif rebuild_owner_died:
             # In a thread, for that reads and makes files.
             handle.resolve(CorruptIndexError("the process that rebuilt it has died"))
 
