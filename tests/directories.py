@@ -37,9 +37,9 @@ def reads(source: StoreDouble) -> int:
     return source.take()["get"]
 
 
-def is_in_use(where: Path) -> bool:
+def is_in_use(cache: Path) -> bool:
     """Whether any process has the index open, by a store that waits to be collected too."""
-    for slot in (where / "cache" / INDEX).glob("p*"):
+    for slot in (cache / INDEX).glob("p*"):
         file = os.open(slot, os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,9 +50,9 @@ def is_in_use(where: Path) -> bool:
     return False
 
 
-async def closed(where: Path) -> None:
+async def closed(where: Path, cache: str = "cache") -> None:
     """Wait until no process uses the directory, so that the next store opens it anew."""
-    while is_in_use(where):
+    while is_in_use(where / cache):
         # What waits to be collected does not count.
         gc.collect()
         await asyncio.sleep(0.01)

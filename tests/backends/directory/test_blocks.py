@@ -12,6 +12,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
+from directories import closed
 from support import buf, read, until
 from zcache import CacheStore
 from zcache.testing import check_invariants_async, stored_sizes
@@ -72,6 +73,7 @@ async def test_current_size_is_what_the_disk_holds(tmp_path: Path) -> None:
     await store.delete_dir("a/c/3")
     assert store.cache_info()["current_size"] == usage(tmp_path)
     del store
+    await closed(tmp_path, ".")
     for path in (tmp_path / ".zcache/index").iterdir():
         path.unlink()
     store = open_store(tmp_path, source, max_size=10_000_000)

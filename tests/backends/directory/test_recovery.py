@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+from directories import closed
 from storm import get
 from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
@@ -345,6 +346,7 @@ async def test_rebuild_of_an_index_that_was_given_up_is_made_up_for(
         await read(store, key)
     assert store.drain_sync()
     del store
+    await closed(tmp_path, ".")
     (tmp_path / ".zcache/index/head").unlink()
     with monkeypatch.context() as patch:
         # It has stopped half way.
