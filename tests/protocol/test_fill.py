@@ -25,6 +25,7 @@ from support import (
     count_turns,
     quiet,
     read,
+    read_through,
     threads,
     until,
     value_sync,
@@ -473,6 +474,35 @@ async def test_a_listing_that_never_ends_holds_nothing_up(
     assert await read(store, "k") == b"new"
     await check_quiet(store)
     assert stored_sizes(store) == {"k": 3}
+
+
+@pytest.mark.parametrize("stuck", ["list_prefix", "delete"])
+async def test_removal_by_name_that_ends_late_takes_no_listed_value_out_of_the_books(
+    source: StoreDouble, tmp_path: Path, clock: FakeClock, stuck: str
+) -> None:
+    """A write before the listing is done removes by name, and goes on after its time is up."""
+    cache = StoreDouble(LocalStore(tmp_path / "cache"))
+    listing = cache.hang("list")
+    removal = cache.hang(stuck)
+    store = CacheStore(source, cache_store=cache, source_id="x", clock=clock)
+    await asyncio.wait_for(store.set("k", buf(b"new")), HANGS)
+    assert removal.entered > 0
+    listing.release()
+    assert await store.drain()
+    clock.advance(100)
+    assert await read_through(store, "k") == b"new"
+    await until(lambda: stored_sizes(store) == {"k": 3})
+    cache.heal()
+    if stuck == "delete":
+        await until(lambda: not (tmp_path / "cache/k").exists())
+    else:
+        # For ranges, and for what lies below.
+        await until(lambda: cache.calls["list_prefix"] == 2 * removal.entered)
+        await quiet(store)
+        assert (tmp_path / "cache/k").exists()
+    await check_quiet(store)
+    assert await read_through(store, "k") == b"new"
+    await check_quiet(store)
 
 
 # ---------------------------------------------------------------------------------- drain

@@ -256,7 +256,7 @@ class CacheDirectory:
             self.root,
             error,
         )
-        self.handle.index = Index(**self.handle.limits)
+        self.handle.index = Index(**self.handle.limits, complete=False)
         self.layout.has_own_index = True
         if self.layout.stamp.is_foreign:
             self.scanner.remove_below("")
@@ -278,7 +278,7 @@ class CacheDirectory:
             error,
         )
         self.filler.reads_only = self.scanner.only_looks = True
-        self.handle.index = Index(**self.handle.limits)
+        self.handle.index = Index(**self.handle.limits, complete=False)
         work = self._rebuild.begin("it is only read from")
         if work is not None:
             self._rebuild.wait(work, REBUILD_PATIENCE)

@@ -72,7 +72,8 @@ class Rebuild:
 
         No thread could be started, or the scan was ended because somebody was about to empty the index.
         """
-        return (self._work is None or self._work.done()) and index.adopt([])
+        is_running = self._work is not None and not self._work.done()
+        return not is_running and not index.is_complete and index.adopt([])
 
     def go_on(self) -> None:
         """Begin again what has stopped."""

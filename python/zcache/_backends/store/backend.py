@@ -11,7 +11,7 @@ from zarr.core.buffer.core import default_buffer_prototype
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, Backend
 from zcache._backends.store.listing import WRITING, Listing
-from zcache._backends.tombstones import RANGES, tombstone
+from zcache._backends.tombstones import RANGES, key_of, tombstone
 from zcache._byte_ranges import ByteRange, to_request
 from zcache._core import Index
 from zcache._index.handle import ignore
@@ -245,11 +245,13 @@ class StoreBackend(Backend):
         if io.loop() is None or not self.breaker.allows("delete"):
             return
         try:
-            await io.send(DELETE_TIMEOUT, partial(self._remove_unlisted, prefix), _nothing, ignore)
+            await io.send(
+                DELETE_TIMEOUT, partial(self._remove_unlisted, listing, prefix), _nothing, ignore
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
             self.breaker.failed(error, "delete")
 
-    async def _remove_unlisted(self, prefix: str) -> None:
+    async def _remove_unlisted(self, listing: Listing, prefix: str) -> None:
         store: Any = self.store
         found = []
         async for name in store.list_prefix(f"{RANGES}{prefix}"):
@@ -262,7 +264,14 @@ class StoreBackend(Backend):
         else:
             found += [name async for name in store.list() if not name.startswith(".zcache")]
         for name in found:
-            if (error := await self._delete(name)) is not None:
+            # Once it is listed the index knows what is outdated, and other values may be there by now.
+            if listing.has_ended():
+                return
+            error = await self._delete(name)
+            if listing.has_ended():
+                key = key_of(name)
+                self.shared.handle.call_later(self.remove_later, Index.drop_missing, key)
+            if error is not None:
                 raise error
 
 

@@ -75,6 +75,10 @@ class Listing:
         """A new listing of the same store in a forked child, which may find values of its parent."""
         return Listing(self._handle, self._source, adopt=True)
 
+    def has_ended(self) -> bool:
+        """Whether the index knows all that is stored."""
+        return self._is_listed
+
     def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> bool:
         """List the store in the background, unless that is done or under way.
 
