@@ -37,6 +37,8 @@ pub enum List {
     InProgress,
     /// Absences, least recently used first.
     Absences,
+    /// Segments of a pool, those whose files can go first.
+    Segments,
 }
 
 impl<S: Storage> Arena<S> {
@@ -139,6 +141,7 @@ impl<S: Storage> Arena<S> {
             List::DeleteFailed => &mut header.delete_failed,
             List::InProgress => &mut header.in_progress,
             List::Absences => &mut header.absence_order,
+            List::Segments => &mut header.value_segments,
         }
     }
 
@@ -151,6 +154,7 @@ impl<S: Storage> Arena<S> {
             List::DeleteFailed => self.header().delete_failed,
             List::InProgress => self.header().in_progress,
             List::Absences => self.header().absence_order,
+            List::Segments => self.header().value_segments,
         }
     }
 
@@ -244,6 +248,7 @@ impl List {
             List::DeleteFailed => state == State::DeleteFailed,
             List::InProgress => matches!(state, State::Writing | State::Deleting),
             List::Absences => return matches!(cell.kind(), Ok(Kind::Absent)),
+            List::Segments => return matches!(cell.kind(), Ok(Kind::Segment)),
         };
         cell.is_entry() && is_in_state
     }

@@ -30,6 +30,8 @@ pub enum Kind {
     Absent = 7,
     /// A validator of an entry, which is its parent; see `validator.rs`.
     Validator = 8,
+    /// A segment of a pool: a file with the bytes of many entries; see `places.rs`.
+    Segment = 9,
 }
 
 /// Where an entry stands between its reservation and the deletion of its bytes.
@@ -118,6 +120,7 @@ impl Cell {
             6 => Kind::Suffix,
             7 => Kind::Absent,
             8 => Kind::Validator,
+            9 => Kind::Segment,
             _ => return Err(Error::Corrupt("invalid kind of cell")),
         })
     }

@@ -51,6 +51,12 @@ pub struct Header {
     pub in_progress: [u32; 2],
     /// Absences in the order of use: next to go, last to go.
     pub absence_order: [u32; 2],
+    /// Segments of a pool: first, last.
+    pub value_segments: [u32; 2],
+    /// Segments of a pool that were ever made.
+    pub value_segments_made: u32,
+    /// Bytes that stand before each value in a segment of a pool; 0 where values have files of their own.
+    pub value_header: u32,
     /// Segments of the hash table.
     pub segments: u32,
     /// Words of the string arena that were ever used, word 0 included; those after them are
@@ -69,7 +75,9 @@ impl Header {
         }
         // One more for each MiB: what the file system notes of where the blocks are. And a name alone
         // takes room as well.
-        let blocks = size.div_ceil(self.unit).max(1).saturating_add(size >> 20);
+        let written = size.saturating_add(u64::from(self.value_header));
+        let blocks = written.div_ceil(self.unit).max(1);
+        let blocks = blocks.saturating_add(size >> 20);
         blocks.saturating_mul(self.unit)
     }
 
@@ -108,7 +116,19 @@ pub trait Storage {
     fn strings(&self) -> &[u32];
     /// All words of the string arena, mutable.
     fn strings_mut(&mut self) -> &mut [u32];
-    /// Grows the cells.
+    /// Whether cells have places, in segments of a pool.
+    fn has_places(&self) -> bool {
+        false
+    }
+    /// All places, one for each cell.
+    fn places(&self) -> &[u64] {
+        &[]
+    }
+    /// All places, mutable.
+    fn places_mut(&mut self) -> &mut [u64] {
+        &mut []
+    }
+    /// Grows the cells, and their places.
     fn grow_cells(&mut self, len: usize) -> Result<()>;
     /// Grows the slots.
     fn grow_slots(&mut self, len: usize) -> Result<()>;
@@ -122,6 +142,8 @@ pub trait Storage {
 #[derive(Debug, Default)]
 pub struct Heap {
     rebuilding: bool,
+    has_places: bool,
+    places: Vec<u64>,
     header: Header,
     cells: Vec<Cell>,
     slots: Vec<u32>,
@@ -137,6 +159,15 @@ impl Heap {
         Heap {
             rebuilding: true,
             ..Heap::default()
+        }
+    }
+
+    /// The same, whose entries have places in segments of a pool.
+    #[must_use]
+    pub fn with_places(self) -> Self {
+        Heap {
+            has_places: true,
+            ..self
         }
     }
 
@@ -194,7 +225,19 @@ impl Storage for Heap {
     fn strings_mut(&mut self) -> &mut [u32] {
         &mut self.strings
     }
+    fn has_places(&self) -> bool {
+        self.has_places
+    }
+    fn places(&self) -> &[u64] {
+        &self.places
+    }
+    fn places_mut(&mut self) -> &mut [u64] {
+        &mut self.places
+    }
     fn grow_cells(&mut self, len: usize) -> Result<()> {
+        if self.has_places {
+            grow(&mut self.places, len)?;
+        }
         grow(&mut self.cells, len)
     }
     fn grow_slots(&mut self, len: usize) -> Result<()> {

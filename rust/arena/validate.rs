@@ -74,13 +74,18 @@ impl<S: Storage> Arena<S> {
             mut children,
             mut validators,
             mut validated,
-        ] = [0u64; 5];
+            mut segments,
+        ] = [0u64; 6];
         let mut words = Words::new(header.strings_used as usize);
         for i in ROOT..header.cells_used {
             let cell = self.get(i)?;
             let kind = cell.kind()?;
             if kind == Kind::Free {
                 free += 1;
+                continue;
+            }
+            if kind == Kind::Segment {
+                segments += 1;
                 continue;
             }
             if let Some((at, len)) = cell.string()? {
@@ -137,6 +142,11 @@ impl<S: Storage> Arena<S> {
         check(validators == validated, "validator: missing")?;
         self.validate_free(free)?;
         self.validate_lists(&totals)?;
+        check(
+            self.list_cells(List::Segments)?.len() as u64 == segments,
+            "segments: count",
+        )?;
+        self.validate_places()?;
         self.validate_table(named + validators)
     }
 

@@ -11,6 +11,7 @@ use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
 use super::peers::{Peers, Version};
 use super::reserve::Reservation;
+use super::segments::{OpenSegment, Placed, VALUE_HEADER};
 use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
@@ -98,6 +99,8 @@ pub struct Victim {
     pub cell: u32,
     /// Name in the cache store.
     pub cache_key: String,
+    /// Where its bytes are, in a pool.
+    pub placed: Option<Placed>,
 }
 
 /// An entry that can serve a request.
@@ -198,6 +201,10 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
     unit: u64,
+    /// Where this participant appends values, in a pool.
+    pub(super) open_segment: OpenSegment,
+    /// Whether no segment of a pool takes more than one value.
+    pub(super) one_value_a_segment: bool,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -209,7 +216,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
-        self.arena.header_mut().unit = self.unit;
+        let has_places = self.arena.storage.has_places();
+        let header = self.arena.header_mut();
+        header.unit = self.unit;
+        header.value_header = if has_places { VALUE_HEADER } else { 0 };
         self.arena.table_init()?;
         self.arena.tree_init(seed)
     }
@@ -230,6 +240,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             changes: Changes::default(),
             generation: 0,
             unit: 0,
+            open_segment: OpenSegment::default(),
+            one_value_a_segment: false,
         }
     }
 

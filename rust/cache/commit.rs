@@ -106,6 +106,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let cost = self.arena.header().cost(reservation.size);
         self.change_writing(|bytes| bytes.saturating_sub(cost));
         let cache_key = reservation.range.cache_key(&reservation.key);
-        Ok(vec![Victim { cell, cache_key }])
+        let placed = self.placed(cell)?;
+        Ok(vec![Victim {
+            cell,
+            cache_key,
+            placed,
+        }])
     }
 }

@@ -194,6 +194,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn release(&mut self, i: u32) -> Result<()> {
         let size = self.arena.get(i)?.size()?;
         self.arena.unlink(List::InProgress, i)?;
+        self.unplace(i)?;
         self.arena.remove(i)?;
         let header = self.arena.header_mut();
         let cost = header.cost(size);

@@ -131,7 +131,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             ByteRange::Full => key,
             _ => range.cache_key(&key),
         };
-        victims.push(Victim { cell: i, cache_key });
+        let placed = self.placed(i)?;
+        victims.push(Victim {
+            cell: i,
+            cache_key,
+            placed,
+        });
         Ok(self.arena.header().cost(size))
     }
 

@@ -3,6 +3,7 @@
 use super::cache::{BATCH, Cache, Victim, shared_hash};
 use super::in_flight::{Flights, Ticket};
 use super::peers::Peers;
+use super::segments::OpenSegment;
 use crate::arena::{Arena, List, ROOT, State, Storage};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
@@ -152,6 +153,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.promise_all();
         self.policy.reset();
         self.verified.clear();
+        self.open_segment = OpenSegment::default();
     }
 
     /// Hashes of what is being written here.
@@ -197,7 +199,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                     "a participant died that had not ended its writes",
                 ));
             }
-            if header.unit > 1 {
+            if header.unit > 1 && header.value_header == 0 {
                 // Of this it may have made folders; the next rebuild counts what is there.
                 let folders = &mut header.folder_bytes;
                 *folders = folders.saturating_add(gone.reserved_bytes);
@@ -211,6 +213,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                     self.delete_failed(i)?;
                 }
             }
+            self.close_segments_of(n)?;
         }
         Ok(())
     }
@@ -220,6 +223,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     ///
     /// What cannot be named is not added: names that zcache never gives, and keys that are too long.
     pub fn adopt(&mut self, cache_key: &str, size: u64, fetched: u64) -> Result<bool> {
+        self.adopt_as(cache_key, size, fetched, None, |_, _| Ok(()))
+    }
+
+    /// The same; `place` says where the bytes are.
+    pub(super) fn adopt_as(
+        &mut self,
+        cache_key: &str,
+        size: u64,
+        fetched: u64,
+        checksum: Option<u32>,
+        place: impl FnOnce(&mut Self, u32) -> Result<()>,
+    ) -> Result<bool> {
         let Some((key, range)) = ByteRange::parse(cache_key) else {
             return Ok(false);
         };
@@ -232,11 +247,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(i) = self.begin_writing(key, range, size)? else {
             return Ok(false);
         };
+        place(self, i)?;
         if written {
             self.delete_failed(i)?;
             return Ok(true);
         }
-        self.make_live(i, None, fetched, fetched)?;
+        self.make_live(i, checksum, fetched, fetched)?;
         if fetched == 0 {
             self.undate(i)?;
         }

@@ -215,7 +215,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     fn needs_check(&self, i: u32, cell: &Cell) -> bool {
         match self.limits.verify {
             // Found by a rebuild, perhaps after a power failure: only the bytes tell.
-            Verify::Never => !self.limits.flat_namespace && cell.checksum().is_none(),
+            Verify::Never => {
+                let outlives = !self.limits.flat_namespace || self.arena.storage.has_places();
+                outlives && cell.checksum().is_none()
+            }
             Verify::Always => true,
             Verify::First if S::EXCLUSIVE => !cell.is_verified(),
             Verify::First => self.verified.get(i) != fingerprint(cell),

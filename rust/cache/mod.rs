@@ -18,6 +18,7 @@ mod lookup;
 mod peers;
 mod refresh;
 mod reserve;
+mod segments;
 mod verified;
 
 pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};
@@ -29,3 +30,4 @@ pub use self::keys::Cursor;
 pub use self::lookup::Joined;
 pub use self::peers::{Participant, Peers, Version, WRITES};
 pub use self::reserve::{RejectReason, Reserve};
+pub use self::segments::{FIRST_PAGE, MAP_AT, MAX_NAME, PAGE, Placed, VALUE_HEADER};

@@ -102,6 +102,10 @@ pub trait Peers: Storage {
     fn check_place(&mut self) -> Result<()> {
         Ok(())
     }
+    /// Whether what it shows is the index of now: nobody has emptied it since the last step.
+    fn is_current(&self) -> bool {
+        true
+    }
     /// Whether this participant rebuilds the index from the cache store.
     fn owns_rebuild(&self) -> bool {
         true

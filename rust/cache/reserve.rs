@@ -103,7 +103,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !self.arena.storage.is_complete() {
             return Ok(self.rejected(RejectReason::Rebuilding));
         }
-        if !key::labels_fit(key) {
+        if !key::labels_fit(key) || !self.name_fits(key, range) {
             return Ok(self.rejected(RejectReason::KeyTooLong));
         }
         let held = self.arena.find(key, range)?;
@@ -305,6 +305,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if header.unit <= 1 {
             return cost;
         }
+        if self.arena.storage.has_places() {
+            return cost.saturating_add(self.segment_overhead(size));
+        }
         let above = match range {
             ByteRange::Full => 0,
             _ => 2,
@@ -394,18 +397,32 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             };
             return Ok(self.reject(reservation, reason));
         }
+        let segment = match self.segment_for(reservation) {
+            Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
+            segment => segment?,
+        };
         match self.begin_writing(&key, range, reservation.size) {
-            Ok(Some(cell)) => reservation.cell = cell,
+            Ok(Some(cell)) => {
+                reservation.cell = cell;
+                if let Some(segment) = segment {
+                    self.append_entry(cell, segment)?;
+                }
+            }
             Ok(None) => return Ok(self.reject(reservation, RejectReason::Busy)),
             Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
             Err(error) => return Err(error),
         }
         // What remains is for the folders, until it is known which were made.
         let cost = self.arena.header().cost(reservation.size);
-        let entry = cost.min(reservation.reserved);
-        reservation.reserved -= entry;
-        self.change_reserved(|reserved| reserved.saturating_sub(entry));
+        self.use_reserved(reservation, cost);
         Ok(Reserve::Granted(id))
+    }
+
+    /// Bytes that were reserved are counted elsewhere from now on.
+    pub(super) fn use_reserved(&mut self, reservation: &mut Reservation, bytes: u64) {
+        let used = bytes.min(reservation.reserved);
+        reservation.reserved -= used;
+        self.change_reserved(|reserved| reserved.saturating_sub(used));
     }
 
     fn reject(&mut self, reservation: &mut Reservation, reason: RejectReason) -> Reserve {

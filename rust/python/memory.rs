@@ -94,7 +94,11 @@ impl Fill<'_, '_> {
         let Some(Committed { victims, flight }) = done else {
             // The index was emptied meanwhile, and does not list these bytes.
             let cache_key = self.range.cache_key(self.key.to_str()?);
-            self.remove(&[Victim { cell: 0, cache_key }])?;
+            self.remove(&[Victim {
+                cell: 0,
+                cache_key,
+                placed: None,
+            }])?;
             return Ok(None);
         };
         if !victims.is_empty() {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::former::{Former, FormerValue};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
+use crate::arena::Storage;
 use crate::cache::{Cache, Flights, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 
@@ -72,20 +73,36 @@ impl<T: Clone> SharedIndex<T> {
         unit: u64,
         patience: Duration,
     ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, &[], 0)
+        Self::open_announcing(root, limits, seed, unit, patience, false, &[], 0)
+    }
+
+    /// The same for the index of a pool, whose values are in segments.
+    ///
+    /// # Errors
+    /// See [`SharedIndex::open_within`].
+    pub fn open_pool(
+        root: &Path,
+        limits: Limits,
+        seed: u64,
+        unit: u64,
+        patience: Duration,
+    ) -> Result<(Self, bool), OpenError> {
+        Self::open_announcing(root, limits, seed, unit, patience, true, &[], 0)
     }
 
     /// The same; `writes` are announced before others can take a step, and bytes that are promised.
+    #[allow(clippy::too_many_arguments)] // What an index is opened with.
     fn open_announcing(
         root: &Path,
         limits: Limits,
         seed: u64,
         unit: u64,
         patience: Duration,
+        with_places: bool,
         writes: &[u64],
         promised: u64,
     ) -> Result<(Self, bool), OpenError> {
-        let (storage, mut fresh) = Mapped::open(root, limits.max_size, patience)?;
+        let (storage, mut fresh) = Mapped::open(root, limits.max_size, patience, with_places)?;
         let mut index = SharedIndex {
             cache: Cache::over(storage, limits),
             former: Former::default(),
@@ -229,6 +246,7 @@ impl<T: Clone> SharedIndex<T> {
         let root = self.storage().root().to_owned();
         let writes = self.cache.writes();
         let (limits, unit) = (self.cache.limits(), self.cache.unit());
+        let with_places = self.storage().has_places();
         self.cache.reset();
         let promised = self.cache.promised();
         let opened = Self::open_announcing(
@@ -237,6 +255,7 @@ impl<T: Clone> SharedIndex<T> {
             seed,
             unit,
             REOPEN_PATIENCE,
+            with_places,
             &writes,
             promised,
         );
@@ -309,6 +328,12 @@ impl<T: Clone> SharedIndex<T> {
             cache.arena.storage.complete();
             Ok(())
         })
+    }
+
+    /// The cache, to be looked at without the lock of other processes: what it shows may change meanwhile.
+    #[must_use]
+    pub fn cache(&self) -> &Cache<Mapped, T> {
+        &self.cache
     }
 
     /// The counters, to be read without the lock.

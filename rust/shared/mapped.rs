@@ -1,6 +1,6 @@
 //! Storage in files that several processes map: the index of a cache directory.
 //!
-//! Four files, because each grows by itself: `head` (format, header, participants, versions, and
+//! Four files (a pool has a fifth, `places`), because each grows by itself: `head` (format, header, participants, versions, and
 //! the hash table's directory at its end), `table` (slots), `cells` and `texts` (strings). A fifth,
 //! `lock`, is locked around each step, and one `p<n>` for each participant is locked as long as that
 //! participant lives. The kernel releases both kinds of lock when their holder dies.
@@ -23,6 +23,7 @@ use super::lock_files::{
     Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
     open_existing, open_folder, take_slot, unshare, unsuitable,
 };
+use super::places_file::PlacesFile;
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
 
@@ -33,6 +34,8 @@ pub struct Mapped {
     lock: File,
     pub(super) files: [File; FILES.len()],
     pub(super) maps: [Map; FILES.len()],
+    /// Of the index of a pool.
+    places: Option<PlacesFile>,
     pub(super) own_slot: usize,
     pub(super) bound: u64,
     pub(super) generation: u64,
@@ -63,7 +66,12 @@ impl Mapped {
     /// but does not register yet. The lock is held when this returns.
     ///
     /// The flag says that the index is new and empty; the caller rebuilds it.
-    pub fn open(root: &Path, bound: u64, patience: Duration) -> Result<(Self, bool), OpenError> {
+    pub fn open(
+        root: &Path,
+        bound: u64,
+        patience: Duration,
+        with_places: bool,
+    ) -> Result<(Self, bool), OpenError> {
         #[cfg(target_os = "linux")]
         if let Some(name) = unsuitable(u64::try_from(rustix::fs::statfs(root)?.f_type).unwrap_or(0))
         {
@@ -97,6 +105,12 @@ impl Mapped {
                 }
             }
         }
+        let mut places = None;
+        if with_places {
+            let (file, is_empty) = PlacesFile::open(root)?;
+            emptied |= is_empty;
+            places = Some(file);
+        }
         let (own_slot, alive) = take_slot(root)?;
         let [head, table, cells, strings] = files.each_ref().map(Map::new);
         let maps = [head?, table?, cells?, strings?];
@@ -105,6 +119,7 @@ impl Mapped {
             lock,
             files,
             maps,
+            places,
             own_slot,
             bound,
             generation: 0,
@@ -119,7 +134,8 @@ impl Mapped {
         let clean = !emptied
             && header.is_plausible()
             && header.dirty == 0
-            && header.check == mapped.checksum();
+            && header.check == mapped.checksum()
+            && with_places == (header.header.value_header != 0);
         let this_boot = header.boot == boot();
         let sound = clean
             && this_boot
@@ -153,10 +169,17 @@ impl Mapped {
             for name in FILES {
                 let _ = unlinkat(&folder, name, AtFlags::empty());
             }
+            if self.places.is_some() {
+                PlacesFile::remove(&self.root);
+            }
             self.make_files()
         });
         let files = made?;
         let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        if self.places.is_some() {
+            self.places = Some(PlacesFile::make(&self.root)?);
+        }
+        self.outdate();
         self.maps = [head?, table?, cells?, strings?];
         self.files = files;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
@@ -169,7 +192,19 @@ impl Mapped {
         for name in FILES {
             renameat(&folder, new_name(name), &folder, name)?;
         }
+        if self.places.is_some() {
+            PlacesFile::publish(&self.root)?;
+        }
         Ok(())
+    }
+
+    /// Has others who look into the files that are replaced, without the lock, see that they are.
+    fn outdate(&mut self) {
+        let mapped = self.maps[HEAD].len() as u64;
+        let is_whole = fstat(&self.files[HEAD]).is_ok_and(|status| status.st_size as u64 >= mapped);
+        if is_whole && self.file_header().is_plausible() {
+            self.file_header_mut().generation = 0;
+        }
     }
 
     /// Makes empty files under names of their own.
@@ -192,6 +227,9 @@ impl Mapped {
         let [head, table, cells, strings] = FILES.map(|name| open_existing(&self.root.join(name)));
         let files = [head?, table?, cells?, strings?];
         let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        if self.places.is_some() {
+            self.places = Some(PlacesFile::reopen(&self.root)?);
+        }
         self.maps = [head?, table?, cells?, strings?];
         self.files = files;
         Ok(())
@@ -255,7 +293,9 @@ impl Mapped {
         if now.duration_since(changed).is_ok_and(|age| age < OLD) {
             return Ok(());
         }
-        for file in self.files.iter().chain([&self.lock, &self.alive]) {
+        let places = self.places.iter().map(PlacesFile::file);
+        let files = self.files.iter().chain(places);
+        for file in files.chain([&self.lock, &self.alive]) {
             file.set_modified(now)?;
         }
         // Not a mark of somebody else.
@@ -359,6 +399,7 @@ impl Mapped {
     /// Whether a page of the files could not be had; what was found in its place is not theirs.
     pub(super) fn has_faulted(&self) -> bool {
         self.maps.iter().any(Map::has_faulted)
+            || self.places.as_ref().is_some_and(PlacesFile::has_faulted)
     }
 
     /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark.
@@ -407,7 +448,11 @@ impl Mapped {
                 *map_of = Map::new(file).map_err(|_| NOT_MAPPED)?;
             }
         }
-        Ok(())
+        let cells = self.file_header().cells;
+        match &mut self.places {
+            Some(places) => places.remap(cells),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn file_header(&self) -> &FileHeader {
@@ -502,7 +547,22 @@ impl Storage for Mapped {
     fn strings_mut(&mut self) -> &mut [u32] {
         self.slice_mut(STRINGS, 0, self.file_header().strings)
     }
+    fn has_places(&self) -> bool {
+        self.places.is_some()
+    }
+    fn places(&self) -> &[u64] {
+        let places = self.places.as_ref();
+        places.map_or(&[], |places| places.words(self.file_header().cells))
+    }
+    fn places_mut(&mut self) -> &mut [u64] {
+        let cells = self.file_header().cells;
+        let places = self.places.as_mut();
+        places.map_or(&mut [], |places| places.words_mut(cells))
+    }
     fn grow_cells(&mut self, len: usize) -> Result<()> {
+        if let Some(places) = &mut self.places {
+            places.grow(len)?;
+        }
         self.grow(CELLS, len * size_of::<Cell>())?;
         self.file_header_mut().cells = len as u64;
         Ok(())

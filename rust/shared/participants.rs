@@ -126,6 +126,9 @@ impl Peers for Mapped {
     fn own_slot(&self) -> usize {
         self.own_slot
     }
+    fn is_current(&self) -> bool {
+        self.file_header().generation == self.generation
+    }
     fn check_place(&mut self) -> Result<()> {
         self.require_place()
     }

@@ -1,0 +1,217 @@
+//! Places: in which segment of a pool, and at which of its pages, the bytes of an entry are.
+//!
+//! Only storage with [`Storage::has_places`] has them: one word for each cell, in an array of their own, so
+//! that an index of files takes no more room.
+
+use super::arena::{Arena, List};
+use super::cell::{Cell, Kind};
+use super::storage::Storage;
+use crate::error::{Error, Result};
+use crate::key::ODD;
+
+/// Bits of the number of a page in a place.
+const PAGE_BITS: u32 = 24;
+/// Bits of a place; the rest of its word are a check.
+const PLACE_BITS: u32 = 52;
+/// Bits of that check.
+const CHECK_BITS: u32 = 12;
+/// No value begins at this page of a segment, or after it.
+pub const MAX_PAGES: u32 = 1 << PAGE_BITS;
+
+const NO_SEGMENT: Error = Error::Corrupt("place: of no segment");
+
+/// The pages of one entry: the cell of their segment, and the first of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) segment: u32,
+    pub(crate) page: u32,
+}
+
+/// Each bit of what it covers flips one bit of it; the cell tells the word from that of another one.
+fn check_of(place: u64, cell: u32) -> u64 {
+    let salt = u64::from(cell).wrapping_add(1).wrapping_mul(ODD) >> (64 - CHECK_BITS);
+    let folded = (0..PLACE_BITS).step_by(CHECK_BITS as usize);
+    folded.fold(salt, |check, from| check ^ place >> from) & ((1 << CHECK_BITS) - 1)
+}
+
+impl Place {
+    /// The word of this place in the row of a cell; never 0.
+    pub(crate) fn word(self, cell: u32) -> u64 {
+        let place = u64::from(self.segment) << PAGE_BITS | u64::from(self.page);
+        place | check_of(place, cell) << PLACE_BITS
+    }
+
+    fn of(word: u64, cell: u32) -> Result<Place> {
+        let place = word & ((1 << PLACE_BITS) - 1);
+        if word >> PLACE_BITS != check_of(place, cell) {
+            return Err(Error::Corrupt("place: wrong check"));
+        }
+        Ok(Place {
+            segment: (place >> PAGE_BITS) as u32,
+            page: place as u32 & (MAX_PAGES - 1),
+        })
+    }
+}
+
+impl<S: Storage> Arena<S> {
+    /// The word of an entry: equal words mean that the entry is the same, for no place is used twice. 0 means
+    /// that it has none.
+    #[inline]
+    pub(crate) fn place_word(&self, i: u32) -> u64 {
+        let word = self.storage.places().get(i as usize);
+        word.copied().unwrap_or(0)
+    }
+
+    /// Sets it.
+    pub(crate) fn set_place_word(&mut self, i: u32, word: u64) -> Result<()> {
+        let place = self.storage.places_mut().get_mut(i as usize);
+        *place.ok_or(Error::Corrupt("place: out of range"))? = word;
+        Ok(())
+    }
+
+    /// The place of an entry; `None` where it has none.
+    pub(crate) fn place(&self, i: u32) -> Result<Option<Place>> {
+        match self.place_word(i) {
+            0 => Ok(None),
+            word => Place::of(word, i).map(Some),
+        }
+    }
+
+    /// The cell of a segment.
+    pub(crate) fn segment_cell(&self, i: u32) -> Result<&Cell> {
+        let cell = self.get(i)?;
+        if cell.kind()? == Kind::Segment && cell.is_sound_segment() {
+            Ok(cell)
+        } else {
+            Err(NO_SEGMENT)
+        }
+    }
+
+    /// The same, mutable.
+    pub(crate) fn segment_cell_mut(&mut self, i: u32) -> Result<&mut Cell> {
+        self.segment_cell(i)?;
+        self.get_mut(i)
+    }
+
+    /// Makes the cell of a segment, the last of the list.
+    pub(crate) fn add_segment(&mut self, number: u64, capacity: u32, owner: u32) -> Result<u32> {
+        self.ensure(1)?;
+        let i = self.alloc(Cell::segment(number, capacity, owner))?;
+        self.link(List::Segments, i, true)?;
+        Ok(i)
+    }
+
+    /// Frees the cell of a segment.
+    pub(crate) fn remove_segment(&mut self, i: u32) -> Result<()> {
+        self.segment_cell(i)?;
+        self.unlink(List::Segments, i)?;
+        self.free(i)
+    }
+
+    /// Recomputes the entries of each segment. Returns their bytes beside those of the entries.
+    pub(super) fn validate_places(&self) -> Result<()> {
+        let mut counts = std::collections::HashMap::<u32, u32>::new();
+        for i in 1..self.header().cells_used {
+            let is_entry = self.get(i)?.is_entry();
+            match self.place(i)? {
+                Some(place) if is_entry => *counts.entry(place.segment).or_default() += 1,
+                Some(_) => return Err(Error::Corrupt("place: of a cell that is no entry")),
+                None if is_entry && self.storage.has_places() => {
+                    return Err(Error::Corrupt("place: missing"));
+                }
+                None => {}
+            }
+        }
+        let mut emptied = true;
+        for i in self.list_cells(List::Segments)? {
+            let cell = self.segment_cell(i)?;
+            let held = counts.remove(&i).unwrap_or(0);
+            if held != cell.segment_entries() {
+                return Err(Error::Corrupt("segment: count of entries"));
+            }
+            let is_over = cell.is_spent_segment();
+            if is_over && !emptied {
+                return Err(Error::Corrupt(
+                    "segment: without entries, and not at the front",
+                ));
+            }
+            emptied = is_over;
+        }
+        if counts.is_empty() {
+            Ok(())
+        } else {
+            Err(NO_SEGMENT)
+        }
+    }
+}
+
+/// A segment: its number stands in the place of the size of an entry, with its CRC32C in that of the checksum.
+impl Cell {
+    fn segment(number: u64, capacity: u32, owner: u32) -> Cell {
+        let mut cell = Cell::new(Kind::Segment);
+        cell.set_hash(number);
+        cell.set_checksum(Some(crc32c::crc32c(&number.to_le_bytes())));
+        (cell.earlier, cell.left) = (capacity, owner);
+        cell
+    }
+
+    fn is_sound_segment(&self) -> bool {
+        self.checksum() == Some(crc32c::crc32c(&self.segment_number().to_le_bytes()))
+    }
+
+    /// Number of a segment, from which its file has its name.
+    pub(crate) fn segment_number(&self) -> u64 {
+        self.hash()
+    }
+
+    /// Pages in which values may begin.
+    pub(crate) fn segment_capacity(&self) -> u32 {
+        self.earlier
+    }
+
+    /// Participant (plus one) that appends to it; 0 where nobody does any more.
+    pub(crate) fn segment_owner(&self) -> u32 {
+        self.left
+    }
+
+    /// Pages that were given out.
+    pub(crate) fn segment_end(&self) -> u32 {
+        self.later
+    }
+
+    /// Entries whose bytes are in it.
+    pub(crate) fn segment_entries(&self) -> u32 {
+        self.right
+    }
+
+    /// Whether its file can go.
+    pub(crate) fn is_spent_segment(&self) -> bool {
+        self.segment_owner() == 0 && self.segment_entries() == 0
+    }
+
+    /// Gives out pages, for one more entry. Returns the first of them.
+    pub(crate) fn append_to_segment(&mut self, pages: u32) -> Result<u32> {
+        let first = self.later;
+        self.later = first.checked_add(pages).ok_or(super::arena::OVERFLOW)?;
+        self.right = self.right.checked_add(1).ok_or(super::arena::OVERFLOW)?;
+        Ok(first)
+    }
+
+    /// Counts one entry more that was found in it.
+    pub(crate) fn add_to_segment(&mut self) -> Result<()> {
+        self.right = self.right.checked_add(1).ok_or(super::arena::OVERFLOW)?;
+        Ok(())
+    }
+
+    /// Counts one entry fewer.
+    pub(crate) fn take_from_segment(&mut self) -> Result<()> {
+        let less = self.right.checked_sub(1);
+        self.right = less.ok_or(Error::Corrupt("segment: fewer entries than none"))?;
+        Ok(())
+    }
+
+    /// Nobody appends to it any more.
+    pub(crate) fn close_segment(&mut self) {
+        self.left = 0;
+    }
+}

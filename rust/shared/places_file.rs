@@ -1,0 +1,128 @@
+//! The fifth file of the index of a pool: the places of its entries, a word for each cell.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, fstat, renameat, unlinkat};
+
+use super::guard::Map;
+use super::header::HEADER_LEN;
+use super::lock_files::{create, extend, is_hollow, open, open_existing, open_folder, unshare};
+use crate::error::{Error, Result};
+
+const NAME: &str = "places";
+const NEW_NAME: &str = "places.new";
+
+/// The file and its mapping.
+#[derive(Debug)]
+pub(super) struct PlacesFile {
+    file: File,
+    map: Map,
+}
+
+impl PlacesFile {
+    fn over(file: File) -> io::Result<Self> {
+        let map = Map::new(&file)?;
+        Ok(PlacesFile { file, map })
+    }
+
+    /// Opens it, or makes it. The flag says that it is empty.
+    pub(super) fn open(root: &Path) -> io::Result<(Self, bool)> {
+        let file = open(&root.join(NAME))?;
+        let mut emptied = false;
+        if is_hollow(&file)? {
+            file.set_len(0)?;
+            emptied = true;
+        }
+        match file.metadata()?.len() {
+            0 => {
+                emptied = true;
+                extend(&file, 0, HEADER_LEN)?;
+            }
+            len => {
+                unshare(&file, len);
+                extend(&file, 0, len as usize)?;
+            }
+        }
+        Ok((Self::over(file)?, emptied))
+    }
+
+    /// Opens the one that is there under its name now.
+    pub(super) fn reopen(root: &Path) -> io::Result<Self> {
+        Self::over(open_existing(&root.join(NAME))?)
+    }
+
+    /// Makes an empty one under a name of its own; see [`PlacesFile::publish`].
+    pub(super) fn make(root: &Path) -> io::Result<Self> {
+        let path: PathBuf = root.join(NEW_NAME);
+        let _ = unlinkat(open_folder(root)?, NEW_NAME, AtFlags::empty());
+        let file = create(&path)?;
+        extend(&file, 0, HEADER_LEN)?;
+        Self::over(file)
+    }
+
+    /// Gives the one that was made its name.
+    pub(super) fn publish(root: &Path) -> io::Result<()> {
+        let folder = open_folder(root)?;
+        Ok(renameat(&folder, NEW_NAME, &folder, NAME)?)
+    }
+
+    /// Removes the one that is there: a full volume has no room for another.
+    pub(super) fn remove(root: &Path) {
+        if let Ok(folder) = open_folder(root) {
+            let _ = unlinkat(&folder, NAME, AtFlags::empty());
+        }
+    }
+
+    /// Maps as much as is in use.
+    pub(super) fn remap(&mut self, cells: u64) -> Result<()> {
+        let not_mapped = Error::Corrupt("index file: cannot be mapped");
+        let status = fstat(&self.file).map_err(|_| not_mapped)?;
+        if status.st_nlink == 0 {
+            return Err(Error::Corrupt("index file: removed"));
+        }
+        let len = status.st_size as u64;
+        if len < cells.saturating_mul(size_of::<u64>() as u64) {
+            return Err(Error::Corrupt("index file: truncated"));
+        }
+        if len != self.map.len() as u64 {
+            self.map = Map::new(&self.file).map_err(|_| not_mapped)?;
+        }
+        Ok(())
+    }
+
+    /// Has room for so many cells.
+    pub(super) fn grow(&mut self, cells: usize) -> Result<()> {
+        let (len, now) = (cells.saturating_mul(size_of::<u64>()), self.map.len());
+        if len > now {
+            let more = len.max(now + now / 8);
+            extend(&self.file, now, more)
+                .or_else(|_| extend(&self.file, now, len))
+                .map_err(|_| Error::Full)?;
+            self.map = Map::new(&self.file).map_err(|_| Error::Full)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn has_faulted(&self) -> bool {
+        self.map.has_faulted()
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn words(&self, cells: u64) -> &[u64] {
+        let bytes = self
+            .map
+            .get(..(cells as usize).saturating_mul(size_of::<u64>()));
+        bytemuck::try_cast_slice(bytes.unwrap_or_default()).unwrap_or_default()
+    }
+
+    pub(super) fn words_mut(&mut self, cells: u64) -> &mut [u64] {
+        let len = (cells as usize).saturating_mul(size_of::<u64>());
+        let bytes = self.map.get_mut(..len);
+        bytemuck::try_cast_slice_mut(bytes.unwrap_or_default()).unwrap_or_default()
+    }
+}
