@@ -3,13 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
 
 use super::below::At;
 use super::ownership::SourceDigest;
+use super::segments::SegmentFiles;
+use super::values::Values;
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -67,6 +69,7 @@ pub(super) struct Missing {
 pub struct CacheDir {
     pub(super) root: PathBuf,
     tmp: PathBuf,
+    pub(super) values: Values,
     pub(super) source: SourceDigest,
     opened: Instant,
     /// Milliseconds after `opened` until which the volume has ample space.
@@ -86,6 +89,7 @@ impl CacheDir {
         CacheDir {
             root,
             tmp,
+            values: Values::Files,
             source: SourceDigest::default(),
             opened: Instant::now(),
             ample_until: AtomicU64::new(0),
@@ -101,6 +105,15 @@ impl CacheDir {
         CacheDir {
             marked: Some(file),
             seen,
+            ..self
+        }
+    }
+
+    /// The same, whose values are in the segments of a pool.
+    #[must_use]
+    pub fn with_segments(self, files: Arc<SegmentFiles>) -> Self {
+        CacheDir {
+            values: Values::Segments(files),
             ..self
         }
     }

@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use super::cache_dir::{CacheDir, Mark};
 use super::deferred::{Deferred, POISONED, apply, step};
-use super::value_file::{self, WriteError, WrittenFile};
-use super::{folders, ownership, removal};
-use crate::cache::{Cache, ClosedFlight, Peers, Reserve, Ticket, Victim};
+use super::removal;
+use super::value_file::WriteError;
+use super::values::{NewValue, Written};
+use crate::cache::{Cache, ClosedFlight, Peers, Placed, Reserve, Ticket, Victim};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -32,6 +33,8 @@ const FEWER_FILES: usize = 16;
 const ROUNDS: u32 = 16;
 /// Failed deletes that one fill tries again.
 const RETRIES: usize = 4;
+/// Segments whose files one fill removes.
+const SEGMENTS: usize = 4;
 /// Time that one fill waits for the lock of the index, in all.
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// Pause between two tries.
@@ -95,6 +98,17 @@ pub(super) fn look<T: Clone>(index: &Locked<T>, dir: &CacheDir) -> Result<(), St
     })
 }
 
+/// Where a reservation that was granted writes its bytes, in a pool.
+fn placed_for<S: Peers, T: Clone, P: Eviction>(
+    cache: &Cache<S, T, P>,
+    answer: &Reserve,
+) -> Result<Option<Placed>> {
+    match answer {
+        Reserve::Granted(id) => cache.placed_for(*id),
+        _ => Ok(None),
+    }
+}
+
 /// How a fill has ended.
 #[derive(Debug)]
 pub enum Ending {
@@ -136,6 +150,8 @@ pub(super) struct Job<'a, T, D> {
     flight_open: bool,
     /// Whether there may be failed deletes.
     failed_deletes: bool,
+    /// Segments of a pool whose files can go.
+    spent: Vec<(u32, u64)>,
     deleted: u64,
     delete_errors: Vec<io::Error>,
     /// Updates that could not be made yet.
@@ -155,6 +171,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             gone: true,
             flight_open: true,
             failed_deletes: true,
+            spent: Vec::new(),
             deleted: 0,
             delete_errors: Vec::new(),
             deferred: Vec::new(),
@@ -164,7 +181,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     /// Tells the index which folders were made or removed.
     fn count_folders(&mut self) {
-        let bytes = folders::take_folders();
+        let bytes = self.dir.values.take_folders();
         if bytes == 0 {
             return;
         }
@@ -179,7 +196,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     /// Runs the fill.
     pub(super) fn run(&mut self) -> Ending {
-        folders::take_folders();
+        self.dir.values.take_folders();
         let ending = self.fill().unwrap_or_else(|error| match error {
             StepError::Busy => Ending::Busy,
             StepError::Failed(Error::Corrupt(what)) => Ending::Corrupt(what),
@@ -190,6 +207,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         if self.failed_deletes && self.deferred.is_empty() {
             self.retry_deletes();
         }
+        self.remove_segments();
         ending
     }
 
@@ -254,10 +272,11 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     fn fill(&mut self) -> Result<Ending, StepError> {
         let (fill, now) = (self.fill, self.fill.now());
         let size = fill.data.as_ref().len() as u64;
-        let (mut answer, mut generation, slot) = self.with_retries(|index| {
+        let (mut answer, mut generation, slot, mut placed) = self.with_retries(|index| {
             step!(index, |cache| {
                 let answer = cache.reserve(&fill.key, fill.range, size, fill.ticket, now)?;
-                Ok((answer, cache.generation(), cache.slot()))
+                let placed = placed_for(cache, &answer)?;
+                Ok((answer, cache.generation(), cache.slot(), placed))
             })
         })?;
         let id = loop {
@@ -273,13 +292,14 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                         step!(index, |cache| {
                             if cache.is_reserved(id) {
                                 let answer = cache.evictions_done(id, &dropped, &failed, now)?;
-                                Ok(Some((answer, cache.generation())))
+                                let placed = placed_for(cache, &answer)?;
+                                Ok(Some((answer, cache.generation(), placed)))
                             } else {
                                 Ok(None)
                             }
                         })
                     });
-                    (answer, generation) = match next {
+                    (answer, generation, placed) = match next {
                         Ok(Some(next)) => next,
                         Ok(None) => {
                             return Ok(Ending::Rejected(SINCE_EMPTIED));
@@ -306,12 +326,21 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             Err(error) => return Ok(Ending::Failed(error)),
         }
         let name = fill.range.cache_key(&fill.key);
-        let written = self.write(&name, slot);
+        let value = NewValue {
+            root: &self.dir.root,
+            name: &name,
+            data: fill.data.as_ref(),
+            fetched: fill.fetched,
+            unfinished: self.dir.unfinished(slot),
+            source: self.dir.source,
+            placed,
+        };
+        let written = self.dir.values.write(&value);
         self.count_folders();
         match written {
             Ok(made) => self.commit(id, &name, &made),
-            Err(WriteError::Unknown) => Ok(self.not_written(&name, Ending::Corrupt(UNKNOWN))),
-            Err(WriteError::Io(error)) => Ok(self.not_written(&name, Ending::Failed(error))),
+            Err(WriteError::Unknown) => Ok(self.not_written(&value, Ending::Corrupt(UNKNOWN))),
+            Err(WriteError::Io(error)) => Ok(self.not_written(&value, Ending::Failed(error))),
         }
     }
 
@@ -345,44 +374,34 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         Ok(Ok(false))
     }
 
-    fn write(&self, name: &str, slot: Option<usize>) -> Result<WrittenFile, WriteError> {
-        let nanos = i64::try_from(self.fill.fetched)
-            .unwrap_or(i64::MAX)
-            .saturating_mul(ownership::MILLI)
-            .saturating_add(ownership::PENDING);
-        let unfinished = self.dir.unfinished(slot);
-        let data = self.fill.data.as_ref();
-        let (root, source) = (&self.dir.root, self.dir.source);
-        value_file::write_value(root, Path::new(name), &unfinished, data, nanos, source)
-    }
-
     /// Removes what may be there under the name of a value that could not be written.
-    fn not_written(&mut self, name: &str, ending: Ending) -> Ending {
-        match removal::remove_below(&self.dir.root, Path::new(name)) {
+    fn not_written(&mut self, value: &NewValue<'_>, ending: Ending) -> Ending {
+        match self.dir.values.clear(value) {
             Ok(()) => {}
             Err(error) => {
                 self.gone = false;
                 self.delete_errors.push(error);
-                self.write_tombstone(name);
+                self.write_tombstone(value.name);
             }
         }
         self.count_folders();
         ending
     }
 
-    fn commit(&mut self, id: u64, name: &str, made: &WrittenFile) -> Result<Ending, StepError> {
+    fn commit(&mut self, id: u64, name: &str, made: &Written) -> Result<Ending, StepError> {
         let (fill, dir) = (self.fill, self.dir);
         // After the file has its name: a later change of the source removes it by that.
         let mark = dir.mark();
         let done = self.with_retries(|index| {
             step!(index, |cache| {
                 note(cache, dir, mark);
-                let (checksum, now) = (Some(made.checksum), fill.now());
+                let (checksum, now) = (Some(made.checksum()), fill.now());
                 let done = cache.commit_fetched(id, checksum, fill.fetched, now)?;
-                Ok((done, cache.generation(), cache.has_failed_deletes()))
+                let (generation, failed) = (cache.generation(), cache.has_failed_deletes());
+                Ok((done, generation, failed, cache.spent_segments(SEGMENTS)?))
             })
         });
-        let (done, generation, failed_deletes) = match done {
+        let (done, generation, failed_deletes, spent) = match done {
             Ok(done) => done,
             Err(error) => {
                 self.remove_uncommitted(name, made);
@@ -397,10 +416,10 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         self.reservation = None;
         self.flight_open = false;
         self.closed.extend(done.flight);
+        self.spent = spent;
         if done.victims.is_empty() {
             self.failed_deletes = failed_deletes;
-            // A rebuild ignores a file that is not sealed.
-            let _ = value_file::seal(&self.dir.root, Path::new(name), made);
+            self.dir.values.seal(&self.dir.root, name, made);
             return Ok(Ending::Filled);
         }
         self.drop_files(&done.victims, generation)?;
@@ -408,8 +427,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     /// Removes a file that has no entry, unless another has taken its place.
-    fn remove_uncommitted(&mut self, name: &str, made: &WrittenFile) {
-        if let Err(error) = value_file::remove_made(&self.dir.root, Path::new(name), made)
+    fn remove_uncommitted(&mut self, name: &str, made: &Written) {
+        let removed = self.dir.values.remove_written(&self.dir.root, name, made);
+        if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
             self.gone = false;
@@ -417,6 +437,17 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             self.write_tombstone(name);
         }
         self.count_folders();
+    }
+
+    /// Removes files of segments without values. What fails here is tried by the next fill.
+    fn remove_segments(&mut self) {
+        for (cell, number) in std::mem::take(&mut self.spent) {
+            if self.dir.values.remove_segment(number).is_ok() {
+                let _ = self.with_retries(|index| {
+                    step!(index, |cache| cache.segment_removed(cell, number))
+                });
+            }
+        }
     }
 
     fn retry_deletes(&mut self) {
@@ -475,7 +506,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
 
     fn delete_one(&mut self, victim: &Victim) -> io::Result<()> {
         let name = Path::new(&victim.cache_key);
-        if removal::remove_value(&self.dir.root, name)? {
+        if self.dir.values.delete(&self.dir.root, victim)? {
             return Ok(());
         }
         // Its times were changed, or it is not ours: the index knows what it should hold.
@@ -487,7 +518,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     fn write_tombstone(&self, name: &str) {
-        // Best effort: a volume that takes no writes takes no tombstones.
-        let _ = removal::write_tombstone(&self.dir.root, name);
+        self.dir.values.write_tombstone(&self.dir.root, name);
     }
 }

@@ -9,6 +9,8 @@ pub mod ownership;
 pub mod queue;
 pub mod removal;
 pub mod residency;
+pub mod segments;
 pub mod value_file;
+mod values;
 
 pub use self::cache_dir::{CacheDir, Space, space};

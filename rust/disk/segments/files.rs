@@ -1,0 +1,424 @@
+//! The segment files of a pool: values are appended, read, deleted and marked as valid in them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, fstat, open, openat, unlinkat};
+use rustix::io::Errno;
+
+use super::format::{HEADER, SegmentHeader, ValueHeader};
+use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
+use crate::disk::below::{FOLDER, is, names_in, open_folder};
+
+/// Segments that one process has open at most.
+const OPEN: usize = 128;
+
+/// The byte in the map of a segment that says that a value is valid.
+pub(super) const VALID: u8 = 1;
+
+/// How a read of a value has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Got {
+    /// All bytes were read. They are those of the entry if its place is still the same now.
+    Bytes,
+    /// The pages are not in memory, and the read was not to wait.
+    NotNow,
+    /// There is no such value at this place.
+    Nothing,
+}
+
+/// The segments of a pool, those in use open.
+#[derive(Debug)]
+pub struct SegmentFiles {
+    root: PathBuf,
+    holes: bool,
+    opened: Mutex<Opened>,
+}
+
+#[derive(Debug, Default)]
+struct Opened {
+    folder: Option<Arc<File>>,
+    files: HashMap<u64, (Arc<File>, u64)>,
+    uses: u64,
+}
+
+/// What a segment is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum For {
+    Use,
+    Append { capacity: u32 },
+}
+
+fn name_of(number: u64) -> String {
+    format!("{number:016x}")
+}
+
+fn number_of(name: &Path) -> Option<u64> {
+    let name = name.to_str()?;
+    let number = u64::from_str_radix(name, 16).ok()?;
+    (name_of(number) == name).then_some(number)
+}
+
+impl SegmentFiles {
+    /// The segments in this folder; `holes` says whether its file system can make them, see [`can_punch`]. Nothing
+    /// is opened yet.
+    #[must_use]
+    pub fn new(root: PathBuf, holes: bool) -> Self {
+        SegmentFiles {
+            root,
+            holes,
+            opened: Mutex::default(),
+        }
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn opened(&self) -> MutexGuard<'_, Opened> {
+        // Nothing in here panics half way.
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn folder(&self, opened: &mut Opened) -> rustix::io::Result<Arc<File>> {
+        if let Some(folder) = &opened.folder {
+            return Ok(Arc::clone(folder));
+        }
+        let folder = Arc::new(File::from(open(&self.root, FOLDER, Mode::empty())?));
+        opened.folder = Some(Arc::clone(&folder));
+        Ok(folder)
+    }
+
+    fn file(&self, number: u64, purpose: For) -> io::Result<Arc<File>> {
+        let mut opened = self.opened();
+        opened.uses += 1;
+        let uses = opened.uses;
+        if let Some((file, used)) = opened.files.get_mut(&number) {
+            *used = uses;
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(self.open_file(&mut opened, number, purpose)?);
+        if opened.files.len() >= OPEN {
+            // The half that was not used for longest.
+            let mut times: Vec<u64> = opened.files.values().map(|(_, used)| *used).collect();
+            times.sort_unstable();
+            let oldest = times.get(OPEN / 2).copied().unwrap_or(0);
+            opened.files.retain(|_, (_, used)| *used > oldest);
+        }
+        opened.files.insert(number, (Arc::clone(&file), uses));
+        Ok(file)
+    }
+
+    fn open_file(&self, opened: &mut Opened, number: u64, purpose: For) -> io::Result<File> {
+        match self.open_in_folder(opened, number, purpose) {
+            // The folder may have been removed and made anew.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && opened.folder.is_some() => {
+                opened.folder = None;
+                self.open_in_folder(opened, number, purpose)
+            }
+            found => found,
+        }
+    }
+
+    fn open_in_folder(&self, opened: &mut Opened, number: u64, purpose: For) -> io::Result<File> {
+        let folder = self.folder(opened)?;
+        let name = name_of(number);
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let For::Append { capacity } = purpose else {
+            let found = match openat(&folder, &name, flags, Mode::empty()) {
+                Err(Errno::ACCESS | Errno::PERM | Errno::ROFS) => {
+                    let flags = flags.difference(OFlags::RDWR) | OFlags::RDONLY;
+                    openat(&folder, &name, flags, Mode::empty())
+                }
+                found => found,
+            };
+            return regular(found?.into());
+        };
+        // Others may read a segment where they may read the folder.
+        let mode = Mode::from_raw_mode(fstat(&folder)?.st_mode & 0o666);
+        let file = regular(openat(&folder, &name, flags | OFlags::CREATE, mode)?.into())?;
+        if file.metadata()?.len() == 0 {
+            let header = SegmentHeader { number, capacity };
+            file.write_all_at(&header.to_bytes(), 0)?;
+        }
+        Ok(file)
+    }
+
+    /// Closes the segments that are open, whether or not they are there still.
+    pub fn close(&self) {
+        *self.opened() = Opened::default();
+    }
+
+    /// Writes a value where the index has given it room; it is not valid before [`SegmentFiles::seal`]. Returns its
+    /// CRC32C.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses; what was written by then stays, until it is deleted.
+    pub fn write(&self, placed: Placed, name: &str, data: &[u8], fetched: u64) -> io::Result<u32> {
+        let header = ValueHeader {
+            placed,
+            checksum: crc32c::crc32c(data),
+            fetched,
+            name: name.to_owned(),
+        };
+        let bytes = header.to_bytes().ok_or(Errno::NAMETOOLONG)?;
+        let file = self.file(
+            placed.segment,
+            For::Append {
+                capacity: placed.capacity,
+            },
+        )?;
+        let written = write_both(&file, placed.start(), &bytes, data)?;
+        if written < HEADER {
+            let rest = bytes.get(written..).unwrap_or_default();
+            file.write_all_at(rest, placed.start() + written as u64)?;
+        }
+        let done = written.saturating_sub(HEADER);
+        let rest = data.get(done..).unwrap_or_default();
+        file.write_all_at(rest, placed.start() + (HEADER + done) as u64)?;
+        Ok(header.checksum)
+    }
+
+    /// Marks a value as valid: a rebuild takes it in.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    pub fn seal(&self, placed: Placed) -> io::Result<()> {
+        let file = self.file(placed.segment, For::Use)?;
+        file.write_all_at(&[VALID], placed.map_at())
+    }
+
+    /// Deletes a value, or what there is of it. Nothing else is ever at its place, so it may be deleted twice.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses; `EOPNOTSUPP` where it cannot make holes.
+    pub fn delete(&self, placed: Placed) -> io::Result<()> {
+        let file = match self.file(placed.segment, For::Use) {
+            Err(error) if is_elsewhere(&error) => return Ok(()),
+            file => file?,
+        };
+        if self.holes {
+            return punch(&file, placed.start(), placed.length());
+        }
+        if placed.is_alone() {
+            // It is all that there is in the file.
+            return file.set_len(MAP_AT);
+        }
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Removes the file of a segment.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    pub fn remove(&self, number: u64) -> io::Result<()> {
+        let mut opened = self.opened();
+        opened.files.remove(&number);
+        let folder = self.folder(&mut opened)?;
+        drop(opened);
+        match unlinkat(&folder, name_of(number), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads what a value has from `start` on into `into`; with `waits` false only from memory. `EAGAIN` is an
+    /// answer then, and no error.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    pub fn read(
+        &self,
+        placed: Placed,
+        name: &str,
+        start: u64,
+        into: &mut [u8],
+        waits: bool,
+    ) -> io::Result<Got> {
+        let file = match self.file(placed.segment, For::Use) {
+            Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
+            file => file?,
+        };
+        let mut header = [0; HEADER];
+        // At first header and value in one call, where the value is read from its beginning.
+        let len = into.len();
+        let at = placed.start();
+        let read = if start == 0 {
+            read_both(&file, at, &mut header, into, waits)
+        } else {
+            read_both(&file, at, &mut header, &mut [], waits)
+        };
+        let mut done = match read {
+            Ok(count) if count < HEADER => return Ok(short(waits, &file, placed)),
+            Ok(count) => count - HEADER,
+            Err(Errno::AGAIN) => return Ok(Got::NotNow),
+            Err(error) => return Err(error.into()),
+        };
+        if !ValueHeader::is_of(&header, &placed, name) {
+            return Ok(Got::Nothing);
+        }
+        while done < len {
+            let rest = into.get_mut(done..).unwrap_or_default();
+            let from = at + HEADER as u64 + start + done as u64;
+            match read_both(&file, from, &mut [], rest, waits) {
+                Ok(0) => return Ok(short(waits, &file, placed)),
+                Ok(count) => done += count,
+                Err(Errno::AGAIN) => return Ok(Got::NotNow),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Got::Bytes)
+    }
+
+    /// The header of a value, if it is there and sound.
+    #[must_use]
+    pub fn header(&self, placed: Placed) -> Option<ValueHeader> {
+        let file = self.file(placed.segment, For::Use).ok()?;
+        let mut bytes = [0; HEADER];
+        file.read_exact_at(&mut bytes, placed.start()).ok()?;
+        let header = ValueHeader::parse(&bytes)?;
+        let found = Placed {
+            capacity: placed.capacity,
+            ..header.placed
+        };
+        (found == placed).then_some(header)
+    }
+
+    /// Numbers of all segments in the folder.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be listed.
+    pub fn list(&self) -> io::Result<Vec<u64>> {
+        let folder = match open_folder(&self.root, Path::new("")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            folder => folder?,
+        };
+        let names = names_in(&folder)?;
+        Ok(names.iter().filter_map(|name| number_of(name)).collect())
+    }
+
+    /// Whether the file system can make holes.
+    pub(super) fn has_holes(&self) -> bool {
+        self.holes
+    }
+
+    /// Opens a segment to look through it.
+    pub(super) fn open_to_scan(&self, number: u64) -> io::Result<Arc<File>> {
+        self.file(number, For::Use)
+    }
+}
+
+/// Whether files in a folder can have holes that give their blocks back.
+///
+/// # Errors
+///
+/// Where the folder takes no file.
+pub fn can_punch(folder: &Path) -> io::Result<bool> {
+    let path = folder.join(format!("trial-{}", std::process::id()));
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(open(&path, flags, Mode::from_raw_mode(0o600))?);
+    let tried = file
+        .write_all_at(&[1; 2 * PAGE as usize], 0)
+        .and_then(|()| punch(&file, 0, PAGE));
+    std::fs::remove_file(&path)?;
+    match tried {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives back the blocks of whole pages; they read as zeros.
+pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, flags, start, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether an error of opening says that there is no file of ours.
+fn is_elsewhere(error: &io::Error) -> bool {
+    let other = [Errno::ISDIR, Errno::NODEV, Errno::LOOP, Errno::NXIO];
+    let errno = Errno::from_io_error(error);
+    error.kind() == io::ErrorKind::NotFound || errno.is_some_and(|errno| other.contains(&errno))
+}
+
+fn regular(file: File) -> io::Result<File> {
+    if is(&fstat(&file)?, rustix::fs::FileType::RegularFile) {
+        Ok(file)
+    } else {
+        Err(Errno::NODEV.into())
+    }
+}
+
+/// A read that has ended before its bytes: at the end of what is in memory, or of the file.
+fn short(waits: bool, file: &File, placed: Placed) -> Got {
+    let end = placed.start() + HEADER as u64 + placed.size;
+    let is_whole = file.metadata().is_ok_and(|status| status.len() >= end);
+    if !waits && is_whole {
+        Got::NotNow
+    } else {
+        Got::Nothing
+    }
+}
+
+fn write_both(file: &File, at: u64, first: &[u8], second: &[u8]) -> io::Result<usize> {
+    let parts = [IoSlice::new(first), IoSlice::new(second)];
+    Ok(rustix::io::retry_on_intr(|| {
+        rustix::io::pwritev(file, &parts, at)
+    })?)
+}
+
+#[cfg(target_os = "linux")]
+fn read_both(
+    file: &File,
+    at: u64,
+    first: &mut [u8],
+    second: &mut [u8],
+    waits: bool,
+) -> rustix::io::Result<usize> {
+    use rustix::io::ReadWriteFlags;
+    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
+    if waits {
+        return rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at));
+    }
+    match rustix::io::preadv2(file, &mut parts, at, ReadWriteFlags::NOWAIT) {
+        // Not on this file system, or not by this kernel.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(Errno::AGAIN),
+        read => read,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn read_both(
+    file: &File,
+    at: u64,
+    first: &mut [u8],
+    second: &mut [u8],
+    waits: bool,
+) -> rustix::io::Result<usize> {
+    if !waits {
+        return Err(Errno::AGAIN);
+    }
+    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
+    rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at))
+}
+
+/// First byte of the first page in which a value may begin.
+pub(super) const VALUES_AT: u64 = FIRST_PAGE as u64 * PAGE;

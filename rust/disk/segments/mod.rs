@@ -1,0 +1,9 @@
+//! The files of a pool: segments, in which the values of many sources stand one behind the other.
+
+mod files;
+mod format;
+mod scan;
+
+pub use self::files::{Got, SegmentFiles, can_punch};
+pub use self::format::{SegmentHeader, ValueHeader};
+pub use self::scan::{Found, FoundSegment, FoundValue, scan};

@@ -1,0 +1,133 @@
+//! Where the values of a cache directory are: each in a file of its own, or, in a pool, in segments.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::ownership::{self, SourceDigest};
+use super::segments::SegmentFiles;
+use super::value_file::{self, WriteError, WrittenFile};
+use super::{folders, removal};
+use crate::cache::{Placed, Victim};
+
+/// Where values are.
+#[derive(Clone, Debug)]
+pub(super) enum Values {
+    /// In files under their own names.
+    Files,
+    /// In the segments of a pool.
+    Segments(Arc<SegmentFiles>),
+}
+
+/// A value that is written, and not valid before it is sealed.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Written {
+    File(WrittenFile),
+    InSegment { placed: Placed, checksum: u32 },
+}
+
+impl Written {
+    /// CRC32C of the value.
+    pub(super) fn checksum(&self) -> u32 {
+        match self {
+            Written::File(made) => made.checksum,
+            Written::InSegment { checksum, .. } => *checksum,
+        }
+    }
+}
+
+/// A value on its way into the cache directory.
+pub(super) struct NewValue<'a> {
+    pub(super) root: &'a Path,
+    pub(super) name: &'a str,
+    pub(super) data: &'a [u8],
+    /// Milliseconds since 1970 of its fetch.
+    pub(super) fetched: u64,
+    pub(super) unfinished: PathBuf,
+    pub(super) source: SourceDigest,
+    /// Where the index has given it room, in a pool.
+    pub(super) placed: Option<Placed>,
+}
+
+impl Values {
+    /// Writes a value.
+    pub(super) fn write(&self, value: &NewValue<'_>) -> Result<Written, WriteError> {
+        match (self, value.placed) {
+            (Values::Segments(files), Some(placed)) => {
+                let checksum = files.write(placed, value.name, value.data, value.fetched)?;
+                Ok(Written::InSegment { placed, checksum })
+            }
+            _ => {
+                let nanos = i64::try_from(value.fetched)
+                    .unwrap_or(i64::MAX)
+                    .saturating_mul(ownership::MILLI)
+                    .saturating_add(ownership::PENDING);
+                let name = Path::new(value.name);
+                let (data, source) = (value.data, value.source);
+                value_file::write_value(value.root, name, &value.unfinished, data, nanos, source)
+                    .map(Written::File)
+            }
+        }
+    }
+
+    /// Removes what there may be of a value that could not be written.
+    pub(super) fn clear(&self, value: &NewValue<'_>) -> io::Result<()> {
+        match (self, value.placed) {
+            (Values::Segments(files), Some(placed)) => files.delete(placed),
+            _ => removal::remove_below(value.root, Path::new(value.name)),
+        }
+    }
+
+    /// Removes a value that has no entry, unless another has taken its place.
+    pub(super) fn remove_written(&self, root: &Path, name: &str, made: &Written) -> io::Result<()> {
+        match (self, made) {
+            (Values::Segments(files), Written::InSegment { placed, .. }) => files.delete(*placed),
+            (_, Written::File(made)) => value_file::remove_made(root, Path::new(name), made),
+            (Values::Files, Written::InSegment { .. }) => Ok(()),
+        }
+    }
+
+    /// Marks a value as valid. A rebuild ignores one for which that fails.
+    pub(super) fn seal(&self, root: &Path, name: &str, made: &Written) {
+        let _ = match (self, made) {
+            (Values::Segments(files), Written::InSegment { placed, .. }) => files.seal(*placed),
+            (_, Written::File(made)) => value_file::seal(root, Path::new(name), made),
+            (Values::Files, Written::InSegment { .. }) => Ok(()),
+        };
+    }
+
+    /// Deletes the value of a victim; false where a file is in its place that is not ours, as far as its times
+    /// tell.
+    pub(super) fn delete(&self, root: &Path, victim: &Victim) -> io::Result<bool> {
+        match (self, victim.placed) {
+            (Values::Segments(files), Some(placed)) => files.delete(placed).map(|()| true),
+            // What has no place in a pool was never written.
+            (Values::Segments(_), None) => Ok(true),
+            (Values::Files, _) => removal::remove_value(root, Path::new(&victim.cache_key)),
+        }
+    }
+
+    /// Has a rebuild ignore a value that could not be deleted. Best effort: a volume that takes no writes takes no
+    /// tombstones.
+    pub(super) fn write_tombstone(&self, root: &Path, name: &str) {
+        if let Values::Files = self {
+            let _ = removal::write_tombstone(root, name);
+        }
+    }
+
+    /// Bytes by which folders have grown since the last call, in this thread.
+    pub(super) fn take_folders(&self) -> i64 {
+        match self {
+            Values::Files => folders::take_folders(),
+            Values::Segments(_) => 0,
+        }
+    }
+
+    /// Removes the file of a segment.
+    pub(super) fn remove_segment(&self, number: u64) -> io::Result<()> {
+        match self {
+            Values::Segments(files) => files.remove(number),
+            Values::Files => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Segments of a pool: what is appended, read and deleted, and what the bound counts.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/pool.rs"]
+mod pool;
+
+use std::collections::HashSet;
+use std::thread::sleep;
+
+use zcache::cache::PAGE;
+use zcache::disk::fill::Ending;
+use zcache::disk::segments::Got;
+use zcache::key::ByteRange;
+use zcache::shared::Locked;
+
+use self::pool::{BOUND, LIMITS, Pool, contents, end, open};
+
+#[test]
+fn fill_of_any_size_is_read_as_it_was_written() {
+    let mut pool = Pool::new("sizes");
+    for size in [0, 1, 100, 3584, 3585, 4096, 20_000, 100_000] {
+        let key = format!("a/{size}");
+        pool.fill(&key, size);
+        assert_eq!(pool.read(&key), Some(contents(&key, size)), "{size}");
+    }
+    let range = ByteRange::Range { start: 5, end: 9 };
+    pool.fill_as("b/c/0/1", range, b"part".to_vec());
+    let (_, placed) = pool.find("b/c/0/1", range).unwrap();
+    let mut bytes = [0; 2];
+    let name = range.cache_key("b/c/0/1");
+    let got = pool.files.read(placed, &name, 1, &mut bytes, true).unwrap();
+    assert_eq!((got, &bytes), (Got::Bytes, b"ar"));
+    end(pool);
+}
+
+#[test]
+fn bound_holds_in_blocks_while_values_come_and_go() {
+    for holes in [true, false] {
+        let mut pool = Pool::with(&format!("bound-{holes}"), LIMITS, holes);
+        let mut seed = 1u64;
+        for n in 0..600 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let size = match seed >> 60 {
+                0 => 100_000,
+                1..4 => 20_000,
+                _ => (seed >> 32) as usize % 5000,
+            };
+            pool.fill(&format!("a/{n}"), size);
+            let (held, counted) = (pool.held(), pool.counted());
+            assert!(held <= counted, "{n}: {held} bytes held, {counted} counted");
+            assert!(counted <= BOUND, "{n}: {counted} counted");
+        }
+        for key in pool.keys() {
+            let value = pool.read(&key).unwrap();
+            assert_eq!(value, contents(&key, value.len()));
+        }
+        if holes {
+            // Of a hundred pages, with a sixteenth in each segment, and some that are sparse.
+            assert!(pool.segments().len() <= 50, "{}", pool.segments().len());
+        }
+        end(pool);
+    }
+}
+
+#[test]
+fn segment_goes_with_its_last_value() {
+    let mut pool = Pool::new("last");
+    for n in 0..40 {
+        pool.fill(&format!("a/{n}"), 100);
+    }
+    assert_eq!(pool.segments().len(), 3);
+    let victims = pool.step(|cache| cache.drain_prefix("a"));
+    assert_eq!(victims.len(), 40);
+    pool.delete(&victims);
+    // The next fills remove the files of those that nobody appends to.
+    pool.fill("b/0", 100);
+    pool.fill("b/1", 100);
+    assert_eq!(pool.segments().len(), 1);
+    assert_eq!(pool.read("b/0"), Some(contents("b/0", 100)));
+    end(pool);
+}
+
+#[test]
+fn page_is_never_used_twice() {
+    let mut pool = Pool::new("twice");
+    let mut seen = HashSet::new();
+    for round in 0..6 {
+        for n in 0..60 {
+            let key = format!("{round}/{n}");
+            pool.fill(&key, 5000);
+            let (_, placed) = pool.find(&key, ByteRange::Full).unwrap();
+            for page in 0..placed.length() / PAGE {
+                let page = (placed.segment, u64::from(placed.page) + page);
+                assert!(seen.insert(page), "{key}: {page:?} is used again");
+            }
+        }
+        pool = match round % 3 {
+            0 => pool.reopen(),
+            1 => pool.lose_index(),
+            _ => pool,
+        };
+    }
+    end(pool);
+}
+
+#[test]
+fn reader_that_is_overtaken_finds_out() {
+    let mut pool = Pool::new("overtaken");
+    pool.fill("a/0", 20_000);
+    let (found, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    let cell = found.handle as u32;
+    let word = pool.step(|cache| Ok(cache.place_word(cell)));
+    assert!(pool.step(|cache| Ok(cache.is_still(cell, word))));
+    let victims = pool.step(|cache| cache.drop_missing("a/0"));
+    assert!(!pool.step(|cache| Ok(cache.is_still(cell, word))));
+    pool.delete(&victims);
+    // The cell gets another entry.
+    pool.fill("a/1", 20_000);
+    assert!(!pool.step(|cache| Ok(cache.is_still(cell, word))));
+    let mut bytes = vec![0; 20_000];
+    let got = pool.files.read(placed, "a/0", 0, &mut bytes, true).unwrap();
+    assert_eq!(got, Got::Nothing);
+    end(pool);
+}
+
+#[test]
+fn index_emptied_by_another_is_not_current() {
+    let mut pool = Pool::new("emptied");
+    pool.fill("a/0", 100);
+    let (found, _) = pool.find("a/0", ByteRange::Full).unwrap();
+    let cell = found.handle as u32;
+    let Locked::Shared(lock, _) = &*pool.index else {
+        panic!("not shared")
+    };
+    let mut word = 0;
+    lock.lock()
+        .unwrap()
+        .step(sleep, |cache| {
+            word = cache.place_word(cell);
+            Ok(())
+        })
+        .unwrap();
+    let mut other = open(&pool.root, &pool.files, LIMITS, true);
+    let damaged: Result<(), _> =
+        other.step(sleep, |_| Err(zcache::error::Error::Corrupt("said so")));
+    assert!(damaged.is_err());
+    assert!(other.restart(2).unwrap());
+    // Without a step, and so without the lock of the others.
+    let is_still = lock.lock().unwrap().cache().is_still(cell, word);
+    assert!(!is_still);
+    end(pool);
+}
+
+#[test]
+fn name_without_room_in_a_header_stays_uncached() {
+    let mut pool = Pool::new("long");
+    let key = ["x".repeat(120).as_str(); 4].join("/");
+    let ending = pool.fill_as(&key, ByteRange::Full, vec![1]);
+    assert!(
+        matches!(ending, Ending::Rejected("key too long")),
+        "{ending:?}"
+    );
+    end(pool);
+}
+
+#[test]
+fn value_that_fills_the_bound_is_cached_and_evicted() {
+    let mut pool = Pool::new("large");
+    // Three pages beside it, and one for its header.
+    pool.fill("a/0", ((BOUND / PAGE - 4) * PAGE) as usize);
+    assert!(pool.held() <= BOUND);
+    pool.fill("a/1", 100);
+    assert_eq!(pool.read("a/0"), None);
+    pool.fill("a/2", 100);
+    assert_eq!(pool.segments().len(), 1);
+    assert!(pool.held() <= pool.counted());
+    end(pool);
+}

@@ -1,0 +1,358 @@
+//! Segments of a pool after the index is lost, a participant has died, or files were damaged.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "core/pool.rs"]
+mod pool;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::thread::sleep;
+
+use zcache::cache::{Cache, Joined, PAGE, Placed, Reserve};
+use zcache::disk::segments::SegmentFiles;
+use zcache::key::ByteRange;
+use zcache::shared::{Locked, Mapped, SharedIndex};
+
+use self::pool::{LIMITS, LONG, NOW, Pool, UNIT, contents, end, open};
+
+type Damage = fn(&Pool, u64);
+
+#[test]
+fn rebuild_finds_what_was_sealed_and_nothing_else() {
+    for holes in [true, false] {
+        let mut pool = Pool::with(&format!("rebuild-{holes}"), LIMITS, holes);
+        for n in 0..12 {
+            pool.fill(&format!("a/{n}"), 700 * n);
+        }
+        let range = ByteRange::Range { start: 1, end: 3 };
+        pool.fill_as("a/x", range, b"xy".to_vec());
+        // One that is written, and was not sealed.
+        let ticket = pool.join("a/unsealed", ByteRange::Full);
+        let answer =
+            pool.step(|cache| cache.reserve("a/unsealed", ByteRange::Full, 9000, ticket, NOW));
+        let Reserve::Granted(id) = answer else {
+            panic!("{answer:?}")
+        };
+        let placed = pool.step(|cache| cache.placed_for(id)).unwrap();
+        pool.files
+            .write(placed, "a/unsealed", &[1; 9000], NOW)
+            .unwrap();
+        // One that was evicted.
+        let victims = pool.step(|cache| cache.drop_missing("a/7"));
+        pool.delete(&victims);
+
+        let mut before = pool.step(|cache| cache.recency());
+        before.retain(|(key, _)| key != "a/unsealed");
+        let pool = pool.lose_index();
+        assert_eq!(pool.step(|cache| cache.recency()), before);
+        assert!(pool.read("a/7").is_none() && pool.read("a/unsealed").is_none());
+        for n in (0..12).filter(|n| *n != 7) {
+            let key = format!("a/{n}");
+            assert_eq!(pool.read(&key), Some(contents(&key, 700 * n)));
+        }
+        pool.step(|cache| cache.validate());
+        assert!(pool.held() <= pool.counted());
+        end(pool);
+    }
+}
+
+#[test]
+fn rebuild_keeps_the_newest_of_two_values_of_one_name() {
+    let mut pool = Pool::new("newest");
+    pool.fill("a/0", 100);
+    let (_, old) = pool.find("a/0", ByteRange::Full).unwrap();
+    let victims = pool.step(|cache| cache.drop_missing("a/0"));
+    let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+    // Whoever had to delete it has said so, and has not.
+    pool.step(|cache| cache.deletes_done(&cells, &[]));
+    pool.fill("a/0", 200);
+    let pool = pool.lose_index();
+    assert_eq!(pool.read("a/0"), Some(contents("a/0", 200)));
+    assert_eq!(pool.files.header(old), None, "the old one is still there");
+    assert!(pool.held() <= pool.counted());
+    end(pool);
+}
+
+#[test]
+fn damaged_segment_gives_right_bytes_or_nothing() {
+    let damages: [(&str, Damage); 7] = [
+        ("truncated", |pool, number| {
+            let file = fs::OpenOptions::new()
+                .write(true)
+                .open(pool.segment(number))
+                .unwrap();
+            let len = file.metadata().unwrap().len();
+            file.set_len(len - 6000).unwrap();
+        }),
+        ("emptied", |pool, number| {
+            fs::write(pool.segment(number), "").unwrap();
+        }),
+        ("removed", |pool, number| {
+            fs::remove_file(pool.segment(number)).unwrap();
+        }),
+        ("overwritten", |pool, number| {
+            let len = fs::metadata(pool.segment(number)).unwrap().len() as usize;
+            fs::write(pool.segment(number), vec![1; len]).unwrap();
+        }),
+        ("another", |pool, number| {
+            let other = pool.segments().into_iter().find(|n| *n != number).unwrap();
+            fs::copy(pool.segment(other), pool.segment(number)).unwrap();
+        }),
+        ("folder", |pool, number| {
+            fs::remove_file(pool.segment(number)).unwrap();
+            fs::create_dir(pool.segment(number)).unwrap();
+        }),
+        ("shifted", |pool, number| {
+            let bytes = fs::read(pool.segment(number)).unwrap();
+            let (head, values) = bytes.split_at(65 * PAGE as usize);
+            let moved = [head, &[0; PAGE as usize], values].concat();
+            fs::write(pool.segment(number), moved).unwrap();
+        }),
+    ];
+    for (name, damage) in damages {
+        for loses in [false, true] {
+            let mut pool = Pool::new(&format!("damage-{name}-{loses}"));
+            for n in 0..24 {
+                pool.fill(&format!("a/{n}"), 3000);
+            }
+            damage(&pool, pool.segments()[0]);
+            if name == "folder" && loses {
+                // What is no file of ours stays.
+                end(pool);
+                continue;
+            }
+            pool = if loses {
+                pool.lose_index()
+            } else {
+                pool.reopen()
+            };
+            for n in 0..24 {
+                let key = format!("a/{n}");
+                if let Some(value) = pool.read(&key) {
+                    assert_eq!(value, contents(&key, 3000), "{name}");
+                }
+            }
+            if loses {
+                assert!(pool.held() <= pool.counted(), "{name}");
+            }
+            end(pool);
+        }
+    }
+}
+
+#[test]
+fn header_inside_a_value_is_no_header() {
+    let mut pool = Pool::new("inside");
+    pool.fill("a/0", 100);
+    let number = pool.segments()[0];
+    // A chunk that is a segment of a pool.
+    let bytes = fs::read(pool.segment(number)).unwrap();
+    let last = bytes[65 * PAGE as usize..].to_vec();
+    let value = [vec![0; PAGE as usize - 512], last].concat();
+    pool.fill_as("b/0", ByteRange::Full, value.clone());
+    let (_, placed) = pool.find("b/0", ByteRange::Full).unwrap();
+    // Even where the map says so.
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(pool.segment(number))
+        .unwrap();
+    file.write_all_at(&[1; 100], placed.map_at()).unwrap();
+    let pool = pool.lose_index();
+    let mut keys = pool.keys();
+    keys.sort();
+    assert_eq!(keys, ["a/0", "b/0"]);
+    assert_eq!(pool.read("b/0"), Some(value));
+    end(pool);
+}
+
+/// A participant dies after each of its steps; another one takes over, with the index and without it.
+#[test]
+fn death_at_each_step_leaves_nothing_uncounted() {
+    for steps in 0..6 {
+        for loses in [false, true] {
+            let mut pool = Pool::new(&format!("death-{steps}-{loses}"));
+            pool.fill("a/0", 5000);
+            {
+                let mut dying = open(&pool.root, &pool.files, LIMITS, true);
+                die_after(&mut dying, &pool.files, steps);
+            }
+            pool = if loses {
+                pool.lose_index()
+            } else {
+                let Locked::Shared(lock, _) = &*pool.index else {
+                    panic!("not shared")
+                };
+                lock.lock().unwrap().reap().unwrap();
+                pool
+            };
+            pool.fill("a/1", 100);
+            pool.fill("a/2", 100);
+            let victims = pool.step(|cache| cache.retry_failed(10));
+            pool.delete(&victims);
+            assert_eq!(pool.read("a/0"), Some(contents("a/0", 5000)));
+            let value = pool.read("b/0");
+            match (steps, loses) {
+                (0..4, _) | (4, true) => assert_eq!(value, None, "{steps} {loses}"),
+                _ => assert_eq!(value, Some(contents("b/0", 9000)), "{steps} {loses}"),
+            }
+            let (held, counted) = (pool.held(), pool.counted());
+            assert!(
+                held <= counted,
+                "{steps} {loses}: {held} held, {counted} counted"
+            );
+            end(pool);
+        }
+    }
+}
+
+fn die_after(index: &mut SharedIndex<u32>, files: &SegmentFiles, steps: usize) {
+    let (key, range) = ("b/0", ByteRange::Full);
+    let ticket = match index
+        .step(sleep, |cache| cache.join(key, range, 0, 0, true))
+        .unwrap()
+    {
+        Joined::Lead(ticket) => ticket,
+        other => panic!("{other:?}"),
+    };
+    if steps == 0 {
+        return;
+    }
+    let reserve = |cache: &mut Cache<Mapped, u32>| cache.reserve(key, range, 9000, ticket, NOW);
+    let Reserve::Granted(id) = index.step(sleep, reserve).unwrap() else {
+        panic!("no room")
+    };
+    if steps == 1 {
+        return;
+    }
+    let placed = index
+        .step(sleep, |cache| cache.placed_for(id))
+        .unwrap()
+        .unwrap();
+    let data = contents(key, 9000);
+    if steps == 2 {
+        // Half of it.
+        files.write(placed, key, &data, NOW).unwrap();
+        files
+            .delete(Placed {
+                page: placed.page + 1,
+                size: 1,
+                ..placed
+            })
+            .unwrap();
+        return;
+    }
+    let checksum = files.write(placed, key, &data, NOW).unwrap();
+    if steps == 3 {
+        return;
+    }
+    let done = index
+        .step(sleep, |cache| cache.commit(id, Some(checksum), NOW))
+        .unwrap();
+    assert!(done.unwrap().victims.is_empty());
+    if steps == 4 {
+        return;
+    }
+    files.seal(placed).unwrap();
+}
+
+#[test]
+fn write_deletes_also_what_another_has_begun_to_delete() {
+    let mut pool = Pool::new("stopped");
+    pool.fill("a/0", 100);
+    pool.fill("a/1", 100);
+    let mut stopped = open(&pool.root, &pool.files, LIMITS, true);
+    // It has dropped the entry, and deletes nothing any more.
+    let victims = stopped
+        .step(sleep, |cache| cache.drop_missing("a/0"))
+        .unwrap();
+    assert_eq!(victims.len(), 1);
+    assert!(pool.step(|cache| cache.begin_write("a/0")).is_empty());
+    let others = pool.step(|cache| cache.in_progress_below("a/0"));
+    assert_eq!(others.len(), 1);
+    pool.delete(&others);
+    pool.step(|cache| cache.end_write("a/0", true, None));
+    drop(stopped);
+    let pool = pool.lose_index();
+    assert_eq!(pool.read("a/0"), None);
+    assert_eq!(pool.read("a/1"), Some(contents("a/1", 100)));
+    end(pool);
+}
+
+#[test]
+fn late_seal_of_an_evicted_value_brings_nothing_back() {
+    let mut pool = Pool::new("late");
+    pool.fill("a/0", 0);
+    pool.fill("a/1", 100);
+    let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    let victims = pool.step(|cache| cache.drop_missing("a/0"));
+    pool.delete(&victims);
+    let held = pool.held();
+    pool.files.seal(placed).unwrap();
+    assert_eq!(pool.held(), held);
+    let pool = pool.lose_index();
+    assert_eq!(pool.keys(), ["a/1"]);
+    end(pool);
+}
+
+/// Each bit of the places flips; what is read is right, and what is deleted is what should be.
+#[test]
+fn flipped_bit_of_a_place_is_found_before_it_is_used() {
+    let mut pool = Pool::new("flips");
+    let keys: Vec<String> = (0..4).map(|n| format!("a/{n}")).collect();
+    for key in &keys {
+        pool.fill(key, 5000);
+    }
+    let cells: BTreeMap<&str, u32> = (keys.iter())
+        .map(|key| {
+            (
+                key.as_str(),
+                pool.find(key, ByteRange::Full).unwrap().0.handle as u32,
+            )
+        })
+        .collect();
+    let Pool {
+        root,
+        index,
+        fills,
+        files,
+        ..
+    } = pool;
+    drop((index, fills));
+    let places = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(root.join("index/places"))
+        .unwrap();
+    for (key, cell) in cells {
+        for bit in 0..64 {
+            let (at, mask) = (u64::from(cell) * 8 + bit / 8, 1 << (bit % 8));
+            let mut byte = [0];
+            places.read_exact_at(&mut byte, at).unwrap();
+            places.write_all_at(&[byte[0] ^ mask], at).unwrap();
+            let (mut index, fresh) =
+                SharedIndex::<u32>::open_pool(&root.join("index"), LIMITS, 1, UNIT, LONG).unwrap();
+            assert!(!fresh);
+            // Whatever would read or delete it finds the index damaged instead.
+            let placed = index.step(sleep, |cache| cache.placed(cell));
+            assert!(placed.is_err(), "{key}: bit {bit}");
+            drop(index);
+            places.write_all_at(&byte, at).unwrap();
+            // It has marked the index as damaged.
+            let head = fs::OpenOptions::new()
+                .write(true)
+                .open(root.join("index/head"))
+                .unwrap();
+            head.write_all_at(&[0; 4], 8).unwrap();
+        }
+    }
+    drop(files);
+    fs::remove_dir_all(root).unwrap();
+}
