@@ -29,6 +29,9 @@ __all__ = [
     "ReadCounters",
     "Rejected",
     "Reservation",
+    "SegmentFiles",
+    "SegmentReader",
+    "SegmentScan",
     "__version__",
     "cache_key",
     "crc32c",
@@ -225,6 +228,9 @@ class Index:
         Bytes of a block of the cache store, of which a value takes whole ones. Default is 1. With more, the
         folders count as well; see `count_folders`. An index in a directory that counts in another unit is
         emptied.
+    holes : bool, optional
+        Of a pool: whether its segments can have holes; where not, each value has a segment of its own.
+        Default is None: each value has a file of its own.
     """
 
     def __new__(
@@ -238,6 +244,7 @@ class Index:
         seed: int | None = None,
         complete: bool = True,
         unit: int = 1,
+        holes: bool | None = None,
     ) -> Index: ...
     @staticmethod
     def open(
@@ -252,6 +259,7 @@ class Index:
         seed: int = 0,
         unit: int = 1,
         timeout: float = 1.0,
+        holes: bool | None = None,
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
 
@@ -263,6 +271,12 @@ class Index:
 
     def view(self, counters: ReadCounters, /) -> Index:
         """The same index, whose lookups count in `counters` as well."""
+
+    def within(self, label: str, slices_like_python: bool, /) -> Index:
+        """The same index as one source of a pool sees it: its keys are those below the folder `label`.
+
+        Counts, sizes and bounds stay those of the whole index. `slices_like_python` is about this source.
+        """
 
     def __len__(self) -> int:
         """Entries that can be served."""
@@ -571,6 +585,27 @@ class Index:
     def excess(self) -> int:
         """Bytes that the cache store holds or is about to hold above the bound."""
 
+    def adopt_segments(self, scan: SegmentScan, /) -> bool:
+        """Add the segments that a scan has found, before `adopt_found`; False where others rebuild the index."""
+
+    def adopt_found(self, scan: SegmentScan, start: int, stop: int, /) -> list[str] | None:
+        """Add values that a scan has found, by their numbers; None where others rebuild the index.
+
+        Returns what cannot be an entry, to be deleted; see `SegmentFiles.delete`.
+        """
+
+    def in_progress_below(self, prefix: str, /) -> list[_Victim]:
+        """What is being deleted of a key, or of all keys below it, by whoever has dropped it.
+
+        To be deleted before the key is changed. Nothing is to be reported.
+        """
+
+    def spent_segments(self, limit: int, /) -> list[tuple[int, int]]:
+        """Cells and numbers of segments without values, whose files can be removed."""
+
+    def segment_removed(self, cell: int, number: int, /) -> None:
+        """The file of such a segment is gone."""
+
     def formerly(self, name: str, /) -> tuple[int, int, int] | None:
         """Fetch time in milliseconds, size and CRC32C of a value that an index of an earlier boot has listed.
 
@@ -667,6 +702,119 @@ class FillResult:
     def delete_errors(self) -> list[OSError]: ...
 
 @final
+class SegmentFiles:
+    """The segments of a pool: files with the values of many keys.
+
+    Parameters
+    ----------
+    root : str
+        Their folder, an absolute path.
+    holes : bool
+        Whether its file system can give back parts of a file; see `can_punch`.
+    """
+
+    def __new__(cls, root: str, /, *, holes: bool) -> SegmentFiles: ...
+    @staticmethod
+    def can_punch(folder: str, /) -> bool:
+        """Whether a file in this folder can have holes.
+
+        Raises
+        ------
+        OSError
+            If the folder takes no file.
+        """
+
+    def scan(self, cleans: bool, /) -> SegmentScan:
+        """Find all valid values; with `cleans`, give back what else takes room.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be listed.
+        """
+
+    def delete(self, names: list[str], /) -> list[OSError | None]:
+        """Delete values, named as victims are; returns what the file system has said of each.
+
+        Raises
+        ------
+        ValueError
+            If a name is none of a victim.
+        """
+
+    def delete_below(self, prefix: str, only_counts: bool = False, /) -> int:
+        """Delete all values at and below a prefix by their headers, or only count them.
+
+        Takes time in proportion to all that there is: for who cannot ask the index.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+
+    def remove(self, number: int, /) -> None:
+        """Remove the file of a segment.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when it is needed."""
+
+@final
+class SegmentScan:
+    """What a scan of the segments of a pool has found: its length is the number of values.
+
+    Attributes
+    ----------
+    size : int
+        Bytes of all values.
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+@final
+class SegmentReader:
+    """Reads values of one source from the segments of a pool.
+
+    Parameters
+    ----------
+    index : Index
+        The view that the source has of the index; see `Index.within`.
+    files : SegmentFiles
+        The segments.
+    """
+
+    def __new__(cls, index: Index, files: SegmentFiles, /) -> SegmentReader: ...
+    def read(
+        self, name: str, into: Any, total: int, start: int, size: int, waits: bool, /
+    ) -> bool | None:
+        """Read into a buffer what a value of `total` bytes has from `start` on.
+
+        Returns
+        -------
+        bool or None
+            True if all was read, and the entry was still the same afterwards; False where that would
+            have to wait, and `waits` is False; None where there is no such value.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        BufferError
+            If the buffer has less room than `size` bytes.
+        """
+
+    def recorded(self, name: str, /) -> tuple[int, int] | None:
+        """Length and CRC32C that stand before a value."""
+
+@final
 class DirectoryFills:
     """Fills of one cache directory, done by threads that need no interpreter.
 
@@ -691,6 +839,8 @@ class DirectoryFills:
     marked : str, optional
         A file whose time others change who share no index with this process, before and after they change
         the source: what was read before is not kept. Default is None: all share the index.
+    segments : SegmentFiles, optional
+        Where the values of a pool are. Default is None: each has a file of its own.
     """
 
     def __new__(
@@ -703,6 +853,7 @@ class DirectoryFills:
         on_idle: Callable[[], object],
         source: bytes = ...,
         marked: str | None = None,
+        segments: SegmentFiles | None = None,
     ) -> DirectoryFills: ...
     def submit(
         self,

@@ -292,6 +292,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.limits.verify = verify;
     }
 
+    /// Has look-ups slice as the source does that they are about; see [`Limits::slices_like_python`].
+    pub fn set_slices_like_python(&mut self, is_so: bool) {
+        self.limits.slices_like_python = is_so;
+    }
+
     /// Bytes that the cache store may hold by now, and those that are reserved.
     pub(super) fn taken(&self) -> u64 {
         let header = self.arena.header();

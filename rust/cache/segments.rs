@@ -254,6 +254,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }))
     }
 
+    /// The entry of exactly this range that can be served: its cell, what tells it from others, and its place.
+    pub fn find_placed(&self, key: &str, range: ByteRange) -> Result<Option<(u32, u64, Placed)>> {
+        let Some(i) = self.arena.find(key, range)? else {
+            return Ok(None);
+        };
+        if self.arena.get(i)?.state() != State::Live {
+            return Ok(None);
+        }
+        let placed = self.placed(i)?;
+        Ok(placed.map(|placed| (i, self.place_word(i), placed)))
+    }
+
     /// What tells an entry from any other that may be in its cell later: see [`Cache::is_still`].
     #[must_use]
     pub fn place_word(&self, i: u32) -> u64 {

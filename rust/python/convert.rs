@@ -4,6 +4,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use super::pool::place_name;
 use crate::arena::State;
 use crate::cache::{AbsenceAges, Found, Freshness, Limits, Verify, Victim};
 use crate::key::{self, ByteRange};
@@ -45,7 +46,10 @@ pub(super) fn raw_span(span: ByteRange) -> RawSpan {
 pub(super) fn raw_victims(victims: Vec<Victim>) -> Vec<RawVictim> {
     victims
         .into_iter()
-        .map(|victim| (victim.cell, victim.cache_key))
+        .map(|victim| match victim.placed {
+            Some(placed) => (victim.cell, place_name(placed)),
+            None => (victim.cell, victim.cache_key),
+        })
         .collect()
 }
 

@@ -12,6 +12,7 @@ use super::backing::Flight;
 use super::convert::{RawSpan, millis, span};
 use super::errors::{exception, os_error};
 use super::index::Index;
+use super::pool::SegmentFiles;
 use crate::disk::CacheDir;
 use crate::disk::fill::{Ending, Fill, Report};
 use crate::disk::queue::{Fills, OnIdle};
@@ -109,7 +110,8 @@ pub(super) struct DirectoryFills(Fills<Flight, PyBackedBytes>);
 #[pymethods]
 impl DirectoryFills {
     #[new]
-    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8], marked=None))]
+    #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8], marked=None,
+                        segments=None))]
     #[allow(clippy::too_many_arguments)] // All that a queue is about.
     fn new(
         index: &Index,
@@ -119,6 +121,7 @@ impl DirectoryFills {
         on_idle: Py<PyAny>,
         source: [u8; 8],
         marked: Option<PathBuf>,
+        segments: Option<&SegmentFiles>,
     ) -> Self {
         let call: OnIdle<_, _> = Box::new(move |leftovers| {
             let Some(_call) = Call::begin() else {
@@ -136,6 +139,10 @@ impl DirectoryFills {
         let files = CacheDir::new(root, tmp).of(source);
         let files = match marked {
             Some(file) => files.marked_by(file),
+            None => files,
+        };
+        let files = match segments {
+            Some(segments) => files.with_segments(segments.files()),
             None => files,
         };
         DirectoryFills(Fills::new(Arc::clone(&index.backing), files, threads, call))

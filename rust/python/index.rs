@@ -2,6 +2,7 @@
 //!
 //! Why the lock is never held for long, see [`super::backing`].
 
+use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,9 +23,10 @@ use super::convert::{
 use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
+use super::pool::{FoundPlace, SegmentScan, Source, place_name};
 use super::reservation::{Abandoned, Committed, Reservation};
 use crate::arena::Heap;
-use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Tally};
+use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Peers, Tally};
 use crate::error::Error;
 use crate::shared::SharedIndex;
 
@@ -36,6 +38,8 @@ pub(super) struct Index {
     tally: Arc<Tally>,
     /// Of the store whose lookups these are.
     counters: Option<Py<ReadCounters>>,
+    /// Of a pool: whose keys these are.
+    pub(super) source: Option<Arc<Source>>,
 }
 
 impl Index {
@@ -45,6 +49,53 @@ impl Index {
             abandoned: Arc::default(),
             tally,
             counters: None,
+            source: None,
+        }
+    }
+
+    /// A key in the index: that of a source of a pool is below the folder of the source.
+    #[inline]
+    pub(super) fn whole<'a>(&self, key: &'a str) -> Cow<'a, str> {
+        match &self.source {
+            None => Cow::Borrowed(key),
+            Some(source) => Cow::Owned([&*source.folder, key].concat()),
+        }
+    }
+
+    /// The same for a prefix: "" is all of the source.
+    fn below<'a>(&self, prefix: &'a str) -> Cow<'a, str> {
+        match &self.source {
+            Some(source) if prefix.is_empty() => Cow::Owned(source.label().to_owned()),
+            _ => self.whole(prefix),
+        }
+    }
+
+    /// A key as its source has it.
+    fn own_key<'a>(&self, key: &'a str) -> &'a str {
+        let folder = self.source.as_ref().map_or("", |source| &*source.folder);
+        key.strip_prefix(folder).unwrap_or(key)
+    }
+
+    /// The same in its place; false where it is another source's.
+    fn make_own(&self, key: &mut String) -> bool {
+        let folder = self.source.as_ref().map_or("", |source| &*source.folder);
+        let is_own = key.starts_with(folder);
+        if is_own {
+            key.drain(..folder.len());
+        }
+        is_own
+    }
+
+    fn own_keys(&self, mut keys: Vec<String>) -> Vec<String> {
+        keys.retain_mut(|key| self.make_own(key));
+        keys
+    }
+
+    /// Looks up as the source slices.
+    #[inline]
+    fn enter<S: Peers>(&self, cache: &mut Cache<S, Flight>) {
+        if let Some(source) = &self.source {
+            cache.set_slices_like_python(source.slices_like_python);
         }
     }
 
@@ -60,7 +111,7 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=None, complete=true, unit=1))]
+                        verify="never", seed=None, complete=true, unit=1, holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -71,6 +122,7 @@ impl Index {
         seed: Option<u64>,
         complete: bool,
         unit: u64,
+        holes: Option<bool>,
     ) -> PyResult<Self> {
         let limits = limits(
             max_size,
@@ -84,10 +136,15 @@ impl Index {
         } else {
             Heap::rebuilding()
         };
+        let block = match holes {
+            Some(_) => block.with_places(),
+            None => block,
+        };
         // One that cannot be guessed: keys could else be chosen so that they collide.
         let seed = seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let mut cache = Cache::new(block, limits, seed)?;
         cache.set_unit(unit);
+        cache.set_one_value_a_segment(holes == Some(false));
         let tally = cache.tally();
         Ok(Index::over(Backing::own(cache), tally))
     }
@@ -95,7 +152,7 @@ impl Index {
     /// Opens the index of a cache directory; see the stub.
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
-                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0))]
+                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0, holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
@@ -108,6 +165,7 @@ impl Index {
         seed: u64,
         unit: u64,
         timeout: f64,
+        holes: Option<bool>,
     ) -> PyResult<(Self, bool)> {
         let limits = limits(
             max_size,
@@ -117,7 +175,16 @@ impl Index {
             verify,
         )?;
         let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
-        let open = || SharedIndex::open_within(&root, limits, seed, unit, patience);
+        let open = || match holes {
+            None => SharedIndex::open_within(&root, limits, seed, unit, patience),
+            Some(holes) => {
+                let opened = SharedIndex::open_pool(&root, limits, seed, unit, patience);
+                opened.map(|(mut index, fresh)| {
+                    index.set_one_value_a_segment(!holes);
+                    (index, fresh)
+                })
+            }
+        };
         let (directory, fresh) = py.detach(open)?;
         let tally = directory.tally();
         Ok((Index::over(Backing::shared(directory), tally), fresh))
@@ -130,6 +197,21 @@ impl Index {
             abandoned: Arc::clone(&self.abandoned),
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
+            source: self.source.clone(),
+        }
+    }
+
+    #[pyo3(signature = (label, slices_like_python, /))]
+    fn within(&self, py: Python<'_>, label: &str, slices_like_python: bool) -> Self {
+        Index {
+            backing: Arc::clone(&self.backing),
+            abandoned: Arc::clone(&self.abandoned),
+            tally: Arc::clone(&self.tally),
+            counters: self
+                .counters
+                .as_ref()
+                .map(|counters| counters.clone_ref(py)),
+            source: Some(Arc::new(Source::new(label, slices_like_python))),
         }
     }
 
@@ -144,6 +226,8 @@ impl Index {
         missing: Option<RawAges>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let fresh = fresh(now, max_age);
+        let own = key;
+        let key = &*self.whole(own);
         if raw.is_none()
             && let Backing::Own(lock, _) = &*self.backing
             && !self.backing.is_disowned()
@@ -158,18 +242,25 @@ impl Index {
             }
         }
         let span = span(raw)?;
-        let (answer, verify) = step!(self, py, |cache| {
+        let (answer, verify, place) = step!(self, py, |cache| {
+            self.enter(cache);
             let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
-            let verify = match answer {
-                Answer::Found(found) => cache.must_verify(found.handle),
-                _ => false,
-            };
-            Ok((answer, verify))
+            Ok(match answer {
+                Answer::Found(found) => (
+                    answer,
+                    cache.must_verify(found.handle),
+                    FoundPlace::of(cache, found.handle as u32)?,
+                ),
+                _ => (answer, false, None),
+            })
         })?;
         match answer {
             Answer::Found(found) => {
                 self.count(true);
-                hit(py, key, span, &found, verify).map(Some)
+                if let Some(source) = &self.source {
+                    source.remember(own, found.range, place);
+                }
+                hit(py, own, span, &found, verify).map(Some)
             }
             Answer::Unknown => {
                 self.count(false);
@@ -195,8 +286,10 @@ impl Index {
         max_age: Option<f64>,
         missing: Option<RawAges>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         let (found, is_absent) = step!(self, py, |cache| {
+            self.enter(cache);
             let found = cache.peek(key, span, fresh)?;
             Ok(match missing {
                 Some(ages) if found.is_none() => (
@@ -223,8 +316,10 @@ impl Index {
         size: Option<u64>,
         max_age: Option<f64>,
     ) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         let victims = step!(self, py, |cache| {
+            self.enter(cache);
             let found = cache.peek(key, span, fresh)?;
             // An entry of another size may have taken its place.
             let same = found.filter(|found| size.is_none_or(|size| size == found.size));
@@ -270,10 +365,12 @@ impl Index {
         let Some(key) = known(key) else {
             return Ok(false.into_pyobject(py)?.to_owned().into_any());
         };
+        let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let kept = Flight(flight.clone().unbind());
         let joined = step!(self, py, |cache| {
+            self.enter(cache);
             if let Some(ages) = missing
                 && cache.knows_absent(key, fresh.now, absence_ages(ages))?
             {
@@ -299,6 +396,7 @@ impl Index {
         ticket: u64,
         validator: &str,
     ) -> PyResult<()> {
+        let key = &*self.whole(key);
         step!(self, py, |cache| {
             cache.set_validator(key, ticket, validator);
             Ok(())
@@ -307,6 +405,7 @@ impl Index {
 
     #[pyo3(signature = (key, raw, /))]
     fn validator(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<Option<String>> {
+        let key = &*self.whole(key);
         let span = span(raw)?;
         step!(self, py, |cache| cache.validator(key, span))
     }
@@ -324,17 +423,21 @@ impl Index {
         now: f64,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let (span, fetched, now) = (span(raw)?, millis(fetched), millis(now));
+        let own = key;
+        let key = &*self.whole(own);
         let found = step!(self, py, |cache| {
+            self.enter(cache);
             let found = cache.refresh(key, span, ticket, validator, fetched, now)?;
             Ok(found.map(|found| (found, cache.must_verify(found.handle))))
         })?;
         found
-            .map(|(found, verify)| hit(py, key, span, &found, verify))
+            .map(|(found, verify)| hit(py, own, span, &found, verify))
             .transpose()
     }
 
     #[pyo3(signature = (key, ticket, /))]
     fn complete_flight(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
+        let key = &*self.whole(key);
         // The payload is dropped after the lock, because that may run Python code.
         let flight = step!(self, py, |cache| Ok(cache.complete_flight(key, ticket)))?;
         drop(flight);
@@ -351,6 +454,7 @@ impl Index {
         now: f64,
         kept: bool,
     ) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
         let (fetched, now) = (millis(fetched), millis(now));
         let (victims, flight) = step!(self, py, |cache| cache
             .commit_absence(key, ticket, fetched, now, kept))?;
@@ -361,6 +465,7 @@ impl Index {
 
     #[pyo3(signature = (key, flight, /))]
     fn abort_flight(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
+        let key = &*self.whole(key);
         let closed = step!(self, py, |cache| Ok(
             cache.abort_flight(key, |other| other.0.is(&flight))
         ))?;
@@ -378,6 +483,7 @@ impl Index {
         ticket: u64,
         now: f64,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let key = &*self.whole(key);
         self.end_abandoned(py)?;
         let span = span(raw)?;
         let now = millis(now);
@@ -415,10 +521,14 @@ impl Index {
         now: f64,
         fetched: Option<f64>,
     ) -> PyResult<Option<bool>> {
+        let whole = match &self.source {
+            Some(_) => PyString::new(values.py(), &self.whole(key.to_str()?)),
+            None => key.clone(),
+        };
         let fill = Fill {
             backing: &self.backing,
             values,
-            key,
+            key: &whole,
             range: span(raw)?,
             data,
             ticket,
@@ -491,6 +601,7 @@ impl Index {
 
     #[pyo3(signature = (key, /))]
     fn begin_write(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
         let victims = step!(self, py, |cache| cache.begin_write(key))?;
         Ok(raw_victims(victims))
     }
@@ -503,6 +614,7 @@ impl Index {
         ok: bool,
         flight: Option<Bound<'_, PyAny>>,
     ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
+        let key = &*self.whole(key);
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let payload = flight
             .as_ref()
@@ -513,12 +625,14 @@ impl Index {
 
     #[pyo3(signature = (key, /))]
     fn drop_missing(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
         let victims = step!(self, py, |cache| cache.drop_missing(key))?;
         Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (prefix, begins=None, /))]
     fn invalidate(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
+        let prefix = &*self.below(prefix);
         step!(self, py, |cache| {
             // First what may fail: a step that is repeated must not count twice.
             if let Some(begins) = begins {
@@ -531,12 +645,14 @@ impl Index {
 
     #[pyo3(signature = (prefix, /))]
     fn drain_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let prefix = &*self.below(prefix);
         let victims = step!(self, py, |cache| cache.drain_prefix(prefix))?;
         Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (prefix, /))]
     fn drain_absences(&self, py: Python<'_>, prefix: &str) -> PyResult<bool> {
+        let prefix = &*self.below(prefix);
         step!(self, py, |cache| cache.drain_absences(prefix))
     }
 
@@ -546,7 +662,8 @@ impl Index {
     }
 
     fn absent_keys(&self, py: Python<'_>) -> PyResult<Vec<String>> {
-        step!(self, py, |cache| cache.absent_keys())
+        let keys = step!(self, py, |cache| cache.absent_keys())?;
+        Ok(self.own_keys(keys))
     }
 
     #[getter]
@@ -564,11 +681,13 @@ impl Index {
         ages: Option<&Ages>,
         cursor: Option<Cursor>,
     ) -> PyResult<(Vec<String>, Option<Cursor>)> {
-        let age_of = |key: &str| ages.map_or(max_age, |ages| ages.of_key(key));
-        step!(self, py, |cache| {
+        let prefix = &*self.below(prefix);
+        let age_of = |key: &str| ages.map_or(max_age, |ages| ages.of_key(self.own_key(key)));
+        let (keys, cursor) = step!(self, py, |cache| {
             let cursor = cursor.unwrap_or_else(|| cache.first_keys());
             cache.next_keys(prefix, cursor, |key| fresh(now, age_of(key)))
-        })
+        })?;
+        Ok((self.own_keys(keys), cursor))
     }
 
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
@@ -605,11 +724,15 @@ impl Index {
     }
 
     fn entries(&self, py: Python<'_>) -> PyResult<Vec<RawEntry>> {
-        Ok(raw_entries(step!(self, py, |cache| cache.entries())?))
+        let mut entries = step!(self, py, |cache| cache.entries())?;
+        entries.retain_mut(|entry| self.make_own(&mut entry.0));
+        Ok(raw_entries(entries))
     }
 
     fn recency(&self, py: Python<'_>) -> PyResult<Vec<(String, RawSpan)>> {
-        Ok(raw_recency(step!(self, py, |cache| cache.recency())?))
+        let mut recency = step!(self, py, |cache| cache.recency())?;
+        recency.retain_mut(|entry| self.make_own(&mut entry.0));
+        Ok(raw_recency(recency))
     }
 
     fn validate(&self, py: Python<'_>) -> PyResult<()> {
@@ -639,6 +762,55 @@ impl Index {
             }
             Ok(true)
         })
+    }
+
+    /// Adds the segments that a scan of a pool has found; see the stub.
+    #[pyo3(signature = (scan, /))]
+    fn adopt_segments(&self, py: Python<'_>, scan: &SegmentScan) -> PyResult<bool> {
+        let mut found = scan.found();
+        step!(self, py, |cache| {
+            if !cache.owns_rebuild() {
+                return Ok(false);
+            }
+            found.adopt_segments(cache)?;
+            Ok(true)
+        })
+    }
+
+    /// Adds values that it has found; see the stub.
+    #[pyo3(signature = (scan, start, stop, /))]
+    fn adopt_found(
+        &self,
+        py: Python<'_>,
+        scan: &SegmentScan,
+        start: usize,
+        stop: usize,
+    ) -> PyResult<Option<Vec<String>>> {
+        let found = scan.found();
+        let refused = step!(self, py, |cache| {
+            if !cache.owns_rebuild() {
+                return Ok(None);
+            }
+            found.adopt_values(cache, start..stop).map(Some)
+        })?;
+        Ok(refused.map(|all| all.into_iter().map(place_name).collect()))
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn in_progress_below(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let prefix = &*self.below(prefix);
+        let victims = step!(self, py, |cache| cache.in_progress_below(prefix))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (limit, /))]
+    fn spent_segments(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<(u32, u64)>> {
+        step!(self, py, |cache| cache.spent_segments(limit))
+    }
+
+    #[pyo3(signature = (cell, number, /))]
+    fn segment_removed(&self, py: Python<'_>, cell: u32, number: u64) -> PyResult<()> {
+        step!(self, py, |cache| cache.segment_removed(cell, number))
     }
 
     #[pyo3(signature = (name, /))]
@@ -688,6 +860,7 @@ impl Index {
         now: f64,
         max_age: Option<f64>,
     ) -> PyResult<Option<(u64, u64)>> {
+        let key = &*self.whole(key);
         let fresh = fresh(now, max_age);
         let decode = step!(self, py, |cache| cache.begin_decode(key, fresh))?;
         Ok(decode.map(|decode| (decode.version, decode.fetched)))
@@ -706,6 +879,7 @@ impl Index {
         now: f64,
         max_age: Option<f64>,
     ) -> PyResult<bool> {
+        let key = &*self.whole(key);
         let decode = Decode { version, fetched };
         let (landed, fresh) = (millis(landed), fresh(now, max_age));
         step!(self, py, |cache| cache.is_current(

@@ -9,6 +9,7 @@ mod files;
 mod fill;
 mod index;
 mod memory;
+mod pool;
 mod reservation;
 
 use pyo3::prelude::*;
@@ -71,6 +72,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("PENDING", crate::disk::ownership::PENDING)?;
         module.add_class::<fill::DirectoryFills>()?;
         module.add_class::<fill::FillResult>()?;
+        module.add_class::<pool::SegmentFiles>()?;
+        module.add_class::<pool::SegmentScan>()?;
+        module.add_class::<pool::SegmentReader>()?;
         module.add_function(wrap_pyfunction!(fill::end_calls, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;
         module.add_function(wrap_pyfunction!(files::tells_residency, module)?)?;

@@ -330,6 +330,11 @@ impl<T: Clone> SharedIndex<T> {
         })
     }
 
+    /// See [`Cache::set_one_value_a_segment`].
+    pub fn set_one_value_a_segment(&mut self, is_so: bool) {
+        self.cache.set_one_value_a_segment(is_so);
+    }
+
     /// The cache, to be looked at without the lock of other processes: what it shows may change meanwhile.
     #[must_use]
     pub fn cache(&self) -> &Cache<Mapped, T> {

@@ -16,6 +16,7 @@ use super::files::{SegmentFiles, VALID, VALUES_AT, punch};
 use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
 use crate::error::Result;
+use crate::key::ByteRange;
 use crate::policy::Eviction;
 
 /// A value that was found.
@@ -280,4 +281,52 @@ fn give_back(
     }
     *segments = kept;
     Ok(())
+}
+
+/// Deletes all values at and below a prefix, valid or not yet, whether or not an index knows them, or `only_counts`
+/// them. Returns their number. Every header is read, so this is for who cannot ask the index.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn delete_below(
+    files: &SegmentFiles,
+    prefix: &str,
+    only_counts: bool,
+) -> io::Result<usize> {
+    let prefix = prefix.trim_end_matches('/');
+    let mut deleted = 0;
+    for number in files.list()? {
+        let file = match files.open_to_scan(number) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        let len = file.metadata()?.len();
+        let mut at = VALUES_AT;
+        while at < len {
+            let page = u32::try_from(at / PAGE).map_err(|_| Errno::OVERFLOW)?;
+            let Some(value) = value_at(&file, len, number, page)? else {
+                let data = next_data(&file, at + PAGE)?.unwrap_or(len);
+                at = data / PAGE * PAGE;
+                continue;
+            };
+            at += value.placed.length();
+            let is_below = ByteRange::parse(&value.name).is_some_and(|(key, _)| {
+                let rest = key.strip_prefix(prefix);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            });
+            if !prefix.is_empty() && !is_below {
+                continue;
+            }
+            deleted += 1;
+            if !only_counts {
+                let capacity = u32::from(!files.has_holes());
+                files.delete(Placed {
+                    capacity,
+                    ..value.placed
+                })?;
+            }
+        }
+    }
+    Ok(deleted)
 }

@@ -1,0 +1,329 @@
+//! A pool: the view that one source has of its index, and the files of its segments.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+
+use super::backing::{Flight, step};
+use super::errors::{exception, os_error, poisoned};
+use super::index::Index;
+use crate::cache::{Cache, Peers, Placed};
+use crate::disk::segments::{self, Found, Got};
+use crate::error::{Error, Result};
+use crate::key::ByteRange;
+use crate::shared::Locked;
+
+/// One source of a pool: its keys are below a folder of their own in the index.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// Its label and a slash.
+    pub(super) folder: Box<str>,
+    pub(super) slices_like_python: bool,
+    /// What was looked up last: it is read next.
+    last: Mutex<Option<Last>>,
+}
+
+#[derive(Debug)]
+struct Last {
+    name: String,
+    place: FoundPlace,
+}
+
+/// An entry, and where its bytes are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FoundPlace {
+    cell: u32,
+    word: u64,
+    placed: Placed,
+}
+
+impl FoundPlace {
+    pub(super) fn of<S: Peers>(cache: &Cache<S, Flight>, cell: u32) -> Result<Option<Self>> {
+        let placed = cache.placed(cell)?;
+        Ok(placed.map(|placed| FoundPlace {
+            cell,
+            word: cache.place_word(cell),
+            placed,
+        }))
+    }
+}
+
+impl Source {
+    pub(super) fn new(label: &str, slices_like_python: bool) -> Self {
+        Source {
+            folder: format!("{label}/").into(),
+            slices_like_python,
+            last: Mutex::default(),
+        }
+    }
+
+    pub(super) fn label(&self) -> &str {
+        self.folder.strip_suffix('/').unwrap_or(&self.folder)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Last>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps where an entry was found, for the read that follows.
+    pub(super) fn remember(&self, key: &str, range: ByteRange, place: Option<FoundPlace>) {
+        let Some(place) = place else { return };
+        let mut last = self.last();
+        // In the same memory: this is done at each hit.
+        let mut name = last.take().map_or_else(String::new, |last| last.name);
+        name.clear();
+        match range {
+            ByteRange::Full => name.push_str(key),
+            _ => name = range.cache_key(key),
+        }
+        *last = Some(Last { name, place });
+    }
+
+    fn recall(&self, name: &str) -> Option<FoundPlace> {
+        let last = self.last();
+        let last = last.as_ref().filter(|last| last.name == name);
+        last.map(|last| last.place)
+    }
+}
+
+/// What stands for the name of a value whose place is known.
+pub(super) fn place_name(placed: Placed) -> String {
+    let Placed {
+        segment,
+        page,
+        size,
+        capacity,
+    } = placed;
+    format!("{segment:016x}.{page}.{size}.{capacity}")
+}
+
+fn place_of(name: &str) -> Option<Placed> {
+    let mut parts = name.split('.');
+    let segment = u64::from_str_radix(parts.next()?, 16).ok()?;
+    let page = parts.next()?.parse().ok()?;
+    let size = parts.next()?.parse().ok()?;
+    let capacity = parts.next()?.parse().ok()?;
+    parts.next().is_none().then_some(Placed {
+        segment,
+        page,
+        size,
+        capacity,
+    })
+}
+
+/// See the stub.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct SegmentFiles(Arc<segments::SegmentFiles>);
+
+impl SegmentFiles {
+    pub(super) fn files(&self) -> Arc<segments::SegmentFiles> {
+        Arc::clone(&self.0)
+    }
+}
+
+#[pymethods]
+impl SegmentFiles {
+    #[new]
+    #[pyo3(signature = (root, /, *, holes))]
+    fn new(root: PathBuf, holes: bool) -> Self {
+        SegmentFiles(Arc::new(segments::SegmentFiles::new(root, holes)))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (folder, /))]
+    fn can_punch(py: Python<'_>, folder: PathBuf) -> PyResult<bool> {
+        py.detach(|| segments::can_punch(&folder)).map_err(os_error)
+    }
+
+    #[pyo3(signature = (cleans, /))]
+    fn scan(&self, py: Python<'_>, cleans: bool) -> PyResult<SegmentScan> {
+        let found = py.detach(|| segments::scan(&self.0, cleans));
+        Ok(SegmentScan(Mutex::new(found.map_err(os_error)?)))
+    }
+
+    /// Deletes values by what stands for their names.
+    #[pyo3(signature = (names, /))]
+    fn delete<'py>(
+        &self,
+        py: Python<'py>,
+        names: Vec<String>,
+    ) -> PyResult<Vec<Option<Bound<'py, PyAny>>>> {
+        let places = names.iter().map(|name| {
+            place_of(name)
+                .ok_or_else(|| PyValueError::new_err(format!("{name:?} is no place of a value")))
+        });
+        let places = places.collect::<PyResult<Vec<_>>>()?;
+        let all: Vec<_> = py.detach(|| {
+            let deletes = places.into_iter().map(|placed| self.0.delete(placed));
+            deletes.collect()
+        });
+        let exceptions = all
+            .into_iter()
+            .map(|one| one.err().map(|e| exception(py, e)));
+        Ok(exceptions.collect())
+    }
+
+    /// Deletes all values at and below a prefix, whether or not an index knows them.
+    #[pyo3(signature = (prefix, only_counts=false, /))]
+    fn delete_below(&self, py: Python<'_>, prefix: &str, only_counts: bool) -> PyResult<usize> {
+        py.detach(|| segments::delete_below(&self.0, prefix, only_counts))
+            .map_err(os_error)
+    }
+
+    #[pyo3(signature = (number, /))]
+    fn remove(&self, py: Python<'_>, number: u64) -> PyResult<()> {
+        py.detach(|| self.0.remove(number)).map_err(os_error)
+    }
+
+    fn close(&self) {
+        self.0.close();
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct SegmentScan(Mutex<Found>);
+
+impl SegmentScan {
+    pub(super) fn found(&self) -> MutexGuard<'_, Found> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl SegmentScan {
+    fn __len__(&self) -> usize {
+        self.found().values.len()
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        let sizes = |found: &Found| found.values.iter().map(|value| value.placed.size).sum();
+        sizes(&self.found())
+    }
+}
+
+/// See the stub.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct SegmentReader {
+    index: Py<Index>,
+    files: Arc<segments::SegmentFiles>,
+}
+
+impl SegmentReader {
+    /// Where the value of this name is.
+    fn find(&self, py: Python<'_>, name: &str) -> PyResult<Option<FoundPlace>> {
+        let index = self.index.get();
+        if let Some(found) = index.source.as_ref().and_then(|source| source.recall(name)) {
+            return Ok(Some(found));
+        }
+        let Some((key, range)) = ByteRange::parse(name) else {
+            return Ok(None);
+        };
+        let key = &*index.whole(key);
+        let found = step!(index, py, |cache| cache.find_placed(key, range))?;
+        Ok(found.map(|(cell, word, placed)| FoundPlace { cell, word, placed }))
+    }
+
+    /// Whether the entry is still the same, so that what was read is its value.
+    fn is_still(&self, py: Python<'_>, found: &FoundPlace) -> PyResult<bool> {
+        let index = self.index.get();
+        match &*index.backing {
+            _ if index.backing.is_disowned() => Ok(false),
+            Locked::Own(lock, _) => {
+                let cache = lock.lock_py_attached(py).map_err(poisoned)?;
+                Ok(cache.is_still(found.cell, found.word))
+            }
+            Locked::Shared(lock, _) => {
+                let index = lock.lock_py_attached(py).map_err(poisoned)?;
+                Ok(index.cache().is_still(found.cell, found.word))
+            }
+        }
+    }
+
+    fn name_in_header(&self, name: &str) -> Option<String> {
+        let index = self.index.get();
+        let (key, range) = ByteRange::parse(name)?;
+        Some(range.cache_key(&index.whole(key)))
+    }
+}
+
+/// Bytes from which on other threads may run while they are read.
+const DETACH_FROM: usize = 64 * 1024;
+
+#[pymethods]
+impl SegmentReader {
+    #[new]
+    #[pyo3(signature = (index, files, /))]
+    fn new(index: Py<Index>, files: &SegmentFiles) -> Self {
+        SegmentReader {
+            index,
+            files: files.files(),
+        }
+    }
+
+    /// Reads into a buffer what a value of `total` bytes has from `start` on. False where that would have to wait;
+    /// `None` where there is no such value.
+    #[pyo3(signature = (name, into, total, start, size, waits, /))]
+    #[allow(unsafe_code)]
+    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
+    #[allow(clippy::too_many_arguments)] // All that a read is about, for one call.
+    fn read(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        into: PyBuffer<u8>,
+        total: u64,
+        start: u64,
+        size: usize,
+        waits: bool,
+    ) -> PyResult<Option<bool>> {
+        if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
+            return Err(PyBufferError::new_err("no room for the bytes"));
+        }
+        let Some(found) = self.find(py, name)? else {
+            return Ok(None);
+        };
+        let Some(in_header) = self.name_in_header(name) else {
+            return Ok(None);
+        };
+        let is_inside = start
+            .checked_add(size as u64)
+            .is_some_and(|end| end <= total);
+        if found.placed.size != total || !is_inside {
+            return Ok(None);
+        }
+        // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
+        let mut read = || {
+            self.files
+                .read(found.placed, &in_header, start, bytes, waits)
+        };
+        let got = if waits || size >= DETACH_FROM {
+            py.detach(read)
+        } else {
+            read()
+        };
+        match got.map_err(os_error)? {
+            Got::Bytes => Ok(self.is_still(py, &found)?.then_some(true)),
+            Got::NotNow => Ok(Some(false)),
+            Got::Nothing => Ok(None),
+        }
+    }
+
+    /// Length and CRC32C that stand before a value.
+    #[pyo3(signature = (name, /))]
+    fn recorded(&self, py: Python<'_>, name: &str) -> PyResult<Option<(u64, u32)>> {
+        let Some(found) = self.find(py, name)? else {
+            return Ok(None);
+        };
+        let in_header = self.name_in_header(name);
+        let header = py.detach(|| self.files.header(found.placed));
+        let header = header.filter(|header| Some(&header.name) == in_header.as_ref());
+        Ok(header.map(|header| (header.placed.size, header.checksum)))
+    }
+}
