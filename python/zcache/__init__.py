@@ -22,10 +22,12 @@ from zcache.exceptions import (
     SyncNotSupportedError,
     ZcacheError,
 )
+from zcache.pool import CachePool, PoolSourceInfo
 from zcache.store import CacheStore
 
 __all__ = [
     "CacheOwnershipError",
+    "CachePool",
     "CacheStore",
     "CacheUnreachableError",
     "DecodedCodecPipeline",
@@ -33,6 +35,7 @@ __all__ = [
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
+    "PoolSourceInfo",
     "SyncNotSupportedError",
     "ZcacheError",
     "__version__",

@@ -275,6 +275,25 @@ def check_flag(name: str, value: object) -> None:
         raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")
 
 
+def parse_mode(value: object) -> int:
+    """Convert the permissions of a directory; None is 0o700.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If it is none, or its owner could not use the directory.
+    """
+    if value is None:
+        return 0o700
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionTypeError(f"invalid mode: {value!r}; give permissions such as 0o770")
+    if not 0 <= value <= 0o7777 or value & 0o700 != 0o700:
+        raise OptionValueError(
+            f"invalid mode: {value:#o}; give permissions that leave its owner all rights, such as 0o770"
+        )
+    return value
+
+
 def path_of_cache_store(path: str | os.PathLike[str]) -> str:
     """The path of a directory to keep values in."""
     text: object = os.fspath(path)
@@ -298,7 +317,7 @@ def check_cache_store(source: Store, cache: Store) -> None:
     check_store("cache_store", cache)
     what = f"invalid cache_store: {describe(cache)}"
     # A directory that is warm can be read from all the same.
-    reads_only = type(cache) is LocalStore and cache.read_only
+    reads_only = isinstance(cache, LocalStore) and cache.read_only
     if not reads_only and (cache.read_only or not cache.supports_writes):
         raise OptionValueError(
             f"{what} does not support writes. Open it with read_only=False, or give another store to "

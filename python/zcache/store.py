@@ -55,6 +55,7 @@ from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
 from zcache._source.urls import redact
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
+from zcache.pool import CachePool
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -103,7 +104,7 @@ class CacheStore(Store):
     ----------
     store : Store
         The source: where values come from and writes go to.
-    cache_store : Store, str or PathLike, optional
+    cache_store : Store, CachePool, str or PathLike, optional
         Where values are kept. It must be able to write and to delete, and belongs to zcache alone.
         Default is a new `MemoryStore`. Give a path on a local disk, or a `LocalStore` on it, which is
         the same, for a cache larger than memory.
@@ -226,7 +227,7 @@ class CacheStore(Store):
         self,
         store: Store,
         *,
-        cache_store: Store | str | os.PathLike[str] | None = None,
+        cache_store: Store | CachePool | str | os.PathLike[str] | None = None,
         max_age_seconds: float
         | Literal["infinity"]
         | Mapping[str, float | Literal["infinity"] | None]
@@ -251,6 +252,8 @@ class CacheStore(Store):
         check_store("store", store)
         if cache_store is None:
             cache_store = MemoryStore()
+        elif isinstance(cache_store, CachePool):
+            cache_store = cache_store._store
         elif isinstance(cache_store, (str, os.PathLike)):
             cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)

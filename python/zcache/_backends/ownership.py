@@ -9,6 +9,8 @@ from zcache.exceptions import CacheOwnershipError
 
 FORMAT: Final = 1
 """Format of what zcache keeps in a cache store."""
+POOL_FORMAT: Final = "pool 1"
+"""Format of a pool."""
 
 
 def is_stamp(text: bytes) -> bool:
@@ -20,11 +22,13 @@ def is_stamp(text: bytes) -> bool:
     return isinstance(stamp, dict) and {"zcache", "source"} <= stamp.keys()
 
 
-def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[str, Any] | None:
+def parse_stamp(
+    text: bytes, where: str, *, adopt: bool, listed: bool, form: int | str = FORMAT
+) -> dict[str, Any] | None:
     """Read a stamp; None for one that cannot be read, if it may be replaced.
 
     `listed` says that the index is made from a listing of the store, not kept in a directory: the two
-    would know nothing of each other.
+    would know nothing of each other. `form` is the format that is expected.
 
     Raises
     ------
@@ -42,7 +46,16 @@ def parse_stamp(text: bytes, where: str, *, adopt: bool, listed: bool) -> dict[s
             f"the stamp of the cache {where} cannot be read. Pass adopt=True to take it over, or give "
             "another one."
         )
-    if stamp["zcache"] != FORMAT:
+    if POOL_FORMAT in (stamp["zcache"], form) and stamp["zcache"] != form:
+        one, other = (
+            ("is no pool", "cache_store=path")
+            if form == POOL_FORMAT
+            else ("is a pool", "cache_store=zcache.CachePool(path)")
+        )
+        raise CacheOwnershipError(
+            f"the cache {where} {one}. Use it by {other}, or give another one."
+        )
+    if stamp["zcache"] != form:
         raise CacheOwnershipError(
             f"the cache {where} has format {stamp['zcache']!r}, this zcache reads format {FORMAT}. Use "
             "the version of zcache that made it, or give another one."

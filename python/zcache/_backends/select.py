@@ -15,6 +15,8 @@ from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.listings import DirectoryListings, MemoryListings
 from zcache._backends.memory import MemoryBackend
+from zcache._backends.pool.select import open_pool
+from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
 from zcache._core import Index
@@ -109,6 +111,8 @@ class _Opening:
 
     def open(self) -> Backend:
         cache = self.cache
+        if isinstance(cache, (PoolStore, PoolMemoryStore)):
+            return open_pool(self)
         if type(cache) is LocalStore:
             return DirectoryBackend(cache, self._directory())
         kept = memory_store_of(cache)

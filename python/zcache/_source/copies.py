@@ -45,7 +45,8 @@ class Original(Protocol):
 def without_contents(cache: Store) -> Store:
     """The cache store itself, unless it keeps its values in memory: then one like it, but empty."""
     if isinstance(cache, MemoryStore):
-        return type(cache)()
+        emptied = getattr(cache, "emptied", type(cache))
+        return emptied()
     inner = getattr(cache, "_store", None)
     if not isinstance(inner, Store) or not isinstance(innermost(inner), MemoryStore):
         return cache

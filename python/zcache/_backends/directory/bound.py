@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index, remove_files, take_folder_bytes
+from zcache._core import Index, take_folder_bytes
 from zcache._index.handle import ignore
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
@@ -30,16 +30,21 @@ class Bound:
 
     Parameters
     ----------
-    root : str
-        The directory.
     handle : IndexHandle
-        Its index.
+        The index of the directory.
     clock : callable
         Seconds since 1970.
+    remove : callable
+        Deletes the bytes of entries by their names, and what they should hold; returns an error or None for each.
     """
 
-    def __init__(self, root: str, handle: IndexHandle, clock: Callable[[], float]) -> None:
-        self._root = root
+    def __init__(
+        self,
+        handle: IndexHandle,
+        clock: Callable[[], float],
+        remove: Callable[[list[str], Any], list[Any]],
+    ) -> None:
+        self._remove = remove
         self._clock = clock
         self.handle = handle
 
@@ -67,7 +72,7 @@ class Bound:
         take_folder_bytes()
         cells = [cell for cell, _ in victims]
         known = handle.call_blocking(Index.expected, cells)
-        outcome = remove_files(self._root, [name for _, name in victims], known)
+        outcome = self._remove([name for _, name in victims], known)
         failed = [cell for cell, error in zip(cells, outcome, strict=True) if error]
         gone = [cell for cell, error in zip(cells, outcome, strict=True) if not error]
         handle.call_later(ignore, Index.confirm_deletes, gone, failed)

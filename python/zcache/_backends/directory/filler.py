@@ -89,7 +89,7 @@ class DirectoryFiller:
             raise ValueError(f"the volume does not tell {job.key!r} from {fold(job.key)!r}")
         with self._lock:
             number = fills.submit(
-                job.key,
+                self._name(job.key),
                 job.byte_range,
                 job.data,
                 job.ticket,
@@ -98,6 +98,10 @@ class DirectoryFiller:
                 self._clock(),
             )
             self._jobs[number] = job
+
+    def _name(self, key: str) -> str:
+        """The key as the index has it."""
+        return key
 
     def collect(self) -> Sequence[Ended]:
         fills = self._fills

@@ -11,14 +11,13 @@ import weakref
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
-from zcache._core import Index, IndexBusyError, IndexFullError, take_folder_bytes
+from zcache._core import Index, IndexBusyError, IndexFullError, remove_files, take_folder_bytes
 from zcache._index.handle import IndexHandle
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import CacheOwnershipError
@@ -57,6 +56,8 @@ class CacheDirectory:
         Seconds since 1970.
     read_only : bool, optional
         Whether it is only read from. Default is False.
+    mode : int, optional
+        Permissions of a directory that is made. Default is 0o700.
 
     Attributes
     ----------
@@ -79,6 +80,9 @@ class CacheDirectory:
         If it belongs to somebody else.
     """
 
+    layout_of: Any = Layout
+    """What is kept in it, and how."""
+
     def __init__(
         self,
         root: os.PathLike[str] | str,
@@ -88,8 +92,10 @@ class CacheDirectory:
         limits: dict[str, Any],
         clock: Callable[[], float],
         read_only: bool = False,
+        mode: int = 0o700,
     ) -> None:
         self._prepare(root, source, limits, clock)
+        self.layout.mode = mode
         self.layout.is_read_only = read_only
         if read_only:
             self._read_from(OSError(errno.EROFS, "it was given as read-only"))
@@ -125,20 +131,28 @@ class CacheDirectory:
         limits: dict[str, Any],
         clock: Callable[[], float],
     ) -> None:
-        self.layout = Layout(root, source)
+        self.layout = self.layout_of(root, source)
         self.root = self.layout.root
         self.scanner = self.layout.scanner
         self.on_idle: Callable[[], object] = _nothing
         # Until it is opened.
         empty = Index(**{**limits, "max_size": 0})
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
-        # The core must not keep alive what keeps it alive.
-        this = weakref.ref(self)
-        self.filler = DirectoryFiller(self.layout, clock, lambda: _became_idle(this()))
+        self.filler = self._make_filler(clock)
         self._rebuild = Rebuild(self.layout, self.handle)
         self.recovery = Recovery(self.layout, self.handle, self.filler, self._rebuild)
-        self._bound = Bound(self.root, self.handle, clock)
+        this = weakref.ref(self)
+        self._bound = Bound(self.handle, clock, lambda *values: _remove(this(), *values))
         _directories.add(self)
+
+    def _make_filler(self, clock: Callable[[], float]) -> Any:
+        # The core must not keep alive what keeps it alive.
+        this = weakref.ref(self)
+        return DirectoryFiller(self.layout, clock, lambda: _became_idle(this()))
+
+    def _remove(self, names: list[str], known: Any) -> list[Any]:
+        """Delete the bytes of victims; what the file system has said of each."""
+        return list(remove_files(self.root, names, known))
 
     # -------------------------------------------------------------- opening
 
@@ -240,7 +254,7 @@ class CacheDirectory:
         call(Index.invalidate, "", timeout=None)
         while victims := call(Index.drain_prefix, "", timeout=None):
             for _, name in victims:
-                files.remove_value(self.root, name)
+                self._remove([name], None)
             call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
         while call(Index.drain_absences, "", timeout=None):
             pass
@@ -266,7 +280,7 @@ class CacheDirectory:
 
     def _read_from(self, error: OSError) -> None:
         """Serve what a directory holds that takes nothing: an image, say, or another user's."""
-        owner = Stamp.source_of(self.root)
+        owner = Stamp.source_of(self.root, self.layout.form)
         if error.errno not in _TAKES_NOTHING or owner != self.layout.source:
             self.layout.is_others = owner not in (None, self.layout.source)
             self.handle.abandon(error)
@@ -326,6 +340,12 @@ at_fork(_release_locks)
 
 def _nothing() -> None:
     pass
+
+
+def _remove(directory: CacheDirectory | None, names: list[str], known: Any) -> list[Any]:
+    if directory is None:
+        return [OSError(errno.ENOENT, "nobody uses it any more")] * len(names)
+    return directory._remove(names, known)
 
 
 def _became_idle(directory: CacheDirectory | None) -> None:

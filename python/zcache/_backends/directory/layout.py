@@ -12,6 +12,7 @@ from zcache._backends.directory import files
 from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
+from zcache._backends.ownership import FORMAT
 from zcache._core import Index
 
 BLOCK_SIZE: int | None = None
@@ -49,9 +50,13 @@ class Layout:
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
         Whether names that differ in case are one file.
+    mode : int
+        Permissions of a directory that is made.
     """
 
     stamp: Stamp
+    form: Any = FORMAT
+    """Format of what is kept, as the stamp says."""
 
     def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
         # Without links, which are not followed below it.
@@ -65,6 +70,7 @@ class Layout:
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
         self.is_others = self.is_read_only = False
         self.has_own_index = self.folds_names = False
+        self.mode = 0o700
         self._block_size = 1
 
     def claim(self, *, adopt: bool) -> None:
@@ -77,7 +83,7 @@ class Layout:
         OSError
             If it cannot be used.
         """
-        self.stamp = Stamp(self.root, self.reserved, self.source or "", adopt=adopt)
+        self.stamp = Stamp(self.root, self.reserved, self.source or "", adopt=adopt, form=self.form)
         self.make_folders()
         unit = BLOCK_SIZE
         if unit is None:

@@ -62,6 +62,8 @@ class Stamp:
         Name of the source.
     adopt : bool
         Whether to take over what is there already.
+    form : int or str, optional
+        Format of what is kept. Default is that of a directory of files.
 
     Attributes
     ----------
@@ -80,8 +82,11 @@ class Stamp:
         If it cannot be used.
     """
 
-    def __init__(self, root: str, reserved: str, source: str, *, adopt: bool) -> None:
+    def __init__(
+        self, root: str, reserved: str, source: str, *, adopt: bool, form: int | str = FORMAT
+    ) -> None:
         self.root = root
+        self._form = form
         self._reserved = reserved
         self._path = os.path.join(reserved, "stamp.json")
         self._copy = os.path.join(reserved, "index", "stamp.json")
@@ -93,7 +98,7 @@ class Stamp:
         self.check(adopt=adopt)
 
     @staticmethod
-    def source_of(root: str) -> str | None:
+    def source_of(root: str, form: int | str = FORMAT) -> str | None:
         """Name of the source of a cache directory, which stays as it is; None where that is unknown."""
         reserved = os.path.join(root, ".zcache")
         for path in (
@@ -105,7 +110,8 @@ class Stamp:
             except OSError:
                 continue
             if text is not None and is_stamp(text):
-                stamp = parse_stamp(text, f"directory {root}", adopt=False, listed=False)
+                where = f"directory {root}"
+                stamp = parse_stamp(text, where, adopt=False, listed=False, form=form)
                 return None if stamp is None else str(stamp["source"])
         return None
 
@@ -186,14 +192,14 @@ class Stamp:
         if text is None or not is_stamp(text):
             copy = _read_small(self._copy)
             if copy is not None and is_stamp(copy):
-                stamp = parse_stamp(copy, where, adopt=adopt, listed=False)
+                stamp = parse_stamp(copy, where, adopt=adopt, listed=False, form=self._form)
                 if stamp is not None:
                     with contextlib.suppress(OSError):
                         self._write(stamp["source"], replace=text is not None)
                 return stamp
         if text is None:
             return None
-        stamp = parse_stamp(text, where, adopt=adopt, listed=False)
+        stamp = parse_stamp(text, where, adopt=adopt, listed=False, form=self._form)
         if stamp is None:
             os.unlink(self._path)
         return stamp
@@ -247,7 +253,7 @@ class Stamp:
         return ours, foreign
 
     def _write(self, source: str, *, replace: bool) -> dict[str, Any]:
-        stamp = {"zcache": FORMAT, "source": source}
+        stamp = {"zcache": self._form, "source": source}
         os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:

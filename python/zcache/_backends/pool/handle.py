@@ -1,0 +1,156 @@
+"""The index of a pool, as one of its sources sees and calls it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zcache._core import CorruptIndexError, Index
+    from zcache._index.handle import T, Watcher
+    from zcache._runtime.io import IO
+
+
+class SourceHandle(IndexHandle):
+    """Calls the steps of the index of a pool for one source: all keys are below its folder there.
+
+    Waiting, recovery and opening are those of the pool, for they are about its one index.
+
+    Parameters
+    ----------
+    pool : IndexHandle
+        The index of the pool.
+    label : str
+        Of the source.
+    limits : dict
+        What the source asks for.
+    apply : callable
+        Has the pool keep to the limits of all its sources.
+    """
+
+    def __init__(
+        self, pool: IndexHandle, label: str, limits: dict[str, Any], apply: Callable[[], None]
+    ) -> None:
+        self._pool = pool
+        self._label = label
+        self._slices = bool(limits["slices_like_python"])
+        self._apply = apply
+        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self.name = pool.name
+        self.limits = limits
+        pool.watch(self)
+
+    def use_index(self, index: Index) -> None:
+        """See this index from now on."""
+        self._index = index.within(self._label, self._slices)
+        for watcher in list(self._watchers):
+            watcher.use_index(self._index)
+
+    @property
+    def index(self) -> Index:
+        """The index of now."""
+        return self._index
+
+    @index.setter
+    def index(self, index: Index) -> None:
+        self._pool.index = index
+
+    @property
+    def usable(self) -> bool:  # type: ignore[override]
+        """Whether the pool can be used."""
+        return self._pool.usable
+
+    @property
+    def lost(self) -> Index | None:  # type: ignore[override]
+        """The index that was abandoned."""
+        return self._pool.lost
+
+    @property
+    def open_first(self) -> Callable[[float], None] | None:  # type: ignore[override]
+        """Opens the index."""
+        return self._pool.open_first
+
+    @property
+    def deferred(self) -> Any:  # type: ignore[override]
+        """Steps without a waiter."""
+        return self._pool.deferred
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the index is open, or never will be."""
+        return self._pool.is_open
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` the index of now, and each one that takes its place."""
+        self._watchers.add(watcher)
+        watcher.use_index(self._index)
+
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """Counters of the pool."""
+        return self._pool.stats()
+
+    def apply_limits(self) -> None:
+        """Have the pool keep to `limits` as well."""
+        self._apply()
+
+    def _step(self, step: Callable[..., T]) -> Callable[..., T]:
+        take = self.take
+
+        def in_source(index: Index, *args: Any) -> T:
+            own = self._index
+            if index is not self._pool.index:
+                own = index.within(self._label, self._slices)
+            return take(step, own, *args)
+
+        return in_source
+
+    async def call(
+        self,
+        io: IO,
+        step: Callable[..., T],
+        *args: Any,
+        timeout: float = LOCK_TIMEOUT,  # noqa: ASYNC109
+        alone: bool = False,
+    ) -> T:
+        return await self._pool.call(io, self._step(step), *args, timeout=timeout, alone=alone)
+
+    async def call_shielded(
+        self,
+        io: IO,
+        on_detached_result: Callable[[T], object],
+        step: Callable[..., T],
+        *args: Any,
+        timeout: float = LOCK_TIMEOUT,  # noqa: ASYNC109
+    ) -> T:
+        return await self._pool.call_shielded(
+            io, on_detached_result, self._step(step), *args, timeout=timeout
+        )
+
+    def call_later(self, then: Callable[[T], object], step: Callable[..., T], *args: Any) -> None:
+        self._pool.call_later(then, self._step(step), *args)
+
+    def take_deferred(self) -> None:
+        self._pool.take_deferred()
+
+    def call_blocking(
+        self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
+    ) -> T:
+        return self._pool.call_blocking(self._step(step), *args, timeout=timeout)
+
+    def call_opened(
+        self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
+    ) -> T:
+        return self._pool.call_opened(self._step(step), *args, timeout=timeout)
+
+    def resolve(self, error: CorruptIndexError) -> None:
+        self._pool.resolve(error)
+
+    def mark_corrupt(self) -> None:
+        self._pool.mark_corrupt()
+
+    def abandon(self, failure: BaseException) -> None:
+        self._pool.abandon(failure)

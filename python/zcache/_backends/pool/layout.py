@@ -1,0 +1,162 @@
+"""What a pool keeps in its directory, and how its index is filled again from its segments."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._backends.directory.layout import Layout
+from zcache._backends.ownership import POOL_FORMAT
+from zcache._core import Index, SegmentFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from zcache._index.handle import IndexHandle
+
+logger = logging.getLogger("zcache")
+
+POOL_SOURCE: Final = "a pool"
+"""In the stamp of a pool, where the name of the source of a cache directory is."""
+_BATCH: Final = 4096
+_FOLDERS: Final = 8
+"""Blocks of the folders of a pool, its stamp and its list of sources, beside index and segments."""
+
+
+def label_of(source: str) -> str:
+    """The folder of a source in the index of a pool: no table decides whose a value is."""
+    return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+class SegmentScanner:
+    """Finds the values in the segments of a pool, whether or not the index knows them.
+
+    The same as `Scanner` for a directory of files.
+
+    Attributes
+    ----------
+    files : SegmentFiles
+        The segments.
+    only_looks : bool
+        Whether nothing in the pool is changed.
+    """
+
+    def __init__(self, root: str, segments: str) -> None:
+        self.strict = self.only_looks = self.folds_names = False
+        self._root = root
+        self._segments = segments
+        self._newest = 0
+        self.files = SegmentFiles(segments, holes=True)
+
+    def renew(self, *, holes: bool) -> None:
+        """Use the segments through files that are opened anew."""
+        self.files = SegmentFiles(self._segments, holes=holes)
+
+    def outdate(self) -> None:
+        """Have scans that are on their way enter nothing more: the index is emptied."""
+        self._newest += 1
+
+    def rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
+        """Fill an empty index; see `Scanner.rebuild`."""
+        self._newest += 1
+        newest = self._newest
+        self._rebuild(lambda: handle_of_now() if newest == self._newest else None, why)
+
+    def _rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
+        self.files.close()
+        found = self.files.scan(not self.only_looks)
+        handle = handle_of_now()
+        if handle is None or not handle.call_opened(Index.adopt_segments, found, timeout=None):
+            return
+        for start in range(0, len(found), _BATCH):
+            if (handle := handle_of_now()) is None:
+                return
+            stop = start + _BATCH
+            refused = handle.call_opened(Index.adopt_found, found, start, stop, timeout=None)
+            if refused is None:
+                return
+            if refused and not self.only_looks:
+                self.files.delete(refused)
+        if (handle := handle_of_now()) is None:
+            return
+        if len(found) and not self.only_looks:
+            logger.warning(
+                "the index of the pool %s was rebuilt (%s): %d values, %d bytes",
+                self._root,
+                why,
+                len(found),
+                found.size,
+            )
+        unit = handle.limits.get("unit", 1)
+        handle.call_opened(Index.count_folders, _FOLDERS * unit, timeout=None)
+        handle.call_opened(Index.finish_rebuild, timeout=None)
+
+    def remove_below(self, prefix: str) -> None:
+        """Delete the values of a key and of all keys below it, whether the index knows them or not.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+        self.files.delete_below(prefix)
+
+    def names_below(self, prefix: str) -> Iterator[str]:
+        """Something for each value that there is of a key and of all keys below it."""
+        return iter([prefix] * self.files.delete_below(prefix, True))
+
+    def say_in_the_way(self, count: int | None = None) -> None:
+        """Nothing in a pool is others'."""
+
+    def add_tombstones(self, names: Iterable[str]) -> None:
+        """A value that cannot be deleted stays counted."""
+
+
+class PoolLayout(Layout):
+    """The folders of a pool, its stamp, and the files of its index and its segments."""
+
+    form = POOL_FORMAT
+
+    def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
+        super().__init__(root, source)
+        self.segments = os.path.join(self.reserved, "segments")
+        self.scanner: Any = SegmentScanner(self.root, self.segments)
+        self.holes = True
+        self.mode = 0o700
+
+    def claim(self, *, adopt: bool) -> None:
+        if not os.path.exists(self.root):
+            os.makedirs(os.path.dirname(self.root), exist_ok=True)
+            try:
+                os.mkdir(self.root, self.mode)
+                # Whatever the umask says.
+                os.chmod(self.root, self.mode)
+            except FileExistsError:
+                pass
+        super().claim(adopt=adopt)
+        try:
+            # With blocks larger than a page, a hole of a page gives nothing back.
+            self.holes = self._block_size <= _PAGE and SegmentFiles.can_punch(self.segments)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        self.scanner.renew(holes=self.holes)
+        # Keys are no names of files here.
+        self.folds_names = self.scanner.folds_names = False
+
+    def make_folders(self) -> None:
+        super().make_folders()
+        mode = 0o700 | os.stat(self.root).st_mode & 0o777
+        os.makedirs(self.segments, mode=mode, exist_ok=True)
+
+    def is_empty(self) -> bool:
+        return not (os.path.isdir(self.segments) and os.listdir(self.segments))
+
+    def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
+        return {**super().with_unit(limits), "holes": self.holes}
+
+
+_PAGE: Final = 4096

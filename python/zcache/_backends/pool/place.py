@@ -1,0 +1,361 @@
+"""A pool of this process: its index, and the sources that use it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.pool.filler import PoolFiller
+from zcache._backends.pool.handle import SourceHandle
+from zcache._backends.pool.layout import POOL_SOURCE, PoolLayout, label_of
+from zcache._core import Index
+from zcache._index.handle import IndexHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zcache._backends.pool.options import PoolOptions
+    from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+    from zcache._core import SegmentFiles
+
+_BY_STRICTNESS: Final = ("never", "first", "always")
+_LIMITS: Final[dict[str, Any]] = {
+    "max_age": None,
+    "slices_like_python": False,
+    "flat_namespace": True,
+    "verify": "first",
+}
+
+
+class _Fillers:
+    """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
+
+    def __init__(self) -> None:
+        self.reads_only = False
+        self.all: weakref.WeakSet[PoolFiller] = weakref.WeakSet()
+        self._index: Index | None = None
+
+    def add(self, filler: PoolFiller) -> None:
+        filler.reads_only = self.reads_only
+        self.all.add(filler)
+        if self._index is not None:
+            filler.start(self._index)
+
+    def start(self, index: Index) -> None:
+        """Begin to take jobs for this index."""
+        self._index = index
+        for filler in list(self.all):
+            filler.start(index)
+
+    def abandon(self) -> None:
+        """Drop, in a forked child, the jobs of the parent."""
+        self._index = None
+        for filler in list(self.all):
+            filler.abandon()
+
+
+class PoolDirectory(CacheDirectory):
+    """The directory of a pool."""
+
+    layout_of = PoolLayout
+
+    def _make_filler(self, clock: Callable[[], float]) -> Any:  # noqa: ARG002
+        return _Fillers()
+
+    def _remove(self, names: list[str], known: Any) -> list[Any]:  # noqa: ARG002
+        found: list[Any] = self.layout.scanner.files.delete(names)
+        return found
+
+
+class Pool:
+    """What all sources of a pool share in this process.
+
+    Attributes
+    ----------
+    handle : IndexHandle
+        The index.
+    directory : PoolDirectory or None
+        None for a pool in memory.
+    clock : callable
+        Seconds; what ages are counted by.
+    """
+
+    handle: IndexHandle
+    directory: PoolDirectory | None = None
+
+    def __init__(self, options: PoolOptions, clock: Callable[[], float]) -> None:
+        self._lock = threading.RLock()
+        self.clock = clock
+        self._options = [options]
+        self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
+        self._forked = os.getpid()
+
+    def add_options(self, options: PoolOptions) -> None:
+        """Keep to these as well: the strictest are in force."""
+        if options not in self._options:
+            self._options.append(options)
+            self.apply_limits()
+
+    def source(self, name: str, limits: dict[str, Any]) -> PoolSource:
+        """One source, as a place of its own."""
+        source = PoolSource(self, name, limits)
+        self._sources.add(source)
+        return source
+
+    @property
+    def max_size(self) -> int | None:
+        """Bytes that the pool holds at most."""
+        return _least([options.max_size for options in self._options])
+
+    @property
+    def min_free_space(self) -> int | None:
+        """Bytes of the volume that stay free."""
+        found = [options.min_free_space for options in self._options]
+        return max((one for one in found if one is not None), default=None)
+
+    @property
+    def open_sources(self) -> list[PoolSource]:
+        """Sources that are in use in this process."""
+        return list(self._sources)
+
+    def forget(self, name: str) -> None:
+        """Delete all values of a source."""
+        label, call = label_of(name), self.handle.call_blocking
+        call(Index.invalidate, label)
+        while victims := call(Index.drain_prefix, label):
+            self._delete(victims)
+        while call(Index.drain_absences, label):
+            pass
+
+    def _delete(self, victims: list[tuple[int, str]]) -> None:
+        raise NotImplementedError
+
+    def apply_limits(self) -> None:
+        """Keep to the limits of all sources: each is bound by the smallest size, and none loses what it may serve."""
+        with self._lock:
+            limits = [source.handle.limits for source in list(self._sources)]
+            ages = [one["max_age"] for one in limits]
+            sizes = [self.max_size, *(one["max_size"] for one in limits)]
+            verify = [one["verify"] for one in limits]
+            before = self.handle.limits["max_size"]
+            size = _least(sizes)
+            self.handle.limits = {
+                **self.handle.limits,
+                "max_size": size,
+                "max_age": None if None in ages else max(ages, default=None),
+                "verify": max(verify, key=_BY_STRICTNESS.index, default="first"),
+            }
+        self.handle.apply_limits()
+        is_less = size is not None and (before is None or size < before)
+        if self.directory is not None and is_less:
+            self.directory.enforce_bound()
+
+    def after_fork(self) -> None:
+        """Start over in a forked child, once for all sources."""
+        if self._forked == os.getpid():
+            return
+        self._forked = os.getpid()
+        self._lock = threading.RLock()
+        if self.directory is None:
+            self.handle.after_fork(None)
+            if not self.handle.index.after_fork():
+                self.handle.index = Index(**self.handle.limits)
+            return
+        self.directory.layout.scanner.renew(holes=self.directory.layout.holes)
+        self.directory.after_fork()
+
+
+class MemoryPool(Pool):
+    """A pool in memory of this process."""
+
+    def __init__(self, store: PoolMemoryStore, clock: Callable[[], float]) -> None:
+        super().__init__(store.options, clock)
+        limits = {**_LIMITS, "verify": "never", "max_size": store.options.max_size}
+        self.handle = IndexHandle(Index(**limits), repr(store), limits)
+        # The store keeps the pool alive, and not the other way round.
+        self._values: Any = store._store_dict
+
+    def _delete(self, victims: list[tuple[int, str]]) -> None:
+        for _, name in victims:
+            self._values.pop(name, None)
+        self.handle.call_blocking(Index.confirm_deletes, [cell for cell, _ in victims], [])
+
+
+class DirectoryPool(Pool):
+    """A pool in a directory."""
+
+    directory: PoolDirectory
+
+    def __init__(self, store: PoolStore, *, adopt: bool, clock: Callable[[], float]) -> None:
+        super().__init__(store.options, clock)
+        limits = {**_LIMITS, "max_size": store.options.max_size, "holes": True}
+        self.directory = PoolDirectory(
+            store.root,
+            POOL_SOURCE,
+            adopt=adopt,
+            limits=limits,
+            clock=clock,
+            read_only=store.read_only,
+            mode=store.options.mode,
+        )
+        self.handle = self.directory.handle
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        if not self.directory.filler.reads_only:
+            Register(self.directory.layout.reserved).add(name, forget=True)
+
+    def _delete(self, victims: list[tuple[int, str]]) -> None:
+        errors = self.directory.layout.scanner.files.delete([name for _, name in victims])
+        outcome = list(zip((cell for cell, _ in victims), errors, strict=True))
+        gone = [cell for cell, error in outcome if error is None]
+        failed = [cell for cell, error in outcome if error is not None]
+        self.handle.call_blocking(Index.confirm_deletes, gone, failed)
+
+
+class PoolSource:
+    """What the backends of one source of a pool share beside its view of the index.
+
+    Attributes
+    ----------
+    handle : SourceHandle
+        The index as the source sees it.
+    filler : PoolFiller or None
+        Carries out fills; None in memory.
+    on_idle : callable
+        Called when fills have ended; set by the owner of the queue.
+    """
+
+    def __init__(self, pool: Pool, name: str, limits: dict[str, Any]) -> None:
+        self.pool = pool
+        self.name = name
+        self.label = label_of(name)
+        self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool.apply_limits)
+        self.opened = time.time()
+        self.on_idle: Callable[[], object] = _nothing
+        self.filler: PoolFiller | None = None
+        directory = pool.directory
+        if directory is None:
+            return
+        self._directory = directory
+        this = weakref.ref(self)
+        self.filler = PoolFiller(
+            directory.layout, self.label, pool.clock, lambda: _became_idle(this())
+        )
+        self.filler.min_free_space = pool.min_free_space
+        directory.filler.add(self.filler)
+        self.scanner = _SourceScanner(directory, self.label)
+
+    @property
+    def root(self) -> str:
+        """The directory of the pool."""
+        return str(self._directory.root)
+
+    @property
+    def layout(self) -> Any:
+        """What is kept in it."""
+        return self._directory.layout
+
+    @property
+    def recovery(self) -> Any:
+        """Brings its index back into use."""
+        return self._directory.recovery
+
+    @property
+    def files(self) -> SegmentFiles:
+        """Its segments."""
+        found: SegmentFiles = self._directory.layout.scanner.files
+        return found
+
+    def after_fork(self) -> None:
+        """Start over in a forked child."""
+        self.pool.after_fork()
+
+
+class _SourceScanner:
+    """Finds the values of one source of a pool, whether or not the index knows them."""
+
+    def __init__(self, directory: PoolDirectory, label: str) -> None:
+        self._scanner = directory.layout.scanner
+        self._label = label
+
+    @property
+    def only_looks(self) -> bool:
+        return bool(self._scanner.only_looks)
+
+    def _whole(self, prefix: str) -> str:
+        return f"{self._label}/{prefix}".rstrip("/")
+
+    def remove_below(self, prefix: str) -> None:
+        self._scanner.remove_below(self._whole(prefix))
+
+    def names_below(self, prefix: str) -> Any:
+        return self._scanner.names_below(self._whole(prefix))
+
+    def add_tombstones(self, names: Any) -> None:
+        self._scanner.add_tombstones(names)
+
+
+class Register:
+    """The names of the sources of a pool, for people: nothing else depends on them.
+
+    Parameters
+    ----------
+    reserved : str
+        The folder ``.zcache`` of the pool.
+    """
+
+    def __init__(self, reserved: str) -> None:
+        self._path = os.path.join(reserved, "sources")
+
+    def names(self) -> dict[str, dict[str, Any]]:
+        """What is known of each source, by label."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {
+            label: note
+            for label, note in found.items()
+            if isinstance(note, dict) and label_of(str(note.get("name"))) == label
+        }
+
+    def add(self, name: str, *, forget: bool = False) -> None:
+        """Note that a source is used now, or forget it. What two processes note at once, one of them notes again later."""
+        notes = self.names()
+        if forget:
+            notes.pop(label_of(name), None)
+        else:
+            notes[label_of(name)] = {"name": name, "used": time.time()}
+        unfinished = f"{self._path}.{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):
+            try:
+                with open(unfinished, "x", encoding="utf-8") as file:
+                    json.dump(notes, file)
+                os.replace(unfinished, self._path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(unfinished)
+
+
+def _least(sizes: list[int | None]) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _became_idle(source: PoolSource | None) -> None:
+    if source is not None:
+        source.on_idle()

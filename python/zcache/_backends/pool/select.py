@@ -1,0 +1,122 @@
+"""Which pool a cache store stands for, and the backend of one source over it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zcache._backends.listings import DirectoryListings, MemoryListings
+from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
+from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSource, Register
+from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._index.shared import SharedIndex, find_or_make
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from zarr.abc.store import Store
+
+    from zcache._backends.base import Backend
+    from zcache._source.identity import SourceId
+
+
+class Opening(Protocol):
+    """What a cache store is opened with; see `open_backend`."""
+
+    cache: Any
+    source: Store
+    source_id: SourceId
+    adopt: bool
+    limits: dict[str, Any]
+    clock: Callable[[], float] | None
+
+
+# As long as somebody uses them.
+_pools: weakref.WeakValueDictionary[Hashable, Pool] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
+
+
+def pool_of(
+    store: PoolStore | PoolMemoryStore,
+    *,
+    adopt: bool = False,
+    clock: Callable[[], float] | None = None,
+) -> Pool:
+    """The pool of this process that a store stands for; it is opened if nobody uses it yet.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If the directory is no pool, or somebody else's.
+    """
+    key = _key(store)
+    with _lock:
+        pool = _pools.get(key)
+        if pool is None:
+            if isinstance(store, PoolStore):
+                pool = DirectoryPool(store, adopt=adopt, clock=clock or time.time)
+            else:
+                pool = MemoryPool(store, clock or time.monotonic)
+                # Its values live as long as the store does.
+                store.pool = pool
+            _pools[key] = pool
+        else:
+            pool.add_options(store.options)
+        return pool
+
+
+def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
+    if isinstance(store, PoolStore):
+        return ("directory", os.path.realpath(os.path.abspath(store.root)), store.read_only)
+    return ("dict", id(store._store_dict))
+
+
+def open_pool(opening: Opening) -> Backend:
+    """Open a pool for one source.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If the directory is no pool, or somebody else's.
+    """
+    store = opening.cache
+    pool = pool_of(store, adopt=opening.adopt, clock=opening.clock)
+    name = opening.source_id.name
+    key = ("pool", _key(store), name)
+    shared = find_or_make(key, lambda: _new(pool, opening, name))
+    source: PoolSource = shared.place
+    if pool.directory is None:
+        return MemoryPoolBackend(store, shared, source.label)
+    return PoolBackend(store, shared)
+
+
+def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
+    source = pool.source(name, opening.limits)
+    breaker_clock = opening.clock or time.monotonic
+    shared = SharedIndex(
+        source.handle, opening.source, opening.source_id, pool.clock, breaker_clock
+    )
+    shared.place = source
+    directory = pool.directory
+    if directory is None:
+        shared.listings = MemoryListings()
+        return shared
+    layout = directory.layout
+    shared.listings = DirectoryListings(os.path.join(layout.index_root, source.label), name)
+    if not directory.filler.reads_only and directory.handle.usable:
+        Register(layout.reserved).add(name)
+    return shared
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    for pool in list(_pools.values()):
+        pool.after_fork()
+
+
+at_fork(_after_fork)

@@ -1,0 +1,69 @@
+"""What stands for a pool where a cache store is asked for. Nothing is read from it or written to it as a store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zarr.storage import LocalStore, MemoryStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zcache._backends.pool.options import PoolOptions
+
+
+class PoolStore(LocalStore):
+    """A pool in a directory.
+
+    Parameters
+    ----------
+    root : path
+        The directory.
+    options : PoolOptions
+        What the pool was opened with.
+    read_only : bool, optional
+        Whether it is only read from. Default is False.
+    """
+
+    def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self.options = options
+
+    def __repr__(self) -> str:
+        return f"CachePool({str(self.root)!r})"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (str(self.root), self.options, self.read_only)
+
+
+class PoolMemoryStore(MemoryStore):
+    """A pool in memory; a copy in another process is another one, and empty.
+
+    Parameters
+    ----------
+    options : PoolOptions
+        What the pool was opened with.
+    """
+
+    def __init__(self, options: PoolOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.pool: Any = None
+
+    def __repr__(self) -> str:
+        return "CachePool()"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PoolMemoryStore, (self.options,)
+
+    def emptied(self) -> PoolMemoryStore:
+        """One like it, but empty."""
+        return PoolMemoryStore(self.options)
+
+
+def _again(root: str, options: PoolOptions, read_only: bool) -> PoolStore:
+    return PoolStore(root, options, read_only=read_only)

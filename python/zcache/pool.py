@@ -1,0 +1,211 @@
+"""`CachePool`: values of many sources under one bound."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zcache._backends.pool.options import PoolOptions
+from zcache._backends.pool.place import Register
+from zcache._backends.pool.select import pool_of
+from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._core import Index
+from zcache._options import capacity_of, parse_mode, parse_size, path_of_cache_store
+
+if TYPE_CHECKING:
+    import os
+
+    from zcache._backends.pool.place import Pool
+
+
+class PoolSourceInfo(NamedTuple):
+    """One source of a pool.
+
+    Attributes
+    ----------
+    name : str or None
+        Its name; None where that is not known any more.
+    bytes : int
+        Bytes of its values.
+    entries : int
+        Its values that can be served, full ones and ranges.
+    last_used : float or None
+        Seconds since 1970 when a process has last opened it; None where that is not known.
+    """
+
+    name: str | None
+    bytes: int
+    entries: int
+    last_used: float | None
+
+
+class CachePool:
+    """Keeps values of any number of sources, under one bound and in one eviction order.
+
+    Give it as ``cache_store=`` to any number of `CacheStore`, in any number of threads and processes. Sources are
+    kept apart by their names. Two pools over one directory, by whatever path, are one: the smallest
+    `max_size` is in force.
+
+    Parameters
+    ----------
+    path : str or PathLike, optional
+        Its directory, on a local disk, which belongs to zcache alone. Default is None: in memory of this process.
+    max_size : int or str, optional
+        Bytes that it holds at most, at every instant, written as for `CacheStore`: in a directory whole blocks,
+        as ``du`` counts them, without the index. Default is None, no bound. Set it to what the disk can spare.
+    min_free_space : int or str, optional
+        Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
+    mode : int, optional
+        Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
+        no other user.
+    read_only : bool, optional
+        Only serve what is there. Default is False. Set it for a pool that others fill.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        An option is of the wrong type, or has no meaning.
+    CacheOwnershipError
+        The directory is no pool, or another user's.
+
+    Examples
+    --------
+    >>> import zarr
+    >>> from zcache import CachePool, CacheStore
+    >>> pool = CachePool(max_size="256MB")
+    >>> stores = [CacheStore(zarr.storage.MemoryStore(), cache_store=pool) for _ in range(3)]
+    >>> pool.cache_info()["max_size"]
+    256000000
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_size: int | str | None = None,
+        min_free_space: int | str | None = None,
+        mode: int | None = None,
+        read_only: bool = False,
+    ) -> None:
+        store: PoolStore | PoolMemoryStore
+        if path is None:
+            store = PoolMemoryStore(PoolOptions())
+        else:
+            store = PoolStore(path_of_cache_store(path), PoolOptions(), read_only=read_only)
+        whole = partial(capacity_of, store)
+        store.options = PoolOptions(
+            parse_size(max_size, whole=whole),
+            parse_size(min_free_space, "min_free_space", whole),
+            parse_mode(mode),
+        )
+        self._use(store)
+
+    def _use(self, store: PoolStore | PoolMemoryStore) -> None:
+        self._store = store
+        self._pool: Pool = pool_of(store)
+
+    @property
+    def path(self) -> str | None:
+        """Its directory; None for one in memory."""
+        return str(self._store.root) if isinstance(self._store, PoolStore) else None
+
+    @property
+    def max_size(self) -> int | None:
+        """Bytes that it holds at most; None for no bound."""
+        return self._store.options.max_size
+
+    def __repr__(self) -> str:
+        shown = "" if self.path is None else f"{self.path!r}, "
+        return f"CachePool({shown}max_size={self.max_size!r})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are one pool."""
+        return isinstance(other, CachePool) and self._pool is other._pool
+
+    def __hash__(self) -> int:
+        return hash(self._pool)
+
+    def __getstate__(self) -> PoolStore | PoolMemoryStore:
+        return self._store
+
+    def __setstate__(self, store: PoolStore | PoolMemoryStore) -> None:
+        self._use(store)
+
+    def cache_info(self) -> dict[str, Any]:
+        """Describe what it holds.
+
+        Returns
+        -------
+        dict
+            ``max_size`` (bytes or None), ``current_size`` (bytes that count towards it: blocks in a directory),
+            ``value_size`` (bytes of the values alone), ``entries``.
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        size, entries, values = self._pool.handle.call_blocking(_sizes)
+        return {
+            "max_size": self._pool.max_size,
+            "current_size": size,
+            "value_size": values,
+            "entries": entries,
+        }
+
+    def cache_stats(self) -> dict[str, int]:
+        """Count what this process has done with the pool: ``evictions``, ``expirations``, ``refusals``."""
+        _, _, evictions, expirations, refusals = self._pool.handle.stats()
+        return {"evictions": evictions, "expirations": expirations, "refusals": refusals}
+
+    def sources(self) -> list[PoolSourceInfo]:
+        """What it holds of each source, that of most bytes first.
+
+        Takes time in proportion to the number of all entries.
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        held: dict[str, list[int]] = {}
+        for key, _, size, state in self._pool.handle.call_blocking(Index.entries):
+            if state == "present":
+                of_source = held.setdefault(key.partition("/")[0], [0, 0])
+                of_source[0] += size
+                of_source[1] += 1
+        notes = self._notes()
+        infos = []
+        for label in {*held, *notes}:
+            size, entries = held.get(label, (0, 0))
+            note = notes.get(label, {})
+            infos.append(PoolSourceInfo(note.get("name"), size, entries, note.get("used")))
+        return sorted(infos, key=lambda info: (-info.bytes, info.name or ""))
+
+    def _notes(self) -> dict[str, dict[str, Any]]:
+        if self._pool.directory is not None:
+            return Register(self._pool.directory.layout.reserved).names()
+        return {
+            source.label: {"name": source.name, "used": source.opened}
+            for source in list(self._pool.open_sources)
+        }
+
+    def forget(self, name: str) -> None:
+        """Delete all values of a source; stores over it fill it anew.
+
+        Parameters
+        ----------
+        name : str
+            Its name, as `sources` tells it.
+
+        Raises
+        ------
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        self._pool.forget(name)
+
+
+def _sizes(index: Index) -> tuple[int, int, int]:
+    entries = [size for _, _, size, state in index.entries() if state == "present"]
+    return index.current_size, len(entries), sum(entries)
