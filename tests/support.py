@@ -124,10 +124,11 @@ def check_quiet_sync(store: CacheStore) -> None:
 
 def _check_counts(store: CacheStore) -> None:
     assert in_flight(store) == (0, 0)
-    states = {entry.state for entry in entries(store)}
-    assert states <= {"live", "delete-failed"}, entries(store)
+    found = entries(store, everything=True)
+    states = {entry.state for entry in found}
+    assert states <= {"live", "delete-failed"}, found
     info = store.cache_info()
-    live = [entry for entry in entries(store) if entry.state == "live"]
+    live = [entry for entry in found if entry.state == "live"]
     assert info["tracked_keys"] == info["cached_keys"] == len(live)
     stats = store.cache_stats()
     assert stats["total_requests"] == stats["hits"] + stats["misses"]

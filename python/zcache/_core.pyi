@@ -778,6 +778,8 @@ class SegmentScan:
     def __len__(self) -> int: ...
     @property
     def size(self) -> int: ...
+    def values(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and fetch time in milliseconds of each, by age."""
 
 @final
 class SegmentReader:

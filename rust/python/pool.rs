@@ -200,6 +200,14 @@ impl SegmentScan {
         self.found().values.len()
     }
 
+    /// Name, bytes and fetch time of each value.
+    fn values(&self) -> Vec<(String, u64, u64)> {
+        let value = |value: &segments::FoundValue| {
+            (value.name.clone(), value.placed.size, value.fetched)
+        };
+        self.found().values.iter().map(value).collect()
+    }
+
     #[getter]
     fn size(&self) -> u64 {
         let sizes = |found: &Found| found.values.iter().map(|value| value.placed.size).sum();

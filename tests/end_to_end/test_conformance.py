@@ -10,6 +10,7 @@ from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 from zarr.testing.store import LatencyStore, StoreTests
 
 from doubles import WatchedStore
+from pools import pool_with_neighbours
 from support import buf, check_quiet, innermost
 from zcache import CacheStore
 from zcache.testing import cache_store_of, source_of
@@ -41,7 +42,7 @@ class CacheStoreTests(StoreTests[CacheStore, cpu.Buffer]):
     def make_source(self, path: Path) -> Store:
         return MemoryStore()
 
-    def make_cache(self, path: Path) -> Store:
+    def make_cache(self, path: Path) -> Any:
         return MemoryStore()
 
     def make_options(self) -> dict[str, Any]:
@@ -145,6 +146,23 @@ class TestLocalLocal(CacheStoreTests):
 
     def make_cache(self, path: Path) -> Store:
         return LocalStore(path)
+
+
+class TestMemoryPool(CacheStoreTests):
+    """A pool in which two other sources have values of the same keys."""
+
+    def make_cache(self, path: Path) -> Any:
+        return pool_with_neighbours(path)
+
+
+class TestLocalPool(TestMemoryPool):
+    def make_source(self, path: Path) -> Store:
+        return LocalStore(path)
+
+
+class TestPoolInMemory(TestMemoryPool):
+    def make_cache(self, path: Path) -> Any:
+        return pool_with_neighbours(None)
 
 
 class TestLatencyMemory(CacheStoreTests):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache._backends.directory.files import count_folders
+from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._byte_ranges import to_request
-from zcache._core import Index, cache_key, file_owner
+from zcache._core import Index, SegmentFiles, cache_key, file_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,23 @@ def ask(store: CacheStore, question: Callable[[Index], T]) -> T:
     return store._cache.shared.handle.call_blocking(lambda index: question(_real(index)))
 
 
+def ask_all(store: CacheStore, question: Callable[[Index], T]) -> T:
+    """The same; of a pool, about all of its sources."""
+    pool = getattr(store._cache.shared.place, "pool", None)
+    if pool is None:
+        return ask(store, question)
+    found: T = pool.handle.call_blocking(lambda index: question(_real(index)))
+    return found
+
+
+def pool_sizes(cache: Store) -> Mapping[str, int] | None:
+    """Sizes of what the segments of a pool hold, by name; None for any other cache store."""
+    if not isinstance(cache, PoolStore):
+        return None
+    files = SegmentFiles(os.path.join(cache.root, ".zcache", "segments"), holes=True)
+    return {name: size for name, size, _ in files.scan(False).values()}
+
+
 def cache_store(store: CacheStore) -> Store:
     """The cache store."""
     return store._cache.cache
@@ -54,7 +72,9 @@ def source_store(store: CacheStore) -> Store:
 
 def memory_values(cache: Store) -> Mapping[str, Buffer] | None:
     """The values of a cache in memory; None for any other cache store."""
-    return cache._store_dict if type(cache) is MemoryStore else None
+    if isinstance(cache, MemoryStore) and type(cache) in (MemoryStore, PoolMemoryStore):
+        return cache._store_dict
+    return None
 
 
 def directory_root(cache: Store) -> str | None:
@@ -72,7 +92,10 @@ def is_ours(path: str) -> bool:
 
 def disk_usage(store: CacheStore) -> int | None:
     """Bytes that a cache directory takes, if whole blocks count; without the files of the index."""
-    root = directory_root(cache_store(store))
+    cache = cache_store(store)
+    if isinstance(cache, PoolStore):
+        return _pool_usage(store, str(cache.root))
+    root = directory_root(cache)
     if root is None or store._cache.shared.handle.limits.get("unit", 1) <= 1:
         return None
     values = 0
@@ -86,8 +109,11 @@ def disk_usage(store: CacheStore) -> int | None:
     return values + count_folders(root)
 
 
-def raw_entries(store: CacheStore) -> list[tuple[str, ByteRequest | None, int, str, str]]:
+def raw_entries(
+    store: CacheStore, *, everything: bool
+) -> list[tuple[str, ByteRequest | None, int, str, str]]:
     """Key, byte range, size, name in the cache store and state of each entry."""
+    found = (ask_all if everything else ask)(store, Index.entries)
     return [
         (
             key,
@@ -96,8 +122,22 @@ def raw_entries(store: CacheStore) -> list[tuple[str, ByteRequest | None, int, s
             key if span is None else cache_key(key, span),
             _STATES.get(state, state),
         )
-        for key, span, size, state in ask(store, Index.entries)
+        for key, span, size, state in found
     ]
+
+
+def _pool_usage(store: CacheStore, root: str) -> int | None:
+    if store._cache.shared.place.pool.handle.limits.get("unit", 1) <= 1:
+        return None
+    usage = 0
+    for folder, folders, names in os.walk(root):
+        if folder == os.path.join(root, ".zcache"):
+            folders.remove("index")
+        usage += os.lstat(folder).st_blocks * 512
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                usage += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return usage
 
 
 def raw_recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:

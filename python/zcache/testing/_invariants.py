@@ -18,6 +18,7 @@ from zcache.testing._internals import (
     is_ours,
     live_entries,
     memory_values,
+    pool_sizes,
     validate,
 )
 from zcache.testing._views import Entry, InFlight, entries, in_flight
@@ -175,6 +176,8 @@ def _sizes_at_once(cache: Store) -> dict[str, int] | None:
     """Sizes of what is in memory or in a directory; None for any other store."""
     if (values := memory_values(cache)) is not None:
         return {name: len(value) for name, value in list(values.items()) if _is_value(name)}
+    if (found := pool_sizes(cache)) is not None:
+        return dict(found)
     if (root := directory_root(cache)) is not None:
         return _file_sizes(root)
     return None
@@ -213,7 +216,7 @@ def _is_value(name: str) -> bool:
 
 def _snapshot(store: CacheStore) -> _Snapshot:
     return _Snapshot(
-        frozenset(entries(store)),
+        frozenset(entries(store, everything=True)),
         in_flight(store),
         current_size(store),
         live_entries(store),

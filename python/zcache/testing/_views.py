@@ -75,13 +75,16 @@ class Step(NamedTuple):
     answer: Any
 
 
-def entries(store: CacheStore) -> list[Entry]:
+def entries(store: CacheStore, *, everything: bool = False) -> list[Entry]:
     """All entries of the index, in no order.
 
     Parameters
     ----------
     store : CacheStore
         Any store over the cache.
+    everything : bool, optional
+        Of a pool, those of all its sources, whose keys begin with the label of their source then. Default is
+        False: those of the source of the store.
 
     Returns
     -------
@@ -90,7 +93,9 @@ def entries(store: CacheStore) -> list[Entry]:
     """
     return [
         Entry(key, byte_range, size, name, cast("State", state))
-        for key, byte_range, size, name, state in _internals.raw_entries(store)
+        for key, byte_range, size, name, state in _internals.raw_entries(
+            store, everything=everything
+        )
     ]
 
 

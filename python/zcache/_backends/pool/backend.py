@@ -43,9 +43,10 @@ class PoolBackend(DirectoryBackend):
         self.filler = source.filler
         shared.handle.watch(self)
 
-    def use_index(self, index: Index) -> None:
-        """Read what this index finds from now on."""
-        self._segments = self._pages.use(index, self._source.files)
+    def use_index(self, _: Index) -> None:
+        """Read what the index of now finds."""
+        source = self._source
+        self._segments = self._pages.use(source.handle.view, source.files)
 
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int

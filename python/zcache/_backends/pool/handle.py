@@ -30,7 +30,14 @@ class SourceHandle(IndexHandle):
         What the source asks for.
     apply : callable
         Has the pool keep to the limits of all its sources.
+
+    Attributes
+    ----------
+    view : Index
+        The index as the source sees it.
     """
+
+    view: Index
 
     def __init__(
         self, pool: IndexHandle, label: str, limits: dict[str, Any], apply: Callable[[], None]
@@ -46,9 +53,14 @@ class SourceHandle(IndexHandle):
 
     def use_index(self, index: Index) -> None:
         """See this index from now on."""
-        self._index = index.within(self._label, self._slices)
+        self.view = index.within(self._label, self._slices)
+        self.show(self.view)
+
+    def show(self, index: Index) -> None:
+        """Put a view, or what stands before it, where callers find it."""
+        self._index = index
         for watcher in list(self._watchers):
-            watcher.use_index(self._index)
+            watcher.use_index(index)
 
     @property
     def index(self) -> Index:
