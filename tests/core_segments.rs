@@ -16,7 +16,7 @@ use std::thread::sleep;
 
 use zcache::cache::PAGE;
 use zcache::disk::fill::Ending;
-use zcache::disk::segments::Got;
+use zcache::disk::segments::{Got, delete_below, walk};
 use zcache::key::ByteRange;
 use zcache::shared::Locked;
 
@@ -182,4 +182,27 @@ fn value_that_fills_the_bound_is_cached_and_evicted() {
     assert_eq!(pool.segments().len(), 1);
     assert!(pool.held() <= pool.counted());
     end(pool);
+}
+
+#[test]
+fn value_is_found_and_deleted_by_its_name_alone() {
+    for holes in [true, false] {
+        let mut pool = Pool::with(&format!("by-name-{holes}"), LIMITS, holes);
+        for key in ["a/0", "a/1/x", "ab/0", "b/0"] {
+            pool.fill(key, 5000);
+        }
+        let names = |pool: &Pool| {
+            let found = walk(&pool.files).unwrap();
+            let mut names: Vec<_> = found.into_iter().map(|value| value.name).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(delete_below(&pool.files, "a", true).unwrap(), 2);
+        assert_eq!(names(&pool), ["a/0", "a/1/x", "ab/0", "b/0"]);
+        assert_eq!(delete_below(&pool.files, "a/", false).unwrap(), 2);
+        assert_eq!(names(&pool), ["ab/0", "b/0"]);
+        assert_eq!(pool.read("a/0"), None);
+        assert_eq!(pool.read("b/0"), Some(contents("b/0", 5000)));
+        end(pool);
+    }
 }

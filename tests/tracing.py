@@ -192,7 +192,10 @@ class Traced:
 
     def _is_the_one(self, thread: int) -> bool:
         info = _Info()
-        _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.byref(info))
+        try:
+            _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.byref(info))
+        except ProcessLookupError:
+            return False  # The end of the process has taken it.
         if info.op != _ENTRY:
             self._note_end(thread, info)
             return False

@@ -753,6 +753,15 @@ class SegmentFiles:
             If the file system refuses.
         """
 
+    def values(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and fetch time in milliseconds of each value, valid or not yet.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+
     def remove(self, number: int, /) -> None:
         """Remove the file of a segment.
 
@@ -778,8 +787,6 @@ class SegmentScan:
     def __len__(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def values(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and fetch time in milliseconds of each, by age."""
 
 @final
 class SegmentReader:

@@ -174,6 +174,13 @@ impl SegmentFiles {
             .map_err(os_error)
     }
 
+    /// Name, bytes and fetch time of each value, valid or not yet.
+    fn values(&self, py: Python<'_>) -> PyResult<Vec<(String, u64, u64)>> {
+        let found = py.detach(|| segments::walk(&self.0)).map_err(os_error)?;
+        let value = |value: segments::FoundValue| (value.name, value.placed.size, value.fetched);
+        Ok(found.into_iter().map(value).collect())
+    }
+
     #[pyo3(signature = (number, /))]
     fn remove(&self, py: Python<'_>, number: u64) -> PyResult<()> {
         py.detach(|| self.0.remove(number)).map_err(os_error)
@@ -198,14 +205,6 @@ impl SegmentScan {
 impl SegmentScan {
     fn __len__(&self) -> usize {
         self.found().values.len()
-    }
-
-    /// Name, bytes and fetch time of each value.
-    fn values(&self) -> Vec<(String, u64, u64)> {
-        let value = |value: &segments::FoundValue| {
-            (value.name.clone(), value.placed.size, value.fetched)
-        };
-        self.found().values.iter().map(value).collect()
     }
 
     #[getter]

@@ -15,6 +15,8 @@ from crashes import play
 if TYPE_CHECKING:
     from pathlib import Path
 
+# What a fill of a pool does of itself: its header and bytes, its mark, and a hole for what it evicts.
+POOL_FILL = {"pwritev", "pwrite64", "fallocate"}
 # What a fill does of itself: a file of its own, its bytes, its times, its name, and the end of the first name.
 FILL = {"open", "write", "utimensat", "linkat", "unlinkat"}
 
@@ -28,21 +30,37 @@ def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path
     assert sum(deaths.values()) > 150
 
 
-def test_directory_process_killed_after_each_index_step_stays_right(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_pool_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> None:
+    if (why := tracing.why_not()) is not None:
+        pytest.skip(why)
+    deaths = play("calls", tmp_path, pool=True)["deaths"]
+    assert {*POOL_FILL, "flock", "mkdir"} <= deaths.keys()
+    assert sum(deaths.values()) > 150
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_directory_process_killed_after_each_index_step_stays_right(
+    tmp_path: Path, pool: bool
+) -> None:
     """Also on machines where no process may be traced."""
-    assert play("steps", tmp_path)["deaths"] > 20
+    assert play("steps", tmp_path, pool=pool)["deaths"] > 20
 
 
 @pytest.mark.slow
-def test_directory_process_stopped_at_each_system_call_holds_up_no_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", [False, True])
+def test_directory_process_stopped_at_each_system_call_holds_up_no_read(
+    tmp_path: Path, pool: bool
+) -> None:
     """Its neighbours read and write on, within the bound, and after its death all is right."""
     if (why := tracing.why_not()) is not None:
         pytest.skip(why)
-    assert sum(play("stops", tmp_path)["deaths"].values()) > 30
+    assert sum(play("stops", tmp_path, pool=pool)["deaths"].values()) > 30
 
 
 @pytest.mark.slow
-def test_directory_processes_killed_at_random_stay_right(tmp_path: Path) -> None:
-    found = play("random", tmp_path, 200, 60)
+@pytest.mark.parametrize("pool", [False, True])
+def test_directory_processes_killed_at_random_stay_right(tmp_path: Path, pool: bool) -> None:
+    found = play("random", tmp_path, 200, 60, pool=pool)
     assert found["killed"] >= 100
     assert found["written"] > 100

@@ -25,23 +25,24 @@ from zarr.testing.strategies import keys as zarr_keys
 
 from decoding import check_decoded_quiet
 from doubles import WatchedStore
+from pools import pool_with_neighbours
 from support import PROTOTYPE, buf, check_quiet_sync
 from zcache import CacheStore
-from zcache.testing import FakeClock, cache_store_of, source_of
+from zcache.testing import FakeClock, cache_store_of, entries, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zarr.abc.store import Store
-
-    MakeCache = Callable[[Path], Store]
+    MakeCache = Callable[[Path, int], Any]
 
 Machine = TypeVar("Machine", bound=RuleBasedStateMachine)
 
 CACHES: dict[str, MakeCache] = {
-    "memory": lambda _: MemoryStore(),
-    "local": LocalStore,
-    "wrapped": lambda _: WatchedStore(MemoryStore()),
+    "memory": lambda *_: MemoryStore(),
+    "local": lambda path, _: LocalStore(path),
+    # Its neighbours keep to the bound as well.
+    "pool": lambda path, max_size: pool_with_neighbours(path, max_size=max_size),
+    "wrapped": lambda *_: WatchedStore(MemoryStore()),
 }
 MAX_AGE = 10.0
 
@@ -57,7 +58,7 @@ class Checked(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="zcache-"))
         self.cached = CacheStore(
             MemoryStore(),
-            cache_store=make_cache(self.directory),
+            cache_store=make_cache(self.directory, max_size),
             max_size=max_size,
             max_age_seconds=MAX_AGE,
             # Some chunks, but not all.
@@ -70,7 +71,7 @@ class Checked(RuleBasedStateMachine):
     @rule()
     def clear_cache(self) -> None:
         sync(self.cached.clear_cache())
-        assert self.cached.cache_info()["current_size"] == 0
+        assert not entries(self.cached)
 
     @rule(seconds=st.floats(0, 2 * MAX_AGE))
     def pass_time(self, seconds: float) -> None:

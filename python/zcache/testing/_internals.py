@@ -57,7 +57,7 @@ def pool_sizes(cache: Store) -> Mapping[str, int] | None:
     if not isinstance(cache, PoolStore):
         return None
     files = SegmentFiles(os.path.join(cache.root, ".zcache", "segments"), holes=True)
-    return {name: size for name, size, _ in files.scan(False).values()}
+    return {name: size for name, size, _ in files.values()}
 
 
 def cache_store(store: CacheStore) -> Store:

@@ -145,6 +145,8 @@ impl SegmentFiles {
         let file = regular(openat(&folder, &name, flags | OFlags::CREATE, mode)?.into())?;
         if file.metadata()?.len() == 0 {
             let header = SegmentHeader { number, capacity };
+            // Whatever the umask says: a pool may belong to a group.
+            let _ = rustix::fs::fchmod(&file, mode);
             file.write_all_at(&header.to_bytes(), 0)?;
         }
         Ok(file)

@@ -70,7 +70,7 @@ impl Found {
         Ok(())
     }
 
-    /// Adds a part of the values. Those that cannot be entries come back: their bytes have to be deleted.
+    /// Adds a part of the values, as far as there are so many. Those that cannot be entries come back: their bytes have to be deleted.
     ///
     /// # Errors
     ///
@@ -82,7 +82,8 @@ impl Found {
     ) -> Result<Vec<Placed>> {
         let checks = cache.limits().verify != Verify::Never;
         let mut refused = Vec::new();
-        for value in self.values.get(part).unwrap_or_default() {
+        let end = part.end.min(self.values.len());
+        for value in self.values.get(part.start..end).unwrap_or_default() {
             let placed = value.placed;
             let checksum = checks.then_some(value.checksum);
             let adopted = match self.cells.get(&placed.segment) {
@@ -283,19 +284,13 @@ fn give_back(
     Ok(())
 }
 
-/// Deletes all values at and below a prefix, valid or not yet, whether or not an index knows them, or `only_counts`
-/// them. Returns their number. Every header is read, so this is for who cannot ask the index.
+/// All values that there are, valid or not yet, by the headers alone.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn delete_below(
-    files: &SegmentFiles,
-    prefix: &str,
-    only_counts: bool,
-) -> io::Result<usize> {
-    let prefix = prefix.trim_end_matches('/');
-    let mut deleted = 0;
+pub fn walk(files: &SegmentFiles) -> io::Result<Vec<FoundValue>> {
+    let mut found = Vec::new();
     for number in files.list()? {
         let file = match files.open_to_scan(number) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -305,28 +300,44 @@ pub fn delete_below(
         let mut at = VALUES_AT;
         while at < len {
             let page = u32::try_from(at / PAGE).map_err(|_| Errno::OVERFLOW)?;
-            let Some(value) = value_at(&file, len, number, page)? else {
-                let data = next_data(&file, at + PAGE)?.unwrap_or(len);
-                at = data / PAGE * PAGE;
-                continue;
-            };
-            at += value.placed.length();
-            let is_below = ByteRange::parse(&value.name).is_some_and(|(key, _)| {
-                let rest = key.strip_prefix(prefix);
-                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-            });
-            if !prefix.is_empty() && !is_below {
-                continue;
-            }
-            deleted += 1;
-            if !only_counts {
-                let capacity = u32::from(!files.has_holes());
-                files.delete(Placed {
-                    capacity,
-                    ..value.placed
-                })?;
+            if let Some(value) = value_at(&file, len, number, page)? {
+                at += value.placed.length();
+                found.push(value);
+            } else {
+                at += PAGE;
+                // The file may end within a page.
+                at = at.max(next_data(&file, at)?.unwrap_or(len) / PAGE * PAGE);
             }
         }
     }
-    Ok(deleted)
+    Ok(found)
+}
+
+/// Deletes all values at and below a prefix, valid or not yet, whether or not an index knows them, or `only_counts`
+/// them. Returns their number. Every header is read, so this is for who cannot ask the index.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn delete_below(files: &SegmentFiles, prefix: &str, only_counts: bool) -> io::Result<usize> {
+    let prefix = prefix.trim_end_matches('/');
+    let is_below = |value: &FoundValue| {
+        ByteRange::parse(&value.name).is_some_and(|(key, _)| {
+            let rest = key.strip_prefix(prefix);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    };
+    let mut found = walk(files)?;
+    found.retain(|value| prefix.is_empty() || is_below(value));
+    if !only_counts {
+        for value in &found {
+            // Without holes each value is alone in its segment.
+            let capacity = u32::from(!files.has_holes());
+            files.delete(Placed {
+                capacity,
+                ..value.placed
+            })?;
+        }
+    }
+    Ok(found.len())
 }

@@ -11,6 +11,7 @@ import weakref
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._backends.directory.layout import Layout
@@ -254,7 +255,7 @@ class CacheDirectory:
         call(Index.invalidate, "", timeout=None)
         while victims := call(Index.drain_prefix, "", timeout=None):
             for _, name in victims:
-                self._remove([name], None)
+                files.remove_value(self.root, name)
             call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
         while call(Index.drain_absences, "", timeout=None):
             pass

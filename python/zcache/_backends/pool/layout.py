@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -151,6 +152,11 @@ class PoolLayout(Layout):
         super().make_folders()
         mode = 0o700 | os.stat(self.root).st_mode & 0o777
         os.makedirs(self.segments, mode=mode, exist_ok=True)
+        for folder in (self.reserved, self.index_root, self.temporary.path, self.segments):
+            # Whatever the umask says: a pool may belong to a group.
+            if os.stat(folder).st_mode & 0o777 != mode:
+                with contextlib.suppress(PermissionError):
+                    os.chmod(folder, mode)
 
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))

@@ -1,0 +1,428 @@
+"""Pools: sources apart, one bound, one pool for each directory, and what they tell of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from directories import closed, complete, flip
+from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours
+from support import TESTS, buf, check_quiet, read, read_through, write
+from zcache import (
+    CacheOwnershipError,
+    CachePool,
+    CacheStore,
+    CacheUnreachableError,
+    OptionTypeError,
+    OptionValueError,
+)
+from zcache._core import Index
+from zcache.testing import StoreDouble, cache_store_of, check_invariants, entries, shares_index
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGE = 4096
+
+
+@pytest.fixture(params=["directory", "memory"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """The path of a pool; None in memory."""
+    return tmp_path / "pool" if request.param == "directory" else None
+
+
+def source_of(**values: bytes) -> StoreDouble:
+    return StoreDouble(MemoryStore({key: buf(value) for key, value in values.items()}))
+
+
+# ---------------------------------------------------------------------------- sources
+
+
+async def test_sources_with_the_same_keys_are_served_their_own_values(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    stores = [neighbour(pool, name) for name in NEIGHBOURS]
+    for store, name in zip(stores, NEIGHBOURS, strict=True):
+        await check_neighbour(store, name)
+        assert store.cache_stats()["hits"] >= len(KEYS)
+    await write(stores[0], "k", b"other")
+    await stores[0].delete("a")
+    assert await read(stores[0], "k") == b"other"
+    assert await read(stores[0], "a") is None
+    await check_neighbour(stores[1], NEIGHBOURS[1])
+    await stores[0].clear_cache()
+    await check_neighbour(stores[1], NEIGHBOURS[1])
+    assert {info.name: info.entries for info in pool.sources()}[NEIGHBOURS[1]] == len(KEYS)
+    await check_quiet(stores[0])
+
+
+HOSTILE = (
+    "",
+    "/",
+    "..",
+    "../k",
+    "a/../../k",
+    "/etc/passwd",
+    "a//b",
+    "./k",
+    ".zcache/segments/0",
+    "K",
+    "\ud800",
+    "k\0",
+    "x" * 2**20,
+    "x/" * 2**12 + "x",
+)
+
+
+@pytest.mark.parametrize("key", HOSTILE, ids=range(len(HOSTILE)))
+async def test_hostile_key_never_leads_to_values_of_others(where: Path | None, key: str) -> None:
+    """Also the name of another source's folder in the index."""
+    pool = pool_with_neighbours(where)
+    labels = [
+        entry.key.partition("/")[0] for entry in entries(neighbour(pool, "x"), everything=True)
+    ]
+    values = dict.fromkeys((key, f"../{labels[0]}/k", f"{labels[0]}/k"), b"mine")
+    source = StoreDouble(MemoryStore({name: buf(value) for name, value in values.items()}))
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    for _ in range(2):
+        for name in values:
+            assert await read_through(store, name) == b"mine"
+    for name in values:
+        await store.delete(name)
+        assert await read(store, name) is None
+    for name in NEIGHBOURS:
+        await check_neighbour(neighbour(pool, name), name)
+    await check_quiet(store)
+
+
+async def test_source_without_a_name_is_another_one_each_time(where: Path | None) -> None:
+    pool = CachePool(where)
+    one, two = source_of(k=b"one"), source_of(k=b"two")
+    stores = [CacheStore(source, cache_store=pool) for source in (one, two)]
+    for _ in range(2):
+        assert await read_through(stores[0], "k") == b"one"
+        assert await read_through(stores[1], "k") == b"two"
+    assert not shares_index(*stores)
+    again = CacheStore(one, cache_store=pool)
+    assert await read(again, "k") == b"one"
+    assert again.cache_stats()["hits"] == 1
+
+
+async def test_listing_of_a_source_has_its_own_keys_only(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    store = CacheStore(source_of(mine=b"1"), cache_store=pool, source_id="mine")
+    await read_through(store, "mine")
+    assert [key async for key in store.cached_keys()] == ["mine"]
+
+
+def test_slicing_of_one_source_is_not_that_of_another() -> None:
+    index = Index(flat_namespace=True, complete=False)
+    index.adopt([(0, 3, "one/k"), (0, 3, "two/k")])
+    slices, raises = index.within("one", True), index.within("two", False)
+    for _ in range(2):
+        assert slices.peek("k", (1, 5, 9), 0) == 0
+        assert raises.peek("k", (1, 5, 9), 0) is None
+
+
+# -------------------------------------------------------------------------- the pool
+
+
+async def test_pool_opened_by_another_path_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    one = CachePool(tmp_path / "pool", max_size="1 MiB")
+    other = CachePool(tmp_path / "link" / "." / "pool", max_size="1 GiB")
+    assert one == other
+    assert other.cache_info()["max_size"] == 2**20
+    source = source_of(k=b"1")
+    first = CacheStore(source, cache_store=one, source_id="s")
+    second = CacheStore(source, cache_store=other, source_id="s")
+    await write(first, "k", b"2")
+    assert await read(second, "k") == b"2"
+    assert source.take()["get"] == 0
+
+
+async def test_pool_is_warm_after_a_restart(tmp_path: Path) -> None:
+    for round_ in range(3):
+        pool = CachePool(tmp_path / "pool")
+        stores = [
+            CacheStore(source_of(k=name.encode()), cache_store=pool, source_id=name)
+            for name in ("one", "two")
+        ]
+        for store, value in zip(stores, (b"one", b"two"), strict=True):
+            assert await read_through(store, "k") == value
+            assert store.cache_stats()["hits"] == (round_ > 0)
+        infos = pool.sources()
+        assert {info.name for info in infos} == {"one", "two"}
+        assert all(info.bytes == 3 and info.entries == 1 and info.last_used for info in infos)
+        del pool, stores, store
+        await closed(tmp_path, "pool")
+
+
+async def test_forget_drops_one_source(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    stores = [neighbour(pool, name) for name in NEIGHBOURS]
+    pool.forget(NEIGHBOURS[0])
+    held = {info.name: info.entries for info in pool.sources()}
+    assert held.get(NEIGHBOURS[0], 0) == 0
+    assert held[NEIGHBOURS[1]] == len(KEYS)
+    for store, name in zip(stores, NEIGHBOURS, strict=True):
+        await check_neighbour(store, name)
+    await check_quiet(stores[0])
+
+
+def test_cache_info_tells_bytes_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+    pool = pool_with_neighbours(tmp_path / "pool", max_size="1 MB")
+    info = pool.cache_info()
+    assert info["entries"] == len(NEIGHBOURS) * len(KEYS)
+    assert info["value_size"] == sum(len(f"{name}: {key}") for name in NEIGHBOURS for key in KEYS)
+    assert info["max_size"] == 10**6
+    assert info["current_size"] >= info["entries"] * PAGE
+
+
+async def test_bound_holds_for_all_sources_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+    bound = 80 * PAGE
+    pool = CachePool(tmp_path / "pool", max_size=bound)
+    values = {f"c/{n}": bytes([n]) * (n * 97 % 9000) for n in range(60)}
+    stores = [CacheStore(source_of(**values), cache_store=pool, source_id=str(n)) for n in range(3)]
+    for store in stores:
+        for key, value in values.items():
+            assert await read_through(store, key) == value
+            assert store.cache_info()["current_size"] <= bound
+        # That the disk holds no more than is counted is part of it.
+        await check_quiet(store)
+    assert sum(info.entries for info in pool.sources()) > 20
+
+
+async def test_one_order_of_eviction_for_all_sources(where: Path | None) -> None:
+    pool = CachePool(where, max_size=30)
+    one, two = (
+        CacheStore(source_of(a=b"0123456789", b=b"0123456789"), cache_store=pool, source_id=name)
+        for name in ("one", "two")
+    )
+    await read_through(one, "a")
+    await read_through(two, "a")
+    await read_through(one, "b")
+    assert await read(one, "a")
+    await read_through(two, "b")
+    # The one that was used least recently is the other source's.
+    held = {info.name: info.entries for info in pool.sources()}
+    assert held == {"one": 2, "two": 1}
+    assert pool.cache_stats()["evictions"] == 1
+    assert one.cache_info()["current_size"] == 30
+
+
+def test_pool_pickles_by_its_path(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path / "pool", max_size=10**6, min_free_space=10)
+    copy = pickle.loads(pickle.dumps(pool))
+    assert copy == pool
+    assert repr(copy) == repr(pool) == f"CachePool({str(tmp_path / 'pool')!r}, max_size=1000000)"
+
+
+async def test_pool_in_memory_travels_empty() -> None:
+    pool = CachePool(max_size=100)
+    store = CacheStore(source_of(k=b"1"), cache_store=pool, source_id="s")
+    await read_through(store, "k")
+    copy = pickle.loads(pickle.dumps(pool))
+    assert copy != pool
+    assert copy.cache_info() == {
+        **pool.cache_info(),
+        "current_size": 0,
+        "value_size": 0,
+        "entries": 0,
+    }
+
+
+def test_store_over_a_pool_pickles_with_it(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/k").write_bytes(b"value")
+    store = CacheStore(LocalStore(tmp_path / "source"), cache_store=CachePool(tmp_path / "pool"))
+    assert asyncio.run(read_through(store, "k")) == b"value"
+    script = (
+        "import sys, pickle, asyncio; sys.path.insert(0, sys.argv[1]); from support import read\n"
+        "store = pickle.loads(sys.stdin.buffer.read())\n"
+        "assert asyncio.run(read(store, 'k')) == b'value'; print(store.cache_stats()['hits'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(TESTS)],
+        input=pickle.dumps(store),
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == b"1"
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(None, 0o700), (0o770, 0o770), (0o755, 0o755)])
+def test_directory_has_the_mode_that_was_asked_for(
+    tmp_path: Path, mode: int | None, expected: int
+) -> None:
+    CachePool(tmp_path / "pool", mode=mode)
+    for folder in ("pool", "pool/.zcache", "pool/.zcache/segments"):
+        assert (tmp_path / folder).stat().st_mode & 0o777 == expected, folder
+
+
+def test_options_without_a_meaning_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionValueError, match="invalid mode: 0o70; give"):
+        CachePool(tmp_path / "pool", mode=0o70)
+    with pytest.raises(OptionTypeError, match="invalid mode"):
+        CachePool(tmp_path / "pool", mode="rwx")  # type: ignore[arg-type]
+    with pytest.raises(OptionValueError, match="invalid max_size: -1"):
+        CachePool(tmp_path / "pool", max_size=-1)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
+    source = MemoryStore()
+    CacheStore(source, cache_store=LocalStore(tmp_path / "directory"), source_id="a pool")
+    with pytest.raises(CacheOwnershipError, match=r"is no pool. Use it by cache_store=path"):
+        CachePool(tmp_path / "directory")
+    CachePool(tmp_path / "pool")
+    with pytest.raises(
+        CacheOwnershipError, match=r"is a pool. Use it by cache_store=zcache.CachePool"
+    ):
+        CacheStore(source, cache_store=tmp_path / "pool", source_id="a pool")
+
+
+def test_directory_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CacheOwnershipError, match="is not empty"):
+        CachePool(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -------------------------------------------------------------------------- read-only
+
+
+def times_below(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+async def test_warm_pool_is_served_from_where_nothing_may_be_written(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    before = times_below(tmp_path)
+    reads = CachePool(tmp_path / "pool", read_only=True)
+    assert reads != pool
+    store = neighbour(reads, NEIGHBOURS[0])
+    await check_neighbour(store, NEIGHBOURS[0])
+    assert store.cache_stats()["hits"] >= len(KEYS)
+    await read_through(store, "missing")
+    assert times_below(tmp_path) == before
+    with pytest.raises(CacheUnreachableError):
+        await store.set("k", buf(b"new"))
+
+
+# ------------------------------------------------------------------------------- forks
+
+
+def test_child_that_was_forked_uses_the_pool_as_a_participant_of_its_own(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = neighbour(pool, NEIGHBOURS[0])
+
+    async def use(value: bytes) -> None:
+        await check_neighbour(store, NEIGHBOURS[0])
+        await write(store, "written", value)
+        assert await read(store, "written") == value
+
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            asyncio.run(use(b"child"))
+            check_invariants(store)
+            code = 0
+        finally:
+            os._exit(code)
+    asyncio.run(use(b"parent"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asyncio.run(check_neighbour(store, NEIGHBOURS[0]))
+
+
+def test_cache_store_of_a_pool_shows_itself(where: Path | None) -> None:
+    store = CacheStore(MemoryStore(), cache_store=CachePool(where))
+    assert repr(cache_store_of(store)).startswith("CachePool(")
+
+
+# ---------------------------------------------------------------------- losses and damage
+
+
+async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = CacheStore(source_of(k=b"0123456789"), cache_store=pool, source_id="mine")
+    await read_through(store, "k", RangeByteRequest(2, 5))
+    before = {info.name: info.entries for info in pool.sources()}
+    assert before == {**dict.fromkeys(NEIGHBOURS, len(KEYS)), "mine": 1}
+    del pool, store
+    await closed(tmp_path, "pool")
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    # And who uses it: values say themselves whose they are.
+    (tmp_path / "pool/.zcache/sources").unlink()
+    pool = CachePool(tmp_path / "pool")
+    source = source_of(k=b"0123456789")
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    assert await read(store, "k", RangeByteRequest(2, 5)) == b"234"
+    assert source.take()["get"] == 0
+    for name in NEIGHBOURS:
+        empty = CacheStore(source_of(), cache_store=pool, source_id=name)
+        await check_neighbour(empty, name)
+    assert {info.name: info.entries for info in pool.sources()} == before
+    await check_quiet(store)
+
+
+async def test_pool_whose_index_is_damaged_in_use_is_rebuilt(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = neighbour(pool, NEIGHBOURS[0])
+    flip(tmp_path / "pool/.zcache/index/head", 200, 3)
+    await check_neighbour(store, NEIGHBOURS[0])
+    await complete(store)
+    await check_neighbour(store, NEIGHBOURS[0])
+    assert {info.name: info.entries for info in pool.sources()}[NEIGHBOURS[1]] == len(KEYS)
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_value_that_was_damaged_is_read_from_the_source(tmp_path: Path, lost: bool) -> None:
+    values = {f"c/{n}": bytes([n + 1]) * 5000 for n in range(6)}
+    pool = CachePool(tmp_path / "pool")
+    store = CacheStore(source_of(**values), cache_store=pool, source_id="mine")
+    for key in values:
+        await read_through(store, key)
+    del pool, store
+    await closed(tmp_path, "pool")
+    for segment in (tmp_path / "pool/.zcache/segments").iterdir():
+        data = bytearray(segment.read_bytes())
+        for at in range(PAGE * 65, len(data), PAGE):
+            data[at + 700] ^= 1
+        segment.write_bytes(data)
+    if lost:
+        shutil.rmtree(tmp_path / "pool/.zcache/index")
+    source = source_of(**values)
+    store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"), source_id="mine")
+    for key, value in values.items():
+        assert await read_through(store, key) == value
+    assert source.take()["get"] == len(values)
+    assert store.cache_stats()["damaged"] == len(values)
+    await check_quiet(store)
+
+
+async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = neighbour(pool, NEIGHBOURS[0])
+    for segment in (tmp_path / "pool/.zcache/segments").iterdir():
+        segment.unlink()
+    # Whoever has them open goes on; the next process does not.
+    pool._pool.directory.layout.scanner.files.close()
+    await check_neighbour(store, NEIGHBOURS[0])
+    await check_neighbour(store, NEIGHBOURS[0])
+    assert store.cache_stats()["cache_failures"] == 0
