@@ -48,6 +48,7 @@ GROUPS = {
     "memory": ("_capacity", "memory"),
     "sweep": ("_capacity", "sweep"),
     "directory": ("_directory", "rows"),
+    "pool": ("_pool", "rows"),
     "revalidation": ("_freshness", "revalidation"),
     "opening": ("_freshness", "opening"),
 }

@@ -5,15 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.place import Register
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._core import Index
-from zcache._options import capacity_of, parse_mode, parse_size, path_of_cache_store
+from zcache._options import capacity_of, check_store, parse_mode, parse_size, path_of_cache_store
 
 if TYPE_CHECKING:
     import os
+
+    from zarr.abc.store import Store
 
     from zcache._backends.pool.place import Pool
 
@@ -204,6 +209,45 @@ class CachePool:
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         self._pool.forget(name)
+
+    def export(self, name: str, store: Store) -> int:
+        """Write all full values of a source to another store, where they can be read as Zarr.
+
+        What of the source is cached in part only is left out: ranges, and what was never read.
+
+        Parameters
+        ----------
+        name : str
+            Its name, as `sources` tells it.
+        store : Store
+            Where to; what it has under the same keys is replaced.
+
+        Returns
+        -------
+        int
+            How many values were written.
+
+        Raises
+        ------
+        OptionTypeError
+            `store` is no store.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        check_store("store", store)
+        buffer = default_buffer_prototype().buffer
+
+        async def write() -> int:
+            await store._ensure_open()
+            count = 0
+            for key, size in self._pool.full_values(name):
+                value = self._pool.read(name, key, size)
+                if value is not None:
+                    await store.set(key, buffer.from_array_like(value))
+                    count += 1
+            return count
+
+        return sync(write())
 
 
 def _sizes(index: Index) -> tuple[int, int, int]:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
@@ -426,3 +428,28 @@ async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> No
     await check_neighbour(store, NEIGHBOURS[0])
     await check_neighbour(store, NEIGHBOURS[0])
     assert store.cache_stats()["cache_failures"] == 0
+
+
+# ------------------------------------------------------------------------------ export
+
+
+def test_export_writes_what_is_cached_as_zarr(where: Path | None, tmp_path: Path) -> None:
+    source = MemoryStore()
+    group = zarr.create_group(source)
+    data = np.arange(40).reshape(4, 10)
+    group.create_array("x", data=data, chunks=(2, 5))
+    group.create_array("unread", data=data, chunks=(2, 5))
+    pool = pool_with_neighbours(where)
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    found = zarr.open_group(store, mode="r")
+    assert (found["x"][:] == data).all()
+    assert store.drain_sync()
+    target = LocalStore(tmp_path / "target")
+    # The group, the array, and its chunks.
+    assert pool.export("mine", target) == 1 + 1 + 4
+    again = zarr.open_group(target, mode="r")
+    assert (again["x"][:] == data).all()
+    assert again.attrs == group.attrs
+    assert pool.export("nobody", target) == 0
+    with pytest.raises(OptionTypeError):
+        pool.export("mine", "somewhere")  # type: ignore[arg-type]

@@ -11,11 +11,13 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.handle import SourceHandle
 from zcache._backends.pool.layout import POOL_SOURCE, PoolLayout, label_of
-from zcache._core import Index
+from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 
 if TYPE_CHECKING:
@@ -134,6 +136,18 @@ class Pool:
         while call(Index.drain_absences, label):
             pass
 
+    def full_values(self, name: str) -> list[tuple[str, int]]:
+        """Key and size of each full value of a source."""
+        label = label_of(name)
+        found = self.handle.call_blocking(lambda index: index.within(label, True).entries())
+        return [
+            (key, size) for key, span, size, state in found if span is None and state == "present"
+        ]
+
+    def read(self, name: str, key: str, size: int) -> Any:
+        """The bytes of a full value, as an array; None where it is gone or damaged."""
+        raise NotImplementedError
+
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         raise NotImplementedError
 
@@ -182,6 +196,10 @@ class MemoryPool(Pool):
         # The store keeps the pool alive, and not the other way round.
         self._values: Any = store._store_dict
 
+    def read(self, name: str, key: str, size: int) -> Any:
+        value = self._values.get(f"{label_of(name)}/{key}")
+        return None if value is None or len(value) != size else value.as_numpy_array()
+
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         for _, name in victims:
             self._values.pop(name, None)
@@ -206,6 +224,14 @@ class DirectoryPool(Pool):
             mode=store.options.mode,
         )
         self.handle = self.directory.handle
+
+    def read(self, name: str, key: str, size: int) -> Any:
+        view = self.handle.index.within(label_of(name), True)
+        reader = SegmentReader(view, self.directory.layout.scanner.files)
+        array = np.empty(size, "u1")
+        if not reader.read(key, array, size, 0, size, True):
+            return None
+        return array if reader.recorded(key) == (size, crc32c(array.tobytes())) else None
 
     def forget(self, name: str) -> None:
         super().forget(name)

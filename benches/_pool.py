@@ -1,0 +1,187 @@
+"""A pool beside files: fills that evict, hits beside one pread, inodes, and opening."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from _measure import Row, interleave
+from _setup import (
+    PROTOTYPE,
+    batches,
+    chunk_keys,
+    drained,
+    local_store,
+    memory_store,
+    only_hits,
+    read_all,
+    temporary_directory,
+    zcache_store,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from _measure import Work
+    from _setup import Scale
+
+_SIZES = {4096: "4 KiB", 65536: "64 KiB", 1 << 20: "1 MiB"}
+# Beside a bare pread of a descriptor that is open.
+_AIMS = {4096: 3.0, 65536: 1.3, 1 << 20: 1.15}
+
+
+def _pool(path: Path, **options: Any) -> Any:
+    from zcache import CachePool
+
+    return CachePool(path, **options)
+
+
+def _fill(store: Any, keys: list[str]) -> Work:
+    slices = batches(keys, 64)
+
+    async def work() -> int:
+        chosen = next(slices)
+        await asyncio.gather(*[store.get(key, PROTOTYPE) for key in chosen])
+        await drained(store)
+        return len(chosen)
+
+    return work
+
+
+async def fills(scale: Scale) -> list[Row]:
+    """Values of 64 KiB, each of which pushes another one out, in a directory of files and in a pool."""
+    with temporary_directory(scale) as root:
+        keys = chunk_keys(scale.of(4096, 1024))
+        source = memory_store(keys, 65536, distinct=64)
+        bound = len(keys) // 2 * 65536
+        stores = {
+            "zcache": zcache_store(source, _pool(root / "pool"), max_size=bound, source_id="x"),
+            "bare": zcache_store(
+                source, local_store(root / "files"), max_size=bound, source_id="x"
+            ),
+        }
+        for store in stores.values():
+            # Until each fill evicts.
+            for _ in range(2):
+                await _fill_all(store, keys)
+        works = {name: _fill(store, keys) for name, store in stores.items()}
+        times = await interleave(works, scale.of(60, 15))
+        note = "bare is the same into a LocalStore; 64 at once, until the last is in"
+        row = times.row("pool: fill that evicts, 64 KiB", 0.2, note)
+        inodes = {name: _inodes(root / name) for name in ("pool", "files")}
+        count = Row(
+            f"pool: inodes of {len(keys) // 2:,} values",
+            unit="",
+            zcache=inodes["pool"],
+            bare=inodes["files"],
+            note="bare is a LocalStore",
+        )
+        return [row, count]
+
+
+async def _fill_all(store: Any, keys: list[str]) -> None:
+    for start in range(0, len(keys), 256):
+        await asyncio.gather(*[store.get(key, PROTOTYPE) for key in keys[start : start + 256]])
+        await drained(store)
+
+
+def _inodes(folder: Path) -> int:
+    return sum(1 + len(names) for _, _, names in os.walk(folder))
+
+
+async def hits(scale: Scale) -> list[Row]:
+    """Hits one by one, beside pread of a descriptor that is open, and beside open, pread and close."""
+    rows = []
+    with temporary_directory(scale) as root:
+        for size, name in _SIZES.items():
+            step = 100 if size < 1 << 20 else 10
+            keys = chunk_keys(step * scale.of(16, 4))
+            source = memory_store(keys, size, distinct=16)
+            stores = {
+                "zcache": zcache_store(source, _pool(root / f"pool-{size}"), source_id="x"),
+                "files": zcache_store(source, local_store(root / f"files-{size}"), source_id="x"),
+            }
+            for store in stores.values():
+                await _fill_all(store, keys)
+                await read_all(store, keys)
+            works = {kind: _read(store, keys, step) for kind, store in stores.items()}
+            path = root / f"bare-{size}"
+            path.write_bytes(os.urandom(size) * len(keys))
+            works["bare"] = _preads(path, len(keys), size, step)
+            works["open"] = _opens(root / f"files-{size}", keys, size, step)
+            with only_hits(stores["zcache"]):
+                times = await interleave(works, scale.of(300, 60))
+            files, opened = times.ratio("zcache", "files"), times.ratio("zcache", "open")
+            note = (
+                f"bare is pread; beside the hit of a LocalStore {files:.2f}, "
+                f"beside open + pread + close {opened:.2f}"
+            )
+            rows.append(times.row(f"pool: hit, {name}", _AIMS[size], note))
+    return rows
+
+
+def _read(store: Any, keys: list[str], step: int) -> Work:
+    slices = batches(keys, step)
+
+    async def work() -> int:
+        return await read_all(store, next(slices))
+
+    return work
+
+
+def _preads(path: Path, count: int, size: int, step: int) -> Work:
+    file = os.open(path, os.O_RDONLY)
+    numbers = batches([str(n) for n in range(count)], step)
+
+    async def work() -> int:
+        chosen = next(numbers)
+        for number in chosen:
+            os.pread(file, size, int(number) * size)
+        return len(chosen)
+
+    return work
+
+
+def _opens(folder: Path, keys: list[str], size: int, step: int) -> Work:
+    slices = batches([str(folder / key) for key in keys], step)
+
+    async def work() -> int:
+        chosen = next(slices)
+        for path in chosen:
+            file = os.open(path, os.O_RDONLY)
+            os.pread(file, size, 0)
+            os.close(file)
+        return len(chosen)
+
+    return work
+
+
+async def opening(scale: Scale) -> list[Row]:
+    """Opening a pool with many entries, up to its first hit."""
+    with temporary_directory(scale) as root:
+        keys = chunk_keys(scale.of(200_000, 10_000))
+        source = memory_store(keys, 100, distinct=64)
+        store = zcache_store(source, _pool(root / "pool"), source_id="x")
+        await _fill_all(store, keys)
+        inodes = _inodes(root / "pool")
+        del store
+        seconds = []
+        for _ in range(scale.of(10, 3)):
+            begun = time.perf_counter()
+            store = zcache_store(source, _pool(root / "pool"), source_id="x")
+            await store.get(keys[0], PROTOTYPE)
+            seconds.append(time.perf_counter() - begun)
+            assert store.cache_stats()["hits"] == 1
+            del store
+        count = f"{len(keys):,}"
+        return [
+            Row(f"pool: opening with {count} entries, to the first hit", zcache=min(seconds)),
+            Row(f"pool: inodes of {count} values", unit="", zcache=inodes),
+        ]
+
+
+async def rows(scale: Scale) -> list[Row]:
+    """All lines of this module."""
+    return [*await fills(scale), *await hits(scale), *await opening(scale)]
