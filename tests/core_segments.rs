@@ -14,9 +14,9 @@ mod pool;
 use std::collections::HashSet;
 use std::thread::sleep;
 
-use zcache::cache::PAGE;
+use zcache::cache::{Limits, PAGE};
 use zcache::disk::fill::Ending;
-use zcache::disk::segments::{Got, delete_below, walk};
+use zcache::disk::segments::{Got, delete_below, scan, walk};
 use zcache::key::ByteRange;
 use zcache::shared::Locked;
 
@@ -205,4 +205,41 @@ fn value_is_found_and_deleted_by_its_name_alone() {
         assert_eq!(pool.read("b/0"), Some(contents("b/0", 5000)));
         end(pool);
     }
+}
+
+#[test]
+fn stragglers_are_moved_and_files_stay_few() {
+    let limits = Limits {
+        max_size: 400 * PAGE,
+        ..LIMITS
+    };
+    let mut pool = Pool::with("stragglers", limits, true);
+    let hot: Vec<String> = (0..24).map(|n| format!("hot/{n}")).collect();
+    for round in 0..hot.len() {
+        pool.fill(&hot[round], 3000);
+        for n in 0..30 {
+            pool.fill(&format!("cold/{round}/{n}"), 3000);
+            for key in &hot[..=round] {
+                let range = ByteRange::Full;
+                assert!(
+                    pool.step(|cache| cache.lookup(key, range, 0)).is_some(),
+                    "{key}"
+                );
+            }
+            assert!(pool.held() <= pool.counted() && pool.counted() <= limits.max_size);
+        }
+    }
+    // At most eight that are sparse, and those that are a quarter full at least.
+    let segments = pool.segments().len();
+    assert!(segments <= 8 + 4 * 400 / 25, "{segments} segments");
+    let sparse = pool.sparse_segments(25 / 4);
+    assert!(sparse <= 8 + 1, "{sparse} sparse segments");
+    let sealed = scan(&pool.files, false).unwrap();
+    let sealed: HashSet<_> = sealed.values.into_iter().map(|value| value.name).collect();
+    for key in &hot {
+        assert_eq!(pool.read(key), Some(contents(key, 3000)));
+        assert!(sealed.contains(key), "{key} would be lost with the index");
+    }
+    assert_eq!(pool.step(|cache| Ok(cache.in_flight())), (0, 0));
+    end(pool);
 }

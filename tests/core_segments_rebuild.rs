@@ -16,8 +16,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 
-use zcache::cache::{Cache, Joined, PAGE, Placed, Reserve};
-use zcache::disk::segments::SegmentFiles;
+use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
+use zcache::disk::segments::{SegmentFiles, values_in};
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
@@ -355,4 +355,76 @@ fn flipped_bit_of_a_place_is_found_before_it_is_used() {
     }
     drop(files);
     fs::remove_dir_all(root).unwrap();
+}
+
+/// A participant dies after each step of a move; then another one writes the key, or only takes over. Whatever comes
+/// back without the index is the value, and nothing older than the write.
+#[test]
+fn death_at_each_step_of_a_move_leaves_the_value_or_nothing() {
+    for steps in 0..5 {
+        for (loses, writes) in [(false, false), (true, false), (false, true), (true, true)] {
+            let case = format!("{steps} {loses} {writes}");
+            let mut pool = Pool::new(&format!("move-{steps}-{loses}-{writes}"));
+            pool.fill("a/0", 5000);
+            let (_, from) = pool.find("a/0", ByteRange::Full).unwrap();
+            {
+                let mut dying = open(&pool.root, &pool.files, LIMITS, true);
+                die_in_a_move(&mut dying, &pool.files, from, steps);
+            }
+            if writes {
+                let victims = pool.step(|cache| cache.begin_write("a/0"));
+                pool.delete(&victims);
+                let others = pool.step(|cache| cache.in_progress_below("a/0"));
+                pool.delete(&others);
+                pool.step(|cache| cache.end_write("a/0", false, None));
+            }
+            if loses {
+                pool = pool.lose_index();
+            } else {
+                let Locked::Shared(lock, _) = &*pool.index else {
+                    panic!("not shared")
+                };
+                lock.lock().unwrap().reap().unwrap();
+            }
+            let victims = pool.step(|cache| cache.retry_failed(10));
+            pool.delete(&victims);
+            let value = pool.read("a/0");
+            match (loses, writes) {
+                (_, true) => assert_eq!(value, None, "{case}"),
+                // The copy was not valid yet.
+                (true, false) if steps == 4 => assert_eq!(value, None, "{case}"),
+                _ => assert_eq!(value, Some(contents("a/0", 5000)), "{case}"),
+            }
+            pool.fill("a/1", 100);
+            let (held, counted) = (pool.held(), pool.counted());
+            assert!(held <= counted, "{case}: {held} held, {counted} counted");
+            end(pool);
+        }
+    }
+}
+
+fn die_in_a_move(index: &mut SharedIndex<u32>, files: &SegmentFiles, from: Placed, steps: usize) {
+    if steps == 0 {
+        return;
+    }
+    let begin = |cache: &mut Cache<Mapped, u32>| cache.begin_move("a/0", ByteRange::Full, from);
+    let BeginMove::To(moved) = index.step(sleep, begin).unwrap() else {
+        panic!("no room")
+    };
+    if steps == 1 {
+        return;
+    }
+    let value = values_in(files, from.segment).unwrap().remove(0);
+    files.copy(&value, moved.to).unwrap();
+    if steps == 2 {
+        return;
+    }
+    let finish = |cache: &mut Cache<Mapped, u32>| cache.finish_move(moved, true);
+    let (victims, is_moved) = index.step(sleep, finish).unwrap();
+    assert!(is_moved);
+    if steps == 3 {
+        return;
+    }
+    assert_eq!(victims[0].placed.unwrap().page, from.page);
+    files.delete(victims[0].placed.unwrap()).unwrap();
 }

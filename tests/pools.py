@@ -9,6 +9,7 @@ from zarr.storage import MemoryStore
 
 from support import buf, drained, read
 from zcache import CachePool, CacheStore
+from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 KEYS = ("a", "k", "foo", "c/0", "foo/zarr.json", "zarr.json", "foo/c/0/0", "foo/c/0.0")
 """Keys of which the neighbours have values: those of most suites."""
 NEIGHBOURS = ("neighbour", "another neighbour")
+
+
+def source_of(**values: bytes) -> StoreDouble:
+    """A source in memory that counts."""
+    return StoreDouble(MemoryStore({key: buf(value) for key, value in values.items()}))
 
 
 def neighbour(pool: CachePool, name: str, keys: tuple[str, ...] = KEYS) -> CacheStore:

@@ -18,6 +18,9 @@ const CHECK_BITS: u32 = 12;
 /// No value begins at this page of a segment, or after it.
 pub const MAX_PAGES: u32 = 1 << PAGE_BITS;
 
+/// A segment with less than one in so many of its pages in use is sparse.
+const SPARSE: u64 = 4;
+
 const NO_SEGMENT: Error = Error::Corrupt("place: of no segment");
 
 /// The pages of one entry: the cell of their segment, and the first of them.
@@ -122,20 +125,12 @@ impl<S: Storage> Arena<S> {
                 None => {}
             }
         }
-        let mut emptied = true;
         for i in self.list_cells(List::Segments)? {
             let cell = self.segment_cell(i)?;
             let held = counts.remove(&i).unwrap_or(0);
             if held != cell.segment_entries() {
                 return Err(Error::Corrupt("segment: count of entries"));
             }
-            let is_over = cell.is_spent_segment();
-            if is_over && !emptied {
-                return Err(Error::Corrupt(
-                    "segment: without entries, and not at the front",
-                ));
-            }
-            emptied = is_over;
         }
         if counts.is_empty() {
             Ok(())
@@ -189,24 +184,40 @@ impl Cell {
         self.segment_owner() == 0 && self.segment_entries() == 0
     }
 
+    /// Pages of those entries.
+    pub(crate) fn segment_pages(&self) -> u64 {
+        u64::from_le_bytes(self.label)
+    }
+
+    /// Whether it takes a file for few pages: less than a quarter of what it could hold.
+    pub(crate) fn is_sparse_segment(&self) -> bool {
+        let room = u64::from(self.segment_capacity());
+        self.segment_owner() == 0 && room > 1 && self.segment_pages().saturating_mul(SPARSE) < room
+    }
+
     /// Gives out pages, for one more entry. Returns the first of them.
-    pub(crate) fn append_to_segment(&mut self, pages: u32) -> Result<u32> {
+    pub(crate) fn append_to_segment(&mut self, pages: u64) -> Result<u32> {
         let first = self.later;
-        self.later = first.checked_add(pages).ok_or(super::arena::OVERFLOW)?;
-        self.right = self.right.checked_add(1).ok_or(super::arena::OVERFLOW)?;
+        let end = u32::try_from(u64::from(first).saturating_add(pages));
+        self.later = end.unwrap_or(u32::MAX);
+        self.add_to_segment(pages)?;
         Ok(first)
     }
 
-    /// Counts one entry more that was found in it.
-    pub(crate) fn add_to_segment(&mut self) -> Result<()> {
+    /// Counts one entry more.
+    pub(crate) fn add_to_segment(&mut self, pages: u64) -> Result<()> {
         self.right = self.right.checked_add(1).ok_or(super::arena::OVERFLOW)?;
+        self.label = self.segment_pages().saturating_add(pages).to_le_bytes();
         Ok(())
     }
 
     /// Counts one entry fewer.
-    pub(crate) fn take_from_segment(&mut self) -> Result<()> {
+    pub(crate) fn take_from_segment(&mut self, pages: u64) -> Result<()> {
         let less = self.right.checked_sub(1);
         self.right = less.ok_or(Error::Corrupt("segment: fewer entries than none"))?;
+        let rest = self.segment_pages().checked_sub(pages);
+        let rest = rest.ok_or(Error::Corrupt("segment: fewer pages than none"))?;
+        self.label = rest.to_le_bytes();
         Ok(())
     }
 

@@ -203,6 +203,8 @@ pub struct Cache<S, T, P = Lru> {
     unit: u64,
     /// Where this participant appends values, in a pool.
     pub(super) open_segment: OpenSegment,
+    /// Bytes of the copies that this participant is writing.
+    pub(super) moving: u64,
     /// Whether no segment of a pool takes more than one value.
     pub(super) one_value_a_segment: bool,
 }
@@ -241,6 +243,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             generation: 0,
             unit: 0,
             open_segment: OpenSegment::default(),
+            moving: 0,
             one_value_a_segment: false,
         }
     }
@@ -457,9 +460,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(own) = own {
             let writing = self.reservations.values().filter(|r| r.cell != 0);
             let promised = self.promised();
-            if own.writing_bytes != writing.map(|r| header.cost(r.size)).sum::<u64>()
-                || own.promised_bytes != promised
-            {
+            let writing: u64 = writing.map(|r| header.cost(r.size)).sum();
+            if own.writing_bytes != writing + self.moving || own.promised_bytes != promised {
                 return Err(Error::Corrupt("bytes of a participant"));
             }
         }

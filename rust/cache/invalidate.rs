@@ -154,6 +154,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.policy.reset();
         self.verified.clear();
         self.open_segment = OpenSegment::default();
+        self.moving = 0;
     }
 
     /// Hashes of what is being written here.

@@ -27,6 +27,10 @@ pub const MAP_AT: u64 = 64;
 const LEAST: u64 = 16;
 const MOST: u64 = (FIRST_PAGE as u64 - 1) * PAGE;
 const PARTS: u64 = 16;
+/// Segments at the front of the list that one step looks at.
+pub(super) const LOOKED_AT: usize = 64;
+/// Sparse segments that there may be.
+pub(super) const FEW: usize = 8;
 /// Extents that a file system notes in one block.
 const EXTENTS: u32 = 340;
 
@@ -130,12 +134,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !self.arena.storage.has_places() {
             return Ok(None);
         }
-        let pages = pages_of(reservation.size);
         let beside = reservation.cost - self.arena.header().cost(reservation.size);
+        let (i, bytes) = self.segment_with_room(reservation.size, beside)?;
+        self.use_reserved(reservation, bytes);
+        Ok(Some(i))
+    }
+
+    /// The segment for a value of this size, and the bytes beside it, no more than `beside`, if it is a new one.
+    pub(super) fn segment_with_room(&mut self, size: u64, beside: u64) -> Result<(u32, u64)> {
+        let pages = pages_of(size);
         let capacity = self.segment_capacity();
         let is_shared = pages <= u64::from(capacity) && self.bytes_beside(capacity) <= beside;
         if is_shared && let Some(i) = self.own_segment(pages)? {
-            return Ok(Some(i));
+            return Ok((i, 0));
         }
         let number = self.new_segment_number();
         let i = if is_shared {
@@ -151,8 +162,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         };
         let bytes = self.bytes_beside(if is_shared { capacity } else { 1 });
         self.count_folders(i64::try_from(bytes).unwrap_or(i64::MAX));
-        self.use_reserved(reservation, bytes);
-        Ok(Some(i))
+        Ok((i, bytes))
     }
 
     /// The segment to which this participant appends, if it has so many pages left.
@@ -201,9 +211,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Puts a segment to the front whose file can go.
+    /// Puts a segment to the front whose file can go, or that is sparse.
     fn sort_segment(&mut self, i: u32) -> Result<()> {
-        if self.arena.segment_cell(i)?.is_spent_segment() {
+        let cell = self.arena.segment_cell(i)?;
+        if cell.is_spent_segment() || cell.is_sparse_segment() {
             self.arena.unlink(List::Segments, i)?;
             self.arena.link(List::Segments, i, false)?;
         }
@@ -215,7 +226,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let pages = pages_of(self.arena.get(i)?.size()?);
         let cell = self.arena.segment_cell_mut(segment)?;
         let was_spent = cell.is_spent_segment();
-        let page = cell.append_to_segment(u32::try_from(pages).unwrap_or(u32::MAX))?;
+        let page = cell.append_to_segment(pages)?;
         let place = Place { segment, page };
         self.arena.set_place_word(i, place.word(i))?;
         if was_spent {
@@ -230,11 +241,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(place) = self.arena.place(i)? else {
             return Ok(());
         };
-        self.arena
-            .segment_cell_mut(place.segment)?
-            .take_from_segment()?;
+        let pages = pages_of(self.arena.get(i)?.size()?);
+        let cell = self.arena.segment_cell_mut(place.segment)?;
+        let was_sparse = cell.is_sparse_segment();
+        cell.take_from_segment(pages)?;
+        let is_news = !was_sparse || cell.is_spent_segment();
         self.arena.set_place_word(i, 0)?;
-        self.sort_segment(place.segment)
+        if is_news {
+            self.sort_segment(place.segment)?;
+        }
+        Ok(())
     }
 
     /// Where the bytes of an entry are; `None` where it has a file of its own.
@@ -315,13 +331,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Segments whose files can go, as cell and number; to be reported to [`Cache::segment_removed`].
     pub fn spent_segments(&self, limit: usize) -> Result<Vec<(u32, u64)>> {
         let mut found = Vec::new();
-        let mut at = self.arena.list(List::Segments)[0];
-        while at != 0 && found.len() < limit {
+        let (mut at, mut left) = (self.arena.list(List::Segments)[0], LOOKED_AT);
+        while at != 0 && left > 0 && found.len() < limit {
             let cell = self.arena.segment_cell(at)?;
-            if !cell.is_spent_segment() {
-                break;
+            if cell.is_spent_segment() {
+                found.push((at, cell.segment_number()));
             }
-            found.push((at, cell.segment_number()));
+            left -= 1;
             at = self.arena.neighbour(List::Segments, at, true)?;
         }
         Ok(found)
@@ -375,7 +391,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.adopt_as(cache_key, size, fetched, checksum, |cache, i| {
             let cell = cache.arena.segment_cell_mut(segment)?;
             let was_spent = cell.is_spent_segment();
-            cell.add_to_segment()?;
+            cell.add_to_segment(pages_of(size))?;
             let place = Place { segment, page };
             cache.arena.set_place_word(i, place.word(i))?;
             if was_spent {

@@ -19,9 +19,10 @@ use std::time::{Duration, Instant};
 use super::cache_dir::{CacheDir, Mark};
 use super::deferred::{Deferred, POISONED, apply, step};
 use super::removal;
+use super::segments::{self, FoundValue, SegmentFiles};
 use super::value_file::WriteError;
 use super::values::{NewValue, Written};
-use crate::cache::{Cache, ClosedFlight, Peers, Placed, Reserve, Ticket, Victim};
+use crate::cache::{BeginMove, Cache, ClosedFlight, Move, Peers, Placed, Reserve, Ticket, Victim};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -152,6 +153,8 @@ pub(super) struct Job<'a, T, D> {
     failed_deletes: bool,
     /// Segments of a pool whose files can go.
     spent: Vec<(u32, u64)>,
+    /// One of them whose values should be moved.
+    straggling: Option<u64>,
     deleted: u64,
     delete_errors: Vec<io::Error>,
     /// Updates that could not be made yet.
@@ -172,6 +175,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             flight_open: true,
             failed_deletes: true,
             spent: Vec::new(),
+            straggling: None,
             deleted: 0,
             delete_errors: Vec::new(),
             deferred: Vec::new(),
@@ -208,6 +212,10 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             self.retry_deletes();
         }
         self.remove_segments();
+        if let Some(number) = self.straggling.take() {
+            // What cannot be moved now is moved after another fill.
+            let _ = self.move_stragglers(number);
+        }
         ending
     }
 
@@ -398,10 +406,11 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                 let (checksum, now) = (Some(made.checksum()), fill.now());
                 let done = cache.commit_fetched(id, checksum, fill.fetched, now)?;
                 let (generation, failed) = (cache.generation(), cache.has_failed_deletes());
-                Ok((done, generation, failed, cache.spent_segments(SEGMENTS)?))
+                let spent = cache.spent_segments(SEGMENTS)?;
+                Ok((done, generation, failed, spent, cache.straggling_segment()?))
             })
         });
-        let (done, generation, failed_deletes, spent) = match done {
+        let (done, generation, failed_deletes, spent, straggling) = match done {
             Ok(done) => done,
             Err(error) => {
                 self.remove_uncommitted(name, made);
@@ -416,7 +425,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         self.reservation = None;
         self.flight_open = false;
         self.closed.extend(done.flight);
-        self.spent = spent;
+        (self.spent, self.straggling) = (spent, straggling);
         if done.victims.is_empty() {
             self.failed_deletes = failed_deletes;
             self.dir.values.seal(&self.dir.root, name, made);
@@ -437,6 +446,77 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             self.write_tombstone(name);
         }
         self.count_folders();
+    }
+
+    /// Moves the values of a sparse segment of a pool to the one to which this process appends.
+    fn move_stragglers(&mut self, number: u64) -> Result<(), StepError> {
+        let Some(files) = self.dir.values.segments() else {
+            return Ok(());
+        };
+        for value in segments::values_in(&files, number).unwrap_or_default() {
+            if let Some((moved, generation)) = self.begin_move(&value)? {
+                let is_written = files.copy(&value, moved.to).is_ok();
+                self.finish_move(&files, moved, generation, is_written)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes room for a copy of a value; `None` where it stays.
+    fn begin_move(&mut self, value: &FoundValue) -> Result<Option<(Move, u64)>, StepError> {
+        let Some((key, range)) = ByteRange::parse(&value.name) else {
+            return Ok(None);
+        };
+        for _ in 0..ROUNDS {
+            let (begun, generation) = self.with_retries(|index| {
+                step!(index, |cache| {
+                    let begun = cache.begin_move(key, range, value.placed)?;
+                    Ok((begun, cache.generation()))
+                })
+            })?;
+            let missing = match begun {
+                BeginMove::To(moved) => return Ok(Some((moved, generation))),
+                BeginMove::Gone => return Ok(None),
+                BeginMove::NeedsRoom(bytes) => bytes,
+            };
+            let now = self.fill.now();
+            let victims =
+                self.with_retries(|index| step!(index, |cache| cache.evict(missing, now)))?;
+            if victims.is_empty() {
+                return Ok(None);
+            }
+            self.drop_files(&victims, generation)?;
+        }
+        Ok(None)
+    }
+
+    fn finish_move(
+        &mut self,
+        files: &SegmentFiles,
+        moved: Move,
+        generation: u64,
+        is_written: bool,
+    ) -> Result<(), StepError> {
+        let finished = self.with_retries(|index| {
+            step!(index, |cache| {
+                if cache.generation() == generation {
+                    cache.finish_move(moved, is_written).map(Some)
+                } else {
+                    Ok(None)
+                }
+            })
+        });
+        if let Ok(Some((victims, is_moved))) = finished {
+            self.drop_files(&victims, generation)?;
+            if is_moved {
+                // A rebuild ignores it where that fails.
+                let _ = files.seal(moved.to);
+            }
+        } else {
+            // Nobody counts it; where the index is only busy, it counts as being written still.
+            let _ = files.delete(moved.to);
+        }
+        Ok(())
     }
 
     /// Removes files of segments without values. What fails here is tried by the next fill.

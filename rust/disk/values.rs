@@ -123,6 +123,14 @@ impl Values {
         }
     }
 
+    /// The segments of a pool.
+    pub(super) fn segments(&self) -> Option<Arc<SegmentFiles>> {
+        match self {
+            Values::Segments(files) => Some(Arc::clone(files)),
+            Values::Files => None,
+        }
+    }
+
     /// Removes the file of a segment.
     pub(super) fn remove_segment(&self, number: u64) -> io::Result<()> {
         match self {

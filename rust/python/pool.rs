@@ -223,9 +223,9 @@ pub(super) struct SegmentReader {
 
 impl SegmentReader {
     /// Where the value of this name is.
-    fn find(&self, py: Python<'_>, name: &str) -> PyResult<Option<FoundPlace>> {
+    fn find(&self, py: Python<'_>, name: &str, anew: bool) -> PyResult<Option<FoundPlace>> {
         let index = self.index.get();
-        if let Some(found) = index.source.as_ref().and_then(|source| source.recall(name)) {
+        if !anew && let Some(found) = index.source.as_ref().and_then(|source| source.recall(name)) {
             return Ok(Some(found));
         }
         let Some((key, range)) = ByteRange::parse(name) else {
@@ -292,40 +292,44 @@ impl SegmentReader {
         if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
             return Err(PyBufferError::new_err("no room for the bytes"));
         }
-        let Some(found) = self.find(py, name)? else {
-            return Ok(None);
-        };
         let Some(in_header) = self.name_in_header(name) else {
             return Ok(None);
         };
-        let is_inside = start
-            .checked_add(size as u64)
-            .is_some_and(|end| end <= total);
-        if found.placed.size != total || !is_inside {
+        if start.checked_add(size as u64).is_none_or(|end| end > total) {
             return Ok(None);
         }
         // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
         let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
-        let mut read = || {
-            self.files
-                .read(found.placed, &in_header, start, bytes, waits)
-        };
-        let got = if waits || size >= DETACH_FROM {
-            py.detach(read)
-        } else {
-            read()
-        };
-        match got.map_err(os_error)? {
-            Got::Bytes => Ok(self.is_still(py, &found)?.then_some(true)),
-            Got::NotNow => Ok(Some(false)),
-            Got::Nothing => Ok(None),
+        // Once more where it was moved meanwhile.
+        for anew in [false, true] {
+            let Some(found) = self.find(py, name, anew)? else {
+                return Ok(None);
+            };
+            if found.placed.size != total {
+                continue;
+            }
+            let mut read = || {
+                let files = &self.files;
+                files.read(found.placed, &in_header, start, bytes, waits)
+            };
+            let got = if waits || size >= DETACH_FROM {
+                py.detach(read)
+            } else {
+                read()
+            };
+            match got.map_err(os_error)? {
+                Got::Bytes if self.is_still(py, &found)? => return Ok(Some(true)),
+                Got::NotNow => return Ok(Some(false)),
+                Got::Bytes | Got::Nothing => {}
+            }
         }
+        Ok(None)
     }
 
     /// Length and CRC32C that stand before a value.
     #[pyo3(signature = (name, /))]
     fn recorded(&self, py: Python<'_>, name: &str) -> PyResult<Option<(u64, u32)>> {
-        let Some(found) = self.find(py, name)? else {
+        let Some(found) = self.find(py, name, true)? else {
             return Ok(None);
         };
         let in_header = self.name_in_header(name);

@@ -14,7 +14,7 @@ use zcache::cache::{Cache, Found, Joined, Limits, PAGE, Placed, Verify};
 use zcache::disk::CacheDir;
 use zcache::disk::fill::{Ending, Fill};
 use zcache::disk::queue::Fills;
-use zcache::disk::segments::{Got, SegmentFiles, scan};
+use zcache::disk::segments::{Got, SegmentFiles, scan, values_in};
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
@@ -200,6 +200,21 @@ impl Pool {
 
     pub(crate) fn segment(&self, number: u64) -> PathBuf {
         self.files.root().join(format!("{number:016x}"))
+    }
+
+    /// Segments with fewer pages of values than this, though they have some.
+    pub(crate) fn sparse_segments(&self, pages: u64) -> usize {
+        let held = |number: &u64| {
+            let values = values_in(&self.files, *number).unwrap();
+            let lengths = values.iter().map(|value| value.placed.length() / PAGE);
+            lengths.sum::<u64>()
+        };
+        let segments = self.segments();
+        segments
+            .iter()
+            .map(held)
+            .filter(|held| (1..pages).contains(held))
+            .count()
     }
 
     /// Takes the index away, and opens the pool anew.

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, fstat, open, 
 use rustix::io::Errno;
 
 use super::format::{HEADER, SegmentHeader, ValueHeader};
+use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, is, names_in, open_folder};
 
@@ -186,6 +187,21 @@ impl SegmentFiles {
         let rest = data.get(done..).unwrap_or_default();
         file.write_all_at(rest, placed.start() + (HEADER + done) as u64)?;
         Ok(header.checksum)
+    }
+
+    /// Copies a value to another place; the copy is not valid before [`SegmentFiles::seal`].
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses, or the bytes are not those that the header tells.
+    pub fn copy(&self, value: &FoundValue, to: Placed) -> io::Result<()> {
+        let size = usize::try_from(value.placed.size).map_err(|_| Errno::FBIG)?;
+        let mut bytes = vec![0; size];
+        let got = self.read(value.placed, &value.name, 0, &mut bytes, true)?;
+        if got != Got::Bytes || crc32c::crc32c(&bytes) != value.checksum {
+            return Err(Errno::IO.into());
+        }
+        self.write(to, &value.name, &bytes, value.fetched).map(drop)
     }
 
     /// Marks a value as valid: a rebuild takes it in.

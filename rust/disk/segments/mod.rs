@@ -6,4 +6,4 @@ mod scan;
 
 pub use self::files::{Got, SegmentFiles, can_punch};
 pub use self::format::{SegmentHeader, ValueHeader};
-pub use self::scan::{Found, FoundSegment, FoundValue, delete_below, scan, walk};
+pub use self::scan::{Found, FoundSegment, FoundValue, delete_below, scan, values_in, walk};

@@ -292,22 +292,32 @@ fn give_back(
 pub fn walk(files: &SegmentFiles) -> io::Result<Vec<FoundValue>> {
     let mut found = Vec::new();
     for number in files.list()? {
-        let file = match files.open_to_scan(number) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            file => file?,
-        };
-        let len = file.metadata()?.len();
-        let mut at = VALUES_AT;
-        while at < len {
-            let page = u32::try_from(at / PAGE).map_err(|_| Errno::OVERFLOW)?;
-            if let Some(value) = value_at(&file, len, number, page)? {
-                at += value.placed.length();
-                found.push(value);
-            } else {
-                at += PAGE;
-                // The file may end within a page.
-                at = at.max(next_data(&file, at)?.unwrap_or(len) / PAGE * PAGE);
-            }
+        found.extend(values_in(files, number)?);
+    }
+    Ok(found)
+}
+
+/// The same of one segment.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn values_in(files: &SegmentFiles, number: u64) -> io::Result<Vec<FoundValue>> {
+    let file = match files.open_to_scan(number) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => file?,
+    };
+    let len = file.metadata()?.len();
+    let (mut found, mut at) = (Vec::new(), VALUES_AT);
+    while at < len {
+        let page = u32::try_from(at / PAGE).map_err(|_| Errno::OVERFLOW)?;
+        if let Some(value) = value_at(&file, len, number, page)? {
+            at += value.placed.length();
+            found.push(value);
+        } else {
+            at += PAGE;
+            // The file may end within a page.
+            at = at.max(next_data(&file, at)?.unwrap_or(len) / PAGE * PAGE);
         }
     }
     Ok(found)

@@ -1,0 +1,90 @@
+"""Pools that have lost their index or their segments, or whose bytes were damaged."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+
+from directories import closed, complete, flip
+from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
+from support import check_quiet, read, read_through
+from zcache import CachePool, CacheStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGE = 4096
+
+
+async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = CacheStore(source_of(k=b"0123456789"), cache_store=pool, source_id="mine")
+    await read_through(store, "k", RangeByteRequest(2, 5))
+    before = {info.name: info.entries for info in pool.sources()}
+    assert before == {**dict.fromkeys(NEIGHBOURS, len(KEYS)), "mine": 1}
+    del pool, store
+    await closed(tmp_path, "pool")
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    # And who uses it: values say themselves whose they are.
+    (tmp_path / "pool/.zcache/sources").unlink()
+    pool = CachePool(tmp_path / "pool")
+    source = source_of(k=b"0123456789")
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    assert await read(store, "k", RangeByteRequest(2, 5)) == b"234"
+    assert source.take()["get"] == 0
+    for name in NEIGHBOURS:
+        empty = CacheStore(source_of(), cache_store=pool, source_id=name)
+        await check_neighbour(empty, name)
+    assert {info.name: info.entries for info in pool.sources()} == before
+    await check_quiet(store)
+
+
+async def test_pool_whose_index_is_damaged_in_use_is_rebuilt(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = neighbour(pool, NEIGHBOURS[0])
+    flip(tmp_path / "pool/.zcache/index/head", 200, 3)
+    await check_neighbour(store, NEIGHBOURS[0])
+    await complete(store)
+    await check_neighbour(store, NEIGHBOURS[0])
+    assert {info.name: info.entries for info in pool.sources()}[NEIGHBOURS[1]] == len(KEYS)
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_value_that_was_damaged_is_read_from_the_source(tmp_path: Path, lost: bool) -> None:
+    values = {f"c/{n}": bytes([n + 1]) * 5000 for n in range(6)}
+    pool = CachePool(tmp_path / "pool")
+    store = CacheStore(source_of(**values), cache_store=pool, source_id="mine")
+    for key in values:
+        await read_through(store, key)
+    del pool, store
+    await closed(tmp_path, "pool")
+    for segment in (tmp_path / "pool/.zcache/segments").iterdir():
+        data = bytearray(segment.read_bytes())
+        for at in range(PAGE * 65, len(data), PAGE):
+            data[at + 700] ^= 1
+        segment.write_bytes(data)
+    if lost:
+        shutil.rmtree(tmp_path / "pool/.zcache/index")
+    source = source_of(**values)
+    store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"), source_id="mine")
+    for key, value in values.items():
+        assert await read_through(store, key) == value
+    assert source.take()["get"] == len(values)
+    assert store.cache_stats()["damaged"] == len(values)
+    await check_quiet(store)
+
+
+async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    store = neighbour(pool, NEIGHBOURS[0])
+    for segment in (tmp_path / "pool/.zcache/segments").iterdir():
+        segment.unlink()
+    # Whoever has them open goes on; the next process does not.
+    pool._pool.directory.layout.scanner.files.close()
+    await check_neighbour(store, NEIGHBOURS[0])
+    await check_neighbour(store, NEIGHBOURS[0])
+    assert store.cache_stats()["cache_failures"] == 0
