@@ -358,13 +358,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Numbers of all segments that the index knows.
-    pub fn segments(&self) -> Result<Vec<u64>> {
-        let cells = self.arena.list_cells(List::Segments)?;
-        let number = |i| Ok(self.arena.segment_cell(i)?.segment_number());
-        cells.into_iter().map(number).collect()
-    }
-
     /// Adds a segment that a rebuild has found, in which values begin at pages below `capacity`. Returns its cell.
     pub fn adopt_segment(&mut self, number: u64, capacity: u32) -> Result<u32> {
         let capacity = capacity.max(1);

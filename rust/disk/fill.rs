@@ -19,10 +19,9 @@ use std::time::{Duration, Instant};
 use super::cache_dir::{CacheDir, Mark};
 use super::deferred::{Deferred, POISONED, apply, step};
 use super::removal;
-use super::segments::{self, FoundValue, SegmentFiles};
 use super::value_file::WriteError;
 use super::values::{NewValue, Written};
-use crate::cache::{BeginMove, Cache, ClosedFlight, Move, Peers, Placed, Reserve, Ticket, Victim};
+use crate::cache::{Cache, ClosedFlight, Peers, Placed, Reserve, Ticket, Victim};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -31,7 +30,7 @@ use crate::shared::{Locked, StepError};
 /// Values that are evicted at once where the volume runs out of inodes.
 const FEWER_FILES: usize = 16;
 /// Times that one fill frees space on the volume.
-const ROUNDS: u32 = 16;
+pub(super) const ROUNDS: u32 = 16;
 /// Failed deletes that one fill tries again.
 const RETRIES: usize = 4;
 /// Segments whose files one fill removes.
@@ -68,7 +67,7 @@ pub struct Fill<D> {
 
 impl<D> Fill<D> {
     /// Milliseconds on the clock of the index.
-    fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> u64 {
         let passed = self.since.elapsed().as_millis();
         self.now
             .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
@@ -139,8 +138,8 @@ pub struct Report {
 /// One fill in progress.
 pub(super) struct Job<'a, T, D> {
     index: &'a Locked<T>,
-    dir: &'a CacheDir,
-    fill: &'a Fill<D>,
+    pub(super) dir: &'a CacheDir,
+    pub(super) fill: &'a Fill<D>,
     /// Time that is left to wait for the lock.
     retry_time: Duration,
     /// Its reservation, until that ends.
@@ -261,7 +260,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     /// Takes a step, and tries again while another process holds the lock and there is time left.
-    fn with_retries<R>(
+    pub(super) fn with_retries<R>(
         &mut self,
         mut step: impl FnMut(&Locked<T>) -> Result<R, StepError>,
     ) -> Result<R, StepError> {
@@ -448,77 +447,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         self.count_folders();
     }
 
-    /// Moves the values of a sparse segment of a pool to the one to which this process appends.
-    fn move_stragglers(&mut self, number: u64) -> Result<(), StepError> {
-        let Some(files) = self.dir.values.segments() else {
-            return Ok(());
-        };
-        for value in segments::values_in(&files, number).unwrap_or_default() {
-            if let Some((moved, generation)) = self.begin_move(&value)? {
-                let is_written = files.copy(&value, moved.to).is_ok();
-                self.finish_move(&files, moved, generation, is_written)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes room for a copy of a value; `None` where it stays.
-    fn begin_move(&mut self, value: &FoundValue) -> Result<Option<(Move, u64)>, StepError> {
-        let Some((key, range)) = ByteRange::parse(&value.name) else {
-            return Ok(None);
-        };
-        for _ in 0..ROUNDS {
-            let (begun, generation) = self.with_retries(|index| {
-                step!(index, |cache| {
-                    let begun = cache.begin_move(key, range, value.placed)?;
-                    Ok((begun, cache.generation()))
-                })
-            })?;
-            let missing = match begun {
-                BeginMove::To(moved) => return Ok(Some((moved, generation))),
-                BeginMove::Gone => return Ok(None),
-                BeginMove::NeedsRoom(bytes) => bytes,
-            };
-            let now = self.fill.now();
-            let victims =
-                self.with_retries(|index| step!(index, |cache| cache.evict(missing, now)))?;
-            if victims.is_empty() {
-                return Ok(None);
-            }
-            self.drop_files(&victims, generation)?;
-        }
-        Ok(None)
-    }
-
-    fn finish_move(
-        &mut self,
-        files: &SegmentFiles,
-        moved: Move,
-        generation: u64,
-        is_written: bool,
-    ) -> Result<(), StepError> {
-        let finished = self.with_retries(|index| {
-            step!(index, |cache| {
-                if cache.generation() == generation {
-                    cache.finish_move(moved, is_written).map(Some)
-                } else {
-                    Ok(None)
-                }
-            })
-        });
-        if let Ok(Some((victims, is_moved))) = finished {
-            self.drop_files(&victims, generation)?;
-            if is_moved {
-                // A rebuild ignores it where that fails.
-                let _ = files.seal(moved.to);
-            }
-        } else {
-            // Nobody counts it; where the index is only busy, it counts as being written still.
-            let _ = files.delete(moved.to);
-        }
-        Ok(())
-    }
-
     /// Removes files of segments without values. What fails here is tried by the next fill.
     fn remove_segments(&mut self) {
         for (cell, number) in std::mem::take(&mut self.spent) {
@@ -544,7 +472,11 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     /// Deletes the files of entries that the index has dropped, and reports that.
-    fn drop_files(&mut self, victims: &[Victim], generation: u64) -> Result<(), StepError> {
+    pub(super) fn drop_files(
+        &mut self,
+        victims: &[Victim],
+        generation: u64,
+    ) -> Result<(), StepError> {
         if victims.is_empty() {
             return Ok(());
         }

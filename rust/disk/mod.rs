@@ -5,6 +5,7 @@ mod cache_dir;
 mod deferred;
 pub mod fill;
 pub mod folders;
+mod moves;
 pub mod ownership;
 pub mod queue;
 pub mod removal;

@@ -2,18 +2,19 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, fstat, open, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, fstat, open, openat, unlinkat};
 use rustix::io::Errno;
 
+use super::calls::{is_elsewhere, punch, read_both, regular, short, write_both};
 use super::format::{HEADER, SegmentHeader, ValueHeader};
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
-use crate::disk::below::{FOLDER, is, names_in, open_folder};
+use crate::disk::below::{FOLDER, names_in, open_folder};
 
 /// Segments that one process has open at most.
 const OPEN: usize = 128;
@@ -65,7 +66,7 @@ fn number_of(name: &Path) -> Option<u64> {
 }
 
 impl SegmentFiles {
-    /// The segments in this folder; `holes` says whether its file system can make them, see [`can_punch`]. Nothing
+    /// The segments in this folder; `holes` says whether its file system can make them, see [`super::can_punch`]. Nothing
     /// is opened yet.
     #[must_use]
     pub fn new(root: PathBuf, holes: bool) -> Self {
@@ -336,106 +337,6 @@ impl SegmentFiles {
     pub(super) fn open_to_scan(&self, number: u64) -> io::Result<Arc<File>> {
         self.file(number, For::Use)
     }
-}
-
-/// Whether files in a folder can have holes that give their blocks back.
-///
-/// # Errors
-///
-/// Where the folder takes no file.
-pub fn can_punch(folder: &Path) -> io::Result<bool> {
-    let path = folder.join(format!("trial-{}", std::process::id()));
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = File::from(open(&path, flags, Mode::from_raw_mode(0o600))?);
-    let tried = file
-        .write_all_at(&[1; 2 * PAGE as usize], 0)
-        .and_then(|()| punch(&file, 0, PAGE));
-    std::fs::remove_file(&path)?;
-    match tried {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Gives back the blocks of whole pages; they read as zeros.
-pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match fallocate(file, flags, start, length) {
-        Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Whether an error of opening says that there is no file of ours.
-fn is_elsewhere(error: &io::Error) -> bool {
-    let other = [Errno::ISDIR, Errno::NODEV, Errno::LOOP, Errno::NXIO];
-    let errno = Errno::from_io_error(error);
-    error.kind() == io::ErrorKind::NotFound || errno.is_some_and(|errno| other.contains(&errno))
-}
-
-fn regular(file: File) -> io::Result<File> {
-    if is(&fstat(&file)?, rustix::fs::FileType::RegularFile) {
-        Ok(file)
-    } else {
-        Err(Errno::NODEV.into())
-    }
-}
-
-/// A read that has ended before its bytes: at the end of what is in memory, or of the file.
-fn short(waits: bool, file: &File, placed: Placed) -> Got {
-    let end = placed.start() + HEADER as u64 + placed.size;
-    let is_whole = file.metadata().is_ok_and(|status| status.len() >= end);
-    if !waits && is_whole {
-        Got::NotNow
-    } else {
-        Got::Nothing
-    }
-}
-
-fn write_both(file: &File, at: u64, first: &[u8], second: &[u8]) -> io::Result<usize> {
-    let parts = [IoSlice::new(first), IoSlice::new(second)];
-    Ok(rustix::io::retry_on_intr(|| {
-        rustix::io::pwritev(file, &parts, at)
-    })?)
-}
-
-#[cfg(target_os = "linux")]
-fn read_both(
-    file: &File,
-    at: u64,
-    first: &mut [u8],
-    second: &mut [u8],
-    waits: bool,
-) -> rustix::io::Result<usize> {
-    use rustix::io::ReadWriteFlags;
-    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
-    if waits {
-        return rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at));
-    }
-    match rustix::io::preadv2(file, &mut parts, at, ReadWriteFlags::NOWAIT) {
-        // Not on this file system, or not by this kernel.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(Errno::AGAIN),
-        read => read,
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn read_both(
-    file: &File,
-    at: u64,
-    first: &mut [u8],
-    second: &mut [u8],
-    waits: bool,
-) -> rustix::io::Result<usize> {
-    if !waits {
-        return Err(Errno::AGAIN);
-    }
-    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
-    rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at))
 }
 
 /// First byte of the first page in which a value may begin.

@@ -1,9 +1,11 @@
 //! The files of a pool: segments, in which the values of many sources stand one behind the other.
 
+mod calls;
 mod files;
 mod format;
 mod scan;
 
-pub use self::files::{Got, SegmentFiles, can_punch};
+pub use self::calls::can_punch;
+pub use self::files::{Got, SegmentFiles};
 pub use self::format::{SegmentHeader, ValueHeader};
 pub use self::scan::{Found, FoundSegment, FoundValue, delete_below, scan, values_in, walk};

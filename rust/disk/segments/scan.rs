@@ -12,7 +12,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::files::{SegmentFiles, VALID, VALUES_AT, punch};
+use super::calls::punch;
+use super::files::{SegmentFiles, VALID, VALUES_AT};
 use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
 use crate::error::Result;

@@ -1,0 +1,114 @@
+//! What is asked of the file system about segments.
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, open};
+use rustix::io::Errno;
+
+use super::files::Got;
+use super::format::HEADER;
+use crate::cache::{PAGE, Placed};
+use crate::disk::below::is;
+
+/// Whether files in a folder can have holes that give their blocks back.
+///
+/// # Errors
+///
+/// Where the folder takes no file.
+pub fn can_punch(folder: &Path) -> io::Result<bool> {
+    let path = folder.join(format!("trial-{}", std::process::id()));
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(open(&path, flags, Mode::from_raw_mode(0o600))?);
+    let tried = file
+        .write_all_at(&[1; 2 * PAGE as usize], 0)
+        .and_then(|()| punch(&file, 0, PAGE));
+    std::fs::remove_file(&path)?;
+    match tried {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives back the blocks of whole pages; they read as zeros.
+pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, flags, start, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether an error of opening says that there is no file of ours.
+pub(super) fn is_elsewhere(error: &io::Error) -> bool {
+    let other = [Errno::ISDIR, Errno::NODEV, Errno::LOOP, Errno::NXIO];
+    let errno = Errno::from_io_error(error);
+    error.kind() == io::ErrorKind::NotFound || errno.is_some_and(|errno| other.contains(&errno))
+}
+
+pub(super) fn regular(file: File) -> io::Result<File> {
+    if is(&fstat(&file)?, rustix::fs::FileType::RegularFile) {
+        Ok(file)
+    } else {
+        Err(Errno::NODEV.into())
+    }
+}
+
+/// A read that has ended before its bytes: at the end of what is in memory, or of the file.
+pub(super) fn short(waits: bool, file: &File, placed: Placed) -> Got {
+    let end = placed.start() + HEADER as u64 + placed.size;
+    let is_whole = file.metadata().is_ok_and(|status| status.len() >= end);
+    if !waits && is_whole {
+        Got::NotNow
+    } else {
+        Got::Nothing
+    }
+}
+
+pub(super) fn write_both(file: &File, at: u64, first: &[u8], second: &[u8]) -> io::Result<usize> {
+    let parts = [IoSlice::new(first), IoSlice::new(second)];
+    Ok(rustix::io::retry_on_intr(|| {
+        rustix::io::pwritev(file, &parts, at)
+    })?)
+}
+
+#[cfg(target_os = "linux")]
+pub(super) fn read_both(
+    file: &File,
+    at: u64,
+    first: &mut [u8],
+    second: &mut [u8],
+    waits: bool,
+) -> rustix::io::Result<usize> {
+    use rustix::io::ReadWriteFlags;
+    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
+    if waits {
+        return rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at));
+    }
+    match rustix::io::preadv2(file, &mut parts, at, ReadWriteFlags::NOWAIT) {
+        // Not on this file system, or not by this kernel.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(Errno::AGAIN),
+        read => read,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn read_both(
+    file: &File,
+    at: u64,
+    first: &mut [u8],
+    second: &mut [u8],
+    waits: bool,
+) -> rustix::io::Result<usize> {
+    if !waits {
+        return Err(Errno::AGAIN);
+    }
+    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
+    rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at))
+}
