@@ -11,11 +11,14 @@ call site.
 
 from zcache._core import __version__
 from zcache._decoded.pipeline import DecodedCodecPipeline
+from zcache._open import open  # noqa: A004 - called `zcache.open`, like `zarr.open`
 from zcache.decoded import with_decoded_cache
 from zcache.exceptions import (
     CacheOwnershipError,
     CacheUnreachableError,
     IndexLockTimeout,
+    MissingClientError,
+    NoSuchSourceError,
     OfflineError,
     OptionTypeError,
     OptionValueError,
@@ -32,6 +35,8 @@ __all__ = [
     "CacheUnreachableError",
     "DecodedCodecPipeline",
     "IndexLockTimeout",
+    "MissingClientError",
+    "NoSuchSourceError",
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
@@ -39,5 +44,6 @@ __all__ = [
     "SyncNotSupportedError",
     "ZcacheError",
     "__version__",
+    "open",
     "with_decoded_cache",
 ]

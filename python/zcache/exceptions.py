@@ -6,6 +6,8 @@ __all__ = [
     "CacheOwnershipError",
     "CacheUnreachableError",
     "IndexLockTimeout",
+    "MissingClientError",
+    "NoSuchSourceError",
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
@@ -28,6 +30,14 @@ class OptionTypeError(ZcacheError, TypeError):
 
 class OptionValueError(ZcacheError, ValueError):
     """An option has a value without a meaning."""
+
+
+class NoSuchSourceError(OptionValueError, FileNotFoundError):
+    """There is nothing at the path that is to be opened."""
+
+
+class MissingClientError(ZcacheError, ImportError):
+    """A package is not installed without which a URL cannot be opened."""
 
 
 class CacheOwnershipError(ZcacheError, ValueError):

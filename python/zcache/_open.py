@@ -1,0 +1,275 @@
+"""`zcache.open`: a URL, through a pool of values of all sources."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+import threading
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from zcache._backends.pool.options import PoolOptions
+from zcache._backends.pool.select import pool_of
+from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._options import (
+    capacity_of,
+    check_cache_store,
+    check_clock,
+    check_flag,
+    parse_offline,
+    parse_size,
+)
+from zcache._runtime.capacity import memory, volume
+from zcache._runtime.fork import at_fork
+from zcache._source.opening import open_source, plain
+from zcache._source.urls import redact
+from zcache.exceptions import OptionTypeError, OptionValueError
+from zcache.pool import CachePool
+from zcache.store import CacheStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zarr.abc.store import Store
+
+    from zcache._backends.pool.place import Pool
+
+DEFAULT_SHARE: Final = "20%"
+"""What a pool may take of its volume or of the memory, unless somebody says how much."""
+
+_ELSEWHERE: Final = {
+    "store": 'Give it as the first argument, as in zcache.open("s3://bucket/key")',
+    "cache_store": "Give cache=, or use zcache.CacheStore(store, cache_store=...)",
+    "max_size": "Give it by its name",
+    "mode": "Give it to zarr or xarray; or, for the permissions of a pool, cache=CachePool(path, mode=...)",
+}
+"""Names that are no further options of `CacheStore`, and what to do instead."""
+
+_log = logging.getLogger("zcache")
+
+
+def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
+    url: str | os.PathLike[str] | Store,
+    *,
+    cache: str | os.PathLike[str] | CachePool | None = None,
+    max_size: int | str | None = None,
+    storage_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> CacheStore:
+    """Open a URL through a cache that all datasets share.
+
+    May be called from any thread, within a running event loop or without one, and reads nothing from the source yet.
+
+    Parameters
+    ----------
+    url : str, PathLike or Store
+        The source, as zarr can open it: a URL (``s3://``, ``gs://``, ``az://``, ``https://``, ``memory://``, a chain such as
+        ``simplecache::s3://``), a directory or a zip file on a local disk, with or without ``file://``; or a store. A URL is read by
+        fsspec's client where that is installed, and else by obstore. The source can be written to as well, but for a zip
+        file; see `read_only` of `CacheStore`.
+    cache : str, PathLike, CachePool or "memory", optional
+        Where values are kept: the directory of a pool, on a local disk, which is made if need be; a pool; or "memory" for the one that
+        all who say so share in this process. All stores of a process over one directory share one pool. Default is None: the
+        directory of ``$ZCACHE_DIR`` in the environment, else the user's cache directory, such as ``~/.cache/zcache``. Set it
+        where that is small, or on a network file system.
+    max_size : int or str, optional
+        Bytes that the whole pool holds at most, written as for `CacheStore`, the values of all other sources included.
+        Default is None: the bound that the pool has in this process, else 20 % of the volume of the directory, or of the memory
+        that this process may use, which is said in the log. Set it to what can be spared.
+    storage_options : dict, optional
+        Options of the client, such as ``{"anon": True}``: those of fsspec's, or of ``obstore.store.from_url`` where obstore reads.
+        Default is None: none. Neither the log nor the cache ever has their values.
+    **options
+        All other options of `CacheStore`, such as ``max_age_seconds``. With ``read_only=False`` a path need not exist yet.
+
+    Returns
+    -------
+    CacheStore
+        To be given to ``xarray.open_zarr``, ``zarr.open`` and others.
+
+    Raises
+    ------
+    OptionTypeError
+        A `TypeError`: an option has the wrong type, or there is none of its name.
+    OptionValueError
+        A `ValueError`: an option has no meaning, the scheme of `url` is unknown, or the pool is open with another `max_size`.
+    NoSuchSourceError
+        A `FileNotFoundError`: there is nothing at the path.
+    MissingClientError
+        An `ImportError`: the package is not installed that reads such URLs.
+    CacheOwnershipError
+        A `ValueError`: `cache` is a directory with something else in it, or another user's.
+
+    Examples
+    --------
+    >>> import zarr, zcache
+    >>> _ = zarr.create_array("memory://example", shape=4, dtype="i4", fill_value=42)
+    >>> store = zcache.open("memory://example", cache="memory", max_size="256MB")
+    >>> int(zarr.open_array(store, mode="r")[0])
+    42
+    """
+    _check_names(options)
+    read_only, adopt = options.get("read_only"), options.get("adopt", False)
+    if read_only is not None:
+        check_flag("read_only", read_only)
+    check_flag("adopt", adopt)
+    may_be_new = read_only is False or parse_offline(options.get("offline"))
+    source = open_source(url, storage_options, read_only=read_only, must_exist=not may_be_new)
+    place = _place(cache)
+    # Before anything is made there.
+    check_cache_store(source, place.store)
+    size = parse_size(max_size, whole=place.capacity)
+    pool = _pool(place, size, adopt=adopt, clock=check_clock(options.get("clock")))
+    if size is not None and size != pool.max_size:
+        raise OptionValueError(
+            f"invalid max_size: {max_size!r}, but the pool in {place.name} is in use in this process with "
+            f"max_size={pool.max_size}. Leave max_size out, which uses it as it is, or give another cache, such as "
+            "cache=CachePool(path, max_size=...), or drop all stores over this one first."
+        )
+    return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    more = [name for name in inspect.signature(CacheStore).parameters if name not in _ELSEWHERE]
+    known = ["cache", "max_size", "storage_options", *more]
+    for name in options:
+        if name in more:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        advice = f"Give {close[0]!r}" if close else f"Give one of {', '.join(known)}"
+        raise OptionTypeError(
+            f"unknown option of zcache.open: {name!r}. {_ELSEWHERE.get(name, advice)}."
+        )
+
+
+# ------------------------------------------------------------------------------- pools
+
+# Guards the choice of a bound for a pool that several threads open at once.
+_lock = threading.RLock()
+_in_memory: weakref.ref[PoolMemoryStore] | None = None
+_said: set[str] = set()
+"""Pools of which the log has said how large they are by default."""
+
+
+class _Place(NamedTuple):
+    """Where a pool is, or is to be.
+
+    Attributes
+    ----------
+    store : PoolStore or PoolMemoryStore
+        What stands for it as a cache store.
+    name : str
+        How people know it.
+    capacity : callable
+        Bytes of the volume, or of the memory.
+    pool : Pool or None
+        The pool, if the user has opened it.
+    """
+
+    store: PoolStore | PoolMemoryStore
+    name: str
+    capacity: Callable[[], int]
+    pool: Pool | None = None
+
+
+def _place(cache: object) -> _Place:
+    """What `cache` stands for; nothing is made yet in a directory.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If it stands for no pool.
+    """
+    if isinstance(cache, CachePool):
+        store = cache._store
+        return _Place(store, cache.path or "memory", partial(capacity_of, store), cache._pool)
+    if isinstance(cache, str) and cache == "memory":
+        return _Place(_memory_store(), "memory", memory)
+    path = _directory(cache)
+    return _Place(PoolStore(path, PoolOptions()), path, partial(volume, path))
+
+
+def _pool(place: _Place, size: int | None, *, adopt: bool, clock: Any) -> Pool:
+    """The pool of this process at a place. One without a bound gets one.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If its directory is no pool, or somebody else's.
+    """
+    if place.pool is not None:
+        return place.pool
+    with _lock:
+        # Joins one that is open, as it is.
+        pool = pool_of(place.store, adopt=adopt, clock=clock)
+        if pool.max_size is None:
+            bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
+            pool.add_options(PoolOptions(bound))
+            if size is None:
+                _say_default(place, bound)
+        # With it to other processes.
+        place.store.options = PoolOptions(pool.max_size)
+        return pool
+
+
+def _memory_store() -> PoolMemoryStore:
+    """The one that all share who say "memory", as long as somebody uses it."""
+    global _in_memory
+    with _lock:
+        store = None if _in_memory is None else _in_memory()
+        if store is None:
+            store = PoolMemoryStore(PoolOptions())
+            _in_memory = weakref.ref(store)
+        return store
+
+
+def _directory(cache: object) -> str:
+    """The directory of the pool."""
+    name = "cache"
+    if cache is None and (given := os.environ.get("ZCACHE_DIR")):
+        cache, name = given, "$ZCACHE_DIR"
+    elif cache is None:
+        from platformdirs import user_cache_dir  # noqa: PLC0415 - of use here only
+
+        cache, name = user_cache_dir("zcache"), "cache directory of the user"
+    path = os.fspath(cache) if isinstance(cache, os.PathLike) else cache
+    if not isinstance(path, str):
+        raise OptionTypeError(
+            f'invalid cache: {plain(cache)}. Give the path of a directory, a CachePool, "memory", or None for '
+            "$ZCACHE_DIR or the user's cache directory. To keep values in another store, use "
+            "zcache.CacheStore(store, cache_store=...)."
+        )
+    if not path or "://" in path or "\0" in path:
+        raise OptionValueError(
+            f"invalid {name}: {redact(path)!r}. Give the path of a directory on a local disk."
+        )
+    path = os.path.abspath(os.path.expanduser(path))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise OptionValueError(
+            f"invalid {name}: {path!r} is a file. Give the path of a directory, which is made if need be."
+        )
+    return path
+
+
+def _say_default(place: _Place, bound: int | None) -> None:
+    """Log once for each pool and process how large it may become, since nobody has said it."""
+    key = os.path.realpath(place.name) if isinstance(place.store, PoolStore) else ""
+    if key not in _said:
+        _said.add(key)
+        _log.warning(
+            "the cache in %s may grow to %s bytes, 20 %% of %s: pass max_size= for another bound",
+            place.name,
+            f"{bound:,}",
+            "its volume" if key else "the memory that this process may use",
+        )
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+at_fork(_after_fork)
