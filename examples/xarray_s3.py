@@ -12,15 +12,13 @@ import sys
 import time
 
 import xarray as xr
-from zarr.storage import FsspecStore, LocalStore
 
-from zcache import CacheStore
+import zcache
 
 
 def main(url: str, directory: str) -> None:
-    source = FsspecStore.from_url(url, read_only=True)
     # Leaving the block waits until everything that was read is in the cache directory.
-    with CacheStore(source, cache_store=LocalStore(directory), max_size="20GB") as store:
+    with zcache.open(url, cache=directory, max_size="20GB", read_only=True) as store:
         start = time.perf_counter()
         with xr.open_zarr(store) as dataset:
             for name, mean in dataset.mean().compute().items():

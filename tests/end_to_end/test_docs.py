@@ -103,6 +103,12 @@ def test_readme_has_code_that_runs() -> None:
     assert all(block.reason for block in blocks if block.reason is not None)
 
 
+def test_readme_begins_with_opening_a_url() -> None:
+    first = blocks_of(README)[0].code
+    assert "xr.open_zarr(zcache.open(url" in first
+    compile(first, "README.md", "exec")
+
+
 def test_readme_says_how_to_move() -> None:
     text = README.read_text(encoding="utf-8")
     assert THEIR_IMPORT in text
