@@ -1,0 +1,43 @@
+"""Whether a chunk that nobody has read before is worth its room."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EVICTIONS: Final = 64
+"""Chunks that must have been evicted for nothing, at least."""
+SHARE: Final = 32
+"""One in so many chunks is kept while nothing is read again."""
+
+
+class Admission:
+    """Keeps a pass over everything from paying for what is never read again.
+
+    Once `max_size` bytes (and `EVICTIONS` chunks) have been evicted since the last hit, one in `SHARE` new
+    chunks is kept, until there is a hit. Threads may call it at once: what they miscount does not matter.
+
+    Parameters
+    ----------
+    max_size : int
+        Bytes that the cache holds at most.
+    """
+
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._bytes = self._chunks = self._turn = 0
+
+    def hit(self) -> None:
+        """Say that a chunk was of use."""
+        self._bytes = self._chunks = 0
+
+    def evicted(self, size: int) -> None:
+        """Say that a chunk of so many bytes had to go."""
+        self._bytes += size
+        self._chunks += 1
+
+    def admits(self) -> bool:
+        """Whether the next chunk is kept."""
+        if self._chunks < EVICTIONS or self._bytes < self._max_size:
+            return True
+        self._turn = (self._turn + 1) % SHARE
+        return self._turn == 0
