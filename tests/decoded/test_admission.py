@@ -96,8 +96,8 @@ def test_admission_begins_to_refuse_after_evictions_without_a_hit() -> None:
     assert all(admission.admits() for _ in range(SHARE))
 
 
-def test_admission_of_few_bytes_goes_on_until_all_that_is_kept_has_gone() -> None:
-    admission = Admission(10 * EVICTIONS + 1)
+def test_admission_of_few_bytes_goes_on_until_a_quarter_has_gone() -> None:
+    admission = Admission(40 * EVICTIONS + 4)
     for _ in range(EVICTIONS):
         admission.evicted(10)
     assert all(admission.admits() for _ in range(SHARE))

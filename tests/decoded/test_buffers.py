@@ -49,3 +49,12 @@ def test_unused_memory_goes_back_to_the_system_while_its_neighbours_are_used() -
 def test_small_cache_maps_no_more_than_it_holds() -> None:
     buffers = Buffers(2**20)
     assert buffers.take(2**16, 2**20).base is None
+
+
+def test_pieces_of_many_sizes_lie_side_by_side() -> None:
+    buffers = Buffers(MAX)
+    pieces = [buffers.take(size, MAX) for size in range(1024, 100_000, 1000)]
+    assert len({id(piece.base) for piece in pieces}) == 1
+    for n, piece in enumerate(pieces):
+        piece[:] = n
+    assert all((piece == n).all() for n, piece in enumerate(pieces))

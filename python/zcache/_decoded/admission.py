@@ -13,7 +13,7 @@ SHARE: Final = 32
 class Admission:
     """Keeps a pass over everything from paying for what is never read again.
 
-    Once `max_size` bytes (and `EVICTIONS` chunks) have been evicted since the last hit, one in `SHARE` new
+    Once a quarter of `max_size` (and `EVICTIONS` chunks) has been evicted since the last hit, one in `SHARE` new
     chunks is kept, until there is a hit. Threads may call it at once: what they miscount does not matter.
 
     Parameters
@@ -23,7 +23,7 @@ class Admission:
     """
 
     def __init__(self, max_size: int) -> None:
-        self._max_size = max_size
+        self._enough = max_size // 4
         self._bytes = self._chunks = self._turn = 0
 
     def hit(self) -> None:
@@ -37,7 +37,7 @@ class Admission:
 
     def admits(self) -> bool:
         """Whether the next chunk is kept."""
-        if self._chunks < EVICTIONS or self._bytes < self._max_size:
+        if self._chunks < EVICTIONS or self._bytes < self._enough:
             return True
         self._turn = (self._turn + 1) % SHARE
         return self._turn == 0

@@ -22,7 +22,9 @@ to copy into it."""
 LEAST: Final = 2**10
 """Bytes below which memory is the allocator's."""
 SLAB: Final = 2**25
-"""Bytes at most that are mapped at once for pieces of one size."""
+"""Bytes at most that are mapped at once, for many pieces."""
+ALIGNMENT: Final = 64
+"""Bytes of a line of the processor's caches."""
 
 
 class Buffers:
@@ -31,14 +33,14 @@ class Buffers:
     Parameters
     ----------
     max_size : int
-        Bytes that are in use at most. What is mapped and not in use yet is less than a 16th of that for each size.
+        Bytes that are in use at most. What is mapped and not in use yet is less than a 16th of that.
     """
 
     def __init__(self, max_size: int) -> None:
         self._free: dict[int, deque[Array]] = {}
         self._size = 0
-        self._slab = min(SLAB, max_size // 16 // HUGE * HUGE)
-        self._slabs: dict[int, Array] = {}
+        self._slab_size = min(SLAB, max_size // 16 // HUGE * HUGE)
+        self._slab: Array | None = None
 
     def take(self, size: int, limit: int) -> Array:
         """Memory of this size, after which at most `limit` bytes stay unused."""
@@ -67,19 +69,20 @@ class Buffers:
                 del self._free[size]
 
     def _new(self, size: int) -> Array:
-        if size < LEAST or not self._slab:
+        if size < LEAST or not self._slab_size:
             return np.empty(size, "u1")
-        step = -(-size // 64) * 64
+        step = -(-size // ALIGNMENT) * ALIGNMENT
         try:
-            if step > self._slab // 8:
+            if step > self._slab_size // 2:
                 return _mapped(size)[:]
-            slab = self._slabs.pop(size, None)
-            if slab is None or len(slab) < size:
-                slab = _mapped(self._slab)
-            self._slabs[size] = slab[step:]
-            return slab[:size]
+            if self._slab is None or len(self._slab) < step:
+                if self._slab is not None:
+                    _release(self._slab)
+                self._slab = _mapped(self._slab_size)[:]
         except OSError:  # There may only be so many.
             return np.empty(size, "u1")
+        piece, self._slab = self._slab[:size], self._slab[step:]
+        return piece
 
 
 def copy_into(memory: Array, array: Array) -> Array:
