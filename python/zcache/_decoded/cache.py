@@ -147,11 +147,13 @@ class DecodedCache:
             origin.touched = now
         return is_current
 
-    def unpin(self, kept: Kept) -> None:
-        """Say that a chunk is copied."""
+    def unpin(self, *copied: Kept) -> None:
+        """Say that chunks are copied."""
+        is_due = False
         with self._lock:
-            kept.pins -= 1
-            is_due = kept.is_condemned and not kept.pins
+            for kept in copied:
+                kept.pins -= 1
+                is_due |= kept.is_condemned and not kept.pins
         if is_due:
             self._room.remove(self._index.failed_deletes(1024))
 

@@ -111,16 +111,6 @@ class Part:
     def finish(self) -> None:
         """Say that all is there."""
 
-    def miss(self, cache: DecodedCache, name: str, at: Coords, origin: Any) -> None:
-        """Decode a chunk, or wait for who does."""
-        joined = None
-        if origin is not None:
-            key = self.item[0].path
-            joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
-        if joined is not None:
-            leads, decoding = joined
-            (self.leads if leads else self.followed)[at] = decoding
-
     def land(self, at: Coords, array: Array) -> None:
         """Keep a chunk that has been decoded here."""
         decoding = self.leads.get(at)
@@ -136,18 +126,16 @@ class Part:
 class ChunkPart(Part):
     """A part of a chunk."""
 
-    def look_up(self) -> bool:
-        """Copy out what is kept; whether that is all."""
-        output = self.output
-        cache = output.cache
-        getter = self.item[0]
-        name = f"{getter.path}/{self.layout.number}"
-        kept = cache.get(name, getter.path, output.mark, output.now)
-        if kept is not None:
-            output.copy(self, (), kept)
-            return True
-        self.miss(cache, name, (), cache.begin(getter.path, output.now))
-        return False
+    def join(self, name: str) -> None:
+        """Decode the chunk, or wait for who does."""
+        cache, key = self.output.cache, self.item[0].path
+        origin = cache.begin(key, self.output.now)
+        if origin is None:
+            return
+        joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
+        if joined is not None:
+            leads, decoding = joined
+            (self.leads if leads else self.followed)[()] = decoding
 
     def jobs(self) -> list[Job]:
         return [] if self.followed else [_WholeChunk(self)]
@@ -213,18 +201,19 @@ class ShardPart(Part):
             view = np.expand_dims(view, self.output.drop_axes)
         return view if view.shape == shape else None
 
-    def look_up(self) -> bool:
+    def look_up(self, hits: list[Kept]) -> bool:
+        """Copy out what is kept, which is pinned in `hits` then; whether that is all."""
         output = self.output
         cache = output.cache
         key = self.item[0].path
-        origin: Any = None
         stem = f"{key}/{self.layout.number}/"
         names = []
         for at in self._coords():
             name = stem + "/".join(map(str, at))
             kept = cache.get(name, key, output.mark, output.now)
             if kept is not None:
-                output.copy(self, at, kept)
+                hits.append(kept)
+                self.place(at, kept.array)
                 self.is_absent = False
                 continue
             self._misses.append(at)
