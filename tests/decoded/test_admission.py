@@ -12,7 +12,7 @@ from zarr.storage import MemoryStore
 
 from decoding import check_decoded_quiet
 from zcache import CacheStore
-from zcache._decoded.admission import EVICTIONS, SHARE, Admission
+from zcache._decoded.admission import EVICTIONS, LARGE, SHARE, Admission
 from zcache.testing import StoreDouble
 
 CHUNKS = 4 * EVICTIONS
@@ -102,4 +102,12 @@ def test_admission_of_few_bytes_goes_on_until_a_quarter_has_gone() -> None:
         admission.evicted(10)
     assert all(admission.admits() for _ in range(SHARE))
     admission.evicted(10)
+    assert not all(admission.admits() for _ in range(SHARE))
+
+
+def test_admission_of_large_chunks_ends_after_few() -> None:
+    admission = Admission(LARGE)
+    for _ in range(2):
+        assert all(admission.admits() for _ in range(SHARE))
+        admission.evicted(LARGE // 2)
     assert not all(admission.admits() for _ in range(SHARE))

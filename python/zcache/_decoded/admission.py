@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 EVICTIONS: Final = 64
-"""Chunks that must have been evicted for nothing, at least."""
+"""Chunks that must have been evicted for nothing, at least, unless they are large."""
+LARGE: Final = 2**24
+"""Bytes of few chunks that are enough."""
 SHARE: Final = 32
 """One in so many chunks is kept while nothing is read again."""
 
@@ -13,8 +15,8 @@ SHARE: Final = 32
 class Admission:
     """Keeps a pass over everything from paying for what is never read again.
 
-    Once a quarter of `max_size` (and `EVICTIONS` chunks) has been evicted since the last hit, one in `SHARE` new
-    chunks is kept, until there is a hit. Threads may call it at once: what they miscount does not matter.
+    Once a quarter of `max_size`, and `EVICTIONS` chunks or `LARGE` bytes, have been evicted since the last hit, one
+    in `SHARE` new chunks is kept, until there is a hit. Threads may call it at once: what they miscount does not matter.
 
     Parameters
     ----------
@@ -37,7 +39,8 @@ class Admission:
 
     def admits(self) -> bool:
         """Whether the next chunk is kept."""
-        if self._chunks < EVICTIONS or self._bytes < self._enough:
+        is_little = self._chunks < EVICTIONS and self._bytes < LARGE
+        if is_little or self._bytes < self._enough:
             return True
         self._turn = (self._turn + 1) % SHARE
         return self._turn == 0

@@ -33,13 +33,15 @@ class Buffers:
     Parameters
     ----------
     max_size : int
-        Bytes that are in use at most. What is mapped and not in use yet is less than a 16th of that.
+        Bytes that are in use at most. Beside them the system fills in a huge page of what is mapped ahead.
     """
 
     def __init__(self, max_size: int) -> None:
         self._free: dict[int, deque[Array]] = {}
         self._size = 0
-        self._slab_size = min(SLAB, max_size // 16 // HUGE * HUGE)
+        self._slab_size = 0
+        if max_size >= 8 * HUGE:
+            self._slab_size = max(4 * HUGE, min(SLAB, max_size // 16 // HUGE * HUGE))
         self._slab: Array | None = None
 
     def take(self, size: int, limit: int) -> Array:

@@ -240,9 +240,10 @@ class DecodedCache:
         if not decoding.origin.is_dated:
             self.give_up(decoding)
             return None
-        decoding.is_admitted = self._admission.admits()
+        if not self._admission.admits():
+            decoding.is_admitted = False
         # One that the store had not lately takes no room before it is there.
-        if decoding.is_admitted and decoding.name not in self._absent:
+        elif decoding.name not in self._absent:
             decoding.reservation = self._room.reserve(decoding.name, size, ticket)
         return True, decoding
 

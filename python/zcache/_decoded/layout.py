@@ -190,14 +190,10 @@ def coords_in(box: Box) -> Iterable[Coords]:
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
 
 
-def chunks_of(array: Array, inner: Coords) -> Iterator[Array]:
-    """The inner chunks of a box, in the order of `coords_in`."""
-    counts = [n // size for n, size in zip(array.shape, inner, strict=True)]
-    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
-    axes = range(len(split))
-    chunks = array.reshape(split).transpose(*axes[::2], *axes[1::2])
-    for at in np.ndindex(*counts):
-        yield chunks[(*at, ...)]
+def chunk_in(first: Coords, at: Coords, inner: Coords) -> Iterator[slice]:
+    """Where an inner chunk lies in the elements of a box."""
+    for origin, n, size in zip(first, at, inner, strict=True):
+        yield slice((n - origin) * size, (n - origin + 1) * size)
 
 
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, scatter, slices_of
+from zcache._decoded.layout import boxes_of, chunk_in, coords_in, is_basic, scatter, slices_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -347,16 +347,18 @@ class _InnerChunks(Job):
         part = self.part
         part.is_absent = False
         is_placed = part.place_box(self.box, array)
-        leads = [part.leads[at] for at in coords_in(self.box) if at in part.leads]
-        part.output.cache.pass_over(leads)
-        if is_placed and all(decoding.is_ended for decoding in leads):
-            return
-        chunks = list(zip(coords_in(self.box), chunks_of(array, self.inner), strict=True))
-        if not is_placed:
-            for at, chunk in chunks:
+        coords = list(coords_in(self.box))
+        part.output.cache.pass_over([part.leads[at] for at in coords if at in part.leads])
+        first = self.box[0]
+        for at in coords:
+            is_kept = at in part.leads and not part.leads[at].is_ended
+            if is_placed and not is_kept:
+                continue
+            chunk = array[tuple(chunk_in(first, at, self.inner))]
+            if not is_placed:
                 part.place(at, chunk)
-        for at, chunk in chunks:
-            part.land(at, chunk)
+            if is_kept:
+                part.land(at, chunk)
 
     def is_missing(self, fill: Any) -> None:
         for at in coords_in(self.box):
