@@ -76,11 +76,11 @@ class Buffers:
         step = -(-size // ALIGNMENT) * ALIGNMENT
         try:
             if step > self._slab_size // 2:
-                return _mapped(size)[:]
+                return np.frombuffer(mapped(size), "u1")[:]
             if self._slab is None or len(self._slab) < step:
                 if self._slab is not None:
                     _release(self._slab)
-                self._slab = _mapped(self._slab_size)[:]
+                self._slab = np.frombuffer(mapped(self._slab_size), "u1")[:]
         except OSError:  # There may only be so many.
             return np.empty(size, "u1")
         piece, self._slab = self._slab[:size], self._slab[step:]
@@ -96,12 +96,13 @@ def copy_into(memory: Array, array: Array) -> Array:
     return copy
 
 
-def _mapped(size: int) -> Array:
+def mapped(size: int) -> mmap.mmap:
+    """New memory, in huge pages where the system has them."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, "u1")
+    return memory
 
 
 def _release(piece: Array) -> None:

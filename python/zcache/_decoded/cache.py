@@ -15,6 +15,7 @@ from zcache._core import Index
 from zcache._decoded.admission import Admission
 from zcache._decoded.buffers import copy_into
 from zcache._decoded.chunk import Decoding, Kept, Origin
+from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
 from zcache._index.handle import RETRYABLE
 from zcache._runtime.fork import at_fork
@@ -77,6 +78,7 @@ class DecodedCache:
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size)
         self._room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
+        self.outputs = Outputs(self.max_size // 32)
         self._absent: set[str] = set()
         self._bytes = self._handle.index
 
@@ -259,18 +261,16 @@ class DecodedCache:
         index, name, origin = self._index, decoding.name, decoding.origin
         now = self.now()
         origin.landed = max(origin.landed, now)
-        is_fill = fill is not None
         is_closed = False
         try:
-            reservation = self._room_for(decoding, array.nbytes, is_fill)
+            reservation = self._room_for(decoding, array.nbytes, fill is not None)
             if reservation is None and not decoding.waiting:
                 return
             memory = None
             if fill is not None:
                 array = fill
             elif reservation is not None:
-                memory = self._room.memory(array.nbytes)
-                array = copy_into(memory, array)
+                array = copy_into(memory := self._room.memory(array.nbytes), array)
             kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept

@@ -139,9 +139,13 @@ class DecodedCodecPipeline(CodecPipeline):
             getter = batch[0][0]
             cache = getattr(getter.store, "_decoded", None) if type(getter) is StorePath else None
             if isinstance(cache, DecodedCache) and cache.is_usable:
-                target: Any = out._data if type(out) is cpu.NDBuffer else None
+                array: Any = out._data if type(out) is cpu.NDBuffer else None
+                is_plain = type(array) is np.ndarray
+                # For who looks whether anybody else has it.
+                del array
                 layouts: Any = [self._layout(cache, item[1]) for item in batch]
-                if type(target) is np.ndarray and None not in layouts:
+                if is_plain and None not in layouts:
+                    target = cache.outputs.renew(out)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
                     return await reading.run(batch, layouts, out)
         return await self.wrapped.read(batch, out, drop_axes)
