@@ -105,5 +105,5 @@ def _references(out: Any) -> int:
     return sys.getrefcount(out._data)
 
 
-_ALONE: Final = _references(cpu.NDBuffer(np.empty(1)))
+_ALONE: Final = _references(cpu.NDBuffer.empty((1,), "u1"))
 """References to the array of an output that nobody else has."""
