@@ -361,6 +361,9 @@ class Index:
             The key cannot be cached.
         """
 
+    def lead_all(self, keys: list[str], flights: list[Any], /) -> list[int | None]:
+        """`join` for many whole values: tickets of those that have no flight, which get one; else None."""
+
     def set_validator(self, key: str, ticket: int, validator: str, /) -> None:
         """Note the validator of what was read under a ticket; kept with the entry when that is committed."""
 
@@ -385,6 +388,9 @@ class Index:
 
     def complete_flight(self, key: str, ticket: int, /) -> None:
         """Close the flight of a ticket; nothing happens if it is closed."""
+
+    def complete_flights(self, keys: list[str], tickets: list[int], /) -> None:
+        """`complete_flight` for many."""
 
     def commit_absence(
         self, key: str, ticket: int, fetched: float, now: float, kept: bool, /

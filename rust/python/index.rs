@@ -24,8 +24,9 @@ use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
 use crate::arena::Heap;
-use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Tally};
+use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, Tally};
 use crate::error::Error;
+use crate::key::ByteRange;
 use crate::shared::SharedIndex;
 
 /// An index with its bounds, flights and reservations, behind one lock.
@@ -291,6 +292,35 @@ impl Index {
         }
     }
 
+    #[pyo3(signature = (keys, flights, /))]
+    fn lead_all(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Bound<'_, PyString>>,
+        flights: Vec<Py<PyAny>>,
+    ) -> PyResult<Vec<Option<u64>>> {
+        let mut tickets = Vec::with_capacity(keys.len());
+        let wanted: Vec<_> = keys.iter().map(known).zip(flights).collect();
+        // In steps, so that nobody waits for long.
+        for some in wanted.chunks(BATCH) {
+            step!(self, py, |cache| {
+                for (key, flight) in some {
+                    // A reference is left outside, so dropping one under the lock frees nothing.
+                    let joined = key.map(|key| {
+                        let flight = Flight(flight.clone_ref(py));
+                        cache.join(key, ByteRange::Full, flight, 0, true)
+                    });
+                    tickets.push(match joined.transpose()? {
+                        Some(Joined::Lead(ticket)) => Some(ticket),
+                        _ => None,
+                    });
+                }
+                Ok(())
+            })?;
+        }
+        Ok(tickets)
+    }
+
     #[pyo3(signature = (key, ticket, validator, /))]
     fn set_validator(
         &self,
@@ -338,6 +368,27 @@ impl Index {
         // The payload is dropped after the lock, because that may run Python code.
         let flight = step!(self, py, |cache| Ok(cache.complete_flight(key, ticket)))?;
         drop(flight);
+        Ok(())
+    }
+
+    #[pyo3(signature = (keys, tickets, /))]
+    fn complete_flights(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Bound<'_, PyString>>,
+        tickets: Vec<u64>,
+    ) -> PyResult<()> {
+        let keys = keys.iter().map(|key| key.to_str());
+        let keys: Vec<&str> = keys.collect::<PyResult<_>>()?;
+        let mut closed = Vec::with_capacity(keys.len());
+        step!(self, py, |cache| {
+            for (key, ticket) in keys.iter().zip(tickets) {
+                closed.push(cache.complete_flight(key, ticket));
+            }
+            Ok(())
+        })?;
+        // The payloads are dropped after the lock, because that may run Python code.
+        drop(closed);
         Ok(())
     }
 
