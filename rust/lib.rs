@@ -44,7 +44,7 @@
 //! Each depends only on those to its right:
 //!
 //! ```text
-//! python → disk → shared → cache → policy → arena → key → error
+//! python → disk → shared → cache → policy, sampling → arena → key → error
 //! ```
 //!
 //! `cargo test` runs all of this without Python; the bindings are behind the feature `python`.
@@ -70,6 +70,7 @@ pub mod disk;
 pub mod error;
 pub mod key;
 pub mod policy;
+pub mod sampling;
 pub mod shared;
 
 #[cfg(feature = "python")]

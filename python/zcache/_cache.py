@@ -59,7 +59,7 @@ class Cache:
         See `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    offline, revalidate, verify, adopt, source_id, clock
+    offline, revalidate, verify, adopt, source_id, clock, sampling
         See `CacheStore`.
 
     Attributes
@@ -91,6 +91,7 @@ class Cache:
         max_pending_size: int | None = None,
         clock: Callable[[], float] | None = None,
         decoded_size: int | None = None,
+        sampling: bool = True,
     ) -> None:
         self.source = source
         self.cache = cache
@@ -106,6 +107,7 @@ class Cache:
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
         self.clock = clock
+        self.sampling = sampling
         self.known_token = token
         self.source_id = identify(source, source_id)
         slices = slices_like_python(innermost(source))
@@ -130,7 +132,9 @@ class Cache:
         )
         ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            Hits(self.backend, ages, missing_age if cache_missing else 0.0),
+            Hits(
+                self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling
+            ),
             offline=offline,
             revalidate=revalidate,
             validators=validators_of(source) if revalidate else None,

@@ -261,8 +261,32 @@ class Index:
             If another process holds its lock for more than `timeout` seconds.
         """
 
-    def view(self, counters: ReadCounters, /) -> Index:
-        """The same index, whose lookups count in `counters` as well."""
+    def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
+        """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
+
+    def sample(self) -> tuple[int, float, bool, int, int, int, bytes, bytes, bytes]:
+        """The sampled requests of all views, and of all processes on a directory.
+
+        Returns
+        -------
+        requests : int
+            Requests, sampled or not, since the sample was begun.
+        rate : float
+            Part of all keys that is sampled, up to 1.
+        has_slid : bool
+            Whether there were sampled requests before the first one.
+        dropped, dropped_first : int
+            Sampled requests that are no longer there, and those among them that were the first of their key.
+        unit : int
+            Bytes of a block, of which an entry takes whole ones; 0 and 1 are the same.
+        keys : bytes
+            For each sampled request, oldest first, 8 bytes that stand for its key and range.
+        sizes : bytes
+            The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
+        flags : bytes
+            2 bytes each, with these bits: 13, what was cached was too old; 14, it was a hit; 15, its key was
+            requested before the first of these requests.
+        """
 
     def __len__(self) -> int:
         """Entries that can be served."""

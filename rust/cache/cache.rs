@@ -16,6 +16,7 @@ use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::{Eviction, Lru};
+use crate::sampling::Sample;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
@@ -194,6 +195,8 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) verified: VerifiedSet,
     /// Changes since somebody has begun to decode values.
     pub(super) changes: Changes,
+    /// A sample of the requests, once one was to be sampled; a shared index has one in its storage.
+    pub(super) own_sample: Option<Box<Sample>>,
     /// See [`Cache::generation`].
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
@@ -228,6 +231,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             tally: Arc::default(),
             verified: VerifiedSet::default(),
             changes: Changes::default(),
+            own_sample: None,
             generation: 0,
             unit: 0,
         }
@@ -326,7 +330,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let cells = u64::from(header.cells_used) * size_of::<Cell>() as u64;
         let strings = u64::from(header.strings_used) * size_of::<u32>() as u64;
         let slots = std::mem::size_of_val(self.arena.storage.slots());
-        cells + strings + (slots + self.verified.memory()) as u64
+        let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
+        cells + strings + (slots + self.verified.memory() + sample) as u64
     }
 
     /// Whether an entry is of no use to anybody any more.

@@ -18,6 +18,7 @@ mod lookup;
 mod peers;
 mod refresh;
 mod reserve;
+mod sampled;
 mod verified;
 
 pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};

@@ -100,6 +100,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         ticket: Ticket,
         now: u64,
     ) -> Result<Reserve> {
+        self.note_sampled_size(key, range, size);
         if !self.arena.storage.is_complete() {
             return Ok(self.rejected(RejectReason::Rebuilding));
         }

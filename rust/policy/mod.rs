@@ -2,6 +2,8 @@
 
 mod lru;
 mod policy;
+mod simulation;
 
 pub use self::lru::Lru;
 pub use self::policy::Eviction;
+pub use self::simulation::{PolicyKind, Simulation};

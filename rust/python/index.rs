@@ -10,7 +10,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyBytes, PyDict, PyString};
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
 use super::ages::Ages;
 use super::backing::{Backing, Flight, after_fork, step};
@@ -23,6 +23,7 @@ use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
+use super::sampling::sample;
 use crate::arena::Heap;
 use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Tally};
 use crate::error::Error;
@@ -36,6 +37,8 @@ pub(super) struct Index {
     tally: Arc<Tally>,
     /// Of the store whose lookups these are.
     counters: Option<Py<ReadCounters>>,
+    /// Whether its requests go into the sample.
+    sampled: bool,
 }
 
 impl Index {
@@ -45,6 +48,7 @@ impl Index {
             abandoned: Arc::default(),
             tally,
             counters: None,
+            sampled: false,
         }
     }
 
@@ -123,13 +127,14 @@ impl Index {
         Ok((Index::over(Backing::shared(directory), tally), fresh))
     }
 
-    #[pyo3(signature = (counters, /))]
-    fn view(&self, counters: Py<ReadCounters>) -> Self {
+    #[pyo3(signature = (counters, sampled=false, /))]
+    fn view(&self, counters: Py<ReadCounters>, sampled: bool) -> Self {
         Index {
             backing: Arc::clone(&self.backing),
             abandoned: Arc::clone(&self.abandoned),
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
+            sampled,
         }
     }
 
@@ -149,7 +154,7 @@ impl Index {
             && !self.backing.is_disowned()
         {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
-            let hit = cache.hit(key, fresh);
+            let hit = cache.hit_sampled(key, fresh, self.sampled);
             drop(cache);
             if let Some(answer) = hit {
                 self.count(answer.is_some());
@@ -160,6 +165,13 @@ impl Index {
         let span = span(raw)?;
         let (answer, verify) = step!(self, py, |cache| {
             let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            if self.sampled {
+                match answer {
+                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
+                    Answer::Unknown => cache.sample(key, span, None, fresh),
+                    Answer::Absent | Answer::PerhapsAbsent => {}
+                }
+            }
             let verify = match answer {
                 Answer::Found(found) => cache.must_verify(found.handle),
                 _ => false,
@@ -569,6 +581,12 @@ impl Index {
             let cursor = cursor.unwrap_or_else(|| cache.first_keys());
             cache.next_keys(prefix, cursor, |key| fresh(now, age_of(key)))
         })
+    }
+
+    /// See [`super::sampling`].
+    fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (trace, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, trace, unit)
     }
 
     fn stats(&self) -> (u64, u64, u64, u64, u64) {

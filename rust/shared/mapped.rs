@@ -18,11 +18,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, Stat, fstat, renameat, unlinkat};
 
 use super::guard::Map;
-use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot};
+use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot, new_generation};
 use super::lock_files::{
     Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
     open_existing, open_folder, take_slot, unshare, unsuitable,
 };
+use super::sample_file::SampleFile;
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
 
@@ -44,6 +45,7 @@ pub struct Mapped {
     locks: Arc<Locks>,
     /// When it was last seen that the files are where others look for them.
     looked: Instant,
+    pub(super) sample: SampleFile,
 }
 
 /// Time after which a step looks again whether the files are in their place. Each change of the source
@@ -112,6 +114,7 @@ impl Mapped {
             alive,
             locks: Arc::default(),
             looked: Instant::now(),
+            sample: SampleFile::open(root, new_generation()),
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
         let owner = mapped.rebuild_owner();
@@ -147,6 +150,8 @@ impl Mapped {
     /// are: to truncate what others have mapped would end their processes.
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
+        // Whoever died in a step may have been changing it.
+        self.sample.check(new_generation());
         let made = self.make_files().or_else(|_| {
             // On a full volume the old ones go first.
             let folder = open_folder(&self.root)?;

@@ -45,10 +45,15 @@ class Hits:
         How old a value may be that is served.
     missing_max_age : float
         Seconds for which a key is remembered as missing at most; 0 for not at all.
+    sampling : bool
+        Whether requests go into the sample of the index.
     """
 
-    def __init__(self, backend: Backend, ages: MaxAges, missing_max_age: float) -> None:
+    def __init__(
+        self, backend: Backend, ages: MaxAges, missing_max_age: float, *, sampling: bool
+    ) -> None:
         self.backend = backend
+        self._sampling = sampling
         self.handle: IndexHandle = backend.shared.handle
         self.breaker = backend.shared.breaker
         self.counters = backend.counters
@@ -65,7 +70,7 @@ class Hits:
 
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
-        self._lookup = index.view(self._reads).lookup
+        self._lookup = index.view(self._reads, self._sampling).lookup
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
