@@ -132,9 +132,7 @@ class Cache:
         )
         ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            Hits(
-                self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling
-            ),
+            Hits(self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling),
             offline=offline,
             revalidate=revalidate,
             validators=validators_of(source) if revalidate else None,

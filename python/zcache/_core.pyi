@@ -864,5 +864,28 @@ def is_cacheable_key(key: str, /) -> bool:
 def cache_key(key: str, raw: _Range, /) -> str:
     """Name in the cache store of the bytes of a key."""
 
+def simulate(policy: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
+    """Say which requests a cache of `capacity` bytes would have served.
+
+    Parameters
+    ----------
+    policy : {"lru", "none", "adaptive"}
+        What is evicted.
+    capacity : int
+        Bytes.
+    keys, sizes : bytes
+        8 bytes for each request, in native order: what stands for its key, and the bytes of its value.
+
+    Returns
+    -------
+    bytes
+        1 for each hit and 0 for each miss.
+
+    Raises
+    ------
+    ValueError
+        If there is no such policy.
+    """
+
 def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
     """First byte and number of bytes that a range selects of a value; None where sources disagree."""

@@ -19,6 +19,9 @@ from zarr.core.config import config
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
+from zcache._advice.advise import advise, parse_policies, parse_sizes
+from zcache._advice.recording import Recording
+from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
+    from zcache._advice.advice import Advice
     from zcache._ages import Age
     from zcache._protocol.batch import Fetch, Group, Request
 
@@ -546,6 +550,89 @@ class CacheStore(Store):
         await self._writer.clear(self._io)
         if self._decoded is not None:
             self._decoded.clear()
+
+    def advise(
+        self,
+        *,
+        sizes: Iterable[int | str] | None = None,
+        policies: Iterable[str] | None = None,
+    ) -> Advice:
+        """Say how large the cache should be, and which policy suits it, from the requests so far.
+
+        The index keeps a sample of all requests through stores with ``sampling=True``, for a directory those of
+        all processes, over restarts; here each size and policy is simulated on it. That takes a second or two for
+        a full sample, without the lock of the index or of the interpreter: in an event loop use
+        ``await asyncio.to_thread(store.advise)``.
+
+        Parameters
+        ----------
+        sizes : iterable of int or str, optional
+            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of the
+            stores of this process over the cache or, where there is none, the bytes that are cached.
+        policies : iterable of str, optional
+            Any of "lru", "none" and "adaptive". Default is None: all.
+
+        Returns
+        -------
+        Advice
+            False in a condition, with a `reason`, after fewer than 100 requests.
+
+        Raises
+        ------
+        OptionTypeError, OptionValueError
+            If a size or a policy is none.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        parsed, named = parse_sizes(sizes), parse_policies(policies)
+        size, _ = self._cache.ask(_size_and_entries)
+        off = "" if self._cache.sampling else "this store was made with sampling=False"
+        return advise(
+            self._cache.ask(sampled),
+            max_size=self._cache.shared.handle.limits["max_size"],
+            in_use=size,
+            sizes=parsed,
+            policies=named,
+            nothing=off,
+        )
+
+    def record(self, path: str | os.PathLike[str], *, anonymous: bool = False) -> Recording:
+        """Write the requests of this store and its copies, in this process, to a file while they are made.
+
+        The file is CSV in gzip, with a line for each read of a value that the source has: ``time`` (seconds since
+        the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the whole value),
+        ``size`` (bytes of the answer), ``hit`` (0 or 1), and of the entry that has served it ``entry_range`` and
+        ``entry_size``. Sizes that are not known, of reads that failed, are left out. `replay` reads it.
+
+        A reader does no more than put its request into a queue; a thread writes it. An error of the file
+        ends the recording with a warning in the log, never a read.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            Of the file, such as ``"requests.csv.gz"``. It must not exist.
+        anonymous : bool, optional
+            Write a hash in the place of each key, with a secret that is thrown away. Equal keys stay equal; ranges,
+            sizes and times stay as they are. Default is False. Set it for a file that others are to see.
+
+        Returns
+        -------
+        Recording
+            A context manager; the recording ends with the block, or by its `close`.
+
+        Raises
+        ------
+        FileExistsError
+            If there is such a file.
+        OSError
+            If it cannot be made.
+        RuntimeError
+            If this store, or a copy of it, is being recorded already.
+        """
+        check_flag("anonymous", anonymous)
+        limits = self._cache.shared.handle.limits
+        about = {"max_size": limits["max_size"], "block_size": limits.get("unit", 1)}
+        return Recording(self._hits, path, anonymous=anonymous, about=about)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.

@@ -4,6 +4,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use crate::key::hash_word;
 use crate::policy::{PolicyKind, Simulation};
 use crate::sampling::{Trace, UNKNOWN};
 
@@ -50,7 +51,9 @@ pub(super) fn simulate<'py>(
     };
     let hits: Vec<u8> = py.detach(|| {
         let mut simulation = Simulation::new(kind, capacity);
-        let requests = numbers(keys).zip(numbers(sizes));
+        // Keys that were sampled by their hashes are alike in the upper bits.
+        let mixed = numbers(keys).map(|key| hash_word(key.to_le_bytes(), 8, 0, 0));
+        let requests = mixed.zip(numbers(sizes));
         requests
             .map(|(key, size)| u8::from(simulation.access(key, size)))
             .collect()

@@ -1,5 +1,8 @@
 //! The sample itself: plain numbers in one block, on the heap or in a mapped file.
 
+use std::mem::offset_of;
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::key::ODD;
@@ -8,6 +11,9 @@ use crate::key::ODD;
 pub const KEYS: usize = 8192;
 /// Sampled requests that are kept; then each takes the place of the oldest.
 pub const REQUESTS: usize = 128 * 1024;
+/// Keys and requests for which a file gets room at a time.
+const MORE_KEYS: usize = 1024;
+const MORE_REQUESTS: usize = 8192;
 /// Places of the hash table: half of them stay free.
 const PLACES: usize = 2 * KEYS;
 /// Requests, sampled or not, after which a sample without room forgets its older half before it is
@@ -84,9 +90,11 @@ pub struct Sample {
     keys: u32,
     /// Requests in the ring, the last ones before `end`.
     len: u32,
-    known: [Known; KEYS],
+    /// Keys and requests that there is room for: a file grows with its use.
+    rooms: [u32; 2],
     /// Numbers of keys plus one, by the low bits of their hashes.
     table: [u16; PLACES],
+    known: [Known; KEYS],
     /// Numbers of keys, with flags, in the order of the requests.
     ring: [u16; REQUESTS],
 }
@@ -129,13 +137,59 @@ impl Sample {
         // Zeroed memory takes none before it is used.
         let mut sample: Box<Sample> = bytemuck::allocation::zeroed_box();
         sample.reset(seed);
+        sample.rooms = [KEYS as u32, REQUESTS as u32];
         sample
+    }
+
+    /// Bytes that are used of an empty one.
+    pub const LEN: usize = offset_of!(Sample, known);
+
+    /// What comes next: whether the next request may be taken, or the bytes that it needs, which are to be
+    /// given by [`Sample::give_room`].
+    #[must_use]
+    pub fn needs(&self) -> Option<Range<usize>> {
+        let [known, ring] = self.rooms;
+        let is_full = |used, room, most: usize| used >= room && room < most as u32;
+        if is_full(self.keys, known, KEYS) {
+            let next = (known as usize + MORE_KEYS).min(KEYS);
+            let at = |n| offset_of!(Sample, known) + n * size_of::<Known>();
+            return Some(at(known as usize)..at(next));
+        }
+        if is_full(self.len, ring, REQUESTS) {
+            let next = (ring as usize + MORE_REQUESTS).min(REQUESTS);
+            let at = |n| offset_of!(Sample, ring) + n * size_of::<u16>();
+            return Some(at(ring as usize)..at(next));
+        }
+        None
+    }
+
+    /// The bytes are there that it needs.
+    pub fn give_room(&mut self, bytes: &Range<usize>) {
+        let [known, ring] = &mut self.rooms;
+        if bytes.start < offset_of!(Sample, ring) {
+            *known = ((bytes.end - offset_of!(Sample, known)) / size_of::<Known>()) as u32;
+        } else {
+            *ring = ((bytes.end - offset_of!(Sample, ring)) / size_of::<u16>()) as u32;
+        }
+    }
+
+    /// Parts that are in use of one that is sound, for whoever has to see that they are there.
+    #[must_use]
+    pub fn parts(&self) -> [Range<usize>; 3] {
+        let [known, ring] = self.rooms.map(|room| room as usize);
+        let (first, second) = (offset_of!(Sample, known), offset_of!(Sample, ring));
+        [
+            0..Self::LEN,
+            first..first + known.min(KEYS) * size_of::<Known>(),
+            second..second + ring.min(REQUESTS) * size_of::<u16>(),
+        ]
     }
 
     /// Begins anew, whatever is there.
     pub fn begin(&mut self, seed: u64) {
         self.check = 0;
         self.table.fill(0);
+        self.rooms = [0, 0];
         self.reset(seed);
     }
 
@@ -155,6 +209,9 @@ impl Sample {
             && self.check == self.checksum()
             && self.keys as usize <= KEYS
             && self.len as usize <= REQUESTS
+            && self.rooms[0] as usize <= KEYS
+            && self.rooms[1] as usize <= REQUESTS
+            && (self.keys <= self.rooms[0] && self.len <= self.rooms[1])
             && u64::from(self.len) <= self.end
             && self.base <= self.start()
     }

@@ -138,11 +138,11 @@ impl Peers for Mapped {
         self.file_header().rebuild_owner == 0
     }
     fn sample(&mut self) -> Option<&mut Sample> {
-        self.sample.get()
+        self.sample.get_with_room()
     }
     fn checked_sample(&mut self) -> Option<&mut Sample> {
         let seed = new_generation();
-        if !self.sample.is_in_place(&self.root) {
+        if !self.sample.is_in_place() {
             self.sample = SampleFile::open(&self.root, seed);
         }
         self.sample.check(seed);

@@ -157,7 +157,7 @@ class Reader:
     ) -> Buffer | None:
         """Read what was not found, once all is known that is cached; the source is not asked."""
         if await self.hits.wait_until_complete(io):
-            self.hits.retract_miss()
+            self.hits.retract_miss(key, byte_range)
             is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
             if is_answer:
                 return value
@@ -281,6 +281,7 @@ class Reader:
             # From where it was raised: it would else collect the frames of all who wait.
             raise other.error.with_traceback(other.trace)
         if other.data is None:
+            self.hits.tell(key, byte_range, None)
             return True, None
         part = self._part(other.data, whole, byte_range)
         if part is None:
@@ -288,6 +289,7 @@ class Reader:
         if is_pending:
             # On its way into the cache store: served by the cache, not by the source.
             self.hits.recount_as_hit()
+        self.hits.tell(key, byte_range, len(part), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
 
     async def _join(
@@ -311,7 +313,7 @@ class Reader:
             is_answer, value = False, None
             if joined is None:
                 # Its lookup counted a miss; this one counts what the read comes to.
-                self.hits.retract_miss()
+                self.hits.retract_miss(key, byte_range)
                 is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
         except IndexLockTimeout:
             return BUSY, False, None
@@ -354,6 +356,7 @@ class Reader:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
+            self.hits.tell(key, byte_range, None if data is None else len(data), hit=is_cached)
             if is_cached:
                 flight.deliver(data)
             elif data is None:
