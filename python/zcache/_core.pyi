@@ -284,8 +284,8 @@ class Index:
         sizes : bytes
             The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
         flags : bytes
-            2 bytes each, with these bits: 13, what was cached was too old; 14, it was a hit; 15, its key was
-            requested before the first of these requests.
+            2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, its key was
+            requested before the first of these requests; 0, it only stands for the first of them.
         """
 
     def __len__(self) -> int:

@@ -193,8 +193,7 @@ class CacheStore(Store):
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
     sampling : bool, optional
         Whether the requests of this store and its copies go into the sample from which `advise` tells how large
-        the cache should be. Default is True. It takes up to 0.5 MB of memory or, for a directory, a file of that
-        size, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such as
+        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of a file, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such as
         a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:

@@ -7,7 +7,9 @@
 
 mod sample;
 
-pub use self::sample::{HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, Trace, UNKNOWN};
+pub use self::sample::{
+    FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, Trace, UNKNOWN,
+};
 
 use crate::key::{self, ByteRange, RangeLabel};
 

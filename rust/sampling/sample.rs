@@ -8,9 +8,11 @@ use bytemuck::{Pod, Zeroable};
 use crate::key::ODD;
 
 /// Keys that are sampled at most. When there is one more, the threshold is lowered by a quarter.
-pub const KEYS: usize = 8192;
-/// Sampled requests that are kept; then each takes the place of the oldest.
+pub const KEYS: usize = 16 * 1024;
+/// Sampled requests that are kept. When there is one more, keys are dropped as well, ...
 pub const REQUESTS: usize = 128 * 1024;
+/// ... as long as there are more than so many; then each request takes the place of the oldest.
+const FEW_KEYS: u32 = 4096;
 /// Keys and requests for which a file gets room at a time.
 const MORE_KEYS: usize = 1024;
 const MORE_REQUESTS: usize = 8192;
@@ -26,13 +28,16 @@ const SIZE_BITS: u32 = 48;
 
 /// Bits of a request in the ring that number its key.
 const NUMBER: u16 = KEYS as u16 - 1;
-const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 13);
+const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
 /// Flag of a request: what is cached was too old to serve it, whatever the size of the cache.
-pub const OUTDATED: u16 = 1 << 13;
+pub const OUTDATED: u16 = 1 << 14;
 /// Flag of a request: it was a hit.
-pub const HIT: u16 = 1 << 14;
+pub const HIT: u16 = 1 << 15;
 /// Flag of a request in a [`Trace`]: its key was requested before the first one in the ring.
-pub const SEEN_BEFORE: u16 = 1 << 15;
+pub const SEEN_BEFORE: u16 = 2;
+/// Flag in a [`Trace`] of what stands for the first request of such a key. These come first, in their order,
+/// so that a simulation does not begin with an empty cache.
+pub const FORMER: u16 = 1;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x01");
 
@@ -67,7 +72,7 @@ fn check(hash: u64, size: u64) -> u64 {
     (hash ^ size).wrapping_mul(ODD) >> SIZE_BITS
 }
 
-/// The sample: fewer than half a million bytes, all of which may be anything at any time. A process that is
+/// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -258,6 +263,12 @@ impl Sample {
 
     /// Keeps a request of a key that is sampled.
     pub fn push(&mut self, hash: u64, size: Option<u64>, flags: u16) {
+        if self.len >= REQUESTS as u32 && self.keys > FEW_KEYS {
+            self.make_room();
+            if !self.has(hash) {
+                return;
+            }
+        }
         let Some(number) = self.find(hash).or_else(|| self.add(hash)) else {
             return;
         };
@@ -343,7 +354,7 @@ impl Sample {
             self.base = self.start();
             self.keep(true);
         }
-        while self.keys > few {
+        while self.keys > few || self.keys > FEW_KEYS && self.len >= REQUESTS as u32 {
             self.threshold -= self.threshold / 4;
             self.keep(false);
         }
@@ -429,6 +440,14 @@ impl Sample {
             dropped_first: known.iter().filter(has_left).count() as u64,
             ..Trace::default()
         };
+        for known in known.iter().filter(|known| known.first < start) {
+            if known.is_sound() {
+                trace.keys.push(known.hash);
+                trace.sizes.push(known.size());
+                trace.flags.push(SEEN_BEFORE | FORMER);
+            }
+        }
+        let former = trace.keys.len();
         for request in self.in_order() {
             let known = known.get(usize::from(request & NUMBER));
             if let Some(known) = known.filter(|known| known.is_sound()) {
@@ -438,7 +457,9 @@ impl Sample {
                 trace.flags.push(request & (OUTDATED | HIT) | seen);
             }
         }
-        let sampled = trace.dropped.saturating_add(trace.keys.len() as u64);
+        let sampled = trace
+            .dropped
+            .saturating_add((trace.keys.len() - former) as u64);
         trace.requests = if self.requests == !self.inverse {
             self.requests.max(sampled)
         } else {

@@ -104,7 +104,7 @@ def advise(
     nothing : str, optional
         Why there may be too few requests. Default is "": they were just not made.
     """
-    count = len(trace.keys)
+    count = len(trace.keys) - trace.former
     if count < FEWEST:
         known = f"{count} of at least {FEWEST} requests"
         reason = (

@@ -46,11 +46,12 @@ class Estimator:
         costs = trace.costs()
         self._keys, self._sizes = trace.keys.tobytes(), costs.tobytes()
         # Where the beginning is missing, the first half fills the simulated caches.
-        self._counted = np.arange(n) >= (n // 2 if trace.has_slid else 0)
+        made = n - trace.former
+        self._counted = np.arange(n) >= (trace.former + made // 2 if trace.has_slid else 0)
         self._all = self._per_key(self._counted)
         self._squares = float(np.square(self._all).sum())
         kept = float(self._all.sum())
-        in_sample = trace.dropped + n
+        in_sample = trace.dropped + made
         surplus = trace.requests * trace.rate - in_sample
         self._missing = surplus * kept / in_sample if in_sample else 0.0
         spread = _DEVIATIONS * np.sqrt((1 - trace.rate) * self._squares)

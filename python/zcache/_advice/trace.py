@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 UNKNOWN: Final = 2**64 - 1
 """Stands for a size that is not known: the source has not given the value, or the cache was not told of it."""
-_OUTDATED, _HIT, _SEEN = 1 << 13, 1 << 14, 1 << 15
+_FORMER, _SEEN, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Trace:
         Which no cache of any size had served, because what it had was too old.
     seen_before : array of bool, shape (n,)
         Of which the key was requested before the first of these.
+    former : int
+        How many of these, at the beginning, only stand for keys that were requested before, in their order.
     rate : float
         Part of all keys that this is about, above 0 and up to 1.
     requests : float
@@ -50,6 +52,7 @@ class Trace:
     hits: NDArray[np.bool_]
     outdated: NDArray[np.bool_]
     seen_before: NDArray[np.bool_]
+    former: int
     rate: float
     requests: float
     has_slid: bool
@@ -75,14 +78,16 @@ def sampled(index: Index) -> Trace:
     flags = np.frombuffer(columns[2], np.uint16)
     known = sizes != UNKNOWN
     # What the source does not have, say, is no request, and is as frequent among those that are not sampled.
-    total = dropped + len(keys)
-    share = (dropped + int(known.sum())) / total if total else 1.0
+    former = _has(flags, _FORMER)
+    total = dropped + int((~former).sum())
+    share = (dropped + int((known & ~former).sum())) / total if total else 1.0
     return Trace(
         keys=keys[known],
         sizes=sizes[known],
         hits=_has(flags[known], _HIT),
         outdated=_has(flags[known], _OUTDATED),
         seen_before=_has(flags[known], _SEEN),
+        former=int((known & former).sum()),
         rate=rate,
         requests=requests * share,
         has_slid=has_slid,
@@ -105,6 +110,7 @@ def complete(
         hits=hits,
         outdated=nothing,
         seen_before=nothing,
+        former=0,
         rate=1.0,
         requests=float(len(keys)),
         has_slid=False,
