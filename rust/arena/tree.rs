@@ -4,7 +4,7 @@
 //! directory; a range is a child of the `Object` cell of its key. So one key, one key with all its
 //! ranges, and one prefix are each reached without looking at any other key.
 
-use super::arena::{Arena, OVERFLOW, ROOT};
+use super::arena::{Arena, List, OVERFLOW, ROOT};
 use super::cell::{Cell, Kind};
 use super::storage::Storage;
 use crate::error::{Error, Result};
@@ -350,7 +350,8 @@ impl<S: Storage> Arena<S> {
     /// processor's caches all at once, where each step of the deletion would wait for its own.
     pub(crate) fn prefetch(&self, i: u32) -> Result<()> {
         let cell = self.get(i)?;
-        let lists = [cell.older, cell.newer, cell.earlier, cell.later];
+        let [older, newer] = [false, true].map(|last| self.neighbour(List::Recency, i, last));
+        let lists = [older?, newer?, cell.earlier, cell.later];
         let mut read = 0;
         for beside in lists.into_iter().chain([cell.left, cell.right]) {
             // In an entry that is in no list these are other numbers.

@@ -15,7 +15,7 @@ use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
-use crate::policy::{Eviction, Lru};
+use crate::policy::{Eviction, Policy};
 use crate::sampling::Sample;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
@@ -181,7 +181,7 @@ pub struct Stats {
 ///
 /// `S` is the memory, `T` what the readers of a flight wait on, `P` the eviction policy.
 #[derive(Debug)]
-pub struct Cache<S, T, P = Lru> {
+pub struct Cache<S, T, P = Policy> {
     pub(crate) arena: Arena<S>,
     pub(super) policy: P,
     pub(super) limits: Limits,
@@ -434,6 +434,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.validate()?;
         let mut parts = self.reservations.values().map(|r| r.reserved);
         let reserved = parts.try_fold(0u64, u64::checked_add);
+        self.policy.validate(&self.arena)?;
         let storage = &self.arena.storage;
         let header = self.arena.header();
         // In a shared index each participant knows its own part only.

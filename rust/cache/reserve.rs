@@ -266,7 +266,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
-            let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
+            // What is above the bound goes whatever the policy says.
+            let is_above = freed < taken.saturating_sub(bound);
+            let Some(i) = self.next_victim(now, reservation.failures == 0, is_above)? else {
                 break;
             };
             let cell = self.arena.get(i)?;

@@ -1,9 +1,22 @@
 //! Eviction policies: which entry goes when bytes are needed.
 
+mod adaptive;
+mod deferred;
+mod entries;
+mod ghosts;
+mod keys;
+mod kind;
+mod learner;
 mod lru;
+mod none;
 mod policy;
+mod rule;
 mod simulation;
 
+pub use self::adaptive::Adaptive;
+pub use self::entries::Entries;
+pub use self::kind::{Minimise, Policy, PolicyKind};
 pub use self::lru::Lru;
+pub use self::none::NoEviction;
 pub use self::policy::Eviction;
-pub use self::simulation::{PolicyKind, Simulation};
+pub use self::simulation::Simulation;

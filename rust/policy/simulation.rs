@@ -1,27 +1,23 @@
-//! What a policy would have made of a series of requests.
+//! A cache of keys without values, under one policy.
 
-use std::collections::{BTreeMap, HashMap};
+use super::entries::Entries;
+use super::keys::{History, Keys, words_for};
+use super::kind::{Policy, PolicyKind};
+use super::policy::Eviction;
+use crate::error::Result;
 
-/// The policies that can be simulated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PolicyKind {
-    /// Least recently used.
-    Lru,
-    /// Nothing is evicted.
-    None,
-    /// Whichever suits the work.
-    Adaptive,
-}
+/// Nodes that a simulation begins with.
+const FIRST: usize = 64;
 
-/// A cache without values.
+/// Says which requests a cache of this size would have served. It is the code of the real policies, over keys
+/// of 33 to 66 bytes each.
 #[derive(Debug)]
 pub struct Simulation {
-    policy: PolicyKind,
+    policy: Policy,
     capacity: u64,
-    used: u64,
-    clock: u64,
-    entries: HashMap<u64, (u64, u64)>,
-    order: BTreeMap<u64, u64>,
+    nodes: usize,
+    words: Vec<u64>,
+    history: Vec<u64>,
 }
 
 impl Simulation {
@@ -29,37 +25,66 @@ impl Simulation {
     #[must_use]
     pub fn new(policy: PolicyKind, capacity_bytes: u64) -> Self {
         Simulation {
-            policy,
+            policy: Policy::of(policy),
             capacity: capacity_bytes,
-            used: 0,
-            clock: 0,
-            entries: HashMap::new(),
-            order: BTreeMap::new(),
+            nodes: FIRST,
+            words: vec![0; words_for(FIRST)],
+            history: Vec::new(),
         }
     }
 
-    /// Requests a key whose value has this size; whether that is a hit. A miss brings it in.
+    /// Reads a key, given by a hash of 64 good bits, whose value has so many bytes. Whether it was there; if
+    /// not, it comes in as far as the policy lets it.
     pub fn access(&mut self, key: u64, size: u64) -> bool {
-        self.clock += 1;
-        if let Some((at, _)) = self.entries.get_mut(&key) {
-            self.order.remove(at);
-            *at = self.clock;
-            self.order.insert(self.clock, key);
-            return true;
+        // Only memory that is damaged gives an error, and this is nobody else's.
+        self.try_access(key, size).unwrap_or(false)
+    }
+
+    fn try_access(&mut self, key: u64, size: u64) -> Result<bool> {
+        let history = History::Growing(&mut self.history);
+        let mut keys = Keys::of(&mut self.words, self.nodes, history)?;
+        if let Some(entry) = keys.find(key)? {
+            self.policy.touch(&mut keys, entry)?;
+            return Ok(true);
         }
-        if size > self.capacity
-            || self.policy == PolicyKind::None && self.used + size > self.capacity
-        {
-            return false;
+        if size > self.capacity {
+            return Ok(false);
         }
-        while self.used + size > self.capacity
-            && let Some((_, oldest)) = self.order.pop_first()
-        {
-            self.used -= self.entries.remove(&oldest).map_or(0, |(_, size)| size);
+        while keys.totals().1.saturating_add(size) > self.capacity {
+            let Some(victim) = self.policy.victim(&mut keys)? else {
+                return Ok(false);
+            };
+            self.policy.remove(&mut keys, victim)?;
+            keys.free(victim)?;
         }
-        self.used += size;
-        self.entries.insert(key, (self.clock, size));
-        self.order.insert(self.clock, key);
-        false
+        if keys.is_full() {
+            self.grow()?;
+            let history = History::Growing(&mut self.history);
+            keys = Keys::of(&mut self.words, self.nodes, history)?;
+        }
+        let entry = keys.make(key, size)?;
+        self.policy.insert(&mut keys, entry)?;
+        Ok(false)
+    }
+
+    fn grow(&mut self) -> Result<()> {
+        let nodes = self.nodes * 2;
+        let mut words = vec![0; words_for(nodes)];
+        let old = Keys::of(&mut self.words, self.nodes, History::Fixed(&mut []))?;
+        let mut new = Keys::of(&mut words, nodes, History::Fixed(&mut []))?;
+        old.copy_to(&mut new)?;
+        (self.nodes, self.words) = (nodes, words);
+        Ok(())
+    }
+
+    /// Recomputes everything; for tests.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn validate(&mut self) -> Result<()> {
+        let history = History::Growing(&mut self.history);
+        let keys = Keys::of(&mut self.words, self.nodes, history)?;
+        keys.validate()?;
+        self.policy.validate(&keys)
     }
 }
