@@ -193,8 +193,9 @@ class CacheStore(Store):
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
     sampling : bool, optional
         Whether the requests of this store and its copies go into the sample from which `advise` tells how large
-        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of a file, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such as
-        a copy of everything; other stores over the same cache are sampled as they ask for it.
+        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of its
+        disk, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
+        as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
         the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
@@ -382,6 +383,11 @@ class CacheStore(Store):
     def missing_max_age_seconds(self) -> Age:
         """Seconds for which they are at most, or "infinity"."""
         return self._cache.missing_max_age
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the requests of this store are sampled, for `advise`."""
+        return self._cache.sampling
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.

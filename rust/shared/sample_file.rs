@@ -117,7 +117,7 @@ fn open_mapped(path: &Path) -> io::Result<(Map, [u64; 2])> {
         && sample.is_sound()
     {
         // A copy of the directory may have holes.
-        for part in sample.parts() {
+        for part in sample.parts().iter().filter(|part| !part.is_empty()) {
             extend(&file, part.start, part.end)?;
         }
     }

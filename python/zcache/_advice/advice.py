@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """What one policy would have made of the requests, at each of `Advice.sizes`.
 
@@ -43,7 +43,7 @@ def _none() -> Any:
     return np.zeros(0, np.uint64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Advice:
     """What requests say about the size and the policy of a cache; see `CacheStore.advise` and `replay`.
 
@@ -105,11 +105,6 @@ class Advice:
 
     def __bool__(self) -> bool:
         return not self.reason
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
 
     def __str__(self) -> str:
         if self.reason:

@@ -269,7 +269,7 @@ class Recording:
     def after_fork(self) -> None:
         """Leave the file to the parent."""
         self._hits.end_recording(self)
-        self._lock = threading.RLock()
+        self._lock, self._is_ended = threading.RLock(), threading.Event()
 
 
 _recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
