@@ -48,6 +48,7 @@ __all__ = [
     "remove_key",
     "select",
     "sign_file",
+    "simulate",
     "take_folder_bytes",
     "tells_residency",
     "volume_space",

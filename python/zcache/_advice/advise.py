@@ -120,7 +120,8 @@ def advise(
     for name in policies:
         found = np.array([estimator.at(name, size) for size in at])
         ratios = found[:, 0]
-        misses = (1 - ratios) * trace.requests
+        # Without what a float makes of a whole number.
+        misses = np.round((1 - ratios) * trace.requests, 6)
         error = np.minimum(found[:, 1] + estimator.scale_error(at, ratios), 1.0)
         curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
         now[name] = estimator.at(name, base)[:2]

@@ -38,13 +38,16 @@ class Estimator:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         n = len(trace.keys)
-        _, first, self._key = np.unique(trace.keys, return_index=True, return_inverse=True)
+        _, first, sorted_key = np.unique(trace.keys, return_index=True, return_inverse=True)
+        # Numbered as they came, so that the same requests give the same advice, whatever their hashes.
+        rank = np.argsort(np.argsort(first))
+        self._key = rank[sorted_key]
         is_first = np.zeros(n, bool)
         is_first[first] = True
         is_cold = is_first & ~trace.seen_before
         self._may_hit = ~is_cold & ~trace.outdated
         costs = trace.costs()
-        self._keys, self._sizes = trace.keys.tobytes(), costs.tobytes()
+        self._keys, self._sizes = self._key.astype(np.uint64).tobytes(), costs.tobytes()
         # Where the beginning is missing, the first half fills the simulated caches.
         made = n - trace.former
         self._counted = np.arange(n) >= (trace.former + made // 2 if trace.has_slid else 0)

@@ -112,7 +112,7 @@ class Recording:
             ) from None
         try:
             head = HEAD + json.dumps({**about, "anonymous": anonymous})
-            self._append(f"{head}\n{','.join(COLUMNS)}\n")
+            self._append(f"{head}\r\n{','.join(COLUMNS)}\r\n")
             hits.begin_recording(self)
             self._thread = threading.Thread(
                 target=self._write_on, name="zcache recording", daemon=True
@@ -143,6 +143,11 @@ class Recording:
         self._is_ended.set()
         if self._process == os.getpid():
             self._thread.join()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is recorded any more: it was closed, or the file could not be written."""
+        return self._hits.recorder is not self
 
     # ------------------------------------------------------ what readers call
 
@@ -232,7 +237,7 @@ class Recording:
     def _write_waiting(self) -> None:
         while self._waiting:
             text = io.StringIO(newline="")
-            lines = csv.writer(text, lineterminator="\n")
+            lines = csv.writer(text)
             written = 0
             while self._waiting and written < BATCH:
                 some = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
