@@ -5,8 +5,6 @@ A trace is an array of keys (int64), in the order of the requests. `sizes_of` gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,7 +37,9 @@ def rolling(keys: int = 4000, width: int = 200, passes: int = 3, *, seed: int = 
     return (starts[:, None] + np.arange(width)).ravel()
 
 
-def zipf(keys: int = 20_000, requests: int = 200_000, exponent: float = 0.9, *, seed: int = 0) -> Keys:
+def zipf(
+    keys: int = 20_000, requests: int = 200_000, exponent: float = 0.9, *, seed: int = 0
+) -> Keys:
     """Independent requests, the key of rank n with a share in proportion to n ** -exponent."""
     random = np.random.default_rng(seed)
     weights = np.arange(1, keys + 1) ** -exponent
@@ -47,7 +47,9 @@ def zipf(keys: int = 20_000, requests: int = 200_000, exponent: float = 0.9, *, 
     return names[random.choice(keys, requests, p=weights / weights.sum())]
 
 
-def stack_distances(requests: int = 200_000, mean: float = 300.0, new: float = 0.03, *, seed: int = 0) -> Keys:
+def stack_distances(
+    requests: int = 200_000, mean: float = 300.0, new: float = 0.03, *, seed: int = 0
+) -> Keys:
     """Requests of which each repeats one from shortly before: what LRU is best at."""
     random = np.random.default_rng(seed)
     fresh = random.random(requests) < new
@@ -65,7 +67,9 @@ def stack_distances(requests: int = 200_000, mean: float = 300.0, new: float = 0
     return trace
 
 
-def pan_and_zoom(requests: int = 200_000, width: int = 256, view: int = 6, *, seed: int = 0) -> Keys:
+def pan_and_zoom(
+    requests: int = 200_000, width: int = 256, view: int = 6, *, seed: int = 0
+) -> Keys:
     """A viewer of a pyramid of tiles: its view moves by a tile or so, zooms, and jumps now and then."""
     random = np.random.default_rng(seed)
     levels = int(np.log2(width)) - 2
@@ -126,7 +130,9 @@ def points(requests: int = 200_000, sites: int = 1500, steps: int = 12, *, seed:
     """Time series at points: all chunks in time of one tile, some tiles far more often than others."""
     random = np.random.default_rng(seed)
     weights = np.arange(1, sites + 1) ** -1.1
-    chosen = random.permutation(sites)[random.choice(sites, requests // steps, p=weights / weights.sum())]
+    chosen = random.permutation(sites)[
+        random.choice(sites, requests // steps, p=weights / weights.sum())
+    ]
     return (chosen[:, None] * steps + np.arange(steps)).ravel()
 
 
@@ -152,7 +158,9 @@ def in_turn(*traces: Keys, seed: int = 0) -> Keys:
     return np.concatenate([trace + offset for trace, offset in zip(traces, offsets, strict=False)])
 
 
-def sizes_of(keys: Keys, *, mean: int = 100_000, sigma: float = 1.5, seed: int = 0) -> NDArray[np.int64]:
+def sizes_of(
+    keys: Keys, *, mean: int = 100_000, sigma: float = 1.5, seed: int = 0
+) -> NDArray[np.int64]:
     """Bytes of the value of each request: log-normal, the same for the same key."""
     random = np.random.default_rng(seed)
     sizes = np.exp(random.normal(np.log(mean) - sigma**2 / 2, sigma, int(keys.max()) + 1))
