@@ -65,6 +65,13 @@ impl Simulation {
         Ok(false)
     }
 
+    /// Bytes that it holds.
+    #[must_use]
+    pub fn bytes(&mut self) -> u64 {
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history);
+        keys.map_or(0, |keys| keys.totals().1)
+    }
+
     fn grow(&mut self) -> Result<()> {
         let nodes = self.nodes * 2;
         let mut words = vec![0; words_for(nodes)];
