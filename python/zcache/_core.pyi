@@ -226,6 +226,10 @@ class Index:
         Bytes of a block of the cache store, of which a value takes whole ones. Default is 1. With more, the
         folders count as well; see `count_folders`. An index in a directory that counts in another unit is
         emptied.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which entries go when bytes are needed. Default is "lru".
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests".
     """
 
     def __new__(
@@ -239,6 +243,8 @@ class Index:
         seed: int | None = None,
         complete: bool = True,
         unit: int = 1,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> Index: ...
     @staticmethod
     def open(
@@ -253,14 +259,27 @@ class Index:
         seed: int = 0,
         unit: int = 1,
         timeout: float = 1.0,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
+
+        Where other processes use it, it goes by the policy that they use; see `policy`.
 
         Raises
         ------
         IndexBusyError
             If another process holds its lock for more than `timeout` seconds.
         """
+
+    def policy(self) -> tuple[str, str]:
+        """The eviction policy in force, and what it minimises."""
+
+    def set_policy(self, eviction: str, minimise: str, /) -> tuple[str, str]:
+        """Go by a policy from now on, unless other processes use the index; returns the one in force."""
+
+    def note_seconds(self, size: int, seconds: float, /) -> None:
+        """Tell how long the source took for so many bytes; of use where seconds are minimised."""
 
     def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
@@ -865,28 +884,28 @@ def is_cacheable_key(key: str, /) -> bool:
 def cache_key(key: str, raw: _Range, /) -> str:
     """Name in the cache store of the bytes of a key."""
 
-def simulate(policy: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
-    """Say which requests a cache of `capacity` bytes would have served.
+def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
+    """First byte and number of bytes that a range selects of a value; None where sources disagree."""
+
+def simulate(eviction: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
+    """Which requests a cache would have served, by the code of the eviction policies themselves.
 
     Parameters
     ----------
-    policy : {"lru", "none", "adaptive"}
-        What is evicted.
+    eviction : {"lru", "none", "adaptive"}
+        The policy, which minimises requests.
     capacity : int
-        Bytes.
+        Bytes that the cache holds at most.
     keys, sizes : bytes
-        8 bytes for each request, in native order: what stands for its key, and the bytes of its value.
+        The key of each request, as a number, and the bytes of its value: 8 bytes each, in native order.
 
     Returns
     -------
     bytes
-        1 for each hit and 0 for each miss.
+        1 for each request that is served, 0 for the others.
 
     Raises
     ------
     ValueError
-        If there is no such policy.
+        If there is no such policy, or there are not as many sizes as keys.
     """
-
-def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
-    """First byte and number of bytes that a range selects of a value; None where sources disagree."""

@@ -32,7 +32,9 @@ from zcache._options import (
     capacity_of,
     check_cache_store,
     check_clock,
+    check_eviction,
     check_flag,
+    check_minimise,
     check_prefix,
     check_revalidate,
     check_source_id,
@@ -147,6 +149,18 @@ class CacheStore(Store):
         volume of a directory, and else of the memory, or of what the control group of the process may use
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
         None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which values go when there is no room for a new one. Default is "lru": those that were used least
+        recently. "none" keeps what came first, until it expires or is dropped: for data that is read in
+        whole passes, the share of it that fits. "adaptive" finds out which of several rules serves most of
+        the traffic, and follows when that changes: set it where passes over more than `max_size` are read
+        (training, animations), or where you do not know. All stores over one cache store go by one policy: while
+        others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
+        goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests": a miss costs the same, whatever its size, so small
+        values are kept rather than large ones. "bytes" is for a source that is paid for, or limited, by the
+        byte; "seconds" weighs both by the latency and the rate of the source, as measured.
     cache_missing : bool, optional
         Whether a key that the source does not have is remembered as missing, so that it is not asked for
         again. Default is True. Metadata documents are, too, as long as another document of their node is
@@ -242,6 +256,8 @@ class CacheStore(Store):
         | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
+        eviction: Literal["lru", "none", "adaptive"] = "lru",
+        minimise: Literal["requests", "bytes", "seconds"] = "requests",
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         stale_if_error: float | Literal["infinity"] = 0,
         offline: bool | None = None,
@@ -286,6 +302,8 @@ class CacheStore(Store):
             cache_missing=cache_missing,
             missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
+            eviction=check_eviction(eviction),
+            minimise=check_minimise(minimise),
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(
@@ -742,6 +760,8 @@ class CacheStore(Store):
                 "missing_max_age": cache.missing_max_age,
                 "revalidate": cache.revalidate,
                 "verify": cache.verify,
+                "eviction": cache.eviction,
+                "minimise": cache.minimise,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
                 "min_free_space": cache.min_free_space,

@@ -22,12 +22,17 @@ pub struct PolicyState {
     pub uses: u64,
     /// Of which so many when frequencies were last halved.
     pub aged_at: u64,
+    /// Of which so many when an entry last came in.
+    pub filled_at: u64,
     /// Times that frequencies were halved.
     pub halvings: u32,
     /// What is minimised; see [`Minimise`](crate::policy::Minimise).
     pub minimise: u32,
-    /// Bytes that cost as much as a request, where that is measured.
+    /// Bytes that take as long as a request alone, where that is measured.
     pub request_bytes: u64,
+    /// Of the requests that were measured lately: the number, and the sums of bytes, of seconds, of the squares
+    /// of the bytes, and of bytes times seconds; `f64` as bits.
+    pub measured: [u64; 5],
     /// Bytes of the entries when room had last to be made for a new one, or 0.
     pub full_bytes: u64,
 }

@@ -15,7 +15,7 @@ use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
-use crate::policy::{Eviction, Policy};
+use crate::policy::{Eviction, Minimise, Policy};
 use crate::sampling::Sample;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
@@ -201,6 +201,8 @@ pub struct Cache<S, T, P = Policy> {
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
     unit: u64,
+    /// What an empty index is to minimise.
+    pub(super) minimise: Minimise,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -212,7 +214,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
-        self.arena.header_mut().unit = self.unit;
+        let policy = self.policy.number();
+        let header = self.arena.header_mut();
+        header.unit = self.unit;
+        (header.policy.kind, header.policy.minimise) = (policy, self.minimise as u32);
         self.arena.table_init()?;
         self.arena.tree_init(seed)
     }
@@ -234,6 +239,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             own_sample: None,
             generation: 0,
             unit: 0,
+            minimise: Minimise::default(),
         }
     }
 

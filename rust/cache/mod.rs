@@ -7,6 +7,7 @@
 
 mod absent;
 mod cache;
+mod choice;
 mod commit;
 mod decoded;
 mod entry;

@@ -15,6 +15,9 @@ const GHOSTS: usize = 256;
 const IN_A_WORD: u64 = 4;
 /// Entries that come in between two looks at how much history there is.
 const LOOK_EVERY: u64 = 256;
+/// Uses of each entry after which hits alone tell nothing new, and entries that are counted at least.
+const KNOWN_AFTER: u64 = 4;
+const FEW: u64 = 64;
 /// The part by which what a full cache is known to hold is lowered each time that room is made.
 const FADE: u64 = 256;
 
@@ -44,10 +47,18 @@ fn capacity<E: Entries>(entries: &E) -> u64 {
 #[inline]
 fn touch<E: Entries>(entries: &mut E, entry: u32) -> Result<()> {
     ruled(entries).touch(entries, entry)?;
-    if is_sampled(entries, entry)? {
+    if is_sampled(entries, entry)? && has_to_learn(entries) {
         observe(entries, entry, true)?;
     }
     Ok(())
+}
+
+/// Whether hits tell anything: not before anything had to go, nor once all is known of what is there.
+fn has_to_learn<E: Entries>(entries: &E) -> bool {
+    let (count, _) = entries.totals();
+    let state = entries.state();
+    let since = state.uses.wrapping_sub(state.filled_at);
+    state.full_bytes != 0 && since < KNOWN_AFTER * count.max(FEW)
 }
 
 fn learner<E: Entries>(entries: &mut E) -> Option<Learner<'_>> {
@@ -109,6 +120,8 @@ impl Eviction for Adaptive {
         let key = entries.hash(entry)?;
         let is_sampled = learner(entries).is_some_and(|learner| learner.samples(key));
         ruled(entries).insert(entries, entry, is_sampled)?;
+        let state = entries.state_mut();
+        state.filled_at = state.uses;
         if is_sampled {
             observe(entries, entry, false)?;
         }

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
+use super::table::Table;
 use crate::arena::{List, PolicyState};
 use crate::error::{Error, Result};
 
@@ -33,21 +34,14 @@ struct Head {
     nodes: u32,
 }
 
-/// Memory that a policy remembers keys in: of a fixed length, or not.
-#[derive(Debug)]
-pub(super) enum History<'a> {
-    Fixed(&'a mut [u64]),
-    Growing(&'a mut Vec<u64>),
-}
-
-/// Keys in memory that is somebody else's, and is not trusted.
+/// Keys in memory that is somebody else's.
 #[derive(Debug)]
 pub(super) struct Keys<'a> {
     head: &'a mut Head,
     nodes: &'a mut [Node],
-    /// Open addressing by the low bits of a key, twice as many slots as nodes; 0 is a free one.
-    table: &'a mut [u32],
-    history: History<'a>,
+    /// Twice as many slots as nodes.
+    table: Table<'a>,
+    history: &'a mut Vec<u64>,
 }
 
 const HEAD_WORDS: usize = size_of::<Head>() / 8;
@@ -63,7 +57,11 @@ pub(super) const fn words_for(nodes: usize) -> usize {
 
 impl<'a> Keys<'a> {
     /// The keys in this memory, which has [`words_for`] them; zeros hold none.
-    pub(super) fn of(words: &'a mut [u64], nodes: usize, history: History<'a>) -> Result<Self> {
+    pub(super) fn of(
+        words: &'a mut [u64],
+        nodes: usize,
+        history: &'a mut Vec<u64>,
+    ) -> Result<Self> {
         let (head, rest) = words.split_at_mut_checked(HEAD_WORDS).ok_or(CORRUPT)?;
         let (of_nodes, rest) = rest
             .split_at_mut_checked(nodes * NODE_WORDS)
@@ -80,7 +78,7 @@ impl<'a> Keys<'a> {
         Ok(Keys {
             head,
             nodes: bytemuck::try_cast_slice_mut(of_nodes).map_err(|_| CORRUPT)?,
-            table: bytemuck::try_cast_slice_mut(of_table).map_err(|_| CORRUPT)?,
+            table: Table(bytemuck::try_cast_slice_mut(of_table).map_err(|_| CORRUPT)?),
             history,
         })
     }
@@ -88,11 +86,6 @@ impl<'a> Keys<'a> {
     /// Whether there is no node for one more key.
     pub(super) fn is_full(&self) -> bool {
         self.head.free == 0 && self.head.used >= self.head.nodes
-    }
-
-    /// Number of keys.
-    pub(super) fn len(&self) -> u32 {
-        self.head.entries
     }
 
     fn node(&self, i: u32) -> Result<&Node> {
@@ -103,18 +96,9 @@ impl<'a> Keys<'a> {
         self.nodes.get_mut(i as usize).ok_or(CORRUPT)
     }
 
-    /// Where a key is, or the free slot where it would be: slot and node.
     fn slot_of(&self, key: u64) -> Result<(usize, u32)> {
-        let mask = self.table.len().wrapping_sub(1);
-        let mut at = key as usize & mask;
-        for _ in 0..self.table.len() {
-            let i = *self.table.get(at).ok_or(CORRUPT)?;
-            if i == 0 || self.node(i)?.key == key {
-                return Ok((at, i));
-            }
-            at = (at + 1) & mask;
-        }
-        Err(CORRUPT)
+        self.table
+            .find(key, |i| Some(self.nodes.get(i as usize)?.key))
     }
 
     /// The entry of a key.
@@ -143,7 +127,7 @@ impl<'a> Keys<'a> {
         } else {
             self.head.free = next;
         }
-        *self.table.get_mut(at).ok_or(CORRUPT)? = i;
+        self.table.set(at, i)?;
         self.head.entries = self.head.entries.saturating_add(1);
         self.head.bytes = self.head.bytes.saturating_add(size);
         Ok(i)
@@ -152,26 +136,13 @@ impl<'a> Keys<'a> {
     /// Frees an entry that is in no list.
     pub(super) fn free(&mut self, i: u32) -> Result<()> {
         let (key, size) = (self.node(i)?.key, self.size(i)?);
-        let (mut hole, found) = self.slot_of(key)?;
+        let (at, found) = self.slot_of(key)?;
         if found != i {
             return Err(CORRUPT);
         }
-        // Later slots of the run move back into the hole.
-        let mask = self.table.len().wrapping_sub(1);
-        let mut at = hole;
-        for _ in 0..self.table.len() {
-            at = (at + 1) & mask;
-            let moved = *self.table.get(at).ok_or(CORRUPT)?;
-            if moved == 0 {
-                break;
-            }
-            let home = self.node(moved)?.key as usize & mask;
-            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
-                *self.table.get_mut(hole).ok_or(CORRUPT)? = moved;
-                hole = at;
-            }
-        }
-        *self.table.get_mut(hole).ok_or(CORRUPT)? = 0;
+        let nodes = &*self.nodes;
+        self.table
+            .remove(at, |i| Some(nodes.get(i as usize)?.key))?;
         let next = self.head.free;
         let node = self.node_mut(i)?;
         *node = Node::zeroed();
@@ -190,24 +161,11 @@ impl<'a> Keys<'a> {
             nodes: other.head.nodes,
             ..*self.head
         };
-        for &i in self.table.iter().filter(|i| **i != 0) {
+        for &i in self.table.0.iter().filter(|i| **i != 0) {
             let (at, _) = other.slot_of(self.node(i)?.key)?;
-            *other.table.get_mut(at).ok_or(CORRUPT)? = i;
+            other.table.set(at, i)?;
         }
         Ok(())
-    }
-
-    /// Entries whose key is not below this one.
-    pub(super) fn from_key(&self, limit: u64) -> Result<Vec<u32>> {
-        let mut found = Vec::new();
-        for list in [List::Recency, List::Main] {
-            for i in self.all_of(list)? {
-                if self.node(i)?.key >= limit {
-                    found.push(i);
-                }
-            }
-        }
-        Ok(found)
     }
 
     /// Recomputes everything.
@@ -230,11 +188,10 @@ impl<'a> Keys<'a> {
             }
         }
         let [(recent, recent_bytes), (main, main_bytes)] = seen;
-        let in_table = self.table.iter().filter(|i| **i != 0).count();
         let is_sound = recent + main == self.head.entries
             && recent_bytes + main_bytes == self.head.bytes
             && main_bytes == self.head.state.main_bytes
-            && in_table == self.head.entries as usize;
+            && self.table.used() == self.head.entries as usize;
         if is_sound { Ok(()) } else { Err(CORRUPT) }
     }
 
@@ -322,24 +279,13 @@ impl Entries for Keys<'_> {
         Ok(())
     }
     fn history(&self) -> &[u64] {
-        match &self.history {
-            History::Fixed(words) => words,
-            History::Growing(words) => words,
-        }
+        self.history
     }
     fn history_mut(&mut self) -> &mut [u64] {
-        match &mut self.history {
-            History::Fixed(words) => words,
-            History::Growing(words) => words,
-        }
+        self.history
     }
     fn grow_history(&mut self, len: usize) -> Result<()> {
-        match &mut self.history {
-            History::Fixed(_) => Err(Error::Full),
-            History::Growing(words) => {
-                words.resize(len, 0);
-                Ok(())
-            }
-        }
+        self.history.resize(len, 0);
+        Ok(())
     }
 }

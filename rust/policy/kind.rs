@@ -77,6 +77,12 @@ impl Minimise {
     pub fn of(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|what| what.as_str() == name)
     }
+
+    /// What a header names.
+    pub(crate) fn of_number(number: u32) -> Self {
+        let mut all = Self::ALL.into_iter();
+        all.find(|what| *what as u32 == number).unwrap_or_default()
+    }
 }
 
 /// The policy of an index, chosen when it is opened.
@@ -150,6 +156,9 @@ impl Eviction for Policy {
     }
     fn validate<E: Entries>(&self, entries: &E) -> Result<()> {
         each!(self, policy => policy.validate(entries))
+    }
+    fn number(&self) -> u32 {
+        self.kind() as u32
     }
     fn reset(&mut self) {
         each!(self, policy => policy.reset());

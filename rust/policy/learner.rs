@@ -11,23 +11,19 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
-use super::keys::{History, Keys, words_for};
-use super::rule::{RULES, Ruled, cost_of};
+use super::rule::cost_of;
+use super::samples::{self, COUNT, Samples};
 use crate::arena::PolicyState;
 use crate::error::{Error, Result};
 
-const COUNT: usize = RULES.len();
-/// Nodes of a simulation, and the keys above which fewer are sampled.
-const NODES: usize = 2048;
-const MANY: u32 = 1536;
+/// Keys of a simulation above which fewer are sampled.
+const MANY: u64 = 2048;
 /// Sampled entries of the cache below which more are sampled.
 const FEW: u64 = 256;
-const GHOSTS: usize = NODES / 4;
-const SIMULATION: usize = words_for(NODES) + GHOSTS;
 const HEAD: usize = size_of::<Head>() / 8;
 
-/// Words that a learner takes: 320 KiB.
-pub(super) const WORDS: usize = HEAD + COUNT * SIMULATION;
+/// Words that a learner takes.
+pub(super) const WORDS: usize = HEAD + samples::WORDS;
 
 /// Requests for each key of a simulation by which what misses have cost fades.
 const FADE: f64 = 4.0;
@@ -37,6 +33,8 @@ const FADE_LEAST: f64 = 100.0;
 const BEHIND: f64 = 4.0;
 /// Requests for each key of a simulation before that happens again.
 const PATIENCE: u64 = 2;
+/// By which part of its cost another rule has to be better in any case: a change costs misses as well.
+const LEAD: f64 = 0.01;
 /// The most that a change of the rule takes, in deviations.
 const INERTIA: f64 = 64.0;
 
@@ -65,7 +63,7 @@ struct Head {
 #[derive(Debug)]
 pub(super) struct Learner<'a> {
     head: &'a mut Head,
-    simulations: &'a mut [u64],
+    samples: Samples<'a>,
 }
 
 /// A request of a sampled key.
@@ -85,7 +83,7 @@ impl<'a> Learner<'a> {
     /// The learner in this memory; zeros are one that has seen nothing.
     pub(super) fn of(words: &'a mut [u64]) -> Option<Self> {
         let (head, rest) = words.split_at_mut_checked(HEAD)?;
-        let simulations = rest.get_mut(..COUNT * SIMULATION)?;
+        let samples = Samples::of(rest).ok()?;
         let head: &mut Head = bytemuck::try_from_bytes_mut(bytemuck::cast_slice_mut(head)).ok()?;
         head.shift = head.shift.min(63);
         if !(1.0..=INERTIA).contains(&head.inertia) {
@@ -97,7 +95,7 @@ impl<'a> Learner<'a> {
                 *number = 0.0;
             }
         }
-        Some(Learner { head, simulations })
+        Some(Learner { head, samples })
     }
 
     /// Whether a key is sampled.
@@ -114,10 +112,13 @@ impl<'a> Learner<'a> {
         capacity: u64,
     ) -> Result<u32> {
         let current = (state.rule as usize).min(COUNT - 1);
-        self.adjust(entries)?;
-        if !self.samples(request.key) {
+        let key = match self.samples.find(request.key)? {
+            0 => self.add(request, entries)?,
+            key => Some(key),
+        };
+        let Some(key) = key else {
             return Ok(current as u32);
-        }
+        };
         self.head.requests = self.head.requests.wrapping_add(1);
         let cost = cost_of(state, request.size) as f64;
         if !request.is_hit {
@@ -126,9 +127,9 @@ impl<'a> Learner<'a> {
         let capacity = capacity >> self.head.shift;
         let mut counts = [0; COUNT];
         for (n, count) in counts.iter_mut().enumerate() {
-            let (is_hit, keys) = self.simulate(n, request, state, capacity)?;
+            let (is_hit, keys) = self.simulate(n, key, state, capacity)?;
             *count = keys;
-            let fade = 1.0 - 1.0 / (FADE * f64::from(keys)).max(FADE_LEAST);
+            let fade = 1.0 - 1.0 / (FADE * keys as f64).max(FADE_LEAST);
             let paid = if is_hit { 0.0 } else { cost };
             let head = &mut *self.head;
             for (sum, more) in [
@@ -140,10 +141,34 @@ impl<'a> Learner<'a> {
             }
             *head.since.get_mut(n).ok_or(OUTSIDE)? += paid;
         }
+        self.samples.remove_unheld(key)?;
         let best = self.best();
         let chosen = self.choose(current, best, cost)?;
         self.restart_one(best, counts, cost)?;
+        if counts.into_iter().any(|keys| keys > MANY) {
+            self.sample_fewer()?;
+        }
         Ok(chosen as u32)
+    }
+
+    /// Adds a key that is new; `None` where it is not sampled any more.
+    fn add(&mut self, request: Request, entries: u64) -> Result<Option<u32>> {
+        if self.head.shift > 0 && entries >> self.head.shift < FEW {
+            self.head.shift -= 1;
+        }
+        while self.samples.is_full() && self.head.shift < 63 {
+            self.sample_fewer()?;
+        }
+        if !self.samples(request.key) {
+            return Ok(None);
+        }
+        self.samples.add(request.key, request.size).map(Some)
+    }
+
+    fn sample_fewer(&mut self) -> Result<()> {
+        self.head.shift = (self.head.shift + 1).min(63);
+        let shift = self.head.shift;
+        self.samples.retain(|key| is_sampled(key, shift))
     }
 
     fn cost(&self, n: usize) -> f64 {
@@ -166,7 +191,7 @@ impl<'a> Learner<'a> {
 
     fn choose(&mut self, current: usize, best: usize, least: f64) -> Result<usize> {
         let lead = self.cost(current) - self.cost(best);
-        if lead <= self.head.inertia * self.deviation(current, least) {
+        if lead <= self.head.inertia * self.deviation(current, least) + LEAD * self.cost(current) {
             return Ok(current);
         }
         let head = &mut *self.head;
@@ -181,11 +206,11 @@ impl<'a> Learner<'a> {
     }
 
     /// Looks at one simulation, another one each time.
-    fn restart_one(&mut self, best: usize, counts: [u32; COUNT], least: f64) -> Result<()> {
+    fn restart_one(&mut self, best: usize, counts: [u64; COUNT], least: f64) -> Result<()> {
         let n = (self.head.requests % COUNT as u64) as usize;
         let deviation = self.deviation(best, least);
-        let keys = u64::from(counts.get(n).copied().unwrap_or(0));
-        let restarted = self.head.restarted.get_mut(n).ok_or(OUTSIDE)?;
+        let keys = counts.get(n).copied().unwrap_or(0);
+        let restarted = self.head.restarted.get(n).ok_or(OUTSIDE)?;
         let waited = self.head.requests.wrapping_sub(*restarted);
         if n == best || waited < PATIENCE * keys.max(FADE_LEAST as u64) {
             return Ok(());
@@ -193,9 +218,7 @@ impl<'a> Learner<'a> {
         if self.cost(n) <= self.cost(best) + BEHIND * deviation {
             return Ok(());
         }
-        let from = best * SIMULATION;
-        self.simulations
-            .copy_within(from..from + SIMULATION, n * SIMULATION);
+        self.samples.copy(best, n)?;
         let (cost, square) = (
             self.cost(best) + BEHIND / 2.0 * deviation,
             self.deviation(best, 0.0),
@@ -207,72 +230,41 @@ impl<'a> Learner<'a> {
         Ok(())
     }
 
-    fn with_keys<R>(
-        &mut self,
-        n: usize,
-        work: impl FnOnce(Ruled, &mut Keys<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let from = n * SIMULATION;
-        let words = self.simulations.get_mut(from..from + SIMULATION);
-        let (keys, ghosts) = words.ok_or(OUTSIDE)?.split_at_mut(words_for(NODES));
-        let mut keys = Keys::of(keys, NODES, History::Fixed(ghosts))?;
-        let rule = *RULES.get(n).ok_or(OUTSIDE)?;
-        work(Ruled { rule, ghosts_at: 0 }, &mut keys)
-    }
-
     /// Whether the key was there, and how many there are.
     fn simulate(
         &mut self,
         n: usize,
-        request: Request,
+        key: u32,
         state: &PolicyState,
         capacity: u64,
-    ) -> Result<(bool, u32)> {
-        self.with_keys(n, |ruled, keys| {
-            let own = keys.state_mut();
-            (own.minimise, own.request_bytes) = (state.minimise, state.request_bytes);
-            if let Some(entry) = keys.find(request.key)? {
-                ruled.touch(keys, entry)?;
-                return Ok((true, keys.len()));
-            }
-            if request.size > capacity {
-                return Ok((false, keys.len()));
-            }
-            while keys.is_full() || keys.totals().1.saturating_add(request.size) > capacity {
-                let Some(victim) = ruled.victim(keys)? else {
-                    return Ok((false, keys.len()));
-                };
-                ruled.remove(keys, victim)?;
-                keys.free(victim)?;
-            }
-            let entry = keys.make(request.key, request.size)?;
-            ruled.insert(keys, entry, false)?;
-            Ok((false, keys.len()))
-        })
-    }
-
-    /// Samples fewer keys where the simulations have too many, and more where the cache has too few.
-    fn adjust(&mut self, entries: u64) -> Result<()> {
-        let mut most = 0;
-        for n in 0..COUNT {
-            most = most.max(self.with_keys(n, |_, keys| Ok(keys.len()))?);
+    ) -> Result<(bool, u64)> {
+        let (ruled, mut simulated) = self.samples.simulation(n)?;
+        if simulated.holds(key)? {
+            ruled.touch(&mut simulated, key)?;
+            return Ok((true, simulated.totals().0));
         }
-        if most > MANY && self.head.shift < 63 {
-            self.head.shift += 1;
-            let limit = u64::MAX >> self.head.shift;
-            for n in 0..COUNT {
-                self.with_keys(n, |ruled, keys| {
-                    for entry in keys.from_key(limit)? {
-                        ruled.remove(keys, entry)?;
-                        keys.free(entry)?;
-                    }
-                    Ok(())
-                })?;
+        let own = simulated.state_mut();
+        (own.minimise, own.request_bytes) = (state.minimise, state.request_bytes);
+        let size = simulated.size(key)?;
+        let mut gone = Vec::new();
+        while size <= capacity && simulated.totals().1.saturating_add(size) > capacity {
+            let Some(victim) = ruled.victim(&mut simulated)? else {
+                break;
+            };
+            ruled.remove(&mut simulated, victim)?;
+            if simulated.release(victim)? {
+                gone.push(victim);
             }
-        } else if self.head.shift > 0 && entries >> self.head.shift < FEW {
-            self.head.shift -= 1;
         }
-        Ok(())
+        if size <= capacity {
+            simulated.hold(key)?;
+            ruled.insert(&mut simulated, key, false)?;
+        }
+        let count = simulated.totals().0;
+        for i in gone {
+            self.samples.remove_unheld(i)?;
+        }
+        Ok((false, count))
     }
 
     /// Recomputes the lists of the simulations; for tests.
@@ -281,10 +273,7 @@ impl<'a> Learner<'a> {
         let Some(mut learner) = Learner::of(&mut copy) else {
             return Ok(());
         };
-        for n in 0..COUNT {
-            learner.with_keys(n, |_, keys| keys.validate())?;
-        }
-        Ok(())
+        learner.samples.validate()
     }
 }
 

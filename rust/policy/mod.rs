@@ -6,12 +6,15 @@ mod entries;
 mod ghosts;
 mod keys;
 mod kind;
+mod latency;
 mod learner;
 mod lru;
 mod none;
 mod policy;
 mod rule;
+mod samples;
 mod simulation;
+mod table;
 
 pub use self::adaptive::Adaptive;
 pub use self::entries::Entries;

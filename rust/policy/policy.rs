@@ -39,6 +39,11 @@ pub trait Eviction: Debug + Default {
         Ok(())
     }
 
+    /// What an index says of its policy; see [`PolicyKind`](super::PolicyKind).
+    fn number(&self) -> u32 {
+        0
+    }
+
     /// The index was emptied by another process.
     fn reset(&mut self);
 }

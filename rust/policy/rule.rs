@@ -135,13 +135,16 @@ impl Ruled {
                 return Ok(main.or(Some(newcomer)));
             }
             let (_, bytes) = entries.totals();
-            let share = bytes
-                - (u128::from(bytes) * u128::from(self.rule.window) / u128::from(WHOLE)) as u64;
+            let size = entries.size(newcomer)?;
+            let window = u128::from(bytes) * u128::from(self.rule.window) / u128::from(WHOLE);
+            let share = bytes.saturating_sub(window as u64);
             let taken = entries.state().main_bytes;
             if main.is_some() && taken > share {
                 return Ok(main);
             }
-            let fits = taken.saturating_add(entries.size(newcomer)?) <= share;
+            // The window keeps one entry at least, or none would ever be compared.
+            let room = share.min(bytes.saturating_sub(size));
+            let fits = taken.saturating_add(size) <= room;
             if main.is_some() && !fits && !is_admitted(entries, newcomer)? {
                 return Ok(Some(newcomer));
             }

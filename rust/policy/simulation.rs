@@ -1,7 +1,7 @@
 //! A cache of keys without values, under one policy.
 
 use super::entries::Entries;
-use super::keys::{History, Keys, words_for};
+use super::keys::{Keys, words_for};
 use super::kind::{Policy, PolicyKind};
 use super::policy::Eviction;
 use crate::error::Result;
@@ -41,8 +41,7 @@ impl Simulation {
     }
 
     fn try_access(&mut self, key: u64, size: u64) -> Result<bool> {
-        let history = History::Growing(&mut self.history);
-        let mut keys = Keys::of(&mut self.words, self.nodes, history)?;
+        let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         if let Some(entry) = keys.find(key)? {
             self.policy.touch(&mut keys, entry)?;
             return Ok(true);
@@ -59,19 +58,26 @@ impl Simulation {
         }
         if keys.is_full() {
             self.grow()?;
-            let history = History::Growing(&mut self.history);
-            keys = Keys::of(&mut self.words, self.nodes, history)?;
+            keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         }
         let entry = keys.make(key, size)?;
         self.policy.insert(&mut keys, entry)?;
         Ok(false)
     }
 
+    /// Bytes that it holds.
+    #[must_use]
+    pub fn bytes(&mut self) -> u64 {
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history);
+        keys.map_or(0, |keys| keys.totals().1)
+    }
+
     fn grow(&mut self) -> Result<()> {
         let nodes = self.nodes * 2;
         let mut words = vec![0; words_for(nodes)];
-        let old = Keys::of(&mut self.words, self.nodes, History::Fixed(&mut []))?;
-        let mut new = Keys::of(&mut words, nodes, History::Fixed(&mut []))?;
+        let mut none = Vec::new();
+        let old = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        let mut new = Keys::of(&mut words, nodes, &mut none)?;
         old.copy_to(&mut new)?;
         (self.nodes, self.words) = (nodes, words);
         Ok(())
@@ -82,8 +88,7 @@ impl Simulation {
     /// # Errors
     /// What is wrong.
     pub fn validate(&mut self) -> Result<()> {
-        let history = History::Growing(&mut self.history);
-        let keys = Keys::of(&mut self.words, self.nodes, history)?;
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         keys.validate()?;
         self.policy.validate(&keys)
     }

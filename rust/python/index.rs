@@ -17,7 +17,8 @@ use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
     RawAges, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit, known, limits,
-    millis, raw_entries, raw_recency, raw_span, raw_victims, span, when_to_verify,
+    millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims, span,
+    when_to_verify,
 };
 use super::counters::ReadCounters;
 use super::errors::poisoned;
@@ -64,7 +65,8 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=None, complete=true, unit=1))]
+                        verify="never", seed=None, complete=true, unit=1, eviction="lru",
+                        minimise="requests"))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -75,7 +77,10 @@ impl Index {
         seed: Option<u64>,
         complete: bool,
         unit: u64,
+        eviction: &str,
+        minimise: &str,
     ) -> PyResult<Self> {
+        let (kind, minimise) = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -92,6 +97,7 @@ impl Index {
         let seed = seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let mut cache = Cache::new(block, limits, seed)?;
         cache.set_unit(unit);
+        cache.set_policy(kind, minimise);
         let tally = cache.tally();
         Ok(Index::over(Backing::own(cache), tally))
     }
@@ -99,7 +105,8 @@ impl Index {
     /// Opens the index of a cache directory; see the stub.
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
-                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0))]
+                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0,
+                        eviction="lru", minimise="requests"))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
@@ -112,7 +119,10 @@ impl Index {
         seed: u64,
         unit: u64,
         timeout: f64,
+        eviction: &str,
+        minimise: &str,
     ) -> PyResult<(Self, bool)> {
+        let policy = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -121,10 +131,35 @@ impl Index {
             verify,
         )?;
         let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
-        let open = || SharedIndex::open_within(&root, limits, seed, unit, patience);
+        let open = || SharedIndex::open_with_policy(&root, limits, seed, unit, patience, policy);
         let (directory, fresh) = py.detach(open)?;
         let tally = directory.tally();
         Ok((Index::over(Backing::shared(directory), tally), fresh))
+    }
+
+    fn policy(&self, py: Python<'_>) -> PyResult<(&'static str, &'static str)> {
+        let policy = step!(self, py, |cache| Ok(cache.policy()))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (eviction, minimise, /))]
+    fn set_policy(
+        &self,
+        py: Python<'_>,
+        eviction: &str,
+        minimise: &str,
+    ) -> PyResult<(&'static str, &'static str)> {
+        let (kind, minimise) = policy(eviction, minimise)?;
+        let policy = step!(self, py, |cache| Ok(cache.set_policy(kind, minimise)))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (size, seconds, /))]
+    fn note_seconds(&self, py: Python<'_>, size: u64, seconds: f64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.note_seconds(size, seconds);
+            Ok(())
+        })
     }
 
     #[pyo3(signature = (counters, sampled=false, /))]

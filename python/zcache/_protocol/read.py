@@ -8,6 +8,7 @@ raises because of the cache store: only the source's own errors, and cancellatio
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._backends.base import ABSENT, FillJob
@@ -53,6 +54,8 @@ class Reader:
         For the log.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
+    times_source : bool, optional
+        Whether the index is told how long the source takes. Default is False.
 
     Attributes
     ----------
@@ -72,8 +75,10 @@ class Reader:
         stale_if_error: float,
         source_name: str,
         slices_like_python: bool,
+        times_source: bool = False,
     ) -> None:
         self.hits = hits
+        self._times_source = times_source
         self.backend = backend = hits.backend
         self.handle, self.breaker, self.counters = hits.handle, hits.breaker, hits.counters
         self.fills = backend.shared.fills
@@ -346,7 +351,7 @@ class Reader:
             try:
                 revalidator = self.revalidator
                 if revalidator is None or not revalidator.applies(key):
-                    value = await io.read(key, prototype, request)
+                    value = await self._read_source(io, key, prototype, request)
                 else:
                     value, is_cached = await revalidator.read(
                         io, key, prototype, request, byte_range, ticket
@@ -382,6 +387,18 @@ class Reader:
             finally:
                 if not is_handed_over:
                     flight.abandon()  # Of no effect on one that is delivered.
+        return value
+
+    async def _read_source(
+        self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Buffer | None:
+        if not self._times_source:
+            return await io.read(key, prototype, request)
+        begun = time.perf_counter()
+        value = await io.read(key, prototype, request)
+        if value is not None:
+            seconds = time.perf_counter() - begun
+            self.handle.call_later(ignore, Index.note_seconds, len(value), seconds)
         return value
 
     def close_flight(self, key: str, ticket: int) -> None:
