@@ -609,11 +609,13 @@ class CacheStore(Store):
         """
         parsed, named = parse_sizes(sizes), parse_policies(policies)
         size, _ = self._cache.ask(_size_and_entries)
+        eviction, _ = self._cache.ask(Index.policy)
         off = "" if self._cache.sampling else "this store was made with sampling=False"
         return advise(
             self._cache.ask(sampled),
             max_size=self._cache.shared.handle.limits["max_size"],
             in_use=size,
+            policy=eviction,
             sizes=parsed,
             policies=named,
             nothing=off,
@@ -654,7 +656,11 @@ class CacheStore(Store):
         """
         check_flag("anonymous", anonymous)
         limits = self._cache.shared.handle.limits
-        about = {"max_size": limits["max_size"], "block_size": limits.get("unit", 1)}
+        about = {
+            "max_size": limits["max_size"],
+            "block_size": limits.get("unit", 1),
+            "eviction": limits["eviction"],
+        }
         return Recording(self._hits, path, anonymous=anonymous, about=about)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109

@@ -92,6 +92,18 @@ def test_advice_about_a_loop_says_its_size_and_its_policy() -> None:
     assert advice.cold_share == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
+    store = store_of(200, max_size=100 * SIZE, eviction=eviction)
+    for _ in range(10):
+        read_keys(store, range(200))
+    advice = store.advise()
+    assert advice.policy == eviction
+    assert advice.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"], abs=0.02)
+    assert (advice.best_policy_gain == 0) == (advice.best_policy == eviction)
+    assert f"source requests ({eviction})" in str(advice)
+
+
 def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     rng = np.random.default_rng(2)
     count = 40_000

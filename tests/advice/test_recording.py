@@ -95,7 +95,12 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
     times = [float(row["time"]) for row in rows]
     assert times[0] >= 0
     assert times == sorted(times)
-    assert about(path) == {"max_size": 10_000, "block_size": 1, "anonymous": False}
+    assert about(path) == {
+        "max_size": 10_000,
+        "block_size": 1,
+        "eviction": "lru",
+        "anonymous": False,
+    }
 
 
 async def test_recording_takes_keys_of_any_text(path: Path) -> None:

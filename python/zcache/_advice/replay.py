@@ -57,12 +57,12 @@ def replay(
         If a size or a policy is none.
     """
     parsed, named = parse_sizes(sizes), parse_policies(policies)
-    trace, max_size = load(path)
-    return advise(trace, max_size=max_size, sizes=parsed, policies=named)
+    trace, max_size, policy = load(path)
+    return advise(trace, max_size=max_size, policy=policy, sizes=parsed, policies=named)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None]:
-    """The requests of a file, in the order of their times, and the bound of the store."""
+def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, str]:
+    """The requests of a file, in the order of their times, and the bound and the policy of the store."""
     name = os.fspath(path)
     try:
         with gzip.open(name, "rt", encoding="utf-8", newline="") as file:
@@ -80,7 +80,7 @@ def _damaged(name: str, what: str) -> RecordingError:
     )
 
 
-def _parse(file: TextIO) -> tuple[Trace, int | None]:
+def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
     head = file.readline()
     if not head.startswith(HEAD):
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
@@ -112,4 +112,4 @@ def _parse(file: TextIO) -> tuple[Trace, int | None]:
         np.frombuffer(hits, np.int8)[order] != 0,
         int(about["block_size"]),
     )
-    return trace, max_size
+    return trace, max_size, str(about["eviction"])
