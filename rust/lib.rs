@@ -28,6 +28,8 @@
 //!       + labels of more than 8 bytes, in words of 4                   strings
 //! ```
 //!
+//! A [sample](sampling::Sample) of the requests takes up to 0.72 MB more.
+//!
 //! Chunk coordinates take half a byte a character, so those of up to 16 characters need no string.
 //! Directories are stored once for all keys below them. Ten million chunk keys take 63 bytes each,
 //! their text included.
