@@ -612,6 +612,10 @@ class Index:
         """Count folders that were made or have grown, or, below 0, were removed."""
 
     @property
+    def bound(self) -> int | None:
+        """The least bound of all processes that use the index, in bytes; None where none has any."""
+
+    @property
     def excess(self) -> int:
         """Bytes that the cache store holds or is about to hold above the bound."""
 

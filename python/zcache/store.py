@@ -590,8 +590,8 @@ class CacheStore(Store):
         Parameters
         ----------
         sizes : iterable of int or str, optional
-            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of the
-            stores of this process over the cache or, where there is none, the bytes that are cached.
+            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of all
+            stores over the cache or, where none has any, the bytes that are cached.
         policies : iterable of str, optional
             Any of "lru", "none" and "adaptive". Default is None: all.
 
@@ -613,7 +613,7 @@ class CacheStore(Store):
         off = "" if self._cache.sampling else "this store was made with sampling=False"
         return advise(
             self._cache.ask(sampled),
-            max_size=self._cache.shared.handle.limits["max_size"],
+            max_size=self._cache.ask(_bound),
             in_use=size,
             policy=eviction,
             sizes=parsed,
@@ -653,11 +653,13 @@ class CacheStore(Store):
             If it cannot be made.
         RuntimeError
             If this store, or a copy of it, is being recorded already.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         check_flag("anonymous", anonymous)
         limits = self._cache.shared.handle.limits
         about = {
-            "max_size": limits["max_size"],
+            "max_size": self._cache.ask(_bound),
             "block_size": limits.get("unit", 1),
             "eviction": limits["eviction"],
         }
@@ -1206,6 +1208,10 @@ def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None
         work(*args)
 
     return call
+
+
+def _bound(index: Index) -> int | None:
+    return index.bound
 
 
 def _size_and_entries(index: Index) -> tuple[int, int]:

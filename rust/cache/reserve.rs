@@ -197,7 +197,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The smallest bound of all participants.
-    pub(super) fn bound(&self) -> u64 {
+    #[must_use]
+    pub fn bound(&self) -> u64 {
         let participants = self.arena.storage.participants().iter();
         let bounds = participants.filter(|p| p.live != 0).map(|p| p.bound);
         bounds.fold(self.limits.max_size, u64::min)

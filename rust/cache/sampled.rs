@@ -8,7 +8,7 @@ use super::peers::Peers;
 use crate::arena::State;
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
-use crate::sampling::{self, HIT, OUTDATED, Sample, Trace};
+use crate::sampling::{self, HIT, OUTDATED, Sample};
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// The sample, which is begun with the first request.
@@ -101,18 +101,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// The sampled requests, and the bytes of a block, of which an entry takes whole ones.
+    /// A copy of the sample, and the bytes of a block, of which an entry takes whole ones.
     #[must_use]
-    pub fn sampled(&mut self) -> (Trace, u64) {
+    pub fn sampled(&mut self) -> (Option<Box<Sample>>, u64) {
         let unit = self.arena.header().unit;
         let sample = if S::EXCLUSIVE {
             self.own_sample.as_deref_mut()
         } else {
             self.arena.storage.checked_sample()
         };
-        (
-            sample.map(|sample| sample.trace()).unwrap_or_default(),
-            unit,
-        )
+        (sample.map(|sample| sample.copy()), unit)
     }
 }

@@ -620,8 +620,8 @@ impl Index {
 
     /// See [`super::sampling`].
     fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let (trace, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
-        sample(py, trace, unit)
+        let (copy, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, copy, unit)
     }
 
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
@@ -776,6 +776,12 @@ impl Index {
             cache.count_folders(size);
             Ok(())
         })
+    }
+
+    #[getter]
+    fn bound(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let bound = step!(self, py, |cache| Ok(cache.bound()))?;
+        Ok(Some(bound).filter(|bound| *bound != u64::MAX))
     }
 
     #[getter]

@@ -149,6 +149,14 @@ impl Sample {
     /// Bytes that are used of an empty one.
     pub const LEN: usize = offset_of!(Sample, known);
 
+    /// A copy on the heap.
+    #[must_use]
+    pub fn copy(&self) -> Box<Self> {
+        let mut copy: Box<Sample> = bytemuck::allocation::zeroed_box();
+        bytemuck::bytes_of_mut(&mut *copy).copy_from_slice(bytemuck::bytes_of(self));
+        copy
+    }
+
     /// What comes next: whether the next request may be taken, or the bytes that it needs, which are to be
     /// given by [`Sample::give_room`].
     #[must_use]

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from zarr.storage import MemoryStore
 
-from support import buf, value_sync
+from agent import Agent
+from directories import open_store
+from support import buf, check_quiet, read_through, value_sync
 from zcache import Advice, CacheStore, OptionTypeError, OptionValueError
 from zcache._advice.advise import advise
 from zcache._advice.trace import complete
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 SIZE = 100
 
@@ -136,6 +139,19 @@ def test_advice_without_a_bound_is_about_what_is_cached() -> None:
     assert advice.max_size == 50 * SIZE
     assert not advice.is_bounded
     assert "no max_size" in str(advice)
+
+
+async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, max_size=10_000)
+    for number in range(10):
+        await source.inner.set(f"a/c/{number}", buf(bytes(SIZE)))
+    with Agent(tmp_path, 600):
+        for _ in range(12):
+            for number in range(10):
+                await read_through(store, f"a/c/{number}")
+        advice = store.advise()
+        assert (advice.max_size, advice.is_bounded, advice.requests) == (600, True, 120)
+    await check_quiet(store)
 
 
 def test_advice_about_what_never_fits_is_about_what_was_requested() -> None:
