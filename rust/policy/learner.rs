@@ -131,21 +131,24 @@ impl<'a> Learner<'a> {
         }
         let capacity = capacity >> self.head.shift;
         let mut counts = [0; COUNT];
-        for (n, count) in counts.iter_mut().enumerate() {
+        let mut paid = [0.0; COUNT];
+        for (n, (count, paid)) in counts.iter_mut().zip(&mut paid).enumerate() {
             let (is_hit, keys) = self.simulate(n, key, state, capacity)?;
-            *count = keys;
-            let fade = |by: f64| 1.0 - 1.0 / (by * keys as f64).max(FADE_LEAST);
-            let paid = if is_hit { 0.0 } else { cost };
-            let head = &mut *self.head;
-            for (sum, fade, more) in [
-                (head.costs.get_mut(n), fade(FADE), paid),
-                (head.squares.get_mut(n), fade(FADE), paid * paid),
-                (head.recent.get_mut(n), fade(FADE_SOON), paid),
-            ] {
-                let sum = sum.ok_or(OUTSIDE)?;
-                *sum = *sum * fade + more;
+            (*count, *paid) = (keys, if is_hit { 0.0 } else { cost });
+        }
+        // Alike for all of them, however many keys each holds.
+        let most = counts.iter().copied().max().unwrap_or(0) as f64;
+        let fade = |by: f64| 1.0 - 1.0 / (by * most).max(FADE_LEAST);
+        let head = &mut *self.head;
+        for (sums, fade, power) in [
+            (&mut head.costs, fade(FADE), 1),
+            (&mut head.squares, fade(FADE), 2),
+            (&mut head.recent, fade(FADE_SOON), 1),
+            (&mut head.since, 1.0, 1),
+        ] {
+            for (sum, paid) in sums.iter_mut().zip(&paid) {
+                *sum = *sum * fade + paid.powi(power);
             }
-            *head.since.get_mut(n).ok_or(OUTSIDE)? += paid;
         }
         self.samples.remove_unheld(key)?;
         let best = self.best();
