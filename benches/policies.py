@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import libcachesim
 import numpy as np
+
 import traces
 from traces import Keys
-
 from zcache._core import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PUBLISHED = {
     "Belady": libcachesim.Belady,
@@ -56,9 +59,7 @@ KINDS: dict[str, tuple[Callable[[int], Keys], tuple[float, ...]]] = {
         (0.1, 0.3),
     ),
     "loop beside pan and zoom": (
-        lambda seed: traces.interleaved(
-            traces.loop(3000, 30), _view(90_000, seed=seed), seed=seed
-        ),
+        lambda seed: traces.interleaved(traces.loop(3000, 30), _view(90_000, seed=seed), seed=seed),
         (0.05, 0.2),
     ),
     "loop, pan and zoom, loop": (
@@ -72,7 +73,9 @@ KINDS: dict[str, tuple[Callable[[int], Keys], tuple[float, ...]]] = {
         (0.17, 0.3),
     ),
     "other zipf": (
-        lambda seed: traces.in_turn(*(traces.zipf(10_000, 60_000, seed=seed + n) for n in range(3))),
+        lambda seed: traces.in_turn(
+            *(traces.zipf(10_000, 60_000, seed=seed + n) for n in range(3))
+        ),
         (0.05, 0.2),
     ),
 }

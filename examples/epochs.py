@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from zarr.core.buffer import default_buffer_prototype
@@ -18,6 +18,9 @@ from zarr.storage import MemoryStore
 from zarr.testing.store import LatencyStore
 
 from zcache import CacheStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SAMPLES, EPOCHS, WORKERS = 200, 5, 8
 SIZE = 10_000

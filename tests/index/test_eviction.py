@@ -75,9 +75,7 @@ async def test_none_a_write_replaces_its_own_value(cache: Store) -> None:
 
 async def test_none_what_is_deleted_or_has_expired_makes_room() -> None:
     clock = FakeClock()
-    store = CacheStore(
-        MemoryStore(), max_size=30, eviction="none", max_age_seconds=60, clock=clock
-    )
+    store = CacheStore(MemoryStore(), max_size=30, eviction="none", max_age_seconds=60, clock=clock)
     await fill(store, a=bytes(10), b=bytes(10), c=bytes(10))
     await store.delete("a")
     await fill(store, d=bytes(10))
