@@ -10,6 +10,7 @@ call site.
 """
 
 from zcache._advice.advice import Advice, Curve
+from zcache._advice.recording import Recording
 from zcache._advice.replay import replay
 from zcache._core import __version__
 from zcache._decoded.pipeline import DecodedCodecPipeline
@@ -38,6 +39,7 @@ __all__ = [
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
+    "Recording",
     "RecordingError",
     "SyncNotSupportedError",
     "ZcacheError",

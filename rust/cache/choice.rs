@@ -14,10 +14,7 @@ impl<S: Peers, T: Clone> Cache<S, T, Policy> {
 
     /// Goes by a policy from now on, unless others use the index. Returns the one in force.
     pub fn set_policy(&mut self, kind: PolicyKind, minimise: Minimise) -> (PolicyKind, Minimise) {
-        let storage = &self.arena.storage;
-        let own = storage.own_slot();
-        let mut participants = storage.participants().iter().enumerate();
-        if participants.any(|(n, participant)| n != own && participant.live != 0) {
+        if self.has_others() {
             self.follow_policy();
         } else {
             self.choose_policy(kind, minimise);

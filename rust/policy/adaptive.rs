@@ -19,7 +19,7 @@ const LOOK_EVERY: u64 = 256;
 const KNOWN_AFTER: u64 = 4;
 const FEW: u64 = 64;
 /// The part by which what a full cache is known to hold is lowered each time that room is made.
-const FADE: u64 = 256;
+const FADE: u64 = 1024;
 
 /// Goes by one of the [`RULES`], all of which divide the entries in the same way, so that it can change at any
 /// time. The [`Learner`] decides; what it knows is in the history of the entries, with the ghosts behind it.

@@ -27,6 +27,8 @@ pub(super) const WORDS: usize = HEAD + samples::WORDS;
 
 /// Requests for each key of a simulation by which what misses have cost fades.
 const FADE: f64 = 4.0;
+/// The same for what they have cost very lately.
+const FADE_SOON: f64 = 1.0;
 /// The same where there are few keys.
 const FADE_LEAST: f64 = 100.0;
 /// How many deviations a simulation falls behind before it goes on from the best one.
@@ -46,6 +48,8 @@ struct Head {
     /// What the misses of each simulation have cost lately, and the squares of it.
     costs: [f64; COUNT],
     squares: [f64; COUNT],
+    /// What they have cost very lately.
+    recent: [f64; COUNT],
     /// What the misses of each simulation, and of the cache, have cost since the last change.
     since: [f64; COUNT],
     own: f64,
@@ -90,6 +94,7 @@ impl<'a> Learner<'a> {
             head.inertia = 1.0;
         }
         let numbers = head.costs.iter_mut().chain(&mut head.squares);
+        let numbers = numbers.chain(&mut head.recent);
         for number in numbers.chain(&mut head.since).chain([&mut head.own]) {
             if !number.is_finite() || *number < 0.0 {
                 *number = 0.0;
@@ -126,25 +131,29 @@ impl<'a> Learner<'a> {
         }
         let capacity = capacity >> self.head.shift;
         let mut counts = [0; COUNT];
-        for (n, count) in counts.iter_mut().enumerate() {
+        let mut paid = [0.0; COUNT];
+        for (n, (count, paid)) in counts.iter_mut().zip(&mut paid).enumerate() {
             let (is_hit, keys) = self.simulate(n, key, state, capacity)?;
-            *count = keys;
-            let fade = 1.0 - 1.0 / (FADE * keys as f64).max(FADE_LEAST);
-            let paid = if is_hit { 0.0 } else { cost };
-            let head = &mut *self.head;
-            for (sum, more) in [
-                (head.costs.get_mut(n), paid),
-                (head.squares.get_mut(n), paid * paid),
-            ] {
-                let sum = sum.ok_or(OUTSIDE)?;
-                *sum = *sum * fade + more;
+            (*count, *paid) = (keys, if is_hit { 0.0 } else { cost });
+        }
+        // Alike for all of them, however many keys each holds.
+        let most = counts.iter().copied().max().unwrap_or(0) as f64;
+        let fade = |by: f64| 1.0 - 1.0 / (by * most).max(FADE_LEAST);
+        let head = &mut *self.head;
+        for (sums, fade, power) in [
+            (&mut head.costs, fade(FADE), 1),
+            (&mut head.squares, fade(FADE), 2),
+            (&mut head.recent, fade(FADE_SOON), 1),
+            (&mut head.since, 1.0, 1),
+        ] {
+            for (sum, paid) in sums.iter_mut().zip(&paid) {
+                *sum = *sum * fade + paid.powi(power);
             }
-            *head.since.get_mut(n).ok_or(OUTSIDE)? += paid;
         }
         self.samples.remove_unheld(key)?;
         let best = self.best();
         let chosen = self.choose(current, best, cost)?;
-        self.restart_one(best, counts, cost)?;
+        self.restart_one(best, chosen, counts, cost)?;
         if counts.into_iter().any(|keys| keys > MANY) {
             self.sample_fewer()?;
         }
@@ -206,16 +215,26 @@ impl<'a> Learner<'a> {
     }
 
     /// Looks at one simulation, another one each time.
-    fn restart_one(&mut self, best: usize, counts: [u64; COUNT], least: f64) -> Result<()> {
+    fn restart_one(
+        &mut self,
+        best: usize,
+        in_force: usize,
+        counts: [u64; COUNT],
+        least: f64,
+    ) -> Result<()> {
         let n = (self.head.requests % COUNT as u64) as usize;
         let deviation = self.deviation(best, least);
         let keys = counts.get(n).copied().unwrap_or(0);
         let restarted = self.head.restarted.get(n).ok_or(OUTSIDE)?;
         let waited = self.head.requests.wrapping_sub(*restarted);
-        if n == best || waited < PATIENCE * keys.max(FADE_LEAST as u64) {
+        if n == best || n == in_force || waited < PATIENCE * keys.max(FADE_LEAST as u64) {
             return Ok(());
         }
-        if self.cost(n) <= self.cost(best) + BEHIND * deviation {
+        // Also very lately: after the work has changed, what was best knows least of what is new.
+        let [own, other] = [n, best].map(|n| self.head.recent.get(n).copied().unwrap_or(0.0));
+        let is_behind = self.cost(n) > self.cost(best) + BEHIND * deviation
+            && own > other + BEHIND / 2.0 * deviation;
+        if !is_behind {
             return Ok(());
         }
         self.samples.copy(best, n)?;
@@ -226,6 +245,7 @@ impl<'a> Learner<'a> {
         let head = &mut *self.head;
         *head.costs.get_mut(n).ok_or(OUTSIDE)? = cost;
         *head.squares.get_mut(n).ok_or(OUTSIDE)? = square * square;
+        *head.recent.get_mut(n).ok_or(OUTSIDE)? = other;
         *head.restarted.get_mut(n).ok_or(OUTSIDE)? = head.requests;
         Ok(())
     }

@@ -5,11 +5,13 @@
 //! key are kept, none of any other. So a cache that is smaller by the sampling rate has, on the sample,
 //! nearly the hits of the full one on all requests. Nothing is simulated here.
 
+mod known;
 mod sample;
+mod trace;
 
-pub use self::sample::{
-    FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, Trace, UNKNOWN,
-};
+pub use self::known::UNKNOWN;
+pub use self::sample::{HIT, KEYS, OUTDATED, REQUESTS, Sample};
+pub use self::trace::{FORMER, SEEN_BEFORE, Trace};
 
 use crate::key::{self, ByteRange, RangeLabel};
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::known::{Known, UNKNOWN};
 use crate::key::ODD;
 
 /// Keys that are sampled at most. When there is one more, the threshold is lowered by a quarter.
@@ -22,55 +23,14 @@ const PLACES: usize = 2 * KEYS;
 /// thinned out any more: what was asked for months ago says little about now.
 const LONG: u64 = 1 << 26;
 
-/// Stands for a size that is not known.
-pub const UNKNOWN: u64 = (1 << SIZE_BITS) - 1;
-const SIZE_BITS: u32 = 48;
-
 /// Bits of a request in the ring that number its key.
-const NUMBER: u16 = KEYS as u16 - 1;
+pub(super) const NUMBER: u16 = KEYS as u16 - 1;
 const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
 /// Flag of a request: what is cached was too old to serve it, whatever the size of the cache.
 pub const OUTDATED: u16 = 1 << 14;
 /// Flag of a request: it was a hit.
 pub const HIT: u16 = 1 << 15;
-/// Flag of a request in a [`Trace`]: its key was requested before the first one in the ring.
-pub const SEEN_BEFORE: u16 = 2;
-/// Flag in a [`Trace`] of what stands for the first request of such a key. These come first, in their order,
-/// so that a simulation does not begin with an empty cache.
-pub const FORMER: u16 = 1;
-
 const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x01");
-
-/// A key that is sampled.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-struct Known {
-    hash: u64,
-    /// Its size, and above that a check of both.
-    word: u64,
-    /// Which of all sampled requests was its first.
-    first: u64,
-}
-
-impl Known {
-    fn new(hash: u64, size: u64, first: u64) -> Self {
-        let size = size.min(UNKNOWN);
-        let word = size | check(hash, size) << SIZE_BITS;
-        Known { hash, word, first }
-    }
-
-    fn size(self) -> u64 {
-        self.word & UNKNOWN
-    }
-
-    fn is_sound(self) -> bool {
-        self.word >> SIZE_BITS == check(self.hash, self.size())
-    }
-}
-
-fn check(hash: u64, size: u64) -> u64 {
-    (hash ^ size).wrapping_mul(ODD) >> SIZE_BITS
-}
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -85,21 +45,21 @@ pub struct Sample {
     /// Of what stands before it; wrong while keys are dropped.
     check: u64,
     /// Requests, sampled or not, and the same inverted: both count.
-    requests: u64,
-    inverse: u64,
+    pub(super) requests: u64,
+    pub(super) inverse: u64,
     /// Sampled requests up to now; each has this number as its place in the ring.
     end: u64,
     /// Those before this one are forgotten.
-    base: u64,
+    pub(super) base: u64,
     /// Keys in `known`.
-    keys: u32,
+    pub(super) keys: u32,
     /// Requests in the ring, the last ones before `end`.
     len: u32,
     /// Keys and requests that there is room for: a file grows with its use.
     rooms: [u32; 2],
     /// Numbers of keys plus one, by the low bits of their hashes.
     table: [u16; PLACES],
-    known: [Known; KEYS],
+    pub(super) known: [Known; KEYS],
     /// Numbers of keys, with flags, in the order of the requests.
     ring: [u16; REQUESTS],
 }
@@ -112,27 +72,6 @@ impl std::fmt::Debug for Sample {
         shown.field("keys", &self.keys);
         shown.field("len", &self.len).finish_non_exhaustive()
     }
-}
-
-/// What a sample holds.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Trace {
-    /// Requests, sampled or not, since the sample was begun.
-    pub requests: u64,
-    /// Part of all keys that is sampled.
-    pub rate: f64,
-    /// Whether there were requests before the first one.
-    pub has_slid: bool,
-    /// Sampled requests that are no longer here, and those that were the first of their key.
-    pub dropped: u64,
-    /// See `dropped`.
-    pub dropped_first: u64,
-    /// For each sampled request, oldest first, what stands for its key,
-    pub keys: Vec<u64>,
-    /// its bytes, or [`UNKNOWN`],
-    pub sizes: Vec<u64>,
-    /// and [`OUTDATED`], [`HIT`] and [`SEEN_BEFORE`].
-    pub flags: Vec<u16>,
 }
 
 impl Sample {
@@ -291,7 +230,7 @@ impl Sample {
     }
 
     /// The number of the oldest request in the ring.
-    fn start(&self) -> u64 {
+    pub(super) fn start(&self) -> u64 {
         self.end.saturating_sub(self.len.into())
     }
 
@@ -429,50 +368,9 @@ impl Sample {
     }
 
     /// The requests in the ring, oldest first.
-    fn in_order(&self) -> impl Iterator<Item = u16> {
+    pub(super) fn in_order(&self) -> impl Iterator<Item = u16> {
         let len = (self.len as usize).min(REQUESTS) as u64;
         let numbers = self.end.wrapping_sub(len)..self.end.max(len);
         numbers.filter_map(|n| self.ring.get(n as usize % REQUESTS).copied())
-    }
-
-    /// What it holds. What is damaged is left out.
-    #[must_use]
-    pub fn trace(&self) -> Trace {
-        let (base, start) = (self.base, self.start());
-        let known = self.known.get(..self.keys as usize).unwrap_or_default();
-        let has_left = |known: &&Known| (base..start).contains(&known.first);
-        let mut trace = Trace {
-            rate: self.rate(),
-            has_slid: start > 0,
-            dropped: start.saturating_sub(base),
-            dropped_first: known.iter().filter(has_left).count() as u64,
-            ..Trace::default()
-        };
-        for known in known.iter().filter(|known| known.first < start) {
-            if known.is_sound() {
-                trace.keys.push(known.hash);
-                trace.sizes.push(known.size());
-                trace.flags.push(SEEN_BEFORE | FORMER);
-            }
-        }
-        let former = trace.keys.len();
-        for request in self.in_order() {
-            let known = known.get(usize::from(request & NUMBER));
-            if let Some(known) = known.filter(|known| known.is_sound()) {
-                trace.keys.push(known.hash);
-                trace.sizes.push(known.size());
-                let seen = if known.first < start { SEEN_BEFORE } else { 0 };
-                trace.flags.push(request & (OUTDATED | HIT) | seen);
-            }
-        }
-        let sampled = trace
-            .dropped
-            .saturating_add((trace.keys.len() - former) as u64);
-        trace.requests = if self.requests == !self.inverse {
-            self.requests.max(sampled)
-        } else {
-            (sampled as f64 / trace.rate) as u64
-        };
-        trace
     }
 }

@@ -284,6 +284,7 @@ impl<T: Clone> SharedIndex<T> {
         let writes = self.cache.writes();
         self.cache.announce(&writes);
         self.cache.init(seed)?;
+        self.cache.follow_policy();
         Ok(true)
     }
 

@@ -149,6 +149,7 @@ impl Mapped {
     /// are: to truncate what others have mapped would end their processes.
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
+        let policy = self.file_header().header.policy;
         // Whoever died in a step may have been changing it.
         self.sample.check(new_generation());
         let made = self.make_files().or_else(|_| {
@@ -163,6 +164,9 @@ impl Mapped {
         self.maps = each(files.each_ref().map(Map::new))?;
         self.files = files;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
+        // Of those who live on.
+        let kept = &mut self.file_header_mut().header.policy;
+        (kept.kind, kept.minimise) = (policy.kind, policy.minimise);
         self.file_header_mut().mark = mark(&fstat(&self.lock)?);
         for (n, other) in others {
             self.file_header_mut().add_participant(n, other);

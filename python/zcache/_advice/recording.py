@@ -113,13 +113,13 @@ class Recording:
         try:
             head = HEAD + json.dumps({**about, "anonymous": anonymous})
             self._append(f"{head}\r\n{','.join(COLUMNS)}\r\n")
-            hits.begin_recording(self)
+            hits.hook.attach(self, hits)
             self._thread = threading.Thread(
                 target=self._write_on, name="zcache recording", daemon=True
             )
             self._thread.start()
         except BaseException:
-            hits.end_recording(self)
+            hits.hook.detach(self, hits)
             self._file.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -139,7 +139,7 @@ class Recording:
 
     def close(self) -> None:
         """End it, once all is written. In a forked child nothing is left to do."""
-        self._hits.end_recording(self)
+        self._hits.hook.detach(self, self._hits)
         self._is_ended.set()
         if self._process == os.getpid():
             self._thread.join()
@@ -147,7 +147,7 @@ class Recording:
     @property
     def has_ended(self) -> bool:
         """Whether nothing is recorded any more: it was closed, or the file could not be written."""
-        return self._hits.recorder is not self
+        return self._hits.hook.recorder is not self
 
     # ------------------------------------------------------ what readers call
 
@@ -217,7 +217,7 @@ class Recording:
             self._give_up_pending()
             self._write_waiting()
         except Exception as error:  # noqa: BLE001 - whatever it is, no reader is to see it
-            self._hits.end_recording(self)
+            self._hits.hook.detach(self, self._hits)
             self._waiting.clear()
             logger.warning(
                 "the recording of requests to %s has ended before its time: %r. What was written before stays.",
@@ -273,7 +273,7 @@ class Recording:
 
     def after_fork(self) -> None:
         """Leave the file to the parent."""
-        self._hits.end_recording(self)
+        self._hits.hook.detach(self, self._hits)
         self._lock, self._is_ended = threading.RLock(), threading.Event()
 
 

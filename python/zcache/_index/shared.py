@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 _POLICY: Final = ("eviction", "minimise")
+_TRIES: Final = 5
+"""Times that it is looked whether those who use another policy are gone, ..."""
+_PAUSE: Final = 0.02
+"""... after so many seconds."""
 logger = logging.getLogger("zcache")
 
 
@@ -119,17 +124,25 @@ class SharedIndex:
         """Go by the policy of a new member, unless others use the index; then the member is told."""
         wanted = _policy_of(member.limits)
         if _policy_of(self.handle.limits) != wanted:
-            if self._members:
-                # Stores that are only waiting to be collected do not count.
-                gc.collect()
+            for _ in range(_TRIES):
+                if not self._members:
+                    break
+                _let_go()
             if self._members:
                 _tell(self.handle.name, wanted, _policy_of(self.handle.limits))
                 return
             self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
 
+        tries = iter(range(_TRIES))
+
         def compare(in_force: tuple[str, str]) -> None:
-            if in_force != wanted:
+            if in_force == wanted:
+                return
+            if next(tries, None) is None:
                 _tell(self.handle.name, wanted, in_force)
+                return
+            _let_go()
+            self.handle.call_later(compare, Index.set_policy, *wanted)
 
         self.handle.call_later(compare, Index.set_policy, *wanted)
 
@@ -156,6 +169,12 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+def _let_go() -> None:
+    """Stores that are only waiting to be collected, or for a step in the background, do not count."""
+    gc.collect()
+    time.sleep(_PAUSE)
 
 
 def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:

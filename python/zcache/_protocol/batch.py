@@ -214,7 +214,7 @@ class Batch:
                 if check is not None:
                     self._checks[key] = check
                 if value is not None:
-                    self._reader.hits.tell(*asked, len(value), hit=True)
+                    self._reader.hits.hook.brought(*asked, len(value), hit=True)
                     flight.deliver(freeze(value)[0])
                     self._close(number)
                     same.append((number, value))
@@ -374,7 +374,7 @@ class Batch:
             asked = self._asked[number]
             assert asked is not None
             reader = self._reader
-            reader.hits.tell(*asked, None if found is None else len(found))
+            reader.hits.hook.brought(*asked, None if found is None else len(found))
             if found is None:
                 await reader.deliver_absence(self._io, asked[0], ticket, flight)
                 del self._leads[number]

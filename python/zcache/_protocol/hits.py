@@ -11,9 +11,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._ages import METADATA, NODES
-from zcache._backends.base import ABSENT
+from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import freeze, snapshot
 from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import IndexLockTimeout
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend, Hit, TryRead
     from zcache._byte_ranges import ByteRange
-    from zcache._protocol.recorder import Recorder
     from zcache._runtime.io import IO
 
-BUSY: Final = -1
-"""Stands for a hit or miss that is not known yet: the lock of the index was taken."""
 COMPLETE_TIMEOUT: Final = 60.0
 """Seconds that a read waits, where the source is not asked, for the index to know all that is cached; ..."""
 COMPLETE_PAUSE: Final = 0.02
@@ -51,8 +49,8 @@ class Hits:
 
     Attributes
     ----------
-    recorder : Recorder or None
-        Who is told of each request.
+    hook : RequestHook
+        Tells a recorder of each request.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Hits:
     ) -> None:
         self.backend = backend
         self._sampling = sampling
-        self.recorder: Recorder | None = None
+        self.hook = RequestHook()
         self.handle: IndexHandle = backend.shared.handle
         self.breaker = backend.shared.breaker
         self.counters = backend.counters
@@ -78,48 +76,6 @@ class Hits:
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
         self._lookup = index.view(self._reads, self._sampling).lookup
-
-    def begin_recording(self, recorder: Recorder) -> None:
-        """Tell of each request from now on.
-
-        Raises
-        ------
-        RuntimeError
-            If somebody else is told already.
-        """
-        if self.recorder is not None:
-            raise RuntimeError(
-                "the requests of this store, or of a copy of it, are being recorded already. End that "
-                "recording first, or have another store over the same cache recorded."
-            )
-        self.recorder = recorder
-        # In the place of the method, which then needs not ask.
-        vars(self)["get_nowait"] = self._get_recorded
-
-    def end_recording(self, recorder: Recorder) -> None:
-        """Tell of none any more; of no effect where that was over."""
-        if self.recorder is recorder:
-            vars(self).pop("get_nowait", None)
-            self.recorder = None
-
-    def _get_recorded(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
-    ) -> tuple[Buffer | None, Hit | None]:
-        value, hit = Hits.get_nowait(self, key, prototype, byte_range)
-        self._tell_found(key, byte_range, hit)
-        return value, hit
-
-    def _tell_found(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
-        recorder = self.recorder
-        if recorder is not None and hit is not BUSY and hit is not ABSENT:
-            recorder.looked_up(key, byte_range, hit)
-
-    def tell(
-        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool = False
-    ) -> None:
-        """Tell of the bytes that a miss has brought after all; None where there is no such key."""
-        if (recorder := self.recorder) is not None:
-            recorder.brought(key, byte_range, size, hit=hit)
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
@@ -233,7 +189,7 @@ class Hits:
             except BaseException:
                 self._reads.count_miss()
                 raise
-            self._tell_found(key, byte_range, hit)
+            self.hook.found(key, byte_range, hit)
             if hit is ABSENT:
                 self._reads.count_negative_hit()
             else:
@@ -408,8 +364,7 @@ class Hits:
     def retract_miss(self, key: str, byte_range: ByteRange | None) -> None:
         """Take a miss back, because the same read is looked up once more."""
         self._reads.retract_miss()
-        if (recorder := self.recorder) is not None:
-            recorder.retract(key, byte_range)
+        self.hook.retract(key, byte_range)
 
     def recount_as_hit(self) -> None:
         """Count a miss as a hit: a value on its way into the cache store has served it."""

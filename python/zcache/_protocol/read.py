@@ -11,10 +11,10 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from zcache._backends.base import ABSENT, FillJob
+from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, ignore
-from zcache._protocol.hits import BUSY, Hits
+from zcache._protocol.hits import Hits
 from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
@@ -286,7 +286,7 @@ class Reader:
             # From where it was raised: it would else collect the frames of all who wait.
             raise other.error.with_traceback(other.trace)
         if other.data is None:
-            self.hits.tell(key, byte_range, None)
+            self.hits.hook.brought(key, byte_range, None)
             return True, None
         part = self._part(other.data, whole, byte_range)
         if part is None:
@@ -294,7 +294,7 @@ class Reader:
         if is_pending:
             # On its way into the cache store: served by the cache, not by the source.
             self.hits.recount_as_hit()
-        self.hits.tell(key, byte_range, len(part), hit=is_pending)
+        self.hits.hook.brought(key, byte_range, len(part), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
 
     async def _join(
@@ -361,7 +361,9 @@ class Reader:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
-            self.hits.tell(key, byte_range, None if data is None else len(data), hit=is_cached)
+            self.hits.hook.brought(
+                key, byte_range, None if data is None else len(data), hit=is_cached
+            )
             if is_cached:
                 flight.deliver(data)
             elif data is None:
