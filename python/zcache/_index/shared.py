@@ -132,17 +132,18 @@ class SharedIndex:
                 _tell(self.handle.name, wanted, _policy_of(self.handle.limits))
                 return
             self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
+        self._set_policy(wanted, _TRIES)
 
-        tries = iter(range(_TRIES))
-
+    def _set_policy(self, wanted: tuple[str, str], tries: int) -> None:
+        # A closure that named itself would keep the index until the garbage collector comes.
         def compare(in_force: tuple[str, str]) -> None:
             if in_force == wanted:
                 return
-            if next(tries, None) is None:
+            if not tries:
                 _tell(self.handle.name, wanted, in_force)
                 return
             _let_go()
-            self.handle.call_later(compare, Index.set_policy, *wanted)
+            self._set_policy(wanted, tries - 1)
 
         self.handle.call_later(compare, Index.set_policy, *wanted)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, ignore
-from zcache._protocol.hits import Hits
 from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.base import Hit, Victim
     from zcache._byte_ranges import ByteRange
+    from zcache._protocol.hits import Hits
     from zcache._runtime.io import IO
     from zcache._source.validators import Validators
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 from zcache._backends.base import ABSENT, BUSY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._backends.base import Hit
