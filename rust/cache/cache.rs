@@ -346,7 +346,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let header = self.arena.header();
         let cells = u64::from(header.cells_used) * size_of::<Cell>() as u64;
         let strings = u64::from(header.strings_used) * size_of::<u32>() as u64;
-        let slots = std::mem::size_of_val(self.arena.storage.slots());
+        let slots = std::mem::size_of_val(self.arena.storage.slots())
+            + std::mem::size_of_val(self.arena.storage.history());
         let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
         cells + strings + (slots + self.verified.memory() + sample) as u64
     }

@@ -21,8 +21,8 @@ const FEW: u64 = 64;
 /// The part by which what a full cache is known to hold is lowered each time that room is made.
 const FADE: u64 = 1024;
 
-/// Goes by one of the [`RULES`], all of which divide the entries in the same way, so that it can change at any
-/// time. The [`Learner`] decides; what it knows is in the history of the entries, with the ghosts behind it.
+/// Goes by one of the `RULES`, all of which divide the entries in the same way, so that it can change at any
+/// time. The `Learner` decides; what it knows is in the history of the entries, with the ghosts behind it.
 #[derive(Debug, Default)]
 pub struct Adaptive(Deferred);
 
@@ -114,7 +114,7 @@ fn remember<E: Entries>(entries: &mut E) -> Result<()> {
 impl Eviction for Adaptive {
     fn insert<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
         self.0.flush(entries, touch)?;
-        if entries.history().is_empty() || entries.totals().0 % LOOK_EVERY == 0 {
+        if entries.history().is_empty() || entries.totals().0.is_multiple_of(LOOK_EVERY) {
             remember(entries)?;
         }
         let key = entries.hash(entry)?;

@@ -298,3 +298,66 @@ impl<'a> Learner<'a> {
 }
 
 const OUTSIDE: Error = Error::Corrupt("learner: a rule that is none");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random, the same each time.
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0
+        }
+    }
+
+    /// Requests, in the way of the adaptive policy; memory that is damaged is emptied.
+    fn observe(words: &mut [u64], numbers: &mut Numbers, count: usize) -> usize {
+        let state = PolicyState {
+            full_bytes: 500,
+            ..PolicyState::default()
+        };
+        let mut damages = 0;
+        for _ in 0..count {
+            let key = (numbers.next() % 1000).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let request = Request {
+                key,
+                size: 1,
+                is_hit: false,
+            };
+            let mut learner = Learner::of(words).unwrap();
+            if learner.observe(request, 500, &state, 500).is_err() {
+                words.fill(0);
+                damages += 1;
+            }
+        }
+        damages
+    }
+
+    #[test]
+    fn memory_that_is_damaged_anywhere_is_learned_anew() {
+        let mut numbers = Numbers(0x5EED);
+        let mut sound = vec![0; WORDS];
+        assert_eq!(observe(&mut sound, &mut numbers, 4000), 0);
+        Learner::validate(&sound).unwrap();
+        for round in 0..300 {
+            let mut words = sound.clone();
+            for _ in 0..=round % 20 {
+                let at = numbers.next() as usize % WORDS;
+                words[at] = match round % 3 {
+                    0 => numbers.next(),
+                    1 => words[at] ^ 1 << (numbers.next() % 64),
+                    _ => words[numbers.next() as usize % WORDS],
+                };
+            }
+            // Whatever happens, it ends.
+            observe(&mut words, &mut numbers, 300);
+        }
+        let mut words: Vec<u64> = (0..WORDS).map(|_| numbers.next()).collect();
+        observe(&mut words, &mut numbers, 300);
+    }
+}

@@ -13,6 +13,7 @@ mod none;
 mod policy;
 mod rule;
 mod samples;
+mod simulated;
 mod simulation;
 mod table;
 

@@ -7,9 +7,10 @@ use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
 use super::rule::{RULES, Ruled};
+use super::simulated::{CORRUPT, Head, Key, Link, Simulated};
 use super::table::Table;
-use crate::arena::{List, PolicyState};
-use crate::error::{Error, Result};
+use crate::arena::List;
+use crate::error::Result;
 
 /// Simulations, one for each rule.
 pub(super) const COUNT: usize = RULES.len();
@@ -18,37 +19,6 @@ const KEYS: usize = 8192;
 const SLOTS: usize = 2 * KEYS;
 /// Words of the ghosts of a simulation: 4,096 of them.
 const GHOSTS: usize = 1024;
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-struct Key {
-    hash: u64,
-    size: u64,
-    /// Simulations that hold it.
-    holders: u32,
-    /// Next free key, of one that is free.
-    next: u32,
-}
-
-/// The links of a key in one simulation.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-struct Link {
-    older: u16,
-    newer: u16,
-    note: u16,
-    is_held: u16,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-struct Head {
-    state: PolicyState,
-    bytes: u64,
-    entries: u64,
-    recency: [u32; 2],
-    main: [u32; 2],
-}
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -66,8 +36,6 @@ const ALL_KEYS: usize = KEYS * size_of::<Key>() / 8;
 
 /// Words of the memory: 545 KiB.
 pub(super) const WORDS: usize = 1 + ALL_KEYS + SLOTS / 2 + COUNT * SIMULATION;
-
-const CORRUPT: Error = Error::Corrupt("learner: damaged");
 
 /// The keys and the simulations.
 #[derive(Debug)]
@@ -165,8 +133,12 @@ impl<'a> Samples<'a> {
         let words = self.simulations.get_mut(from..from + SIMULATION);
         let (head, rest) = words.ok_or(CORRUPT)?.split_at_mut(HEAD);
         let (links, ghosts) = rest.split_at_mut(LINKS);
+        let head = cast::<Head>(head)?.first_mut().ok_or(CORRUPT)?;
+        if head.entries > KEYS as u64 {
+            return Err(CORRUPT);
+        }
         let simulated = Simulated {
-            head: cast::<Head>(head)?.first_mut().ok_or(CORRUPT)?,
+            head,
             links: cast(links)?,
             ghosts,
             keys: &mut *self.keys,
@@ -228,182 +200,5 @@ impl<'a> Samples<'a> {
             return Err(CORRUPT);
         }
         Ok(())
-    }
-}
-
-/// One simulated cache.
-#[derive(Debug)]
-pub(super) struct Simulated<'a> {
-    head: &'a mut Head,
-    links: &'a mut [Link],
-    ghosts: &'a mut [u64],
-    keys: &'a mut [Key],
-}
-
-impl Simulated<'_> {
-    /// Whether it holds a key.
-    pub(super) fn holds(&self, i: u32) -> Result<bool> {
-        Ok(self.get(i)?.is_held != 0)
-    }
-
-    /// Takes hold of a key, which is in no list yet.
-    pub(super) fn hold(&mut self, i: u32) -> Result<()> {
-        let size = self.size(i)?;
-        self.get_mut(i)?.is_held = 1;
-        let key = self.keys.get_mut(i as usize).ok_or(CORRUPT)?;
-        key.holders = key.holders.saturating_add(1);
-        self.head.entries = self.head.entries.saturating_add(1);
-        self.head.bytes = self.head.bytes.saturating_add(size);
-        Ok(())
-    }
-
-    /// Lets a key go that is in no list any more. Whether no simulation holds it now.
-    pub(super) fn release(&mut self, i: u32) -> Result<bool> {
-        let size = self.size(i)?;
-        *self.get_mut(i)? = Link::zeroed();
-        self.head.entries = self.head.entries.saturating_sub(1);
-        self.head.bytes = self.head.bytes.saturating_sub(size);
-        let key = self.keys.get_mut(i as usize).ok_or(CORRUPT)?;
-        key.holders = key.holders.checked_sub(1).ok_or(CORRUPT)?;
-        Ok(key.holders == 0)
-    }
-
-    fn get(&self, i: u32) -> Result<&Link> {
-        self.links.get(i as usize).ok_or(CORRUPT)
-    }
-
-    fn get_mut(&mut self, i: u32) -> Result<&mut Link> {
-        self.links.get_mut(i as usize).ok_or(CORRUPT)
-    }
-
-    fn ends(&mut self, list: List) -> &mut [u32; 2] {
-        match list {
-            List::Main => &mut self.head.main,
-            _ => &mut self.head.recency,
-        }
-    }
-
-    fn set_neighbour(&mut self, i: u32, towards_last: bool, to: u32) -> Result<()> {
-        let to = to as u16;
-        let link = self.get_mut(i)?;
-        if towards_last {
-            link.newer = to;
-        } else {
-            link.older = to;
-        }
-        Ok(())
-    }
-
-    fn validate(&self, holders: &mut [u32]) -> Result<()> {
-        let (mut entries, mut bytes, mut main_bytes) = (0, 0, 0);
-        for list in [List::Recency, List::Main] {
-            let mut before = 0;
-            for i in self.all_of(list)? {
-                let is_sound = self.list_of(i)? == list
-                    && self.neighbour(i, false)? == before
-                    && self.holds(i)?;
-                if !is_sound {
-                    return Err(CORRUPT);
-                }
-                (before, entries) = (i, entries + 1);
-                bytes += self.size(i)?;
-                main_bytes += if list == List::Main { self.size(i)? } else { 0 };
-                *holders.get_mut(i as usize).ok_or(CORRUPT)? += 1;
-            }
-            if self.end(list, true)?.unwrap_or(0) != before {
-                return Err(CORRUPT);
-            }
-        }
-        let counted = (
-            self.head.entries,
-            self.head.bytes,
-            self.head.state.main_bytes,
-        );
-        if counted != (entries, bytes, main_bytes) {
-            return Err(CORRUPT);
-        }
-        Ok(())
-    }
-}
-
-impl Entries for Simulated<'_> {
-    const EXCLUSIVE: bool = true;
-
-    fn state(&self) -> &PolicyState {
-        &self.head.state
-    }
-    fn state_mut(&mut self) -> &mut PolicyState {
-        &mut self.head.state
-    }
-    fn totals(&self) -> (u64, u64) {
-        (self.head.entries, self.head.bytes)
-    }
-    fn size(&self, entry: u32) -> Result<u64> {
-        Ok(self.keys.get(entry as usize).ok_or(CORRUPT)?.size)
-    }
-    fn hash(&self, entry: u32) -> Result<u64> {
-        Ok(self.keys.get(entry as usize).ok_or(CORRUPT)?.hash)
-    }
-    fn note(&self, entry: u32) -> Result<u8> {
-        Ok(self.get(entry)?.note as u8)
-    }
-    fn set_note(&mut self, entry: u32, note: u8) -> Result<()> {
-        self.get_mut(entry)?.note = u16::from(note);
-        Ok(())
-    }
-    fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
-        let [first, last] = match list {
-            List::Main => self.head.main,
-            _ => self.head.recency,
-        };
-        let i = if at_last { last } else { first };
-        Ok((i != 0).then_some(i))
-    }
-    fn neighbour(&self, entry: u32, towards_last: bool) -> Result<u32> {
-        let link = self.get(entry)?;
-        Ok(u32::from(if towards_last {
-            link.newer
-        } else {
-            link.older
-        }))
-    }
-    fn link(&mut self, list: List, entry: u32, at_last: bool) -> Result<()> {
-        let [first, last] = self.ends(list);
-        let (end, other) = if at_last {
-            (last, first)
-        } else {
-            (first, last)
-        };
-        let beside = std::mem::replace(end, entry);
-        if beside == 0 {
-            *other = entry;
-        }
-        self.set_neighbour(entry, at_last, 0)?;
-        self.set_neighbour(entry, !at_last, beside)?;
-        if beside != 0 {
-            self.set_neighbour(beside, at_last, entry)?;
-        }
-        Ok(())
-    }
-    fn unlink(&mut self, list: List, entry: u32) -> Result<()> {
-        let [older, newer] = [self.neighbour(entry, false)?, self.neighbour(entry, true)?];
-        match older {
-            0 => self.ends(list)[0] = newer,
-            _ => self.set_neighbour(older, true, newer)?,
-        }
-        match newer {
-            0 => self.ends(list)[1] = older,
-            _ => self.set_neighbour(newer, false, older)?,
-        }
-        Ok(())
-    }
-    fn history(&self) -> &[u64] {
-        self.ghosts
-    }
-    fn history_mut(&mut self) -> &mut [u64] {
-        self.ghosts
-    }
-    fn grow_history(&mut self, _: usize) -> Result<()> {
-        Err(Error::Full)
     }
 }
