@@ -50,6 +50,8 @@ GROUPS = {
     "directory": ("_directory", "rows"),
     "revalidation": ("_freshness", "revalidation"),
     "opening": ("_freshness", "opening"),
+    "sampling": ("_advice", "sampling"),
+    "advice": ("_advice", "accuracy"),
 }
 _LONGEST = 300  # Seconds for one group; all of them together take a few minutes.
 

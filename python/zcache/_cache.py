@@ -59,7 +59,7 @@ class Cache:
         See `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    offline, revalidate, verify, adopt, source_id, clock
+    offline, revalidate, verify, adopt, source_id, clock, eviction, minimise, sampling
         See `CacheStore`.
 
     Attributes
@@ -91,6 +91,9 @@ class Cache:
         max_pending_size: int | None = None,
         clock: Callable[[], float] | None = None,
         decoded_size: int | None = None,
+        sampling: bool = True,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> None:
         self.source = source
         self.cache = cache
@@ -103,9 +106,12 @@ class Cache:
         self.missing_max_age = missing_max_age
         self.revalidate = revalidate
         self.verify = verify
+        self.eviction = eviction
+        self.minimise = minimise
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
         self.clock = clock
+        self.sampling = sampling
         self.known_token = token
         self.source_id = identify(source, source_id)
         slices = slices_like_python(innermost(source))
@@ -114,6 +120,8 @@ class Cache:
             "max_age": self._longest_use(),
             "verify": verify,
             "slices_like_python": slices,
+            "eviction": eviction,
+            "minimise": minimise,
         }
         if self.source_id.is_ephemeral and outlives_process(innermost(cache)):
             say_unnamed(source, cache)
@@ -130,13 +138,14 @@ class Cache:
         )
         ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            Hits(self.backend, ages, missing_age if cache_missing else 0.0),
+            Hits(self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling),
             offline=offline,
             revalidate=revalidate,
             validators=validators_of(source) if revalidate else None,
             stale_if_error=stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
+            times_source=minimise == "seconds",
         )
         self.missing_key_errors = MissingKeyErrors()
         self.lister = Lister(self.shared.listings, self.reader.stale)

@@ -48,6 +48,7 @@ __all__ = [
     "remove_key",
     "select",
     "sign_file",
+    "simulate",
     "take_folder_bytes",
     "tells_residency",
     "volume_space",
@@ -225,6 +226,10 @@ class Index:
         Bytes of a block of the cache store, of which a value takes whole ones. Default is 1. With more, the
         folders count as well; see `count_folders`. An index in a directory that counts in another unit is
         emptied.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which entries go when bytes are needed. Default is "lru".
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests".
     """
 
     def __new__(
@@ -238,6 +243,8 @@ class Index:
         seed: int | None = None,
         complete: bool = True,
         unit: int = 1,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> Index: ...
     @staticmethod
     def open(
@@ -252,8 +259,12 @@ class Index:
         seed: int = 0,
         unit: int = 1,
         timeout: float = 1.0,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
+
+        Where other processes use it, it goes by the policy that they use; see `policy`.
 
         Raises
         ------
@@ -261,8 +272,41 @@ class Index:
             If another process holds its lock for more than `timeout` seconds.
         """
 
-    def view(self, counters: ReadCounters, /) -> Index:
-        """The same index, whose lookups count in `counters` as well."""
+    def policy(self) -> tuple[str, str]:
+        """The eviction policy in force, and what it minimises."""
+
+    def set_policy(self, eviction: str, minimise: str, /) -> tuple[str, str]:
+        """Go by a policy from now on, unless other processes use the index; returns the one in force."""
+
+    def note_seconds(self, size: int, seconds: float, /) -> None:
+        """Tell how long the source took for so many bytes; of use where seconds are minimised."""
+
+    def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
+        """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
+
+    def sample(self) -> tuple[int, float, bool, int, int, int, bytes, bytes, bytes]:
+        """The sampled requests of all views, and of all processes on a directory.
+
+        Returns
+        -------
+        requests : int
+            Requests, sampled or not, since the sample was begun.
+        rate : float
+            Part of all keys that is sampled, up to 1.
+        has_slid : bool
+            Whether there were sampled requests before the first one.
+        dropped, dropped_first : int
+            Sampled requests that are no longer there, and those among them that were the first of their key.
+        unit : int
+            Bytes of a block, of which an entry takes whole ones; 0 and 1 are the same.
+        keys : bytes
+            For each sampled request, oldest first, 8 bytes that stand for its key and range.
+        sizes : bytes
+            The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
+        flags : bytes
+            2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, its key was
+            requested before the first of these requests; 0, it only stands for the first of them.
+        """
 
     def __len__(self) -> int:
         """Entries that can be served."""
@@ -574,6 +618,10 @@ class Index:
         """Count folders that were made or have grown, or, below 0, were removed."""
 
     @property
+    def bound(self) -> int | None:
+        """The least bound of all processes that use the index, in bytes; None where none has any."""
+
+    @property
     def excess(self) -> int:
         """Bytes that the cache store holds or is about to hold above the bound."""
 
@@ -848,3 +896,26 @@ def cache_key(key: str, raw: _Range, /) -> str:
 
 def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
     """First byte and number of bytes that a range selects of a value; None where sources disagree."""
+
+def simulate(eviction: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
+    """Which requests a cache would have served, by the code of the eviction policies themselves.
+
+    Parameters
+    ----------
+    eviction : {"lru", "none", "adaptive"}
+        The policy, which minimises requests.
+    capacity : int
+        Bytes that the cache holds at most.
+    keys, sizes : bytes
+        The key of each request, as a number, and the bytes of its value: 8 bytes each, in native order.
+
+    Returns
+    -------
+    bytes
+        1 for each request that is served, 0 for the others.
+
+    Raises
+    ------
+    ValueError
+        If there is no such policy, or there are not as many sizes as keys.
+    """

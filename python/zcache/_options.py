@@ -22,6 +22,8 @@ from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAX_BYTES: Final = 2**64 - 1
+EVICTIONS: Final = ("lru", "none", "adaptive")
+MINIMISED: Final = ("requests", "bytes", "seconds")
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -223,6 +225,20 @@ def check_verify(verify: object) -> str:
     if verify not in ("first", "always", "never"):
         raise OptionValueError(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
     return str(verify)
+
+
+def check_eviction(eviction: object) -> str:
+    if isinstance(eviction, str) and eviction in EVICTIONS:
+        return eviction
+    kind = OptionValueError if isinstance(eviction, str) else OptionTypeError
+    raise kind(f'invalid eviction: {eviction!r}. Give "lru", "none" or "adaptive".')
+
+
+def check_minimise(minimise: object) -> str:
+    if isinstance(minimise, str) and minimise in MINIMISED:
+        return minimise
+    kind = OptionValueError if isinstance(minimise, str) else OptionTypeError
+    raise kind(f'invalid minimise: {minimise!r}. Give "requests", "bytes" or "seconds".')
 
 
 def check_source_id(source_id: object) -> str | None:

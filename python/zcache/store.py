@@ -19,6 +19,9 @@ from zarr.core.config import config
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
+from zcache._advice.advise import advise, parse_policies, parse_sizes
+from zcache._advice.recording import Recording
+from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
@@ -29,7 +32,9 @@ from zcache._options import (
     capacity_of,
     check_cache_store,
     check_clock,
+    check_eviction,
     check_flag,
+    check_minimise,
     check_prefix,
     check_revalidate,
     check_source_id,
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
+    from zcache._advice.advice import Advice
     from zcache._ages import Age
     from zcache._protocol.batch import Fetch, Group, Request
 
@@ -143,6 +149,18 @@ class CacheStore(Store):
         volume of a directory, and else of the memory, or of what the control group of the process may use
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
         None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which values go when there is no room for a new one. Default is "lru": those that were used least
+        recently. "none" keeps what came first, until it expires or is dropped: for data that is read in
+        whole passes, the share of it that fits. "adaptive" finds out which of several rules serves most of
+        the traffic, and follows when that changes: set it where passes over more than `max_size` are read
+        (training, animations), or where you do not know. All stores over one cache store go by one policy: while
+        others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
+        goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests": a miss costs the same, whatever its size, so small
+        values are kept rather than large ones. "bytes" is for a source that is paid for, or limited, by the
+        byte; "seconds" weighs both by the latency and the rate of the source, as measured.
     cache_missing : bool, optional
         Whether a key that the source does not have is remembered as missing, so that it is not asked for
         again. Default is True. Metadata documents are, too, as long as another document of their node is
@@ -187,6 +205,11 @@ class CacheStore(Store):
         Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
         for this store and its copies, beside the encoded ones. Default is None: none are kept. Set it where the
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
+    sampling : bool, optional
+        Whether the requests of this store and its copies go into the sample from which `advise` tells how large
+        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of its
+        disk, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
+        as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
         the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
@@ -233,6 +256,8 @@ class CacheStore(Store):
         | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
+        eviction: Literal["lru", "none", "adaptive"] = "lru",
+        minimise: Literal["requests", "bytes", "seconds"] = "requests",
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         stale_if_error: float | Literal["infinity"] = 0,
         offline: bool | None = None,
@@ -246,6 +271,7 @@ class CacheStore(Store):
         min_free_space: int | str | None = None,
         max_pending_size: int | str | None = None,
         decoded_size: int | str | None = None,
+        sampling: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
         check_store("store", store)
@@ -257,6 +283,7 @@ class CacheStore(Store):
         check_flag("cache_missing", cache_missing)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)
+        check_flag("sampling", sampling)
         if read_only is not None:
             check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
@@ -275,6 +302,8 @@ class CacheStore(Store):
             cache_missing=cache_missing,
             missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
+            eviction=check_eviction(eviction),
+            minimise=check_minimise(minimise),
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(
@@ -283,6 +312,7 @@ class CacheStore(Store):
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
             decoded_size=parse_size(decoded_size, "decoded_size", memory),
+            sampling=sampling,
         )
         self._setup(store, cache, cache_set_data)
 
@@ -371,6 +401,11 @@ class CacheStore(Store):
     def missing_max_age_seconds(self) -> Age:
         """Seconds for which they are at most, or "infinity"."""
         return self._cache.missing_max_age
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the requests of this store are sampled, for `advise`."""
+        return self._cache.sampling
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -539,6 +574,97 @@ class CacheStore(Store):
         if self._decoded is not None:
             self._decoded.clear()
 
+    def advise(
+        self,
+        *,
+        sizes: Iterable[int | str] | None = None,
+        policies: Iterable[str] | None = None,
+    ) -> Advice:
+        """Say how large the cache should be, and which policy suits it, from the requests so far.
+
+        The index keeps a sample of all requests through stores with ``sampling=True``, for a directory those of
+        all processes, over restarts; here each size and policy is simulated on it. That takes a second or two for
+        a full sample, without the lock of the index or of the interpreter: in an event loop use
+        ``await asyncio.to_thread(store.advise)``.
+
+        Parameters
+        ----------
+        sizes : iterable of int or str, optional
+            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of all
+            stores over the cache or, where none has any, the bytes that are cached.
+        policies : iterable of str, optional
+            Any of "lru", "none" and "adaptive". Default is None: all.
+
+        Returns
+        -------
+        Advice
+            False in a condition, with a `reason`, after fewer than 100 requests.
+
+        Raises
+        ------
+        OptionTypeError, OptionValueError
+            If a size or a policy is none.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        parsed, named = parse_sizes(sizes), parse_policies(policies)
+        size, _ = self._cache.ask(_size_and_entries)
+        eviction, _ = self._cache.ask(Index.policy)
+        off = "" if self._cache.sampling else "this store was made with sampling=False"
+        return advise(
+            self._cache.ask(sampled),
+            max_size=self._cache.ask(_bound),
+            in_use=size,
+            policy=eviction,
+            sizes=parsed,
+            policies=named,
+            nothing=off,
+        )
+
+    def record(self, path: str | os.PathLike[str], *, anonymous: bool = False) -> Recording:
+        """Write the requests of this store and its copies, in this process, to a file while they are made.
+
+        The file is CSV in gzip, with a line for each read of a value that the source has: ``time`` (seconds since
+        the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the whole value),
+        ``size`` (bytes of the answer), ``hit`` (0 or 1), and of the entry that has served it ``entry_range`` and
+        ``entry_size``. Sizes that are not known, of reads that failed, are left out. `replay` reads it.
+
+        A reader does no more than put its request into a queue; a thread writes it. An error of the file
+        ends the recording with a warning in the log, never a read.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            Of the file, such as ``"requests.csv.gz"``. It must not exist.
+        anonymous : bool, optional
+            Write a hash in the place of each key, with a secret that is thrown away. Equal keys stay equal; ranges,
+            sizes and times stay as they are. Default is False. Set it for a file that others are to see.
+
+        Returns
+        -------
+        Recording
+            A context manager; the recording ends with the block, or by its `close`.
+
+        Raises
+        ------
+        FileExistsError
+            If there is such a file.
+        OSError
+            If it cannot be made.
+        RuntimeError
+            If this store, or a copy of it, is being recorded already.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        check_flag("anonymous", anonymous)
+        limits = self._cache.shared.handle.limits
+        about = {
+            "max_size": self._cache.ask(_bound),
+            "block_size": limits.get("unit", 1),
+            "eviction": limits["eviction"],
+        }
+        return Recording(self._hits, path, anonymous=anonymous, about=about)
+
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.
 
@@ -642,12 +768,15 @@ class CacheStore(Store):
                 "missing_max_age": cache.missing_max_age,
                 "revalidate": cache.revalidate,
                 "verify": cache.verify,
+                "eviction": cache.eviction,
+                "minimise": cache.minimise,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
                 "min_free_space": cache.min_free_space,
                 "max_pending_size": cache.max_pending_size,
                 "clock": cache.clock,
                 "decoded_size": None if cache.decoded is None else cache.decoded.max_size,
+                "sampling": cache.sampling,
             },
             "set": self.cache_set_data,
             "own_decoded": own,
@@ -1079,6 +1208,10 @@ def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None
         work(*args)
 
     return call
+
+
+def _bound(index: Index) -> int | None:
+    return index.bound
 
 
 def _size_and_entries(index: Index) -> tuple[int, int]:

@@ -15,7 +15,8 @@ use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
-use crate::policy::{Eviction, Lru};
+use crate::policy::{Eviction, Minimise, Policy};
+use crate::sampling::Sample;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
@@ -180,7 +181,7 @@ pub struct Stats {
 ///
 /// `S` is the memory, `T` what the readers of a flight wait on, `P` the eviction policy.
 #[derive(Debug)]
-pub struct Cache<S, T, P = Lru> {
+pub struct Cache<S, T, P = Policy> {
     pub(crate) arena: Arena<S>,
     pub(super) policy: P,
     pub(super) limits: Limits,
@@ -194,10 +195,14 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) verified: VerifiedSet,
     /// Changes since somebody has begun to decode values.
     pub(super) changes: Changes,
+    /// A sample of the requests, once one was to be sampled; a shared index has one in its storage.
+    pub(super) own_sample: Option<Box<Sample>>,
     /// See [`Cache::generation`].
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
     unit: u64,
+    /// What an empty index is to minimise.
+    pub(super) minimise: Minimise,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -209,7 +214,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
-        self.arena.header_mut().unit = self.unit;
+        let policy = (self.policy.number(), self.minimise as u32);
+        let is_alone = !self.has_others();
+        let header = self.arena.header_mut();
+        header.unit = self.unit;
+        if is_alone {
+            (header.policy.kind, header.policy.minimise) = policy;
+        }
         self.arena.table_init()?;
         self.arena.tree_init(seed)
     }
@@ -228,9 +239,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             tally: Arc::default(),
             verified: VerifiedSet::default(),
             changes: Changes::default(),
+            own_sample: None,
             generation: 0,
             unit: 0,
+            minimise: Minimise::default(),
         }
+    }
+
+    /// Whether others use the index, as far as is known.
+    pub(super) fn has_others(&self) -> bool {
+        let storage = &self.arena.storage;
+        let own = storage.own_slot();
+        let mut participants = storage.participants().iter().enumerate();
+        participants.any(|(n, participant)| n != own && participant.live != 0)
     }
 
     /// Counts whole blocks of so many bytes, in an index that is empty.
@@ -325,8 +346,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let header = self.arena.header();
         let cells = u64::from(header.cells_used) * size_of::<Cell>() as u64;
         let strings = u64::from(header.strings_used) * size_of::<u32>() as u64;
-        let slots = std::mem::size_of_val(self.arena.storage.slots());
-        cells + strings + (slots + self.verified.memory()) as u64
+        let slots = std::mem::size_of_val(self.arena.storage.slots())
+            + std::mem::size_of_val(self.arena.storage.history());
+        let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
+        cells + strings + (slots + self.verified.memory() + sample) as u64
     }
 
     /// Whether an entry is of no use to anybody any more.
@@ -429,6 +452,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.validate()?;
         let mut parts = self.reservations.values().map(|r| r.reserved);
         let reserved = parts.try_fold(0u64, u64::checked_add);
+        self.policy.validate(&self.arena)?;
         let storage = &self.arena.storage;
         let header = self.arena.header();
         // In a shared index each participant knows its own part only.

@@ -13,7 +13,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true)? else {
+            let Some(i) = self.next_victim(now, true, true)? else {
                 break;
             };
             Tally::add(
@@ -94,8 +94,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The entry that goes next: failed deletes if asked for, then the useless, then the choice of
-    /// the policy.
-    pub(super) fn next_victim(&mut self, now: u64, failed: bool) -> Result<Option<u32>> {
+    /// the policy; `None` where that lets nothing go, unless it has to be.
+    pub(super) fn next_victim(
+        &mut self,
+        now: u64,
+        failed: bool,
+        has_to_be: bool,
+    ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
             return Ok(Some(i));
         }
@@ -107,7 +112,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(Some(i));
             }
         }
-        self.policy.victim(&mut self.arena)
+        if has_to_be {
+            self.policy.least(&mut self.arena)
+        } else {
+            self.policy.victim(&mut self.arena)
+        }
     }
 
     /// Makes an entry a victim and returns its bytes, or 0 where it is in progress already.

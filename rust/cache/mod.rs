@@ -7,6 +7,7 @@
 
 mod absent;
 mod cache;
+mod choice;
 mod commit;
 mod decoded;
 mod entry;
@@ -18,6 +19,7 @@ mod lookup;
 mod peers;
 mod refresh;
 mod reserve;
+mod sampled;
 mod verified;
 
 pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};

@@ -100,6 +100,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         ticket: Ticket,
         now: u64,
     ) -> Result<Reserve> {
+        self.note_sampled_size(key, range, size);
         if !self.arena.storage.is_complete() {
             return Ok(self.rejected(RejectReason::Rebuilding));
         }
@@ -196,7 +197,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The smallest bound of all participants.
-    pub(super) fn bound(&self) -> u64 {
+    #[must_use]
+    pub fn bound(&self) -> u64 {
         let participants = self.arena.storage.participants().iter();
         let bounds = participants.filter(|p| p.live != 0).map(|p| p.bound);
         bounds.fold(self.limits.max_size, u64::min)
@@ -265,7 +267,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
-            let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
+            // What is above the bound goes whatever the policy says.
+            let is_above = freed < taken.saturating_sub(bound);
+            let Some(i) = self.next_victim(now, reservation.failures == 0, is_above)? else {
                 break;
             };
             let cell = self.arena.get(i)?;

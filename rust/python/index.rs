@@ -10,19 +10,21 @@ use std::time::Duration;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyBytes, PyDict, PyString};
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
 use super::ages::Ages;
 use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
     RawAges, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit, known, limits,
-    millis, raw_entries, raw_recency, raw_span, raw_victims, span, when_to_verify,
+    millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims, span,
+    when_to_verify,
 };
 use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
 use super::reservation::{Abandoned, Committed, Reservation};
+use super::sampling::sample;
 use crate::arena::Heap;
 use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, Tally};
 use crate::error::Error;
@@ -37,6 +39,8 @@ pub(super) struct Index {
     tally: Arc<Tally>,
     /// Of the store whose lookups these are.
     counters: Option<Py<ReadCounters>>,
+    /// Whether its requests go into the sample.
+    sampled: bool,
 }
 
 impl Index {
@@ -46,6 +50,7 @@ impl Index {
             abandoned: Arc::default(),
             tally,
             counters: None,
+            sampled: false,
         }
     }
 
@@ -61,7 +66,8 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=None, complete=true, unit=1))]
+                        verify="never", seed=None, complete=true, unit=1, eviction="lru",
+                        minimise="requests"))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -72,7 +78,10 @@ impl Index {
         seed: Option<u64>,
         complete: bool,
         unit: u64,
+        eviction: &str,
+        minimise: &str,
     ) -> PyResult<Self> {
+        let (kind, minimise) = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -89,6 +98,7 @@ impl Index {
         let seed = seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let mut cache = Cache::new(block, limits, seed)?;
         cache.set_unit(unit);
+        cache.set_policy(kind, minimise);
         let tally = cache.tally();
         Ok(Index::over(Backing::own(cache), tally))
     }
@@ -96,7 +106,8 @@ impl Index {
     /// Opens the index of a cache directory; see the stub.
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
-                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0))]
+                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0,
+                        eviction="lru", minimise="requests"))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
@@ -109,7 +120,10 @@ impl Index {
         seed: u64,
         unit: u64,
         timeout: f64,
+        eviction: &str,
+        minimise: &str,
     ) -> PyResult<(Self, bool)> {
+        let policy = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -118,19 +132,45 @@ impl Index {
             verify,
         )?;
         let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
-        let open = || SharedIndex::open_within(&root, limits, seed, unit, patience);
+        let open = || SharedIndex::open_with_policy(&root, limits, seed, unit, patience, policy);
         let (directory, fresh) = py.detach(open)?;
         let tally = directory.tally();
         Ok((Index::over(Backing::shared(directory), tally), fresh))
     }
 
-    #[pyo3(signature = (counters, /))]
-    fn view(&self, counters: Py<ReadCounters>) -> Self {
+    fn policy(&self, py: Python<'_>) -> PyResult<(&'static str, &'static str)> {
+        let policy = step!(self, py, |cache| Ok(cache.policy()))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (eviction, minimise, /))]
+    fn set_policy(
+        &self,
+        py: Python<'_>,
+        eviction: &str,
+        minimise: &str,
+    ) -> PyResult<(&'static str, &'static str)> {
+        let (kind, minimise) = policy(eviction, minimise)?;
+        let policy = step!(self, py, |cache| Ok(cache.set_policy(kind, minimise)))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (size, seconds, /))]
+    fn note_seconds(&self, py: Python<'_>, size: u64, seconds: f64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.note_seconds(size, seconds);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (counters, sampled=false, /))]
+    fn view(&self, counters: Py<ReadCounters>, sampled: bool) -> Self {
         Index {
             backing: Arc::clone(&self.backing),
             abandoned: Arc::clone(&self.abandoned),
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
+            sampled,
         }
     }
 
@@ -150,7 +190,7 @@ impl Index {
             && !self.backing.is_disowned()
         {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
-            let hit = cache.hit(key, fresh);
+            let hit = cache.hit_sampled(key, fresh, self.sampled);
             drop(cache);
             if let Some(answer) = hit {
                 self.count(answer.is_some());
@@ -161,6 +201,13 @@ impl Index {
         let span = span(raw)?;
         let (answer, verify) = step!(self, py, |cache| {
             let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            if self.sampled {
+                match answer {
+                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
+                    Answer::Unknown => cache.sample(key, span, None, fresh),
+                    Answer::Absent | Answer::PerhapsAbsent => {}
+                }
+            }
             let verify = match answer {
                 Answer::Found(found) => cache.must_verify(found.handle),
                 _ => false,
@@ -622,6 +669,12 @@ impl Index {
         })
     }
 
+    /// See [`super::sampling`].
+    fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (copy, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, copy, unit)
+    }
+
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
         let stats = self.tally.stats();
         (
@@ -774,6 +827,12 @@ impl Index {
             cache.count_folders(size);
             Ok(())
         })
+    }
+
+    #[getter]
+    fn bound(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let bound = step!(self, py, |cache| Ok(cache.bound()))?;
+        Ok(Some(bound).filter(|bound| *bound != u64::MAX))
     }
 
     #[getter]

@@ -10,6 +10,8 @@ mod fill;
 mod index;
 mod memory;
 mod reservation;
+mod sampling;
+mod simulation;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -94,5 +96,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(checksum, module)?)?;
     module.add_function(wrap_pyfunction!(is_cacheable_key, module)?)?;
     module.add_function(wrap_pyfunction!(select, module)?)?;
+    module.add_function(wrap_pyfunction!(simulation::simulate, module)?)?;
     Ok(())
 }

@@ -14,6 +14,7 @@ use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
 use crate::cache::{Cache, Flights, Limits, Peers, Tally};
 use crate::error::{Error, Result};
+use crate::policy::{Minimise, PolicyKind};
 
 /// Times that a step tries the lock and only yields in between: a step takes less time than the
 /// shortest sleep.
@@ -72,16 +73,32 @@ impl<T: Clone> SharedIndex<T> {
         unit: u64,
         patience: Duration,
     ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, &[], 0)
+        let policy = (PolicyKind::default(), Minimise::default());
+        Self::open_with_policy(root, limits, seed, unit, patience, policy)
+    }
+
+    /// The same with a policy, which is in force unless others use the index with another one; see
+    /// [`Cache::policy`].
+    pub fn open_with_policy(
+        root: &Path,
+        limits: Limits,
+        seed: u64,
+        unit: u64,
+        patience: Duration,
+        policy: (PolicyKind, Minimise),
+    ) -> Result<(Self, bool), OpenError> {
+        Self::open_announcing(root, limits, seed, unit, patience, policy, &[], 0)
     }
 
     /// The same; `writes` are announced before others can take a step, and bytes that are promised.
+    #[allow(clippy::too_many_arguments)] // All that an index is opened with.
     fn open_announcing(
         root: &Path,
         limits: Limits,
         seed: u64,
         unit: u64,
         patience: Duration,
+        (kind, minimise): (PolicyKind, Minimise),
         writes: &[u64],
         promised: u64,
     ) -> Result<(Self, bool), OpenError> {
@@ -90,6 +107,7 @@ impl<T: Clone> SharedIndex<T> {
             cache: Cache::over(storage, limits),
             former: Former::default(),
         };
+        index.cache.choose_policy(kind, minimise);
         if index.storage().outdated {
             // What is damaged is no evidence.
             index.former = Former::of(&index.cache).unwrap_or_default();
@@ -110,6 +128,7 @@ impl<T: Clone> SharedIndex<T> {
             fresh = true;
             index.prepare(true, seed).map_err(|_| full())?;
         }
+        index.cache.set_policy(kind, minimise);
         index.cache.announce(writes);
         index.cache.tell_promised(promised);
         index.cache.tell_absences();
@@ -169,6 +188,7 @@ impl<T: Clone> SharedIndex<T> {
     fn begin(&mut self) -> Result<()> {
         if self.storage().begin()? {
             self.cache.reset();
+            self.cache.follow_policy();
             self.storage().register();
             let writes = self.cache.writes();
             self.cache.announce(&writes);
@@ -229,6 +249,7 @@ impl<T: Clone> SharedIndex<T> {
         let root = self.storage().root().to_owned();
         let writes = self.cache.writes();
         let (limits, unit) = (self.cache.limits(), self.cache.unit());
+        let policy = self.cache.wanted_policy();
         self.cache.reset();
         let promised = self.cache.promised();
         let opened = Self::open_announcing(
@@ -237,6 +258,7 @@ impl<T: Clone> SharedIndex<T> {
             seed,
             unit,
             REOPEN_PATIENCE,
+            policy,
             &writes,
             promised,
         );
@@ -245,6 +267,7 @@ impl<T: Clone> SharedIndex<T> {
             _ => Error::Full.into(),
         })?;
         self.storage().replace(other.cache.arena.storage);
+        self.cache.follow_policy();
         Ok(fresh)
     }
 
@@ -261,6 +284,7 @@ impl<T: Clone> SharedIndex<T> {
         let writes = self.cache.writes();
         self.cache.announce(&writes);
         self.cache.init(seed)?;
+        self.cache.follow_policy();
         Ok(true)
     }
 

@@ -9,6 +9,7 @@ mod lock_files;
 mod locked;
 mod mapped;
 mod participants;
+mod sample_file;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;

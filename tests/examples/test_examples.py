@@ -127,3 +127,17 @@ def test_pytorch_loader_workers_fill_one_cache(tmp_path: Path) -> None:
 def test_workers_later_epochs_read_nothing_from_source() -> None:
     epochs = re.findall(r"(\d+) samples, (\d+) reads of the source", run_example("workers.py"))
     assert epochs == [("64", "64"), ("64", "0"), ("64", "0")]
+
+
+def test_epochs_adaptive_serves_about_what_fits() -> None:
+    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example("epochs.py"), re.MULTILINE)
+    last = {
+        (kind, int(share), policy): float(results.split()[-3])
+        for kind, share, policy, results in lines
+    }
+    assert len(last) == 8
+    for (kind, share, policy), hits in last.items():
+        if policy == "adaptive":
+            assert hits > share / 100 - 0.1, kind
+        elif kind == "sequential":
+            assert hits == 0

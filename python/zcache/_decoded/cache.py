@@ -74,7 +74,8 @@ class DecodedCache:
     def _start(self) -> None:
         # Reentrant: inside it the garbage collector may end a reader. Never held while anything waits.
         self._lock = threading.RLock()
-        self._index = Index(max_size=self.max_size, flat_namespace=True)
+        policy = {name: self._handle.limits[name] for name in ("eviction", "minimise")}
+        self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size)
         self._room = Room(self._index, self.max_size, self._values, self._lock, self._admission)

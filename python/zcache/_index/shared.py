@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
+import time
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._core import Index
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
@@ -22,6 +27,12 @@ if TYPE_CHECKING:
     from zcache._source.location import Location
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
+_POLICY: Final = ("eviction", "minimise")
+_TRIES: Final = 5
+"""Times that it is looked whether those who use another policy are gone, ..."""
+_PAUSE: Final = 0.02
+"""... after so many seconds."""
+logger = logging.getLogger("zcache")
 
 
 class SharedIndex:
@@ -84,6 +95,7 @@ class SharedIndex:
 
         The maximum age of a look-up is each store's own; what is too old for all of them goes first.
         """
+        self._choose_policy(member)
         self._members.add(member)
         self._set_limits()
         weakref.finalize(member, self._set_limits).atexit = False
@@ -108,6 +120,33 @@ class SharedIndex:
         if enforce is not None and size is not None and (before is None or size < before):
             enforce()
 
+    def _choose_policy(self, member: Member) -> None:
+        """Go by the policy of a new member, unless others use the index; then the member is told."""
+        wanted = _policy_of(member.limits)
+        if _policy_of(self.handle.limits) != wanted:
+            for _ in range(_TRIES):
+                if not self._members:
+                    break
+                _let_go()
+            if self._members:
+                _tell(self.handle.name, wanted, _policy_of(self.handle.limits))
+                return
+            self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
+        self._set_policy(wanted, _TRIES)
+
+    def _set_policy(self, wanted: tuple[str, str], tries: int) -> None:
+        # A closure that named itself would keep the index until the garbage collector comes.
+        def compare(in_force: tuple[str, str]) -> None:
+            if in_force == wanted:
+                return
+            if not tries:
+                _tell(self.handle.name, wanted, in_force)
+                return
+            _let_go()
+            self._set_policy(wanted, tries - 1)
+
+        self.handle.call_later(compare, Index.set_policy, *wanted)
+
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.
 
@@ -131,6 +170,30 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+def _let_go() -> None:
+    """Stores that are only waiting to be collected, or for a step in the background, do not count."""
+    gc.collect()
+    time.sleep(_PAUSE)
+
+
+def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:
+    return limits["eviction"], limits["minimise"]
+
+
+def _tell(name: str, wanted: tuple[str, str], in_force: tuple[str, str]) -> None:
+    """Say that a store does not get the policy that it asks for."""
+    asked, used = (
+        ", ".join(f"{option}={value!r}" for option, value in zip(_POLICY, policy, strict=True))
+        for policy in (wanted, in_force)
+    )
+    message = (
+        f"the cache {name} is in use with {used}, so this store goes by that as well, not by {asked}. Close "
+        "the stores that use it first, or give this one a cache store of its own."
+    )
+    logger.warning(message)
+    warnings.warn(message, UserWarning, stacklevel=6)
 
 
 def _named(source: Store, source_id: SourceId) -> str:

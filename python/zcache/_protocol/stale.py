@@ -94,6 +94,7 @@ class StaleValues:
         hits.recount_as_hit()
         value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
+            hits.hook.brought(key, byte_range, len(value), hit=True)
             self.note(error)
         return value is not None, value
 

@@ -1,0 +1,170 @@
+"""The advice: curves for each policy, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from zcache._advice.advice import Advice, Curve
+from zcache._advice.estimate import Estimator
+from zcache._options import parse_size
+from zcache.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zcache._advice.trace import Trace
+
+POLICIES: Final = ("lru", "none", "adaptive")
+"""Policies that can be simulated."""
+FEWEST: Final = 100
+"""Requests below which nothing is said."""
+GOOD: Final = 0.9
+"""Part of what an unbounded cache would serve, which a size should reach."""
+_STEPS: Final = tuple(2.0 ** (step / 2) for step in range(-8, 9))
+"""Sizes that are looked at, as parts of the present one."""
+_BISECTIONS: Final = 5
+
+
+def parse_policies(policies: object) -> tuple[str, ...]:
+    """The policies to simulate, each once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one of them is none.
+    """
+    if policies is None:
+        return POLICIES
+    names: list[Any] = [policies] if isinstance(policies, str) else _listed("policies", policies)
+    for name in names:
+        if name not in POLICIES:
+            kind = OptionValueError if isinstance(name, str) else OptionTypeError
+            raise kind(f'invalid policies: {name!r}. Give any of "lru", "none" and "adaptive".')
+    if not names:
+        raise OptionValueError(
+            'invalid policies: none given. Give any of "lru", "none", "adaptive".'
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def parse_sizes(sizes: object) -> list[int] | None:
+    """Sizes in bytes, ascending, each once; see `parse_size`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one of them is no size.
+    """
+    if sizes is None:
+        return None
+    given: list[Any] = [sizes] if isinstance(sizes, (int, float, str)) else _listed("sizes", sizes)
+    parsed = [parse_size(size, "sizes") for size in given]
+    if not parsed or None in parsed:
+        raise OptionValueError(
+            f'invalid sizes: {sizes!r}. Give a list of bytes, or of text such as "2 GiB".'
+        )
+    return sorted({size for size in parsed if size is not None})
+
+
+def _listed(name: str, values: object) -> list[Any]:
+    try:
+        return list(values)  # type: ignore[call-overload,no-any-return]
+    except TypeError:
+        raise OptionTypeError(f"invalid {name}: {values!r}. Give a list.") from None
+
+
+def advise(
+    trace: Trace,
+    *,
+    max_size: int | None,
+    in_use: int = 0,
+    policy: str = "lru",
+    sizes: Iterable[int] | None = None,
+    policies: tuple[str, ...] = POLICIES,
+    nothing: str = "",
+) -> Advice:
+    """Say what these requests would have come to.
+
+    Parameters
+    ----------
+    trace : Trace
+        The requests.
+    max_size : int or None
+        Bytes of the present bound; None where there is none.
+    in_use : int, optional
+        Bytes that are cached, which take its place there. Default is 0: those of all that was requested.
+    policy : str, optional
+        The present policy. Default is "lru".
+    sizes : iterable of int, optional
+        Bytes, ascending. Default is None: from 1/16 to 16 times the present size.
+    policies : tuple of str, optional
+        What to simulate. Default is all.
+    nothing : str, optional
+        Why there may be too few requests. Default is "": they were just not made.
+    """
+    count = len(trace.keys) - trace.former
+    if count < FEWEST:
+        known = f"{count} of at least {FEWEST} requests"
+        reason = (
+            nothing if nothing and not count else f"too little traffic: {known} are known so far"
+        )
+        return Advice(reason=f"{reason}.")
+    estimator = Estimator(trace)
+    base = float(max_size if max_size is not None else in_use) or estimator.footprint
+    grid = list(sizes) if sizes is not None else [max(1, round(base * step)) for step in _STEPS]
+    at = np.array(sorted(set(grid)), float)
+    curves: dict[str, Curve] = {}
+    now: dict[str, tuple[float, float]] = {}
+    for name in policies:
+        found = np.array([estimator.at(name, size) for size in at])
+        ratios = found[:, 0]
+        # Without what a float makes of a whole number.
+        misses = np.round((1 - ratios) * trace.requests, 6)
+        error = np.minimum(found[:, 1] + estimator.scale_error(at, ratios), 1.0)
+        curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
+        now[name] = estimator.at(name, base)[:2]
+    present = policy if policy in curves else policies[0]
+    ratio = now[present][0]
+    # Of two that are alike, the one that is in use.
+    best = max(policies, key=lambda name: (round(now[name][0], 6), name == present))
+    best_possible = estimator.best()
+    return Advice(
+        requests=round(trace.requests),
+        sampled_requests=count,
+        sampling_rate=trace.rate,
+        max_size=round(base),
+        is_bounded=max_size is not None,
+        policy=present,
+        hit_ratio=ratio,
+        sizes=at.astype(np.uint64),
+        curves=curves,
+        best_hit_ratio=best_possible,
+        smallest_size=_smallest(
+            estimator, present, at, curves[present].hit_ratio, best_possible * GOOD
+        ),
+        best_policy=best,
+        best_policy_gain=now[best][0] - ratio,
+        cold_share=min(1.0, estimator.cold / (1 - ratio)) if ratio < 1 else 0.0,
+    )
+
+
+def _smallest(
+    estimator: Estimator, policy: str, sizes: Any, ratios: Any, wanted: float
+) -> int | None:
+    """The smallest size with this hit ratio, within 2 %; None if it is above all that were looked at."""
+    enough = np.flatnonzero(ratios >= wanted - 1e-9)
+    if not len(enough):
+        return None
+    high = float(sizes[enough[0]])
+    if not enough[0]:
+        return round(high)
+    low = float(sizes[enough[0] - 1])
+    for _ in range(_BISECTIONS + int(np.log2(max(1.0, np.log2(high / max(low, 1.0)))))):
+        middle = (max(low, 1.0) * high) ** 0.5
+        if estimator.at(policy, middle)[0] >= wanted - 1e-9:
+            high = middle
+        else:
+            low = middle
+    return int(np.ceil(high))
