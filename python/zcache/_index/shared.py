@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
@@ -133,17 +134,7 @@ class SharedIndex:
                 return
             self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
 
-        tries = iter(range(_TRIES))
-
-        def compare(in_force: tuple[str, str]) -> None:
-            if in_force == wanted:
-                return
-            if next(tries, None) is None:
-                _tell(self.handle.name, wanted, in_force)
-                return
-            _let_go()
-            self.handle.call_later(compare, Index.set_policy, *wanted)
-
+        compare = partial(_compare, self.handle, wanted, _TRIES)
         self.handle.call_later(compare, Index.set_policy, *wanted)
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
@@ -169,6 +160,22 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+def _compare(
+    handle: IndexHandle, wanted: tuple[str, str], tries: int, in_force: tuple[str, str]
+) -> None:
+    """Say that another policy is in force, unless those who use it are gone soon.
+
+    No closure: one that calls itself would keep the index alive.
+    """
+    if in_force == wanted:
+        return
+    if tries == 0:
+        _tell(handle.name, wanted, in_force)
+        return
+    _let_go()
+    handle.call_later(partial(_compare, handle, wanted, tries - 1), Index.set_policy, *wanted)
 
 
 def _let_go() -> None:
