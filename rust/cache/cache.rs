@@ -215,7 +215,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
         let policy = (self.policy.number(), self.minimise as u32);
-        let is_alone = !self.has_others();
+        let is_alone = !self.arena.storage.has_others();
         let header = self.arena.header_mut();
         header.unit = self.unit;
         if is_alone {
@@ -244,14 +244,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             unit: 0,
             minimise: Minimise::default(),
         }
-    }
-
-    /// Whether others use the index, as far as is known.
-    pub(super) fn has_others(&self) -> bool {
-        let storage = &self.arena.storage;
-        let own = storage.own_slot();
-        let mut participants = storage.participants().iter().enumerate();
-        participants.any(|(n, participant)| n != own && participant.live != 0)
     }
 
     /// Counts whole blocks of so many bytes, in an index that is empty.

@@ -14,7 +14,7 @@ impl<S: Peers, T: Clone> Cache<S, T, Policy> {
 
     /// Goes by a policy from now on, unless others use the index. Returns the one in force.
     pub fn set_policy(&mut self, kind: PolicyKind, minimise: Minimise) -> (PolicyKind, Minimise) {
-        if self.has_others() {
+        if self.arena.storage.has_others() {
             self.follow_policy();
         } else {
             self.choose_policy(kind, minimise);

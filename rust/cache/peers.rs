@@ -93,6 +93,11 @@ pub trait Peers: Storage {
     fn participants_mut(&mut self) -> &mut [Participant] {
         &mut []
     }
+    /// Whether there are other participants that live.
+    fn has_others(&self) -> bool {
+        let mut participants = self.participants().iter().enumerate();
+        participants.any(|(n, participant)| n != self.own_slot() && participant.live != 0)
+    }
     /// Changes the bound of this participant.
     fn set_bound(&mut self, _bound: u64) {}
     /// The slot of this participant.

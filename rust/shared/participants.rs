@@ -78,6 +78,9 @@ impl Mapped {
 }
 
 impl Peers for Mapped {
+    fn has_others(&self) -> bool {
+        self.others().any(|(n, _)| is_alive(&self.root, n))
+    }
     fn version(&self, key: u64) -> Version {
         let at = key as usize % VERSIONS;
         let version = self.slice(HEAD, HEADER_LEN, VERSIONS as u64).get(at);

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
@@ -132,19 +133,7 @@ class SharedIndex:
                 _tell(self.handle.name, wanted, _policy_of(self.handle.limits))
                 return
             self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
-        self._set_policy(wanted, _TRIES)
-
-    def _set_policy(self, wanted: tuple[str, str], tries: int) -> None:
-        # A closure that named itself would keep the index until the garbage collector comes.
-        def compare(in_force: tuple[str, str]) -> None:
-            if in_force == wanted:
-                return
-            if not tries:
-                _tell(self.handle.name, wanted, in_force)
-                return
-            _let_go()
-            self._set_policy(wanted, tries - 1)
-
+        compare = partial(_compare, self.handle, wanted, _TRIES)
         self.handle.call_later(compare, Index.set_policy, *wanted)
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
@@ -170,6 +159,22 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+def _compare(
+    handle: IndexHandle, wanted: tuple[str, str], tries: int, in_force: tuple[str, str]
+) -> None:
+    """Say that another policy is in force, unless those who use it are gone soon.
+
+    No closure: one that calls itself would keep the index alive.
+    """
+    if in_force == wanted:
+        return
+    if tries == 0:
+        _tell(handle.name, wanted, in_force)
+        return
+    _let_go()
+    handle.call_later(partial(_compare, handle, wanted, tries - 1), Index.set_policy, *wanted)
 
 
 def _let_go() -> None:
