@@ -188,7 +188,8 @@ async def test_index_file_cut_off_is_rebuilt_with_one_line(
         rebuilt = [record for record in caplog.records if "was rebuilt" in record.message]
         # One line; none where what was cut off was not in use.
         assert len(caplog.records) == len(rebuilt) <= 1
-        assert length > 1 or rebuilt
+        # What "adaptive" has learned is learned anew.
+        assert length > 1 or rebuilt or name == "history"
         await check(store)
         del store
         await closed(where)
