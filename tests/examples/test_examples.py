@@ -129,8 +129,10 @@ def test_workers_later_epochs_read_nothing_from_source() -> None:
     assert epochs == [("64", "64"), ("64", "0"), ("64", "0")]
 
 
-def test_epochs_adaptive_serves_about_what_fits() -> None:
-    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example("epochs.py"), re.MULTILINE)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [("epochs.py",), ("workers.py", "--epochs")])
+def test_epochs_adaptive_serves_about_what_fits(example: tuple[str, ...]) -> None:
+    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example(*example), re.MULTILINE)
     last = {
         (kind, int(share), policy): float(results.split()[-3])
         for kind, share, policy, results in lines
@@ -138,6 +140,7 @@ def test_epochs_adaptive_serves_about_what_fits() -> None:
     assert len(last) == 8
     for (kind, share, policy), hits in last.items():
         if policy == "adaptive":
-            assert hits > share / 100 - 0.1, kind
+            # What is on its way into a directory takes room of other values meanwhile.
+            assert hits > share / 100 - (0.1 if example == ("epochs.py",) else 0.3), kind
         elif kind == "sequential":
             assert hits == 0
