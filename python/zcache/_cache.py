@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
+from zcache._core import Index
 from zcache._decoded import cache as decoded_chunks
 from zcache._decoded.cache import DecodedCache
 from zcache._decoded.pipeline import install
@@ -29,6 +30,7 @@ from zcache._source.location import innermost, outlives_process
 from zcache._source.missing import MissingKeyErrors
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
+from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._ages import Age
-    from zcache._core import Index
     from zcache._runtime.io import IO
 
 
@@ -223,6 +224,13 @@ class Cache:
             "cache_skips": counters.skipped,
             **(decoded_chunks.NOTHING if decoded is None else decoded.stats()),
         }
+
+    def policy(self) -> tuple[str, str]:
+        """The policy in force and what it minimises; the wanted ones while the index does not answer."""
+        try:
+            return self.ask(Index.policy)  # type: ignore[no-any-return]
+        except IndexLockTimeout:
+            return self.eviction, self.minimise
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.

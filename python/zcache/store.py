@@ -361,6 +361,16 @@ class CacheStore(Store):
         return self._cache.max_size
 
     @property
+    def eviction(self) -> str:
+        """The policy that is in force: what was asked for, or that of those who used the cache store already."""
+        return self._cache.policy()[0]
+
+    @property
+    def minimise(self) -> str:
+        """What the policy in force makes least."""
+        return self._cache.policy()[1]
+
+    @property
     def min_free_space(self) -> int | None:
         """Bytes of the volume of a cache directory that stay free; None for the default."""
         return self._cache.min_free_space

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from support import buf, check_quiet, fill, read_through
+from support import buf, check_quiet, fill, read_through, until, value_sync
 from zcache import CacheStore
 from zcache._core import Index
 from zcache.testing import FakeClock, StoreDouble, stored_sizes
@@ -211,6 +212,67 @@ async def test_another_policy_is_told_while_the_index_is_in_use(
         await check_quiet(store)
 
 
+def test_what_nothing_minimises_is_no_other_policy() -> None:
+    """Only "adaptive" looks at costs."""
+    cache = MemoryStore()
+    first = CacheStore(MemoryStore(), cache_store=cache, source_id="one", eviction="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = CacheStore(
+            MemoryStore(), cache_store=cache, source_id="one", eviction="none", minimise="bytes"
+        )
+    assert first.eviction == other.eviction == "none"
+
+
+def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does a read raise then, also where warnings are errors."""
+    source, cache = MemoryStore({"k": buf(b"value")}), tmp_path / "cache"
+    arguments = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache)]
+    with (
+        subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder,
+        warnings.catch_warnings(),
+    ):
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        warnings.simplefilter("error")
+        assert holder.stdout.readline() == "holds\n"
+        store = CacheStore(source, cache_store=cache, source_id="source", eviction="none")
+        assert value_sync(store, "k") == b"value"
+        holder.stdin.write("let go\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "let go\n"
+
+        def is_told() -> bool:
+            assert value_sync(store, "k") == b"value"
+            return any("is in use with eviction='adaptive'" in text for text in caplog.messages)
+
+        asyncio.run(until(is_told))
+        assert store.eviction == "adaptive"
+        holder.stdin.close()
+
+
+HOLDER = """
+    import fcntl, sys
+    from pathlib import Path
+    from zarr.storage import MemoryStore
+    from zcache import CacheStore
+
+    store = CacheStore(
+        MemoryStore(), cache_store=sys.argv[1], source_id="source", eviction="adaptive"
+    )
+    with Path(sys.argv[1], ".zcache/index/lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("holds", flush=True)
+        sys.stdin.readline()
+    print("let go", flush=True)
+    sys.stdin.readline()
+"""
+
+
 async def test_another_policy_applies_on_the_next_start(cache: Store, tmp_path: Path) -> None:
     source = LocalStore(tmp_path / "source")
     store = CacheStore(source, cache_store=cache, max_size=60_000, eviction="adaptive")
@@ -221,7 +283,7 @@ async def test_another_policy_applies_on_the_next_start(cache: Store, tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = CacheStore(source, cache_store=cache, max_size=60_000, eviction="lru")
-    assert again._cache.ask(lambda index: index.policy()) == ("lru", "requests")
+    assert (again.eviction, again.minimise) == ("lru", "requests")
     await fill(again, **{f"m{n}": bytes(1000) for n in range(40)})
     await check_quiet(again)
 

@@ -103,6 +103,7 @@ class IndexHandle:
         # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
         self.recover: Callable[[Exception], None] | None = None
         self.open_first: Callable[[float], None] | None = None
+        self._when_open: list[Callable[[IndexHandle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._resolution: Future[None] | None = None
@@ -450,6 +451,14 @@ class IndexHandle:
 
     # ------------------------------------------------------------- opening
 
+    def when_open(self, then: Callable[[IndexHandle], object]) -> None:
+        """Call `then` with this handle now, or once the index is open."""
+        with self._lock:
+            if self.open_first is not None:
+                self._when_open.append(then)
+                return
+        then(self)
+
     def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
         """Have the index opened in the background; until then nothing is cached."""
         with self._lock:
@@ -510,8 +519,14 @@ class IndexHandle:
             self.open_first = None
         finally:
             with self._lock:
+                waiting = []
+                if self.open_first is None:
+                    waiting, self._when_open = self._when_open, []
                 if self._opening is done:
                     self._opening = None
+            for then in waiting:
+                with contextlib.suppress(Exception):
+                    then(self)
             done.set_result(None)
 
     # -------------------------------------------------------------- forks
@@ -524,6 +539,7 @@ class IndexHandle:
         self._opening_since = self._opened_last = -math.inf
         # The parent takes them.
         self.deferred.clear()
+        self._when_open.clear()
         if open_first is not None:
             self.index = self.empty_index()
             self.open_first = open_first

@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
@@ -123,18 +122,21 @@ class SharedIndex:
 
     def _choose_policy(self, member: Member) -> None:
         """Go by the policy of a new member, unless others use the index; then the member is told."""
-        wanted = _policy_of(member.limits)
-        if _policy_of(self.handle.limits) != wanted:
-            for _ in range(_TRIES):
-                if not self._members:
-                    break
-                _let_go()
-            if self._members:
-                _tell(self.handle.name, wanted, _policy_of(self.handle.limits))
+        wanted, handle = _policy_of(member.limits), self.handle
+        in_force = wanted
+        for tries in range(_TRIES, -1, -1):
+            in_force = _policy_of(handle.limits)
+            if in_force == wanted or not self._members:
+                handle.limits = {**handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
+                # Others may be processes. Where the index cannot be asked now, the log says so.
+                asked = _Asked(handle.name, wanted)
+                handle.when_open(asked.ask)
+                in_force = asked.in_force()
+            if in_force == wanted:
                 return
-            self.handle.limits = {**self.handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
-        compare = partial(_compare, self.handle, wanted, _TRIES)
-        self.handle.call_later(compare, Index.set_policy, *wanted)
+            if tries:
+                _let_go()
+        warnings.warn(_other_policy(handle.name, wanted, in_force), UserWarning, stacklevel=5)
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.
@@ -161,20 +163,27 @@ class Member:
         self.limits = limits
 
 
-def _compare(
-    handle: IndexHandle, wanted: tuple[str, str], tries: int, in_force: tuple[str, str]
-) -> None:
-    """Say that another policy is in force, unless those who use it are gone soon.
+class _Asked:
+    """The policy that an index goes by; told to the caller, or to the log where the answer comes later."""
 
-    No closure: one that calls itself would keep the index alive.
-    """
-    if in_force == wanted:
-        return
-    if tries == 0:
-        _tell(handle.name, wanted, in_force)
-        return
-    _let_go()
-    handle.call_later(partial(_compare, handle, wanted, tries - 1), Index.set_policy, *wanted)
+    def __init__(self, name: str, wanted: tuple[str, str]) -> None:
+        self._name = name
+        self._wanted = wanted
+        self._answer: tuple[str, str] | None = None
+        self._is_late = False
+
+    def ask(self, handle: IndexHandle) -> None:
+        handle.call_later(self._answered, Index.set_policy, *self._wanted)
+
+    def _answered(self, in_force: tuple[str, str]) -> None:
+        self._answer = _policy(*in_force)
+        if self._is_late and self._answer != self._wanted:
+            logger.warning(_other_policy(self._name, self._wanted, self._answer))
+
+    def in_force(self) -> tuple[str, str]:
+        """What is known now; else what was asked for."""
+        self._is_late = True
+        return self._answer or self._wanted
 
 
 def _let_go() -> None:
@@ -183,22 +192,25 @@ def _let_go() -> None:
     time.sleep(_PAUSE)
 
 
+def _policy(eviction: str, minimise: str) -> tuple[str, str]:
+    # The others do not look at costs.
+    return eviction, minimise if eviction == "adaptive" else "requests"
+
+
 def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:
-    return limits["eviction"], limits["minimise"]
+    return _policy(limits["eviction"], limits["minimise"])
 
 
-def _tell(name: str, wanted: tuple[str, str], in_force: tuple[str, str]) -> None:
-    """Say that a store does not get the policy that it asks for."""
+def _other_policy(name: str, wanted: tuple[str, str], in_force: tuple[str, str]) -> str:
     asked, used = (
         ", ".join(f"{option}={value!r}" for option, value in zip(_POLICY, policy, strict=True))
         for policy in (wanted, in_force)
     )
-    message = (
-        f"the cache {name} is in use with {used}, so this store goes by that as well, not by {asked}. Close "
-        "the stores that use it first, or give this one a cache store of its own."
+    return (
+        f"the cache {name} is in use with {used}, so this store goes by that as well, not by {asked}. Drop "
+        "the other stores on it first (they count as long as anything refers to them or their copies, in any "
+        "process), or give this one a cache store of its own."
     )
-    logger.warning(message)
-    warnings.warn(message, UserWarning, stacklevel=6)
 
 
 def _named(source: Store, source_id: SourceId) -> str:
