@@ -76,6 +76,21 @@ fn simulation_of_work_that_changes_adaptive_follows() {
     );
 }
 
+#[test]
+fn simulation_of_new_data_every_few_epochs_adaptive_does_not_stay_with_the_old() {
+    // 150 keys in five orders, then others; each pass takes them in steps that have no factor in common with 150.
+    let trace = || {
+        (0..60u64).flat_map(|set| {
+            [1, 77, 31, 119, 53]
+                .into_iter()
+                .flat_map(move |step| (0..150).map(move |n| set * 150 + n * step % 150))
+        })
+    };
+    let lru = misses(PolicyKind::Lru, 140, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 140, trace());
+    assert!(adaptive < lru + 0.03, "{adaptive} {lru}");
+}
+
 fn requests() -> impl Strategy<Value = Vec<(u64, u64)>> {
     let loops = (1u64..400, 1u64..6).prop_map(|(keys, epochs)| passes(keys, epochs).collect());
     let random = prop::collection::vec(0u64..500, 1..600);

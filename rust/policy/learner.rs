@@ -37,8 +37,9 @@ const BEHIND: f64 = 4.0;
 const PATIENCE: u64 = 2;
 /// By which part of its cost another rule has to be better in any case: a change costs misses as well.
 const LEAD: f64 = 0.01;
-/// The most that a change of the rule takes, in deviations.
-const INERTIA: f64 = 64.0;
+/// The most that a change of the rule takes, in deviations. With twice as many a rule that has come to serve nothing
+/// would never be left.
+const INERTIA: f64 = 6.0;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
