@@ -10,7 +10,7 @@ A method of an index that other processes share raises `IndexBusyError` if anoth
 longer than a step takes, and `CorruptIndexError` if the index cannot be used; nothing has changed then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias, final
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "IndexBusyError",
     "IndexFullError",
     "NeedsEviction",
+    "Plan",
     "ReadCounters",
     "Rejected",
     "Reservation",
@@ -168,6 +169,20 @@ class Ages:
         """Maximum age of the value of a key."""
 
 @final
+class Plan:
+    """Keys in the order in which they will be read: the first million of an iterable, taken from it at once.
+
+    Raises
+    ------
+    OptionTypeError
+        If it is no iterable of str, or a str or bytes itself.
+    """
+
+    def __new__(cls, keys: Iterable[str], /) -> Plan: ...
+    def __len__(self) -> int:
+        """Keys, each counted as often as it is read."""
+
+@final
 class ReadCounters:
     """Hits and misses of one store, whichever index has answered. Takes no lock."""
 
@@ -280,6 +295,20 @@ class Index:
 
     def note_seconds(self, size: int, seconds: float, /) -> None:
         """Tell how long the source took for so many bytes; of use where seconds are minimised."""
+
+    def set_plan(self, plan: Plan, /) -> tuple[int, int]:
+        """Go by a plan from now on, or by none if it has no keys; returns a cursor for `match_plan`.
+
+        What the plan will read soonest stays; what it does not have goes first, in the order of the policy.
+        It takes its keys out of `plan`.
+        """
+
+    def match_plan(self, cursor: tuple[int, int], /) -> tuple[int, int] | None:
+        """Find entries of the plan from a cursor on, a batch; returns where to go on, None at the end."""
+
+    @property
+    def plan(self) -> Literal["followed", "done", "wrong"] | None:
+        """What has become of the plan; None if there was none. Takes no lock."""
 
     def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""

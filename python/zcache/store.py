@@ -28,6 +28,7 @@ from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
 from zcache._index.keys import CachedKeys
+from zcache._index.plans import follow
 from zcache._options import (
     capacity_of,
     check_cache_store,
@@ -583,6 +584,54 @@ class CacheStore(Store):
         await self._writer.clear(self._io)
         if self._decoded is not None:
             self._decoded.clear()
+
+    def will_read(self, keys: Iterable[str]) -> int:
+        """Say what will be read, in its order, so that the cache keeps what is needed soonest.
+
+        For those who know, such as a sampler at the beginning of an epoch. While the plan holds, its keys that are
+        needed last go first when there is no room, and a value that is needed later than all that is there is not
+        taken in: nearly what Belady's optimal replacement would do. Keys that the plan has no more use for go
+        before those that it has, in the order of `eviction`; under "none" too they make room, for keys of the
+        plan only. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
+
+        The plan is one of this process and this cache: all stores over it share the plan, their reads in this process
+        move it on, and a new one takes its place. Other processes, forked children and copies that are unpickled
+        elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
+
+        Reads may overtake each other, and leave keys out, by a sixteenth of the different keys (4,096 at most; from 128 to
+        512 different keys by 32; by a quarter of fewer). Several reads of a key in a row, such as of ranges,
+        count as one. Once more than about two thirds of the reads are elsewhere for a while (32 to 1,024
+        reads; docs/eviction.md counts them), the plan is dropped, with a line in the log at level DEBUG, and
+        `eviction` alone decides again. So it does when all was read.
+
+        It takes time in proportion to the keys and to what is cached; in an event loop use
+        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 50 bytes for each different key, 8
+        for each further use and 35 for each key that is cached.
+
+        Parameters
+        ----------
+        keys : iterable of str
+            Keys as `get` gets them, each as often as it will be read. A key stands for its value and for all byte
+            ranges of it. At most 1,000,000 are taken from it, and at once: an endless iterable is fine, and
+            what comes after them is left to `eviction`. Without keys, as in ``will_read(())``, the plan is forgotten.
+
+        Returns
+        -------
+        int
+            Keys of the plan; 0 also if another process held the lock of the index for more than a second.
+
+        Raises
+        ------
+        OptionTypeError
+            A `TypeError`: it is no iterable of str. The plan before stays, as it does after any error of the iterable itself.
+
+        Examples
+        --------
+        >>> order = [f"images/c/{n}/0/0" for n in rng.permutation(50_000)]  # doctest: +SKIP
+        >>> store.will_read(order)  # doctest: +SKIP
+        50000
+        """
+        return follow(self._cache.shared.handle, keys)
 
     def advise(
         self,

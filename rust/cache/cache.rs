@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -10,6 +10,7 @@ use super::decoded::Changes;
 use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
 use super::peers::{Peers, Version};
+use super::planned::Planned;
 use super::reserve::Reservation;
 use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
@@ -130,6 +131,8 @@ pub struct Tally {
     pub(super) rejections: AtomicU64,
     /// Absences, as of the last step that has changed their number here, or taken a shared index.
     pub(super) absences: AtomicU64,
+    /// What has become of the plan; see [`Tally::plan`].
+    pub(super) plan: AtomicU32,
 }
 
 impl Tally {
@@ -149,6 +152,13 @@ impl Tally {
     #[must_use]
     pub fn absences(&self) -> u64 {
         self.absences.load(Ordering::Relaxed)
+    }
+
+    /// What has become of the plan: 0 where there is none, 1 while it is followed, 2 where all of it was read, 3
+    /// where it was wrong.
+    #[must_use]
+    pub fn plan(&self) -> u32 {
+        self.plan.load(Ordering::Relaxed)
     }
 
     pub(super) fn add(counter: &AtomicU64, count: u64) {
@@ -203,6 +213,8 @@ pub struct Cache<S, T, P = Policy> {
     unit: u64,
     /// What an empty index is to minimise.
     pub(super) minimise: Minimise,
+    /// What will be read, where this process knows.
+    pub(super) planned: Option<Box<Planned>>,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -243,6 +255,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             generation: 0,
             unit: 0,
             minimise: Minimise::default(),
+            planned: None,
         }
     }
 
@@ -341,7 +354,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let slots = std::mem::size_of_val(self.arena.storage.slots())
             + std::mem::size_of_val(self.arena.storage.history());
         let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
-        cells + strings + (slots + self.verified.memory() + sample) as u64
+        let others = self.verified.memory() + sample + self.plan_memory();
+        cells + strings + (slots + others) as u64
     }
 
     /// Whether an entry is of no use to anybody any more.
@@ -445,6 +459,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut parts = self.reservations.values().map(|r| r.reserved);
         let reserved = parts.try_fold(0u64, u64::checked_add);
         self.policy.validate(&self.arena)?;
+        if !self.is_plan_sound()? {
+            return Err(Error::Corrupt("entries of the plan"));
+        }
         let storage = &self.arena.storage;
         let header = self.arena.header();
         // In a shared index each participant knows its own part only.

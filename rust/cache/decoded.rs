@@ -109,6 +109,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !current {
             return Ok(false);
         }
+        self.read_planned(key, None);
         let full = self.arena.find(key, ByteRange::Full)?;
         let Some(i) = full.filter(|i| self.is_live(*i)) else {
             if touch_ranges {

@@ -5,7 +5,7 @@ use super::peers::Peers;
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
-use crate::policy::Eviction;
+use crate::policy::{Eviction, NEVER};
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Drops entries of at least `size` bytes, if there are so many; a batch at most.
@@ -13,7 +13,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true, true)? else {
+            let Some(i) = self.next_victim(now, true, true, NEVER)? else {
                 break;
             };
             Tally::add(
@@ -94,12 +94,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The entry that goes next: failed deletes if asked for, then the useless, then the choice of
-    /// the policy; `None` where that lets nothing go, unless it has to be.
+    /// the policy or the plan; `None` where that lets nothing go for a value with this next use, unless it has to
+    /// be.
     pub(super) fn next_victim(
         &mut self,
         now: u64,
         failed: bool,
         has_to_be: bool,
+        next_use: u32,
     ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
             return Ok(Some(i));
@@ -112,11 +114,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(Some(i));
             }
         }
-        if has_to_be {
-            self.policy.least(&mut self.arena)
-        } else {
-            self.policy.victim(&mut self.arena)
-        }
+        self.least_needed(next_use, has_to_be)
     }
 
     /// Makes an entry a victim and returns its bytes, or 0 where it is in progress already.

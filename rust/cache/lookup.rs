@@ -103,6 +103,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return None;
             }
             Tally::add(&self.tally.misses, 1);
+            self.read_planned(key, None);
             if sampled {
                 self.sample(key, ByteRange::Full, None, fresh);
             }
@@ -115,6 +116,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let size = cell.size().ok()?;
         self.policy.touch(&mut self.arena, i).ok()?;
         Tally::add(&self.tally.hits, 1);
+        self.read_planned(key, Some(i));
         if sampled {
             self.sample_hit(hash, size);
         }
@@ -137,6 +139,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
             None => Tally::add(&self.tally.misses, 1),
         }
+        self.read_planned(key, found.map(|found| found.handle as u32));
         Ok(found)
     }
 

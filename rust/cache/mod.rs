@@ -17,6 +17,7 @@ mod invalidate;
 mod keys;
 mod lookup;
 mod peers;
+mod planned;
 mod refresh;
 mod reserve;
 mod sampled;

@@ -264,12 +264,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.deletes_failed(&victims)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
+        let next_use = self.next_use(&reservation.key);
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
             // What is above the bound goes whatever the policy says.
             let is_above = freed < taken.saturating_sub(bound);
-            let Some(i) = self.next_victim(now, reservation.failures == 0, is_above)? else {
+            let failed = reservation.failures == 0;
+            let Some(i) = self.next_victim(now, failed, is_above, next_use)? else {
                 break;
             };
             let cell = self.arena.get(i)?;

@@ -23,6 +23,7 @@ use super::convert::{
 use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
+use super::plan::Plan;
 use super::reservation::{Abandoned, Committed, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
@@ -161,6 +162,35 @@ impl Index {
             cache.note_seconds(size, seconds);
             Ok(())
         })
+    }
+
+    #[pyo3(signature = (plan, /))]
+    fn set_plan(&self, py: Python<'_>, plan: &Plan) -> PyResult<Cursor> {
+        // Freed without the lock.
+        let (_before, first) = step!(self, py, |cache| {
+            // Not before the lock is held: a step that was not taken is taken again.
+            let before = match plan.take(py) {
+                Ok(plan) => cache.set_plan(plan),
+                Err(_) => None,
+            };
+            Ok((before, cache.first_keys()))
+        })?;
+        Ok(first)
+    }
+
+    #[pyo3(signature = (cursor, /))]
+    fn match_plan(&self, py: Python<'_>, cursor: Cursor) -> PyResult<Option<Cursor>> {
+        step!(self, py, |cache| cache.match_plan(cursor))
+    }
+
+    #[getter]
+    fn plan(&self) -> Option<&'static str> {
+        match self.tally.plan() {
+            0 => None,
+            1 => Some("followed"),
+            2 => Some("done"),
+            _ => Some("wrong"),
+        }
     }
 
     #[pyo3(signature = (counters, sampled=false, /))]

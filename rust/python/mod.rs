@@ -9,6 +9,7 @@ mod files;
 mod fill;
 mod index;
 mod memory;
+mod plan;
 mod reservation;
 mod sampling;
 mod simulation;
@@ -62,6 +63,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<index::Index>()?;
     module.add_class::<ages::Ages>()?;
+    module.add_class::<plan::Plan>()?;
     module.add_class::<counters::ReadCounters>()?;
     module.add_class::<reservation::Reservation>()?;
     module.add_class::<reservation::Granted>()?;

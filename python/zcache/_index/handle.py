@@ -86,6 +86,8 @@ class IndexHandle:
         Takes a step: `zcache.testing` puts its recorder here.
     deferred : deque of callable
         Steps without a waiter, where no thread could be started to take them later.
+    follows_plan : bool
+        Whether the index was told what will be read, and it was not seen yet that this is over.
     open_first : callable or None
         Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
         that it may wait for the lock, and raises `IndexBusyError` after that.
@@ -114,6 +116,7 @@ class IndexHandle:
         self._opening_since = -math.inf
         self._opened_last = -math.inf
         self.deferred: deque[Callable[[], None]] = deque()
+        self.follows_plan = False
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._counted_before = (0, 0, 0, 0, 0)
 

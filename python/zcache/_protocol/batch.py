@@ -331,7 +331,7 @@ class Batch:
         reader = self._reader
         now, ages = reader.now(), reader.hits.ages_of(asked[0])
         flight = Flight(self._io.loop(), now)
-        reader.backend.begin(self._io)
+        reader.hits.begin(self._io)
         left_alone = not reader.breaker.allows()
         if left_alone:
             reader.counters.count("skipped")

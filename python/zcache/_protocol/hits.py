@@ -14,6 +14,7 @@ from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import freeze, snapshot
 from zcache._runtime.threads import NoThreadError
@@ -79,6 +80,8 @@ class Hits:
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
+        if self.handle.follows_plan:
+            look(self.handle)
         if self._begin is not None:
             self._begin(io)
 
