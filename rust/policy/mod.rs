@@ -22,5 +22,5 @@ pub use self::entries::Entries;
 pub use self::kind::{Minimise, Policy, PolicyKind};
 pub use self::lru::Lru;
 pub use self::none::NoEviction;
-pub use self::policy::Eviction;
+pub use self::policy::{Eviction, Newcomer};
 pub use self::simulation::Simulation;
