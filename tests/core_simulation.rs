@@ -14,10 +14,14 @@ fn hash(key: u64) -> u64 {
 }
 
 fn misses(policy: PolicyKind, capacity: u64, trace: impl Iterator<Item = u64>) -> f64 {
+    misses_of(policy, capacity, trace.map(|key| (key, 1)))
+}
+
+fn misses_of(policy: PolicyKind, capacity: u64, trace: impl Iterator<Item = (u64, u64)>) -> f64 {
     let mut simulation = Simulation::new(policy, capacity);
     let (mut misses, mut count) = (0, 0);
-    for key in trace {
-        misses += u32::from(!simulation.access(hash(key), 1));
+    for (key, size) in trace {
+        misses += u32::from(!simulation.access(hash(key), size));
         count += 1;
     }
     simulation.validate().unwrap();
@@ -89,6 +93,38 @@ fn simulation_of_new_data_every_few_epochs_adaptive_does_not_stay_with_the_old()
     let lru = misses(PolicyKind::Lru, 140, trace());
     let adaptive = misses(PolicyKind::Adaptive, 140, trace());
     assert!(adaptive < lru + 0.03, "{adaptive} {lru}");
+}
+
+/// A few values are much larger than the others, as log-normal ones are.
+fn uneven(key: u64) -> u64 {
+    1 << (hash(key + 1) % 1024).trailing_zeros().min(9)
+}
+
+#[test]
+fn simulation_of_a_loop_of_uneven_sizes_adaptive_serves_what_fits() {
+    let total: u64 = (0..4000).map(uneven).sum();
+    for percent in [10, 50, 90] {
+        let trace = || passes(4000, 12).map(|key| (key, uneven(key)));
+        let capacity = total * percent / 100;
+        let adaptive = misses_of(PolicyKind::Adaptive, capacity, trace());
+        let none = misses_of(PolicyKind::None, capacity, trace());
+        assert!(adaptive < none, "{percent} {adaptive} {none}");
+    }
+}
+
+#[test]
+fn simulation_of_large_values_read_once_adaptive_keeps_the_small_ones() {
+    // 400 small values again and again, and after each pass one that needs the room of half of them.
+    let trace = || {
+        (0..100u64).flat_map(|epoch| {
+            let large = (1000 + epoch, 200);
+            (0..400).map(|key| (key, 1)).chain([large])
+        })
+    };
+    let adaptive = misses_of(PolicyKind::Adaptive, 420, trace());
+    let lru = misses_of(PolicyKind::Lru, 420, trace());
+    assert!(adaptive < 0.1, "{adaptive}");
+    assert!(lru > 0.9, "{lru}");
 }
 
 fn requests() -> impl Strategy<Value = Vec<(u64, u64)>> {

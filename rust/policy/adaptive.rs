@@ -4,7 +4,7 @@ use super::deferred::Deferred;
 use super::entries::Entries;
 use super::ghosts::Ghosts;
 use super::learner::{Learner, Request, WORDS};
-use super::policy::Eviction;
+use super::policy::{Eviction, Newcomer};
 use super::rule::{RULES, Ruled, is_sampled};
 use crate::arena::List;
 use crate::error::{Error, Result};
@@ -18,8 +18,6 @@ const LOOK_EVERY: u64 = 256;
 /// Uses of each entry after which hits alone tell nothing new, and entries that are counted at least.
 const KNOWN_AFTER: u64 = 4;
 const FEW: u64 = 64;
-/// The part by which what a full cache is known to hold is lowered each time that room is made.
-const FADE: u64 = 1024;
 
 /// Goes by one of the `RULES`, all of which divide the entries in the same way, so that it can change at any
 /// time. The `Learner` decides; what it knows is in the history of the entries, with the ghosts behind it.
@@ -71,9 +69,14 @@ fn observe<E: Entries>(entries: &mut E, entry: u32, is_hit: bool) -> Result<()> 
         size: entries.size(entry)?,
         is_hit,
     };
+    learn(entries, request);
+    Ok(())
+}
+
+fn learn<E: Entries>(entries: &mut E, request: Request) {
     let (state, capacity, (count, _)) = (*entries.state(), capacity(entries), entries.totals());
     let Some(mut learner) = learner(entries) else {
-        return Ok(());
+        return;
     };
     match learner.observe(request, count, &state, capacity) {
         Ok(rule) => entries.state_mut().rule = rule,
@@ -84,7 +87,6 @@ fn observe<E: Entries>(entries: &mut E, entry: u32, is_hit: bool) -> Result<()> 
             }
         }
     }
-    Ok(())
 }
 
 /// Makes room for what is remembered, in proportion to the entries. Without room less is remembered.
@@ -138,11 +140,26 @@ impl Eviction for Adaptive {
         ruled(entries).remove(entries, entry)
     }
 
+    fn admits<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
+        self.0.flush(entries, touch)?;
+        if ruled(entries).admits(entries, newcomer)? {
+            return Ok(true);
+        }
+        let state = entries.state_mut();
+        state.filled_at = state.uses;
+        if learner(entries).is_some_and(|learner| learner.samples(newcomer.hash)) {
+            let request = Request {
+                key: newcomer.hash,
+                size: newcomer.size,
+                is_hit: false,
+            };
+            learn(entries, request);
+        }
+        Ok(false)
+    }
+
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         self.0.flush(entries, touch)?;
-        let (_, bytes) = entries.totals();
-        let state = entries.state_mut();
-        state.full_bytes = bytes.max(state.full_bytes - state.full_bytes / FADE);
         ruled(entries).victim(entries)
     }
 

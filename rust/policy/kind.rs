@@ -4,7 +4,7 @@ use super::adaptive::Adaptive;
 use super::entries::Entries;
 use super::lru::Lru;
 use super::none::NoEviction;
-use super::policy::Eviction;
+use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
 
 /// An eviction policy.
@@ -144,6 +144,9 @@ impl Eviction for Policy {
     }
     fn remove<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
         each!(self, policy => policy.remove(entries, entry))
+    }
+    fn admits<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
+        each!(self, policy => policy.admits(entries, newcomer))
     }
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         each!(self, policy => policy.victim(entries))

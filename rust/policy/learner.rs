@@ -11,6 +11,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
+use super::policy::Newcomer;
 use super::rule::cost_of;
 use super::samples::{self, COUNT, Samples};
 use crate::arena::PolicyState;
@@ -267,8 +268,16 @@ impl<'a> Learner<'a> {
         let own = simulated.state_mut();
         (own.minimise, own.request_bytes) = (state.minimise, state.request_bytes);
         let size = simulated.size(key)?;
+        let newcomer = Newcomer {
+            hash: simulated.hash(key)?,
+            size,
+        };
+        let is_full = simulated.totals().1.saturating_add(size) > capacity;
+        if size > capacity || is_full && !ruled.admits(&mut simulated, newcomer)? {
+            return Ok((false, simulated.totals().0));
+        }
         let mut gone = Vec::new();
-        while size <= capacity && simulated.totals().1.saturating_add(size) > capacity {
+        while simulated.totals().1.saturating_add(size) > capacity {
             let Some(victim) = ruled.victim(&mut simulated)? else {
                 break;
             };
@@ -277,10 +286,8 @@ impl<'a> Learner<'a> {
                 gone.push(victim);
             }
         }
-        if size <= capacity {
-            simulated.hold(key)?;
-            ruled.insert(&mut simulated, key, false)?;
-        }
+        simulated.hold(key)?;
+        ruled.insert(&mut simulated, key, false)?;
         let count = simulated.totals().0;
         for i in gone {
             self.samples.remove_unheld(i)?;

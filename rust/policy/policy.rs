@@ -5,6 +5,15 @@ use std::fmt::Debug;
 use super::entries::Entries;
 use crate::error::Result;
 
+/// A value that would come in, if there were room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Newcomer {
+    /// The hash that its entry would have; see [`Entries::hash`].
+    pub hash: u64,
+    /// Its bytes.
+    pub size: u64,
+}
+
 /// Orders the `Live` entries by how soon they should go.
 ///
 /// The order lives in the links of the entries, so a policy works on heap and mapped memory alike, and on the
@@ -21,6 +30,12 @@ pub trait Eviction: Debug + Default {
 
     /// An entry is about to be `Live` no longer.
     fn remove<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()>;
+
+    /// Whether others should go for a newcomer; asked once, where there is no room for it. One that is turned
+    /// away stays uncached.
+    fn admits<E: Entries>(&mut self, _entries: &mut E, _newcomer: Newcomer) -> Result<bool> {
+        Ok(true)
+    }
 
     /// The entry that should go next, so that a new one can come in; `None` where all that are there should
     /// stay. It stays until [`Eviction::remove`].

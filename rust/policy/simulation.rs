@@ -3,7 +3,7 @@
 use super::entries::Entries;
 use super::keys::{Keys, words_for};
 use super::kind::{Policy, PolicyKind};
-use super::policy::Eviction;
+use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
 
 /// Nodes that a simulation begins with.
@@ -47,6 +47,12 @@ impl Simulation {
             return Ok(true);
         }
         if size > self.capacity {
+            return Ok(false);
+        }
+        let newcomer = Newcomer { hash: key, size };
+        if keys.totals().1.saturating_add(size) > self.capacity
+            && !self.policy.admits(&mut keys, newcomer)?
+        {
             return Ok(false);
         }
         while keys.totals().1.saturating_add(size) > self.capacity {
