@@ -95,6 +95,23 @@ def test_advice_about_a_loop_says_its_size_and_its_policy() -> None:
     assert advice.cold_share == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("bound", [200 * SIZE, 16 * 200 * SIZE, 1000 * 200 * SIZE])
+def test_advice_smallest_size_is_looked_for_below_all_sizes(bound: int) -> None:
+    store = store_of(200, max_size=bound)
+    for _ in range(10):
+        read_keys(store, range(200))
+    for sizes in (None, [bound], [0, bound]):
+        advice = store.advise(sizes=sizes)
+        assert advice.smallest_size is not None
+        assert 200 * SIZE <= advice.smallest_size <= 200 * SIZE * 1.02
+
+
+def test_advice_smallest_size_where_nothing_can_be_had_is_none_at_all() -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    read_keys(store, range(200))
+    assert store.advise().smallest_size == 0
+
+
 @pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
 def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
     store = store_of(200, max_size=100 * SIZE, eviction=eviction)

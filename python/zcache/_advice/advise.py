@@ -157,14 +157,18 @@ def _smallest(
     enough = np.flatnonzero(ratios >= wanted - 1e-9)
     if not len(enough):
         return None
-    high = float(sizes[enough[0]])
-    if not enough[0]:
-        return round(high)
-    low = float(sizes[enough[0] - 1])
-    for _ in range(_BISECTIONS + int(np.log2(max(1.0, np.log2(high / max(low, 1.0)))))):
+    found = int(sizes[enough[0]])
+    # Below the smallest of them it may be enough as well.
+    low, high = float(sizes[enough[0] - 1]) if enough[0] else 0.0, float(found)
+    if low == 0 and (high == 0 or estimator.at(policy, 0)[0] >= wanted - 1e-9):
+        return 0
+    halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1.0))))
+    for _ in range(_BISECTIONS + int(np.ceil(halvings))):
+        if high - low <= 1:
+            break
         middle = (max(low, 1.0) * high) ** 0.5
         if estimator.at(policy, middle)[0] >= wanted - 1e-9:
             high = middle
         else:
             low = middle
-    return int(np.ceil(high))
+    return min(found, int(np.ceil(high)))
