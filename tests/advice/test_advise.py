@@ -197,10 +197,28 @@ def test_advice_about_given_sizes_and_policies() -> None:
     advice = store.advise(sizes=["5KB", 1000, 5000], policies=["none"])
     assert list(advice.sizes) == [1000, 5000]
     assert list(advice.curves) == ["none"]
-    assert (advice.policy, advice.best_policy) == ("none", "none")
     assert advice.smallest_size is not None
     assert store.advise(sizes=[100]).smallest_size is None
     assert "More than 100 B" in str(store.advise(sizes=[100]))
+
+
+@pytest.mark.parametrize("policies", [["none"], ["adaptive", "none"], ["lru"]])
+def test_advice_about_other_policies_compares_with_the_present_one(policies: list[str]) -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    for _ in range(10):
+        read_keys(store, range(200))
+    every, advice = store.advise(), store.advise(policies=policies)
+    assert list(advice.curves) == policies
+    assert (advice.policy, advice.hit_ratio) == ("lru", every.hit_ratio)
+    assert advice.smallest_size == every.smallest_size
+    assert advice.cold_share == every.cold_share
+    assert "lru, hit ratio 0.00." in str(advice)
+    ratios = {name: every.curves[name].hit_ratio[8] for name in ["lru", *policies]}
+    assert advice.best_policy == max(ratios, key=lambda name: ratios[name])
+    assert advice.best_policy_gain == pytest.approx(ratios[advice.best_policy] - ratios["lru"])
+    assert ("compared with no other policy" in str(advice)) == (policies == ["lru"])
+    assert f"source requests ({policies[0]})" in str(advice)
+    ET.fromstring(advice._repr_html_())
 
 
 @pytest.mark.parametrize(

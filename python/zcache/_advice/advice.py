@@ -72,14 +72,14 @@ class Advice:
     sizes : array of uint64
         Bytes, ascending.
     curves : dict of str to Curve
-        For each policy what it would have made of the requests, at each of these sizes.
+        For each policy that was asked for what it would have made of the requests, at each of these sizes.
     best_hit_ratio : float
         What a cache without a bound would have; the rest is cold, or was too old to be served.
     smallest_size : int or None
         Bytes, within 2 %, with which the present policy has 90 % of `best_hit_ratio`; None if that takes more
         than all of `sizes`.
     best_policy : str
-        The policy with the highest hit ratio at `max_size`.
+        Of the present policy and those asked for, the one with the highest hit ratio at `max_size`.
     best_policy_gain : float
         How much higher that is than `hit_ratio`.
     cold_share : float
@@ -210,8 +210,10 @@ class Advice:
                 f"{size_text(self.smallest_size)} are the least with which {self.policy} has 90 % of what can be "
                 f"had (a hit ratio of {self.best_hit_ratio:.2f})."
             )
-        if self.best_policy == self.policy:
-            told.append(f"At {size}, no other policy is better.")
+        if not self.curves.keys() - {self.policy}:
+            told.append("It was compared with no other policy.")
+        elif self.best_policy == self.policy:
+            told.append(f"At {size}, no other policy that it was compared with is better.")
         else:
             told.append(
                 f"At {size}, {self.best_policy} is the best policy: its hit ratio is higher by "
@@ -223,11 +225,12 @@ class Advice:
         return told
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Of each size the hit ratios, and what is read from the source with the present policy."""
-        head = ["size", *self.curves, f"source requests ({self.policy})", "source bytes"]
+        """Of each size the hit ratios, and what is read from the source with one policy, best the present."""
+        shown = self.policy if self.policy in self.curves else next(iter(self.curves))
+        head = ["size", *self.curves, f"source requests ({shown})", "source bytes"]
         rows = []
         for at, size in enumerate(self.sizes):
-            own = self.curves[self.policy]
+            own = self.curves[shown]
             ratios = [_ratio(curve, at) for curve in self.curves.values()]
             mark = "* " if int(size) == self.max_size else ""
             rows.append(

@@ -117,7 +117,8 @@ def advise(
     at = np.array(sorted(set(grid)), float)
     curves: dict[str, Curve] = {}
     now: dict[str, tuple[float, float]] = {}
-    for name in policies:
+    # The present one is what all others are compared with, whether its curve is wanted or not.
+    for name in dict.fromkeys([*policies, policy]):
         found = np.array([estimator.at(name, size) for size in at])
         ratios = found[:, 0]
         # Without what a float makes of a whole number.
@@ -125,10 +126,9 @@ def advise(
         error = np.minimum(found[:, 1] + estimator.scale_error(at, ratios), 1.0)
         curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
         now[name] = estimator.at(name, base)[:2]
-    present = policy if policy in curves else policies[0]
-    ratio = now[present][0]
+    ratio = now[policy][0]
     # Of two that are alike, the one that is in use.
-    best = max(policies, key=lambda name: (round(now[name][0], 6), name == present))
+    best = max(now, key=lambda name: (round(now[name][0], 6), name == policy))
     best_possible = estimator.best()
     return Advice(
         requests=round(trace.requests),
@@ -136,13 +136,13 @@ def advise(
         sampling_rate=trace.rate,
         max_size=round(base),
         is_bounded=max_size is not None,
-        policy=present,
+        policy=policy,
         hit_ratio=ratio,
         sizes=at.astype(np.uint64),
-        curves=curves,
+        curves={name: curves[name] for name in policies},
         best_hit_ratio=best_possible,
         smallest_size=_smallest(
-            estimator, present, at, curves[present].hit_ratio, best_possible * GOOD
+            estimator, policy, at, curves[policy].hit_ratio, best_possible * GOOD
         ),
         best_policy=best,
         best_policy_gain=now[best][0] - ratio,
