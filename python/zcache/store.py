@@ -590,8 +590,9 @@ class CacheStore(Store):
         Parameters
         ----------
         sizes : iterable of int or str, optional
-            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of all
-            stores over the cache or, where none has any, the bytes that are cached.
+            Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the smallest `max_size` of all
+            stores over the cache or, where none has any, the bytes that are cached; where that is 0, the bytes of
+            all that was requested.
         policies : iterable of str, optional
             Any of "lru", "none" and "adaptive". Default is None: all.
 

@@ -171,10 +171,24 @@ async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) 
     await check_quiet(store)
 
 
-def test_advice_about_what_never_fits_is_about_what_was_requested() -> None:
+def test_advice_about_no_room_takes_its_sizes_from_what_was_requested() -> None:
     store = store_of(50, max_size=0)
     read_keys(store, list(range(50)) * 3)
-    assert store.advise().max_size == 50 * SIZE
+    advice = store.advise()
+    assert (advice.max_size, advice.is_bounded) == (0, True)
+    assert advice.hit_ratio == store.cache_stats()["hit_rate"] == 0.0
+    assert (advice.best_policy, advice.best_policy_gain) == ("lru", 0.0)
+    assert advice.cold_share == pytest.approx(1 / 3)
+    assert advice.sizes[8] == 50 * SIZE
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    assert "Now: max_size 0 B, lru, hit ratio 0.00." in str(advice)
+    ET.fromstring(advice._repr_html_())
+    axes = MagicMock()
+    axes.plot.side_effect = lambda *_, **__: (MagicMock(),)
+    advice.plot(axes)
+    # On a scale of logarithms there is no place for 0.
+    axes.axvline.assert_not_called()
 
 
 def test_advice_after_little_traffic_says_so() -> None:

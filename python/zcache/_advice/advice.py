@@ -62,7 +62,8 @@ class Advice:
     sampling_rate : float
         Part of all keys that was looked at, above 0 and up to 1.
     max_size : int
-        Bytes: the present size, from which `sizes` follow. The bound, or, where there is none, what is cached.
+        Bytes: the present size. The bound, or, where there is none, what is cached. `sizes` follow from it or,
+        where it is 0, from the bytes of all that was requested.
     is_bounded : bool
         Whether that is a bound.
     policy : str
@@ -177,9 +178,11 @@ class Advice:
             (line,) = ax.plot(sizes, curve.hit_ratio, label=name)
             low, high = _band(curve)
             ax.fill_between(sizes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        ax.axvline(self.max_size, color="gray", linestyle=":")
-        if (self.sizes > 0).all():
+        is_log = bool((self.sizes > 0).all())
+        if is_log:
             ax.set_xscale("log", base=2)
+        if self.max_size or not is_log:
+            ax.axvline(self.max_size, color="gray", linestyle=":")
         shown = sizes[:: max(1, (len(sizes) + 8) // 9)]
         ax.set_xticks(shown, [size_text(size) for size in shown], rotation=30)
         ax.set_ylim(0, 1)

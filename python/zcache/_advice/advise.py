@@ -79,7 +79,7 @@ def advise(
     trace: Trace,
     *,
     max_size: int | None,
-    in_use: int = 0,
+    in_use: int | None = None,
     policy: str = "lru",
     sizes: Iterable[int] | None = None,
     policies: tuple[str, ...] = POLICIES,
@@ -94,11 +94,12 @@ def advise(
     max_size : int or None
         Bytes of the present bound; None where there is none.
     in_use : int, optional
-        Bytes that are cached, which take its place there. Default is 0: those of all that was requested.
+        Bytes that are cached, which take its place there. Default is None: those of all that was requested.
     policy : str, optional
         The present policy. Default is "lru".
     sizes : iterable of int, optional
-        Bytes, ascending. Default is None: from 1/16 to 16 times the present size.
+        Bytes, ascending. Default is None: from 1/16 to 16 times the present size or, where that is 0, the bytes
+        of all that was requested.
     policies : tuple of str, optional
         What to simulate. Default is all.
     nothing : str, optional
@@ -112,9 +113,12 @@ def advise(
         )
         return Advice(reason=f"{reason}.")
     estimator = Estimator(trace)
-    base = float(max_size if max_size is not None else in_use) or estimator.footprint
-    grid = list(sizes) if sizes is not None else [max(1, round(base * step)) for step in _STEPS]
-    at = np.array(sorted(set(grid)), float)
+    used = round(estimator.footprint) if in_use is None else in_use
+    base = used if max_size is None else max_size
+    if sizes is None:
+        middle = base or estimator.footprint
+        sizes = [max(1, round(middle * step)) for step in _STEPS]
+    at = np.array(sorted(set(sizes)), float)
     curves: dict[str, Curve] = {}
     now: dict[str, tuple[float, float]] = {}
     # The present one is what all others are compared with, whether its curve is wanted or not.
@@ -134,7 +138,7 @@ def advise(
         requests=round(trace.requests),
         sampled_requests=count,
         sampling_rate=trace.rate,
-        max_size=round(base),
+        max_size=base,
         is_bounded=max_size is not None,
         policy=policy,
         hit_ratio=ratio,
