@@ -158,6 +158,24 @@ def test_advice_without_a_bound_is_about_what_is_cached() -> None:
     assert "no max_size" in str(advice)
 
 
+@pytest.mark.parametrize("bound", [2**64 - 2, 2**60 + 1])
+@pytest.mark.filterwarnings("error")
+def test_advice_sizes_end_where_those_of_a_cache_do(bound: int) -> None:
+    store = store_of(50, max_size=bound)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise()
+    assert advice.max_size == bound
+    assert int(advice.sizes[-1]) == 2**64 - 1
+    assert (np.diff(advice.sizes.astype(float)) > 0).all()
+    assert advice.curves["lru"].hit_ratio[-1] == advice.best_hit_ratio
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    given = store.advise(sizes=[2**64 - 1, 2**64 - 2])
+    assert given.sizes.tolist() == [2**64 - 2, 2**64 - 1]
+    ET.fromstring(advice._repr_html_())
+    assert str(advice)
+
+
 async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) -> None:
     store, source = open_store(tmp_path, max_size=10_000)
     for number in range(10):

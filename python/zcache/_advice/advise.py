@@ -8,7 +8,7 @@ import numpy as np
 
 from zcache._advice.advice import Advice, Curve
 from zcache._advice.estimate import Estimator
-from zcache._options import parse_size
+from zcache._options import MAX_BYTES, parse_size
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
@@ -117,17 +117,18 @@ def advise(
     base = used if max_size is None else max_size
     if sizes is None:
         middle = base or estimator.footprint
-        sizes = [max(1, round(middle * step)) for step in _STEPS]
-    at = np.array(sorted(set(sizes)), float)
+        sizes = [min(max(1, round(middle * step)), MAX_BYTES) for step in _STEPS]
+    # As numbers and not as floats, of which the greatest would be 2**64.
+    at = np.array(sorted(set(sizes)), np.uint64)
     curves: dict[str, Curve] = {}
     now: dict[str, tuple[float, float]] = {}
     # The present one is what all others are compared with, whether its curve is wanted or not.
     for name in dict.fromkeys([*policies, policy]):
-        found = np.array([estimator.at(name, size) for size in at])
+        found = np.array([estimator.at(name, size) for size in at.tolist()])
         ratios = found[:, 0]
         # Without what a float makes of a whole number.
         misses = np.round((1 - ratios) * trace.requests, 6)
-        error = np.minimum(found[:, 1] + estimator.scale_error(at, ratios), 1.0)
+        error = np.minimum(found[:, 1] + estimator.scale_error(at.astype(float), ratios), 1.0)
         curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
         now[name] = estimator.at(name, base)[:2]
     ratio = now[policy][0]
@@ -142,7 +143,7 @@ def advise(
         is_bounded=max_size is not None,
         policy=policy,
         hit_ratio=ratio,
-        sizes=at.astype(np.uint64),
+        sizes=at,
         curves={name: curves[name] for name in policies},
         best_hit_ratio=best_possible,
         smallest_size=_smallest(
