@@ -599,7 +599,8 @@ class CacheStore(Store):
         Returns
         -------
         Advice
-            False in a condition, with a `reason`, after fewer than 100 requests.
+            False in a condition, with a `reason`, after fewer than 100 requests, and where nothing is cached and no
+            store has a `max_size`.
 
         Raises
         ------

@@ -223,6 +223,14 @@ def test_advice_after_little_traffic_says_so() -> None:
         advice.plot()
 
 
+def test_advice_where_nothing_is_cached_and_nothing_bounds_it_says_so() -> None:
+    store = store_of(50, [0] * 50)
+    read_keys(store, list(range(50)) * 3)
+    for advice in (store.advise(), store.advise(sizes=[100])):
+        assert not advice
+        assert "too little traffic: nothing is cached" in str(advice)
+
+
 def test_advice_about_given_sizes_and_policies() -> None:
     store = store_of(50, max_size=1000)
     read_keys(store, list(range(50)) * 3)

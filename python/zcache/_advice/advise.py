@@ -115,6 +115,10 @@ def advise(
     estimator = Estimator(trace)
     used = round(estimator.footprint) if in_use is None else in_use
     base = used if max_size is None else max_size
+    if not base and max_size is None:
+        return Advice(
+            reason="too little traffic: nothing is cached, and there is no max_size to compare with."
+        )
     if sizes is None:
         middle = base or estimator.footprint
         sizes = [min(max(1, round(middle * step)), MAX_BYTES) for step in _STEPS]
