@@ -269,10 +269,16 @@ def test_advice_about_other_policies_compares_with_the_present_one(policies: lis
         ({"sizes": ["some"]}, OptionValueError, "some"),
         ({"sizes": [-1]}, OptionValueError, "-1"),
         ({"sizes": object()}, OptionTypeError, "sizes"),
+        ({"sizes": True}, OptionTypeError, "sizes"),
+        ({"sizes": b"ab"}, OptionTypeError, "sizes: b'ab'.*text, not bytes"),
+        ({"sizes": [b"1KB"]}, OptionTypeError, "sizes: b'1KB'"),
+        ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are for max_size only'),
         ({"policies": ["fifo"]}, OptionValueError, "fifo"),
         ({"policies": []}, OptionValueError, "policies"),
         ({"policies": [3]}, OptionTypeError, "3"),
         ({"policies": 3}, OptionTypeError, "policies"),
+        ({"policies": b"lru"}, OptionTypeError, "policies: b'lru'.*text, not bytes"),
+        ({"policies": [["lru"]]}, OptionTypeError, "policies: .'lru'.\\. Give any of"),
     ],
 )
 def test_advice_bad_options_are_named(
@@ -280,6 +286,13 @@ def test_advice_bad_options_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         store_of(1).advise(**options)
+
+
+@pytest.mark.parametrize("sizes", [np.int64(500), np.float64(500), np.array([500]), 500, "500"])
+def test_advice_takes_sizes_of_numpy(sizes: Any) -> None:
+    store = store_of(50, max_size=1000)
+    read_keys(store, list(range(50)) * 3)
+    assert store.advise(sizes=sizes).sizes.tolist() == [500]
 
 
 def test_advice_of_values_that_expire_counts_no_hits_that_nothing_had_given() -> None:

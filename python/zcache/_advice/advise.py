@@ -39,7 +39,7 @@ def parse_policies(policies: object) -> tuple[str, ...]:
         return POLICIES
     names: list[Any] = [policies] if isinstance(policies, str) else _listed("policies", policies)
     for name in names:
-        if name not in POLICIES:
+        if not isinstance(name, str) or name not in POLICIES:
             kind = OptionValueError if isinstance(name, str) else OptionTypeError
             raise kind(f'invalid policies: {name!r}. Give any of "lru", "none" and "adaptive".')
     if not names:
@@ -59,7 +59,8 @@ def parse_sizes(sizes: object) -> list[int] | None:
     """
     if sizes is None:
         return None
-    given: list[Any] = [sizes] if isinstance(sizes, (int, float, str)) else _listed("sizes", sizes)
+    is_one = isinstance(sizes, (int, float, str, np.number))
+    given: list[Any] = [sizes] if is_one else _listed("sizes", sizes)
     parsed = [parse_size(size, "sizes") for size in given]
     if not parsed or None in parsed:
         raise OptionValueError(
@@ -69,6 +70,8 @@ def parse_sizes(sizes: object) -> list[int] | None:
 
 
 def _listed(name: str, values: object) -> list[Any]:
+    if isinstance(values, (bytes, bytearray, memoryview)):
+        raise OptionTypeError(f"invalid {name}: {values!r}. Give text, not bytes, or a list.")
     try:
         return list(values)  # type: ignore[call-overload,no-any-return]
     except TypeError:

@@ -36,7 +36,7 @@ def replay(
     path : str or PathLike
         A file that `CacheStore.record` has made.
     sizes : iterable of int or str, optional
-        Bytes, written as for `CacheStore`'s `max_size`. Default is None: from 1/16 to 16 times the bound of the
+        Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the bound of the
         recorded store or, where it had none, the bytes of all entries that were requested.
     policies : iterable of str, optional
         Any of "lru", "none" and "adaptive". Default is None: all.
