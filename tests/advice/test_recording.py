@@ -396,7 +396,24 @@ def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    "line", ["1,a,,10,0,", "x,a,,10,0,,10", "1,a,,10,0,,-1", "1,a,,10,2000,,10", '1,"a', "1,2,3"]
+    "line",
+    [
+        "1,a,,10,0,",
+        "x,a,,10,0,,10",
+        "nan,a,,10,0,,10",
+        "inf,a,,10,0,,10",
+        "-1,a,,10,0,,10",
+        "1,a,,10,0,,-1",
+        "1,a,,10,0,,1_0",
+        "1,a,,10,0,,18446744073709551615",
+        "1,a,,10,0,,9223372036854775807",
+        f"1,a,,10,0,,{'9' * 5000}",
+        "1,a,,10,2000,,10",
+        "1,a,,10,2,,10",
+        "1,a,,10,,,10",
+        '1,"a',
+        "1,2,3",
+    ],
 )
 def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
     recorded(path)
@@ -404,6 +421,50 @@ def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
     path.write_bytes(gzip.compress(text.encode()))
     with pytest.raises(RecordingError, match=r"line 100\d|end of data"):
         replay(path)
+
+
+GOOD = {"max_size": 2000, "block_size": 1, "eviction": "lru", "anonymous": False}
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("[]", "no JSON object"),
+        ("null", "no JSON object"),
+        ("3", "no JSON object"),
+        ('"max_size"', "no JSON object"),
+        ("{}", "max_size is 'missing'"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "no complete recording"),
+        *(
+            (json.dumps({**GOOD, name: value}), f"its {name} is")
+            for name, value in [
+                ("max_size", -1),
+                ("max_size", 2**64),
+                ("max_size", 10**400),
+                ("max_size", True),
+                ("max_size", 1.5),
+                ("block_size", -1),
+                ("block_size", 2**64),
+                ("block_size", float("inf")),
+                ("block_size", None),
+                ("block_size", "4096"),
+                ("block_size", []),
+                ("eviction", "fifo"),
+                ("eviction", None),
+                ("eviction", ["lru"]),
+            ]
+        ),
+    ],
+)
+def test_replay_of_a_head_that_is_wrong_names_it(path: Path, head: str, message: str) -> None:
+    recorded(path)
+    first, _, rest = gzip.decompress(path.read_bytes()).decode().partition("\r\n")
+    first = first[: first.index("{")] + head
+    path.write_bytes(gzip.compress(f"{first}\r\n{rest}".encode()))
+    with pytest.raises(RecordingError, match=message) as caught:
+        replay(path)
+    assert str(path) in str(caught.value)
 
 
 def test_replay_of_no_file(path: Path) -> None:
