@@ -645,7 +645,8 @@ class CacheStore(Store):
         Returns
         -------
         Recording
-            A context manager; the recording ends with the block, or by its `close`.
+            A context manager; the recording ends with the block, by its `close`, where nobody refers to it any
+            more, or when the process exits.
 
         Raises
         ------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import gc
 import gzip
 import json
 import logging
@@ -268,7 +269,7 @@ def test_recording_of_reads_that_never_end_is_bounded(
         for number in range(100):
             with pytest.raises(OSError, match="unreachable"):
                 value_sync(store, f"a/c/{number}")
-        assert made._pending_count <= 10
+        assert made._writer._pending_count <= 10
     assert len(rows_of(path)) == 100
 
 
@@ -338,6 +339,57 @@ def test_recording_of_a_process_that_is_killed_keeps_what_was_written(path: Path
     whole = data.rindex(b"\x1f\x8b\x08")
     path.write_bytes(data[:whole])
     assert len(rows_of(path)) > 100
+
+
+EXITING = """
+import sys
+sys.path.insert(0, {tests!r})
+from zcache import CacheStore
+from zcache._advice import recording
+from support import buf, value_sync
+from zarr.storage import MemoryStore
+recording.PAUSE = 3600.0
+store = CacheStore(MemoryStore({{"a": buf(bytes(9))}}))
+recorder = store.record({path!r})
+for _ in range(70_000):
+    value_sync(store, "a")
+"""
+
+
+def test_recording_that_is_open_when_the_process_exits_is_written_to_its_end(path: Path) -> None:
+    code = EXITING.format(tests=str(TESTS), path=str(path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert len(rows_of(path)) == 70_000
+
+
+async def test_recording_that_is_dropped_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
+    store = CacheStore(source_of(3))
+    recorder = store.record(path)
+    await read(store, "a/c/0")
+    thread = recorder._writer._thread
+    del recorder
+    gc.collect()
+    await read(store, "a/c/1")
+    await until(lambda: not thread.is_alive())
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
+    with store.record(path.parent / "other"):
+        await read(store, "a/c/2")
+    assert [row["key"] for row in rows_of(path.parent / "other")] == ["a/c/2"]
+
+
+def test_recording_that_is_closed_is_not_entered_again(path: Path) -> None:
+    store = CacheStore(source_of(1))
+    with store.record(path) as recorder:
+        with recorder:
+            value_sync(store, "a/c/0")
+        with (
+            pytest.raises(RuntimeError, match=r"requests\.csv\.gz' is closed.*store\.record"),
+            recorder,
+        ):
+            pass
+    recorder.close()
+    assert len(rows_of(path)) == 1
 
 
 # ----------------------------------------------------------------------------- replay
