@@ -228,7 +228,7 @@ def test_advice_where_nothing_is_cached_and_nothing_bounds_it_says_so() -> None:
     read_keys(store, list(range(50)) * 3)
     for advice in (store.advise(), store.advise(sizes=[100])):
         assert not advice
-        assert "too little traffic: nothing is cached" in str(advice)
+        assert "too little traffic: no bytes are cached" in str(advice)
 
 
 def test_advice_about_given_sizes_and_policies() -> None:

@@ -120,7 +120,7 @@ def advise(
     base = used if max_size is None else max_size
     if not base and max_size is None:
         return Advice(
-            reason="too little traffic: nothing is cached, and there is no max_size to compare with."
+            reason="too little traffic: no bytes are cached, and there is no max_size to compare with."
         )
     if sizes is None:
         middle = base or estimator.footprint

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _LARGEST_VALUE: Final = 2**47
 """Bytes of the largest value that a process has room for in its addresses."""
 _LARGEST_BLOCK: Final = 2**30
-_HITS: Final = {"0": 0, "1": 1}
 
 
 def replay(
@@ -105,9 +104,7 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
             times.append(_time(at))
             keys.append(numbers.setdefault((key, entry_range), len(numbers)))
             sizes.append(_size(size) if size else UNKNOWN)
-            hits.append(_HITS[hit])
-        except KeyError:
-            raise ValueError(f"line {lines.line_num + 1}: hit is {hit!r}, not 0 or 1") from None
+            hits.append(_hit(hit))
         except ValueError as error:
             raise ValueError(f"line {lines.line_num + 1}: {error}") from error
     # Misses were written when they were known, not when they were made.
@@ -143,6 +140,12 @@ def _time(text: str) -> float:
     if not 0 <= seconds < inf:
         raise ValueError(f"time is {text!r}, no number of seconds from 0 on")
     return seconds
+
+
+def _hit(text: str) -> int:
+    if text not in ("0", "1"):
+        raise ValueError(f"hit is {text!r}, not 0 or 1")
+    return int(text)
 
 
 def _size(text: str) -> int:
