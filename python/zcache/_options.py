@@ -111,6 +111,11 @@ def _parse_share(number: str, name: str, value: object, whole: Callable[[], int]
 
 
 def _size_message(name: str, value: object) -> str:
+    if name == "sizes":
+        return (
+            f"invalid {name}: {value!r}. Give whole numbers of bytes from 0 to 2**64 - 1, or text such as "
+            '"256MB" or "2 GiB". Shares such as "25%" are for max_size only.'
+        )
     none = "no bound" if name == "max_size" else "the default"
     share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (

@@ -649,15 +649,17 @@ class CacheStore(Store):
         Parameters
         ----------
         sizes : iterable of int or str, optional
-            Bytes, written as for `max_size`. Default is None: from 1/16 to 16 times the smallest `max_size` of all
-            stores over the cache or, where none has any, the bytes that are cached.
+            Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the smallest `max_size` of all
+            stores over the cache or, where none has any, the bytes that are cached; where that is 0, the bytes of
+            all that was requested.
         policies : iterable of str, optional
             Any of "lru", "none" and "adaptive". Default is None: all.
 
         Returns
         -------
         Advice
-            False in a condition, with a `reason`, after fewer than 100 requests.
+            False in a condition, with a `reason`, after fewer than 100 requests, and where nothing is cached and no
+            store has a `max_size`.
 
         Raises
         ------
@@ -702,7 +704,8 @@ class CacheStore(Store):
         Returns
         -------
         Recording
-            A context manager; the recording ends with the block, or by its `close`.
+            A context manager; the recording ends with the block, by its `close`, where nobody refers to it any
+            more, or when the process exits.
 
         Raises
         ------

@@ -95,6 +95,23 @@ def test_advice_about_a_loop_says_its_size_and_its_policy() -> None:
     assert advice.cold_share == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("bound", [200 * SIZE, 16 * 200 * SIZE, 1000 * 200 * SIZE])
+def test_advice_smallest_size_is_looked_for_below_all_sizes(bound: int) -> None:
+    store = store_of(200, max_size=bound)
+    for _ in range(10):
+        read_keys(store, range(200))
+    for sizes in (None, [bound], [0, bound]):
+        advice = store.advise(sizes=sizes)
+        assert advice.smallest_size is not None
+        assert 200 * SIZE <= advice.smallest_size <= 200 * SIZE * 1.02
+
+
+def test_advice_smallest_size_where_nothing_can_be_had_is_none_at_all() -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    read_keys(store, range(200))
+    assert store.advise().smallest_size == 0
+
+
 @pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
 def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
     store = store_of(200, max_size=100 * SIZE, eviction=eviction)
@@ -141,6 +158,24 @@ def test_advice_without_a_bound_is_about_what_is_cached() -> None:
     assert "no max_size" in str(advice)
 
 
+@pytest.mark.parametrize("bound", [2**64 - 2, 2**60 + 1])
+@pytest.mark.filterwarnings("error")
+def test_advice_sizes_end_where_those_of_a_cache_do(bound: int) -> None:
+    store = store_of(50, max_size=bound)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise()
+    assert advice.max_size == bound
+    assert int(advice.sizes[-1]) == 2**64 - 1
+    assert (np.diff(advice.sizes.astype(float)) > 0).all()
+    assert advice.curves["lru"].hit_ratio[-1] == advice.best_hit_ratio
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    given = store.advise(sizes=[2**64 - 1, 2**64 - 2])
+    assert given.sizes.tolist() == [2**64 - 2, 2**64 - 1]
+    ET.fromstring(advice._repr_html_())
+    assert str(advice)
+
+
 async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) -> None:
     store, source = open_store(tmp_path, max_size=10_000)
     for number in range(10):
@@ -154,10 +189,24 @@ async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) 
     await check_quiet(store)
 
 
-def test_advice_about_what_never_fits_is_about_what_was_requested() -> None:
+def test_advice_about_no_room_takes_its_sizes_from_what_was_requested() -> None:
     store = store_of(50, max_size=0)
     read_keys(store, list(range(50)) * 3)
-    assert store.advise().max_size == 50 * SIZE
+    advice = store.advise()
+    assert (advice.max_size, advice.is_bounded) == (0, True)
+    assert advice.hit_ratio == store.cache_stats()["hit_rate"] == 0.0
+    assert (advice.best_policy, advice.best_policy_gain) == ("lru", 0.0)
+    assert advice.cold_share == pytest.approx(1 / 3)
+    assert advice.sizes[8] == 50 * SIZE
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    assert "Now: max_size 0 B, lru, hit ratio 0.00." in str(advice)
+    ET.fromstring(advice._repr_html_())
+    axes = MagicMock()
+    axes.plot.side_effect = lambda *_, **__: (MagicMock(),)
+    advice.plot(axes)
+    # On a scale of logarithms there is no place for 0.
+    axes.axvline.assert_not_called()
 
 
 def test_advice_after_little_traffic_says_so() -> None:
@@ -174,16 +223,42 @@ def test_advice_after_little_traffic_says_so() -> None:
         advice.plot()
 
 
+def test_advice_where_nothing_is_cached_and_nothing_bounds_it_says_so() -> None:
+    store = store_of(50, [0] * 50)
+    read_keys(store, list(range(50)) * 3)
+    for advice in (store.advise(), store.advise(sizes=[100])):
+        assert not advice
+        assert "too little traffic: no bytes are cached" in str(advice)
+
+
 def test_advice_about_given_sizes_and_policies() -> None:
     store = store_of(50, max_size=1000)
     read_keys(store, list(range(50)) * 3)
     advice = store.advise(sizes=["5KB", 1000, 5000], policies=["none"])
     assert list(advice.sizes) == [1000, 5000]
     assert list(advice.curves) == ["none"]
-    assert (advice.policy, advice.best_policy) == ("none", "none")
     assert advice.smallest_size is not None
     assert store.advise(sizes=[100]).smallest_size is None
     assert "More than 100 B" in str(store.advise(sizes=[100]))
+
+
+@pytest.mark.parametrize("policies", [["none"], ["adaptive", "none"], ["lru"]])
+def test_advice_about_other_policies_compares_with_the_present_one(policies: list[str]) -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    for _ in range(10):
+        read_keys(store, range(200))
+    every, advice = store.advise(), store.advise(policies=policies)
+    assert list(advice.curves) == policies
+    assert (advice.policy, advice.hit_ratio) == ("lru", every.hit_ratio)
+    assert advice.smallest_size == every.smallest_size
+    assert advice.cold_share == every.cold_share
+    assert "lru, hit ratio 0.00." in str(advice)
+    ratios = {name: every.curves[name].hit_ratio[8] for name in ["lru", *policies]}
+    assert advice.best_policy == max(ratios, key=lambda name: ratios[name])
+    assert advice.best_policy_gain == pytest.approx(ratios[advice.best_policy] - ratios["lru"])
+    assert ("compared with no other policy" in str(advice)) == (policies == ["lru"])
+    assert f"source requests ({policies[0]})" in str(advice)
+    ET.fromstring(advice._repr_html_())
 
 
 @pytest.mark.parametrize(
@@ -194,10 +269,16 @@ def test_advice_about_given_sizes_and_policies() -> None:
         ({"sizes": ["some"]}, OptionValueError, "some"),
         ({"sizes": [-1]}, OptionValueError, "-1"),
         ({"sizes": object()}, OptionTypeError, "sizes"),
+        ({"sizes": True}, OptionTypeError, "sizes"),
+        ({"sizes": b"ab"}, OptionTypeError, "sizes: b'ab'.*text, not bytes"),
+        ({"sizes": [b"1KB"]}, OptionTypeError, "sizes: b'1KB'"),
+        ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are for max_size only'),
         ({"policies": ["fifo"]}, OptionValueError, "fifo"),
         ({"policies": []}, OptionValueError, "policies"),
         ({"policies": [3]}, OptionTypeError, "3"),
         ({"policies": 3}, OptionTypeError, "policies"),
+        ({"policies": b"lru"}, OptionTypeError, "policies: b'lru'.*text, not bytes"),
+        ({"policies": [["lru"]]}, OptionTypeError, "policies: .'lru'.\\. Give any of"),
     ],
 )
 def test_advice_bad_options_are_named(
@@ -205,6 +286,13 @@ def test_advice_bad_options_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         store_of(1).advise(**options)
+
+
+@pytest.mark.parametrize("sizes", [np.int64(500), np.float64(500), np.array([500]), 500, "500"])
+def test_advice_takes_sizes_of_numpy(sizes: Any) -> None:
+    store = store_of(50, max_size=1000)
+    read_keys(store, list(range(50)) * 3)
+    assert store.advise(sizes=sizes).sizes.tolist() == [500]
 
 
 def test_advice_of_values_that_expire_counts_no_hits_that_nothing_had_given() -> None:

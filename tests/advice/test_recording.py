@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import gc
 import gzip
 import json
 import logging
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
@@ -31,7 +31,7 @@ from support import (
     until,
     value_sync,
 )
-from zcache import CacheStore, OptionTypeError, RecordingError, replay
+from zcache import CacheStore, OptionTypeError, replay
 from zcache._advice import recording
 from zcache.testing import StoreDouble
 
@@ -268,7 +268,7 @@ def test_recording_of_reads_that_never_end_is_bounded(
         for number in range(100):
             with pytest.raises(OSError, match="unreachable"):
                 value_sync(store, f"a/c/{number}")
-        assert made._pending_count <= 10
+        assert made._writer._pending_count <= 10
     assert len(rows_of(path)) == 100
 
 
@@ -340,75 +340,55 @@ def test_recording_of_a_process_that_is_killed_keeps_what_was_written(path: Path
     assert len(rows_of(path)) > 100
 
 
-# ----------------------------------------------------------------------------- replay
+EXITING = """
+import sys
+sys.path.insert(0, {tests!r})
+from zcache import CacheStore
+from zcache._advice import recording
+from support import buf, value_sync
+from zarr.storage import MemoryStore
+recording.PAUSE = 3600.0
+store = CacheStore(MemoryStore({{"a": buf(bytes(9))}}))
+recorder = store.record({path!r})
+for _ in range(70_000):
+    value_sync(store, "a")
+"""
 
 
-def recorded(path: Path, **options: Any) -> tuple[CacheStore, list[int]]:
-    keys = np.random.default_rng(4).integers(0, 60, 1000).tolist()
-    store = CacheStore(source_of(60), max_size=2000)
-    with store.record(path, **options):
-        for key in keys:
-            value_sync(store, f"a/c/{key}")
-    return store, keys
+def test_recording_that_is_open_when_the_process_exits_is_written_to_its_end(path: Path) -> None:
+    code = EXITING.format(tests=str(TESTS), path=str(path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert len(rows_of(path)) == 70_000
 
 
-@pytest.mark.parametrize("anonymous", [False, True])
-def test_replay_is_what_advise_says(path: Path, anonymous: bool) -> None:
-    store, keys = recorded(path, anonymous=anonymous)
-    advice, replayed = store.advise(), replay(path)
-    assert replayed.requests == advice.requests == len(keys)
-    assert replayed.max_size == advice.max_size == 2000
-    assert list(replayed.sizes) == list(advice.sizes)
-    for name, curve in advice.curves.items():
-        assert replayed.curves[name].hit_ratio == pytest.approx(curve.hit_ratio)
-        assert replayed.curves[name].source_bytes == pytest.approx(curve.source_bytes)
-    assert str(replayed) == str(advice)
-    # And that is what the store had.
-    assert replayed.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
+async def test_recording_that_is_dropped_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
+    store = CacheStore(source_of(3))
+    recorder = store.record(path)
+    await read(store, "a/c/0")
+    thread = recorder._writer._thread
+    del recorder
+    gc.collect()
+    await read(store, "a/c/1")
+    await until(lambda: not thread.is_alive())
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
+    with store.record(path.parent / "other"):
+        await read(store, "a/c/2")
+    assert [row["key"] for row in rows_of(path.parent / "other")] == ["a/c/2"]
 
 
-def test_replay_with_given_sizes_and_policies(path: Path) -> None:
-    recorded(path)
-    advice = replay(path, sizes=["3KB", 6000], policies="lru")
-    assert list(advice.sizes) == [3000, 6000]
-    assert list(advice.curves) == ["lru"]
-    assert advice.curves["lru"].source_requests[1] == 60
-    assert advice.curves["lru"].source_bytes[1] == 6000
-
-
-@pytest.mark.parametrize("kind", ["cut", "flipped", "text", "zeros", "empty", "gzip", "other"])
-def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str) -> None:
-    recorded(path)
-    data = path.read_bytes()
-    path.write_bytes(
-        {
-            "cut": data[:-7],
-            "flipped": data[: len(data) // 2] + b"\xff\x00\xff" + data[len(data) // 2 + 3 :],
-            "text": b"time,key\n",
-            "zeros": bytes(100),
-            "empty": b"",
-            "gzip": gzip.compress(b"time,key,range\n1,2,3\n"),
-            "other": gzip.compress(b"# zcache requests, format 2: {}\n"),
-        }[kind]
-    )
-    with pytest.raises(RecordingError, match=r"requests\.csv\.gz.*no complete recording.*record"):
-        replay(path)
-
-
-@pytest.mark.parametrize(
-    "line", ["1,a,,10,0,", "x,a,,10,0,,10", "1,a,,10,0,,-1", "1,a,,10,2000,,10", '1,"a', "1,2,3"]
-)
-def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
-    recorded(path)
-    text = gzip.decompress(path.read_bytes()).decode() + line + "\n"
-    path.write_bytes(gzip.compress(text.encode()))
-    with pytest.raises(RecordingError, match=r"line 100\d|end of data"):
-        replay(path)
-
-
-def test_replay_of_no_file(path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        replay(path)
+def test_recording_that_is_closed_is_not_entered_again(path: Path) -> None:
+    store = CacheStore(source_of(1))
+    with store.record(path) as recorder:
+        with recorder:
+            value_sync(store, "a/c/0")
+        with (
+            pytest.raises(RuntimeError, match=r"requests\.csv\.gz' is closed.*store\.record"),
+            recorder,
+        ):
+            pass
+    recorder.close()
+    assert len(rows_of(path)) == 1
 
 
 async def test_recording_goes_on_while_it_is_written(

@@ -175,7 +175,7 @@ async def test_processes_on_a_directory_share_a_sample(tmp_path: Path) -> None:
     with Agent(tmp_path) as other:
         for number in (0, 1, 0):
             assert other("get", f"a/c/{number}") == "123"
-        assert other("drain")
+            assert other("drain")
         await read_through(store, "a/c/2")
         await read(store, "a/c/0")
         trace = trace_of(store)

@@ -62,7 +62,8 @@ class Advice:
     sampling_rate : float
         Part of all keys that was looked at, above 0 and up to 1.
     max_size : int
-        Bytes: the present size, from which `sizes` follow. The bound, or, where there is none, what is cached.
+        Bytes: the present size. The bound, or, where there is none, what is cached. `sizes` follow from it or,
+        where it is 0, from the bytes of all that was requested.
     is_bounded : bool
         Whether that is a bound.
     policy : str
@@ -72,14 +73,14 @@ class Advice:
     sizes : array of uint64
         Bytes, ascending.
     curves : dict of str to Curve
-        For each policy what it would have made of the requests, at each of these sizes.
+        For each policy that was asked for what it would have made of the requests, at each of these sizes.
     best_hit_ratio : float
         What a cache without a bound would have; the rest is cold, or was too old to be served.
     smallest_size : int or None
         Bytes, within 2 %, with which the present policy has 90 % of `best_hit_ratio`; None if that takes more
         than all of `sizes`.
     best_policy : str
-        The policy with the highest hit ratio at `max_size`.
+        Of the present policy and those asked for, the one with the highest hit ratio at `max_size`.
     best_policy_gain : float
         How much higher that is than `hit_ratio`.
     cold_share : float
@@ -177,9 +178,11 @@ class Advice:
             (line,) = ax.plot(sizes, curve.hit_ratio, label=name)
             low, high = _band(curve)
             ax.fill_between(sizes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        ax.axvline(self.max_size, color="gray", linestyle=":")
-        if (self.sizes > 0).all():
+        is_log = bool((self.sizes > 0).all())
+        if is_log:
             ax.set_xscale("log", base=2)
+        if self.max_size or not is_log:
+            ax.axvline(self.max_size, color="gray", linestyle=":")
         shown = sizes[:: max(1, (len(sizes) + 8) // 9)]
         ax.set_xticks(shown, [size_text(size) for size in shown], rotation=30)
         ax.set_ylim(0, 1)
@@ -210,8 +213,10 @@ class Advice:
                 f"{size_text(self.smallest_size)} are the least with which {self.policy} has 90 % of what can be "
                 f"had (a hit ratio of {self.best_hit_ratio:.2f})."
             )
-        if self.best_policy == self.policy:
-            told.append(f"At {size}, no other policy is better.")
+        if not self.curves.keys() - {self.policy}:
+            told.append("It was compared with no other policy.")
+        elif self.best_policy == self.policy:
+            told.append(f"At {size}, no other policy that it was compared with is better.")
         else:
             told.append(
                 f"At {size}, {self.best_policy} is the best policy: its hit ratio is higher by "
@@ -223,11 +228,12 @@ class Advice:
         return told
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Of each size the hit ratios, and what is read from the source with the present policy."""
-        head = ["size", *self.curves, f"source requests ({self.policy})", "source bytes"]
+        """Of each size the hit ratios, and what is read from the source with one policy, best the present."""
+        shown = self.policy if self.policy in self.curves else next(iter(self.curves))
+        head = ["size", *self.curves, f"source requests ({shown})", "source bytes"]
         rows = []
         for at, size in enumerate(self.sizes):
-            own = self.curves[self.policy]
+            own = self.curves[shown]
             ratios = [_ratio(curve, at) for curve in self.curves.values()]
             mark = "* " if int(size) == self.max_size else ""
             rows.append(

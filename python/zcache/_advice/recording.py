@@ -7,6 +7,7 @@ stays whole.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import gzip
@@ -58,6 +59,70 @@ _Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, i
 class Recording:
     """A file that the requests of one store and its copies are written to, in this process.
 
+    It ends by `close`, with its ``with`` block, or where nobody refers to it any more. One that is open when the
+    process exits is written to its end.
+
+    Parameters
+    ----------
+    hits, path, anonymous, about
+        As for `_RequestWriter`, which does the work: readers and a thread refer to that, and so do not keep alive
+        a recording that its user has dropped.
+
+    Raises
+    ------
+    FileExistsError
+        If there is such a file.
+    OSError
+        If it cannot be made.
+    """
+
+    def __init__(
+        self,
+        hits: Hits,
+        path: str | os.PathLike[str],
+        *,
+        anonymous: bool,
+        about: dict[str, Any],
+    ) -> None:
+        self._writer = _RequestWriter(hits, path, anonymous=anonymous, about=about)
+        self._is_closed = False
+        weakref.finalize(self, self._writer.drop).atexit = False
+
+    def __enter__(self) -> Self:
+        if self._is_closed:
+            raise RuntimeError(
+                f"the recording {self._writer.path!r} is closed. Begin another: `with store.record(path):`, with "
+                "the path of a file that does not exist."
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it, once all is written. In a forked child nothing is left to do."""
+        self._is_closed = True
+        self._writer.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is recorded any more: it was closed, or the file could not be written."""
+        return self._writer.has_ended
+
+    @property
+    def left_out(self) -> int:
+        """Requests that were not written, because they came faster than they could be."""
+        return self._writer.left_out
+
+
+class _RequestWriter:
+    """Takes the requests of readers for a `Recording`, and has a thread that writes them.
+
     Parameters
     ----------
     hits : Hits
@@ -91,7 +156,7 @@ class Recording:
         about: dict[str, Any],
     ) -> None:
         self._hits = hits
-        self._path = os.fspath(path)
+        self.path = os.fspath(path)
         self._secret = secrets.token_bytes(32) if anonymous else None
         self._waiting: deque[_Request] = deque()
         # Misses, by key and range, until their size is known.
@@ -101,13 +166,14 @@ class Recording:
         self.left_out = 0
         self._begun = time.perf_counter()
         self._is_ended = threading.Event()
+        self._is_dropped = False
         self._process = os.getpid()
         try:
             # Without a buffer: what could not be written is not tried again.
-            self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
+            self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
         except FileExistsError:
             raise FileExistsError(
-                f"{self._path!r} exists already, and a recording overwrites nothing. Give another path, or "
+                f"{self.path!r} exists already, and a recording overwrites nothing. Give another path, or "
                 "remove the file."
             ) from None
         try:
@@ -122,31 +188,25 @@ class Recording:
             hits.hook.detach(self, hits)
             self._file.close()
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                os.unlink(self.path)
             raise
-        _recordings.add(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        _writers.add(self)
 
     def close(self) -> None:
-        """End it, once all is written. In a forked child nothing is left to do."""
+        """See `Recording.close`."""
         self._hits.hook.detach(self, self._hits)
         self._is_ended.set()
         if self._process == os.getpid():
             self._thread.join()
 
+    def drop(self) -> None:
+        """End it soon, without a lock and without waiting: the garbage collector calls it anywhere."""
+        self._hits.hook.detach(self, self._hits)
+        self._is_dropped = True
+
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is recorded any more: it was closed, or the file could not be written."""
+        """See `Recording.has_ended`."""
         return self._hits.hook.recorder is not self
 
     # ------------------------------------------------------ what readers call
@@ -212,7 +272,7 @@ class Recording:
 
     def _write_on(self) -> None:
         try:
-            while not self._is_ended.wait(PAUSE):
+            while not (self._is_ended.wait(PAUSE) or self._is_dropped):
                 self._write_waiting()
             self._give_up_pending()
             self._write_waiting()
@@ -221,7 +281,7 @@ class Recording:
             self._waiting.clear()
             logger.warning(
                 "the recording of requests to %s has ended before its time: %r. What was written before stays.",
-                self._path,
+                self.path,
                 error,
             )
         finally:
@@ -230,7 +290,7 @@ class Recording:
         if self.left_out:
             logger.warning(
                 "%s lacks %d requests, which came faster than they could be written.",
-                self._path,
+                self.path,
                 self.left_out,
             )
 
@@ -277,12 +337,19 @@ class Recording:
         self._lock, self._is_ended = threading.RLock(), threading.Event()
 
 
-_recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
+# A thread that still writes keeps its own alive.
+_writers: weakref.WeakSet[_RequestWriter] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for recording in list(_recordings):
-        recording.after_fork()
+    for writer in list(_writers):
+        writer.after_fork()
+
+
+def _at_exit() -> None:
+    for writer in list(_writers):
+        writer.close()
 
 
 at_fork(_after_fork)
+atexit.register(_at_exit)
