@@ -255,7 +255,9 @@ impl Sample {
         let mut at = hash as usize % PLACES;
         for _ in 0..PLACES {
             let number = self.table.get(at)?.checked_sub(1)?;
-            if self.known.get(usize::from(number))?.hash == hash {
+            // Whoever was killed may have entered a key that it had not counted.
+            let is_counted = u32::from(number) < self.keys;
+            if is_counted && self.known.get(usize::from(number))?.hash == hash {
                 return Some(number & NUMBER);
             }
             at = (at + 1) % PLACES;
