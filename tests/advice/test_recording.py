@@ -243,6 +243,20 @@ def test_recording_of_threads_and_loops_loses_nothing(path: Path) -> None:
     assert replay(path).requests == 1500
 
 
+def test_recording_of_a_reader_who_looks_again_tells_of_it_once(path: Path) -> None:
+    """Of two who miss a value the one brings it, before the other one finds that it is there by now."""
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        hook = store._cache.reader.hits.hook
+        for _ in range(2):
+            hook.found("a/c/0", None, None)
+        hook.brought("a/c/0", None, 100)
+        hook.retract("a/c/0", None)
+        hook.found("a/c/0", None, 100)
+        assert value_sync(store, "a/c/0") == bytes(100)
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"] * 3
+
+
 def test_recording_that_cannot_keep_up_says_how_many_it_lacks(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
+from directories import closed
 from support import buf, check_quiet, fill, read_through, until, value_sync
 from zcache import CacheStore
 from zcache._core import Index
@@ -280,6 +281,7 @@ async def test_another_policy_applies_on_the_next_start(cache: Store, tmp_path: 
     await check_quiet(store)
     store.close()
     del store
+    await closed(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = CacheStore(source, cache_store=cache, max_size=60_000, eviction="lru")
@@ -289,13 +291,18 @@ async def test_another_policy_applies_on_the_next_start(cache: Store, tmp_path: 
 
 
 CHILD = """
-    import asyncio, sys, warnings
+    import asyncio, logging, sys, warnings
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import LocalStore
     from zcache import CacheStore
     from zcache._backends.directory import layout
 
     layout.BLOCK_SIZE = 1  # as in the tests
+    # Where the index was busy at the opening, the log tells.
+    logged = []
+    logging.getLogger("zcache").addFilter(
+        lambda record: "is in use with" in record.getMessage() and logged.append(record)
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         store = CacheStore(
@@ -309,7 +316,7 @@ CHILD = """
         await store.drain()
 
     asyncio.run(main())
-    print(store._cache.ask(lambda index: index.policy())[0], len(told))
+    print(store._cache.ask(lambda index: index.policy())[0], len(told) + len(logged))
 """
 
 

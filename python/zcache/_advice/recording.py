@@ -162,6 +162,8 @@ class _RequestWriter:
         # Misses, by key and range, until their size is known.
         self._pending: dict[tuple[str, ByteRange | None], list[float]] = {}
         self._pending_count = 0
+        # How many requests of a key and range were told of before their second look.
+        self._written: dict[tuple[str, ByteRange | None], int] = {}
         self._lock = threading.RLock()
         self.left_out = 0
         self._begun = time.perf_counter()
@@ -214,6 +216,8 @@ class _RequestWriter:
     def looked_up(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
         """A request was looked up: what the index has found, or None."""
         now = time.perf_counter() - self._begun
+        if self._written and self._is_written(key, byte_range):
+            return
         if hit is None:
             if is_cacheable_key(key):
                 self._wait_for_size(key, byte_range, now)
@@ -251,13 +255,28 @@ class _RequestWriter:
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
         """A miss is looked up once more."""
+        asked = key, byte_range
         with self._lock:
-            times = self._pending.get((key, byte_range))
+            times = self._pending.get(asked)
             if times:
                 times.pop()
                 self._pending_count -= 1
                 if not times:
-                    del self._pending[key, byte_range]
+                    del self._pending[asked]
+                return
+            # Whoever has brought it has told of this request as well.
+            if len(self._written) >= MOST_PENDING:
+                self._written.clear()
+            self._written[asked] = self._written.get(asked, 0) + 1
+
+    def _is_written(self, key: str, byte_range: ByteRange | None) -> bool:
+        """Whether this is the second look of a request that was told of meanwhile."""
+        asked = key, byte_range
+        with self._lock:
+            count = self._written.pop(asked, 0)
+            if count > 1:
+                self._written[asked] = count - 1
+        return count > 0
 
     def _give_up_pending(self) -> None:
         """Write misses without their size, which the source did not bring."""
