@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from zcache._backends.base import Hit
     from zcache._byte_ranges import ByteRange
-    from zcache._protocol.hits import Hits
 
 
 class Recorder(Protocol):
@@ -29,8 +28,17 @@ class Recorder(Protocol):
         """A miss is looked up once more."""
 
 
+class Lookup(Protocol):
+    """What serves hits."""
+
+    def get_nowait(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
+    ) -> tuple[Buffer | None, Hit | None]:
+        """What can be had at once, and what the index has found."""
+
+
 class RequestHook:
-    """Tells one recorder of the requests of a store, or nobody.
+    """Tells one recorder of the requests of a store, or no one.
 
     Attributes
     ----------
@@ -41,7 +49,7 @@ class RequestHook:
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
 
-    def attach(self, recorder: Recorder, hits: Hits) -> None:
+    def attach(self, recorder: Recorder, hits: Lookup) -> None:
         """Tell of each request from now on.
 
         Raises
@@ -64,10 +72,10 @@ class RequestHook:
             self.found(key, byte_range, hit)
             return value, hit
 
-        # In the place of the method, so that a hit that nobody records does not ask whether somebody does.
+        # In the place of the method, so that a hit that no one records does not ask whether somebody does.
         vars(hits)["get_nowait"] = get_nowait
 
-    def detach(self, recorder: Recorder, hits: Hits) -> None:
+    def detach(self, recorder: Recorder, hits: Lookup) -> None:
         """Tell of none any more; of no effect where that was over."""
         if self.recorder is recorder:
             vars(hits).pop("get_nowait", None)
