@@ -170,7 +170,7 @@ class CacheStore(Store):
     missing_max_age_seconds : float or "infinity", optional
         Seconds, from 0 on and fractions allowed, for which that is remembered; not longer than the maximum
         age of a value of that key. Default is 300. Set it lower where others add chunks that must be seen
-        soon, and to "infinity" for data that nobody changes. One key for each 256 bytes of `max_size` is
+        soon, and to "infinity" for data that no one changes. One key for each 256 bytes of `max_size` is
         remembered, at least 1,024 and at most 2**20, the most recently used; each takes about 64 bytes in
         the index, and none of `max_size`.
     cache_set_data : bool, optional
@@ -704,7 +704,7 @@ class CacheStore(Store):
         Returns
         -------
         Recording
-            A context manager; the recording ends with the block, by its `close`, where nobody refers to it any
+            A context manager; the recording ends with the block, by its `close`, where no one refers to it any
             more, or when the process exits.
 
         Raises

@@ -12,7 +12,7 @@ pub const STRING_SIZES: usize = 32;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct PolicyState {
-    /// The policy; see [`PolicyKind`](crate::policy::PolicyKind).
+    /// The policy; the number of a `PolicyKind`.
     pub kind: u32,
     /// The rule that an adaptive policy goes by.
     pub rule: u32,
@@ -26,7 +26,7 @@ pub struct PolicyState {
     pub filled_at: u64,
     /// Times that frequencies were halved.
     pub halvings: u32,
-    /// What is minimised; see [`Minimise`](crate::policy::Minimise).
+    /// What is minimised; the number of a `Minimise`.
     pub minimise: u32,
     /// Bytes that take as long as a request alone, where that is measured.
     pub request_bytes: u64,

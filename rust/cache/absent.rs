@@ -158,7 +158,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Notes their number for whoever asks without the lock.
+    /// Notes their number for those who ask without the lock.
     pub(crate) fn tell_absences(&self) {
         let count = self.absences();
         let told = &self.tally.absences;

@@ -138,7 +138,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn after_fork(&mut self) -> Result<Flights<T>> {
         let flights = self.flights.take();
         self.reservations.clear();
-        // Whoever plans in the child does so itself.
+        // Plans of the child are its own.
         self.set_plan(None);
         self.arena.header_mut().reserved_bytes = 0;
         for i in self.arena.list_cells(List::InProgress)? {

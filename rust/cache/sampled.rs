@@ -1,4 +1,4 @@
-//! The requests that are sampled, for whoever asks how large the cache should be.
+//! The requests that are sampled, for those who ask how large the cache should be.
 //!
 //! A request is about the entry that serves it, or would: a range of a value that is cached as a whole is
 //! one of the whole. What is known to be missing is no request.

@@ -378,7 +378,7 @@ impl Index {
     ) -> PyResult<Vec<Option<u64>>> {
         let mut tickets = Vec::with_capacity(keys.len());
         let wanted: Vec<_> = keys.iter().map(known).zip(flights).collect();
-        // In steps, so that nobody waits for long.
+        // In steps, so that no one waits for long.
         for some in wanted.chunks(BATCH) {
             step!(self, py, |cache| {
                 for (key, flight) in some {

@@ -125,7 +125,7 @@ impl Sample {
         }
     }
 
-    /// Parts that are in use of one that is sound, for whoever has to see that they are there.
+    /// Parts that are in use of one that is sound, for those who have to see that they are there.
     #[must_use]
     pub fn parts(&self) -> [Range<usize>; 3] {
         let [known, ring] = self.rooms.map(|room| room as usize);
@@ -255,7 +255,7 @@ impl Sample {
         let mut at = hash as usize % PLACES;
         for _ in 0..PLACES {
             let number = self.table.get(at)?.checked_sub(1)?;
-            // Whoever was killed may have entered a key that it had not counted.
+            // A process that was killed may have entered a key that it had not counted.
             let is_counted = u32::from(number) < self.keys;
             if is_counted && self.known.get(usize::from(number))?.hash == hash {
                 return Some(number & NUMBER);

@@ -150,7 +150,7 @@ impl Mapped {
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
         let policy = self.file_header().header.policy;
-        // Whoever died in a step may have been changing it.
+        // A participant that died in a step may have been changing it.
         self.sample.check(new_generation());
         let made = self.make_files().or_else(|_| {
             // On a full volume the old ones go first.

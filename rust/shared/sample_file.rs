@@ -1,6 +1,6 @@
 //! The sample of all requests of a directory, in a file beside the index.
 //!
-//! It is no part of the index: one that cannot be had, is damaged or was removed costs nobody a read, and
+//! It is no part of the index: one that cannot be had, is damaged or was removed costs no one a read, and
 //! one that is sound outlives a rebuild. The lock of the index guards it.
 
 use std::io;

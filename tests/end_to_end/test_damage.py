@@ -146,7 +146,7 @@ def frozen_heap() -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of which a scan that has nobody to tell may remove parts, too."""
+    """Remove a folder of which a scan that has no one to tell may remove parts, too."""
     while folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
 

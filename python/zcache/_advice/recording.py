@@ -59,7 +59,7 @@ _Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, i
 class Recording:
     """A file that the requests of one store and its copies are written to, in this process.
 
-    It ends by `close`, with its ``with`` block, or where nobody refers to it any more. One that is open when the
+    It ends by `close`, with its ``with`` block, or where no one refers to it any more. One that is open when the
     process exits is written to its end.
 
     Parameters
@@ -264,7 +264,7 @@ class _RequestWriter:
                 if not times:
                     del self._pending[asked]
                 return
-            # Whoever has brought it has told of this request as well.
+            # The one that has brought it has told of this request as well.
             if len(self._written) >= MOST_PENDING:
                 self._written.clear()
             self._written[asked] = self._written.get(asked, 0) + 1

@@ -1,4 +1,4 @@
-"""Whether a chunk that nobody has read before is worth its room."""
+"""Whether a chunk that no one has read before is worth its room."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ class DecodedCache:
             decoding.abandon()
 
     def pass_over(self, decodings: Iterable[Decoding]) -> None:
-        """End those of these decodes that are done, and whose chunks nobody keeps or waits for."""
+        """End those of these decodes that are done, and whose chunks no one keeps or waits for."""
         with self._lock:
             ended = [
                 one for one in decodings if not (one.is_admitted or one.waiting or one.is_ended)

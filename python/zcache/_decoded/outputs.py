@@ -1,7 +1,7 @@
-"""Memory of large outputs, used again once nobody has it.
+"""Memory of large outputs, used again once no one has it.
 
 zarr makes the output of a read in the thread of its event loop. Where the allocator gives that back to the system with
-each output, the pages of the next one cost ten times as much as the copies into it. So large outputs that nobody else can
+each output, the pages of the next one cost ten times as much as the copies into it. So large outputs that no one else can
 know yet get memory that earlier ones have left, or huge pages.
 """
 
@@ -32,12 +32,12 @@ class Outputs:
     Parameters
     ----------
     limit : int
-        Bytes that are kept at most while nobody uses them.
+        Bytes that are kept at most while no one uses them.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = min(limit, LARGEST)
-        # Nobody waits for it: inside it the garbage collector may end an output, and a forked child may inherit it.
+        # No one waits for it: inside it the garbage collector may end an output, and a forked child may inherit it.
         self._lock = threading.Lock()
         self._free: dict[int, deque[mmap.mmap]] = {}
         self._size = 0
@@ -106,4 +106,4 @@ def _references(out: Any) -> int:
 
 
 _ALONE: Final = _references(cpu.NDBuffer.empty((1,), "u1"))
-"""References to the array of an output that nobody else has."""
+"""References to the array of an output that no one else has."""

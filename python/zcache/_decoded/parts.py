@@ -251,7 +251,7 @@ class ShardPart(Part):
         )
 
     def jobs(self) -> list[Job]:
-        # Of what nobody keeps, zarr reads as much as it wants to.
+        # Of what no one keeps, zarr reads as much as it wants to.
         is_all = len(self._misses) == self._count()
         if is_all and not self.leads and not self.followed:
             return [_AsAsked(self)]
@@ -305,7 +305,7 @@ class ShardPart(Part):
 
 
 class _AsAsked(Job):
-    """A part of a shard that nobody keeps."""
+    """A part of a shard that no one keeps."""
 
     part: ShardPart
 

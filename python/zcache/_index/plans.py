@@ -22,7 +22,7 @@ def follow(handle: IndexHandle, keys: Iterable[str]) -> int:
     try:
         cursor: tuple[int, int] | None = handle.call_blocking(Index.set_plan, plan)
         handle.follows_plan = len(plan) != 0
-        # In steps, so that nobody waits for long. What comes in meanwhile is told by itself.
+        # In steps, so that no one waits for long. What comes in meanwhile is told by itself.
         while handle.follows_plan and cursor is not None:
             cursor = handle.call_blocking(Index.match_plan, cursor)
     except IndexLockTimeout as error:

@@ -411,7 +411,7 @@ class Reader:
         """End a flight of a key that the source does not have; what is cached of that goes."""
         kept = self.hits.missing_max_age > 0 and self.backend.remembers_absences
         victims: Sequence[Victim] = ()
-        # Where the lock is taken, later: nobody waits for this.
+        # Where the lock is taken, later: no one waits for this.
         with contextlib.suppress(IndexLockTimeout):
             victims = await self.handle.call_shielded(
                 io,

@@ -147,7 +147,7 @@ class StaleValues:
             if not is_known:
                 self._said = now
         if not is_known:
-            # Not the error itself: it may show what nobody is to see.
+            # Not the error itself: it may show what no one is to see.
             seconds = self._seconds
             logger.warning(
                 "the source %s raised %s: values that are older than max_age_seconds are served in its place, %s "

@@ -201,7 +201,7 @@ class ThreadCall(Generic[T]):
             self.result = work()
         except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
             self.error = error
-        # Whoever gets the result may expect that what it was made of is gone with the last other user.
+        # Those who get the result may expect that what it was made of is gone with the last other user.
         del work
         with self._lock:
             self._over = True

@@ -125,7 +125,7 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
         store = open_store(where)
         assert store.cache_info()["cached_keys"] == 0
         assert await read_all(store) == VALUES
-    # Nobody else fills it: the next look for what has died does.
+    # No one else fills it: the next look for what has died does.
     deadline = time.monotonic() + LONGEST
     while not is_complete(store) and time.monotonic() < deadline:
         assert await read_all(store) == VALUES
