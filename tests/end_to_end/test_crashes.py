@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FILL = {"open", "write", "utimensat", "linkat", "unlinkat"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> None:
     if (why := tracing.why_not()) is not None:
@@ -33,6 +34,7 @@ def test_directory_process_killed_after_each_index_step_stays_right(tmp_path: Pa
     assert play("steps", tmp_path)["deaths"] > 20
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_directory_process_stopped_at_each_system_call_holds_up_no_read(tmp_path: Path) -> None:
     """Its neighbours read and write on, within the bound, and after its death all is right."""

@@ -60,6 +60,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
+@pytest.mark.once
 @needs("moto", "flask", "s3fs", "xarray")
 def test_xarray_s3_second_run_reads_values_from_cache(s3_server: Any, tmp_path: Path) -> None:
     group = zarr.create_group(tmp_path / "weather.zarr")
@@ -129,6 +130,7 @@ def test_workers_later_epochs_read_nothing_from_source() -> None:
     assert epochs == [("64", "64"), ("64", "0"), ("64", "0")]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [("epochs.py",), ("workers.py", "--epochs")])
 def test_epochs_adaptive_serves_about_what_fits(example: tuple[str, ...]) -> None:
