@@ -256,6 +256,30 @@ def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
         holder.stdin.close()
 
 
+def test_who_asks_for_the_policy_of_another_process_is_not_told(tmp_path: Path) -> None:
+    """Not of what an earlier store in this process has asked for in vain either."""
+    cache = tmp_path / "cache"
+    arguments = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache)]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        holder.stdin.write("let go\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "let go\n"
+        with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
+            first = CacheStore(MemoryStore(), cache_store=cache, source_id="source")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = CacheStore(
+                MemoryStore(), cache_store=cache, source_id="source", eviction="adaptive"
+            )
+        assert first.eviction == second.eviction == "adaptive"
+        holder.stdin.close()
+
+
 HOLDER = """
     import fcntl, sys
     from pathlib import Path

@@ -127,11 +127,13 @@ class SharedIndex:
         for tries in range(_TRIES, -1, -1):
             in_force = _policy_of(handle.limits)
             if in_force == wanted or not self._members:
+                # With what is wanted it is opened, if it is not yet.
                 handle.limits = {**handle.limits, **dict(zip(_POLICY, wanted, strict=True))}
                 # Others may be processes. Where the index cannot be asked now, the log says so.
                 asked = _Asked(handle.name, wanted)
                 handle.when_open(asked.ask)
                 in_force = asked.in_force()
+                handle.limits = {**handle.limits, **dict(zip(_POLICY, in_force, strict=True))}
             if in_force == wanted:
                 return
             if tries:
