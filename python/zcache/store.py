@@ -20,7 +20,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
 from zcache._advice.advise import advise, parse_policies, parse_sizes
-from zcache._advice.recording import Recording
+from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
@@ -725,7 +725,7 @@ class CacheStore(Store):
             "block_size": limits.get("unit", 1),
             "eviction": limits["eviction"],
         }
-        return Recording(self._hits, path, anonymous=anonymous, about=about)
+        return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.

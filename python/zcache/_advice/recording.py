@@ -64,29 +64,15 @@ class Recording:
 
     Parameters
     ----------
-    hits, path, anonymous, about
-        As for `_RequestWriter`, which does the work: readers and a thread refer to that, and so do not keep alive
-        a recording that its user has dropped.
-
-    Raises
-    ------
-    FileExistsError
-        If there is such a file.
-    OSError
-        If it cannot be made.
+    writer : RequestWriter
+        Does the work: readers and a thread refer to that, and so do not keep alive a recording that its user has
+        dropped.
     """
 
-    def __init__(
-        self,
-        hits: Hits,
-        path: str | os.PathLike[str],
-        *,
-        anonymous: bool,
-        about: dict[str, Any],
-    ) -> None:
-        self._writer = _RequestWriter(hits, path, anonymous=anonymous, about=about)
+    def __init__(self, writer: RequestWriter) -> None:
+        self._writer = writer
         self._is_closed = False
-        weakref.finalize(self, self._writer.drop).atexit = False
+        weakref.finalize(self, writer.drop).atexit = False
 
     def __enter__(self) -> Self:
         if self._is_closed:
@@ -120,7 +106,7 @@ class Recording:
         return self._writer.left_out
 
 
-class _RequestWriter:
+class RequestWriter:
     """Takes the requests of readers for a `Recording`, and has a thread that writes them.
 
     Parameters
@@ -357,7 +343,7 @@ class _RequestWriter:
 
 
 # A thread that still writes keeps its own alive.
-_writers: weakref.WeakSet[_RequestWriter] = weakref.WeakSet()
+_writers: weakref.WeakSet[RequestWriter] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
