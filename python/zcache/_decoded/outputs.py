@@ -20,6 +20,8 @@ from zarr.core.buffer import cpu
 from zcache._decoded.buffers import HUGE, mapped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zcache._decoded.layout import Array
 
 LARGEST: Final = 2**26
@@ -48,7 +50,8 @@ class Outputs:
         That is done to a large array that only `out` has: zarr's own, for a user who passes an output has its array as
         well, or finds the new one in `out`.
         """
-        if _references(out) == _ALONE and out._data.nbytes >= HUGE and self._limit >= HUGE:
+        is_large = out._data.nbytes >= HUGE <= self._limit
+        if is_large and _counts_exactly() and _references(out) == _ALONE:
             array: Array = out._data
             if array.base is None and array.flags.forc and not array.dtype.hasobject:
                 out._data = self._array(array)
@@ -103,6 +106,12 @@ class Outputs:
 
 def _references(out: Any) -> int:
     return sys.getrefcount(out._data)
+
+
+def _counts_exactly() -> bool:
+    """Whether references are counted in one place: not where threads run without the global lock."""
+    is_locked: Callable[[], bool] | None = getattr(sys, "_is_gil_enabled", None)
+    return is_locked is None or is_locked()
 
 
 _ALONE: Final = _references(cpu.NDBuffer.empty((1,), "u1"))
