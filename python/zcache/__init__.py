@@ -9,6 +9,9 @@
 call site.
 """
 
+from zcache._advice.advice import Advice, Curve
+from zcache._advice.recording import Recording
+from zcache._advice.replay import replay
 from zcache._core import __version__
 from zcache._decoded.pipeline import DecodedCodecPipeline
 from zcache.decoded import with_decoded_cache
@@ -19,6 +22,7 @@ from zcache.exceptions import (
     OfflineError,
     OptionTypeError,
     OptionValueError,
+    RecordingError,
     SyncNotSupportedError,
     ZcacheError,
 )
@@ -26,18 +30,23 @@ from zcache.pool import CachePool, PoolSourceInfo
 from zcache.store import CacheStore
 
 __all__ = [
+    "Advice",
     "CacheOwnershipError",
     "CachePool",
     "CacheStore",
     "CacheUnreachableError",
+    "Curve",
     "DecodedCodecPipeline",
     "IndexLockTimeout",
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
     "PoolSourceInfo",
+    "Recording",
+    "RecordingError",
     "SyncNotSupportedError",
     "ZcacheError",
     "__version__",
+    "replay",
     "with_decoded_cache",
 ]
