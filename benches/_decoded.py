@@ -93,20 +93,61 @@ def _beside(times: Times, others: Sequence[str], to: str = "bare") -> str:
     return "; ".join(f"{name} {ratio:.3g}" for name, ratio in known if ratio is not None)
 
 
+class _Nothing:
+    """A pipeline that does nothing: what is left is what zarr needs for a read."""
+
+    async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
+        return ({"status": "present"},) * len(list(batch_info))
+
+
+class _Copies(_Nothing):
+    """A pipeline that copies from chunks in a dict: zarr's own part, and the copies."""
+
+    def __init__(self, values: Any, chunks: tuple[int, int]) -> None:
+        rows, columns = chunks
+        self._chunks = {
+            f"c/{i}/{j}": values[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].copy()
+            for i in range(values.shape[0] // rows)
+            for j in range(values.shape[1] // columns)
+        }
+
+    async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
+        batch = list(batch_info)
+        target = out.as_numpy_array()
+        for getter, _, selection, place, _ in batch:
+            target[place] = self._chunks[getter.path][selection]
+        return await super().read(batch, out)
+
+
+def _with_pipeline(source: Any, pipeline: Any) -> Any:
+    array = zarr.open_array(source, mode="r")
+    object.__setattr__(array._async_array, "codec_pipeline", pipeline)
+    return array
+
+
 def _slices(scale: Scale, pipeline: str) -> Iterator[Row]:
-    values = _values((2048, 4096))
+    chunks = (512, 1024)
+    values = _values((4096, 4096))
     source = MemoryStore()
-    _filled(source, values, chunks=(512, 1024))
-    parts = [np.s_[16 * n : 16 * n + 1024, 32 * n : 32 * n + 1024] for n in range(64)]
-    with _others(values, (512, 1024)) as more:
+    _filled(source, values, chunks=chunks)
+    floor = {"zarr and the copies alone": _with_pipeline(source, _Copies(values, chunks))}
+    with _others(values, chunks) as more:
         arrays = {**_opened(source), **more}
-        contestants = {name: _reads(array.__getitem__, parts) for name, array in arrays.items()}
-        contestants["bare"] = _reads(lambda part: values[part].copy(), parts)
         for array in arrays.values():
             array[:]
-        times = _compare(contestants, scale.of(16, 2))
-    note = _beside(times, ["encoded", "memory", *more])
-    yield times.row(f"64 overlapping slices / copies, {pipeline}", 2, note)
+        for side, others in ((1024, arrays), (2048, {"zcache": arrays["zcache"]})):
+            parts = [np.s_[16 * n : 16 * n + side, 32 * n : 32 * n + side] for n in range(64)]
+            read = {
+                name: _reads(array.__getitem__, parts)
+                for name, array in {**others, **floor}.items()
+            }
+            read["bare"] = _reads(lambda part: values[part].copy(), parts)
+            times = _compare(read, scale.of(16, 2))
+            note = _beside(times, [name for name in read if name not in ("zcache", "bare")])
+            mebibytes = side * side // 2**18
+            yield times.row(
+                f"64 overlapping slices of {mebibytes} MiB / copies, {pipeline}", 2, note
+            )
 
 
 def _patches(scale: Scale, pipeline: str) -> Iterator[Row]:
@@ -152,45 +193,51 @@ def _points(scale: Scale, pipeline: str) -> Iterator[Row]:
 
 
 def _no_reuse(scale: Scale, pipeline: str) -> Iterator[Row]:
+    """One pass of a new store over an array that is larger than its cache of decoded chunks."""
     side = scale.of(4096, 2048)
     values = _values((side, side))
+    parts = [
+        np.s_[row : row + 1024, column : column + 1024]
+        for row in range(0, side, 1024)
+        for column in range(0, side, 1024)
+    ]
     for what, more in {
         "chunks of 2 MiB": {"chunks": (512, 1024)},
         "chunks of 256 KiB": {"chunks": (256, 256)},
-        "inner chunks of 1 MiB": {"chunks": (512, 512), "shards": (1024, 1024)},
+        "inner chunks of 256 KiB": {"chunks": (256, 256), "shards": (1024, 1024)},
         "inner chunks of 16 KiB": {"chunks": (64, 64), "shards": (1024, 1024)},
     }.items():
         source = MemoryStore()
         _filled(source, values, **more)
-        arrays = _opened(source, values.nbytes // 4)
-        parts = [
-            np.s_[row : row + 1024, column : column + 1024]
-            for row in range(0, side, 1024)
-            for column in range(0, side, 1024)
-        ]
-        for array in arrays.values():
-            array[:]
-        contestants = {
-            "zcache": _reads(arrays["zcache"].__getitem__, parts),
-            "bare": _reads(arrays["encoded"].__getitem__, parts),
-        }
-        times = _compare(contestants, scale.of(16, 2))
-        yield times.row(f"no reuse, {what} / without, {pipeline}", 1.05)
+        for times_larger in (4, 64):
+            size = values.nbytes // times_larger
+            times = _compare(
+                {
+                    "zcache": _pass(source, parts, size),
+                    "bare": _pass(source, parts, None),
+                },
+                scale.of(12, 2),
+            )
+            what_of = f"one pass over {times_larger} times the cache, {what}"
+            yield times.row(f"{what_of} / without, {pipeline}", 1.05)
 
 
-class _Nothing:
-    """A pipeline that does nothing: what is left is what zarr needs for a read."""
+def _pass(source: Any, parts: Sequence[Any], size: int | None) -> Work:
+    async def work() -> int:
+        store = CacheStore(source, source_id="bench", max_size=0, decoded_size=size)
+        array = zarr.open_array(store, mode="r")
+        for part in parts:
+            array[part]
+        return len(parts)
 
-    async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
-        return ({"status": "present"},) * len(list(batch_info))
+    return work
 
 
 def _small(scale: Scale, pipeline: str) -> Row:
     source = MemoryStore()
     _filled(source, _values((100,)), chunks=(10,))
     array = _opened(source)["zcache"]
-    nothing = zarr.open_array(source, mode="r")
-    object.__setattr__(nothing._async_array, "codec_pipeline", _Nothing())
+    nothing = _with_pipeline(source, _Nothing())
     array[:]
     contestants = {
         "zcache": _reads(array.__getitem__, [3]),

@@ -33,7 +33,12 @@ def contestants() -> dict[str, Callable[[int], None]]:
     keys = chunk_keys(_KEYS)
     source = memory_store(keys, 100)
     mine = zcache_store(source)
-    stores = {"bare MemoryStore.get": source, "zcache": mine, "zarr": zarr_store(source)}
+    stores = {
+        "bare MemoryStore.get": source,
+        "zcache": mine,
+        "zcache, sampling=False": zcache_store(source, sampling=False),
+        "zarr": zarr_store(source),
+    }
     loop = asyncio.new_event_loop()
 
     async def hits(store: Any, count: int) -> None:
@@ -121,7 +126,8 @@ def main() -> int:
         environment["OPENBLAS_NUM_THREADS"] = "1"
         subprocess.run([*command, "--hits", str(args.hits)], check=True, env=environment)
         totals = _totals(Path(directory))
-    names = ["bare MemoryStore.get", "zcache", "zarr", "Index.lookup and the loop", "the loop"]
+    names = ["bare MemoryStore.get", "zcache", "zcache, sampling=False", "zarr"]
+    names += ["Index.lookup and the loop", "the loop"]
     assert len(totals) == 2 * len(names), totals
     each, allocated = (
         {
@@ -131,7 +137,7 @@ def main() -> int:
         for what in (0, 1)
     )
     bare = each["bare MemoryStore.get"]
-    for name in names[:3]:
+    for name in names[:4]:
         print(
             f"{name:<28} {each[name]:>9,.0f} instructions a hit  {each[name] / bare:5.2f} x bare"
             f"  {allocated[name]:5.1f} allocations"

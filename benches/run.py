@@ -51,6 +51,8 @@ GROUPS = {
     "pool": ("_pool", "rows"),
     "revalidation": ("_freshness", "revalidation"),
     "opening": ("_freshness", "opening"),
+    "sampling": ("_advice", "sampling"),
+    "advice": ("_advice", "accuracy"),
 }
 _LONGEST = 300  # Seconds for one group; all of them together take a few minutes.
 

@@ -40,10 +40,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="CASES",
         help="run at most so many cases of each parametrized test, spread evenly over all of them",
     )
+    parser.addoption(
+        "--without-once", action="store_true", help="leave out what need run on one Python only"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases that `--sample` does not ask for: `make check` has no time for all."""
+    if config.getoption("--without-once"):
+        once = [item for item in items if item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=once)
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
     limit = config.getoption("--sample")
     if limit is None:
         return

@@ -6,37 +6,31 @@
     reason = "a test stops at the first surprise"
 )]
 
-use zcache::arena::{Arena, Heap, List, Storage};
+use zcache::arena::{Heap, List};
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
 use zcache::error::Result;
 use zcache::key::ByteRange;
-use zcache::policy::{Eviction, Lru};
+use zcache::policy::{Entries, Eviction, Lru};
 
 /// First in, first out: reads change nothing.
 #[derive(Debug, Default)]
 struct Fifo;
 
 impl Eviction for Fifo {
-    fn insert<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
-        arena.link(List::Recency, entry, true)
+    fn insert<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
+        entries.enter(entry, 0)
     }
-    fn touch<S: Storage>(&mut self, _: &mut Arena<S>, _: u32) -> Result<()> {
+    fn touch<E: Entries>(&mut self, _: &mut E, _: u32) -> Result<()> {
         Ok(())
     }
-    fn remove<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
-        arena.unlink(List::Recency, entry)
+    fn remove<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
+        entries.leave(entry)
     }
-    fn victim<S: Storage>(&mut self, arena: &mut Arena<S>) -> Result<Option<u32>> {
-        arena.end(List::Recency, false)
+    fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
+        entries.end(List::Recency, false)
     }
-    fn order<S: Storage>(&self, arena: &Arena<S>) -> Result<Vec<u32>> {
-        let mut order = Vec::new();
-        let mut at = arena.list(List::Recency)[0];
-        while at != 0 {
-            order.push(at);
-            at = arena.neighbour(List::Recency, at, true)?;
-        }
-        Ok(order)
+    fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
+        entries.all_of(List::Recency)
     }
     fn reset(&mut self) {}
 }

@@ -18,9 +18,10 @@ use zcache::cache::{Limits, PAGE};
 use zcache::disk::fill::Ending;
 use zcache::disk::segments::{Got, delete_below, scan, walk};
 use zcache::key::ByteRange;
+use zcache::policy::{Minimise, Plan, PolicyKind};
 use zcache::shared::Locked;
 
-use self::pool::{BOUND, LIMITS, Pool, contents, end, open};
+use self::pool::{BOUND, LIMITS, NOW, Pool, contents, end, open};
 
 #[test]
 fn fill_of_any_size_is_read_as_it_was_written() {
@@ -65,6 +66,54 @@ fn bound_holds_in_blocks_while_values_come_and_go() {
             // Of a hundred pages, with a sixteenth in each segment, and some that are sparse.
             assert!(pool.segments().len() <= 50, "{}", pool.segments().len());
         }
+        end(pool);
+    }
+}
+
+#[test]
+fn bound_holds_in_blocks_under_each_policy_and_a_plan() {
+    for kind in [PolicyKind::Lru, PolicyKind::None, PolicyKind::Adaptive] {
+        let mut pool = Pool::new(&format!("policy-{kind:?}"));
+        pool.step(|cache| Ok(cache.set_policy(kind, Minimise::Bytes)));
+        let mut seed = 1u64;
+        let mut next = |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 32) % below
+        };
+        for n in 0..1000 {
+            if n % 300 == 100 {
+                let mut plan = Plan::default();
+                (0..50).for_each(|_| assert!(plan.push(&format!("{}", next(80)))));
+                plan.finish();
+                pool.step(|cache| {
+                    cache.set_plan(Some(plan.within("a/")));
+                    cache.match_plan(cache.first_keys())
+                });
+            }
+            let source = if next(4) == 0 { "b" } else { "a" };
+            let key = format!("{source}/{}", next(80));
+            let size = if next(20) == 0 {
+                60_000
+            } else {
+                4000 + next(9000) as usize
+            };
+            let found = pool.step(|cache| cache.lookup(&key, ByteRange::Full, NOW));
+            if found.is_none() {
+                pool.fill_as(&key, ByteRange::Full, contents(&key, size));
+            }
+            let (held, counted) = (pool.held(), pool.counted());
+            assert!(held <= counted, "{n}: {held} bytes held, {counted} counted");
+            assert!(counted <= BOUND, "{n}: {counted} counted");
+        }
+        assert!(pool.keys().len() > 5);
+        for key in pool.keys() {
+            let value = pool.read(&key).unwrap();
+            assert_eq!(value, contents(&key, value.len()));
+        }
+        // The policy outlives the index's loss, as the values do.
+        let keys = pool.keys().len();
+        let pool = pool.lose_index();
+        assert_eq!(pool.keys().len(), keys);
         end(pool);
     }
 }

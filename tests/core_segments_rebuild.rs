@@ -17,11 +17,11 @@ use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 
 use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
-use zcache::disk::segments::{SegmentFiles, values_in};
+use zcache::disk::segments::{Got, SegmentFiles, values_in};
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
-use self::pool::{LIMITS, LONG, NOW, Pool, UNIT, contents, end, open};
+use self::pool::{LIMITS, LONG, LRU, NOW, Pool, UNIT, contents, end, open};
 
 type Damage = fn(&Pool, u64);
 
@@ -302,6 +302,40 @@ fn late_seal_of_an_evicted_value_brings_nothing_back() {
     end(pool);
 }
 
+#[test]
+fn segment_that_was_removed_is_made_anew_by_who_appends_to_it() {
+    for is_folder in [false, true] {
+        let mut pool = Pool::new(&format!("removed-{is_folder}"));
+        pool.fill("a/0", 5000);
+        let other = SegmentFiles::new(pool.files.root().to_owned(), true);
+        let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+        let mut bytes = vec![0; 5000];
+        let got = other.read(placed, "a/0", 0, &mut bytes, true).unwrap();
+        assert_eq!(got, Got::Bytes);
+        if is_folder {
+            fs::remove_dir_all(pool.files.root()).unwrap();
+        } else {
+            fs::remove_file(pool.segment(placed.segment)).unwrap();
+        }
+        pool.fill("a/1", 5000);
+        assert_eq!(pool.segments(), [placed.segment]);
+        let (_, placed) = pool.find("a/1", ByteRange::Full).unwrap();
+        assert_eq!(pool.read("a/1"), Some(contents("a/1", 5000)));
+        assert_eq!(pool.read("a/0"), None);
+        // Who has the old file open finds what is in the new one, and deletes it there.
+        let got = other.read(placed, "a/1", 0, &mut bytes, true).unwrap();
+        assert_eq!((got, &bytes), (Got::Bytes, &contents("a/1", 5000)));
+        let before = pool.held();
+        other.delete(placed).unwrap();
+        assert!(pool.held() < before);
+        assert_eq!(pool.read("a/1"), None);
+        pool.fill("a/2", 5000);
+        let pool = pool.lose_index();
+        assert_eq!(pool.keys(), ["a/2"]);
+        end(pool);
+    }
+}
+
 /// Each bit of the places flips; what is read is right, and what is deleted is what should be.
 #[test]
 fn flipped_bit_of_a_place_is_found_before_it_is_used() {
@@ -337,8 +371,9 @@ fn flipped_bit_of_a_place_is_found_before_it_is_used() {
             let mut byte = [0];
             places.read_exact_at(&mut byte, at).unwrap();
             places.write_all_at(&[byte[0] ^ mask], at).unwrap();
+            let index_root = root.join("index");
             let (mut index, fresh) =
-                SharedIndex::<u32>::open_pool(&root.join("index"), LIMITS, 1, UNIT, LONG).unwrap();
+                SharedIndex::<u32>::open_pool(&index_root, LIMITS, 1, UNIT, LONG, LRU).unwrap();
             assert!(!fresh);
             // Whatever would read or delete it finds the index damaged instead.
             let placed = index.step(sleep, |cache| cache.placed(cell));

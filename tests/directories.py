@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 INDEX = ".zcache/index"
-INDEX_FILES = ("head", "table", "cells", "texts")
+INDEX_FILES = ("head", "table", "cells", "texts", "history")
 
 
 def open_store(

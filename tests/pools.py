@@ -5,18 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zarr.core.sync import sync
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, drained, read
 from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from zarr.abc.store import Store
 
 KEYS = ("a", "k", "foo", "c/0", "foo/zarr.json", "zarr.json", "foo/c/0/0", "foo/c/0.0")
 """Keys of which the neighbours have values: those of most suites."""
 NEIGHBOURS = ("neighbour", "another neighbour")
+CACHES: dict[str, Callable[[Path], Store | CachePool]] = {
+    "memory": lambda _: MemoryStore(),
+    "local": LocalStore,
+    "pool": CachePool,
+    "memory pool": lambda _: CachePool(),
+}
+"""Cache stores of one process and of several, by name; they get a folder."""
 
 
 def source_of(**values: bytes) -> StoreDouble:
@@ -26,7 +36,7 @@ def source_of(**values: bytes) -> StoreDouble:
 
 def neighbour(pool: CachePool, name: str, keys: tuple[str, ...] = KEYS) -> CacheStore:
     """Another source of a pool, whose values are its name and their key, all of them cached."""
-    source = MemoryStore({key: buf(f"{name}: {key}".encode()) for key in keys})
+    source = MemoryStore({key: buf(neighbours_value(name, key)) for key in keys})
     store = CacheStore(source, cache_store=pool, source_id=name)
 
     async def warm() -> None:
@@ -38,15 +48,27 @@ def neighbour(pool: CachePool, name: str, keys: tuple[str, ...] = KEYS) -> Cache
     return store
 
 
+def neighbours_value(name: str, key: str) -> bytes:
+    """What a neighbour has under a key."""
+    return f"{name}: {key}".encode()
+
+
 async def check_neighbour(store: CacheStore, name: str) -> None:
     """Assert that a neighbour is served its own values."""
     for key in KEYS:
-        assert await read(store, key) == f"{name}: {key}".encode()
+        assert await read(store, key) == neighbours_value(name, key)
 
 
-def pool_with_neighbours(path: Path | None, **options: Any) -> CachePool:
+def pool_with_neighbours(path: Path | None = None, **options: Any) -> CachePool:
     """A pool in which two other sources have values of their own."""
     pool = CachePool(path, **options)
     for name in NEIGHBOURS:
         neighbour(pool, name)
     return pool
+
+
+POOLS: dict[str, Callable[[Path], CachePool]] = {
+    "pool": pool_with_neighbours,
+    "memory pool": lambda _: pool_with_neighbours(),
+}
+"""Pools that two other sources use as well, by name; they get a folder."""

@@ -9,6 +9,9 @@
 call site.
 """
 
+from zcache._advice.advice import Advice, Curve
+from zcache._advice.recording import Recording
+from zcache._advice.replay import replay
 from zcache._core import __version__
 from zcache._decoded.pipeline import DecodedCodecPipeline
 from zcache._open import open  # noqa: A004 - called `zcache.open`, like `zarr.open`
@@ -22,6 +25,7 @@ from zcache.exceptions import (
     OfflineError,
     OptionTypeError,
     OptionValueError,
+    RecordingError,
     SyncNotSupportedError,
     ZcacheError,
 )
@@ -29,10 +33,12 @@ from zcache.pool import CachePool, PoolSourceInfo
 from zcache.store import CacheStore
 
 __all__ = [
+    "Advice",
     "CacheOwnershipError",
     "CachePool",
     "CacheStore",
     "CacheUnreachableError",
+    "Curve",
     "DecodedCodecPipeline",
     "IndexLockTimeout",
     "MissingClientError",
@@ -41,9 +47,12 @@ __all__ = [
     "OptionTypeError",
     "OptionValueError",
     "PoolSourceInfo",
+    "Recording",
+    "RecordingError",
     "SyncNotSupportedError",
     "ZcacheError",
     "__version__",
     "open",
+    "replay",
     "with_decoded_cache",
 ]

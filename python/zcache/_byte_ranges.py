@@ -49,6 +49,14 @@ def to_request(byte_range: ByteRange | None) -> ByteRequest | None:
     return OffsetByteRequest(first) if kind == 2 else SuffixByteRequest(first)
 
 
+def to_text(byte_range: ByteRange | None) -> str:
+    """A byte range as names of entries have it: ``first-end``, ``first-``, ``-count``; "" for all."""
+    if byte_range is None:
+        return ""
+    kind, first, second = byte_range
+    return f"{first}-{second}" if kind == 1 else f"{first}-" if kind == 2 else f"-{first}"
+
+
 def is_reserved(key: str) -> bool:
     """Whether a key belongs to zcache itself."""
     return key == RESERVED or key.startswith(RESERVED + "/")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
+from zcache._core import Index
 from zcache._decoded import cache as decoded_chunks
 from zcache._decoded.cache import DecodedCache
 from zcache._decoded.pipeline import install
@@ -29,6 +30,7 @@ from zcache._source.location import innermost, outlives_process
 from zcache._source.missing import MissingKeyErrors
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
+from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._ages import Age
-    from zcache._core import Index
     from zcache._runtime.io import IO
 
 
@@ -59,7 +60,7 @@ class Cache:
         See `CacheStore`.
     token : str, optional
         Of the original that this is a copy of.
-    offline, revalidate, verify, adopt, source_id, clock
+    offline, revalidate, verify, adopt, source_id, clock, eviction, minimise, sampling
         See `CacheStore`.
 
     Attributes
@@ -91,6 +92,9 @@ class Cache:
         max_pending_size: int | None = None,
         clock: Callable[[], float] | None = None,
         decoded_size: int | None = None,
+        sampling: bool = True,
+        eviction: str = "lru",
+        minimise: str = "requests",
     ) -> None:
         self.source = source
         self.cache = cache
@@ -103,9 +107,12 @@ class Cache:
         self.missing_max_age = missing_max_age
         self.revalidate = revalidate
         self.verify = verify
+        self.eviction = eviction
+        self.minimise = minimise
         self.min_free_space = min_free_space
         self.max_pending_size = max_pending_size
         self.clock = clock
+        self.sampling = sampling
         self.known_token = token
         self.source_id = identify(source, source_id)
         slices = slices_like_python(innermost(source))
@@ -114,6 +121,8 @@ class Cache:
             "max_age": self._longest_use(),
             "verify": verify,
             "slices_like_python": slices,
+            "eviction": eviction,
+            "minimise": minimise,
         }
         if self.source_id.is_ephemeral and outlives_process(innermost(cache)):
             say_unnamed(source, cache)
@@ -130,13 +139,14 @@ class Cache:
         )
         ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            Hits(self.backend, ages, missing_age if cache_missing else 0.0),
+            Hits(self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling),
             offline=offline,
             revalidate=revalidate,
             validators=validators_of(source) if revalidate else None,
             stale_if_error=stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
+            times_source=minimise == "seconds",
         )
         self.missing_key_errors = MissingKeyErrors()
         self.lister = Lister(self.shared.listings, self.reader.stale)
@@ -214,6 +224,13 @@ class Cache:
             "cache_skips": counters.skipped,
             **(decoded_chunks.NOTHING if decoded is None else decoded.stats()),
         }
+
+    def policy(self) -> tuple[str, str]:
+        """The policy in force and what it minimises; the wanted ones while the index does not answer."""
+        try:
+            return self.ask(Index.policy)  # type: ignore[no-any-return]
+        except IndexLockTimeout:
+            return self.eviction, self.minimise
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.

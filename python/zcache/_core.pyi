@@ -10,7 +10,7 @@ A method of an index that other processes share raises `IndexBusyError` if anoth
 longer than a step takes, and `CorruptIndexError` if the index cannot be used; nothing has changed then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias, final
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "IndexBusyError",
     "IndexFullError",
     "NeedsEviction",
+    "Plan",
     "ReadCounters",
     "Rejected",
     "Reservation",
@@ -51,6 +52,7 @@ __all__ = [
     "remove_key",
     "select",
     "sign_file",
+    "simulate",
     "take_folder_bytes",
     "tells_residency",
     "volume_space",
@@ -170,6 +172,20 @@ class Ages:
         """Maximum age of the value of a key."""
 
 @final
+class Plan:
+    """Keys in the order in which they will be read: the first million of an iterable, taken from it at once.
+
+    Raises
+    ------
+    OptionTypeError
+        If it is no iterable of str, or a str or bytes itself.
+    """
+
+    def __new__(cls, keys: Iterable[str], /) -> Plan: ...
+    def __len__(self) -> int:
+        """Keys, each counted as often as it is read."""
+
+@final
 class ReadCounters:
     """Hits and misses of one store, whichever index has answered. Takes no lock."""
 
@@ -228,6 +244,10 @@ class Index:
         Bytes of a block of the cache store, of which a value takes whole ones. Default is 1. With more, the
         folders count as well; see `count_folders`. An index in a directory that counts in another unit is
         emptied.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which entries go when bytes are needed. Default is "lru".
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests".
     holes : bool, optional
         Of a pool: whether its segments can have holes; where not, each value has a segment of its own.
         Default is None: each value has a file of its own.
@@ -244,6 +264,8 @@ class Index:
         seed: int | None = None,
         complete: bool = True,
         unit: int = 1,
+        eviction: str = "lru",
+        minimise: str = "requests",
         holes: bool | None = None,
     ) -> Index: ...
     @staticmethod
@@ -259,9 +281,13 @@ class Index:
         seed: int = 0,
         unit: int = 1,
         timeout: float = 1.0,
+        eviction: str = "lru",
+        minimise: str = "requests",
         holes: bool | None = None,
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
+
+        Where other processes use it, it goes by the policy that they use; see `policy`.
 
         Raises
         ------
@@ -269,8 +295,55 @@ class Index:
             If another process holds its lock for more than `timeout` seconds.
         """
 
-    def view(self, counters: ReadCounters, /) -> Index:
-        """The same index, whose lookups count in `counters` as well."""
+    def policy(self) -> tuple[str, str]:
+        """The eviction policy in force, and what it minimises."""
+
+    def set_policy(self, eviction: str, minimise: str, /) -> tuple[str, str]:
+        """Go by a policy from now on, unless other processes use the index; returns the one in force."""
+
+    def note_seconds(self, size: int, seconds: float, /) -> None:
+        """Tell how long the source took for so many bytes; of use where seconds are minimised."""
+
+    def set_plan(self, plan: Plan, /) -> tuple[int, int]:
+        """Go by a plan from now on, or by none if it has no keys; returns a cursor for `match_plan`.
+
+        What the plan will read soonest stays; what it does not have goes first, in the order of the policy.
+        It takes its keys out of `plan`.
+        """
+
+    def match_plan(self, cursor: tuple[int, int], /) -> tuple[int, int] | None:
+        """Find entries of the plan from a cursor on, a batch; returns where to go on, None at the end."""
+
+    @property
+    def plan(self) -> Literal["followed", "done", "wrong"] | None:
+        """What has become of the plan; None if there was none. Takes no lock."""
+
+    def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
+        """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
+
+    def sample(self) -> tuple[int, float, bool, int, int, int, bytes, bytes, bytes]:
+        """The sampled requests of all views, and of all processes on a directory.
+
+        Returns
+        -------
+        requests : int
+            Requests, sampled or not, since the sample was begun.
+        rate : float
+            Part of all keys that is sampled, up to 1.
+        has_slid : bool
+            Whether there were sampled requests before the first one.
+        dropped, dropped_first : int
+            Sampled requests that are no longer there, and those among them that were the first of their key.
+        unit : int
+            Bytes of a block, of which an entry takes whole ones; 0 and 1 are the same.
+        keys : bytes
+            For each sampled request, oldest first, 8 bytes that stand for its key and range.
+        sizes : bytes
+            The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
+        flags : bytes
+            2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, its key was
+            requested before the first of these requests; 0, it only stands for the first of them.
+        """
 
     def within(self, label: str, slices_like_python: bool, /) -> Index:
         """The same index as one source of a pool sees it: its keys are those below the folder `label`.
@@ -375,6 +448,9 @@ class Index:
             The key cannot be cached.
         """
 
+    def lead_all(self, keys: list[str], flights: list[Any], /) -> list[int | None]:
+        """`join` for many whole values: tickets of those that have no flight, which get one; else None."""
+
     def set_validator(self, key: str, ticket: int, validator: str, /) -> None:
         """Note the validator of what was read under a ticket; kept with the entry when that is committed."""
 
@@ -399,6 +475,9 @@ class Index:
 
     def complete_flight(self, key: str, ticket: int, /) -> None:
         """Close the flight of a ticket; nothing happens if it is closed."""
+
+    def complete_flights(self, keys: list[str], tickets: list[int], /) -> None:
+        """`complete_flight` for many."""
 
     def commit_absence(
         self, key: str, ticket: int, fetched: float, now: float, kept: bool, /
@@ -580,6 +659,10 @@ class Index:
 
     def count_folders(self, size: int, /) -> None:
         """Count folders that were made or have grown, or, below 0, were removed."""
+
+    @property
+    def bound(self) -> int | None:
+        """The least bound of all processes that use the index, in bytes; None where none has any."""
 
     @property
     def excess(self) -> int:
@@ -1002,3 +1085,26 @@ def cache_key(key: str, raw: _Range, /) -> str:
 
 def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
     """First byte and number of bytes that a range selects of a value; None where sources disagree."""
+
+def simulate(eviction: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
+    """Which requests a cache would have served, by the code of the eviction policies themselves.
+
+    Parameters
+    ----------
+    eviction : {"lru", "none", "adaptive"}
+        The policy, which minimises requests.
+    capacity : int
+        Bytes that the cache holds at most.
+    keys, sizes : bytes
+        The key of each request, as a number, and the bytes of its value: 8 bytes each, in native order.
+
+    Returns
+    -------
+    bytes
+        1 for each request that is served, 0 for the others.
+
+    Raises
+    ------
+    ValueError
+        If there is no such policy, or there are not as many sizes as keys.
+    """

@@ -22,6 +22,8 @@ from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAX_BYTES: Final = 2**64 - 1
+EVICTIONS: Final = ("lru", "none", "adaptive")
+MINIMISED: Final = ("requests", "bytes", "seconds")
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -109,6 +111,11 @@ def _parse_share(number: str, name: str, value: object, whole: Callable[[], int]
 
 
 def _size_message(name: str, value: object) -> str:
+    if name == "sizes":
+        return (
+            f"invalid {name}: {value!r}. Give whole numbers of bytes from 0 to 2**64 - 1, or text such as "
+            '"256MB" or "2 GiB". Shares such as "25%" are for max_size only.'
+        )
     none = "no bound" if name == "max_size" else "the default"
     share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (
@@ -223,6 +230,20 @@ def check_verify(verify: object) -> str:
     if verify not in ("first", "always", "never"):
         raise OptionValueError(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
     return str(verify)
+
+
+def check_eviction(eviction: object) -> str:
+    if isinstance(eviction, str) and eviction in EVICTIONS:
+        return eviction
+    kind = OptionValueError if isinstance(eviction, str) else OptionTypeError
+    raise kind(f'invalid eviction: {eviction!r}. Give "lru", "none" or "adaptive".')
+
+
+def check_minimise(minimise: object) -> str:
+    if isinstance(minimise, str) and minimise in MINIMISED:
+        return minimise
+    kind = OptionValueError if isinstance(minimise, str) else OptionTypeError
+    raise kind(f'invalid minimise: {minimise!r}. Give "requests", "bytes" or "seconds".')
 
 
 def check_source_id(source_id: object) -> str | None:

@@ -11,6 +11,7 @@ __all__ = [
     "OfflineError",
     "OptionTypeError",
     "OptionValueError",
+    "RecordingError",
     "SyncNotSupportedError",
     "ZcacheError",
 ]
@@ -54,3 +55,7 @@ class OfflineError(ZcacheError, OSError):
 
 class SyncNotSupportedError(ZcacheError, TypeError):
     """A synchronous method was called, but one of the stores has none."""
+
+
+class RecordingError(ZcacheError, ValueError):
+    """A file of recorded requests is damaged, or is none."""

@@ -19,17 +19,23 @@ from zarr.core.config import config
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import _cache
+from zcache._advice.advise import advise, parse_policies, parse_sizes
+from zcache._advice.recording import Recording, RequestWriter
+from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
 from zcache._index.keys import CachedKeys
+from zcache._index.plans import follow
 from zcache._options import (
     capacity_of,
     check_cache_store,
     check_clock,
+    check_eviction,
     check_flag,
+    check_minimise,
     check_prefix,
     check_revalidate,
     check_source_id,
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
+    from zcache._advice.advice import Advice
     from zcache._ages import Age
     from zcache._protocol.batch import Fetch, Group, Request
 
@@ -144,6 +151,18 @@ class CacheStore(Store):
         volume of a directory, and else of the memory, or of what the control group of the process may use
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
         None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
+    eviction : {"lru", "none", "adaptive"}, optional
+        Which values go when there is no room for a new one. Default is "lru": those that were used least
+        recently. "none" keeps what came first, until it expires or is dropped: for data that is read in
+        whole passes, the share of it that fits. "adaptive" finds out which of several rules serves most of
+        the traffic, and follows when that changes: set it where passes over more than `max_size` are read
+        (training, animations), or where you do not know. All stores over one cache store go by one policy: while
+        others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
+        goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" makes least of. Default is "requests": a miss costs the same, whatever its size, so small
+        values are kept rather than large ones. "bytes" is for a source that is paid for, or limited, by the
+        byte; "seconds" weighs both by the latency and the rate of the source, as measured.
     cache_missing : bool, optional
         Whether a key that the source does not have is remembered as missing, so that it is not asked for
         again. Default is True. Metadata documents are, too, as long as another document of their node is
@@ -152,7 +171,7 @@ class CacheStore(Store):
     missing_max_age_seconds : float or "infinity", optional
         Seconds, from 0 on and fractions allowed, for which that is remembered; not longer than the maximum
         age of a value of that key. Default is 300. Set it lower where others add chunks that must be seen
-        soon, and to "infinity" for data that nobody changes. One key for each 256 bytes of `max_size` is
+        soon, and to "infinity" for data that no one changes. One key for each 256 bytes of `max_size` is
         remembered, at least 1,024 and at most 2**20, the most recently used; each takes about 64 bytes in
         the index, and none of `max_size`.
     cache_set_data : bool, optional
@@ -188,6 +207,11 @@ class CacheStore(Store):
         Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
         for this store and its copies, beside the encoded ones. Default is None: none are kept. Set it where the
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
+    sampling : bool, optional
+        Whether the requests of this store and its copies go into the sample from which `advise` tells how large
+        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of its
+        disk, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
+        as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
         the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
@@ -234,6 +258,8 @@ class CacheStore(Store):
         | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
+        eviction: Literal["lru", "none", "adaptive"] = "lru",
+        minimise: Literal["requests", "bytes", "seconds"] = "requests",
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         stale_if_error: float | Literal["infinity"] = 0,
         offline: bool | None = None,
@@ -247,6 +273,7 @@ class CacheStore(Store):
         min_free_space: int | str | None = None,
         max_pending_size: int | str | None = None,
         decoded_size: int | str | None = None,
+        sampling: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
         check_store("store", store)
@@ -260,6 +287,7 @@ class CacheStore(Store):
         check_flag("cache_missing", cache_missing)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)
+        check_flag("sampling", sampling)
         if read_only is not None:
             check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
@@ -278,6 +306,8 @@ class CacheStore(Store):
             cache_missing=cache_missing,
             missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
+            eviction=check_eviction(eviction),
+            minimise=check_minimise(minimise),
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(
@@ -286,6 +316,7 @@ class CacheStore(Store):
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
             decoded_size=parse_size(decoded_size, "decoded_size", memory),
+            sampling=sampling,
         )
         self._setup(store, cache, cache_set_data)
 
@@ -334,6 +365,16 @@ class CacheStore(Store):
         return self._cache.max_size
 
     @property
+    def eviction(self) -> str:
+        """The policy that is in force: what was asked for, or that of those who used the cache store already."""
+        return self._cache.policy()[0]
+
+    @property
+    def minimise(self) -> str:
+        """What the policy in force makes least."""
+        return self._cache.policy()[1]
+
+    @property
     def min_free_space(self) -> int | None:
         """Bytes of the volume of a cache directory that stay free; None for the default."""
         return self._cache.min_free_space
@@ -374,6 +415,11 @@ class CacheStore(Store):
     def missing_max_age_seconds(self) -> Age:
         """Seconds for which they are at most, or "infinity"."""
         return self._cache.missing_max_age
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the requests of this store are sampled, for `advise`."""
+        return self._cache.sampling
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -542,6 +588,148 @@ class CacheStore(Store):
         if self._decoded is not None:
             self._decoded.clear()
 
+    def will_read(self, keys: Iterable[str]) -> int:
+        """Say what will be read, in its order, so that the cache keeps what is needed soonest.
+
+        For those who know, such as a sampler at the beginning of an epoch. While the plan holds, its keys that are
+        needed last go first when there is no room, and a value that is needed later than all that is there is not
+        taken in: nearly what Belady's optimal replacement would do. Keys that the plan has no more use for go
+        before those that it has, in the order of `eviction`; under "none" too they make room, for keys of the
+        plan only. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
+
+        The plan is one of this process and this cache: all stores over it share the plan, their reads in this process
+        move it on, and a new one takes its place. Other processes, forked children and copies that are unpickled
+        elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
+
+        Reads may overtake each other, and leave keys out, by a sixteenth of the different keys (4,096 at most; from 128 to
+        512 different keys by 32; by a quarter of fewer). Several reads of a key in a row, such as of ranges,
+        count as one. Once more than about two thirds of the reads are elsewhere for a while (32 to 1,024
+        reads; docs/eviction.md counts them), the plan is dropped, with a line in the log at level DEBUG, and
+        `eviction` alone decides again. So it does when all was read.
+
+        It takes time in proportion to the keys and to what is cached; in an event loop use
+        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 50 bytes for each different key, 8
+        for each further use and 35 for each key that is cached.
+
+        Parameters
+        ----------
+        keys : iterable of str
+            Keys as `get` gets them, each as often as it will be read. A key stands for its value and for all byte
+            ranges of it. At most 1,000,000 are taken from it, and at once: an endless iterable is fine, and
+            what comes after them is left to `eviction`. Without keys, as in ``will_read(())``, the plan is forgotten.
+
+        Returns
+        -------
+        int
+            Keys of the plan; 0 also if another process held the lock of the index for more than a second.
+
+        Raises
+        ------
+        OptionTypeError
+            A `TypeError`: it is no iterable of str. The plan before stays, as it does after any error of the iterable itself.
+
+        Examples
+        --------
+        >>> order = [f"images/c/{n}/0/0" for n in rng.permutation(50_000)]  # doctest: +SKIP
+        >>> store.will_read(order)  # doctest: +SKIP
+        50000
+        """
+        return follow(self._cache.shared.handle, keys)
+
+    def advise(
+        self,
+        *,
+        sizes: Iterable[int | str] | None = None,
+        policies: Iterable[str] | None = None,
+    ) -> Advice:
+        """Say how large the cache should be, and which policy suits it, from the requests so far.
+
+        The index keeps a sample of all requests through stores with ``sampling=True``, for a directory those of
+        all processes, over restarts; here each size and policy is simulated on it. That takes a second or two for
+        a full sample, without the lock of the index or of the interpreter: in an event loop use
+        ``await asyncio.to_thread(store.advise)``.
+
+        Parameters
+        ----------
+        sizes : iterable of int or str, optional
+            Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the smallest `max_size` of all
+            stores over the cache or, where none has any, the bytes that are cached; where that is 0, the bytes of
+            all that was requested.
+        policies : iterable of str, optional
+            Any of "lru", "none" and "adaptive". Default is None: all.
+
+        Returns
+        -------
+        Advice
+            False in a condition, with a `reason`, after fewer than 100 requests, and where nothing is cached and no
+            store has a `max_size`.
+
+        Raises
+        ------
+        OptionTypeError, OptionValueError
+            If a size or a policy is none.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        parsed, named = parse_sizes(sizes), parse_policies(policies)
+        size, _ = self._cache.ask(_size_and_entries)
+        eviction, _ = self._cache.ask(Index.policy)
+        off = "" if self._cache.sampling else "this store was made with sampling=False"
+        return advise(
+            self._cache.ask(sampled),
+            max_size=self._cache.ask(_bound),
+            in_use=size,
+            policy=eviction,
+            sizes=parsed,
+            policies=named,
+            nothing=off,
+        )
+
+    def record(self, path: str | os.PathLike[str], *, anonymous: bool = False) -> Recording:
+        """Write the requests of this store and its copies, in this process, to a file while they are made.
+
+        The file is CSV in gzip, with a line for each read of a value that the source has: ``time`` (seconds since
+        the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the whole value),
+        ``size`` (bytes of the answer), ``hit`` (0 or 1), and of the entry that has served it ``entry_range`` and
+        ``entry_size``. Sizes that are not known, of reads that failed, are left out. `replay` reads it.
+
+        A reader does no more than put its request into a queue; a thread writes it. An error of the file
+        ends the recording with a warning in the log, never a read.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            Of the file, such as ``"requests.csv.gz"``. It must not exist.
+        anonymous : bool, optional
+            Write a hash in the place of each key, with a secret that is thrown away. Equal keys stay equal; ranges,
+            sizes and times stay as they are. Default is False. Set it for a file that others are to see.
+
+        Returns
+        -------
+        Recording
+            A context manager; the recording ends with the block, by its `close`, where no one refers to it any
+            more, or when the process exits.
+
+        Raises
+        ------
+        FileExistsError
+            If there is such a file.
+        OSError
+            If it cannot be made.
+        RuntimeError
+            If this store, or a copy of it, is being recorded already.
+        IndexLockTimeout
+            A `TimeoutError`: another process holds the lock of the index for more than a second.
+        """
+        check_flag("anonymous", anonymous)
+        limits = self._cache.shared.handle.limits
+        about = {
+            "max_size": self._cache.ask(_bound),
+            "block_size": limits.get("unit", 1),
+            "eviction": limits["eviction"],
+        }
+        return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))
+
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.
 
@@ -645,12 +833,15 @@ class CacheStore(Store):
                 "missing_max_age": cache.missing_max_age,
                 "revalidate": cache.revalidate,
                 "verify": cache.verify,
+                "eviction": cache.eviction,
+                "minimise": cache.minimise,
                 # Also that of a source without a name: copies read the same data.
                 "source_id": cache.source_id.name,
                 "min_free_space": cache.min_free_space,
                 "max_pending_size": cache.max_pending_size,
                 "clock": cache.clock,
                 "decoded_size": None if cache.decoded is None else cache.decoded.max_size,
+                "sampling": cache.sampling,
             },
             "set": self.cache_set_data,
             "own_decoded": own,
@@ -1082,6 +1273,10 @@ def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None
         work(*args)
 
     return call
+
+
+def _bound(index: Index) -> int | None:
+    return index.bound
 
 
 def _size_and_entries(index: Index) -> tuple[int, int]:

@@ -11,6 +11,14 @@ pub const MAX_CELLS: usize = 1 << 28;
 /// The directory above all others. It is never freed.
 pub const ROOT: u32 = 1;
 
+/// The bits of a link in a list of entries that are a cell number; the others are half of a note.
+const LINK: u32 = MAX_CELLS as u32 - 1;
+const LINK_BITS: u32 = LINK.count_ones();
+const HALF: u32 = 32 - LINK_BITS;
+
+/// The bit of a note that says that an entry is in the main list. The others are the eviction policy's.
+pub const IN_MAIN: u8 = 1;
+
 /// Cells by which the array grows at least: 56 KiB.
 const GROWTH: usize = 1024;
 
@@ -27,8 +35,11 @@ pub struct Arena<S> {
 /// One of the intrusive lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
-    /// `Live` entries in the order of the eviction policy, next victim first.
+    /// `Live` entries in the order of their use, least recent first: all of them, unless the eviction
+    /// policy has put some into `Main`.
     Recency,
+    /// `Live` entries that the eviction policy protects, least recently used first.
+    Main,
     /// `Live` entries, earliest fetch first.
     FetchTime,
     /// `DeleteFailed` entries, next to retry first.
@@ -137,6 +148,7 @@ impl<S: Storage> Arena<S> {
         let header = self.storage.header_mut();
         match list {
             List::Recency => &mut header.recency,
+            List::Main => &mut header.main,
             List::FetchTime => &mut header.fetch_time,
             List::DeleteFailed => &mut header.delete_failed,
             List::InProgress => &mut header.in_progress,
@@ -150,6 +162,7 @@ impl<S: Storage> Arena<S> {
     pub fn list(&self, list: List) -> [u32; 2] {
         match list {
             List::Recency => self.header().recency,
+            List::Main => self.header().main,
             List::FetchTime => self.header().fetch_time,
             List::DeleteFailed => self.header().delete_failed,
             List::InProgress => self.header().in_progress,
@@ -179,8 +192,8 @@ impl<S: Storage> Arena<S> {
         Ok(match (list, towards_last) {
             (List::FetchTime, false) => cell.earlier,
             (List::FetchTime, true) => cell.later,
-            (_, false) => cell.older,
-            (_, true) => cell.newer,
+            (_, false) => cell.older & LINK,
+            (_, true) => cell.newer & LINK,
         })
     }
 
@@ -189,9 +202,26 @@ impl<S: Storage> Arena<S> {
         match (list, towards_last) {
             (List::FetchTime, false) => cell.earlier = to,
             (List::FetchTime, true) => cell.later = to,
-            (_, false) => cell.older = to,
-            (_, true) => cell.newer = to,
+            (_, false) => cell.older = cell.older & !LINK | to & LINK,
+            (_, true) => cell.newer = cell.newer & !LINK | to & LINK,
         }
+        Ok(())
+    }
+
+    /// What the eviction policy notes of an entry. A wrong note is harmless, so nothing checks it.
+    #[inline]
+    pub fn note(&self, i: u32) -> Result<u8> {
+        let cell = self.get(i)?;
+        Ok((cell.older >> LINK_BITS << HALF | cell.newer >> LINK_BITS) as u8)
+    }
+
+    /// Sets the same.
+    #[inline]
+    pub fn set_note(&mut self, i: u32, note: u8) -> Result<()> {
+        let note = u32::from(note);
+        let cell = self.get_mut(i)?;
+        cell.older = cell.older & LINK | note >> HALF << LINK_BITS;
+        cell.newer = cell.newer & LINK | note << LINK_BITS;
         Ok(())
     }
 
@@ -244,7 +274,7 @@ impl List {
     pub(crate) fn holds(self, cell: &Cell) -> bool {
         let state = cell.state();
         let is_in_state = match self {
-            List::Recency | List::FetchTime => state == State::Live,
+            List::Recency | List::Main | List::FetchTime => state == State::Live,
             List::DeleteFailed => state == State::DeleteFailed,
             List::InProgress => matches!(state, State::Writing | State::Deleting),
             List::Absences => return matches!(cell.kind(), Ok(Kind::Absent)),

@@ -52,11 +52,12 @@ pub enum State {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Cell {
-    /// Recency list (or list of failed deletes, or of absences), towards the least recent. Dir,
-    /// Object: first child that is no absence. Free: next free cell.
+    /// Recency or main list (or list of failed deletes, or of absences), towards the least recent; above it
+    /// half of a note of the eviction policy. Dir, Object: first child that is no absence. Free: next free
+    /// cell.
     pub older: u32,
-    /// Recency list (or list of failed deletes, or of absences), towards the most recent. Dir,
-    /// Object: number of those children.
+    /// The same list, towards the most recent, and the other half of the note. Dir, Object: number of those
+    /// children.
     pub newer: u32,
     /// List by fetch time, towards the earliest. Entry in progress: the participant (plus one) that
     /// writes or deletes it. Object: the child with most bytes, or 0. Dir: first absence in it.

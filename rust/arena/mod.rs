@@ -14,9 +14,9 @@ mod validate;
 pub(crate) mod validator;
 
 pub(crate) use self::arena::OVERFLOW;
-pub use self::arena::{Arena, List, MAX_CELLS, ROOT};
+pub use self::arena::{Arena, IN_MAIN, List, MAX_CELLS, ROOT};
 pub use self::cell::{Cell, Kind, STORED, State, TOO_LARGE};
 pub(crate) use self::hash_table::SEGMENT;
 pub use self::places::MAX_PAGES;
 pub(crate) use self::places::Place;
-pub use self::storage::{Header, Heap, STRING_SIZES, Storage};
+pub use self::storage::{Header, Heap, PolicyState, STRING_SIZES, Storage};

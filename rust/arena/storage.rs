@@ -8,6 +8,35 @@ use crate::error::{Error, Result};
 /// Words of the longest string; each length has its own list of free strings.
 pub const STRING_SIZES: usize = 32;
 
+/// What an eviction policy keeps beside its lists.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PolicyState {
+    /// The policy; the number of a `PolicyKind`.
+    pub kind: u32,
+    /// The rule that an adaptive policy goes by.
+    pub rule: u32,
+    /// Bytes of the entries in the main list.
+    pub main_bytes: u64,
+    /// Reads and fills of entries.
+    pub uses: u64,
+    /// Of which so many when frequencies were last halved.
+    pub aged_at: u64,
+    /// Of which so many when an entry last came in.
+    pub filled_at: u64,
+    /// Times that frequencies were halved.
+    pub halvings: u32,
+    /// What is minimised; the number of a `Minimise`.
+    pub minimise: u32,
+    /// Bytes that take as long as a request alone, where that is measured.
+    pub request_bytes: u64,
+    /// Of the requests that were measured lately: the number, and the sums of bytes, of seconds, of the squares
+    /// of the bytes, and of bytes times seconds; `f64` as bits.
+    pub measured: [u64; 5],
+    /// Bytes of the entries when room had last to be made for a new one, or 0.
+    pub full_bytes: u64,
+}
+
 /// The numbers that belong to the whole index. Lists are (first, last); the first is the next one
 /// to be taken.
 #[repr(C)]
@@ -23,6 +52,8 @@ pub struct Header {
     pub live_bytes: u64,
     /// Free bytes that reservations hold until they are granted.
     pub reserved_bytes: u64,
+    /// What the eviction policy keeps.
+    pub policy: PolicyState,
     /// Seed of all hashes.
     pub seed: u64,
     /// Entries in every state.
@@ -41,8 +72,10 @@ pub struct Header {
     pub cells_used: u32,
     /// Bits of the hash that index the directory of the hash table.
     pub depth: u32,
-    /// `Live` entries in the order of the eviction policy: next victim, last victim.
+    /// `Live` entries in the order of use: least recent, most recent.
     pub recency: [u32; 2],
+    /// Those that the eviction policy protects.
+    pub main: [u32; 2],
     /// `Live` entries by fetch time: earliest, latest.
     pub fetch_time: [u32; 2],
     /// Entries that could not be deleted: next to retry, last to retry.
@@ -136,6 +169,18 @@ pub trait Storage {
     fn grow_directory(&mut self, len: usize) -> Result<()>;
     /// Grows the string arena.
     fn grow_strings(&mut self, len: usize) -> Result<()>;
+    /// What the eviction policy remembers of keys, whether they have entries or not.
+    fn history(&self) -> &[u64] {
+        &[]
+    }
+    /// The same, mutable.
+    fn history_mut(&mut self) -> &mut [u64] {
+        &mut []
+    }
+    /// Grows the history; without one a policy remembers less.
+    fn grow_history(&mut self, _len: usize) -> Result<()> {
+        Err(Error::Full)
+    }
 }
 
 /// Memory of one process.
@@ -149,6 +194,7 @@ pub struct Heap {
     slots: Vec<u32>,
     directory: Vec<u32>,
     strings: Vec<u32>,
+    history: Vec<u64>,
 }
 
 impl Heap {
@@ -248,5 +294,14 @@ impl Storage for Heap {
     }
     fn grow_strings(&mut self, len: usize) -> Result<()> {
         grow(&mut self.strings, len)
+    }
+    fn history(&self) -> &[u64] {
+        &self.history
+    }
+    fn history_mut(&mut self) -> &mut [u64] {
+        &mut self.history
+    }
+    fn grow_history(&mut self, len: usize) -> Result<()> {
+        grow(&mut self.history, len)
     }
 }

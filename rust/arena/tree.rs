@@ -4,7 +4,7 @@
 //! directory; a range is a child of the `Object` cell of its key. So one key, one key with all its
 //! ranges, and one prefix are each reached without looking at any other key.
 
-use super::arena::{Arena, OVERFLOW, ROOT};
+use super::arena::{Arena, List, OVERFLOW, ROOT};
 use super::cell::{Cell, Kind};
 use super::storage::Storage;
 use crate::error::{Error, Result};
@@ -202,14 +202,30 @@ impl<S: Storage> Arena<S> {
         })
     }
 
+    /// Hash of a key and range, whether or not there is an entry.
+    pub(crate) fn hash_of_name(&self, key: &str, range: ByteRange) -> u64 {
+        let (dirs, label) = packing::split(key);
+        let above = self.dir_hash(dirs);
+        if range == ByteRange::Full {
+            return hash(&label, above, Kind::Value);
+        }
+        let object = hash(&label, above, Kind::Object);
+        hash(
+            &Label::Raw(RangeLabel::new(range).bytes()),
+            object,
+            Kind::of(range),
+        )
+    }
+
     /// The value of a chunk, or `Some(None)` where there is none. `None` where its directory is not
-    /// cached, so that only [`Arena::find`] can tell.
+    /// cached, so that only [`Arena::find`] can tell. And its [`Arena::hash_of_name`].
     #[inline]
-    pub(crate) fn find_chunk(&self, key: &str) -> Option<Option<u32>> {
+    pub(crate) fn find_chunk(&self, key: &str) -> Option<(Option<u32>, u64)> {
         let (dirs, word, len) = packing::split_packed(key)?;
         let (above, dir) = self.cached_dir(dirs)?;
         let hash = key::hash_word(word, len, above, salt(Kind::Value, Packing::Coordinates));
-        self.find_packed(dir, Kind::Value, word, len, hash).ok()
+        let found = self.find_packed(dir, Kind::Value, word, len, hash).ok()?;
+        Some((found, hash))
     }
 
     /// The entry of a key and range, in any state.
@@ -334,7 +350,8 @@ impl<S: Storage> Arena<S> {
     /// processor's caches all at once, where each step of the deletion would wait for its own.
     pub(crate) fn prefetch(&self, i: u32) -> Result<()> {
         let cell = self.get(i)?;
-        let lists = [cell.older, cell.newer, cell.earlier, cell.later];
+        let [older, newer] = [false, true].map(|last| self.neighbour(List::Recency, i, last));
+        let lists = [older?, newer?, cell.earlier, cell.later];
         let mut read = 0;
         for beside in lists.into_iter().chain([cell.left, cell.right]) {
             // In an entry that is in no list these are other numbers.

@@ -1,6 +1,6 @@
 //! Validation: every counter, list and table recomputed from the cells.
 
-use super::arena::{Arena, List, OVERFLOW, ROOT, WRONG_STATE};
+use super::arena::{Arena, IN_MAIN, List, OVERFLOW, ROOT, WRONG_STATE};
 use super::cell::{Kind, State};
 use super::hash_table::SEGMENT;
 use super::storage::{STRING_SIZES, Storage};
@@ -231,8 +231,20 @@ impl<S: Storage> Arena<S> {
     }
 
     fn validate_lists(&self, totals: &Totals) -> Result<()> {
+        let main = self.list_cells(List::Main)?;
+        let mut main_bytes = 0u64;
+        for &i in &main {
+            let size = self.get(i)?.size()?;
+            main_bytes = main_bytes.checked_add(size).ok_or(OVERFLOW)?;
+        }
+        check(
+            main_bytes == self.header().policy.main_bytes,
+            "bytes of the main list",
+        )?;
+        let recent = totals.live.checked_sub(main.len() as u64);
         for (list, count) in [
-            (List::Recency, totals.live),
+            (List::Recency, recent.ok_or(WRONG_STATE)?),
+            (List::Main, main.len() as u64),
             (List::FetchTime, totals.live),
             (List::DeleteFailed, totals.failed),
             (
@@ -252,6 +264,13 @@ impl<S: Storage> Arena<S> {
                     self.neighbour(list, i, false)? == before,
                     "list: broken back link",
                 )?;
+                if matches!(list, List::Recency | List::Main) {
+                    let in_main = self.note(i)? & IN_MAIN != 0;
+                    check(
+                        in_main == (list == List::Main),
+                        "list: not the one of the note",
+                    )?;
+                }
                 if list == List::FetchTime {
                     check(cell.time() >= latest, "list: fetch times out of order")?;
                     latest = cell.time();

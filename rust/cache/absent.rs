@@ -158,7 +158,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Notes their number for whoever asks without the lock.
+    /// Notes their number for those who ask without the lock.
     pub(crate) fn tell_absences(&self) {
         let count = self.absences();
         let told = &self.tally.absences;
@@ -298,6 +298,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(found) = self.peek(key, range, fresh)? {
             self.policy.touch(&mut self.arena, found.handle as u32)?;
             Tally::add(&self.tally.hits, 1);
+            self.read_planned(key, Some(found.handle as u32));
             return Ok(Answer::Found(found));
         }
         if let Some(i) = self.find_absence(key)? {
@@ -313,6 +314,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
         }
         Tally::add(&self.tally.misses, 1);
+        self.read_planned(key, None);
         Ok(Answer::Unknown)
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -10,13 +10,15 @@ use super::decoded::Changes;
 use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
 use super::peers::{Peers, Version};
+use super::planned::Planned;
 use super::reserve::Reservation;
 use super::segments::{OpenSegment, Placed, VALUE_HEADER};
 use super::verified::VerifiedSet;
 use crate::arena::{Arena, Cell, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
-use crate::policy::{Eviction, Lru};
+use crate::policy::{Eviction, Minimise, Policy};
+use crate::sampling::Sample;
 
 /// Entries that one step names at most, so that no step holds the lock for long.
 pub const BATCH: usize = 1024;
@@ -132,6 +134,8 @@ pub struct Tally {
     pub(super) rejections: AtomicU64,
     /// Absences, as of the last step that has changed their number here, or taken a shared index.
     pub(super) absences: AtomicU64,
+    /// What has become of the plan; see [`Tally::plan`].
+    pub(super) plan: AtomicU32,
 }
 
 impl Tally {
@@ -151,6 +155,13 @@ impl Tally {
     #[must_use]
     pub fn absences(&self) -> u64 {
         self.absences.load(Ordering::Relaxed)
+    }
+
+    /// What has become of the plan: 0 where there is none, 1 while it is followed, 2 where all of it was read, 3
+    /// where it was wrong.
+    #[must_use]
+    pub fn plan(&self) -> u32 {
+        self.plan.load(Ordering::Relaxed)
     }
 
     pub(super) fn add(counter: &AtomicU64, count: u64) {
@@ -183,7 +194,7 @@ pub struct Stats {
 ///
 /// `S` is the memory, `T` what the readers of a flight wait on, `P` the eviction policy.
 #[derive(Debug)]
-pub struct Cache<S, T, P = Lru> {
+pub struct Cache<S, T, P = Policy> {
     pub(crate) arena: Arena<S>,
     pub(super) policy: P,
     pub(super) limits: Limits,
@@ -197,6 +208,8 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) verified: VerifiedSet,
     /// Changes since somebody has begun to decode values.
     pub(super) changes: Changes,
+    /// A sample of the requests, once one was to be sampled; a shared index has one in its storage.
+    pub(super) own_sample: Option<Box<Sample>>,
     /// See [`Cache::generation`].
     pub(super) generation: u64,
     /// See [`Header::unit`](crate::arena::Header::unit).
@@ -207,6 +220,10 @@ pub struct Cache<S, T, P = Lru> {
     pub(super) moving: u64,
     /// Whether no segment of a pool takes more than one value.
     pub(super) one_value_a_segment: bool,
+    /// What an empty index is to minimise.
+    pub(super) minimise: Minimise,
+    /// What will be read, where this process knows.
+    pub(super) planned: Option<Box<Planned>>,
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -218,10 +235,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
+        let policy = (self.policy.number(), self.minimise as u32);
+        let is_alone = !self.arena.storage.has_others();
         let has_places = self.arena.storage.has_places();
         let header = self.arena.header_mut();
         header.unit = self.unit;
         header.value_header = if has_places { VALUE_HEADER } else { 0 };
+        if is_alone {
+            (header.policy.kind, header.policy.minimise) = policy;
+        }
         self.arena.table_init()?;
         self.arena.tree_init(seed)
     }
@@ -240,11 +262,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             tally: Arc::default(),
             verified: VerifiedSet::default(),
             changes: Changes::default(),
+            own_sample: None,
             generation: 0,
             unit: 0,
             open_segment: OpenSegment::default(),
             moving: 0,
             one_value_a_segment: false,
+            minimise: Minimise::default(),
+            planned: None,
         }
     }
 
@@ -345,8 +370,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let header = self.arena.header();
         let cells = u64::from(header.cells_used) * size_of::<Cell>() as u64;
         let strings = u64::from(header.strings_used) * size_of::<u32>() as u64;
-        let slots = std::mem::size_of_val(self.arena.storage.slots());
-        cells + strings + (slots + self.verified.memory()) as u64
+        let slots = std::mem::size_of_val(self.arena.storage.slots())
+            + std::mem::size_of_val(self.arena.storage.history());
+        let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
+        let others = self.verified.memory() + sample + self.plan_memory();
+        cells + strings + (slots + others) as u64
     }
 
     /// Whether an entry is of no use to anybody any more.
@@ -449,6 +477,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.validate()?;
         let mut parts = self.reservations.values().map(|r| r.reserved);
         let reserved = parts.try_fold(0u64, u64::checked_add);
+        self.policy.validate(&self.arena)?;
+        if !self.is_plan_sound()? {
+            return Err(Error::Corrupt("entries of the plan"));
+        }
         let storage = &self.arena.storage;
         let header = self.arena.header();
         // In a shared index each participant knows its own part only.

@@ -1,6 +1,6 @@
 //! Decoded values: whether what somebody has decoded from the bytes of a key may still be used.
 //!
-//! The index holds no decoded values. Whoever does asks for a [`Decode`] before it reads the bytes, keeps
+//! The index holds no decoded values. Their cache asks for a [`Decode`] before it reads the bytes, keeps
 //! it with what it has decoded, and asks [`Cache::is_current`] before each use. A write, delete, prefix
 //! delete or clear, also of another participant, changes the version of the key when it begins and when
 //! it ends. So a decode that began before the end of a write is never used after it.
@@ -57,7 +57,7 @@ impl Changes {
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    /// A decode of this key begins. `None` while the key is being changed: nobody could say later whether
+    /// A decode of this key begins. `None` while the key is being changed: no one could say later whether
     /// its result may be used. Without a date where values expire, and it is not known how old the bytes
     /// will be: they are on their way from the source, or are very many ranges.
     pub fn begin_decode(&mut self, key: &str, fresh: Freshness) -> Result<Option<Decode>> {
@@ -109,6 +109,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !current {
             return Ok(false);
         }
+        self.read_planned(key, None);
         let full = self.arena.find(key, ByteRange::Full)?;
         let Some(i) = full.filter(|i| self.is_live(*i)) else {
             if touch_ranges {

@@ -92,7 +92,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let header = self.arena.header_mut();
         header.live_bytes = header.live_bytes.checked_add(size).ok_or(OVERFLOW)?;
         header.live_entries = header.live_entries.checked_add(1).ok_or(OVERFLOW)?;
-        Ok(())
+        self.enter_plan(i)
     }
 
     /// Links an entry by its fetch time. The time of one that was fetched before more than [`SEARCH`]
@@ -152,6 +152,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// A `Live` entry is no longer valid; the caller deletes its bytes. Returns their number.
     pub(super) fn begin_delete(&mut self, i: u32) -> Result<u64> {
         self.policy.remove(&mut self.arena, i)?;
+        self.leave_plan(i);
         self.arena.unlink(List::FetchTime, i)?;
         let cell = self.arena.get_mut(i)?;
         cell.set_state(State::Deleting)?;

@@ -5,7 +5,15 @@ use super::peers::Peers;
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
-use crate::policy::Eviction;
+use crate::policy::{Eviction, NEVER, Newcomer};
+
+/// A value that needs room, and what the policy has said of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate {
+    pub(super) newcomer: Newcomer,
+    /// `None` until it was asked.
+    pub(super) is_admitted: Option<bool>,
+}
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Drops entries of at least `size` bytes, if there are so many; a batch at most.
@@ -13,7 +21,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true)? else {
+            let Some(i) = self.next_victim(now, true, true, NEVER, None)? else {
                 break;
             };
             Tally::add(
@@ -94,8 +102,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The entry that goes next: failed deletes if asked for, then the useless, then the choice of
-    /// the policy.
-    pub(super) fn next_victim(&mut self, now: u64, failed: bool) -> Result<Option<u32>> {
+    /// the policy or the plan; `None` where that lets nothing go for this newcomer, or for a value with this next
+    /// use, unless it has to be.
+    pub(super) fn next_victim(
+        &mut self,
+        now: u64,
+        failed: bool,
+        has_to_be: bool,
+        next_use: u32,
+        newcomer: Option<&mut Candidate>,
+    ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
             return Ok(Some(i));
         }
@@ -107,7 +123,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(Some(i));
             }
         }
-        self.policy.victim(&mut self.arena)
+        // What the plan will read is its business.
+        if !has_to_be
+            && next_use == NEVER
+            && let Some(candidate) = newcomer
+        {
+            let is_admitted = match candidate.is_admitted {
+                Some(known) => known,
+                None => self.policy.admits(&mut self.arena, candidate.newcomer)?,
+            };
+            candidate.is_admitted = Some(is_admitted);
+            if !is_admitted {
+                return Ok(None);
+            }
+        }
+        self.least_needed(next_use, has_to_be)
     }
 
     /// Makes an entry a victim and returns its bytes, or 0 where it is in progress already.

@@ -139,6 +139,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn after_fork(&mut self) -> Result<Flights<T>> {
         let flights = self.flights.take();
         self.reservations.clear();
+        // Plans of the child are its own.
+        self.set_plan(None);
         self.arena.header_mut().reserved_bytes = 0;
         for i in self.arena.list_cells(List::InProgress)? {
             self.delete_failed(i)?;
@@ -152,6 +154,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.flights.invalidate_all();
         self.promise_all();
         self.policy.reset();
+        self.empty_plan();
         self.verified.clear();
         self.open_segment = OpenSegment::default();
         self.moving = 0;

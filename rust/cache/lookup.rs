@@ -85,12 +85,28 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// next request while it waits for the memory of this one.
     #[inline]
     pub fn hit(&mut self, key: &str, fresh: impl Into<Freshness>) -> Option<Option<u64>> {
+        self.hit_sampled(key, fresh, false)
+    }
+
+    /// The same; the request goes into the sample if so asked.
+    #[inline]
+    pub fn hit_sampled(
+        &mut self,
+        key: &str,
+        fresh: impl Into<Freshness>,
+        sampled: bool,
+    ) -> Option<Option<u64>> {
         let fresh = fresh.into();
-        let Some(i) = self.arena.find_chunk(key)? else {
+        let (found, hash) = self.arena.find_chunk(key)?;
+        let Some(i) = found else {
             if self.absences() != 0 {
                 return None;
             }
             Tally::add(&self.tally.misses, 1);
+            self.read_planned(key, None);
+            if sampled {
+                self.sample(key, ByteRange::Full, None, fresh);
+            }
             return Some(None);
         };
         let cell = self.arena.get(i).ok()?;
@@ -100,6 +116,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let size = cell.size().ok()?;
         self.policy.touch(&mut self.arena, i).ok()?;
         Tally::add(&self.tally.hits, 1);
+        self.read_planned(key, Some(i));
+        if sampled {
+            self.sample_hit(hash, size);
+        }
         Some(Some(size))
     }
 
@@ -119,6 +139,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
             None => Tally::add(&self.tally.misses, 1),
         }
+        self.read_planned(key, found.map(|found| found.handle as u32));
         Ok(found)
     }
 

@@ -7,6 +7,7 @@
 
 mod absent;
 mod cache;
+mod choice;
 mod commit;
 mod decoded;
 mod entry;
@@ -17,8 +18,10 @@ mod keys;
 mod lookup;
 mod moves;
 mod peers;
+mod planned;
 mod refresh;
 mod reserve;
+mod sampled;
 mod segments;
 mod verified;
 

@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::arena::{Heap, Storage};
 use crate::error::Result;
+use crate::sampling::Sample;
 
 /// Keys that one participant can name as being written; while it writes more at once, no key may be
 /// filled.
@@ -92,6 +93,11 @@ pub trait Peers: Storage {
     fn participants_mut(&mut self) -> &mut [Participant] {
         &mut []
     }
+    /// Whether there are other participants that live.
+    fn has_others(&self) -> bool {
+        let mut participants = self.participants().iter().enumerate();
+        participants.any(|(n, participant)| n != self.own_slot() && participant.live != 0)
+    }
     /// Changes the bound of this participant.
     fn set_bound(&mut self, _bound: u64) {}
     /// The slot of this participant.
@@ -113,6 +119,14 @@ pub trait Peers: Storage {
     /// Whether the index lists everything that is in the cache store.
     fn is_complete(&self) -> bool {
         true
+    }
+    /// The sample of all requests, where it is shared.
+    fn sample(&mut self) -> Option<&mut Sample> {
+        None
+    }
+    /// The same, after a look whether it can be believed and is what others find.
+    fn checked_sample(&mut self) -> Option<&mut Sample> {
+        None
     }
 }
 

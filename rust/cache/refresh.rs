@@ -1,6 +1,6 @@
 //! Validators: texts by which the source tells whether a value is still the same.
 //!
-//! Whoever reads the source notes the validator with its flight, and the commit keeps it with the entry, in one
+//! A reader of the source notes the validator with its flight, and the commit keeps it with the entry, in one
 //! step. Where the source still has the same one later, the age of the entry starts anew.
 
 use super::cache::{BATCH, Cache, Found};

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::cache::{BATCH, Cache, Freshness, Tally, Victim};
+use super::evict::Candidate;
 use super::in_flight::Ticket;
 use super::peers::Peers;
 use crate::arena::{Arena, Cell, Kind, ROOT, State, Storage, TOO_LARGE};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
-use crate::policy::Eviction;
+use crate::policy::{Eviction, Newcomer};
 
 /// Failed deletes after which a reservation looks for no further victims.
 const MAX_FAILURES: u32 = 8;
@@ -78,6 +79,8 @@ pub(super) struct Reservation {
     /// Bytes that it may take in the cache store, folders included.
     pub(super) cost: u64,
     pub(super) ticket: Ticket,
+    /// As the policy sees it.
+    candidate: Candidate,
     /// The epoch of the flights when the ticket was valid.
     pub(super) invalidation_epoch: u64,
     /// Its part of `Header::reserved_bytes`.
@@ -100,6 +103,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         ticket: Ticket,
         now: u64,
     ) -> Result<Reserve> {
+        self.note_sampled_size(key, range, size);
         if !self.arena.storage.is_complete() {
             return Ok(self.rejected(RejectReason::Rebuilding));
         }
@@ -131,6 +135,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if self.conflicts(key, range)? {
             return Ok(self.rejected(RejectReason::PathConflict));
         }
+        let candidate = Candidate {
+            newcomer: Newcomer {
+                hash: self.arena.hash_of_name(key, range),
+                size,
+            },
+            // What takes the place of its own older value has been admitted before.
+            is_admitted: replaced.map(|_| true),
+        };
         let id = self.next_reservation;
         self.next_reservation += 1;
         let reservation = Reservation {
@@ -139,6 +151,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             size,
             cost,
             ticket,
+            candidate,
             invalidation_epoch: self.flights.invalidation_epoch(),
             reserved: 0,
             failures: 0,
@@ -196,7 +209,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The smallest bound of all participants.
-    pub(super) fn bound(&self) -> u64 {
+    #[must_use]
+    pub fn bound(&self) -> u64 {
         let participants = self.arena.storage.participants().iter();
         let bounds = participants.filter(|p| p.live != 0).map(|p| p.bound);
         bounds.fold(self.limits.max_size, u64::min)
@@ -262,10 +276,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.deletes_failed(&victims)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
+        let next_use = self.next_use(&reservation.key);
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
-            let Some(i) = self.next_victim(now, reservation.failures == 0)? else {
+            // What is above the bound goes whatever the policy says.
+            let is_above = freed < taken.saturating_sub(bound);
+            let failed = reservation.failures == 0;
+            let candidate = Some(&mut reservation.candidate);
+            let Some(i) = self.next_victim(now, failed, is_above, next_use, candidate)? else {
                 break;
             };
             let cell = self.arena.get(i)?;

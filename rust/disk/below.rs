@@ -1,5 +1,5 @@
 //! Names below a cache directory, found without links and mounts: neither may lead to files elsewhere,
-//! whoever else may write to the directory, at whatever moment.
+//! no matter who else may write to the directory, at whatever moment.
 //!
 //! Each operation opens the folder that holds its file, below one descriptor of the directory (`openat2`),
 //! and works in that. Where the kernel or a sandbox knows no such call, the path is looked at for links first.

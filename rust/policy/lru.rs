@@ -1,84 +1,51 @@
 //! Least recently used, exactly.
 
+use super::deferred::Deferred;
+use super::entries::Entries;
 use super::policy::Eviction;
-use crate::arena::{Arena, List, Storage};
+use crate::arena::List;
 use crate::error::Result;
 
-/// Touches that are applied together. Moving an entry writes to two neighbours that are in no cache
-/// of the processor; many such misses overlap and take the time of one.
-const BATCH: usize = 64;
-
-/// The list is in the order of use; a touch moves an entry to its end.
+/// The recency list is in the order of use; a touch moves an entry to its end.
 ///
-/// In memory of one process touches are deferred and applied in batches, before anything else
-/// looks at the order. Other processes would not see deferred touches, so in a shared index each is
-/// applied at once.
+/// Entries in the main list are those that another policy has left there, and that were not used since: they
+/// go first.
 #[derive(Debug, Default)]
-pub struct Lru {
-    /// Entries that were used since the last batch, in the order of use.
-    touched: Vec<u32>,
-}
-
-impl Lru {
-    fn flush<S: Storage>(&mut self, arena: &mut Arena<S>) -> Result<()> {
-        if self.touched.is_empty() {
-            return Ok(());
-        }
-        // Independent reads of all neighbours, so that the misses overlap.
-        let mut read = 0;
-        for &i in &self.touched {
-            let cell = arena.get(i)?;
-            read ^= arena.get(cell.older)?.newer ^ arena.get(cell.newer)?.older;
-        }
-        std::hint::black_box(read);
-        let mut touched = std::mem::take(&mut self.touched);
-        let result = touched.iter().try_for_each(|i| move_to_end(arena, *i));
-        touched.clear();
-        self.touched = touched;
-        result
-    }
-}
+pub struct Lru(Deferred);
 
 #[inline]
-fn move_to_end<S: Storage>(arena: &mut Arena<S>, entry: u32) -> Result<()> {
-    if arena.list(List::Recency)[1] == entry {
-        return Ok(());
-    }
-    arena.unlink(List::Recency, entry)?;
-    arena.link(List::Recency, entry, true)
+fn move_to_end<E: Entries>(entries: &mut E, entry: u32) -> Result<()> {
+    entries.move_to(entry, List::Recency)
 }
 
 impl Eviction for Lru {
-    fn insert<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
-        self.flush(arena)?;
-        arena.link(List::Recency, entry, true)
+    fn insert<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
+        self.0.flush(entries, move_to_end)?;
+        entries.enter(entry, 0)
     }
 
     #[inline]
-    fn touch<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
-        if !S::EXCLUSIVE {
-            return move_to_end(arena, entry);
+    fn touch<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
+        self.0.touch(entries, entry, move_to_end)
+    }
+
+    fn remove<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()> {
+        self.0.flush(entries, move_to_end)?;
+        entries.leave(entry)
+    }
+
+    fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
+        self.0.flush(entries, move_to_end)?;
+        match entries.end(List::Main, false)? {
+            Some(left) => Ok(Some(left)),
+            None => entries.end(List::Recency, false),
         }
-        self.touched.push(entry);
-        if self.touched.len() < BATCH {
-            return Ok(());
-        }
-        self.flush(arena)
     }
 
-    fn remove<S: Storage>(&mut self, arena: &mut Arena<S>, entry: u32) -> Result<()> {
-        self.flush(arena)?;
-        arena.unlink(List::Recency, entry)
-    }
-
-    fn victim<S: Storage>(&mut self, arena: &mut Arena<S>) -> Result<Option<u32>> {
-        self.flush(arena)?;
-        arena.end(List::Recency, false)
-    }
-
-    fn order<S: Storage>(&self, arena: &Arena<S>) -> Result<Vec<u32>> {
-        let mut order = arena.list_cells(List::Recency)?;
-        for i in &self.touched {
+    fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
+        let mut order = entries.all_of(List::Main)?;
+        order.extend(entries.all_of(List::Recency)?);
+        for i in self.0.waiting() {
             order.retain(|other| other != i);
             order.push(*i);
         }
@@ -86,6 +53,6 @@ impl Eviction for Lru {
     }
 
     fn reset(&mut self) {
-        self.touched.clear();
+        self.0.clear();
     }
 }

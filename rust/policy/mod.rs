@@ -1,7 +1,28 @@
 //! Eviction policies: which entry goes when bytes are needed.
 
+mod adaptive;
+mod deferred;
+mod entries;
+mod ghosts;
+mod keys;
+mod kind;
+mod latency;
+mod learner;
 mod lru;
+mod none;
+mod plan;
 mod policy;
+mod rule;
+mod samples;
+mod simulated;
+mod simulation;
+mod table;
 
+pub use self::adaptive::Adaptive;
+pub use self::entries::Entries;
+pub use self::kind::{Minimise, Policy, PolicyKind};
 pub use self::lru::Lru;
-pub use self::policy::Eviction;
+pub use self::none::NoEviction;
+pub use self::plan::{Course, MAX_PLANNED, NEVER, Plan};
+pub use self::policy::{Eviction, Newcomer};
+pub use self::simulation::Simulation;

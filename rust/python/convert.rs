@@ -8,6 +8,7 @@ use super::pool::place_name;
 use crate::arena::State;
 use crate::cache::{AbsenceAges, Found, Freshness, Limits, Verify, Victim};
 use crate::key::{self, ByteRange};
+use crate::policy::{Minimise, PolicyKind};
 
 /// A byte range as Python passes it: `None` for the whole value, else a kind (1 range, 2 offset,
 /// 3 suffix) and its numbers.
@@ -104,6 +105,27 @@ pub(super) fn limits(
         flat_namespace,
         verify: when_to_verify(verify)?,
     })
+}
+
+/// A policy by its names.
+pub(super) fn policy(eviction: &str, minimise: &str) -> PyResult<(PolicyKind, Minimise)> {
+    let kind = PolicyKind::of(eviction).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "eviction={eviction:?} is none of \"lru\", \"none\" and \"adaptive\""
+        ))
+    })?;
+    let minimise = Minimise::of(minimise).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "minimise={minimise:?} is none of \"requests\", \"bytes\" and \"seconds\""
+        ))
+    })?;
+    Ok((kind, minimise))
+}
+
+pub(super) fn policy_names(
+    (kind, minimise): (PolicyKind, Minimise),
+) -> (&'static str, &'static str) {
+    (kind.as_str(), minimise.as_str())
 }
 
 pub(super) fn when_to_verify(text: &str) -> PyResult<Verify> {

@@ -125,7 +125,7 @@ impl DirectoryFills {
     ) -> Self {
         let call: OnIdle<_, _> = Box::new(move |leftovers| {
             let Some(_call) = Call::begin() else {
-                // Nobody could drop them, and nobody needs the memory.
+                // No one could drop them, and no one needs the memory.
                 std::mem::forget(leftovers);
                 return;
             };

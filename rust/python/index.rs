@@ -11,23 +11,27 @@ use std::time::Duration;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyBytes, PyDict, PyString};
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
 use super::ages::Ages;
 use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
     RawAges, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit, known, limits,
-    millis, raw_entries, raw_recency, raw_span, raw_victims, span, when_to_verify,
+    millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims, span,
+    when_to_verify,
 };
 use super::counters::ReadCounters;
 use super::errors::poisoned;
 use super::memory::Fill;
+use super::plan::Plan;
 use super::pool::{FoundPlace, SegmentScan, Source, place_name};
 use super::reservation::{Abandoned, Committed, Reservation};
+use super::sampling::sample;
 use crate::arena::Heap;
-use crate::cache::{Answer, Cache, Cursor, Decode, Joined, Peers, Tally};
+use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, Peers, Tally};
 use crate::error::Error;
+use crate::key::ByteRange;
 use crate::shared::SharedIndex;
 
 /// An index with its bounds, flights and reservations, behind one lock.
@@ -38,6 +42,8 @@ pub(super) struct Index {
     tally: Arc<Tally>,
     /// Of the store whose lookups these are.
     counters: Option<Py<ReadCounters>>,
+    /// Whether its requests go into the sample.
+    sampled: bool,
     /// Of a pool: whose keys these are.
     pub(super) source: Option<Arc<Source>>,
 }
@@ -49,6 +55,7 @@ impl Index {
             abandoned: Arc::default(),
             tally,
             counters: None,
+            sampled: false,
             source: None,
         }
     }
@@ -111,7 +118,8 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=None, complete=true, unit=1, holes=None))]
+                        verify="never", seed=None, complete=true, unit=1, eviction="lru",
+                        minimise="requests", holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -122,8 +130,11 @@ impl Index {
         seed: Option<u64>,
         complete: bool,
         unit: u64,
+        eviction: &str,
+        minimise: &str,
         holes: Option<bool>,
     ) -> PyResult<Self> {
+        let (kind, minimise) = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -144,6 +155,7 @@ impl Index {
         let seed = seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let mut cache = Cache::new(block, limits, seed)?;
         cache.set_unit(unit);
+        cache.set_policy(kind, minimise);
         cache.set_one_value_a_segment(holes == Some(false));
         let tally = cache.tally();
         Ok(Index::over(Backing::own(cache), tally))
@@ -152,7 +164,8 @@ impl Index {
     /// Opens the index of a cache directory; see the stub.
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
-                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0, holes=None))]
+                        flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0,
+                        eviction="lru", minimise="requests", holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,
@@ -165,8 +178,11 @@ impl Index {
         seed: u64,
         unit: u64,
         timeout: f64,
+        eviction: &str,
+        minimise: &str,
         holes: Option<bool>,
     ) -> PyResult<(Self, bool)> {
+        let policy = policy(eviction, minimise)?;
         let limits = limits(
             max_size,
             max_age,
@@ -176,9 +192,9 @@ impl Index {
         )?;
         let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
         let open = || match holes {
-            None => SharedIndex::open_within(&root, limits, seed, unit, patience),
+            None => SharedIndex::open_with_policy(&root, limits, seed, unit, patience, policy),
             Some(holes) => {
-                let opened = SharedIndex::open_pool(&root, limits, seed, unit, patience);
+                let opened = SharedIndex::open_pool(&root, limits, seed, unit, patience, policy);
                 opened.map(|(mut index, fresh)| {
                     index.set_one_value_a_segment(!holes);
                     (index, fresh)
@@ -190,13 +206,71 @@ impl Index {
         Ok((Index::over(Backing::shared(directory), tally), fresh))
     }
 
-    #[pyo3(signature = (counters, /))]
-    fn view(&self, counters: Py<ReadCounters>) -> Self {
+    fn policy(&self, py: Python<'_>) -> PyResult<(&'static str, &'static str)> {
+        let policy = step!(self, py, |cache| Ok(cache.policy()))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (eviction, minimise, /))]
+    fn set_policy(
+        &self,
+        py: Python<'_>,
+        eviction: &str,
+        minimise: &str,
+    ) -> PyResult<(&'static str, &'static str)> {
+        let (kind, minimise) = policy(eviction, minimise)?;
+        let policy = step!(self, py, |cache| Ok(cache.set_policy(kind, minimise)))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (size, seconds, /))]
+    fn note_seconds(&self, py: Python<'_>, size: u64, seconds: f64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.note_seconds(size, seconds);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (plan, /))]
+    fn set_plan(&self, py: Python<'_>, plan: &Plan) -> PyResult<Cursor> {
+        // Freed without the lock.
+        let (_before, first) = step!(self, py, |cache| {
+            // Not before the lock is held: a step that was not taken is taken again.
+            let before = match plan.take(py) {
+                Ok(plan) => {
+                    let folder = self.source.as_ref().map_or("", |source| &*source.folder);
+                    cache.set_plan(plan.map(|plan| plan.within(folder)))
+                }
+                Err(_) => None,
+            };
+            Ok((before, cache.first_keys()))
+        })?;
+        Ok(first)
+    }
+
+    #[pyo3(signature = (cursor, /))]
+    fn match_plan(&self, py: Python<'_>, cursor: Cursor) -> PyResult<Option<Cursor>> {
+        step!(self, py, |cache| cache.match_plan(cursor))
+    }
+
+    #[getter]
+    fn plan(&self) -> Option<&'static str> {
+        match self.tally.plan() {
+            0 => None,
+            1 => Some("followed"),
+            2 => Some("done"),
+            _ => Some("wrong"),
+        }
+    }
+
+    #[pyo3(signature = (counters, sampled=false, /))]
+    fn view(&self, counters: Py<ReadCounters>, sampled: bool) -> Self {
         Index {
             backing: Arc::clone(&self.backing),
             abandoned: Arc::clone(&self.abandoned),
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
+            sampled,
             source: self.source.clone(),
         }
     }
@@ -211,6 +285,7 @@ impl Index {
                 .counters
                 .as_ref()
                 .map(|counters| counters.clone_ref(py)),
+            sampled: self.sampled,
             source: Some(Arc::new(Source::new(label, slices_like_python))),
         }
     }
@@ -233,7 +308,7 @@ impl Index {
             && !self.backing.is_disowned()
         {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
-            let hit = cache.hit(key, fresh);
+            let hit = cache.hit_sampled(key, fresh, self.sampled);
             drop(cache);
             if let Some(answer) = hit {
                 self.count(answer.is_some());
@@ -245,6 +320,13 @@ impl Index {
         let (answer, verify, place) = step!(self, py, |cache| {
             self.enter(cache);
             let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            if self.sampled {
+                match answer {
+                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
+                    Answer::Unknown => cache.sample(key, span, None, fresh),
+                    Answer::Absent | Answer::PerhapsAbsent => {}
+                }
+            }
             Ok(match answer {
                 Answer::Found(found) => (
                     answer,
@@ -388,6 +470,35 @@ impl Index {
         }
     }
 
+    #[pyo3(signature = (keys, flights, /))]
+    fn lead_all(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Bound<'_, PyString>>,
+        flights: Vec<Py<PyAny>>,
+    ) -> PyResult<Vec<Option<u64>>> {
+        let mut tickets = Vec::with_capacity(keys.len());
+        let wanted: Vec<_> = keys.iter().map(known).zip(flights).collect();
+        // In steps, so that no one waits for long.
+        for some in wanted.chunks(BATCH) {
+            step!(self, py, |cache| {
+                for (key, flight) in some {
+                    // A reference is left outside, so dropping one under the lock frees nothing.
+                    let joined = key.map(|key| {
+                        let flight = Flight(flight.clone_ref(py));
+                        cache.join(key, ByteRange::Full, flight, 0, true)
+                    });
+                    tickets.push(match joined.transpose()? {
+                        Some(Joined::Lead(ticket)) => Some(ticket),
+                        _ => None,
+                    });
+                }
+                Ok(())
+            })?;
+        }
+        Ok(tickets)
+    }
+
     #[pyo3(signature = (key, ticket, validator, /))]
     fn set_validator(
         &self,
@@ -441,6 +552,27 @@ impl Index {
         // The payload is dropped after the lock, because that may run Python code.
         let flight = step!(self, py, |cache| Ok(cache.complete_flight(key, ticket)))?;
         drop(flight);
+        Ok(())
+    }
+
+    #[pyo3(signature = (keys, tickets, /))]
+    fn complete_flights(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Bound<'_, PyString>>,
+        tickets: Vec<u64>,
+    ) -> PyResult<()> {
+        let keys = keys.iter().map(|key| key.to_str());
+        let keys: Vec<&str> = keys.collect::<PyResult<_>>()?;
+        let mut closed = Vec::with_capacity(keys.len());
+        step!(self, py, |cache| {
+            for (key, ticket) in keys.iter().zip(tickets) {
+                closed.push(cache.complete_flight(key, ticket));
+            }
+            Ok(())
+        })?;
+        // The payloads are dropped after the lock, because that may run Python code.
+        drop(closed);
         Ok(())
     }
 
@@ -690,6 +822,12 @@ impl Index {
         Ok((self.own_keys(keys), cursor))
     }
 
+    /// See [`super::sampling`].
+    fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (copy, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, copy, unit)
+    }
+
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
         let stats = self.tally.stats();
         (
@@ -897,6 +1035,12 @@ impl Index {
             cache.count_folders(size);
             Ok(())
         })
+    }
+
+    #[getter]
+    fn bound(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let bound = step!(self, py, |cache| Ok(cache.bound()))?;
+        Ok(Some(bound).filter(|bound| *bound != u64::MAX))
     }
 
     #[getter]

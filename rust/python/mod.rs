@@ -9,8 +9,11 @@ mod files;
 mod fill;
 mod index;
 mod memory;
+mod plan;
 mod pool;
 mod reservation;
+mod sampling;
+mod simulation;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -61,6 +64,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<index::Index>()?;
     module.add_class::<ages::Ages>()?;
+    module.add_class::<plan::Plan>()?;
     module.add_class::<counters::ReadCounters>()?;
     module.add_class::<reservation::Reservation>()?;
     module.add_class::<reservation::Granted>()?;
@@ -98,5 +102,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(checksum, module)?)?;
     module.add_function(wrap_pyfunction!(is_cacheable_key, module)?)?;
     module.add_function(wrap_pyfunction!(select, module)?)?;
+    module.add_function(wrap_pyfunction!(simulation::simulate, module)?)?;
     Ok(())
 }

@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const FORMAT: u32 = 14;
+const FORMAT: u32 = 15;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -47,6 +47,8 @@ pub(super) struct FileHeader {
     pub(super) cells: u64,
     pub(super) directory: u64,
     pub(super) strings: u64,
+    /// Words of the history of the eviction policy.
+    pub(super) history: u64,
     /// Modification time of the lock file. A process that cannot use the index but changes the source sets
     /// another one.
     pub(super) mark: [i64; 2],
@@ -89,6 +91,7 @@ impl FileHeader {
             && self.slots <= 1 << 32
             && self.directory <= 1 << 20
             && self.strings <= 1 << 32
+            && self.history <= 1 << 32
             && u64::from(self.header.strings_used) <= self.strings
     }
 
@@ -191,7 +194,7 @@ pub(super) fn boot() -> [u64; 5] {
 }
 
 /// A number that no earlier index of this directory has had.
-fn new_generation() -> u64 {
+pub(super) fn new_generation() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let nanos = since.map_or(1, |passed| passed.as_nanos() as u64);
     (nanos ^ u64::from(std::process::id()) << 44).max(1)

@@ -15,6 +15,7 @@ use super::mapped::Mapped;
 use crate::arena::Storage;
 use crate::cache::{Cache, Flights, Limits, Peers, Tally};
 use crate::error::{Error, Result};
+use crate::policy::{Minimise, PolicyKind};
 
 /// Times that a step tries the lock and only yields in between: a step takes less time than the
 /// shortest sleep.
@@ -73,7 +74,21 @@ impl<T: Clone> SharedIndex<T> {
         unit: u64,
         patience: Duration,
     ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, false, &[], 0)
+        let policy = (PolicyKind::default(), Minimise::default());
+        Self::open_with_policy(root, limits, seed, unit, patience, policy)
+    }
+
+    /// The same with a policy, which is in force unless others use the index with another one; see
+    /// [`Cache::policy`].
+    pub fn open_with_policy(
+        root: &Path,
+        limits: Limits,
+        seed: u64,
+        unit: u64,
+        patience: Duration,
+        policy: (PolicyKind, Minimise),
+    ) -> Result<(Self, bool), OpenError> {
+        Self::open_announcing(root, limits, seed, unit, patience, policy, false, &[], 0)
     }
 
     /// The same for the index of a pool, whose values are in segments.
@@ -86,18 +101,20 @@ impl<T: Clone> SharedIndex<T> {
         seed: u64,
         unit: u64,
         patience: Duration,
+        policy: (PolicyKind, Minimise),
     ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, true, &[], 0)
+        Self::open_announcing(root, limits, seed, unit, patience, policy, true, &[], 0)
     }
 
     /// The same; `writes` are announced before others can take a step, and bytes that are promised.
-    #[allow(clippy::too_many_arguments)] // What an index is opened with.
+    #[allow(clippy::too_many_arguments)] // All that an index is opened with.
     fn open_announcing(
         root: &Path,
         limits: Limits,
         seed: u64,
         unit: u64,
         patience: Duration,
+        (kind, minimise): (PolicyKind, Minimise),
         with_places: bool,
         writes: &[u64],
         promised: u64,
@@ -107,6 +124,7 @@ impl<T: Clone> SharedIndex<T> {
             cache: Cache::over(storage, limits),
             former: Former::default(),
         };
+        index.cache.choose_policy(kind, minimise);
         if index.storage().outdated {
             // What is damaged is no evidence.
             index.former = Former::of(&index.cache).unwrap_or_default();
@@ -127,6 +145,7 @@ impl<T: Clone> SharedIndex<T> {
             fresh = true;
             index.prepare(true, seed).map_err(|_| full())?;
         }
+        index.cache.set_policy(kind, minimise);
         index.cache.announce(writes);
         index.cache.tell_promised(promised);
         index.cache.tell_absences();
@@ -186,6 +205,7 @@ impl<T: Clone> SharedIndex<T> {
     fn begin(&mut self) -> Result<()> {
         if self.storage().begin()? {
             self.cache.reset();
+            self.cache.follow_policy();
             self.storage().register();
             let writes = self.cache.writes();
             self.cache.announce(&writes);
@@ -247,6 +267,7 @@ impl<T: Clone> SharedIndex<T> {
         let writes = self.cache.writes();
         let (limits, unit) = (self.cache.limits(), self.cache.unit());
         let with_places = self.storage().has_places();
+        let policy = self.cache.wanted_policy();
         self.cache.reset();
         let promised = self.cache.promised();
         let opened = Self::open_announcing(
@@ -255,6 +276,7 @@ impl<T: Clone> SharedIndex<T> {
             seed,
             unit,
             REOPEN_PATIENCE,
+            policy,
             with_places,
             &writes,
             promised,
@@ -264,6 +286,7 @@ impl<T: Clone> SharedIndex<T> {
             _ => Error::Full.into(),
         })?;
         self.storage().replace(other.cache.arena.storage);
+        self.cache.follow_policy();
         Ok(fresh)
     }
 
@@ -280,6 +303,7 @@ impl<T: Clone> SharedIndex<T> {
         let writes = self.cache.writes();
         self.cache.announce(&writes);
         self.cache.init(seed)?;
+        self.cache.follow_policy();
         Ok(true)
     }
 

@@ -14,6 +14,7 @@ use crate::cache::Cache;
 
 /// An index, wherever it is.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // There is one for each index, in a box of its own.
 pub enum Locked<T> {
     /// In memory of this process. The flag says that it was disowned.
     Own(Mutex<Cache<Heap, T>>, AtomicBool),

@@ -1,8 +1,9 @@
 //! Storage in files that several processes map: the index of a cache directory.
 //!
-//! Four files (a pool has a fifth, `places`), because each grows by itself: `head` (format, header, participants, versions, and
-//! the hash table's directory at its end), `table` (slots), `cells` and `texts` (strings). A fifth,
-//! `lock`, is locked around each step, and one `p<n>` for each participant is locked as long as that
+//! Five files (a pool has a sixth, `places`), because each grows by itself: `head` (format, header, participants,
+//! versions, and the hash table's directory at its end), `table` (slots), `cells`, `texts` (strings) and `history`
+//! (of the eviction policy). One more, `lock`, is locked around each step, and one `p<n>` for each participant is
+//! locked as long as that
 //! participant lives. The kernel releases both kinds of lock when their holder dies.
 //!
 //! Nothing in the files is trusted. Each step checks the format, the lengths, the checksum of the
@@ -18,12 +19,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, Stat, fstat, renameat, unlinkat};
 
 use super::guard::Map;
-use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot};
+use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot, new_generation};
 use super::lock_files::{
     Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
     open_existing, open_folder, take_slot, unshare, unsuitable,
 };
 use super::places_file::PlacesFile;
+use super::sample_file::SampleFile;
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
 
@@ -47,6 +49,7 @@ pub struct Mapped {
     locks: Arc<Locks>,
     /// When it was last seen that the files are where others look for them.
     looked: Instant,
+    pub(super) sample: SampleFile,
 }
 
 /// Time after which a step looks again whether the files are in their place. Each change of the source
@@ -55,11 +58,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Age at which the times of the files are renewed.
 const OLD: Duration = Duration::from_secs(3600);
 
-const FILES: [&str; 4] = ["head", "table", "cells", "texts"];
+const FILES: [&str; 5] = ["head", "table", "cells", "texts", "history"];
 pub(super) const HEAD: usize = 0;
 const TABLE: usize = 1;
 const CELLS: usize = 2;
 const STRINGS: usize = 3;
+const HISTORY: usize = 4;
 
 impl Mapped {
     /// Opens the files below `root`, a directory that exists, waits for the lock and takes a slot,
@@ -78,8 +82,7 @@ impl Mapped {
             return Err(OpenError::Unsuitable(name));
         }
         let lock = open_and_lock(&root.join("lock"), patience)?;
-        let [head, table, cells, strings] = FILES.map(|name| open(&root.join(name)));
-        let files = [head?, table?, cells?, strings?];
+        let files = each(FILES.map(|name| open(&root.join(name))))?;
         let mut emptied = false;
         for file in &files {
             if is_hollow(file)? {
@@ -91,11 +94,11 @@ impl Mapped {
         if files[HEAD].metadata()?.len() < DIRECTORY_AT as u64 {
             extend(&files[HEAD], 0, DIRECTORY_AT)?;
         }
-        for file in &files {
+        for (n, file) in files.iter().enumerate() {
             match file.metadata()?.len() as usize {
-                // An empty file cannot be mapped.
+                // An empty file cannot be mapped. Most indexes have no history.
                 0 => {
-                    emptied = true;
+                    emptied |= n != HISTORY;
                     extend(file, 0, HEADER_LEN)?;
                 }
                 // A copy of the directory may have holes.
@@ -112,8 +115,7 @@ impl Mapped {
             places = Some(file);
         }
         let (own_slot, alive) = take_slot(root)?;
-        let [head, table, cells, strings] = files.each_ref().map(Map::new);
-        let maps = [head?, table?, cells?, strings?];
+        let maps = each(files.each_ref().map(Map::new))?;
         let mut mapped = Mapped {
             root: root.to_owned(),
             lock,
@@ -127,6 +129,7 @@ impl Mapped {
             alive,
             locks: Arc::default(),
             looked: Instant::now(),
+            sample: SampleFile::open(root, new_generation()),
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
         let owner = mapped.rebuild_owner();
@@ -163,6 +166,9 @@ impl Mapped {
     /// are: to truncate what others have mapped would end their processes.
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
+        let policy = self.file_header().header.policy;
+        // A participant that died in a step may have been changing it.
+        self.sample.check(new_generation());
         let made = self.make_files().or_else(|_| {
             // On a full volume the old ones go first.
             let folder = open_folder(&self.root)?;
@@ -175,14 +181,17 @@ impl Mapped {
             self.make_files()
         });
         let files = made?;
-        let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        let maps = each(files.each_ref().map(Map::new))?;
         if self.places.is_some() {
             self.places = Some(PlacesFile::make(&self.root)?);
         }
         self.outdate();
-        self.maps = [head?, table?, cells?, strings?];
+        self.maps = maps;
         self.files = files;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
+        // Of those who live on.
+        let kept = &mut self.file_header_mut().header.policy;
+        (kept.kind, kept.minimise) = (policy.kind, policy.minimise);
         self.file_header_mut().mark = mark(&fstat(&self.lock)?);
         for (n, other) in others {
             self.file_header_mut().add_participant(n, other);
@@ -218,19 +227,17 @@ impl Mapped {
             extend(&file, 0, len)?;
             Ok::<_, io::Error>(file)
         };
-        let [head, table, cells, strings] = FILES.map(make);
-        Ok([head?, table?, cells?, strings?])
+        each(FILES.map(make))
     }
 
     /// Takes the files that are there under the names of the index now.
     fn reopen_files(&mut self) -> io::Result<()> {
-        let [head, table, cells, strings] = FILES.map(|name| open_existing(&self.root.join(name)));
-        let files = [head?, table?, cells?, strings?];
-        let [head, table, cells, strings] = files.each_ref().map(Map::new);
+        let files = each(FILES.map(|name| open_existing(&self.root.join(name))))?;
+        let maps = each(files.each_ref().map(Map::new))?;
         if self.places.is_some() {
             self.places = Some(PlacesFile::reopen(&self.root)?);
         }
-        self.maps = [head?, table?, cells?, strings?];
+        self.maps = maps;
         self.files = files;
         Ok(())
     }
@@ -427,10 +434,15 @@ impl Mapped {
             header.slots.saturating_mul(4),
             header.cells.saturating_mul(size_of::<Cell>() as u64),
             header.strings.saturating_mul(4),
+            header.history.saturating_mul(8),
         ];
-        let known = [head_len, None, None, None];
+        let known = [head_len, None, None, None, None];
         let parts = self.files.iter().zip(&mut self.maps).zip(wanted).zip(known);
-        for (((file, map_of), wanted), known) in parts {
+        for (n, (((file, map_of), wanted), known)) in parts.enumerate() {
+            // Most indexes have no history; and one that is too short is caught where it is used.
+            if n == HISTORY && wanted <= map_of.len() as u64 {
+                continue;
+            }
             let len = match known {
                 Some(len) => len,
                 None => {
@@ -502,6 +514,12 @@ impl Mapped {
         }
         Ok(())
     }
+}
+
+/// All of them, or the first error.
+fn each<T>(results: [io::Result<T>; FILES.len()]) -> io::Result<[T; FILES.len()]> {
+    let [head, table, cells, strings, history] = results;
+    Ok([head?, table?, cells?, strings?, history?])
 }
 
 fn new_name(name: &str) -> String {
@@ -580,6 +598,17 @@ impl Storage for Mapped {
     fn grow_strings(&mut self, len: usize) -> Result<()> {
         self.grow(STRINGS, len * 4)?;
         self.file_header_mut().strings = len as u64;
+        Ok(())
+    }
+    fn history(&self) -> &[u64] {
+        self.slice(HISTORY, 0, self.file_header().history)
+    }
+    fn history_mut(&mut self) -> &mut [u64] {
+        self.slice_mut(HISTORY, 0, self.file_header().history)
+    }
+    fn grow_history(&mut self, len: usize) -> Result<()> {
+        self.grow(HISTORY, len * 8)?;
+        self.file_header_mut().history = len as u64;
         Ok(())
     }
 }

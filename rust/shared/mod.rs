@@ -10,6 +10,7 @@ mod locked;
 mod mapped;
 mod participants;
 mod places_file;
+mod sample_file;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;

@@ -4,11 +4,13 @@
 use bytemuck::Zeroable;
 use rustix::fs::fstat;
 
-use super::header::{HEADER_LEN, VERSIONS};
+use super::header::{HEADER_LEN, VERSIONS, new_generation};
 use super::lock_files::is_alive;
 use super::mapped::{HEAD, Mapped};
+use super::sample_file::SampleFile;
 use crate::cache::{Participant, Peers, Version};
 use crate::error::Result;
+use crate::sampling::Sample;
 
 impl Mapped {
     /// The other live participants, as they go on after the index is emptied; none where the header is
@@ -76,6 +78,9 @@ impl Mapped {
 }
 
 impl Peers for Mapped {
+    fn has_others(&self) -> bool {
+        self.others().any(|(n, _)| is_alive(&self.root, n))
+    }
     fn version(&self, key: u64) -> Version {
         let at = key as usize % VERSIONS;
         let version = self.slice(HEAD, HEADER_LEN, VERSIONS as u64).get(at);
@@ -137,5 +142,16 @@ impl Peers for Mapped {
     }
     fn is_complete(&self) -> bool {
         self.file_header().rebuild_owner == 0
+    }
+    fn sample(&mut self) -> Option<&mut Sample> {
+        self.sample.get_with_room()
+    }
+    fn checked_sample(&mut self) -> Option<&mut Sample> {
+        let seed = new_generation();
+        if !self.sample.is_in_place() {
+            self.sample = SampleFile::open(&self.root, seed);
+        }
+        self.sample.check(seed);
+        self.sample.get()
     }
 }

@@ -16,6 +16,7 @@ use zcache::disk::fill::{Ending, Fill};
 use zcache::disk::queue::Fills;
 use zcache::disk::segments::{Got, SegmentFiles, scan, values_in};
 use zcache::key::ByteRange;
+use zcache::policy::{Minimise, PolicyKind};
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
 pub(crate) const UNIT: u64 = 4096;
@@ -27,6 +28,7 @@ pub(crate) const LIMITS: Limits = Limits {
     flat_namespace: true,
     verify: Verify::First,
 };
+pub(crate) const LRU: (PolicyKind, Minimise) = (PolicyKind::Lru, Minimise::Requests);
 pub(crate) const LONG: Duration = Duration::from_secs(30);
 pub(crate) const NOW: u64 = 1_700_000_000_123;
 
@@ -47,7 +49,7 @@ pub(crate) fn open(
     holes: bool,
 ) -> SharedIndex<u32> {
     let at = root.join("index");
-    let (mut index, fresh) = SharedIndex::open_pool(&at, limits, 1, UNIT, LONG).unwrap();
+    let (mut index, fresh) = SharedIndex::open_pool(&at, limits, 1, UNIT, LONG, LRU).unwrap();
     let one_each = |cache: &mut Cache<Mapped, u32>| {
         cache.set_one_value_a_segment(!holes);
         Ok(())

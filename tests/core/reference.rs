@@ -13,6 +13,7 @@ use zcache::cache::{
     BATCH, Committed, Found, Joined, Limits, RejectReason, Reserve, Stats, Victim,
 };
 use zcache::key::{self, ByteRange};
+use zcache::policy::PolicyKind;
 
 pub(crate) type Name = (String, ByteRange);
 
@@ -71,6 +72,8 @@ pub(crate) struct Sighting {
 #[derive(Debug)]
 pub(crate) struct Model {
     limits: Limits,
+    /// What the adaptive policy lets go is its own business.
+    pub(crate) policy: PolicyKind,
     /// Age that look-ups ask for now.
     pub(crate) max_age: Option<u64>,
     entries: BTreeMap<Name, Entry>,
@@ -104,6 +107,7 @@ impl Model {
     pub(crate) fn new(limits: Limits) -> Self {
         Model {
             limits,
+            policy: PolicyKind::default(),
             max_age: None,
             entries: BTreeMap::new(),
             recency: Vec::new(),
@@ -488,7 +492,7 @@ impl Model {
         match reason {
             RejectReason::NoSpace => {
                 let hopeless = u128::from(lacking) > self.used_bytes();
-                let nothing = !own && self.candidates(failures == 0) == 0;
+                let nothing = !own && self.candidates(failures == 0, now) == 0;
                 assert!(lacking > 0 || crowded);
                 assert!(failures > PATIENCE || hopeless || nothing);
             }
@@ -512,8 +516,11 @@ impl Model {
         self.stats.rejections += 1;
     }
 
-    fn candidates(&self, failed: bool) -> usize {
-        self.recency.len() + if failed { self.failed.len() } else { 0 }
+    fn candidates(&self, failed: bool, now: u64) -> usize {
+        let live = self.recency.iter().filter(|name| {
+            self.policy != PolicyKind::None || self.useless(&self.entries[*name], now)
+        });
+        live.count() + if failed { self.failed.len() } else { 0 }
     }
 
     /// Victims are right if each of them was the next to go when it was taken, and none is too
@@ -550,7 +557,10 @@ impl Model {
             freed += self.take(&name);
         }
         let enough = freed >= u128::from(lacking) || count >= BATCH;
-        assert!(enough || self.candidates(failed) == 0, "a victim too few");
+        assert!(
+            enough || self.candidates(failed, now) == 0,
+            "a victim too few"
+        );
     }
 
     /// Failed deletes first, then the useless, then the least recently used.
@@ -567,7 +577,13 @@ impl Model {
             .map(|(name, entry)| (name, entry.fetched))
             .collect();
         let Some(earliest) = old.iter().map(|(_, fetched)| *fetched).min() else {
-            assert_eq!(Some(name), self.recency.first(), "not the least recent");
+            match self.policy {
+                PolicyKind::Lru => {
+                    assert_eq!(Some(name), self.recency.first(), "not the least recent");
+                }
+                PolicyKind::None => panic!("what is there stays"),
+                PolicyKind::Adaptive => assert!(self.recency.contains(name), "not live"),
+            }
             return;
         };
         let fetched = old.iter().find(|(other, _)| *other == name);

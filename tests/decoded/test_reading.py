@@ -68,6 +68,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "floats": {"dtype": "f8", "fill_value": "NaN", "shards": (8, 10)},
     "times": {"dtype": "M8[s]", "fill_value": 0},
     "one chunk": {"chunks": (17, 23)},
+    "shards with an index at the start": {
+        "chunks": (8, 10),
+        "serializer": zarr.codecs.ShardingCodec(
+            chunk_shape=(4, 5), index_codecs=[zarr.codecs.BytesCodec()], index_location="start"
+        ),
+        "compressors": None,
+    },
+    "shards in shards": {
+        "chunks": (8, 10),
+        "serializer": zarr.codecs.ShardingCodec(
+            chunk_shape=(4, 10), codecs=[zarr.codecs.ShardingCodec(chunk_shape=(2, 5))]
+        ),
+        "compressors": None,
+    },
 }
 
 

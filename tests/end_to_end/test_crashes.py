@@ -21,6 +21,7 @@ POOL_FILL = {"pwritev", "pwrite64", "fallocate"}
 FILL = {"open", "write", "utimensat", "linkat", "unlinkat"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> None:
     if (why := tracing.why_not()) is not None:
@@ -47,6 +48,7 @@ def test_directory_process_killed_after_each_index_step_stays_right(
     assert play("steps", tmp_path, pool=pool)["deaths"] > 20
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", [False, True])
 def test_directory_process_stopped_at_each_system_call_holds_up_no_read(

@@ -145,6 +145,12 @@ def frozen_heap() -> Iterator[None]:
     gc.unfreeze()
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder of which a scan that has no one to tell may remove parts, too."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("frozen_heap")
 async def test_index_bit_flipped_anywhere_serves_right_bytes_within_the_bound(where: Path) -> None:
@@ -153,7 +159,7 @@ async def test_index_bit_flipped_anywhere_serves_right_bytes_within_the_bound(wh
     shutil.copytree(where / "cache", saved)
     done = 0
     for path, position in list(places(where)):
-        shutil.rmtree(where / "cache")
+        remove(where / "cache")
         shutil.copytree(saved, where / "cache")
         flip(path, position, dice.randrange(8))
         store, _source = open_damaged(where)
@@ -182,7 +188,8 @@ async def test_index_file_cut_off_is_rebuilt_with_one_line(
         rebuilt = [record for record in caplog.records if "was rebuilt" in record.message]
         # One line; none where what was cut off was not in use.
         assert len(caplog.records) == len(rebuilt) <= 1
-        assert length > 1 or rebuilt
+        # What "adaptive" has learned is learned anew.
+        assert length > 1 or rebuilt or name == "history"
         await check(store)
         del store
         await closed(where)

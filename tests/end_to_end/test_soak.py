@@ -11,6 +11,7 @@ import pytest
 import soak
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", soak.KINDS)
 def test_soak_short_finds_no_mismatch(kind: str) -> None:

@@ -88,6 +88,7 @@ def server_pid(output: str) -> int:
     return int(found.group(1))
 
 
+@pytest.mark.once
 def test_demo_prints_fewer_requests_where_cache_is_warm(tmp_path: Path) -> None:
     done = run_demo("--quick", "--cache-dir", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -60,6 +60,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
+@pytest.mark.once
 @needs("moto", "flask", "s3fs", "xarray")
 def test_xarray_s3_second_run_reads_values_from_cache(s3_server: Any, tmp_path: Path) -> None:
     group = zarr.create_group(tmp_path / "weather.zarr")
@@ -127,3 +128,21 @@ def test_pytorch_loader_workers_fill_one_cache(tmp_path: Path) -> None:
 def test_workers_later_epochs_read_nothing_from_source() -> None:
     epochs = re.findall(r"(\d+) samples, (\d+) reads of the source", run_example("workers.py"))
     assert epochs == [("64", "64"), ("64", "0"), ("64", "0")]
+
+
+@pytest.mark.once
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [("epochs.py",), ("workers.py", "--epochs")])
+def test_epochs_adaptive_serves_about_what_fits(example: tuple[str, ...]) -> None:
+    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example(*example), re.MULTILINE)
+    last = {
+        (kind, int(share), policy): float(results.split()[-3])
+        for kind, share, policy, results in lines
+    }
+    assert len(last) == 8
+    for (kind, share, policy), hits in last.items():
+        if policy == "adaptive":
+            # What is on its way into a directory takes room of other values meanwhile.
+            assert hits > share / 100 - (0.1 if example == ("epochs.py",) else 0.3), kind
+        elif kind == "sequential":
+            assert hits == 0

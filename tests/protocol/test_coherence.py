@@ -341,6 +341,8 @@ def test_write_whose_loop_ended_leaves_nothing_stale(
             gc.collect()
             store = CacheStore(source, cache_store=LocalStore(cache.root), source_id="one")
             asyncio.run(same_as_source(store, source, *SOURCE, "n"))
+        # A value that was read before is served until its fill is refused.
+        drained_sync(store)
         source.released.set()
         wait(source.under_way)
         asyncio.run(same_as_source(store, source, *SOURCE, "n"))

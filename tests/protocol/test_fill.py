@@ -967,7 +967,7 @@ async def test_drain_keeps_nothing_of_a_fill_that_ends_between_two_looks(
 ) -> None:
     """It would keep its cache alive, and the next store of the directory would have the old index."""
     store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source")
-    # Nobody but the drain looks.
+    # No one but the drain looks.
     store._cache.shared.place.on_idle = lambda: None
     collect, looks = DirectoryFiller.collect, list[int]()
 

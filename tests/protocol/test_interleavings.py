@@ -144,6 +144,7 @@ async def test_three_operations_in_every_order_keep_all_invariants(played: Scena
     assert explored.schedules > 10
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("played", CANCELLED)
 async def test_three_operations_one_cancelled_anywhere_keep_all_invariants(

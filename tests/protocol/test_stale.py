@@ -117,7 +117,7 @@ async def test_stale_value_of_a_followed_flight_is_served_to_all(
         await asyncio.sleep(0)
     gate.release()
     assert await asyncio.gather(*reads) == [b"1"] * 5
-    # Whoever has not asked for it gets none.
+    # A store that has not asked for it gets none.
     errors = await asyncio.gather(*others, return_exceptions=True)
     assert [str(error) for error in errors] == ["down"] * 2
     assert source.take()["get"] == 1

@@ -6,10 +6,16 @@ import asyncio
 import gc
 import threading
 import time
+import weakref
+from typing import TYPE_CHECKING
 
 import pytest
 
-from zcache._runtime.threads import THREADS, in_thread, in_thread_sync
+from zcache._runtime import threads
+from zcache._runtime.threads import THREADS, in_thread, in_thread_sync, run_in_background
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LONG = 30.0
 
@@ -223,3 +229,55 @@ def test_in_thread_sync_error_awaited_is_raised_once_and_not_reported() -> None:
     with pytest.raises(OSError, match="no"):
         in_thread_sync(fail, told.append, 60)
     assert told == []
+
+
+class Work:
+    """What a call is made of."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+
+    def __call__(self) -> int:
+        if self.fails:
+            raise OSError(5, "Input/output error")
+        return 1
+
+
+def gone_when_done(work: Callable[[], int]) -> tuple[Callable[..., None], list[bool]]:
+    """To be called where a call is done; says whether what it was made of is gone by then."""
+    reference, seen = weakref.ref(work), []
+    return lambda *_: seen.append(reference() is None), seen
+
+
+def test_run_in_background_keeps_nothing_of_what_is_done() -> None:
+    """A store that its user drops then is gone at once, not when the thread has its next turn."""
+    begun = threading.Event()
+    gate = run_in_background(lambda: begun.wait(LONG))
+    work = Work()
+    look, seen = gone_when_done(work)
+    others = [run_in_background(lambda: begun.wait(LONG)) for _ in range(THREADS - 1)]
+    future = run_in_background(work)
+    future.add_done_callback(look)
+    del work
+    begun.set()
+    assert future.result(LONG) == 1
+    assert gate.result(LONG)
+    assert all(other.result(LONG) for other in others)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_in_thread_keeps_nothing_of_what_is_done(fails: bool) -> None:
+    work = Work(fails=fails)
+    look, seen = gone_when_done(work)
+    loop = asyncio.get_running_loop()
+    completions = threads._completions(loop)
+    completions.add = look  # type: ignore[method-assign]
+    call: threads.ThreadCall[int] = threads.ThreadCall(work, loop.create_future(), completions)
+    del work
+    thread = threading.Thread(target=call.run)
+    thread.start()
+    thread.join()
+    # The traceback of an error has its frames.
+    assert seen == [not fails]
+    call.future.cancel()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ABSENT: Final = False
 """Stands for a hit: the source has no such key."""
+BUSY: Final = -1
+"""Stands for a hit or miss that is not known yet: the lock of the index was taken."""
 READ_TIMEOUT: Final = 1.0
 """Seconds within which the cache store has to answer a hit; then the source serves it."""
 DELETE_TIMEOUT: Final = 1.0

@@ -1,8 +1,8 @@
 """What the source has answered to `list_dir`, for a time when it cannot be asked.
 
 An answer is remembered only if no write of anything below the directory has begun or ended since the source
-was asked: whoever lists takes hold of what is there first, the last answer or a blank, and writes into that very
-one; whoever writes takes it away, before and after. That holds between processes as well.
+was asked: a reader that lists takes hold of what is there first, the last answer or a blank, and writes into that very
+one; a writer takes it away, before and after. That holds between processes as well.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class DirectoryListings(Listings):
         try:
             if not os.path.lexists(path) and len(self._files()) >= MOST:
                 self.forget_below("")
-            # Kept open: what is written to it is nobody's once others have taken it away.
+            # Kept open: what is written to it is no one's once others have taken it away.
             kept = _Kept(self._open(path))
             # After that: who does not see the mark has ended before the source is asked.
             os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, self._mode()))

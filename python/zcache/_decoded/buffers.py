@@ -6,32 +6,50 @@ what is kept for these threads. So chunks are copied, into memory that is given 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 if TYPE_CHECKING:
     from zcache._decoded.layout import Array
 
-MAPPED: Final = 2**17
-"""Bytes from which on memory is mapped by itself."""
+HUGE: Final = 2**21
+"""Bytes of a huge page. Memory comes in these where the system has them: to touch a page for the first time costs more than
+to copy into it."""
+LEAST: Final = 2**10
+"""Bytes below which memory is the allocator's."""
+SLAB: Final = 2**25
+"""Bytes at most that are mapped at once, for many pieces."""
+ALIGNMENT: Final = 64
+"""Bytes of a line of the processor's caches."""
 
 
 class Buffers:
-    """Memory that is not in use now. To be called under a lock."""
+    """Memory that is not in use now. To be called under a lock.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    max_size : int
+        Bytes that are in use at most. Beside them the system fills in a huge page of what is mapped ahead.
+    """
+
+    def __init__(self, max_size: int) -> None:
         self._free: dict[int, deque[Array]] = {}
         self._size = 0
+        self._slab_size = 0
+        if max_size >= 8 * HUGE:
+            self._slab_size = max(4 * HUGE, min(SLAB, max_size // 16 // HUGE * HUGE))
+        self._slab: Array | None = None
 
     def take(self, size: int, limit: int) -> Array:
         """Memory of this size, after which at most `limit` bytes stay unused."""
         found = self._free.get(size)
         if not found:
             self._trim(limit)
-            return _new(size)
+            return self._new(size)
         self._size -= size
         return found.pop()
 
@@ -47,10 +65,26 @@ class Buffers:
         while self._size > limit:
             size = max(self._free)
             if self._free[size]:
-                self._free[size].popleft()
+                _release(self._free[size].popleft())
                 self._size -= size
             else:
                 del self._free[size]
+
+    def _new(self, size: int) -> Array:
+        if size < LEAST or not self._slab_size:
+            return np.empty(size, "u1")
+        step = -(-size // ALIGNMENT) * ALIGNMENT
+        try:
+            if step > self._slab_size // 2:
+                return np.frombuffer(mapped(size), "u1")[:]
+            if self._slab is None or len(self._slab) < step:
+                if self._slab is not None:
+                    _release(self._slab)
+                self._slab = np.frombuffer(mapped(self._slab_size), "u1")[:]
+        except OSError:  # There may only be so many.
+            return np.empty(size, "u1")
+        piece, self._slab = self._slab[:size], self._slab[step:]
+        return piece
 
 
 def copy_into(memory: Array, array: Array) -> Array:
@@ -62,10 +96,24 @@ def copy_into(memory: Array, array: Array) -> Array:
     return copy
 
 
-def _new(size: int) -> Array:
-    if size >= MAPPED:
-        try:
-            return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "u1")
-        except OSError:  # There may only be so many.
-            pass
-    return np.empty(size, "u1")
+def mapped(size: int) -> mmap.mmap:
+    """New memory, in huge pages where the system has them."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _release(piece: Array) -> None:
+    """Give pages of a slab back to the system: the rest of it may be in use for long."""
+    slab: Any = piece.base
+    memory = None if slab is None else slab.base
+    memory = getattr(memory, "obj", memory)
+    if not isinstance(memory, mmap.mmap):
+        return
+    first, last = (array.__array_interface__["data"][0] for array in (slab, piece))
+    start = -(-(last - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (last - first + piece.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        memory.madvise(mmap.MADV_DONTNEED, start, stop - start)

@@ -11,15 +11,18 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Granted, Index, NeedsEviction
-from zcache._decoded.buffers import Buffers, copy_into
+from zcache._core import Index
+from zcache._decoded.admission import Admission
+from zcache._decoded.buffers import copy_into
 from zcache._decoded.chunk import Decoding, Kept, Origin
+from zcache._decoded.outputs import Outputs
+from zcache._decoded.room import Room
 from zcache._index.handle import RETRYABLE
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
 
 TOUCH: Final = 1.0
 """Seconds after which the cached ranges of a shard count as used again, if its decoded chunks are."""
-FILLS: Final = 65_536
-"""Chunks that hold nothing but the fill value, which take no memory, and are kept at most."""
 ABSENT: Final = 65_536
 """Chunks of which it is known at most that the store had none when they were last read."""
 
@@ -73,13 +74,13 @@ class DecodedCache:
     def _start(self) -> None:
         # Reentrant: inside it the garbage collector may end a reader. Never held while anything waits.
         self._lock = threading.RLock()
-        self._index = Index(max_size=self.max_size, flat_namespace=True)
+        policy = {name: self._handle.limits[name] for name in ("eviction", "minimise")}
+        self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
         self._values: dict[str, Kept] = {}
-        self._buffers = Buffers()
-        # Bytes of what is in `_values`, or about to be.
-        self._size = 0
+        self._admission = Admission(self.max_size)
+        self._room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
+        self.outputs = Outputs(self.max_size // 32)
         self._absent: set[str] = set()
-        self._fills = 0
         self._bytes = self._handle.index
 
     def use_index(self, index: Index) -> None:
@@ -118,17 +119,16 @@ class DecodedCache:
             index.recount_as_miss()
             return None
         origin = kept.origin
-        if origin.checked is reader:
-            return kept
-        is_current = self._is_current(key, origin, origin.landed, now)
+        is_current = origin.checked is reader or self._is_current(key, origin, origin.landed, now)
         if is_current:
             origin.checked = reader
+            self._admission.hit()
             return kept
         self.unpin(kept)
         if is_current is None:
             index.recount_as_miss()
         else:
-            self._end_deletes(index, index.discard(name, None, 0.0))
+            self._room.remove(index.discard(name, None, 0.0))
         return None
 
     def _is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
@@ -150,14 +150,15 @@ class DecodedCache:
             origin.touched = now
         return is_current
 
-    def unpin(self, kept: Kept) -> None:
-        """Say that a chunk is copied."""
+    def unpin(self, *copied: Kept) -> None:
+        """Say that chunks are copied."""
+        is_due = False
         with self._lock:
-            kept.pins -= 1
-            is_due = kept.is_condemned and not kept.pins
+            for kept in copied:
+                kept.pins -= 1
+                is_due |= kept.is_condemned and not kept.pins
         if is_due:
-            index = self._index
-            self._end_deletes(index, index.failed_deletes(1024))
+            self._room.remove(self._index.failed_deletes(1024))
 
     # ---------------------------------------------------------------- misses
 
@@ -189,14 +190,7 @@ class DecodedCache:
             decoding = Decoding(loop, name, origin)
             answer: Any = index.join(name, None, decoding, 0.0, True)
             if isinstance(answer, int) and not isinstance(answer, bool):
-                decoding.ticket = answer
-                if not origin.is_dated:
-                    self.give_up(decoding)
-                    return None
-                # One that the store had not lately takes no room before it is there.
-                if name not in self._absent:
-                    decoding.reservation = self._reserve(index, name, size, answer)
-                return True, decoding
+                return self._lead(decoding, answer, size)
             if not answer:
                 return None
             other: Decoding = answer[1]
@@ -219,6 +213,43 @@ class DecodedCache:
             index.invalidate(name)
         return None
 
+    def join_all(
+        self,
+        names: list[str],
+        key: str,
+        origin: Origin,
+        size: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> list[tuple[bool, Decoding] | None]:
+        """`join` for many chunks of one value."""
+        index = self._index
+        decodings = [Decoding(loop, name, origin) for name in names]
+        try:
+            tickets = index.lead_all(names, decodings)
+            return [
+                self.join(decoding.name, key, origin, size, loop)
+                if ticket is None
+                else self._lead(decoding, ticket, size)
+                for decoding, ticket in zip(decodings, tickets, strict=True)
+            ]
+        except BaseException:
+            for decoding in decodings:
+                index.abort_flight(decoding.name, decoding)
+                self.give_up(decoding)
+            raise
+
+    def _lead(self, decoding: Decoding, ticket: int, size: int) -> tuple[bool, Decoding] | None:
+        decoding.ticket = ticket
+        if not decoding.origin.is_dated:
+            self.give_up(decoding)
+            return None
+        if not self._admission.admits(decoding.name, len(self._values)):
+            decoding.is_admitted = False
+        # One that the store had not lately takes no room before it is there.
+        elif decoding.name not in self._absent:
+            decoding.reservation = self._room.reserve(decoding.name, size, ticket)
+        return True, decoding
+
     def land(self, decoding: Decoding, array: Array, fill: Array | None) -> None:
         """Keep a chunk that was decoded, if there is room, and hand it to those who wait for it.
 
@@ -231,31 +262,26 @@ class DecodedCache:
         index, name, origin = self._index, decoding.name, decoding.origin
         now = self.now()
         origin.landed = max(origin.landed, now)
-        is_fill = fill is not None
         is_closed = False
         try:
-            reservation = self._room_for(index, decoding, array.nbytes, is_fill)
+            reservation = self._room_for(decoding, array.nbytes, fill is not None)
             if reservation is None and not decoding.waiting:
                 return
             memory = None
             if fill is not None:
                 array = fill
             elif reservation is not None:
-                with self._lock:
-                    memory = self._buffers.take(array.nbytes, self.max_size - self._size)
-                    self._size += array.nbytes
-                array = copy_into(memory, array)
+                array = copy_into(memory := self._room.memory(array.nbytes), array)
             kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept
                 kept.pins = decoding.waiting
                 if reservation is not None:
-                    self._values[name] = kept
-                    self._fills += is_fill
+                    self._room.put(name, kept)
             if reservation is not None:
                 done = index.commit(reservation, None, 0.0)
                 is_closed = done is not None
-                self._end_deletes(index, [(-1, name)] if done is None else done.victims)
+                self._room.remove([(-1, name)] if done is None else done.victims)
         except MemoryError:
             pass  # Its reader has it.
         finally:
@@ -263,21 +289,21 @@ class DecodedCache:
                 index.complete_flight(name, decoding.ticket)
             decoding.end()
 
-    def _room_for(self, index: Index, decoding: Decoding, size: int, is_fill: bool) -> Any:
+    def _room_for(self, decoding: Decoding, size: int, is_fill: bool) -> Any:
         """The room that a chunk has, if it may be kept; what it has no use for is given back."""
         name = decoding.name
         reservation, decoding.reservation = decoding.reservation, None
         self._absent.discard(name)
+        if not decoding.is_admitted:
+            return None
         if decoding.origin.stale != self._counters.stale:
             # Perhaps it comes from a value that was past its age, in place of an error of the source.
-            self._give_back(index, reservation)
+            self._room.give_back(reservation)
             return None
         if is_fill:
-            self._give_back(index, reservation)
-            if self._fills >= FILLS:
-                return None
-            return self._reserve(index, name, 0, decoding.ticket)
-        return reservation or self._reserve(index, name, size, decoding.ticket)
+            self._room.give_back(reservation)
+            return self._room.reserve_fill(name, decoding.ticket)
+        return reservation or self._room.reserve(name, size, decoding.ticket)
 
     def give_up(self, decoding: Decoding, *, is_absent: bool = False) -> None:
         """End a decode that has brought nothing; with `is_absent`, because the store has no such chunk."""
@@ -292,10 +318,22 @@ class DecodedCache:
             self._absent.add(name)
         try:
             reservation, decoding.reservation = decoding.reservation, None
-            self._give_back(index, reservation)
+            self._room.give_back(reservation)
         finally:
             index.complete_flight(name, decoding.ticket)
             decoding.abandon()
+
+    def pass_over(self, decodings: Iterable[Decoding]) -> None:
+        """End those of these decodes that are done, and whose chunks no one keeps or waits for."""
+        with self._lock:
+            ended = [
+                one for one in decodings if not (one.is_admitted or one.waiting or one.is_ended)
+            ]
+            for decoding in ended:
+                decoding.is_ended = True
+        self._index.complete_flights([one.name for one in ended], [one.ticket for one in ended])
+        for decoding in ended:
+            decoding.end()
 
     def leave(self, decoding: Decoding) -> None:
         """Do without what somebody else decodes."""
@@ -310,51 +348,14 @@ class DecodedCache:
         """Count a miss as a hit: another reader has decoded the chunk."""
         self._index.recount_as_hit()
 
-    # ------------------------------------------------------------------ room
-
-    def _reserve(self, index: Index, name: str, size: int, ticket: int) -> Any:
-        answer = index.reserve(name, None, size, ticket, 0.0)
-        while isinstance(answer, NeedsEviction):
-            dropped, failed = self._remove(answer.victims)
-            answer = index.advance(answer.reservation, dropped, failed, 0.0)
-        return answer.reservation if isinstance(answer, Granted) else None
-
-    def _give_back(self, index: Index, reservation: Any) -> None:
-        if reservation is not None:
-            self._end_deletes(index, index.release(reservation))
-
-    def _remove(self, victims: Sequence[tuple[int, str]]) -> tuple[list[int], list[int]]:
-        """Let go of chunks: the numbers of those that are gone, and of those that are still copied from."""
-        dropped, failed = [], []
-        with self._lock:
-            for cell, name in victims:
-                kept = self._values.get(name)
-                if kept is not None and kept.pins:
-                    kept.is_condemned = True
-                    failed.append(cell)
-                    continue
-                if kept is not None:
-                    del self._values[name]
-                    kept.is_gone = True
-                    if kept.memory is None:
-                        self._fills -= 1
-                    else:
-                        self._size -= kept.memory.nbytes
-                        self._buffers.give_back(kept.memory, self.max_size - self._size)
-                dropped.append(cell)
-        return dropped, failed
-
-    def _end_deletes(self, index: Index, victims: Sequence[tuple[int, str]]) -> None:
-        if victims:
-            dropped, failed = self._remove(victims)
-            index.confirm_deletes([cell for cell in dropped if cell >= 0], failed)
+    # ------------------------------------------------------------ all of them
 
     def clear(self) -> None:
         """Let go of everything; what is being decoded now is not kept."""
         index = self._index
         index.invalidate("")
         while victims := index.drain_prefix(""):
-            self._end_deletes(index, victims)
+            self._room.remove(victims)
         self._absent.clear()
 
     # ------------------------------------------------------------ statistics

@@ -83,6 +83,8 @@ class Decoding(Flight):
         Of its flight.
     reservation : Reservation or None
         Room for it.
+    is_admitted : bool
+        Whether it is kept if there is room.
     kept : Kept or None
         What it has come to; also where there was no room for it.
     is_ended : bool
@@ -92,6 +94,7 @@ class Decoding(Flight):
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
+    is_admitted = True
     waiting = 0
     is_ended = False
     begun = True

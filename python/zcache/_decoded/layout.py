@@ -25,6 +25,9 @@ Coords: TypeAlias = "tuple[int, ...]"
 Box: TypeAlias = "tuple[Coords, Coords]"
 """First inner chunk, and the one after the last, along each axis."""
 
+AxisPart: TypeAlias = "tuple[int, int | slice, slice | None]"
+"""Along one axis: an inner chunk, what is wanted of it, and where that goes, None for an axis that is dropped."""
+
 
 class Layout:
     """One way of decoding chunks.
@@ -58,6 +61,7 @@ class Layout:
         self.shape: Coords = spec.shape if self.inner is None else self.inner
         self.size = math.prod(self.shape) * dtype.itemsize
         self.number = 0
+        self._shard: Coords = spec.shape
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
         self._first, self._last = (0,) * len(self.shape), (-1,) * len(self.shape)
         fill = spec.fill_value
@@ -74,6 +78,31 @@ class Layout:
     def projections(self, spec: ArraySpec, selection: Any) -> Any:
         """The indexer of a selection in a shard."""
         return get_indexer(selection, shape=spec.shape, chunk_grid=self._grid)
+
+    def axes_of(self, selection: Any) -> list[list[AxisPart]] | None:
+        """The inner chunks of a block of a shard, along each axis, or of indices; None if it is neither."""
+        inner = self.inner
+        if inner is None or not isinstance(selection, tuple) or len(selection) != len(inner):
+            return None
+        axes: list[list[AxisPart]] = []
+        for wanted, n, size in zip(selection, inner, self._shard, strict=True):
+            if isinstance(wanted, (int, np.integer)) and 0 <= wanted < size:
+                at = int(wanted) // n
+                axes.append([(at, int(wanted) - at * n, None)])
+                continue
+            if type(wanted) is not slice or wanted.step not in (None, 1):
+                return None
+            start, stop, _ = wanted.indices(size)
+            if start >= stop:
+                return None
+            parts: list[AxisPart] = []
+            for at in range(start // n, -(-stop // n)):
+                first, last = max(start, at * n), min(stop, at * n + n)
+                parts.append(
+                    (at, slice(first - at * n, last - at * n), slice(first - start, last - start))
+                )
+            axes.append(parts)
+        return axes
 
     def only_fill(self, array: Array) -> Array | None:
         """The same with one element in memory, if all are the fill value, bit for bit; else None."""
@@ -161,14 +190,10 @@ def coords_in(box: Box) -> Iterable[Coords]:
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
 
 
-def chunks_of(array: Array, inner: Coords) -> Iterator[Array]:
-    """The inner chunks of a box, in the order of `coords_in`."""
-    counts = [n // size for n, size in zip(array.shape, inner, strict=True)]
-    split = [n for pair in zip(counts, inner, strict=True) for n in pair]
-    axes = range(len(split))
-    chunks = array.reshape(split).transpose(*axes[::2], *axes[1::2])
-    for at in np.ndindex(*counts):
-        yield chunks[(*at, ...)]
+def chunk_in(first: Coords, at: Coords, inner: Coords) -> Iterator[slice]:
+    """Where an inner chunk lies in the elements of a box."""
+    for origin, n, size in zip(first, at, inner, strict=True):
+        yield slice((n - origin) * size, (n - origin + 1) * size)
 
 
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._decoded.layout import boxes_of, chunks_of, coords_in, is_basic, scatter, slices_of
+from zcache._decoded.layout import boxes_of, chunk_in, coords_in, is_basic, scatter, slices_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zcache._decoded.cache import DecodedCache
-    from zcache._decoded.chunk import Decoding, Kept
+    from zcache._decoded.chunk import Decoding, Kept, Origin
     from zcache._decoded.layout import Array, Box, Coords, Layout
 
 PRESENT: Final = {"status": "present"}
@@ -107,21 +111,11 @@ class Part:
     def finish(self) -> None:
         """Say that all is there."""
 
-    def miss(self, cache: DecodedCache, name: str, at: Coords, origin: Any) -> None:
-        """Decode a chunk, or wait for who does."""
-        joined = None
-        if origin is not None:
-            key = self.item[0].path
-            joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
-        if joined is not None:
-            leads, decoding = joined
-            (self.leads if leads else self.followed)[at] = decoding
-
     def land(self, at: Coords, array: Array) -> None:
         """Keep a chunk that has been decoded here."""
         decoding = self.leads.get(at)
         layout = self.layout
-        if decoding is None:
+        if decoding is None or decoding.is_ended:
             return
         if array.shape != layout.shape or array.nbytes != layout.size:
             self.output.cache.give_up(decoding)
@@ -132,18 +126,16 @@ class Part:
 class ChunkPart(Part):
     """A part of a chunk."""
 
-    def look_up(self) -> bool:
-        """Copy out what is kept; whether that is all."""
-        output = self.output
-        cache = output.cache
-        getter = self.item[0]
-        name = f"{getter.path}/{self.layout.number}"
-        kept = cache.get(name, getter.path, output.mark, output.now)
-        if kept is not None:
-            output.copy(self, (), kept)
-            return True
-        self.miss(cache, name, (), cache.begin(getter.path, output.now))
-        return False
+    def join(self, name: str) -> None:
+        """Decode the chunk, or wait for who does."""
+        cache, key = self.output.cache, self.item[0].path
+        origin = cache.begin(key, self.output.now)
+        if origin is None:
+            return
+        joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
+        if joined is not None:
+            leads, decoding = joined
+            (self.leads if leads else self.followed)[()] = decoding
 
     def jobs(self) -> list[Job]:
         return [] if self.followed else [_WholeChunk(self)]
@@ -182,14 +174,21 @@ class ShardPart(Part):
     def __init__(self, output: Output, number: int, item: Any, layout: Layout) -> None:
         super().__init__(output, number, item, layout)
         _, spec, selection, place, _ = item
-        indexer = layout.projections(spec, selection)
-        self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
-        self._sel_shape = getattr(indexer, "sel_shape", None)
+        self._axes = layout.axes_of(selection)
+        self._sel_shape: Any = None
+        self._wanted: dict[Coords, Any] = {}
+        shape: Coords
+        if self._axes is not None:
+            shape = tuple(axis[-1][2].stop for axis in self._axes if axis[-1][2] is not None)
+        else:
+            indexer = layout.projections(spec, selection)
+            self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
+            self._sel_shape, shape = getattr(indexer, "sel_shape", None), indexer.shape
         self._scratch: Array | None = None
-        self._out = self._view(place, indexer.shape)
+        self._out = self._view(place, shape)
         if self._out is None:
             order = spec.config.order
-            self._out = self._scratch = np.empty(indexer.shape, layout.dtype, order=order)
+            self._out = self._scratch = np.empty(shape, layout.dtype, order=order)
         self._misses: list[Coords] = []
         self.is_absent = True
 
@@ -202,36 +201,68 @@ class ShardPart(Part):
             view = np.expand_dims(view, self.output.drop_axes)
         return view if view.shape == shape else None
 
-    def look_up(self) -> bool:
+    def look_up(self, hits: list[Kept]) -> bool:
+        """Copy out what is kept, which is pinned in `hits` then; whether that is all."""
         output = self.output
         cache = output.cache
         key = self.item[0].path
-        origin: Any = None
-        stem = f"{key}/{self.layout.number}"
-        for at in self._wanted:
-            name = "/".join((stem, *map(str, at)))
+        stem = f"{key}/{self.layout.number}/"
+        names = []
+        for at in self._coords():
+            name = stem + "/".join(map(str, at))
             kept = cache.get(name, key, output.mark, output.now)
             if kept is not None:
-                output.copy(self, at, kept)
+                hits.append(kept)
+                self.place(at, kept.array)
                 self.is_absent = False
                 continue
             self._misses.append(at)
-            if origin is None:
-                origin = cache.begin(key, output.now) or False
-            self.miss(cache, name, at, origin or None)
-        if not self._misses:
+            names.append(name)
+        if names and (origin := cache.begin(key, output.now)) is not None:
+            self._join(names, origin)
+        if not names:
             self.finish()
-        return not self._misses
+        return not names
+
+    def _count(self) -> int:
+        return len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
+
+    def _coords(self) -> Iterable[Coords]:
+        if self._axes is None:
+            return self._wanted
+        return product(*([at for at, _, _ in axis] for axis in self._axes))
+
+    def _join(self, names: list[str], origin: Origin) -> None:
+        """Decode the chunks that are missing, or wait for who does."""
+        cache, key = self.output.cache, self.item[0].path
+        joined = cache.join_all(names, key, origin, self.layout.size, self.output.loop)
+        for at, one in zip(self._misses, joined, strict=True):
+            if one is not None:
+                leads, decoding = one
+                (self.leads if leads else self.followed)[at] = decoding
+
+    def _selections(self, at: Coords) -> Any:
+        """What is wanted of a chunk, and where that goes."""
+        if self._axes is None:
+            return self._wanted[at]
+        parts = [axis[n - axis[0][0]] for axis, n in zip(self._axes, at, strict=True)]
+        return tuple([one for _, one, _ in parts]), tuple(
+            [out for _, _, out in parts if out is not None]
+        )
 
     def jobs(self) -> list[Job]:
-        # Of what nobody keeps, zarr reads as much as it wants to.
-        if len(self._misses) == len(self._wanted) and not self.leads and not self.followed:
+        # Of what no one keeps, zarr reads as much as it wants to.
+        is_all = len(self._misses) == self._count()
+        if is_all and not self.leads and not self.followed:
             return [_AsAsked(self)]
+        if is_all and self._axes is not None and not self.followed:
+            last = tuple(n + 1 for n in self._misses[-1])
+            return [_InnerChunks(self, (self._misses[0], last))]
         missing = [at for at in self._misses if at not in self.followed]
         return [_InnerChunks(self, box) for box in boxes_of(missing)]
 
     def place(self, at: Coords, array: Array) -> None:
-        selection, place = self._wanted[at]
+        selection, place = self._selections(at)
         assert self._out is not None
         self._out[place] = array[selection]
 
@@ -259,7 +290,7 @@ class ShardPart(Part):
     def fill(self, at: Coords, value: Any) -> None:
         """The shard is not there."""
         assert self._out is not None
-        self._out[self._wanted[at][1]] = value
+        self._out[self._selections(at)[1]] = value
         if (decoding := self.leads.get(at)) is not None:
             self.output.cache.give_up(decoding, is_absent=True)
 
@@ -274,7 +305,7 @@ class ShardPart(Part):
 
 
 class _AsAsked(Job):
-    """A part of a shard that nobody keeps."""
+    """A part of a shard that no one keeps."""
 
     part: ShardPart
 
@@ -315,12 +346,19 @@ class _InnerChunks(Job):
     def arrived(self, array: Array) -> None:
         part = self.part
         part.is_absent = False
-        chunks = list(zip(coords_in(self.box), chunks_of(array, self.inner), strict=True))
-        if not part.place_box(self.box, array):
-            for at, chunk in chunks:
+        is_placed = part.place_box(self.box, array)
+        coords = list(coords_in(self.box))
+        part.output.cache.pass_over([part.leads[at] for at in coords if at in part.leads])
+        first = self.box[0]
+        for at in coords:
+            is_kept = at in part.leads and not part.leads[at].is_ended
+            if is_placed and not is_kept:
+                continue
+            chunk = array[tuple(chunk_in(first, at, self.inner))]
+            if not is_placed:
                 part.place(at, chunk)
-        for at, chunk in chunks:
-            part.land(at, chunk)
+            if is_kept:
+                part.land(at, chunk)
 
     def is_missing(self, fill: Any) -> None:
         for at in coords_in(self.box):

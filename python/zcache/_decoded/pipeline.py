@@ -55,8 +55,8 @@ class DecodedCodecPipeline(CodecPipeline):
     def __init__(self, wrapped: CodecPipeline, codecs: Iterable[Codec]) -> None:
         self.wrapped = wrapped
         self._codecs = tuple(codecs)
-        self._layouts: dict[Any, tuple[Any, Layout | None]] = {}
-        self._layouts_of: DecodedCache | None = None
+        self._layouts: tuple[DecodedCache | None, dict[Any, tuple[Any, Layout | None]]] = None, {}
+        self._latest: tuple[DecodedCache, ArraySpec, Layout | None] | None = None
 
     @classmethod
     def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> DecodedCodecPipeline:
@@ -139,27 +139,37 @@ class DecodedCodecPipeline(CodecPipeline):
             getter = batch[0][0]
             cache = getattr(getter.store, "_decoded", None) if type(getter) is StorePath else None
             if isinstance(cache, DecodedCache) and cache.is_usable:
-                target: Any = out._data if type(out) is cpu.NDBuffer else None
+                array: Any = out._data if type(out) is cpu.NDBuffer else None
+                is_plain = type(array) is np.ndarray
+                # For who looks whether anybody else has it.
+                del array
                 layouts: Any = [self._layout(cache, item[1]) for item in batch]
-                if type(target) is np.ndarray and None not in layouts:
+                if is_plain and None not in layouts:
+                    target = cache.outputs.renew(out)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
                     return await reading.run(batch, layouts, out)
         return await self.wrapped.read(batch, out, drop_axes)
 
     def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:
-        if self._layouts_of is not cache:
-            self._layouts_of, self._layouts = cache, {}
-        layouts = self._layouts
+        # Threads come here at once; each looks at one tuple, so none gets the layouts of another cache.
+        latest = self._latest
+        if latest is not None and latest[0] is cache and latest[1] is spec:
+            # Of a regular grid all chunks have the same one.
+            return latest[2]
+        owner, layouts = self._layouts
+        if owner is not cache:
+            layouts = {}
+            self._layouts = cache, layouts
         key = (id(spec.dtype), spec.shape, spec.config.order, spec.prototype.nd_buffer)
-        try:
-            return layouts[key][1]
-        except KeyError:
+        found = layouts.get(key)
+        if found is None:
             layout = layout_of(self._codecs, spec)
             if layout is not None:
                 layout.number = cache.number_of(layout.name)
             # The data type is kept, so that no other has its address.
-            layouts[key] = spec.dtype, layout
-            return layout
+            found = layouts[key] = spec.dtype, layout
+        self._latest = cache, spec, found[1]
+        return found[1]
 
 
 def _wrapped_class() -> type[CodecPipeline]:

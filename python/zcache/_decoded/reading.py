@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.core.buffer import cpu
 
+from zcache._decoded.layout import scatter
 from zcache._decoded.parts import ChunkPart, Output, ShardPart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Kept
     from zcache._decoded.layout import Array, Layout
     from zcache._decoded.parts import Job, Part
 
@@ -68,12 +70,7 @@ class Reading:
     async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
         """Read a batch, and say which chunks were there."""
         try:
-            for number, (item, layout) in enumerate(zip(batch, layouts, strict=True)):
-                kind = ChunkPart if layout.inner is None else ShardPart
-                part: Any = kind(self.output, number, item, layout)
-                self._parts.append(part)
-                if part.look_up():
-                    self._parts.pop()
+            self._look_up(batch, layouts)
             if self._parts:
                 await self._decode(out)
                 await self._take_followed(out)
@@ -86,6 +83,31 @@ class Reading:
             # Nothing here keeps the output any longer.
             self._parts.clear()
         return tuple(self.output.results)
+
+    def _look_up(self, batch: Sequence[Any], layouts: Sequence[Layout]) -> None:
+        """Copy out what is kept, and note what else is wanted."""
+        output, cache = self.output, self.cache
+        hits: list[Kept] = []
+        try:
+            for number, (item, layout) in enumerate(zip(batch, layouts, strict=True)):
+                if layout.inner is not None:
+                    shard = ShardPart(output, number, item, layout)
+                    self._parts.append(shard)
+                    if shard.look_up(hits):
+                        self._parts.pop()
+                    continue
+                key = item[0].path
+                name = f"{key}/{layout.number}"
+                kept = cache.get(name, key, output.mark, output.now)
+                if kept is not None:
+                    hits.append(kept)
+                    scatter(output.target, item[3], kept.array, item[2], output.drop_axes)
+                    continue
+                part = ChunkPart(output, number, item, layout)
+                self._parts.append(part)
+                part.join(name)
+        finally:
+            cache.unpin(*hits)
 
     async def _decode(self, out: Any) -> None:
         jobs = [job for part in self._parts for job in part.jobs()]

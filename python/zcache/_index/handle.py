@@ -86,6 +86,8 @@ class IndexHandle:
         Takes a step: `zcache.testing` puts its recorder here.
     deferred : deque of callable
         Steps without a waiter, where no thread could be started to take them later.
+    follows_plan : bool
+        Whether the index was told what will be read, and it was not seen yet that this is over.
     open_first : callable or None
         Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
         that it may wait for the lock, and raises `IndexBusyError` after that.
@@ -103,6 +105,7 @@ class IndexHandle:
         # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
         self.recover: Callable[[Exception], None] | None = None
         self.open_first: Callable[[float], None] | None = None
+        self._when_open: list[Callable[[IndexHandle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._resolution: Future[None] | None = None
@@ -113,6 +116,7 @@ class IndexHandle:
         self._opening_since = -math.inf
         self._opened_last = -math.inf
         self.deferred: deque[Callable[[], None]] = deque()
+        self.follows_plan = False
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._counted_before = (0, 0, 0, 0, 0)
 
@@ -158,6 +162,10 @@ class IndexHandle:
             before[3] + now[3],
             before[4] + now[4],
         )
+
+    def note_policy(self, policy: dict[str, str]) -> None:
+        """Have an index that is made or opened later go by this policy."""
+        self.limits = {**self.limits, **policy}
 
     def apply_limits(self) -> None:
         """Have the index of now keep to `limits`."""
@@ -450,6 +458,14 @@ class IndexHandle:
 
     # ------------------------------------------------------------- opening
 
+    def when_open(self, then: Callable[[IndexHandle], object]) -> None:
+        """Call `then` with this handle now, or once the index is open."""
+        with self._lock:
+            if self.open_first is not None:
+                self._when_open.append(then)
+                return
+        then(self)
+
     def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
         """Have the index opened in the background; until then nothing is cached."""
         with self._lock:
@@ -510,8 +526,14 @@ class IndexHandle:
             self.open_first = None
         finally:
             with self._lock:
+                waiting = []
+                if self.open_first is None:
+                    waiting, self._when_open = self._when_open, []
                 if self._opening is done:
                     self._opening = None
+            for then in waiting:
+                with contextlib.suppress(Exception):
+                    then(self)
             done.set_result(None)
 
     # -------------------------------------------------------------- forks
@@ -524,6 +546,7 @@ class IndexHandle:
         self._opening_since = self._opened_last = -math.inf
         # The parent takes them.
         self.deferred.clear()
+        self._when_open.clear()
         if open_first is not None:
             self.index = self.empty_index()
             self.open_first = open_first

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
+import time
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._core import Index
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
@@ -22,6 +27,12 @@ if TYPE_CHECKING:
     from zcache._source.location import Location
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
+_POLICY: Final = ("eviction", "minimise")
+_TRIES: Final = 5
+"""Times that it is looked whether those who use another policy are gone, ..."""
+_PAUSE: Final = 0.02
+"""... after so many seconds."""
+logger = logging.getLogger("zcache")
 
 
 class SharedIndex:
@@ -56,6 +67,8 @@ class SharedIndex:
         Answers of the source to `list_dir`.
     place : object
         What the backends of this place share beside the index, such as the directory.
+    users : WeakSet of Member
+        Who uses the index in this process; that of a pool is used by way of all its sources.
     """
 
     def __init__(
@@ -78,13 +91,16 @@ class SharedIndex:
         self._source = source
         self.source_id = source_id
         self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.users = self._members
 
     def join(self, member: Member) -> None:
         """Use it as well; the strictest limits are in force, so that none is exceeded.
 
         The maximum age of a look-up is each store's own; what is too old for all of them goes first.
         """
+        self._choose_policy(member)
         self._members.add(member)
+        self.users.add(member)
         self._set_limits()
         weakref.finalize(member, self._set_limits).atexit = False
 
@@ -107,6 +123,26 @@ class SharedIndex:
         enforce = getattr(self.place, "enforce_bound", None)
         if enforce is not None and size is not None and (before is None or size < before):
             enforce()
+
+    def _choose_policy(self, member: Member) -> None:
+        """Go by the policy of a new member, unless others use the index; then the member is told."""
+        wanted, handle = _policy_of(member.limits), self.handle
+        in_force = wanted
+        for tries in range(_TRIES, -1, -1):
+            in_force = _policy_of(handle.limits)
+            if in_force == wanted or not self.users:
+                # With what is wanted it is opened, if it is not yet.
+                handle.note_policy(dict(zip(_POLICY, wanted, strict=True)))
+                # Others may be processes. Where the index cannot be asked now, the log says so.
+                asked = _Asked(handle.name, wanted)
+                handle.when_open(asked.ask)
+                in_force = asked.in_force()
+                handle.note_policy(dict(zip(_POLICY, in_force, strict=True)))
+            if in_force == wanted:
+                return
+            if tries:
+                _let_go()
+        warnings.warn(_other_policy(handle.name, wanted, in_force), UserWarning, stacklevel=5)
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.
@@ -131,6 +167,56 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+class _Asked:
+    """The policy that an index goes by; told to the caller, or to the log where the answer comes later."""
+
+    def __init__(self, name: str, wanted: tuple[str, str]) -> None:
+        self._name = name
+        self._wanted = wanted
+        self._answer: tuple[str, str] | None = None
+        self._is_late = False
+
+    def ask(self, handle: IndexHandle) -> None:
+        handle.call_later(self._answered, Index.set_policy, *self._wanted)
+
+    def _answered(self, in_force: tuple[str, str]) -> None:
+        self._answer = _policy(*in_force)
+        if self._is_late and self._answer != self._wanted:
+            logger.warning(_other_policy(self._name, self._wanted, self._answer))
+
+    def in_force(self) -> tuple[str, str]:
+        """What is known now; else what was asked for."""
+        self._is_late = True
+        return self._answer or self._wanted
+
+
+def _let_go() -> None:
+    """Stores that are only waiting to be collected, or for a step in the background, do not count."""
+    gc.collect()
+    time.sleep(_PAUSE)
+
+
+def _policy(eviction: str, minimise: str) -> tuple[str, str]:
+    # The others do not look at costs.
+    return eviction, minimise if eviction == "adaptive" else "requests"
+
+
+def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:
+    return _policy(limits["eviction"], limits["minimise"])
+
+
+def _other_policy(name: str, wanted: tuple[str, str], in_force: tuple[str, str]) -> str:
+    asked, used = (
+        ", ".join(f"{option}={value!r}" for option, value in zip(_POLICY, policy, strict=True))
+        for policy in (wanted, in_force)
+    )
+    return (
+        f"the cache {name} is in use with {used}, so this store goes by that as well, not by {asked}. Drop "
+        "the other stores on it first (they count as long as anything refers to them or their copies, in any "
+        "process), or give this one a cache store of its own."
+    )
 
 
 def _named(source: Store, source_id: SourceId) -> str:

@@ -154,7 +154,7 @@ class Batch:
             assert asked is not None
             is_answer, value = False, None
             if again:
-                hits.retract_miss()
+                hits.retract_miss(*asked)
                 is_answer, value = await hits.cached(self._io, asked[0], self._prototype, asked[1])
             if not is_answer and await hits.is_ruled_out(self._io, asked[0]):
                 hits.recount_as_negative_hit()
@@ -214,6 +214,7 @@ class Batch:
                 if check is not None:
                     self._checks[key] = check
                 if value is not None:
+                    self._reader.hits.hook.brought(*asked, len(value), hit=True)
                     flight.deliver(freeze(value)[0])
                     self._close(number)
                     same.append((number, value))
@@ -330,7 +331,7 @@ class Batch:
         reader = self._reader
         now, ages = reader.now(), reader.hits.ages_of(asked[0])
         flight = Flight(self._io.loop(), now)
-        reader.backend.begin(self._io)
+        reader.hits.begin(self._io)
         left_alone = not reader.breaker.allows()
         if left_alone:
             reader.counters.count("skipped")
@@ -373,6 +374,7 @@ class Batch:
             asked = self._asked[number]
             assert asked is not None
             reader = self._reader
+            reader.hits.hook.brought(*asked, None if found is None else len(found))
             if found is None:
                 await reader.deliver_absence(self._io, asked[0], ticket, flight)
                 del self._leads[number]

@@ -11,9 +11,11 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._ages import METADATA, NODES
-from zcache._backends.base import ABSENT
+from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._index.plans import look
+from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import freeze, snapshot
 from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import IndexLockTimeout
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from zcache._byte_ranges import ByteRange
     from zcache._runtime.io import IO
 
-BUSY: Final = -1
-"""Stands for a hit or miss that is not known yet: the lock of the index was taken."""
 COMPLETE_TIMEOUT: Final = 60.0
 """Seconds that a read waits, where the source is not asked, for the index to know all that is cached; ..."""
 COMPLETE_PAUSE: Final = 0.02
@@ -45,10 +45,21 @@ class Hits:
         How old a value may be that is served.
     missing_max_age : float
         Seconds for which a key is remembered as missing at most; 0 for not at all.
+    sampling : bool
+        Whether requests go into the sample of the index.
+
+    Attributes
+    ----------
+    hook : RequestHook
+        Tells a recorder of each request.
     """
 
-    def __init__(self, backend: Backend, ages: MaxAges, missing_max_age: float) -> None:
+    def __init__(
+        self, backend: Backend, ages: MaxAges, missing_max_age: float, *, sampling: bool
+    ) -> None:
         self.backend = backend
+        self._sampling = sampling
+        self.hook = RequestHook()
         self.handle: IndexHandle = backend.shared.handle
         self.breaker = backend.shared.breaker
         self.counters = backend.counters
@@ -65,10 +76,12 @@ class Hits:
 
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
-        self._lookup = index.view(self._reads).lookup
+        self._lookup = index.view(self._reads, self._sampling).lookup
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
+        if self.handle.follows_plan:
+            look(self.handle)
         if self._begin is not None:
             self._begin(io)
 
@@ -179,6 +192,7 @@ class Hits:
             except BaseException:
                 self._reads.count_miss()
                 raise
+            self.hook.found(key, byte_range, hit)
             if hit is ABSENT:
                 self._reads.count_negative_hit()
             else:
@@ -350,9 +364,10 @@ class Hits:
         """Count a read that the index was not asked about."""
         self._reads.count_miss()
 
-    def retract_miss(self) -> None:
+    def retract_miss(self, key: str, byte_range: ByteRange | None) -> None:
         """Take a miss back, because the same read is looked up once more."""
         self._reads.retract_miss()
+        self.hook.retract(key, byte_range)
 
     def recount_as_hit(self) -> None:
         """Count a miss as a hit: a value on its way into the cache store has served it."""

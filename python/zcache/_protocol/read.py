@@ -8,12 +8,12 @@ raises because of the cache store: only the source's own errors, and cancellatio
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from zcache._backends.base import ABSENT, FillJob
+from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, ignore
-from zcache._protocol.hits import BUSY, Hits
 from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.base import Hit, Victim
     from zcache._byte_ranges import ByteRange
+    from zcache._protocol.hits import Hits
     from zcache._runtime.io import IO
     from zcache._source.validators import Validators
 
@@ -53,6 +54,8 @@ class Reader:
         For the log.
     slices_like_python : bool
         Whether the source slices a value as Python does, whatever the request.
+    times_source : bool, optional
+        Whether the index is told how long the source takes. Default is False.
 
     Attributes
     ----------
@@ -72,8 +75,10 @@ class Reader:
         stale_if_error: float,
         source_name: str,
         slices_like_python: bool,
+        times_source: bool = False,
     ) -> None:
         self.hits = hits
+        self._times_source = times_source
         self.backend = backend = hits.backend
         self.handle, self.breaker, self.counters = hits.handle, hits.breaker, hits.counters
         self.fills = backend.shared.fills
@@ -157,7 +162,7 @@ class Reader:
     ) -> Buffer | None:
         """Read what was not found, once all is known that is cached; the source is not asked."""
         if await self.hits.wait_until_complete(io):
-            self.hits.retract_miss()
+            self.hits.retract_miss(key, byte_range)
             is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
             if is_answer:
                 return value
@@ -281,6 +286,7 @@ class Reader:
             # From where it was raised: it would else collect the frames of all who wait.
             raise other.error.with_traceback(other.trace)
         if other.data is None:
+            self.hits.hook.brought(key, byte_range, None)
             return True, None
         part = self._part(other.data, whole, byte_range)
         if part is None:
@@ -288,6 +294,7 @@ class Reader:
         if is_pending:
             # On its way into the cache store: served by the cache, not by the source.
             self.hits.recount_as_hit()
+        self.hits.hook.brought(key, byte_range, len(part), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
 
     async def _join(
@@ -311,7 +318,7 @@ class Reader:
             is_answer, value = False, None
             if joined is None:
                 # Its lookup counted a miss; this one counts what the read comes to.
-                self.hits.retract_miss()
+                self.hits.retract_miss(key, byte_range)
                 is_answer, value = await self.hits.cached(io, key, prototype, byte_range)
         except IndexLockTimeout:
             return BUSY, False, None
@@ -344,7 +351,7 @@ class Reader:
             try:
                 revalidator = self.revalidator
                 if revalidator is None or not revalidator.applies(key):
-                    value = await io.read(key, prototype, request)
+                    value = await self._read_source(io, key, prototype, request)
                 else:
                     value, is_cached = await revalidator.read(
                         io, key, prototype, request, byte_range, ticket
@@ -354,6 +361,9 @@ class Reader:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
+            self.hits.hook.brought(
+                key, byte_range, None if data is None else len(data), hit=is_cached
+            )
             if is_cached:
                 flight.deliver(data)
             elif data is None:
@@ -381,6 +391,18 @@ class Reader:
                     flight.abandon()  # Of no effect on one that is delivered.
         return value
 
+    async def _read_source(
+        self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
+    ) -> Buffer | None:
+        if not self._times_source:
+            return await io.read(key, prototype, request)
+        begun = time.perf_counter()
+        value = await io.read(key, prototype, request)
+        if value is not None:
+            seconds = time.perf_counter() - begun
+            self.handle.call_later(ignore, Index.note_seconds, len(value), seconds)
+        return value
+
     def close_flight(self, key: str, ticket: int) -> None:
         """Close a flight whose value is not cached."""
         self.handle.call_later(ignore, Index.complete_flight, key, ticket)
@@ -389,7 +411,7 @@ class Reader:
         """End a flight of a key that the source does not have; what is cached of that goes."""
         kept = self.hits.missing_max_age > 0 and self.backend.remembers_absences
         victims: Sequence[Victim] = ()
-        # Where the lock is taken, later: nobody waits for this.
+        # Where the lock is taken, later: no one waits for this.
         with contextlib.suppress(IndexLockTimeout):
             victims = await self.handle.call_shielded(
                 io,

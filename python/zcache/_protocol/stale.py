@@ -94,6 +94,7 @@ class StaleValues:
         hits.recount_as_hit()
         value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
+            hits.hook.brought(key, byte_range, len(value), hit=True)
             self.note(error)
         return value is not None, value
 
@@ -146,7 +147,7 @@ class StaleValues:
             if not is_known:
                 self._said = now
         if not is_known:
-            # Not the error itself: it may show what nobody is to see.
+            # Not the error itself: it may show what no one is to see.
             seconds = self._seconds
             logger.warning(
                 "the source %s raised %s: values that are older than max_age_seconds are served in its place, %s "

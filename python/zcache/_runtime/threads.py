@@ -80,16 +80,19 @@ _pool = _Pool(THREADS)
 def run_in_background(work: Callable[[], T]) -> Future[T]:
     """Run `work` in a thread without waiting for it.
 
+    Once the future is done the thread keeps nothing of `work`.
+
     Raises
     ------
     NoThreadError
         If no thread can be started.
     """
     future: Future[T] = Future()
+    left = [work]
 
     def call() -> None:
         try:
-            result = work()
+            result = left.pop()()
         except BaseException as error:  # noqa: BLE001 - it is raised where the future is asked
             future.set_exception(error)
         else:
@@ -180,7 +183,7 @@ class ThreadCall(Generic[T]):
     def __init__(
         self, work: Callable[[], T], future: asyncio.Future[T], completions: _LoopCompletions
     ) -> None:
-        self._work = work
+        self._work: Callable[[], T] | None = work
         self._completions = completions
         # Reentrant: a signal may come in between, whose handler reads as well.
         self._lock = threading.RLock()
@@ -192,10 +195,14 @@ class ThreadCall(Generic[T]):
 
     def run(self) -> None:
         """Do the work, in whatever thread this is."""
+        work, self._work = self._work, None
+        assert work is not None
         try:
-            self.result = self._work()
+            self.result = work()
         except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
             self.error = error
+        # Those who get the result may expect that what it was made of is gone with the last other user.
+        del work
         with self._lock:
             self._over = True
             detached = self._on_detached

@@ -36,7 +36,7 @@ def no_change(key: str) -> OfflineError:
 
 
 class OfflineSource(Store):
-    """In the place of the source of a store that is offline: whoever asks it gets an `OfflineError`."""
+    """In the place of the source of a store that is offline: all who ask it get an `OfflineError`."""
 
     supports_writes = True
     supports_deletes = True

@@ -99,7 +99,7 @@ class _OfStore(Validators):
 class _OfFiles(Validators):
     """Modification time, size and number of a file.
 
-    Whoever replaces a file gives it another number. One that is rewritten in place, to the same size and within
+    A writer that replaces a file gives it another number. One that is rewritten in place, to the same size and within
     the same tick of the clock of its file system (some milliseconds), cannot be told from what it was.
     """
 

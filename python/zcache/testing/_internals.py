@@ -140,6 +140,20 @@ def _pool_usage(store: CacheStore, root: str) -> int | None:
     return usage
 
 
+def own_names(store: CacheStore, sizes: dict[str, int]) -> dict[str, int]:
+    """What of this is the store's, by its own names: all of it but in a pool."""
+    label = getattr(store._cache.shared.place, "label", None)
+    if label is None:
+        return sizes
+    folders = {f"{label}/": "", f"{RANGES}{label}/": RANGES}
+    return {
+        own + name.removeprefix(folder): size
+        for name, size in sizes.items()
+        for folder, own in folders.items()
+        if name.startswith(folder)
+    }
+
+
 def raw_recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:
     """Keys and byte ranges, least recently used first."""
     return [(key, to_request(span)) for key, span in ask(store, Index.recency)]
@@ -225,8 +239,8 @@ class _Intercepted:
     def __len__(self) -> int:
         return len(self.intercepted_index)
 
-    def view(self, counters: Any) -> _Intercepted:
-        return _Intercepted(self.intercepted_index.view(counters), self._then)
+    def view(self, counters: Any, sampled: bool = False) -> _Intercepted:
+        return _Intercepted(self.intercepted_index.view(counters, sampled), self._then)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.intercepted_index, name)

@@ -18,6 +18,7 @@ from zcache.testing._internals import (
     is_ours,
     live_entries,
     memory_values,
+    own_names,
     pool_sizes,
     validate,
 )
@@ -73,7 +74,7 @@ def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None
     check_index(store)
     before = _snapshot(store)
     for _ in range(_ATTEMPTS):
-        found = stored_sizes(store) if held is None else dict(held)
+        found = stored_sizes(store, everything=True) if held is None else dict(held)
         after = _snapshot(store)
         usage = disk_usage(store)
         if after == before:
@@ -136,13 +137,16 @@ def check_index(store: CacheStore) -> None:
         raise InvariantError(f"current_size is {size}, more than max_size={store.max_size}")
 
 
-def stored_sizes(store: CacheStore) -> dict[str, int]:
+def stored_sizes(store: CacheStore, *, everything: bool = False) -> dict[str, int]:
     """What the cache store holds of values and byte ranges, looked up without the index.
 
     Parameters
     ----------
     store : CacheStore
         Any store over the cache.
+    everything : bool, optional
+        Of a pool, those of all its sources, whose keys begin with the label of their source then. Default is
+        False: those of the source of the store.
 
     Returns
     -------
@@ -153,7 +157,7 @@ def stored_sizes(store: CacheStore) -> dict[str, int]:
     cache = cache_store(store)
     found = _sizes_at_once(cache)
     if found is not None:
-        return found
+        return found if everything else own_names(store, found)
     cache = _undoubled(cache)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(_listed_sizes(cache))).result()

@@ -1,13 +1,13 @@
 //! The segment files of a pool: values are appended, read, deleted and marked as valid in them.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, Mode, OFlags, fstat, open, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
 use super::calls::{is_elsewhere, punch, read_both, regular, short, write_both};
@@ -51,8 +51,13 @@ struct Opened {
 /// What a segment is opened for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum For {
-    Use,
-    Append { capacity: u32 },
+    Read,
+    /// Not a file that has lost its name: what others see is another one by now, or none.
+    Change,
+    /// The same; it is made if there is none.
+    Append {
+        capacity: u32,
+    },
 }
 
 fn name_of(number: u64) -> String {
@@ -101,7 +106,9 @@ impl SegmentFiles {
         let mut opened = self.opened();
         opened.uses += 1;
         let uses = opened.uses;
-        if let Some((file, used)) = opened.files.get_mut(&number) {
+        if let Some((file, used)) = opened.files.get_mut(&number)
+            && (purpose == For::Read || fstat(&*file).is_ok_and(|status| status.st_nlink != 0))
+        {
             *used = uses;
             return Ok(Arc::clone(file));
         }
@@ -119,12 +126,26 @@ impl SegmentFiles {
 
     fn open_file(&self, opened: &mut Opened, number: u64, purpose: For) -> io::Result<File> {
         match self.open_in_folder(opened, number, purpose) {
-            // The folder may have been removed and made anew.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && opened.folder.is_some() => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // The folder may have been removed, and made anew.
                 opened.folder = None;
+                if matches!(purpose, For::Append { .. }) {
+                    self.make_folder()?;
+                }
                 self.open_in_folder(opened, number, purpose)
             }
             found => found,
+        }
+    }
+
+    fn make_folder(&self) -> io::Result<()> {
+        let above = self.root.parent().ok_or(Errno::NOENT)?;
+        let mode = Mode::from_raw_mode(fs::metadata(above)?.mode() & 0o7777);
+        match mkdir(&self.root, mode) {
+            Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(error.into()),
+            // Whatever the umask says.
+            Ok(()) => Ok(chmod(&self.root, mode)?),
         }
     }
 
@@ -211,7 +232,7 @@ impl SegmentFiles {
     ///
     /// Where the file system refuses.
     pub fn seal(&self, placed: Placed) -> io::Result<()> {
-        let file = self.file(placed.segment, For::Use)?;
+        let file = self.file(placed.segment, For::Change)?;
         file.write_all_at(&[VALID], placed.map_at())
     }
 
@@ -221,7 +242,7 @@ impl SegmentFiles {
     ///
     /// Where the file system refuses; `EOPNOTSUPP` where it cannot make holes.
     pub fn delete(&self, placed: Placed) -> io::Result<()> {
-        let file = match self.file(placed.segment, For::Use) {
+        let file = match self.file(placed.segment, For::Change) {
             Err(error) if is_elsewhere(&error) => return Ok(()),
             file => file?,
         };
@@ -265,45 +286,24 @@ impl SegmentFiles {
         into: &mut [u8],
         waits: bool,
     ) -> io::Result<Got> {
-        let file = match self.file(placed.segment, For::Use) {
-            Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
-            file => file?,
-        };
-        let mut header = [0; HEADER];
-        // At first header and value in one call, where the value is read from its beginning.
-        let len = into.len();
-        let at = placed.start();
-        let read = if start == 0 {
-            read_both(&file, at, &mut header, into, waits)
-        } else {
-            read_both(&file, at, &mut header, &mut [], waits)
-        };
-        let mut done = match read {
-            Ok(count) if count < HEADER => return Ok(short(waits, &file, placed)),
-            Ok(count) => count - HEADER,
-            Err(Errno::AGAIN) => return Ok(Got::NotNow),
-            Err(error) => return Err(error.into()),
-        };
-        if !ValueHeader::is_of(&header, &placed, name) {
-            return Ok(Got::Nothing);
-        }
-        while done < len {
-            let rest = into.get_mut(done..).unwrap_or_default();
-            let from = at + HEADER as u64 + start + done as u64;
-            match read_both(&file, from, &mut [], rest, waits) {
-                Ok(0) => return Ok(short(waits, &file, placed)),
-                Ok(count) => done += count,
-                Err(Errno::AGAIN) => return Ok(Got::NotNow),
-                Err(error) => return Err(error.into()),
+        for purpose in [For::Read, For::Change] {
+            let file = match self.file(placed.segment, purpose) {
+                Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
+                file => file?,
+            };
+            let got = read_from(&file, placed, name, start, into, waits)?;
+            // Another file may have its name by now.
+            if got != Got::Nothing || fstat(&*file).is_ok_and(|status| status.st_nlink != 0) {
+                return Ok(got);
             }
         }
-        Ok(Got::Bytes)
+        Ok(Got::Nothing)
     }
 
     /// The header of a value, if it is there and sound.
     #[must_use]
     pub fn header(&self, placed: Placed) -> Option<ValueHeader> {
-        let file = self.file(placed.segment, For::Use).ok()?;
+        let file = self.file(placed.segment, For::Change).ok()?;
         let mut bytes = [0; HEADER];
         file.read_exact_at(&mut bytes, placed.start()).ok()?;
         let header = ValueHeader::parse(&bytes)?;
@@ -335,8 +335,47 @@ impl SegmentFiles {
 
     /// Opens a segment to look through it.
     pub(super) fn open_to_scan(&self, number: u64) -> io::Result<Arc<File>> {
-        self.file(number, For::Use)
+        self.file(number, For::Change)
     }
+}
+
+fn read_from(
+    file: &File,
+    placed: Placed,
+    name: &str,
+    start: u64,
+    into: &mut [u8],
+    waits: bool,
+) -> io::Result<Got> {
+    let mut header = [0; HEADER];
+    // At first header and value in one call, where the value is read from its beginning.
+    let len = into.len();
+    let at = placed.start();
+    let read = if start == 0 {
+        read_both(file, at, &mut header, into, waits)
+    } else {
+        read_both(file, at, &mut header, &mut [], waits)
+    };
+    let mut done = match read {
+        Ok(count) if count < HEADER => return Ok(short(waits, file, placed)),
+        Ok(count) => count - HEADER,
+        Err(Errno::AGAIN) => return Ok(Got::NotNow),
+        Err(error) => return Err(error.into()),
+    };
+    if !ValueHeader::is_of(&header, &placed, name) {
+        return Ok(Got::Nothing);
+    }
+    while done < len {
+        let rest = into.get_mut(done..).unwrap_or_default();
+        let from = at + HEADER as u64 + start + done as u64;
+        match read_both(file, from, &mut [], rest, waits) {
+            Ok(0) => return Ok(short(waits, file, placed)),
+            Ok(count) => done += count,
+            Err(Errno::AGAIN) => return Ok(Got::NotNow),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Got::Bytes)
 }
 
 /// First byte of the first page in which a value may begin.

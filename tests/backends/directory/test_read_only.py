@@ -123,7 +123,7 @@ async def test_beside_a_writable_store_of_the_same_process(tmp_path: Path, first
         assert [await read(store, key) for store in stores] == [value] * 2
     with pytest.raises(CacheUnreachableError, match="could not be told"):
         await reader.set("a/c/3", buf(b"new"))
-    # What nobody holds may change, and who remembers that it is missing hears of it.
+    # What no one holds may change, and who remembers that it is missing hears of it.
     assert await read(writer, "d") is None
     await reader.set("d", buf(b"by the reader"))
     assert [await read(store, "d") for store in stores] == [b"by the reader"] * 2

@@ -125,7 +125,7 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
         store = open_store(where)
         assert store.cache_info()["cached_keys"] == 0
         assert await read_all(store) == VALUES
-    # Nobody else fills it: the next look for what has died does.
+    # No one else fills it: the next look for what has died does.
     deadline = time.monotonic() + LONGEST
     while not is_complete(store) and time.monotonic() < deadline:
         assert await read_all(store) == VALUES
@@ -133,11 +133,8 @@ async def test_rebuild_index_emptied_meanwhile_is_not_complete(
     assert store.cache_info()["cached_keys"] == len(KEYS)
 
 
-async def test_rebuild_damage_told_by_two_threads_is_filled_once_more(
-    where: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one ends the scan of the first one, which alone had emptied the index."""
-    store = open_store(where)
+def hold_walks(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Hold up each scan of a directory; what says that one has begun, and what lets them go on."""
     walks, go = threading.Event(), threading.Event()
     find = files.Finder.find
 
@@ -147,6 +144,15 @@ async def test_rebuild_damage_told_by_two_threads_is_filled_once_more(
         yield from find(*args)
 
     monkeypatch.setattr(files.Finder, "find", slow)
+    return walks, go
+
+
+async def test_rebuild_damage_told_by_two_threads_is_filled_once_more(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one ends the scan of the first one, which alone had emptied the index."""
+    store = open_store(where)
+    walks, go = hold_walks(monkeypatch)
     recovery = store._cache.shared.place.recovery
     with contextlib.suppress(CorruptIndexError):
         store._cache.shared.handle.index.mark_corrupt()
@@ -179,15 +185,7 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
     where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The child, which never has that store, keeps none of its locks."""
-    walks, go = threading.Event(), threading.Event()
-    find = files.Finder.find
-
-    def slow(*args: Any) -> Iterator[tuple[int, int, str]]:
-        walks.set()
-        assert go.wait(LONGEST)
-        yield from find(*args)
-
-    monkeypatch.setattr(files.Finder, "find", slow)
+    walks, go = hold_walks(monkeypatch)
     opened: list[CacheStore] = []
     opening = threading.Thread(target=lambda: opened.append(open_store(where)))
     opening.start()

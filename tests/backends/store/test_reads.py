@@ -67,7 +67,7 @@ async def test_value_that_has_grown_is_not_read_to_its_end(
     assert max(cache.given) <= len(VALUE) + 1
     whole = verify == "first" or not isinstance(request_, RangeByteRequest)
     assert store.cache_stats()["damaged"] == whole
-    if whole:  # Else nobody has looked at more than the range.
+    if whole:  # Else no one has looked at more than the range.
         await check_quiet(store)
 
 

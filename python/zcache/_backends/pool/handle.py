@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
 
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from zcache._core import CorruptIndexError, Index
     from zcache._index.handle import T, Watcher
     from zcache._runtime.io import IO
+
+
+_OF_POOL: Final = ("eviction", "minimise", "unit")
+
+
+class PoolLimits(Protocol):
+    """Who keeps the limits of a pool."""
+
+    def apply_limits(self) -> None:
+        """Have the pool keep to the limits of all its sources."""
+
+    def note_policy(self, policy: dict[str, str]) -> None:
+        """Have the pool go by this policy."""
 
 
 class SourceHandle(IndexHandle):
@@ -28,7 +41,7 @@ class SourceHandle(IndexHandle):
         Of the source.
     limits : dict
         What the source asks for.
-    apply : callable
+    keeper : PoolLimits
         Has the pool keep to the limits of all its sources.
 
     Attributes
@@ -40,15 +53,16 @@ class SourceHandle(IndexHandle):
     view: Index
 
     def __init__(
-        self, pool: IndexHandle, label: str, limits: dict[str, Any], apply: Callable[[], None]
+        self, pool: IndexHandle, label: str, limits: dict[str, Any], keeper: PoolLimits
     ) -> None:
         self._pool = pool
         self._label = label
         self._slices = bool(limits["slices_like_python"])
-        self._apply = apply
+        self._keeper = keeper
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self.name = pool.name
-        self.limits = limits
+        self.own_limits = limits
+        self.follows_plan = False
         pool.watch(self)
 
     def use_index(self, index: Index) -> None:
@@ -70,6 +84,16 @@ class SourceHandle(IndexHandle):
     @index.setter
     def index(self, index: Index) -> None:
         self._pool.index = index
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What the source asks for, and what is the same for all of the pool."""
+        of_pool = self._pool.limits
+        return {**self.own_limits, **{name: of_pool[name] for name in _OF_POOL if name in of_pool}}
+
+    @limits.setter
+    def limits(self, limits: dict[str, Any]) -> None:
+        self.own_limits = limits
 
     @property
     def usable(self) -> bool:  # type: ignore[override]
@@ -105,9 +129,23 @@ class SourceHandle(IndexHandle):
         """Counters of the pool."""
         return self._pool.stats()
 
+    def note_policy(self, policy: dict[str, str]) -> None:
+        """Have the pool go by this policy."""
+        self._keeper.note_policy(policy)
+
+    def when_open(self, then: Callable[[IndexHandle], object]) -> None:
+        """Call `then` with this handle now, or once the index of the pool is open."""
+        this = weakref.ref(self)
+
+        def of_source(_: IndexHandle) -> None:
+            if (handle := this()) is not None:
+                then(handle)
+
+        self._pool.when_open(of_source)
+
     def apply_limits(self) -> None:
         """Have the pool keep to `limits` as well."""
-        self._apply()
+        self._keeper.apply_limits()
 
     def _step(self, step: Callable[..., T]) -> Callable[..., T]:
         take = self.take

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
     from zcache._core import SegmentFiles
+    from zcache._index.shared import Member
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 _LIMITS: Final[dict[str, Any]] = {
@@ -33,6 +34,8 @@ _LIMITS: Final[dict[str, Any]] = {
     "slices_like_python": False,
     "flat_namespace": True,
     "verify": "first",
+    "eviction": "lru",
+    "minimise": "requests",
 }
 
 
@@ -87,6 +90,8 @@ class Pool:
         None for a pool in memory.
     clock : callable
         Seconds; what ages are counted by.
+    users : WeakSet of Member
+        Who uses any of its sources.
     """
 
     handle: IndexHandle
@@ -97,6 +102,7 @@ class Pool:
         self.clock = clock
         self._options = [options]
         self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
+        self.users: weakref.WeakSet[Member] = weakref.WeakSet()
         self._forked = os.getpid()
 
     def add_options(self, options: PoolOptions) -> None:
@@ -105,9 +111,11 @@ class Pool:
             self._options.append(options)
             self.apply_limits()
 
-    def source(self, name: str, limits: dict[str, Any]) -> PoolSource:
-        """One source, as a place of its own."""
-        source = PoolSource(self, name, limits)
+    def source(
+        self, name: str, limits: dict[str, Any], clock: Callable[[], float] | None = None
+    ) -> PoolSource:
+        """One source, as a place of its own, whose ages go by this clock."""
+        source = PoolSource(self, name, limits, clock or self.clock)
         self._sources.add(source)
         return source
 
@@ -154,7 +162,7 @@ class Pool:
     def apply_limits(self) -> None:
         """Keep to the limits of all sources: each is bound by the smallest size, and none loses what it may serve."""
         with self._lock:
-            limits = [source.handle.limits for source in list(self._sources)]
+            limits = [source.handle.own_limits for source in list(self._sources)]
             ages = [one["max_age"] for one in limits]
             sizes = [self.max_size, *(one["max_size"] for one in limits)]
             verify = [one["verify"] for one in limits]
@@ -170,6 +178,11 @@ class Pool:
         is_less = size is not None and (before is None or size < before)
         if self.directory is not None and is_less:
             self.directory.enforce_bound()
+
+    def note_policy(self, policy: dict[str, str]) -> None:
+        """Go by this policy when the index is opened anew."""
+        with self._lock:
+            self.handle.note_policy(policy)
 
     def after_fork(self) -> None:
         """Start over in a forked child, once for all sources."""
@@ -255,15 +268,20 @@ class PoolSource:
         The index as the source sees it.
     filler : PoolFiller or None
         Carries out fills; None in memory.
+    clock : callable
+        Seconds; what ages are counted by.
     on_idle : callable
         Called when fills have ended; set by the owner of the queue.
     """
 
-    def __init__(self, pool: Pool, name: str, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, pool: Pool, name: str, limits: dict[str, Any], clock: Callable[[], float]
+    ) -> None:
         self.pool = pool
+        self.clock = clock
         self.name = name
         self.label = label_of(name)
-        self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool.apply_limits)
+        self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
         self.opened = time.time()
         self.on_idle: Callable[[], object] = _nothing
         self.filler: PoolFiller | None = None
@@ -272,9 +290,7 @@ class PoolSource:
             return
         self._directory = directory
         this = weakref.ref(self)
-        self.filler = PoolFiller(
-            directory.layout, self.label, pool.clock, lambda: _became_idle(this())
-        )
+        self.filler = PoolFiller(directory.layout, self.label, clock, lambda: _became_idle(this()))
         self.filler.min_free_space = pool.min_free_space
         directory.filler.add(self.filler)
         self.scanner = _SourceScanner(directory, self.label)

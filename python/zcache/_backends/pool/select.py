@@ -95,12 +95,12 @@ def open_pool(opening: Opening) -> Backend:
 
 
 def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
-    source = pool.source(name, opening.limits)
+    source = pool.source(name, opening.limits, opening.clock)
     breaker_clock = opening.clock or time.monotonic
     shared = SharedIndex(
-        source.handle, opening.source, opening.source_id, pool.clock, breaker_clock
+        source.handle, opening.source, opening.source_id, source.clock, breaker_clock
     )
-    shared.place = source
+    shared.place, shared.users = source, pool.users
     directory = pool.directory
     if directory is None:
         shared.listings = MemoryListings()

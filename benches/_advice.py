@@ -1,0 +1,145 @@
+"""Advice: what sampling costs a hit, and how far advice from a sample is from all requests."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from zarr.storage import MemoryStore
+
+import traces
+from _measure import Row, interleave
+from _setup import (
+    PROTOTYPE,
+    batches,
+    chunk_keys,
+    drained,
+    local_store,
+    memory_store,
+    only_hits,
+    read_all,
+    temporary_directory,
+    values,
+    zcache_store,
+)
+from zcache._advice.advise import advise
+from zcache._advice.trace import complete
+
+if TYPE_CHECKING:
+    from _measure import Work
+    from _setup import Scale
+
+
+async def sampling(scale: Scale) -> list[Row]:
+    """A hit with its request sampled, beside one without: "bare" is `sampling=False`."""
+    rows = []
+    for work, count in (("memory, 1,000 keys", 1000), ("memory, 200,000 keys", 200_000)):
+        keys = chunk_keys(count if count == 1000 else scale.of(count, 20_000))
+        source = memory_store(keys, 100)
+        stores = {
+            name: zcache_store(source, sampling=on)
+            for name, on in (("bare", False), ("zcache", True))
+        }
+        rows.append(await _hits(f"sampled hit, {work}", stores, keys, scale.of(3000, 100)))
+    with temporary_directory(scale) as where:
+        keys = chunk_keys(2000)
+        source = memory_store(keys, 4096)
+        stores = {
+            name: zcache_store(
+                source, local_store(where / name), sampling=name == "zcache", source_id="bench"
+            )
+            for name in ("bare", "zcache")
+        }
+        rows.append(await _hits("sampled hit, 4 KiB on disk", stores, keys, scale.of(1000, 50)))
+    return rows
+
+
+async def _hits(work: str, stores: dict[str, Any], keys: list[str], rounds: int) -> Row:
+    for store in stores.values():
+        for _ in range(2):
+            await read_all(store, keys)
+            await drained(store)
+    with only_hits(stores["zcache"]):
+        times = await interleave(
+            {name: _read(store, keys) for name, store in stores.items()}, rounds
+        )
+    return times.row(work, 1.02, "bare: the same store with sampling=False")
+
+
+def _read(store: Any, keys: list[str]) -> Work:
+    slices = batches(keys, 1000)
+
+    async def work() -> int:
+        return await read_all(store, next(slices))
+
+    return work
+
+
+def _traces(scale: Scale) -> dict[str, traces.Keys]:
+    part = scale.of(1, 8)
+    return {
+        "loop": traces.loop(40_000 // part, 8),
+        "shuffled epochs": traces.shuffled(40_000 // part, 8),
+        "there and back": traces.there_and_back(40_000 // part, 8),
+        "zipf 0.9": traces.zipf(100_000 // part, 400_000 // part),
+        "zipf 0.6": traces.zipf(100_000 // part, 400_000 // part, 0.6),
+        "pan and zoom": traces.pan_and_zoom(400_000 // part),
+        "hot set and scans": traces.hot_set_and_scans(400_000 // part),
+        "points": traces.points(400_000 // part, 8000 // part),
+        "rolling window": traces.rolling(20_000 // part, 200, 1),
+        "loop beside zipf": traces.interleaved(
+            traces.loop(30_000 // part, 5), traces.zipf(30_000 // part, 150_000 // part)
+        ),
+        "loop, zipf, epochs in turn": traces.in_turn(
+            traces.loop(30_000 // part, 5),
+            traces.zipf(30_000 // part, 150_000 // part),
+            traces.shuffled(20_000 // part, 5),
+        ),
+    }
+
+
+def accuracy(scale: Scale) -> list[Row]:
+    """Mean distance of the curves of `advise()` from those of all requests, over sizes and policies."""
+    rows = []
+    for kind, keys in _traces(scale).items():
+        count = int(keys.max()) + 1
+        drawn = np.random.default_rng(3).normal(5, 1, count)
+        for sizes, known in (
+            (np.full(count, 100), "all of 100 B"),
+            (np.clip(np.exp(drawn), 1, 5000).astype(np.int64), "lognormal sizes"),
+        ):
+            rows.append(_accuracy(f"advice, {kind}, {known}", keys, sizes))
+    return rows
+
+
+def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
+    by_size = {int(size): values(1, int(size))[0] for size in np.unique(sizes)}
+    names = [f"era5/t2m/c/{key // 50}/{key % 50}" for key in range(len(sizes))]
+    source = MemoryStore({names[key]: by_size[int(size)] for key, size in enumerate(sizes)})
+    bound = int(sizes[np.unique(keys)].sum()) // 3
+    store = zcache_store(source, max_size=bound)
+    for key in keys.tolist():
+        store.get_sync(names[key], prototype=PROTOTYPE)
+    begun = time.perf_counter()
+    advice = store.advise()
+    seconds = time.perf_counter() - begun
+    hits = np.zeros(len(keys), bool)
+    trace = complete(keys.astype(np.uint64), sizes[keys].astype(np.uint64), hits, 1)
+    exact = advise(trace, max_size=bound)
+    errors = np.array(
+        [
+            np.abs(curve.hit_ratio - exact.curves[name].hit_ratio)
+            for name, curve in advice.curves.items()
+        ]
+    )
+    bands = np.array([curve.error for curve in advice.curves.values()])
+    note = (
+        f"{advice.sampling_rate:.0%} of the keys; mean by policy "
+        + ", ".join(
+            f"{name} {error.mean():.4f}" for name, error in zip(advice.curves, errors, strict=True)
+        )
+        + f"; greatest {errors.max():.3f}; {(errors <= bands + 0.005).mean():.0%} within the band; "
+        f"took {seconds:.1f} s"
+    )
+    return Row(work, unit="", zcache=float(errors.mean()), aim=0.02, note=note)

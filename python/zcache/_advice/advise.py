@@ -1,0 +1,186 @@
+"""The advice: curves for each policy, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from zcache._advice.advice import Advice, Curve
+from zcache._advice.estimate import Estimator
+from zcache._options import MAX_BYTES, parse_size
+from zcache.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zcache._advice.trace import Trace
+
+POLICIES: Final = ("lru", "none", "adaptive")
+"""Policies that can be simulated."""
+FEWEST: Final = 100
+"""Requests below which nothing is said."""
+GOOD: Final = 0.9
+"""Part of what an unbounded cache would serve, which a size should reach."""
+_STEPS: Final = tuple(2.0 ** (step / 2) for step in range(-8, 9))
+"""Sizes that are looked at, as parts of the present one."""
+_BISECTIONS: Final = 5
+
+
+def parse_policies(policies: object) -> tuple[str, ...]:
+    """The policies to simulate, each once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one of them is none.
+    """
+    if policies is None:
+        return POLICIES
+    names: list[Any] = [policies] if isinstance(policies, str) else _listed("policies", policies)
+    for name in names:
+        if not isinstance(name, str) or name not in POLICIES:
+            kind = OptionValueError if isinstance(name, str) else OptionTypeError
+            raise kind(f'invalid policies: {name!r}. Give any of "lru", "none" and "adaptive".')
+    if not names:
+        raise OptionValueError(
+            'invalid policies: none given. Give any of "lru", "none", "adaptive".'
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def parse_sizes(sizes: object) -> list[int] | None:
+    """Sizes in bytes, ascending, each once; see `parse_size`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one of them is no size.
+    """
+    if sizes is None:
+        return None
+    is_one = isinstance(sizes, (int, float, str, np.number))
+    given: list[Any] = [sizes] if is_one else _listed("sizes", sizes)
+    parsed = [parse_size(size, "sizes") for size in given]
+    if not parsed or None in parsed:
+        raise OptionValueError(
+            f'invalid sizes: {sizes!r}. Give a list of bytes, or of text such as "2 GiB".'
+        )
+    return sorted({size for size in parsed if size is not None})
+
+
+def _listed(name: str, values: object) -> list[Any]:
+    if isinstance(values, (bytes, bytearray, memoryview)):
+        raise OptionTypeError(f"invalid {name}: {values!r}. Give text, not bytes, or a list.")
+    try:
+        return list(values)  # type: ignore[call-overload,no-any-return]
+    except TypeError:
+        raise OptionTypeError(f"invalid {name}: {values!r}. Give a list.") from None
+
+
+def advise(
+    trace: Trace,
+    *,
+    max_size: int | None,
+    in_use: int | None = None,
+    policy: str = "lru",
+    sizes: Iterable[int] | None = None,
+    policies: tuple[str, ...] = POLICIES,
+    nothing: str = "",
+) -> Advice:
+    """Say what these requests would have come to.
+
+    Parameters
+    ----------
+    trace : Trace
+        The requests.
+    max_size : int or None
+        Bytes of the present bound; None where there is none.
+    in_use : int, optional
+        Bytes that are cached, which take its place there. Default is None: those of all that was requested.
+    policy : str, optional
+        The present policy. Default is "lru".
+    sizes : iterable of int, optional
+        Bytes, ascending. Default is None: from 1/16 to 16 times the present size or, where that is 0, the bytes
+        of all that was requested.
+    policies : tuple of str, optional
+        What to simulate. Default is all.
+    nothing : str, optional
+        Why there may be too few requests. Default is "": they were just not made.
+    """
+    count = len(trace.keys) - trace.former
+    if count < FEWEST:
+        known = f"{count} of at least {FEWEST} requests"
+        reason = (
+            nothing if nothing and not count else f"too little traffic: {known} are known so far"
+        )
+        return Advice(reason=f"{reason}.")
+    estimator = Estimator(trace)
+    used = round(estimator.footprint) if in_use is None else in_use
+    base = used if max_size is None else max_size
+    if not base and max_size is None:
+        return Advice(
+            reason="too little traffic: no bytes are cached, and there is no max_size to compare with."
+        )
+    if sizes is None:
+        middle = base or estimator.footprint
+        sizes = [min(max(1, round(middle * step)), MAX_BYTES) for step in _STEPS]
+    # As numbers and not as floats, of which the greatest would be 2**64.
+    at = np.array(sorted(set(sizes)), np.uint64)
+    curves: dict[str, Curve] = {}
+    now: dict[str, tuple[float, float]] = {}
+    # The present one is what all others are compared with, whether its curve is wanted or not.
+    for name in dict.fromkeys([*policies, policy]):
+        found = np.array([estimator.at(name, size) for size in at.tolist()])
+        ratios = found[:, 0]
+        # Without what a float makes of a whole number.
+        misses = np.round((1 - ratios) * trace.requests, 6)
+        error = np.minimum(found[:, 1] + estimator.scale_error(at.astype(float), ratios), 1.0)
+        curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
+        now[name] = estimator.at(name, base)[:2]
+    ratio = now[policy][0]
+    # Of two that are alike, the one that is in use.
+    best = max(now, key=lambda name: (round(now[name][0], 6), name == policy))
+    best_possible = estimator.best()
+    return Advice(
+        requests=round(trace.requests),
+        sampled_requests=count,
+        sampling_rate=trace.rate,
+        max_size=base,
+        is_bounded=max_size is not None,
+        policy=policy,
+        hit_ratio=ratio,
+        sizes=at,
+        curves={name: curves[name] for name in policies},
+        best_hit_ratio=best_possible,
+        smallest_size=_smallest(
+            estimator, policy, at, curves[policy].hit_ratio, best_possible * GOOD
+        ),
+        best_policy=best,
+        best_policy_gain=now[best][0] - ratio,
+        cold_share=min(1.0, estimator.cold / (1 - ratio)) if ratio < 1 else 0.0,
+    )
+
+
+def _smallest(
+    estimator: Estimator, policy: str, sizes: Any, ratios: Any, wanted: float
+) -> int | None:
+    """The smallest size with this hit ratio, within 2 %; None if it is above all that were looked at."""
+    enough = np.flatnonzero(ratios >= wanted - 1e-9)
+    if not len(enough):
+        return None
+    found = int(sizes[enough[0]])
+    # Below the smallest of them it may be enough as well.
+    low, high = float(sizes[enough[0] - 1]) if enough[0] else 0.0, float(found)
+    if low == 0 and (high == 0 or estimator.at(policy, 0)[0] >= wanted - 1e-9):
+        return 0
+    halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1.0))))
+    for _ in range(_BISECTIONS + int(np.ceil(halvings))):
+        if high - low <= 1:
+            break
+        middle = (max(low, 1.0) * high) ** 0.5
+        if estimator.at(policy, middle)[0] >= wanted - 1e-9:
+            high = middle
+        else:
+            low = middle
+    return min(found, int(np.ceil(high)))

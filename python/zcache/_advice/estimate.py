@@ -1,0 +1,132 @@
+"""From the hits that a policy has on a sample to those that it would have on all requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from zcache._core import simulate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zcache._advice.trace import Trace
+
+_DEVIATIONS: Final = 2.0
+"""Standard deviations of an error band, which then holds the truth 19 times of 20."""
+
+
+class Estimator:
+    """Hit ratios of one trace.
+
+    The number of all requests is known, and how many of them a sample should have: the difference to what it has
+    is spread over its keys by how much they may have caused of it, which is the square of their requests
+    (SHARDS-adj, Waldspurger et al. 2015, takes all of it for hits; that is off where all keys are alike).
+
+    Parameters
+    ----------
+    trace : Trace
+        The requests.
+
+    Attributes
+    ----------
+    cold : float
+        Part of all requests that are the first ones of their keys.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        n = len(trace.keys)
+        _, first, sorted_key = np.unique(trace.keys, return_index=True, return_inverse=True)
+        # Numbered as they came, so that the same requests give the same advice, whatever their hashes.
+        rank = np.argsort(np.argsort(first))
+        self._key = rank[sorted_key]
+        is_first = np.zeros(n, bool)
+        is_first[first] = True
+        is_cold = is_first & ~trace.seen_before
+        self._may_hit = ~is_cold & ~trace.outdated
+        costs = trace.costs()
+        self._keys, self._sizes = self._key.astype(np.uint64).tobytes(), costs.tobytes()
+        # Where the beginning is missing, the first half fills the simulated caches.
+        made = n - trace.former
+        self._counted = np.arange(n) >= (trace.former + made // 2 if trace.has_slid else 0)
+        self._all = self._per_key(self._counted)
+        self._squares = float(np.square(self._all).sum())
+        kept = float(self._all.sum())
+        in_sample = trace.dropped + made
+        surplus = trace.requests * trace.rate - in_sample
+        self._missing = surplus * kept / in_sample if in_sample else 0.0
+        spread = _DEVIATIONS * np.sqrt((1 - trace.rate) * self._squares)
+        # More than chance explains is of keys with so many requests that none like it is in the sample.
+        self._unlike = max(0.0, self._missing - spread)
+        self._total = max(kept + self._missing, 1.0)
+        self._cold_counted = float(is_cold[self._counted].sum())
+        first_ones = trace.dropped_first + float(is_cold.sum())
+        self.cold = min(1.0, first_ones / max(in_sample + surplus, 1.0))
+        bytes_of_keys = costs[first].astype(float)
+        whole = bytes_of_keys.sum()
+        #: Relative standard deviation of the bytes of all sampled keys.
+        self._scale = (
+            float(np.sqrt((1 - trace.rate) * np.square(bytes_of_keys).sum()) / whole)
+            if whole
+            else 0.0
+        )
+        self.footprint = whole / trace.rate
+
+    def _per_key(self, which: NDArray[np.bool_]) -> NDArray[np.float64]:
+        counts: Any = np.bincount(self._key[which], minlength=int(self._key.max(initial=-1)) + 1)
+        return np.asarray(counts, float)
+
+    def at(self, policy: str, size: float) -> tuple[float, float, float]:
+        """Hit ratio that a policy would have had, its deviation by chance, and bytes of a miss.
+
+        Parameters
+        ----------
+        policy : str
+            Its name.
+        size : float
+            Bytes of the cache.
+
+        Returns
+        -------
+        hit_ratio, deviation : float
+            From 0 to 1.
+        missed : float
+            Bytes that a miss reads from the source, on average.
+        """
+        capacity = min(round(size * self.trace.rate), 2**64 - 1)
+        found = np.frombuffer(simulate(policy, capacity, self._keys, self._sizes), bool)
+        hits = found & self._may_hit
+        ratio, deviation = self._ratio(hits)
+        missed = self.trace.sizes[self._counted & ~hits]
+        return ratio, deviation, float(missed.mean()) if len(missed) else 0.0
+
+    def best(self) -> float:
+        """Hit ratio of a cache without a bound."""
+        return self._ratio(self._may_hit)[0]
+
+    def scale_error(self, sizes: NDArray[np.float64], ratios: NDArray[np.float64]) -> Any:
+        """How far hit ratios may be off because the sampled keys are larger or smaller than all others."""
+        if self._scale == 0 or len(sizes) < 2:
+            return np.zeros(len(sizes))
+        order = np.argsort(sizes)
+        at, known = np.log(np.maximum(sizes, 1.0)), np.log(np.maximum(sizes[order], 1.0))
+        off = np.log1p(_DEVIATIONS * self._scale)
+        beside = [np.interp(at + by, known, ratios[order]) for by in (-off, off)]
+        return np.maximum(*(np.abs(ratios - other) for other in beside))
+
+    def _ratio(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
+        counted = hits & self._counted
+        by_key = self._per_key(counted)
+        slope = float((self._all * by_key).sum()) / self._squares if self._squares else 0.0
+        alike = self._missing - self._unlike
+        hit = float(by_key.sum()) + alike * slope + self._unlike
+        rest = by_key - slope * self._all
+        deviation = float(np.sqrt((1 - self.trace.rate) * np.square(rest).sum())) / self._total
+        if self.trace.has_slid:
+            # Of the requests that are gone, only their number is known, and that of the first ones.
+            ratio = hit / max(self._total - self._cold_counted, 1.0) * (1 - self.cold)
+        else:
+            ratio = hit / self._total
+        return min(max(ratio, 0.0), 1.0), _DEVIATIONS * deviation

@@ -1,0 +1,360 @@
+"""`CacheStore.record`: the requests of a store, written to a file while they are made.
+
+The file is text with a line for each request, as CSV (RFC 4180), compressed by gzip. Each batch is a member of
+its own, which any tool for gzip reads on; so what was written before an error, or before the process died,
+stays whole.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import csv
+import gzip
+import io
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections import deque
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from zcache._byte_ranges import to_text
+from zcache._core import is_cacheable_key
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from zcache._backends.base import Hit
+    from zcache._byte_ranges import ByteRange
+    from zcache._protocol.hits import Hits
+
+logger = logging.getLogger("zcache")
+
+HEAD: Final = "# zcache requests, format 1: "
+"""What a file begins with; JSON follows."""
+COLUMNS: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
+BATCH: Final = 32_768
+"""Requests that are written together, ..."""
+PAUSE: Final = 1.0
+"""... or all that there are after so many seconds."""
+MOST: Final = 1_000_000
+"""Requests that wait to be written at most; those for which there is no room are left out."""
+MOST_PENDING: Final = 100_000
+"""Misses that wait for their size at most."""
+_AT_ONCE: Final = 500
+"""Lines that are made while no other thread runs."""
+
+# Time, key, range, bytes (None where they are not known), whether it was a hit; for a hit also the name of the
+# entry and its bytes.
+_Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, int | None]
+
+
+class Recording:
+    """A file that the requests of one store and its copies are written to, in this process.
+
+    It ends by `close`, with its ``with`` block, or where no one refers to it any more. One that is open when the
+    process exits is written to its end.
+
+    Parameters
+    ----------
+    writer : RequestWriter
+        Does the work: readers and a thread refer to that, and so do not keep alive a recording that its user has
+        dropped.
+    """
+
+    def __init__(self, writer: RequestWriter) -> None:
+        self._writer = writer
+        self._is_closed = False
+        weakref.finalize(self, writer.drop).atexit = False
+
+    def __enter__(self) -> Self:
+        if self._is_closed:
+            raise RuntimeError(
+                f"the recording {self._writer.path!r} is closed. Begin another: `with store.record(path):`, with "
+                "the path of a file that does not exist."
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it, once all is written. In a forked child nothing is left to do."""
+        self._is_closed = True
+        self._writer.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is recorded any more: it was closed, or the file could not be written."""
+        return self._writer.has_ended
+
+    @property
+    def left_out(self) -> int:
+        """Requests that were not written, because they came faster than they could be."""
+        return self._writer.left_out
+
+
+class RequestWriter:
+    """Takes the requests of readers for a `Recording`, and has a thread that writes them.
+
+    Parameters
+    ----------
+    hits : Hits
+        Where the requests come by.
+    path : path-like
+        Of the file, which must not exist.
+    anonymous : bool
+        Whether keys are written as hashes, with a secret that is not kept.
+    about : dict
+        What is said of the store at the beginning.
+
+    Attributes
+    ----------
+    left_out : int
+        Requests that were not written, because they came faster than they could be.
+
+    Raises
+    ------
+    FileExistsError
+        If there is such a file.
+    OSError
+        If it cannot be made.
+    """
+
+    def __init__(
+        self,
+        hits: Hits,
+        path: str | os.PathLike[str],
+        *,
+        anonymous: bool,
+        about: dict[str, Any],
+    ) -> None:
+        self._hits = hits
+        self.path = os.fspath(path)
+        self._secret = secrets.token_bytes(32) if anonymous else None
+        self._waiting: deque[_Request] = deque()
+        # Misses, by key and range, until their size is known.
+        self._pending: dict[tuple[str, ByteRange | None], list[float]] = {}
+        self._pending_count = 0
+        # How many requests of a key and range were told of before their second look.
+        self._written: dict[tuple[str, ByteRange | None], int] = {}
+        self._lock = threading.RLock()
+        self.left_out = 0
+        self._begun = time.perf_counter()
+        self._is_ended = threading.Event()
+        self._is_dropped = False
+        self._process = os.getpid()
+        try:
+            # Without a buffer: what could not be written is not tried again.
+            self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self.path!r} exists already, and a recording overwrites nothing. Give another path, or "
+                "remove the file."
+            ) from None
+        try:
+            head = HEAD + json.dumps({**about, "anonymous": anonymous})
+            self._append(f"{head}\r\n{','.join(COLUMNS)}\r\n")
+            hits.hook.attach(self, hits)
+            self._thread = threading.Thread(
+                target=self._write_on, name="zcache recording", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            hits.hook.detach(self, hits)
+            self._file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            raise
+        _writers.add(self)
+
+    def close(self) -> None:
+        """See `Recording.close`."""
+        self._hits.hook.detach(self, self._hits)
+        self._is_ended.set()
+        if self._process == os.getpid():
+            self._thread.join()
+
+    def drop(self) -> None:
+        """End it soon, without a lock and without waiting: the garbage collector calls it anywhere."""
+        self._hits.hook.detach(self, self._hits)
+        self._is_dropped = True
+
+    @property
+    def has_ended(self) -> bool:
+        """See `Recording.has_ended`."""
+        return self._hits.hook.recorder is not self
+
+    # ------------------------------------------------------ what readers call
+
+    def looked_up(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
+        """A request was looked up: what the index has found, or None."""
+        now = time.perf_counter() - self._begun
+        if self._written and self._is_written(key, byte_range):
+            return
+        if hit is None:
+            if is_cacheable_key(key):
+                self._wait_for_size(key, byte_range, now)
+        elif isinstance(hit, int):
+            self._put((now, key, byte_range, hit, True, None, None))
+        else:
+            self._put((now, key, byte_range, hit[3], True, hit[0], hit[1]))
+
+    def _put(self, request: _Request) -> None:
+        if len(self._waiting) < MOST:
+            self._waiting.append(request)
+        else:
+            self.left_out += 1
+
+    def _wait_for_size(self, key: str, byte_range: ByteRange | None, now: float) -> None:
+        with self._lock:
+            if self._pending_count >= MOST_PENDING:
+                self._give_up_pending()
+            self._pending.setdefault((key, byte_range), []).append(now)
+            self._pending_count += 1
+
+    def brought(
+        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool
+    ) -> None:
+        """What was missed has come, from the cache after all if it is a `hit`.
+
+        None stands for a key that the source does not have: that is no request.
+        """
+        with self._lock:
+            times = self._pending.pop((key, byte_range), ())
+            self._pending_count -= len(times)
+        if size is not None:
+            for at in times:
+                self._put((at, key, byte_range, size, hit, None, None))
+
+    def retract(self, key: str, byte_range: ByteRange | None) -> None:
+        """A miss is looked up once more."""
+        asked = key, byte_range
+        with self._lock:
+            times = self._pending.get(asked)
+            if times:
+                times.pop()
+                self._pending_count -= 1
+                if not times:
+                    del self._pending[asked]
+                return
+            # The one that has brought it has told of this request as well.
+            if len(self._written) >= MOST_PENDING:
+                self._written.clear()
+            self._written[asked] = self._written.get(asked, 0) + 1
+
+    def _is_written(self, key: str, byte_range: ByteRange | None) -> bool:
+        """Whether this is the second look of a request that was told of meanwhile."""
+        asked = key, byte_range
+        with self._lock:
+            count = self._written.pop(asked, 0)
+            if count > 1:
+                self._written[asked] = count - 1
+        return count > 0
+
+    def _give_up_pending(self) -> None:
+        """Write misses without their size, which the source did not bring."""
+        with self._lock:
+            pending, self._pending = self._pending, {}
+            self._pending_count = 0
+        for (key, byte_range), times in pending.items():
+            for at in times:
+                self._put((at, key, byte_range, None, False, None, None))
+
+    # ------------------------------------------------------------ the writer
+
+    def _write_on(self) -> None:
+        try:
+            while not (self._is_ended.wait(PAUSE) or self._is_dropped):
+                self._write_waiting()
+            self._give_up_pending()
+            self._write_waiting()
+        except Exception as error:  # noqa: BLE001 - whatever it is, no reader is to see it
+            self._hits.hook.detach(self, self._hits)
+            self._waiting.clear()
+            logger.warning(
+                "the recording of requests to %s has ended before its time: %r. What was written before stays.",
+                self.path,
+                error,
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self.left_out:
+            logger.warning(
+                "%s lacks %d requests, which came faster than they could be written.",
+                self.path,
+                self.left_out,
+            )
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            text = io.StringIO(newline="")
+            lines = csv.writer(text)
+            written = 0
+            while self._waiting and written < BATCH:
+                some = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
+                lines.writerows(self._lines(some))
+                written += len(some)
+                time.sleep(0)  # Readers first.
+            self._append(text.getvalue())
+
+    def _lines(self, requests: Iterable[_Request]) -> Iterable[tuple[Any, ...]]:
+        for at, key, byte_range, size, hit, entry, whole in requests:
+            asked = to_text(byte_range)
+            shown = key if self._secret is None else self._hash(key)
+            known = "" if size is None else size
+            by, by_size = asked, known
+            if entry is not None and whole is not None:
+                by, by_size = "" if entry == key else entry.rpartition("@")[2], whole
+            yield (f"{at:.6f}", shown, asked, known, int(hit), by, by_size)
+
+    def _hash(self, key: str) -> str:
+        return blake2b(key.encode(), key=self._secret or b"", digest_size=16).hexdigest()
+
+    def _append(self, text: str) -> None:
+        """Add a member to the file, all of it or nothing."""
+        before = self._file.tell()
+        rest = memoryview(gzip.compress(text.encode(), 6))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise
+
+    def after_fork(self) -> None:
+        """Leave the file to the parent."""
+        self._hits.hook.detach(self, self._hits)
+        self._lock, self._is_ended = threading.RLock(), threading.Event()
+
+
+# A thread that still writes keeps its own alive.
+_writers: weakref.WeakSet[RequestWriter] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for writer in list(_writers):
+        writer.after_fork()
+
+
+def _at_exit() -> None:
+    for writer in list(_writers):
+        writer.close()
+
+
+at_fork(_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,154 @@
+"""`replay`: what recorded requests would have come to with other sizes and policies."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from array import array
+from math import inf
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import numpy as np
+
+from zcache._advice.advise import POLICIES, advise, parse_policies, parse_sizes
+from zcache._advice.recording import COLUMNS, HEAD
+from zcache._advice.trace import UNKNOWN, Trace, complete
+from zcache._options import MAX_BYTES
+from zcache.exceptions import RecordingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zcache._advice.advice import Advice
+
+_LARGEST_VALUE: Final = 2**47
+"""Bytes of the largest value that a process has room for in its addresses."""
+_LARGEST_BLOCK: Final = 2**30
+
+
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    sizes: Iterable[int | str] | None = None,
+    policies: Iterable[str] | None = None,
+) -> Advice:
+    """Simulate recorded requests, all of them, with other sizes and policies.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A file that `CacheStore.record` has made.
+    sizes : iterable of int or str, optional
+        Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the bound of the
+        recorded store or, where it had none, the bytes of all entries that were requested.
+    policies : iterable of str, optional
+        Any of "lru", "none" and "adaptive". Default is None: all.
+
+    Returns
+    -------
+    Advice
+        As `CacheStore.advise` gives, without errors of sampling. False in a condition, with a `reason`, if there
+        are fewer than 100 requests.
+
+    Raises
+    ------
+    RecordingError
+        A `ValueError`: the file is damaged, or no such recording.
+    OSError
+        If it cannot be read.
+    OptionTypeError, OptionValueError
+        If a size or a policy is none.
+    """
+    parsed, named = parse_sizes(sizes), parse_policies(policies)
+    trace, max_size, policy = load(path)
+    return advise(trace, max_size=max_size, policy=policy, sizes=parsed, policies=named)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, str]:
+    """The requests of a file, in the order of their times, and the bound and the policy of the store."""
+    name = os.fspath(path)
+    try:
+        with gzip.open(name, "rt", encoding="utf-8", newline="") as file:
+            return _parse(file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(name, f"it is not, or not wholly, compressed by gzip ({error})") from error
+    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
+        raise _damaged(name, str(error)) from error
+
+
+def _damaged(name: str, what: str) -> RecordingError:
+    return RecordingError(
+        f"{name!r} is no complete recording of requests: {what}. Copy it again from where it was made, or "
+        "record anew with `with store.record(path):`."
+    )
+
+
+def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
+    head = file.readline()
+    if not head.startswith(HEAD):
+        raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
+    max_size, block_size, policy = _described(json.loads(head.removeprefix(HEAD)))
+    lines = csv.reader(file, strict=True)
+    if tuple(next(lines, ())) != COLUMNS:
+        raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    numbers: dict[tuple[str, str], int] = {}
+    times, keys, sizes, hits = array("d"), array("Q"), array("Q"), array("b")
+    for line in lines:
+        if len(line) != len(COLUMNS):
+            raise ValueError(f"line {lines.line_num + 1} has {len(line)} columns")
+        try:
+            at, key, _, _, hit, entry_range, size = line
+            times.append(_time(at))
+            keys.append(numbers.setdefault((key, entry_range), len(numbers)))
+            sizes.append(_size(size) if size else UNKNOWN)
+            hits.append(_hit(hit))
+        except ValueError as error:
+            raise ValueError(f"line {lines.line_num + 1}: {error}") from error
+    # Misses were written when they were known, not when they were made.
+    order = np.argsort(np.frombuffer(times, float), kind="stable")
+    trace = complete(
+        np.frombuffer(keys, np.uint64)[order],
+        np.frombuffer(sizes, np.uint64)[order],
+        np.frombuffer(hits, np.int8)[order] != 0,
+        block_size,
+    )
+    return trace, max_size, policy
+
+
+def _described(about: Any) -> tuple[int | None, int, str]:
+    """The bound, the block size and the policy that the first line names."""
+    if not isinstance(about, dict):
+        raise ValueError("its first line has no JSON object")  # noqa: TRY004 - of the file, not of an argument
+    found = []
+    for name, most in (("max_size", MAX_BYTES), ("block_size", _LARGEST_BLOCK)):
+        value = about.get(name, "missing")
+        is_unbounded = name == "max_size" and value is None
+        if not (is_unbounded or (type(value) is int and 0 <= value <= most)):
+            raise ValueError(f"its {name} is {value!r:.40}, no number from 0 to {most}")
+        found.append(value)
+    policy = about.get("eviction", "missing")
+    if policy not in POLICIES:
+        raise ValueError(f"its eviction is {policy!r:.40}, none of {', '.join(POLICIES)}")
+    return found[0], found[1], policy
+
+
+def _time(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < inf:
+        raise ValueError(f"time is {text!r}, no number of seconds from 0 on")
+    return seconds
+
+
+def _hit(text: str) -> int:
+    if text not in ("0", "1"):
+        raise ValueError(f"hit is {text!r}, not 0 or 1")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) <= _LARGEST_VALUE):
+        raise ValueError(f"entry_size is {text!r:.40}, no number from 0 to {_LARGEST_VALUE}")
+    return int(text)

@@ -1,0 +1,125 @@
+"""Requests to simulate: a sample of them, or all that were recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zcache._core import Index
+
+UNKNOWN: Final = 2**64 - 1
+"""Stands for a size that is not known: the source has not given the value, or the cache was not told of it."""
+_FORMER, _SEEN, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in their order, those of which the sizes are not known left out.
+
+    Attributes
+    ----------
+    keys : array of uint64, shape (n,)
+        What stands for key and range, equal for equal ones.
+    sizes : array of uint64, shape (n,)
+        Bytes of the entries.
+    hits : array of bool, shape (n,)
+        Which were hits.
+    outdated : array of bool, shape (n,)
+        Which no cache of any size had served, because what it had was too old.
+    seen_before : array of bool, shape (n,)
+        Of which the key was requested before the first of these.
+    former : int
+        How many of these, at the beginning, only stand for keys that were requested before, in their order.
+    rate : float
+        Part of all keys that this is about, above 0 and up to 1.
+    requests : float
+        Requests of all keys, of which these are a sample.
+    has_slid : bool
+        Whether there were requests before the first of these.
+    dropped, dropped_first : int
+        Requests before the first of these that count, and those of them that were the first of their key.
+    unit : int
+        Bytes of a block of the cache store; 0 and 1 are the same.
+    """
+
+    keys: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+    hits: NDArray[np.bool_]
+    outdated: NDArray[np.bool_]
+    seen_before: NDArray[np.bool_]
+    former: int
+    rate: float
+    requests: float
+    has_slid: bool
+    dropped: int
+    dropped_first: int
+    unit: int
+
+    def costs(self) -> NDArray[np.uint64]:
+        """Bytes that each entry takes in the cache store."""
+        if self.unit <= 1:
+            return self.sizes
+        unit, mib = np.uint64(self.unit), np.uint64(20)
+        blocks = np.maximum((self.sizes + unit - np.uint64(1)) // unit, np.uint64(1))
+        costs: NDArray[np.uint64] = (blocks + (self.sizes >> mib)) * unit
+        return costs
+
+
+def sampled(index: Index) -> Trace:
+    """The sample of an index, of all processes that share it."""
+    requests, rate, has_slid, dropped, dropped_first, unit, *columns = index.sample()
+    keys = np.frombuffer(columns[0], np.uint64)
+    sizes = np.frombuffer(columns[1], np.uint64)
+    flags = np.frombuffer(columns[2], np.uint16)
+    known = sizes != UNKNOWN
+    # What the source does not have, say, is no request, and is as frequent among those that are not sampled.
+    former = _has(flags, _FORMER)
+    total = dropped + int((~former).sum())
+    share = (dropped + int((known & ~former).sum())) / total if total else 1.0
+    return Trace(
+        keys=keys[known],
+        sizes=sizes[known],
+        hits=_has(flags[known], _HIT),
+        outdated=_has(flags[known], _OUTDATED),
+        seen_before=_has(flags[known], _SEEN),
+        former=int((known & former).sum()),
+        rate=rate,
+        requests=requests * share,
+        has_slid=has_slid,
+        dropped=dropped,
+        dropped_first=dropped_first,
+        unit=unit,
+    )
+
+
+def complete(
+    keys: NDArray[np.uint64], sizes: NDArray[np.uint64], hits: NDArray[np.bool_], unit: int
+) -> Trace:
+    """All requests that there were."""
+    known = sizes != UNKNOWN
+    keys, sizes, hits = keys[known], sizes[known], hits[known]
+    nothing = np.zeros(len(keys), bool)
+    return Trace(
+        keys=keys,
+        sizes=sizes,
+        hits=hits,
+        outdated=nothing,
+        seen_before=nothing,
+        former=0,
+        rate=1.0,
+        requests=float(len(keys)),
+        has_slid=False,
+        dropped=0,
+        dropped_first=0,
+        unit=unit,
+    )
+
+
+def _has(flags: NDArray[np.uint16], bit: int) -> NDArray[np.bool_]:
+    found: Any = flags & np.uint16(bit) != 0
+    return np.asarray(found, bool)

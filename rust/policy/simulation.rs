@@ -1,0 +1,101 @@
+//! A cache of keys without values, under one policy.
+
+use super::entries::Entries;
+use super::keys::{Keys, words_for};
+use super::kind::{Policy, PolicyKind};
+use super::policy::{Eviction, Newcomer};
+use crate::error::Result;
+
+/// Nodes that a simulation begins with.
+const FIRST: usize = 64;
+
+/// Says which requests a cache of this size would have served. It is the code of the real policies, over keys
+/// of 33 to 66 bytes each.
+#[derive(Debug)]
+pub struct Simulation {
+    policy: Policy,
+    capacity: u64,
+    nodes: usize,
+    words: Vec<u64>,
+    history: Vec<u64>,
+}
+
+impl Simulation {
+    /// An empty cache of so many bytes.
+    #[must_use]
+    pub fn new(policy: PolicyKind, capacity_bytes: u64) -> Self {
+        Simulation {
+            policy: Policy::of(policy),
+            capacity: capacity_bytes,
+            nodes: FIRST,
+            words: vec![0; words_for(FIRST)],
+            history: Vec::new(),
+        }
+    }
+
+    /// Reads a key, given by a hash of 64 good bits, whose value has so many bytes. Whether it was there; if
+    /// not, it comes in as far as the policy lets it.
+    pub fn access(&mut self, key: u64, size: u64) -> bool {
+        // Only memory that is damaged gives an error, and this is no one else's.
+        self.try_access(key, size).unwrap_or(false)
+    }
+
+    fn try_access(&mut self, key: u64, size: u64) -> Result<bool> {
+        let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        if let Some(entry) = keys.find(key)? {
+            self.policy.touch(&mut keys, entry)?;
+            return Ok(true);
+        }
+        if size > self.capacity {
+            return Ok(false);
+        }
+        let newcomer = Newcomer { hash: key, size };
+        if keys.totals().1.saturating_add(size) > self.capacity
+            && !self.policy.admits(&mut keys, newcomer)?
+        {
+            return Ok(false);
+        }
+        while keys.totals().1.saturating_add(size) > self.capacity {
+            let Some(victim) = self.policy.victim(&mut keys)? else {
+                return Ok(false);
+            };
+            self.policy.remove(&mut keys, victim)?;
+            keys.free(victim)?;
+        }
+        if keys.is_full() {
+            self.grow()?;
+            keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        }
+        let entry = keys.make(key, size)?;
+        self.policy.insert(&mut keys, entry)?;
+        Ok(false)
+    }
+
+    /// Bytes that it holds.
+    #[must_use]
+    pub fn bytes(&mut self) -> u64 {
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history);
+        keys.map_or(0, |keys| keys.totals().1)
+    }
+
+    fn grow(&mut self) -> Result<()> {
+        let nodes = self.nodes * 2;
+        let mut words = vec![0; words_for(nodes)];
+        let mut none = Vec::new();
+        let old = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        let mut new = Keys::of(&mut words, nodes, &mut none)?;
+        old.copy_to(&mut new)?;
+        (self.nodes, self.words) = (nodes, words);
+        Ok(())
+    }
+
+    /// Recomputes everything; for tests.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn validate(&mut self) -> Result<()> {
+        let keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
+        keys.validate()?;
+        self.policy.validate(&keys)
+    }
+}

@@ -1,0 +1,84 @@
+//! What will be read, on its way from Python: taken from an iterable before any lock is held.
+
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::{PyBytes, PyString};
+
+use super::errors::poisoned;
+use crate::policy;
+
+/// Keys after which other threads may run, and signals are looked at.
+const TURN: usize = 4096;
+
+/// Keys in the order in which they will be read; an index takes them once.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct Plan {
+    keys: Mutex<Option<policy::Plan>>,
+    len: usize,
+}
+
+impl Plan {
+    /// The keys, if no index has them yet and there are any.
+    pub(super) fn take(&self, py: Python<'_>) -> PyResult<Option<policy::Plan>> {
+        let mut keys = self.keys.lock_py_attached(py).map_err(poisoned)?;
+        Ok(keys.take().filter(|keys| !keys.is_empty()))
+    }
+}
+
+#[pymethods]
+impl Plan {
+    #[new]
+    #[pyo3(signature = (keys, /))]
+    fn new(keys: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = keys.py();
+        let is_text = keys.is_instance_of::<PyString>() || keys.is_instance_of::<PyBytes>();
+        let mut items = match keys.try_iter() {
+            Ok(items) if !is_text => items,
+            _ => return Err(invalid("keys", keys)),
+        };
+        let mut plan = policy::Plan::default();
+        while !plan.is_full() {
+            let Some(item) = items.next().transpose()? else {
+                break;
+            };
+            let Ok(key) = item.cast::<PyString>() else {
+                return Err(invalid("key", &item));
+            };
+            // What is no Unicode is never asked of the index.
+            plan.push(key.to_str().unwrap_or_default());
+            if plan.len().is_multiple_of(TURN) {
+                py.check_signals()?;
+                py.detach(|| {});
+            }
+        }
+        plan.finish();
+        let len = plan.len();
+        let keys = Mutex::new(Some(plan));
+        Ok(Plan { keys, len })
+    }
+
+    fn __len__(&self) -> usize {
+        self.len
+    }
+}
+
+/// A `zcache.exceptions.OptionTypeError`.
+fn option_type_error(py: Python<'_>, message: &str) -> PyResult<PyErr> {
+    let kind = py.import("zcache.exceptions")?.getattr("OptionTypeError")?;
+    Ok(PyErr::from_value(kind.call1((message,))?))
+}
+
+/// The error about what is no key, or no keys.
+fn invalid(what: &str, item: &Bound<'_, PyAny>) -> PyErr {
+    let shown = item.repr().map_or_else(
+        |_| item.get_type().to_string(),
+        |text| text.to_string_lossy().into_owned(),
+    );
+    let shown: String = shown.chars().take(200).collect();
+    let message = format!(
+        "will_read(): invalid {what}: {shown}; give an iterable of keys as str, such as [\"a/c/0\", \"a/c/1\"]"
+    );
+    option_type_error(item.py(), &message).unwrap_or_else(|error| error)
+}

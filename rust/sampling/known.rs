@@ -1,0 +1,40 @@
+//! A key that is sampled, with what is known of it.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::key::ODD;
+
+/// Stands for a size that is not known.
+pub const UNKNOWN: u64 = (1 << SIZE_BITS) - 1;
+const SIZE_BITS: u32 = 48;
+
+/// A key that is sampled.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct Known {
+    pub(super) hash: u64,
+    /// Its size, and above that a check of both.
+    word: u64,
+    /// Which of all sampled requests was its first.
+    pub(super) first: u64,
+}
+
+impl Known {
+    pub(super) fn new(hash: u64, size: u64, first: u64) -> Self {
+        let size = size.min(UNKNOWN);
+        let word = size | check(hash, size) << SIZE_BITS;
+        Known { hash, word, first }
+    }
+
+    pub(super) fn size(self) -> u64 {
+        self.word & UNKNOWN
+    }
+
+    pub(super) fn is_sound(self) -> bool {
+        self.word >> SIZE_BITS == check(self.hash, self.size())
+    }
+}
+
+fn check(hash: u64, size: u64) -> u64 {
+    (hash ^ size).wrapping_mul(ODD) >> SIZE_BITS
+}

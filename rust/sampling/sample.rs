@@ -1,0 +1,378 @@
+//! The sample itself: plain numbers in one block, on the heap or in a mapped file.
+
+use std::mem::offset_of;
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::known::{Known, UNKNOWN};
+use crate::key::ODD;
+
+/// Keys that are sampled at most. When there is one more, the threshold is lowered by a quarter.
+pub const KEYS: usize = 16 * 1024;
+/// Sampled requests that are kept. When there is one more, keys are dropped as well, ...
+pub const REQUESTS: usize = 128 * 1024;
+/// ... as long as there are more than so many; then each request takes the place of the oldest.
+const FEW_KEYS: u32 = 4096;
+/// Keys and requests for which a file gets room at a time.
+const MORE_KEYS: usize = 1024;
+const MORE_REQUESTS: usize = 8192;
+/// Places of the hash table: half of them stay free.
+const PLACES: usize = 2 * KEYS;
+/// Requests, sampled or not, after which a sample without room forgets its older half before it is
+/// thinned out any more: what was asked for months ago says little about now.
+const LONG: u64 = 1 << 26;
+
+/// Bits of a request in the ring that number its key.
+pub(super) const NUMBER: u16 = KEYS as u16 - 1;
+const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
+/// Flag of a request: what is cached was too old to serve it, whatever the size of the cache.
+pub const OUTDATED: u16 = 1 << 14;
+/// Flag of a request: it was a hit.
+pub const HIT: u16 = 1 << 15;
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x01");
+
+/// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
+/// killed leaves it with one request too few, or without its check, upon which it is begun anew.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Sample {
+    magic: u64,
+    /// Of [`super::hash`].
+    seed: u64,
+    /// Keys with a hash up to this are sampled.
+    threshold: u64,
+    /// Of what stands before it; wrong while keys are dropped.
+    check: u64,
+    /// Requests, sampled or not, and the same inverted: both count.
+    pub(super) requests: u64,
+    pub(super) inverse: u64,
+    /// Sampled requests up to now; each has this number as its place in the ring.
+    end: u64,
+    /// Those before this one are forgotten.
+    pub(super) base: u64,
+    /// Keys in `known`.
+    pub(super) keys: u32,
+    /// Requests in the ring, the last ones before `end`.
+    len: u32,
+    /// Keys and requests that there is room for: a file grows with its use.
+    rooms: [u32; 2],
+    /// Numbers of keys plus one, by the low bits of their hashes.
+    table: [u16; PLACES],
+    pub(super) known: [Known; KEYS],
+    /// Numbers of keys, with flags, in the order of the requests.
+    ring: [u16; REQUESTS],
+}
+
+impl std::fmt::Debug for Sample {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Sample");
+        shown.field("requests", &self.requests);
+        shown.field("rate", &self.rate());
+        shown.field("keys", &self.keys);
+        shown.field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl Sample {
+    /// An empty sample on the heap.
+    #[must_use]
+    pub fn new(seed: u64) -> Box<Self> {
+        // Zeroed memory takes none before it is used.
+        let mut sample: Box<Sample> = bytemuck::allocation::zeroed_box();
+        sample.reset(seed);
+        sample.rooms = [KEYS as u32, REQUESTS as u32];
+        sample
+    }
+
+    /// Bytes that are used of an empty one.
+    pub const LEN: usize = offset_of!(Sample, known);
+
+    /// A copy on the heap.
+    #[must_use]
+    pub fn copy(&self) -> Box<Self> {
+        let mut copy: Box<Sample> = bytemuck::allocation::zeroed_box();
+        bytemuck::bytes_of_mut(&mut *copy).copy_from_slice(bytemuck::bytes_of(self));
+        copy
+    }
+
+    /// What comes next: whether the next request may be taken, or the bytes that it needs, which are to be
+    /// given by [`Sample::give_room`].
+    #[must_use]
+    pub fn needs(&self) -> Option<Range<usize>> {
+        let [known, ring] = self.rooms;
+        let is_full = |used, room, most: usize| used >= room && room < most as u32;
+        if is_full(self.keys, known, KEYS) {
+            let next = (known as usize + MORE_KEYS).min(KEYS);
+            let at = |n| offset_of!(Sample, known) + n * size_of::<Known>();
+            return Some(at(known as usize)..at(next));
+        }
+        if is_full(self.len, ring, REQUESTS) {
+            let next = (ring as usize + MORE_REQUESTS).min(REQUESTS);
+            let at = |n| offset_of!(Sample, ring) + n * size_of::<u16>();
+            return Some(at(ring as usize)..at(next));
+        }
+        None
+    }
+
+    /// The bytes are there that it needs.
+    pub fn give_room(&mut self, bytes: &Range<usize>) {
+        let [known, ring] = &mut self.rooms;
+        if bytes.start < offset_of!(Sample, ring) {
+            *known = ((bytes.end - offset_of!(Sample, known)) / size_of::<Known>()) as u32;
+        } else {
+            *ring = ((bytes.end - offset_of!(Sample, ring)) / size_of::<u16>()) as u32;
+        }
+    }
+
+    /// Parts that are in use of one that is sound, for those who have to see that they are there.
+    #[must_use]
+    pub fn parts(&self) -> [Range<usize>; 3] {
+        let [known, ring] = self.rooms.map(|room| room as usize);
+        let (first, second) = (offset_of!(Sample, known), offset_of!(Sample, ring));
+        [
+            0..Self::LEN,
+            first..first + known.min(KEYS) * size_of::<Known>(),
+            second..second + ring.min(REQUESTS) * size_of::<u16>(),
+        ]
+    }
+
+    /// Begins anew, whatever is there.
+    pub fn begin(&mut self, seed: u64) {
+        self.check = 0;
+        self.table.fill(0);
+        self.rooms = [0, 0];
+        self.reset(seed);
+    }
+
+    fn reset(&mut self, seed: u64) {
+        self.magic = MAGIC;
+        self.seed = seed;
+        self.threshold = u64::MAX;
+        (self.requests, self.inverse) = (0, !0);
+        (self.end, self.base, self.keys, self.len) = (0, 0, 0, 0);
+        self.check = self.checksum();
+    }
+
+    /// Whether it can be believed.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.magic == MAGIC
+            && self.check == self.checksum()
+            && self.keys as usize <= KEYS
+            && self.len as usize <= REQUESTS
+            && self.rooms[0] as usize <= KEYS
+            && self.rooms[1] as usize <= REQUESTS
+            && (self.keys <= self.rooms[0] && self.len <= self.rooms[1])
+            && u64::from(self.len) <= self.end
+            && self.base <= self.start()
+    }
+
+    fn checksum(&self) -> u64 {
+        let words = [self.magic, self.seed, self.threshold];
+        let mix = |sum: u64, word: u64| (sum ^ word).wrapping_mul(ODD).rotate_left(23);
+        words.into_iter().fold(ODD, mix)
+    }
+
+    /// Of the hashes.
+    #[inline]
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Part of all keys that is sampled.
+    #[must_use]
+    pub fn rate(&self) -> f64 {
+        (self.threshold as f64 + 1.0) / (u64::MAX as f64)
+    }
+
+    /// Bytes that are in use.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        let known = self.keys as usize * size_of::<Known>();
+        size_of_val(&self.table) + known + self.len as usize * size_of::<u16>()
+    }
+
+    /// Whether the requests of a key are kept.
+    #[inline]
+    #[must_use]
+    pub fn has(&self, hash: u64) -> bool {
+        hash <= self.threshold
+    }
+
+    /// Counts a request, whether or not it is sampled.
+    #[inline]
+    pub fn count(&mut self) {
+        self.requests = self.requests.wrapping_add(1);
+        self.inverse = !self.requests;
+    }
+
+    /// Keeps a request of a key that is sampled.
+    pub fn push(&mut self, hash: u64, size: Option<u64>, flags: u16) {
+        if self.len >= REQUESTS as u32 && self.keys > FEW_KEYS {
+            self.make_room();
+            if !self.has(hash) {
+                return;
+            }
+        }
+        let Some(number) = self.find(hash).or_else(|| self.add(hash)) else {
+            return;
+        };
+        if let Some(size) = size {
+            self.set_size(number, size);
+        }
+        if let Some(place) = self.ring.get_mut(self.end as usize % REQUESTS) {
+            *place = number | flags & (OUTDATED | HIT);
+        }
+        self.end = self.end.wrapping_add(1);
+        self.len = self.len.saturating_add(1).min(REQUESTS as u32);
+    }
+
+    /// The number of the oldest request in the ring.
+    pub(super) fn start(&self) -> u64 {
+        self.end.saturating_sub(self.len.into())
+    }
+
+    /// Notes the size of a key, if it is sampled and was requested.
+    pub fn note_size(&mut self, hash: u64, size: u64) {
+        if self.has(hash)
+            && let Some(number) = self.find(hash)
+        {
+            self.set_size(number, size);
+        }
+    }
+
+    fn set_size(&mut self, number: u16, size: u64) {
+        if let Some(known) = self.known.get_mut(usize::from(number))
+            && known.size() != size
+        {
+            *known = Known::new(known.hash, size, known.first);
+        }
+    }
+
+    fn find(&self, hash: u64) -> Option<u16> {
+        let mut at = hash as usize % PLACES;
+        for _ in 0..PLACES {
+            let number = self.table.get(at)?.checked_sub(1)?;
+            // A process that was killed may have entered a key that it had not counted.
+            let is_counted = u32::from(number) < self.keys;
+            if is_counted && self.known.get(usize::from(number))?.hash == hash {
+                return Some(number & NUMBER);
+            }
+            at = (at + 1) % PLACES;
+        }
+        None
+    }
+
+    fn add(&mut self, hash: u64) -> Option<u16> {
+        if self.keys as usize >= KEYS {
+            self.make_room();
+            if !self.has(hash) {
+                return None;
+            }
+        }
+        let number = self.keys as usize;
+        *self.known.get_mut(number)? = Known::new(hash, UNKNOWN, self.end);
+        self.keys += 1;
+        self.enter(hash, number as u16);
+        Some(number as u16)
+    }
+
+    fn enter(&mut self, hash: u64, number: u16) {
+        let mut at = hash as usize % PLACES;
+        for _ in 0..PLACES {
+            match self.table.get_mut(at) {
+                Some(place) if *place == 0 => {
+                    *place = number + 1;
+                    return;
+                }
+                _ => at = (at + 1) % PLACES,
+            }
+        }
+    }
+
+    #[cold]
+    fn make_room(&mut self) {
+        self.check = 0;
+        let few = (KEYS - KEYS / 8) as u32;
+        if self.requests >= LONG {
+            self.requests /= 2;
+            self.inverse = !self.requests;
+            self.len -= self.len / 2;
+            self.base = self.start();
+            self.keep(true);
+        }
+        while self.keys > few || self.keys > FEW_KEYS && self.len >= REQUESTS as u32 {
+            self.threshold -= self.threshold / 4;
+            self.keep(false);
+        }
+        self.check = self.checksum();
+    }
+
+    /// Keeps the keys up to the threshold, those in the ring only if so asked, and their requests.
+    fn keep(&mut self, requested: bool) {
+        let before = self.keys.min(KEYS as u32);
+        let (base, start) = (self.base, self.start());
+        let ring: Vec<u16> = self.in_order().collect();
+        let mut is_requested = vec![!requested; KEYS];
+        for request in &ring {
+            if let Some(is) = is_requested.get_mut(usize::from(request & NUMBER)) {
+                *is = true;
+            }
+        }
+        // Numbers are counted anew: what is forgotten comes before `base`, then comes what has left the ring,
+        // which is thinned out as the keys are.
+        let mut renumbered = vec![None; KEYS];
+        self.table.fill(0);
+        self.keys = 0;
+        for (old, is_requested) in is_requested.into_iter().enumerate().take(before as usize) {
+            let number = self.keys as u16;
+            let Some(mut known) = self.known.get(old).copied() else {
+                break;
+            };
+            if !is_requested || !known.is_sound() || !self.has(known.hash) {
+                continue;
+            }
+            known.first = match known.first {
+                first if first < base => 0,
+                first if first < start => u64::from(base > 0),
+                _ => u64::MAX,
+            };
+            if let Some(place) = self.known.get_mut(usize::from(number)) {
+                *place = known;
+                self.keys += 1;
+                self.enter(known.hash, number);
+            }
+            if let Some(new) = renumbered.get_mut(old) {
+                *new = Some(number);
+            }
+        }
+        self.base = u64::from(base > 0);
+        let gone = (start.saturating_sub(base)).saturating_mul(self.keys.into())
+            / u64::from(before.max(1));
+        self.end = self.base + gone.max(u64::from(start > base));
+        self.len = 0;
+        for request in ring {
+            let new = renumbered.get(usize::from(request & NUMBER)).copied();
+            let Some(number) = new.flatten() else {
+                continue;
+            };
+            if let Some(known) = self.known.get_mut(usize::from(number)) {
+                known.first = known.first.min(self.end);
+            }
+            if let Some(place) = self.ring.get_mut(self.end as usize % REQUESTS) {
+                *place = number | request & !NUMBER;
+            }
+            self.end += 1;
+            self.len += 1;
+        }
+    }
+
+    /// The requests in the ring, oldest first.
+    pub(super) fn in_order(&self) -> impl Iterator<Item = u16> {
+        let len = (self.len as usize).min(REQUESTS) as u64;
+        let numbers = self.end.wrapping_sub(len)..self.end.max(len);
+        numbers.filter_map(|n| self.ring.get(n as usize % REQUESTS).copied())
+    }
+}

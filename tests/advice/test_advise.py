@@ -1,0 +1,383 @@
+"""`CacheStore.advise`: its figures against exact ones, and how they are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from zarr.storage import MemoryStore
+
+from agent import Agent
+from directories import open_store
+from support import buf, check_quiet, read_through, value_sync
+from zcache import Advice, CacheStore, OptionTypeError, OptionValueError
+from zcache._advice.advise import advise
+from zcache._advice.trace import complete
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SIZE = 100
+
+
+def read_keys(store: CacheStore, keys: Sequence[int]) -> None:
+    for key in keys:
+        assert value_sync(store, f"a/c/{key}") is not None
+
+
+def store_of(count: int, sizes: Sequence[int] | None = None, **options: Any) -> CacheStore:
+    values = {n: buf(bytes(SIZE if sizes is None else sizes[n])) for n in range(count)}
+    return CacheStore(MemoryStore({f"a/c/{n}": value for n, value in values.items()}), **options)
+
+
+def lru_hits(keys: Sequence[int], sizes: dict[int, int], bound: int) -> int:
+    """Hits of a cache that evicts what was used least recently, the long way round."""
+    held: OrderedDict[int, int] = OrderedDict()
+    hits = 0
+    for key in keys:
+        if key in held:
+            held.move_to_end(key)
+            hits += 1
+        elif sizes[key] <= bound:
+            while sum(held.values()) + sizes[key] > bound:
+                held.popitem(last=False)
+            held[key] = sizes[key]
+    return hits
+
+
+def test_advice_of_few_keys_is_exact() -> None:
+    rng = np.random.default_rng(1)
+    keys = [int(key) for key in rng.zipf(1.3, 1000) if key < 60]
+    sizes = [int(size) for size in rng.integers(1, 200, 60)]
+    store = store_of(60, sizes, max_size=1500)
+    read_keys(store, keys)
+    advice = store.advise()
+    assert advice
+    assert advice.requests == advice.sampled_requests == len(keys)
+    curve = advice.curves["lru"]
+    by_key = dict(enumerate(sizes))
+    for at, size in enumerate(advice.sizes):
+        hits = lru_hits(keys, by_key, int(size))
+        assert curve.hit_ratio[at] == pytest.approx(hits / len(keys))
+        assert curve.source_requests[at] == pytest.approx(len(keys) - hits)
+    # As the store itself has counted, where it has the present size.
+    assert advice.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
+    assert not curve.error.any()
+    # With all of them cached each is read once.
+    assert curve.source_bytes[-1] == pytest.approx(sum(sizes[key] for key in set(keys)))
+    assert advice.best_hit_ratio == pytest.approx(1 - len(set(keys)) / len(keys))
+
+
+def test_advice_about_a_loop_says_its_size_and_its_policy() -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    for _ in range(10):
+        read_keys(store, range(200))
+    advice = store.advise()
+    assert advice.hit_ratio == 0.0
+    assert advice.max_size == 100 * SIZE
+    assert advice.sizes[0] == 100 * SIZE / 16
+    assert advice.sizes[-1] == 100 * SIZE * 16
+    assert advice.best_hit_ratio == pytest.approx(0.9)
+    assert advice.smallest_size is not None
+    assert 200 * SIZE <= advice.smallest_size <= 200 * SIZE * 1.02
+    assert advice.best_policy != "lru"
+    assert advice.best_policy_gain > 0.4
+    # What came first stays: half of each epoch but the first.
+    middle = list(advice.sizes).index(100 * SIZE)
+    assert advice.curves["none"].hit_ratio[middle] == pytest.approx(0.45)
+    assert advice.cold_share == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("bound", [200 * SIZE, 16 * 200 * SIZE, 1000 * 200 * SIZE])
+def test_advice_smallest_size_is_looked_for_below_all_sizes(bound: int) -> None:
+    store = store_of(200, max_size=bound)
+    for _ in range(10):
+        read_keys(store, range(200))
+    for sizes in (None, [bound], [0, bound]):
+        advice = store.advise(sizes=sizes)
+        assert advice.smallest_size is not None
+        assert 200 * SIZE <= advice.smallest_size <= 200 * SIZE * 1.02
+
+
+def test_advice_smallest_size_where_nothing_can_be_had_is_none_at_all() -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    read_keys(store, range(200))
+    assert store.advise().smallest_size == 0
+
+
+@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
+    store = store_of(200, max_size=100 * SIZE, eviction=eviction)
+    for _ in range(10):
+        read_keys(store, range(200))
+    advice = store.advise()
+    assert advice.policy == eviction
+    assert advice.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"], abs=0.02)
+    assert (advice.best_policy_gain == 0) == (advice.best_policy == eviction)
+    assert f"source requests ({eviction})" in str(advice)
+
+
+def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
+    rng = np.random.default_rng(2)
+    count = 40_000
+    weights = np.arange(1, count + 1) ** -0.8
+    draws = rng.choice(count, 60_000, p=weights / weights.sum())
+    keys = np.concatenate([draws, np.tile(np.arange(20_000, 40_000), 3)])
+    store = store_of(count, max_size=8000 * SIZE)
+    read_keys(store, keys.tolist())
+    advice = store.advise()
+    assert advice.sampling_rate < 0.7
+    nothing = np.zeros(len(keys), bool)
+    sizes = np.full(len(keys), SIZE, np.uint64)
+    exact = advise(complete(keys.astype(np.uint64), sizes, nothing, 1), max_size=8000 * SIZE)
+    for name in ("lru", "none"):
+        off = np.abs(advice.curves[name].hit_ratio - exact.curves[name].hit_ratio)
+        assert off.mean() < 0.02
+        # A band of two deviations, and as much again: chance must not decide about a test.
+        assert (off <= 2 * advice.curves[name].error + 0.02).all()
+        missed = advice.curves[name].source_bytes / exact.curves[name].source_bytes
+        assert np.abs(missed - 1).mean() < 0.1
+    assert advice.requests == len(keys)
+    assert abs(advice.best_hit_ratio - exact.best_hit_ratio) < 0.03
+    assert abs(advice.cold_share - exact.cold_share) < 0.05
+
+
+def test_advice_without_a_bound_is_about_what_is_cached() -> None:
+    store = store_of(50)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise()
+    assert advice.max_size == 50 * SIZE
+    assert not advice.is_bounded
+    assert "no max_size" in str(advice)
+
+
+@pytest.mark.parametrize("bound", [2**64 - 2, 2**60 + 1])
+@pytest.mark.filterwarnings("error")
+def test_advice_sizes_end_where_those_of_a_cache_do(bound: int) -> None:
+    store = store_of(50, max_size=bound)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise()
+    assert advice.max_size == bound
+    assert int(advice.sizes[-1]) == 2**64 - 1
+    assert (np.diff(advice.sizes.astype(float)) > 0).all()
+    assert advice.curves["lru"].hit_ratio[-1] == advice.best_hit_ratio
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    given = store.advise(sizes=[2**64 - 1, 2**64 - 2])
+    assert given.sizes.tolist() == [2**64 - 2, 2**64 - 1]
+    ET.fromstring(advice._repr_html_())
+    assert str(advice)
+
+
+async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, max_size=10_000)
+    for number in range(10):
+        await source.inner.set(f"a/c/{number}", buf(bytes(SIZE)))
+    with Agent(tmp_path, 600):
+        for _ in range(12):
+            for number in range(10):
+                await read_through(store, f"a/c/{number}")
+        advice = store.advise()
+        assert (advice.max_size, advice.is_bounded, advice.requests) == (600, True, 120)
+    await check_quiet(store)
+
+
+def test_advice_about_no_room_takes_its_sizes_from_what_was_requested() -> None:
+    store = store_of(50, max_size=0)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise()
+    assert (advice.max_size, advice.is_bounded) == (0, True)
+    assert advice.hit_ratio == store.cache_stats()["hit_rate"] == 0.0
+    assert (advice.best_policy, advice.best_policy_gain) == ("lru", 0.0)
+    assert advice.cold_share == pytest.approx(1 / 3)
+    assert advice.sizes[8] == 50 * SIZE
+    assert advice.smallest_size is not None
+    assert 50 * SIZE <= advice.smallest_size <= 50 * SIZE * 1.02
+    assert "Now: max_size 0 B, lru, hit ratio 0.00." in str(advice)
+    ET.fromstring(advice._repr_html_())
+    axes = MagicMock()
+    axes.plot.side_effect = lambda *_, **__: (MagicMock(),)
+    advice.plot(axes)
+    # On a scale of logarithms there is no place for 0.
+    axes.axvline.assert_not_called()
+
+
+def test_advice_after_little_traffic_says_so() -> None:
+    store = store_of(50)
+    assert not store.advise()
+    read_keys(store, list(range(50)))
+    advice = store.advise()
+    assert not advice
+    assert "too little traffic: 50 of at least 100 requests" in str(advice)
+    assert repr(advice).startswith("Advice(reason=")
+    assert "too little traffic" in advice._repr_html_()
+    assert not len(advice.sizes)
+    with pytest.raises(ValueError, match="too little traffic"):
+        advice.plot()
+
+
+def test_advice_where_nothing_is_cached_and_nothing_bounds_it_says_so() -> None:
+    store = store_of(50, [0] * 50)
+    read_keys(store, list(range(50)) * 3)
+    for advice in (store.advise(), store.advise(sizes=[100])):
+        assert not advice
+        assert "too little traffic: no bytes are cached" in str(advice)
+
+
+def test_advice_about_given_sizes_and_policies() -> None:
+    store = store_of(50, max_size=1000)
+    read_keys(store, list(range(50)) * 3)
+    advice = store.advise(sizes=["5KB", 1000, 5000], policies=["none"])
+    assert list(advice.sizes) == [1000, 5000]
+    assert list(advice.curves) == ["none"]
+    assert advice.smallest_size is not None
+    assert store.advise(sizes=[100]).smallest_size is None
+    assert "More than 100 B" in str(store.advise(sizes=[100]))
+
+
+@pytest.mark.parametrize("policies", [["none"], ["adaptive", "none"], ["lru"]])
+def test_advice_about_other_policies_compares_with_the_present_one(policies: list[str]) -> None:
+    store = store_of(200, max_size=100 * SIZE)
+    for _ in range(10):
+        read_keys(store, range(200))
+    every, advice = store.advise(), store.advise(policies=policies)
+    assert list(advice.curves) == policies
+    assert (advice.policy, advice.hit_ratio) == ("lru", every.hit_ratio)
+    assert advice.smallest_size == every.smallest_size
+    assert advice.cold_share == every.cold_share
+    assert "lru, hit ratio 0.00." in str(advice)
+    ratios = {name: every.curves[name].hit_ratio[8] for name in ["lru", *policies]}
+    assert advice.best_policy == max(ratios, key=lambda name: ratios[name])
+    assert advice.best_policy_gain == pytest.approx(ratios[advice.best_policy] - ratios["lru"])
+    assert ("compared with no other policy" in str(advice)) == (policies == ["lru"])
+    assert f"source requests ({policies[0]})" in str(advice)
+    ET.fromstring(advice._repr_html_())
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"sizes": []}, OptionValueError, "sizes"),
+        ({"sizes": [None]}, OptionValueError, "sizes"),
+        ({"sizes": ["some"]}, OptionValueError, "some"),
+        ({"sizes": [-1]}, OptionValueError, "-1"),
+        ({"sizes": object()}, OptionTypeError, "sizes"),
+        ({"sizes": True}, OptionTypeError, "sizes"),
+        ({"sizes": b"ab"}, OptionTypeError, "sizes: b'ab'.*text, not bytes"),
+        ({"sizes": [b"1KB"]}, OptionTypeError, "sizes: b'1KB'"),
+        ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are for max_size only'),
+        ({"policies": ["fifo"]}, OptionValueError, "fifo"),
+        ({"policies": []}, OptionValueError, "policies"),
+        ({"policies": [3]}, OptionTypeError, "3"),
+        ({"policies": 3}, OptionTypeError, "policies"),
+        ({"policies": b"lru"}, OptionTypeError, "policies: b'lru'.*text, not bytes"),
+        ({"policies": [["lru"]]}, OptionTypeError, "policies: .'lru'.\\. Give any of"),
+    ],
+)
+def test_advice_bad_options_are_named(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        store_of(1).advise(**options)
+
+
+@pytest.mark.parametrize("sizes", [np.int64(500), np.float64(500), np.array([500]), 500, "500"])
+def test_advice_takes_sizes_of_numpy(sizes: Any) -> None:
+    store = store_of(50, max_size=1000)
+    read_keys(store, list(range(50)) * 3)
+    assert store.advise(sizes=sizes).sizes.tolist() == [500]
+
+
+def test_advice_of_values_that_expire_counts_no_hits_that_nothing_had_given() -> None:
+    from zcache.testing import FakeClock
+
+    clock = FakeClock()
+    store = store_of(50, max_age_seconds=10, clock=clock)
+    for _ in range(4):
+        read_keys(store, range(50))
+        clock.advance(20)
+    advice = store.advise()
+    assert advice.best_hit_ratio == advice.hit_ratio == 0
+    assert advice.cold_share == pytest.approx(0.25)
+
+
+def test_advice_changes_nothing() -> None:
+    store = store_of(50, max_size=2000)
+    read_keys(store, list(range(50)) * 3)
+    before = store.cache_stats(), store.cache_info()
+    first, second = store.advise(), store.advise()
+    assert (store.cache_stats(), store.cache_info()) == before
+    assert str(first) == str(second)
+
+
+async def test_advice_goes_on_beside_an_event_loop() -> None:
+    store = store_of(50, max_size=2000)
+    await asyncio.to_thread(read_keys, store, list(range(50)) * 3)
+    assert await asyncio.to_thread(store.advise)
+
+
+# --------------------------------------------------------------------------- how it is shown
+
+
+@pytest.fixture
+def advice() -> Advice:
+    store = store_of(200, max_size=100 * SIZE)
+    rng = np.random.default_rng(3)
+    read_keys(store, rng.integers(0, 200, 1500).tolist())
+    return store.advise()
+
+
+def test_text_has_a_line_for_each_size(advice: Advice) -> None:
+    lines = str(advice).splitlines()
+    assert "1,500 requests (all of them)" in lines[0]
+    table = lines[2 : 3 + len(advice.sizes)]
+    assert table[0].split()[:4] == ["size", "lru", "none", "adaptive"]
+    assert len({len(line) for line in table}) == 1
+    assert sum("* 9.77 KiB" in line for line in table) == 1
+    assert "90 % of what can be had" in str(advice)
+    assert "cold" in lines[-1]
+
+
+def test_html_has_the_table_and_the_curves(advice: Advice) -> None:
+    root = ET.fromstring(advice._repr_html_())
+    drawing = "{http://www.w3.org/2000/svg}"
+    lines = root.findall(f".//{drawing}polyline")
+    assert len(lines) == len(advice.curves)
+    for line in lines:
+        assert len(line.attrib["points"].split()) == len(advice.sizes)
+    assert len(root.findall(".//tbody/tr")) == len(advice.sizes)
+    assert len(root.findall(".//thead/tr/th")) == 3 + len(advice.curves)
+
+
+def test_html_of_one_size(advice: Advice) -> None:
+    store = store_of(10)
+    read_keys(store, list(range(10)) * 20)
+    ET.fromstring(store.advise(sizes=[0])._repr_html_())
+    ET.fromstring(store.advise(sizes=[0, 500])._repr_html_())
+
+
+def test_plot_draws_each_curve_with_its_band(advice: Advice) -> None:
+    axes = MagicMock()
+    axes.plot.side_effect = lambda *_, **__: (MagicMock(),)
+    assert advice.plot(axes) is axes
+    assert [call.kwargs["label"] for call in axes.plot.call_args_list] == list(advice.curves)
+    for call, curve in zip(axes.plot.call_args_list, advice.curves.values(), strict=True):
+        assert list(call.args[0]) == list(advice.sizes)
+        assert list(call.args[1]) == list(curve.hit_ratio)
+    assert axes.fill_between.call_count == len(advice.curves)
+    axes.axvline.assert_called_once()
+
+
+def test_plot_without_matplotlib_names_the_way_out(
+    advice: Advice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"zarr-zcache\[plot\]"):
+        advice.plot()

@@ -1,0 +1,417 @@
+"""`CacheStore.record` and `zcache.replay`: what is written, and what is made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gc
+import gzip
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from directories import open_store
+from support import (
+    PROTOTYPE,
+    TESTS,
+    buf,
+    check_quiet,
+    largest_file,
+    read,
+    read_through,
+    threads,
+    until,
+    value_sync,
+)
+from zcache import CacheStore, OptionTypeError, replay
+from zcache._advice import recording
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Row = dict[str, str]
+
+
+def rows_of(path: Path) -> list[Row]:
+    """What a file says, by any tool that reads CSV in gzip, in the order of the times."""
+    with gzip.open(path, "rt", newline="") as file:
+        assert file.readline().startswith("# zcache requests, format 1: {")
+        rows = list(csv.DictReader(file))
+    return sorted(rows, key=lambda row: float(row["time"]))
+
+
+def about(path: Path) -> dict[str, Any]:
+    with gzip.open(path, "rt") as file:
+        found: dict[str, Any] = json.loads(file.readline().partition(": ")[2])
+    return found
+
+
+def brief(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+    return [(row["key"], row["range"], row["size"], row["hit"]) for row in rows]
+
+
+def source_of(count: int, size: int = 100) -> MemoryStore:
+    return MemoryStore({f"a/c/{number}": buf(bytes(size)) for number in range(count)})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "requests.csv.gz"
+
+
+async def test_recording_has_a_line_for_each_request(path: Path) -> None:
+    store = CacheStore(source_of(3), max_size=10_000)
+    await read(store, "a/c/2")
+    with store.record(path):
+        await read(store, "a/c/0")
+        await read(store, "a/c/0", RangeByteRequest(2, 9))
+        await read(store, "a/c/1", SuffixByteRequest(4))
+        await read(store, "a/c/1", OffsetByteRequest(90))
+        await read(store, "a/c/1", SuffixByteRequest(4))
+        # Neither what is not there, nor what is never cached.
+        for key in ("nothing", "nothing", "../a"):
+            await read(store, key)
+        await store.set("a/c/9", buf(b"123"))
+    await read(store, "a/c/0")
+    rows = rows_of(path)
+    assert brief(rows) == [
+        ("a/c/0", "", "100", "0"),
+        ("a/c/0", "2-9", "7", "1"),
+        ("a/c/1", "-4", "4", "0"),
+        ("a/c/1", "90-", "10", "0"),
+        ("a/c/1", "-4", "4", "1"),
+    ]
+    entries = [(row["entry_range"], row["entry_size"]) for row in rows]
+    assert entries == [("", "100"), ("", "100"), ("-4", "4"), ("90-", "10"), ("-4", "4")]
+    times = [float(row["time"]) for row in rows]
+    assert times[0] >= 0
+    assert times == sorted(times)
+    assert about(path) == {
+        "max_size": 10_000,
+        "block_size": 1,
+        "eviction": "lru",
+        "anonymous": False,
+    }
+
+
+async def test_recording_takes_keys_of_any_text(path: Path) -> None:
+    names = ['a, "b"', "ü\n2", "#x", "c\r", " d "]
+    store = CacheStore(MemoryStore({name: buf(b"1") for name in names}))
+    with store.record(path):
+        for name in names:
+            await read(store, name)
+    assert [row["key"] for row in rows_of(path)] == names
+    assert len(replay(path, sizes=[1]).sizes) == 0  # Too few; but it was read.
+
+
+def test_recording_overwrites_nothing(path: Path) -> None:
+    path.write_text("mine")
+    store = CacheStore(source_of(1))
+    with pytest.raises(FileExistsError, match=r"requests\.csv\.gz.*another path"):
+        store.record(path)
+    assert path.read_text() == "mine"
+    with pytest.raises(FileNotFoundError):
+        store.record(path.parent / "none" / "requests")
+    # And then it can.
+    with store.record(path.parent / "other"):
+        value_sync(store, "a/c/0")
+    assert len(rows_of(path.parent / "other")) == 1
+
+
+async def test_recording_one_at_a_time(path: Path) -> None:
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        with pytest.raises(RuntimeError, match="being recorded already"):
+            store.with_read_only(True).record(path.parent / "other")
+        assert not (path.parent / "other").exists()
+        await read(store, "a/c/0")
+    assert len(rows_of(path)) == 1
+    with store.record(path.parent / "other"):
+        pass
+    assert rows_of(path.parent / "other") == []
+
+
+async def test_recording_is_of_the_store_and_its_copies(path: Path) -> None:
+    source, cache = source_of(3), MemoryStore()
+    store, other = (CacheStore(source, cache_store=cache) for _ in range(2))
+    with store.record(path):
+        await read(other, "a/c/0")
+        await read(store.with_read_only(True), "a/c/1")
+        await read(pickle.loads(pickle.dumps(store)), "a/c/2")
+    assert [row["key"] for row in rows_of(path)] == ["a/c/1", "a/c/2"]
+
+
+async def test_recording_anonymous_keeps_only_which_keys_are_equal(path: Path) -> None:
+    store = CacheStore(source_of(3))
+    secret = [set[str]() for _ in range(2)]
+    for number in range(2):
+        file = path.with_name(str(number))
+        with store.record(file, anonymous=True):
+            for key in (0, 1, 0):
+                await read(store, f"a/c/{key}", RangeByteRequest(1, 5))
+        keys = [row["key"] for row in rows_of(file)]
+        assert keys[0] == keys[2] != keys[1]
+        secret[number] = set(keys)
+        assert b"a/c" not in gzip.decompress(file.read_bytes())
+        assert [row["range"] for row in rows_of(file)] == ["1-5"] * 3
+        assert about(file)["anonymous"]
+    # With another secret each time.
+    assert not secret[0] & secret[1]
+    with pytest.raises(OptionTypeError, match="anonymous"):
+        store.record(path, anonymous=1)  # type: ignore[arg-type]
+
+
+async def test_recording_of_misses_waits_for_what_they_bring(path: Path) -> None:
+    source = StoreDouble(source_of(3))
+    store = CacheStore(source)
+    gate = source.block("get", times=1)
+    with store.record(path):
+        slow = [asyncio.create_task(read(store, "a/c/0")) for _ in range(3)]
+        await gate.entered_async()
+        await read(store, "a/c/1")
+        gate.release()
+        await asyncio.gather(*slow)
+        source.fail("get", OSError("unreachable"), times=1)
+        with pytest.raises(OSError, match="unreachable"):
+            await read(store, "a/c/2")
+    found = brief(rows_of(path))
+    assert found[:4] == [("a/c/0", "", "100", "0")] * 3 + [("a/c/1", "", "100", "0")]
+    # What did not come has no size.
+    assert found[4:] == [("a/c/2", "", "", "0")]
+
+
+async def test_recording_of_batches(path: Path) -> None:
+    store = CacheStore(source_of(3))
+    wanted = [("a/c/0", RangeByteRequest(0, 5)), ("a/c/1", None), ("nothing", None)]
+    with store.record(path):
+        for _ in range(2):
+            await store.get_partial_values(PROTOTYPE, wanted)
+    assert sorted(brief(rows_of(path))) == [
+        ("a/c/0", "0-5", "5", "0"),
+        ("a/c/0", "0-5", "5", "1"),
+        ("a/c/1", "", "100", "0"),
+        ("a/c/1", "", "100", "1"),
+    ]
+
+
+async def test_recording_of_a_directory(path: Path, tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, LocalStore(tmp_path / "source"))
+    await source.inner.set("a", buf(bytes(5000)))
+    with store.record(path):
+        for request in (None, None, RangeByteRequest(0, 10)):
+            await read_through(store, "a", request)
+    assert brief(rows_of(path)) == [
+        ("a", "", "5000", "0"),
+        ("a", "", "5000", "1"),
+        ("a", "0-10", "10", "1"),
+    ]
+    await check_quiet(store)
+
+
+def test_recording_of_threads_and_loops_loses_nothing(path: Path) -> None:
+    store = CacheStore(source_of(100), max_size=5000)
+
+    def blocking() -> None:
+        for _ in range(5):
+            for number in range(100):
+                value_sync(store, f"a/c/{number}")
+
+    def looping() -> None:
+        async def work() -> None:
+            for _ in range(5):
+                await asyncio.gather(*(read(store, f"a/c/{number}") for number in range(100)))
+
+        asyncio.run(work())
+
+    with store.record(path) as made, threads(blocking, looping, blocking):
+        pass
+    assert made.left_out == 0
+    rows = rows_of(path)
+    assert len(rows) == 1500
+    assert {row["size"] for row in rows} == {"100"}
+    stats = store.cache_stats()
+    assert stats["total_requests"] == 1500
+    assert replay(path).requests == 1500
+
+
+def test_recording_of_a_reader_who_looks_again_tells_of_it_once(path: Path) -> None:
+    """Of two who miss a value the one brings it, before the other one finds that it is there by now."""
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        hook = store._cache.reader.hits.hook
+        for _ in range(2):
+            hook.found("a/c/0", None, None)
+        hook.brought("a/c/0", None, 100)
+        hook.retract("a/c/0", None)
+        hook.found("a/c/0", None, 100)
+        assert value_sync(store, "a/c/0") == bytes(100)
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"] * 3
+
+
+def test_recording_that_cannot_keep_up_says_how_many_it_lacks(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recording, "MOST", 20)
+    monkeypatch.setattr(recording, "PAUSE", 3600.0)
+    store = CacheStore(source_of(1))
+    with caplog.at_level(logging.WARNING, "zcache"), store.record(path) as made:
+        for _ in range(50):
+            value_sync(store, "a/c/0")
+    assert made.left_out == 30
+    assert len(rows_of(path)) == 20
+    assert "lacks 30 requests" in caplog.text
+
+
+def test_recording_of_reads_that_never_end_is_bounded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "MOST_PENDING", 10)
+    source = StoreDouble(source_of(100))
+    store = CacheStore(source)
+    with store.record(path) as made:
+        source.fail("get", OSError("unreachable"))
+        for number in range(100):
+            with pytest.raises(OSError, match="unreachable"):
+                value_sync(store, f"a/c/{number}")
+        assert made._writer._pending_count <= 10
+    assert len(rows_of(path)) == 100
+
+
+def test_recording_ends_where_its_file_does_and_no_read_fails(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
+    monkeypatch.setattr(recording, "BATCH", 100)
+    store = CacheStore(source_of(200), max_size=10**6)
+    with caplog.at_level(logging.WARNING, "zcache"), largest_file(4000), store.record(path) as made:
+        while not made.has_ended:
+            for number in range(200):
+                assert value_sync(store, f"a/c/{number}") is not None
+        for number in range(200):
+            assert value_sync(store, f"a/c/{number}") is not None
+    assert "has ended before its time" in caplog.text
+    # What was written is whole.
+    rows = rows_of(path)
+    assert len(rows) >= 100
+    assert replay(path).requests == len(rows)
+
+
+def test_recording_in_a_forked_child_is_the_parents(path: Path) -> None:
+    store = CacheStore(source_of(3))
+    with store.record(path):
+        value_sync(store, "a/c/0")
+        child = os.fork()
+        if not child:
+            try:
+                found = value_sync(store, "a/c/1")
+                os._exit(0 if found == bytes(100) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        value_sync(store, "a/c/2")
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0", "a/c/2"]
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from zcache import CacheStore
+from zcache._advice import recording
+from support import buf, value_sync
+from zarr.storage import MemoryStore
+recording.PAUSE, recording.BATCH = 0.001, 200
+store = CacheStore(MemoryStore({{f"a/c/{{n}}": buf(bytes(9)) for n in range(200)}}))
+recorder = store.record({path!r})
+print("ready", flush=True)
+while True:
+    for number in range(200):
+        value_sync(store, f"a/c/{{number}}")
+"""
+
+
+def test_recording_of_a_process_that_is_killed_keeps_what_was_written(path: Path) -> None:
+    code = KILLED.format(tests=str(TESTS), path=str(path))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    while path.stat().st_size < 50_000:
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    data = path.read_bytes()
+    # At most its last part is cut off, of which `replay` says so.
+    whole = data.rindex(b"\x1f\x8b\x08")
+    path.write_bytes(data[:whole])
+    assert len(rows_of(path)) > 100
+
+
+EXITING = """
+import sys
+sys.path.insert(0, {tests!r})
+from zcache import CacheStore
+from zcache._advice import recording
+from support import buf, value_sync
+from zarr.storage import MemoryStore
+recording.PAUSE = 3600.0
+store = CacheStore(MemoryStore({{"a": buf(bytes(9))}}))
+recorder = store.record({path!r})
+for _ in range(70_000):
+    value_sync(store, "a")
+"""
+
+
+def test_recording_that_is_open_when_the_process_exits_is_written_to_its_end(path: Path) -> None:
+    code = EXITING.format(tests=str(TESTS), path=str(path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert len(rows_of(path)) == 70_000
+
+
+async def test_recording_that_is_dropped_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
+    store = CacheStore(source_of(3))
+    recorder = store.record(path)
+    await read(store, "a/c/0")
+    thread = recorder._writer._thread
+    del recorder
+    gc.collect()
+    await read(store, "a/c/1")
+    await until(lambda: not thread.is_alive())
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
+    with store.record(path.parent / "other"):
+        await read(store, "a/c/2")
+    assert [row["key"] for row in rows_of(path.parent / "other")] == ["a/c/2"]
+
+
+def test_recording_that_is_closed_is_not_entered_again(path: Path) -> None:
+    store = CacheStore(source_of(1))
+    with store.record(path) as recorder:
+        with recorder:
+            value_sync(store, "a/c/0")
+        with (
+            pytest.raises(RuntimeError, match=r"requests\.csv\.gz' is closed.*store\.record"),
+            recorder,
+        ):
+            pass
+    recorder.close()
+    assert len(rows_of(path)) == 1
+
+
+async def test_recording_goes_on_while_it_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "PAUSE", 0.001)
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        await read(store, "a/c/0")
+        await until(lambda: len(rows_of(path)) == 1)
+        await read(store, "a/c/0")
+    assert len(rows_of(path)) == 2

@@ -1,0 +1,155 @@
+"""`zcache.replay`: what is made of recorded requests, and of files that are damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from zarr.storage import MemoryStore
+
+from support import buf, value_sync
+from zcache import CacheStore, RecordingError, replay
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def source_of(count: int, size: int = 100) -> MemoryStore:
+    return MemoryStore({f"a/c/{number}": buf(bytes(size)) for number in range(count)})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "requests.csv.gz"
+
+
+def recorded(path: Path, **options: Any) -> tuple[CacheStore, list[int]]:
+    keys = np.random.default_rng(4).integers(0, 60, 1000).tolist()
+    store = CacheStore(source_of(60), max_size=2000)
+    with store.record(path, **options):
+        for key in keys:
+            value_sync(store, f"a/c/{key}")
+    return store, keys
+
+
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_replay_is_what_advise_says(path: Path, anonymous: bool) -> None:
+    store, keys = recorded(path, anonymous=anonymous)
+    advice, replayed = store.advise(), replay(path)
+    assert replayed.requests == advice.requests == len(keys)
+    assert replayed.max_size == advice.max_size == 2000
+    assert list(replayed.sizes) == list(advice.sizes)
+    for name, curve in advice.curves.items():
+        assert replayed.curves[name].hit_ratio == pytest.approx(curve.hit_ratio)
+        assert replayed.curves[name].source_bytes == pytest.approx(curve.source_bytes)
+    assert str(replayed) == str(advice)
+    # And that is what the store had.
+    assert replayed.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
+
+
+def test_replay_with_given_sizes_and_policies(path: Path) -> None:
+    recorded(path)
+    advice = replay(path, sizes=["3KB", 6000], policies="lru")
+    assert list(advice.sizes) == [3000, 6000]
+    assert list(advice.curves) == ["lru"]
+    assert advice.curves["lru"].source_requests[1] == 60
+    assert advice.curves["lru"].source_bytes[1] == 6000
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "text", "zeros", "empty", "gzip", "other"])
+def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str) -> None:
+    recorded(path)
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": data[:-7],
+            "flipped": data[: len(data) // 2] + b"\xff\x00\xff" + data[len(data) // 2 + 3 :],
+            "text": b"time,key\n",
+            "zeros": bytes(100),
+            "empty": b"",
+            "gzip": gzip.compress(b"time,key,range\n1,2,3\n"),
+            "other": gzip.compress(b"# zcache requests, format 2: {}\n"),
+        }[kind]
+    )
+    with pytest.raises(RecordingError, match=r"requests\.csv\.gz.*no complete recording.*record"):
+        replay(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1,a,,10,0,",
+        "x,a,,10,0,,10",
+        "nan,a,,10,0,,10",
+        "inf,a,,10,0,,10",
+        "-1,a,,10,0,,10",
+        "1,a,,10,0,,-1",
+        "1,a,,10,0,,1_0",
+        "1,a,,10,0,,18446744073709551615",
+        "1,a,,10,0,,9223372036854775807",
+        f"1,a,,10,0,,{'9' * 5000}",
+        "1,a,,10,2000,,10",
+        "1,a,,10,2,,10",
+        "1,a,,10,,,10",
+        '1,"a',
+        "1,2,3",
+    ],
+)
+def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
+    recorded(path)
+    text = gzip.decompress(path.read_bytes()).decode() + line + "\n"
+    path.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(RecordingError, match=r"line 100\d|end of data"):
+        replay(path)
+
+
+GOOD = {"max_size": 2000, "block_size": 1, "eviction": "lru", "anonymous": False}
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("[]", "no JSON object"),
+        ("null", "no JSON object"),
+        ("3", "no JSON object"),
+        ('"max_size"', "no JSON object"),
+        ("{}", "max_size is 'missing'"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "no complete recording"),
+        *(
+            (json.dumps({**GOOD, name: value}), f"its {name} is")
+            for name, value in [
+                ("max_size", -1),
+                ("max_size", 2**64),
+                ("max_size", 10**400),
+                ("max_size", True),
+                ("max_size", 1.5),
+                ("block_size", -1),
+                ("block_size", 2**64),
+                ("block_size", float("inf")),
+                ("block_size", None),
+                ("block_size", "4096"),
+                ("block_size", []),
+                ("eviction", "fifo"),
+                ("eviction", None),
+                ("eviction", ["lru"]),
+            ]
+        ),
+    ],
+)
+def test_replay_of_a_head_that_is_wrong_names_it(path: Path, head: str, message: str) -> None:
+    recorded(path)
+    first, _, rest = gzip.decompress(path.read_bytes()).decode().partition("\r\n")
+    first = first[: first.index("{")] + head
+    path.write_bytes(gzip.compress(f"{first}\r\n{rest}".encode()))
+    with pytest.raises(RecordingError, match=message) as caught:
+        replay(path)
+    assert str(path) in str(caught.value)
+
+
+def test_replay_of_no_file(path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        replay(path)

@@ -1,0 +1,245 @@
+"""Which requests an index samples: of which stores, threads, loops and processes, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from agent import Agent
+from directories import INDEX, closed, complete, open_store
+from support import PROTOTYPE, buf, check_quiet, read, read_through, threads, value_sync
+from zcache import CacheStore, OptionTypeError
+from zcache._advice.trace import Trace, sampled
+from zcache.testing import FakeClock, StoreDouble
+from zcache.testing._internals import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def trace_of(store: CacheStore) -> Trace:
+    return ask(store, sampled)
+
+
+def source_of(count: int, size: int = 100) -> MemoryStore:
+    return MemoryStore({f"a/c/{number}": buf(bytes(size)) for number in range(count)})
+
+
+async def test_reads_of_values_are_sampled_in_their_order() -> None:
+    store = CacheStore(source_of(5), max_size=250)
+    for number in (0, 1, 2, 0, 4, 4):
+        await read(store, f"a/c/{number}")
+    trace = trace_of(store)
+    first = list(trace.keys)
+    assert (first[0], first[4]) == (first[3], first[5])
+    assert len(set(first)) == 4
+    assert list(trace.sizes) == [100] * 6
+    assert list(trace.hits) == [False] * 5 + [True]
+    assert (trace.requests, trace.rate, trace.has_slid) == (6, 1.0, False)
+    assert trace.requests == store.cache_stats()["total_requests"]
+
+
+async def test_reads_of_what_the_source_does_not_have_are_no_requests() -> None:
+    store = CacheStore(source_of(1), cache_missing=True)
+    for _ in range(3):
+        for key in ("a/c/0", "nothing", "../a", "a//b"):
+            await read(store, key)
+    trace = trace_of(store)
+    assert (len(trace.keys), trace.requests) == (3, 3)
+
+
+async def test_writes_are_no_requests() -> None:
+    store = CacheStore(MemoryStore())
+    await store.set("a", buf(b"12"))
+    assert not len(trace_of(store).keys)
+    await read(store, "a")
+    await store.set("a", buf(b"123"))
+    await read(store, "a")
+    trace = trace_of(store)
+    assert list(trace.hits) == [True, True]
+    # One key has one size: the last.
+    assert list(trace.sizes) == [3, 3]
+
+
+async def test_ranges_are_requests_of_what_serves_them() -> None:
+    store = CacheStore(source_of(2))
+    for request in (RangeByteRequest(0, 7), SuffixByteRequest(9), RangeByteRequest(0, 7), None):
+        await read(store, "a/c/0", request)
+    await read(store, "a/c/0", SuffixByteRequest(3))
+    trace = trace_of(store)
+    assert list(trace.sizes) == [7, 9, 7, 100, 100]
+    assert trace.keys[0] == trace.keys[2]
+    assert trace.keys[3] == trace.keys[4]
+    assert len(set(trace.keys)) == 3
+
+
+async def test_values_that_are_too_large_or_not_cached_have_their_size() -> None:
+    store = CacheStore(source_of(2), max_size=50)
+    for _ in range(2):
+        await read(store, "a/c/0")
+    assert list(trace_of(store).sizes) == [100, 100]
+    assert not trace_of(store).hits.any()
+
+
+async def test_values_that_are_too_old_are_known_to_be(clock: FakeClock) -> None:
+    store = CacheStore(source_of(1), max_age_seconds=10, clock=clock)
+    await read(store, "a/c/0")
+    clock.advance(20)
+    await read(store, "a/c/0")
+    await read(store, "a/c/0")
+    trace = trace_of(store)
+    assert list(trace.outdated) == [False, True, False]
+    assert list(trace.hits) == [False, False, True]
+
+
+async def test_reads_that_fail_are_left_out() -> None:
+    source = StoreDouble(source_of(200))
+    store = CacheStore(source)
+    source.fail("get", OSError("unreachable"), times=50)
+    for number in range(100):
+        if number < 50:
+            with pytest.raises(OSError, match="unreachable"):
+                await read(store, f"a/c/{number}")
+        else:
+            await read(store, f"a/c/{number}")
+    trace = trace_of(store)
+    assert (len(trace.keys), trace.requests) == (50, 50)
+
+
+async def test_batches_are_sampled() -> None:
+    store = CacheStore(source_of(3))
+    wanted = [(f"a/c/{number}", None) for number in (0, 1, 1)]
+    await store.get_partial_values(PROTOTYPE, wanted)
+    await store.get_partial_values(PROTOTYPE, wanted)
+    trace = trace_of(store)
+    assert len(trace.keys) == 6
+    assert list(trace.hits[3:]) == [True] * 3
+
+
+def test_threads_and_loops_are_sampled_together() -> None:
+    store = CacheStore(source_of(50))
+
+    def blocking() -> None:
+        for number in range(50):
+            value_sync(store, f"a/c/{number}")
+
+    def looping() -> None:
+        async def work() -> None:
+            await asyncio.gather(*(read(store, f"a/c/{number}") for number in range(50)))
+
+        asyncio.run(work())
+
+    with threads(blocking, looping, blocking, looping):
+        pass
+    trace = trace_of(store)
+    # A read that finds that another has just brought its value is looked up twice.
+    assert 200 <= len(trace.keys) <= 220
+    assert len(set(trace.keys)) == 50
+
+
+async def test_each_store_says_whether_its_own_requests_are_sampled() -> None:
+    source, cache = source_of(3), MemoryStore()
+    off = CacheStore(source, cache_store=cache, sampling=False)
+    on = CacheStore(source, cache_store=cache)
+    copy = pickle.loads(pickle.dumps(off))
+    assert (off.sampling, on.sampling, copy.sampling) == (False, True, False)
+    await read(off, "a/c/0")
+    assert not len(trace_of(on).keys)
+    await read(on, "a/c/0")
+    await read(off.with_read_only(True), "a/c/0")
+    assert len(trace_of(off).keys) == 1
+    reason = "this store was made with sampling=False"
+    assert not CacheStore(source, sampling=False).advise()
+    assert reason in str(CacheStore(source, sampling=False).advise())
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_sampling_is_a_flag(value: object) -> None:
+    with pytest.raises(OptionTypeError, match="sampling"):
+        CacheStore(MemoryStore(), sampling=value)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------- directories
+
+
+async def test_processes_on_a_directory_share_a_sample(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, LocalStore(tmp_path / "source"))
+    for number in range(3):
+        await source.inner.set(f"a/c/{number}", buf(b"123"))
+    with Agent(tmp_path) as other:
+        for number in (0, 1, 0):
+            assert other("get", f"a/c/{number}") == "123"
+            assert other("drain")
+        await read_through(store, "a/c/2")
+        await read(store, "a/c/0")
+        trace = trace_of(store)
+        assert list(trace.hits) == [False, False, True, False, True]
+        assert list(trace.sizes) == [3] * 5
+        assert trace.keys[0] == trace.keys[2] == trace.keys[4]
+        other.kill()
+    await read(store, "a/c/1")
+    assert len(trace_of(store).keys) == 6
+    await check_quiet(store)
+
+
+async def test_sample_of_a_directory_outlives_its_process_and_a_rebuild(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path)
+    await source.inner.set("a", buf(b"1234"))
+    for _ in range(3):
+        await read_through(store, "a")
+    del store
+    await closed(tmp_path)
+    store, _ = open_store(tmp_path)
+    assert list(trace_of(store).sizes) == [4] * 3
+    await read(store, "a")
+    del store
+    await closed(tmp_path)
+    for name in ("head", "cells"):
+        (tmp_path / "cache" / INDEX / name).unlink()
+    store, _ = open_store(tmp_path)
+    await complete(store)
+    await read(store, "a")
+    trace = trace_of(store)
+    assert list(trace.hits) == [False, True, True, True, True]
+    assert len(set(trace.keys)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 2**20, os.urandom(2000)])
+async def test_sample_that_is_damaged_costs_no_read(tmp_path: Path, damage: bytes) -> None:
+    store, source = open_store(tmp_path)
+    await source.inner.set("a", buf(b"1234"))
+    await read_through(store, "a")
+    (tmp_path / "cache" / INDEX / "sample").write_bytes(damage)
+    for _ in range(3):
+        assert await read(store, "a") == b"1234"
+    assert not store.advise()
+    await read(store, "a")
+    del store
+    await closed(tmp_path)
+    store, _ = open_store(tmp_path)
+    assert await read(store, "a") == b"1234"
+    assert len(trace_of(store).keys) <= 5
+    await check_quiet(store)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_forked_child_samples_on(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_bytes(b"1234")
+    store, _ = open_store(tmp_path)
+    assert asyncio.run(read_through(store, "a")) == b"1234"
+    child = os.fork()
+    if not child:
+        try:
+            found = asyncio.run(read(store, "a"))
+            os._exit(0 if found == b"1234" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(trace_of(store).hits) == [False, True]

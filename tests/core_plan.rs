@@ -1,0 +1,175 @@
+//! Plans of what will be read, under every policy: all books hold after each step, and the bound at each instant.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test stops at the first surprise"
+)]
+
+use zcache::arena::Heap;
+use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::key::ByteRange;
+use zcache::policy::{Minimise, Plan, Policy, PolicyKind};
+
+type Tested = Cache<Heap, (), Policy>;
+
+fn cache(max_size: u64, kind: PolicyKind) -> Tested {
+    let limits = Limits {
+        max_size,
+        max_age: None,
+        slices_like_python: false,
+        flat_namespace: true,
+        verify: Verify::Never,
+    };
+    let mut cache: Tested = Cache::new(Heap::default(), limits, 1).unwrap();
+    cache.set_policy(kind, Minimise::Requests);
+    cache
+}
+
+/// Reads a key, and fills it in where it was a miss; whether it was a hit.
+fn read(cache: &mut Tested, key: &str, range: ByteRange, size: u64) -> bool {
+    let is_hit = cache.lookup(key, range, 1).unwrap().is_some();
+    if !is_hit && let Joined::Lead(ticket) = cache.join(key, range, (), 1, false).unwrap() {
+        let mut answer = cache.reserve(key, range, size, ticket, 1).unwrap();
+        while let Reserve::NeedsEviction(id, _) = answer {
+            cache.validate().unwrap();
+            answer = cache.all_evicted(id, 1).unwrap();
+        }
+        match answer {
+            Reserve::Granted(id) => drop(cache.commit(id, None, 1).unwrap()),
+            _ => drop(cache.complete_flight(key, ticket)),
+        }
+    }
+    cache.validate().unwrap();
+    assert!(cache.current_size() <= cache.limits().max_size);
+    is_hit
+}
+
+fn plan(keys: impl IntoIterator<Item = u64>) -> Plan {
+    let mut plan = Plan::default();
+    for key in keys {
+        plan.push(&name(key));
+    }
+    plan.finish();
+    plan
+}
+
+fn name(key: u64) -> String {
+    format!("a/c/{key}")
+}
+
+fn follow(cache: &mut Tested, plan: Plan) {
+    cache.set_plan(Some(plan));
+    let mut cursor = Some(cache.first_keys());
+    while let Some(from) = cursor {
+        cursor = cache.match_plan(from).unwrap();
+    }
+    cache.validate().unwrap();
+}
+
+/// The bytes of these are gone.
+fn deleted(cache: &mut Tested, victims: &[Victim]) {
+    let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+    cache.deletes_done(&cells, &[]).unwrap();
+}
+
+/// Numbers that look like chance, the same each time.
+fn chance(state: &mut u64) -> u64 {
+    *state = state
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+#[test]
+fn plan_at_random_with_sizes_and_ranges_keeps_all_books() {
+    for kind in PolicyKind::ALL {
+        let mut cache = cache(500, kind);
+        let mut state = kind as u64 + 1;
+        for round in 0..30 {
+            let order: Vec<u64> = (0..60).map(|_| chance(&mut state) % 40).collect();
+            if round % 3 != 0 {
+                follow(&mut cache, plan(order.iter().copied()));
+            }
+            for key in order {
+                let key = if round % 5 == 0 { key + 20 } else { key };
+                match chance(&mut state) % 8 {
+                    0 => {
+                        let victims = cache.begin_write(&name(key)).unwrap();
+                        deleted(&mut cache, &victims);
+                        let (victims, _) = cache.end_write(&name(key), false, None).unwrap();
+                        deleted(&mut cache, &victims);
+                    }
+                    1 => {
+                        read(&mut cache, &name(key), ByteRange::Suffix(3), 3);
+                    }
+                    _ => {
+                        read(&mut cache, &name(key), ByteRange::Full, 1 + key % 50);
+                    }
+                }
+                cache.validate().unwrap();
+            }
+            let victims = cache.evict(chance(&mut state) % 50, 1).unwrap();
+            deleted(&mut cache, &victims);
+            cache.validate().unwrap();
+        }
+    }
+}
+
+#[test]
+fn plan_takes_what_is_in_none_first_and_in_the_order_of_the_policy() {
+    let mut cache = cache(6, PolicyKind::Lru);
+    for key in [100, 0, 101, 1, 102, 2] {
+        read(&mut cache, &name(key), ByteRange::Full, 1);
+    }
+    follow(&mut cache, plan([3, 4, 5, 0, 1, 2, 3, 4, 5]));
+    for (key, gone) in [(3, 100), (4, 101), (5, 102)] {
+        assert!(
+            cache
+                .peek(&name(gone), ByteRange::Full, 1)
+                .unwrap()
+                .is_some()
+        );
+        assert!(!read(&mut cache, &name(key), ByteRange::Full, 1));
+        assert!(
+            cache
+                .peek(&name(gone), ByteRange::Full, 1)
+                .unwrap()
+                .is_none()
+        );
+    }
+    for key in 0..6 {
+        assert!(read(&mut cache, &name(key), ByteRange::Full, 1));
+    }
+}
+
+#[test]
+fn plan_lets_nothing_in_that_is_needed_later_than_all_that_is_there() {
+    for kind in PolicyKind::ALL {
+        let mut cache = cache(3, kind);
+        for key in [0, 1, 2] {
+            read(&mut cache, &name(key), ByteRange::Full, 1);
+        }
+        follow(&mut cache, plan([3, 0, 1, 2, 3, 0, 1, 2]));
+        read(&mut cache, &name(3), ByteRange::Full, 1);
+        read(&mut cache, "other", ByteRange::Full, 1);
+        for key in [0, 1, 2] {
+            assert!(read(&mut cache, &name(key), ByteRange::Full, 1), "{kind:?}");
+        }
+        assert_eq!(cache.len(), 3);
+    }
+}
+
+#[test]
+fn plan_of_which_bytes_have_to_go_loses_what_is_needed_last() {
+    for kind in PolicyKind::ALL {
+        let mut cache = cache(4, kind);
+        for key in [0, 1, 2, 3] {
+            read(&mut cache, &name(key), ByteRange::Full, 1);
+        }
+        follow(&mut cache, plan([2, 0, 3, 1]));
+        let victims = cache.evict(2, 1).unwrap();
+        let gone: Vec<_> = victims.into_iter().map(|victim| victim.cache_key).collect();
+        assert_eq!(gone, [name(1), name(3)], "{kind:?}");
+    }
+}

@@ -1,0 +1,476 @@
+//! The sample of requests: what is kept of them, in an index and in a file that is damaged, torn or gone.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use proptest::prelude::*;
+use zcache::arena::Heap;
+use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve, Verify};
+use zcache::key::{ByteRange, hash_word};
+use zcache::sampling::{FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, UNKNOWN};
+use zcache::shared::SharedIndex;
+
+#[path = "core/place.rs"]
+mod place;
+use place::Place;
+
+fn hash(key: u64) -> u64 {
+    hash_word(key.to_le_bytes(), 8, 0, 1)
+}
+
+fn request(sample: &mut Sample, key: u64) {
+    sample.count();
+    if sample.has(hash(key)) {
+        sample.push(hash(key), Some(key + 1), HIT);
+    }
+}
+
+#[test]
+fn few_requests_are_all_kept_in_their_order() {
+    let mut sample = Sample::new(3);
+    let keys: Vec<u64> = (0..500).map(|n| n * n % 200).collect();
+    for key in &keys {
+        request(&mut sample, *key);
+    }
+    let trace = sample.trace();
+    assert_eq!(
+        trace.keys,
+        keys.iter().map(|k| hash(*k)).collect::<Vec<_>>()
+    );
+    assert_eq!(trace.sizes, keys.iter().map(|k| k + 1).collect::<Vec<_>>());
+    assert!(trace.flags.iter().all(|flags| *flags == HIT));
+    assert_eq!(
+        (trace.requests, trace.rate, trace.has_slid),
+        (500, 1.0, false)
+    );
+    assert_eq!((sample.seed(), trace.dropped), (3, 0));
+}
+
+#[test]
+fn of_many_keys_some_are_kept_with_all_their_requests() {
+    let mut sample = Sample::new(0);
+    let (keys, epochs) = (200_000, 3);
+    for _ in 0..epochs {
+        for key in 0..keys {
+            request(&mut sample, key);
+        }
+    }
+    let trace = sample.trace();
+    let mut counts: HashMap<u64, u64> = HashMap::new();
+    for key in &trace.keys {
+        *counts.entry(*key).or_default() += 1;
+    }
+    assert!(counts.len() <= KEYS && counts.len() > KEYS / 2);
+    assert!(counts.values().all(|count| *count == epochs));
+    let expected = trace.rate * keys as f64;
+    assert!((counts.len() as f64 / expected - 1.0).abs() < 0.05);
+    // In the order in which they came.
+    let order: Vec<u64> = (0..keys).map(hash).filter(|h| sample.has(*h)).collect();
+    assert_eq!(trace.keys[..order.len()], order);
+    assert_eq!((trace.requests, trace.has_slid), (keys * epochs, false));
+    assert!(size_of::<Sample>() < 1 << 20);
+}
+
+#[test]
+fn of_few_keys_the_last_requests_are_kept_and_which_keys_came_before() {
+    let mut sample = Sample::new(0);
+    let rounds = REQUESTS as u64 / 100 + 10;
+    for _ in 0..rounds {
+        for key in 0..100 {
+            request(&mut sample, key);
+        }
+    }
+    request(&mut sample, 100);
+    let trace = sample.trace();
+    assert!(trace.has_slid);
+    assert_eq!(trace.keys[..100], (0..100).map(hash).collect::<Vec<_>>());
+    assert!(
+        trace.flags[..100]
+            .iter()
+            .all(|f| *f == FORMER | SEEN_BEFORE)
+    );
+    assert_eq!(trace.keys.len(), 100 + REQUESTS);
+    assert_eq!(trace.dropped, 100 * rounds + 1 - REQUESTS as u64);
+    assert_eq!(trace.dropped_first, 100);
+    assert_eq!(trace.requests, 100 * rounds + 1);
+    let last = trace.keys.len() - 1;
+    assert_eq!((trace.keys[last], trace.flags[last]), (hash(100), HIT));
+    assert!(
+        trace.flags[100..last]
+            .iter()
+            .all(|f| *f == HIT | SEEN_BEFORE)
+    );
+}
+
+#[test]
+fn with_many_requests_keys_are_dropped_before_requests_are() {
+    let mut sample = Sample::new(0);
+    for _ in 0..20 {
+        for key in 0..14_000 {
+            request(&mut sample, key);
+        }
+    }
+    let trace = sample.trace();
+    assert!(!trace.has_slid && trace.rate < 0.5);
+    let kept = (0..14_000).filter(|key| sample.has(hash(*key))).count();
+    assert_eq!(trace.keys.len(), kept * 20);
+}
+
+#[test]
+fn after_very_many_requests_the_oldest_are_forgotten_first() {
+    let mut sample = Sample::new(0);
+    for key in 0..KEYS as u64 {
+        request(&mut sample, key);
+    }
+    // Of other keys, none of which is sampled.
+    for _ in 0..1 << 26 {
+        sample.count();
+    }
+    let before = sample.trace();
+    assert_eq!(before.keys.len(), KEYS);
+    request(&mut sample, KEYS as u64);
+    let after = sample.trace();
+    assert_eq!((after.rate, before.rate), (1.0, 1.0));
+    assert_eq!(after.keys[..KEYS / 2], before.keys[KEYS / 2..]);
+    assert_eq!((after.keys.len(), after.dropped), (KEYS / 2 + 1, 0));
+    assert!(after.has_slid);
+    assert!(after.requests < before.requests / 2 + 2);
+}
+
+#[test]
+fn a_size_that_is_learned_later_counts_for_all_requests_of_the_key() {
+    let mut sample = Sample::new(0);
+    sample.push(hash(1), None, 0);
+    sample.push(hash(2), None, OUTDATED);
+    assert_eq!(sample.trace().sizes, [UNKNOWN, UNKNOWN]);
+    sample.note_size(hash(1), 77);
+    sample.note_size(hash(3), 5);
+    let trace = sample.trace();
+    assert_eq!(trace.sizes, [77, UNKNOWN]);
+    assert_eq!(trace.flags, [0, OUTDATED]);
+}
+
+/// The bytes of a sample, to be damaged.
+fn bytes_of(sample: &mut Sample) -> &mut [u8] {
+    bytemuck::bytes_of_mut(sample)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is in the file: nothing panics, and what it holds is a trace.
+    #[test]
+    fn any_bytes_are_harmless(
+        noise in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..200),
+        keys in prop::collection::vec(0u64..400, 1..300),
+        head in prop::collection::vec(any::<u8>(), 80),
+        with_head in any::<bool>(),
+    ) {
+        let mut sample = Sample::new(0);
+        for key in 0..300 {
+            request(&mut sample, key);
+        }
+        let bytes = bytes_of(&mut sample);
+        for (at, byte) in noise {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if with_head {
+            bytes[..head.len()].copy_from_slice(&head);
+        }
+        for key in keys {
+            request(&mut sample, key);
+            sample.note_size(hash(key), 9);
+        }
+        let trace = sample.trace();
+        prop_assert_eq!(trace.keys.len(), trace.sizes.len());
+        prop_assert!(trace.keys.len() <= REQUESTS + KEYS);
+        if !sample.is_sound() {
+            sample.begin(1);
+        }
+        prop_assert!(sample.is_sound());
+    }
+
+    /// A process is killed between any two stores: any part of a step is done. The next one goes on, and what
+    /// the sample then holds is at most one request off.
+    #[test]
+    fn a_step_that_is_cut_off_anywhere_leaves_it_usable(
+        first in 0u64..60,
+        done in prop::collection::vec(any::<bool>(), 24),
+        key in 0u64..80,
+    ) {
+        let mut sample = Sample::new(0);
+        for key in 0..first {
+            request(&mut sample, key);
+        }
+        let mut before = *sample;
+        request(&mut sample, key);
+        let changed: Vec<usize> = {
+            let (old, new) = (bytemuck::bytes_of(&before), bytemuck::bytes_of(&*sample));
+            (0..old.len() / 8).filter(|n| old[n * 8..n * 8 + 8] != new[n * 8..n * 8 + 8]).collect()
+        };
+        prop_assert!(changed.len() <= done.len());
+        let new = bytemuck::bytes_of(&*sample).to_vec();
+        for (word, is_done) in changed.iter().zip(&done) {
+            if *is_done {
+                let at = word * 8..word * 8 + 8;
+                bytes_of(&mut before)[at.clone()].copy_from_slice(&new[at]);
+            }
+        }
+        let mut torn = before;
+        if !torn.is_sound() {
+            return Ok(());
+        }
+        for key in 0..100 {
+            request(&mut torn, key);
+        }
+        let trace = torn.trace();
+        let expected = first + 100;
+        prop_assert!((expected..=expected + 1).contains(&(trace.keys.len() as u64)));
+        prop_assert!(trace.requests >= expected && trace.requests <= expected + 1);
+        prop_assert_eq!(trace.keys[trace.keys.len() - 100..].to_vec(), (0..100).map(hash).collect::<Vec<_>>());
+    }
+}
+
+// ------------------------------------------------------------------------- in an index
+
+const LIMITS: Limits = Limits {
+    max_size: 1000,
+    max_age: None,
+    slices_like_python: true,
+    flat_namespace: false,
+    verify: Verify::Never,
+};
+
+fn range(start: u64, end: u64) -> ByteRange {
+    ByteRange::Range { start, end }
+}
+
+/// A request through any index, sampled as the bindings do it.
+macro_rules! ask {
+    ($cache:expr, $key:expr, $range:expr, $fresh:expr) => {{
+        let answer = $cache.ask($key, $range, $fresh, None).unwrap();
+        match answer {
+            Answer::Found(found) => $cache.sample($key, found.range, Some(found.size), $fresh),
+            Answer::Unknown => $cache.sample($key, $range, None, $fresh),
+            _ => {}
+        }
+    }};
+}
+
+macro_rules! fill {
+    ($cache:expr, $key:expr, $range:expr, $size:expr, $now:expr) => {{
+        let fresh = Freshness {
+            now: $now,
+            max_age: Some(100),
+        };
+        let Joined::Lead(ticket) = $cache.join($key, $range, 0, fresh, false).unwrap() else {
+            panic!("it is there or on its way");
+        };
+        match $cache.reserve($key, $range, $size, ticket, $now).unwrap() {
+            Reserve::Granted(id) => drop($cache.commit(id, Some(9), $now).unwrap()),
+            Reserve::Rejected(_) => drop($cache.complete_flight($key, ticket)),
+            answer => panic!("{answer:?}"),
+        }
+    }};
+}
+
+#[test]
+fn requests_of_an_index_are_about_the_entry_that_serves_them() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+    assert!(cache.sampled().0.is_none());
+    let fresh = Freshness {
+        now: 10,
+        max_age: Some(100),
+    };
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
+    // By the fast path, and as a part: both are requests of the whole.
+    assert_eq!(cache.hit_sampled("a/c/0", fresh, true), Some(Some(50)));
+    assert_eq!(cache.hit_sampled("a/c/0", fresh, false), Some(Some(50)));
+    ask!(cache, "a/c/0", range(3, 9), fresh);
+    // A range of its own, and one that is too large for the cache.
+    ask!(cache, "a/c/1", range(0, 6), fresh);
+    fill!(cache, "a/c/1", range(0, 6), 6, 10);
+    ask!(cache, "a/c/1", range(0, 6), fresh);
+    ask!(cache, "b", ByteRange::Full, fresh);
+    fill!(cache, "b", ByteRange::Full, 5000, 10);
+    // Never cached, so no request.
+    ask!(cache, "../b", ByteRange::Full, fresh);
+    ask!(cache, "", ByteRange::Full, fresh);
+    let (sample, unit) = cache.sampled();
+    let trace = sample.unwrap().trace();
+    assert_eq!((trace.requests, unit), (6, 0));
+    assert_eq!(trace.sizes, [50, 50, 50, 6, 6, 5000]);
+    assert_eq!(trace.flags, [0, HIT, HIT, 0, HIT, 0]);
+    let [a, b, c, d, e, f] = trace.keys[..] else {
+        panic!("{:?}", trace.keys)
+    };
+    assert!(a == b && b == c && d == e && a != d && a != f && d != f);
+    // Too old: no size would have served it.
+    let late = Freshness {
+        now: 200,
+        max_age: Some(100),
+    };
+    ask!(cache, "a/c/0", ByteRange::Full, late);
+    assert_eq!(cache.hit_sampled("a/c/1", late, true), Some(None));
+    assert_eq!(cache.sampled().0.unwrap().trace().flags[6..], [OUTDATED, 0]);
+}
+
+#[test]
+fn what_is_known_to_be_missing_is_no_request() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+    let fresh = Freshness {
+        now: 10,
+        max_age: None,
+    };
+    let Joined::Lead(ticket) = cache.join("a", ByteRange::Full, 0, fresh, false).unwrap() else {
+        panic!("it is on its way");
+    };
+    cache.commit_absence("a", ticket, 10, 10, true).unwrap();
+    ask!(cache, "a", ByteRange::Full, fresh);
+    assert!(cache.sampled().0.is_none());
+}
+
+// ------------------------------------------------------------------------- in a file
+
+type Index = SharedIndex<u32>;
+
+fn open(root: &Path) -> Index {
+    let (mut index, fresh) = Index::open(root, LIMITS, 1).unwrap();
+    if fresh {
+        index.complete().unwrap();
+    }
+    index
+}
+
+fn read(index: &mut Index, key: &str) {
+    let step = |cache: &mut Cache<_, u32>| {
+        ask!(
+            cache,
+            key,
+            ByteRange::Full,
+            Freshness {
+                now: 1,
+                max_age: None
+            }
+        );
+        Ok(())
+    };
+    index.step(|_| (), step).unwrap();
+}
+
+fn sampled(index: &mut Index) -> u64 {
+    let step = |cache: &mut Cache<_, u32>| Ok(cache.sampled().0);
+    let Some(sample) = index.step(|_| (), step).unwrap() else {
+        return 0;
+    };
+    let trace = sample.trace();
+    assert_eq!(trace.keys.len() as u64, trace.requests);
+    trace.requests
+}
+
+#[test]
+fn participants_share_a_sample_which_outlives_them_and_a_rebuild() {
+    let place = Place::new("sample-shared");
+    let (mut one, mut other) = (open(&place.0), open(&place.0));
+    read(&mut one, "a");
+    read(&mut other, "b");
+    read(&mut other, "a");
+    assert_eq!([sampled(&mut one), sampled(&mut other)], [3, 3]);
+    drop((one, other));
+    // One has died in a step: the index begins anew, with another seed.
+    let mut head = fs::read(place.at("head")).unwrap();
+    head[8] = 9;
+    fs::write(place.at("head"), head).unwrap();
+    let (mut index, fresh) = Index::open(&place.0, LIMITS, 99).unwrap();
+    assert!(fresh);
+    assert_eq!(sampled(&mut index), 3);
+    read(&mut index, "a");
+    let step = |cache: &mut Cache<_, u32>| Ok(cache.sampled().0.unwrap().trace().keys);
+    let keys = index.step(|_| (), step).unwrap();
+    assert!(keys[0] == keys[2] && keys[2] == keys[3] && keys[0] != keys[1]);
+}
+
+#[test]
+fn a_file_that_is_damaged_is_begun_anew() {
+    let place = Place::new("sample-damaged");
+    let file = place.at("sample");
+    for damage in [
+        Vec::new(),
+        vec![7; 100],
+        vec![0xff; 900_000],
+        vec![0; size_of::<Sample>()],
+        vec![0xff; size_of::<Sample>()],
+    ] {
+        let mut index = open(&place.0);
+        read(&mut index, "a");
+        assert!(sampled(&mut index) > 0);
+        drop(index);
+        fs::write(&file, &damage).unwrap();
+        let mut index = open(&place.0);
+        assert_eq!(sampled(&mut index), 0, "{}", damage.len());
+        read(&mut index, "a");
+        assert_eq!(sampled(&mut index), 1);
+    }
+}
+
+#[test]
+fn a_file_that_is_taken_away_in_use_costs_only_the_sample() {
+    let place = Place::new("sample-gone");
+    let file = place.at("sample");
+    let (mut one, mut other) = (open(&place.0), open(&place.0));
+    read(&mut one, "a");
+    fs::remove_file(&file).unwrap();
+    read(&mut one, "a");
+    assert_eq!(sampled(&mut one), 0);
+    read(&mut one, "a");
+    // The other one finds the new file when it is asked.
+    assert_eq!(sampled(&mut other), 1);
+    read(&mut other, "b");
+    assert_eq!([sampled(&mut one), sampled(&mut other)], [2, 2]);
+    // Cut off, upon which its pages are gone.
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_len(10)
+        .unwrap();
+    read(&mut one, "a");
+    assert_eq!(sampled(&mut one), 0);
+    read(&mut one, "a");
+    assert_eq!(sampled(&mut one), 1);
+    // A folder in its place.
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    read(&mut one, "a");
+    assert_eq!(sampled(&mut one), 0);
+    read(&mut one, "a");
+    assert_eq!(sampled(&mut one), 0);
+    let mut third = open(&place.0);
+    read(&mut third, "a");
+    assert_eq!(sampled(&mut third), 0);
+}
+
+#[test]
+fn a_file_grows_with_its_use() {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new("sample-grows");
+    let mut index = open(&place.0);
+    let held = || fs::metadata(place.at("sample")).unwrap().blocks() * 512;
+    assert!(held() < 100_000);
+    for number in 0..3000 {
+        read(&mut index, &format!("a/c/{number}"));
+    }
+    assert_eq!(sampled(&mut index), 3000);
+    assert!(held() > 100_000);
+}

@@ -1,0 +1,160 @@
+//! Simulations: what caches of different policies and sizes would have served.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use proptest::prelude::*;
+use zcache::policy::{PolicyKind, Simulation};
+
+/// A hash of 64 good bits.
+fn hash(key: u64) -> u64 {
+    let mut x = key.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ x >> 31
+}
+
+fn misses(policy: PolicyKind, capacity: u64, trace: impl Iterator<Item = u64>) -> f64 {
+    misses_of(policy, capacity, trace.map(|key| (key, 1)))
+}
+
+fn misses_of(policy: PolicyKind, capacity: u64, trace: impl Iterator<Item = (u64, u64)>) -> f64 {
+    let mut simulation = Simulation::new(policy, capacity);
+    let (mut misses, mut count) = (0, 0);
+    for (key, size) in trace {
+        misses += u32::from(!simulation.access(hash(key), size));
+        count += 1;
+    }
+    simulation.validate().unwrap();
+    f64::from(misses) / f64::from(count)
+}
+
+/// The same keys in the same order.
+fn passes(keys: u64, epochs: u64) -> impl Iterator<Item = u64> {
+    (0..epochs).flat_map(move |_| 0..keys)
+}
+
+#[test]
+fn simulation_of_a_loop_lru_serves_nothing() {
+    assert!((misses(PolicyKind::Lru, 500, passes(1000, 10)) - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn simulation_of_a_loop_none_serves_what_fits() {
+    // All of the first pass, and half of each other one.
+    assert!((misses(PolicyKind::None, 500, passes(1000, 10)) - 0.55).abs() < 1e-9);
+}
+
+#[test]
+fn simulation_of_loops_adaptive_comes_close_to_what_fits() {
+    for keys in [100, 1000, 4000, 20_000] {
+        for percent in [20, 50, 90] {
+            let capacity = keys * percent / 100;
+            let best = misses(PolicyKind::None, capacity, passes(keys, 12));
+            let adaptive = misses(PolicyKind::Adaptive, capacity, passes(keys, 12));
+            assert!(adaptive < best + 0.02, "{keys} {percent} {adaptive} {best}");
+        }
+    }
+}
+
+#[test]
+fn simulation_of_a_moving_view_adaptive_does_what_lru_does() {
+    let trace = || (0..2000u64).flat_map(|at| at..at + 50);
+    let lru = misses(PolicyKind::Lru, 80, trace());
+    assert!(misses(PolicyKind::Adaptive, 80, trace()) <= lru + 0.01);
+}
+
+#[test]
+fn simulation_of_work_that_changes_adaptive_follows() {
+    let view = |first: u64| (0..1000u64).flat_map(move |at| first + at..first + at + 50);
+    let trace = || {
+        passes(1000, 12)
+            .chain(view(5000))
+            .chain(passes(1000, 12).map(|key| key + 10_000))
+    };
+    let lru = misses(PolicyKind::Lru, 500, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 500, trace());
+    let none = misses(PolicyKind::None, 500, trace());
+    assert!(
+        adaptive < lru - 0.1 && adaptive < none - 0.1,
+        "{adaptive} {lru} {none}"
+    );
+}
+
+#[test]
+fn simulation_of_new_data_every_few_epochs_adaptive_does_not_stay_with_the_old() {
+    // 150 keys in five orders, then others; each pass takes them in steps that have no factor in common with 150.
+    let trace = || {
+        (0..60u64).flat_map(|set| {
+            [1, 77, 31, 119, 53]
+                .into_iter()
+                .flat_map(move |step| (0..150).map(move |n| set * 150 + n * step % 150))
+        })
+    };
+    let lru = misses(PolicyKind::Lru, 140, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 140, trace());
+    assert!(adaptive < lru + 0.03, "{adaptive} {lru}");
+}
+
+/// A few values are much larger than the others, as log-normal ones are.
+fn uneven(key: u64) -> u64 {
+    1 << (hash(key + 1) % 1024).trailing_zeros().min(9)
+}
+
+#[test]
+fn simulation_of_a_loop_of_uneven_sizes_adaptive_serves_what_fits() {
+    let total: u64 = (0..4000).map(uneven).sum();
+    for percent in [10, 50, 90] {
+        let trace = || passes(4000, 12).map(|key| (key, uneven(key)));
+        let capacity = total * percent / 100;
+        let adaptive = misses_of(PolicyKind::Adaptive, capacity, trace());
+        let none = misses_of(PolicyKind::None, capacity, trace());
+        assert!(adaptive < none, "{percent} {adaptive} {none}");
+    }
+}
+
+#[test]
+fn simulation_of_large_values_read_once_adaptive_keeps_the_small_ones() {
+    // 400 small values again and again, and after each pass one that needs the room of half of them.
+    let trace = || {
+        (0..100u64).flat_map(|epoch| {
+            let large = (1000 + epoch, 200);
+            (0..400).map(|key| (key, 1)).chain([large])
+        })
+    };
+    let adaptive = misses_of(PolicyKind::Adaptive, 420, trace());
+    let lru = misses_of(PolicyKind::Lru, 420, trace());
+    assert!(adaptive < 0.1, "{adaptive}");
+    assert!(lru > 0.9, "{lru}");
+}
+
+fn requests() -> impl Strategy<Value = Vec<(u64, u64)>> {
+    let loops = (1u64..400, 1u64..6).prop_map(|(keys, epochs)| passes(keys, epochs).collect());
+    let random = prop::collection::vec(0u64..500, 1..600);
+    let parts = prop::collection::vec(prop_oneof![loops, random], 1..5);
+    (parts, prop::sample::select(vec![1u64, 7, 1000])).prop_map(|(parts, spread)| {
+        let keys = parts.into_iter().flatten();
+        keys.map(|key: u64| (key, hash(key) % spread)).collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    #[test]
+    fn simulation_of_anything_keeps_its_books_and_its_bound(
+        capacity in prop_oneof![0u64..2000, 0u64..100_000],
+        requests in requests(),
+    ) {
+        for policy in PolicyKind::ALL {
+            let mut simulation = Simulation::new(policy, capacity);
+            for (n, (key, size)) in requests.iter().enumerate() {
+                simulation.access(hash(*key), *size);
+                prop_assert!(simulation.bytes() <= capacity);
+                if n % 97 == 0 {
+                    simulation.validate().unwrap();
+                }
+            }
+            simulation.validate().unwrap();
+        }
+    }
+}

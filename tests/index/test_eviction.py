@@ -1,0 +1,400 @@
+"""The eviction policies, seen through the store: none, adaptive, and what happens where stores disagree."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import LocalStore, MemoryStore
+
+from directories import closed
+from pools import CACHES
+from support import buf, check_quiet, fill, read_through, until, value_sync
+from zcache import CachePool, CacheStore
+from zcache._core import Index
+from zcache.testing import FakeClock, StoreDouble, stored_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+EVICTIONS = ("lru", "none", "adaptive")
+
+
+@pytest.fixture(params=CACHES)
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    """Cache stores of one process and of several, and pools of both kinds."""
+    return CACHES[request.param](tmp_path / "cache")
+
+
+async def source_of(count: int, size: int = 10) -> StoreDouble:
+    """A source of so many chunks, which counts what reaches it."""
+    source = MemoryStore()
+    for n in range(count):
+        await source.set(f"a/c/{n}", buf(bytes(size)))
+    return StoreDouble(source)
+
+
+async def hits_of(store: CacheStore, order: Sequence[int]) -> int:
+    """Read chunks one after the other, each when the one before is kept; how many were hits."""
+    before = store.cache_stats()["hits"]
+    for n in order:
+        await read_through(store, f"a/c/{n}")
+    return int(store.cache_stats()["hits"] - before)
+
+
+# ------------------------------------------------------------------------------------ none
+
+
+async def test_none_what_came_first_stays(cache: Store | CachePool) -> None:
+    store = CacheStore(MemoryStore(), cache_store=cache, max_size=30, eviction="none")
+    await fill(store, a=bytes(10), b=bytes(10), c=bytes(10))
+    await fill(store, d=bytes(10))
+    assert stored_sizes(store) == {"a": 10, "b": 10, "c": 10}
+    assert bytes((await read_through(store, "d")) or b"") == bytes(10)
+    assert stored_sizes(store) == {"a": 10, "b": 10, "c": 10}
+    assert store.cache_stats()["evictions"] == 0
+    await check_quiet(store)
+
+
+async def test_none_a_write_replaces_its_own_value(cache: Store | CachePool) -> None:
+    store = CacheStore(MemoryStore(), cache_store=cache, max_size=30, eviction="none")
+    await fill(store, a=bytes(10), b=bytes(10), c=bytes(10))
+    await fill(store, b=b"1" * 8)
+    assert stored_sizes(store) == {"a": 10, "b": 8, "c": 10}
+    assert await read_through(store, "b") == b"1" * 8
+    await check_quiet(store)
+
+
+async def test_none_what_is_deleted_or_has_expired_makes_room() -> None:
+    clock = FakeClock()
+    store = CacheStore(MemoryStore(), max_size=30, eviction="none", max_age_seconds=60, clock=clock)
+    await fill(store, a=bytes(10), b=bytes(10), c=bytes(10))
+    await store.delete("a")
+    await fill(store, d=bytes(10))
+    assert stored_sizes(store) == {"b": 10, "c": 10, "d": 10}
+    clock.advance(61)
+    await fill(store, e=bytes(10))
+    assert "e" in stored_sizes(store)
+    await check_quiet(store)
+
+
+async def test_none_a_smaller_bound_on_the_next_opening_evicts_what_came_last(
+    tmp_path: Path,
+) -> None:
+    source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
+    store = CacheStore(source, cache_store=cache, eviction="none")
+    await fill(store, **{name: bytes(10) for name in "abcdef"})
+    held = store.cache_info()["current_size"]
+    store.close()
+    del store
+    again = CacheStore(source, cache_store=cache, max_size=held // 2, eviction="none")
+    await fill(again, g=bytes(10))
+    await again.drain()
+    assert again.cache_info()["current_size"] <= held // 2
+    assert "a" in stored_sizes(again)
+    await check_quiet(again)
+
+
+# ------------------------------------------------------------------- loops and shuffles
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize("is_shuffled", [False, True])
+async def test_epochs_in_memory_adaptive_serves_what_fits(share: float, is_shuffled: bool) -> None:
+    count, epochs = 200, 8
+    rng = np.random.default_rng(0)
+    source = await source_of(count)
+    store = CacheStore(source, max_size=int(10 * count * share), eviction="adaptive")
+    hits = [
+        await hits_of(store, rng.permutation(count).tolist() if is_shuffled else range(count))
+        for _ in range(epochs)
+    ]
+    # One epoch fills the cache, one shows what the work is.
+    assert all(hit >= count * share - 10 for hit in hits[3:]), hits
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+async def test_any_policy_keeps_bound_and_books(cache: Store | CachePool, eviction: Any) -> None:
+    rng = np.random.default_rng(1)
+    source = MemoryStore()
+    store = CacheStore(source, cache_store=cache, max_size=100_000, eviction=eviction)
+    sizes = rng.integers(0, 9000, 60)
+    for n, size in enumerate(sizes):
+        await source.set(f"a/c/{n}", buf(bytes(int(size))))
+    for n in rng.integers(0, 60, 600):
+        action = rng.random()
+        if action < 0.05:
+            await fill(store, **{f"a/c/{n}": bytes(int(rng.integers(0, 9000)))})
+        elif action < 0.07:
+            await store.delete_dir("a")
+            await source.set(f"a/c/{n}", buf(bytes(5)))
+        else:
+            await read_through(store, f"a/c/{n}")
+        assert store.cache_info()["current_size"] <= 100_000
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("minimise", ["requests", "bytes", "seconds"])
+async def test_minimise_takes_each_of_its_values(minimise: Any) -> None:
+    source = await source_of(40, 100)
+    store = CacheStore(source, max_size=2000, eviction="adaptive", minimise=minimise)
+    for _ in range(6):
+        await hits_of(store, range(40))
+    assert store.cache_stats()["hits"] > 40
+    await check_quiet(store)
+
+
+async def test_minimise_requests_keeps_small_values_rather_than_large_ones() -> None:
+    source = MemoryStore()
+    for n in range(150):
+        await source.set(f"a/c/{n}", buf(bytes(100 if n < 100 else 10_000)))
+    store = CacheStore(source, max_size=100_000, eviction="adaptive")
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        await hits_of(store, rng.permutation(150).tolist())
+    # All small ones take a tenth of the bytes.
+    assert await hits_of(store, range(100)) >= 90
+
+
+async def test_decoded_chunks_go_by_the_same_policy() -> None:
+    source = MemoryStore()
+    data = np.arange(64 * 64, dtype="f8").reshape(64, 64)
+    zarr.create_array(source, data=data, chunks=(8, 8))
+    store = CacheStore(source, decoded_size=32 * 8 * 8 * 8, eviction="none")
+    array = zarr.open_array(store, mode="r")
+    for _ in range(3):
+        for row in range(0, 64, 8):
+            assert (array[row : row + 8] == data[row : row + 8]).all()
+    # What came first stays: half of all chunks, in each pass but the first one.
+    assert store.cache_stats()["decoded_hits"] == 64
+
+
+# --------------------------------------------------------------------- one for an index
+
+
+def test_bad_policies_are_told_by_name() -> None:
+    for option in ("eviction", "minimise"):
+        with pytest.raises(ValueError, match=f"invalid {option}: 'fifo'"):
+            CacheStore(MemoryStore(), **{option: "fifo"})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"invalid {option}: 3"):
+            CacheStore(MemoryStore(), **{option: 3})  # type: ignore[arg-type]
+
+
+def test_copies_have_the_same_policy() -> None:
+    store = CacheStore(
+        LocalStore("/nonexistent"), eviction="adaptive", minimise="bytes", source_id="one"
+    )
+    copy = pickle.loads(pickle.dumps(store))
+    assert (copy._cache.eviction, copy._cache.minimise) == ("adaptive", "bytes")
+
+
+async def test_sources_of_a_pool_go_by_one_policy(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path / "cache", max_size=60_000)
+    first = CacheStore(MemoryStore(), cache_store=pool, source_id="1", eviction="adaptive")
+    with pytest.warns(UserWarning, match=r"eviction='adaptive'.*eviction='lru'"):
+        second = CacheStore(MemoryStore(), cache_store=pool, source_id="2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        third = CacheStore(MemoryStore(), cache_store=pool, source_id="3", eviction="adaptive")
+    for store in (first, second, third):
+        assert store.eviction == "adaptive"
+        await fill(store, **{f"k{n}": bytes(2000) for n in range(20)})
+        await check_quiet(store)
+
+
+async def test_another_policy_is_told_while_the_index_is_in_use(
+    cache: Store | CachePool, tmp_path: Path
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    first = CacheStore(source, cache_store=cache, eviction="none")
+    with pytest.warns(UserWarning, match=r"eviction='none'.*eviction='adaptive'"):
+        second = CacheStore(source, cache_store=cache, eviction="adaptive")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        third = CacheStore(source, cache_store=cache, eviction="none")
+    for store in (first, second, third):
+        await check_quiet(store)
+
+
+def test_what_nothing_minimises_is_no_other_policy() -> None:
+    """Only "adaptive" looks at costs."""
+    cache = MemoryStore()
+    first = CacheStore(MemoryStore(), cache_store=cache, source_id="one", eviction="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = CacheStore(
+            MemoryStore(), cache_store=cache, source_id="one", eviction="none", minimise="bytes"
+        )
+    assert first.eviction == other.eviction == "none"
+
+
+def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does a read raise then, also where warnings are errors."""
+    source, cache = MemoryStore({"k": buf(b"value")}), tmp_path / "cache"
+    arguments = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache)]
+    with (
+        subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder,
+        warnings.catch_warnings(),
+    ):
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        warnings.simplefilter("error")
+        assert holder.stdout.readline() == "holds\n"
+        store = CacheStore(source, cache_store=cache, source_id="source", eviction="none")
+        assert value_sync(store, "k") == b"value"
+        holder.stdin.write("let go\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "let go\n"
+
+        def is_told() -> bool:
+            assert value_sync(store, "k") == b"value"
+            return any("is in use with eviction='adaptive'" in text for text in caplog.messages)
+
+        asyncio.run(until(is_told))
+        assert store.eviction == "adaptive"
+        holder.stdin.close()
+
+
+def test_who_asks_for_the_policy_of_another_process_is_not_told(tmp_path: Path) -> None:
+    """Not of what an earlier store in this process has asked for in vain either."""
+    cache = tmp_path / "cache"
+    arguments = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache)]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        holder.stdin.write("let go\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "let go\n"
+        with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
+            first = CacheStore(MemoryStore(), cache_store=cache, source_id="source")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = CacheStore(
+                MemoryStore(), cache_store=cache, source_id="source", eviction="adaptive"
+            )
+        assert first.eviction == second.eviction == "adaptive"
+        holder.stdin.close()
+
+
+HOLDER = """
+    import fcntl, sys
+    from pathlib import Path
+    from zarr.storage import MemoryStore
+    from zcache import CachePool, CacheStore
+
+    store = CacheStore(
+        MemoryStore(), cache_store=sys.argv[1], source_id="source", eviction="adaptive"
+    )
+    with Path(sys.argv[1], ".zcache/index/lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("holds", flush=True)
+        sys.stdin.readline()
+    print("let go", flush=True)
+    sys.stdin.readline()
+"""
+
+
+async def test_another_policy_applies_on_the_next_start(
+    cache: Store | CachePool, tmp_path: Path
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=cache, max_size=60_000, eviction="adaptive")
+    await fill(store, **{f"k{n}": bytes(1000) for n in range(40)})
+    await check_quiet(store)
+    store.close()
+    del store
+    if isinstance(cache, LocalStore):
+        await closed(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = CacheStore(source, cache_store=cache, max_size=60_000, eviction="lru")
+    assert (again.eviction, again.minimise) == ("lru", "requests")
+    await fill(again, **{f"m{n}": bytes(1000) for n in range(40)})
+    await check_quiet(again)
+
+
+CHILD = """
+    import asyncio, logging, sys, warnings
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import LocalStore
+    from zcache import CachePool, CacheStore
+    from zcache._backends.directory import layout
+
+    layout.BLOCK_SIZE = 1  # as in the tests
+    # Where the index was busy at the opening, the log tells.
+    logged = []
+    logging.getLogger("zcache").addFilter(
+        lambda record: "is in use with" in record.getMessage() and logged.append(record)
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        store = CacheStore(
+            LocalStore(sys.argv[1]), cache_store=sys.argv[2], max_size=1 << 20, eviction=sys.argv[3]
+        )
+
+    async def main():
+        for _ in range(4):
+            for n in range(200):
+                await store.get(f"a/c/{n}", default_buffer_prototype())
+        await store.drain()
+
+    asyncio.run(main())
+    print(store._cache.ask(lambda index: index.policy())[0], len(told) + len(logged))
+"""
+
+
+def run_child(tmp_path: Path, eviction: str) -> subprocess.Popen[str]:
+    """A process that reads 200 chunks of 8 KiB four times, over a cache of 1 MiB."""
+    arguments = [str(tmp_path / "source"), str(tmp_path / "cache"), eviction]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def test_processes_go_by_one_policy(tmp_path: Path) -> None:
+    source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
+    for n in range(200):
+        await source.set(f"a/c/{n}", buf(bytes(8192)))
+    store = CacheStore(source, cache_store=cache, max_size=1 << 20, eviction="adaptive")
+    children = [run_child(tmp_path, eviction) for eviction in ("adaptive", "adaptive", "none")]
+    answers = [child.communicate()[0].split() for child in children]
+    assert answers == [["adaptive", "0"], ["adaptive", "0"], ["adaptive", "1"]]
+    assert store.cache_info()["current_size"] <= 1 << 20
+    store._cache.ask(Index.validate)
+
+
+async def test_processes_killed_at_work_leave_a_sound_index(tmp_path: Path) -> None:
+    source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
+    for n in range(200):
+        await source.set(f"a/c/{n}", buf(bytes(8192)))
+    store = CacheStore(source, cache_store=cache, max_size=1 << 20, eviction="adaptive")
+    for _ in range(3):
+        child = run_child(tmp_path, "adaptive")
+        for n in range(200):
+            await read_through(store, f"a/c/{n}")
+        child.kill()
+        child.communicate()
+    await hits_of(store, range(200))
+    assert store.cache_info()["current_size"] <= 1 << 20
+    store._cache.ask(Index.validate)

@@ -1,0 +1,430 @@
+"""Plans of what will be read: how near to Belady, when they are dropped, and that they change nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import queue
+import random
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
+
+from agent import Agent
+from directories import open_store
+from pools import CACHES
+from support import buf, check_quiet, fill, read, read_through, threads, until, value_sync
+from zcache import CachePool, CacheStore, OptionTypeError
+from zcache._core import Index
+from zcache.testing import StoreDouble, entries, stored_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+SIZE = 10
+COUNT = 100
+EVICTIONS = ("lru", "none", "adaptive")
+
+
+@pytest.fixture(params=CACHES)
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    """Cache stores of one process and of several, and pools of both kinds."""
+    return CACHES[request.param](tmp_path / "cache")
+
+
+def source_of(count: int = COUNT) -> StoreDouble:
+    return StoreDouble(MemoryStore({key_of(n): buf(bytes(SIZE)) for n in range(count)}))
+
+
+def key_of(number: int) -> str:
+    return f"a/c/{number}"
+
+
+def keys_of(order: Sequence[int]) -> list[str]:
+    return [key_of(n) for n in order]
+
+
+def loops(epochs: int, count: int = COUNT) -> list[int]:
+    return list(range(count)) * epochs
+
+
+def shuffled(epochs: int, count: int = COUNT, seed: int = 1) -> list[int]:
+    chance = random.Random(seed)
+    return [n for _ in range(epochs) for n in chance.sample(range(count), count)]
+
+
+def belady(order: Sequence[int], capacity: int) -> int:
+    """Hits of the optimum, which may leave values out."""
+    later = [len(order)] * len(order)
+    seen: dict[int, int] = {}
+    for at in range(len(order) - 1, -1, -1):
+        later[at] = seen.get(order[at], len(order))
+        seen[order[at]] = at
+    held: dict[int, int] = {}
+    hits = 0
+    for at, key in enumerate(order):
+        if key in held:
+            hits += 1
+        elif len(held) >= capacity:
+            farthest = max(held, key=lambda other: held[other])
+            if held[farthest] <= later[at]:
+                continue
+            del held[farthest]
+        held[key] = later[at]
+    return hits
+
+
+async def hits_of(store: CacheStore, order: Sequence[int]) -> int:
+    """Read chunks one after the other, each when the one before is kept; how many were hits."""
+    before = store.cache_stats()["hits"]
+    for n in order:
+        assert await read_through(store, key_of(n)) == bytes(SIZE)
+    return int(store.cache_stats()["hits"] - before)
+
+
+def plan_of(store: CacheStore) -> str | None:
+    return store._cache.shared.handle.index.plan
+
+
+# ------------------------------------------------------------------------------- near Belady
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("share", [10, 50, 90])
+@pytest.mark.parametrize("work", [loops, shuffled])
+async def test_plan_of_epochs_is_served_as_belady_would(
+    work: type, share: int, eviction: str
+) -> None:
+    order = work(6)
+    store = CacheStore(source_of(), max_size=share * SIZE, eviction=eviction)
+    assert store.will_read(keys_of(order)) == len(order)
+    assert await hits_of(store, order) == belady(order, share)
+    await check_quiet(store)
+    assert plan_of(store) == "done"
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+async def test_plan_on_a_directory_is_served_as_belady_would(tmp_path: Path, eviction: str) -> None:
+    order = shuffled(3)
+    cache = LocalStore(tmp_path / "cache")
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE, eviction=eviction)
+    store.will_read(keys_of(order))
+    hits, best = await hits_of(store, order), belady(order, 50)
+    assert best - 3 <= hits <= best
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+async def test_plan_of_each_epoch_alone_serves_the_share_that_fits(
+    cache: Store | CachePool, eviction: str
+) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE, eviction=eviction)
+    for epoch in range(3):
+        order = shuffled(1, seed=epoch)
+        store.will_read(keys_of(order))
+        assert await hits_of(store, order) >= (45 if epoch else 0)
+    await check_quiet(store)
+
+
+async def test_plan_of_what_is_there_keeps_it(cache: Store | CachePool) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE)
+    await hits_of(store, range(50))
+    # The first 25 were used least recently, and would go first.
+    order = [*range(50, 75), *range(25)]
+    store.will_read(keys_of(order))
+    assert await hits_of(store, order) == 25
+    assert {key_of(n) for n in order} == set(stored_sizes(store))
+    await check_quiet(store)
+
+
+async def test_ranges_of_a_planned_key_stay_with_it() -> None:
+    store = CacheStore(source_of(), max_size=40)
+    ranges = [RangeByteRequest(0, 4), RangeByteRequest(4, 10)]
+    plan = [0, 1, 2, 3, 4, 5, 0]
+    store.will_read(keys_of(plan))
+    hits = 0
+    for n in plan:
+        before = store.cache_stats()["hits"]
+        for part in ranges:
+            await read_through(store, key_of(n), part)
+        hits = store.cache_stats()["hits"] - before
+    assert hits == 2
+    assert plan_of(store) == "done"
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+async def test_reads_that_leave_out_what_others_read_follow_the_plan(eviction: str) -> None:
+    order = shuffled(8, 400)
+    mine = order[::4]
+    store = CacheStore(source_of(400), max_size=200 * SIZE, eviction=eviction)
+    store.will_read(keys_of(order))
+    hits = await hits_of(store, mine)
+    assert plan_of(store) in ("followed", "done")
+    assert hits > 0
+    await check_quiet(store)
+
+
+# --------------------------------------------------------------------------------- dropped
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("wrong", ["other keys", "another order"])
+async def test_plan_that_is_wrong_is_dropped_and_costs_nothing_then(
+    wrong: str, eviction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = [f"b/c/{n}" for n in range(1000)] if wrong == "other keys" else keys_of(loops(10)[::-1])
+    order = loops(1, 60) + loops(20, 60)
+    stores = [CacheStore(source_of(), max_size=50 * SIZE, eviction=eviction) for _ in range(2)]
+    with caplog.at_level(logging.DEBUG, "zcache"):
+        stores[1].will_read(plan)
+        for store in stores:
+            await hits_of(store, loops(3))
+    assert plan_of(stores[1]) == "wrong"
+    assert caplog.text.count("will_read() was told") == 1
+    without, after = [await hits_of(store, order) for store in stores]
+    assert after >= without - 50
+    await check_quiet(stores[1])
+
+
+async def test_few_other_reads_do_not_drop_a_plan() -> None:
+    store = CacheStore(source_of(), max_size=50 * SIZE)
+    order = shuffled(4)
+    store.will_read(keys_of(order))
+    for n in order:
+        await read_through(store, key_of(n))
+        assert await read_through(store, f"nothing/{n}") is None
+    assert plan_of(store) == "done"
+
+
+async def test_no_keys_forget_the_plan(cache: Store | CachePool) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=30)
+    store.will_read(keys_of([0, 1, 2, 3, 4]))
+    assert plan_of(store) == "followed"
+    assert store.will_read(()) == 0
+    assert plan_of(store) is None
+    await hits_of(store, range(5))
+    assert set(stored_sizes(store)) == {key_of(n) for n in (2, 3, 4)}
+
+
+# ------------------------------------------------------------------------------------ input
+
+
+@pytest.mark.parametrize("keys", [["a", 5], [b"a"], [None], 7, None, "a/c/0", b"a"])
+async def test_what_is_no_key_is_named_and_the_plan_before_stays(keys: object) -> None:
+    store = CacheStore(source_of(), max_size=30)
+    store.will_read(keys_of([0, 1, 2]))
+    item = keys[-1] if isinstance(keys, list) else keys
+    with pytest.raises(OptionTypeError) as error:
+        store.will_read(keys)  # type: ignore[arg-type]
+    assert repr(item) in str(error.value)
+    assert plan_of(store) == "followed"
+
+
+async def test_error_of_the_iterable_is_its_own() -> None:
+    def broken() -> Iterator[str]:
+        yield "a"
+        raise RuntimeError("no more")
+
+    store = CacheStore(source_of(), max_size=30)
+    with pytest.raises(RuntimeError, match="no more"):
+        store.will_read(broken())
+    assert plan_of(store) is None
+
+
+async def test_endless_iterable_is_taken_up_to_the_bound() -> None:
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        for n in itertools.count():
+            taken += 1
+            yield key_of(n % COUNT)
+
+    store = CacheStore(source_of(), max_size=50 * SIZE)
+    assert store.will_read(endless()) == taken == 1_000_000
+    order = loops(3)
+    assert await hits_of(store, order) >= belady(order, 50) - 1
+    # Sixteen MB of numbers would be two for each position.
+    assert store._cache.ask(lambda index: index.memory) < 17_000_000
+    await check_quiet(store)
+    assert store.will_read([]) == 0
+    assert store._cache.ask(lambda index: index.memory) < 1_000_000
+
+
+async def test_keys_that_are_no_unicode_are_let_be() -> None:
+    store = CacheStore(source_of(), max_size=30)
+    assert store.will_read(["\ud800", key_of(1)]) == 2
+    assert await hits_of(store, [1]) == 0
+
+
+# ------------------------------------------------------------------------------ beside others
+
+
+def test_threads_that_overtake_each_other_follow_the_plan(cache: Store | CachePool) -> None:
+    count = 400
+    order = shuffled(5, count)
+    store = CacheStore(source_of(count), cache_store=cache, max_size=count * SIZE // 2)
+    store.will_read(keys_of(order))
+    places = queue.SimpleQueue[int]()
+    for n in order:
+        places.put(n)
+    # No thread runs ahead by more than the window, however few turns the others get.
+    together = threading.Barrier(4)
+
+    def work() -> None:
+        for _ in range(len(order) // 4):
+            assert value_sync(store, key_of(places.get())) == bytes(SIZE)
+            together.wait()
+
+    with threads(*[work] * 4):
+        pass
+    store.drain_sync()
+    assert plan_of(store) in ("followed", "done")
+    assert store.cache_info()["current_size"] <= count * SIZE // 2
+    store._cache.ask(Index.validate)
+
+
+def test_plans_that_are_made_while_threads_read_keep_all_books(cache: Store | CachePool) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=30 * SIZE)
+
+    def reads(seed: int) -> None:
+        for n in shuffled(3, seed=seed):
+            assert value_sync(store, key_of(n)) == bytes(SIZE)
+            assert store.cache_info()["current_size"] <= 30 * SIZE
+
+    def plans() -> None:
+        for seed in range(20):
+            store.will_read(keys_of(shuffled(2, seed=seed)))
+            store._cache.ask(Index.validate)
+
+    with threads(plans, *[lambda seed=seed: reads(seed) for seed in range(3)]):
+        pass
+    store.drain_sync()
+    store._cache.ask(Index.validate)
+
+
+async def test_clear_cache_leaves_the_plan(cache: Store | CachePool) -> None:
+    order = shuffled(4)
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE)
+    store.will_read(keys_of(order))
+    await hits_of(store, order[:150])
+    await store.clear_cache()
+    assert not entries(store)
+    await check_quiet(store)
+    rest = order[150:]
+    assert await hits_of(store, rest) >= belady(rest, 50) - 3
+    await check_quiet(store)
+
+
+async def test_smaller_bound_keeps_what_is_needed_soonest(cache: Store | CachePool) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE)
+    await hits_of(store, range(50))
+    store.will_read(keys_of(range(50)))
+    smaller = CacheStore(store._store, cache_store=cache, max_size=20 * SIZE)
+    await read_through(smaller, key_of(0))
+    if isinstance(cache, LocalStore) or getattr(cache, "path", None):
+        # On a disk that is begun at once; a fill meanwhile would evict as much again.
+        await until(lambda: smaller.cache_info()["current_size"] <= 20 * SIZE)
+    # A bound is kept before something comes in.
+    await fill(smaller, b=bytes(1))
+    assert smaller.cache_info()["current_size"] <= 20 * SIZE
+    assert await hits_of(smaller, range(1, 20)) >= 18
+    await check_quiet(smaller)
+
+
+async def test_copies_share_the_plan_of_their_process(
+    cache: Store | CachePool, tmp_path: Path
+) -> None:
+    source = LocalStore(tmp_path / "source")
+    store = CacheStore(source, cache_store=cache, max_size=50 * SIZE)
+    store.will_read(keys_of(loops(2)))
+    copies = [store.with_read_only(True), pickle.loads(pickle.dumps(store))]
+    assert [plan_of(copy) for copy in copies] == ["followed"] * 2
+    copies[0].will_read(())
+    assert plan_of(store) is None
+
+
+def test_copy_in_another_process_has_no_plan(tmp_path: Path) -> None:
+    source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
+    store = CacheStore(source, cache_store=cache, max_size=50 * SIZE)
+    store.will_read(keys_of(loops(2)))
+    script = "import pickle, sys; store = pickle.load(sys.stdin.buffer); "
+    script += "print(store._cache.shared.handle.index.plan)"
+    child = subprocess.run(
+        [sys.executable, "-c", script],
+        input=pickle.dumps(store),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert child.stdout.split() == [b"None"]
+    assert plan_of(store) == "followed"
+
+
+async def test_what_another_process_brings_in_is_noticed_when_it_would_go(tmp_path: Path) -> None:
+    store, source = open_store(tmp_path, max_size=20 * SIZE)
+    for n in range(60):
+        await source.set(key_of(n), buf(bytes(SIZE)))
+    order = [*range(40), *range(10, 20)]
+    store.will_read(keys_of(order))
+    with Agent(tmp_path, 20 * SIZE) as other:
+        for n in (*range(10, 20), *range(50, 60)):
+            assert other("get", key_of(n)) == "\0" * SIZE
+        assert other("drain")
+        # The other process has filled the cache; what is in no plan makes room.
+        assert await hits_of(store, order) >= 18
+        assert not {key_of(n) for n in range(50, 60)} & set(stored_sizes(store))
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("kind", ["pool", "memory pool"])
+async def test_reads_of_other_sources_of_a_pool_neither_follow_nor_drop_a_plan(
+    tmp_path: Path, kind: str
+) -> None:
+    pool = CACHES[kind](tmp_path / "cache")
+    planned = CacheStore(source_of(), cache_store=pool, max_size=50 * SIZE, source_id="1")
+    other = CacheStore(source_of(), cache_store=pool, source_id="2")
+    planned.will_read(keys_of(loops(3)))
+    hits = 0
+    for _ in range(3):
+        for n in range(COUNT):
+            hits += await hits_of(planned, [n])
+            assert plan_of(planned) == "followed" or n == COUNT - 1
+            await hits_of(other, [(n * 7) % COUNT])
+    # One value less fits where the other source has always one.
+    assert hits >= belady(loops(3), 49) - 2
+    assert plan_of(planned) == "done"
+    for store in (planned, other):
+        await check_quiet(store)
+
+
+async def test_writes_of_planned_keys_are_read(cache: Store | CachePool) -> None:
+    store = CacheStore(source_of(), cache_store=cache, max_size=5 * SIZE)
+    store.will_read(keys_of(loops(3, 10)))
+    for n in loops(3, 10):
+        await read_through(store, key_of(n))
+        await store.set(key_of(n), buf(b"%09d" % n))
+        await store.drain()
+        assert await read(store, key_of(n)) == b"%09d" % n
+    await check_quiet(store)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_child_has_no_plan() -> None:
+    store = CacheStore(source_of(), max_size=30)
+    store.will_read(keys_of([0, 1, 2]))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if plan_of(store) is None else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert plan_of(store) == "followed"
