@@ -17,7 +17,6 @@ from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._options import (
     capacity_of,
     check_cache_store,
-    check_clock,
     check_flag,
     parse_offline,
     parse_size,
@@ -31,7 +30,7 @@ from zcache.pool import CachePool
 from zcache.store import CacheStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from zarr.abc.store import Store
 
@@ -56,7 +55,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     *,
     cache: str | os.PathLike[str] | CachePool | None = None,
     max_size: int | str | None = None,
-    storage_options: dict[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> CacheStore:
     """Open a URL through a cache that all datasets share.
@@ -79,7 +78,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         Bytes that the whole pool holds at most, written as for `CacheStore`, the values of all other sources included.
         Default is None: the bound that the pool has in this process, else 20 % of the volume of the directory, or of the memory
         that this process may use, which is said in the log. Set it to what can be spared.
-    storage_options : dict, optional
+    storage_options : mapping of str, optional
         Options of the client, such as ``{"anon": True}``: those of fsspec's, or of ``obstore.store.from_url`` where obstore reads.
         Default is None: none. Neither the log nor the cache ever has their values.
     **options
@@ -122,7 +121,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     # Before anything is made there.
     check_cache_store(source, place.store)
     size = parse_size(max_size, whole=place.capacity)
-    pool = _pool(place, size, adopt=adopt, clock=check_clock(options.get("clock")))
+    pool = _pool(place, size, adopt=adopt)
     if size is not None and size != pool.max_size:
         raise OptionValueError(
             f"invalid max_size: {max_size!r}, but the pool in {place.name} is in use in this process with "
@@ -192,7 +191,7 @@ def _place(cache: object) -> _Place:
     return _Place(PoolStore(path, PoolOptions()), path, partial(volume, path))
 
 
-def _pool(place: _Place, size: int | None, *, adopt: bool, clock: Any) -> Pool:
+def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
     """The pool of this process at a place. One without a bound gets one.
 
     Raises
@@ -204,7 +203,7 @@ def _pool(place: _Place, size: int | None, *, adopt: bool, clock: Any) -> Pool:
         return place.pool
     with _lock:
         # Joins one that is open, as it is.
-        pool = pool_of(place.store, adopt=adopt, clock=clock)
+        pool = pool_of(place.store, adopt=adopt)
         if pool.max_size is None:
             bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
             pool.add_options(PoolOptions(bound))

@@ -139,8 +139,11 @@ def test_path_need_not_exist_for_who_writes_or_is_offline(tmp_path: Path) -> Non
 def test_file_that_is_no_archive_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     for name in ("k", "pipe"):
-        with pytest.raises(OptionValueError, match=rf"invalid url: .*{name}.* Give the directory"):
-            open_source(folder / name)
+        for options in ({}, {"must_exist": False}, {"must_exist": False, "read_only": False}):
+            with pytest.raises(
+                OptionValueError, match=rf"invalid url: .*{name}.* Give the directory"
+            ):
+                open_source(folder / name, **options)
 
 
 def test_archive_that_is_damaged_is_refused(archive: Path) -> None:

@@ -352,7 +352,6 @@ def test_option_without_a_meaning_is_refused_before_anything_is_made(
         ({"read_only": "yes"}, "invalid read_only: 'yes'"),
         ({"adopt": 1}, "invalid adopt: 1"),
         ({"offline": "no"}, "invalid offline: 'no'"),
-        ({"clock": 5}, "invalid clock: 5"),
         ({"storage_options": {"key": "hush"}}, "invalid storage_options: 'key'"),
     ):
         with pytest.raises((OptionTypeError, OptionValueError), match=message) as it:

@@ -150,7 +150,6 @@ def _names(options: dict[str, Any]) -> str:
 def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
     # Wherever the process goes later, it is the same.
     path = os.path.abspath(os.path.expanduser(path))
-    mode: int | None
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
@@ -163,10 +162,11 @@ def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
                 f"invalid url: there is nothing at {path!r}. Give the path of a Zarr store, a URL with its scheme, "
                 "such as s3://bucket/key, or read_only=False to write a new store there."
             ) from None
-        mode = stat.S_IFREG if path.lower().endswith(".zip") and read_only is not False else None
-    if mode is None or stat.S_ISDIR(mode):
+        is_archive = path.lower().endswith(".zip") and read_only is not False
+        return ZipStore(path, mode="r") if is_archive else LocalStore(path)
+    if stat.S_ISDIR(mode):
         return LocalStore(path)
-    if must_exist and not (stat.S_ISREG(mode) and zipfile.is_zipfile(path)):
+    if not stat.S_ISREG(mode) or not _is_archive(path):
         raise OptionValueError(
             f"invalid url: {path!r} is neither a directory nor a zip file. Give the directory of the Zarr store "
             "that it belongs to, or a zip file."
@@ -176,19 +176,24 @@ def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
             f"invalid read_only: False, but {path!r} is a zip file, which is opened for reading. Leave read_only out, "
             'or give zarr.storage.ZipStore(path, mode="a").'
         )
-    return _open_archive(path, must_exist=must_exist)
+    return _open_archive(path)
 
 
-def _open_archive(path: str, *, must_exist: bool) -> ZipStore:
+def _is_archive(path: str) -> bool:
+    # Of a path it says no as well where it may not be read.
+    with open(path, "rb") as file:
+        return zipfile.is_zipfile(file)
+
+
+def _open_archive(path: str) -> ZipStore:
     store = ZipStore(path, mode="r")
-    if must_exist:
-        try:
-            # Of zarr 3.1, it cannot be read from before, and not be opened by two threads at once.
-            store._sync_open()
-        except zipfile.BadZipFile as error:
-            raise OptionValueError(
-                f"invalid url: the zip file {path!r} is damaged ({error}). Give one that is complete."
-            ) from None
+    try:
+        # One of zarr 3.1 cannot be read from before, nor be opened by two threads at once.
+        store._sync_open()
+    except zipfile.BadZipFile as error:
+        raise OptionValueError(
+            f"invalid url: the zip file {path!r} is damaged ({error}). Give one that is complete."
+        ) from None
     return store
 
 
