@@ -82,7 +82,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         Options of the client, such as ``{"anon": True}``: those of fsspec's, or of ``obstore.store.from_url`` where obstore reads.
         Default is None: none. Neither the log nor the cache ever has their values.
     **options
-        All other options of `CacheStore`, such as ``max_age_seconds``. With ``read_only=False`` a path need not exist yet.
+        All other options of `CacheStore`, such as ``max_age_seconds``. The policy of eviction is by default that by which
+        the pool goes in this process. With ``read_only=False`` a path need not exist yet.
 
     Returns
     -------
@@ -128,6 +129,9 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
             f"max_size={pool.max_size}. Leave max_size out, which uses it as it is, or give another cache, such as "
             "cache=CachePool(path, max_size=...), or drop all stores over this one first."
         )
+    if pool.users:
+        # The policy is that of all its users; only who asks for another one is told so.
+        options = {name: pool.handle.limits[name] for name in ("eviction", "minimise")} | options
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
 
 

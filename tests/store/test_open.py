@@ -456,6 +456,20 @@ async def test_bound_holds_for_all_sources_together(tmp_path: Path, cache: Path)
     assert 0 < info["current_size"] <= info["max_size"] == 600_000
 
 
+@pytest.mark.parametrize("where", ["directory", "memory"])
+def test_policy_is_that_of_the_pool_unless_another_is_asked_for(
+    source: Path, cache: Path, where: str
+) -> None:
+    place: Any = cache if where == "directory" else "memory"
+    first = zcache.open(source, cache=place, eviction="adaptive", minimise="bytes")
+    # A warning would be an error here.
+    second = zcache.open(MemoryStore(), cache=place)
+    assert (second.eviction, second.minimise) == (first.eviction, first.minimise)
+    assert second.eviction == "adaptive"
+    with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
+        zcache.open(source, cache=place, eviction="lru")
+
+
 # ----------------------------------------------------- processes, threads and event loops
 
 
