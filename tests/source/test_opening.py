@@ -259,12 +259,13 @@ def test_package_that_is_missing_is_named(
     assert advice in str(it.value)
 
 
+@pytest.mark.slow
 def test_without_fsspec_paths_and_obstore_go_on() -> None:
     """In a process that never had it."""
     pytest.importorskip("obstore")
     script = """
 import sys
-for name in ("fsspec", "obstore" if sys.argv[1] == "neither" else "s3fs"):
+for name in ("fsspec", "upath", "obstore" if sys.argv[1] == "neither" else "s3fs"):
     sys.modules[name] = None
 from zcache._source.opening import open_source
 print(type(open_source(".")).__name__)
@@ -343,9 +344,22 @@ def test_options_are_not_changed() -> None:
     assert repr(options) == before
 
 
-def test_path_of_universal_pathlib_brings_its_options() -> None:
-    upath = pytest.importorskip("upath")
+class UniversalPath:
+    """What is used of `upath.UPath`."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._url = url
+        self.protocol = url.partition("://")[0]
+        self.storage_options = options
+
+    def __str__(self) -> str:
+        return self._url
+
+
+def test_path_of_universal_pathlib_brings_its_options(folder: Path) -> None:
     pytest.importorskip("s3fs")
-    path = upath.UPath("s3://bucket/a", endpoint_url="http://one:9000", anon=True)
+    path = UniversalPath("s3://bucket/a", endpoint_url="http://one:9000", anon=True)
     assert identify(open_source(path)).name == "s3://bucket/a at http://one:9000"
-    assert type(open_source(upath.UPath("/"))) is LocalStore
+    more = open_source(path, {"endpoint_url": "http://other:9000"})
+    assert identify(more).name == "s3://bucket/a at http://other:9000"
+    assert type(open_source(UniversalPath(str(folder)))) is LocalStore

@@ -102,6 +102,7 @@ def test_array_is_read_through_the_cache(tmp_path: Path) -> None:
     assert store.cache_stats()["misses"] == 0
 
 
+@pytest.mark.slow
 def test_dataset_is_read_by_xarray(tmp_path: Path) -> None:
     xarray = pytest.importorskip("xarray")
     values = np.arange(12.0).reshape(3, 4)
@@ -482,6 +483,7 @@ print(store.cache_stats()["hits"], store.max_size)
 """
 
 
+@pytest.mark.slow
 def test_second_process_is_warm(source: Path) -> None:
     first, second = run(WARM, source), run(WARM, source)
     assert first.split()[0] == "0"
@@ -491,6 +493,7 @@ def test_second_process_is_warm(source: Path) -> None:
     assert [run(WARM, source.parent / "a.zip").split()[0] for _ in range(2)] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_process_that_gets_a_store_sent(source: Path) -> None:
     store = zcache.open(source, max_size=10**6)
     script = """
