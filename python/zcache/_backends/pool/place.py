@@ -258,10 +258,12 @@ class DirectoryPool(Pool):
             Register(self.directory.layout.reserved).add(name, forget=True)
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
-        errors = self.directory.layout.scanner.files.delete([name for _, name in victims])
-        outcome = list(zip((cell for cell, _ in victims), errors, strict=True))
-        gone = [cell for cell, error in outcome if error is None]
-        failed = [cell for cell, error in outcome if error is not None]
+        scanner = self.directory.layout.scanner
+        errors = scanner.files.delete([name for _, name in victims])
+        outcome = list(zip(victims, errors, strict=True))
+        scanner.add_tombstones(name for (_, name), error in outcome if error is not None)
+        gone = [cell for (cell, _), error in outcome if error is None]
+        failed = [cell for (cell, _), error in outcome if error is not None]
         self.handle.call_blocking(Index.confirm_deletes, gone, failed)
 
 
