@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zarr.storage import LocalStore
 
+from pools import cache_at
 from support import buf, read
 from zcache import CacheStore
 from zcache.testing import StoreDouble, check_invariants, index_slot, missing_keys
@@ -87,7 +88,7 @@ class _Commands:
         self.source = StoreDouble(LocalStore(where / "source"))
         self.store = CacheStore(
             self.source,
-            cache_store=LocalStore(where / "cache"),
+            cache_store=cache_at(where / "cache"),
             max_size=max_size or None,
             source_id=SOURCE_ID,
         )

@@ -303,6 +303,28 @@ fn late_seal_of_an_evicted_value_brings_nothing_back() {
 }
 
 #[test]
+fn value_that_could_not_be_deleted_is_ignored_by_a_rebuild() {
+    let mut pool = Pool::new("unsealed");
+    pool.fill("a/0", 5000);
+    pool.fill("a/1", 5000);
+    let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    // Which makes no holes.
+    let files = SegmentFiles::new(pool.files.root().to_owned(), false);
+    assert!(files.delete(placed).is_err());
+    files.unseal(placed).unwrap();
+    // What is in no segment has nothing to be taken back.
+    let elsewhere = Placed {
+        segment: placed.segment + 1,
+        ..placed
+    };
+    files.unseal(elsewhere).unwrap();
+    let pool = pool.lose_index();
+    assert_eq!(pool.keys(), ["a/1"]);
+    assert!(pool.held() <= pool.counted());
+    end(pool);
+}
+
+#[test]
 fn segment_that_was_removed_is_made_anew_by_who_appends_to_it() {
     for is_folder in [false, true] {
         let mut pool = Pool::new(&format!("removed-{is_folder}"));

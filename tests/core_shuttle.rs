@@ -20,6 +20,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Mutex, MutexGuard};
 
+use shuttle::rand::Rng;
 use shuttle::sync::Arc;
 use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
@@ -145,7 +146,17 @@ struct World {
 }
 
 impl World {
+    /// Over files of values or over the segments of a pool, as chance has it.
     fn new(max_size: u64) -> Arc<Self> {
+        World::with(max_size, shuttle::rand::thread_rng().r#gen())
+    }
+
+    fn with(max_size: u64, has_places: bool) -> Arc<Self> {
+        let heap = if has_places {
+            Heap::default().with_places()
+        } else {
+            Heap::default()
+        };
         let limits = Limits {
             max_size,
             max_age: None,
@@ -156,7 +167,7 @@ impl World {
         let size = Some(10);
         let values = [A, B, META].map(|key| (key, Value { version: 1, size }));
         Arc::new(World {
-            cache: Step::new(Cache::new(Heap::default(), limits, 0).unwrap()),
+            cache: Step::new(Cache::new(heap, limits, 0).unwrap()),
             source: Step::new(BTreeMap::from(values)),
             store: Step::new(Store {
                 held: BTreeMap::new(),
@@ -324,6 +335,9 @@ impl World {
         let failed = self.cache(|c| c.retry_failed(usize::MAX)).unwrap();
         self.store.lock().rejections = 0;
         self.drop_bytes(failed);
+        for (cell, number) in self.cache(|c| c.spent_segments(usize::MAX)).unwrap() {
+            self.cache(|c| c.segment_removed(cell, number)).unwrap();
+        }
         let (cache, store) = (self.cache.now(), self.store.now());
         cache.validate().unwrap();
         assert_eq!(cache.in_flight(), (0, 0));
@@ -372,12 +386,23 @@ use Start::{Cold, Warm};
 
 /// Runs two operations in every order in which their steps can meet, each time followed by a read.
 fn in_every_order(start: Start, max_size: u64, one: Operation, other: Operation) {
+    in_every_order_over(false, start, max_size, one, other);
+    in_every_order_over(true, start, max_size, one, other);
+}
+
+fn in_every_order_over(
+    has_places: bool,
+    start: Start,
+    max_size: u64,
+    one: Operation,
+    other: Operation,
+) {
     const MOST: usize = 30_000;
     let orders = std::sync::Arc::new(AtomicUsize::new(0));
     let count = std::sync::Arc::clone(&orders);
     let test = move || {
         count.fetch_add(1, Relaxed);
-        let world = World::new(max_size);
+        let world = World::with(max_size, has_places);
         if matches!(start, Warm) {
             world.read(A, ByteRange::Full);
         }

@@ -27,8 +27,9 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 import tracing
+from pools import cache_at
 from support import buf, read, read_through
-from zcache import CachePool, CacheStore
+from zcache import CacheStore
 from zcache._backends.directory import layout
 from zcache.testing import (
     Step,
@@ -51,11 +52,6 @@ POOL = bool(os.environ.get("ZCACHE_TEST_POOL"))
 PAGE = 4096
 DIRTY = 8
 """Where the head of an index has the mark of the process that is in the middle of a step."""
-
-
-def cache_at(path: Path) -> Any:
-    """The cache store that is to be tested."""
-    return CachePool(path) if POOL else LocalStore(path)
 
 
 class LoggingStore(LocalStore):
@@ -142,10 +138,23 @@ def size_at_one_instant(cache: Path) -> int:
     there in between.
     """
     if POOL:
-        return 0  # Blocks come and go in one file.
+        return 0  # Blocks come and go in one file; see `blocks_at_one_instant`.
     first = {status.st_ino: status.st_size for _, status in values_of(cache)}
     second = {status.st_ino: status.st_size for _, status in values_of(cache)}
     return sum(size for number, size in first.items() if second.get(number) == size)
+
+
+def blocks_at_one_instant(cache: Path, workers: list[int]) -> int:
+    """Bytes of the blocks that a pool takes, while those who use it are stopped: blocks come and go in one file."""
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        for worker in workers:
+            os.waitid(os.P_PID, worker, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return sum(status.st_blocks * 512 for _, status in values_of(cache))
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
 
 
 def check_directory(source: Path, cache: Path, max_size: int, keys: Iterable[str]) -> None:
@@ -485,13 +494,14 @@ class Fuse:
 
 def share_a_bound(root: Path) -> dict[str, int]:
     """Four processes fill, write and evict at once; the parent watches the directory."""
-    source, cache = root / "source", root / "cache"
+    # Of a pool each process has a segment, whose header and map are pages as well.
+    source, cache, bound = root / "source", root / "cache", 48 * PAGE if POOL else BOUND
     (source / "a/c").mkdir(parents=True)
     for key in KEYS:
         (source / key).write_bytes(value(key, 0))
 
     def work(number: int) -> None:
-        store = CacheStore(LocalStore(source), cache_store=cache_at(cache), max_size=BOUND)
+        store = CacheStore(LocalStore(source), cache_store=cache_at(cache), max_size=bound)
         dice = random.Random(number)
 
         async def reads() -> None:
@@ -510,14 +520,15 @@ def share_a_bound(root: Path) -> dict[str, int]:
     workers = [child(lambda number=number: work(number)) for number in range(4)]
     peak, looks = 0, 0
     while workers:
-        peak = max(peak, size_at_one_instant(cache))
+        size = blocks_at_one_instant(cache, workers) if POOL else size_at_one_instant(cache)
+        peak = max(peak, size)
         looks += 1
         for worker in list(workers):
             if (ended := os.waitpid(worker, os.WNOHANG))[0]:
                 assert os.waitstatus_to_exitcode(ended[1]) == 0
                 workers.remove(worker)
-    assert run(lambda: check_directory(source, cache, BOUND, [*KEYS, *TOGGLED])) == 0
-    return {"peak": peak, "looks": looks, "bound": BOUND}
+    assert run(lambda: check_directory(source, cache, bound, [*KEYS, *TOGGLED])) == 0
+    return {"peak": peak, "looks": looks, "bound": bound}
 
 
 def epochs(root: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.abc.store import RangeByteRequest
 
-from directories import INDEX, INDEX_FILES, complete, open_store
+from directories import INDEX, INDEX_FILES, POOL_INDEX_FILES, SEGMENTS, complete, open_store
 from support import buf, check_quiet, drained, read
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def make(where: Path) -> None:
 def places(where: Path) -> Iterator[tuple[Path, int]]:
     """Positions all over the files of the index."""
     dice = random.Random(1)
-    for name in INDEX_FILES:
+    names = POOL_INDEX_FILES if (where / "cache" / SEGMENTS).exists() else INDEX_FILES
+    for name in names:
         path = where / "cache" / INDEX / name
         content = path.read_bytes()
         used = [position for position, byte in enumerate(content) if byte]

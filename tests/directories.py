@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore
 
+from pools import cache_at
 from support import files_below, until
 from zcache import CacheStore
+from zcache._core import SegmentFiles
 from zcache.testing import StoreDouble, is_complete
 
 if TYPE_CHECKING:
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 
 INDEX = ".zcache/index"
 INDEX_FILES = ("head", "table", "cells", "texts", "history")
+POOL_INDEX_FILES = (*INDEX_FILES, "places")
+SEGMENTS = ".zcache/segments"
 
 
 def open_store(
     where: Path, source: Store | None = None, **options: Any
 ) -> tuple[CacheStore, StoreDouble]:
-    """A store with its cache in a directory, and its source, which has the same name each time."""
+    """A store with its cache in a directory (see `cache_at`), and its source, which has the same name each time."""
     double = StoreDouble(source or LocalStore(where / "source"))
     options = {"source_id": "source"} | options
-    return CacheStore(double, cache_store=LocalStore(where / "cache"), **options), double
+    return CacheStore(double, cache_store=cache_at(where / "cache"), **options), double
 
 
 def reads(source: StoreDouble) -> int:
@@ -69,7 +73,10 @@ def tree(where: Path) -> set[str]:
 
 
 def sizes_in(cache: Path) -> dict[str, int]:
-    """Sizes of all files of values and ranges in a cache directory, of any writer."""
+    """Sizes of all values and ranges in a cache directory, of any writer, or in a pool."""
+    if (cache / SEGMENTS).exists():
+        values = SegmentFiles(str(cache / SEGMENTS), holes=True).values()
+        return {name: size for name, size, _ in values}
     sizes = {name: (cache / name).stat().st_size for name in tree(cache)}
     ranges = ".zcache/ranges/"
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from zarr.core.sync import sync
@@ -27,6 +28,11 @@ CACHES: dict[str, Callable[[Path], Store | CachePool]] = {
     "memory pool": lambda _: CachePool(),
 }
 """Cache stores of one process and of several, by name; they get a folder."""
+
+
+def cache_at(path: Path) -> Store | CachePool:
+    """A cache directory, or a pool where `ZCACHE_TEST_POOL` says so, for tests with several processes."""
+    return CachePool(path) if os.environ.get("ZCACHE_TEST_POOL") else LocalStore(path)
 
 
 def source_of(**values: bytes) -> StoreDouble:

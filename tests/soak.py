@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -32,8 +33,9 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import FaultyStore
+from pools import NEIGHBOURS, neighbour, neighbours_value
 from support import PROTOTYPE, buf, cut, files_below, quiet, until
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import FakeClock, check_invariants, check_invariants_async, entries, in_flight
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
 
 GROUPS, KEYS_IN_GROUP = 8, 5
-KINDS = ("memory", "faulty", "directory")
+KINDS = ("memory", "faulty", "directory", "pool", "memory pool")
+NEIGHBOUR_KEYS = tuple(f"g0/{key}" for key in range(KEYS_IN_GROUP))
 ERRORS: list[Callable[[], Exception]] = [
     lambda: OSError(28, "no space left"),
     lambda: OSError(5, "input/output error"),
@@ -118,7 +121,8 @@ class Counted(Mapping[str, int]):
         self._sizes: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[str]:
-        self._sizes = {entry.name: entry.size for entry in entries(self._store)}
+        found = entries(self._store, everything=True)
+        self._sizes = {entry.name: entry.size for entry in found}
         return iter(self._sizes)
 
     def __getitem__(self, name: str) -> int:
@@ -135,24 +139,31 @@ class Round:
         self.chance = random.Random(seed)
         self.kind = kind
         # The source of a child is a copy, which must not get into a directory that both share.
-        self.forks = forks and kind != "directory"
+        self.forks = forks and kind not in ("directory", "pool")
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self.mismatches: list[str] = []
         self.stop = threading.Event()
         self.source = Source(random.Random(seed + 1))
         self.faulty = FaultyStore()
-        caches: dict[str, Callable[[], Store]] = {
+        caches: dict[str, Callable[[], Store | CachePool]] = {
             "memory": MemoryStore,
+            "pool": lambda: CachePool(directory),
+            "memory pool": CachePool,
             "directory": lambda: LocalStore(directory),
             "faulty": lambda: self.faulty,
         }
         self.max_size = self.chance.choice([500, 2000, 6000])
         # The pauses of the circuit breaker are counted by it.
         self.clock = FakeClock(time.time())
+        cache = caches[kind]()
+        self.neighbours = {}
+        if isinstance(cache, CachePool):
+            # Of the same keys, with other values.
+            self.neighbours = {name: neighbour(cache, name, NEIGHBOUR_KEYS) for name in NEIGHBOURS}
         self.store = CacheStore(
             self.source,
-            cache_store=caches[kind](),
+            cache_store=cache,
             max_size=self.max_size,
             max_age_seconds=self.chance.choice(["infinity", 0.05, {"g0/**": 0.05, "*/1": 0}]),
             missing_max_age_seconds=self.chance.choice(["infinity", 0.1]),
@@ -208,6 +219,15 @@ class Round:
         register = chance.choice(chance.choice(self.groups))
         await self.store.invalidate(chance.choice([register.key, register.key.rpartition("/")[0]]))
         self.counts["invalidations"] += 1
+
+    async def read_neighbour(self, chance: random.Random) -> None:
+        """Read a value of another source of the pool."""
+        if self.neighbours:
+            name, key = chance.choice(NEIGHBOURS), chance.choice(NEIGHBOUR_KEYS)
+            value = await self.neighbours[name].get(key, PROTOTYPE)
+            if value is None or value.to_bytes() != neighbours_value(name, key):
+                raise MismatchError(f"{key} of the neighbour {name}: {value}")
+            self.counts["reads"] += 1
 
     async def read_many(self, chance: random.Random) -> None:
         registers = [chance.choice(chance.choice(self.groups)) for _ in range(4)]
@@ -278,7 +298,7 @@ class Round:
         while not self.stop.is_set():
             writer = self.write(chance, self.groups[number])
             readers = [self.read(chance) for _ in range(12)] + [self.read_many(chance)]
-            readers += [self.look(chance), self.look(chance)]
+            readers += [self.look(chance), self.look(chance), self.read_neighbour(chance)]
             if chance.random() < 0.2:
                 readers.append(self.invalidate(chance))
             tasks = [asyncio.create_task(work) for work in (writer, *readers)]
@@ -304,7 +324,27 @@ class Round:
             files = [path for path in files_below(self.directory) if ".zcache" not in path.parts]
             if files:
                 chance.choice(files).unlink(missing_ok=True)
-        self.counts["values that vanished"] += self.kind != "memory"
+        elif self.kind == "pool":
+            self.damage_segment(chance)
+        self.counts["values that vanished"] += self.kind not in ("memory", "memory pool")
+
+    def damage_segment(self, chance: random.Random) -> None:
+        """Overwrite a few bytes of a segment, cut it off, or take it away."""
+        segments = sorted((self.directory / ".zcache/segments").glob("*"))
+        if not segments:
+            return
+        path, how = chance.choice(segments), chance.random()
+        with contextlib.suppress(FileNotFoundError):
+            if how < 0.1:
+                path.unlink()
+                return
+            with path.open("r+b") as file:
+                page = chance.randrange(64, max(65, path.stat().st_size // 4096 + 1)) * 4096
+                if how < 0.2:
+                    file.truncate(page)
+                    return
+                file.seek(page + chance.choice([0, 100, 512, 520]))
+                file.write(chance.randbytes(8))
 
     def fork(self) -> None:
         """Let a child read everything, and write something of its own."""
@@ -345,7 +385,7 @@ class Round:
         self.clock.advance(0.01)
         self.counts["checks"] += 1
         # What has vanished is counted until it is read: then only the index is compared, with itself.
-        check_invariants(self.store, held=None if self.kind == "memory" else Counted(self.store))
+        check_invariants(self.store, held=None if "memory" in self.kind else Counted(self.store))
         if self.store.cache_info()["current_size"] > self.max_size:
             raise MismatchError("more bytes than the bound allows")
         if self.faulty.peak > self.max_size:
@@ -394,9 +434,12 @@ class Round:
         self.clock.advance(1000)
         await quiet(store)
         # What vanished and was never asked for since is still counted.
-        await store.clear_cache()
-        await quiet(store)
+        for one in (store, *self.neighbours.values()):
+            await one.clear_cache()
+            await quiet(one)
         for _ in range(2):
+            for _ in range(20 * len(self.neighbours)):
+                await self.read_neighbour(self.chance)
             for register in (register for group in self.groups for register in group):
                 found = await store.get(register.key, PROTOTYPE)
                 value = None if found is None else found.to_bytes()

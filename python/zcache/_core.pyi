@@ -825,6 +825,9 @@ class SegmentFiles:
             If a name is none of a victim.
         """
 
+    def unseal(self, names: list[str], /) -> None:
+        """Have a rebuild ignore values that could not be deleted, named as victims are; best effort."""
+
     def delete_below(self, prefix: str, only_counts: bool = False, /) -> int:
         """Delete all values at and below a prefix by their headers, or only count them.
 

@@ -9,7 +9,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from zcache._backends.pool.options import PoolOptions
-from zcache._backends.pool.place import Register
+from zcache._backends.pool.register import Register
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._core import Index
@@ -184,16 +184,15 @@ class CachePool:
         for label in {*held, *notes}:
             size, entries = held.get(label, (0, 0))
             note = notes.get(label, {})
-            infos.append(PoolSourceInfo(note.get("name"), size, entries, note.get("used")))
+            # One that was forgotten, and is filled anew.
+            name = note.get("name") or self._pool.name_of(label)
+            infos.append(PoolSourceInfo(name, size, entries, note.get("used")))
         return sorted(infos, key=lambda info: (-info.bytes, info.name or ""))
 
     def _notes(self) -> dict[str, dict[str, Any]]:
         if self._pool.directory is not None:
             return Register(self._pool.directory.layout.reserved).names()
-        return {
-            source.label: {"name": source.name, "used": source.opened}
-            for source in list(self._pool.open_sources)
-        }
+        return dict(self._pool.names)
 
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.

@@ -388,7 +388,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
             Err(error) => {
                 self.gone = false;
                 self.delete_errors.push(error);
-                self.write_tombstone(value.name);
+                self.write_tombstone(value.name, value.placed);
             }
         }
         self.count_folders();
@@ -442,7 +442,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         {
             self.gone = false;
             self.delete_errors.push(error);
-            self.write_tombstone(name);
+            self.write_tombstone(name, made.placed());
         }
         self.count_folders();
     }
@@ -507,7 +507,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
                     self.delete_errors.push(error);
                     failed.push(victim.cell);
                     if invalid {
-                        self.write_tombstone(&victim.cache_key);
+                        self.write_tombstone(&victim.cache_key, victim.placed);
                     }
                 }
             }
@@ -529,7 +529,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         removal::remove_known(&self.dir.root, name, known.unwrap_or(None))
     }
 
-    fn write_tombstone(&self, name: &str) {
-        self.dir.values.write_tombstone(&self.dir.root, name);
+    fn write_tombstone(&self, name: &str, placed: Option<Placed>) {
+        self.dir
+            .values
+            .write_tombstone(&self.dir.root, name, placed);
     }
 }

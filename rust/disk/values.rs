@@ -27,6 +27,14 @@ pub(super) enum Written {
 }
 
 impl Written {
+    /// Where it is, in a pool.
+    pub(super) fn placed(&self) -> Option<Placed> {
+        match self {
+            Written::File(_) => None,
+            Written::InSegment { placed, .. } => Some(*placed),
+        }
+    }
+
     /// CRC32C of the value.
     pub(super) fn checksum(&self) -> u32 {
         match self {
@@ -109,10 +117,12 @@ impl Values {
 
     /// Has a rebuild ignore a value that could not be deleted. Best effort: a volume that takes no writes takes no
     /// tombstones.
-    pub(super) fn write_tombstone(&self, root: &Path, name: &str) {
-        if let Values::Files = self {
-            let _ = removal::write_tombstone(root, name);
-        }
+    pub(super) fn write_tombstone(&self, root: &Path, name: &str, placed: Option<Placed>) {
+        let _ = match (self, placed) {
+            (Values::Files, _) => removal::write_tombstone(root, name),
+            (Values::Segments(files), Some(placed)) => files.unseal(placed),
+            (Values::Segments(_), None) => Ok(()),
+        };
     }
 
     /// Bytes by which folders have grown since the last call, in this thread.

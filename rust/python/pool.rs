@@ -167,6 +167,16 @@ impl SegmentFiles {
         Ok(exceptions.collect())
     }
 
+    /// Has a rebuild ignore values that could not be deleted; best effort.
+    #[pyo3(signature = (names, /))]
+    fn unseal(&self, py: Python<'_>, names: Vec<String>) {
+        py.detach(|| {
+            for placed in names.iter().filter_map(|name| place_of(name)) {
+                let _ = self.0.unseal(placed);
+            }
+        });
+    }
+
     /// Deletes all values at and below a prefix, whether or not an index knows them.
     #[pyo3(signature = (prefix, only_counts=false, /))]
     fn delete_below(&self, py: Python<'_>, prefix: &str, only_counts: bool) -> PyResult<usize> {

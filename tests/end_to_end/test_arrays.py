@@ -10,8 +10,9 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
+from pools import NEIGHBOURS, POOLS
 from support import check_quiet_sync, drained_sync, everything, sizes_of
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble, stored_sizes
 
 if TYPE_CHECKING:
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
 READS = {"get", "get_partial_values", "get_ranges", "get_sync", "get_ranges_sync"}
 
 
-@pytest.fixture(params=["memory", "local"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["memory", "local", *POOLS])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    if request.param in POOLS:
+        return POOLS[request.param](tmp_path / "cache")
     return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["z", "u", "v"])
-def test_era_interim_read_again_asks_no_source(era_interim: Path, cache: Store, name: str) -> None:
+def test_era_interim_read_again_asks_no_source(
+    era_interim: Path, cache: Store | CachePool, name: str
+) -> None:
     """Chunked or sharded, whole or in part: the second time the source is not asked."""
     source = StoreDouble(LocalStore(era_interim, read_only=True))
     store = CacheStore(source, cache_store=cache)
@@ -46,7 +51,9 @@ def test_era_interim_read_again_asks_no_source(era_interim: Path, cache: Store, 
     assert store.cache_info()["current_size"] > 800_000
 
 
-def test_era_interim_dataset_reads_as_the_source(era_interim: Path, cache: Store) -> None:
+def test_era_interim_dataset_reads_as_the_source(
+    era_interim: Path, cache: Store | CachePool
+) -> None:
     source = StoreDouble(LocalStore(era_interim, read_only=True))
     store = CacheStore(source, cache_store=cache, max_size="1 MB")
     expected = xr.open_zarr(era_interim, chunks=None)
@@ -58,7 +65,7 @@ def test_era_interim_dataset_reads_as_the_source(era_interim: Path, cache: Store
     check_quiet_sync(store)
 
 
-def both(cache: Store) -> tuple[MemoryStore, CacheStore]:
+def both(cache: Store | CachePool) -> tuple[MemoryStore, CacheStore]:
     source = MemoryStore()
     return source, CacheStore(source, cache_store=cache)
 
@@ -70,7 +77,7 @@ def create(store: Store, path: str, value: int, **options: Any) -> zarr.Array[An
     return array
 
 
-def test_group_member_deleted_is_gone(cache: Store) -> None:
+def test_group_member_deleted_is_gone(cache: Store | CachePool) -> None:
     source, store = both(cache)
     group = zarr.create_group(store)
     create(store, "x", 1)
@@ -92,7 +99,7 @@ def test_group_member_deleted_is_gone(cache: Store) -> None:
     check_quiet_sync(store)
 
 
-def test_chunks_become_empty_are_deleted(cache: Store) -> None:
+def test_chunks_become_empty_are_deleted(cache: Store | CachePool) -> None:
     source, store = both(cache)
     array = create(store, "a", 1)
     array[:4] = 0
@@ -102,7 +109,15 @@ def test_chunks_become_empty_are_deleted(cache: Store) -> None:
     check_quiet_sync(store)
 
 
-def test_cache_store_filled_is_readable_as_zarr(cache: Store) -> None:
+def exported(pool: CachePool) -> MemoryStore:
+    """What a pool holds of the source under test."""
+    store = MemoryStore()
+    (name,) = {info.name for info in pool.sources()} - {*NEIGHBOURS}
+    pool.export(str(name), store)
+    return store
+
+
+def test_cache_store_filled_is_readable_as_zarr(cache: Store | CachePool) -> None:
     """A full value lies under its own key, byte for byte."""
     source, store = both(cache)
     create(store, "a", 1)
@@ -111,4 +126,6 @@ def test_cache_store_filled_is_readable_as_zarr(cache: Store) -> None:
     )
     drained_sync(store)
     assert stored_sizes(store) == sizes_of(source)
+    if isinstance(cache, CachePool):
+        cache = exported(cache)
     assert zarr.open_array(cache, path="a", mode="r")[:].tolist() == [1] * 8

@@ -18,7 +18,17 @@ from zarr.storage import LocalStore
 
 import damage
 from damage import BOUND, KEYS, check, open_damaged, places, use, value
-from directories import INDEX, INDEX_FILES, closed, complete, flip, reads, sizes_in
+from directories import (
+    INDEX,
+    INDEX_FILES,
+    POOL_INDEX_FILES,
+    closed,
+    complete,
+    flip,
+    reads,
+    sizes_in,
+)
+from pools import cache_at
 from support import buf, drained, read, read_through
 from zcache import CacheStore
 from zcache._core import PENDING, SIGNATURE
@@ -30,7 +40,25 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> Path:
+def is_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the cache is a pool; see `cache_at`. Default is that it is none."""
+    is_so: bool = getattr(request, "param", False)
+    monkeypatch.setenv("ZCACHE_TEST_POOL", "1" if is_so else "")
+    return is_so
+
+
+over_both = pytest.mark.parametrize(
+    "is_pool", [False, True], indirect=True, ids=["directory", "pool"]
+)
+each_index_file = pytest.mark.parametrize(
+    ("is_pool", "name"),
+    [*((False, name) for name in INDEX_FILES), *((True, name) for name in POOL_INDEX_FILES)],
+    indirect=["is_pool"],
+)
+
+
+@pytest.fixture
+def where(tmp_path: Path, is_pool: bool) -> Path:
     """A directory with a cache of values and ranges that is not in use."""
     damage.make(tmp_path)
     gc.collect()
@@ -151,6 +179,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@over_both
 @pytest.mark.slow
 @pytest.mark.usefixtures("frozen_heap")
 async def test_index_bit_flipped_anywhere_serves_right_bytes_within_the_bound(where: Path) -> None:
@@ -176,7 +205,7 @@ async def test_index_bit_flipped_anywhere_serves_right_bytes_within_the_bound(wh
     assert done > 100
 
 
-@pytest.mark.parametrize("name", INDEX_FILES)
+@each_index_file
 async def test_index_file_cut_off_is_rebuilt_with_one_line(
     where: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,6 +248,7 @@ async def test_index_size_not_that_of_its_file_is_rebuilt_once(
     assert len(caplog.records) == 1
 
 
+@over_both
 async def test_index_size_below_the_start_of_a_range_serves_no_empty_range(where: Path) -> None:
     """A flip has made a value shorter than where the range begins: that is no empty range."""
     key = KEYS[-1]
@@ -242,6 +272,7 @@ async def test_index_size_below_the_start_of_a_range_serves_no_empty_range(where
         await closed(where)
 
 
+@over_both
 @pytest.mark.parametrize("step", ["begin_write", "end_write"])
 async def test_write_finds_index_damaged_counts_once(
     where: Path, step: str, caplog: pytest.LogCaptureFixture
@@ -269,7 +300,7 @@ async def test_write_finds_index_damaged_counts_once(
     source = Source(LocalStore(where / "source"))
     store = CacheStore(
         source,
-        cache_store=LocalStore(where / "cache"),
+        cache_store=cache_at(where / "cache"),
         source_id="source",
         cache_set_data=False,
     )
@@ -293,6 +324,7 @@ def head_of(**changes: tuple[int, str, int]) -> list[Any]:
     return [pytest.param(*change, id=name) for name, change in changes.items()]
 
 
+@over_both
 @pytest.mark.parametrize(
     ("offset", "kind", "number"),
     head_of(
@@ -325,6 +357,7 @@ async def test_index_of_another_format_or_owner_is_rebuilt(
     await check(store)
 
 
+@over_both
 async def test_index_of_the_first_format_keeps_the_values(
     where: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,7 +374,7 @@ async def test_index_of_the_first_format_keeps_the_values(
     await check(store)
 
 
-@pytest.mark.parametrize("name", INDEX_FILES)
+@each_index_file
 @pytest.mark.parametrize("what", ["text", "noise", "ones"])
 async def test_index_file_replaced_by_a_foreign_one_is_rebuilt(
     where: Path, name: str, what: str
@@ -358,6 +391,7 @@ async def test_index_file_replaced_by_a_foreign_one_is_rebuilt(
     await check(store)
 
 
+@over_both
 async def test_index_files_replaced_by_directories_the_source_serves(
     where: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -423,11 +457,14 @@ def user(where: Path, request: pytest.FixtureRequest) -> Iterator[User]:
     user.process.communicate()
 
 
-def test_index_damaged_while_mapped_kills_no_process(where: Path, user: User) -> None:
+@over_both
+def test_index_damaged_while_mapped_kills_no_process(
+    where: Path, user: User, is_pool: bool
+) -> None:
     """Cut off, overwritten, removed: found at the next step, with no signal."""
     root = where / "cache" / INDEX
     dice = random.Random(3)
-    for name in INDEX_FILES:
+    for name in POOL_INDEX_FILES if is_pool else INDEX_FILES:
         path = root / name
         for length in (0, 5000, path.stat().st_size - 4096):
             os.truncate(path, min(length, path.stat().st_size))
@@ -447,6 +484,7 @@ def test_index_damaged_while_mapped_kills_no_process(where: Path, user: User) ->
 
 
 # A flipped size or name is found when its value is read; until then the index is off by it.
+@over_both
 @pytest.mark.parametrize("user", ["lax"], indirect=True)
 def test_index_bits_flipped_while_mapped_kill_no_process(where: Path, user: User) -> None:
     dice = random.Random(4)

@@ -9,8 +9,9 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
+from pools import POOLS
 from support import PROTOTYPE, check_quiet, drained, fill, read, read_through
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, stored_sizes
 
@@ -31,8 +32,10 @@ KEYS = {
 }
 
 
-@pytest.fixture(params=["memory", "directory"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["memory", "directory", *POOLS])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    if request.param in POOLS:
+        return POOLS[request.param](tmp_path / "cache")
     return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
 
 
@@ -54,7 +57,7 @@ async def asked_again(store: CacheStore, source: StoreDouble) -> list[str]:
 
 
 async def test_ages_by_pattern_the_first_that_matches_holds(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     ages = {"**/zarr.json": 60, "forecast/**": 3600.5, "a/c/*": "infinity", "a/**": 5}
     store = CacheStore(
@@ -90,7 +93,7 @@ async def test_ages_by_pattern_the_first_that_matches_holds(
 )
 async def test_metadata_age_holds_for_all_metadata_documents_and_nothing_else(
     source: StoreDouble,
-    cache: Store,
+    cache: Store | CachePool,
     clock: FakeClock,
     given: Any,
     seconds: Any,
@@ -110,7 +113,7 @@ async def test_metadata_age_holds_for_all_metadata_documents_and_nothing_else(
 
 
 async def test_age_of_a_pattern_holds_for_ranges_sizes_and_batches(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     store = CacheStore(
         source,
@@ -149,7 +152,7 @@ async def test_age_of_a_pattern_holds_for_ranges_sizes_and_batches(
 
 
 async def test_ages_of_several_stores_are_each_its_own(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     def opened(**options: Any) -> CacheStore:
         return CacheStore(source, cache_store=cache, clock=clock, source_id="source", **options)
@@ -173,7 +176,7 @@ async def test_ages_of_several_stores_are_each_its_own(
 
 
 async def test_age_of_a_store_that_is_gone_lets_others_evict_as_before(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     """What is too old for all stores goes first, not what is too old for one of them."""
     options: Any = {"cache_store": cache, "max_size": 30, "clock": clock, "source_id": "source"}

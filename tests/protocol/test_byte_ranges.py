@@ -15,8 +15,9 @@ from zarr.core import codec_pipeline
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
+from pools import POOLS
 from support import PROTOTYPE, RANGES, buf, cut, drained, read, read_through
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble, check_invariants_async, in_flight, stored_sizes
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ has_ranges = pytest.mark.skipif(
 )
 
 
-def make(kind: str, path: Path) -> Store:
+def make(kind: str, path: Path) -> Store | CachePool:
+    if kind in POOLS:
+        return POOLS[kind](path / kind)
     return MemoryStore() if kind == "memory" else LocalStore(path / kind)
 
 
@@ -124,7 +127,7 @@ def ways(chance: random.Random) -> list[Callable[[Any], Awaitable[Any]]]:
 
 
 @pytest.mark.parametrize("max_size", [None, 300, 12, 0])
-@pytest.mark.parametrize("cache", ["memory", "cache"])
+@pytest.mark.parametrize("cache", ["memory", "cache", *POOLS])
 @pytest.mark.parametrize("source", ["memory", "source"])
 async def test_reads_of_every_kind_equal_the_bare_stores(
     source: str, cache: str, max_size: int | None, tmp_path: Path
@@ -310,7 +313,7 @@ def payload(source: StoreDouble) -> list[Any]:
 PARTS = (np.s_[3:5, 1:7], np.s_[0:8, 2], np.s_[6:12, 6:10], np.s_[11, 11])
 
 
-@pytest.mark.parametrize("cache", ["memory", "cache"])
+@pytest.mark.parametrize("cache", ["memory", "cache", *POOLS])
 def test_second_pass_over_shards_does_not_read_the_source(
     cache: str, tmp_path: Path, pipeline: None
 ) -> None:
@@ -322,7 +325,7 @@ def test_second_pass_over_shards_does_not_read_the_source(
     source = StoreDouble(bare)
     store = CacheStore(source, cache_store=make(cache, tmp_path))
     for turn in range(3):
-        if turn == 2 and cache == "cache":
+        if turn == 2 and cache in ("cache", "pool"):
             store = CacheStore(source, cache_store=make(cache, tmp_path))
         array = zarr.open_array(store, path="x", mode="r")
         for part in PARTS:
@@ -331,7 +334,7 @@ def test_second_pass_over_shards_does_not_read_the_source(
     assert any(name.startswith(RANGES) for name in stored_sizes(store))
 
 
-@pytest.mark.parametrize("cache", ["memory", "cache"])
+@pytest.mark.parametrize("cache", ["memory", "cache", *POOLS])
 def test_write_of_an_inner_chunk_drops_the_ranges_of_its_shard_only(
     cache: str, tmp_path: Path, pipeline: None
 ) -> None:

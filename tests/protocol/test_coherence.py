@@ -17,8 +17,9 @@ from zarr.core.buffer import cpu
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
+from pools import POOLS
 from support import PROTOTYPE, buf, drained, drained_sync, read, read_through, until, write
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import check_invariants_async, entries, in_flight
 
 if TYPE_CHECKING:
@@ -81,9 +82,11 @@ WRITES = {
 GATED = [name for name in WRITES if not name.startswith("by_")]
 
 
-@pytest.fixture(params=["memory", "directory", "another"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["memory", "directory", "another", *POOLS])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
     """A cache store of each sort that zcache knows its own way to."""
+    if request.param in POOLS:
+        return POOLS[request.param](tmp_path / "cache")
     if request.param == "memory":
         return MemoryStore()
     return LocalStore(tmp_path / "cache") if request.param == "directory" else SyncDictStore()
@@ -118,7 +121,7 @@ async def same_as_source(store: CacheStore, source: Store, *keys: str) -> None:
 @pytest.mark.parametrize("cache_set_data", [True, False])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 async def test_write_that_returned_is_seen_by_every_later_read(
-    write: Write, cache: Store, cache_set_data: bool, warm: str, tmp_path: Path
+    write: Write, cache: Store | CachePool, cache_set_data: bool, warm: str, tmp_path: Path
 ) -> None:
     source = LocalStore(tmp_path / "source")
     for key, value in SOURCE.items():
@@ -128,7 +131,7 @@ async def test_write_that_returned_is_seen_by_every_later_read(
         for key in (*SOURCE, "n"):
             for request in RANGES[1:] if warm == "ranges" else RANGES[:1]:
                 await read_through(store, key, request)
-        assert store.cache_info()["cached_keys"] == len(SOURCE) * (3 if warm == "ranges" else 1)
+        assert len(entries(store)) == len(SOURCE) * (3 if warm == "ranges" else 1)
     await write.do(store)
     assert await read(store, write.key) == write.value
     await same_as_source(store, source, *SOURCE, "n")
@@ -138,7 +141,7 @@ async def test_write_that_returned_is_seen_by_every_later_read(
 @pytest.mark.parametrize("name", [*GATED, "clear_cache"])
 @pytest.mark.parametrize("request_", RANGES[::3], ids=["whole", "range"])
 async def test_fill_begun_before_a_write_never_commits_after_it(
-    name: str, request_: Any, cache: Store
+    name: str, request_: Any, cache: Store | CachePool
 ) -> None:
     source = GatedStore(SOURCE)
     store = CacheStore(source, cache_store=cache)
@@ -165,7 +168,7 @@ async def test_fill_begun_before_a_write_never_commits_after_it(
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("gate", ["shut", "late"])
 async def test_read_after_a_write_joins_no_earlier_flight(
-    name: str, gate: str, cache: Store
+    name: str, gate: str, cache: Store | CachePool
 ) -> None:
     source = GatedStore(SOURCE)
     store = CacheStore(source, cache_store=cache)
@@ -188,7 +191,9 @@ class BrokenError(Exception):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", GATED)
-async def test_write_that_fails_leaves_nothing_stale(name: str, when: str, cache: Store) -> None:
+async def test_write_that_fails_leaves_nothing_stale(
+    name: str, when: str, cache: Store | CachePool
+) -> None:
     class Failing(GatedStore):
         armed = False
 
@@ -223,7 +228,9 @@ async def test_write_that_fails_leaves_nothing_stale(name: str, when: str, cache
 
 
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
-async def test_write_that_fails_drops_what_was_filled_meanwhile(name: str, cache: Store) -> None:
+async def test_write_that_fails_drops_what_was_filled_meanwhile(
+    name: str, cache: Store | CachePool
+) -> None:
     """What they have filled in is from before its effect; and the next write is like any other."""
 
     class Failing(GatedStore):
@@ -255,7 +262,7 @@ async def test_write_that_fails_drops_what_was_filled_meanwhile(name: str, cache
 @pytest.mark.parametrize("gate", ["shut", "late"])
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
 async def test_write_that_is_cancelled_leaves_nothing_stale(
-    name: str, gate: str, cache: Store
+    name: str, gate: str, cache: Store | CachePool
 ) -> None:
     """Cancelled, it goes on by itself: what is on the wire cannot be called back."""
     source = GatedStore(SOURCE)
@@ -314,7 +321,7 @@ class ThreadedStore(SyncDictStore):
 
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
 def test_write_whose_loop_ended_leaves_nothing_stale(
-    name: str, cache: Store, caplog: pytest.LogCaptureFixture
+    name: str, cache: Store | CachePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`asyncio.run` cancels everything at its end, while a thread writes on."""
 
@@ -386,7 +393,9 @@ def test_fill_whose_loop_ended_never_replaces_a_newer_value(lands: bool) -> None
 
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])
 @pytest.mark.filterwarnings("error")
-async def test_write_cancelled_before_it_begins_changes_nothing(name: str, cache: Store) -> None:
+async def test_write_cancelled_before_it_begins_changes_nothing(
+    name: str, cache: Store | CachePool
+) -> None:
     """It never began; no coroutine is reported as never awaited."""
     source = SyncDictStore(SOURCE)
     store = CacheStore(source, cache_store=cache)
@@ -406,7 +415,7 @@ async def test_write_cancelled_before_it_begins_changes_nothing(name: str, cache
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_overlapping_writers_leave_nothing_stale(seed: int, cache: Store) -> None:
+async def test_overlapping_writers_leave_nothing_stale(seed: int, cache: Store | CachePool) -> None:
     """Tasks and threads, with readers among them: either nothing is cached or what the source has."""
     chance = np.random.default_rng(seed)
 
@@ -434,7 +443,7 @@ async def test_overlapping_writers_leave_nothing_stale(seed: int, cache: Store) 
 # ----------------------------------------------------------------- buffers
 
 
-async def test_write_from_a_reused_buffer_caches_what_was_written(cache: Store) -> None:
+async def test_write_from_a_reused_buffer_caches_what_was_written(cache: Store | CachePool) -> None:
     source = DictStore()
     store = CacheStore(source, cache_store=cache)
     array = np.frombuffer(bytearray(OLD), dtype="u1").copy()
@@ -446,7 +455,7 @@ async def test_write_from_a_reused_buffer_caches_what_was_written(cache: Store) 
 
 @pytest.mark.parametrize("request_", RANGES)
 async def test_buffer_changed_by_its_reader_changes_no_later_read(
-    cache: Store, request_: Any
+    cache: Store | CachePool, request_: Any
 ) -> None:
     source = DictStore(SOURCE)
     store = CacheStore(source, cache_store=cache)
@@ -467,7 +476,7 @@ ALIASES = ["./a", "a/", "g/../a", "g//a", "g/./a", "/a", "a\0", "\ud800"]
 
 @pytest.mark.parametrize("alias", ALIASES)
 async def test_write_by_an_alias_is_seen_under_the_key(
-    alias: str, cache: Store, tmp_path: Path
+    alias: str, cache: Store | CachePool, tmp_path: Path
 ) -> None:
     """On a file system they name the same file: what one changes, the other reads."""
     source = LocalStore(tmp_path / "source")
@@ -552,7 +561,7 @@ async def test_write_refused_at_once_leaves_the_cache_in_use(
 )
 @pytest.mark.parametrize("how", ["set", "delete"])
 async def test_write_by_an_alias_through_the_reserved_prefix_is_seen(
-    tmp_path: Path, alias: str, how: str, cache: Store
+    tmp_path: Path, alias: str, how: str, cache: Store | CachePool
 ) -> None:
     source = LocalStore(tmp_path / "source")
     store = CacheStore(source, cache_store=cache)

@@ -17,6 +17,7 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from doubles import SyncDictStore, WatchedStore
+from pools import pool_with_neighbours
 from support import (
     PROTOTYPE,
     buf,
@@ -30,7 +31,7 @@ from support import (
     until,
     value_sync,
 )
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._protocol.fill import FillQueue
 from zcache.testing import (
@@ -78,8 +79,10 @@ def _release(cache: StoreDouble) -> Any:
     cache.heal()
 
 
-def made(kind: str, tmp_path: Path) -> Store:
+def made(kind: str, tmp_path: Path) -> Store | CachePool:
     """A cache store of which fills are pending."""
+    if kind == "pool":
+        return pool_with_neighbours(tmp_path / "cache")
     return LocalStore(tmp_path / "cache") if kind == "directory" else SyncDictStore()
 
 
@@ -269,7 +272,7 @@ async def test_a_change_voids_a_fill_that_is_being_written(
         await check_quiet(store)
 
 
-@pytest.mark.parametrize("kind", ["directory", "store"])
+@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 async def test_a_change_right_after_a_read_is_never_undone_by_its_fill(
     tmp_path: Path, kind: str, change: Callable[..., Any]
@@ -554,7 +557,7 @@ async def test_drain_of_another_event_loop_waits_for_this_one(
     assert stored_sizes(store) == {"k": len(VALUE)}
 
 
-@pytest.mark.parametrize("kind", ["directory", "store"])
+@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
 @pytest.mark.parametrize("how", ["close", "with"])
 def test_close_drains(tmp_path: Path, kind: str, how: str) -> None:
     source = SyncDictStore({f"k{number}": VALUE for number in range(MOST_FILLS)})
@@ -587,10 +590,10 @@ import asyncio, sys
 from zarr.storage import LocalStore, WrapperStore
 from support import buf, read
 from doubles import SyncDictStore, WatchedStore
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 
 values = {f"k{number}": bytes(100_000) for number in range(50)}
-cache = LocalStore(sys.argv[1])
+cache = (CachePool if sys.argv[2] == "pool" else LocalStore)(sys.argv[1])
 if sys.argv[2] == "store":
     cache = WrapperStore(cache)
 store = CacheStore(SyncDictStore(values), cache_store=cache, source_id="x")
@@ -608,7 +611,7 @@ if sys.argv[3] == "one loop more":
 """
 
 
-@pytest.mark.parametrize("kind", ["directory", "store"])
+@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
 @pytest.mark.parametrize("end", ["at once", "one loop more"])
 def test_the_end_of_the_process_drains(tmp_path: Path, kind: str, end: str) -> None:
     done = subprocess.run(
@@ -621,6 +624,9 @@ def test_the_end_of_the_process_drains(tmp_path: Path, kind: str, end: str) -> N
     )
     assert done.returncode == 0, done.stderr
     held = {path.name for path in (tmp_path / "cache").glob("k*")}
+    if kind == "pool":
+        pool = CachePool(tmp_path / "cache")
+        held = set(stored_sizes(CacheStore(SyncDictStore(), cache_store=pool, source_id="x")))
     missing = {f"k{number}" for number in range(50)} - held
     # Of another store the values that are being written when their event loop ends are cut off.
     assert len(missing) <= (8 if kind == "store" else 0), missing
@@ -772,7 +778,7 @@ def test_an_event_loop_that_closes_in_the_middle_of_a_fill_leaves_its_key_usable
 # ------------------------------------------------------------------------------------ ages
 
 
-@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "store"])
 @pytest.mark.parametrize("way", ["get", "get_sync", "get_ranges"])
 async def test_ages_count_from_before_the_source_was_asked(
     source: StoreDouble, clock: FakeClock, tmp_path: Path, kind: str, way: str
@@ -849,7 +855,7 @@ class StreamingStore(WrapperStore[Store]):
 ASKED = [RangeByteRequest(10 * number, 10 * number + 10) for number in range(4)]
 
 
-@pytest.fixture(params=["memory", "directory", "store"])
+@pytest.fixture(params=["memory", "directory", "pool", "store"])
 def streaming(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[StreamingStore, CacheStore]:
     source = StreamingStore(MemoryStore({"k": buf(VALUE)}))
     cache = MemoryStore() if request.param == "memory" else made(request.param, tmp_path)

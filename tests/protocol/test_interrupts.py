@@ -18,8 +18,9 @@ from zarr.storage import LocalStore, MemoryStore
 
 import zcache
 from doubles import SyncDictStore
+from pools import POOLS
 from support import PROTOTYPE, buf, check_quiet_sync, read, value_sync
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache._core import Granted, Index, NeedsEviction
 from zcache._protocol import single_flight
 from zcache._runtime import threads
@@ -80,7 +81,7 @@ class Interrupter:
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("request_", [None, RangeByteRequest(2, 6)], ids=["whole", "range"])
-@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "memory pool", "store"])
 def test_a_read_that_is_interrupted_anywhere(
     tmp_path: Path, kind: str, request_: ByteRequest | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +129,9 @@ def _no_lock_is_held() -> Iterator[None]:
             assert pool.submit(is_free, module._lock).result(), module
 
 
-def make(kind: str, path: Path) -> Store:
+def make(kind: str, path: Path) -> Store | CachePool:
+    if kind in POOLS:
+        return POOLS[kind](path / "cache")
     if kind == "directory":
         return LocalStore(path / "cache")
     return MemoryStore() if kind == "memory" else SyncDictStore()
@@ -141,7 +144,7 @@ def ranges(store: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("operation", ["set", "delete", "ranges"])
-@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "memory pool", "store"])
 def test_a_change_that_is_interrupted_anywhere(
     tmp_path: Path, kind: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,9 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 import zcache
+from pools import POOLS
 from support import PROTOTYPE, buf, check_quiet, drained, drained_sync, fill, read, read_through
-from zcache import CacheStore, OfflineError
+from zcache import CachePool, CacheStore, OfflineError
 from zcache.exceptions import OptionTypeError
 from zcache.testing import StoreDouble
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from zcache.testing import FakeClock
 
 
-@pytest.fixture(params=["memory", "directory"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["memory", "directory", *POOLS])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    if request.param in POOLS:
+        return POOLS[request.param](tmp_path / "cache")
     return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
 
 
@@ -38,7 +41,7 @@ def source() -> StoreDouble:
     return StoreDouble(MemoryStore())
 
 
-def opened(source: Store, cache: Store, **options: Any) -> CacheStore:
+def opened(source: Store, cache: Store | CachePool, **options: Any) -> CacheStore:
     return CacheStore(source, cache_store=cache, source_id="source", **options)
 
 
@@ -47,7 +50,7 @@ async def names_in(store: Store, prefix: str) -> list[str]:
 
 
 async def test_offline_serves_what_is_cached_whatever_its_age_and_asks_nothing(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     online = opened(source, cache, max_age_seconds=10, clock=clock)
     await fill(online, **{"a/b": b"12345"})
@@ -90,7 +93,7 @@ async def test_offline_serves_what_is_cached_whatever_its_age_and_asks_nothing(
 
 
 async def test_offline_refuses_writes_and_keeps_what_is_cached(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online = opened(source, cache)
     await fill(online, **{"a/b": b"1"})
@@ -188,7 +191,7 @@ asyncio.run(main())
 
 
 async def test_offline_listing_is_answered_as_the_source_has_answered_it(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online = opened(source, cache)
     await fill(online, **{"a/x": b"1", "a/y/z": b"2", "é/w": b"3"})
@@ -206,7 +209,7 @@ async def test_offline_listing_is_answered_as_the_source_has_answered_it(
 
 
 async def test_offline_listing_that_was_not_read_to_its_end_is_not_remembered(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online = opened(source, cache)
     await fill(online, **{"a/x": b"1", "a/y": b"2"})
@@ -220,7 +223,7 @@ async def test_offline_listing_that_was_not_read_to_its_end_is_not_remembered(
 
 @pytest.mark.parametrize("change", ["set", "delete", "delete_dir", "clear", "clear_cache"])
 async def test_offline_listing_is_forgotten_with_any_change_below(
-    source: StoreDouble, cache: Store, change: str
+    source: StoreDouble, cache: Store | CachePool, change: str
 ) -> None:
     online = opened(source, cache)
     await fill(online, **{"a/b/x": b"1", "c/y": b"2"})
@@ -243,7 +246,7 @@ async def test_offline_listing_is_forgotten_with_any_change_below(
 
 @pytest.mark.parametrize("change", ["invalidate", "delete", "delete_dir"])
 async def test_offline_listings_elsewhere_are_remembered_after_a_change(
-    source: StoreDouble, cache: Store, change: str
+    source: StoreDouble, cache: Store | CachePool, change: str
 ) -> None:
     deep = "/".join("d" * 20)
     online = opened(source, cache)
@@ -266,7 +269,7 @@ async def test_offline_listings_elsewhere_are_remembered_after_a_change(
 
 
 async def test_offline_listing_of_a_name_that_is_no_text_is_refused(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online = opened(source, cache)
     assert await names_in(online, "\ud800") == []
@@ -275,7 +278,7 @@ async def test_offline_listing_of_a_name_that_is_no_text_is_refused(
 
 
 async def test_offline_listing_that_a_write_overtakes_is_not_remembered(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online = opened(source, cache)
     await fill(online, **{"a/x": b"1"})
@@ -341,7 +344,7 @@ def test_offline_dataset_that_was_read_once_is_read_again(tmp_path: Path) -> Non
 
 
 async def test_offline_reads_what_an_online_store_of_the_same_process_fills(
-    source: StoreDouble, cache: Store
+    source: StoreDouble, cache: Store | CachePool
 ) -> None:
     online, store = opened(source, cache), opened(source, cache, offline=True)
     await source.inner.set("a", buf(b"1"))

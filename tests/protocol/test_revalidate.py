@@ -10,8 +10,9 @@ import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore
 
+from pools import POOLS
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, stored_sizes
 
@@ -31,8 +32,10 @@ PARTS: list[ByteRequest | None] = [
 ]
 
 
-@pytest.fixture(params=["memory", "directory"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["memory", "directory", *POOLS])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
+    if request.param in POOLS:
+        return POOLS[request.param](tmp_path / "cache")
     return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
 
 
@@ -41,14 +44,14 @@ def source(tmp_path: Path) -> StoreDouble:
     return StoreDouble(LocalStore(tmp_path / "source"))
 
 
-def opened(source: Store, cache: Store, clock: FakeClock, **options: Any) -> CacheStore:
+def opened(source: Store, cache: Store | CachePool, clock: FakeClock, **options: Any) -> CacheStore:
     options = {"max_age_seconds": 10, "revalidate": True, "source_id": "source"} | options
     return CacheStore(source, cache_store=cache, clock=clock, **options)
 
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_revalidate_same_value_starts_its_age_anew_for_one_small_request(
-    source: StoreDouble, cache: Store, clock: FakeClock, part: ByteRequest | None
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock, part: ByteRequest | None
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)
@@ -70,7 +73,7 @@ async def test_revalidate_same_value_starts_its_age_anew_for_one_small_request(
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_revalidate_another_value_is_read_again(
-    source: StoreDouble, cache: Store, clock: FakeClock, part: ByteRequest | None
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock, part: ByteRequest | None
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)
@@ -88,7 +91,7 @@ async def test_revalidate_another_value_is_read_again(
 
 
 async def test_revalidate_value_that_is_gone_is_dropped(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"1"))
     store = opened(source, cache, clock)
@@ -104,7 +107,7 @@ async def test_revalidate_value_that_is_gone_is_dropped(
 
 
 async def test_revalidate_source_that_tells_nothing_is_read_again(
-    cache: Store, clock: FakeClock
+    cache: Store | CachePool, clock: FakeClock
 ) -> None:
     for source in (StoreDouble(MemoryStore()), StoreDouble(LoggingStore(MemoryStore()))):
         store = opened(source, MemoryStore(), clock)
@@ -124,7 +127,7 @@ async def test_revalidate_source_that_tells_nothing_is_read_again(
 
 
 async def test_revalidate_metadata_compares_metadata_documents_only(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     for key in ("a/zarr.json", "a/c/0"):
         await source.inner.set(key, buf(b"1"))
@@ -140,7 +143,7 @@ async def test_revalidate_metadata_compares_metadata_documents_only(
 
 
 async def test_revalidate_off_asks_for_no_validators(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"1"))
     store = opened(source, cache, clock, revalidate=False)
@@ -151,7 +154,7 @@ async def test_revalidate_off_asks_for_no_validators(
 
 
 async def test_revalidate_age_zero_compares_each_time(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"1"))
     store = opened(source, cache, clock, max_age_seconds=0)
@@ -164,7 +167,7 @@ async def test_revalidate_age_zero_compares_each_time(
 
 
 async def test_revalidate_many_readers_compare_once(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)
@@ -184,7 +187,7 @@ async def test_revalidate_many_readers_compare_once(
 
 
 async def test_revalidate_one_comparison_dates_all_parts_of_a_key(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)
@@ -198,7 +201,7 @@ async def test_revalidate_one_comparison_dates_all_parts_of_a_key(
 
 
 async def test_revalidate_batches_compare_each_key_once(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     for key in ("a", "b", "c"):
         await source.inner.set(key, buf(b"12345"))
@@ -240,7 +243,7 @@ async def test_revalidate_batches_compare_each_key_once(
 
 
 async def test_revalidate_batches_compare_all_keys_at_a_time(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     keys = [f"k{number}" for number in range(20)]
     for key in keys:
@@ -268,7 +271,7 @@ async def test_revalidate_batches_compare_all_keys_at_a_time(
 
 
 async def test_revalidate_write_in_between_voids_the_comparison(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"old"))
     store = opened(source, cache, clock)
@@ -318,7 +321,7 @@ class Versions(MemoryStore):
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_revalidate_never_pairs_bytes_with_the_validator_of_others(
-    cache: Store, clock: FakeClock, part: ByteRequest | None
+    cache: Store | CachePool, clock: FakeClock, part: ByteRequest | None
 ) -> None:
     source = Versions()
     store = opened(source, cache, clock)
@@ -361,7 +364,7 @@ async def test_revalidate_validators_survive_the_process_that_has_read(
 
 
 async def test_revalidate_source_that_is_down_is_replaced_by_stale_values(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"1"))
     store = opened(source, cache, clock, stale_if_error=20)
@@ -374,7 +377,7 @@ async def test_revalidate_source_that_is_down_is_replaced_by_stale_values(
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_revalidate_source_that_is_down_is_asked_once_for_each_of_both(
-    source: StoreDouble, cache: Store, clock: FakeClock, part: ByteRequest | None
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock, part: ByteRequest | None
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)
@@ -392,7 +395,7 @@ async def test_revalidate_source_that_is_down_is_asked_once_for_each_of_both(
 
 
 async def test_revalidate_key_that_is_gone_is_read_at_once(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"1"))
     store = opened(source, cache, clock)
@@ -415,7 +418,7 @@ async def test_revalidate_key_that_is_gone_is_read_at_once(
 
 
 async def test_revalidate_without_an_event_loop(
-    source: StoreDouble, cache: Store, clock: FakeClock
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
     await source.inner.set("a", buf(b"12345"))
     store = opened(source, cache, clock)

@@ -365,7 +365,7 @@ async def test_buffer_of_a_hit_cannot_change_the_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["memory", "faulty", "directory"])
+@pytest.mark.parametrize("kind", soak.KINDS)
 def test_soak_of_threads_and_loops_finds_no_mismatch(kind: str, tmp_path: Path) -> None:
     """A short run of `tests/soak.py`, which tells what it compares."""
     for seed in range(2):

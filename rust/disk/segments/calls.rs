@@ -47,7 +47,13 @@ pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
 
 /// Whether an error of opening says that there is no file of ours.
 pub(super) fn is_elsewhere(error: &io::Error) -> bool {
-    let other = [Errno::ISDIR, Errno::NODEV, Errno::LOOP, Errno::NXIO];
+    let other = [
+        Errno::ISDIR,
+        Errno::NOTDIR,
+        Errno::NODEV,
+        Errno::LOOP,
+        Errno::NXIO,
+    ];
     let errno = Errno::from_io_error(error);
     error.kind() == io::ErrorKind::NotFound || errno.is_some_and(|errno| other.contains(&errno))
 }

@@ -236,6 +236,24 @@ impl SegmentFiles {
         file.write_all_at(&[VALID], placed.map_at())
     }
 
+    /// Has a rebuild ignore a value that could not be deleted.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    pub fn unseal(&self, placed: Placed) -> io::Result<()> {
+        let file = match self.file(placed.segment, For::Change) {
+            Err(error) if is_elsewhere(&error) => return Ok(()),
+            file => file?,
+        };
+        let mut byte = [0];
+        // One that was never set may be in a hole, which is not to be filled.
+        if file.read_at(&mut byte, placed.map_at())? == 1 && byte != [0] {
+            file.write_all_at(&[0], placed.map_at())?;
+        }
+        Ok(())
+    }
+
     /// Deletes a value, or what there is of it. Nothing else is ever at its place, so it may be deleted twice.
     ///
     /// # Errors
@@ -321,7 +339,7 @@ impl SegmentFiles {
     /// Where it cannot be listed.
     pub fn list(&self) -> io::Result<Vec<u64>> {
         let folder = match open_folder(&self.root, Path::new("")) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if is_elsewhere(&error) => return Ok(Vec::new()),
             folder => folder?,
         };
         let names = names_in(&folder)?;

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::calls::punch;
+use super::calls::{is_elsewhere, punch};
 use super::files::{SegmentFiles, VALID, VALUES_AT};
 use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
@@ -305,7 +305,7 @@ pub fn walk(files: &SegmentFiles) -> io::Result<Vec<FoundValue>> {
 /// Where the file system refuses.
 pub fn values_in(files: &SegmentFiles, number: u64) -> io::Result<Vec<FoundValue>> {
     let file = match files.open_to_scan(number) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if is_elsewhere(&error) => return Ok(Vec::new()),
         file => file?,
     };
     let len = file.metadata()?.len();

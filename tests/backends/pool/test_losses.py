@@ -10,8 +10,10 @@ from zarr.abc.store import RangeByteRequest
 
 from directories import closed, complete, flip
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
-from support import check_quiet, read, read_through
+from support import buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore
+from zcache._core import SegmentFiles
+from zcache.testing import check_invariants, entries
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,3 +90,33 @@ async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> No
     await check_neighbour(store, NEIGHBOURS[0])
     await check_neighbour(store, NEIGHBOURS[0])
     assert store.cache_stats()["cache_failures"] == 0
+
+
+@pytest.mark.parametrize("how", ["write", "forget"])
+async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how: str) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    values = {"g/a": b"1" * 5000, "g/b": b"2" * 5000}
+    store = CacheStore(
+        source_of(**values), cache_store=pool, source_id="mine", cache_set_data=False
+    )
+    for key, value in values.items():
+        assert await read_through(store, key) == value
+    # A file system that makes no holes any more, as one that is full.
+    scanner = pool._pool.directory.layout.scanner
+    scanner.files = SegmentFiles(str(tmp_path / "pool/.zcache/segments"), holes=False)
+    if how == "write":
+        await store.set("g/a", buf(b"new"))
+    else:
+        pool.forget("mine")
+    states = {entry.key: entry.state for entry in entries(store)}
+    assert states["g/a"] == "delete-failed"
+    check_invariants(store)
+    del pool, store, scanner
+    await closed(tmp_path, "pool")
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    pool = CachePool(tmp_path / "pool")
+    store = CacheStore(source_of(), cache_store=pool, source_id="mine")
+    assert await read(store, "g/a") is None
+    for name in NEIGHBOURS:
+        await check_neighbour(CacheStore(source_of(), cache_store=pool, source_id=name), name)
+    await check_quiet(store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pickle
 import subprocess
@@ -15,7 +16,15 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
-from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
+from pools import (
+    KEYS,
+    NEIGHBOURS,
+    POOLS,
+    check_neighbour,
+    neighbour,
+    pool_with_neighbours,
+    source_of,
+)
 from support import TESTS, buf, check_quiet, read, read_through, write
 from zcache import (
     CacheOwnershipError,
@@ -26,7 +35,14 @@ from zcache import (
     OptionValueError,
 )
 from zcache._core import Index
-from zcache.testing import StoreDouble, cache_store_of, check_invariants, entries, shares_index
+from zcache.testing import (
+    FakeClock,
+    StoreDouble,
+    cache_store_of,
+    check_invariants,
+    entries,
+    shares_index,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,6 +188,64 @@ async def test_forget_drops_one_source(where: Path | None) -> None:
     for store, name in zip(stores, NEIGHBOURS, strict=True):
         await check_neighbour(store, name)
     await check_quiet(stores[0])
+    # What is filled anew has its name again.
+    held = {info.name: info.entries for info in pool.sources()}
+    assert held == dict.fromkeys(NEIGHBOURS, len(KEYS))
+
+
+async def test_sources_without_a_store_are_told_by_name(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    gc.collect()
+    assert {info.name: info.entries for info in pool.sources()} == dict.fromkeys(
+        NEIGHBOURS, len(KEYS)
+    )
+
+
+async def test_values_of_a_source_are_not_too_old_by_the_ages_of_another(
+    where: Path | None, clock: FakeClock
+) -> None:
+    """Whoever has closed its store has not said how old its values may be."""
+    pool = CachePool(where, max_size=100)
+    ageless = CacheStore(source_of(a=bytes(50)), cache_store=pool, source_id="1", clock=clock)
+    await read_through(ageless, "a")
+    del ageless
+    gc.collect()
+    aged = CacheStore(
+        source_of(b=bytes(20), c=bytes(20), d=bytes(20)),
+        cache_store=pool,
+        source_id="2",
+        clock=clock,
+        max_age_seconds=10,
+    )
+    await read_through(aged, "b")
+    clock.advance(100)
+    source = source_of(a=bytes(50))
+    again = CacheStore(source, cache_store=pool, source_id="1", clock=clock)
+    await read_through(again, "a")
+    assert source.take() == {}
+    del again
+    gc.collect()
+    await read_through(aged, "c")
+    await read_through(aged, "d")
+    again = CacheStore(source, cache_store=pool, source_id="1", clock=clock)
+    await read_through(again, "a")
+    assert source.take() == {}
+    await check_quiet(again)
+
+
+@pytest.mark.parametrize("kind", POOLS)
+async def test_listings_of_each_source_are_its_own(kind: str, tmp_path: Path) -> None:
+    pool = POOLS[kind](tmp_path / "pool")
+    one = CacheStore(source_of(**{"g/a": b"1"}), cache_store=pool, source_id="1")
+    two = CacheStore(source_of(**{"g/b": b"2"}), cache_store=pool, source_id="2")
+    for store in (one, two):
+        assert len([name async for name in store.list_dir("g")]) == 1
+    for name, own in (("1", "a"), ("2", "b")):
+        offline = CacheStore(MemoryStore(), cache_store=pool, source_id=name, offline=True)
+        assert [name async for name in offline.list_dir("g")] == [own]
+    pool.forget("1")
+    offline = CacheStore(MemoryStore(), cache_store=pool, source_id="2", offline=True)
+    assert [name async for name in offline.list_dir("g")] == ["b"]
 
 
 def test_cache_info_tells_bytes_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ class SegmentScanner:
         """Nothing in a pool is others'."""
 
     def add_tombstones(self, names: Iterable[str]) -> None:
-        """A value that cannot be deleted stays counted."""
+        """Have a rebuild ignore values that could not be deleted, named as victims are."""
+        self.files.unseal(list(names))
 
 
 class PoolLayout(Layout):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import threading
 import time
-import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +14,8 @@ from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.handle import SourceHandle
 from zcache._backends.pool.layout import POOL_SOURCE, PoolLayout, label_of
+from zcache._backends.pool.listings import remove_listings
+from zcache._backends.pool.register import Register
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 
@@ -92,6 +91,8 @@ class Pool:
         Seconds; what ages are counted by.
     users : WeakSet of Member
         Who uses any of its sources.
+    names : dict
+        The name of each source, and when it was last opened, by its label: of those that this process has opened.
     """
 
     handle: IndexHandle
@@ -103,6 +104,7 @@ class Pool:
         self._options = [options]
         self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
         self.users: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()
 
     def add_options(self, options: PoolOptions) -> None:
@@ -116,6 +118,7 @@ class Pool:
     ) -> PoolSource:
         """One source, as a place of its own, whose ages go by this clock."""
         source = PoolSource(self, name, limits, clock or self.clock)
+        self.names[source.label] = {"name": name, "used": time.time()}
         self._sources.add(source)
         return source
 
@@ -130,10 +133,10 @@ class Pool:
         found = [options.min_free_space for options in self._options]
         return max((one for one in found if one is not None), default=None)
 
-    @property
-    def open_sources(self) -> list[PoolSource]:
-        """Sources that are in use in this process."""
-        return list(self._sources)
+    def name_of(self, label: str) -> str | None:
+        """The name of a source that is in use in this process."""
+        names = (source.name for source in list(self._sources) if source.label == label)
+        return next(names, None)
 
     def forget(self, name: str) -> None:
         """Delete all values of a source."""
@@ -143,6 +146,7 @@ class Pool:
             self._delete(victims)
         while call(Index.drain_absences, label):
             pass
+        self.names.pop(label, None)
 
     def full_values(self, name: str) -> list[tuple[str, int]]:
         """Key and size of each full value of a source."""
@@ -160,10 +164,12 @@ class Pool:
         raise NotImplementedError
 
     def apply_limits(self) -> None:
-        """Keep to the limits of all sources: each is bound by the smallest size, and none loses what it may serve."""
+        """Keep to the limits of all sources: each is bound by the smallest size.
+
+        Their ages are no limit: a source that nobody uses now, or that another process uses, may have greater ones.
+        """
         with self._lock:
             limits = [source.handle.own_limits for source in list(self._sources)]
-            ages = [one["max_age"] for one in limits]
             sizes = [self.max_size, *(one["max_size"] for one in limits)]
             verify = [one["verify"] for one in limits]
             before = self.handle.limits["max_size"]
@@ -171,7 +177,6 @@ class Pool:
             self.handle.limits = {
                 **self.handle.limits,
                 "max_size": size,
-                "max_age": None if None in ages else max(ages, default=None),
                 "verify": max(verify, key=_BY_STRICTNESS.index, default="first"),
             }
         self.handle.apply_limits()
@@ -249,13 +254,16 @@ class DirectoryPool(Pool):
     def forget(self, name: str) -> None:
         super().forget(name)
         if not self.directory.filler.reads_only:
+            remove_listings(self.directory.layout.index_root, label_of(name))
             Register(self.directory.layout.reserved).add(name, forget=True)
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
-        errors = self.directory.layout.scanner.files.delete([name for _, name in victims])
-        outcome = list(zip((cell for cell, _ in victims), errors, strict=True))
-        gone = [cell for cell, error in outcome if error is None]
-        failed = [cell for cell, error in outcome if error is not None]
+        scanner = self.directory.layout.scanner
+        errors = scanner.files.delete([name for _, name in victims])
+        outcome = list(zip(victims, errors, strict=True))
+        scanner.add_tombstones(name for (_, name), error in outcome if error is not None)
+        gone = [cell for (cell, _), error in outcome if error is None]
+        failed = [cell for (cell, _), error in outcome if error is not None]
         self.handle.call_blocking(Index.confirm_deletes, gone, failed)
 
 
@@ -282,7 +290,6 @@ class PoolSource:
         self.name = name
         self.label = label_of(name)
         self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
-        self.opened = time.time()
         self.on_idle: Callable[[], object] = _nothing
         self.filler: PoolFiller | None = None
         directory = pool.directory
@@ -343,51 +350,6 @@ class _SourceScanner:
 
     def add_tombstones(self, names: Any) -> None:
         self._scanner.add_tombstones(names)
-
-
-class Register:
-    """The names of the sources of a pool, for people: nothing else depends on them.
-
-    Parameters
-    ----------
-    reserved : str
-        The folder ``.zcache`` of the pool.
-    """
-
-    def __init__(self, reserved: str) -> None:
-        self._path = os.path.join(reserved, "sources")
-
-    def names(self) -> dict[str, dict[str, Any]]:
-        """What is known of each source, by label."""
-        try:
-            with open(self._path, encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        return {
-            label: note
-            for label, note in found.items()
-            if isinstance(note, dict) and label_of(str(note.get("name"))) == label
-        }
-
-    def add(self, name: str, *, forget: bool = False) -> None:
-        """Note that a source is used now, or forget it. What two processes note at once, one of them notes again later."""
-        notes = self.names()
-        if forget:
-            notes.pop(label_of(name), None)
-        else:
-            notes[label_of(name)] = {"name": name, "used": time.time()}
-        unfinished = f"{self._path}.{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):
-            try:
-                with open(unfinished, "x", encoding="utf-8") as file:
-                    json.dump(notes, file)
-                os.replace(unfinished, self._path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(unfinished)
 
 
 def _least(sizes: list[int | None]) -> int | None:

@@ -8,9 +8,11 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zcache._backends.listings import DirectoryListings, MemoryListings
+from zcache._backends.listings import MemoryListings
 from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
-from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSource, Register
+from zcache._backends.pool.listings import SourceListings
+from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSource
+from zcache._backends.pool.register import Register
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._index.shared import SharedIndex, find_or_make
 from zcache._runtime.fork import at_fork
@@ -106,7 +108,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
         shared.listings = MemoryListings()
         return shared
     layout = directory.layout
-    shared.listings = DirectoryListings(os.path.join(layout.index_root, source.label), name)
+    shared.listings = SourceListings(layout.index_root, source.label, name)
     if not directory.filler.reads_only and directory.handle.usable:
         Register(layout.reserved).add(name)
     return shared

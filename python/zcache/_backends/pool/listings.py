@@ -1,0 +1,40 @@
+"""Answers to `list_dir` of one source of a pool."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from zcache._backends.listings import DirectoryListings
+
+
+class SourceListings(DirectoryListings):
+    """Answers in a folder of their own beside the index of the pool, which is made with the first of them.
+
+    Parameters
+    ----------
+    index_root : str
+        The folder of the index.
+    label : str
+        Of the source.
+    source : str
+        Its name.
+    """
+
+    def __init__(self, index_root: str, label: str, source: str) -> None:
+        super().__init__(os.path.join(index_root, label), source)
+
+    def _open(self, path: str) -> int:
+        try:
+            return super()._open(path)
+        except FileNotFoundError:
+            mode = os.stat(os.path.dirname(self._root)).st_mode & 0o777
+            os.mkdir(self._root, mode)
+            # Whatever the umask says: a pool may belong to a group.
+            os.chmod(self._root, mode)
+            return super()._open(path)
+
+
+def remove_listings(index_root: str, label: str) -> None:
+    """Forget all answers of a source, and its folder."""
+    shutil.rmtree(os.path.join(index_root, label), ignore_errors=True)
