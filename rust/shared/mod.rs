@@ -8,6 +8,7 @@ mod index;
 mod lock_files;
 mod locked;
 mod mapped;
+mod neighbours;
 mod participants;
 mod sample_file;
 
@@ -17,3 +18,4 @@ pub use self::index::{SharedIndex, StepError};
 pub use self::lock_files::{Locks, OpenError};
 pub use self::locked::Locked;
 pub use self::mapped::Mapped;
+pub use self::neighbours::{Neighbours, neighbours};
