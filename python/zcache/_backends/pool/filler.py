@@ -47,7 +47,7 @@ class PoolFiller(DirectoryFiller):
             layout.root,
             layout.temporary.path,
             on_idle=self._on_idle,
-            marked=layout.lock_path if layout.has_own_index else None,
+            marked=None if index.shared else layout.lock_path,
             segments=layout.scanner.files,
         )
 
