@@ -112,6 +112,7 @@ impl DirectoryFills {
     #[pyo3(signature = (index, root, tmp, *, threads=2, on_idle, source=[0; 8], marked=None))]
     #[allow(clippy::too_many_arguments)] // All that a queue is about.
     fn new(
+        py: Python<'_>,
         index: &Index,
         root: PathBuf,
         tmp: PathBuf,
@@ -135,7 +136,7 @@ impl DirectoryFills {
         });
         let files = CacheDir::new(root, tmp).of(source);
         let files = match marked {
-            Some(file) => files.marked_by(file),
+            Some(file) => py.detach(|| files.marked_by(file)),
             None => files,
         };
         DirectoryFills(Fills::new(Arc::clone(&index.backing), files, threads, call))
