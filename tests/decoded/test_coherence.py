@@ -24,6 +24,7 @@ from decoding import check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore
 from zcache._backends.directory.layout import Layout
+from zcache._decoded.chunk import Decodings
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
@@ -479,7 +480,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     store = CacheStore(MemoryStore(), decoded_size=16)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    origin = cache.begin("a", 0.0)
+    origin = cache.origins.begin("a", 0.0)
     _, leading = cache.join("a/0", "a", origin, 16, loop)
     index = cache._index
 
@@ -493,7 +494,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
             cache._index = index
             joined = index.join(*args)
             cache.land(leading, np.arange(4, dtype="i4"), None)
-            _, other = cache.join("b/0", "b", cache.begin("b", 0.0), 16, loop)
+            _, other = cache.join("b/0", "b", cache.origins.begin("b", 0.0), 16, loop)
             cache.land(other, np.zeros(4, dtype="i4"), None)
             return joined
 
@@ -505,13 +506,62 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode(
+    is_kept: bool,
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    index, origin = cache._index, cache.origins.begin("a", 0.0)
+    _, theirs = cache.join("a/3", "a", origin, 16, loop)
+    if not is_kept:
+        cache._admission.admitted = lambda names, kept: []
+    early: list[Any] = []
+
+    class Slow:
+        """Others go on while a reader begins."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(index, name)
+
+        def lead_all(self, *args: Any) -> Any:
+            cache._index = index
+            tickets = index.lead_all(*args)
+            early.append(cache.join("a/1", "a", origin, 16, loop))
+            return tickets
+
+    cache._index = Slow()
+    decodings = Decodings(loop, [f"a/{n}" for n in range(4)], origin)
+    assert cache.join_all(decodings, "a", 16) == {"a/3": theirs}
+    late = cache.join("a/2", "a", origin, 16, loop)
+    assert not early[0][0]
+    assert not late[0]
+    assert early[0][1] is decodings.single["a/1"]
+    assert late[1] is decodings.single["a/2"]
+    cache.pass_over(decodings)
+    for decoding in decodings.single.values():
+        cache.land(decoding, np.arange(4, dtype="i4"), None)
+    # Who comes now finds what is kept, or begins anew.
+    leads, again = cache.join("a/0", "a", origin, 16, loop)
+    assert leads
+    cache.give_up(again)
+    for _, decoding in (*early, late):
+        assert decoding.kept.array[3] == 3
+        cache.leave(decoding)
+    cache.leave(theirs)
+    cache.give_up(theirs)
+    assert decoded(store, "size") == (48 if is_kept else 0)
+    check_decoded_quiet(store)
+
+
 async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: FakeClock) -> None:
     store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
 
     def join() -> Any:
-        return cache.join("v/c/0/0", "v/c/0", cache.begin("v/c/0", clock()), 16, loop)
+        return cache.join("v/c/0/0", "v/c/0", cache.origins.begin("v/c/0", clock()), 16, loop)
 
     leads, leading = join()
     assert leads
@@ -538,7 +588,7 @@ async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     key, index = "v/c/0", store._cache.shared.handle.index
 
     def join(name: str) -> Any:
-        return cache.join(name, key, cache.begin(key, clock()), 16, loop)
+        return cache.join(name, key, cache.origins.begin(key, clock()), 16, loop)
 
     leads, leading = join("v/c/0/0")
     assert leads

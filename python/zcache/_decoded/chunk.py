@@ -104,8 +104,90 @@ class Decoding(Flight):
         self.name = name
         self.origin = origin
 
+    def of(self, name: str) -> Decoding | None:  # noqa: ARG002 - it is of one chunk
+        """Itself; see `Decodings`."""
+        return self
+
+    def follow(self) -> bool:
+        """Count one more who waits, or pin what it has come to; False if that is gone. To be called under the lock."""
+        kept = self.kept
+        if kept is None:
+            self.waiting += 1
+        elif kept.is_gone:
+            return False
+        else:
+            kept.pins += 1
+        return True
+
     def end(self) -> None:
         """Wake all who wait; who comes later sees that it is done."""
         self.done = True
         if self._waiters is not None:
             self._wake_all()
+
+
+class Decodings:
+    """Chunks of one value that one reader decodes.
+
+    A chunk has a `Decoding` once it is to be kept, or somebody waits for it. Most have none while nothing is read again.
+    To be used under the lock of the cache.
+
+    Parameters
+    ----------
+    loop : AbstractEventLoop
+        Of the reader.
+    names : list of str
+        Of the chunks.
+    origin : Origin
+        Of their bytes.
+
+    Attributes
+    ----------
+    tickets : dict of str to int
+        Of the flights of chunks that have no `Decoding`, by name.
+    single : dict of str to Decoding
+        The others, by name.
+    """
+
+    __slots__ = ("loop", "origin", "single", "tickets")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, names: list[str], origin: Origin) -> None:
+        self.loop = loop
+        self.origin = origin
+        # Others may come before the tickets are known.
+        self.tickets = dict.fromkeys(names, 0)
+        self.single: dict[str, Decoding] = {}
+
+    def lead(self, names: list[str], tickets: list[int | None]) -> list[str]:
+        """Note the tickets of the flights that it leads. Returns the names of these; others lead the rest."""
+        if None not in tickets and not self.single:
+            self.tickets = dict(zip(names, tickets, strict=True))  # type: ignore[arg-type]
+            return names
+        led = []
+        for name, ticket in zip(names, tickets, strict=True):
+            if ticket is None:
+                self.tickets.pop(name, None)
+                continue
+            led.append(name)
+            if name in self.single:
+                self.single[name].ticket = ticket
+            else:
+                self.tickets[name] = ticket
+        return led
+
+    def of(self, name: str) -> Decoding | None:
+        """The decode of one chunk, from now on by itself; None where it has ended."""
+        decoding = self.single.get(name)
+        if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
+            decoding = self.single[name] = Decoding(self.loop, name, self.origin)
+            decoding.ticket = ticket
+            decoding.is_admitted = False
+        return decoding
+
+    def take(self, names: list[str] | None) -> dict[str, int]:
+        """Tickets of chunks that have no `Decoding`, of all of them without `names`: their decodes end now."""
+        if names is None:
+            taken, self.tickets = self.tickets, {}
+            return taken
+        tickets = self.tickets
+        return {name: tickets.pop(name) for name in names if name in tickets}

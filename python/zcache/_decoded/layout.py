@@ -15,7 +15,7 @@ from zarr.core.buffer import cpu
 from zarr.core.indexing import get_indexer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from zarr.abc.codec import Codec
     from zarr.core.array_spec import ArraySpec
@@ -47,6 +47,8 @@ class Layout:
         Stands for `name` in the names of chunks.
     shape : tuple of int
         Of the unit that is kept: a chunk, or an inner chunk.
+    whole : tuple of slice
+        All of it.
     size : int
         Bytes of it.
     inner : tuple of int or None
@@ -59,6 +61,7 @@ class Layout:
         shard = _sharding(codecs)
         self.inner: Coords | None = None if shard is None else shard.chunk_shape
         self.shape: Coords = spec.shape if self.inner is None else self.inner
+        self.whole = tuple(slice(0, n) for n in self.shape)
         self.size = math.prod(self.shape) * dtype.itemsize
         self.number = 0
         self._shard: Coords = spec.shape
@@ -190,10 +193,13 @@ def coords_in(box: Box) -> Iterable[Coords]:
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
 
 
-def chunk_in(first: Coords, at: Coords, inner: Coords) -> Iterator[slice]:
-    """Where an inner chunk lies in the elements of a box."""
-    for origin, n, size in zip(first, at, inner, strict=True):
-        yield slice((n - origin) * size, (n - origin + 1) * size)
+def chunks_in(box: Box, inner: Coords) -> Iterable[tuple[slice, ...]]:
+    """Where the inner chunks of a box lie in its elements, in the order of `coords_in`."""
+    axes = [
+        [slice(n * size, (n + 1) * size) for n in range(last - first)]
+        for first, last, size in zip(*box, inner, strict=True)
+    ]
+    return product(*axes)
 
 
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
