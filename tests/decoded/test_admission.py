@@ -16,7 +16,7 @@ from zcache import CacheStore
 from zcache._decoded.admission import EVICTIONS, LARGE, SHARE, Admission
 from zcache.testing import StoreDouble
 
-CHUNKS = 256
+CHUNKS = 4 * EVICTIONS
 KEPT = 8
 shards = pytest.mark.parametrize("more", [{}, {"shards": (32,)}], ids=["chunks", "shards"])
 

@@ -449,16 +449,33 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     array = create(store)
     array[:8]
     cache: Any = store._decoded
-    names = list(cache._values)
-    kept = cache.get(names[0], "v/c/0", object(), cache.now())
-    array[8:]
-    assert names[0] in cache._values
+    name = "v/c/0/0"
+    kept = cache.get(name, "v/c/0", object(), cache.now())
+    array[4:8]
+    # It has been used before the other one.
+    array[8:12]
+    assert name in cache._values
     assert decoded(store, "size") == 32
     cache.unpin(kept)
-    assert names[0] not in cache._values
+    assert name not in cache._values
     array[:]
     check_decoded_quiet(store)
     assert decoded(store, "size") == 32
+
+
+@shards
+def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[str, Any]) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    array = create(store, **more)
+    for found in (0, 0, 2, 4):
+        assert decoded(store, "hits") == found
+        np.testing.assert_array_equal(array[:], np.arange(16))
+        assert decoded(store, "size") == 32
+    # Other chunks take its place nevertheless.
+    for _ in range(2):
+        array[12:]
+    assert decoded(store, "hits") == 7
+    check_decoded_quiet(store)
 
 
 def test_output_of_a_read_is_released_with_its_last_user() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-EVICTIONS: Final = 16
+EVICTIONS: Final = 64
 """Chunks that must have been evicted for nothing, at least, unless they are large."""
 LARGE: Final = 2**22
 """Bytes of few chunks that are enough."""

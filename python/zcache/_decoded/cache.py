@@ -110,7 +110,7 @@ class DecodedCache:
         with self._lock:
             kept = self._values.get(name)
             if kept is not None:
-                kept.pins += 1
+                self._room.pin(kept)
         if kept is None:
             index.recount_as_miss()
             return None
@@ -134,7 +134,7 @@ class DecodedCache:
         is_due = False
         with self._lock:
             for kept in copied:
-                kept.pins -= 1
+                self._room.unpin(kept)
                 is_due |= kept.is_condemned and not kept.pins
         if is_due:
             self._room.remove(self._index.failed_deletes(1024))
@@ -170,7 +170,7 @@ class DecodedCache:
             if is_current:
                 with self._lock:
                     one = other.of(name)
-                    if one is not None and one.follow():
+                    if one is not None and one.follow(self._room):
                         return False, one
                 # It has ended since the index was asked, or was evicted.
                 continue
@@ -207,26 +207,27 @@ class DecodedCache:
 
     def _admit(self, decodings: Decodings, names: list[str], size: int) -> None:
         """Decide which of these chunks are kept, and make room for them."""
-        if not (admitted := self._admission.admitted(names, len(self._values))):
-            return
-        with self._lock:
-            kept = [one for name in admitted if (one := decodings.of(name)) is not None]
-        for decoding in kept:
-            decoding.is_admitted = True
-            self._reserve(decoding, size)
+        for name in self._admission.admitted(names, len(self._values)):
+            with self._lock:
+                decoding = decodings.of(name)
+            if decoding is not None and not self._reserve(decoding, size):
+                break  # Nor for the others, which are of the same size.
 
-    def _reserve(self, decoding: Decoding, size: int) -> None:
+    def _reserve(self, decoding: Decoding, size: int) -> bool:
+        """Make room for a chunk; whether it is kept. A read does not evict at its end what it kept at its beginning."""
         # One that the store had not lately takes no room before it is there.
-        if decoding.name not in self._admission.absent:
+        is_absent = decoding.name in self._admission.absent
+        if not is_absent:
             decoding.reservation = self._room.reserve(decoding.name, size, decoding.ticket)
+        decoding.is_admitted = is_absent or decoding.reservation is not None
+        return decoding.is_admitted
 
     def _lead(self, decoding: Decoding, ticket: int, size: int) -> tuple[bool, Decoding] | None:
         decoding.ticket = ticket
         if not decoding.origin.is_dated:
             self.give_up(decoding)
             return None
-        decoding.is_admitted = self._admission.admits(decoding.name, len(self._values))
-        if decoding.is_admitted:
+        if self._admission.admits(decoding.name, len(self._values)):
             self._reserve(decoding, size)
         return True, decoding
 
@@ -255,7 +256,8 @@ class DecodedCache:
             kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept
-                kept.pins = decoding.waiting
+                if decoding.waiting:
+                    self._room.pin(kept, decoding.waiting)
                 if reservation is not None:
                     self._room.put(name, kept)
             if reservation is not None:
@@ -357,8 +359,6 @@ class DecodedCache:
             self._room.remove(victims)
         self._admission.absent.clear()
 
-    # ------------------------------------------------------------ statistics
-
     def count_seconds(self, seconds: float) -> None:
         """Count time that the wrapped pipeline took."""
         with self._lock:
@@ -391,10 +391,5 @@ def _after_fork() -> None:
 
 at_fork(_after_fork)
 
-NOTHING: Final = {
-    "decoded_hits": 0,
-    "decoded_misses": 0,
-    "decoded_size": 0,
-    "decode_seconds": 0.0,
-}
+NOTHING: Final = {"decoded_hits": 0, "decoded_misses": 0, "decoded_size": 0, "decode_seconds": 0.0}
 """The statistics where no decoded chunks are kept."""

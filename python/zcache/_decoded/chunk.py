@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from zcache._decoded.layout import Array
+    from zcache._decoded.room import Room
 
 
 class Origin:
@@ -84,7 +85,7 @@ class Decoding(Flight):
     reservation : Reservation or None
         Room for it.
     is_admitted : bool
-        Whether it is kept if there is room.
+        Whether it is kept: there is room for it, or will be looked for once it is there.
     kept : Kept or None
         What it has come to; also where there was no room for it.
     is_ended : bool
@@ -94,7 +95,7 @@ class Decoding(Flight):
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
-    is_admitted = True
+    is_admitted = False
     waiting = 0
     is_ended = False
     begun = True
@@ -108,7 +109,7 @@ class Decoding(Flight):
         """Itself; see `Decodings`."""
         return self
 
-    def follow(self) -> bool:
+    def follow(self, room: Room) -> bool:
         """Count one more who waits, or pin what it has come to; False if that is gone. To be called under the lock."""
         kept = self.kept
         if kept is None:
@@ -116,7 +117,7 @@ class Decoding(Flight):
         elif kept.is_gone:
             return False
         else:
-            kept.pins += 1
+            room.pin(kept)
         return True
 
     def end(self) -> None:
@@ -181,7 +182,6 @@ class Decodings:
         if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
             decoding = self.single[name] = Decoding(self.loop, name, self.origin)
             decoding.ticket = ticket
-            decoding.is_admitted = False
         return decoding
 
     def take(self, names: list[str] | None) -> dict[str, int]:

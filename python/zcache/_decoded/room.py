@@ -53,11 +53,28 @@ class Room:
         self._buffers = Buffers(max_size)
         # Bytes of what is in `values`, or about to be.
         self._size = 0
+        # Bytes of what is pinned.
+        self._pinned = 0
         self._fills = 0
 
+    def pin(self, kept: Kept, times: int = 1) -> None:
+        """Say that a chunk is copied from. To be called under the lock, as `unpin`."""
+        if not kept.pins and kept.memory is not None:
+            self._pinned += kept.memory.nbytes
+        kept.pins += times
+
+    def unpin(self, kept: Kept) -> None:
+        """Say that one of those who copied from it has."""
+        kept.pins -= 1
+        if not kept.pins and kept.memory is not None:
+            self._pinned -= kept.memory.nbytes
+
     def reserve(self, name: str, size: int, ticket: int) -> Any:
-        """A reservation, for which others are evicted; None if there is no room."""
+        """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
         index = self._index
+        # A victim that is pinned would be lost for nothing: a read could evict what it has just found.
+        if size > self._max_size - index.current_size + self._size - self._pinned:
+            return None
         answer = index.reserve(name, None, size, ticket, 0.0)
         while isinstance(answer, NeedsEviction):
             dropped, failed = self._drop(answer.victims, is_eviction=True)
