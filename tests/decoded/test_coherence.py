@@ -387,6 +387,42 @@ async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancell
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize("is_one", [True, False])
+async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_closed(
+    is_one: bool,
+) -> None:
+    """Nothing ends such a reader while those who wait for it, perhaps in the same event loop, refer to it."""
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    cache: Any = store._decoded
+    origin, names = cache.origins.begin("a", 0.0), ["a/0", "a/1"]
+    loop, other = asyncio.get_running_loop(), asyncio.new_event_loop()
+    if is_one:
+        dead = [cache.join(name, "a", origin, 16, other)[1] for name in names]
+    else:
+        decodings = Decodings(other, names, origin)
+        assert cache.join_all(decodings, "a", 16) == {}
+        dead = [decodings.single[name] for name in names]
+    assert decoded(store, "size") == 32
+    leads, following = cache.join("a/0", "a", origin, 16, loop)
+    assert not leads
+    other.close()
+    assert not await following.wait()
+    # One that waits notices it, and so does one that comes later.
+    cache.leave(following)
+    assert decoded(store, "size") == 16
+    for name in names:
+        leads, decoding = cache.join(name, "a", origin, 16, loop)
+        assert leads
+        assert decoding not in dead
+        cache.land(decoding, np.arange(4, dtype="i4"), None)
+    for decoding in dead:
+        cache.land(decoding, np.zeros(4, dtype="i4"), None)
+        cache.give_up(decoding)
+    assert all(kept.array[3] == 3 for kept in cache._values.values())
+    assert decoded(store, "size") == 32
+    check_decoded_quiet(store)
+
+
 def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:
     source = StoreDouble(MemoryStore())
     create(source)

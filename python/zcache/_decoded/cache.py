@@ -86,8 +86,6 @@ class DecodedCache:
         with self._lock:
             return self._layouts.setdefault(layout, len(self._layouts))
 
-    # ------------------------------------------------------------------ hits
-
     def get(self, name: str, key: str, reader: object, now: float) -> Kept | None:
         """A chunk that is kept and current, to be unpinned once it is copied. Counts a hit or a miss.
 
@@ -115,9 +113,8 @@ class DecodedCache:
             index.recount_as_miss()
             return None
         origin = kept.origin
-        is_current = origin.checked is reader or self.origins.is_current(
-            key, origin, origin.landed, now
-        )
+        was_checked = origin.checked is reader
+        is_current = was_checked or self.origins.is_current(key, origin, origin.landed, now)
         if is_current:
             origin.checked = reader
             self._admission.hit()
@@ -138,8 +135,6 @@ class DecodedCache:
                 is_due |= kept.is_condemned and not kept.pins
         if is_due:
             self._room.remove(self._index.failed_deletes(1024))
-
-    # ---------------------------------------------------------------- misses
 
     def join(
         self, name: str, key: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
@@ -163,19 +158,23 @@ class DecodedCache:
             if not answer:
                 return None
             other: Decoding | Decodings = answer[1]
+            if other.loop.is_closed():
+                # Its reader cannot end it while it is referred to, perhaps by those who wait for it.
+                if (one := self._one(other, name)) is not None:
+                    self.give_up(one)
+                continue
             now = self.now()
             is_current = self.origins.is_current(key, other.origin, now, now)
             if is_current is None or not other.origin.is_dated:
                 return None
-            if is_current:
-                with self._lock:
-                    one = other.of(name)
-                    if one is not None and one.follow(self._room):
-                        return False, one
-                # It has ended since the index was asked, or was evicted.
+            if not is_current:
+                index.invalidate(name)  # It began before a change, or has expired.
                 continue
-            # It began before a change, or has expired.
-            index.invalidate(name)
+            with self._lock:
+                one = other.of(name)
+                if one is not None and one.follow(self._room):
+                    return False, one
+            # It has ended since the index was asked, or was evicted.
         return None
 
     def join_all(self, decodings: Decodings, key: str, size: int) -> dict[str, Decoding]:
@@ -208,10 +207,13 @@ class DecodedCache:
     def _admit(self, decodings: Decodings, names: list[str], size: int) -> None:
         """Decide which of these chunks are kept, and make room for them."""
         for name in self._admission.admitted(names, len(self._values)):
-            with self._lock:
-                decoding = decodings.of(name)
+            decoding = self._one(decodings, name)
             if decoding is not None and not self._reserve(decoding, size):
                 break  # Nor for the others, which are of the same size.
+
+    def _one(self, decodings: Decoding | Decodings, name: str) -> Decoding | None:
+        with self._lock:
+            return decodings.of(name)
 
     def _reserve(self, decoding: Decoding, size: int) -> bool:
         """Make room for a chunk; whether it is kept. A read does not evict at its end what it kept at its beginning."""
@@ -344,12 +346,12 @@ class DecodedCache:
                 decoding.waiting -= 1
         if kept is not None:
             self.unpin(kept)
+        elif decoding.loop.is_closed():
+            self.give_up(decoding)
 
     def count_followed(self) -> None:
         """Count a miss as a hit: another reader has decoded the chunk."""
         self._index.recount_as_hit()
-
-    # ------------------------------------------------------------ all of them
 
     def clear(self) -> None:
         """Let go of everything; what is being decoded now is not kept."""

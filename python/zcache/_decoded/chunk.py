@@ -92,6 +92,7 @@ class Decoding(Flight):
         Whether its leader has let go of it.
     """
 
+    loop: asyncio.AbstractEventLoop
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
