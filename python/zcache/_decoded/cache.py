@@ -22,7 +22,7 @@ from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
@@ -95,8 +95,16 @@ class DecodedCache:
 
     def get_all(
         self, names: list[str], key: str, reader: object, now: float
-    ) -> Iterator[tuple[int, Kept]]:
+    ) -> Iterable[tuple[int, Kept]]:
         """`get` of many chunks of one value: the positions of those that are kept, with these."""
+        if len(names) == 1:
+            kept = self.get(names[0], key, reader, now)
+            return [] if kept is None else [(0, kept)]
+        return self._take_all(names, key, reader, now)
+
+    def _take_all(
+        self, names: list[str], key: str, reader: object, now: float
+    ) -> Iterator[tuple[int, Kept]]:
         for at in self._index.lookup_all(names):
             kept = self._take(names[at], key, reader, now)
             if kept is not None:
@@ -105,11 +113,7 @@ class DecodedCache:
     def _take(self, name: str, key: str, reader: object, now: float) -> Kept | None:
         """Pin a chunk that the index has found, if it is current."""
         index = self._index
-        with self._lock:
-            kept = self._values.get(name)
-            if kept is not None:
-                self._room.pin(kept)
-        if kept is None:
+        if (kept := self._room.pinned(name)) is None:
             index.recount_as_miss()
             return None
         origin = kept.origin
@@ -128,12 +132,7 @@ class DecodedCache:
 
     def unpin(self, *copied: Kept) -> None:
         """Say that chunks are copied."""
-        is_due = False
-        with self._lock:
-            for kept in copied:
-                self._room.unpin(kept)
-                is_due |= kept.is_condemned and not kept.pins
-        if is_due:
+        if self._room.unpin(copied):
             self._room.remove(self._index.failed_deletes(1024))
 
     def join(

@@ -57,16 +57,19 @@ class Kept:
         Readers that copy from it now: until they have, it counts.
     memory : ndarray or None
         What it lies in; None where it is one element, the fill value.
+    size : int
+        Bytes of that.
     is_condemned, is_gone : bool
         Whether it was to be evicted while it was pinned; whether it was evicted, so that others use its memory.
     """
 
-    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins")
+    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins", "size")
 
     def __init__(self, array: Array, origin: Origin, memory: Array | None) -> None:
         self.array = array
         self.origin = origin
         self.memory = memory
+        self.size = 0 if memory is None else memory.nbytes
         self.pins = 0
         self.is_condemned = self.is_gone = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
@@ -27,6 +27,8 @@ Box: TypeAlias = "tuple[Coords, Coords]"
 
 AxisPart: TypeAlias = "tuple[int, int | slice, slice | None]"
 """Along one axis: an inner chunk, what is wanted of it, and where that goes, None for an axis that is dropped."""
+
+_SLICES: Final = frozenset({slice})
 
 
 class Layout:
@@ -89,7 +91,11 @@ class Layout:
             return None
         axes: list[list[AxisPart]] = []
         for wanted, n, size in zip(selection, inner, self._shard, strict=True):
-            if isinstance(wanted, (int, np.integer)) and 0 <= wanted < size:
+            if (
+                type(wanted) is not slice
+                and isinstance(wanted, (int, np.integer))
+                and 0 <= wanted < size
+            ):
                 at = int(wanted) // n
                 axes.append([(at, int(wanted) - at * n, None)])
                 continue
@@ -219,4 +225,4 @@ def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple
 
 def is_basic(place: Any) -> bool:
     """Whether this part of an array is a view of it."""
-    return isinstance(place, tuple) and all(type(one) is slice for one in place)
+    return isinstance(place, tuple) and _SLICES.issuperset(map(type, place))

@@ -137,28 +137,31 @@ class ChunkPart(Part):
 class ShardPart(Part):
     """A part of a shard."""
 
+    # On the class: a hit needs none of it.
+    decodings: Decodings | None = None
+    scratch: Array | None = None
+    is_absent = True
+    _sel_shape: Any = None
+    # By the coordinates of what is missing, its names.
+    _misses: dict[Coords, str]
+    _wanted: dict[Coords, Any]
+
     def __init__(self, output: Output, number: int, item: Any, layout: Layout) -> None:
         super().__init__(output, number, item, layout)
         _, spec, selection, place, _ = item
         self._axes = layout.axes_of(selection)
-        self._sel_shape: Any = None
-        self._wanted: dict[Coords, Any] = {}
         shape: Coords
         if self._axes is not None:
-            shape = tuple(axis[-1][2].stop for axis in self._axes if axis[-1][2] is not None)
+            last = [axis[-1][2] for axis in self._axes]
+            shape = tuple([out.stop for out in last if out is not None])
         else:
             indexer = layout.projections(spec, selection)
             self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
             self._sel_shape, shape = getattr(indexer, "sel_shape", None), indexer.shape
-        self.scratch: Array | None = None
         self._out = self._view(place, shape)
         if self._out is None:
             order = spec.config.order
             self._out = self.scratch = np.empty(shape, layout.dtype, order=order)
-        # By the coordinates of what is missing, its names.
-        self._misses: dict[Coords, str] = {}
-        self.decodings: Decodings | None = None
-        self.is_absent = True
 
     def _view(self, place: Any, shape: Coords) -> Array | None:
         """Where the part lies in the output, if it is a view of that."""
@@ -177,24 +180,26 @@ class ShardPart(Part):
         coords = self._coords()
         stem = f"{key}/{self.layout.number}"
         names = ["/".join((stem, *map(str, at))) for at in coords]
-        found = set()
+        found = []
         for n, kept in cache.get_all(names, key, output.mark, output.now):
             hits.append(kept)
-            found.add(n)
+            found.append(n)
             self.place(coords[n], kept.array)
+        if found:
             self.is_absent = False
         if len(found) == len(names):
             self.finish()
             return True
-        pairs = enumerate(zip(coords, names, strict=True))
-        self._misses = dict(pair for n, pair in pairs if n not in found)
+        self._misses = dict(zip(coords, names, strict=True))
+        for n in found:
+            del self._misses[coords[n]]
         self._join()
         return False
 
     def _coords(self) -> list[Coords]:
         if self._axes is None:
             return list(self._wanted)
-        return list(product(*([at for at, _, _ in axis] for axis in self._axes)))
+        return list(product(*[[at for at, _, _ in axis] for axis in self._axes]))
 
     def _join(self) -> None:
         """Decode the chunks that are missing, or wait for who does."""

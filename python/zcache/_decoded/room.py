@@ -9,7 +9,7 @@ from zcache._decoded.buffers import Buffers
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from zcache._core import Index
     from zcache._decoded.admission import Admission
@@ -57,17 +57,32 @@ class Room:
         self._pinned = 0
         self._fills = 0
 
+    def pinned(self, name: str) -> Kept | None:
+        """A chunk that is kept, to be copied from."""
+        with self._lock:
+            kept = self._values.get(name)
+            if kept is not None:
+                if not kept.pins:
+                    self._pinned += kept.size
+                kept.pins += 1
+        return kept
+
     def pin(self, kept: Kept, times: int = 1) -> None:
-        """Say that a chunk is copied from. To be called under the lock, as `unpin`."""
-        if not kept.pins and kept.memory is not None:
-            self._pinned += kept.memory.nbytes
+        """Say that a chunk is copied from. To be called under the lock."""
+        if not kept.pins:
+            self._pinned += kept.size
         kept.pins += times
 
-    def unpin(self, kept: Kept) -> None:
-        """Say that one of those who copied from it has."""
-        kept.pins -= 1
-        if not kept.pins and kept.memory is not None:
-            self._pinned -= kept.memory.nbytes
+    def unpin(self, copied: Iterable[Kept]) -> bool:
+        """Say that one of those who copied from each of them has; whether chunks are to be evicted that could not be."""
+        is_due = False
+        with self._lock:
+            for kept in copied:
+                kept.pins -= 1
+                if not kept.pins:
+                    self._pinned -= kept.size
+                    is_due |= kept.is_condemned
+        return is_due
 
     def reserve(self, name: str, size: int, ticket: int) -> Any:
         """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
