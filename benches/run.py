@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 GROUPS = {
     "memory_hit": ("_hits", "memory_hit"),
     "first_hit": ("_hits", "first_hit"),
+    "eviction": ("_eviction", "hits"),
     "miss": ("_hits", "miss_evict"),
     "disk_hit": ("_hits", "disk_hit"),
     "hit_elsewhere": ("_hits", "hit_elsewhere"),

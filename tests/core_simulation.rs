@@ -80,19 +80,58 @@ fn simulation_of_work_that_changes_adaptive_follows() {
     );
 }
 
+/// Data sets one after the other, each of `keys` keys that are read in each of these orders.
+fn data_sets(keys: u64, sets: u64, steps: &'static [u64]) -> impl Iterator<Item = u64> {
+    (0..sets).flat_map(move |set| {
+        let epochs = steps.iter();
+        epochs.flat_map(move |step| (0..keys).map(move |n| set * keys + n * step % keys))
+    })
+}
+
 #[test]
-fn simulation_of_new_data_every_few_epochs_adaptive_does_not_stay_with_the_old() {
-    // 150 keys in five orders, then others; each pass takes them in steps that have no factor in common with 150.
+fn simulation_of_new_data_every_few_epochs_adaptive_lets_the_old_go() {
+    // Steps that have no factor in common with the number of keys.
+    let steps: [&'static [u64]; 3] = [&[1, 1511], &[1, 77, 2311], &[1, 77, 2311, 119, 1013]];
+    for (keys, sets) in [(150, 60), (3000, 12)] {
+        for steps in steps {
+            for percent in [25, 50, 70, 93] {
+                let capacity = keys * percent / 100;
+                let lru = misses(PolicyKind::Lru, capacity, data_sets(keys, sets, steps));
+                let adaptive = misses(PolicyKind::Adaptive, capacity, data_sets(keys, sets, steps));
+                assert!(
+                    adaptive < lru + 0.01,
+                    "{keys} {} {percent} {adaptive} {lru}",
+                    steps.len()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn simulation_of_new_data_every_five_epochs_adaptive_serves_more_than_lru() {
+    let trace = || data_sets(3000, 12, &[1, 77, 2311, 119, 1013]);
+    let lru = misses(PolicyKind::Lru, 2100, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 2100, trace());
+    assert!(adaptive < lru - 0.1, "{adaptive} {lru}");
+}
+
+#[test]
+fn simulation_of_new_data_beside_what_is_read_all_the_time_adaptive_keeps_that() {
+    // A hot set of 100 keys, and as many keys again and again that are read once.
     let trace = || {
-        (0..60u64).flat_map(|set| {
-            [1, 77, 31, 119, 53]
-                .into_iter()
-                .flat_map(move |step| (0..150).map(move |n| set * 150 + n * step % 150))
+        (0..40_000u64).map(|n| {
+            if n % 2 == 0 {
+                n / 2 * 7 % 100
+            } else {
+                1000 + n
+            }
         })
     };
-    let lru = misses(PolicyKind::Lru, 140, trace());
-    let adaptive = misses(PolicyKind::Adaptive, 140, trace());
-    assert!(adaptive < lru + 0.03, "{adaptive} {lru}");
+    let lru = misses(PolicyKind::Lru, 110, trace());
+    let adaptive = misses(PolicyKind::Adaptive, 110, trace());
+    assert!(lru > 0.9, "{lru}");
+    assert!(adaptive < 0.55, "{adaptive}");
 }
 
 /// A few values are much larger than the others, as log-normal ones are.

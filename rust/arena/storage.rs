@@ -35,6 +35,8 @@ pub struct PolicyState {
     pub measured: [u64; 5],
     /// Bytes of the entries when room had last to be made for a new one, or 0.
     pub full_bytes: u64,
+    /// New keys that came without reads of what is in the main list.
+    pub new_keys: u64,
 }
 
 /// The numbers that belong to the whole index. Lists are (first, last); the first is the next one

@@ -9,10 +9,11 @@ use super::rule::{RULES, Ruled, is_sampled};
 use crate::arena::List;
 use crate::error::{Error, Result};
 
-/// Words of the ghosts at least: 1,024 of them.
-const GHOSTS: usize = 256;
-/// Ghosts in a word.
+/// Words of the ghosts at least: 4,096 of them.
+const GHOSTS: usize = 1024;
+/// Ghosts in a word, and for each entry at least. As many as in a simulation, or the rules would do otherwise there.
 const IN_A_WORD: u64 = 4;
+const FOR_EACH: u64 = 2;
 /// Entries that come in between two looks at how much history there is.
 const LOOK_EVERY: u64 = 256;
 /// Uses of each entry after which hits alone tell nothing new, and entries that are counted at least.
@@ -92,7 +93,7 @@ fn learn<E: Entries>(entries: &mut E, request: Request) {
 /// Makes room for what is remembered, in proportion to the entries. Without room less is remembered.
 fn remember<E: Entries>(entries: &mut E) -> Result<()> {
     let (count, _) = entries.totals();
-    let wanted = (count / IN_A_WORD).next_power_of_two() as usize;
+    let wanted = (FOR_EACH * count / IN_A_WORD).next_power_of_two() as usize;
     loop {
         let len = entries.history().len();
         let ghosts = match len.checked_sub(WORDS) {

@@ -5,6 +5,10 @@
 //! to the cost of a miss and to the bytes. Frequencies are halved now and then, and remembered of what has gone
 //! ([`Ghosts`]).
 //!
+//! Where nothing but new keys comes and what is in the main list is read no more, the data is another one, and old
+//! frequencies say nothing of it. A rule that renews lets the main list go then, so that the new data finds room in
+//! its first pass, not once it is used more often than the old data was.
+//!
 //! A value that is larger than the window is compared before anything goes for it, and with each that would have to
 //! go; see [`Ruled::admits`].
 //!
@@ -29,6 +33,12 @@ const LEAD: u8 = 1;
 /// Entries for which uses are counted at least.
 const FEW: u64 = 8;
 
+/// The part of the entries above which so many new keys renew the main list.
+const RENEWS_AFTER: u64 = 8;
+/// New keys that a read of an entry of the main list makes up for. One of the window makes up for one: where what
+/// is new is read again soon, a small window does.
+const MAKES_UP_FOR: u64 = 64;
+
 /// The part by which what a full cache is known to hold is lowered each time that room is made.
 const FADE: u64 = 1024;
 
@@ -43,6 +53,8 @@ pub(super) struct Rule {
     window: u64,
     /// Uses for each entry after which frequencies are halved.
     halve_after: u64,
+    /// Whether the main list goes where nothing but new keys comes.
+    renews: bool,
 }
 
 const WHOLE: u64 = 1000;
@@ -53,20 +65,24 @@ pub(super) const RULES: [Rule; 4] = [
     Rule {
         window: WHOLE,
         halve_after: 10,
+        renews: false,
     },
-    // Frequency, over a long time and over a short one.
-    Rule {
-        window: 10,
-        halve_after: 20,
-    },
+    // Frequency, over a short time and of the data of now, or over a long time.
     Rule {
         window: 10,
         halve_after: 4,
+        renews: true,
+    },
+    Rule {
+        window: 10,
+        halve_after: 20,
+        renews: false,
     },
     // Both.
     Rule {
         window: 200,
         halve_after: 10,
+        renews: false,
     },
 ];
 
@@ -96,6 +112,9 @@ impl Ruled {
     ) -> Result<()> {
         let halvings = entries.state().halvings;
         let before = self.ghosts(entries).get(entries.hash(entry)?, halvings);
+        if before == 0 {
+            count_new(entries)?;
+        }
         let frequency = Frequency::new(before + 1, halvings);
         let sampled = if is_sampled { SAMPLED } else { 0 };
         entries.enter(entry, frequency.bits() << FREQUENCY_AT | sampled)?;
@@ -128,11 +147,14 @@ impl Ruled {
         }
         let halvings = entries.state().halvings;
         let uses = self.ghosts(entries).get(hash, halvings).saturating_add(1);
-        if is_admitted(entries, uses, size, size)? {
+        if self.is_renewing(entries) || is_admitted(entries, uses, size, size)? {
             return Ok(true);
         }
         let words = entries.history_mut().get_mut(self.ghosts_at..);
         Ghosts::put(words.unwrap_or_default(), hash, uses, halvings);
+        if uses == 1 {
+            count_new(entries)?;
+        }
         self.count_use(entries);
         Ok(false)
     }
@@ -151,9 +173,22 @@ impl Ruled {
         } else {
             List::Main
         };
+        let known = if note & IN_MAIN != 0 {
+            MAKES_UP_FOR
+        } else {
+            // Several reads in a row are one.
+            u64::from(entries.neighbour(entry, true)? != 0)
+        };
+        let state = entries.state_mut();
+        state.new_keys = state.new_keys.saturating_sub(known);
         entries.move_to(entry, list)?;
         self.count_use(entries);
         Ok(())
+    }
+
+    /// Whether the main list goes first.
+    fn is_renewing<E: Entries>(self, entries: &E) -> bool {
+        self.rule.renews && entries.state().new_keys > renews_after(entries)
     }
 
     /// An entry goes.
@@ -174,7 +209,7 @@ impl Ruled {
             let Some(newcomer) = entries.end(List::Recency, false)? else {
                 return Ok(main);
             };
-            if self.is_lru() {
+            if self.is_lru() || main.is_some() && self.is_renewing(entries) {
                 return Ok(main.or(Some(newcomer)));
             }
             let size = entries.size(newcomer)?;
@@ -208,6 +243,25 @@ impl Ruled {
             state.aged_at = state.uses;
         }
     }
+}
+
+/// New keys that say that the data is another one.
+fn renews_after<E: Entries>(entries: &E) -> u64 {
+    let (count, _) = entries.totals();
+    (count / RENEWS_AFTER).max(FEW)
+}
+
+/// A key has come that was not used lately. With an empty main list there is nothing to renew.
+fn count_new<E: Entries>(entries: &mut E) -> Result<()> {
+    let is_empty = entries.end(List::Main, false)?.is_none();
+    let most = 2 * renews_after(entries);
+    let state = entries.state_mut();
+    state.new_keys = if is_empty {
+        0
+    } else {
+        state.new_keys.saturating_add(1).min(most)
+    };
+    Ok(())
 }
 
 /// Notes how many bytes there are when more are needed; how many there are when it is full.

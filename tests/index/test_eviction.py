@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from zarr.abc.store import Store
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
 
 EVICTIONS = ("lru", "none", "adaptive")
 
@@ -73,6 +74,21 @@ async def test_none_a_write_replaces_its_own_value(cache: Store | CachePool) -> 
     await fill(store, b=b"1" * 8)
     assert stored_sizes(store) == {"a": 10, "b": 8, "c": 10}
     assert await read_through(store, "b") == b"1" * 8
+    await check_quiet(store)
+
+
+async def test_none_a_write_that_needs_more_room_than_there_is_is_not_kept(cache: Store) -> None:
+    store = CacheStore(MemoryStore(), cache_store=cache, max_size=30, eviction="none")
+    await fill(store, a=bytes(10), b=bytes(10), c=bytes(10))
+    await fill(store, b=b"1" * 12)
+    # The old value is not served any longer, and nothing that came first goes for the new one.
+    assert stored_sizes(store) == {"a": 10, "c": 10}
+    assert await read_through(store, "b") == b"1" * 12
+    assert stored_sizes(store) == {"a": 10, "c": 10}
+    assert store.cache_stats()["evictions"] == 0
+    # What was left has its room again.
+    await fill(store, d=bytes(10))
+    assert stored_sizes(store) == {"a": 10, "c": 10, "d": 10}
     await check_quiet(store)
 
 
@@ -166,6 +182,56 @@ async def test_minimise_requests_keeps_small_values_rather_than_large_ones() -> 
         await hits_of(store, rng.permutation(150).tolist())
     # All small ones take a tenth of the bytes.
     assert await hits_of(store, range(100)) >= 90
+
+
+class TimedSource(MemoryStore):
+    """Each read takes so many seconds, and so many more for each byte, on a clock of its own."""
+
+    def __init__(self, latency: float, seconds_per_byte: float) -> None:
+        super().__init__()
+        self.latency, self.seconds_per_byte, self.now = latency, seconds_per_byte, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        value = await super().get(key, prototype, byte_range)
+        self.now += self.latency + self.seconds_per_byte * (0 if value is None else len(value))
+        return value
+
+
+async def kept_of_small_and_large(
+    source: TimedSource, minimise: Any, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, int]:
+    """What a cache of 100 KB holds of 100 values of 1 KB and 50 of 10 KB, which are read three times as often."""
+    monkeypatch.setattr("zcache._protocol.read.time", source)
+    for n in range(150):
+        await source.set(f"a/c/{n}", buf(bytes(1000 if n < 100 else 10_000)))
+    store = CacheStore(source, max_size=100_000, eviction="adaptive", minimise=minimise)
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        await hits_of(store, rng.permutation([*range(150), *range(100, 150), *range(100, 150)]))
+    return stored_sizes(store)
+
+
+async def test_minimise_seconds_weighs_latency_and_rate_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def kept(latency: float, seconds_per_byte: float, minimise: Any) -> dict[str, int]:
+        source = TimedSource(latency, seconds_per_byte)
+        return await kept_of_small_and_large(source, minimise, monkeypatch)
+
+    # A source that takes a second for each request, and next to nothing for a byte: requests count.
+    slow_to_answer = await kept(1.0, 2.0**-40, "seconds")
+    assert slow_to_answer == await kept(1.0, 2.0**-40, "requests")
+    # One that answers at once, and takes its time for each byte: bytes count.
+    slow_to_send = await kept(0.0, 1.0, "seconds")
+    assert slow_to_send == await kept(0.0, 1.0, "bytes")
+    small = [sum(size == 1000 for size in kept.values()) for kept in (slow_to_answer, slow_to_send)]
+    assert small[0] >= 80, small
+    assert small[1] <= 20, small
 
 
 async def test_decoded_chunks_go_by_the_same_policy() -> None:
