@@ -171,7 +171,7 @@ class DecodedCache:
                 continue
             with self._lock:
                 one = other.of(name)
-                if one is not None and one.follow(self._room):
+                if one is not None and self._room.follow(one):
                     return False, one
             # It has ended since the index was asked, or was evicted.
         return None

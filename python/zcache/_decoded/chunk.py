@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from zcache._decoded.layout import Array
-    from zcache._decoded.room import Room
 
 
 class Origin:
@@ -112,17 +111,6 @@ class Decoding(Flight):
     def of(self, name: str) -> Decoding | None:  # noqa: ARG002 - it is of one chunk
         """Itself; see `Decodings`."""
         return self
-
-    def follow(self, room: Room) -> bool:
-        """Count one more who waits, or pin what it has come to; False if that is gone. To be called under the lock."""
-        kept = self.kept
-        if kept is None:
-            self.waiting += 1
-        elif kept.is_gone:
-            return False
-        else:
-            room.pin(kept)
-        return True
 
     def end(self) -> None:
         """Wake all who wait; who comes later sees that it is done."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from zcache._decoded.layout import chunks_in, coords_in, scatter, slices_of
+from zcache._decoded.parts import MISSING, ChunkPart
 
 if TYPE_CHECKING:
     from zcache._decoded.chunk import Decoding
     from zcache._decoded.layout import Array, Box, Coords
-    from zcache._decoded.parts import ChunkPart, Part, ShardPart
-
-MISSING: Final = {"status": "missing"}
+    from zcache._decoded.parts import Part, ShardPart
 
 
 class Job:
@@ -136,3 +135,14 @@ class InnerChunks(Job):
         if part.decodings is not None:
             names = part.names(coords_in(self.box))
             part.output.cache.are_absent(part.decodings, names)
+
+
+def jobs_of(part: ChunkPart | ShardPart) -> list[Job]:
+    """What is to be asked of the wrapped pipeline for one chunk or shard."""
+    if isinstance(part, ChunkPart):
+        return [] if part.followed else [WholeChunk(part)]
+    wanted = part.boxes()
+    if wanted is None:
+        return [AsAsked(part)]
+    boxes, is_all = wanted
+    return [InnerChunks(part, box, is_all=is_all) for box in boxes]

@@ -1,4 +1,4 @@
-"""What a read wants of one chunk or shard, and what the wrapped pipeline is asked for it."""
+"""What a read wants of one chunk or shard, and which of its chunks the wrapped pipeline is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from zcache._decoded.chunk import Decodings
-from zcache._decoded.jobs import MISSING, AsAsked, InnerChunks, WholeChunk
 from zcache._decoded.layout import boxes_of, is_basic, scatter
 
 if TYPE_CHECKING:
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Decoding, Kept
-    from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Box, Coords, Layout
 
 PRESENT: Final = {"status": "present"}
+MISSING: Final = {"status": "missing"}
 
 
 class Output:
@@ -74,10 +73,6 @@ class Part:
         self.layout = layout
         self.followed: dict[Coords, Decoding] = {}
 
-    def jobs(self) -> list[Job]:
-        """What is to be asked of the wrapped pipeline."""
-        raise NotImplementedError
-
     def place(self, at: Coords, array: Array) -> None:
         """Copy out what is wanted of a chunk."""
         raise NotImplementedError
@@ -124,9 +119,6 @@ class ChunkPart(Part):
         super().end()
         if self.lead is not None:
             self.output.cache.give_up(self.lead)
-
-    def jobs(self) -> list[Job]:
-        return [] if self.followed else [WholeChunk(self)]
 
     def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
         _, _, selection, place, _ = self.item
@@ -235,18 +227,21 @@ class ShardPart(Part):
             [out for _, _, out in parts if out is not None]
         )
 
-    def jobs(self) -> list[Job]:
-        # Of what no one keeps, zarr reads as much as it wants to.
+    def boxes(self) -> tuple[list[Box], bool] | None:
+        """Blocks of inner chunks that are to be decoded, and whether they are all that is wanted.
+
+        None where no one keeps any: of that, zarr reads as much as it wants to.
+        """
         count = len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
         misses = list(self._misses)
         is_all = len(misses) == count and not self.followed
         if is_all and not self._leads:
-            return [AsAsked(self)]
+            return None
         if is_all and self._axes is not None:
             last = tuple(n + 1 for n in misses[-1])
-            return [InnerChunks(self, (misses[0], last), is_all=True)]
+            return [(misses[0], last)], True
         missing = [at for at in misses if at not in self.followed]
-        return [InnerChunks(self, box) for box in boxes_of(missing)]
+        return boxes_of(missing), False
 
     def place(self, at: Coords, array: Array) -> None:
         selection, place = self._selections(at)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.core.buffer import cpu
 
+from zcache._decoded.jobs import jobs_of
 from zcache._decoded.layout import scatter
 from zcache._decoded.parts import ChunkPart, Output, ShardPart
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from zcache._decoded.chunk import Kept
     from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Layout
-    from zcache._decoded.parts import Part
 
 
 class _Catcher(cpu.NDBuffer):
@@ -66,7 +66,7 @@ class Reading:
         self.pipeline = pipeline
         self.cache = cache
         self.output = Output(cache, target, drop_axes, size)
-        self._parts: list[Part] = []
+        self._parts: list[ChunkPart | ShardPart] = []
 
     async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
         """Read a batch, and say which chunks were there."""
@@ -108,7 +108,7 @@ class Reading:
             cache.unpin(*hits)
 
     async def _decode(self, out: Any) -> None:
-        jobs = [job for part in self._parts for job in part.jobs()]
+        jobs = [job for part in self._parts for job in jobs_of(part)]
         if not jobs:
             return
         items = [

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from zcache._core import Index
     from zcache._decoded.admission import Admission
-    from zcache._decoded.chunk import Kept
+    from zcache._decoded.chunk import Decoding, Kept
     from zcache._decoded.layout import Array
 
 FILLS: Final = 65_536
@@ -72,6 +72,20 @@ class Room:
         if not kept.pins:
             self._pinned += kept.size
         kept.pins += times
+
+    def follow(self, decoding: Decoding) -> bool:
+        """Count one more who waits for a chunk, or pin what it has come to; False if that is gone.
+
+        To be called under the lock.
+        """
+        kept = decoding.kept
+        if kept is None:
+            decoding.waiting += 1
+        elif kept.is_gone:
+            return False
+        else:
+            self.pin(kept)
+        return True
 
     def unpin(self, copied: Iterable[Kept]) -> bool:
         """Say that one of those who copied from each of them has; whether chunks are to be evicted that could not be."""
