@@ -12,6 +12,7 @@
 mod pool;
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::thread::sleep;
 
 use zcache::cache::{Limits, PAGE};
@@ -114,6 +115,29 @@ fn bound_holds_in_blocks_under_each_policy_and_a_plan() {
         let keys = pool.keys().len();
         let pool = pool.lose_index();
         assert_eq!(pool.keys().len(), keys);
+        end(pool);
+    }
+}
+
+/// Also on tmpfs, which cannot read without waiting: there the kernel is asked what is in memory.
+#[test]
+fn value_in_memory_is_read_without_waiting() {
+    let folders = [std::env::temp_dir(), PathBuf::from("/dev/shm")];
+    for folder in folders.into_iter().filter(|folder| folder.is_dir()) {
+        let root = folder.join(format!("zcache-pool-now-{}", std::process::id()));
+        let mut pool = Pool::at(root, LIMITS, true);
+        pool.fill("a/0", 20_000);
+        let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+        for (start, size) in [(0, 20_000), (0, 10), (15_000, 5000)] {
+            let mut bytes = vec![0; size];
+            let read = |bytes: &mut [u8]| pool.files.read(placed, "a/0", start, bytes, false);
+            assert_eq!(read(&mut bytes).unwrap(), Got::Bytes, "{start} {size}");
+            let from = start as usize;
+            assert_eq!(bytes, contents("a/0", 20_000)[from..from + size]);
+        }
+        pool.files.delete(placed).unwrap();
+        let got = pool.files.read(placed, "a/0", 0, &mut [0; 10], false);
+        assert_ne!(got.unwrap(), Got::Bytes);
         end(pool);
     }
 }

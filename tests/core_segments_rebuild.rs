@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 
 use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
-use zcache::disk::segments::{Got, SegmentFiles, values_in};
+use zcache::disk::segments::{Got, SegmentFiles, scan, values_in};
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
@@ -299,6 +299,61 @@ fn late_seal_of_an_evicted_value_brings_nothing_back() {
     assert_eq!(pool.held(), held);
     let pool = pool.lose_index();
     assert_eq!(pool.keys(), ["a/1"]);
+    end(pool);
+}
+
+/// The index may be emptied while a scan is on its way: then two scans fill it.
+#[test]
+fn two_scans_at_once_take_in_each_segment_once() {
+    let mut pool = Pool::new("two-scans");
+    (0..30).for_each(|n| pool.fill(&format!("a/{n}"), 5000));
+    let (found, again) = (
+        scan(&pool.files, true).unwrap(),
+        scan(&pool.files, true).unwrap(),
+    );
+    let Pool {
+        root,
+        index,
+        fills,
+        files,
+        clock,
+        ..
+    } = pool;
+    drop((index, fills));
+    fs::remove_dir_all(root.join("index")).unwrap();
+    fs::create_dir_all(root.join("index")).unwrap();
+    let at = root.join("index");
+    let (mut index, fresh) =
+        SharedIndex::<u32>::open_pool(&at, LIMITS, 1, UNIT, LONG, LRU).unwrap();
+    assert!(fresh);
+    let adopt = |cache: &mut Cache<Mapped, u32>| {
+        // One whose segments are not there yet takes nothing in, and gives nothing up.
+        assert_eq!(again.adopt_values(cache, 0..10)?, []);
+        for part in [0..20, 10..30] {
+            found.adopt_segments(cache)?;
+            again.adopt_segments(cache)?;
+            assert_eq!(found.adopt_values(cache, part.clone())?, []);
+            assert_eq!(again.adopt_values(cache, part)?, []);
+        }
+        Ok(())
+    };
+    index.step(sleep, adopt).unwrap();
+    index.complete().unwrap();
+    let spent = index.step(sleep, |cache| {
+        cache.validate()?;
+        assert_eq!(cache.len(), 30);
+        cache.spent_segments(10)
+    });
+    assert_eq!(spent.unwrap(), []);
+    drop((index, files));
+    let pool = Pool {
+        clock,
+        ..Pool::over(root, LIMITS, true)
+    };
+    for n in 0..30 {
+        let key = format!("a/{n}");
+        assert_eq!(pool.read(&key), Some(contents(&key, 5000)));
+    }
     end(pool);
 }
 

@@ -12,6 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
+use std::time::Duration;
 
 use zcache::cache::{Joined, Limits, RejectReason, Reserve, Verify};
 use zcache::error::Error;
@@ -207,6 +208,10 @@ fn files_of_the_index_that_are_gone_are_made_anew() {
         let dir = Dir::new(name);
         let (mut one, mut other) = (dir.open(), dir.open());
         dir.remove(&[name]);
+        // Not each step looks.
+        while one.step(sleep, |cache| Ok(cache.len())).is_ok() {
+            sleep(Duration::from_millis(1));
+        }
         rebuild(&mut one);
         granted(&mut other, "a", 600);
         is_full(&mut one, "b", 500);

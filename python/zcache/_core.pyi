@@ -355,6 +355,18 @@ class Index:
         """Entries that can be served."""
 
     @property
+    def live_bytes(self) -> int:
+        """Bytes of all entries that can be served."""
+
+    def next_live(
+        self, cursor: tuple[int, int] | None = None, /
+    ) -> tuple[list[tuple[str, bool, int]], tuple[int, int] | None]:
+        """Entries that can be served, a batch: key, whether it is the full value, and bytes.
+
+        And where to go on; None at the end.
+        """
+
+    @property
     def current_size(self) -> int:
         """Bytes that the cache store holds, or may hold."""
 

@@ -12,7 +12,6 @@ from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.register import Register
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-from zcache._core import Index
 from zcache._options import capacity_of, check_store, parse_mode, parse_size, path_of_cache_store
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._backends.pool.place import Pool
+    from zcache._core import Index
 
 
 class PoolSourceInfo(NamedTuple):
@@ -166,7 +166,7 @@ class CachePool:
     def sources(self) -> list[PoolSourceInfo]:
         """What it holds of each source, that of most bytes first.
 
-        Takes time in proportion to the number of all entries.
+        Takes time in proportion to the number of all entries, and holds up nobody.
 
         Raises
         ------
@@ -174,11 +174,10 @@ class CachePool:
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         held: dict[str, list[int]] = {}
-        for key, _, size, state in self._pool.handle.call_blocking(Index.entries):
-            if state == "present":
-                of_source = held.setdefault(key.partition("/")[0], [0, 0])
-                of_source[0] += size
-                of_source[1] += 1
+        for key, _, size in self._pool.live():
+            of_source = held.setdefault(key.partition("/")[0], [0, 0])
+            of_source[0] += size
+            of_source[1] += 1
         notes = self._notes()
         infos = []
         for label in {*held, *notes}:
@@ -239,8 +238,8 @@ class CachePool:
         async def write() -> int:
             await store._ensure_open()
             count = 0
-            for key, size in self._pool.full_values(name):
-                value = self._pool.read(name, key, size)
+            for key, is_full, size in self._pool.live(name):
+                value = self._pool.read(name, key, size) if is_full else None
                 if value is not None:
                     await store.set(key, buffer.from_array_like(value))
                     count += 1
@@ -250,5 +249,4 @@ class CachePool:
 
 
 def _sizes(index: Index) -> tuple[int, int, int]:
-    entries = [size for _, _, size, state in index.entries() if state == "present"]
-    return index.current_size, len(entries), sum(entries)
+    return index.current_size, len(index), index.live_bytes

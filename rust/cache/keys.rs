@@ -4,7 +4,7 @@ use super::cache::{BATCH, Cache, Freshness};
 use super::invalidate::is_below;
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{Kind, ROOT};
+use crate::arena::{Kind, ROOT, State};
 use crate::error::Result;
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -16,7 +16,16 @@ const LOOKED_AT: u32 = 4 * BATCH as u32;
 /// its cell, so a walk meets each key that stays, whatever else changes meanwhile.
 pub type Cursor = (u32, u32);
 
+/// An entry that can be served: its key, whether it is the full value, and its bytes.
+pub type LiveEntry = (String, bool, u64);
+
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Bytes of all entries that can be served.
+    #[must_use]
+    pub fn live_bytes(&self) -> u64 {
+        self.arena.header().live_bytes
+    }
+
     /// The beginning of a walk over what is cached now.
     #[must_use]
     pub fn first_keys(&self) -> Cursor {
@@ -47,6 +56,22 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             at += 1;
         }
         Ok((keys, (at < end).then_some((at, end))))
+    }
+
+    /// Entries that can be served, a batch: key, whether it is the full value, and bytes; and where to go on.
+    pub fn next_live(&self, (from, end): Cursor) -> Result<(Vec<LiveEntry>, Option<Cursor>)> {
+        let end = end.min(self.arena.header().cells_used);
+        let stop = end.min(from.saturating_add(BATCH as u32));
+        let mut found = Vec::new();
+        for at in from.max(ROOT)..stop {
+            let cell = self.arena.get(at)?;
+            if cell.is_entry() && cell.state() == State::Live {
+                let size = cell.size()?;
+                let (key, range) = self.arena.name(at)?;
+                found.push((key, range == ByteRange::Full, size));
+            }
+        }
+        Ok((found, (stop < end).then_some((stop, end))))
     }
 
     /// Whether a cell stands for its key: that of the full value, or else that of the ranges.

@@ -6,6 +6,7 @@
 //! one of them back as deleted or failed.
 
 mod absent;
+mod adopted;
 mod cache;
 mod choice;
 mod commit;
@@ -30,7 +31,7 @@ pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Veri
 pub use self::commit::Committed;
 pub use self::decoded::Decode;
 pub use self::in_flight::{ClosedFlight, Flights, Ticket};
-pub use self::keys::Cursor;
+pub use self::keys::{Cursor, LiveEntry};
 pub use self::lookup::Joined;
 pub use self::moves::{BeginMove, Move};
 pub use self::peers::{Participant, Peers, Version, WRITES};

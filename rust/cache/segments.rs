@@ -7,8 +7,8 @@
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::reserve::Reservation;
-use crate::arena::{List, MAX_PAGES, Place, State};
-use crate::error::{Error, Result};
+use crate::arena::{List, Place, State};
+use crate::error::Result;
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
 
@@ -74,7 +74,7 @@ impl Placed {
 }
 
 /// Pages that a value takes, with its header.
-fn pages_of(size: u64) -> u64 {
+pub(super) fn pages_of(size: u64) -> u64 {
     size.saturating_add(u64::from(VALUE_HEADER)).div_ceil(PAGE)
 }
 
@@ -116,7 +116,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.bytes_beside(if fits { capacity } else { 1 })
     }
 
-    fn bytes_beside(&self, capacity: u32) -> u64 {
+    pub(super) fn bytes_beside(&self, capacity: u32) -> u64 {
         match self.arena.header().unit {
             0 | 1 => 0,
             unit => pages_beside(capacity).saturating_mul(unit.max(PAGE)),
@@ -212,7 +212,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Puts a segment to the front whose file can go, or that is sparse.
-    fn sort_segment(&mut self, i: u32) -> Result<()> {
+    pub(super) fn sort_segment(&mut self, i: u32) -> Result<()> {
         let cell = self.arena.segment_cell(i)?;
         if cell.is_spent_segment() || cell.is_sparse_segment() {
             self.arena.unlink(List::Segments, i)?;
@@ -356,42 +356,5 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.remove_segment(i)?;
         self.count_folders(-i64::try_from(bytes).unwrap_or(i64::MAX));
         Ok(())
-    }
-
-    /// Adds a segment that a rebuild has found, in which values begin at pages below `capacity`. Returns its cell.
-    pub fn adopt_segment(&mut self, number: u64, capacity: u32) -> Result<u32> {
-        let capacity = capacity.max(1);
-        let i = self.arena.add_segment(number, capacity, 0)?;
-        let bytes = self.bytes_beside(capacity);
-        self.count_folders(i64::try_from(bytes).unwrap_or(i64::MAX));
-        self.sort_segment(i)?;
-        Ok(i)
-    }
-
-    /// Adds a value that a rebuild has found in a segment; see [`Cache::adopt`].
-    pub fn adopt_placed(
-        &mut self,
-        cache_key: &str,
-        size: u64,
-        fetched: u64,
-        checksum: Option<u32>,
-        (segment, page): (u32, u32),
-    ) -> Result<bool> {
-        let page = page
-            .checked_sub(FIRST_PAGE)
-            .filter(|page| *page < MAX_PAGES);
-        let page = page.ok_or(Error::Full)?;
-        self.adopt_as(cache_key, size, fetched, checksum, |cache, i| {
-            let cell = cache.arena.segment_cell_mut(segment)?;
-            let was_spent = cell.is_spent_segment();
-            cell.add_to_segment(pages_of(size))?;
-            let place = Place { segment, page };
-            cache.arena.set_place_word(i, place.word(i))?;
-            if was_spent {
-                cache.arena.unlink(List::Segments, segment)?;
-                cache.arena.link(List::Segments, segment, true)?;
-            }
-            Ok(())
-        })
     }
 }

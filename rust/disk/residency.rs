@@ -4,8 +4,12 @@
 //! dropped before it is read. So each read tells whether it has waited, and how long.
 
 #[cfg(target_os = "linux")]
+pub(super) use self::linux::{Waits, is_in_memory};
+#[cfg(target_os = "linux")]
 pub use self::linux::{read_resident, tells_residency};
 
+#[cfg(not(target_os = "linux"))]
+pub(super) use self::other::{Waits, is_in_memory};
 #[cfg(not(target_os = "linux"))]
 pub use self::other::{read_resident, tells_residency};
 
@@ -66,7 +70,7 @@ mod linux {
         total: u64,
         start: u64,
     ) -> io::Result<Option<Duration>> {
-        let (begun, slept) = (Instant::now(), times_slept());
+        let waits = Waits::begin();
         let file = open_now(path)?;
         if !is_resident(&file, total, start, into.len()) {
             return Ok(None);
@@ -79,13 +83,31 @@ mod linux {
             }
         }
         drop(file);
-        // Else it was another thread that had the processor, and not a disk that was waited for.
-        let has_slept = times_slept() != slept;
-        Ok(Some(if has_slept {
-            begun.elapsed()
-        } else {
-            Duration::ZERO
-        }))
+        Ok(Some(waits.end()))
+    }
+
+    /// Finds out how long something had to wait that should not.
+    pub(in crate::disk) struct Waits {
+        begun: Instant,
+        slept: libc::c_long,
+    }
+
+    impl Waits {
+        /// It begins now, in this thread.
+        pub(in crate::disk) fn begin() -> Self {
+            let (begun, slept) = (Instant::now(), times_slept());
+            Waits { begun, slept }
+        }
+
+        /// It has ended.
+        pub(in crate::disk) fn end(self) -> Duration {
+            if times_slept() == self.slept {
+                // It was another thread that had the processor, and not a disk that was waited for.
+                Duration::ZERO
+            } else {
+                self.begun.elapsed()
+            }
+        }
     }
 
     fn open_now(path: &Path) -> io::Result<OwnedFd> {
@@ -124,7 +146,17 @@ mod linux {
         FileType::from_raw_mode(status.st_mode) == FileType::RegularFile
             && status.st_size as u64 == total
             && status.st_uid == geteuid().as_raw()
-            && (are_cached(&file, start, size) || pages_in_memory(file, start, size) == Some(true))
+            && are_in_memory(file, start, size)
+    }
+
+    /// Whether all pages of a part of a regular file are in memory; false too where others own it.
+    pub(in crate::disk) fn is_in_memory(file: impl AsFd, start: u64, size: usize) -> bool {
+        fstat(&file).is_ok_and(|status| status.st_uid == geteuid().as_raw())
+            && are_in_memory(file, start, size)
+    }
+
+    fn are_in_memory(file: impl AsFd, start: u64, size: usize) -> bool {
+        are_cached(&file, start, size) || pages_in_memory(file, start, size) == Some(true)
     }
 
     /// Whether the cache of this file has all pages of a part of it: a twentieth of what it takes to map
@@ -187,5 +219,25 @@ mod other {
     /// None.
     pub fn read_resident(_: &Path, _: &mut [u8], _: u64, _: u64) -> io::Result<Option<Duration>> {
         Ok(None)
+    }
+
+    /// Never.
+    pub(in crate::disk) fn is_in_memory(_: impl AsFd, _: u64, _: usize) -> bool {
+        false
+    }
+
+    /// Finds out nothing.
+    pub(in crate::disk) struct Waits;
+
+    impl Waits {
+        /// It begins now.
+        pub(in crate::disk) fn begin() -> Self {
+            Waits
+        }
+
+        /// It has ended.
+        pub(in crate::disk) fn end(self) -> Duration {
+            Duration::ZERO
+        }
     }
 }

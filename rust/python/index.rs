@@ -29,7 +29,7 @@ use super::pool::{FoundPlace, SegmentScan, Source, place_name};
 use super::reservation::{Abandoned, Committed, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
-use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, Peers, Tally};
+use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, LiveEntry, Peers, Tally};
 use crate::error::Error;
 use crate::key::ByteRange;
 use crate::shared::SharedIndex;
@@ -860,6 +860,25 @@ impl Index {
     }
 
     #[getter]
+    fn live_bytes(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.live_bytes()))
+    }
+
+    #[pyo3(signature = (cursor=None, /))]
+    fn next_live(
+        &self,
+        py: Python<'_>,
+        cursor: Option<Cursor>,
+    ) -> PyResult<(Vec<LiveEntry>, Option<Cursor>)> {
+        let (mut found, cursor) = step!(self, py, |cache| {
+            let cursor = cursor.unwrap_or_else(|| cache.first_keys());
+            cache.next_live(cursor)
+        })?;
+        found.retain_mut(|entry| self.make_own(&mut entry.0));
+        Ok((found, cursor))
+    }
+
+    #[getter]
     fn current_size(&self, py: Python<'_>) -> PyResult<u64> {
         self.end_abandoned(py)?;
         step!(self, py, |cache| Ok(cache.current_size()))
@@ -925,7 +944,7 @@ impl Index {
     /// Adds the segments that a scan of a pool has found; see the stub.
     #[pyo3(signature = (scan, /))]
     fn adopt_segments(&self, py: Python<'_>, scan: &SegmentScan) -> PyResult<bool> {
-        let mut found = scan.found();
+        let found = scan.found();
         step!(self, py, |cache| {
             if !cache.owns_rebuild() {
                 return Ok(false);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 #[cfg(target_os = "linux")]
 use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, stat};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fchmod, fstat, stat};
 #[cfg(target_os = "linux")]
 use rustix::io::Errno;
 
@@ -142,8 +142,21 @@ fn require_regular(file: File) -> io::Result<File> {
 pub(super) fn create(path: &Path) -> io::Result<File> {
     let new = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
     let file = File::from(open_plain(path, new)?);
+    open_to_group_of_folder(&file, path);
     keep_in_place(&file);
     Ok(file)
+}
+
+/// Has the group that may write to the folder use the file as well, whatever the umask says.
+fn open_to_group_of_folder(file: &File, path: &Path) {
+    const WRITES: u32 = 0o020;
+    let folder = path.parent().and_then(|folder| stat(folder).ok());
+    if let (Some(folder), Ok(status)) = (folder, fstat(file))
+        && folder.st_mode & WRITES != 0
+        && status.st_mode & WRITES == 0
+    {
+        let _ = fchmod(file, Mode::from_raw_mode(status.st_mode & 0o777 | 0o060));
+    }
 }
 
 /// Whether a file is far longer than what it holds: no index of ours leaves so much unallocated.

@@ -49,6 +49,8 @@ pub struct Mapped {
     locks: Arc<Locks>,
     /// When it was last seen that the files are where others look for them.
     looked: Instant,
+    /// When it was last seen that they are as long as they have to be.
+    looked_at_files: Instant,
     pub(super) sample: SampleFile,
 }
 
@@ -129,6 +131,7 @@ impl Mapped {
             alive,
             locks: Arc::default(),
             looked: Instant::now(),
+            looked_at_files: Instant::now(),
             sample: SampleFile::open(root, new_generation()),
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
@@ -144,8 +147,9 @@ impl Mapped {
             && this_boot
             // A rebuild goes on unless its owner has died; the owner with our slot has.
             && owner.is_none_or(|n| n != own_slot && is_alive(root, n))
-            && mapped.remap(None).is_ok();
-        mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(None).is_ok();
+            && mapped.remap(None, true).is_ok();
+        mapped.outdated =
+            clean && !this_boot && owner.is_none() && mapped.remap(None, true).is_ok();
         if !sound && !mapped.outdated {
             mapped.reset()?;
         }
@@ -386,7 +390,11 @@ impl Mapped {
         if header.check != self.checksum() {
             return Err(Error::Corrupt("header: wrong checksum"));
         }
-        self.remap(Some(len))?;
+        let looks = self.looked_at_files.elapsed() >= LOOK_EVERY;
+        self.remap(Some(len), looks)?;
+        if looks {
+            self.looked_at_files = Instant::now();
+        }
         let own_slot = self.own_slot;
         let header = self.file_header_mut();
         // A participant that was taken for dead is no longer in the list.
@@ -426,8 +434,10 @@ impl Mapped {
     }
 
     /// Maps as much of the files as is in use. The length of the header file is passed where it is
-    /// known: the system call is a good part of the cost of a step.
-    fn remap(&mut self, head_len: Option<u64>) -> Result<()> {
+    /// known: the system call is a good part of the cost of a step. So only now and then (`looks`) it is seen
+    /// whether others have cut off or removed files that are mapped far enough; what is missing of them ends the step
+    /// that asks for it (`guard`).
+    fn remap(&mut self, head_len: Option<u64>, looks: bool) -> Result<()> {
         let header = self.file_header();
         let wanted = [
             DIRECTORY_AT as u64 + header.directory.saturating_mul(4),
@@ -440,7 +450,8 @@ impl Mapped {
         let parts = self.files.iter().zip(&mut self.maps).zip(wanted).zip(known);
         for (n, (((file, map_of), wanted), known)) in parts.enumerate() {
             // Most indexes have no history; and one that is too short is caught where it is used.
-            if n == HISTORY && wanted <= map_of.len() as u64 {
+            let is_looked_at = n == HEAD || looks && n != HISTORY;
+            if !is_looked_at && wanted <= map_of.len() as u64 {
                 continue;
             }
             let len = match known {
@@ -462,7 +473,7 @@ impl Mapped {
         }
         let cells = self.file_header().cells;
         match &mut self.places {
-            Some(places) => places.remap(cells),
+            Some(places) => places.remap(cells, looks),
             None => Ok(()),
         }
     }

@@ -75,15 +75,19 @@ impl PlacesFile {
         }
     }
 
-    /// Maps as much as is in use.
-    pub(super) fn remap(&mut self, cells: u64) -> Result<()> {
+    /// Maps as much as is in use; where that is mapped, the file is only looked at if asked for.
+    pub(super) fn remap(&mut self, cells: u64, looks: bool) -> Result<()> {
+        let wanted = cells.saturating_mul(size_of::<u64>() as u64);
+        if !looks && wanted <= self.map.len() as u64 {
+            return Ok(());
+        }
         let not_mapped = Error::Corrupt("index file: cannot be mapped");
         let status = fstat(&self.file).map_err(|_| not_mapped)?;
         if status.st_nlink == 0 {
             return Err(Error::Corrupt("index file: removed"));
         }
         let len = status.st_size as u64;
-        if len < cells.saturating_mul(size_of::<u64>() as u64) {
+        if len < wanted {
             return Err(Error::Corrupt("index file: truncated"));
         }
         if len != self.map.len() as u64 {

@@ -62,7 +62,7 @@ pub(crate) fn open(
 }
 
 pub(crate) fn rebuild(index: &mut SharedIndex<u32>, files: &SegmentFiles) {
-    let mut found = scan(files, true).unwrap();
+    let found = scan(files, true).unwrap();
     let adopt = |cache: &mut Cache<Mapped, u32>| {
         found.adopt_segments(cache)?;
         let refused = found.adopt_values(cache, 0..found.values.len())?;
@@ -84,6 +84,10 @@ impl Pool {
 
     pub(crate) fn with(name: &str, limits: Limits, holes: bool) -> Pool {
         let root = std::env::temp_dir().join(format!("zcache-pool-{}-{name}", std::process::id()));
+        Pool::at(root, limits, holes)
+    }
+
+    pub(crate) fn at(root: PathBuf, limits: Limits, holes: bool) -> Pool {
         for folder in ["index", "segments", "tmp"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }

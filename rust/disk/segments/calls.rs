@@ -9,7 +9,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, open};
 use rustix::io::Errno;
 
 use super::files::Got;
-use super::format::HEADER;
+use super::format::{HEADER, ValueHeader};
 use crate::cache::{PAGE, Placed};
 use crate::disk::below::is;
 
@@ -67,7 +67,7 @@ pub(super) fn regular(file: File) -> io::Result<File> {
 }
 
 /// A read that has ended before its bytes: at the end of what is in memory, or of the file.
-pub(super) fn short(waits: bool, file: &File, placed: Placed) -> Got {
+fn short(waits: bool, file: &File, placed: Placed) -> Got {
     let end = placed.start() + HEADER as u64 + placed.size;
     let is_whole = file.metadata().is_ok_and(|status| status.len() >= end);
     if !waits && is_whole {
@@ -84,8 +84,11 @@ pub(super) fn write_both(file: &File, at: u64, first: &[u8], second: &[u8]) -> i
     })?)
 }
 
+/// A file system or a kernel cannot read without waiting.
+pub(super) const UNSUPPORTED: Errno = Errno::OPNOTSUPP;
+
 #[cfg(target_os = "linux")]
-pub(super) fn read_both(
+fn read_both(
     file: &File,
     at: u64,
     first: &mut [u8],
@@ -99,13 +102,13 @@ pub(super) fn read_both(
     }
     match rustix::io::preadv2(file, &mut parts, at, ReadWriteFlags::NOWAIT) {
         // Not on this file system, or not by this kernel.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(Errno::AGAIN),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(UNSUPPORTED),
         read => read,
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn read_both(
+fn read_both(
     file: &File,
     at: u64,
     first: &mut [u8],
@@ -113,8 +116,48 @@ pub(super) fn read_both(
     waits: bool,
 ) -> rustix::io::Result<usize> {
     if !waits {
-        return Err(Errno::AGAIN);
+        return Err(UNSUPPORTED);
     }
     let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
     rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at))
+}
+
+/// Reads what a value has from `start` on, after its header.
+pub(super) fn read_from(
+    file: &File,
+    placed: Placed,
+    name: &str,
+    start: u64,
+    into: &mut [u8],
+    waits: bool,
+) -> io::Result<Got> {
+    let mut header = [0; HEADER];
+    // At first header and value in one call, where the value is read from its beginning.
+    let len = into.len();
+    let at = placed.start();
+    let read = if start == 0 {
+        read_both(file, at, &mut header, into, waits)
+    } else {
+        read_both(file, at, &mut header, &mut [], waits)
+    };
+    let mut done = match read {
+        Ok(count) if count < HEADER => return Ok(short(waits, file, placed)),
+        Ok(count) => count - HEADER,
+        Err(Errno::AGAIN) => return Ok(Got::NotNow),
+        Err(error) => return Err(error.into()),
+    };
+    if !ValueHeader::is_of(&header, &placed, name) {
+        return Ok(Got::Nothing);
+    }
+    while done < len {
+        let rest = into.get_mut(done..).unwrap_or_default();
+        let from = at + HEADER as u64 + start + done as u64;
+        match read_both(file, from, &mut [], rest, waits) {
+            Ok(0) => return Ok(short(waits, file, placed)),
+            Ok(count) => done += count,
+            Err(Errno::AGAIN) => return Ok(Got::NotNow),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Got::Bytes)
 }

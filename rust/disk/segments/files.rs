@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
-use super::calls::{is_elsewhere, punch, read_both, regular, short, write_both};
+use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular, write_both};
 use super::format::{HEADER, SegmentHeader, ValueHeader};
+use super::resident::Resident;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, names_in, open_folder};
@@ -39,6 +40,7 @@ pub struct SegmentFiles {
     root: PathBuf,
     holes: bool,
     opened: Mutex<Opened>,
+    resident: Resident,
 }
 
 #[derive(Debug, Default)]
@@ -79,6 +81,7 @@ impl SegmentFiles {
             root,
             holes,
             opened: Mutex::default(),
+            resident: Resident::default(),
         }
     }
 
@@ -309,13 +312,41 @@ impl SegmentFiles {
                 Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
                 file => file?,
             };
-            let got = read_from(&file, placed, name, start, into, waits)?;
+            let got = if waits {
+                read_from(&file, placed, name, start, into, true)?
+            } else {
+                self.read_now(&file, placed, name, start, into)?
+            };
             // Another file may have its name by now.
             if got != Got::Nothing || fstat(&*file).is_ok_and(|status| status.st_nlink != 0) {
                 return Ok(got);
             }
         }
         Ok(Got::Nothing)
+    }
+
+    /// Reads what is in memory.
+    fn read_now(
+        &self,
+        file: &File,
+        placed: Placed,
+        name: &str,
+        start: u64,
+        into: &mut [u8],
+    ) -> io::Result<Got> {
+        if !self.resident.is_needed() {
+            match read_from(file, placed, name, start, into, false) {
+                Err(error) if Errno::from_io_error(&error) == Some(UNSUPPORTED) => {
+                    self.resident.need();
+                }
+                got => return got,
+            }
+        }
+        if !self.resident.has(file, placed, start, into.len()) {
+            return Ok(Got::NotNow);
+        }
+        let watch = || read_from(file, placed, name, start, into, true);
+        self.resident.watch(watch)
     }
 
     /// The header of a value, if it is there and sound.
@@ -355,45 +386,6 @@ impl SegmentFiles {
     pub(super) fn open_to_scan(&self, number: u64) -> io::Result<Arc<File>> {
         self.file(number, For::Change)
     }
-}
-
-fn read_from(
-    file: &File,
-    placed: Placed,
-    name: &str,
-    start: u64,
-    into: &mut [u8],
-    waits: bool,
-) -> io::Result<Got> {
-    let mut header = [0; HEADER];
-    // At first header and value in one call, where the value is read from its beginning.
-    let len = into.len();
-    let at = placed.start();
-    let read = if start == 0 {
-        read_both(file, at, &mut header, into, waits)
-    } else {
-        read_both(file, at, &mut header, &mut [], waits)
-    };
-    let mut done = match read {
-        Ok(count) if count < HEADER => return Ok(short(waits, file, placed)),
-        Ok(count) => count - HEADER,
-        Err(Errno::AGAIN) => return Ok(Got::NotNow),
-        Err(error) => return Err(error.into()),
-    };
-    if !ValueHeader::is_of(&header, &placed, name) {
-        return Ok(Got::Nothing);
-    }
-    while done < len {
-        let rest = into.get_mut(done..).unwrap_or_default();
-        let from = at + HEADER as u64 + start + done as u64;
-        match read_both(file, from, &mut [], rest, waits) {
-            Ok(0) => return Ok(short(waits, file, placed)),
-            Ok(count) => done += count,
-            Err(Errno::AGAIN) => return Ok(Got::NotNow),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(Got::Bytes)
 }
 
 /// First byte of the first page in which a value may begin.

@@ -3,6 +3,7 @@
 mod calls;
 mod files;
 mod format;
+mod resident;
 mod scan;
 
 pub use self::calls::can_punch;

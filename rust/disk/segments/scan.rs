@@ -49,8 +49,6 @@ pub struct Found {
     pub segments: Vec<FoundSegment>,
     /// The newest value of each name, in the order of their fetch.
     pub values: Vec<FoundValue>,
-    /// Cells of the segments, once they are adopted.
-    cells: HashMap<u64, u32>,
 }
 
 impl Found {
@@ -60,13 +58,15 @@ impl Found {
     ///
     /// Where the index cannot grow.
     pub fn adopt_segments<S: Peers, T: Clone, P: Eviction>(
-        &mut self,
+        &self,
         cache: &mut Cache<S, T, P>,
     ) -> Result<()> {
-        self.cells.clear();
+        let known = cache.segment_cells()?;
         for segment in &self.segments {
-            let cell = cache.adopt_segment(segment.number, segment.capacity)?;
-            self.cells.insert(segment.number, cell);
+            // Another scan may have been faster.
+            if !known.contains_key(&segment.number) {
+                cache.adopt_segment(segment.number, segment.capacity)?;
+            }
         }
         Ok(())
     }
@@ -82,12 +82,13 @@ impl Found {
         part: Range<usize>,
     ) -> Result<Vec<Placed>> {
         let checks = cache.limits().verify != Verify::Never;
+        let cells = cache.segment_cells()?;
         let mut refused = Vec::new();
         let end = part.end.min(self.values.len());
         for value in self.values.get(part.start..end).unwrap_or_default() {
             let placed = value.placed;
             let checksum = checks.then_some(value.checksum);
-            let adopted = match self.cells.get(&placed.segment) {
+            let adopted = match cells.get(&placed.segment) {
                 Some(&cell) => cache.adopt_placed(
                     &value.name,
                     placed.size,
@@ -95,7 +96,8 @@ impl Found {
                     checksum,
                     (cell, placed.page),
                 )?,
-                None => false,
+                // The index was emptied meanwhile, and another scan fills it.
+                None => true,
             };
             if !adopted {
                 refused.push(placed);
@@ -131,11 +133,7 @@ pub fn scan(files: &SegmentFiles, cleans: bool) -> io::Result<Found> {
         let in_use = in_use(&values);
         segments.retain(|segment| in_use.contains_key(&segment.number));
     }
-    Ok(Found {
-        segments,
-        values,
-        cells: HashMap::new(),
-    })
+    Ok(Found { segments, values })
 }
 
 /// The newest value of each name, by age.

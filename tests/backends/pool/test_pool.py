@@ -6,9 +6,11 @@ import asyncio
 import gc
 import os
 import pickle
+import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,9 +45,6 @@ from zcache.testing import (
     entries,
     shares_index,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAGE = 4096
 
@@ -341,6 +340,58 @@ def test_directory_has_the_mode_that_was_asked_for(
     CachePool(tmp_path / "pool", mode=mode)
     for folder in ("pool", "pool/.zcache", "pool/.zcache/segments"):
         assert (tmp_path / folder).stat().st_mode & 0o777 == expected, folder
+
+
+MEMBER = """
+import os, sys
+from zarr.storage import MemoryStore
+from support import buf, value_sync
+from zcache import CachePool, CacheStore
+
+path, user, mode, *keys = sys.argv[1], int(sys.argv[2]), int(sys.argv[3], 8), *sys.argv[4:]
+os.umask(0o077)
+os.setgroups([])
+os.setgid(54321)
+os.setuid(user)
+store = CacheStore(
+    MemoryStore({f"{user}": buf(b"own")}), cache_store=CachePool(path, mode=mode), source_id="x"
+)
+found = [value_sync(store, key) for key in keys]
+assert store.drain_sync()
+stats = store.cache_stats()
+print(found, stats["hits"], stats["cache_failures"])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
+    where = Path(tempfile.mkdtemp())
+    try:
+        where.chmod(0o777)
+
+        def member(user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-c", MEMBER, str(where / "pool"), str(user), mode, *keys],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+                cwd=tmp_path.anchor,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+
+        first = member(50001, "770", "50001")
+        assert first.stdout == "[b'own'] 0 0\n", first.stderr
+        other = member(50002, "770", "50001", "50002")
+        assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
+        again = member(50001, "770", "50001", "50002")
+        assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
+        for name in ("head", "cells", "places", "lock", "p0"):
+            assert (where / "pool/.zcache/index" / name).stat().st_mode & 0o777 == 0o660, name
+        # Whoever has not asked for a group does not trust another user.
+        assert "CacheOwnershipError" in member(50002, "700").stderr
+    finally:
+        shutil.rmtree(where)
 
 
 def test_options_without_a_meaning_are_refused(tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ def is_tolerated(name: str) -> bool:
     return name in TOLERATED or name.startswith(_TOLERATED_BEGINNINGS)
 
 
+def open_to_group(path: str, root: str) -> None:
+    """Let the group read a file that may write to a directory, whatever the umask says."""
+    if os.stat(root).st_mode & stat.S_IWGRP and not os.stat(path).st_mode & stat.S_IRGRP:
+        os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IRGRP)
+
+
 def owner(path: str) -> Literal["ours", "pending", "foreign"]:
     """The owner of a file: zcache's, zcache's but never committed, or somebody else's.
 

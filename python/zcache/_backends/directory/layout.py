@@ -83,7 +83,14 @@ class Layout:
         OSError
             If it cannot be used.
         """
-        self.stamp = Stamp(self.root, self.reserved, self.source or "", adopt=adopt, form=self.form)
+        self.stamp = Stamp(
+            self.root,
+            self.reserved,
+            self.source or "",
+            adopt=adopt,
+            form=self.form,
+            trusts_owner=self.trusts_owner(),
+        )
         self.make_folders()
         unit = BLOCK_SIZE
         if unit is None:
@@ -94,6 +101,10 @@ class Layout:
                 unit = os.statvfs(self.root).f_frsize
         self._block_size = unit
         self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
+
+    def trusts_owner(self) -> bool:
+        """Whether the directory may be another user's."""
+        return False
 
     def check(self) -> None:
         """See once more whose the directory is: others may have taken it over or removed it.

@@ -64,6 +64,8 @@ class Stamp:
         Whether to take over what is there already.
     form : int or str, optional
         Format of what is kept. Default is that of a directory of files.
+    trusts_owner : bool, optional
+        Whether it may be another user's. Default is only where it is adopted.
 
     Attributes
     ----------
@@ -83,7 +85,14 @@ class Stamp:
     """
 
     def __init__(
-        self, root: str, reserved: str, source: str, *, adopt: bool, form: int | str = FORMAT
+        self,
+        root: str,
+        reserved: str,
+        source: str,
+        *,
+        adopt: bool,
+        form: int | str = FORMAT,
+        trusts_owner: bool = False,
     ) -> None:
         self.root = root
         self._form = form
@@ -92,7 +101,7 @@ class Stamp:
         self._copy = os.path.join(reserved, "index", "stamp.json")
         self._identity: tuple[int, int] | None = None
         self.is_doubtful = self.has_adopted = False
-        self._trusts_owner = adopt
+        self._trusts_owner = adopt or trusts_owner
         self.source = source
         self.is_foreign = False
         self.check(adopt=adopt)
@@ -261,6 +270,7 @@ class Stamp:
             file.flush()
             # Once per directory: an empty stamp after a loss of power would lock its owner out.
             os.fsync(file.fileno())
+        files.open_to_group(unfinished, self.root)
         if replace:
             # It must not outlive a stamp of another source.
             self._remove_copy()
@@ -291,6 +301,7 @@ class Stamp:
             os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
             Path(unfinished).write_text(json.dumps(stamp), encoding="utf-8")
+            files.open_to_group(unfinished, self.root)
             os.replace(unfinished, self._copy)
 
     def _adopt(self) -> bool:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory.layout import Layout
@@ -148,6 +149,12 @@ class PoolLayout(Layout):
         self.scanner.renew(holes=self.holes)
         # Keys are no names of files here.
         self.folds_names = self.scanner.folds_names = False
+
+    def trusts_owner(self) -> bool:
+        # Whoever asks for a pool of his group has said so.
+        if not self.mode & stat.S_IWGRP or not os.path.exists(self.root):
+            return False
+        return os.stat(self.root).st_gid in (os.getegid(), *os.getgroups())
 
     def make_folders(self) -> None:
         super().make_folders()

@@ -20,7 +20,7 @@ from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
@@ -148,13 +148,22 @@ class Pool:
             pass
         self.names.pop(label, None)
 
-    def full_values(self, name: str) -> list[tuple[str, int]]:
-        """Key and size of each full value of a source."""
-        label = label_of(name)
-        found = self.handle.call_blocking(lambda index: index.within(label, True).entries())
-        return [
-            (key, size) for key, span, size, state in found if span is None and state == "present"
-        ]
+    def live(self, name: str | None = None) -> Iterator[tuple[str, bool, int]]:
+        """Each entry that can be served, of one source or of all: key, whether it is the full value, and bytes.
+
+        Those of all have the label of their source before their keys.
+        """
+        cursor: tuple[int, int] | None = None
+        while True:
+
+            def step(index: Index, at: Any = cursor) -> Any:
+                view = index if name is None else index.within(label_of(name), True)
+                return view.next_live(at)
+
+            found, cursor = self.handle.call_blocking(step)
+            yield from found
+            if cursor is None:
+                return
 
     def read(self, name: str, key: str, size: int) -> Any:
         """The bytes of a full value, as an array; None where it is gone or damaged."""

@@ -9,6 +9,7 @@ import time
 import uuid
 from typing import Any
 
+from zcache._backends.directory.files import open_to_group
 from zcache._backends.pool.layout import label_of
 
 
@@ -51,6 +52,7 @@ class Register:
             try:
                 with open(unfinished, "x", encoding="utf-8") as file:
                     json.dump(notes, file)
+                open_to_group(unfinished, os.path.dirname(self._path))
                 os.replace(unfinished, self._path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
