@@ -158,6 +158,11 @@ python-lint: env-both
 # Long runs of what is alike on each Python take place on the newest one.
 if_older = [ $$env = base ] && [ ! -L .venvs/newest ]
 
+# What fails is run once more, for a test of threads and processes may not stand a machine that is busy with others. The
+# summary names each such test; what fails twice, or ends the interpreter, fails.
+ONCE_MORE := --reruns 1 --reruns-delay 5 -raR
+
 .PHONY: python-test
 python-test: env-both
-	$(call in_each_env,pytest,$$python -m pytest -n $(JOBS) --dist loadgroup $$($(if_older) && echo --without-once) $(ARGS))
+	$(call in_each_env,pytest,\
+	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once) $(ARGS))

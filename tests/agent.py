@@ -1,11 +1,12 @@
 """Another process on the same cache directory, which does what a test tells it to.
 
-python tests/agent.py DIRECTORY MAX_SIZE: one command a line in, one answer a line out, both as JSON.
+python tests/agent.py DIRECTORY MAX_SIZE SHARES: one command a line in, one answer a line out, both as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import pickle
 import subprocess
@@ -19,6 +20,7 @@ from zarr.storage import LocalStore
 from pools import cache_at
 from support import buf, read
 from zcache import CacheStore
+from zcache._backends.directory.layout import Layout
 from zcache.testing import StoreDouble, check_invariants, index_slot, missing_keys
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ class Agent:
         The directory with ``source`` and ``cache`` in it.
     max_size : int, optional
         Its bound. Default is none.
+    shares_index : bool, optional
+        Whether it can share an index. Default is True.
     """
 
-    def __init__(self, where: Path, max_size: int = 0) -> None:
+    def __init__(self, where: Path, max_size: int = 0, *, shares_index: bool = True) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(where), str(max_size)],
+            [sys.executable, __file__, str(where), str(max_size), str(int(shares_index))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,6 +76,13 @@ class Agent:
 
     def kill(self) -> None:
         self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe
+            pipe.close()
+
+    def end(self) -> None:
+        """Let it come to its end, and wait for that."""
         self.process.communicate()
 
     def __enter__(self) -> Self:
@@ -147,7 +158,14 @@ class _Commands:
         return None
 
 
+def refuse_to_share(*_: Any) -> Any:
+    """What opens an index on a file system that has no locks."""
+    raise OSError(errno.ENOSYS, "no locks here")
+
+
 def main() -> None:
+    if not int(sys.argv[3]):
+        Layout.open_index = refuse_to_share  # type: ignore[method-assign]
     commands = _Commands(Path(sys.argv[1]), int(sys.argv[2]))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

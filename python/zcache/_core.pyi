@@ -397,6 +397,9 @@ class Index:
         for `mark_verified` and the CRC32C if it is known.
         """
 
+    def lookup_all(self, keys: list[str], /) -> list[int]:
+        """`lookup` of many whole values, of any age: the positions of those that are there."""
+
     def peek(
         self,
         key: str,
@@ -460,8 +463,8 @@ class Index:
             The key cannot be cached.
         """
 
-    def lead_all(self, keys: list[str], flights: list[Any], /) -> list[int | None]:
-        """`join` for many whole values: tickets of those that have no flight, which get one; else None."""
+    def lead_all(self, keys: list[str], flight: Any, /) -> list[int | None]:
+        """`join` for many whole values: tickets of those that have no flight, which get this one; else None."""
 
     def set_validator(self, key: str, ticket: int, validator: str, /) -> None:
         """Note the validator of what was read under a ticket; kept with the entry when that is committed."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
 from zarr.core.array import AsyncArray
-from zarr.storage import StorePath
+from zarr.storage import MemoryStore, StorePath
 
 from zcache._options import parse_size
 from zcache._runtime.fork import at_fork
+from zcache._source.identity import identify
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
 
@@ -28,8 +29,9 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     ----------
     array : Array or AsyncArray
         An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads
-        see what is written, resized and deleted through the array that is returned, through arrays and groups that
-        are opened on its `store`, and through whatever else this function has made over the same store object. They do not see what others write to the store below, not even through `array`.
+        see what is written, resized and deleted through the array that is returned, through arrays and groups that are
+        opened on its `store`, and through whatever else this function has made over the same source in this process. They
+        do not see what others write to the store below, not even through `array`.
     size : int or str
         Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30).
 
@@ -73,6 +75,8 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
 _lock = threading.Lock()
 # By the address of the source, which each of them keeps alive.
 _stores: weakref.WeakValueDictionary[int, CacheStore] = weakref.WeakValueDictionary()
+# By the name of the source: one index is shared by all stores that show it, as a path that was opened twice.
+_places: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
 
 
 def _over(source: Store) -> CacheStore:
@@ -80,7 +84,11 @@ def _over(source: Store) -> CacheStore:
     with _lock:
         found = _stores.get(id(source))
         if found is None:
-            found = _stores[id(source)] = CacheStore(source, max_size=0)
+            name = identify(source).name
+            place = _places.get(name)
+            if place is None:
+                place = _places[name] = MemoryStore()
+            found = _stores[id(source)] = CacheStore(source, cache_store=place, max_size=0)
         found._is_open = source._is_open
         return found
 

@@ -12,6 +12,7 @@ use super::below::At;
 use super::ownership::SourceDigest;
 use super::segments::SegmentFiles;
 use super::values::Values;
+use crate::shared::{Neighbours, neighbours};
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -74,13 +75,19 @@ pub struct CacheDir {
     opened: Instant,
     /// Milliseconds after `opened` until which the volume has ample space.
     ample_until: AtomicU64,
-    /// What others change, who share no index with this process, to say that they change the source.
+    /// The lock file of an index that this process does not use.
     marked: Option<PathBuf>,
     seen: Mutex<Option<Mark>>,
 }
 
-/// A time of the marked file; `None` where there is none.
-pub(super) type Mark = Option<(i64, i64)>;
+/// What others change, who share no index with this process, as they change the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// The time of the lock file, of those who share no index at all; `None` where there is none.
+    time: Option<(i64, i64)>,
+    /// Those who share one.
+    pub(super) neighbours: Option<Neighbours>,
+}
 
 impl CacheDir {
     /// A cache directory, and the directory of its unfinished files.
@@ -98,7 +105,7 @@ impl CacheDir {
         }
     }
 
-    /// The same; who changes the source without the index changes the time of this file.
+    /// The same for a process with an index of its own; this is the lock file of the one that others may share.
     #[must_use]
     pub fn marked_by(self, file: PathBuf) -> Self {
         let seen = Mutex::new(Some(mark_of(&file)));
@@ -118,7 +125,7 @@ impl CacheDir {
         }
     }
 
-    /// The mark of now; `None` where there is none.
+    /// The mark of now; `None` for who shares the index.
     pub(super) fn mark(&self) -> Option<Mark> {
         self.marked.as_deref().map(mark_of)
     }
@@ -187,7 +194,10 @@ impl CacheDir {
 fn mark_of(file: &Path) -> Mark {
     // Opened: a network file system asks its server then.
     let found = At::from(file).open().and_then(rustix::fs::fstat);
-    found
-        .ok()
-        .map(|status| (status.st_mtime, status.st_mtime_nsec as i64))
+    Mark {
+        time: found
+            .ok()
+            .map(|status| (status.st_mtime, status.st_mtime_nsec as i64)),
+        neighbours: file.parent().and_then(neighbours),
+    }
 }

@@ -41,6 +41,7 @@ const RETRY_TIME: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(5);
 
 const SINCE_EMPTIED: &str = "the index was emptied meanwhile";
+const NEIGHBOURS: &str = "others share an index that this process does not use";
 const NO_SPACE: &str = "no space on the volume";
 const UNKNOWN: &str = "a valid value that the index does not know";
 
@@ -83,6 +84,12 @@ fn note<S: Peers, T: Clone, P: Eviction>(
     if dir.is_news(mark) {
         cache.invalidate_prefix("");
     }
+}
+
+/// Whether others share an index that this process does not use. It would not know of the file of a fill, and so not
+/// remove it with what is below a prefix.
+fn has_neighbours(mark: Option<Mark>) -> bool {
+    mark.is_some_and(|mark| mark.neighbours.is_some())
 }
 
 /// Looks for a mark of others, who change the source and share no index with this process.
@@ -277,6 +284,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
     }
 
     fn fill(&mut self) -> Result<Ending, StepError> {
+        if has_neighbours(self.dir.mark()) {
+            return Ok(Ending::Rejected(NEIGHBOURS));
+        }
         let (fill, now) = (self.fill, self.fill.now());
         let size = fill.data.as_ref().len() as u64;
         let (mut answer, mut generation, slot, mut placed) = self.with_retries(|index| {
@@ -399,6 +409,10 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Job<'a, T, D> {
         let (fill, dir) = (self.fill, self.dir);
         // After the file has its name: a later change of the source removes it by that.
         let mark = dir.mark();
+        if has_neighbours(mark) {
+            self.remove_uncommitted(name, made);
+            return Ok(Ending::Rejected(NEIGHBOURS));
+        }
         let done = self.with_retries(|index| {
             step!(index, |cache| {
                 note(cache, dir, mark);

@@ -114,6 +114,7 @@ impl DirectoryFills {
                         segments=None))]
     #[allow(clippy::too_many_arguments)] // All that a queue is about.
     fn new(
+        py: Python<'_>,
         index: &Index,
         root: PathBuf,
         tmp: PathBuf,
@@ -138,7 +139,7 @@ impl DirectoryFills {
         });
         let files = CacheDir::new(root, tmp).of(source);
         let files = match marked {
-            Some(file) => files.marked_by(file),
+            Some(file) => py.detach(|| files.marked_by(file)),
             None => files,
         };
         let files = match segments {

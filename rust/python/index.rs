@@ -417,6 +417,27 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (keys, /))]
+    fn lookup_all(&self, py: Python<'_>, keys: Vec<Bound<'_, PyString>>) -> PyResult<Vec<usize>> {
+        let mut found = Vec::new();
+        for (batch, some) in keys.chunks(BATCH).enumerate() {
+            step!(self, py, |cache| {
+                for (at, key) in some.iter().enumerate() {
+                    let key = known(key).unwrap_or_default();
+                    let is_there = match cache.hit(key, 0) {
+                        Some(size) => size.is_some(),
+                        None => cache.lookup(key, ByteRange::Full, 0)?.is_some(),
+                    };
+                    if is_there {
+                        found.push(batch * BATCH + at);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    }
+
     fn recount_as_miss(&self, py: Python<'_>) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.recount_as_miss();
@@ -470,21 +491,20 @@ impl Index {
         }
     }
 
-    #[pyo3(signature = (keys, flights, /))]
+    #[pyo3(signature = (keys, flight, /))]
     fn lead_all(
         &self,
         py: Python<'_>,
         keys: Vec<Bound<'_, PyString>>,
-        flights: Vec<Py<PyAny>>,
+        flight: Py<PyAny>,
     ) -> PyResult<Vec<Option<u64>>> {
         let mut tickets = Vec::with_capacity(keys.len());
-        let wanted: Vec<_> = keys.iter().map(known).zip(flights).collect();
         // In steps, so that no one waits for long.
-        for some in wanted.chunks(BATCH) {
+        for some in keys.chunks(BATCH) {
             step!(self, py, |cache| {
-                for (key, flight) in some {
+                for key in some {
                     // A reference is left outside, so dropping one under the lock frees nothing.
-                    let joined = key.map(|key| {
+                    let joined = known(key).map(|key| {
                         let flight = Flight(flight.clone_ref(py));
                         cache.join(key, ByteRange::Full, flight, 0, true)
                     });

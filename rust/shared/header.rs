@@ -33,8 +33,8 @@ pub(super) struct FileHeader {
     writers: u32,
     /// Participant slots that were ever taken; those after them are empty.
     pub(super) participant_slots: u32,
-    /// Keeps what follows at a multiple of 8 bytes.
-    padding: u32,
+    /// Counts the changes of the source that participants begin and end.
+    pub(super) changes: u32,
     /// Participant (plus one) that rebuilds the index, or died while it did.
     pub(super) rebuild_owner: u32,
     /// Changes when any key may have been written.
@@ -78,12 +78,17 @@ impl FileHeader {
         bytemuck::from_bytes(&ZEROS.0)
     }
 
-    /// Whether the numbers can be those of an index of this format.
-    pub(super) fn is_plausible(&self) -> bool {
+    /// Whether it is one of this format.
+    pub(super) fn is_known(&self) -> bool {
         self.magic == MAGIC
             && self.format == FORMAT
             && self.byte_order == BYTE_ORDER
             && self.cell_size == size_of::<Cell>() as u32
+    }
+
+    /// Whether the numbers can be those of an index of this format.
+    pub(super) fn is_plausible(&self) -> bool {
+        self.is_known()
             && self.cells <= MAX_CELLS as u64
             && u64::from(self.header.cells_used) <= self.cells
             && u64::from(self.header.segments).saturating_mul(SEGMENT as u64) <= self.slots

@@ -122,6 +122,10 @@ pub(super) fn open_existing(path: &Path) -> io::Result<File> {
     require_regular(open_plain(path, OFlags::RDWR)?.into())
 }
 
+pub(super) fn open_to_read(path: &Path) -> io::Result<File> {
+    require_regular(open_plain(path, OFlags::RDONLY)?.into())
+}
+
 /// Opens the folder of an index, to work in it.
 pub(super) fn open_folder(path: &Path) -> io::Result<OwnedFd> {
     Ok(open_plain(path, OFlags::RDONLY | OFlags::DIRECTORY)?)

@@ -90,6 +90,8 @@ impl Peers for Mapped {
         [0, self.file_header().generation as u32]
     }
     fn bump_version(&mut self, key: u64) {
+        let header = self.file_header_mut();
+        header.changes = header.changes.wrapping_add(1);
         let at = key as usize % VERSIONS;
         let versions: &mut [u32] = self.slice_mut(HEAD, HEADER_LEN, VERSIONS as u64);
         if let Some(version) = versions.get_mut(at) {

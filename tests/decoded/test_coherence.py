@@ -24,6 +24,7 @@ from decoding import check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore
 from zcache._backends.directory.layout import Layout
+from zcache._decoded.chunk import Decodings
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
@@ -386,6 +387,42 @@ async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancell
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize("is_one", [True, False])
+async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_closed(
+    is_one: bool,
+) -> None:
+    """Nothing ends such a reader while those who wait for it, perhaps in the same event loop, refer to it."""
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    cache: Any = store._decoded
+    origin, names = cache.origins.begin("a", 0.0), ["a/0", "a/1"]
+    loop, other = asyncio.get_running_loop(), asyncio.new_event_loop()
+    if is_one:
+        dead = [cache.join(name, "a", origin, 16, other)[1] for name in names]
+    else:
+        decodings = Decodings(other, names, origin)
+        assert cache.join_all(decodings, "a", 16) == {}
+        dead = [decodings.single[name] for name in names]
+    assert decoded(store, "size") == 32
+    leads, following = cache.join("a/0", "a", origin, 16, loop)
+    assert not leads
+    other.close()
+    assert not await following.wait()
+    # One that waits notices it, and so does one that comes later.
+    cache.leave(following)
+    assert decoded(store, "size") == 16
+    for name in names:
+        leads, decoding = cache.join(name, "a", origin, 16, loop)
+        assert leads
+        assert decoding not in dead
+        cache.land(decoding, np.arange(4, dtype="i4"), None)
+    for decoding in dead:
+        cache.land(decoding, np.zeros(4, dtype="i4"), None)
+        cache.give_up(decoding)
+    assert all(kept.array[3] == 3 for kept in cache._values.values())
+    assert decoded(store, "size") == 32
+    check_decoded_quiet(store)
+
+
 def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:
     source = StoreDouble(MemoryStore())
     create(source)
@@ -448,16 +485,33 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     array = create(store)
     array[:8]
     cache: Any = store._decoded
-    names = list(cache._values)
-    kept = cache.get(names[0], "v/c/0", object(), cache.now())
-    array[8:]
-    assert names[0] in cache._values
+    name = "v/c/0/0"
+    kept = cache.get(name, "v/c/0", object(), cache.now())
+    array[4:8]
+    # It has been used before the other one.
+    array[8:12]
+    assert name in cache._values
     assert decoded(store, "size") == 32
     cache.unpin(kept)
-    assert names[0] not in cache._values
+    assert name not in cache._values
     array[:]
     check_decoded_quiet(store)
     assert decoded(store, "size") == 32
+
+
+@shards
+def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[str, Any]) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    array = create(store, **more)
+    for found in (0, 0, 2, 4):
+        assert decoded(store, "hits") == found
+        np.testing.assert_array_equal(array[:], np.arange(16))
+        assert decoded(store, "size") == 32
+    # Other chunks take its place nevertheless.
+    for _ in range(2):
+        array[12:]
+    assert decoded(store, "hits") == 7
+    check_decoded_quiet(store)
 
 
 def test_output_of_a_read_is_released_with_its_last_user() -> None:
@@ -479,7 +533,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     store = CacheStore(MemoryStore(), decoded_size=16)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    origin = cache.begin("a", 0.0)
+    origin = cache.origins.begin("a", 0.0)
     _, leading = cache.join("a/0", "a", origin, 16, loop)
     index = cache._index
 
@@ -493,7 +547,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
             cache._index = index
             joined = index.join(*args)
             cache.land(leading, np.arange(4, dtype="i4"), None)
-            _, other = cache.join("b/0", "b", cache.begin("b", 0.0), 16, loop)
+            _, other = cache.join("b/0", "b", cache.origins.begin("b", 0.0), 16, loop)
             cache.land(other, np.zeros(4, dtype="i4"), None)
             return joined
 
@@ -505,13 +559,62 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode(
+    is_kept: bool,
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    index, origin = cache._index, cache.origins.begin("a", 0.0)
+    _, theirs = cache.join("a/3", "a", origin, 16, loop)
+    if not is_kept:
+        cache._admission.admitted = lambda names, kept: []
+    early: list[Any] = []
+
+    class Slow:
+        """Others go on while a reader begins."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(index, name)
+
+        def lead_all(self, *args: Any) -> Any:
+            cache._index = index
+            tickets = index.lead_all(*args)
+            early.append(cache.join("a/1", "a", origin, 16, loop))
+            return tickets
+
+    cache._index = Slow()
+    decodings = Decodings(loop, [f"a/{n}" for n in range(4)], origin)
+    assert cache.join_all(decodings, "a", 16) == {"a/3": theirs}
+    late = cache.join("a/2", "a", origin, 16, loop)
+    assert not early[0][0]
+    assert not late[0]
+    assert early[0][1] is decodings.single["a/1"]
+    assert late[1] is decodings.single["a/2"]
+    cache.pass_over(decodings)
+    for decoding in decodings.single.values():
+        cache.land(decoding, np.arange(4, dtype="i4"), None)
+    # Who comes now finds what is kept, or begins anew.
+    leads, again = cache.join("a/0", "a", origin, 16, loop)
+    assert leads
+    cache.give_up(again)
+    for _, decoding in (*early, late):
+        assert decoding.kept.array[3] == 3
+        cache.leave(decoding)
+    cache.leave(theirs)
+    cache.give_up(theirs)
+    assert decoded(store, "size") == (48 if is_kept else 0)
+    check_decoded_quiet(store)
+
+
 async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: FakeClock) -> None:
     store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
 
     def join() -> Any:
-        return cache.join("v/c/0/0", "v/c/0", cache.begin("v/c/0", clock()), 16, loop)
+        return cache.join("v/c/0/0", "v/c/0", cache.origins.begin("v/c/0", clock()), 16, loop)
 
     leads, leading = join()
     assert leads
@@ -538,7 +641,7 @@ async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     key, index = "v/c/0", store._cache.shared.handle.index
 
     def join(name: str) -> Any:
-        return cache.join(name, key, cache.begin(key, clock()), 16, loop)
+        return cache.join(name, key, cache.origins.begin(key, clock()), 16, loop)
 
     leads, leading = join("v/c/0/0")
     assert leads

@@ -207,6 +207,27 @@ def test_arrays_over_one_store_see_what_is_written_through_each_other() -> None:
         gc.collect()
 
 
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+def test_arrays_over_two_stores_of_one_source_see_what_is_written_through_each_other(
+    kind: str, tmp_path: Path
+) -> None:
+    source: Any = MemoryStore() if kind == "memory" else LocalStore(tmp_path)
+    plain = create(source)
+    twin = source.with_read_only(read_only=True)
+    writing = with_decoded_cache(plain, "1MB")
+    reading = with_decoded_cache(zarr.open_array(twin, mode="r"), "1MB")
+    assert reading.store.read_only
+    assert hits(reading) == 2
+    writing[2] = 7
+    assert reading[2] == 7
+    writing.resize((4,))
+    writing.resize((8,))
+    assert (reading[4:] == 0).all()
+    elsewhere = with_decoded_cache(create(MemoryStore()), "1MB")
+    elsewhere[2] = 9
+    assert reading[2] == 7
+
+
 def test_one_array_with_another_config_keeps_its_chunks() -> None:
     array = with_decoded_cache(create(MemoryStore()), "1MB")
     assert hits(array) == 2

@@ -207,6 +207,16 @@ class Backend(ABC):
         """Whether the index knows of each change that anybody makes through this cache store."""
         return self.shared.handle.usable
 
+    async def hear_of_changes(self, io: IO) -> bool:  # noqa: ARG002 - where nothing is told by name
+        """Have the index know of each change that has ended, where `tells_by_name`.
+
+        Returns
+        -------
+        bool
+            False where that cannot be told in time.
+        """
+        return True
+
     @property
     def remembers_absences(self) -> bool:
         """Whether all who write through this cache store end what is remembered as missing here."""

@@ -89,10 +89,11 @@ class Buffers:
 
 def copy_into(memory: Array, array: Array) -> Array:
     """A copy of an array in memory of its size, which cannot be written to."""
-    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    copy = memory.view(array.dtype).reshape(array.shape, order="F" if is_fortran else "C")
+    flags = array.flags
+    order: Any = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
+    copy: Array = np.ndarray(array.shape, array.dtype, memory, order=order)
     copy[...] = array
-    copy.flags.writeable = False
+    copy.setflags(write=False)
     return copy
 
 

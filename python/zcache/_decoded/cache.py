@@ -14,25 +14,21 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._core import Index
 from zcache._decoded.admission import Admission
 from zcache._decoded.buffers import copy_into
-from zcache._decoded.chunk import Decoding, Kept, Origin
+from zcache._decoded.chunk import Decoding, Decodings, Kept
+from zcache._decoded.origins import Origins
 from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
-from zcache._index.handle import RETRYABLE
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
+    from zcache._decoded.chunk import Origin
     from zcache._decoded.layout import Array
     from zcache._index.counters import Counters
-
-TOUCH: Final = 1.0
-"""Seconds after which the cached ranges of a shard count as used again, if its decoded chunks are."""
-ABSENT: Final = 65_536
-"""Chunks of which it is known at most that the store had none when they were last read."""
 
 
 class DecodedCache:
@@ -58,10 +54,8 @@ class DecodedCache:
         counters: Counters,
     ) -> None:
         self.max_size = max_size
-        self._age_of = ages.of
-        self._counters = counters
+        self.origins = Origins(backend, ages, counters)
         self.now = backend.shared.clock
-        self._backend = backend
         self._handle = handle = backend.shared.handle
         self._seconds = 0.0
         self._layouts: dict[str, int] = {}
@@ -80,46 +74,51 @@ class DecodedCache:
         self._admission = Admission(self.max_size)
         self._room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
         self.outputs = Outputs(self.max_size // 32)
-        self._absent: set[str] = set()
-        self._bytes = self._handle.index
+        self.origins.use_index(self._handle.index)
 
     def use_index(self, index: Index) -> None:
         """Nothing that is kept is known to be current by another index of the byte cache."""
-        if index is not self._bytes:
-            self._bytes = index
+        if self.origins.use_index(index):
             self.clear()
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether the byte cache knows of all changes: else nothing may be served, nor kept.
-
-        Asked once for each read.
-        """
-        return self._handle.is_open and self._backend.hears_of_changes
 
     def number_of(self, layout: str) -> int:
         """A number for a way of decoding: what is decoded in another way has another name."""
         with self._lock:
             return self._layouts.setdefault(layout, len(self._layouts))
 
-    # ------------------------------------------------------------------ hits
-
     def get(self, name: str, key: str, reader: object, now: float) -> Kept | None:
         """A chunk that is kept and current, to be unpinned once it is copied. Counts a hit or a miss.
 
         `reader` stands for one read: of an origin that it has found current it does not ask again.
         """
-        if (index := self._index).lookup(name) is None:
-            return None
-        with self._lock:
-            kept = self._values.get(name)
+        return None if self._index.lookup(name) is None else self._take(name, key, reader, now)
+
+    def get_all(
+        self, names: list[str], key: str, reader: object, now: float
+    ) -> Iterable[tuple[int, Kept]]:
+        """`get` of many chunks of one value: the positions of those that are kept, with these."""
+        if len(names) == 1:
+            kept = self.get(names[0], key, reader, now)
+            return [] if kept is None else [(0, kept)]
+        return self._take_all(names, key, reader, now)
+
+    def _take_all(
+        self, names: list[str], key: str, reader: object, now: float
+    ) -> Iterator[tuple[int, Kept]]:
+        for at in self._index.lookup_all(names):
+            kept = self._take(names[at], key, reader, now)
             if kept is not None:
-                kept.pins += 1
-        if kept is None:
+                yield at, kept
+
+    def _take(self, name: str, key: str, reader: object, now: float) -> Kept | None:
+        """Pin a chunk that the index has found, if it is current."""
+        index = self._index
+        if (kept := self._room.pinned(name)) is None:
             index.recount_as_miss()
             return None
         origin = kept.origin
-        is_current = origin.checked is reader or self._is_current(key, origin, origin.landed, now)
+        was_checked = origin.checked is reader
+        is_current = was_checked or self.origins.is_current(key, origin, origin.landed, now)
         if is_current:
             origin.checked = reader
             self._admission.hit()
@@ -131,46 +130,10 @@ class DecodedCache:
             self._room.remove(index.discard(name, None, 0.0))
         return None
 
-    def _is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
-        """Whether what comes from there may be served; None where the index does not say."""
-        touch = not 0 <= now - origin.touched < TOUCH
-        try:
-            is_current = self._bytes.is_current(
-                key,
-                origin.version,
-                origin.fetched,
-                landed,
-                touch,
-                now,
-                self._age_of(key),
-            )
-        except RETRYABLE:
-            return None
-        if touch:
-            origin.touched = now
-        return is_current
-
     def unpin(self, *copied: Kept) -> None:
         """Say that chunks are copied."""
-        is_due = False
-        with self._lock:
-            for kept in copied:
-                kept.pins -= 1
-                is_due |= kept.is_condemned and not kept.pins
-        if is_due:
+        if self._room.unpin(copied):
             self._room.remove(self._index.failed_deletes(1024))
-
-    # ---------------------------------------------------------------- misses
-
-    def begin(self, key: str, now: float) -> Origin | None:
-        """Where bytes come from that are read from now on; None where their chunks must not be kept."""
-        stale = self._counters.stale
-        age = self._age_of(key)
-        try:
-            stamp = self._bytes.begin_decode(key, now, age)
-        except (*RETRYABLE, UnicodeEncodeError):
-            return None
-        return None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
 
     def join(
         self, name: str, key: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
@@ -193,61 +156,80 @@ class DecodedCache:
                 return self._lead(decoding, answer, size)
             if not answer:
                 return None
-            other: Decoding = answer[1]
+            other: Decoding | Decodings = answer[1]
+            if other.loop.is_closed():
+                # Its reader cannot end it while it is referred to, perhaps by those who wait for it.
+                if (one := self._one(other, name)) is not None:
+                    self.give_up(one)
+                continue
             now = self.now()
-            is_current = self._is_current(key, other.origin, now, now)
+            is_current = self.origins.is_current(key, other.origin, now, now)
             if is_current is None or not other.origin.is_dated:
                 return None
-            if is_current:
-                with self._lock:
-                    kept = other.kept
-                    if kept is None:
-                        other.waiting += 1
-                        return False, other
-                    if not kept.is_gone:
-                        kept.pins += 1
-                        return False, other
-                # It has landed and was evicted since the index was asked.
+            if not is_current:
+                index.invalidate(name)  # It began before a change, or has expired.
                 continue
-            # It began before a change, or has expired.
-            index.invalidate(name)
+            with self._lock:
+                one = other.of(name)
+                if one is not None and one.follow(self._room):
+                    return False, one
+            # It has ended since the index was asked, or was evicted.
         return None
 
-    def join_all(
-        self,
-        names: list[str],
-        key: str,
-        origin: Origin,
-        size: int,
-        loop: asyncio.AbstractEventLoop,
-    ) -> list[tuple[bool, Decoding] | None]:
-        """`join` for many chunks of one value."""
-        index = self._index
-        decodings = [Decoding(loop, name, origin) for name in names]
+    def join_all(self, decodings: Decodings, key: str, size: int) -> dict[str, Decoding]:
+        """`join` for many chunks of one value. Returns those for which the caller waits."""
+        index, names = self._index, list(decodings.tickets)
+        followed: dict[str, Decoding] = {}
         try:
             tickets = index.lead_all(names, decodings)
-            return [
-                self.join(decoding.name, key, origin, size, loop)
-                if ticket is None
-                else self._lead(decoding, ticket, size)
-                for decoding, ticket in zip(decodings, tickets, strict=True)
-            ]
+            with self._lock:
+                led = decodings.lead(names, tickets)
+            for name, ticket in zip(names, tickets, strict=True) if led is not names else ():
+                if ticket is not None:
+                    continue
+                joined = self.join(name, key, decodings.origin, size, decodings.loop)
+                if joined is not None:
+                    (decodings.single if joined[0] else followed)[name] = joined[1]
+            if decodings.origin.is_dated:
+                self._admit(decodings, led, size)
+            else:
+                self.give_up_all(decodings)
         except BaseException:
-            for decoding in decodings:
-                index.abort_flight(decoding.name, decoding)
-                self.give_up(decoding)
+            for name in names:
+                index.abort_flight(name, decodings)
+            self.give_up_all(decodings)
+            for decoding in followed.values():
+                self.leave(decoding)
             raise
+        return followed
+
+    def _admit(self, decodings: Decodings, names: list[str], size: int) -> None:
+        """Decide which of these chunks are kept, and make room for them."""
+        for name in self._admission.admitted(names, len(self._values)):
+            decoding = self._one(decodings, name)
+            if decoding is not None and not self._reserve(decoding, size):
+                break  # Nor for the others, which are of the same size.
+
+    def _one(self, decodings: Decoding | Decodings, name: str) -> Decoding | None:
+        with self._lock:
+            return decodings.of(name)
+
+    def _reserve(self, decoding: Decoding, size: int) -> bool:
+        """Make room for a chunk; whether it is kept. A read does not evict at its end what it kept at its beginning."""
+        # One that the store had not lately takes no room before it is there.
+        is_absent = decoding.name in self._admission.absent
+        if not is_absent:
+            decoding.reservation = self._room.reserve(decoding.name, size, decoding.ticket)
+        decoding.is_admitted = is_absent or decoding.reservation is not None
+        return decoding.is_admitted
 
     def _lead(self, decoding: Decoding, ticket: int, size: int) -> tuple[bool, Decoding] | None:
         decoding.ticket = ticket
         if not decoding.origin.is_dated:
             self.give_up(decoding)
             return None
-        if not self._admission.admits(decoding.name, len(self._values)):
-            decoding.is_admitted = False
-        # One that the store had not lately takes no room before it is there.
-        elif decoding.name not in self._absent:
-            decoding.reservation = self._room.reserve(decoding.name, size, ticket)
+        if self._admission.admits(decoding.name, len(self._values)):
+            self._reserve(decoding, size)
         return True, decoding
 
     def land(self, decoding: Decoding, array: Array, fill: Array | None) -> None:
@@ -275,7 +257,8 @@ class DecodedCache:
             kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept
-                kept.pins = decoding.waiting
+                if decoding.waiting:
+                    self._room.pin(kept, decoding.waiting)
                 if reservation is not None:
                     self._room.put(name, kept)
             if reservation is not None:
@@ -293,10 +276,10 @@ class DecodedCache:
         """The room that a chunk has, if it may be kept; what it has no use for is given back."""
         name = decoding.name
         reservation, decoding.reservation = decoding.reservation, None
-        self._absent.discard(name)
+        self._admission.absent.discard(name)
         if not decoding.is_admitted:
             return None
-        if decoding.origin.stale != self._counters.stale:
+        if self.origins.may_be_stale(decoding.origin):
             # Perhaps it comes from a value that was past its age, in place of an error of the source.
             self._room.give_back(reservation)
             return None
@@ -313,9 +296,7 @@ class DecodedCache:
             decoding.is_ended = True
         index, name = self._index, decoding.name
         if is_absent:
-            if len(self._absent) >= ABSENT:
-                self._absent.clear()
-            self._absent.add(name)
+            self._admission.note_absent([name])
         try:
             reservation, decoding.reservation = decoding.reservation, None
             self._room.give_back(reservation)
@@ -323,17 +304,38 @@ class DecodedCache:
             index.complete_flight(name, decoding.ticket)
             decoding.abandon()
 
-    def pass_over(self, decodings: Iterable[Decoding]) -> None:
-        """End those of these decodes that are done, and whose chunks no one keeps or waits for."""
+    def passes_over(self, decoding: Decoding) -> bool:
+        """End a decode that is done, if no one keeps the chunk or waits for it."""
+        if decoding.is_admitted:
+            return False
         with self._lock:
-            ended = [
-                one for one in decodings if not (one.is_admitted or one.waiting or one.is_ended)
-            ]
-            for decoding in ended:
-                decoding.is_ended = True
-        self._index.complete_flights([one.name for one in ended], [one.ticket for one in ended])
-        for decoding in ended:
-            decoding.end()
+            if decoding.waiting or decoding.is_ended:
+                return False
+            decoding.is_ended = True
+        self._index.complete_flight(decoding.name, decoding.ticket)
+        decoding.end()
+        return True
+
+    def pass_over(self, decodings: Decodings, names: list[str] | None = None) -> None:
+        """End those of these decodes, or of all, that are done, and whose chunks no one keeps or waits for."""
+        with self._lock:
+            ended = decodings.take(names)
+        if ended:
+            self._index.complete_flights(list(ended), list(ended.values()))
+
+    def give_up_all(self, decodings: Decodings) -> None:
+        """`give_up` for all of these decodes."""
+        self.pass_over(decodings)
+        for decoding in list(decodings.single.values()):
+            self.give_up(decoding)
+
+    def are_absent(self, decodings: Decodings, names: list[str]) -> None:
+        """The same for some of them, because the store has no such chunks."""
+        self._admission.note_absent(names)
+        self.pass_over(decodings, names)
+        for name in names if decodings.single else ():
+            if (decoding := decodings.single.get(name)) is not None:
+                self.give_up(decoding)
 
     def leave(self, decoding: Decoding) -> None:
         """Do without what somebody else decodes."""
@@ -343,12 +345,12 @@ class DecodedCache:
                 decoding.waiting -= 1
         if kept is not None:
             self.unpin(kept)
+        elif decoding.loop.is_closed():
+            self.give_up(decoding)
 
     def count_followed(self) -> None:
         """Count a miss as a hit: another reader has decoded the chunk."""
         self._index.recount_as_hit()
-
-    # ------------------------------------------------------------ all of them
 
     def clear(self) -> None:
         """Let go of everything; what is being decoded now is not kept."""
@@ -356,9 +358,7 @@ class DecodedCache:
         index.invalidate("")
         while victims := index.drain_prefix(""):
             self._room.remove(victims)
-        self._absent.clear()
-
-    # ------------------------------------------------------------ statistics
+        self._admission.absent.clear()
 
     def count_seconds(self, seconds: float) -> None:
         """Count time that the wrapped pipeline took."""
@@ -392,10 +392,5 @@ def _after_fork() -> None:
 
 at_fork(_after_fork)
 
-NOTHING: Final = {
-    "decoded_hits": 0,
-    "decoded_misses": 0,
-    "decoded_size": 0,
-    "decode_seconds": 0.0,
-}
+NOTHING: Final = {"decoded_hits": 0, "decoded_misses": 0, "decoded_size": 0, "decode_seconds": 0.0}
 """The statistics where no decoded chunks are kept."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from zcache._decoded.layout import Array
+    from zcache._decoded.room import Room
 
 
 class Origin:
@@ -56,16 +57,19 @@ class Kept:
         Readers that copy from it now: until they have, it counts.
     memory : ndarray or None
         What it lies in; None where it is one element, the fill value.
+    size : int
+        Bytes of that.
     is_condemned, is_gone : bool
         Whether it was to be evicted while it was pinned; whether it was evicted, so that others use its memory.
     """
 
-    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins")
+    __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins", "size")
 
     def __init__(self, array: Array, origin: Origin, memory: Array | None) -> None:
         self.array = array
         self.origin = origin
         self.memory = memory
+        self.size = 0 if memory is None else memory.nbytes
         self.pins = 0
         self.is_condemned = self.is_gone = False
 
@@ -84,17 +88,18 @@ class Decoding(Flight):
     reservation : Reservation or None
         Room for it.
     is_admitted : bool
-        Whether it is kept if there is room.
+        Whether it is kept: there is room for it, or will be looked for once it is there.
     kept : Kept or None
         What it has come to; also where there was no room for it.
     is_ended : bool
         Whether its leader has let go of it.
     """
 
+    loop: asyncio.AbstractEventLoop
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
-    is_admitted = True
+    is_admitted = False
     waiting = 0
     is_ended = False
     begun = True
@@ -104,8 +109,89 @@ class Decoding(Flight):
         self.name = name
         self.origin = origin
 
+    def of(self, name: str) -> Decoding | None:  # noqa: ARG002 - it is of one chunk
+        """Itself; see `Decodings`."""
+        return self
+
+    def follow(self, room: Room) -> bool:
+        """Count one more who waits, or pin what it has come to; False if that is gone. To be called under the lock."""
+        kept = self.kept
+        if kept is None:
+            self.waiting += 1
+        elif kept.is_gone:
+            return False
+        else:
+            room.pin(kept)
+        return True
+
     def end(self) -> None:
         """Wake all who wait; who comes later sees that it is done."""
         self.done = True
         if self._waiters is not None:
             self._wake_all()
+
+
+class Decodings:
+    """Chunks of one value that one reader decodes.
+
+    A chunk has a `Decoding` once it is to be kept, or somebody waits for it. Most have none while nothing is read again.
+    To be used under the lock of the cache.
+
+    Parameters
+    ----------
+    loop : AbstractEventLoop
+        Of the reader.
+    names : list of str
+        Of the chunks.
+    origin : Origin
+        Of their bytes.
+
+    Attributes
+    ----------
+    tickets : dict of str to int
+        Of the flights of chunks that have no `Decoding`, by name.
+    single : dict of str to Decoding
+        The others, by name.
+    """
+
+    __slots__ = ("loop", "origin", "single", "tickets")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, names: list[str], origin: Origin) -> None:
+        self.loop = loop
+        self.origin = origin
+        # Others may come before the tickets are known.
+        self.tickets = dict.fromkeys(names, 0)
+        self.single: dict[str, Decoding] = {}
+
+    def lead(self, names: list[str], tickets: list[int | None]) -> list[str]:
+        """Note the tickets of the flights that it leads. Returns the names of these; others lead the rest."""
+        if None not in tickets and not self.single:
+            self.tickets = dict(zip(names, tickets, strict=True))  # type: ignore[arg-type]
+            return names
+        led = []
+        for name, ticket in zip(names, tickets, strict=True):
+            if ticket is None:
+                self.tickets.pop(name, None)
+                continue
+            led.append(name)
+            if name in self.single:
+                self.single[name].ticket = ticket
+            else:
+                self.tickets[name] = ticket
+        return led
+
+    def of(self, name: str) -> Decoding | None:
+        """The decode of one chunk, from now on by itself; None where it has ended."""
+        decoding = self.single.get(name)
+        if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
+            decoding = self.single[name] = Decoding(self.loop, name, self.origin)
+            decoding.ticket = ticket
+        return decoding
+
+    def take(self, names: list[str] | None) -> dict[str, int]:
+        """Tickets of chunks that have no `Decoding`, of all of them without `names`: their decodes end now."""
+        if names is None:
+            taken, self.tickets = self.tickets, {}
+            return taken
+        tickets = self.tickets
+        return {name: tickets.pop(name) for name in names if name in tickets}

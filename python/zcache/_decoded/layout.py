@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
@@ -15,7 +15,7 @@ from zarr.core.buffer import cpu
 from zarr.core.indexing import get_indexer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from zarr.abc.codec import Codec
     from zarr.core.array_spec import ArraySpec
@@ -27,6 +27,8 @@ Box: TypeAlias = "tuple[Coords, Coords]"
 
 AxisPart: TypeAlias = "tuple[int, int | slice, slice | None]"
 """Along one axis: an inner chunk, what is wanted of it, and where that goes, None for an axis that is dropped."""
+
+_SLICES: Final = frozenset({slice})
 
 
 class Layout:
@@ -47,6 +49,8 @@ class Layout:
         Stands for `name` in the names of chunks.
     shape : tuple of int
         Of the unit that is kept: a chunk, or an inner chunk.
+    whole : tuple of slice
+        All of it.
     size : int
         Bytes of it.
     inner : tuple of int or None
@@ -59,6 +63,7 @@ class Layout:
         shard = _sharding(codecs)
         self.inner: Coords | None = None if shard is None else shard.chunk_shape
         self.shape: Coords = spec.shape if self.inner is None else self.inner
+        self.whole = tuple(slice(0, n) for n in self.shape)
         self.size = math.prod(self.shape) * dtype.itemsize
         self.number = 0
         self._shard: Coords = spec.shape
@@ -86,7 +91,11 @@ class Layout:
             return None
         axes: list[list[AxisPart]] = []
         for wanted, n, size in zip(selection, inner, self._shard, strict=True):
-            if isinstance(wanted, (int, np.integer)) and 0 <= wanted < size:
+            if (
+                type(wanted) is not slice
+                and isinstance(wanted, (int, np.integer))
+                and 0 <= wanted < size
+            ):
                 at = int(wanted) // n
                 axes.append([(at, int(wanted) - at * n, None)])
                 continue
@@ -190,10 +199,13 @@ def coords_in(box: Box) -> Iterable[Coords]:
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
 
 
-def chunk_in(first: Coords, at: Coords, inner: Coords) -> Iterator[slice]:
-    """Where an inner chunk lies in the elements of a box."""
-    for origin, n, size in zip(first, at, inner, strict=True):
-        yield slice((n - origin) * size, (n - origin + 1) * size)
+def chunks_in(box: Box, inner: Coords) -> Iterable[tuple[slice, ...]]:
+    """Where the inner chunks of a box lie in its elements, in the order of `coords_in`."""
+    axes = [
+        [slice(n * size, (n + 1) * size) for n in range(last - first)]
+        for first, last, size in zip(*box, inner, strict=True)
+    ]
+    return product(*axes)
 
 
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
@@ -213,4 +225,4 @@ def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple
 
 def is_basic(place: Any) -> bool:
     """Whether this part of an array is a view of it."""
-    return isinstance(place, tuple) and all(type(one) is slice for one in place)
+    return isinstance(place, tuple) and _SLICES.issuperset(map(type, place))

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._decoded.layout import boxes_of, chunk_in, coords_in, is_basic, scatter, slices_of
+from zcache._decoded.chunk import Decodings
+from zcache._decoded.jobs import MISSING, AsAsked, InnerChunks, WholeChunk
+from zcache._decoded.layout import boxes_of, is_basic, scatter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zcache._decoded.cache import DecodedCache
-    from zcache._decoded.chunk import Decoding, Kept, Origin
+    from zcache._decoded.chunk import Decoding, Kept
+    from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Box, Coords, Layout
 
 PRESENT: Final = {"status": "present"}
-MISSING: Final = {"status": "missing"}
 
 
 class Output:
@@ -62,33 +64,6 @@ class Output:
             self.cache.unpin(kept)
 
 
-class Job:
-    """What is asked of the wrapped pipeline.
-
-    Attributes
-    ----------
-    selection : tuple
-        Which part of the chunk or shard.
-    shape : tuple of int or None
-        Of that part; None where it is not plain.
-    """
-
-    selection: Any
-    shape: Coords | None
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-
-    def arrived(self, array: Array) -> None:
-        raise NotImplementedError
-
-    def is_missing(self, fill: Any) -> None:
-        raise NotImplementedError
-
-    def was_read(self, *, is_missing: bool) -> None:
-        """It is in the output already."""
-
-
 class Part:
     """What a read wants of one chunk or shard."""
 
@@ -97,7 +72,6 @@ class Part:
         self.number = number
         self.item = item
         self.layout = layout
-        self.leads: dict[Coords, Decoding] = {}
         self.followed: dict[Coords, Decoding] = {}
 
     def jobs(self) -> list[Job]:
@@ -111,11 +85,15 @@ class Part:
     def finish(self) -> None:
         """Say that all is there."""
 
-    def land(self, at: Coords, array: Array) -> None:
+    def end(self) -> None:
+        """Let go of what was neither decoded nor taken from others."""
+        for decoding in self.followed.values():
+            self.output.cache.leave(decoding)
+
+    def land(self, decoding: Decoding, array: Array) -> None:
         """Keep a chunk that has been decoded here."""
-        decoding = self.leads.get(at)
         layout = self.layout
-        if decoding is None or decoding.is_ended:
+        if decoding.is_ended or self.output.cache.passes_over(decoding):
             return
         if array.shape != layout.shape or array.nbytes != layout.size:
             self.output.cache.give_up(decoding)
@@ -126,19 +104,29 @@ class Part:
 class ChunkPart(Part):
     """A part of a chunk."""
 
+    lead: Decoding | None = None
+
     def join(self, name: str) -> None:
         """Decode the chunk, or wait for who does."""
         cache, key = self.output.cache, self.item[0].path
-        origin = cache.begin(key, self.output.now)
+        origin = cache.origins.begin(key, self.output.now)
         if origin is None:
             return
         joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
         if joined is not None:
             leads, decoding = joined
-            (self.leads if leads else self.followed)[()] = decoding
+            if leads:
+                self.lead = decoding
+            else:
+                self.followed[()] = decoding
+
+    def end(self) -> None:
+        super().end()
+        if self.lead is not None:
+            self.output.cache.give_up(self.lead)
 
     def jobs(self) -> list[Job]:
-        return [] if self.followed else [_WholeChunk(self)]
+        return [] if self.followed else [WholeChunk(self)]
 
     def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
         _, _, selection, place, _ = self.item
@@ -146,51 +134,34 @@ class ChunkPart(Part):
         scatter(output.target, place, array, selection, output.drop_axes)
 
 
-class _WholeChunk(Job):
-    """A chunk that is kept, or that many wait for."""
-
-    part: ChunkPart
-
-    def __init__(self, part: ChunkPart) -> None:
-        super().__init__(part)
-        self.selection = tuple(slice(0, n) for n in part.layout.shape)
-        self.shape = part.layout.shape
-
-    def arrived(self, array: Array) -> None:
-        self.part.place((), array)
-        self.part.land((), array)
-
-    def is_missing(self, fill: Any) -> None:
-        part = self.part
-        part.output.target[part.item[3]] = fill
-        part.output.results[part.number] = MISSING
-        if () in part.leads:
-            part.output.cache.give_up(part.leads[()], is_absent=True)
-
-
 class ShardPart(Part):
     """A part of a shard."""
+
+    # On the class: a hit needs none of it.
+    decodings: Decodings | None = None
+    scratch: Array | None = None
+    is_absent = True
+    _sel_shape: Any = None
+    # By the coordinates of what is missing, its names.
+    _misses: dict[Coords, str]
+    _wanted: dict[Coords, Any]
 
     def __init__(self, output: Output, number: int, item: Any, layout: Layout) -> None:
         super().__init__(output, number, item, layout)
         _, spec, selection, place, _ = item
         self._axes = layout.axes_of(selection)
-        self._sel_shape: Any = None
-        self._wanted: dict[Coords, Any] = {}
         shape: Coords
         if self._axes is not None:
-            shape = tuple(axis[-1][2].stop for axis in self._axes if axis[-1][2] is not None)
+            last = [axis[-1][2] for axis in self._axes]
+            shape = tuple([out.stop for out in last if out is not None])
         else:
             indexer = layout.projections(spec, selection)
             self._wanted = {at: (part, out) for at, part, out, *_ in indexer}
             self._sel_shape, shape = getattr(indexer, "sel_shape", None), indexer.shape
-        self._scratch: Array | None = None
         self._out = self._view(place, shape)
         if self._out is None:
             order = spec.config.order
-            self._out = self._scratch = np.empty(shape, layout.dtype, order=order)
-        self._misses: list[Coords] = []
-        self.is_absent = True
+            self._out = self.scratch = np.empty(shape, layout.dtype, order=order)
 
     def _view(self, place: Any, shape: Coords) -> Array | None:
         """Where the part lies in the output, if it is a view of that."""
@@ -206,40 +177,54 @@ class ShardPart(Part):
         output = self.output
         cache = output.cache
         key = self.item[0].path
-        stem = f"{key}/{self.layout.number}/"
-        names = []
-        for at in self._coords():
-            name = stem + "/".join(map(str, at))
-            kept = cache.get(name, key, output.mark, output.now)
-            if kept is not None:
-                hits.append(kept)
-                self.place(at, kept.array)
-                self.is_absent = False
-                continue
-            self._misses.append(at)
-            names.append(name)
-        if names and (origin := cache.begin(key, output.now)) is not None:
-            self._join(names, origin)
-        if not names:
+        coords = self._coords()
+        stem = f"{key}/{self.layout.number}"
+        names = ["/".join((stem, *map(str, at))) for at in coords]
+        found = []
+        for n, kept in cache.get_all(names, key, output.mark, output.now):
+            hits.append(kept)
+            found.append(n)
+            self.place(coords[n], kept.array)
+        if found:
+            self.is_absent = False
+        if len(found) == len(names):
             self.finish()
-        return not names
+            return True
+        self._misses = dict(zip(coords, names, strict=True))
+        for n in found:
+            del self._misses[coords[n]]
+        self._join()
+        return False
 
-    def _count(self) -> int:
-        return len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
-
-    def _coords(self) -> Iterable[Coords]:
+    def _coords(self) -> list[Coords]:
         if self._axes is None:
-            return self._wanted
-        return product(*([at for at, _, _ in axis] for axis in self._axes))
+            return list(self._wanted)
+        return list(product(*[[at for at, _, _ in axis] for axis in self._axes]))
 
-    def _join(self, names: list[str], origin: Origin) -> None:
+    def _join(self) -> None:
         """Decode the chunks that are missing, or wait for who does."""
-        cache, key = self.output.cache, self.item[0].path
-        joined = cache.join_all(names, key, origin, self.layout.size, self.output.loop)
-        for at, one in zip(self._misses, joined, strict=True):
-            if one is not None:
-                leads, decoding = one
-                (self.leads if leads else self.followed)[at] = decoding
+        output = self.output
+        key, names = self.item[0].path, list(self._misses.values())
+        origin = output.cache.origins.begin(key, output.now)
+        if origin is None:
+            return
+        self.decodings = Decodings(output.loop, names, origin)
+        followed = output.cache.join_all(self.decodings, key, self.layout.size)
+        if followed:
+            self.followed = {
+                at: followed[name] for at, name in self._misses.items() if name in followed
+            }
+
+    def end(self) -> None:
+        super().end()
+        if self.decodings is not None:
+            self.output.cache.give_up_all(self.decodings)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether others may want what is decoded here."""
+        decodings = self.decodings
+        return decodings is not None and bool(decodings.tickets or decodings.single)
 
     def _selections(self, at: Coords) -> Any:
         """What is wanted of a chunk, and where that goes."""
@@ -252,14 +237,16 @@ class ShardPart(Part):
 
     def jobs(self) -> list[Job]:
         # Of what no one keeps, zarr reads as much as it wants to.
-        is_all = len(self._misses) == self._count()
-        if is_all and not self.leads and not self.followed:
-            return [_AsAsked(self)]
-        if is_all and self._axes is not None and not self.followed:
-            last = tuple(n + 1 for n in self._misses[-1])
-            return [_InnerChunks(self, (self._misses[0], last))]
-        missing = [at for at in self._misses if at not in self.followed]
-        return [_InnerChunks(self, box) for box in boxes_of(missing)]
+        count = len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
+        misses = list(self._misses)
+        is_all = len(misses) == count and not self.followed
+        if is_all and not self._leads:
+            return [AsAsked(self)]
+        if is_all and self._axes is not None:
+            last = tuple(n + 1 for n in misses[-1])
+            return [InnerChunks(self, (misses[0], last), is_all=True)]
+        missing = [at for at in misses if at not in self.followed]
+        return [InnerChunks(self, box) for box in boxes_of(missing)]
 
     def place(self, at: Coords, array: Array) -> None:
         selection, place = self._selections(at)
@@ -269,7 +256,7 @@ class ShardPart(Part):
     def place_box(self, box: Box, array: Array) -> bool:
         """Copy out what is wanted of many chunks at once; False where it is not one block of them."""
         inner = self.layout.inner
-        if self._scratch is not None or inner is None:
+        if self.scratch is not None or inner is None:
             return False
         taken: list[Any] = []
         place: list[slice] = []
@@ -287,79 +274,20 @@ class ShardPart(Part):
         self._out[tuple(place)] = array[tuple(taken)]
         return True
 
+    def names(self, coords: Iterable[Coords]) -> list[str]:
+        """Of chunks that are missing."""
+        return [self._misses[at] for at in coords]
+
     def fill(self, at: Coords, value: Any) -> None:
         """The shard is not there."""
         assert self._out is not None
         self._out[self._selections(at)[1]] = value
-        if (decoding := self.leads.get(at)) is not None:
-            self.output.cache.give_up(decoding, is_absent=True)
 
     def finish(self) -> None:
-        if self._scratch is not None:
-            array = self._scratch
+        if self.scratch is not None:
+            array = self.scratch
             if self._sel_shape is not None:
                 array = array.reshape(self._sel_shape)
             scatter(self.output.target, self.item[3], array, ..., self.output.drop_axes)
         if self.is_absent:
             self.output.results[self.number] = MISSING
-
-
-class _AsAsked(Job):
-    """A part of a shard that no one keeps."""
-
-    part: ShardPart
-
-    def __init__(self, part: ShardPart) -> None:
-        super().__init__(part)
-        self.selection = part.item[2]
-        self.shape = None
-
-    def arrived(self, array: Array) -> None:
-        output = self.part.output
-        scatter(output.target, self.part.item[3], array, ..., output.drop_axes)
-        self.part.is_absent = False
-        self.part._scratch = None
-
-    def is_missing(self, fill: Any) -> None:
-        self.part.output.target[self.part.item[3]] = fill
-        self.part._scratch = None
-
-    def was_read(self, *, is_missing: bool) -> None:
-        self.part.is_absent = is_missing
-        self.part._scratch = None
-
-
-class _InnerChunks(Job):
-    """Inner chunks of a shard that lie side by side."""
-
-    part: ShardPart
-
-    def __init__(self, part: ShardPart, box: Box) -> None:
-        super().__init__(part)
-        inner = part.layout.inner
-        assert inner is not None
-        self.box = box
-        self.inner = inner
-        self.selection = slices_of(box, inner)
-        self.shape = tuple(one.stop - one.start for one in self.selection)
-
-    def arrived(self, array: Array) -> None:
-        part = self.part
-        part.is_absent = False
-        is_placed = part.place_box(self.box, array)
-        coords = list(coords_in(self.box))
-        part.output.cache.pass_over([part.leads[at] for at in coords if at in part.leads])
-        first = self.box[0]
-        for at in coords:
-            is_kept = at in part.leads and not part.leads[at].is_ended
-            if is_placed and not is_kept:
-                continue
-            chunk = array[tuple(chunk_in(first, at, self.inner))]
-            if not is_placed:
-                part.place(at, chunk)
-            if is_kept:
-                part.land(at, chunk)
-
-    def is_missing(self, fill: Any) -> None:
-        for at in coords_in(self.box):
-            self.part.fill(at, fill)

@@ -138,7 +138,7 @@ class DecodedCodecPipeline(CodecPipeline):
         if batch:
             getter = batch[0][0]
             cache = getattr(getter.store, "_decoded", None) if type(getter) is StorePath else None
-            if isinstance(cache, DecodedCache) and cache.is_usable:
+            if isinstance(cache, DecodedCache) and cache.origins.is_usable:
                 array: Any = out._data if type(out) is cpu.NDBuffer else None
                 is_plain = type(array) is np.ndarray
                 # For who looks whether anybody else has it.

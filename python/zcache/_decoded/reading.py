@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Kept
+    from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Layout
-    from zcache._decoded.parts import Job, Part
+    from zcache._decoded.parts import Part
 
 
 class _Catcher(cpu.NDBuffer):
@@ -76,10 +77,7 @@ class Reading:
                 await self._take_followed(out)
         finally:
             for part in self._parts:
-                for decoding in part.leads.values():
-                    self.cache.give_up(decoding)
-                for decoding in part.followed.values():
-                    self.cache.leave(decoding)
+                part.end()
             # Nothing here keeps the output any longer.
             self._parts.clear()
         return tuple(self.output.results)

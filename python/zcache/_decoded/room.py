@@ -9,7 +9,7 @@ from zcache._decoded.buffers import Buffers
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from zcache._core import Index
     from zcache._decoded.admission import Admission
@@ -53,11 +53,43 @@ class Room:
         self._buffers = Buffers(max_size)
         # Bytes of what is in `values`, or about to be.
         self._size = 0
+        # Bytes of what is pinned.
+        self._pinned = 0
         self._fills = 0
 
+    def pinned(self, name: str) -> Kept | None:
+        """A chunk that is kept, to be copied from."""
+        with self._lock:
+            kept = self._values.get(name)
+            if kept is not None:
+                if not kept.pins:
+                    self._pinned += kept.size
+                kept.pins += 1
+        return kept
+
+    def pin(self, kept: Kept, times: int = 1) -> None:
+        """Say that a chunk is copied from. To be called under the lock."""
+        if not kept.pins:
+            self._pinned += kept.size
+        kept.pins += times
+
+    def unpin(self, copied: Iterable[Kept]) -> bool:
+        """Say that one of those who copied from each of them has; whether chunks are to be evicted that could not be."""
+        is_due = False
+        with self._lock:
+            for kept in copied:
+                kept.pins -= 1
+                if not kept.pins:
+                    self._pinned -= kept.size
+                    is_due |= kept.is_condemned
+        return is_due
+
     def reserve(self, name: str, size: int, ticket: int) -> Any:
-        """A reservation, for which others are evicted; None if there is no room."""
+        """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
         index = self._index
+        # A victim that is pinned would be lost for nothing: a read could evict what it has just found.
+        if size > self._max_size - index.current_size + self._size - self._pinned:
+            return None
         answer = index.reserve(name, None, size, ticket, 0.0)
         while isinstance(answer, NeedsEviction):
             dropped, failed = self._drop(answer.victims, is_eviction=True)

@@ -176,6 +176,13 @@ class Batch:
         """Ask the source, in one call, for what no other reader reads already."""
         reader = self._reader
         try:
+            backend = reader.backend
+            # What others read already may have begun before a change that the index does not know of.
+            if backend.tells_by_name and not await backend.hear_of_changes(self._io):
+                for _ in missing:
+                    reader.counters.count("skipped")
+                self._direct.extend(missing)
+                missing = []
             for number in missing:
                 await self._join(number)
             if reader.revalidator is not None:

@@ -238,6 +238,7 @@ class Reader:
 
         `before` says that the flight was joined before, so its end is an answer in any case.
         """
+        has_heard = before or not self.backend.tells_by_name
         while True:
             flight = Flight(io.loop(), self.now())
             if joined is None:
@@ -254,6 +255,12 @@ class Reader:
             if isinstance(joined, int):
                 return await self._lead(io, key, prototype, request, byte_range, joined, flight)
             (whole, other), joined = joined, None
+            if not has_heard:
+                # It may have begun before a change that the index does not know of.
+                if not await self.backend.hear_of_changes(io):
+                    return await self.skip(io, key, prototype, request)
+                has_heard = True
+                continue
             is_answer, value = await self._follow(
                 io, key, prototype, request, byte_range, whole, other, before
             )

@@ -176,14 +176,16 @@ async def test_read_only_volume(tmp_path: Path, lose: str | None) -> None:
 
 
 _AS_SOMEBODY = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 from zcache import CacheStore, CacheUnreachableError
-from zcache.testing import StoreDouble
+from zcache.testing import StoreDouble, is_complete
 os.setgid(65534); os.setuid(65534)
 source = StoreDouble(MemoryStore({f"a/c/{n}": cpu.Buffer.from_bytes(bytes([n]) * 1000) for n in range(10)}))
 store = CacheStore(source, cache_store=LocalStore(sys.argv[1]), source_id="source")
+while not is_complete(store):
+    time.sleep(0.01)
 async def main():
     for n in range(10):
         value = await store.get(f"a/c/{n}", default_buffer_prototype())

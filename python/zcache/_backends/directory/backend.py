@@ -66,6 +66,16 @@ class DirectoryBackend(Backend):
         except RETRYABLE:
             return False
 
+    async def hear_of_changes(self, io: IO) -> bool:
+        look = self._directory.filler.note_marks
+        try:
+            await io.in_thread(look, timeout=READ_TIMEOUT)
+        except NoThreadError:
+            look()
+        except TimeoutError:
+            return False
+        return True
+
     @property
     def remembers_absences(self) -> bool:
         # Who has an index of his own tells others of a write by its file alone, and an absence has none.

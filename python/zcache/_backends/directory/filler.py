@@ -72,7 +72,7 @@ class DirectoryFiller:
             layout.temporary.path,
             on_idle=self._on_idle,
             source=layout.digest,
-            marked=layout.lock_path if layout.has_own_index else None,
+            marked=None if index.shared else layout.lock_path,
         )
 
     def note_marks(self) -> None:

@@ -267,7 +267,7 @@ class CacheDirectory:
         logger.warning(
             "the index of the cache directory %s cannot be shared (%s). This process keeps one of its own "
             "in memory: other processes have bounds of their own, what it writes is cached when it is read "
-            "next, and what it knows ends with it.",
+            "next, nothing is while others share an index there, and what it knows ends with it.",
             self.root,
             error,
         )

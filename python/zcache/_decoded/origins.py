@@ -1,0 +1,85 @@
+"""Where decoded chunks come from: what the byte cache says of the bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from zcache._decoded.chunk import Origin
+from zcache._index.handle import RETRYABLE
+
+if TYPE_CHECKING:
+    from zcache._ages import MaxAges
+    from zcache._backends.base import Backend
+    from zcache._core import Index
+    from zcache._index.counters import Counters
+
+TOUCH: Final = 1.0
+"""Seconds after which the cached ranges of a shard count as used again, if its decoded chunks are."""
+
+
+class Origins:
+    """Asks the index of the byte cache.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of the byte cache.
+    ages : MaxAges
+        How old bytes may be whose chunks are served.
+    counters : Counters
+        Of the byte cache.
+    """
+
+    def __init__(self, backend: Backend, ages: MaxAges, counters: Counters) -> None:
+        self._backend = backend
+        self._handle = backend.shared.handle
+        self._age_of = ages.of
+        self._counters = counters
+        self._index = self._handle.index
+
+    def use_index(self, index: Index) -> bool:
+        """Ask this index from now on. Returns whether it is another one."""
+        is_other = index is not self._index
+        self._index = index
+        return is_other
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the byte cache knows of all changes: else nothing may be served, nor kept.
+
+        Asked once for each read.
+        """
+        return self._handle.is_open and self._backend.hears_of_changes
+
+    def begin(self, key: str, now: float) -> Origin | None:
+        """Where bytes come from that are read from now on; None where their chunks must not be kept."""
+        stale = self._counters.stale
+        age = self._age_of(key)
+        try:
+            stamp = self._index.begin_decode(key, now, age)
+        except (*RETRYABLE, UnicodeEncodeError):
+            return None
+        return None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
+
+    def is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
+        """Whether what comes from there may be served; None where the index does not say."""
+        touch = not 0 <= now - origin.touched < TOUCH
+        try:
+            is_current = self._index.is_current(
+                key,
+                origin.version,
+                origin.fetched,
+                landed,
+                touch,
+                now,
+                self._age_of(key),
+            )
+        except RETRYABLE:
+            return None
+        if touch:
+            origin.touched = now
+        return is_current
+
+    def may_be_stale(self, origin: Origin) -> bool:
+        """Whether values past their age have been read since, in place of an error of the source."""
+        return origin.stale != self._counters.stale
