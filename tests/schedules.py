@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decoding import CHUNK, check_decoded, check_decoded_quiet, read_decoded
 from doubles import SyncDictStore
-from support import PROTOTYPE, buf, check_same, cut, read
+from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours
+from support import PROTOTYPE, RANGES, buf, check_same, cut, read
 from zcache import CacheStore, OfflineError
-from zcache.testing import check_invariants, entries, missing_keys
+from zcache.testing import (
+    cache_store_of,
+    check_invariants,
+    entries,
+    missing_keys,
+    stored_sizes,
+)
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -167,9 +174,35 @@ class Scenario:
     """Turns of the event loop between a step and a cancellation that strikes while it goes on."""
     coarse: bool = False
     """Operations are held up before their effect only: fewer schedules."""
+    pool: bool = False
+    """Over a pool in memory that two other sources use as well, of which nothing is held up."""
 
     def with_cancels(self, cancels: int, turns: tuple[int, ...]) -> Scenario:
         return replace(self, cancels=cancels, turns=turns)
+
+
+class PooledValues:
+    """What a pool in memory holds, as `HeldStore` tells it: `values` of the source of a store, `sizes` of all."""
+
+    store: CacheStore
+    world: World | None = None
+    peak = 0
+
+    @property
+    def values(self) -> dict[str, bytes]:
+        kept: Any = cache_store_of(self.store)
+        folder = f"{self.store._cache.shared.place.label}/"
+        found = {}
+        for name, value in list(kept._store_dict.items()):
+            ranges = RANGES if name.startswith(RANGES) else ""
+            own = name.removeprefix(ranges)
+            if own.startswith(folder):
+                found[ranges + own.removeprefix(folder)] = value.to_bytes()
+        return found
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return stored_sizes(self.store, everything=True)
 
 
 class World:
@@ -187,11 +220,14 @@ class World:
 
     def __init__(self, scenario: Scenario, *, with_offline: bool = False, **options: Any) -> None:
         self.scenario = scenario
-        self.source, self.cache = HeldStore(scenario.source), HeldStore()
+        self.source, self.cache = HeldStore(scenario.source), self._cache()
         self.source.name, self.cache.name = "source", "cache"
         # Room for two decoded chunks.
         options = {"max_size": scenario.max_size, "decoded_size": 2 * CHUNK + 5, **options}
-        self.store = CacheStore(self.source, cache_store=self.cache, **options)
+        cache = self.pool or self.cache
+        self.store = CacheStore(self.source, cache_store=cache, **options)
+        if self.pool is not None:
+            self.cache.store = self.store
         # Over the same cache, for operations that ask for it.
         self.offline = self.store
         if with_offline:
@@ -202,6 +238,10 @@ class World:
         self.actors: list[Actor] = []
         self.points: list[Point] = []
         self._ticks = itertools.count(1)
+
+    def _cache(self) -> Any:
+        self.pool = pool_with_neighbours() if self.scenario.pool else None
+        return HeldStore() if self.pool is None else PooledValues()
 
     def hold_up(self, *, on: bool) -> None:
         """Whether operations are held up from now on."""
@@ -372,6 +412,9 @@ class World:
                     actor.task.result()
         self.hold_up(on=False)
         await check_same(self.store, self.source, self.cache)
+        if self.pool is not None:
+            for name in NEIGHBOURS:
+                await check_neighbour(neighbour(self.pool, name), name)
         # Once more: this time from the cache.
         await check_same(self.store, self.source, self.cache)
         # First what may be kept: there is room for two.

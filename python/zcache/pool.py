@@ -62,7 +62,7 @@ class CachePool:
         Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
     mode : int, optional
         Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
-        no other user.
+        no other user. Each user of the group gives it, and so trusts the owner of the directory.
     read_only : bool, optional
         Only serve what is there. Default is False. Set it for a pool that others fill.
 

@@ -131,9 +131,12 @@ CANCELLED = named(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("played", PAIRS)
-async def test_two_operations_in_every_order_keep_all_invariants(played: Scenario) -> None:
-    explored = await explore(played)
+async def test_two_operations_in_every_order_keep_all_invariants(
+    played: Scenario, pool: bool
+) -> None:
+    explored = await explore(replace(played, pool=pool))
     assert explored.schedules > 1
 
 
@@ -154,10 +157,13 @@ async def test_three_operations_one_cancelled_anywhere_keep_all_invariants(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("played", PAIRS)
-async def test_two_operations_one_cancelled_anywhere_keep_all_invariants(played: Scenario) -> None:
+async def test_two_operations_one_cancelled_anywhere_keep_all_invariants(
+    played: Scenario, pool: bool
+) -> None:
     # Each fill is two more points in each order: without those after the effects, there are few enough.
-    await explore(replace(played, coarse=True).with_cancels(1, turns=(1,)))
+    await explore(replace(played, coarse=True, pool=pool).with_cancels(1, turns=(1,)))
 
 
 @pytest.mark.slow
@@ -202,9 +208,12 @@ async def test_explorer_that_prunes_loses_no_outcome() -> None:
 # ------------------------------------------------------------------ many at once
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("cancel", [False, True])
-async def test_many_operations_in_random_order_keep_all_invariants(seed: int, cancel: bool) -> None:
+async def test_many_operations_in_random_order_keep_all_invariants(
+    seed: int, cancel: bool, pool: bool
+) -> None:
     """What is too much to try exhaustively: a dozen operations, in orders drawn by chance."""
     choose = random.Random(seed).choice
     keys = ["a", "b", "c", "g/a", "g/b"]
@@ -218,7 +227,7 @@ async def test_many_operations_in_random_order_keep_all_invariants(seed: int, ca
         lambda key: Op("clear_cache"),
     ]
     ops = tuple(choose(make)(choose(keys)) for _ in range(12))
-    played = Scenario(ops, SOURCE, max_size=10, cancels=3 if cancel else 0)
+    played = Scenario(ops, SOURCE, max_size=10, cancels=3 if cancel else 0, pool=pool)
     await explore(played, draw=choose, schedules=15)
 
 

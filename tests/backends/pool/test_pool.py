@@ -27,7 +27,7 @@ from pools import (
     pool_with_neighbours,
     source_of,
 )
-from support import TESTS, buf, check_quiet, read, read_through, write
+from support import TESTS, buf, check_quiet, read, read_through, until, write
 from zcache import (
     CacheOwnershipError,
     CachePool,
@@ -230,6 +230,14 @@ async def test_values_of_a_source_are_not_too_old_by_the_ages_of_another(
     await read_through(again, "a")
     assert source.take() == {}
     await check_quiet(again)
+
+
+async def test_bound_that_has_become_smaller_is_kept_at_once(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    strict = CacheStore(source_of(), cache_store=pool, source_id="1", max_size=50)
+    await until(lambda: pool.cache_info()["current_size"] <= 50)
+    assert pool.cache_info()["entries"] > 0
+    await check_quiet(strict)
 
 
 @pytest.mark.parametrize("kind", POOLS)

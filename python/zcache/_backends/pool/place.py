@@ -190,8 +190,12 @@ class Pool:
             }
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
-        if self.directory is not None and is_less:
-            self.directory.enforce_bound()
+        if is_less:
+            self._enforce_bound()
+
+    def _enforce_bound(self) -> None:
+        """Evict what is above a bound that has become smaller."""
+        raise NotImplementedError
 
     def note_policy(self, policy: dict[str, str]) -> None:
         """Go by this policy when the index is opened anew."""
@@ -227,6 +231,13 @@ class MemoryPool(Pool):
         value = self._values.get(f"{label_of(name)}/{key}")
         return None if value is None or len(value) != size else value.as_numpy_array()
 
+    def _enforce_bound(self) -> None:
+        call = self.handle.call_blocking
+        while excess := call(_excess):
+            if not (victims := call(Index.evict, excess, self.clock())):
+                return
+            self._delete(victims)
+
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         for _, name in victims:
             self._values.pop(name, None)
@@ -259,6 +270,9 @@ class DirectoryPool(Pool):
         if not reader.read(key, array, size, 0, size, True):
             return None
         return array if reader.recorded(key) == (size, crc32c(array.tobytes())) else None
+
+    def _enforce_bound(self) -> None:
+        self.directory.enforce_bound()
 
     def forget(self, name: str) -> None:
         super().forget(name)
@@ -359,6 +373,10 @@ class _SourceScanner:
 
     def add_tombstones(self, names: Any) -> None:
         self._scanner.add_tombstones(names)
+
+
+def _excess(index: Index) -> int:
+    return index.excess
 
 
 def _least(sizes: list[int | None]) -> int | None:
