@@ -9,10 +9,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from zcache._backends.pool.options import PoolOptions
-from zcache._backends.pool.register import Register
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._options import capacity_of, check_store, parse_mode, parse_size, path_of_cache_store
+from zcache.exceptions import OptionTypeError
 
 if TYPE_CHECKING:
     import os
@@ -190,7 +190,7 @@ class CachePool:
 
     def _notes(self) -> dict[str, dict[str, Any]]:
         if self._pool.directory is not None:
-            return Register(self._pool.directory.layout.reserved).names()
+            return self._pool.directory.register.names()
         return dict(self._pool.names)
 
     def forget(self, name: str) -> None:
@@ -203,9 +203,14 @@ class CachePool:
 
         Raises
         ------
+        OptionTypeError
+            `name` is no text.
+        CacheUnreachableError
+            An `OSError`: the pool is only read from.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
+        _check_name(name)
         self._pool.forget(name)
 
     def export(self, name: str, store: Store) -> int:
@@ -228,10 +233,11 @@ class CachePool:
         Raises
         ------
         OptionTypeError
-            `store` is no store.
+            `name` is no text, or `store` is no store.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
+        _check_name(name)
         check_store("store", store)
         buffer = default_buffer_prototype().buffer
 
@@ -246,6 +252,13 @@ class CachePool:
             return count
 
         return sync(write())
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise OptionTypeError(
+            f"invalid name: {name!r}. Give that of a source, as CachePool.sources() tells it."
+        )
 
 
 def _sizes(index: Index) -> tuple[int, int, int]:

@@ -267,7 +267,9 @@ fn give_back(
         let len = file.metadata()?.len();
         // What is after the last value reaches to the end of its last page.
         parts.push((len.div_ceil(PAGE).max(FIRST_PAGE.into()) * PAGE, 0));
-        let mut free_from = VALUES_AT;
+        // The map has room for the largest capacity, which a copy of the file may have filled.
+        let map_end = MAP_AT + u64::from(segment.capacity).div_ceil(PAGE) * PAGE;
+        let mut free_from = map_end.min(VALUES_AT);
         for (start, end) in parts {
             if start > free_from && next_data(&file, free_from)?.is_some_and(|data| data < start) {
                 match punch(&file, free_from, start - free_from) {

@@ -92,6 +92,27 @@ async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> No
     assert store.cache_stats()["cache_failures"] == 0
 
 
+async def test_copy_whose_holes_were_filled_is_within_the_bound_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+    pool = pool_with_neighbours(tmp_path / "pool", max_size=400 * PAGE)
+    del pool
+    await closed(tmp_path, "pool")
+    segments = tmp_path / "copy/.zcache/segments"
+    shutil.copytree(tmp_path / "pool", tmp_path / "copy")
+    for segment in segments.iterdir():
+        segment.write_bytes(segment.read_bytes())
+    pool = CachePool(tmp_path / "copy", max_size=400 * PAGE)
+    for name in NEIGHBOURS:
+        store = CacheStore(source_of(), cache_store=pool, source_id=name)
+        await complete(store)
+        await check_neighbour(store, name)
+    held = sum(512 * segment.stat().st_blocks for segment in segments.iterdir())
+    assert held <= pool.cache_info()["current_size"]
+    await check_quiet(store)
+
+
 @pytest.mark.parametrize("how", ["write", "forget"])
 async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how: str) -> None:
     pool = pool_with_neighbours(tmp_path / "pool")

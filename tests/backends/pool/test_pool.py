@@ -410,6 +410,11 @@ def test_options_without_a_meaning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionValueError, match="invalid max_size: -1"):
         CachePool(tmp_path / "pool", max_size=-1)
     assert not (tmp_path / "pool").exists()
+    pool = CachePool()
+    with pytest.raises(OptionTypeError, match="invalid name: 5"):
+        pool.forget(5)  # type: ignore[arg-type]
+    with pytest.raises(OptionTypeError, match="invalid name: None"):
+        pool.export(None, MemoryStore())  # type: ignore[arg-type]
 
 
 def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
@@ -450,6 +455,12 @@ async def test_warm_pool_is_served_from_where_nothing_may_be_written(tmp_path: P
     assert times_below(tmp_path) == before
     with pytest.raises(CacheUnreachableError):
         await store.set("k", buf(b"new"))
+    with pytest.raises(CacheUnreachableError, match="is only read from"):
+        reads.forget(NEIGHBOURS[0])
+    pool._pool.directory.layout.scanner.files.close()
+    await check_neighbour(
+        CacheStore(source_of(), cache_store=pool, source_id=NEIGHBOURS[0]), NEIGHBOURS[0]
+    )
 
 
 # ------------------------------------------------------------------------------- forks

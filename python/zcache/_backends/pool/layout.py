@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory.layout import Layout
 from zcache._backends.ownership import POOL_FORMAT
+from zcache._backends.pool.register import Register
 from zcache._core import Index, SegmentFiles
 
 if TYPE_CHECKING:
@@ -23,14 +24,13 @@ logger = logging.getLogger("zcache")
 
 POOL_SOURCE: Final = "a pool"
 """In the stamp of a pool, where the name of the source of a cache directory is."""
+_SEGMENT: Final = re.compile("[0-9a-f]{16}")
+"""What a segment is called."""
+_BLOCK: Final = 512
+"""Bytes of a block in ``st_blocks``, whatever the file system has."""
 _BATCH: Final = 4096
 _FOLDERS: Final = 8
-"""Blocks of the folders of a pool, its stamp and its list of sources, beside index and segments."""
-
-
-def label_of(source: str) -> str:
-    """The folder of a source in the index of a pool: no table decides whose a value is."""
-    return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
+"""Blocks of the folders of a pool, its stamp and the first page of its list of sources, beside index and segments."""
 
 
 class SegmentScanner:
@@ -52,6 +52,15 @@ class SegmentScanner:
         self._segments = segments
         self._newest = 0
         self.files = SegmentFiles(segments, holes=True)
+
+    def bytes_held(self) -> int:
+        """Bytes that the segments take on the disk, in whole blocks."""
+        try:
+            with os.scandir(self._segments) as found:
+                files = [entry for entry in found if _SEGMENT.fullmatch(entry.name)]
+                return sum(_BLOCK * file.stat(follow_symlinks=False).st_blocks for file in files)
+        except OSError:
+            return 0
 
     def renew(self, *, holes: bool) -> None:
         """Use the segments through files that are opened anew."""
@@ -93,7 +102,8 @@ class SegmentScanner:
                 found.size,
             )
         unit = handle.limits.get("unit", 1)
-        handle.call_opened(Index.count_folders, _FOLDERS * unit, timeout=None)
+        folders = _FOLDERS + Register(os.path.dirname(self._segments)).pages
+        handle.call_opened(Index.count_folders, folders * unit, timeout=None)
         handle.call_opened(Index.finish_rebuild, timeout=None)
 
     def remove_below(self, prefix: str) -> None:

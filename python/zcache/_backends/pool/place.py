@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.pool.directory import PoolDirectory
 from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.handle import SourceHandle
-from zcache._backends.pool.layout import POOL_SOURCE, PoolLayout, label_of
+from zcache._backends.pool.layout import POOL_SOURCE
 from zcache._backends.pool.listings import remove_listings
-from zcache._backends.pool.register import Register
+from zcache._backends.pool.register import label_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
+from zcache.exceptions import CacheUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,46 +37,6 @@ _LIMITS: Final[dict[str, Any]] = {
     "eviction": "lru",
     "minimise": "requests",
 }
-
-
-class _Fillers:
-    """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
-
-    def __init__(self) -> None:
-        self.reads_only = False
-        self.all: weakref.WeakSet[PoolFiller] = weakref.WeakSet()
-        self._index: Index | None = None
-
-    def add(self, filler: PoolFiller) -> None:
-        filler.reads_only = self.reads_only
-        self.all.add(filler)
-        if self._index is not None:
-            filler.start(self._index)
-
-    def start(self, index: Index) -> None:
-        """Begin to take jobs for this index."""
-        self._index = index
-        for filler in list(self.all):
-            filler.start(index)
-
-    def abandon(self) -> None:
-        """Drop, in a forked child, the jobs of the parent."""
-        self._index = None
-        for filler in list(self.all):
-            filler.abandon()
-
-
-class PoolDirectory(CacheDirectory):
-    """The directory of a pool."""
-
-    layout_of = PoolLayout
-
-    def _make_filler(self, clock: Callable[[], float]) -> Any:  # noqa: ARG002
-        return _Fillers()
-
-    def _remove(self, names: list[str], known: Any) -> list[Any]:  # noqa: ARG002
-        found: list[Any] = self.layout.scanner.files.delete(names)
-        return found
 
 
 class Pool:
@@ -275,10 +236,15 @@ class DirectoryPool(Pool):
         self.directory.enforce_bound()
 
     def forget(self, name: str) -> None:
+        directory = self.directory
+        if directory.filler.reads_only:
+            raise CacheUnreachableError(
+                f"the pool {directory.root} is only read from, so nothing in it can be forgotten. Open it "
+                "without read_only=True, where it may be written to."
+            )
         super().forget(name)
-        if not self.directory.filler.reads_only:
-            remove_listings(self.directory.layout.index_root, label_of(name))
-            Register(self.directory.layout.reserved).add(name, forget=True)
+        remove_listings(directory.layout.index_root, label_of(name))
+        directory.register.add(name, forget=True)
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         scanner = self.directory.layout.scanner

@@ -3,57 +3,150 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import stat
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from zcache._backends.directory.files import open_to_group
-from zcache._backends.pool.layout import label_of
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_PAGE: Final = 4096
+_LOOKED_AT_EACH: Final = 4 * _PAGE
+"""Bytes by which the file grows until it is seen whether most of it is out of date."""
+_PATIENCE: Final = 0.5
+"""Seconds for which others are waited for; a line is added without the lock as well."""
+_LOOK_AGAIN: Final = 0.002
+"""Seconds between two looks."""
+
+
+def label_of(source: str) -> str:
+    """The folder of a source in the index of a pool: no table decides whose a value is."""
+    return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 class Register:
     """The names of the sources of a pool, for people: nothing else depends on them.
 
+    A file to which lines are added, so that of what processes note at once nothing is lost. Where most lines are
+    out of date it is written anew.
+
     Parameters
     ----------
     reserved : str
         The folder ``.zcache`` of the pool.
+    count : callable, optional
+        Is told of pages before they are written, and, as a negative number, once they are given back.
     """
 
-    def __init__(self, reserved: str) -> None:
+    def __init__(self, reserved: str, count: Callable[[int], object] | None = None) -> None:
         self._path = os.path.join(reserved, "sources")
+        self._count = count or (lambda _: None)
 
     def names(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by label."""
         try:
-            with open(self._path, encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError):
+            with open(self._path, encoding="utf-8", errors="replace") as file:
+                lines = file.read().split("\n")
+        except OSError:
             return {}
-        if not isinstance(found, dict):
-            return {}
-        return {
-            label: note
-            for label, note in found.items()
-            if isinstance(note, dict) and label_of(str(note.get("name"))) == label
-        }
+        notes: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            try:
+                note = json.loads(line)
+            except ValueError:  # Half a line, of a process that was stopped or of a full volume.
+                continue
+            name = note.get("name") if isinstance(note, dict) else None
+            if not isinstance(name, str):
+                continue
+            if note.get("used") is None:
+                notes.pop(label_of(name), None)
+            else:
+                notes[label_of(name)] = {"name": name, "used": note["used"]}
+        return notes
+
+    @property
+    def pages(self) -> int:
+        """Pages of the file but for the first one, which is counted with the folders of the pool."""
+        try:
+            return max(0, _pages_of(os.stat(self._path).st_size) - 1)
+        except OSError:
+            return 0
 
     def add(self, name: str, *, forget: bool = False) -> None:
-        """Note that a source is used now, or forget it. What two processes note at once, one of them notes again later."""
-        notes = self.names()
-        if forget:
-            notes.pop(label_of(name), None)
-        else:
-            notes[label_of(name)] = {"name": name, "used": time.time()}
+        """Note that a source is used now, or forget it."""
+        line = _line(name, None if forget else time.time())
+        with contextlib.suppress(OSError), self._locked() as file:
+            size = os.fstat(file).st_size
+            self._count(_pages_of(size + len(line)) - max(1, _pages_of(size)))
+            os.write(file, line)
+            if (size + len(line)) // _LOOKED_AT_EACH > size // _LOOKED_AT_EACH:
+                self._write_anew(size + len(line))
+
+    def _write_anew(self, size: int) -> None:
+        lines = b"".join(_line(note["name"], note["used"]) for note in self.names().values())
+        if 2 * len(lines) > size:
+            return
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
-        with contextlib.suppress(OSError):
+        gone = pages = _pages_of(len(lines))
+        self._count(pages)
+        try:
+            with open(unfinished, "xb") as file:
+                file.write(lines)
+            self._open_to_group(unfinished)
+            os.replace(unfinished, self._path)
+            gone = _pages_of(size)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+            self._count(-gone)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The file, to be added to; it is not replaced meanwhile."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            is_new = not os.path.exists(self._path)
+            file = os.open(
+                self._path,
+                os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+            )
             try:
-                with open(unfinished, "x", encoding="utf-8") as file:
-                    json.dump(notes, file)
-                open_to_group(unfinished, os.path.dirname(self._path))
-                os.replace(unfinished, self._path)
+                if is_new:
+                    self._open_to_group(self._path)
+                is_late = time.monotonic() > until
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    is_locked = os.path.samestat(os.fstat(file), os.stat(self._path))
+                except (BlockingIOError, FileNotFoundError):
+                    is_locked = False
+                if is_locked or is_late:
+                    try:
+                        yield file
+                    finally:
+                        # A child that was forked meanwhile has it as well.
+                        fcntl.flock(file, fcntl.LOCK_UN)
+                    return
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(unfinished)
+                os.close(file)
+            time.sleep(_LOOK_AGAIN)
+
+    def _open_to_group(self, path: str) -> None:
+        """Let those change the file who may change the folder, whatever the umask says."""
+        mode = stat.S_IMODE(os.stat(os.path.dirname(self._path)).st_mode) & 0o666
+        if stat.S_IMODE(os.stat(path).st_mode) != mode:
+            os.chmod(path, mode)
+
+
+def _line(name: str, used: float | None) -> bytes:
+    # What was added by halves before ends here.
+    return f"\n{json.dumps({'name': name, 'used': used})}\n".encode()
+
+
+def _pages_of(size: int) -> int:
+    return -(-size // _PAGE)

@@ -12,7 +12,6 @@ from zcache._backends.listings import MemoryListings
 from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
 from zcache._backends.pool.listings import SourceListings
 from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSource
-from zcache._backends.pool.register import Register
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._index.shared import SharedIndex, find_or_make
 from zcache._runtime.fork import at_fork
@@ -110,7 +109,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     layout = directory.layout
     shared.listings = SourceListings(layout.index_root, source.label, name)
     if not directory.filler.reads_only and directory.handle.usable:
-        Register(layout.reserved).add(name)
+        directory.register.add(name)
     return shared
 
 

@@ -1,0 +1,94 @@
+"""The directory of a pool."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from zcache._backends.directory.index import CacheDirectory
+from zcache._backends.pool.layout import PoolLayout
+from zcache._backends.pool.register import Register
+from zcache._core import Index
+from zcache.exceptions import IndexLockTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zcache._backends.pool.filler import PoolFiller
+
+_BATCHES: Final = 100
+"""Batches of values that are evicted at most for what is noted beside them."""
+
+
+class Fillers:
+    """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
+
+    def __init__(self) -> None:
+        self.reads_only = False
+        self.all: weakref.WeakSet[PoolFiller] = weakref.WeakSet()
+        self._index: Index | None = None
+
+    def add(self, filler: PoolFiller) -> None:
+        filler.reads_only = self.reads_only
+        self.all.add(filler)
+        if self._index is not None:
+            filler.start(self._index)
+
+    def start(self, index: Index) -> None:
+        """Begin to take jobs for this index."""
+        self._index = index
+        for filler in list(self.all):
+            filler.start(index)
+
+    def abandon(self) -> None:
+        """Drop, in a forked child, the jobs of the parent."""
+        self._index = None
+        for filler in list(self.all):
+            filler.abandon()
+
+
+class PoolDirectory(CacheDirectory):
+    """The directory of a pool."""
+
+    layout_of = PoolLayout
+
+    def _make_filler(self, clock: Callable[[], float]) -> Any:  # noqa: ARG002
+        return Fillers()
+
+    def _remove(self, names: list[str], known: Any) -> list[Any]:  # noqa: ARG002
+        found: list[Any] = self.layout.scanner.files.delete(names)
+        return found
+
+    def _open_alone(self, until: float) -> None:
+        super()._open_alone(until)
+        if self._holds_more_than_counted() and self._is_alone():
+            self.handle.mark_corrupt()
+
+    def _holds_more_than_counted(self) -> bool:
+        """Whether the segments have blocks of which the index does not know, such as copies whose holes were filled."""
+        handle = self.handle
+        if handle.limits.get("unit", 1) <= 1:
+            return False
+        held = self.layout.scanner.bytes_held()
+        return bool(handle.call_opened(_is_complete_and_below, held))
+
+    @property
+    def register(self) -> Register:
+        """The names of its sources."""
+        return Register(self.layout.reserved, self._count_pages)
+
+    def _count_pages(self, pages: int) -> None:
+        """Count pages beside the values, and make room for them."""
+        if not pages or not self.handle.usable:
+            return
+        size = pages * self.handle.limits.get("unit", 1)
+        with contextlib.suppress(IndexLockTimeout):
+            self.handle.call_blocking(Index.count_folders, size)
+            for _ in range(_BATCHES if size > 0 else 0):
+                if not self._bound.evict_excess():
+                    return
+
+
+def _is_complete_and_below(index: Index, size: int) -> bool:
+    return index.is_complete and index.current_size < size
