@@ -68,7 +68,7 @@ demo: ## read a dataset over S3 on loopback through zcache and print what it sav
 dev: ## .venvs/dev: an editable build with all test and lint tools
 	@'$(PYTHON)' scripts/envs.py dev
 
-# Six cases of each parametrized test: some have hundreds, and `make test` runs them all.
+# Six cases of each parametrized test: some have hundreds, and `make test` runs them all on the newest Python.
 .PHONY: check
 check: dev ## format, lint, types, spelling and the fast tests on one Python: before each commit
 	$(call section,format and lint)
@@ -155,7 +155,8 @@ python-lint: env-both
 	$(call in_each_env,mypy and stubtest,\
 	  $$python -m mypy --strict python/zcache && $$python -m mypy.stubtest zcache._core)
 
-# Long runs of what is alike on each Python take place on the newest one.
+# Long runs of what is alike on each Python take place on the newest one, and so do all cases of each parametrized test:
+# some have hundreds. The older one runs twelve of each.
 if_older = [ $$env = base ] && [ ! -L .venvs/newest ]
 
 # What fails is run once more, for a test of threads and processes may not stand a machine that is busy with others. The
@@ -165,4 +166,4 @@ ONCE_MORE := --reruns 1 --reruns-delay 5 -raR
 .PHONY: python-test
 python-test: env-both
 	$(call in_each_env,pytest,\
-	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once) $(ARGS))
+	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once --sample 12) $(ARGS))

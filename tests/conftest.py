@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cases that `--sample` does not ask for: `make check` has no time for all."""
+    """Leave out cases that `--sample` does not ask for: there is no time for all each time."""
     if config.getoption("--without-once"):
         once = [item for item in items if item.get_closest_marker("once")]
         config.hook.pytest_deselected(items=once)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from zarr.core.sync import sync
@@ -33,6 +35,13 @@ CACHES: dict[str, Callable[[Path], Store | CachePool]] = {
 def cache_at(path: Path) -> Store | CachePool:
     """A cache directory, or a pool where `ZCACHE_TEST_POOL` says so, for tests with several processes."""
     return CachePool(path) if os.environ.get("ZCACHE_TEST_POOL") else LocalStore(path)
+
+
+def within_bound(store: CacheStore) -> CacheStore:
+    """The store, once what its neighbours had beyond its bound is gone; fills meanwhile would evict for that as well."""
+    while store.cache_info()["current_size"] > (store.max_size or math.inf):
+        time.sleep(0.001)
+    return store
 
 
 def source_of(**values: bytes) -> StoreDouble:

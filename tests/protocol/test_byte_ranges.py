@@ -15,7 +15,7 @@ from zarr.core import codec_pipeline
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
-from pools import POOLS
+from pools import POOLS, within_bound
 from support import PROTOTYPE, RANGES, buf, cut, drained, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble, check_invariants_async, in_flight, stored_sizes
@@ -136,7 +136,7 @@ async def test_reads_of_every_kind_equal_the_bare_stores(
     bare = make(source, tmp_path)
     for key, value in VALUES.items():
         await bare.set(key, buf(value))
-    store = CacheStore(bare, cache_store=make(cache, tmp_path), max_size=max_size)
+    store = within_bound(CacheStore(bare, cache_store=make(cache, tmp_path), max_size=max_size))
     chance = random.Random(f"{source} {cache} {max_size}")
     for _ in range(40):
         if chance.random() < 0.1:

@@ -18,7 +18,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 import zcache
 from doubles import SyncDictStore
-from pools import POOLS
+from pools import POOLS, within_bound
 from support import PROTOTYPE, buf, check_quiet_sync, read, value_sync
 from zcache import CachePool, CacheStore
 from zcache._core import Granted, Index, NeedsEviction
@@ -89,7 +89,7 @@ def test_a_read_that_is_interrupted_anywhere(
     monkeypatch.setattr(single_flight, "LONGEST", 0.0)
     source = SyncDictStore({f"{n}": VALUE for n in range(2000)})
     # Every fill evicts.
-    store = CacheStore(source, cache_store=make(kind, tmp_path), max_size=25)
+    store = within_bound(CacheStore(source, cache_store=make(kind, tmp_path), max_size=25))
 
     def get(n: int) -> bytes | None:
         value = store.get_sync(f"{n}", prototype=PROTOTYPE, byte_range=request_)
@@ -98,7 +98,7 @@ def test_a_read_that_is_interrupted_anywhere(
     expected = VALUE if request_ is None else VALUE[2:6]
     for n in range(10):
         assert get(n) == expected
-    for at in range(1000):
+    for at in range(5000):
         if not Interrupter(at).run(lambda n=at + 10: get(n)):
             break
         # The next reader gets it, and it can be cached.
@@ -154,8 +154,8 @@ def test_a_change_that_is_interrupted_anywhere(
     monkeypatch.setattr(single_flight, "LONGEST", 0.0)
     monkeypatch.setattr(single_flight, "PATIENCE", 0.01)
     source = SyncDictStore({"a": VALUE})
-    store = CacheStore(source, cache_store=make(kind, tmp_path), max_size=25)
-    for at in range(1000):
+    store = within_bound(CacheStore(source, cache_store=make(kind, tmp_path), max_size=25))
+    for at in range(5000):
         source.values["k"] = VALUE
         store.delete_sync("a")
         source.values["a"] = VALUE
@@ -224,7 +224,7 @@ def test_those_who_wait_for_one_that_is_interrupted(
                     assert here.acquire(timeout=30)
 
     source = Source({"k": VALUE})
-    for at in range(1000):
+    for at in range(5000):
         store = CacheStore(source, cache_store=make(kind, tmp_path))
         followers = [
             threading.Thread(target=lambda s=store: found.append(value_sync(s)), daemon=True),

@@ -12,7 +12,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from pools import POOLS
+from pools import POOLS, within_bound
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
@@ -197,7 +197,7 @@ async def test_stale_value_that_others_have_evicted_or_damaged_raises_the_error(
 async def test_stale_value_is_not_the_first_to_go_while_it_is_of_use(
     source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:
-    store = opened(source, cache, clock, max_size=20)
+    store = within_bound(opened(source, cache, clock, max_size=20))
     await fill(store, stale=bytes(10), live=bytes(10))
     clock.advance(10)
     await source.inner.set("live", buf(bytes(10)))
