@@ -27,6 +27,11 @@ class Rebuild:
         The directory.
     handle : IndexHandle
         The index.
+
+    Attributes
+    ----------
+    why : str
+        What made it necessary, for the log.
     """
 
     def __init__(self, layout: Layout, handle: IndexHandle) -> None:
@@ -34,7 +39,7 @@ class Rebuild:
         # A rebuild keeps nothing alive: once all stores are gone it comes to nothing, and the next process
         # that opens the directory sees that its rebuild owner is gone.
         self._handle = weakref.ref(handle)
-        self._why = ""
+        self.why = ""
         self._work: Future[None] | None = None
 
     def here(self, why: str) -> None:
@@ -48,7 +53,7 @@ class Rebuild:
         None where no thread can be started: `Recovery` tries again, unless there is so little to scan that it was
         done here.
         """
-        self._why = why
+        self.why = why
         scanner, handle = self._layout.scanner, self._handle
         try:
             self._work = run_in_background(lambda: scanner.rebuild(lambda: _usable(handle()), why))
@@ -77,7 +82,7 @@ class Rebuild:
 
     def go_on(self) -> None:
         """Begin again what has stopped."""
-        self.begin_watched(self._why)
+        self.begin_watched(self.why)
 
     def wait(self, work: Future[None], seconds: float | None) -> None:
         """Wait for a rebuild; after `seconds` it goes on in the background."""

@@ -71,6 +71,8 @@ class Recovery:
         try:
             layout.check()
             layout.scanner.outdate()
+            # From the restart on, any thread may begin the rebuild.
+            self._rebuild.why = why
             # Where another thread was faster, the scan that has just been outdated was its.
             ours = index.restart(new_seed()) or index.adopt([])
             # Somebody may have removed the directory meanwhile, and others may have made it anew.
