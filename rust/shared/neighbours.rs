@@ -14,7 +14,7 @@ pub struct Neighbours {
     changes: u32,
 }
 
-/// Reads the header of the index below `root` without mapping it; `None` where nobody who lives uses one.
+/// Reads the header of the index below `root` without mapping it; `None` where no live process uses one.
 #[must_use]
 pub fn neighbours(root: &Path) -> Option<Neighbours> {
     let file = open_to_read(&root.join("head")).ok()?;

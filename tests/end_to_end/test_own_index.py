@@ -103,7 +103,9 @@ async def test_what_others_do_not_know_of_is_not_cached(
         other("set", "a/b", "1")
         other("set", "c", "1")
         assert other("invalidate", "") == 2
-        assert await read_through(store, "a/b") == b"1"
+        # The first fill after a change elsewhere is void in any case.
+        for _ in range(3):
+            assert await read_through(store, "a/b") == b"1"
         assert not (tmp_path / "cache/a/b").exists()
         other("delete_dir", "a")
         assert await read_through(store, "a/b") is None
