@@ -29,7 +29,7 @@ _COMMON: dict[str, Any] = {
     ],
 }
 settings.register_profile("laptop", max_examples=20, stateful_step_count=20, **_COMMON)
-settings.register_profile("ci", max_examples=50, stateful_step_count=20, **_COMMON)
+settings.register_profile("ci", max_examples=30, stateful_step_count=20, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "laptop")
 
 

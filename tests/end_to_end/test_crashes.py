@@ -31,6 +31,7 @@ def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path
     assert sum(deaths.values()) > 150
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_pool_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> None:
     if (why := tracing.why_not()) is not None:

@@ -153,7 +153,9 @@ async def test_three_operations_in_every_order_keep_all_invariants(played: Scena
 async def test_three_operations_one_cancelled_anywhere_keep_all_invariants(
     played: Scenario,
 ) -> None:
-    await explore(played.with_cancels(1, turns=(1,)))
+    # Reads of three keys have more points than any other three: a cancellation alone, there.
+    turns = () if len({op.key for op in played.ops}) == len(played.ops) else (1,)
+    await explore(played.with_cancels(1, turns=turns))
 
 
 @pytest.mark.slow
