@@ -59,7 +59,7 @@ fn name(key: u64) -> String {
 }
 
 fn follow(cache: &mut Tested, plan: Plan) {
-    cache.set_plan(Some(plan));
+    cache.set_plan(plan);
     let mut cursor = Some(cache.first_keys());
     while let Some(from) = cursor {
         cursor = cache.match_plan(from).unwrap();

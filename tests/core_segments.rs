@@ -87,7 +87,7 @@ fn bound_holds_in_blocks_under_each_policy_and_a_plan() {
                 (0..50).for_each(|_| assert!(plan.push(&format!("{}", next(80)))));
                 plan.finish();
                 pool.step(|cache| {
-                    cache.set_plan(Some(plan.within("a/")));
+                    cache.set_plan(plan.within("a/"));
                     cache.match_plan(cache.first_keys())
                 });
             }

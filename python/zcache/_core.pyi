@@ -185,6 +185,10 @@ class Plan:
     def __len__(self) -> int:
         """Keys, each counted as often as it is read."""
 
+    @property
+    def state(self) -> Literal["followed", "done", "wrong"] | None:
+        """What has become of it; None where no index goes by it. Takes no lock."""
+
 @final
 class ReadCounters:
     """Hits and misses of one store, whichever index has answered. Takes no lock."""
@@ -308,15 +312,11 @@ class Index:
         """Go by a plan from now on, or by none if it has no keys; returns a cursor for `match_plan`.
 
         What the plan will read soonest stays; what it does not have goes first, in the order of the policy.
-        It takes its keys out of `plan`.
+        It takes its keys out of `plan`. Each source of a pool has a plan of its own.
         """
 
     def match_plan(self, cursor: tuple[int, int], /) -> tuple[int, int] | None:
         """Find entries of the plan from a cursor on, a batch; returns where to go on, None at the end."""
-
-    @property
-    def plan(self) -> Literal["followed", "done", "wrong"] | None:
-        """What has become of the plan; None if there was none. Takes no lock."""
 
     def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""

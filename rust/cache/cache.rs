@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -134,8 +134,6 @@ pub struct Tally {
     pub(super) rejections: AtomicU64,
     /// Absences, as of the last step that has changed their number here, or taken a shared index.
     pub(super) absences: AtomicU64,
-    /// What has become of the plan; see [`Tally::plan`].
-    pub(super) plan: AtomicU32,
 }
 
 impl Tally {
@@ -155,13 +153,6 @@ impl Tally {
     #[must_use]
     pub fn absences(&self) -> u64 {
         self.absences.load(Ordering::Relaxed)
-    }
-
-    /// What has become of the plan: 0 where there is none, 1 while it is followed, 2 where all of it was read, 3
-    /// where it was wrong.
-    #[must_use]
-    pub fn plan(&self) -> u32 {
-        self.plan.load(Ordering::Relaxed)
     }
 
     pub(super) fn add(counter: &AtomicU64, count: u64) {

@@ -2,10 +2,11 @@
 
 use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
+use super::planned::{Distance, NOT_NEEDED};
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
-use crate::policy::{Eviction, NEVER, Newcomer};
+use crate::policy::{Eviction, Newcomer};
 
 /// A value that needs room, and what the policy has said of it.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +22,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true, true, NEVER, None)? else {
+            let Some(i) = self.next_victim(now, true, true, NOT_NEEDED, None)? else {
                 break;
             };
             Tally::add(
@@ -109,7 +110,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         now: u64,
         failed: bool,
         has_to_be: bool,
-        next_use: u32,
+        next_use: Distance,
         newcomer: Option<&mut Candidate>,
     ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
@@ -125,7 +126,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         // What the plan will read is its business.
         if !has_to_be
-            && next_use == NEVER
+            && next_use == NOT_NEEDED
             && let Some(candidate) = newcomer
         {
             let is_admitted = match candidate.is_admitted {

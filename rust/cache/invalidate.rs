@@ -140,7 +140,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let flights = self.flights.take();
         self.reservations.clear();
         // Plans of the child are its own.
-        self.set_plan(None);
+        self.forget_plans();
         self.arena.header_mut().reserved_bytes = 0;
         for i in self.arena.list_cells(List::InProgress)? {
             self.delete_failed(i)?;

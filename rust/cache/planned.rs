@@ -1,9 +1,7 @@
 //! What will be read, and what goes before it.
 //!
-//! The plan belongs to this process. In a shared index others bring entries in and take them out, so an entry of
-//! the plan is looked at before it is believed.
-
-use std::sync::atomic::Ordering;
+//! Plans belong to this process; each source of a pool has its own. In a shared index others bring entries in and
+//! take them out, so an entry of a plan is looked at before it is believed.
 
 use super::cache::{BATCH, Cache};
 use super::keys::Cursor;
@@ -17,31 +15,98 @@ use crate::policy::{Course, Entries, Eviction, NEVER, Plan};
 const PASSES: u32 = 256;
 const FEW_PASSES: u32 = 4;
 
-/// What the tally says of the plan.
-const NO_PLAN: u32 = 0;
-const FOLLOWED: u32 = 1;
-const DONE: u32 = 2;
-const WRONG: u32 = 3;
+/// Reads until a key is needed; greater than all others where it is not.
+pub(super) type Distance = i64;
+pub(super) const NOT_NEEDED: Distance = Distance::MAX;
 
-/// A plan, and how long it is looked for what is in none.
+/// The plans of all sources, and how long it is looked for what is in none.
 #[derive(Debug)]
 pub(super) struct Planned {
-    plan: Plan,
+    /// Those of an index that is no pool are one.
+    plans: Vec<Plan>,
     passes: u32,
 }
 
-impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    /// Goes by a plan from now on, or by none. Returns the plan before, to be freed without the lock. What is
-    /// there of the new one is found by [`Cache::match_plan`].
-    pub fn set_plan(&mut self, plan: Option<Plan>) -> Option<Plan> {
-        let state = if plan.is_some() { FOLLOWED } else { NO_PLAN };
-        self.tally.plan.store(state, Ordering::Relaxed);
-        let planned = plan.map(|plan| {
-            let passes = PASSES;
-            Box::new(Planned { plan, passes })
+impl Planned {
+    fn of(&self, key: &str) -> Option<&Plan> {
+        self.plans.iter().find(|plan| plan.covers(key))
+    }
+
+    /// Has an entry of this key, or of no key, be where it belongs; whether it has a next use.
+    fn enter(&mut self, i: u32, key: Option<&str>) -> bool {
+        let mut has_use = false;
+        for plan in &mut self.plans {
+            match key.filter(|key| plan.covers(key)) {
+                Some(key) => has_use |= plan.enter(i, key),
+                None => plan.leave(i),
+            }
+        }
+        has_use
+    }
+
+    fn next_use(&self, key: &str) -> Distance {
+        self.of(key)
+            .map_or(NOT_NEEDED, |plan| distance(plan, plan.next_use(key)))
+    }
+
+    /// What is needed last: when, and its entry. Plans are compared by the reads that each has until then.
+    fn farthest(&self) -> Option<(Distance, u32)> {
+        let of_each = self.plans.iter().filter_map(|plan| {
+            let (next, entry) = plan.farthest()?;
+            Some((distance(plan, next), entry))
         });
-        let before = std::mem::replace(&mut self.planned, planned);
-        before.map(|before| before.plan)
+        of_each.max()
+    }
+
+    fn entries(&self) -> usize {
+        self.plans.iter().map(Plan::entries).sum()
+    }
+}
+
+fn distance(plan: &Plan, next: u32) -> Distance {
+    match next {
+        NEVER => NOT_NEEDED,
+        next => Distance::from(next) - Distance::from(plan.position()),
+    }
+}
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// Goes by a plan from now on. Returns the one before of the same source, to be freed without the lock. What
+    /// is there of the new one is found by [`Cache::match_plan`].
+    pub fn set_plan(&mut self, plan: Plan) -> Option<Plan> {
+        let before = self.forget_plan(plan.folder());
+        let mut planned = self.planned.take().unwrap_or_else(|| {
+            Box::new(Planned {
+                plans: Vec::new(),
+                passes: PASSES,
+            })
+        });
+        plan.set_course(Some(Course::Followed));
+        planned.plans.push(plan);
+        planned.passes = PASSES;
+        self.planned = Some(planned);
+        before
+    }
+
+    /// Goes by no plan of the source of this folder any more. Returns it, to be freed without the lock.
+    pub fn forget_plan(&mut self, folder: &str) -> Option<Plan> {
+        let planned = self.planned.as_deref_mut()?;
+        let at = planned.plans.iter().position(|p| p.folder() == folder)?;
+        let plan = planned.plans.swap_remove(at);
+        if planned.plans.is_empty() {
+            self.planned = None;
+        }
+        plan.set_course(None);
+        Some(plan)
+    }
+
+    /// Goes by no plan any more.
+    pub(super) fn forget_plans(&mut self) {
+        if let Some(planned) = self.planned.take() {
+            for plan in &planned.plans {
+                plan.set_course(None);
+            }
+        }
     }
 
     /// Finds entries of the plan, a batch at a time; where to go on, or `None` at the end.
@@ -71,13 +136,20 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(planned) = self.planned.as_deref_mut() else {
             return;
         };
-        let state = match planned.plan.read(key, entry) {
-            Course::Followed => return,
-            Course::Done => DONE,
-            Course::Wrong => WRONG,
+        let Some(at) = planned.plans.iter().position(|plan| plan.covers(key)) else {
+            if let Some(entry) = entry {
+                planned.enter(entry, None);
+            }
+            return;
         };
-        self.tally.plan.store(state, Ordering::Relaxed);
-        self.planned = None;
+        let plan = planned.plans.get_mut(at);
+        let course = plan.map_or(Course::Followed, |plan| plan.read(key, entry));
+        if course != Course::Followed {
+            planned.plans.swap_remove(at).set_course(Some(course));
+            if planned.plans.is_empty() {
+                self.planned = None;
+            }
+        }
     }
 
     /// An entry has become `Live`.
@@ -93,20 +165,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[inline]
     pub(super) fn leave_plan(&mut self, i: u32) {
         if let Some(planned) = self.planned.as_deref_mut() {
-            planned.plan.leave(i);
+            planned.enter(i, None);
         }
     }
 
     /// All entries are gone.
     pub(super) fn empty_plan(&mut self) {
         if let Some(planned) = self.planned.as_deref_mut() {
-            planned.plan.leave_all();
+            planned.plans.iter_mut().for_each(Plan::leave_all);
         }
     }
 
     /// Bytes of memory.
     pub(super) fn plan_memory(&self) -> usize {
-        self.planned.as_ref().map_or(0, |p| p.plan.memory())
+        let planned = self.planned.as_ref();
+        planned.map_or(0, |p| p.plans.iter().map(Plan::memory).sum())
     }
 
     /// Whether this is a `Live` entry of a key that the plan will read; it is told to the plan.
@@ -119,34 +192,38 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let key = self.arena.name(i)?.0;
         let planned = self.planned.as_deref_mut();
-        Ok(planned.is_some_and(|planned| planned.plan.enter(i, &key)))
+        Ok(planned.is_some_and(|planned| planned.enter(i, Some(&key))))
     }
 
-    /// When a key is used next; later than all others without a plan.
-    pub(super) fn next_use(&self, key: &str) -> u32 {
+    /// In how many reads a key is needed.
+    pub(super) fn next_use(&self, key: &str) -> Distance {
         let planned = self.planned.as_deref();
-        planned.map_or(NEVER, |planned| planned.plan.next_use(key))
+        planned.map_or(NOT_NEEDED, |planned| planned.next_use(key))
     }
 
     /// The choice of the policy, or of the plan: what is in no plan, in the order of the policy, or else what is
     /// needed last; `None` where that is needed before a value with this next use, unless it has to go.
-    pub(super) fn least_needed(&mut self, next_use: u32, has_to_be: bool) -> Result<Option<u32>> {
+    pub(super) fn least_needed(
+        &mut self,
+        next_use: Distance,
+        has_to_be: bool,
+    ) -> Result<Option<u32>> {
         if self.planned.is_none() {
             return self.choice(has_to_be);
         }
-        if let Some(i) = self.unplanned(next_use != NEVER || has_to_be)? {
+        if let Some(i) = self.unplanned(next_use != NOT_NEEDED || has_to_be)? {
             return Ok(Some(i));
         }
         for _ in 0..BATCH {
             let planned = self.planned.as_deref();
-            let Some((farthest, i)) = planned.and_then(|planned| planned.plan.farthest()) else {
+            let Some((farthest, i)) = planned.and_then(Planned::farthest) else {
                 // Nothing of the plan is there; the policy may let nothing go.
-                return self.choice(has_to_be || next_use != NEVER);
+                return self.choice(has_to_be || next_use != NOT_NEEDED);
             };
             if S::EXCLUSIVE || self.has_next_use(i)? {
                 // A second look may have found another key there.
                 let planned = self.planned.as_deref();
-                if planned.and_then(|planned| planned.plan.farthest()) != Some((farthest, i)) {
+                if planned.and_then(Planned::farthest) != Some((farthest, i)) {
                     continue;
                 }
                 return Ok((has_to_be || farthest > next_use).then_some(i));
@@ -170,7 +247,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let Some(planned) = self.planned.as_deref() else {
             return Ok(None);
         };
-        if S::EXCLUSIVE && planned.plan.entries() as u64 >= live {
+        if S::EXCLUSIVE && planned.entries() as u64 >= live {
             return Ok(None);
         }
         let passes = planned.passes;
@@ -212,11 +289,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         };
         let mut known = 0;
         for i in self.policy.order(&self.arena)? {
-            let has_use = planned.plan.next_use(&self.arena.name(i)?.0) != NEVER;
-            known += usize::from(planned.plan.has(i) && has_use);
+            let key = self.arena.name(i)?.0;
+            let plan = planned.of(&key);
+            known += usize::from(plan.is_some_and(|p| p.has(i) && p.next_use(&key) != NEVER));
         }
         // In a shared index others have taken some.
-        let all = planned.plan.entries();
-        Ok(planned.plan.is_sound() && (!S::EXCLUSIVE || known == all))
+        let are_sound = planned.plans.iter().all(Plan::is_sound);
+        Ok(are_sound && (!S::EXCLUSIVE || known == planned.entries()))
     }
 }

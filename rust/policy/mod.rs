@@ -23,6 +23,6 @@ pub use self::entries::Entries;
 pub use self::kind::{Minimise, Policy, PolicyKind};
 pub use self::lru::Lru;
 pub use self::none::NoEviction;
-pub use self::plan::{Course, MAX_PLANNED, NEVER, Plan};
+pub use self::plan::{Course, MAX_PLANNED, NEVER, Plan, Progress};
 pub use self::policy::{Eviction, Newcomer};
 pub use self::simulation::Simulation;

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -36,6 +38,33 @@ pub enum Course {
     Done,
     /// Too many reads are not where it says.
     Wrong,
+}
+
+/// What has become of a plan, for those who gave it to an index; needs no lock.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<AtomicU8>);
+
+impl Progress {
+    /// None where no index goes by it: not yet, or not any more, for it was forgotten or another has its place.
+    #[must_use]
+    pub fn course(&self) -> Option<Course> {
+        match self.0.load(Ordering::Relaxed) {
+            1 => Some(Course::Followed),
+            2 => Some(Course::Done),
+            3 => Some(Course::Wrong),
+            _ => None,
+        }
+    }
+
+    fn set(&self, course: Option<Course>) {
+        let number = match course {
+            None => 0,
+            Some(Course::Followed) => 1,
+            Some(Course::Done) => 2,
+            Some(Course::Wrong) => 3,
+        };
+        self.0.store(number, Ordering::Relaxed);
+    }
 }
 
 /// The uses of one key.
@@ -75,6 +104,7 @@ pub struct Plan {
     entries: HashMap<u32, u32, RandomState>,
     /// The same by their next use.
     by_use: BTreeSet<(u32, u32)>,
+    progress: Progress,
 }
 
 impl Plan {
@@ -121,6 +151,36 @@ impl Plan {
             folder: folder.into(),
             ..self
         }
+    }
+
+    /// What its keys begin with in the index: the folder of the source, "" where it is no pool.
+    #[must_use]
+    pub fn folder(&self) -> &str {
+        &self.folder
+    }
+
+    /// Whether this is a key of its source.
+    #[inline]
+    #[must_use]
+    pub fn covers(&self, key: &str) -> bool {
+        key.starts_with(&*self.folder)
+    }
+
+    /// Where it is told what has become of it.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    /// Tells what has become of it.
+    pub fn set_course(&self, course: Option<Course>) {
+        self.progress.set(course);
+    }
+
+    /// The position after the last one that was read.
+    #[must_use]
+    pub fn position(&self) -> u32 {
+        self.at
     }
 
     /// Whether there is no room for another key.
@@ -185,7 +245,7 @@ impl Plan {
     pub fn read(&mut self, key: &str, entry: Option<u32>) -> Course {
         let course = match self.number(key) {
             Some(number) => self.read_planned(number),
-            None if key.starts_with(&*self.folder) => self.read_elsewhere(),
+            None if self.covers(key) => self.read_elsewhere(),
             None => self.course(),
         };
         if let Some(entry) = entry {

@@ -239,7 +239,10 @@ impl Index {
             let before = match plan.take(py) {
                 Ok(plan) => {
                     let folder = self.source.as_ref().map_or("", |source| &*source.folder);
-                    cache.set_plan(plan.map(|plan| plan.within(folder)))
+                    match plan {
+                        Some(plan) => cache.set_plan(plan.within(folder)),
+                        None => cache.forget_plan(folder),
+                    }
                 }
                 Err(_) => None,
             };
@@ -251,16 +254,6 @@ impl Index {
     #[pyo3(signature = (cursor, /))]
     fn match_plan(&self, py: Python<'_>, cursor: Cursor) -> PyResult<Option<Cursor>> {
         step!(self, py, |cache| cache.match_plan(cursor))
-    }
-
-    #[getter]
-    fn plan(&self) -> Option<&'static str> {
-        match self.tally.plan() {
-            0 => None,
-            1 => Some("followed"),
-            2 => Some("done"),
-            _ => Some("wrong"),
-        }
     }
 
     #[pyo3(signature = (counters, sampled=false, /))]

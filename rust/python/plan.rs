@@ -17,6 +17,7 @@ const TURN: usize = 4096;
 pub(super) struct Plan {
     keys: Mutex<Option<policy::Plan>>,
     len: usize,
+    progress: policy::Progress,
 }
 
 impl Plan {
@@ -54,13 +55,26 @@ impl Plan {
             }
         }
         plan.finish();
-        let len = plan.len();
+        let (len, progress) = (plan.len(), plan.progress());
         let keys = Mutex::new(Some(plan));
-        Ok(Plan { keys, len })
+        Ok(Plan {
+            keys,
+            len,
+            progress,
+        })
     }
 
     fn __len__(&self) -> usize {
         self.len
+    }
+
+    #[getter]
+    fn state(&self) -> Option<&'static str> {
+        self.progress.course().map(|course| match course {
+            policy::Course::Followed => "followed",
+            policy::Course::Done => "done",
+            policy::Course::Wrong => "wrong",
+        })
     }
 }
 

@@ -26,7 +26,7 @@ from zcache._core import Index
 from zcache.testing import StoreDouble, entries, stored_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from pathlib import Path
 
     from zarr.abc.store import Store
@@ -63,14 +63,14 @@ def shuffled(epochs: int, count: int = COUNT, seed: int = 1) -> list[int]:
     return [n for _ in range(epochs) for n in chance.sample(range(count), count)]
 
 
-def belady(order: Sequence[int], capacity: int) -> int:
+def belady(order: Sequence[Hashable], capacity: int) -> int:
     """Hits of the optimum, which may leave values out."""
     later = [len(order)] * len(order)
-    seen: dict[int, int] = {}
+    seen: dict[Hashable, int] = {}
     for at in range(len(order) - 1, -1, -1):
         later[at] = seen.get(order[at], len(order))
         seen[order[at]] = at
-    held: dict[int, int] = {}
+    held: dict[Hashable, int] = {}
     hits = 0
     for at, key in enumerate(order):
         if key in held:
@@ -93,7 +93,8 @@ async def hits_of(store: CacheStore, order: Sequence[int]) -> int:
 
 
 def plan_of(store: CacheStore) -> str | None:
-    return store._cache.shared.handle.index.plan
+    plan = store._cache.shared.handle.plan
+    return None if plan is None else plan.state
 
 
 # ------------------------------------------------------------------------------- near Belady
@@ -360,7 +361,7 @@ def test_copy_in_another_process_has_no_plan(tmp_path: Path) -> None:
     store = CacheStore(source, cache_store=cache, max_size=50 * SIZE)
     store.will_read(keys_of(loops(2)))
     script = "import pickle, sys; store = pickle.load(sys.stdin.buffer); "
-    script += "print(store._cache.shared.handle.index.plan)"
+    script += "print(store._cache.shared.handle.plan)"
     child = subprocess.run(
         [sys.executable, "-c", script],
         input=pickle.dumps(store),
@@ -405,6 +406,50 @@ async def test_reads_of_other_sources_of_a_pool_neither_follow_nor_drop_a_plan(
     assert hits >= belady(loops(3), 49) - 2
     assert plan_of(planned) == "done"
     for store in (planned, other):
+        await check_quiet(store)
+
+
+@pytest.mark.parametrize("kind", ["pool", "memory pool"])
+async def test_each_source_of_a_pool_has_its_own_plan(tmp_path: Path, kind: str) -> None:
+    pool = CACHES[kind](tmp_path / "cache")
+    stores = [
+        CacheStore(source_of(), cache_store=pool, max_size=100 * SIZE, source_id=name)
+        for name in "12"
+    ]
+    orders = [loops(4), shuffled(4)]
+    for store, order in zip(stores, orders, strict=True):
+        store.will_read(keys_of(order))
+    hits = [0, 0]
+    for numbers in zip(*orders, strict=True):
+        for at, n in enumerate(numbers):
+            assert plan_of(stores[at]) == "followed"
+            hits[at] += await hits_of(stores[at], [n])
+    # As one plan of both would be, to a value on its way.
+    both = [(at, n) for numbers in zip(*orders, strict=True) for at, n in enumerate(numbers)]
+    assert sum(hits) >= belady(both, 99) - 4
+    assert [plan_of(store) for store in stores] == ["done"] * 2
+    for store in stores:
+        await check_quiet(store)
+
+
+@pytest.mark.parametrize("kind", ["pool", "memory pool"])
+async def test_plan_of_a_source_ends_without_that_of_another(tmp_path: Path, kind: str) -> None:
+    pool = CACHES[kind](tmp_path / "cache")
+    one, two = (
+        CacheStore(source_of(), cache_store=pool, max_size=50 * SIZE, source_id=name)
+        for name in "12"
+    )
+    one.will_read(keys_of(loops(2)))
+    two.will_read([f"b/c/{n}" for n in range(1000)])
+    await hits_of(two, loops(2))
+    assert [plan_of(one), plan_of(two)] == ["followed", "wrong"]
+    two.will_read(keys_of(loops(2)))
+    assert one.will_read(()) == 0
+    assert [plan_of(one), plan_of(two)] == [None, "followed"]
+    one.will_read(keys_of(loops(1)))
+    one.will_read(keys_of(shuffled(1)))
+    assert [plan_of(one), plan_of(two)] == ["followed"] * 2
+    for store in (one, two):
         await check_quiet(store)
 
 

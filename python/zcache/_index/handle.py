@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from zcache._core import CorruptIndexError, Index, IndexBusyError
+from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -86,6 +86,8 @@ class IndexHandle:
         Takes a step: `zcache.testing` puts its recorder here.
     deferred : deque of callable
         Steps without a waiter, where no thread could be started to take them later.
+    plan : Plan or None
+        What the index was told last.
     follows_plan : bool
         Whether the index was told what will be read, and it was not seen yet that this is over.
     open_first : callable or None
@@ -117,6 +119,7 @@ class IndexHandle:
         self._opened_last = -math.inf
         self.deferred: deque[Callable[[], None]] = deque()
         self.follows_plan = False
+        self.plan: Plan | None = None
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._counted_before = (0, 0, 0, 0, 0)
 
@@ -132,6 +135,7 @@ class IndexHandle:
         if index is not self._index:
             # What was counted goes on: a rebuild or a fork is no new beginning for the stores over it.
             self._counted_before = self.stats()
+            self.plan = None
             self.show(index)
 
     def show(self, index: Index) -> None:

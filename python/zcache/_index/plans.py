@@ -21,7 +21,7 @@ def follow(handle: IndexHandle, keys: Iterable[str]) -> int:
     plan = Plan(keys)
     try:
         cursor: tuple[int, int] | None = handle.call_blocking(Index.set_plan, plan)
-        handle.follows_plan = len(plan) != 0
+        handle.plan, handle.follows_plan = plan, len(plan) != 0
         # In steps, so that no one waits for long. What comes in meanwhile is told by itself.
         while handle.follows_plan and cursor is not None:
             cursor = handle.call_blocking(Index.match_plan, cursor)
@@ -34,7 +34,7 @@ def follow(handle: IndexHandle, keys: Iterable[str]) -> int:
 
 def look(handle: IndexHandle) -> None:
     """Tell the log once if the plan was wrong."""
-    state = handle.index.plan
+    state = None if handle.plan is None else handle.plan.state
     if state == "followed":
         return
     handle.follows_plan = False

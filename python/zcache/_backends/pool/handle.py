@@ -10,7 +10,7 @@ from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zcache._core import CorruptIndexError, Index
+    from zcache._core import CorruptIndexError, Index, Plan
     from zcache._index.handle import T, Watcher
     from zcache._runtime.io import IO
 
@@ -63,10 +63,12 @@ class SourceHandle(IndexHandle):
         self.name = pool.name
         self.own_limits = limits
         self.follows_plan = False
+        self.plan: Plan | None = None
         pool.watch(self)
 
     def use_index(self, index: Index) -> None:
-        """See this index from now on."""
+        """See this index from now on; it knows no plan."""
+        self.plan = None
         self.view = index.within(self._label, self._slices)
         self.show(self.view)
 
