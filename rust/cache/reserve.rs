@@ -113,8 +113,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let held = self.arena.find(key, range)?;
         // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
         let cost = self.cost_with_folders(key, range, size);
-        let too_large = cost > self.bound() || size >= TOO_LARGE;
-        if too_large && !self.is_outdated(held, key, ticket, now)? {
+        let bound = self.bound();
+        if does_not_fit(cost, size, bound) && !self.is_outdated(held, key, ticket, now)? {
             return Ok(self.rejected(RejectReason::TooLarge));
         }
         let Some(known) = self.valid_key(key, ticket).map(Arc::clone) else {
@@ -243,7 +243,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let mut victims = Vec::new();
         let bound = self.bound();
-        if reservation.cost > bound || reservation.size >= TOO_LARGE {
+        if does_not_fit(reservation.cost, reservation.size, bound) {
             if let Some(i) = replaced {
                 self.take(i, &mut victims)?;
             }
@@ -254,8 +254,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let taken = self.taken();
         // A bound of so many bytes is one of so many entries as well: those without bytes are not free.
-        // One is always taken.
-        let crowded = reservation.cost == 0 && self.arena.header().entries >= bound.max(1);
+        let crowded = reservation.cost == 0 && self.arena.header().entries >= bound;
         let missing = self.reserve_bytes(reservation, bound.saturating_sub(taken));
         if missing == 0 && !crowded && replaced.is_none() {
             return self.grant(id, reservation);
@@ -478,6 +477,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         Ok(false)
     }
+}
+
+/// Whether a value is never taken. A bound of 0 is one of no entries: an empty value would take no bytes.
+fn does_not_fit(cost: u64, size: u64, bound: u64) -> bool {
+    cost > bound || size >= TOO_LARGE || bound == 0
 }
 
 fn is_value<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {

@@ -429,9 +429,9 @@ impl Model {
         }
     }
 
-    /// An entry has 48 bits for its size.
+    /// An entry has 48 bits for its size. A bound of nothing lets in no empty value either.
     fn is_too_large(&self, size: u64) -> bool {
-        size > self.limits.max_size || size >= 1 << 48
+        size > self.limits.max_size || size >= 1 << 48 || self.limits.max_size == 0
     }
 
     fn advance(&mut self, id: u64, own: bool, now: u64, got: &Reserve) {
@@ -462,7 +462,7 @@ impl Model {
             return;
         }
         // As many entries as the bound has bytes.
-        let crowded = size == 0 && self.entries.len() as u64 >= self.limits.max_size.max(1);
+        let crowded = size == 0 && self.entries.len() as u64 >= self.limits.max_size;
         let reason = match got {
             Reserve::Granted(granted) => {
                 assert_eq!((*granted, lacking, own, crowded), (id, 0, false, false));

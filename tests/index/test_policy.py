@@ -106,11 +106,11 @@ def test_lru_order_equals_the_reference_model(
     def keep(key: str, size: int) -> None:
         nonlocal evictions
         model.pop(key, None)
-        if size > max_size:
+        if size > max_size or not max_size:
             return
         # For those without bytes, a bound of so many bytes is one of so many entries.
         crowded = size == 0
-        while sum(model.values()) + size > max_size or (crowded and len(model) >= max(max_size, 1)):
+        while sum(model.values()) + size > max_size or (crowded and len(model) >= max_size):
             model.popitem(last=False)
             evictions += 1
         model[key] = size
@@ -180,14 +180,14 @@ async def test_value_above_the_bound_never_reaches_the_cache_store(kind: str) ->
     await check_quiet(store)
 
 
-async def test_bound_of_zero_caches_empty_values_only(source: StoreDouble, cache: Store) -> None:
+async def test_bound_of_zero_keeps_nothing(source: StoreDouble, cache: Store) -> None:
     store = CacheStore(source, cache_store=cache, max_size=0)
     await fill(store, a=b"1", empty=b"")
     for _ in range(2):
         assert await read_through(store, "a") == b"1"
         assert await read_through(store, "empty") == b""
-    assert stored_sizes(store) == {"empty": 0}
-    assert source.take() == {"set": 2, "get": 2}
+    assert stored_sizes(store) == {}
+    assert source.take() == {"set": 2, "get": 4}
     await check_quiet(store)
 
 
