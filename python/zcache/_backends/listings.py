@@ -121,7 +121,7 @@ class DirectoryListings(Listings):
     def __init__(self, index_root: str, source: str) -> None:
         self._root = index_root
         self._mark = os.path.join(index_root, _MARK)
-        self._source = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()
+        self._source = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
 
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
         path = self._path(directory)
@@ -218,14 +218,14 @@ class _Kept:
 
 
 def _name(directory: str) -> str:
-    digest = hashlib.sha256(directory.encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256(directory.encode(errors="surrogatepass")).hexdigest()
     return f"{_levels(directory)}{digest[:32]}"
 
 
 def _levels(directory: str) -> str:
     """How the names of the files of a directory and of those below it begin; those of a few others may, too."""
     parts = directory.split("/")[:_LEVELS] if directory else []
-    checksums = (crc32c(part.encode(errors="surrogateescape")) for part in parts)
+    checksums = (crc32c(part.encode(errors="surrogatepass")) for part in parts)
     return _PREFIX + "".join(f"{checksum:08x}-" for checksum in checksums)
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import MemoryStore
+
 from pools import source_of
-from support import read_through
-from zcache import CachePool, CacheStore
-from zcache._backends.pool.register import Register
+from support import buf, read, read_through
+from zcache import CachePool, CacheStore, OptionValueError
+from zcache._backends.pool.register import Register, label_of
+from zcache.testing import check_invariants
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 PAGE = 4096
 
@@ -57,3 +64,78 @@ def test_names_that_many_note_at_once_are_all_kept(tmp_path: Path) -> None:
         file.write('{"name": "ha')
     register.add("more")
     assert {found["name"] for found in register.names().values()} == {*names[1:], "more"}
+
+
+NASTY = (
+    *("..", ".", "/", "/etc/passwd", "a/../b", "a//b", "./a", "a/", " ", "\0", "a\n{}", "a\0"),
+    *("a", "A", "ss", "\u00df", "\u1e9e", "\u00e9", "e\u0301", "\uff41", "\u0131", "I"),
+    *("\ud800", "\udc00", "\ud800\udc00", "\U00010000", "a\udfff"),
+    *(".zcache", ".zcache/segments/0", ".zcache/ranges/a", "zarr.json", label_of("a")),
+    *(f"{label_of('a')}/a", f"../{label_of('A')}/a", f".zcache/ranges/{label_of('a')}/a"),
+    *("x" * 2**20, "x" * 2**20 + "y", "x/" * 2**14 + "x", "x" * 127, "x" * 128, "x" * 129),
+)
+ANY = st.integers(0, len(NASTY) - 1) | st.text(st.characters(), max_size=12)
+"""Names of sources, and keys, as hostile as they come; a number stands for one of `NASTY`."""
+
+
+def named(drawn: list[int | str]) -> list[str]:
+    """What was drawn, once each."""
+    return list(dict.fromkeys(NASTY[one] if isinstance(one, int) else one for one in drawn))
+
+
+def value_of(name: str, key: str) -> bytes:
+    return hashlib.sha256(repr((name, key)).encode()).digest()
+
+
+@pytest.mark.parametrize("kind", ["directory", "memory"])
+def test_two_sources_never_see_each_others_values(
+    tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    """Of whatever names and keys: all examples use one pool, which is small enough to evict."""
+    where = tmp_path_factory.mktemp("names") / "pool" if kind == "directory" else None
+    # For the names alone that are a megabyte long there has to be room.
+    pool = CachePool(where, max_size="64 MiB" if where else 2000)
+    used = set()
+
+    @given(
+        first=st.lists(ANY, min_size=2, max_size=3),
+        second=st.lists(ANY, min_size=1, max_size=6),
+        whole=st.booleans(),
+    )
+    @settings(max_examples=40)
+    def check(first: list[int | str], second: list[int | str], whole: bool) -> None:
+        names, keys = [name for name in named(first) if name], ["", *named(second)]
+        assume(len(names) > 1)
+        request = None if whole else RangeByteRequest(3, 9)
+        stores = {}
+        for name in names:
+            values = {key: buf(value_of(name, key)) for key in keys}
+            stores[name] = CacheStore(MemoryStore(values), cache_store=pool, source_id=name)
+        used.update(names)
+
+        async def use() -> None:
+            for _ in range(2):
+                for name, store in stores.items():
+                    for key in keys:
+                        expected = value_of(name, key)
+                        found = await read_through(store, key, request)
+                        assert found == (expected if whole else expected[3:9])
+            await stores[names[0]].delete(keys[0])
+            assert await read(stores[names[0]], keys[0]) is None
+            assert await read(stores[names[1]], keys[0]) == value_of(names[1], keys[0])
+
+        asyncio.run(use())
+        # Its next store has it again.
+        stores[names[0]].set_sync(keys[0], buf(value_of(names[0], keys[0])))
+        stores[names[0]].drain_sync()
+
+    check()
+    gc.collect()
+    assert {info.name for info in pool.sources()} == used
+    check_invariants(CacheStore(MemoryStore(), cache_store=pool, source_id="last"))
+
+
+@pytest.mark.parametrize("name", ["", "process:1"])
+def test_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(OptionValueError, match="invalid source_id"):
+        CacheStore(MemoryStore(), cache_store=CachePool(), source_id=name)

@@ -50,14 +50,14 @@ class Register:
     def names(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by label."""
         try:
-            with open(self._path, encoding="utf-8", errors="replace") as file:
-                lines = file.read().split("\n")
+            with open(self._path, "rb") as file:
+                lines = file.read().split(b"\n")
         except OSError:
             return {}
         notes: dict[str, dict[str, Any]] = {}
         for line in lines:
             try:
-                note = json.loads(line)
+                note = json.loads(line.decode(errors="surrogatepass"))
             except ValueError:  # Half a line, of a process that was stopped or of a full volume.
                 continue
             name = note.get("name") if isinstance(note, dict) else None
@@ -144,8 +144,10 @@ class Register:
 
 
 def _line(name: str, used: float | None) -> bytes:
+    # Two halves of a pair, each on its own, would be read as the one character that they stand for.
+    note = json.dumps({"name": name, "used": used}, ensure_ascii=False)
     # What was added by halves before ends here.
-    return f"\n{json.dumps({'name': name, 'used': used})}\n".encode()
+    return f"\n{note}\n".encode(errors="surrogatepass")
 
 
 def _pages_of(size: int) -> int:
