@@ -12,9 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
@@ -493,28 +491,3 @@ def test_child_that_was_forked_uses_the_pool_as_a_participant_of_its_own(tmp_pat
 def test_cache_store_of_a_pool_shows_itself(where: Path | None) -> None:
     store = CacheStore(MemoryStore(), cache_store=CachePool(where))
     assert repr(cache_store_of(store)).startswith("CachePool(")
-
-
-# ------------------------------------------------------------------------------ export
-
-
-def test_export_writes_what_is_cached_as_zarr(where: Path | None, tmp_path: Path) -> None:
-    source = MemoryStore()
-    group = zarr.create_group(source)
-    data = np.arange(40).reshape(4, 10)
-    group.create_array("x", data=data, chunks=(2, 5))
-    group.create_array("unread", data=data, chunks=(2, 5))
-    pool = pool_with_neighbours(where)
-    store = CacheStore(source, cache_store=pool, source_id="mine")
-    found = zarr.open_group(store, mode="r")
-    assert (found["x"][:] == data).all()
-    assert store.drain_sync()
-    target = LocalStore(tmp_path / "target")
-    # The group, the array, and its chunks.
-    assert pool.export("mine", target) == 1 + 1 + 4
-    again = zarr.open_group(target, mode="r")
-    assert (again["x"][:] == data).all()
-    assert again.attrs == group.attrs
-    assert pool.export("nobody", target) == 0
-    with pytest.raises(OptionTypeError):
-        pool.export("mine", "somewhere")  # type: ignore[arg-type]

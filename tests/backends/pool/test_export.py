@@ -1,0 +1,185 @@
+"""What a pool holds of a source, written to another store, where it is readable as Zarr."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+
+from directories import closed
+from pools import pool_with_neighbours
+from support import buf, read_through, threads, until
+from zcache import CachePool, CacheStore, OptionTypeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+DATA = np.arange(40).reshape(4, 10)
+
+
+@pytest.fixture(params=["directory", "memory"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """The path of a pool; None in memory."""
+    return tmp_path / "pool" if request.param == "directory" else None
+
+
+def source_with_arrays(source: Store) -> None:
+    """Write a group of three arrays: in chunks, in shards, and one that is not to be read."""
+    group = zarr.create_group(source, attributes={"about": "export"})
+    group.create_array("x", data=DATA, chunks=(2, 5))
+    group.create_array("sharded", data=DATA, chunks=(2, 5), shards=(4, 10))
+    group.create_array("unread", data=DATA + 1, chunks=(2, 5))
+
+
+def warmed(pool: CachePool, source: Store) -> CacheStore:
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    group = zarr.open_group(store, mode="r")
+    assert (group["x"][:] == DATA).all()
+    assert (group["sharded"][:] == DATA).all()
+    assert store.drain_sync()
+    return store
+
+
+def check_exported(target: Store) -> None:
+    group = zarr.open_group(target, mode="r")
+    assert group.attrs.asdict() == {"about": "export"}
+    assert (group["x"][:] == DATA).all()
+    assert (group["sharded"][:] == DATA).all()
+    assert "unread" not in group
+
+
+def test_export_writes_what_is_cached_as_zarr(where: Path | None, tmp_path: Path) -> None:
+    source = MemoryStore()
+    source_with_arrays(source)
+    pool = pool_with_neighbours(where)
+    warmed(pool, source)
+    # The group, two arrays, and the chunks of one and the shard of the other.
+    assert pool.export("mine", LocalStore(tmp_path / "target")) == 1 + 2 + 4 + 1
+    check_exported(LocalStore(tmp_path / "target"))
+    with ZipStore(tmp_path / "target.zip", mode="w") as archive:
+        assert pool.export("mine", archive) == 8
+    check_exported(ZipStore(tmp_path / "target.zip", mode="r"))
+    assert pool.export("nobody", LocalStore(tmp_path / "target")) == 0
+    with pytest.raises(OptionTypeError, match="invalid store: str"):
+        pool.export("mine", "somewhere")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_export_after_a_restart(tmp_path: Path, read_only: bool) -> None:
+    source, path = MemoryStore(), tmp_path / "pool"
+    await asyncio.to_thread(source_with_arrays, source)
+    await asyncio.to_thread(lambda: warmed(pool_with_neighbours(path), source))
+    await closed(tmp_path, "pool")
+    pool = CachePool(path, read_only=read_only)
+    names = {info.name for info in pool.sources()}
+    assert "mine" in names
+    target = MemoryStore()
+    # From within an event loop, and from a thread.
+    assert pool.export("mine", target) == 8
+    await asyncio.to_thread(check_exported, target)
+    assert await asyncio.to_thread(pool.export, "mine", MemoryStore()) == 8
+
+
+@pytest.mark.once
+def test_export_of_what_xarray_has_read(where: Path | None, tmp_path: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    dataset = xarray.Dataset(
+        {"t": (("time", "x"), np.random.default_rng(0).normal(size=(6, 8)))},
+        coords={"time": np.arange(6), "x": np.linspace(0, 1, 8)},
+        attrs={"title": "export"},
+    )
+    dataset.to_zarr(tmp_path / "source", encoding={"t": {"chunks": (2, 4)}})
+    pool = CachePool(where)
+    store = CacheStore(LocalStore(tmp_path / "source"), cache_store=pool)
+    xarray.testing.assert_identical(xarray.open_zarr(store).load(), dataset)
+    assert store.drain_sync()
+    (name,) = [info.name for info in pool.sources()]
+    assert pool.export(name, LocalStore(tmp_path / "target")) == 1 + 6 + 2
+    found = xarray.open_zarr(tmp_path / "target").load()
+    xarray.testing.assert_identical(found, dataset)
+
+
+def test_export_leaves_out_ranges_and_what_is_gone(where: Path | None) -> None:
+    source = MemoryStore({key: buf(key.encode() * 10) for key in ("full", "part", "old")})
+    pool = CachePool(where)
+    store = CacheStore(source, cache_store=pool, source_id="mine", cache_set_data=False)
+
+    async def use() -> None:
+        await read_through(store, "full")
+        await read_through(store, "part", RangeByteRequest(1, 5))
+        await read_through(store, "old")
+        await store.set("old", buf(b"new"))
+
+    asyncio.run(use())
+    target = MemoryStore()
+    assert pool.export("mine", target) == 1
+    assert {key: value.to_bytes() for key, value in target._store_dict.items()} == {
+        "full": b"full" * 10
+    }
+
+
+class Failing(WrapperStore[Any]):
+    """A store that is full after three values."""
+
+    count = 0
+
+    async def set(self, key: str, value: Any) -> None:
+        self.count += 1
+        if self.count == 4:
+            raise OSError(28, "No space left on device")
+        await super().set(key, value)
+
+
+def test_export_to_a_store_that_fails_raises_its_error_and_can_be_repeated(
+    where: Path | None,
+) -> None:
+    source, inner = MemoryStore(), MemoryStore()
+    source_with_arrays(source)
+    pool = pool_with_neighbours(where)
+    store = warmed(pool, source)
+    target = Failing(inner)
+    with pytest.raises(OSError, match="No space left"):
+        pool.export("mine", target)
+    assert len(inner._store_dict) == 3
+    # Nothing of the pool has suffered; what was written is replaced.
+    assert store.cache_stats()["cache_failures"] == 0
+    assert pool.export("mine", target) == 8
+    check_exported(inner)
+
+
+def test_export_while_the_source_changes_writes_whole_values(where: Path | None) -> None:
+    keys = [f"c/{n}" for n in range(20)]
+    source = MemoryStore({key: buf(b"0" * 1000) for key in keys})
+    pool = CachePool(where)
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    for key in keys:
+        assert store.get_sync(key) is not None
+    store.drain_sync()
+    rounds = 0
+
+    def write() -> None:
+        nonlocal rounds
+        for rounds in range(1, 30):
+            for key in keys:
+                store.set_sync(key, buf(str(rounds % 10).encode() * (1000 + rounds % 3)))
+
+    def export() -> None:
+        while rounds < 29:
+            target = MemoryStore()
+            assert pool.export("mine", target) <= len(keys)
+            for value in target._store_dict.values():
+                data = value.to_bytes()
+                assert len(set(data)) == 1
+                assert len(data) in (1000, 1001, 1002)
+
+    with threads(write, export):
+        pass
+    store.drain_sync()
+    asyncio.run(until(lambda: pool.export("mine", MemoryStore()) == len(keys)))
