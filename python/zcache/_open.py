@@ -20,11 +20,11 @@ from zcache._options import (
     check_flag,
     parse_offline,
     parse_size,
+    path_of_cache_store,
 )
 from zcache._runtime.capacity import memory, volume
 from zcache._runtime.fork import at_fork
 from zcache._source.opening import open_source, plain
-from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.pool import CachePool
 from zcache.store import CacheStore
@@ -245,16 +245,7 @@ def _directory(cache: object) -> str:
             "$ZCACHE_DIR or the user's cache directory. To keep values in another store, use "
             "zcache.CacheStore(store, cache_store=...)."
         )
-    if not path or "://" in path or "\0" in path:
-        raise OptionValueError(
-            f"invalid {name}: {redact(path)!r}. Give the path of a directory on a local disk."
-        )
-    path = os.path.abspath(os.path.expanduser(path))
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise OptionValueError(
-            f"invalid {name}: {path!r} is a file. Give the path of a directory, which is made if need be."
-        )
-    return path
+    return os.path.abspath(path_of_cache_store(os.path.expanduser(path), name))
 
 
 def _say_default(place: _Place, bound: int | None) -> None:

@@ -315,13 +315,38 @@ def parse_mode(value: object) -> int:
     return value
 
 
-def path_of_cache_store(path: str | os.PathLike[str]) -> str:
-    """The path of a directory to keep values in."""
-    text: object = os.fspath(path)
-    if not isinstance(text, str) or not text or "://" in text:
+def path_of_cache_store(path: object, name: str = "cache_store") -> str:
+    """The path of a directory to keep values in, which need not exist yet.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        The path.
+    name : str, optional
+        How the caller calls it, for the error.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If there cannot be a directory.
+    """
+    elsewhere = ""
+    if name == "cache_store":
+        elsewhere = ", or a zarr.abc.store.Store for values that are kept elsewhere"
+    advice = f"Give the path of a local directory{elsewhere}."
+    text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise OptionTypeError(f"invalid {name}: {text!r}. {advice}")
+    if not text or "://" in text or "\0" in text:
+        raise OptionValueError(f"invalid {name}: {redact(text)!r}. {advice}")
+    existing = os.path.abspath(text)
+    while not os.path.lexists(existing) and existing != os.path.dirname(existing):
+        existing = os.path.dirname(existing)
+    if os.path.exists(existing) and not os.path.isdir(existing):
+        where = "" if existing == os.path.abspath(text) else f", for {existing!r}"
         raise OptionValueError(
-            f"invalid cache_store: {redact(str(text))!r}. Give the path of a local directory, or a "
-            "zarr.abc.store.Store for values that are kept elsewhere."
+            f"invalid {name}: {text!r}{where} is a file. Give the path of a directory, which is made if "
+            "need be."
         )
     return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -11,7 +11,16 @@ from zarr.core.sync import sync
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-from zcache._options import capacity_of, check_store, parse_mode, parse_size, path_of_cache_store
+from zcache._options import (
+    capacity_of,
+    check_eviction,
+    check_flag,
+    check_minimise,
+    check_store,
+    parse_mode,
+    parse_size,
+    path_of_cache_store,
+)
 from zcache.exceptions import OptionTypeError
 
 if TYPE_CHECKING:
@@ -60,6 +69,11 @@ class CachePool:
         as ``du`` counts them, without the index. Default is None, no bound. Set it to what the disk can spare.
     min_free_space : int or str, optional
         Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
+    eviction : {"lru", "none", "adaptive"}, optional
+        What goes when it is full, whatever its stores ask for; see `CacheStore`. Default is None: as the first store over it
+        asks. Where the pool is in use with another policy, a `UserWarning` says so.
+    minimise : {"requests", "bytes", "seconds"}, optional
+        What "adaptive" is to save; see `CacheStore`. Default is None: requests, or as the first store asks.
     mode : int, optional
         Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
         no other user. Each user of the group gives it, and so trusts the owner of the directory.
@@ -89,19 +103,24 @@ class CachePool:
         *,
         max_size: int | str | None = None,
         min_free_space: int | str | None = None,
+        eviction: Literal["lru", "none", "adaptive"] | None = None,
+        minimise: Literal["requests", "bytes", "seconds"] | None = None,
         mode: int | None = None,
         read_only: bool = False,
     ) -> None:
+        check_flag("read_only", read_only)
         store: PoolStore | PoolMemoryStore
         if path is None:
             store = PoolMemoryStore(PoolOptions())
         else:
-            store = PoolStore(path_of_cache_store(path), PoolOptions(), read_only=read_only)
+            store = PoolStore(path_of_cache_store(path, "path"), PoolOptions(), read_only=read_only)
         whole = partial(capacity_of, store)
         store.options = PoolOptions(
             parse_size(max_size, whole=whole),
             parse_size(min_free_space, "min_free_space", whole),
             parse_mode(mode),
+            None if eviction is None else check_eviction(eviction),
+            None if minimise is None else check_minimise(minimise),
         )
         self._use(store)
 

@@ -24,6 +24,7 @@ from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
+from zcache._backends.select import default_policy
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
@@ -152,17 +153,17 @@ class CacheStore(Store):
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
         None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
     eviction : {"lru", "none", "adaptive"}, optional
-        Which values go when there is no room for a new one. Default is "lru": those that were used least
-        recently. "none" keeps what came first, until it expires or is dropped: for data that is read in
-        whole passes, the share of it that fits. "adaptive" finds out which of several rules serves most of
-        the traffic, and follows when that changes: set it where passes over more than `max_size` are read
-        (training, animations), or where you do not know. All stores over one cache store go by one policy: while
+        Which values go when there is no room for a new one. Default is None: that of the `CachePool`, if it was given
+        one, else "lru": those that were used least recently. "none" keeps what came first, until it expires or is dropped: for
+        data that is read in whole passes, the share of it that fits. "adaptive" finds out which of several rules serves
+        most of the traffic, and follows when that changes: set it where passes over more than `max_size` are
+        read (training, animations), or where you do not know. All stores over one cache store go by one policy: while
         others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
         goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" makes least of. Default is "requests": a miss costs the same, whatever its size, so small
-        values are kept rather than large ones. "bytes" is for a source that is paid for, or limited, by the
-        byte; "seconds" weighs both by the latency and the rate of the source, as measured.
+        What "adaptive" makes least of. Default is None: that of the pool, else "requests": a miss costs the same,
+        whatever its size, so small values are kept rather than large ones. "bytes" is for a source that is paid
+        for, or limited, by the byte; "seconds" weighs both by the latency and the rate of the source, as measured.
     cache_missing : bool, optional
         Whether a key that the source does not have is remembered as missing, so that it is not asked for
         again. Default is True. Metadata documents are, too, as long as another document of their node is
@@ -258,8 +259,8 @@ class CacheStore(Store):
         | None = "infinity",
         max_size: int | str | None = None,
         cache_set_data: bool = True,
-        eviction: Literal["lru", "none", "adaptive"] = "lru",
-        minimise: Literal["requests", "bytes", "seconds"] = "requests",
+        eviction: Literal["lru", "none", "adaptive"] | None = None,
+        minimise: Literal["requests", "bytes", "seconds"] | None = None,
         metadata_max_age_seconds: float | Literal["infinity"] | None = None,
         stale_if_error: float | Literal["infinity"] = 0,
         offline: bool | None = None,
@@ -284,6 +285,7 @@ class CacheStore(Store):
         elif isinstance(cache_store, (str, os.PathLike)):
             cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)
+        policy = default_policy(cache_store, adopt=adopt, clock=check_clock(clock))
         check_flag("cache_missing", cache_missing)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)
@@ -306,8 +308,8 @@ class CacheStore(Store):
             cache_missing=cache_missing,
             missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
-            eviction=check_eviction(eviction),
-            minimise=check_minimise(minimise),
+            eviction=policy["eviction"] if eviction is None else check_eviction(eviction),
+            minimise=policy["minimise"] if minimise is None else check_minimise(minimise),
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(
@@ -597,8 +599,9 @@ class CacheStore(Store):
         before those that it has, in the order of `eviction`; under "none" too they make room, for keys of the
         plan only. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
 
-        The plan is one of this process and this cache: all stores over it share the plan, their reads in this process
-        move it on, and a new one takes its place. Other processes, forked children and copies that are unpickled
+        The plan is one of this process and this cache, or of this source of a `CachePool`: all stores over it share the
+        plan, their reads in this process move it on, and a new one takes its place. Plans of several sources of a pool hold
+        side by side; what is needed last is told by the reads that each source has until then. Other processes, forked children and copies that are unpickled
         elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
 
         Reads may overtake each other, and leave keys out, by a sixteenth of the different keys (4,096 at most; from 128 to

@@ -18,7 +18,7 @@ from zcache._source.identity import same_source
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Collection, Hashable, Iterable
 
     from zarr.abc.store import Store
 
@@ -98,7 +98,7 @@ class SharedIndex:
 
         The maximum age of a look-up is each store's own; what is too old for all of them goes first.
         """
-        self._choose_policy(member)
+        choose_policy(self.handle, self.users, member)
         self._members.add(member)
         self.users.add(member)
         self._set_limits()
@@ -124,26 +124,6 @@ class SharedIndex:
         if enforce is not None and size is not None and (before is None or size < before):
             enforce()
 
-    def _choose_policy(self, member: Member) -> None:
-        """Go by the policy of a new member, unless others use the index; then the member is told."""
-        wanted, handle = _policy_of(member.limits), self.handle
-        in_force = wanted
-        for tries in range(_TRIES, -1, -1):
-            in_force = _policy_of(handle.limits)
-            if in_force == wanted or not self.users:
-                # With what is wanted it is opened, if it is not yet.
-                handle.note_policy(dict(zip(_POLICY, wanted, strict=True)))
-                # Others may be processes. Where the index cannot be asked now, the log says so.
-                asked = _Asked(handle.name, wanted)
-                handle.when_open(asked.ask)
-                in_force = asked.in_force()
-                handle.note_policy(dict(zip(_POLICY, in_force, strict=True)))
-            if in_force == wanted:
-                return
-            if tries:
-                _let_go()
-        warnings.warn(_other_policy(handle.name, wanted, in_force), UserWarning, stacklevel=5)
-
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.
 
@@ -167,6 +147,28 @@ class Member:
 
     def __init__(self, limits: dict[str, Any]) -> None:
         self.limits = limits
+
+
+def choose_policy(handle: IndexHandle, users: Collection[Member], member: Member) -> None:
+    """Go by the policy of a new member, unless others use the index; then the member is told."""
+    wanted = in_force = _policy_of(member.limits)
+    for tries in range(_TRIES, -1, -1):
+        in_force = _policy_of(handle.limits)
+        if in_force == wanted or not users:
+            # With what is wanted it is opened, if it is not yet.
+            handle.note_policy(dict(zip(_POLICY, wanted, strict=True)))
+            # Others may be processes. Where the index cannot be asked now, the log says so.
+            asked = _Asked(handle.name, wanted)
+            handle.when_open(asked.ask)
+            in_force = asked.in_force()
+            handle.note_policy(dict(zip(_POLICY, in_force, strict=True)))
+        if in_force == wanted:
+            return
+        if tries:
+            _let_go()
+    message = _other_policy(handle.name, wanted, in_force)
+    # For the caller of the constructor of a store or a pool, which is as far away.
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 class _Asked:

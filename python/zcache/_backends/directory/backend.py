@@ -201,7 +201,7 @@ class DirectoryBackend(Backend):
         self._directory.filler.note_marks()
         if self._directory.layout.is_read_only:
             for name in self._directory.scanner.names_below(prefix):
-                raise OSError(errno.EROFS, "it was given as read-only", name)
+                raise OSError(errno.EROFS, "it is read-only", name)
             return
         if failed := self._remove_counted(work):
             raise failed[0][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -293,6 +294,9 @@ class CacheDirectory:
             error,
         )
         self.filler.reads_only = self.scanner.only_looks = True
+        with contextlib.suppress(OSError):
+            self.layout.note_block_size()
+        self.handle.limits = self.layout.with_unit(self.handle.limits)
         self.handle.index = Index(**self.handle.limits, complete=False)
         work = self._rebuild.begin("it is only read from")
         if work is not None:

@@ -65,7 +65,7 @@ class Layout:
         self.reserved = os.path.join(self.root, ".zcache")
         self.index_root = os.path.join(self.reserved, "index")
         self.lock_path = os.path.join(self.index_root, "lock")
-        self.digest = hashlib.sha256((source or "").encode()).digest()[:8]
+        self.digest = hashlib.sha256((source or "").encode(errors="surrogatepass")).digest()[:8]
         self.scanner = Scanner(self.root, self.reserved, self.digest)
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
         self.is_others = self.is_read_only = False
@@ -92,15 +92,25 @@ class Layout:
             trusts_owner=self.trusts_owner(),
         )
         self.make_folders()
+        self.note_block_size()
+        self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
+
+    def note_block_size(self) -> None:
+        """See in what the volume gives out space.
+
+        Raises
+        ------
+        OSError
+            If it does not tell.
+        """
         unit = BLOCK_SIZE
         if unit is None:
             try:
                 unit = files.block_size(self.temporary.path)
             except OSError:
-                # A full volume, say, which takes in nothing now.
+                # A volume that is full, say, or read-only.
                 unit = os.statvfs(self.root).f_frsize
         self._block_size = unit
-        self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
 
     def trusts_owner(self) -> bool:
         """Whether the directory may be another user's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _BATCHES: Final = 100
 """Batches of values that are evicted at most for what is noted beside them."""
+
+
+_CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class Fillers:
@@ -72,6 +76,11 @@ class PoolDirectory(CacheDirectory):
             return False
         held = self.layout.scanner.bytes_held()
         return bool(handle.call_opened(_is_complete_and_below, held))
+
+    def _read_from(self, error: OSError) -> None:
+        # Nothing can be deleted from segments that cannot be written to; those of a full volume can be.
+        self.layout.is_read_only |= error.errno in _CANNOT_DELETE
+        super()._read_from(error)
 
     @property
     def register(self) -> Register:

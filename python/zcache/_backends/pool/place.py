@@ -18,6 +18,7 @@ from zcache._backends.pool.listings import remove_listings
 from zcache._backends.pool.register import label_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
+from zcache._index.shared import Member, choose_policy
 from zcache.exceptions import CacheUnreachableError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
     from zcache._core import SegmentFiles
-    from zcache._index.shared import Member
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 _LIMITS: Final[dict[str, Any]] = {
@@ -48,6 +48,8 @@ class Pool:
         The index.
     directory : PoolDirectory or None
         None for a pool in memory.
+    read_only : bool
+        Whether it was opened to be read from only.
     clock : callable
         Seconds; what ages are counted by.
     users : WeakSet of Member
@@ -58,6 +60,7 @@ class Pool:
 
     handle: IndexHandle
     directory: PoolDirectory | None = None
+    read_only = False
 
     def __init__(self, options: PoolOptions, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
@@ -67,12 +70,36 @@ class Pool:
         self.users: weakref.WeakSet[Member] = weakref.WeakSet()
         self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()
+        # Who uses the pool in order that it goes by one policy.
+        self._policy: Member | None = None
 
     def add_options(self, options: PoolOptions) -> None:
         """Keep to these as well: the strictest are in force."""
         if options not in self._options:
             self._options.append(options)
             self.apply_limits()
+            self.go_by(options)
+
+    def go_by(self, options: PoolOptions) -> None:
+        """Have the pool go by the policy of these options, if they have one, whatever its stores ask for.
+
+        Where it is in use with another one, the caller is told.
+        """
+        if options.eviction is None and options.minimise is None:
+            return
+        wanted = {"eviction": options.eviction or "lru", "minimise": options.minimise or "requests"}
+        member = Member(wanted)
+        choose_policy(self.handle, self.users, member)
+        if self._policy is None and all(
+            self.handle.limits[name] == wanted[name] for name in wanted
+        ):
+            self._policy = member
+            self.users.add(member)
+
+    def policy(self) -> dict[str, str]:
+        """The policy for a store that asks for none."""
+        limits = _LIMITS if self._policy is None else self._policy.limits
+        return {name: limits[name] for name in ("eviction", "minimise")}
 
     def source(
         self, name: str, limits: dict[str, Any], clock: Callable[[], float] | None = None
@@ -212,6 +239,7 @@ class DirectoryPool(Pool):
 
     def __init__(self, store: PoolStore, *, adopt: bool, clock: Callable[[], float]) -> None:
         super().__init__(store.options, clock)
+        self.read_only = store.read_only
         limits = {**_LIMITS, "max_size": store.options.max_size, "holes": True}
         self.directory = PoolDirectory(
             store.root,
@@ -240,7 +268,7 @@ class DirectoryPool(Pool):
         if directory.filler.reads_only:
             raise CacheUnreachableError(
                 f"the pool {directory.root} is only read from, so nothing in it can be forgotten. Open it "
-                "without read_only=True, where it may be written to."
+                "where it can be written to, without read_only=True."
             )
         super().forget(name)
         remove_listings(directory.layout.index_root, label_of(name))

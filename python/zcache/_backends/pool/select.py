@@ -64,6 +64,7 @@ def pool_of(
                 pool = MemoryPool(store, clock or time.monotonic)
                 # Its values live as long as the store does.
                 store.pool = pool
+            pool.go_by(store.options)
             _pools[key] = pool
         else:
             pool.add_options(store.options)
@@ -71,9 +72,34 @@ def pool_of(
 
 
 def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
-    if isinstance(store, PoolStore):
-        return ("directory", os.path.realpath(os.path.abspath(store.root)), store.read_only)
-    return ("dict", id(store._store_dict))
+    if not isinstance(store, PoolStore):
+        return ("dict", id(store._store_dict))
+    path = os.path.realpath(os.path.abspath(store.root))
+    own: Hashable = ("directory", path, store.read_only)
+    identity = _identity(path)
+    with _lock:
+        # The same path may lead to another directory by now, which the pool takes up.
+        if own in _pools or identity is None:
+            return own
+        # One that is mounted in two places is one directory.
+        for pool in list(_pools.values()):
+            directory = pool.directory
+            if (
+                directory is not None
+                and pool.read_only is store.read_only
+                and _identity(directory.root) == identity
+            ):
+                return ("directory", directory.root, store.read_only)
+    return own
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What directory a path leads to, whatever its name; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def open_pool(opening: Opening) -> Backend:
