@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.storage import LocalStore, WrapperStore
 
 from doubles import GatedStore, SyncDictStore, reached
@@ -173,6 +173,50 @@ def test_a_loop_that_ends_in_the_middle(
     reads = source.counts["get"]
     asyncio.run(followers())
     assert source.counts["get"] == reads
+
+
+@pytest.mark.parametrize("end", ["stopped", "closed"])
+@pytest.mark.parametrize("way", ["get_partial_values", "get_ranges", "generator"])
+def test_a_loop_that_ends_in_the_middle_of_many_reads_says_nothing(
+    source: GatedStore, store: CacheStore, way: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its readers are collected where nothing can be awaited."""
+    if way != "get_partial_values" and not hasattr(Store, "get_ranges"):
+        pytest.skip("zarr before 3.3 has no get_ranges")
+    ranges = [RangeByteRequest(0, 10), RangeByteRequest(50, 60)]
+    raised: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", raised.append)
+
+    async def get() -> Any:
+        if way == "get_partial_values":
+            return await store.get_partial_values(PROTOTYPE, [("k", one) for one in ranges])
+        return [group async for group in store.get_ranges("k", ranges, prototype=PROTOTYPE)]
+
+    async def begin() -> Any:
+        if way == "generator":
+            groups: Any = store.get_ranges("k", ranges, prototype=PROTOTYPE)
+            reader = asyncio.ensure_future(anext(groups))
+        else:
+            groups, reader = None, asyncio.ensure_future(get())
+        await reached(source)
+        return groups, reader
+
+    source.shut["get"] = 2
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # asyncio says that its tasks are pending.
+    reading = loop.run_until_complete(begin())
+    if end == "closed":
+        loop.close()
+    del reading
+    gc.collect()
+    source.release()
+    if end == "stopped":
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+    assert asyncio.run(read(store, "k", ranges[0])) == VALUE[:10]
+    gc.collect()
+    # Of a generator that is closed while it runs, Python says so itself.
+    assert [one for one in raised if "event loop" in str(one.exc_value).lower()] == []
 
 
 def test_a_reader_that_is_collected_ends_its_flight(source: GatedStore, store: CacheStore) -> None:

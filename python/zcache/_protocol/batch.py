@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -269,7 +270,7 @@ class Batch:
             return
         # In a task of its own: others wait for what this call brings, so it must go on even while its
         # caller does something else.
-        groups: asyncio.Queue[Group | BaseException | None] = asyncio.Queue()
+        groups = _Groups()
         task = asyncio.ensure_future(self._read(wanted, groups))
         try:
             while (found := await groups.get()) is not None:
@@ -277,9 +278,7 @@ class Batch:
                     raise found
                 yield found
         finally:
-            task.cancel()
-            # Not for ever: a source may ignore it.
-            await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
+            await _stop(task)
 
     async def _stale_instead_of(self, error: Exception) -> list[tuple[int, Buffer | None]]:
         """What is still cached of the requests that the source has not answered."""
@@ -309,22 +308,22 @@ class Batch:
                     await self._deliver([(number, None) for number in list(self._leads)])
                 raise
 
-    async def _read(
-        self, wanted: list[int], groups: asyncio.Queue[Group | BaseException | None]
-    ) -> None:
+    async def _read(self, wanted: list[int], groups: _Groups) -> None:
+        loop = asyncio.get_running_loop()
         try:
             async with contextlib.aclosing(self._fetched(wanted)) as fetched:
                 async for group in fetched:
-                    groups.put_nowait(group)
+                    groups.put(group)
         except asyncio.CancelledError as cancelled:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            groups.put_nowait(cancelled)  # The source has cancelled itself.
+            groups.put(cancelled)  # The source has cancelled itself.
         except Exception as error:  # noqa: BLE001 - it is raised where the groups are asked for
-            groups.put_nowait(error)
+            if not loop.is_closed():  # Else the garbage collector ends it, and there is no reader.
+                groups.put(error)
         else:
-            groups.put_nowait(None)
+            groups.put(None)
 
     def count_bypassed(self, count: int) -> None:
         """Count requests that the cache never answers."""
@@ -406,6 +405,41 @@ class Batch:
         # Closed first: woken readers would else join it again.
         self._reader.close_flight(self._requests[number][0], ticket)
         flight.abandon()  # Of no effect once it is delivered.
+
+
+class _Groups:
+    """What one task brings and another one takes.
+
+    With a queue of asyncio's a reader cannot be collected once its event loop is closed: it cancels what it waits for.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[Group | BaseException | None] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Group | BaseException | None) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Group | BaseException | None:
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end, if its event loop runs."""
+    loop = task.get_loop()
+    if loop is asyncio._get_running_loop():
+        task.cancel()
+        # Not for ever: a source may ignore it.
+        await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
+        return
+    # The garbage collector ends a reader of another loop: nothing here can be awaited.
+    with contextlib.suppress(RuntimeError):  # It is closed, and so the task has ended.
+        loop.call_soon_threadsafe(task.cancel)
 
 
 def from_partial_values(
