@@ -120,8 +120,8 @@ def test_admission_of_what_was_refused_lately() -> None:
     assert not admission.admits("a", 0)
 
 
-def test_admission_of_few_bytes_goes_on_until_a_quarter_has_gone() -> None:
-    admission = Admission(40 * EVICTIONS + 4)
+def test_admission_of_few_bytes_goes_on_until_a_sixteenth_has_gone() -> None:
+    admission = Admission(160 * EVICTIONS + 16)
     for _ in range(EVICTIONS):
         admission.evicted(10)
     assert admits(admission, SHARE) == SHARE
@@ -135,3 +135,23 @@ def test_admission_of_large_chunks_ends_after_few() -> None:
         assert admits(admission, SHARE) == SHARE
         admission.evicted(LARGE // 2)
     assert admits(admission, SHARE) < SHARE
+
+
+@pytest.mark.parametrize("more", [{}, {"shards": (128,)}], ids=["chunks", "shards"])
+def test_one_read_of_a_sparse_array_larger_than_the_bound_keeps_all_that_is_there(
+    more: dict[str, Any],
+) -> None:
+    """Room for chunks that turn out to be absent goes to those that are there."""
+    # One chunk in sixteen is there, and there is room for these.
+    store = CacheStore(MemoryStore(), decoded_size=16 * 16)
+    array = zarr.create_array(store, shape=(1024,), chunks=(4,), dtype="i4", **more)
+    values = np.zeros(1024, "i4")
+    values[60::64] = 1
+    array[:] = values
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], values)
+        assert store.cache_stats()["decoded_size"] == 16 * 16
+    check_decoded_quiet(store)
+    before = store.cache_stats()["decoded_hits"]
+    np.testing.assert_array_equal(array[60::64], values[60::64])
+    assert store.cache_stats()["decoded_hits"] == before + 16

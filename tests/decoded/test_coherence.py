@@ -399,8 +399,8 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
     if is_one:
         dead = [cache.join(name, "a", origin, 16, other)[1] for name in names]
     else:
-        decodings = Decodings(other, names, origin)
-        assert cache.join_all(decodings, "a", 16) == {}
+        decodings = Decodings(other, dict.fromkeys(names, ("a", origin)))
+        assert cache.join_all(decodings, 16) == {}
         dead = [decodings.single[name] for name in names]
     assert decoded(store, "size") == 32
     leads, following = cache.join("a/0", "a", origin, 16, loop)
@@ -585,8 +585,8 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
             return tickets
 
     cache._index = Slow()
-    decodings = Decodings(loop, [f"a/{n}" for n in range(4)], origin)
-    assert cache.join_all(decodings, "a", 16) == {"a/3": theirs}
+    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(4)})
+    assert cache.join_all(decodings, 16) == {"a/3": theirs}
     late = cache.join("a/2", "a", origin, 16, loop)
     assert not early[0][0]
     assert not late[0]
@@ -605,6 +605,44 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
     cache.leave(theirs)
     cache.give_up(theirs)
     assert decoded(store, "size") == (48 if is_kept else 0)
+    check_decoded_quiet(store)
+
+
+async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_on() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    origin = cache.origins.begin("a", 0.0)
+    cache._admission.admitted = lambda names, kept: []
+    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    assert cache.join_all(decodings, 16) == {}
+    assert decodings.pass_over("a/0")
+    leads, anew = cache.join("a/0", "a", origin, 16, loop)
+    assert leads
+    cache.give_up_all(decodings)
+    assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
+    cache.land(anew, np.arange(4, dtype="i4"), None)
+    assert anew.kept.array[3] == 3
+    cache.leave(anew)
+    check_decoded_quiet(store)
+
+
+async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
+    """A thread of the pipeline may go on without it."""
+    store = CacheStore(MemoryStore(), decoded_size=32)
+    cache: Any = store._decoded
+    origin = cache.origins.begin("a", 0.0)
+    names = [f"a/{n}" for n in range(3)]
+    decodings = Decodings(asyncio.get_running_loop(), dict.fromkeys(names, ("a", origin)))
+    assert cache.join_all(decodings, 16) == {}
+    assert decoded(store, "size") == 32
+    cache.room.postpone(decodings)
+    assert (decoded(store, "size"), decodings.late) == (0, set(names))
+    assert cache.room.admit_late(decodings, names[0], 16).is_admitted
+    assert decoded(store, "size") == 16
+    cache.give_up_all(decodings)
+    for name in names:
+        assert cache.room.admit_late(decodings, name, 16) is None
     check_decoded_quiet(store)
 
 

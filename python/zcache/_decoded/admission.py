@@ -22,7 +22,7 @@ ABSENT: Final = 65_536
 class Admission:
     """Keeps a pass over everything from paying for what is never read again.
 
-    Once a quarter of `max_size`, and `EVICTIONS` chunks or `LARGE` bytes, have been evicted since the last hit, a chunk
+    Once a 16th of `max_size`, and `EVICTIONS` chunks or `LARGE` bytes, have been evicted since the last hit, a chunk
     is kept when it is read for the second time, and one in `SHARE` at once, until there is a hit. As many names are
     remembered as chunks are kept, and at most twice as many. Threads may call it at once: what they miscount does not
     matter.
@@ -34,7 +34,7 @@ class Admission:
     """
 
     def __init__(self, max_size: int) -> None:
-        self._enough = max_size // 4
+        self._enough = max_size // 16
         self._bytes = self._chunks = self._turn = 0
         # The latest names, and those before them.
         self._refused: set[str] = set()

@@ -72,7 +72,7 @@ class DecodedCache:
         self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size)
-        self._room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
+        self.room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
         self.outputs = Outputs(self.max_size // 32)
         self.origins.use_index(self._handle.index)
 
@@ -94,26 +94,26 @@ class DecodedCache:
         return None if self._index.lookup(name) is None else self._take(name, key, reader, now)
 
     def get_all(
-        self, names: list[str], key: str, reader: object, now: float
+        self, names: list[str], keys: list[str], reader: object, now: float
     ) -> Iterable[tuple[int, Kept]]:
-        """`get` of many chunks of one value: the positions of those that are kept, with these."""
+        """`get` of many chunks: the positions of those that are kept, with these."""
         if len(names) == 1:
-            kept = self.get(names[0], key, reader, now)
+            kept = self.get(names[0], keys[0], reader, now)
             return [] if kept is None else [(0, kept)]
-        return self._take_all(names, key, reader, now)
+        return self._take_all(names, keys, reader, now)
 
     def _take_all(
-        self, names: list[str], key: str, reader: object, now: float
+        self, names: list[str], keys: list[str], reader: object, now: float
     ) -> Iterator[tuple[int, Kept]]:
         for at in self._index.lookup_all(names):
-            kept = self._take(names[at], key, reader, now)
+            kept = self._take(names[at], keys[at], reader, now)
             if kept is not None:
                 yield at, kept
 
     def _take(self, name: str, key: str, reader: object, now: float) -> Kept | None:
         """Pin a chunk that the index has found, if it is current."""
         index = self._index
-        if (kept := self._room.pinned(name)) is None:
+        if (kept := self.room.pinned(name)) is None:
             index.recount_as_miss()
             return None
         origin = kept.origin
@@ -127,13 +127,13 @@ class DecodedCache:
         if is_current is None:
             index.recount_as_miss()
         else:
-            self._room.remove(index.discard(name, None, 0.0))
+            self.room.remove(index.discard(name, None, 0.0))
         return None
 
     def unpin(self, *copied: Kept) -> None:
         """Say that chunks are copied."""
-        if self._room.unpin(copied):
-            self._room.remove(self._index.failed_deletes(1024))
+        if self.room.unpin(copied):
+            self.room.remove(self._index.failed_deletes(1024))
 
     def join(
         self, name: str, key: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
@@ -157,28 +157,32 @@ class DecodedCache:
             if not answer:
                 return None
             other: Decoding | Decodings = answer[1]
+            if (passed := other.take_passed(name)) is not None:
+                index.complete_flight(name, passed)
+                continue
             if other.loop.is_closed():
                 # Its reader cannot end it while it is referred to, perhaps by those who wait for it.
-                if (one := self._one(other, name)) is not None:
+                if (one := self.one(other, name)) is not None:
                     self.give_up(one)
                 continue
+            if (one := self.one(other, name)) is None:
+                continue  # It has ended since the index was asked.
             now = self.now()
-            is_current = self.origins.is_current(key, other.origin, now, now)
-            if is_current is None or not other.origin.is_dated:
+            is_current = self.origins.is_current(key, one.origin, now, now)
+            if is_current is None or not one.origin.is_dated:
                 return None
             if not is_current:
                 index.invalidate(name)  # It began before a change, or has expired.
                 continue
             with self._lock:
-                one = other.of(name)
-                if one is not None and self._room.follow(one):
+                if self.room.follow(one):
                     return False, one
-            # It has ended since the index was asked, or was evicted.
+            # It was evicted.
         return None
 
-    def join_all(self, decodings: Decodings, key: str, size: int) -> dict[str, Decoding]:
-        """`join` for many chunks of one value. Returns those for which the caller waits."""
-        index, names = self._index, list(decodings.tickets)
+    def join_all(self, decodings: Decodings, size: int) -> dict[str, Decoding]:
+        """`join` for many chunks of one size. Returns those for which the caller waits."""
+        index, names = self._index, list(decodings.sources)
         followed: dict[str, Decoding] = {}
         try:
             tickets = index.lead_all(names, decodings)
@@ -187,13 +191,10 @@ class DecodedCache:
             for name, ticket in zip(names, tickets, strict=True) if led is not names else ():
                 if ticket is not None:
                     continue
-                joined = self.join(name, key, decodings.origin, size, decodings.loop)
+                joined = self.join(name, *decodings.sources[name], size, decodings.loop)
                 if joined is not None:
                     (decodings.single if joined[0] else followed)[name] = joined[1]
-            if decodings.origin.is_dated:
-                self._admit(decodings, led, size)
-            else:
-                self.give_up_all(decodings)
+            self.room.admit_all(decodings, led, size)
         except BaseException:
             for name in names:
                 index.abort_flight(name, decodings)
@@ -203,25 +204,10 @@ class DecodedCache:
             raise
         return followed
 
-    def _admit(self, decodings: Decodings, names: list[str], size: int) -> None:
-        """Decide which of these chunks are kept, and make room for them."""
-        for name in self._admission.admitted(names, len(self._values)):
-            decoding = self._one(decodings, name)
-            if decoding is not None and not self._reserve(decoding, size):
-                break  # Nor for the others, which are of the same size.
-
-    def _one(self, decodings: Decoding | Decodings, name: str) -> Decoding | None:
+    def one(self, decodings: Decoding | Decodings, name: str) -> Decoding | None:
+        """The decode of one chunk, by itself; None where it has ended."""
         with self._lock:
             return decodings.of(name)
-
-    def _reserve(self, decoding: Decoding, size: int) -> bool:
-        """Make room for a chunk; whether it is kept. A read does not evict at its end what it kept at its beginning."""
-        # One that the store had not lately takes no room before it is there.
-        is_absent = decoding.name in self._admission.absent
-        if not is_absent:
-            decoding.reservation = self._room.reserve(decoding.name, size, decoding.ticket)
-        decoding.is_admitted = is_absent or decoding.reservation is not None
-        return decoding.is_admitted
 
     def _lead(self, decoding: Decoding, ticket: int, size: int) -> tuple[bool, Decoding] | None:
         decoding.ticket = ticket
@@ -229,7 +215,7 @@ class DecodedCache:
             self.give_up(decoding)
             return None
         if self._admission.admits(decoding.name, len(self._values)):
-            self._reserve(decoding, size)
+            self.room.admit(decoding, size)
         return True, decoding
 
     def land(self, decoding: Decoding, array: Array, fill: Array | None) -> None:
@@ -246,25 +232,30 @@ class DecodedCache:
         origin.landed = max(origin.landed, now)
         is_closed = False
         try:
-            reservation = self._room_for(decoding, array.nbytes, fill is not None)
+            reservation = self.room.claim(
+                decoding,
+                array.nbytes,
+                is_fill=fill is not None,
+                is_stale=self.origins.may_be_stale(origin),
+            )
             if reservation is None and not decoding.waiting:
                 return
             memory = None
             if fill is not None:
                 array = fill
             elif reservation is not None:
-                array = copy_into(memory := self._room.memory(array.nbytes), array)
+                array = copy_into(memory := self.room.memory(array.nbytes), array)
             kept = Kept(array, origin, memory)
             with self._lock:
                 decoding.kept = kept
                 if decoding.waiting:
-                    self._room.pin(kept, decoding.waiting)
+                    self.room.pin(kept, decoding.waiting)
                 if reservation is not None:
-                    self._room.put(name, kept)
+                    self.room.put(name, kept)
             if reservation is not None:
                 done = index.commit(reservation, None, 0.0)
                 is_closed = done is not None
-                self._room.remove([(-1, name)] if done is None else done.victims)
+                self.room.remove([(-1, name)] if done is None else done.victims)
         except MemoryError:
             pass  # Its reader has it.
         finally:
@@ -272,34 +263,16 @@ class DecodedCache:
                 index.complete_flight(name, decoding.ticket)
             decoding.end()
 
-    def _room_for(self, decoding: Decoding, size: int, is_fill: bool) -> Any:
-        """The room that a chunk has, if it may be kept; what it has no use for is given back."""
-        name = decoding.name
-        reservation, decoding.reservation = decoding.reservation, None
-        self._admission.absent.discard(name)
-        if not decoding.is_admitted:
-            return None
-        if self.origins.may_be_stale(decoding.origin):
-            # Perhaps it comes from a value that was past its age, in place of an error of the source.
-            self._room.give_back(reservation)
-            return None
-        if is_fill:
-            self._room.give_back(reservation)
-            return self._room.reserve_fill(name, decoding.ticket)
-        return reservation or self._room.reserve(name, size, decoding.ticket)
-
-    def give_up(self, decoding: Decoding, *, is_absent: bool = False) -> None:
-        """End a decode that has brought nothing; with `is_absent`, because the store has no such chunk."""
+    def give_up(self, decoding: Decoding) -> None:
+        """End a decode that has brought nothing."""
         with self._lock:
             if decoding.is_ended:
                 return
             decoding.is_ended = True
         index, name = self._index, decoding.name
-        if is_absent:
-            self._admission.note_absent([name])
         try:
             reservation, decoding.reservation = decoding.reservation, None
-            self._room.give_back(reservation)
+            self.room.give_back(reservation)
         finally:
             index.complete_flight(name, decoding.ticket)
             decoding.abandon()
@@ -323,15 +296,23 @@ class DecodedCache:
         if ended:
             self._index.complete_flights(list(ended), list(ended.values()))
 
-    def give_up_all(self, decodings: Decodings) -> None:
+    def give_up_all(self, decodings: Decoding | Decodings) -> None:
         """`give_up` for all of these decodes."""
+        if isinstance(decodings, Decoding):
+            if not decodings.is_ended:
+                self.give_up(decodings)
+            return
         self.pass_over(decodings)
         for decoding in list(decodings.single.values()):
-            self.give_up(decoding)
+            if not decoding.is_ended:
+                self.give_up(decoding)
 
-    def are_absent(self, decodings: Decodings, names: list[str]) -> None:
+    def are_absent(self, decodings: Decoding | Decodings, names: list[str]) -> None:
         """The same for some of them, because the store has no such chunks."""
         self._admission.note_absent(names)
+        if isinstance(decodings, Decoding):
+            self.give_up(decodings)
+            return
         self.pass_over(decodings, names)
         for name in names if decodings.single else ():
             if (decoding := decodings.single.get(name)) is not None:
@@ -357,7 +338,7 @@ class DecodedCache:
         index = self._index
         index.invalidate("")
         while victims := index.drain_prefix(""):
-            self._room.remove(victims)
+            self.room.remove(victims)
         self._admission.absent.clear()
 
     def count_seconds(self, seconds: float) -> None:

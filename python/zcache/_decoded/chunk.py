@@ -112,6 +112,14 @@ class Decoding(Flight):
         """Itself; see `Decodings`."""
         return self
 
+    def pass_over(self, name: str) -> bool:  # noqa: ARG002 - it ends by itself
+        """False; see `Decodings`."""
+        return False
+
+    def take_passed(self, name: str) -> int | None:  # noqa: ARG002 - it ends by itself
+        """None; see `Decodings`."""
+        return None
+
     def end(self) -> None:
         """Wake all who wait; who comes later sees that it is done."""
         self.done = True
@@ -120,36 +128,42 @@ class Decoding(Flight):
 
 
 class Decodings:
-    """Chunks of one value that one reader decodes.
+    """Chunks of one size that one reader decodes.
 
-    A chunk has a `Decoding` once it is to be kept, or somebody waits for it. Most have none while nothing is read again.
-    To be used under the lock of the cache.
+    A chunk has a `Decoding` once it is to be kept, or another reader waits for it. Most have none while nothing is read
+    again. To be used under the lock of the cache, unless it is said otherwise.
 
     Parameters
     ----------
     loop : AbstractEventLoop
         Of the reader.
-    names : list of str
-        Of the chunks.
-    origin : Origin
-        Of their bytes.
+    sources : dict of str to (str, Origin)
+        Key and origin of the bytes of each chunk, by its name.
 
     Attributes
     ----------
     tickets : dict of str to int
         Of the flights of chunks that have no `Decoding`, by name.
+    passed : dict of str to int
+        The same of chunks that are decoded, and that no one keeps or waits for: their flights are closed together.
     single : dict of str to Decoding
         The others, by name.
+    late : set of str
+        Those that had no room, and are kept if others of the read turn out to need none.
     """
 
-    __slots__ = ("loop", "origin", "single", "tickets")
+    __slots__ = ("late", "loop", "passed", "single", "sources", "tickets")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, names: list[str], origin: Origin) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sources: dict[str, tuple[str, Origin]]
+    ) -> None:
         self.loop = loop
-        self.origin = origin
+        self.sources = sources
         # Others may come before the tickets are known.
-        self.tickets = dict.fromkeys(names, 0)
+        self.tickets = dict.fromkeys(sources, 0)
+        self.passed: dict[str, int] = {}
         self.single: dict[str, Decoding] = {}
+        self.late: set[str] = set()
 
     def lead(self, names: list[str], tickets: list[int | None]) -> list[str]:
         """Note the tickets of the flights that it leads. Returns the names of these; others lead the rest."""
@@ -172,14 +186,26 @@ class Decodings:
         """The decode of one chunk, from now on by itself; None where it has ended."""
         decoding = self.single.get(name)
         if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
-            decoding = self.single[name] = Decoding(self.loop, name, self.origin)
+            decoding = self.single[name] = Decoding(self.loop, name, self.sources[name][1])
             decoding.ticket = ticket
         return decoding
 
     def take(self, names: list[str] | None) -> dict[str, int]:
         """Tickets of chunks that have no `Decoding`, of all of them without `names`: their decodes end now."""
         if names is None:
-            taken, self.tickets = self.tickets, {}
+            taken, self.tickets, self.passed = {**self.passed, **self.tickets}, {}, {}
             return taken
         tickets = self.tickets
         return {name: tickets.pop(name) for name in names if name in tickets}
+
+    def pass_over(self, name: str) -> bool:
+        """Whether no one keeps a chunk that is decoded, or waits for it. Needs no lock: threads decode at once."""
+        ticket = self.tickets.pop(name, None)
+        if ticket is None:
+            return False
+        self.passed[name] = ticket
+        return True
+
+    def take_passed(self, name: str) -> int | None:
+        """The ticket of a chunk that was passed over: another reader closes its flight, and decodes it anew."""
+        return self.passed.pop(name, None)

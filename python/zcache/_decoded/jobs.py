@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from zcache._decoded.chunk import Decodings
 from zcache._decoded.layout import chunks_in, coords_in, scatter, slices_of
 from zcache._decoded.parts import MISSING, ChunkPart
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from zcache._decoded.chunk import Decoding
     from zcache._decoded.layout import Array, Box, Coords
     from zcache._decoded.parts import Part, ShardPart
@@ -53,15 +56,22 @@ class WholeChunk(Job):
     def arrived(self, array: Array) -> None:
         part = self.part
         part.place((), array)
-        if part.lead is not None:
-            part.land(part.lead, array)
+        decodings, cache = part.decodings, part.output.cache
+        if decodings is None:
+            return
+        if isinstance(decodings, Decodings) and decodings.late:
+            cache.room.admit_late(decodings, part.name, part.layout.size)
+        if decodings.pass_over(part.name):
+            return
+        if (decoding := cache.one(decodings, part.name)) is not None:
+            part.land(decoding, array)
 
     def is_missing(self, fill: Any) -> None:
         part = self.part
         part.output.target[part.item[3]] = fill
         part.output.results[part.number] = MISSING
-        if part.lead is not None:
-            part.output.cache.give_up(part.lead, is_absent=True)
+        if part.decodings is not None:
+            part.output.cache.are_absent(part.decodings, [part.name])
 
 
 class AsAsked(Job):
@@ -108,18 +118,22 @@ class InnerChunks(Job):
         return None if self._is_all else self.part.names(coords_in(self.box))
 
     def arrived(self, array: Array) -> None:
-        part = self.part
+        part, decodings, cache = self.part, self.part.decodings, self.part.output.cache
         part.is_absent = False
         is_placed = part.place_box(self.box, array)
+        late: Collection[str] = ()
         single: dict[str, Decoding] = {}
-        if part.decodings is not None:
-            part.output.cache.pass_over(part.decodings, self._names())
-            single = part.decodings.single
-        if is_placed and not single:
+        if decodings is not None:
+            late, single = decodings.late, decodings.single
+            if not late:
+                cache.pass_over(decodings, self._names())
+        if is_placed and not single and not late:
             return
         coords, places = list(coords_in(self.box)), chunks_in(self.box, self.inner)
         for at, name, place in zip(coords, part.names(coords), places, strict=True):
             decoding = single.get(name)
+            if late and decodings is not None:
+                decoding = cache.room.admit_late(decodings, name, part.layout.size) or decoding
             if is_placed and decoding is None:
                 continue
             chunk = array[place]
@@ -127,6 +141,8 @@ class InnerChunks(Job):
                 part.place(at, chunk)
             if decoding is not None:
                 part.land(decoding, chunk)
+        if late and decodings is not None:
+            cache.pass_over(decodings, self._names())
 
     def is_missing(self, fill: Any) -> None:
         part = self.part

@@ -13,7 +13,7 @@ from zcache._decoded.chunk import Decodings
 from zcache._decoded.layout import boxes_of, is_basic, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Decoding, Kept
@@ -71,6 +71,7 @@ class Part:
         self.number = number
         self.item = item
         self.layout = layout
+        # What others decode of it.
         self.followed: dict[Coords, Decoding] = {}
 
     def place(self, at: Coords, array: Array) -> None:
@@ -97,33 +98,47 @@ class Part:
 
 
 class ChunkPart(Part):
-    """A part of a chunk."""
+    """A part of a chunk of this name."""
 
-    lead: Decoding | None = None
+    decodings: Decoding | Decodings | None = None
 
-    def join(self, name: str) -> None:
-        """Decode the chunk, or wait for who does."""
-        cache, key = self.output.cache, self.item[0].path
-        origin = cache.origins.begin(key, self.output.now)
-        if origin is None:
-            return
-        joined = cache.join(name, key, origin, self.layout.size, self.output.loop)
-        if joined is not None:
-            leads, decoding = joined
-            if leads:
-                self.lead = decoding
-            else:
-                self.followed[()] = decoding
-
-    def end(self) -> None:
-        super().end()
-        if self.lead is not None:
-            self.output.cache.give_up(self.lead)
+    def __init__(self, output: Output, number: int, item: Any, layout: Layout, name: str) -> None:
+        super().__init__(output, number, item, layout)
+        self.name = name
 
     def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
         _, _, selection, place, _ = self.item
         output = self.output
         scatter(output.target, place, array, selection, output.drop_axes)
+
+
+def join_chunks(parts: Sequence[ChunkPart], size: int) -> Decoding | Decodings | None:
+    """Decode chunks of one size, or wait for who does. Returns those that are decoded here."""
+    output = parts[0].output
+    cache = output.cache
+    sources = {}
+    for part in parts:
+        key = part.item[0].path
+        origin = cache.origins.begin(key, output.now)
+        if origin is None:
+            continue
+        if origin.is_dated and len(parts) > 1:
+            sources[part.name] = key, origin
+        elif (joined := cache.join(part.name, key, origin, size, output.loop)) is not None:
+            leads, decoding = joined
+            if leads:  # So it is the only one, for one that is not dated leads never.
+                part.decodings = decoding
+                return decoding
+            part.followed = {(): decoding}
+    if not sources:
+        return None
+    decodings = Decodings(output.loop, sources)
+    followed = cache.join_all(decodings, size)
+    for part in parts:
+        part.decodings = decodings
+        if part.name in followed:
+            part.followed = {(): followed[part.name]}
+    return decodings
 
 
 class ShardPart(Part):
@@ -173,7 +188,7 @@ class ShardPart(Part):
         stem = f"{key}/{self.layout.number}"
         names = ["/".join((stem, *map(str, at))) for at in coords]
         found = []
-        for n, kept in cache.get_all(names, key, output.mark, output.now):
+        for n, kept in cache.get_all(names, [key] * len(names), output.mark, output.now):
             hits.append(kept)
             found.append(n)
             self.place(coords[n], kept.array)
@@ -185,7 +200,6 @@ class ShardPart(Part):
         self._misses = dict(zip(coords, names, strict=True))
         for n in found:
             del self._misses[coords[n]]
-        self._join()
         return False
 
     def _coords(self) -> list[Coords]:
@@ -193,15 +207,17 @@ class ShardPart(Part):
             return list(self._wanted)
         return list(product(*[[at for at, _, _ in axis] for axis in self._axes]))
 
-    def _join(self) -> None:
+    def join(self) -> None:
         """Decode the chunks that are missing, or wait for who does."""
         output = self.output
         key, names = self.item[0].path, list(self._misses.values())
         origin = output.cache.origins.begin(key, output.now)
         if origin is None:
             return
-        self.decodings = Decodings(output.loop, names, origin)
-        followed = output.cache.join_all(self.decodings, key, self.layout.size)
+        self.decodings = Decodings(output.loop, dict.fromkeys(names, (key, origin)))
+        followed = output.cache.join_all(self.decodings, self.layout.size)
+        if not origin.is_dated:
+            output.cache.give_up_all(self.decodings)
         if followed:
             self.followed = {
                 at: followed[name] for at, name in self._misses.items() if name in followed

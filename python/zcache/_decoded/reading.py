@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.core.buffer import cpu
 
+from zcache._decoded.chunk import Decodings
 from zcache._decoded.jobs import jobs_of
 from zcache._decoded.layout import scatter
-from zcache._decoded.parts import ChunkPart, Output, ShardPart
+from zcache._decoded.parts import ChunkPart, Output, ShardPart, join_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zcache._decoded.cache import DecodedCache
-    from zcache._decoded.chunk import Kept
+    from zcache._decoded.chunk import Decoding, Kept
     from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Layout
 
@@ -67,17 +68,22 @@ class Reading:
         self.cache = cache
         self.output = Output(cache, target, drop_axes, size)
         self._parts: list[ChunkPart | ShardPart] = []
+        # Of chunks: shards have their own.
+        self._decodings: list[Decoding | Decodings] = []
 
     async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
         """Read a batch, and say which chunks were there."""
         try:
             self._look_up(batch, layouts)
             if self._parts:
+                self._postpone()
                 await self._decode(out)
                 await self._take_followed(out)
         finally:
             for part in self._parts:
                 part.end()
+            for decodings in self._decodings:
+                self.cache.give_up_all(decodings)
             # Nothing here keeps the output any longer.
             self._parts.clear()
         return tuple(self.output.results)
@@ -86,26 +92,59 @@ class Reading:
         """Copy out what is kept, and note what else is wanted."""
         output, cache = self.output, self.cache
         hits: list[Kept] = []
+        chunks: dict[Layout, list[int]] = {}
+        shards: list[ShardPart] = []
         try:
-            for number, (item, layout) in enumerate(zip(batch, layouts, strict=True)):
-                if layout.inner is not None:
-                    shard = ShardPart(output, number, item, layout)
-                    self._parts.append(shard)
-                    if shard.look_up(hits):
-                        self._parts.pop()
+            for number, layout in enumerate(layouts):
+                if layout.inner is None:
+                    chunks.setdefault(layout, []).append(number)
                     continue
-                key = item[0].path
-                name = f"{key}/{layout.number}"
-                kept = cache.get(name, key, output.mark, output.now)
-                if kept is not None:
-                    hits.append(kept)
-                    scatter(output.target, item[3], kept.array, item[2], output.drop_axes)
-                    continue
-                part = ChunkPart(output, number, item, layout)
-                self._parts.append(part)
-                part.join(name)
+                shard = ShardPart(output, number, batch[number], layout)
+                shards.append(shard)
+                if shard.look_up(hits):
+                    shards.pop()
+            self._parts += shards
+            for layout, numbers in chunks.items():
+                self._look_up_chunks(batch, layout, numbers, hits)
+            # Once all are looked up: room for one must not be that of another one that is kept.
+            for shard in shards:
+                shard.join()
         finally:
             cache.unpin(*hits)
+
+    def _look_up_chunks(
+        self, batch: Sequence[Any], layout: Layout, numbers: list[int], hits: list[Kept]
+    ) -> None:
+        """The same for the chunks of one layout."""
+        output, target, drop_axes = self.output, self.output.target, self.output.drop_axes
+        keys = [batch[n][0].path for n in numbers]
+        suffix = f"/{layout.number}"
+        names = [key + suffix for key in keys]
+        found = set()
+        for at, kept in self.cache.get_all(names, keys, output.mark, output.now):
+            hits.append(kept)
+            found.add(at)
+            _, _, selection, place, _ = batch[numbers[at]]
+            scatter(target, place, kept.array, selection, drop_axes)
+        if len(found) == len(names):
+            return
+        parts = [
+            ChunkPart(output, number, batch[number], layout, names[at])
+            for at, number in enumerate(numbers)
+            if at not in found
+        ]
+        self._parts += parts
+        decodings = join_chunks(parts, layout.size)
+        if decodings is not None:
+            self._decodings.append(decodings)
+
+    def _postpone(self) -> None:
+        """Where there is no room for all that is decoded, have no one hold it for what may be absent."""
+        shards = [part.decodings for part in self._parts if isinstance(part, ShardPart)]
+        led = [one for one in (*self._decodings, *shards) if isinstance(one, Decodings)]
+        if any(decodings.late for decodings in led):
+            for decodings in led:
+                self.cache.room.postpone(decodings)
 
     async def _decode(self, out: Any) -> None:
         jobs = [job for part in self._parts for job in jobs_of(part)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from zcache._core import Index
     from zcache._decoded.admission import Admission
-    from zcache._decoded.chunk import Decoding, Kept
+    from zcache._decoded.chunk import Decoding, Decodings, Kept
     from zcache._decoded.layout import Array
 
 FILLS: Final = 65_536
@@ -98,6 +98,74 @@ class Room:
                     is_due |= kept.is_condemned
         return is_due
 
+    def admit_all(self, decodings: Decodings, names: list[str], size: int) -> None:
+        """Decide which of these chunks are kept, and make room for them before they are decoded."""
+        admitted = self._admission.admitted(names, len(self._values))
+        for at, name in enumerate(admitted):
+            with self._lock:
+                decoding = decodings.of(name)
+            if decoding is None or self.admit(decoding, size):
+                continue
+            if decoding.origin.is_dated:
+                # There is no room for the others either, which are of the same size.
+                decodings.late = set(admitted[at:])
+            break
+
+    def admit(self, decoding: Decoding, size: int) -> bool:
+        """Make room for a chunk before it is decoded; whether it is kept."""
+        if not decoding.origin.is_dated:
+            return False
+        # One that the store had not lately takes no room before it is there.
+        is_absent = decoding.name in self._admission.absent
+        if not is_absent:
+            decoding.reservation = self.reserve(decoding.name, size, decoding.ticket)
+        decoding.is_admitted = is_absent or decoding.reservation is not None
+        return decoding.is_admitted
+
+    def postpone(self, decodings: Decodings) -> None:
+        """Give back the room of chunks that are being decoded: those get it that are there first."""
+        for name, decoding in list(decodings.single.items()):
+            with self._lock:
+                reservation, decoding.reservation = decoding.reservation, None
+                if reservation is not None:
+                    decoding.is_admitted = False
+                    decodings.late.add(name)
+            self.give_back(reservation)
+
+    def admit_late(self, decodings: Decodings, name: str, size: int) -> Decoding | None:
+        """Keep a chunk that is decoded and had no room, if there is room now that no one uses."""
+        if name not in decodings.late or size > self._max_size - self._index.current_size:
+            return None
+        with self._lock:
+            decoding = decodings.of(name)
+        if decoding is None:
+            return None
+        reservation = self.reserve(name, size, decoding.ticket)
+        with self._lock:
+            # Its reader may have gone, while a thread of the pipeline goes on.
+            if not decoding.is_ended and decoding.reservation is None:
+                decoding.reservation = reservation
+                decoding.is_admitted = reservation is not None
+                return decoding
+        self.give_back(reservation)
+        return None
+
+    def claim(self, decoding: Decoding, size: int, *, is_fill: bool, is_stale: bool) -> Any:
+        """The room that a decoded chunk has, if it is kept; what it has no use for is given back."""
+        name = decoding.name
+        reservation, decoding.reservation = decoding.reservation, None
+        self._admission.absent.discard(name)
+        if not decoding.is_admitted:
+            return None
+        if is_stale:
+            # Perhaps it comes from a value that was past its age, in place of an error of the source.
+            self.give_back(reservation)
+            return None
+        if is_fill:
+            self.give_back(reservation)
+            return None if self._fills >= FILLS else self.reserve(name, 0, decoding.ticket)
+        return reservation or self.reserve(name, size, decoding.ticket)
+
     def reserve(self, name: str, size: int, ticket: int) -> Any:
         """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
         index = self._index
@@ -109,10 +177,6 @@ class Room:
             dropped, failed = self._drop(answer.victims, is_eviction=True)
             answer = index.advance(answer.reservation, dropped, failed, 0.0)
         return answer.reservation if isinstance(answer, Granted) else None
-
-    def reserve_fill(self, name: str, ticket: int) -> Any:
-        """The same for a chunk of the fill value."""
-        return None if self._fills >= FILLS else self.reserve(name, 0, ticket)
 
     def give_back(self, reservation: Any) -> None:
         """Say that nothing comes of a reservation, if it is one."""
