@@ -42,7 +42,7 @@ const NOW: u64 = 1_700_000_000_123;
 struct Data(Vec<u8>, Option<Box<dyn Fn() + Send + Sync>>, AtomicU32);
 
 /// Looks at the bytes for their number, before the one to write them.
-const WRITTEN: u32 = 3;
+const WRITTEN: u32 = 4;
 
 impl AsRef<[u8]> for Data {
     fn as_ref(&self) -> &[u8] {

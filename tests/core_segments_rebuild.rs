@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 
 use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
-use zcache::disk::segments::{Got, SegmentFiles, scan, values_in};
+use zcache::disk::segments::{Got, SegmentFiles, ValueToWrite, scan, values_in};
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex};
 
@@ -42,9 +42,13 @@ fn rebuild_finds_what_was_sealed_and_nothing_else() {
             panic!("{answer:?}")
         };
         let placed = pool.step(|cache| cache.placed_for(id)).unwrap();
-        pool.files
-            .write(placed, "a/unsealed", &[1; 9000], NOW)
-            .unwrap();
+        let unsealed = ValueToWrite {
+            placed,
+            name: "a/unsealed",
+            data: &[1; 9000],
+            fetched: NOW,
+        };
+        pool.files.write(&unsealed).unwrap();
         // One that was evicted.
         let victims = pool.step(|cache| cache.drop_missing("a/7"));
         pool.delete(&victims);
@@ -260,10 +264,15 @@ fn die_after(index: &mut SharedIndex<u32>, files: &SegmentFiles, steps: usize) {
         .step(sleep, |cache| cache.placed_for(id))
         .unwrap()
         .unwrap();
-    let data = contents(key, 9000);
+    let value = ValueToWrite {
+        placed,
+        name: key,
+        data: &contents(key, 9000),
+        fetched: NOW,
+    };
     if steps == 2 {
         // Half of it.
-        files.write(placed, key, &data, NOW).unwrap();
+        files.write(&value).unwrap();
         files
             .delete(Placed {
                 page: placed.page + 1,
@@ -273,7 +282,7 @@ fn die_after(index: &mut SharedIndex<u32>, files: &SegmentFiles, steps: usize) {
             .unwrap();
         return;
     }
-    let checksum = files.write(placed, key, &data, NOW).unwrap();
+    let checksum = files.write(&value).unwrap();
     if steps == 3 {
         return;
     }

@@ -14,7 +14,7 @@ use super::planned::Planned;
 use super::reserve::Reservation;
 use super::segments::{OpenSegment, Placed, VALUE_HEADER};
 use super::verified::VerifiedSet;
-use crate::arena::{Arena, Cell, ROOT, State};
+use crate::arena::{Arena, Cell, List, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::{Eviction, Minimise, Policy};
@@ -290,10 +290,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         header.folder_bytes = header.folder_bytes.saturating_add_signed(bytes);
     }
 
-    /// Bytes above the bound.
-    #[must_use]
-    pub fn excess(&self) -> u64 {
-        self.taken().saturating_sub(self.bound())
+    /// Bytes above the bound, less those that are being deleted already.
+    pub fn excess(&self) -> Result<u64> {
+        let above = self.taken().saturating_sub(self.bound());
+        if above == 0 {
+            return Ok(0);
+        }
+        // Seldom: no reservation is granted above the bound, so it has become smaller.
+        let mut deleting = 0u64;
+        for i in self.arena.list_cells(List::InProgress)? {
+            let cell = self.arena.get(i)?;
+            if cell.state() == State::Deleting {
+                deleting = deleting.saturating_add(self.arena.header().cost(cell.size()?));
+            }
+        }
+        Ok(above.saturating_sub(deleting))
     }
 
     /// The bounds.

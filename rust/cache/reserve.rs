@@ -112,7 +112,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let held = self.arena.find(key, range)?;
         // A stale entry goes even where its successor is too large; see `reserve_or_evict`.
-        let cost = self.cost_with_folders(key, range, size);
+        let cost = self.cost_of(key, range, size);
         let bound = self.bound();
         if does_not_fit(cost, size, bound) && !self.is_outdated(held, key, ticket, now)? {
             return Ok(self.rejected(RejectReason::TooLarge));
@@ -259,10 +259,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if missing == 0 && !crowded && replaced.is_none() {
             return self.grant(id, reservation);
         }
+        // The bound may have become smaller than what is taken.
+        let excess = self.excess()?;
         let missing = match missing {
             0 => 0,
-            // The bound may have become smaller than what is taken.
-            missing => missing.saturating_add(taken.saturating_sub(bound)),
+            missing => missing.saturating_add(excess),
         };
         if reservation.failures > MAX_FAILURES {
             return Ok(self.reject(reservation, RejectReason::NoSpace));
@@ -280,7 +281,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
             // What is above the bound goes whatever the policy says.
-            let is_above = freed < taken.saturating_sub(bound);
+            let is_above = freed < excess;
             let failed = reservation.failures == 0;
             let candidate = Some(&mut reservation.candidate);
             let Some(i) = self.next_victim(now, failed, is_above, next_use, candidate)? else {
@@ -317,7 +318,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Bytes that a value may take in the cache store, with the folders that have to be made for it.
-    fn cost_with_folders(&self, key: &str, range: ByteRange, size: u64) -> u64 {
+    #[must_use]
+    pub fn cost_of(&self, key: &str, range: ByteRange, size: u64) -> u64 {
         let header = self.arena.header();
         let cost = header.cost(size);
         if header.unit <= 1 {

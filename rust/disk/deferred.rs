@@ -2,8 +2,9 @@
 
 use std::thread;
 
-use crate::cache::{ClosedFlight, Ticket};
+use crate::cache::{Cache, ClosedFlight, Peers, Ticket};
 use crate::error::{Error, Result};
+use crate::policy::Eviction;
 use crate::shared::{Locked, StepError};
 
 /// Takes one step of an index from a thread without an interpreter.
@@ -55,21 +56,41 @@ pub(super) fn apply<T: Clone>(
     update: &Deferred,
     closed: &mut Vec<ClosedFlight<T>>,
 ) -> Result<(), StepError> {
+    step!(index, |cache| apply_to(cache, update, closed))
+}
+
+/// Tries once to make these updates, in one step and in their order. They are taken out if they are made.
+pub(super) fn apply_all<T: Clone>(
+    index: &Locked<T>,
+    updates: &mut Vec<Deferred>,
+    closed: &mut Vec<ClosedFlight<T>>,
+) -> Result<(), StepError> {
+    step!(index, |cache| {
+        for update in &*updates {
+            apply_to(cache, update, closed)?;
+        }
+        Ok(())
+    })?;
+    updates.clear();
+    Ok(())
+}
+
+fn apply_to<S: Peers, T: Clone, P: Eviction>(
+    cache: &mut Cache<S, T, P>,
+    update: &Deferred,
+    closed: &mut Vec<ClosedFlight<T>>,
+) -> Result<()> {
     match update {
         Deferred::Deletes {
             generation,
             dropped,
             failed,
-        } => step!(index, |cache| cache.deletes_done_since(
-            *generation,
-            dropped,
-            failed
-        )),
-        Deferred::Folders(bytes) => step!(index, |cache| {
+        } => cache.deletes_done_since(*generation, dropped, failed),
+        Deferred::Folders(bytes) => {
             cache.count_folders(*bytes);
             Ok(())
-        }),
-        Deferred::Release { id, gone } => step!(index, |cache| {
+        }
+        Deferred::Release { id, gone } => {
             let victims = cache.abort(*id)?;
             let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
             let (dropped, failed) = if *gone {
@@ -78,11 +99,9 @@ pub(super) fn apply<T: Clone>(
                 (&[][..], &cells[..])
             };
             cache.deletes_done(dropped, failed)
-        }),
+        }
         Deferred::Close { key, ticket } => {
-            closed.extend(step!(index, |cache| Ok(
-                cache.complete_flight(key, *ticket)
-            ))?);
+            closed.extend(cache.complete_flight(key, *ticket));
             Ok(())
         }
     }

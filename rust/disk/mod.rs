@@ -1,10 +1,14 @@
 //! A cache directory: files of values, and whole fills by threads without an interpreter.
 
+mod batch;
 pub mod below;
 mod cache_dir;
+mod commit;
 mod deferred;
+mod evictions;
 pub mod fill;
 pub mod folders;
+mod marks;
 mod moves;
 pub mod ownership;
 pub mod queue;

@@ -1,16 +1,16 @@
-//! The moves that a fill makes: values of sparse segments of a pool.
+//! The moves that a batch of fills makes: values of sparse segments of a pool.
 
 use std::thread;
 
+use super::batch::{Batch, ROUNDS};
 use super::deferred::{POISONED, step};
-use super::fill::{Job, ROUNDS};
 use super::segments::{self, FoundValue, SegmentFiles};
 use crate::cache::{BeginMove, Move};
 use crate::error::Result;
 use crate::key::ByteRange;
 use crate::shared::{Locked, StepError};
 
-impl<T: Clone, D: AsRef<[u8]>> Job<'_, T, D> {
+impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
     /// Moves the values of a sparse segment of a pool to the one to which this process appends.
     pub(super) fn move_stragglers(&mut self, number: u64) -> Result<(), StepError> {
         let Some(files) = self.dir.values.segments() else {
@@ -42,7 +42,7 @@ impl<T: Clone, D: AsRef<[u8]>> Job<'_, T, D> {
                 BeginMove::Gone => return Ok(None),
                 BeginMove::NeedsRoom(bytes) => bytes,
             };
-            let now = self.fill.now();
+            let now = self.now();
             let victims =
                 self.with_retries(|index| step!(index, |cache| cache.evict(missing, now)))?;
             if victims.is_empty() {

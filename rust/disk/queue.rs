@@ -12,18 +12,25 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::batch::Batch;
 use super::cache_dir::CacheDir;
-use super::deferred::{Deferred, apply};
-use super::fill::{Ending, Fill, Job, Report, look};
+use super::deferred::{Deferred, apply_all};
+use super::fill::{Ending, Fill, Report};
+use super::marks::look;
 use crate::cache::ClosedFlight;
 use crate::shared::Locked;
 
+/// Time that a thread waits for more values, so that they are written at once, unless a caller waits for them.
+const GATHER: Duration = Duration::from_millis(1);
 /// Time without work after which the owner is notified.
 const QUIET: Duration = Duration::from_millis(50);
 /// Pause between two tries to make deferred updates.
 const AGAIN: Duration = Duration::from_millis(250);
 /// Time without work after which a thread ends.
 const LINGER: Duration = Duration::from_secs(5);
+
+/// Bytes of the values of one batch, unless it is a single one: others wait while they are written.
+const LARGE: u64 = 2 << 20;
 
 /// What a fill leaves behind, for an attached thread to drop.
 #[derive(Debug)]
@@ -57,6 +64,8 @@ struct Shared<T, D> {
     state: Mutex<State<T, D>>,
     /// There is work, or the queue is closing.
     work: Condvar,
+    /// There is enough work for a batch, or a caller waits for what there is.
+    enough: Condvar,
     /// A fill has ended.
     ended: Condvar,
     completed: AtomicU64,
@@ -70,12 +79,22 @@ struct Shared<T, D> {
     abandoned: AtomicBool,
 }
 
+/// Fills that a thread has taken, and their numbers.
+struct Jobs<D> {
+    numbers: Vec<u64>,
+    fills: Vec<Fill<D>>,
+}
+
 struct State<T, D> {
     next: u64,
     jobs: VecDeque<(u64, Fill<D>)>,
     /// Threads, and those of them that wait for work.
     live: usize,
     idle: usize,
+    /// Whether a thread has found work, and waits for more.
+    gathering: bool,
+    /// Callers that wait until something has ended.
+    waiting: usize,
     closing: bool,
     /// Whether there was work since the owner was notified.
     worked: bool,
@@ -101,6 +120,8 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             jobs: VecDeque::new(),
             live: 0,
             idle: 0,
+            gathering: false,
+            waiting: 0,
             closing: false,
             worked: false,
             calling: false,
@@ -116,6 +137,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             on_idle,
             state: Mutex::new(state),
             work: Condvar::new(),
+            enough: Condvar::new(),
             ended: Condvar::new(),
             completed: AtomicU64::new(0),
             pending: AtomicUsize::new(0),
@@ -143,7 +165,9 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         let mut state = shared.state();
         let number = state.next;
         state.jobs.push_back((number, fill));
-        if state.jobs.len() > state.idle && state.live < shared.threads {
+        let most = shared.dir.values.most_at_once();
+        let at_hand = state.idle + usize::from(state.gathering);
+        if state.jobs.len() > at_hand * most && state.live < shared.threads {
             let mine = Arc::clone(shared);
             let thread = thread::Builder::new().name("zcache-fill".to_owned());
             match thread.spawn(move || mine.work()) {
@@ -162,8 +186,14 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         shared.pending.fetch_add(1, Ordering::Relaxed);
         shared.pending_size.fetch_add(size, Ordering::Relaxed);
         let leftovers = std::mem::take(&mut state.leftovers);
+        let is_enough = state.gathering && state.jobs.len() >= most;
+        let wakes = !state.gathering && state.idle > 0;
         drop(state);
-        shared.work.notify_one();
+        if is_enough {
+            shared.enough.notify_one();
+        } else if wakes {
+            shared.work.notify_one();
+        }
         drop(leftovers);
         Ok(number)
     }
@@ -213,15 +243,23 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             return false;
         }
         let mut state = shared.state();
-        while self.completed() <= completed {
+        state.waiting += 1;
+        if state.gathering {
+            shared.enough.notify_one();
+        }
+        let has_ended = loop {
+            if self.completed() > completed {
+                break true;
+            }
             let left = timeout.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                return false;
+                break false;
             }
             let woken = shared.ended.wait_timeout(state, left);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        };
+        state.waiting -= 1;
+        has_ended
     }
 
     /// Fills that have ended, since the beginning.
@@ -268,6 +306,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Drop for Fills<
         if !self.shared.is_abandoned() {
             self.shared.state().closing = true;
             self.shared.work.notify_all();
+            self.shared.enough.notify_all();
         }
     }
 }
@@ -284,18 +323,23 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
 
     /// The life of a thread.
     fn work(&self) {
-        while let Some((number, fill)) = self.next_job() {
+        while let Some(jobs) = self.next_jobs() {
             self.apply_deferred();
-            self.run(number, fill);
+            self.run(jobs);
         }
         self.apply_deferred();
     }
 
-    fn next_job(&self) -> Option<(u64, Fill<D>)> {
+    fn next_jobs(&self) -> Option<Jobs<D>> {
         let mut state = self.state();
         loop {
-            if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
+            if !state.gathering && !state.jobs.is_empty() {
+                state = self.gather(state);
+                let jobs = self.take_batch(&mut state.jobs);
+                if !state.jobs.is_empty() && state.idle > 0 {
+                    self.work.notify_one();
+                }
+                return Some(jobs);
             }
             if state.closing {
                 state.live -= 1;
@@ -313,7 +357,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
             let (again, waited) = woken.unwrap_or_else(PoisonError::into_inner);
             state = again;
             state.idle -= 1;
-            if !waited.timed_out() || !state.jobs.is_empty() {
+            if !waited.timed_out() || !state.gathering && !state.jobs.is_empty() {
                 continue;
             }
             if !quiet && !has_deferred {
@@ -330,34 +374,98 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         }
     }
 
-    fn run(&self, number: u64, fill: Fill<D>) {
-        let size = fill.data.as_ref().len() as u64;
-        let mut job = Job::new(&self.index, &self.dir, &fill);
-        // A panic would leave the fill unfinished forever.
-        let ending = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or_else(|_| {
-            let _ = catch_unwind(AssertUnwindSafe(|| job.end()));
-            Ending::Failed(io::Error::other("a fill has panicked"))
-        });
-        let urgent = matches!(ending, Ending::Failed(_) | Ending::Corrupt(_));
-        let report = job.report(ending);
-        let Job {
-            deferred, closed, ..
-        } = job;
+    /// Waits for more work, where there is less than a batch.
+    fn gather<'a>(&self, mut state: MutexGuard<'a, State<T, D>>) -> MutexGuard<'a, State<T, D>> {
+        let most = self.dir.values.most_at_once();
+        state.gathering = true;
+        let begun = Instant::now();
+        while state.jobs.len() < most && state.waiting == 0 && !state.closing {
+            let left = GATHER.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            let woken = self.enough.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.gathering = false;
+        state
+    }
+
+    /// Takes fills that can be done at once.
+    fn take_batch(&self, jobs: &mut VecDeque<(u64, Fill<D>)>) -> Jobs<D> {
+        let most = self.dir.values.most_at_once();
+        let (mut numbers, mut fills) = (
+            Vec::with_capacity(most),
+            Vec::<Fill<D>>::with_capacity(most),
+        );
+        let mut size = 0u64;
+        while let Some((_, next)) = jobs.front() {
+            size = size.saturating_add(next.size());
+            let fits = fills.len() < most && size <= LARGE;
+            let goes_with_all = fills.iter().all(|fill| fill.goes_with(next));
+            if !(fills.is_empty() || fits && goes_with_all) {
+                break;
+            }
+            let Some((number, fill)) = jobs.pop_front() else {
+                break;
+            };
+            numbers.push(number);
+            fills.push(fill);
+        }
+        Jobs { numbers, fills }
+    }
+
+    fn run(&self, jobs: Jobs<D>) {
+        let Jobs { numbers, mut fills } = jobs;
+        let mut numbers = numbers.into_iter();
+        while !fills.is_empty() {
+            let mut batch = Batch::new(&self.index, &self.dir, &fills);
+            // A panic would leave the fills unfinished forever.
+            if catch_unwind(AssertUnwindSafe(|| batch.run())).is_err() {
+                let _ = catch_unwind(AssertUnwindSafe(|| batch.end()));
+            }
+            let reports = batch.reports();
+            let Batch {
+                deferred, closed, ..
+            } = batch;
+            let rest = fills.split_off(reports.len().clamp(1, fills.len()));
+            self.note_done(numbers.by_ref().zip(reports), fills, deferred, closed);
+            fills = rest;
+        }
+    }
+
+    fn note_done(
+        &self,
+        reports: impl Iterator<Item = (u64, Report)>,
+        fills: Vec<Fill<D>>,
+        deferred: Vec<Deferred>,
+        closed: Vec<ClosedFlight<T>>,
+    ) {
+        let size = fills.iter().map(Fill::size).sum();
+        let count = fills.len();
+        let mut urgent = false;
         let mut state = self.state();
-        state.results.push((number, report));
+        for (number, report) in reports.take(count) {
+            urgent |= matches!(report.ending, Ending::Failed(_) | Ending::Corrupt(_));
+            state.results.push((number, report));
+        }
         state.deferred.extend(deferred);
         self.has_deferred
             .store(!state.deferred.is_empty(), Ordering::Release);
         state.leftovers.flights.extend(closed);
-        state.leftovers.data.push(fill.data);
+        let data = fills.into_iter().map(|fill| fill.data);
+        state.leftovers.data.extend(data);
         state.worked = true;
         // First: who finds nothing pending collects all that there was.
         self.due.store(true, Ordering::Release);
-        self.pending.fetch_sub(1, Ordering::AcqRel);
+        self.pending.fetch_sub(count, Ordering::AcqRel);
         self.pending_size.fetch_sub(size, Ordering::AcqRel);
-        self.completed.fetch_add(1, Ordering::AcqRel);
+        self.completed.fetch_add(count as u64, Ordering::AcqRel);
+        let is_awaited = state.waiting > 0;
         drop(state);
-        self.ended.notify_all();
+        if is_awaited {
+            self.ended.notify_all();
+        }
         if urgent {
             self.call();
         }
@@ -394,18 +502,10 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         if state.deferred.is_empty() {
             return;
         }
-        let deferred = std::mem::take(&mut state.deferred);
+        let mut rest = std::mem::take(&mut state.deferred);
         drop(state);
         let mut closed = Vec::new();
-        let mut deferred = deferred.into_iter();
-        let mut rest = Vec::new();
-        while let Some(update) = deferred.next() {
-            if apply(&self.index, &update, &mut closed).is_err() {
-                rest.push(update);
-                rest.extend(deferred);
-                break;
-            }
-        }
+        let _ = apply_all(&self.index, &mut rest, &mut closed);
         let mut state = self.state();
         // Before updates that other threads have deferred meanwhile.
         rest.append(&mut state.deferred);

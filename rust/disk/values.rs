@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ownership::{self, SourceDigest};
-use super::segments::SegmentFiles;
+use super::segments::{SegmentFiles, ValueToWrite};
 use super::value_file::{self, WriteError, WrittenFile};
 use super::{folders, removal};
 use crate::cache::{Placed, Victim};
+
+/// Values of a pool that one batch of fills writes at most.
+const MOST_AT_ONCE: usize = 16;
 
 /// Where values are.
 #[derive(Clone, Debug)]
@@ -57,25 +60,54 @@ pub(super) struct NewValue<'a> {
     pub(super) placed: Option<Placed>,
 }
 
+impl NewValue<'_> {
+    /// As segments take it.
+    fn in_segment(&self) -> Option<ValueToWrite<'_>> {
+        Some(ValueToWrite {
+            placed: self.placed?,
+            name: self.name,
+            data: self.data,
+            fetched: self.fetched,
+        })
+    }
+}
+
+fn write_file(value: &NewValue<'_>) -> Result<Written, WriteError> {
+    let nanos = i64::try_from(value.fetched)
+        .unwrap_or(i64::MAX)
+        .saturating_mul(ownership::MILLI)
+        .saturating_add(ownership::PENDING);
+    let (name, data, source) = (Path::new(value.name), value.data, value.source);
+    let made = value_file::write_value(value.root, name, &value.unfinished, data, nanos, source)?;
+    Ok(Written::File(made))
+}
+
 impl Values {
-    /// Writes a value.
-    pub(super) fn write(&self, value: &NewValue<'_>) -> Result<Written, WriteError> {
-        match (self, value.placed) {
-            (Values::Segments(files), Some(placed)) => {
-                let checksum = files.write(placed, value.name, value.data, value.fetched)?;
-                Ok(Written::InSegment { placed, checksum })
-            }
-            _ => {
-                let nanos = i64::try_from(value.fetched)
-                    .unwrap_or(i64::MAX)
-                    .saturating_mul(ownership::MILLI)
-                    .saturating_add(ownership::PENDING);
-                let name = Path::new(value.name);
-                let (data, source) = (value.data, value.source);
-                value_file::write_value(value.root, name, &value.unfinished, data, nanos, source)
-                    .map(Written::File)
-            }
+    /// Values that one batch of fills writes at most. Files are written one after the other, so with many of them a slow disk
+    /// would make no progress that others see.
+    pub(super) fn most_at_once(&self) -> usize {
+        match self {
+            Values::Files => 1,
+            Values::Segments(_) => MOST_AT_ONCE,
         }
+    }
+
+    /// Writes values.
+    pub(super) fn write(&self, values: &[NewValue<'_>]) -> Vec<Result<Written, WriteError>> {
+        let Values::Segments(files) = self else {
+            return values.iter().map(write_file).collect();
+        };
+        let placed: Vec<_> = values.iter().filter_map(NewValue::in_segment).collect();
+        let mut checksums = files.write_all(&placed).into_iter();
+        let made = |value: &NewValue<'_>| match (value.placed, checksums.next()) {
+            (Some(placed), Some(checksum)) => Ok(Written::InSegment {
+                placed,
+                checksum: checksum?,
+            }),
+            // The index of a pool gives each value its place.
+            _ => Err(WriteError::Unknown),
+        };
+        values.iter().map(made).collect()
     }
 
     /// Removes what there may be of a value that could not be written.
@@ -95,24 +127,35 @@ impl Values {
         }
     }
 
-    /// Marks a value as valid. A rebuild ignores one for which that fails.
-    pub(super) fn seal(&self, root: &Path, name: &str, made: &Written) {
-        let _ = match (self, made) {
-            (Values::Segments(files), Written::InSegment { placed, .. }) => files.seal(*placed),
-            (_, Written::File(made)) => value_file::seal(root, Path::new(name), made),
-            (Values::Files, Written::InSegment { .. }) => Ok(()),
-        };
+    /// Marks values as valid. A rebuild ignores those for which that fails.
+    pub(super) fn seal(&self, root: &Path, made: &[(&str, &Written)]) {
+        if let Values::Segments(files) = self {
+            let placed: Vec<Placed> = made.iter().filter_map(|(_, made)| made.placed()).collect();
+            files.seal_all(&placed);
+            return;
+        }
+        for (name, made) in made {
+            if let Written::File(made) = made {
+                let _ = value_file::seal(root, Path::new(name), made);
+            }
+        }
     }
 
-    /// Deletes the value of a victim; false where a file is in its place that is not ours, as far as its times
-    /// tell.
-    pub(super) fn delete(&self, root: &Path, victim: &Victim) -> io::Result<bool> {
-        match (self, victim.placed) {
-            (Values::Segments(files), Some(placed)) => files.delete(placed).map(|()| true),
+    /// Deletes the values of victims; false for one where a file is in its place that is not ours, as far as its
+    /// times tell.
+    pub(super) fn delete(&self, root: &Path, victims: &[Victim]) -> Vec<io::Result<bool>> {
+        let Values::Segments(files) = self else {
+            let remove = |v: &Victim| removal::remove_value(root, Path::new(&v.cache_key));
+            return victims.iter().map(remove).collect();
+        };
+        let placed: Vec<Placed> = victims.iter().filter_map(|victim| victim.placed).collect();
+        let mut outcome = files.delete_all(&placed).into_iter();
+        let deleted = |victim: &Victim| match victim.placed {
             // What has no place in a pool was never written.
-            (Values::Segments(_), None) => Ok(true),
-            (Values::Files, _) => removal::remove_value(root, Path::new(&victim.cache_key)),
-        }
+            None => Ok(true),
+            Some(_) => outcome.next().unwrap_or(Ok(())).map(|()| true),
+        };
+        victims.iter().map(deleted).collect()
     }
 
     /// Has a rebuild ignore a value that could not be deleted. Best effort: a volume that takes no writes takes no

@@ -1077,7 +1077,7 @@ impl Index {
 
     #[getter]
     fn excess(&self, py: Python<'_>) -> PyResult<u64> {
-        step!(self, py, |cache| Ok(cache.excess()))
+        step!(self, py, |cache| cache.excess())
     }
 
     #[pyo3(signature = (size, now, /))]

@@ -138,6 +138,16 @@ impl Pool {
         range: ByteRange,
         data: Vec<u8>,
     ) -> Ending {
+        let number = self.submit(ticket, key, range, data);
+        assert!(self.fills.wait(number, LONG));
+        let mut reports = self.fills.collect();
+        let (_, report) = reports.pop().unwrap();
+        assert!(report.delete_errors.is_empty(), "{report:?}");
+        self.step(|cache| cache.validate());
+        report.ending
+    }
+
+    fn submit(&mut self, ticket: u64, key: &str, range: ByteRange, data: Vec<u8>) -> u64 {
         self.clock += 1;
         let fill = Fill {
             key: key.into(),
@@ -149,13 +159,27 @@ impl Pool {
             since: Instant::now(),
             min_free_space: Some(0),
         };
-        let number = self.fills.submit(fill).unwrap();
-        assert!(self.fills.wait(number, LONG));
+        self.fills.submit(fill).unwrap()
+    }
+
+    /// Fills several keys at once, under tickets that they have; how each has ended.
+    pub(crate) fn fill_together(&mut self, values: &[(u64, String, usize)]) -> Vec<Ending> {
+        let numbers: Vec<u64> = values
+            .iter()
+            .map(|(ticket, key, size)| {
+                self.submit(*ticket, key, ByteRange::Full, contents(key, *size))
+            })
+            .collect();
+        assert!(self.fills.wait(*numbers.last().unwrap(), LONG));
         let mut reports = self.fills.collect();
-        let (_, report) = reports.pop().unwrap();
-        assert!(report.delete_errors.is_empty(), "{report:?}");
+        reports.sort_unstable_by_key(|(number, _)| *number);
+        let found: Vec<u64> = reports.iter().map(|(number, _)| *number).collect();
+        assert_eq!(found, numbers);
         self.step(|cache| cache.validate());
-        report.ending
+        reports
+            .into_iter()
+            .map(|(_, report)| report.ending)
+            .collect()
     }
 
     pub(crate) fn fill(&mut self, key: &str, size: usize) {

@@ -77,11 +77,24 @@ fn short(waits: bool, file: &File, placed: Placed) -> Got {
     }
 }
 
-pub(super) fn write_both(file: &File, at: u64, first: &[u8], second: &[u8]) -> io::Result<usize> {
-    let parts = [IoSlice::new(first), IoSlice::new(second)];
-    Ok(rustix::io::retry_on_intr(|| {
-        rustix::io::pwritev(file, &parts, at)
-    })?)
+/// Writes all of these bytes, in one call unless the file system takes them in parts.
+pub(super) fn write_slices(
+    file: &File,
+    mut at: u64,
+    mut slices: &mut [IoSlice<'_>],
+) -> io::Result<()> {
+    // Empty ones at the beginning would look like a file system that takes no more.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match rustix::io::retry_on_intr(|| rustix::io::pwritev(file, slices, at))? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => {
+                at += written as u64;
+                IoSlice::advance_slices(&mut slices, written);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A file system or a kernel cannot read without waiting.

@@ -10,18 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
-use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular, write_both};
+use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular};
 use super::format::{HEADER, SegmentHeader, ValueHeader};
 use super::resident::Resident;
+use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, names_in, open_folder};
 
 /// Segments that one process has open at most.
 const OPEN: usize = 128;
-
-/// The byte in the map of a segment that says that a value is valid.
-pub(super) const VALID: u8 = 1;
 
 /// How a read of a value has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +50,7 @@ struct Opened {
 
 /// What a segment is opened for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum For {
+pub(super) enum For {
     Read,
     /// Not a file that has lost its name: what others see is another one by now, or none.
     Change,
@@ -105,7 +103,7 @@ impl SegmentFiles {
         Ok(folder)
     }
 
-    fn file(&self, number: u64, purpose: For) -> io::Result<Arc<File>> {
+    pub(super) fn file(&self, number: u64, purpose: For) -> io::Result<Arc<File>> {
         let mut opened = self.opened();
         opened.uses += 1;
         let uses = opened.uses;
@@ -183,37 +181,6 @@ impl SegmentFiles {
         *self.opened() = Opened::default();
     }
 
-    /// Writes a value where the index has given it room; it is not valid before [`SegmentFiles::seal`]. Returns its
-    /// CRC32C.
-    ///
-    /// # Errors
-    ///
-    /// Where the file system refuses; what was written by then stays, until it is deleted.
-    pub fn write(&self, placed: Placed, name: &str, data: &[u8], fetched: u64) -> io::Result<u32> {
-        let header = ValueHeader {
-            placed,
-            checksum: crc32c::crc32c(data),
-            fetched,
-            name: name.to_owned(),
-        };
-        let bytes = header.to_bytes().ok_or(Errno::NAMETOOLONG)?;
-        let file = self.file(
-            placed.segment,
-            For::Append {
-                capacity: placed.capacity,
-            },
-        )?;
-        let written = write_both(&file, placed.start(), &bytes, data)?;
-        if written < HEADER {
-            let rest = bytes.get(written..).unwrap_or_default();
-            file.write_all_at(rest, placed.start() + written as u64)?;
-        }
-        let done = written.saturating_sub(HEADER);
-        let rest = data.get(done..).unwrap_or_default();
-        file.write_all_at(rest, placed.start() + (HEADER + done) as u64)?;
-        Ok(header.checksum)
-    }
-
     /// Copies a value to another place; the copy is not valid before [`SegmentFiles::seal`].
     ///
     /// # Errors
@@ -226,17 +193,13 @@ impl SegmentFiles {
         if got != Got::Bytes || crc32c::crc32c(&bytes) != value.checksum {
             return Err(Errno::IO.into());
         }
-        self.write(to, &value.name, &bytes, value.fetched).map(drop)
-    }
-
-    /// Marks a value as valid: a rebuild takes it in.
-    ///
-    /// # Errors
-    ///
-    /// Where the file system refuses.
-    pub fn seal(&self, placed: Placed) -> io::Result<()> {
-        let file = self.file(placed.segment, For::Change)?;
-        file.write_all_at(&[VALID], placed.map_at())
+        let copy = ValueToWrite {
+            placed: to,
+            name: &value.name,
+            data: &bytes,
+            fetched: value.fetched,
+        };
+        self.write(&copy).map(drop)
     }
 
     /// Has a rebuild ignore a value that could not be deleted.

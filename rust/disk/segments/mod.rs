@@ -4,9 +4,11 @@ mod calls;
 mod files;
 mod format;
 mod resident;
+mod runs;
 mod scan;
 
 pub use self::calls::can_punch;
 pub use self::files::{Got, SegmentFiles};
 pub use self::format::{SegmentHeader, ValueHeader};
+pub use self::runs::ValueToWrite;
 pub use self::scan::{Found, FoundSegment, FoundValue, delete_below, scan, values_in, walk};

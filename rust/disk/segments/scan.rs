@@ -13,8 +13,9 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::calls::{is_elsewhere, punch};
-use super::files::{SegmentFiles, VALID, VALUES_AT};
+use super::files::{SegmentFiles, VALUES_AT};
 use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
+use super::runs::VALID;
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
 use crate::error::Result;
 use crate::key::ByteRange;
