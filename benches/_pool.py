@@ -24,7 +24,7 @@ from _setup import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from _measure import Work
+    from _measure import Times, Work
     from _setup import Scale
 
 _SIZES = {4096: "4 KiB", 65536: "64 KiB", 1 << 20: "1 MiB"}
@@ -51,34 +51,52 @@ def _fill(store: Any, keys: list[str]) -> Work:
 
 
 async def fills(scale: Scale) -> list[Row]:
-    """Values of 64 KiB, each of which pushes another one out, in a directory of files and in a pool."""
-    with temporary_directory(scale) as root:
-        keys = chunk_keys(scale.of(4096, 1024))
-        source = memory_store(keys, 65536, distinct=64)
-        bound = len(keys) // 2 * 65536
-        stores = {
-            "zcache": zcache_store(source, _pool(root / "pool"), max_size=bound, source_id="x"),
-            "bare": zcache_store(
-                source, local_store(root / "files"), max_size=bound, source_id="x"
-            ),
-        }
-        for store in stores.values():
-            # Until each fill evicts.
-            for _ in range(2):
-                await _fill_all(store, keys)
-        works = {name: _fill(store, keys) for name, store in stores.items()}
-        times = await interleave(works, scale.of(60, 15))
-        note = "bare is the same into a LocalStore; 64 at once, until the last is in"
-        row = times.row("pool: fill that evicts, 64 KiB", 0.2, note)
-        inodes = {name: _inodes(root / name) for name in ("pool", "files")}
-        count = Row(
-            f"pool: inodes of {len(keys) // 2:,} values",
-            unit="",
-            zcache=inodes["pool"],
-            bare=inodes["files"],
-            note="bare is a LocalStore",
-        )
-        return [row, count]
+    """Values each of which pushes another one out, in a directory of files and in a pool, from a source without latency."""
+    rows = []
+    for size, name, aim in ((100, "100 B", None), (4096, "4 KiB", None), (65536, "64 KiB", 0.2)):
+        with temporary_directory(scale) as root:
+            keys = chunk_keys(scale.of(4096, 1024))
+            source = memory_store(keys, size, distinct=64)
+            # Files take whole blocks, and values of a pool as well.
+            bound = len(keys) // 2 * max(size, 4096)
+            stores = {
+                "zcache": zcache_store(source, _pool(root / "pool"), max_size=bound, source_id="x"),
+                "bare": zcache_store(
+                    source, local_store(root / "files"), max_size=bound, source_id="x"
+                ),
+            }
+            for store in stores.values():
+                # Until each fill evicts.
+                for _ in range(2):
+                    await _fill_all(store, keys)
+            works = {kind: _fill(store, keys) for kind, store in stores.items()}
+            times = await interleave(works, scale.of(60, 15))
+            note = "bare is the same into a LocalStore; 64 at once, until the last is in"
+            rows.append(times.row(f"pool: fill that evicts, {name}", aim, note))
+            rows.append(_rate(times, name))
+            if size == 65536:
+                rows.append(_inodes_of_both(root, len(keys) // 2))
+    return rows
+
+
+def _rate(times: Times, name: str) -> Row:
+    mine, files = times.median("zcache"), times.median("bare")
+    return Row(
+        f"pool: fills a second that evict, {name}",
+        unit="/s",
+        zcache=1 / mine if mine else None,
+        bare=1 / files if files else None,
+    )
+
+
+def _inodes_of_both(root: Path, count: int) -> Row:
+    return Row(
+        f"pool: inodes of {count:,} values",
+        unit="",
+        zcache=_inodes(root / "pool"),
+        bare=_inodes(root / "files"),
+        note="bare is a LocalStore",
+    )
 
 
 async def _fill_all(store: Any, keys: list[str]) -> None:

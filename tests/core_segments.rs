@@ -350,6 +350,16 @@ fn fill_beside_an_eviction_of_what_is_above_a_smaller_bound_evicts_only_for_itse
     end(pool);
 }
 
+#[test]
+fn walk_over_all_headers_tells_how_it_gets_on() {
+    let mut pool = Pool::new("walk");
+    (0..9).for_each(|n| pool.fill(&format!("a/{n}"), 100));
+    let before = pool.files.walked();
+    assert_eq!(delete_below(&pool.files, "a/3", true).unwrap(), 1);
+    assert!(pool.files.walked() >= before + 9);
+    end(pool);
+}
+
 /// A pool in which the fills of a batch may take many values.
 fn large(name: &str) -> Pool {
     let limits = Limits {

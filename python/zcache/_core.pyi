@@ -822,13 +822,22 @@ class SegmentFiles:
             If the folder takes no file.
         """
 
-    def scan(self, cleans: bool, /) -> SegmentScan:
-        """Find all valid values; with `cleans`, give back what else takes room.
+    def list(self) -> list[int]:
+        """Numbers of all segments.
 
         Raises
         ------
         OSError
             If the folder cannot be listed.
+        """
+
+    def scan(self, numbers: list[int], cleans: bool, /) -> SegmentScan:
+        """Find all valid values in these segments; with `cleans`, give back what else takes room there.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
         """
 
     def delete(self, names: list[str], /) -> list[OSError | None]:
@@ -846,13 +855,17 @@ class SegmentFiles:
     def delete_below(self, prefix: str, only_counts: bool = False, /) -> int:
         """Delete all values at and below a prefix by their headers, or only count them.
 
-        Takes time in proportion to all that there is: for who cannot ask the index.
+        Takes time in proportion to all that there is: for a process that cannot ask the index. `walked` grows meanwhile.
 
         Raises
         ------
         OSError
             If the file system refuses.
         """
+
+    @property
+    def walked(self) -> int:
+        """Headers that were read to find values without the index: how such a call gets on."""
 
     def values(self) -> list[tuple[str, int, int]]:
         """Name, bytes and fetch time in milliseconds of each value, valid or not yet.

@@ -934,6 +934,11 @@ impl Index {
         })
     }
 
+    #[getter]
+    fn owns_rebuild(&self, py: Python<'_>) -> PyResult<bool> {
+        step!(self, py, |cache| Ok(cache.owns_rebuild()))
+    }
+
     /// Adds the segments that a scan of a pool has found; see the stub.
     #[pyo3(signature = (scan, /))]
     fn adopt_segments(&self, py: Python<'_>, scan: &SegmentScan) -> PyResult<bool> {

@@ -139,9 +139,14 @@ impl SegmentFiles {
         py.detach(|| segments::can_punch(&folder)).map_err(os_error)
     }
 
-    #[pyo3(signature = (cleans, /))]
-    fn scan(&self, py: Python<'_>, cleans: bool) -> PyResult<SegmentScan> {
-        let found = py.detach(|| segments::scan(&self.0, cleans));
+    /// Numbers of all segments.
+    fn list(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        py.detach(|| self.0.list()).map_err(os_error)
+    }
+
+    #[pyo3(signature = (numbers, cleans, /))]
+    fn scan(&self, py: Python<'_>, numbers: Vec<u64>, cleans: bool) -> PyResult<SegmentScan> {
+        let found = py.detach(|| segments::scan_listed(&self.0, &numbers, cleans));
         Ok(SegmentScan(Mutex::new(found.map_err(os_error)?)))
     }
 
@@ -182,6 +187,11 @@ impl SegmentFiles {
     fn delete_below(&self, py: Python<'_>, prefix: &str, only_counts: bool) -> PyResult<usize> {
         py.detach(|| segments::delete_below(&self.0, prefix, only_counts))
             .map_err(os_error)
+    }
+
+    #[getter]
+    fn walked(&self) -> u64 {
+        self.0.walked()
     }
 
     /// Name, bytes and fetch time of each value, valid or not yet.

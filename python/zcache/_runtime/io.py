@@ -87,9 +87,10 @@ class IO:
         work: Callable[[], T],
         on_detached_result: Callable[[T | BaseException], object] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
+        progress: Callable[[], int] | None = None,
     ) -> T:
         """Do what may block out of the way of the event loop; see `in_thread`."""
-        return await in_thread(work, on_detached_result, timeout)
+        return await in_thread(work, on_detached_result, timeout, progress)
 
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """Do what only computes with so many bytes out of the way of the event loop, if they are many.
@@ -180,6 +181,7 @@ class SyncIO(IO):
         work: Callable[[], T],
         on_detached_result: Callable[[T | BaseException], object] | None = None,  # noqa: ARG002
         timeout: float | None = None,  # noqa: ARG002, ASYNC109
+        progress: Callable[[], int] | None = None,  # noqa: ARG002
     ) -> T:
         return work()
 

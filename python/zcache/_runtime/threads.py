@@ -106,6 +106,7 @@ async def in_thread(
     work: Callable[[], T],
     on_detached_result: Callable[[T | BaseException], object] | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - the work goes on, which no cancel scope can say
+    progress: Callable[[], int] | None = None,
 ) -> T:
     """Run `work` in a thread, out of the way of the event loop.
 
@@ -117,6 +118,8 @@ async def in_thread(
         Is given the result or the error of `work` if the caller does not wait for it any more.
     timeout : float, optional
         Seconds that the caller waits. Default is None: as long as it takes.
+    progress : callable, optional
+        Gives a number that grows as the work gets on; the caller waits again after `timeout` where it has grown.
 
     Raises
     ------
@@ -131,8 +134,8 @@ async def in_thread(
     call = ThreadCall(work, loop.create_future(), completions)
     _pool.submit(call.run)
     try:
-        if timeout is not None and not (await asyncio.wait((call.future,), timeout=timeout))[0]:
-            raise NoAnswerError(timeout)  # noqa: TRY301
+        if timeout is not None:
+            await _within(call.future, timeout, progress)
         done: T = await call.future
     except BaseException as error:
         # A cancellation may come when the result is back already, before this coroutine has its turn.
@@ -143,6 +146,22 @@ async def in_thread(
             call.future.exception()
         raise
     return done
+
+
+async def _within(
+    future: asyncio.Future[Any],
+    timeout: float,  # noqa: ASYNC109
+    progress: Callable[[], int] | None,
+) -> None:
+    seen = None
+    while True:
+        before, seen = seen, None if progress is None else progress()
+        if before is not None and before == seen:
+            raise NoAnswerError(timeout)
+        if (await asyncio.wait((future,), timeout=timeout))[0]:
+            return
+        if seen is None:
+            raise NoAnswerError(timeout)
 
 
 def in_thread_sync(

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
@@ -39,6 +40,7 @@ pub struct SegmentFiles {
     holes: bool,
     opened: Mutex<Opened>,
     resident: Resident,
+    walked: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +82,7 @@ impl SegmentFiles {
             holes,
             opened: Mutex::default(),
             resident: Resident::default(),
+            walked: AtomicU64::new(0),
         }
     }
 
@@ -338,6 +341,16 @@ impl SegmentFiles {
         };
         let names = names_in(&folder)?;
         Ok(names.iter().filter_map(|name| number_of(name)).collect())
+    }
+
+    /// Headers that were read to find values without the index, since the beginning: how such a walk gets on.
+    #[must_use]
+    pub fn walked(&self) -> u64 {
+        self.walked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_walked(&self) {
+        self.walked.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether the file system can make holes.

@@ -11,4 +11,6 @@ pub use self::calls::can_punch;
 pub use self::files::{Got, SegmentFiles};
 pub use self::format::{SegmentHeader, ValueHeader};
 pub use self::runs::ValueToWrite;
-pub use self::scan::{Found, FoundSegment, FoundValue, delete_below, scan, values_in, walk};
+pub use self::scan::{
+    Found, FoundSegment, FoundValue, delete_below, scan, scan_listed, values_in, walk,
+};

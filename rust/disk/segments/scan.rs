@@ -115,9 +115,19 @@ impl Found {
 ///
 /// Where the folder cannot be listed. A segment that cannot be read is left out.
 pub fn scan(files: &SegmentFiles, cleans: bool) -> io::Result<Found> {
+    scan_listed(files, &files.list()?, cleans)
+}
+
+/// The same in the segments with these numbers. So a participant may list them first, and then make sure that no other one has
+/// taken over: whatever is begun later is none of them.
+///
+/// # Errors
+///
+/// Where what is there cannot be deleted.
+pub fn scan_listed(files: &SegmentFiles, numbers: &[u64], cleans: bool) -> io::Result<Found> {
     let mut segments = Vec::new();
     let mut values = Vec::new();
-    for number in files.list()? {
+    for &number in numbers {
         match scan_segment(files, number) {
             Ok(Some((segment, found))) => {
                 segments.push(segment);
@@ -313,6 +323,7 @@ pub fn values_in(files: &SegmentFiles, number: u64) -> io::Result<Vec<FoundValue
     let (mut found, mut at) = (Vec::new(), VALUES_AT);
     while at < len {
         let page = u32::try_from(at / PAGE).map_err(|_| Errno::OVERFLOW)?;
+        files.note_walked();
         if let Some(value) = value_at(&file, len, number, page)? {
             at += value.placed.length();
             found.push(value);
@@ -339,17 +350,20 @@ pub fn delete_below(files: &SegmentFiles, prefix: &str, only_counts: bool) -> io
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         })
     };
-    let mut found = walk(files)?;
-    found.retain(|value| prefix.is_empty() || is_below(value));
-    if !only_counts {
-        for value in &found {
+    let mut count = 0;
+    for number in files.list()? {
+        let mut found = values_in(files, number)?;
+        found.retain(|value| prefix.is_empty() || is_below(value));
+        count += found.len();
+        for value in found.iter().filter(|_| !only_counts) {
             // Without holes each value is alone in its segment.
             let capacity = u32::from(!files.has_holes());
             files.delete(Placed {
                 capacity,
                 ..value.placed
             })?;
+            files.note_walked();
         }
     }
-    Ok(found.len())
+    Ok(count)
 }

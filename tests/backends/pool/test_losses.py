@@ -12,6 +12,7 @@ from directories import closed, complete, flip
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore
+from zcache._backends.pool.layout import SegmentScanner
 from zcache._core import SegmentFiles
 from zcache.testing import check_invariants, entries
 
@@ -141,3 +142,19 @@ async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how
     for name in NEIGHBOURS:
         await check_neighbour(CacheStore(source_of(), cache_store=pool, source_id=name), name)
     await check_quiet(store)
+
+
+async def test_scan_that_is_outdated_leaves_segments_that_others_have_begun(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path / "pool")
+    store = CacheStore(source_of(a=b"value"), cache_store=pool, source_id="mine")
+    assert await read_through(store, "a") == b"value"
+    segments = tmp_path / "pool" / ".zcache" / "segments"
+    # Begun since an index was complete again, and without a value that is valid yet.
+    begun = segments / f"{1:016x}"
+    begun.write_bytes(bytes(PAGE))
+    # This scan was stopped before it had listed what there is: the index is not its to fill any more.
+    outdated = SegmentScanner(str(tmp_path / "pool"), str(segments))
+    outdated.rebuild(lambda: pool._pool.handle, "it was stopped")
+    assert begun.exists()
+    assert await read(store, "a") == b"value"
+    assert store.cache_stats()["hits"] == 1

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agent import refuse_to_share
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import buf, check_quiet, largest_file, read, read_through, until
-from zcache import CacheStore
-from zcache.testing import check_invariants_async, entries
+from zcache import CachePool, CacheStore
+from zcache._backends.pool.layout import PoolLayout
+from zcache.testing import check_invariants_async, entries, index_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +94,49 @@ async def test_delete_that_never_ends_holds_up_no_write_and_its_bytes_stay_count
     scanner.files = scanner.files.inner
     await until(lambda: all(entry.state == "live" for entry in entries(store)))
     await check_quiet(store)
+
+
+class Slow:
+    """Stands before the segments: deletes by name get on for a long time."""
+
+    def __init__(self, inner: Any, looks: int) -> None:
+        self.inner = inner
+        self.looks = looks
+        self.go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def walked(self) -> int:
+        self.looks -= 1
+        if self.looks < 0:
+            self.go.set()
+        return int(self.inner.walked) - self.looks
+
+    def delete_below(self, *args: Any) -> Any:
+        assert self.go.wait(60)
+        return self.inner.delete_below(*args)
+
+
+async def test_write_without_the_index_of_a_pool_waits_while_the_headers_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large pool: to find the values of a key by their headers takes longer than an answer may."""
+    source = source_of(a=b"old", b=b"other")
+    with monkeypatch.context() as patch:
+        patch.setattr(PoolLayout, "open_index", refuse_to_share)
+        store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"), source_id="mine")
+    assert index_slot(store) is None
+    for key, value in (("a", b"old"), ("b", b"other")):
+        assert await read_through(store, key) == value
+    scanner: Any = store._cache.backend._directory.layout.scanner
+    scanner.files = slow = Slow(scanner.files, looks=2)
+    await store.set("a", buf(b"new"))
+    assert slow.go.is_set()
+    assert await read(store, "a") == b"new"
+    assert await read(store, "b") == b"other"
+    assert store.cache_stats()["cache_failures"] == 0
 
 
 async def test_write_that_is_refused_leaves_nothing_and_costs_no_read(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class DirectoryBackend(Backend):
 
         try:
             try:
-                await io.in_thread(remove, ignore, timeout=DELETE_TIMEOUT)
+                await io.in_thread(remove, ignore, timeout=DELETE_TIMEOUT, progress=self._progress)
             except NoThreadError:
                 remove()
         except (TimeoutError, OSError) as error:
@@ -287,11 +287,16 @@ class DirectoryBackend(Backend):
                     lambda: self._remove_counted(lambda: self._remove_below(prefix)),
                     ignore,
                     timeout=DELETE_TIMEOUT,
+                    progress=self._progress,
                 )
             except NoThreadError:
                 self._remove_counted(lambda: self._remove_below(prefix))
             except TimeoutError as error:
                 self.breaker.failed(error, "delete")
+
+    def _progress(self) -> int:
+        """How deletes by names get on: they take as long as there are many values."""
+        return self._directory.scanner.progress
 
     def _remove_below(self, prefix: str) -> list[tuple[str, OSError]]:
         try:

@@ -48,6 +48,8 @@ class Scanner:
     def __init__(self, root: str, reserved: str, source: bytes = bytes(8)) -> None:
         self._source = source
         self.strict = self.only_looks = self.folds_names = False
+        # Grows while values are deleted by their names.
+        self.progress = 0
         self._said = False
         self._root = root
         self._reserved = reserved
@@ -166,6 +168,7 @@ class Scanner:
             self._removed.append(prefix)
         for name in self.names_below(prefix):
             files.remove_value(self._root, name)
+            self.progress += 1
         if prefix:
             # Also one that was never valid.
             files.remove_value(self._root, prefix)

@@ -78,7 +78,12 @@ class SegmentScanner:
 
     def _rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
         self.files.close()
-        found = self.files.scan(not self.only_looks)
+        # Before it is known that no other rebuild has taken over: what that begins is not looked into, nor cleaned.
+        numbers = self.files.list()
+        handle = handle_of_now()
+        if handle is None or not handle.call_opened(_owns_rebuild, timeout=None):
+            return
+        found = self.files.scan(numbers, not self.only_looks)
         handle = handle_of_now()
         if handle is None or not handle.call_opened(Index.adopt_segments, found, timeout=None):
             return
@@ -106,6 +111,11 @@ class SegmentScanner:
         handle.call_opened(Index.count_folders, folders * unit, timeout=None)
         handle.call_opened(Index.finish_rebuild, timeout=None)
 
+    @property
+    def progress(self) -> int:
+        """Grows while values are looked for or deleted by their names."""
+        return self.files.walked
+
     def remove_below(self, prefix: str) -> None:
         """Delete the values of a key and of all keys below it, whether the index knows them or not.
 
@@ -126,6 +136,10 @@ class SegmentScanner:
     def add_tombstones(self, names: Iterable[str]) -> None:
         """Have a rebuild ignore values that could not be deleted, named as victims are."""
         self.files.unseal(list(names))
+
+
+def _owns_rebuild(index: Index) -> bool:
+    return index.owns_rebuild
 
 
 class PoolLayout(Layout):

@@ -356,6 +356,10 @@ class _SourceScanner:
     def only_looks(self) -> bool:
         return bool(self._scanner.only_looks)
 
+    @property
+    def progress(self) -> int:
+        return int(self._scanner.progress)
+
     def _whole(self, prefix: str) -> str:
         return f"{self._label}/{prefix}".rstrip("/")
 
