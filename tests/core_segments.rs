@@ -15,7 +15,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::thread::sleep;
 
-use zcache::cache::{Limits, PAGE, Reserve};
+use zcache::cache::{Limits, PAGE};
 use zcache::disk::fill::Ending;
 use zcache::disk::segments::{Got, delete_below, scan, walk};
 use zcache::key::ByteRange;
@@ -318,149 +318,11 @@ fn stragglers_are_moved_and_files_stay_few() {
 }
 
 #[test]
-fn fill_beside_an_eviction_of_what_is_above_a_smaller_bound_evicts_only_for_itself() {
-    let mut pool = Pool::new("smaller");
-    (0..20).for_each(|n| pool.fill(&format!("a/{n}"), 9000));
-    let count = pool.keys().len();
-    pool.step(|cache| {
-        cache.set_limits(BOUND / 2, None, LIMITS.verify);
-        Ok(())
-    });
-    // In the background, as far as that has deleted nothing yet.
-    let excess = pool.step(|cache| cache.excess());
-    let victims = pool.step(|cache| cache.evict(excess, NOW));
-    assert!(victims.len() > 5);
-    assert_eq!(pool.step(|cache| cache.excess()), 0);
-    let ticket = pool.join("b/0", ByteRange::Full);
-    let answer = pool.step(|cache| cache.reserve("b/0", ByteRange::Full, 9000, ticket, NOW));
-    let Reserve::NeedsEviction(id, more) = answer else {
-        panic!("{answer:?}")
-    };
-    assert!(more.len() < 5, "{}", more.len());
-    pool.delete(&victims);
-    for victim in &more {
-        pool.files.delete(victim.placed.unwrap()).unwrap();
-    }
-    let cells: Vec<u32> = more.iter().map(|victim| victim.cell).collect();
-    let answer = pool.step(|cache| cache.evictions_done(id, &cells, &[], NOW));
-    assert_eq!(answer, Reserve::Granted(id));
-    assert_eq!(pool.keys().len(), count - victims.len() - more.len());
-    assert!(pool.counted() <= BOUND / 2);
-    pool.step(|cache| cache.abandon(id));
-    end(pool);
-}
-
-#[test]
 fn walk_over_all_headers_tells_how_it_gets_on() {
     let mut pool = Pool::new("walk");
     (0..9).for_each(|n| pool.fill(&format!("a/{n}"), 100));
     let before = pool.files.walked();
     assert_eq!(delete_below(&pool.files, "a/3", true).unwrap(), 1);
     assert!(pool.files.walked() >= before + 9);
-    end(pool);
-}
-
-/// A pool in which the fills of a batch may take many values.
-fn large(name: &str) -> Pool {
-    let limits = Limits {
-        max_size: 4096 * PAGE,
-        ..LIMITS
-    };
-    Pool::with(name, limits, true)
-}
-
-#[test]
-fn fills_at_once_evict_no_more_than_they_need_and_keep_the_bound() {
-    for holes in [true, false] {
-        let limits = Limits {
-            max_size: 4096 * PAGE,
-            ..LIMITS
-        };
-        let mut pool = Pool::with(&format!("together-{holes}"), limits, holes);
-        for round in 0..40 {
-            let values: Vec<(u64, String, usize)> = (0..32)
-                .map(|n| {
-                    let key = format!("a/{round}-{n}");
-                    let size = 100 + 997 * ((round + n) % 40);
-                    (pool.join(&key, ByteRange::Full), key, size)
-                })
-                .collect();
-            let endings = pool.fill_together(&values);
-            assert!(
-                endings
-                    .iter()
-                    .all(|ending| matches!(ending, Ending::Filled)),
-                "{endings:?}"
-            );
-            for (_, key, size) in &values {
-                assert_eq!(pool.read(key), Some(contents(key, *size)), "{key}");
-            }
-            let (held, counted) = (pool.held(), pool.counted());
-            assert!(held <= counted, "{round}: {held} held, {counted} counted");
-            assert!(counted <= limits.max_size, "{round}: {counted} counted");
-        }
-        // What they reserve for segments that they may have to begin is given back.
-        assert!(pool.counted() > limits.max_size / 10 * 9);
-        for key in pool.keys() {
-            let value = pool.read(&key).unwrap();
-            assert_eq!(value, contents(&key, value.len()));
-        }
-        end(pool);
-    }
-}
-
-#[test]
-fn fills_at_once_of_which_some_are_overtaken_leave_the_others() {
-    let mut pool = large("overtaken");
-    let values: Vec<(u64, String, usize)> = (0..48)
-        .map(|n| {
-            let key = format!("a/{n}");
-            (pool.join(&key, ByteRange::Full), key, 3000 + 500 * n)
-        })
-        .collect();
-    for n in (0..48).step_by(5) {
-        pool.step(|cache| cache.begin_write(&format!("a/{n}")));
-    }
-    let endings = pool.fill_together(&values);
-    let expect = |pool: &Pool| {
-        for (n, (_, key, size)) in values.iter().enumerate() {
-            let expected = (n % 5 != 0).then(|| contents(key, *size));
-            assert_eq!(pool.read(key), expected, "{key}");
-        }
-    };
-    for (n, ending) in endings.iter().enumerate() {
-        assert_eq!(
-            matches!(ending, Ending::Filled),
-            n % 5 != 0,
-            "{n}: {ending:?}"
-        );
-    }
-    expect(&pool);
-    // All that was filled is marked as valid, and nothing else.
-    let pool = pool.lose_index();
-    expect(&pool);
-    end(pool);
-}
-
-#[test]
-fn values_that_are_deleted_at_once_go_alone() {
-    let mut pool = large("at-once");
-    (0..12).for_each(|n| pool.fill(&format!("a/{n}"), 9000));
-    let place = |n: usize| pool.find(&format!("a/{n}"), ByteRange::Full).unwrap().1;
-    let gone = [7, 3, 2, 9, 4];
-    let places: Vec<_> = gone.iter().map(|n| place(*n)).collect();
-    let held = pool.held();
-    let outcome = pool.files.delete_all(&places);
-    assert!(outcome.len() == 5 && outcome.iter().all(Result::is_ok));
-    assert_eq!(held - pool.held(), 5 * 3 * PAGE);
-    for n in 0..12 {
-        let key = format!("a/{n}");
-        let expected = (!gone.contains(&n)).then(|| contents(&key, 9000));
-        assert_eq!(pool.read(&key), expected, "{key}");
-    }
-    // Also where the file of some of them is gone.
-    std::fs::remove_file(pool.segment(places[0].segment)).unwrap();
-    let outcome = pool.files.delete_all(&places);
-    assert!(outcome.len() == 5 && outcome.iter().all(Result::is_ok));
     end(pool);
 }

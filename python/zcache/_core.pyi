@@ -681,7 +681,11 @@ class Index:
 
     @property
     def excess(self) -> int:
-        """Bytes that the cache store holds or is about to hold above the bound."""
+        """Bytes above the bound that the cache store holds, or is about to hold, less those that are being deleted."""
+
+    @property
+    def owns_rebuild(self) -> bool:
+        """Whether this process is the one that fills the index again."""
 
     def adopt_segments(self, scan: SegmentScan, /) -> bool:
         """Add the segments that a scan has found, before `adopt_found`; False where others rebuild the index."""
@@ -822,7 +826,7 @@ class SegmentFiles:
             If the folder takes no file.
         """
 
-    def list(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """Numbers of all segments.
 
         Raises

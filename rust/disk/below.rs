@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fstat, open, openat, statat, unlinkat,
@@ -110,14 +111,14 @@ pub(super) fn is(status: &Stat, kind: FileType) -> bool {
 /// A cache directory that is open.
 #[derive(Debug)]
 pub(super) struct Root<'a> {
-    top: OwnedFd,
+    top: Arc<OwnedFd>,
     path: &'a Path,
 }
 
 /// A folder of a cache directory that is open, and the name of a file in it.
 #[derive(Debug)]
 pub(super) struct Place<'n> {
-    folder: OwnedFd,
+    folder: Arc<OwnedFd>,
     name: &'n Path,
 }
 
@@ -125,6 +126,7 @@ impl<'a> Root<'a> {
     pub(super) fn open(path: &'a Path) -> Result<Self> {
         // The path of the directory itself is the user's own, links and all.
         let top = open(path, FOLDER.difference(OFlags::NOFOLLOW), Mode::empty())?;
+        let top = Arc::new(top);
         Ok(Root { top, path })
     }
 
@@ -135,8 +137,13 @@ impl<'a> Root<'a> {
     /// `ELOOP` or `EXDEV` where a link or a mount is in between; see [`leads_elsewhere`].
     pub(super) fn find<'n>(&self, name: &'n Path) -> Result<Place<'n>> {
         let above = name.parent().unwrap_or(Path::new(""));
+        let folder = if above.as_os_str().is_empty() {
+            Arc::clone(&self.top)
+        } else {
+            Arc::new(self.open_below(above, FOLDER)?)
+        };
         Ok(Place {
-            folder: self.open_below(above, FOLDER)?,
+            folder,
             name: Path::new(name.file_name().ok_or(Errno::INVAL)?),
         })
     }

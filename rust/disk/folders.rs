@@ -148,8 +148,7 @@ pub fn remove_empty(root: &Path, name: &Path) -> bool {
 }
 
 /// Removes the folders above a name that are empty.
-pub(super) fn prune(root: &Path, name: &Path) {
-    let Ok(root) = Root::open(root) else { return };
+pub(super) fn prune(root: &Root<'_>, name: &Path) {
     for above in name.ancestors().skip(1) {
         if above.as_os_str().is_empty() || above == Path::new(STAY) {
             return;

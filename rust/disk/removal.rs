@@ -7,7 +7,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::below::{At, Place, leads_elsewhere, names_in, open_cached, open_folder};
+use super::below::{At, Place, Root, leads_elsewhere, names_in, open_cached, open_folder};
 use super::folders::{make_folders, prune};
 use super::ownership::{Owner, holds, owner};
 use crate::key::ByteRange;
@@ -75,18 +75,23 @@ pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
 ///
 /// Where the file system refuses.
 pub fn remove_value(root: &Path, name: &Path) -> io::Result<bool> {
-    let place = match Place::find(root, name) {
+    let root = match Root::open(root) {
+        Ok(root) => root,
+        Err(error) if leads_elsewhere(error) => return Ok(true),
+        Err(error) => return removed(Err(error)),
+    };
+    let place = match root.find(name) {
         Ok(place) => place,
         Err(error) if leads_elsewhere(error) => return Ok(true),
         Err(error) => {
             let gone = removed(Err(error))?;
-            prune(root, name);
+            prune(&root, name);
             return Ok(gone);
         }
     };
     let gone = remove(place.at())?;
     if gone {
-        prune(root, name);
+        prune(&root, name);
     }
     // A folder is no value.
     Ok(gone || place.at().is_folder())
@@ -101,11 +106,12 @@ pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::
     if remove_value(root, name)? {
         return Ok(());
     }
-    let place = Place::find(root, name)?;
+    let root = Root::open(root)?;
+    let place = root.find(name)?;
     match known {
         Some((size, checksum)) if holds(place.at(), size, checksum)? => {
             place.at().unlink()?;
-            prune(root, name);
+            prune(&root, name);
             Ok(())
         }
         _ => Err(Errno::EXIST.into()),

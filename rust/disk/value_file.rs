@@ -340,10 +340,11 @@ pub fn seal(root: &Path, name: &Path, made: &WrittenFile) -> io::Result<()> {
 ///
 /// Where the file system refuses, or there is none.
 pub fn remove_made(root: &Path, name: &Path, made: &WrittenFile) -> io::Result<()> {
-    let place = Place::find(root, name)?;
+    let root = Root::open(root)?;
+    let place = root.find(name)?;
     if made.is(&place.at().status()?) {
         place.at().unlink()?;
-        prune(root, name);
+        prune(&root, name);
     }
     Ok(())
 }

@@ -140,7 +140,7 @@ impl SegmentFiles {
     }
 
     /// Numbers of all segments.
-    fn list(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+    fn numbers(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
         py.detach(|| self.0.list()).map_err(os_error)
     }
 

@@ -153,15 +153,12 @@ async def _within(
     timeout: float,  # noqa: ASYNC109
     progress: Callable[[], int] | None,
 ) -> None:
-    seen = None
-    while True:
-        before, seen = seen, None if progress is None else progress()
-        if before is not None and before == seen:
+    seen = None if progress is None else progress()
+    while not (await asyncio.wait((future,), timeout=timeout))[0]:
+        now = None if progress is None else progress()
+        if now == seen:
             raise NoAnswerError(timeout)
-        if (await asyncio.wait((future,), timeout=timeout))[0]:
-            return
-        if seen is None:
-            raise NoAnswerError(timeout)
+        seen = now
 
 
 def in_thread_sync(

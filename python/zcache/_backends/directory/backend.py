@@ -296,7 +296,7 @@ class DirectoryBackend(Backend):
 
     def _progress(self) -> int:
         """How deletes by names get on: they take as long as there are many values."""
-        return self._directory.scanner.progress
+        return int(self._directory.scanner.progress)
 
     def _remove_below(self, prefix: str) -> list[tuple[str, OSError]]:
         try:

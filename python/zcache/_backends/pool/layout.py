@@ -79,7 +79,7 @@ class SegmentScanner:
     def _rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
         self.files.close()
         # Before it is known that no other rebuild has taken over: what that begins is not looked into, nor cleaned.
-        numbers = self.files.list()
+        numbers = self.files.numbers()
         handle = handle_of_now()
         if handle is None or not handle.call_opened(_owns_rebuild, timeout=None):
             return
