@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -69,13 +70,26 @@ class PoolBackend(DirectoryBackend):
         if self.tells_by_name:
             await self._remove_by_name(io, key, lambda: self._remove_below(key), begins=begins)
             return
-        # Another participant may have dropped the entry, and have stopped before it deleted the bytes.
-        try:
-            others = await self.shared.handle.call(io, Index.in_progress_below, key)
-        except IndexLockTimeout:
+        await self._remove_in_progress(io, key)
+
+    async def _remove_in_progress(self, io: IO, prefix: str) -> None:
+        """Delete what another participant has dropped, and may have stopped before it deleted the bytes."""
+        with contextlib.suppress(IndexLockTimeout):
+            others = await self.shared.handle.call(io, Index.in_progress_below, prefix)
+            if others:
+                await self.remove(io, others)
+
+    async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool | None = None) -> None:
+        if begins is None or self.tells_by_name:
+            await super().remove_unlisted(io, prefix, begins=begins)
             return
-        if others:
-            await self.remove(io, others)
+        # An index that is complete knows of all values: there is no need to read all headers.
+        await self._remove_in_progress(io, prefix)
+        is_complete = False
+        with contextlib.suppress(IndexLockTimeout):
+            is_complete = await self.shared.handle.call(io, _is_complete)
+        if not is_complete:
+            await super().remove_unlisted(io, prefix)
 
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         return self._source.files.delete([name for _, name in victims])
@@ -88,6 +102,10 @@ class PoolBackend(DirectoryBackend):
 
     def intact_size(self, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
         return None
+
+
+def _is_complete(index: Index) -> bool:
+    return index.is_complete
 
 
 class MemoryPoolBackend(MemoryBackend):
