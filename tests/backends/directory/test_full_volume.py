@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore
 
 from directories import closed
 from doubles import SyncDictStore
+from pools import cache_at
 from support import PROTOTYPE, buf, listed, read
 from zcache import CacheStore
 from zcache.testing import StoreDouble
@@ -27,12 +27,20 @@ if TYPE_CHECKING:
 VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(8)}
 
 
+@pytest.fixture(params=["directory", pytest.param("pool", marks=pytest.mark.once)], autouse=True)
+def is_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the cache is a pool; see `cache_at`."""
+    is_so: bool = request.param == "pool"
+    monkeypatch.setenv("ZCACHE_TEST_POOL", "1" if is_so else "")
+    return is_so
+
+
 def source() -> StoreDouble:
     return StoreDouble(SyncDictStore(dict(VALUES)))
 
 
 def open_store(where: Path, behind: StoreDouble) -> CacheStore:
-    cache = LocalStore(where)
+    cache = cache_at(where)
     return CacheStore(behind, cache_store=cache, source_id="source", min_free_space=0)
 
 

@@ -16,6 +16,7 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+from pools import cache_at
 from zcache import CacheStore, IndexLockTimeout
 from zcache._runtime import threads
 from zcache.testing import StoreDouble, check_invariants
@@ -30,9 +31,17 @@ VALUE = cpu.Buffer.from_bytes(b"value")
 PROTOTYPE = default_buffer_prototype()
 
 
+@pytest.fixture(params=["directory", pytest.param("pool", marks=pytest.mark.once)], autouse=True)
+def is_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the cache is a pool; see `cache_at`."""
+    is_so: bool = request.param == "pool"
+    monkeypatch.setenv("ZCACHE_TEST_POOL", "1" if is_so else "")
+    return is_so
+
+
 def open_store(root: Path, source: Any = None, **options: Any) -> CacheStore:
     source = MemoryStore() if source is None else source
-    return CacheStore(source, cache_store=LocalStore(root), source_id="s", **options)
+    return CacheStore(source, cache_store=cache_at(root), source_id="s", **options)
 
 
 @contextlib.contextmanager
@@ -177,7 +186,8 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
         assert isinstance(in_time(lambda: asyncio.run(write)), IndexLockTimeout)
         assert source.take()["set"] == 0
     # It is opened as soon as the lock is free.
-    opening = store._cache.shared.handle._opening
+    handle: Any = store._cache.shared.handle
+    opening = getattr(handle, "_pool", handle)._opening
     assert opening is not None
     opening.result(GUARD)
     assert store.cache_info()["cached_keys"] == 1
@@ -188,6 +198,8 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
     assert read(store, "k") == b"new"
 
 
+# A pool is no source's.
+@pytest.mark.parametrize("is_pool", ["directory"], indirect=True)
 def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_path: Path) -> None:
     # Of a source without a name, whose values are removed first.
     store = CacheStore(MemoryStore({"k": VALUE}), cache_store=LocalStore(tmp_path))
