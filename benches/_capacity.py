@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,6 +40,7 @@ KEYS: dict[str, Callable[[int], str]] = {
 }
 _STEP = 64
 _AIM = 64.0
+_POOL_AIM = 72.0
 _SHORT = 31  # Characters of the keys that the aim was set for.
 
 
@@ -78,6 +81,26 @@ def memory(scale: Scale) -> list[Row]:
     return rows
 
 
+def pool_memory(scale: Scale) -> list[Row]:
+    """Bytes for each key of a pool of three sources: of memory, and of the files of its index."""
+    count = scale.of(10_000_000, 200_000)
+    rows = []
+    for name in ("era5", "resolved"):
+        mine = _child(name, "pool", count)
+        for what, note in (("bytes", "from RSS"), ("files", "blocks of the files of the index")):
+            rows.append(
+                Row(
+                    f"pool of 3 sources, {count:,} keys like {KEYS[name](count // 2)[:36]}",
+                    unit="B",
+                    zcache=mine[what],
+                    bare=mine["length"],
+                    aim=_POOL_AIM,
+                    note=f"by key, text included, {note}; bare: the key's own length",
+                )
+            )
+    return rows
+
+
 def _child(name: str, kind: str, count: int) -> dict[str, float]:
     code = f"import _capacity; _capacity.measure({name!r}, {kind!r}, {count})"
     done = subprocess.run(
@@ -93,7 +116,18 @@ def _child(name: str, kind: str, count: int) -> dict[str, float]:
 
 def measure(name: str, kind: str, count: int) -> None:
     """Grow an index in this process, and print what that took."""
-    held, enter = _enter_zcache() if kind == "zcache" else _enter_zarr()
+    with tempfile.TemporaryDirectory(dir="/var/tmp" if Path("/var/tmp").is_dir() else None) as path:
+        _measure(name, kind, count, path)
+
+
+def _measure(name: str, kind: str, count: int, path: str) -> None:
+    held, enter = (
+        _enter_pool(path)
+        if kind == "pool"
+        else _enter_zcache()
+        if kind == "zcache"
+        else _enter_zarr()
+    )
     key = KEYS[name]
     # Chunks are read in the order of some user, not in theirs.
     numbers = _permuted(count)
@@ -115,7 +149,14 @@ def measure(name: str, kind: str, count: int) -> None:
     after = _resident()
     if len(held) != count:
         raise RuntimeError(f"{len(held)} of {count} keys are held")
-    print(json.dumps({"bytes": (after - before) / count, "pause": pause, "length": length}))
+    files = sum(file.stat().st_blocks * 512 for file in Path(path).iterdir()) / count
+    found = {
+        "bytes": (after - before) / count,
+        "files": files,
+        "pause": pause,
+        "length": length,
+    }
+    print(json.dumps(found))
 
 
 def _enter_zcache() -> tuple[Any, Callable[[list[str]], object]]:
@@ -123,6 +164,23 @@ def _enter_zcache() -> tuple[Any, Callable[[list[str]], object]]:
 
     index = Index(flat_namespace=True)
     return index, lambda keys: index.adopt([(1, 8, key) for key in keys])
+
+
+def _enter_pool(path: str) -> tuple[Any, Callable[[list[str]], object]]:
+    """The steps of fills into a pool, by three sources in turn; only the values are not written."""
+    from zcache._core import Index
+
+    index, _ = Index.open(path, unit=4096, holes=True, flat_namespace=True)
+    index.finish_rebuild()
+    sources = itertools.cycle([index.within(f"{number:032x}", True) for number in range(3)])
+
+    def enter(keys: list[str]) -> None:
+        for key, source in zip(keys, sources, strict=False):
+            ticket = source.join(key, None, object(), 1.0, False)
+            granted = source.reserve(key, None, 100, ticket, 1.0)
+            source.commit(granted.reservation, 1, 1.0)
+
+    return index, enter
 
 
 def _enter_zarr() -> tuple[Any, Callable[[list[str]], object]]:

@@ -1,10 +1,9 @@
-"""A pool beside files: fills that evict, hits beside one pread, inodes, and opening."""
+"""A pool beside files: fills that evict, hits beside one pread, and inodes."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from _measure import Row, interleave
@@ -32,13 +31,13 @@ _SIZES = {4096: "4 KiB", 65536: "64 KiB", 1 << 20: "1 MiB"}
 _AIMS = {4096: 3.0, 65536: 1.3, 1 << 20: 1.15}
 
 
-def _pool(path: Path, **options: Any) -> Any:
+def pool_at(path: Path, **options: Any) -> Any:
     from zcache import CachePool
 
     return CachePool(path, **options)
 
 
-def _fill(store: Any, keys: list[str]) -> Work:
+def fill(store: Any, keys: list[str]) -> Work:
     slices = batches(keys, 64)
 
     async def work() -> int:
@@ -60,7 +59,9 @@ async def fills(scale: Scale) -> list[Row]:
             # Files take whole blocks, and values of a pool as well.
             bound = len(keys) // 2 * max(size, 4096)
             stores = {
-                "zcache": zcache_store(source, _pool(root / "pool"), max_size=bound, source_id="x"),
+                "zcache": zcache_store(
+                    source, pool_at(root / "pool"), max_size=bound, source_id="x"
+                ),
                 "bare": zcache_store(
                     source, local_store(root / "files"), max_size=bound, source_id="x"
                 ),
@@ -68,8 +69,8 @@ async def fills(scale: Scale) -> list[Row]:
             for store in stores.values():
                 # Until each fill evicts.
                 for _ in range(2):
-                    await _fill_all(store, keys)
-            works = {kind: _fill(store, keys) for kind, store in stores.items()}
+                    await fill_all(store, keys)
+            works = {kind: fill(store, keys) for kind, store in stores.items()}
             times = await interleave(works, scale.of(60, 15))
             note = "bare is the same into a LocalStore; 64 at once, until the last is in"
             rows.append(times.row(f"pool: fill that evicts, {name}", aim, note))
@@ -93,19 +94,19 @@ def _inodes_of_both(root: Path, count: int) -> Row:
     return Row(
         f"pool: inodes of {count:,} values",
         unit="",
-        zcache=_inodes(root / "pool"),
-        bare=_inodes(root / "files"),
+        zcache=inodes_below(root / "pool"),
+        bare=inodes_below(root / "files"),
         note="bare is a LocalStore",
     )
 
 
-async def _fill_all(store: Any, keys: list[str]) -> None:
+async def fill_all(store: Any, keys: list[str]) -> None:
     for start in range(0, len(keys), 256):
         await asyncio.gather(*[store.get(key, PROTOTYPE) for key in keys[start : start + 256]])
         await drained(store)
 
 
-def _inodes(folder: Path) -> int:
+def inodes_below(folder: Path) -> int:
     return sum(1 + len(names) for _, _, names in os.walk(folder))
 
 
@@ -118,13 +119,13 @@ async def hits(scale: Scale) -> list[Row]:
             keys = chunk_keys(step * scale.of(16, 4))
             source = memory_store(keys, size, distinct=16)
             stores = {
-                "zcache": zcache_store(source, _pool(root / f"pool-{size}"), source_id="x"),
+                "zcache": zcache_store(source, pool_at(root / f"pool-{size}"), source_id="x"),
                 "files": zcache_store(source, local_store(root / f"files-{size}"), source_id="x"),
             }
             for store in stores.values():
-                await _fill_all(store, keys)
+                await fill_all(store, keys)
                 await read_all(store, keys)
-            works = {kind: _read(store, keys, step) for kind, store in stores.items()}
+            works = {kind: reads(store, keys, step) for kind, store in stores.items()}
             path = root / f"bare-{size}"
             path.write_bytes(os.urandom(size) * len(keys))
             works["bare"] = _preads(path, len(keys), size, step)
@@ -140,7 +141,7 @@ async def hits(scale: Scale) -> list[Row]:
     return rows
 
 
-def _read(store: Any, keys: list[str], step: int) -> Work:
+def reads(store: Any, keys: list[str], step: int) -> Work:
     slices = batches(keys, step)
 
     async def work() -> int:
@@ -176,30 +177,6 @@ def _opens(folder: Path, keys: list[str], size: int, step: int) -> Work:
     return work
 
 
-async def opening(scale: Scale) -> list[Row]:
-    """Opening a pool with many entries, up to its first hit."""
-    with temporary_directory(scale) as root:
-        keys = chunk_keys(scale.of(200_000, 10_000))
-        source = memory_store(keys, 100, distinct=64)
-        store = zcache_store(source, _pool(root / "pool"), source_id="x")
-        await _fill_all(store, keys)
-        inodes = _inodes(root / "pool")
-        del store
-        seconds = []
-        for _ in range(scale.of(10, 3)):
-            begun = time.perf_counter()
-            store = zcache_store(source, _pool(root / "pool"), source_id="x")
-            await store.get(keys[0], PROTOTYPE)
-            seconds.append(time.perf_counter() - begun)
-            assert store.cache_stats()["hits"] == 1
-            del store
-        count = f"{len(keys):,}"
-        return [
-            Row(f"pool: opening with {count} entries, to the first hit", zcache=min(seconds)),
-            Row(f"pool: inodes of {count} values", unit="", zcache=inodes),
-        ]
-
-
 async def rows(scale: Scale) -> list[Row]:
     """All lines of this module."""
-    return [*await fills(scale), *await hits(scale), *await opening(scale)]
+    return [*await fills(scale), *await hits(scale)]
