@@ -507,10 +507,12 @@ def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[
         assert decoded(store, "hits") == found
         np.testing.assert_array_equal(array[:], np.arange(16))
         assert decoded(store, "size") == 32
-    # Other chunks take its place nevertheless.
-    for _ in range(2):
-        array[12:]
-    assert decoded(store, "hits") == 7
+    # Each chunk takes the place of others nevertheless.
+    for at in range(0, 16, 4):
+        array[at : at + 4]
+        found = decoded(store, "hits")
+        array[at : at + 4]
+        assert decoded(store, "hits") == found + 1
     check_decoded_quiet(store)
 
 
