@@ -22,6 +22,7 @@ from zarr.storage import LocalStore, MemoryStore
 from _measure import Row, interleave
 from _setup import PIPELINES, pipelines
 from zcache import CacheStore
+from zcache._decoded.outputs import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +102,15 @@ class _Nothing:
 
 
 class _Copies(_Nothing):
-    """A pipeline that copies from chunks in a dict: zarr's own part, and the copies."""
+    """A pipeline that copies from chunks in a dict: zarr's own part, and the copies.
 
-    def __init__(self, values: Any, chunks: tuple[int, int]) -> None:
+    With `outputs`, into memory that earlier outputs have left, as zcache does.
+    """
+
+    def __init__(
+        self, values: Any, chunks: tuple[int, int], outputs: Outputs | None = None
+    ) -> None:
+        self._outputs = outputs
         rows, columns = chunks
         self._chunks = {
             f"c/{i}/{j}": values[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].copy()
@@ -113,7 +120,7 @@ class _Copies(_Nothing):
 
     async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
         batch = list(batch_info)
-        target = out.as_numpy_array()
+        target = out.as_numpy_array() if self._outputs is None else self._outputs.renew(out)
         for getter, _, selection, place, _ in batch:
             target[place] = self._chunks[getter.path][selection]
         return await super().read(batch, out)
@@ -130,7 +137,12 @@ def _slices(scale: Scale, pipeline: str) -> Iterator[Row]:
     values = _values((4096, 4096))
     source = MemoryStore()
     _filled(source, values, chunks=chunks)
-    floor = {"zarr and the copies alone": _with_pipeline(source, _Copies(values, chunks))}
+    floor = {
+        "zarr and the copies alone": _with_pipeline(source, _Copies(values, chunks)),
+        "the same into memory used again": _with_pipeline(
+            source, _Copies(values, chunks, Outputs(2**31))
+        ),
+    }
     with _others(values, chunks) as more:
         arrays = {**_opened(source), **more}
         for array in arrays.values():
