@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -23,7 +23,7 @@ use zcache::disk::fill::{Ending, Fill, Report};
 use zcache::disk::ownership::SIGNATURE;
 use zcache::disk::queue::Fills;
 use zcache::key::ByteRange;
-use zcache::shared::Locked;
+use zcache::shared::{HeldLock, Locked};
 use zcache::shared::{SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
@@ -448,14 +448,13 @@ fn fills_of_two_participants_keep_one_bound() {
 fn fill_under_a_foreign_lock_is_busy_and_ends_later() {
     let dir = Dir::new("busy");
     let ticket = dir.join("a");
-    let lock = File::open(dir.at(".zcache/index/lock")).unwrap();
-    lock.lock().unwrap();
+    let lock = HeldLock::take(&dir.at(".zcache/index"), LONG).unwrap();
     let report = dir.result(dir.submit("a", ticket, data(10), 0));
     assert!(matches!(report.ending, Ending::Busy), "{report:?}");
     assert!(dir.fills.has_deferred());
     dir.fills.apply_deferred();
     assert!(dir.fills.has_deferred(), "the lock is still taken");
-    lock.unlock().unwrap();
+    assert!(lock.release());
     dir.fills.apply_deferred();
     assert!(!dir.fills.has_deferred());
     dir.check();
@@ -465,12 +464,16 @@ fn fill_under_a_foreign_lock_is_busy_and_ends_later() {
 #[test]
 fn fill_whose_commit_finds_a_foreign_lock_leaves_nothing() {
     let dir = Dir::new("busy-late");
-    let lock = Arc::new(File::open(dir.at(".zcache/index/lock")).unwrap());
-    let taken = Arc::clone(&lock);
-    let report = dir.fill_with("a", data_and(10, move || taken.lock().unwrap()));
+    let (held, root) = (Arc::new(OnceLock::new()), dir.at(".zcache/index"));
+    let holder = Arc::clone(&held);
+    let take = move || {
+        let lock = HeldLock::take(&root, LONG).unwrap();
+        assert!(holder.set(lock).is_ok());
+    };
+    let report = dir.fill_with("a", data_and(10, take));
     assert!(matches!(report.ending, Ending::Busy), "{report:?}");
     assert!(!dir.at("a").exists());
-    lock.unlock().unwrap();
+    assert!(held.get().unwrap().release());
     dir.fills.apply_deferred();
     assert_eq!(dir.size(), 0);
     dir.check();

@@ -46,7 +46,7 @@ const KEYS: [&str; 4] = [
 const MORE: [&str; 2] = ["b/c/0", "b/c/1"];
 const RANGE: ByteRange = ByteRange::Range { start: 10, end: 20 };
 /// Bytes of the header and the versions.
-const DIRECTORY_AT: usize = 96 * 1024;
+const DIRECTORY_AT: usize = 96 * 1024 + 8;
 const THEIRS: &str = "a/theirs";
 
 struct World {
@@ -347,7 +347,9 @@ fn snapshot(root: &Path) -> Snapshot {
     });
     Snapshot {
         values: values.collect(),
-        index: ["head", "table", "cells", "texts"].map(read).into(),
+        index: ["owner", "head", "table", "cells", "texts"]
+            .map(read)
+            .into(),
     }
 }
 
@@ -408,6 +410,11 @@ fn flip_all(name: &str) {
 #[test]
 fn cells_bit_flipped_in_use_serves_no_older_value_within_the_bound() {
     flip_all("cells");
+}
+
+#[test]
+fn owner_bit_flipped_in_use_serves_no_older_value_within_the_bound() {
+    flip_all("owner");
 }
 
 #[test]

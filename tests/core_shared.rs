@@ -17,7 +17,7 @@ use std::time::Duration;
 use zcache::cache::{Joined, Limits, RejectReason, Reserve, Verify};
 use zcache::error::Error;
 use zcache::key::ByteRange;
-use zcache::shared::{SharedIndex, StepError};
+use zcache::shared::{HeldLock, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
     max_size: 1000,
@@ -193,9 +193,8 @@ fn a_lock_that_is_gone_is_not_believed() {
         is_damaged(index.step(sleep, |cache| Ok(cache.len())));
         assert!(!index.restart(7).unwrap(), "the third one has the files");
     }
-    // All three lock the same file.
-    let lock = File::open(dir.0.join("lock")).unwrap();
-    lock.lock().unwrap();
+    // All three have the same lock.
+    let _held = HeldLock::take(&dir.0, Duration::from_secs(10)).unwrap();
     for index in [&mut one, &mut other, &mut third] {
         let answer = index.step(sleep, |cache| Ok(cache.len()));
         assert!(matches!(answer, Err(StepError::Busy)), "{answer:?}");

@@ -33,6 +33,7 @@ _NUMBERS: Final = {
         "fallocate": 285,
         "utimensat": 280,
         "flock": 73,
+        "fstat": 5,
         "link": 86,
         "linkat": 265,
         "unlink": 87,
@@ -60,6 +61,7 @@ _NUMBERS: Final = {
         "fallocate": 47,
         "utimensat": 88,
         "flock": 32,
+        "fstat": 80,
         "linkat": 37,
         "unlinkat": 35,
         "renameat": 38,
@@ -79,6 +81,8 @@ _OPTIONS: Final = (
 )  # Mark system calls, follow threads, die with us.
 _WALL: Final = 0x40000000
 _ENTRY: Final = 1
+OWNER: Final = 8
+"""Where the file `owner` of an index names the participant that is in a step."""
 
 
 class _Info(ctypes.Structure):
@@ -139,7 +143,6 @@ class Traced:
         self.at = ""
         self.holds_lock = False
         self._ended = False
-        self._under_way: dict[int, tuple[str, int, int]] = {}
         self.child = os.fork()
         if not self.child:
             self._be_child(work)
@@ -184,6 +187,7 @@ class Traced:
             if reason == signal.SIGTRAP | 0x80:
                 if self._is_the_one(thread):
                     self._settle()
+                    self.holds_lock = self._owns_index()
                     return None
             elif reason == signal.SIGSTOP and thread not in self._threads:
                 self._threads.add(thread)  # So does each thread begin.
@@ -197,15 +201,15 @@ class Traced:
         except ProcessLookupError:
             return False  # The end of the process has taken it.
         if info.op != _ENTRY:
-            self._note_end(thread, info)
             return False
         name = _NAMES.get(info.words[0], "")
         first, second, third = info.words[1], info.words[2], info.words[3]
-        self._under_way[thread] = (name, first, second)
         if not name:
             return False
         if name.startswith("open") and not (second if name == "open" else third) & os.O_CREAT:
             return False
+        if name == "fstat" and not self._path(first).endswith("/index/lock"):
+            return False  # Each step of an index does that while it holds the lock.
         if "write" in name and not self._path(first).startswith("/"):
             return False  # A pipe.
         self._left -= 1
@@ -213,25 +217,20 @@ class Traced:
             self.at = name
         return self._left == 0
 
-    def _note_end(self, thread: int, info: _Info) -> None:
-        name, file, how = self._under_way.pop(thread, ("", 0, 0))
-        if name == "flock" and not info.words[0] and self._path(file).endswith("/index/lock"):
-            self.holds_lock = not how & 8  # LOCK_UN
-
     def _settle(self) -> None:
-        """Wait until each other thread stands still: one of them may be taking the lock just now."""
+        """Wait until each other thread stands still: one of them may be in a step just now."""
         while True:
-            thread, status = os.waitpid(-1, _WALL | os.WNOHANG)
-            if thread:
-                if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP | 0x80:
-                    info = _Info()
-                    _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.byref(info))
-                    if info.op != _ENTRY:
-                        self._note_end(thread, info)
-            elif not any(map(_is_running, Path(f"/proc/{self.child}/task").glob("*/stat"))):
+            if os.waitpid(-1, _WALL | os.WNOHANG)[0]:
+                continue
+            if not any(map(_is_running, Path(f"/proc/{self.child}/task").glob("*/stat"))):
                 return
-            else:
-                time.sleep(0.001)
+            time.sleep(0.001)
+
+    def _owns_index(self) -> bool:
+        """Whether any thread of it is in a step of an index."""
+        files = Path(f"/proc/{self.child}/fd").glob("*")
+        owners = [file for file in files if self._path(int(file.name)).endswith("/index/owner")]
+        return any(file.read_bytes()[OWNER : OWNER + 8].strip(b"\0") for file in owners)
 
     def _path(self, file: int) -> str:
         try:

@@ -11,7 +11,7 @@ longer than a step takes, and `CorruptIndexError` if the index cannot be used; n
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, Literal, Self, TypeAlias, final
 
 __all__ = [
     "PENDING",
@@ -761,8 +761,31 @@ class Index:
     def reclaim_dead(self) -> tuple[list[int], bool]:
         """Take over from participants that have died: their slots, and whether a `restart` is due."""
 
-    def wait_unlocked(self) -> bool:
-        """Wait until no other process holds the lock of the index; False if that was not possible."""
+    def wait_unlocked(self) -> None:
+        """Wait until no other process that lives holds the lock of the index."""
+
+@final
+class HeldLock:
+    """The lock of the index of a directory, held as by a process that is stopped in the middle of a step.
+
+    Parameters
+    ----------
+    root : str
+        The folder of the index.
+    timeout : float, optional
+        Seconds to wait for the lock. Default is 1.
+
+    Raises
+    ------
+    IndexBusyError
+        If it is not free after `timeout`.
+    """
+
+    def __new__(cls, root: str, /, *, timeout: float = 1.0) -> Self: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_raised: object) -> None: ...
+    def release(self) -> bool:
+        """Release it; False where it was taken over meanwhile, or released before."""
 
 @final
 class FillResult:

@@ -62,14 +62,15 @@ pub(super) fn shared<R: Send>(
     }
 }
 
-/// Waits until the lock of the directory is free. False where it could not wait.
-pub(super) fn wait(backing: &Backing, py: Python<'_>) -> PyResult<bool> {
+/// Waits until the lock of the directory is free.
+pub(super) fn wait(backing: &Backing, py: Python<'_>) -> PyResult<()> {
     match backing {
-        Locked::Own(..) => Ok(true),
-        Locked::Shared(..) if backing.is_disowned() => Ok(true),
+        Locked::Own(..) => Ok(()),
+        Locked::Shared(..) if backing.is_disowned() => Ok(()),
         Locked::Shared(lock, _) => {
             let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
-            Ok(py.detach(wait))
+            py.detach(wait);
+            Ok(())
         }
     }
 }

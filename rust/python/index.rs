@@ -1145,7 +1145,7 @@ impl Index {
         shared(&self.backing, py, none, |directory| directory.reap())
     }
 
-    fn wait_unlocked(&self, py: Python<'_>) -> PyResult<bool> {
+    fn wait_unlocked(&self, py: Python<'_>) -> PyResult<()> {
         wait(&self.backing, py)
     }
 }

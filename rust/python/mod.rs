@@ -7,6 +7,7 @@ mod counters;
 mod errors;
 mod files;
 mod fill;
+mod held;
 mod index;
 mod memory;
 mod plan;
@@ -76,6 +77,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("PENDING", crate::disk::ownership::PENDING)?;
         module.add_class::<fill::DirectoryFills>()?;
         module.add_class::<fill::FillResult>()?;
+        module.add_class::<held::HeldLock>()?;
         module.add_class::<pool::SegmentFiles>()?;
         module.add_class::<pool::SegmentScan>()?;
         module.add_class::<pool::SegmentReader>()?;

@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const FORMAT: u32 = 15;
+const FORMAT: u32 = 16;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -64,8 +64,12 @@ pub(super) const CHECKED: std::ops::Range<usize> =
 
 /// Bytes before the versions.
 pub(super) const HEADER_LEN: usize = 32 * 1024;
+/// Where a number stands that shows that nothing before it was cut off.
+pub(super) const END_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
+/// The number; no other that is written is the same.
+pub(super) const END: u64 = MAGIC;
 /// Bytes before the hash table's directory.
-pub(super) const DIRECTORY_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
+pub(super) const DIRECTORY_AT: usize = END_AT + size_of::<u64>();
 const _: () = assert!(size_of::<FileHeader>() <= HEADER_LEN);
 
 #[repr(C, align(8))]

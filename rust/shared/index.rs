@@ -12,8 +12,7 @@ use std::time::Duration;
 use super::former::{Former, FormerValue};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
-use crate::arena::Storage;
-use crate::cache::{Cache, Flights, Limits, Peers, Tally};
+use crate::cache::{Cache, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
 
@@ -26,14 +25,10 @@ const YIELDS: u32 = 16;
 const RETRIES: u32 = 40;
 const PAUSE: Duration = Duration::from_micros(25);
 
-/// Time that the lock of new files is waited for which take the place of removed ones: all threads of
-/// this process wait as well.
-const REOPEN_PATIENCE: Duration = Duration::from_millis(4);
-
 /// An index in a directory.
 #[derive(Debug)]
 pub struct SharedIndex<T> {
-    cache: Cache<Mapped, T>,
+    pub(super) cache: Cache<Mapped, T>,
     /// What an index of an earlier boot has listed.
     former: Former,
 }
@@ -108,7 +103,7 @@ impl<T: Clone> SharedIndex<T> {
 
     /// The same; `writes` are announced before others can take a step, and bytes that are promised.
     #[allow(clippy::too_many_arguments)] // All that an index is opened with.
-    fn open_announcing(
+    pub(super) fn open_announcing(
         root: &Path,
         limits: Limits,
         seed: u64,
@@ -119,11 +114,32 @@ impl<T: Clone> SharedIndex<T> {
         writes: &[u64],
         promised: u64,
     ) -> Result<(Self, bool), OpenError> {
-        let (storage, mut fresh) = Mapped::open(root, limits.max_size, patience, with_places)?;
+        let (storage, fresh) = Mapped::open(root, limits.max_size, patience, with_places)?;
         let mut index = SharedIndex {
             cache: Cache::over(storage, limits),
             former: Former::default(),
         };
+        let begun = index.begin_announcing(fresh, seed, unit, (kind, minimise), writes, promised);
+        // Also of one that could not be opened.
+        let is_own = index.storage().end(begun.is_ok());
+        let fresh = begun?;
+        if !is_own {
+            return Err(OpenError::Busy);
+        }
+        Ok((index, fresh))
+    }
+
+    /// Sees to it that the index can be used, with the lock of its files held; whether it is new.
+    fn begin_announcing(
+        &mut self,
+        mut fresh: bool,
+        seed: u64,
+        unit: u64,
+        (kind, minimise): (PolicyKind, Minimise),
+        writes: &[u64],
+        promised: u64,
+    ) -> Result<bool, OpenError> {
+        let index = self;
         index.cache.choose_policy(kind, minimise);
         if index.storage().outdated {
             // What is damaged is no evidence.
@@ -149,8 +165,7 @@ impl<T: Clone> SharedIndex<T> {
         index.cache.announce(writes);
         index.cache.tell_promised(promised);
         index.cache.tell_absences();
-        index.storage().end(true);
-        Ok((index, fresh))
+        Ok(fresh)
     }
 
     fn prepare(&mut self, fresh: bool, seed: u64) -> Result<()> {
@@ -166,7 +181,7 @@ impl<T: Clone> SharedIndex<T> {
         Ok(())
     }
 
-    fn storage(&mut self) -> &mut Mapped {
+    pub(super) fn storage(&mut self) -> &mut Mapped {
         &mut self.cache.arena.storage
     }
 
@@ -181,28 +196,29 @@ impl<T: Clone> SharedIndex<T> {
         self.end(result)
     }
 
-    fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
+    pub(super) fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
         // Once it is known that another process keeps it, waiting again costs only time.
         let was_held = self.storage().is_held();
-        for attempt in 0..if was_held { 1 } else { YIELDS + RETRIES } {
-            match self.storage().try_lock() {
-                Ok(true) => {
-                    if was_held {
-                        self.storage().set_held(false);
-                    }
-                    return Ok(());
-                }
-                Ok(false) if was_held => break,
-                Ok(false) if attempt < YIELDS => std::thread::yield_now(),
-                Ok(false) => relax(PAUSE),
-                Err(_) => return Err(Error::Corrupt("lock: not available").into()),
+        for attempt in 0..if was_held { 0 } else { YIELDS + RETRIES } {
+            if self.storage().try_lock() {
+                return Ok(());
+            }
+            if attempt < YIELDS {
+                std::thread::yield_now();
+            } else {
+                relax(PAUSE);
             }
         }
-        self.storage().set_held(true);
-        Err(StepError::Busy)
+        let is_taken = self.storage().try_lock_or_take_over();
+        self.storage().set_held(!is_taken);
+        if is_taken {
+            Ok(())
+        } else {
+            Err(StepError::Busy)
+        }
     }
 
-    fn begin(&mut self) -> Result<()> {
+    pub(super) fn begin(&mut self) -> Result<()> {
         if self.storage().begin()? {
             self.cache.reset();
             self.cache.follow_policy();
@@ -213,116 +229,19 @@ impl<T: Clone> SharedIndex<T> {
         Ok(())
     }
 
-    fn end<R>(&mut self, result: Result<R>) -> Result<R, StepError> {
+    pub(super) fn end<R>(&mut self, result: Result<R>) -> Result<R, StepError> {
         let sound = !matches!(result, Err(Error::Corrupt(_))) && !self.storage().has_faulted();
         if sound {
             self.cache.tell_absences();
         }
-        self.storage().end(sound);
+        if !self.storage().end(sound) {
+            return Err(Error::Corrupt("lock: taken over by another participant").into());
+        }
         let result = result?;
         if self.storage().has_faulted() {
             return Err(Error::Corrupt("index file: a page that cannot be read or written").into());
         }
         Ok(result)
-    }
-
-    /// Empties an index that is damaged or left by its rebuild owner. True asks the caller to
-    /// rebuild it, as after [`SharedIndex::open`]; false says that another participant does.
-    ///
-    /// # Errors
-    /// [`StepError::Busy`] where another process holds the lock; else the index cannot be used.
-    pub fn restart(&mut self, seed: u64) -> Result<bool, StepError> {
-        if self.storage().are_removed() {
-            return self.reopen(seed);
-        }
-        self.lock(&mut |pause| std::thread::sleep(pause))?;
-        let result = self.restart_locked(seed);
-        self.end(result)
-    }
-
-    /// Comes back after a time in which this participant did without the index. Whether it is to be
-    /// rebuilt, as after [`SharedIndex::restart`]; and the flights, whose payloads are the caller's to
-    /// drop, also where it could not come back.
-    pub fn rejoin(&mut self, seed: u64) -> (Result<bool, StepError>, Flights<T>) {
-        let flights = self.cache.take_flights();
-        (self.rejoin_without_flights(seed), flights)
-    }
-
-    fn rejoin_without_flights(&mut self, seed: u64) -> Result<bool, StepError> {
-        let fresh = self.restart(seed)?;
-        if !fresh {
-            self.step(std::thread::sleep, |cache| {
-                cache.rejoin()?;
-                cache.arena.storage.register();
-                cache.announce(&[]);
-                Ok(())
-            })?;
-        }
-        Ok(fresh)
-    }
-
-    /// Opens new files in the place of those that were removed.
-    fn reopen(&mut self, seed: u64) -> Result<bool, StepError> {
-        let root = self.storage().root().to_owned();
-        let writes = self.cache.writes();
-        let (limits, unit) = (self.cache.limits(), self.cache.unit());
-        let with_places = self.storage().has_places();
-        let policy = self.cache.wanted_policy();
-        self.cache.reset();
-        let promised = self.cache.promised();
-        let opened = Self::open_announcing(
-            &root,
-            limits,
-            seed,
-            unit,
-            REOPEN_PATIENCE,
-            policy,
-            with_places,
-            &writes,
-            promised,
-        );
-        let (other, fresh) = opened.map_err(|error| match error {
-            OpenError::Busy => StepError::Busy,
-            _ => Error::Full.into(),
-        })?;
-        self.storage().replace(other.cache.arena.storage);
-        self.cache.follow_policy();
-        Ok(fresh)
-    }
-
-    fn restart_locked(&mut self, seed: u64) -> Result<bool> {
-        // Another participant may have been faster.
-        if self.begin().is_ok() && !self.storage().is_rebuild_abandoned() {
-            return Ok(false);
-        }
-        // The maps may reach beyond the files now; they are not looked into before the next step.
-        let reset = self.storage().reset();
-        reset.map_err(|_| Error::Corrupt("index file: cannot be emptied"))?;
-        self.cache.reset();
-        self.storage().register();
-        let writes = self.cache.writes();
-        self.cache.announce(&writes);
-        self.cache.init(seed)?;
-        self.cache.follow_policy();
-        Ok(true)
-    }
-
-    /// Takes over from participants that have died. Returns their slots, and whether the rebuild was
-    /// abandoned, so that [`SharedIndex::restart`] is due.
-    ///
-    /// # Errors
-    /// [`StepError::Failed`] where a file was removed by which participants find each other.
-    pub fn reap(&mut self) -> Result<(Vec<usize>, bool), StepError> {
-        if self.storage().are_removed() {
-            return Err(Error::Corrupt("index file: removed").into());
-        }
-        self.step(std::thread::sleep, |cache| {
-            let dead = cache.arena.storage.dead();
-            cache.reclaim_dead(&dead)?;
-            // A file system that refuses that makes no difference now.
-            let _ = cache.arena.storage.keep_young();
-            Ok((dead, cache.arena.storage.is_rebuild_abandoned()))
-        })
     }
 
     /// Whether others who open the directory find this index now. A step alone looks only from time to time.
@@ -377,17 +296,13 @@ impl<T: Clone> SharedIndex<T> {
         self.cache.arena.storage.locks()
     }
 
-    /// A call that waits for the lock without using this index; whether it could. Afterwards steps wait
-    /// for it again.
-    pub fn waiter(&self) -> impl Fn() -> bool + Send + 'static {
-        let path = self.cache.arena.storage.lock_path();
+    /// A call that waits for the lock without using this index. Afterwards steps wait for it again.
+    pub fn waiter(&self) -> impl Fn() + Send + 'static {
+        let wait = self.cache.arena.storage.waiter();
         let locks = self.locks();
         move || {
-            let waited = Mapped::wait(&path);
-            if waited {
-                locks.set_held(false);
-            }
-            waited
+            wait();
+            locks.set_held(false);
         }
     }
 

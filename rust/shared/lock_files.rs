@@ -6,18 +6,21 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 #[cfg(target_os = "linux")]
 use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fchmod, fstat, stat};
+use rustix::fs::{
+    FallocateFlags, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate, fchmod, fstat,
+    futimens, stat,
+};
 #[cfg(target_os = "linux")]
 use rustix::io::Errno;
 
 use super::header::PARTICIPANTS;
 
 /// Pause between two tries to take the lock while an index is opened: a few steps of others.
-const TRY_AGAIN: Duration = Duration::from_micros(100);
+pub(super) const TRY_AGAIN: Duration = Duration::from_micros(100);
 
 /// The descriptors that keep their locks alive in a forked child after its parent has died. Readable
 /// without the lock of the index, which a thread of the parent may have held at the fork.
@@ -179,12 +182,15 @@ fn keep_in_place(file: &File) {
     let _ = file;
 }
 
-/// Opens the lock file and takes the lock, within `patience`. The file that is locked is the one that
+/// Opens the lock file and locks it for sharing, within `patience`. The file that is locked is the one that
 /// others find.
-pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<File, OpenError> {
+///
+/// It stays locked as long as this participant lives, and keeps out those of a former format, which lock it exclusively
+/// around each of their steps.
+pub(super) fn open_and_share(path: &Path, patience: Duration) -> Result<File, OpenError> {
     loop {
         let lock = open(path)?;
-        lock_within(&lock, patience)?;
+        share_within(&lock, patience)?;
         // Somebody may have removed it meanwhile, and others may lock another one.
         if is_at(&lock, path) {
             return Ok(lock);
@@ -244,11 +250,10 @@ pub(super) fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
     }
 }
 
-/// Takes the lock, within `patience`.
-fn lock_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
+fn share_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
     let begun = Instant::now();
     loop {
-        match lock.try_lock() {
+        match lock.try_lock_shared() {
             Ok(()) => return Ok(()),
             Err(TryLockError::Error(error)) => return Err(error.into()),
             Err(TryLockError::WouldBlock) if begun.elapsed() >= patience => {
@@ -277,4 +282,35 @@ pub(super) fn is_alive(root: &Path, n: usize) -> bool {
     // A slot counts as taken where its file cannot be opened, or was removed while its owner works.
     let file = open_existing(&slot_file(root, n));
     file.map_or(true, |file| file.try_lock().is_err())
+}
+
+/// Whether the participant that had this slot is dead, as far as its file tells: one without a file is found by none.
+pub(super) fn is_gone(root: &Path, n: usize) -> bool {
+    match open_existing(&slot_file(root, n)) {
+        Ok(file) => file.try_lock().is_ok(),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+/// Gives a file another modification time.
+pub(super) fn touch(file: &File) -> io::Result<()> {
+    let before = file.metadata()?.modified()?;
+    // Another user's can be set to the time of now only, and that ticks slowly.
+    for _ in 0..100 {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_NOW,
+        };
+        let times = Timestamps {
+            last_access: now,
+            last_modification: now,
+        };
+        file.set_modified(SystemTime::now())
+            .or_else(|_| futimens(file, &times).map_err(io::Error::from))?;
+        if file.metadata()?.modified()? != before {
+            return Ok(());
+        }
+        std::thread::sleep(TRY_AGAIN);
+    }
+    Ok(())
 }

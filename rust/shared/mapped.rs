@@ -2,15 +2,15 @@
 //!
 //! Five files (a pool has a sixth, `places`), because each grows by itself: `head` (format, header, participants,
 //! versions, and the hash table's directory at its end), `table` (slots), `cells`, `texts` (strings) and `history`
-//! (of the eviction policy). One more, `lock`, is locked around each step, and one `p<n>` for each participant is
-//! locked as long as that
-//! participant lives. The kernel releases both kinds of lock when their holder dies.
+//! (of the eviction policy). One more, `owner`, has the lock that is held around each step (`lock_word`), and one `p<n>`
+//! for each participant is locked as long as that participant lives: the kernel releases it when its holder dies. The
+//! time of `lock` is set by those who change the source without the index.
 //!
 //! Nothing in the files is trusted. Each step checks the format, the lengths, the checksum of the
 //! header and the dirty mark; the numbers inside are checked as they are used. What does not fit
 //! means that the index is discarded and rebuilt from a scan of the directory.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,11 +19,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, Stat, fstat, renameat, unlinkat};
 
 use super::guard::Map;
-use super::header::{CHECKED, DIRECTORY_AT, FileHeader, HEADER_LEN, boot, new_generation};
-use super::lock_files::{
-    Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_lock,
-    open_existing, open_folder, take_slot, unshare, unsuitable,
+use super::header::{
+    CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, boot, new_generation,
 };
+use super::lock_files::{
+    Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_share,
+    open_existing, open_folder, take_slot, touch, unshare, unsuitable,
+};
+use super::lock_word::LockWord;
 use super::places_file::PlacesFile;
 use super::sample_file::SampleFile;
 use crate::arena::{Cell, Header, Storage};
@@ -34,6 +37,9 @@ use crate::error::{Error, Result};
 pub struct Mapped {
     pub(super) root: PathBuf,
     lock: File,
+    word: Arc<LockWord>,
+    /// Times that the files were replaced, as of those that are open.
+    replaced: u64,
     pub(super) files: [File; FILES.len()],
     pub(super) maps: [Map; FILES.len()],
     /// Of the index of a pool.
@@ -49,8 +55,8 @@ pub struct Mapped {
     locks: Arc<Locks>,
     /// When it was last seen that the files are where others look for them.
     looked: Instant,
-    /// When it was last seen that they are as long as they have to be.
-    looked_at_files: Instant,
+    /// When it was last seen that they are as long as they have to be; `None` where the next step looks.
+    looked_at_files: Option<Instant>,
     pub(super) sample: SampleFile,
 }
 
@@ -83,9 +89,38 @@ impl Mapped {
         {
             return Err(OpenError::Unsuitable(name));
         }
-        let lock = open_and_lock(&root.join("lock"), patience)?;
+        let begun = Instant::now();
+        let left = || patience.saturating_sub(begun.elapsed());
+        loop {
+            let lock = open_and_share(&root.join("lock"), left())?;
+            let (own_slot, alive) = take_slot(root)?;
+            let word = Arc::new(LockWord::open(root, own_slot)?);
+            word.lock_within(left())?;
+            // They may have been removed meanwhile, and others use other ones.
+            if word.is_in_place() && !word.is_lost() && is_at(&lock, &root.join("lock")) {
+                let kept = Arc::clone(&word);
+                let opened =
+                    Mapped::open_locked(root, bound, with_places, lock, word, own_slot, alive);
+                if opened.is_err() {
+                    kept.release();
+                }
+                return opened;
+            }
+            word.release();
+        }
+    }
+
+    fn open_locked(
+        root: &Path,
+        bound: u64,
+        with_places: bool,
+        lock: File,
+        word: Arc<LockWord>,
+        own_slot: usize,
+        alive: File,
+    ) -> Result<(Self, bool), OpenError> {
         let files = each(FILES.map(|name| open(&root.join(name))))?;
-        let mut emptied = false;
+        let mut emptied = word.is_new() || word.is_suspect();
         for file in &files {
             if is_hollow(file)? {
                 // To allocate all of it would fill the volume.
@@ -116,11 +151,13 @@ impl Mapped {
             emptied |= is_empty;
             places = Some(file);
         }
-        let (own_slot, alive) = take_slot(root)?;
         let maps = each(files.each_ref().map(Map::new))?;
+        let replaced = word.replaced();
         let mut mapped = Mapped {
             root: root.to_owned(),
             lock,
+            word,
+            replaced,
             files,
             maps,
             places,
@@ -131,7 +168,7 @@ impl Mapped {
             alive,
             locks: Arc::default(),
             looked: Instant::now(),
-            looked_at_files: Instant::now(),
+            looked_at_files: None,
             sample: SampleFile::open(root, new_generation()),
         };
         mapped.locks.set([&mapped.lock, &mapped.alive]);
@@ -139,6 +176,7 @@ impl Mapped {
         let header = mapped.file_header();
         let clean = !emptied
             && header.is_plausible()
+            && mapped.is_whole()
             && header.dirty == 0
             && header.check == mapped.checksum()
             && with_places == (header.header.value_header != 0);
@@ -147,9 +185,8 @@ impl Mapped {
             && this_boot
             // A rebuild goes on unless its owner has died; the owner with our slot has.
             && owner.is_none_or(|n| n != own_slot && is_alive(root, n))
-            && mapped.remap(None, true).is_ok();
-        mapped.outdated =
-            clean && !this_boot && owner.is_none() && mapped.remap(None, true).is_ok();
+            && mapped.remap(true).is_ok();
+        mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(true).is_ok();
         if !sound && !mapped.outdated {
             mapped.reset()?;
         }
@@ -171,6 +208,12 @@ impl Mapped {
     pub fn reset(&mut self) -> io::Result<()> {
         let others = self.living();
         let policy = self.file_header().header.policy;
+        // Until all of them are replaced.
+        self.word.set_suspect(true);
+        if self.word.is_new() {
+            // Participants that have another one look for its place then.
+            touch(&self.lock)?;
+        }
         // A participant that died in a step may have been changing it.
         self.sample.check(new_generation());
         let made = self.make_files().or_else(|_| {
@@ -193,6 +236,7 @@ impl Mapped {
         self.maps = maps;
         self.files = files;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
+        self.slice_mut(HEAD, END_AT, 1).fill(END);
         // Of those who live on.
         let kept = &mut self.file_header_mut().header.policy;
         (kept.kind, kept.minimise) = (policy.kind, policy.minimise);
@@ -208,6 +252,10 @@ impl Mapped {
         if self.places.is_some() {
             PlacesFile::publish(&self.root)?;
         }
+        self.word.count_replacement();
+        self.replaced = self.word.replaced();
+        self.word.set_known();
+        self.word.set_suspect(false);
         Ok(())
     }
 
@@ -243,48 +291,41 @@ impl Mapped {
         }
         self.maps = maps;
         self.files = files;
+        self.replaced = self.word.replaced();
         Ok(())
     }
 
     /// Takes the lock if it is free.
-    pub fn try_lock(&self) -> io::Result<bool> {
-        if self.locks.are_disabled() {
-            return Ok(false);
-        }
-        match self.lock.try_lock() {
-            Ok(()) => Ok(true),
-            Err(TryLockError::WouldBlock) => Ok(false),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
+    #[must_use]
+    pub fn try_lock(&self) -> bool {
+        !self.locks.are_disabled() && self.word.try_lock()
     }
 
-    /// Waits until the lock is free, after a step has found it taken. True also where the file is gone:
-    /// the next step finds out. False where it could not wait, because of a signal or for want of a
-    /// descriptor.
+    /// The same; over from its owner, if that is dead.
     #[must_use]
-    pub fn wait(path: &Path) -> bool {
-        // Through a file of its own: the lock belongs to the open file, which others may use now.
-        match File::open(path) {
-            // Unlocked explicitly: a child that was forked meanwhile has the file open as well.
-            Ok(file) if file.lock().is_ok() => {
-                drop(file.unlock());
-                true
-            }
-            Ok(_) => false,
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
-        }
+    pub fn try_lock_or_take_over(&self) -> bool {
+        !self.locks.are_disabled() && self.word.try_lock_or_take_over()
+    }
+
+    /// A call that waits until the lock is free, after a step has found it taken, or until the next step finds that the
+    /// file is gone.
+    pub fn waiter(&self) -> impl Fn() + Send + 'static {
+        let word = Arc::clone(&self.word);
+        move || word.wait()
     }
 
     /// Whether others who open the index would find another lock or take this participant for dead:
     /// then neither side sees what the other one does.
     #[must_use]
     pub fn are_removed(&self) -> bool {
-        fstat(&self.alive).is_ok_and(|status| status.st_nlink == 0) || !self.is_in_place()
+        self.word.is_lost() || !self.is_in_place()
     }
 
-    /// Whether the lock is still what others find under its name.
+    /// Whether all is still what others find under its name.
     fn is_in_place(&self) -> bool {
-        is_at(&self.lock, &self.lock_path())
+        is_at(&self.lock, &self.root.join("lock"))
+            && self.word.is_in_place()
+            && fstat(&self.alive).is_ok_and(|status| status.st_nlink != 0)
     }
 
     /// Checks that others who open the cache store find these files.
@@ -306,7 +347,7 @@ impl Mapped {
         }
         let places = self.places.iter().map(PlacesFile::file);
         let files = self.files.iter().chain(places);
-        for file in files.chain([&self.lock, &self.alive]) {
+        for file in files.chain([&self.lock, &self.alive, self.word.file()]) {
             file.set_modified(now)?;
         }
         // Not a mark of somebody else.
@@ -345,55 +386,52 @@ impl Mapped {
         &self.root
     }
 
-    /// The file that is locked around each step.
-    #[must_use]
-    pub fn lock_path(&self) -> PathBuf {
-        self.root.join("lock")
-    }
-
     /// Checks the files after the lock was taken; an error means that they cannot be used. Returns
     /// whether the index was emptied, or this participant reclaimed, meanwhile.
     pub fn begin(&mut self) -> Result<bool> {
-        let guard = fstat(&self.lock).map_err(|_| NOT_MAPPED)?;
-        let alive = fstat(&self.alive).map_err(|_| NOT_MAPPED)?;
         // Others would lock another file than this one, or take this participant for dead.
-        if guard.st_nlink == 0 || alive.st_nlink == 0 {
+        if self.word.is_lost() {
             return Err(REMOVED);
         }
-        if self.looked.elapsed() >= LOOK_EVERY {
+        let lock = fstat(&self.lock).map_err(|_| NOT_MAPPED)?;
+        if lock.st_nlink == 0 {
+            return Err(REMOVED);
+        }
+        let now = Instant::now();
+        // It is also set where files are made anew beside some that may be in use.
+        let is_marked = self.file_header().mark != mark(&lock);
+        if is_marked || now.duration_since(self.looked) >= LOOK_EVERY {
             self.require_place()?;
         }
-        let mut status = fstat(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
-        if status.st_nlink == 0 {
+        if self.word.replaced() != self.replaced {
             // Another participant has emptied the index.
             self.require_place()?;
             self.reopen_files().map_err(|_| REMOVED)?;
-            status = fstat(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
         }
         if self.has_faulted() {
             return Err(NOT_MAPPED);
         }
-        let len = status.st_size as u64;
-        if len < DIRECTORY_AT as u64 {
-            return Err(Error::Corrupt("header: truncated"));
-        }
-        if len != self.maps[HEAD].len() as u64 {
-            self.maps[HEAD] = Map::new(&self.files[HEAD]).map_err(|_| NOT_MAPPED)?;
+        if self.word.is_suspect() {
+            return Err(DIED);
         }
         let header = self.file_header();
         if !header.is_plausible() {
             return Err(Error::Corrupt("header: not of this format"));
         }
         if header.dirty != 0 {
-            return Err(Error::Corrupt("dirty mark: a participant died in a step"));
+            return Err(DIED);
         }
         if header.check != self.checksum() {
             return Err(Error::Corrupt("header: wrong checksum"));
         }
-        let looks = self.looked_at_files.elapsed() >= LOOK_EVERY;
-        self.remap(Some(len), looks)?;
+        if !self.is_whole() {
+            return Err(Error::Corrupt("header: truncated"));
+        }
+        let looked = self.looked_at_files;
+        let looks = looked.is_none_or(|looked| now.duration_since(looked) >= LOOK_EVERY);
+        self.remap(looks)?;
         if looks {
-            self.looked_at_files = Instant::now();
+            self.looked_at_files = Some(now);
         }
         let own_slot = self.own_slot;
         let header = self.file_header_mut();
@@ -404,11 +442,21 @@ impl Mapped {
             .is_none_or(|p| p.live == 0);
         header.dirty = own_slot as u32 + 1;
         // Somebody who cannot use the index has changed the source.
-        if header.mark != mark(&guard) {
-            header.mark = mark(&guard);
+        if header.mark != mark(&lock) {
+            header.mark = mark(&lock);
             header.epoch = header.epoch.wrapping_add(1);
         }
         Ok(reclaimed || self.file_header().generation != self.generation)
+    }
+
+    /// Has the next step look at the files, whenever that was done last.
+    pub(super) fn look_at_files(&mut self) {
+        self.looked_at_files = None;
+    }
+
+    /// Whether nothing of the header file was cut off: no system call tells.
+    fn is_whole(&self) -> bool {
+        self.slice::<u64>(HEAD, END_AT, 1) == [END]
     }
 
     /// Whether a page of the files could not be had; what was found in its place is not theirs.
@@ -417,27 +465,27 @@ impl Mapped {
             || self.places.as_ref().is_some_and(PlacesFile::has_faulted)
     }
 
-    /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark.
-    pub fn end(&mut self, sound: bool) {
+    /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark. False where the lock
+    /// was taken over from this participant meanwhile.
+    #[must_use]
+    pub fn end(&mut self, sound: bool) -> bool {
         if sound {
             let check = self.checksum();
             let header = self.file_header_mut();
             header.check = check;
             header.dirty = 0;
         }
-        // A lock that cannot be released here is released when the file is closed.
-        let _ = self.lock.unlock();
+        self.word.release()
     }
 
     fn checksum(&self) -> u32 {
         crc32c::crc32c(self.maps[HEAD].get(CHECKED).unwrap_or_default())
     }
 
-    /// Maps as much of the files as is in use. The length of the header file is passed where it is
-    /// known: the system call is a good part of the cost of a step. So only now and then (`looks`) it is seen
-    /// whether others have cut off or removed files that are mapped far enough; what is missing of them ends the step
+    /// Maps as much of the files as is in use. Only now and then (`looks`) it is seen whether others have cut off or
+    /// removed files that are mapped far enough, for that takes system calls; what is missing of them ends the step
     /// that asks for it (`guard`).
-    fn remap(&mut self, head_len: Option<u64>, looks: bool) -> Result<()> {
+    fn remap(&mut self, looks: bool) -> Result<()> {
         let header = self.file_header();
         let wanted = [
             DIRECTORY_AT as u64 + header.directory.saturating_mul(4),
@@ -446,24 +494,17 @@ impl Mapped {
             header.strings.saturating_mul(4),
             header.history.saturating_mul(8),
         ];
-        let known = [head_len, None, None, None, None];
-        let parts = self.files.iter().zip(&mut self.maps).zip(wanted).zip(known);
-        for (n, (((file, map_of), wanted), known)) in parts.enumerate() {
+        let parts = self.files.iter().zip(&mut self.maps).zip(wanted);
+        for (n, ((file, map_of), wanted)) in parts.enumerate() {
             // Most indexes have no history; and one that is too short is caught where it is used.
-            let is_looked_at = n == HEAD || looks && n != HISTORY;
-            if !is_looked_at && wanted <= map_of.len() as u64 {
+            if !(looks && n != HISTORY) && wanted <= map_of.len() as u64 {
                 continue;
             }
-            let len = match known {
-                Some(len) => len,
-                None => {
-                    let status = fstat(file).map_err(|_| NOT_MAPPED)?;
-                    if status.st_nlink == 0 {
-                        return Err(REMOVED);
-                    }
-                    status.st_size as u64
-                }
-            };
+            let status = fstat(file).map_err(|_| NOT_MAPPED)?;
+            if status.st_nlink == 0 {
+                return Err(REMOVED);
+            }
+            let len = status.st_size as u64;
             if len < wanted {
                 return Err(Error::Corrupt("index file: truncated"));
             }
@@ -543,6 +584,7 @@ fn mark(lock: &Stat) -> [i64; 2] {
 }
 
 const REMOVED: Error = Error::Corrupt("index file: removed");
+const DIED: Error = Error::Corrupt("dirty mark: a participant died in a step");
 const NOT_MAPPED: Error = Error::Corrupt("index file: cannot be mapped");
 
 impl Storage for Mapped {

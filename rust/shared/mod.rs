@@ -4,17 +4,21 @@
 mod former;
 mod guard;
 mod header;
+mod held;
 mod index;
 mod lock_files;
+mod lock_word;
 mod locked;
 mod mapped;
 mod neighbours;
 mod participants;
 mod places_file;
+mod recovery;
 mod sample_file;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;
+pub use self::held::HeldLock;
 pub use self::index::{SharedIndex, StepError};
 pub use self::lock_files::{Locks, OpenError};
 pub use self::locked::Locked;

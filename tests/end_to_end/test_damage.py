@@ -395,7 +395,7 @@ async def test_index_file_replaced_by_a_foreign_one_is_rebuilt(
 async def test_index_files_replaced_by_directories_the_source_serves(
     where: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("head", "lock"):
+    for name in ("head", "lock", "owner"):
         path = where / "cache" / INDEX / name
         path.unlink()
         path.mkdir()

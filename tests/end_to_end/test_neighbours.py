@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, check_quiet, drained, quiet, read
 from zcache import CacheStore
+from zcache.testing import hold_index_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,28 +132,21 @@ print(asyncio.run(read_all(open_store())))
     assert [w.communicate(timeout=LONGEST)[0].strip() for w in workers] == [str(MINE)] * 3
 
 
-def taken(where: Path) -> int:
-    lock = os.open(where / "cache/.zcache/index/lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
 def test_fork_while_a_thread_waits_for_the_lock_keeps_no_lock(tmp_path: Path) -> None:
     """What the child has inherited keeps no other process out."""
     make_source(tmp_path)
     store = open_store(tmp_path)
     assert asyncio.run(read(store, "k0")) == b"k0"
-    lock = taken(tmp_path)
+    lock = hold_index_lock(tmp_path / "cache")
     writer = threading.Thread(target=lambda: asyncio.run(store.set("k1", buf(b"new"))))
     writer.start()
-    time.sleep(0.2)  # Until it waits in the kernel, which cannot be seen from here.
+    time.sleep(0.2)  # Until it waits, which cannot be seen from here.
     child = os.fork()
     if child == 0:
-        os.close(lock)
         signal.pause()
         os._exit(0)
     try:
-        os.close(lock)
+        assert lock.release()
         writer.join(LONGEST)
         assert not writer.is_alive()
         assert asyncio.run(read(store, "k1")) == b"new"
@@ -178,7 +171,7 @@ print(asyncio.run(read_all(store)))
     assert other.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["p0", "lock"])
+@pytest.mark.parametrize("name", ["p0", "lock", "owner"])
 async def test_index_file_removed_all_go_on_together(
     tmp_path: Path, name: str, others: list[subprocess.Popen[str]]
 ) -> None:
@@ -236,13 +229,13 @@ async def test_lock_held_while_a_value_is_read_the_reader_has_it(tmp_path: Path,
     source = LockingStore(tmp_path / "source")
     store = open_store(tmp_path, source, max_size=10)
     assert await read(store, "k1") == b"k1"
-    locks: list[int] = []
-    source.takes = lambda: locks.append(taken(tmp_path))
+    locks: list[Any] = []
+    source.takes = lambda: locks.append(hold_index_lock(tmp_path / "cache"))
     expected = None if key == "missing" else key.encode()
     assert await asyncio.wait_for(read(store, key), LONGEST) == expected
     assert await asyncio.wait_for(store.exists("k1"), LONGEST)
     assert await asyncio.wait_for(store.getsize("k1"), LONGEST) == 2
-    os.close(locks.pop())
+    assert locks.pop().release()
     assert await read(store, key) == expected
     await store.set("k1", buf(b"new"))
     assert await all_of(store) == [MINE[0], b"new", *MINE[2:]]
@@ -254,8 +247,8 @@ async def test_fills_waiting_for_the_lock_take_no_thread_from_others(tmp_path: P
     make_source(tmp_path)
     source = LockingStore(tmp_path / "source")
     store = open_store(tmp_path, source)
-    locks: list[int] = []
-    source.takes = lambda: locks.append(taken(tmp_path))
+    locks: list[Any] = []
+    source.takes = lambda: locks.append(hold_index_lock(tmp_path / "cache"))
     found = await asyncio.gather(*(read(store, key) for key in KEYS))
     assert found == MINE
     # A directory of its own; its writes take threads.
@@ -265,7 +258,7 @@ async def test_fills_waiting_for_the_lock_take_no_thread_from_others(tmp_path: P
     writes = [other.set(f"{key}-{number}", buf(b"1")) for key in KEYS for number in range(2)]
     await asyncio.wait_for(asyncio.gather(*writes), LONGEST)
     assert await other.drain(timeout=LONGEST)
-    os.close(locks.pop())
+    assert locks.pop().release()
     await quiet(store)
     assert await all_of(store) == MINE
     await check_quiet(store)

@@ -23,7 +23,7 @@ from crashes import LoggingStore, play, reads_of, size_at_one_instant
 from pools import cache_at
 from support import buf, check_quiet, check_quiet_sync, fill, read, read_through, until, write
 from zcache import CacheStore, IndexLockTimeout
-from zcache.testing import StoreDouble, entries, index_slot, missing_keys
+from zcache.testing import StoreDouble, entries, hold_index_lock, index_slot, missing_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -357,8 +357,7 @@ async def test_lock_held_elsewhere_reads_go_to_the_source_and_the_loop_goes_on(
     """A process that is stopped in the middle of a step holds up reads and writes for a second."""
     store = open_store(tmp_path)
     await write(store, "a", b"1")
-    lock = os.open(tmp_path / "cache/.zcache/index/lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = hold_index_lock(tmp_path / "cache")
     readers = [asyncio.create_task(read(store, key)) for key in ("a", "b")]
     writers = [
         asyncio.create_task(store.set("c", buf(b"3"))),
@@ -379,7 +378,7 @@ async def test_lock_held_elsewhere_reads_go_to_the_source_and_the_loop_goes_on(
     assert turns > 10
     assert [reader.result() for reader in readers] == [b"1", None]
     assert reads_of(tmp_path / "source").count("a") >= 1
-    os.close(lock)
+    assert lock.release()
     outcomes = await asyncio.gather(*writers, return_exceptions=True)
     assert all(one is None or isinstance(one, IndexLockTimeout) for one in outcomes)
     assert await read(store, "c") == (b"3" if outcomes[0] is None else None)
@@ -394,11 +393,10 @@ async def test_lock_taken_while_the_source_answers_delays_no_reader(tmp_path: Pa
     gate = source.block("get", times=1)
     reader = asyncio.create_task(read(store, "a"))
     await gate.entered_async()
-    lock = os.open(tmp_path / "cache/.zcache/index/lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = hold_index_lock(tmp_path / "cache")
     gate.release()
     assert await reader == b"1"
-    os.close(lock)
+    assert lock.release()
     await store.drain()
     assert store.cache_info()["cached_keys"] == 1
     await check_quiet(store)
@@ -411,13 +409,12 @@ async def test_lock_held_for_long_fill_goes_uncached_and_nothing_is_left(tmp_pat
     gate = source.block("get", times=1)
     reader = asyncio.create_task(read(store, "a"))
     await gate.entered_async()
-    lock = os.open(tmp_path / "cache/.zcache/index/lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = hold_index_lock(tmp_path / "cache")
     gate.release()
     assert await reader == b"1"
     # The job waits for a second, and ends though the lock is still held.
     assert await store.drain()
-    os.close(lock)
+    assert lock.release()
     assert await read_through(store, "a") == b"1"
     assert await read(store, "a") == b"1"
     assert source.calls["get"] == 2

@@ -362,16 +362,15 @@ def test_who_asks_for_the_policy_of_another_process_is_not_told(tmp_path: Path) 
 
 
 HOLDER = """
-    import fcntl, sys
-    from pathlib import Path
+    import sys
     from zarr.storage import MemoryStore
     from zcache import CachePool, CacheStore
+    from zcache.testing import hold_index_lock
 
     store = CacheStore(
         MemoryStore(), cache_store=sys.argv[1], source_id="source", eviction="adaptive"
     )
-    with Path(sys.argv[1], ".zcache/index/lock").open("r+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_index_lock(sys.argv[1]):
         print("holds", flush=True)
         sys.stdin.readline()
     print("let go", flush=True)

@@ -13,7 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CacheStore
 from zcache.exceptions import IndexLockTimeout, OptionTypeError, SyncNotSupportedError
-from zcache.testing import FakeClock, StoreDouble, entries, missing_keys
+from zcache.testing import FakeClock, StoreDouble, entries, hold_index_lock, missing_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,10 +208,8 @@ async def test_control_where_the_lock_is_held_says_so(
     source: StoreDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = await filled(source, LocalStore(tmp_path / "cache"))
-    import fcntl
 
-    with (tmp_path / "cache" / ".zcache" / "index" / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_index_lock(tmp_path / "cache"):
         with pytest.raises(IndexLockTimeout):
             store.is_cached("g/a")
         with pytest.raises(IndexLockTimeout):

@@ -398,8 +398,7 @@ class IndexHandle:
             elif isinstance(error, CorruptIndexError):
                 (self.recover or self.abandon)(error)
             else:
-                while not self.index.wait_unlocked():
-                    time.sleep(_RETRY)  # No descriptor to wait with, say.
+                self.index.wait_unlocked()
         except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
             self.abandon(failure)
         finally:

@@ -8,6 +8,7 @@ internals of zcache change.
 - `entries`, `recency`, `missing_keys`, `in_flight`, `is_complete` and `index_slot` show what the index says; `source_of` and
   `cache_store_of` give the two stores behind a `CacheStore`.
 - `record_steps` records what a store asks its index.
+- `hold_index_lock` keeps the index of a cache directory from all others, as a process does that is stopped.
 - `FakeClock` is a clock that a test sets, for ``CacheStore(..., clock=clock)``.
 - `StoreDouble` stands in front of a store, counts what reaches it, and lets it fail, be slow, be held up
   or never answer.
@@ -36,6 +37,7 @@ from zcache.testing._invariants import (
     check_invariants_async,
     stored_sizes,
 )
+from zcache.testing._locks import hold_index_lock
 from zcache.testing._plan import Gate, Request
 from zcache.testing._views import (
     Entry,
@@ -67,6 +69,7 @@ __all__ = [
     "check_invariants",
     "check_invariants_async",
     "entries",
+    "hold_index_lock",
     "in_flight",
     "index_slot",
     "is_complete",

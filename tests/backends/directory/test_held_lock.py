@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,10 +17,11 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+from directories import complete
 from pools import cache_at
 from zcache import CacheStore, IndexLockTimeout
 from zcache._runtime import threads
-from zcache.testing import StoreDouble, check_invariants
+from zcache.testing import StoreDouble, check_invariants, hold_index_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,9 +47,9 @@ def open_store(root: Path, source: Any = None, **options: Any) -> CacheStore:
 
 
 @contextlib.contextmanager
-def held(root: Path, name: str = "index/lock") -> Iterator[None]:
-    """Hold a lock as a process does that is stopped: through a file of its own."""
-    file = os.open(root / ".zcache" / name, os.O_RDWR | os.O_CREAT)
+def taking_over(root: Path) -> Iterator[None]:
+    """Hold the lock of one that takes the directory over: through a file of its own."""
+    file = os.open(root / ".zcache/take-over", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -95,7 +97,7 @@ def test_every_public_method_answers_while_the_lock_is_held(tmp_path: Path) -> N
     store = open_store(tmp_path, source)
     assert read(store, "k") == b"value"
     store.drain_sync()
-    with held(tmp_path):
+    with hold_index_lock(tmp_path):
         assert "current_size=unknown" in in_time(lambda: repr(store))
         assert in_time(store.cache_stats)["misses"] == 1
         assert isinstance(in_time(store.cache_info), IndexLockTimeout)
@@ -131,7 +133,7 @@ def test_a_write_whose_end_cannot_be_told_returns_and_stays_coherent(tmp_path: P
             gate = source.block("set")
             task = asyncio.ensure_future(store.set("k", cpu.Buffer.from_bytes(b"new")))
             await gate.entered_async()
-            stack.enter_context(held(tmp_path))
+            stack.enter_context(hold_index_lock(tmp_path))
             gate.release()
             await asyncio.wait_for(task, GUARD)
 
@@ -146,7 +148,7 @@ def test_reads_cost_no_wait_once_one_has_found_the_lock_held(tmp_path: Path) -> 
     store = open_store(tmp_path, MemoryStore({str(n): VALUE for n in range(500)}))
 
     async def reads() -> None:
-        with held(tmp_path):
+        with hold_index_lock(tmp_path):
             await store.get("0", PROTOTYPE)  # Finds out.
             # One after the other: each would wait for a second else.
             for n in range(500):
@@ -175,7 +177,7 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
 ) -> None:
     leave_warm(tmp_path)
     source = StoreDouble(MemoryStore({"k": VALUE}))
-    with held(tmp_path):
+    with hold_index_lock(tmp_path):
         store = in_time(lambda: open_store(tmp_path, source, max_size=1000))
         assert "is not open yet" in caplog.text
         assert "unknown" in in_time(lambda: repr(store))
@@ -207,7 +209,7 @@ def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_p
     store.drain_sync()
     del store
     gc.collect()
-    with held(tmp_path, "take-over"):
+    with taking_over(tmp_path):
         other = in_time(lambda: open_store(tmp_path, MemoryStore({"k": VALUE})))
         assert in_time(lambda: read(other, "k")) == b"value"
     opening = other._cache.shared.handle._opening
@@ -219,17 +221,18 @@ def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_p
 
 
 FORKED = """
-import asyncio, fcntl, os, sys
+import asyncio, os, sys
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 from zcache import CacheStore
+from zcache.testing import hold_index_lock
 root = sys.argv[1]
 source = MemoryStore({"k": cpu.Buffer.from_bytes(b"value")})
 store = CacheStore(source, cache_store=LocalStore(root), source_id="s")
 asyncio.run(store.get("k", default_buffer_prototype()))
 store.drain_sync()
-file = os.open(root + "/.zcache/index/lock", os.O_RDWR)
-fcntl.flock(file, fcntl.LOCK_EX)
+held = hold_index_lock(root)
+held.__enter__()
 child = os.fork()
 if child == 0:
     async def main():
@@ -271,7 +274,7 @@ def test_no_thread_to_wait_with_reaches_no_reader_and_no_writer_hangs(
             assert value is not None
 
     async def main() -> None:
-        with held(tmp_path):
+        with hold_index_lock(tmp_path):
             await asyncio.wait_for(reads(200), GUARD)
             with pytest.raises(IndexLockTimeout):
                 await asyncio.wait_for(store.set("k", VALUE), GUARD)
@@ -296,7 +299,7 @@ def test_a_step_that_nobody_waits_for_is_taken_later_without_a_thread(
         gate = source.block("set")
         task = asyncio.ensure_future(store.set("k", VALUE))
         await gate.entered_async()
-        with held(tmp_path):
+        with hold_index_lock(tmp_path):
             gate.release()
             await asyncio.wait_for(task, GUARD)
         await store.get("k", PROTOTYPE)
@@ -321,3 +324,113 @@ def test_a_first_opener_without_threads_leaves_a_directory_that_caches(
     assert read(store, "k") == b"value"
     store.drain_sync()
     assert store.cache_info()["cached_keys"] == 1
+
+
+HOLDER = """
+import signal, sys
+from zcache.testing import hold_index_lock
+held = hold_index_lock(sys.argv[1])
+print("holds", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts a process that holds the lock of the directory, and ends it with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_an_owner_that_is_stopped_keeps_the_lock_until_it_is_killed(
+    tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]
+) -> None:
+    source = StoreDouble(MemoryStore({"k": VALUE}))
+    store = open_store(tmp_path, source)
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+    process = holder()
+    process.send_signal(signal.SIGSTOP)
+    source.take()
+    assert in_time(lambda: read(store, "k")) == b"value"
+    assert source.take()["get"] == 1
+    write = store.set("k", cpu.Buffer.from_bytes(b"new"))
+    assert isinstance(in_time(lambda: asyncio.run(write)), IndexLockTimeout)
+    assert source.take()["set"] == 0
+    process.kill()
+    process.wait(GUARD)
+    # It has died inside a step, so the index is made anew; the value is found by that.
+    asyncio.run(complete(store))
+    assert read(store, "k") == b"value"
+    assert source.take()["get"] == 0
+    asyncio.run(store.set("k", cpu.Buffer.from_bytes(b"new")))
+    assert read(store, "k") == b"new"
+    store.drain_sync()
+    check_invariants(store)
+
+
+def test_an_owner_that_dies_before_anyone_asks_costs_no_wait(
+    tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]
+) -> None:
+    source = MemoryStore({"k": VALUE})
+    store, other = open_store(tmp_path, source), open_store(tmp_path, source)
+    for _ in range(3):
+        process = holder()
+        process.kill()
+        process.wait(GUARD)
+        asyncio.run(store.set("k", VALUE))
+        assert read(other, "k") == b"value"
+    store.drain_sync()
+    check_invariants(store)
+
+
+def test_forks_in_the_middle_of_steps_leave_the_lock_to_the_parent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever thread is in a step then: the child neither releases its lock nor keeps it."""
+    source = MemoryStore({str(n): VALUE for n in range(8)})
+    store = open_store(tmp_path, source)
+    ends = threading.Event()
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        while not ends.is_set():
+            if read(store, str(number)) != b"value":
+                wrong.append(number)
+            asyncio.run(store.set(str(number), VALUE))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    code = int(read(store, "7") != b"value")
+                    del store
+                    gc.collect()
+                os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join(GUARD)
+    assert not wrong
+    store.drain_sync()
+    check_invariants(store)
+    # No step has found that another had its lock.
+    assert not caplog.records

@@ -73,7 +73,9 @@ async def test_anything_in_place_of_a_value(tmp_path: Path, kind: str, verify: s
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long"])
-@pytest.mark.parametrize("name", ["stamp.json", "index/head", "index/cells", "index/lock"])
+@pytest.mark.parametrize(
+    "name", ["stamp.json", "index/head", "index/cells", "index/lock", "index/owner"]
+)
 async def test_anything_in_place_of_a_part(tmp_path: Path, kind: str, name: str) -> None:
     await warmed(tmp_path)
     path = tmp_path / ".zcache" / name

@@ -198,6 +198,7 @@ PARTS = [
     "index/stamp.json",
     "index/head",
     "index/lock",
+    "index/owner",
     "index",
     "tmp",
     "ranges",

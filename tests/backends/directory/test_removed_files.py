@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zcache import CacheStore
 
-PARTS = ["lock", "head", "table", "cells", "texts", "p0", "p1"]
+PARTS = ["lock", "owner", "head", "table", "cells", "texts", "p0", "p1"]
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_file_of_the_index_is_removed_in_use(where: Path, part: str) -> None:
     assert largest <= processes.max_size
 
 
-@pytest.mark.parametrize("part", ["head", "table", "cells", "texts"])
+@pytest.mark.parametrize("part", ["owner", "head", "table", "cells", "texts"])
 def test_a_file_of_the_index_is_truncated_in_use(where: Path, part: str) -> None:
     """No process ends by the signal for a page that a mapped file has not any more."""
     processes = Storm(where, 2.0, 8000)
