@@ -942,6 +942,37 @@ class SegmentReader:
     """
 
     def __new__(cls, index: Index, files: SegmentFiles, /) -> SegmentReader: ...
+    @staticmethod
+    def on_the_spot(
+        index: Index,
+        files: SegmentFiles,
+        begins: Callable[[int], bool],
+        note_cold: Callable[[], object],
+        largest: int,
+        /,
+    ) -> SegmentReader:
+        """A reader that has its `lookup` read values of at most `largest` bytes.
+
+        Parameters
+        ----------
+        begins : callable
+            Counts bytes that are read now, or were since the last time, unless they are too many: then it
+            returns False.
+        note_cold : callable
+            Hears of each value that is not in memory.
+        """
+
+    def lookup(
+        self,
+        key: str,
+        raw: _Range = None,
+        now: float = 0.0,
+        max_age: float | None = None,
+        missing: _AbsenceAges | None = None,
+        /,
+    ) -> Any:
+        """As `Index.lookup`; of a full value that is in memory, and needs no check, an array with its bytes."""
+
     def read(
         self, name: str, into: Any, total: int, start: int, size: int, waits: bool, /
     ) -> bool | None:

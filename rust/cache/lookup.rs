@@ -96,6 +96,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fresh: impl Into<Freshness>,
         sampled: bool,
     ) -> Option<Option<u64>> {
+        let hit = self.hit_cell(key, fresh, sampled)?;
+        Some(hit.map(|(_, size)| size))
+    }
+
+    /// The same; tells the cell of the entry as well.
+    #[inline]
+    pub fn hit_cell(
+        &mut self,
+        key: &str,
+        fresh: impl Into<Freshness>,
+        sampled: bool,
+    ) -> Option<Option<(u32, u64)>> {
         let fresh = fresh.into();
         let (found, hash) = self.arena.find_chunk(key)?;
         let Some(i) = found else {
@@ -120,7 +132,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if sampled {
             self.sample_hit(hash, size);
         }
-        Some(Some(size))
+        Some(Some((i, size)))
     }
 
     /// Finds an entry that holds what is asked for, touches it, and counts a hit or a miss.

@@ -29,7 +29,9 @@ use super::pool::{FoundPlace, SegmentScan, Source, place_name};
 use super::reservation::{Abandoned, Committed, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
-use crate::cache::{Answer, BATCH, Cache, Cursor, Decode, Joined, LiveEntry, Peers, Tally};
+use crate::cache::{
+    Answer, BATCH, Cache, Cursor, Decode, Found, Freshness, Joined, LiveEntry, Peers, Tally,
+};
 use crate::error::Error;
 use crate::key::ByteRange;
 use crate::shared::SharedIndex;
@@ -46,6 +48,15 @@ pub(super) struct Index {
     sampled: bool,
     /// Of a pool: whose keys these are.
     pub(super) source: Option<Arc<Source>>,
+}
+
+/// What a look-up has found.
+pub(super) struct Looked {
+    pub(super) answer: Answer<Found>,
+    /// Whether the bytes have to be compared with their checksum.
+    pub(super) verify: bool,
+    /// Where the bytes are, in a pool.
+    pub(super) place: Option<FoundPlace>,
 }
 
 impl Index {
@@ -106,8 +117,72 @@ impl Index {
         }
     }
 
+    /// Looks up; `key` is that of the index.
+    pub(super) fn look(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        span: ByteRange,
+        fresh: Freshness,
+        missing: Option<RawAges>,
+    ) -> PyResult<Looked> {
+        step!(self, py, |cache| {
+            self.enter(cache);
+            let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            if self.sampled {
+                match answer {
+                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
+                    Answer::Unknown => cache.sample(key, span, None, fresh),
+                    Answer::Absent | Answer::PerhapsAbsent => {}
+                }
+            }
+            let (verify, place) = match answer {
+                Answer::Found(found) => (
+                    cache.must_verify(found.handle),
+                    FoundPlace::of(cache, found.handle as u32)?,
+                ),
+                _ => (false, None),
+            };
+            Ok(Looked {
+                answer,
+                verify,
+                place,
+            })
+        })
+    }
+
+    /// Counts what was found, and tells of it; `key` is that of the source.
+    pub(super) fn tell<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        span: ByteRange,
+        looked: &Looked,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match &looked.answer {
+            Answer::Found(found) => {
+                self.count(true);
+                if let Some(source) = &self.source {
+                    source.remember(key, found.range, looked.place);
+                }
+                hit(py, key, span, found, looked.verify).map(Some)
+            }
+            Answer::Unknown => {
+                self.count(false);
+                Ok(None)
+            }
+            Answer::Absent => {
+                if let Some(counters) = &self.counters {
+                    counters.get().count_negative();
+                }
+                absent(py).map(Some)
+            }
+            Answer::PerhapsAbsent => absent(py).map(Some),
+        }
+    }
+
     #[inline]
-    fn count(&self, hit: bool) {
+    pub(super) fn count(&self, hit: bool) {
         if let Some(counters) = &self.counters {
             counters.get().count(hit);
         }
@@ -310,45 +385,8 @@ impl Index {
             }
         }
         let span = span(raw)?;
-        let (answer, verify, place) = step!(self, py, |cache| {
-            self.enter(cache);
-            let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
-            if self.sampled {
-                match answer {
-                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
-                    Answer::Unknown => cache.sample(key, span, None, fresh),
-                    Answer::Absent | Answer::PerhapsAbsent => {}
-                }
-            }
-            Ok(match answer {
-                Answer::Found(found) => (
-                    answer,
-                    cache.must_verify(found.handle),
-                    FoundPlace::of(cache, found.handle as u32)?,
-                ),
-                _ => (answer, false, None),
-            })
-        })?;
-        match answer {
-            Answer::Found(found) => {
-                self.count(true);
-                if let Some(source) = &self.source {
-                    source.remember(own, found.range, place);
-                }
-                hit(py, own, span, &found, verify).map(Some)
-            }
-            Answer::Unknown => {
-                self.count(false);
-                Ok(None)
-            }
-            Answer::Absent => {
-                if let Some(counters) = &self.counters {
-                    counters.get().count_negative();
-                }
-                absent(py).map(Some)
-            }
-            Answer::PerhapsAbsent => absent(py).map(Some),
-        }
+        let looked = self.look(py, key, span, fresh, missing)?;
+        self.tell(py, own, span, &looked)
     }
 
     #[pyo3(signature = (key, raw, now, max_age=None, missing=None, /))]

@@ -14,6 +14,7 @@ mod plan;
 mod pool;
 mod reservation;
 mod sampling;
+mod segment_reader;
 mod simulation;
 
 use pyo3::prelude::*;
@@ -80,7 +81,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_class::<held::HeldLock>()?;
         module.add_class::<pool::SegmentFiles>()?;
         module.add_class::<pool::SegmentScan>()?;
-        module.add_class::<pool::SegmentReader>()?;
+        module.add_class::<segment_reader::SegmentReader>()?;
         module.add_function(wrap_pyfunction!(fill::end_calls, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_cached, module)?)?;
         module.add_function(wrap_pyfunction!(files::tells_residency, module)?)?;

@@ -3,19 +3,15 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 
-use super::backing::{Flight, step};
-use super::errors::{exception, os_error, poisoned};
-use super::index::Index;
+use super::backing::Flight;
+use super::errors::{exception, os_error};
 use crate::cache::{Cache, Peers, Placed};
-use crate::disk::segments::{self, Found, Got};
-use crate::error::{Error, Result};
+use crate::disk::segments::{self, Found};
+use crate::error::Result;
 use crate::key::ByteRange;
-use crate::shared::Locked;
 
 /// One source of a pool: its keys are below a folder of their own in the index.
 #[derive(Debug)]
@@ -36,9 +32,9 @@ struct Last {
 /// An entry, and where its bytes are.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FoundPlace {
-    cell: u32,
-    word: u64,
-    placed: Placed,
+    pub(super) cell: u32,
+    pub(super) word: u64,
+    pub(super) placed: Placed,
 }
 
 impl FoundPlace {
@@ -83,7 +79,7 @@ impl Source {
         *last = Some(Last { name, place });
     }
 
-    fn recall(&self, name: &str) -> Option<FoundPlace> {
+    pub(super) fn recall(&self, name: &str) -> Option<FoundPlace> {
         let last = self.last();
         let last = last.as_ref().filter(|last| last.name == name);
         last.map(|last| last.place)
@@ -231,130 +227,5 @@ impl SegmentScan {
     fn size(&self) -> u64 {
         let sizes = |found: &Found| found.values.iter().map(|value| value.placed.size).sum();
         sizes(&self.found())
-    }
-}
-
-/// See the stub.
-#[pyclass(frozen, module = "zcache._core")]
-pub(super) struct SegmentReader {
-    index: Py<Index>,
-    files: Arc<segments::SegmentFiles>,
-}
-
-impl SegmentReader {
-    /// Where the value of this name is.
-    fn find(&self, py: Python<'_>, name: &str, anew: bool) -> PyResult<Option<FoundPlace>> {
-        let index = self.index.get();
-        if !anew && let Some(found) = index.source.as_ref().and_then(|source| source.recall(name)) {
-            return Ok(Some(found));
-        }
-        let Some((key, range)) = ByteRange::parse(name) else {
-            return Ok(None);
-        };
-        let key = &*index.whole(key);
-        let found = step!(index, py, |cache| cache.find_placed(key, range))?;
-        Ok(found.map(|(cell, word, placed)| FoundPlace { cell, word, placed }))
-    }
-
-    /// Whether the entry is still the same, so that what was read is its value.
-    fn is_still(&self, py: Python<'_>, found: &FoundPlace) -> PyResult<bool> {
-        let index = self.index.get();
-        match &*index.backing {
-            _ if index.backing.is_disowned() => Ok(false),
-            Locked::Own(lock, _) => {
-                let cache = lock.lock_py_attached(py).map_err(poisoned)?;
-                Ok(cache.is_still(found.cell, found.word))
-            }
-            Locked::Shared(lock, _) => {
-                let index = lock.lock_py_attached(py).map_err(poisoned)?;
-                Ok(index.cache().is_still(found.cell, found.word))
-            }
-        }
-    }
-
-    fn name_in_header(&self, name: &str) -> Option<String> {
-        let index = self.index.get();
-        let (key, range) = ByteRange::parse(name)?;
-        Some(range.cache_key(&index.whole(key)))
-    }
-}
-
-/// Bytes from which on other threads may run while they are read.
-const DETACH_FROM: usize = 64 * 1024;
-
-#[pymethods]
-impl SegmentReader {
-    #[new]
-    #[pyo3(signature = (index, files, /))]
-    fn new(index: Py<Index>, files: &SegmentFiles) -> Self {
-        SegmentReader {
-            index,
-            files: files.files(),
-        }
-    }
-
-    /// Reads into a buffer what a value of `total` bytes has from `start` on. False where that would have to wait;
-    /// `None` where there is no such value.
-    #[pyo3(signature = (name, into, total, start, size, waits, /))]
-    #[allow(unsafe_code)]
-    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
-    #[allow(clippy::too_many_arguments)] // All that a read is about, for one call.
-    fn read(
-        &self,
-        py: Python<'_>,
-        name: &str,
-        into: PyBuffer<u8>,
-        total: u64,
-        start: u64,
-        size: usize,
-        waits: bool,
-    ) -> PyResult<Option<bool>> {
-        if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
-            return Err(PyBufferError::new_err("no room for the bytes"));
-        }
-        let Some(in_header) = self.name_in_header(name) else {
-            return Ok(None);
-        };
-        if start.checked_add(size as u64).is_none_or(|end| end > total) {
-            return Ok(None);
-        }
-        // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
-        // Once more where it was moved meanwhile.
-        for anew in [false, true] {
-            let Some(found) = self.find(py, name, anew)? else {
-                return Ok(None);
-            };
-            if found.placed.size != total {
-                continue;
-            }
-            let mut read = || {
-                let files = &self.files;
-                files.read(found.placed, &in_header, start, bytes, waits)
-            };
-            let got = if waits || size >= DETACH_FROM {
-                py.detach(read)
-            } else {
-                read()
-            };
-            match got.map_err(os_error)? {
-                Got::Bytes if self.is_still(py, &found)? => return Ok(Some(true)),
-                Got::NotNow => return Ok(Some(false)),
-                Got::Bytes | Got::Nothing => {}
-            }
-        }
-        Ok(None)
-    }
-
-    /// Length and CRC32C that stand before a value.
-    #[pyo3(signature = (name, /))]
-    fn recorded(&self, py: Python<'_>, name: &str) -> PyResult<Option<(u64, u32)>> {
-        let Some(found) = self.find(py, name, true)? else {
-            return Ok(None);
-        };
-        let in_header = self.name_in_header(name);
-        let header = py.detach(|| self.files.header(found.placed));
-        let header = header.filter(|header| Some(&header.name) == in_header.as_ref());
-        Ok(header.map(|header| (header.placed.size, header.checksum)))
     }
 }

@@ -16,7 +16,7 @@ from zcache._core import Index, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
-from zcache._runtime.buffers import freeze, snapshot
+from zcache._runtime.buffers import Array, freeze, snapshot, to_buffer
 from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import IndexLockTimeout
 
@@ -76,7 +76,9 @@ class Hits:
 
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
-        self._lookup = index.view(self._reads, self._sampling).lookup
+        view = index.view(self._reads, self._sampling)
+        self._look_up_alone = view.lookup
+        self._look_up = self.backend.lookup_in(view)
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
@@ -124,17 +126,21 @@ class Hits:
             Else what the index has found: None for a miss, `ABSENT` for a key that the source does not
             have, `BUSY` where it is not known yet.
         """
+        reads_fail = self.breaker.reads_fail
+        look_up = self._look_up_alone if reads_fail else self._look_up
         try:
             if self._ageless:
                 # More arguments take a tenth longer, and so does the clock.
-                hit = self._lookup(key) if byte_range is None else self._lookup(key, byte_range)
+                hit = look_up(key) if byte_range is None else look_up(key, byte_range)
             else:
                 age_of = self._age_of
                 max_age = self._max_age if age_of is None else age_of(key)
-                hit = self._lookup(key, byte_range, self.now(), max_age)
+                hit = look_up(key, byte_range, self.now(), max_age)
+            if hit.__class__ is Array:
+                return to_buffer(hit, prototype), len(hit)
             if hit is ABSENT:
                 # Perhaps: most keys have no absence, and need no time to be found.
-                hit = self._lookup(
+                hit = self._look_up_alone(
                     key, byte_range, self.now(), self.ages.of(key), self.missing_ages(key)
                 )
                 if hit is ABSENT:
@@ -144,7 +150,7 @@ class Hits:
         except UnicodeEncodeError:
             self._reads.count_miss()
             return None, None
-        if hit is None or (try_read := self._try_read) is None or self.breaker.reads_fail:
+        if hit is None or (try_read := self._try_read) is None or reads_fail:
             return None, hit
         if hit.__class__ is int:
             return try_read(key, prototype, hit, 0, hit), hit

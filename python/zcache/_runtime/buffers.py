@@ -15,7 +15,7 @@ _ONE_BY_ONE: Final = (1,)
 _new: Final[Any] = object.__new__
 # Every read and fill looks these up; in a module of another package that takes twice as long.
 _Cpu: Final = cpu.Buffer
-_Array: Final = np.ndarray
+Array: Final = np.ndarray
 
 
 def to_cpu_buffer(data: bytes) -> Buffer:
@@ -45,7 +45,7 @@ def array_of(value: Buffer) -> Any:
     if value.__class__ is _Cpu:
         # Most often it is one already, and needs no conversion; it may be of another library.
         array: Any = value._data
-        if type(array) is _Array:
+        if type(array) is Array:
             return array
     return value.as_numpy_array()
 
@@ -81,7 +81,7 @@ def freeze(value: Buffer) -> tuple[bytes, Buffer | None]:
     """The same, and a buffer over them like this one, if what this one shows cannot be changed."""
     array = array_of(value)
     base: object = array.base
-    if type(base) is _Array:  # What a store in memory gives out is a view of what it holds.
+    if type(base) is Array:  # What a store in memory gives out is a view of what it holds.
         base = base.base
     if type(base) is bytes and len(base) == array.nbytes and array.strides == _ONE_BY_ONE:
         # It shows all of them, in their order.

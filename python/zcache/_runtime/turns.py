@@ -184,6 +184,10 @@ class ReadTurns(_Turn):
             return False
         return True
 
+    def goes_on(self, size: int) -> bool:
+        """The same, where this turn is not closed either."""
+        return not self.is_closed and self.begins(size)
+
     def is_over(self, size: int) -> bool:
         """Whether so many bytes are too many for this turn."""
         loop = asyncio._get_running_loop()

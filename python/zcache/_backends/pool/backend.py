@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from zcache._runtime.buffers import to_buffer
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from zarr.core.buffer import Buffer, BufferPrototype
 
@@ -48,6 +48,9 @@ class PoolBackend(DirectoryBackend):
         """Read what the index of now finds."""
         source = self._source
         self._segments = self._pages.use(source.handle.view, source.files)
+
+    def lookup_in(self, index: Index) -> Callable[..., Any]:
+        return self._pages.lookup_in(index, self._source.files)
 
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from zcache._core import CorruptIndexError, IndexBusyError, SegmentReader
 from zcache._runtime.buffers import to_buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._core import Index, SegmentFiles
@@ -27,6 +29,12 @@ class PagesInMemory(PageCacheReader):
         """Read what this index finds, from these segments."""
         self._segments = SegmentReader(index, files)
         return self._segments
+
+    def lookup_in(self, index: Index, files: SegmentFiles) -> Callable[..., Any]:
+        """What looks a key up in a view of the index, and reads its value where that is in memory."""
+        turn = self._turn
+        reader = SegmentReader.on_the_spot(index, files, turn.goes_on, turn.note_cold, LARGEST)
+        return reader.lookup
 
     def __call__(
         self,

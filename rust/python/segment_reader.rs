@@ -1,0 +1,274 @@
+//! Values of a pool on their way into arrays of Python: looked up, read, and compared.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyBufferError;
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+
+use super::backing::step;
+use super::convert::{RawAges, RawSpan, fresh, span};
+use super::errors::{os_error, poisoned};
+use super::index::Index;
+use super::pool::{FoundPlace, SegmentFiles};
+use crate::cache::Answer;
+use crate::disk::segments::{self, Got};
+use crate::error::{Error, Result};
+use crate::key::ByteRange;
+use crate::shared::Locked;
+
+/// See the stub.
+#[pyclass(frozen, module = "zcache._core")]
+pub(super) struct SegmentReader {
+    index: Py<Index>,
+    files: Arc<segments::SegmentFiles>,
+    on_the_spot: Option<OnTheSpot>,
+}
+
+/// How values are read where they are looked up.
+struct OnTheSpot {
+    /// Counts bytes; says whether so many may be read now.
+    begins: Py<PyAny>,
+    /// Hears of values that are not in memory.
+    note_cold: Py<PyAny>,
+    /// `numpy.empty`, and the type of bytes.
+    empty: Py<PyAny>,
+    byte: Py<PyAny>,
+    largest: u64,
+    /// Bytes that were read since `begins` was asked.
+    uncounted: AtomicU64,
+}
+
+/// Bytes of reads that are counted together, for that takes longer than to read a page, ...
+const COUNTED: u64 = 256 * 1024;
+/// ... and those that each read counts for at least.
+const LEAST: u64 = 8 * 1024;
+
+impl OnTheSpot {
+    fn may_begin(&self, py: Python<'_>, size: u64) -> PyResult<bool> {
+        if size == 0 || size > self.largest {
+            return Ok(false);
+        }
+        let uncounted = self.uncounted.load(Ordering::Relaxed) + size.max(LEAST);
+        // Of several threads some may go uncounted.
+        if uncounted < COUNTED {
+            self.uncounted.store(uncounted, Ordering::Relaxed);
+            return Ok(true);
+        }
+        let begins = self.begins.call1(py, (uncounted,))?.is_truthy(py)?;
+        // Asked again at once, where it does not.
+        let rest = if begins { 0 } else { COUNTED };
+        self.uncounted.store(rest, Ordering::Relaxed);
+        Ok(begins)
+    }
+
+    fn is_cold(&self, py: Python<'_>) -> PyResult<()> {
+        self.uncounted.store(COUNTED, Ordering::Relaxed);
+        self.note_cold.call0(py).map(drop)
+    }
+}
+
+impl SegmentReader {
+    /// Where the value of this name is.
+    fn find(&self, py: Python<'_>, name: &str, anew: bool) -> PyResult<Option<FoundPlace>> {
+        let index = self.index.get();
+        if !anew && let Some(found) = index.source.as_ref().and_then(|source| source.recall(name)) {
+            return Ok(Some(found));
+        }
+        let Some((key, range)) = ByteRange::parse(name) else {
+            return Ok(None);
+        };
+        let key = &*index.whole(key);
+        let found = step!(index, py, |cache| cache.find_placed(key, range))?;
+        Ok(found.map(|(cell, word, placed)| FoundPlace { cell, word, placed }))
+    }
+
+    /// Whether the entry is still the same, so that what was read is its value.
+    fn is_still(&self, py: Python<'_>, found: &FoundPlace) -> PyResult<bool> {
+        let index = self.index.get();
+        match &*index.backing {
+            _ if index.backing.is_disowned() => Ok(false),
+            Locked::Own(lock, _) => {
+                let cache = lock.lock_py_attached(py).map_err(poisoned)?;
+                Ok(cache.is_still(found.cell, found.word))
+            }
+            Locked::Shared(lock, _) => {
+                let index = lock.lock_py_attached(py).map_err(poisoned)?;
+                Ok(index.cache().is_still(found.cell, found.word))
+            }
+        }
+    }
+
+    /// Reads a full value; `None` where it is not in memory, or there is something else by now.
+    #[allow(unsafe_code)]
+    fn read_on_the_spot<'py>(
+        &self,
+        py: Python<'py>,
+        on_the_spot: &OnTheSpot,
+        key: &str,
+        found: &FoundPlace,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Ok(size) = usize::try_from(found.placed.size) else {
+            return Ok(None);
+        };
+        let array = on_the_spot.empty.bind(py).call1((size, &on_the_spot.byte))?;
+        let buffer = PyBuffer::<u8>::get(&array)?;
+        if buffer.readonly() || !buffer.is_c_contiguous() || buffer.len_bytes() != size {
+            return Err(PyBufferError::new_err("no room for the bytes"));
+        }
+        // SAFETY: The buffer has this many bytes, keeps them where they are, and was made for this call.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.buf_ptr().cast::<u8>(), size) };
+        let mut read = || self.files.read(found.placed, key, 0, bytes, false);
+        let got = if size >= DETACH_FROM {
+            py.detach(read)
+        } else {
+            read()
+        };
+        match got {
+            Ok(Got::Bytes) if self.is_still(py, found)? => Ok(Some(array)),
+            Ok(Got::NotNow) => on_the_spot.is_cold(py).map(|()| None),
+            // What it is will be seen where it can be waited for.
+            Ok(Got::Bytes | Got::Nothing) | Err(_) => Ok(None),
+        }
+    }
+
+    fn name_in_header(&self, name: &str) -> Option<String> {
+        let index = self.index.get();
+        let (key, range) = ByteRange::parse(name)?;
+        Some(range.cache_key(&index.whole(key)))
+    }
+}
+
+/// Bytes from which on other threads may run while they are read.
+const DETACH_FROM: usize = 64 * 1024;
+
+#[pymethods]
+impl SegmentReader {
+    #[new]
+    #[pyo3(signature = (index, files, /))]
+    fn new(index: Py<Index>, files: &SegmentFiles) -> Self {
+        SegmentReader {
+            index,
+            files: files.files(),
+            on_the_spot: None,
+        }
+    }
+
+    /// One that reads values where it looks them up; see the stub.
+    #[staticmethod]
+    #[pyo3(signature = (index, files, begins, note_cold, largest, /))]
+    fn on_the_spot(
+        py: Python<'_>,
+        index: Py<Index>,
+        files: &SegmentFiles,
+        begins: Py<PyAny>,
+        note_cold: Py<PyAny>,
+        largest: u64,
+    ) -> PyResult<Self> {
+        let numpy = py.import("numpy")?;
+        Ok(SegmentReader {
+            index,
+            files: files.files(),
+            on_the_spot: Some(OnTheSpot {
+                begins,
+                note_cold,
+                empty: numpy.getattr("empty")?.unbind(),
+                byte: numpy.call_method1("dtype", ("u1",))?.unbind(),
+                largest,
+                uncounted: AtomicU64::new(0),
+            }),
+        })
+    }
+
+    /// Looks a key up as `Index.lookup` does; a full value that is in memory is read as well.
+    #[pyo3(signature = (key, raw=None, now=0.0, max_age=None, missing=None, /))]
+    fn lookup<'py>(
+        &self,
+        py: Python<'py>,
+        key: &str,
+        raw: RawSpan,
+        now: f64,
+        max_age: Option<f64>,
+        missing: Option<RawAges>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let index = self.index.get();
+        let (asked, whole) = (span(raw)?, &*index.whole(key));
+        let looked = index.look(py, whole, asked, fresh(now, max_age), missing)?;
+        if let (ByteRange::Full, Answer::Found(_), false) = (asked, &looked.answer, looked.verify)
+            && let (Some(found), Some(on_the_spot)) = (&looked.place, &self.on_the_spot)
+            && on_the_spot.may_begin(py, found.placed.size)?
+            && let Some(array) = self.read_on_the_spot(py, on_the_spot, whole, found)?
+        {
+            index.count(true);
+            return Ok(Some(array));
+        }
+        index.tell(py, key, asked, &looked)
+    }
+
+    /// Reads into a buffer what a value of `total` bytes has from `start` on. False where that would have to wait;
+    /// `None` where there is no such value.
+    #[pyo3(signature = (name, into, total, start, size, waits, /))]
+    #[allow(unsafe_code)]
+    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
+    #[allow(clippy::too_many_arguments)] // All that a read is about, for one call.
+    fn read(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        into: PyBuffer<u8>,
+        total: u64,
+        start: u64,
+        size: usize,
+        waits: bool,
+    ) -> PyResult<Option<bool>> {
+        if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
+            return Err(PyBufferError::new_err("no room for the bytes"));
+        }
+        let Some(in_header) = self.name_in_header(name) else {
+            return Ok(None);
+        };
+        if start.checked_add(size as u64).is_none_or(|end| end > total) {
+            return Ok(None);
+        }
+        // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
+        // Once more where it was moved meanwhile.
+        for anew in [false, true] {
+            let Some(found) = self.find(py, name, anew)? else {
+                return Ok(None);
+            };
+            if found.placed.size != total {
+                continue;
+            }
+            let mut read = || {
+                let files = &self.files;
+                files.read(found.placed, &in_header, start, bytes, waits)
+            };
+            let got = if waits || size >= DETACH_FROM {
+                py.detach(read)
+            } else {
+                read()
+            };
+            match got.map_err(os_error)? {
+                Got::Bytes if self.is_still(py, &found)? => return Ok(Some(true)),
+                Got::NotNow => return Ok(Some(false)),
+                Got::Bytes | Got::Nothing => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Length and CRC32C that stand before a value.
+    #[pyo3(signature = (name, /))]
+    fn recorded(&self, py: Python<'_>, name: &str) -> PyResult<Option<(u64, u32)>> {
+        let Some(found) = self.find(py, name, true)? else {
+            return Ok(None);
+        };
+        let in_header = self.name_in_header(name);
+        let header = py.detach(|| self.files.header(found.placed));
+        let header = header.filter(|header| Some(&header.name) == in_header.as_ref());
+        Ok(header.map(|header| (header.placed.size, header.checksum)))
+    }
+}
