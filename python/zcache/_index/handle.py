@@ -368,7 +368,9 @@ class IndexHandle:
             # Where no thread waits, none says when it is free: it was if no caller has asked for a while.
             known = self._resolution is not None or now - self._stuck_last < LOCK_TIMEOUT
             self._stuck_last = now
-            if not known or self._stuck_since == -math.inf:
+            # What is damaged was found with the lock held: it is not that one that is waited for any more.
+            was_free = isinstance(error, CorruptIndexError)
+            if was_free or not known or self._stuck_since == -math.inf:
                 self._stuck_since = now
             if self._resolution is not None:
                 return self._resolution
