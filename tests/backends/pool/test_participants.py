@@ -1,0 +1,70 @@
+"""Other processes that use a pool, and stop in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.storage import MemoryStore
+
+from agent import Agent
+from directories import closed, complete, open_store
+from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
+from support import buf, check_quiet, read, read_through, write
+from zcache import CachePool, CacheStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BOUND = 40_000
+VALUES = {f"c/{n}": str(n % 10) * 5000 for n in range(12)}
+
+
+@pytest.mark.parametrize("then", ["goes on", "is killed"])
+async def test_participant_that_is_stopped_holds_up_no_other(
+    tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a segment of its own, and a read that waits for the source."""
+    monkeypatch.setenv("ZCACHE_TEST_POOL", "1")
+    pool = pool_with_neighbours(tmp_path / "cache", max_size=BOUND)
+    store, source = open_store(tmp_path)
+    for key, value in VALUES.items():
+        await source.set(key, buf(value.encode()))
+    with Agent(tmp_path, BOUND) as other:
+        for key in list(VALUES)[:6]:
+            assert other("get", key) == VALUES[key]
+        assert other("drain")
+        other("begin", "c/9", "get after")
+        os.kill(other.process.pid, signal.SIGSTOP)
+        for key, value in VALUES.items():
+            assert await read_through(store, key) == value.encode()
+            assert pool.cache_info()["current_size"] <= BOUND
+        await write(store, "c/9", b"new")
+        await store.delete("c/8")
+        assert await read(store, "c/8") is None
+        for name in NEIGHBOURS:
+            await check_neighbour(neighbour(pool, name), name)
+        assert pool.export("source", MemoryStore()) > 0
+        pool.forget(NEIGHBOURS[1])
+        assert {info.name for info in pool.sources()} == {"source", NEIGHBOURS[0]}
+        if then == "goes on":
+            os.kill(other.process.pid, signal.SIGCONT)
+            other("end")
+            # What it had read before the write is not kept.
+            assert other("drain")
+            assert other("get", "c/9") == "new"
+            assert other("get", "c/8") is None
+            other("check")
+        else:
+            other.kill()
+        assert await read(store, "c/9") == b"new"
+        await check_quiet(store)
+    del store, pool
+    await closed(tmp_path)
+    again = CacheStore(source_of(), cache_store=CachePool(tmp_path / "cache"), source_id="source")
+    await complete(again)
+    assert await read(again, "c/9") in (b"new", None)
+    assert await read(again, "c/8") is None
+    await check_quiet(again)
