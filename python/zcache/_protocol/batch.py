@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from zcache._core import Index, is_cacheable_key
 from zcache._index.handle import LOCK_TIMEOUT
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
+from zcache._runtime.coroutines import Passage, stop
 from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
@@ -270,7 +270,7 @@ class Batch:
             return
         # In a task of its own: others wait for what this call brings, so it must go on even while its
         # caller does something else.
-        groups = _Groups()
+        groups: Passage[Group | BaseException | None] = Passage()
         task = asyncio.ensure_future(self._read(wanted, groups))
         try:
             while (found := await groups.get()) is not None:
@@ -278,7 +278,7 @@ class Batch:
                     raise found
                 yield found
         finally:
-            await _stop(task)
+            await stop(task, _CANCEL_TIMEOUT)
 
     async def _stale_instead_of(self, error: Exception) -> list[tuple[int, Buffer | None]]:
         """What is still cached of the requests that the source has not answered."""
@@ -308,7 +308,7 @@ class Batch:
                     await self._deliver([(number, None) for number in list(self._leads)])
                 raise
 
-    async def _read(self, wanted: list[int], groups: _Groups) -> None:
+    async def _read(self, wanted: list[int], groups: Passage[Group | BaseException | None]) -> None:
         loop = asyncio.get_running_loop()
         try:
             async with contextlib.aclosing(self._fetched(wanted)) as fetched:
@@ -405,41 +405,6 @@ class Batch:
         # Closed first: woken readers would else join it again.
         self._reader.close_flight(self._requests[number][0], ticket)
         flight.abandon()  # Of no effect once it is delivered.
-
-
-class _Groups:
-    """What one task brings and another one takes.
-
-    With a queue of asyncio's a reader cannot be collected once its event loop is closed: it cancels what it waits for.
-    """
-
-    def __init__(self) -> None:
-        self._items: deque[Group | BaseException | None] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, item: Group | BaseException | None) -> None:
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> Group | BaseException | None:
-        while not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._items.popleft()
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait for its end, if its event loop runs."""
-    loop = task.get_loop()
-    if loop is asyncio._get_running_loop():
-        task.cancel()
-        # Not for ever: a source may ignore it.
-        await asyncio.wait((task,), timeout=_CANCEL_TIMEOUT)
-        return
-    # The garbage collector ends a reader of another loop: nothing here can be awaited.
-    with contextlib.suppress(RuntimeError):  # It is closed, and so the task has ended.
-        loop.call_soon_threadsafe(task.cancel)
 
 
 def from_partial_values(

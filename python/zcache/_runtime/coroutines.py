@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from zcache._runtime.fork import at_fork
@@ -180,6 +182,43 @@ def _forget(task: asyncio.Task[Any]) -> None:
     _unfinished.discard(task)
     if not task.cancelled():
         task.exception()  # Its error was reported, or is of no interest any more.
+
+
+class Passage(Generic[T]):
+    """A queue from one task to another of the same event loop.
+
+    With one of asyncio's, a reader cannot be collected once its event loop is closed: it cancels what it waits for.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: T) -> None:
+        """Add an item."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> T:
+        """Wait for the next item."""
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+async def stop(task: asyncio.Task[Any], seconds: float) -> None:
+    """Cancel a task and wait for its end, for so many seconds at most, if its event loop is the one that runs."""
+    loop = task.get_loop()
+    if loop is asyncio._get_running_loop():
+        task.cancel()
+        # Not for ever: what it does may ignore it.
+        await asyncio.wait((task,), timeout=seconds)
+        return
+    # The garbage collector ends the caller, of another loop: nothing here can be awaited.
+    with contextlib.suppress(RuntimeError):  # It is closed, and so the task has ended.
+        loop.call_soon_threadsafe(task.cancel)
 
 
 def _after_fork() -> None:
