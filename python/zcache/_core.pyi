@@ -971,7 +971,10 @@ class SegmentReader:
         missing: _AbsenceAges | None = None,
         /,
     ) -> Any:
-        """As `Index.lookup`; of a full value that is in memory, and needs no check, an array with its bytes."""
+        """As `Index.lookup`; of what is in memory, and needs no check, the bytes.
+
+        Those of a full value are an array, those of a range an array and the answer of `Index.lookup`.
+        """
 
     def read(
         self, name: str, into: Any, total: int, start: int, size: int, waits: bool, /

@@ -1,5 +1,6 @@
 //! Values of a pool on their way into arrays of Python: looked up, read, and compared.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,11 +10,11 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::backing::step;
-use super::convert::{RawAges, RawSpan, fresh, span};
+use super::convert::{RawAges, RawSpan, fresh, hit, span};
 use super::errors::{os_error, poisoned};
 use super::index::Index;
 use super::pool::{FoundPlace, SegmentFiles};
-use crate::cache::Answer;
+use crate::cache::{Answer, Found};
 use crate::disk::segments::{self, Got};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
@@ -101,17 +102,22 @@ impl SegmentReader {
         }
     }
 
-    /// Reads a full value; `None` where it is not in memory, or there is something else by now.
+    /// Reads what was asked for; `None` where it is not in memory, or there is something else by now.
     #[allow(unsafe_code)]
     fn read_on_the_spot<'py>(
         &self,
         py: Python<'py>,
         on_the_spot: &OnTheSpot,
         key: &str,
-        found: &FoundPlace,
+        found: &Found,
+        place: &FoundPlace,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Ok(size) = usize::try_from(found.placed.size) else {
+        let Ok(size) = usize::try_from(found.length) else {
             return Ok(None);
+        };
+        let name = match found.range {
+            ByteRange::Full => Cow::Borrowed(key),
+            range => Cow::Owned(range.cache_key(key)),
         };
         let array = on_the_spot.empty.bind(py).call1((size, &on_the_spot.byte))?;
         let buffer = PyBuffer::<u8>::get(&array)?;
@@ -120,14 +126,15 @@ impl SegmentReader {
         }
         // SAFETY: The buffer has this many bytes, keeps them where they are, and was made for this call.
         let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.buf_ptr().cast::<u8>(), size) };
-        let mut read = || self.files.read(found.placed, key, 0, bytes, false);
+        let (files, start) = (&self.files, found.start);
+        let mut read = || files.read(place.placed, &name, start, bytes, false);
         let got = if size >= DETACH_FROM {
             py.detach(read)
         } else {
             read()
         };
         match got {
-            Ok(Got::Bytes) if self.is_still(py, found)? => Ok(Some(array)),
+            Ok(Got::Bytes) if self.is_still(py, place)? => Ok(Some(array)),
             Ok(Got::NotNow) => on_the_spot.is_cold(py).map(|()| None),
             // What it is will be seen where it can be waited for.
             Ok(Got::Bytes | Got::Nothing) | Err(_) => Ok(None),
@@ -182,7 +189,7 @@ impl SegmentReader {
         })
     }
 
-    /// Looks a key up as `Index.lookup` does; a full value that is in memory is read as well.
+    /// Looks a key up as `Index.lookup` does; what is in memory is read as well.
     #[pyo3(signature = (key, raw=None, now=0.0, max_age=None, missing=None, /))]
     fn lookup<'py>(
         &self,
@@ -196,13 +203,17 @@ impl SegmentReader {
         let index = self.index.get();
         let (asked, whole) = (span(raw)?, &*index.whole(key));
         let looked = index.look(py, whole, asked, fresh(now, max_age), missing)?;
-        if let (ByteRange::Full, Answer::Found(_), false) = (asked, &looked.answer, looked.verify)
-            && let (Some(found), Some(on_the_spot)) = (&looked.place, &self.on_the_spot)
-            && on_the_spot.may_begin(py, found.placed.size)?
-            && let Some(array) = self.read_on_the_spot(py, on_the_spot, whole, found)?
+        if let (Answer::Found(found), false) = (&looked.answer, looked.verify)
+            && let (Some(place), Some(on_the_spot)) = (&looked.place, &self.on_the_spot)
+            && on_the_spot.may_begin(py, found.length)?
+            && let Some(array) = self.read_on_the_spot(py, on_the_spot, whole, found, place)?
         {
             index.count(true);
-            return Ok(Some(array));
+            if asked == ByteRange::Full {
+                return Ok(Some(array));
+            }
+            let told = hit(py, key, asked, found, false)?;
+            return Ok(Some((array, told).into_pyobject(py)?.into_any()));
         }
         index.tell(py, key, asked, &looked)
     }

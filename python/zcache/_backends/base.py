@@ -245,7 +245,8 @@ class Backend(ABC):
     def lookup_in(self, index: Index) -> Callable[..., Any]:
         """What looks a key up in this view of the index, as `Index.lookup` does.
 
-        It may answer with an array of bytes that is the reader's alone: all of a full value that needed no waiting.
+        It may answer with an array of bytes that is the reader's alone, all of a full value that needed no waiting; or with
+        such an array of a part of one, and the answer of `Index.lookup`.
         """
         return index.lookup
 

@@ -154,6 +154,9 @@ class Hits:
             return None, hit
         if hit.__class__ is int:
             return try_read(key, prototype, hit, 0, hit), hit
+        if len(hit) == 2:
+            array, hit = hit
+            return to_buffer(array, prototype), hit
         return self._try_read_part(try_read, prototype, hit), hit
 
     def _try_read_part(

@@ -84,6 +84,10 @@ class Disk:
 def faulty(pool: CachePool, store: CacheStore, fault: Callable[[str], object]) -> Iterator[None]:
     """Have all calls of one store to the disk of a pool go by `fault` first."""
     backend: Any = store._cache.backend
+    hits: Any = store._hits
+    # All reads are calls of these.
+    at_once, alone = hits._look_up, hits._look_up_alone
+    hits._look_up = alone
     scanner: Any = pool._pool.directory.layout.scanner  # type: ignore[union-attr]
     before = backend._segments, backend._pages._segments, scanner.files
     backend._segments = Disk(before[0], fault)
@@ -93,6 +97,8 @@ def faulty(pool: CachePool, store: CacheStore, fault: Callable[[str], object]) -
         yield
     finally:
         backend._segments, backend._pages._segments, scanner.files = before
+        if hits._look_up is alone:
+            hits._look_up = at_once
 
 
 async def check_reads(store: CacheStore, source: MemoryStore) -> None:

@@ -1,0 +1,114 @@
+"""Hits of a pool that are read where they are looked up."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.storage import MemoryStore
+
+from support import PROTOTYPE, buf, check_quiet, read, read_through
+from zcache import CachePool, CacheStore
+from zcache.testing import StoreDouble
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VALUE = np.random.default_rng(0).bytes(3 * 4096 + 100)
+REQUESTS = [
+    None,
+    RangeByteRequest(0, 1),
+    RangeByteRequest(4000, 9000),
+    OffsetByteRequest(12_000),
+    SuffixByteRequest(300),
+]
+EXPECTED = [VALUE, VALUE[:1], VALUE[4000:9000], VALUE[12_000:], VALUE[-300:]]
+TURN = 4 * 2**20
+"""Bytes that are read in one turn of an event loop."""
+LEAST = 2**13
+"""Bytes that each read counts for at least."""
+
+
+def open_store(where: Path, source: Any, **options: Any) -> CacheStore:
+    pool = CachePool(where / "pool")
+    return CacheStore(source, cache_store=pool, source_id="source", **options)
+
+
+@pytest.mark.parametrize(("request_", "expected"), list(zip(REQUESTS, EXPECTED, strict=True)))
+@pytest.mark.parametrize("filled", ["value", "part"])
+async def test_hit_is_what_was_asked_for_in_memory_of_its_own(
+    tmp_path: Path, request_: Any, expected: bytes, filled: str
+) -> None:
+    source = StoreDouble(MemoryStore({"a/c/0": buf(VALUE)}))
+    store = open_store(tmp_path, source)
+    asked = None if filled == "value" else request_
+    # Once more, for the first hit is compared with its checksum.
+    for _ in range(2):
+        await read_through(store, "a/c/0", asked)
+    source.take()
+    for _ in range(2):
+        found = await store.get("a/c/0", PROTOTYPE, request_)
+        assert found is not None
+        assert found.to_bytes() == expected
+        # It is its reader's: to write to it changes no later answer.
+        array = np.asarray(found.as_numpy_array())
+        array[:] = 0
+    assert source.take()["get"] == 0
+    await check_quiet(store)
+
+
+async def test_hits_of_a_value_that_others_write_are_never_older(tmp_path: Path) -> None:
+    source = MemoryStore({"a/c/0": buf(VALUE)})
+    store, other = open_store(tmp_path, source), open_store(tmp_path, source)
+    for number in range(20):
+        new = bytes([number]) * (100 * number + 1)
+        await other.set("a/c/0", buf(new))
+        assert await read(store, "a/c/0") == new
+        assert await read(store, "a/c/0", RangeByteRequest(0, 1)) == new[:1]
+        await other.drain()
+        assert await read(store, "a/c/0") == new
+
+
+@pytest.mark.parametrize(("size", "count"), [(2**16, 500), (100, 5000)])
+async def test_many_hits_leave_turns_to_other_tasks(tmp_path: Path, size: int, count: int) -> None:
+    names = [f"a/c/{number}" for number in range(200)]
+    source = MemoryStore({name: buf(bytes(size)) for name in names})
+    store = open_store(tmp_path, source)
+    for _ in range(2):
+        for name in names:
+            await read_through(store, name)
+    keys = [names[number % len(names)] for number in range(count)]
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    watcher = asyncio.ensure_future(count_turns())
+    found = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in keys))
+    watcher.cancel()
+    assert all(value is not None and len(value) == size for value in found)
+    assert turns >= count * max(size, LEAST) // TURN - 1
+
+
+async def test_recording_has_the_sizes_of_hits(tmp_path: Path) -> None:
+    store = open_store(tmp_path, MemoryStore({"a/c/0": buf(VALUE)}))
+    for _ in range(2):
+        await read_through(store, "a/c/0")
+    path = tmp_path / "requests.csv.gz"
+    with store.record(path):
+        for request in REQUESTS:
+            await store.get("a/c/0", PROTOTYPE, request)
+    with gzip.open(path, "rt") as file:
+        lines = [line for line in file if not line.startswith("#")]
+    rows = list(csv.DictReader(lines))
+    assert [int(row["size"]) for row in rows] == [len(expected) for expected in EXPECTED]
+    assert [row["entry_size"] for row in rows] == [str(len(VALUE))] * len(rows)
+    assert [row["hit"] for row in rows] == ["1"] * len(rows)
