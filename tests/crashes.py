@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from zarr.storage import LocalStore
 
 import tracing
 from pools import cache_at
-from support import buf, read, read_through
+from support import PROTOTYPE, buf, read, read_through
 from zcache import CacheStore
 from zcache._backends.directory import layout
 from zcache.testing import (
@@ -411,6 +412,60 @@ def die_at_each_call(root: Path) -> dict[str, Any]:
                 break
 
 
+# Small values, the oldest; one that takes nearly all of the bound; and those that are filled together.
+OLDEST = [f"a/c/{number}" for number in range(20)]
+LARGE = "a/large"
+TOGETHER = [f"a/c/{number}" for number in range(20, 24)]
+TOGETHER_BOUND = 1024 * PAGE
+
+
+def fill_the_pool(source: Path, cache: Path) -> None:
+    """Leave no room in a pool."""
+    store = CacheStore(LocalStore(source), cache_store=cache_at(cache), max_size=TOGETHER_BOUND)
+
+    async def fill() -> None:
+        for key in (*OLDEST, LARGE):
+            assert await read_through(store, key)
+
+    asyncio.run(fill())
+    assert store.cache_info()["current_size"] > TOGETHER_BOUND - 4 * PAGE
+
+
+def fill_together(source: Path, cache: Path) -> None:
+    """Fill several values at once, for which others have to go."""
+    store = CacheStore(LocalStore(source), cache_store=cache_at(cache), max_size=TOGETHER_BOUND)
+    requests = [(key, None) for key in TOGETHER]
+    found = asyncio.run(store.get_partial_values(PROTOTYPE, requests))
+    assert [value and value.to_bytes() for value in found] == [key.encode() for key in TOGETHER]
+    assert store.drain_sync()
+    assert all(map(store.is_cached, (*TOGETHER, LARGE)))
+    assert not store.is_cached(OLDEST[0])
+
+
+def die_together(root: Path) -> dict[str, Any]:
+    """Fill several values of a pool at once, killed at every system call that changes a file or takes a lock."""
+    deaths: dict[str, int] = {}
+    for step in range(1, 10_000):
+        place = root / f"together-{step}"
+        source, cache = place / "source", place / "cache"
+        (source / "a/c").mkdir(parents=True)
+        for key in (*OLDEST, *TOGETHER):
+            (source / key).write_bytes(key.encode())
+        (source / LARGE).write_bytes(bytes(983 * PAGE))
+        assert run(functools.partial(fill_the_pool, source, cache)) == 0
+        with tracing.Traced(functools.partial(fill_together, source, cache), step) as traced:
+            code = traced.go()
+        keys = [*TOGETHER, *OLDEST, LARGE]
+        check = functools.partial(check_directory, source, cache, TOGETHER_BOUND, keys)
+        assert run(check) == 0, f"killed at call {step}, {traced.at}"
+        shutil.rmtree(place)
+        if code is not None:
+            assert code == 0, code
+            return {"deaths": deaths}
+        deaths[traced.at] = deaths.get(traced.at, 0) + 1
+    raise AssertionError("it has no end")
+
+
 def stop_at_each_call(root: Path) -> dict[str, Any]:
     """The same with a process that is stopped there, and killed only after another has worked on."""
     deaths: dict[str, int] = {}
@@ -626,6 +681,7 @@ if __name__ == "__main__":
         "random": lambda: kill_at_random(place, int(numbers[0]), float(numbers[1])),
         "steps": lambda: die_at_each_step(place),
         "calls": lambda: die_at_each_call(place),
+        "together": lambda: die_together(place),
         "stops": lambda: stop_at_each_call(place),
         "bound": lambda: share_a_bound(place),
         "epochs": lambda: epochs(place),

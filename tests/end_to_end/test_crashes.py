@@ -41,6 +41,16 @@ def test_pool_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> 
     assert sum(deaths.values()) > 150
 
 
+@pytest.mark.slow
+def test_pool_process_killed_at_each_system_call_of_fills_together_stays_right(
+    tmp_path: Path,
+) -> None:
+    if (why := tracing.why_not()) is not None:
+        pytest.skip(why)
+    deaths = play("together", tmp_path, pool=True)["deaths"]
+    assert deaths.keys() >= POOL_FILL
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_directory_process_killed_after_each_index_step_stays_right(
     tmp_path: Path, pool: bool

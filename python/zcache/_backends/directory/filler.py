@@ -116,6 +116,8 @@ class DirectoryFiller:
             if was_idle and self._jobs:
                 # An interrupt has taken what was collected before.
                 self._jobs.clear()
+        if not results:
+            return ()
         if not self._has_met_foreign and any(map(_met_foreign, results)):
             self._has_met_foreign = True
             with contextlib.suppress(RuntimeError):
