@@ -84,21 +84,18 @@ def memory(scale: Scale) -> list[Row]:
 def pool_memory(scale: Scale) -> list[Row]:
     """Bytes for each key of a pool of three sources: of memory, and of the files of its index."""
     count = scale.of(10_000_000, 200_000)
-    rows = []
-    for name in ("era5", "resolved"):
-        mine = _child(name, "pool", count)
-        for what, note in (("bytes", "from RSS"), ("files", "blocks of the files of the index")):
-            rows.append(
-                Row(
-                    f"pool of 3 sources, {count:,} keys like {KEYS[name](count // 2)[:36]}",
-                    unit="B",
-                    zcache=mine[what],
-                    bare=mine["length"],
-                    aim=_POOL_AIM,
-                    note=f"by key, text included, {note}; bare: the key's own length",
-                )
-            )
-    return rows
+    mine = _child("era5", "pool", count)
+    what = f"pool of 3 sources, {count:,} keys like {KEYS['era5'](count // 2)[:36]}"
+    note = "by key, text included, from RSS; bare: the key's own length"
+    return [
+        Row(what, unit="B", zcache=mine["bytes"], bare=mine["length"], aim=_POOL_AIM, note=note),
+        Row(
+            f"{what}: files of the index",
+            unit="B",
+            zcache=mine["files"],
+            note="in blocks, with what they have grown ahead by",
+        ),
+    ]
 
 
 def _child(name: str, kind: str, count: int) -> dict[str, float]:
