@@ -24,7 +24,6 @@ from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
-from zcache._backends.select import default_policy
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
@@ -278,14 +277,15 @@ class CacheStore(Store):
         clock: Callable[[], float] | None = None,
     ) -> None:
         check_store("store", store)
+        policy = {"eviction": "lru", "minimise": "requests"}
         if cache_store is None:
             cache_store = MemoryStore()
         elif isinstance(cache_store, CachePool):
+            policy = cache_store._pool.policy()
             cache_store = cache_store._store
         elif isinstance(cache_store, (str, os.PathLike)):
             cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)
-        policy = default_policy(cache_store, adopt=adopt, clock=check_clock(clock))
         check_flag("cache_missing", cache_missing)
         check_flag("cache_set_data", cache_set_data)
         check_flag("adopt", adopt)

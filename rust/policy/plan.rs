@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use foldhash::fast::RandomState;
+
+use super::progress::{Course, Progress};
 
 /// Keys of a plan at most.
 pub const MAX_PLANNED: usize = 1_000_000;
@@ -28,44 +28,6 @@ const RIGHT: usize = 2;
 const WRONG_PART: usize = 8;
 const WRONG_FEW: usize = 32;
 const WRONG_MOST: usize = 1024;
-
-/// What has become of a plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Course {
-    /// It goes on.
-    Followed,
-    /// All of it was read.
-    Done,
-    /// Too many reads are not where it says.
-    Wrong,
-}
-
-/// What has become of a plan, for those who gave it to an index; needs no lock.
-#[derive(Clone, Debug, Default)]
-pub struct Progress(Arc<AtomicU8>);
-
-impl Progress {
-    /// None where no index goes by it: not yet, or not any more, for it was forgotten or another has its place.
-    #[must_use]
-    pub fn course(&self) -> Option<Course> {
-        match self.0.load(Ordering::Relaxed) {
-            1 => Some(Course::Followed),
-            2 => Some(Course::Done),
-            3 => Some(Course::Wrong),
-            _ => None,
-        }
-    }
-
-    fn set(&self, course: Option<Course>) {
-        let number = match course {
-            None => 0,
-            Some(Course::Followed) => 1,
-            Some(Course::Done) => 2,
-            Some(Course::Wrong) => 3,
-        };
-        self.0.store(number, Ordering::Relaxed);
-    }
-}
 
 /// The uses of one key.
 #[derive(Clone, Copy, Debug)]

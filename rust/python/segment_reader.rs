@@ -119,7 +119,10 @@ impl SegmentReader {
             ByteRange::Full => Cow::Borrowed(key),
             range => Cow::Owned(range.cache_key(key)),
         };
-        let array = on_the_spot.empty.bind(py).call1((size, &on_the_spot.byte))?;
+        let array = on_the_spot
+            .empty
+            .bind(py)
+            .call1((size, &on_the_spot.byte))?;
         let buffer = PyBuffer::<u8>::get(&array)?;
         if buffer.readonly() || !buffer.is_c_contiguous() || buffer.len_bytes() != size {
             return Err(PyBufferError::new_err("no room for the bytes"));

@@ -15,7 +15,7 @@ from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.listings import DirectoryListings, MemoryListings
 from zcache._backends.memory import MemoryBackend
-from zcache._backends.pool.select import open_pool, pool_of
+from zcache._backends.pool.select import open_pool
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
@@ -42,21 +42,6 @@ if TYPE_CHECKING:
     from zcache._source.identity import SourceId
 
     Clock = Callable[[], float]
-
-
-def default_policy(
-    cache: Store, *, adopt: bool = False, clock: Clock | None = None
-) -> dict[str, Any]:
-    """The eviction policy, and what it minimises, of a store over `cache` that asks for none.
-
-    Raises
-    ------
-    CacheOwnershipError
-        If it is a directory that is no pool, or somebody else's.
-    """
-    if isinstance(cache, (PoolStore, PoolMemoryStore)):
-        return pool_of(cache, adopt=adopt, clock=clock).policy()
-    return {"eviction": "lru", "minimise": "requests"}
 
 
 def open_backend(

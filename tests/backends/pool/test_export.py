@@ -66,7 +66,7 @@ def test_export_writes_what_is_cached_as_zarr(where: Path | None, tmp_path: Path
     with ZipStore(tmp_path / "target.zip", mode="w") as archive:
         assert pool.export("mine", archive) == 8
     check_exported(ZipStore(tmp_path / "target.zip", mode="r"))
-    assert pool.export("nobody", LocalStore(tmp_path / "target")) == 0
+    assert pool.export("unknown", LocalStore(tmp_path / "target")) == 0
     with pytest.raises(OptionTypeError, match="invalid store: str"):
         pool.export("mine", "somewhere")  # type: ignore[arg-type]
 

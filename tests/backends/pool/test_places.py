@@ -84,7 +84,7 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
 
 
 async def check_one(first: CachePool, second: CachePool) -> None:
-    """Assert that both are one pool, whose sources share everything."""
+    """Assert that both are one pool, and that its sources share everything."""
     assert first == second
     assert hash(first) == hash(second)
     source = source_of(k=b"1")
@@ -122,7 +122,7 @@ async def test_directory_by_another_path_is_the_same_pool(
 
 
 async def test_pool_that_was_renamed_is_warm_in_its_new_place(tmp_path: Path) -> None:
-    """Whoever has it open goes on in its old place, with another pool that is empty at first."""
+    """A process that has it open goes on in its old place, with another pool that is empty at first."""
     pool = pool_with_neighbours(tmp_path / "pool")
     store = neighbour(pool, NEIGHBOURS[0])
     (tmp_path / "pool").rename(tmp_path / "renamed")

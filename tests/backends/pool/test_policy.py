@@ -63,7 +63,7 @@ def test_pool_that_is_in_use_with_another_policy_says_so(tmp_path: Path) -> None
     assert again == pool
     assert store.eviction == "none"
     del store
-    # Nobody uses it any more.
+    # It is not in use any more.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CachePool(tmp_path / "pool", eviction="adaptive", max_size=100)
