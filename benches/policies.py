@@ -1,9 +1,11 @@
 """Compare the eviction policies of zcache with published ones, on traces of the requests of Zarr readers.
 
     PYTHONPATH=python python benches/policies.py [--sized] [--seed N] [NAME ...]
+    PYTHONPATH=python python benches/policies.py --wide [--sizes equal,lognormal,documents] [--seed N] [NAME ...]
 
-Prints the miss ratio of the last nine tenths of each trace, at several sizes of the cache. Needs libcachesim
-(`pip install libcachesim`) and takes two minutes. See docs/eviction.md for what it shows.
+Prints the miss ratio of the last nine tenths of each trace, at several sizes of the cache. `--wide` takes many more
+traces (`trace_kinds.py`), and prints for each kind how far "adaptive" is behind the best published policy and behind
+LRU. Needs libcachesim (`pip install libcachesim`) and takes two minutes, or ten. See docs/eviction.md for what it shows.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import libcachesim
 import numpy as np
 
+import trace_kinds
 import traces
 from traces import Keys
 from zcache._core import simulate
@@ -116,13 +119,66 @@ def ours(keys: Keys, sizes: Keys, capacity: int, start: int) -> dict[str, float]
     return {name: 1 - np.frombuffer(hits, np.uint8)[start:].mean() for name, hits in served.items()}
 
 
+FEWEST = 20
+"""Values that fit into a cache at least: some published policies cannot be smaller."""
+
+
+def distances(keys: Keys, sizes: Keys, *, sized: bool) -> list[tuple[float, float, str]]:
+    """How far "adaptive" is behind the best published policy, and behind LRU, at each size of a cache."""
+    _, first = np.unique(keys, return_index=True)
+    total, start = int(sizes[first].sum()), int(LEARNING * len(keys))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace"
+        write_oracle(path, keys, sizes)
+        for share in trace_kinds.SHARES:
+            if share * len(first) < FEWEST:
+                continue
+            row = published(path, int(total * share), start, sized=sized)
+            row |= ours(keys, sizes, int(total * share), start)
+            best, name = min((row[name], name) for name in PUBLISHED if name != "Belady")
+            behind_lru = row["adaptive"] - row["lru"]
+            found.append((row["adaptive"] - best, behind_lru, f"{share:.0%}, {name}"))
+    return found
+
+
+def compare_widely(names: list[str], sizes: list[str], seed: int) -> None:
+    """Print one line for each kind of trace and of sizes."""
+    print("| trace | sizes | cases | mean behind | worst | at | above 0.02 | worst behind LRU |")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind, shapes in trace_kinds.KINDS.items():
+        if names and kind not in names:
+            continue
+        for name in sizes:
+            found = []
+            for shape, make in shapes.items():
+                keys = np.asarray(make(seed), np.int64)
+                made = trace_kinds.SIZES[name](keys, seed)
+                for behind, behind_lru, where in distances(keys, made, sized=name != "equal"):
+                    found.append((behind, behind_lru, f"{shape}, {where}"))
+            worst = max(found)
+            mean = np.mean([max(behind, 0.0) for behind, _, _ in found])
+            above = sum(behind > 0.02 for behind, _, _ in found)
+            behind_lru = max(behind for _, behind, _ in found)
+            print(
+                f"| {kind} | {name} | {len(found)} | {mean:.4f} | {worst[0]:+.3f} | {worst[2]} | {above} "
+                f"| {behind_lru:+.3f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="kinds of trace; all of them by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sized", action="store_true", help="values of different sizes")
+    parser.add_argument("--wide", action="store_true", help="many more traces")
+    parser.add_argument("--sizes", default="equal", help="kinds of sizes for --wide")
     options = parser.parse_args()
+    if options.wide:
+        compare_widely(options.names, options.sizes.split(","), options.seed)
+        return
     print("| trace | size |", " | ".join([*PUBLISHED, *OURS]), "| behind |")
     print("|---|---|" + "---|" * (len(PUBLISHED) + len(OURS) + 1))
     worst = 0.0

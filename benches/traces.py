@@ -5,8 +5,13 @@ A trace is an array of keys (int64), in the order of the requests. `sizes_of` gi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Keys = NDArray[np.int64]
 
@@ -30,10 +35,17 @@ def there_and_back(keys: int = 4000, epochs: int = 10, *, seed: int = 0) -> Keys
     return np.concatenate([forwards[:: 1 - 2 * (n % 2)] for n in range(epochs)])
 
 
-def rolling(keys: int = 4000, width: int = 200, passes: int = 3, *, seed: int = 0) -> Keys:
-    """A window that moves on by one key and reads all of its keys each time."""
+def loops(lengths: Iterable[int], epochs: int) -> Keys:
+    """Loops over the first keys: a few epochs over so many of them, then over another number."""
+    return np.concatenate([np.tile(np.arange(length), epochs) for length in lengths])
+
+
+def rolling(
+    keys: int = 4000, width: int = 200, passes: int = 3, step: int = 8, *, seed: int = 0
+) -> Keys:
+    """A window that moves on by a few keys and reads all of its keys each time."""
     del seed
-    starts = np.tile(np.arange(0, keys - width, 8), passes)
+    starts = np.tile(np.arange(0, keys - width, step), passes)
     return (starts[:, None] + np.arange(width)).ravel()
 
 
@@ -45,6 +57,18 @@ def zipf(
     weights = np.arange(1, keys + 1) ** -exponent
     names = random.permutation(keys)
     return names[random.choice(keys, requests, p=weights / weights.sum())]
+
+
+def drifting(keys: int, requests: int, exponent: float, turns: int = 2, *, seed: int = 0) -> Keys:
+    """Zipf's law with favourites that change little by little, all of them so many times in the trace."""
+    random = np.random.default_rng(seed)
+    weights = np.arange(1, keys + 1) ** -exponent
+    ranks = random.choice(keys, requests, p=weights / weights.sum())
+    names = np.stack([random.permutation(keys) for _ in range(turns + 1)])
+    # When each rank gets its next key.
+    phase = random.random(keys)
+    turn = (np.arange(requests) / requests * turns + phase[ranks]).astype(int)
+    return names[turn, ranks]
 
 
 def stack_distances(
@@ -156,6 +180,15 @@ def in_turn(*traces: Keys, seed: int = 0) -> Keys:
     del seed
     offsets = np.cumsum([0] + [int(trace.max()) + 1 for trace in traces])
     return np.concatenate([trace + offset for trace, offset in zip(traces, offsets, strict=False)])
+
+
+def alternating(period: int, *traces: Keys) -> Keys:
+    """So many requests of each in turn, each with keys of its own, as long as all have some."""
+    offsets = np.cumsum([0] + [int(trace.max()) + 1 for trace in traces])
+    shifted = [trace + offset for trace, offset in zip(traces, offsets, strict=False)]
+    parts = min(len(trace) for trace in traces) // period
+    slices = [slice(n * period, (n + 1) * period) for n in range(parts)]
+    return np.concatenate([trace[part] for part in slices for trace in shifted])
 
 
 def sizes_of(
