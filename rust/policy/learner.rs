@@ -1,16 +1,19 @@
 //! Which rule fits the traffic: small simulations of all of them, on keys sampled by their hash.
 //!
 //! Each simulation sees the same keys, and has the same part of the bytes of the cache. What their misses have
-//! cost lately decides. Two things keep that honest:
+//! cost lately decides. Four things keep that honest:
 //!
 //! - A simulation that has fallen behind goes on from the keys of the best one: it stands for what the cache would
 //!   do if it went by its rule from now on.
+//! - Rules are compared request by request: what all of them miss is no chance, and tells nothing.
+//! - Where the cache misses far more than the simulation of its own rule does, another rule takes over.
 //! - A change of the rule that did not pay, by the misses of the cache itself, doubles the lead that the next one
 //!   takes; one that did halves it. So traffic that goes back and forth does not drag the rule with it.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
+use super::evidence::{Evidence, FADE_LEAST};
 use super::policy::Newcomer;
 use super::rule::cost_of;
 use super::samples::{self, COUNT, Samples};
@@ -26,43 +29,16 @@ const HEAD: usize = size_of::<Head>() / 8;
 /// Words that a learner takes.
 pub(super) const WORDS: usize = HEAD + samples::WORDS;
 
-/// Requests for each key of a simulation by which what misses have cost fades.
-const FADE: f64 = 4.0;
-/// The same for what they have cost very lately.
-const FADE_SOON: f64 = 1.0;
-/// The same where there are few keys.
-const FADE_LEAST: f64 = 100.0;
-/// How many deviations a simulation falls behind before it goes on from the best one.
-const BEHIND: f64 = 4.0;
 /// Requests for each key of a simulation before that happens again.
 const PATIENCE: u64 = 2;
-/// By which part of its cost another rule has to be better in any case: a change costs misses as well.
-const LEAD: f64 = 0.01;
-/// The most that a change of the rule takes, in deviations. With twice as many a rule that has come to serve nothing
-/// would never be left.
-const INERTIA: f64 = 6.0;
-
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 struct Head {
-    /// Sampled requests.
-    requests: u64,
-    /// What the misses of each simulation have cost lately, and the squares of it.
-    costs: [f64; COUNT],
-    squares: [f64; COUNT],
-    /// What they have cost very lately.
-    recent: [f64; COUNT],
-    /// What the misses of each simulation, and of the cache, have cost since the last change.
-    since: [f64; COUNT],
-    own: f64,
-    /// Deviations by which another rule has to lead.
-    inertia: f64,
+    evidence: Evidence,
     /// When each simulation went on from the best one.
     restarted: [u64; COUNT],
-    /// The rule before the last change, plus one; 0 before the first.
-    previous: u32,
     /// Of 2 to the power of so many keys one is sampled.
-    shift: u32,
+    shift: u64,
 }
 
 /// The learner in its memory, which is not trusted.
@@ -81,8 +57,8 @@ pub(super) struct Request {
 }
 
 /// Whether the keys with such hashes are sampled.
-fn is_sampled(key: u64, shift: u32) -> bool {
-    key.checked_shr(64 - shift).unwrap_or(0) == 0
+fn is_sampled(key: u64, shift: u64) -> bool {
+    key.checked_shr(64 - shift as u32).unwrap_or(0) == 0
 }
 
 impl<'a> Learner<'a> {
@@ -92,16 +68,7 @@ impl<'a> Learner<'a> {
         let samples = Samples::of(rest).ok()?;
         let head: &mut Head = bytemuck::try_from_bytes_mut(bytemuck::cast_slice_mut(head)).ok()?;
         head.shift = head.shift.min(63);
-        if !(1.0..=INERTIA).contains(&head.inertia) {
-            head.inertia = 1.0;
-        }
-        let numbers = head.costs.iter_mut().chain(&mut head.squares);
-        let numbers = numbers.chain(&mut head.recent);
-        for number in numbers.chain(&mut head.since).chain([&mut head.own]) {
-            if !number.is_finite() || *number < 0.0 {
-                *number = 0.0;
-            }
-        }
+        head.evidence.repair();
         Some(Learner { head, samples })
     }
 
@@ -126,11 +93,7 @@ impl<'a> Learner<'a> {
         let Some(key) = key else {
             return Ok(current as u32);
         };
-        self.head.requests = self.head.requests.wrapping_add(1);
         let cost = cost_of(state, request.size) as f64;
-        if !request.is_hit {
-            self.head.own += cost;
-        }
         let capacity = capacity >> self.head.shift;
         let mut counts = [0; COUNT];
         let mut paid = [0.0; COUNT];
@@ -140,21 +103,12 @@ impl<'a> Learner<'a> {
         }
         // Alike for all of them, however many keys each holds.
         let most = counts.iter().copied().max().unwrap_or(0) as f64;
-        let fade = |by: f64| 1.0 - 1.0 / (by * most).max(FADE_LEAST);
-        let head = &mut *self.head;
-        for (sums, fade, power) in [
-            (&mut head.costs, fade(FADE), 1),
-            (&mut head.squares, fade(FADE), 2),
-            (&mut head.recent, fade(FADE_SOON), 1),
-            (&mut head.since, 1.0, 1),
-        ] {
-            for (sum, paid) in sums.iter_mut().zip(&paid) {
-                *sum = *sum * fade + paid.powi(power);
-            }
-        }
+        let evidence = &mut self.head.evidence;
+        let own = if request.is_hit { 0.0 } else { cost };
+        evidence.note(paid, own, current, most);
         self.samples.remove_unheld(key)?;
-        let best = self.best();
-        let chosen = self.choose(current, best, cost)?;
+        let best = evidence.best(None);
+        let chosen = evidence.choose(current, best, cost, most);
         self.restart_one(best, chosen, counts, cost)?;
         if counts.into_iter().any(|keys| keys > MANY) {
             self.sample_fewer()?;
@@ -182,40 +136,6 @@ impl<'a> Learner<'a> {
         self.samples.retain(|key| is_sampled(key, shift))
     }
 
-    fn cost(&self, n: usize) -> f64 {
-        self.head.costs.get(n).copied().unwrap_or(f64::MAX)
-    }
-
-    /// The deviation of what misses have cost in a simulation.
-    fn deviation(&self, n: usize, least: f64) -> f64 {
-        self.head
-            .squares
-            .get(n)
-            .map_or(0.0, |sum| sum.sqrt())
-            .max(least)
-    }
-
-    fn best(&self) -> usize {
-        let all = (0..COUNT).min_by(|a, b| self.cost(*a).total_cmp(&self.cost(*b)));
-        all.unwrap_or(0)
-    }
-
-    fn choose(&mut self, current: usize, best: usize, least: f64) -> Result<usize> {
-        let lead = self.cost(current) - self.cost(best);
-        if lead <= self.head.inertia * self.deviation(current, least) + LEAD * self.cost(current) {
-            return Ok(current);
-        }
-        let head = &mut *self.head;
-        if let Some(previous) = head.previous.checked_sub(1) {
-            let without = head.since.get(previous as usize).ok_or(OUTSIDE)?;
-            let factor = if head.own > *without { 2.0 } else { 0.5 };
-            head.inertia = (head.inertia * factor).clamp(1.0, INERTIA);
-        }
-        (head.since, head.own) = ([0.0; COUNT], 0.0);
-        head.previous = current as u32 + 1;
-        Ok(best)
-    }
-
     /// Looks at one simulation, another one each time.
     fn restart_one(
         &mut self,
@@ -224,31 +144,19 @@ impl<'a> Learner<'a> {
         counts: [u64; COUNT],
         least: f64,
     ) -> Result<()> {
-        let n = (self.head.requests % COUNT as u64) as usize;
-        let deviation = self.deviation(best, least);
+        let evidence = &mut self.head.evidence;
+        let n = (evidence.requests() % COUNT as u64) as usize;
         let keys = counts.get(n).copied().unwrap_or(0);
-        let restarted = self.head.restarted.get(n).ok_or(OUTSIDE)?;
-        let waited = self.head.requests.wrapping_sub(*restarted);
+        let restarted = self.head.restarted.get_mut(n).ok_or(OUTSIDE)?;
+        let waited = evidence.requests().wrapping_sub(*restarted);
         if n == best || n == in_force || waited < PATIENCE * keys.max(FADE_LEAST as u64) {
             return Ok(());
         }
-        // Also very lately: after the work has changed, what was best knows least of what is new.
-        let [own, other] = [n, best].map(|n| self.head.recent.get(n).copied().unwrap_or(0.0));
-        let is_behind = self.cost(n) > self.cost(best) + BEHIND * deviation
-            && own > other + BEHIND / 2.0 * deviation;
-        if !is_behind {
-            return Ok(());
+        if evidence.is_behind(n, best, least) {
+            self.samples.copy(best, n)?;
+            evidence.restart(n, best, least);
+            *restarted = evidence.requests();
         }
-        self.samples.copy(best, n)?;
-        let (cost, square) = (
-            self.cost(best) + BEHIND / 2.0 * deviation,
-            self.deviation(best, 0.0),
-        );
-        let head = &mut *self.head;
-        *head.costs.get_mut(n).ok_or(OUTSIDE)? = cost;
-        *head.squares.get_mut(n).ok_or(OUTSIDE)? = square * square;
-        *head.recent.get_mut(n).ok_or(OUTSIDE)? = other;
-        *head.restarted.get_mut(n).ok_or(OUTSIDE)? = head.requests;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 mod adaptive;
 mod deferred;
 mod entries;
+mod evidence;
 mod ghosts;
 mod keys;
 mod kind;
