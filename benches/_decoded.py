@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, MemoryStore
+from zarr.codecs import BytesCodec
+from zarr.core.array_spec import ArrayConfig, ArraySpec
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.dtype import UInt8
+from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from _measure import Row, interleave
 from _setup import PIPELINES, pipelines
-from zcache import CacheStore
+from zcache import CacheStore, DecodedCodecPipeline
 from zcache._decoded.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def rows(scale: Scale) -> list[Row]:
                 *_no_reuse(scale, name),
                 _small(scale, name),
             ]
-    return [*found, _memory(scale)]
+    return [*found, *_each_chunk(scale), _memory(scale)]
 
 
 def _values(shape: tuple[int, ...]) -> Any:
@@ -265,6 +269,69 @@ def _small(scale: Scale, pipeline: str) -> Row:
         aim=15e-6,
         disturbed=times.disturbed,
     )
+
+
+class _Assigns:
+    """A pipeline to which every chunk is the same, at once: what a read takes beside it is the wrapper's."""
+
+    # As zarr's own, it only assigns to its output.
+    __module__ = "zarr.core.codec_pipeline"
+
+    def __init__(self, chunk: Any) -> None:
+        self._chunk = cpu.NDBuffer(chunk)
+
+    async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
+        for _, _, selection, place, _ in batch_info:
+            out[place] = self._chunk[selection]
+        return ({"status": "present"},) * len(batch_info)
+
+
+def _each_chunk(scale: Scale) -> Iterator[Row]:
+    """What a chunk of a read of many costs beside its decode and its copy to the output, by what becomes of it."""
+    count, size = 128, 1024
+    spec = ArraySpec((size,), UInt8(), 0, ArrayConfig.from_dict({}), default_buffer_prototype())
+    whole, numbers = (slice(0, size),), itertools.count()
+    wrapped: Any = _Assigns(np.arange(size, dtype="u1"))
+    out = cpu.NDBuffer(np.zeros(count * size, "u1"))
+
+    def read(pipeline: Any, store: Any, *, anew: bool = True) -> Work:
+        async def work() -> int:
+            stem = f"a/c/{next(numbers) if anew else 'again'}"
+            places = [(slice(n * size, (n + 1) * size),) for n in range(count)]
+            await pipeline.read(
+                [
+                    (StorePath(store, f"{stem}/{n}"), spec, whole, places[n], True)
+                    for n in range(count)
+                ],
+                out,
+            )
+            return count
+
+        return work
+
+    for what, limit, anew in (
+        ("not kept", 2 * count * size, True),
+        ("kept", 2**30, True),
+        ("found", 2**30, False),
+    ):
+        store = CacheStore(MemoryStore(), max_size=0, decoded_size=limit)
+        mine = read(DecodedCodecPipeline(wrapped, [BytesCodec()]), store, anew=anew)
+
+        async def begin(mine: Work = mine) -> None:
+            for _ in range(8):
+                await mine()
+
+        asyncio.run(begin())
+        contestants = {"zcache": mine, "bare": read(wrapped, store)}
+        times = asyncio.run(interleave(contestants, scale.of(400, 10)))
+        pairs = zip(times.seconds["zcache"], times.seconds["bare"], strict=True)
+        more = sorted(one - other for one, other in pairs)
+        yield Row(
+            f"each of 128 chunks of a read that is {what}, beyond zarr's assignment",
+            zcache=more[len(more) // 2],
+            bare=times.median("bare"),
+            disturbed=times.disturbed,
+        )
 
 
 def _memory(scale: Scale) -> Row:
