@@ -113,7 +113,7 @@ class ChunkPart(Part):
 
 
 def join_chunks(parts: Sequence[ChunkPart], size: int) -> Decoding | Decodings | None:
-    """Decode chunks of one size, or wait for who does. Returns those that are decoded here."""
+    """Decode chunks of one size, or wait for readers that do. Returns those that are decoded here."""
     output = parts[0].output
     cache = output.cache
     sources = {}
