@@ -22,6 +22,7 @@ __all__ = [
     "DirectoryFills",
     "FillResult",
     "Granted",
+    "HeldLock",
     "Index",
     "IndexBusyError",
     "IndexFullError",

@@ -128,6 +128,7 @@ class Hits:
         """
         reads_fail = self.breaker.reads_fail
         look_up = self._look_up_alone if reads_fail else self._look_up
+        hit: Any
         try:
             if self._ageless:
                 # More arguments take a tenth longer, and so does the clock.

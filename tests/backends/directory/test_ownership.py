@@ -159,16 +159,18 @@ async def test_take_over_cut_off_is_finished_by_the_next(
 
     # The caller hears of it as long as he waits for the opening.
     monkeypatch.setattr("zcache._backends.directory.index.REBUILD_PATIENCE", 60)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(Stamp, "restamp", die)
-        open_store(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(tmp_path)
     # And one that dies before it has removed anything.
     (tmp_path / "cache/a").write_bytes(b"old")
     files.sign(str(tmp_path / "cache"), "a", (tmp_path / "cache/a").lstat())
     shutil.rmtree(tmp_path / "cache/.zcache/index")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(files, "remove_value", die)
-        open_store(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(tmp_path)
     store = open_store(tmp_path)
     assert await read_through(store, "a") == b"new"
     assert store.cache_stats()["misses"] == 1
