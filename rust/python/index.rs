@@ -1136,7 +1136,10 @@ impl Index {
 
     #[getter]
     fn slot(&self, py: Python<'_>) -> PyResult<Option<usize>> {
-        step!(self, py, |cache| Ok(cache.slot()))
+        // No step: another participant may just have died in one.
+        shared(&self.backing, py, None, |directory| {
+            Ok(Some(directory.own_slot()))
+        })
     }
 
     #[getter]

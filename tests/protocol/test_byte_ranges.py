@@ -331,6 +331,7 @@ def test_second_pass_over_shards_does_not_read_the_source(
         for part in PARTS:
             np.testing.assert_array_equal(array[part], expected[part])
         assert bool(payload(source)) is (turn == 0)
+    assert store.drain_sync()
     assert any(name.startswith(RANGES) for name in stored_sizes(store))
 
 

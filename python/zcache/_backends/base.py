@@ -242,13 +242,14 @@ class Backend(ABC):
     ) -> Buffer | None:
         """Read the same; None where the value is gone or has another length."""
 
-    def lookup_in(self, index: Index) -> Callable[..., Any]:
+    def lookup_in(self, index: Any) -> Callable[..., Any]:
         """What looks a key up in this view of the index, as `Index.lookup` does.
 
         It may answer with an array of bytes that is the reader's alone, all of a full value that needed no waiting; or with
         such an array of a part of one, and the answer of `Index.lookup`.
         """
-        return index.lookup
+        look_up: Callable[..., Any] = index.lookup
+        return look_up
 
     async def turn(self, size: int) -> TryRead | None:  # noqa: ARG002
         """Wait for a turn of the event loop in which so many bytes may be read without waiting.

@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 
 from support import PROTOTYPE, buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore
-from zcache.testing import StoreDouble
+from zcache.testing import StoreDouble, record_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,3 +112,16 @@ async def test_recording_has_the_sizes_of_hits(tmp_path: Path) -> None:
     assert [int(row["size"]) for row in rows] == [len(expected) for expected in EXPECTED]
     assert [row["entry_size"] for row in rows] == [str(len(VALUE))] * len(rows)
     assert [row["hit"] for row in rows] == ["1"] * len(rows)
+
+
+async def test_steps_of_a_pool_can_be_recorded(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore({"a/c/0": buf(VALUE)}))
+    store = open_store(tmp_path, source)
+    for _ in range(2):
+        await read_through(store, "a/c/0")
+    source.take()
+    with record_steps(store) as steps:
+        assert await read(store, "a/c/0") == VALUE
+    assert [step.name for step in steps] == ["lookup"]
+    assert await read(store, "a/c/0") == VALUE
+    assert source.take()["get"] == 0

@@ -49,7 +49,10 @@ class PoolBackend(DirectoryBackend):
         source = self._source
         self._segments = self._pages.use(source.handle.view, source.files)
 
-    def lookup_in(self, index: Index) -> Callable[..., Any]:
+    def lookup_in(self, index: Any) -> Callable[..., Any]:
+        if not isinstance(index, Index):
+            # What tells of each step stands before it.
+            return super().lookup_in(index)
         return self._pages.lookup_in(index, self._source.files)
 
     async def read(
