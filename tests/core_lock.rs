@@ -210,6 +210,25 @@ fn an_owner_that_is_taken_for_dead_finds_out() {
 }
 
 #[test]
+fn a_participant_of_a_directory_that_was_moved_takes_nothing_over() {
+    let (dir, elsewhere) = (Dir::new("moved"), Dir::new("elsewhere"));
+    let mut one = dir.open();
+    fs::remove_dir(&elsewhere.0).unwrap();
+    fs::rename(&dir.0, &elsewhere.0).unwrap();
+    let mut other = elsewhere.open();
+    let held = elsewhere.hold();
+    // It finds no file of the owner where it looks.
+    is_damaged(step(&mut one));
+    is_busy(&mut other);
+    assert!(held.release());
+    step(&mut other).unwrap();
+    fs::create_dir(&dir.0).unwrap();
+    assert!(one.restart(7).unwrap());
+    one.complete().unwrap();
+    step(&mut one).unwrap();
+}
+
+#[test]
 fn a_file_that_is_removed_or_cut_off_is_made_anew_for_all() {
     for len in [None, Some(0), Some(8), Some(100)] {
         let dir = Dir::new("cut-off");

@@ -209,6 +209,9 @@ impl<T: Clone> SharedIndex<T> {
                 relax(PAUSE);
             }
         }
+        if self.storage().are_removed() {
+            return Err(Error::Corrupt("index file: removed").into());
+        }
         let is_taken = self.storage().try_lock_or_take_over();
         self.storage().set_held(!is_taken);
         if is_taken {

@@ -16,8 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::fs::fstat;
-
 use super::guard::Map;
 use super::header::{PARTICIPANTS, new_generation};
 use super::lock_files::{OpenError, TRY_AGAIN, extend, is_at, is_gone, open, unshare};
@@ -114,7 +112,8 @@ impl LockWord {
         if seen == 0 {
             return self.try_lock();
         }
-        if !self.is_dead(seen) {
+        // Of a directory that was moved nothing is found, whether or not its participants live.
+        if !self.is_in_place() || !self.is_dead(seen) {
             return false;
         }
         // A dead owner never comes back, and no other has its token: it is the same that was seen.
@@ -154,11 +153,11 @@ impl LockWord {
         Ok(())
     }
 
-    /// Waits until a step can take the lock, or finds out that the file is gone.
+    /// Waits until a step can take the lock, or finds out that the file is not in its place.
     pub(super) fn wait(&self) {
         loop {
             let owner = self.words().owner.load(Ordering::Relaxed);
-            if owner == 0 || self.is_lost() || self.is_dead(owner) || self.is_unlinked() {
+            if owner == 0 || self.is_lost() || !self.is_in_place() || self.is_dead(owner) {
                 return;
             }
             std::thread::sleep(LOOK_AGAIN);
@@ -176,10 +175,6 @@ impl LockWord {
     pub(super) fn is_lost(&self) -> bool {
         let own = self.words().tokens.get(self.slot);
         own.is_none_or(|own| own.load(Ordering::Relaxed) != self.token) || self.map.has_faulted()
-    }
-
-    fn is_unlinked(&self) -> bool {
-        fstat(&self.file).is_ok_and(|status| status.st_nlink == 0)
     }
 
     /// Whether others find the same file under its name.
