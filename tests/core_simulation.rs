@@ -90,17 +90,6 @@ fn simulation_of_a_loop_that_shrinks_adaptive_lets_the_rest_go() {
     assert!(of_short < 0.5, "{of_short}");
 }
 
-#[test]
-fn simulation_of_shuffled_epochs_adaptive_serves_what_fits_into_a_small_cache() {
-    // Each epoch in another order: steps that have no factor in common with the number of keys.
-    let steps = [1u64, 77, 151, 219, 301, 333, 57, 119];
-    let epochs = || steps.into_iter().cycle().take(100);
-    let trace = || epochs().flat_map(|step| (0..400u64).map(move |key| key * step % 400));
-    let adaptive = misses(PolicyKind::Adaptive, 20, trace());
-    let none = misses(PolicyKind::None, 20, trace());
-    assert!(adaptive < none + 0.02, "{adaptive} {none}");
-}
-
 /// Data sets one after the other, each of `keys` keys that are read in each of these orders.
 fn data_sets(keys: u64, sets: u64, steps: &'static [u64]) -> impl Iterator<Item = u64> {
     (0..sets).flat_map(move |set| {

@@ -13,9 +13,7 @@ pub(super) const FADE_LEAST: f64 = 100.0;
 /// How many deviations a simulation falls behind before it goes on from the best one.
 const BEHIND: f64 = 4.0;
 /// By which part of its cost another rule has to be better in any case: a change costs misses as well.
-const LEAD: f64 = 0.02;
-/// Deviations of the differences that count as one: what comes in bursts differs in bursts.
-const BURSTS: f64 = 2.0;
+const LEAD: f64 = 0.01;
 /// By how many times the cache misses more than the rule in force does in its simulation before that is not believed.
 const ASTRAY: f64 = 2.0;
 /// Requests for each key of a simulation after a change before the cache can be compared with it.
@@ -37,8 +35,6 @@ pub(super) struct Evidence {
     /// What they have cost very lately, and since the last change.
     recent: [f64; COUNT],
     since: [f64; COUNT],
-    /// The squares of the differences between what each request has cost there and under the rule in force.
-    differences: [f64; COUNT],
     /// What the misses of the cache have cost lately, and since the last change.
     missed: f64,
     own: f64,
@@ -65,8 +61,7 @@ impl Evidence {
             self.inertia = 1.0;
         }
         let numbers = self.costs.iter_mut().chain(&mut self.squares);
-        let numbers = numbers.chain(&mut self.differences).chain(&mut self.recent);
-        let numbers = numbers.chain(&mut self.since);
+        let numbers = numbers.chain(&mut self.recent).chain(&mut self.since);
         for number in numbers.chain([&mut self.own, &mut self.missed]) {
             if !number.is_finite() || *number < 0.0 {
                 *number = 0.0;
@@ -80,16 +75,13 @@ impl Evidence {
 
     /// Takes a request into account: what it has cost in each simulation and in the cache, and how many keys the
     /// simulations hold at most.
-    pub(super) fn note(&mut self, paid: [f64; COUNT], own: f64, in_force: usize, keys: f64) {
+    pub(super) fn note(&mut self, paid: [f64; COUNT], own: f64, keys: f64) {
         self.requests = self.requests.wrapping_add(1);
         let fade = |by: f64| 1.0 - 1.0 / (by * keys).max(FADE_LEAST);
-        let of_rule = at(&paid, in_force);
         let squares = paid.map(|paid| paid * paid);
-        let differences = paid.map(|paid| (of_rule - paid).powi(2));
         for (sums, fade, more) in [
             (&mut self.costs, fade(FADE), paid),
             (&mut self.squares, fade(FADE), squares),
-            (&mut self.differences, fade(FADE), differences),
             (&mut self.recent, fade(FADE_SOON), paid),
             (&mut self.since, 1.0, paid),
         ] {
@@ -129,9 +121,7 @@ impl Evidence {
             let deviation = (self.missed * least).sqrt();
             (self.best(Some(current)), self.missed, deviation)
         } else {
-            let of_pairs = at(&self.differences, best).sqrt().max(least);
-            let deviation = (BURSTS * of_pairs).min(self.deviation(current, least));
-            (best, cost, deviation)
+            (best, cost, self.deviation(current, least))
         };
         let lead = paid - at(&self.costs, best);
         if best == current || lead <= self.inertia * deviation + LEAD * cost {
@@ -143,7 +133,7 @@ impl Evidence {
             self.inertia = (self.inertia * factor).clamp(1.0, INERTIA);
         }
         (self.since, self.own) = ([0.0; COUNT], 0.0);
-        (self.differences, self.changed) = ([0.0; COUNT], self.requests);
+        self.changed = self.requests;
         self.previous = current as u64 + 1;
         best
     }

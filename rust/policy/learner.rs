@@ -1,11 +1,10 @@
 //! Which rule fits the traffic: small simulations of all of them, on keys sampled by their hash.
 //!
 //! Each simulation sees the same keys, and has the same part of the bytes of the cache. What their misses have
-//! cost lately decides. Four things keep that honest:
+//! cost lately decides. Three things keep that honest:
 //!
 //! - A simulation that has fallen behind goes on from the keys of the best one: it stands for what the cache would
 //!   do if it went by its rule from now on.
-//! - Rules are compared request by request: what all of them miss is no chance, and tells nothing.
 //! - Where the cache misses far more than the simulation of its own rule does, another rule takes over.
 //! - A change of the rule that did not pay, by the misses of the cache itself, doubles the lead that the next one
 //!   takes; one that did halves it. So traffic that goes back and forth does not drag the rule with it.
@@ -105,7 +104,7 @@ impl<'a> Learner<'a> {
         let most = counts.iter().copied().max().unwrap_or(0) as f64;
         let evidence = &mut self.head.evidence;
         let own = if request.is_hit { 0.0 } else { cost };
-        evidence.note(paid, own, current, most);
+        evidence.note(paid, own, most);
         self.samples.remove_unheld(key)?;
         let best = evidence.best(None);
         let chosen = evidence.choose(current, best, cost, most);

@@ -55,47 +55,34 @@ pub(super) struct Rule {
     halve_after: u64,
     /// Whether the main list goes where nothing but new keys comes.
     renews: bool,
-    /// Whether all that was used twice comes into the main list, however often what is there was used.
-    takes_reused: bool,
 }
 
 const WHOLE: u64 = 1000;
 
 /// The rules that the adaptive policy chooses from; it begins with the first one.
-pub(super) const RULES: [Rule; 5] = [
+pub(super) const RULES: [Rule; 4] = [
     // LRU.
     Rule {
         window: WHOLE,
         halve_after: 10,
         renews: false,
-        takes_reused: false,
     },
     // Frequency, over a short time and of the data of now, or over a long time.
     Rule {
         window: 10,
         halve_after: 4,
         renews: true,
-        takes_reused: false,
     },
     Rule {
         window: 10,
         halve_after: 20,
         renews: false,
-        takes_reused: false,
     },
     // Both.
     Rule {
         window: 200,
         halve_after: 10,
         renews: false,
-        takes_reused: false,
-    },
-    // What was used again, in the order of use: much like 2Q.
-    Rule {
-        window: 100,
-        halve_after: 4,
-        renews: false,
-        takes_reused: true,
     },
 ];
 
@@ -160,7 +147,7 @@ impl Ruled {
         }
         let halvings = entries.state().halvings;
         let uses = self.ghosts(entries).get(hash, halvings).saturating_add(1);
-        if self.is_renewing(entries) || self.comes_in(entries, uses, size, size)? {
+        if self.is_renewing(entries) || is_admitted(entries, uses, size, size)? {
             return Ok(true);
         }
         let words = entries.history_mut().get_mut(self.ghosts_at..);
@@ -204,20 +191,6 @@ impl Ruled {
         self.rule.renews && entries.state().new_keys > renews_after(entries)
     }
 
-    /// Whether others of the main list should go for a newcomer to it, so many bytes of them.
-    fn comes_in<E: Entries>(
-        self,
-        entries: &mut E,
-        uses: u8,
-        size: u64,
-        missing: u64,
-    ) -> Result<bool> {
-        if self.rule.takes_reused {
-            return Ok(uses > 1);
-        }
-        is_admitted(entries, uses, size, missing)
-    }
-
     /// An entry goes.
     pub(super) fn remove<E: Entries>(self, entries: &mut E, entry: u32) -> Result<()> {
         let (uses, halvings) = (frequency(entries, entry)?, entries.state().halvings);
@@ -249,7 +222,7 @@ impl Ruled {
             let room = share.min(bytes.saturating_sub(size));
             let missing = taken.saturating_add(size).saturating_sub(room);
             let uses = frequency(entries, newcomer)?;
-            if main.is_some() && missing > 0 && !self.comes_in(entries, uses, size, missing)? {
+            if main.is_some() && missing > 0 && !is_admitted(entries, uses, size, missing)? {
                 return Ok(Some(newcomer));
             }
             entries.move_to(newcomer, List::Main)?;
