@@ -156,7 +156,7 @@ async def test_large_value_no_thread_is_free_is_verified_here(
 ) -> None:
     """Threads may wait for a file system that never answers."""
 
-    async def refuse(work: Any, on_detached_result: Any, limit: float | None) -> Any:
+    async def refuse(work: Any, on_detached_result: Any, limit: float | None, _: Any) -> Any:
         assert limit is not None
         raise error
 
