@@ -117,6 +117,45 @@ fn a_lock_that_is_held_keeps_all_out_until_it_is_released() {
 }
 
 #[test]
+fn a_lock_on_the_file_that_tells_of_changes_stops_no_step() {
+    let dir = Dir::new("flock");
+    let mut index = dir.open();
+    let file = fs::File::open(dir.0.join("lock")).unwrap();
+    file.try_lock().unwrap();
+    step(&mut index).unwrap();
+    // It is one opening at a time.
+    let late = Index::open_within(&dir.0, LIMITS, 1, 1, Duration::ZERO);
+    assert!(matches!(late, Err(OpenError::Busy)));
+    file.unlock().unwrap();
+    step(&mut dir.open()).unwrap();
+}
+
+#[test]
+fn an_index_that_one_of_the_former_format_uses_is_left_to_it() {
+    let dir = Dir::new("former");
+    let slot = fs::File::create(dir.0.join("p3")).unwrap();
+    slot.try_lock().unwrap();
+    let late = Index::open_within(&dir.0, LIMITS, 1, 1, Duration::ZERO);
+    assert!(matches!(late, Err(OpenError::Busy)));
+    slot.unlock().unwrap();
+    let mut index = dir.open();
+    // One that comes later makes the files anew.
+    slot.try_lock().unwrap();
+    fs::remove_file(dir.0.join("head")).unwrap();
+    fs::write(dir.0.join("head"), "of the former format").unwrap();
+    sleep(Duration::from_millis(30));
+    is_damaged(step(&mut index));
+    assert!(matches!(index.restart(1), Err(StepError::Busy)));
+    assert_eq!(
+        fs::read(dir.0.join("head")).unwrap(),
+        b"of the former format"
+    );
+    slot.unlock().unwrap();
+    assert!(index.restart(1).unwrap());
+    step(&mut index).unwrap();
+}
+
+#[test]
 fn who_waits_goes_on_when_the_lock_is_released_or_its_owner_dies() {
     for dies in [false, true] {
         let dir = Dir::new("waiter");
@@ -200,7 +239,7 @@ fn an_owner_that_is_taken_for_dead_finds_out() {
     let held = dir.hold();
     is_busy(&mut index);
     // Only its file tells that it lives.
-    fs::remove_file(dir.0.join("p1")).unwrap();
+    fs::remove_file(dir.0.join("s1")).unwrap();
     is_damaged(step(&mut index));
     assert!(index.restart(7).unwrap());
     index.complete().unwrap();

@@ -222,7 +222,7 @@ fn a_slot_that_is_gone_is_not_believed() {
     let dir = Dir::new("slot");
     let mut one = dir.open();
     let id = granted(&mut one, "a", 600);
-    dir.remove(&["p0"]);
+    dir.remove(&["s0"]);
     let mut other = dir.open();
     assert_eq!(other.own_slot(), one.own_slot());
     is_damaged(one.step(sleep, |cache| cache.commit(id, None, 1)));

@@ -148,7 +148,7 @@ impl CacheDir {
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let process = std::process::id();
         self.tmp.join(match slot {
-            Some(slot) => format!("p{slot}-{process}-{number}"),
+            Some(slot) => format!("s{slot}-{process}-{number}"),
             None => format!("own-{process}-{number}"),
         })
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use super::lock_files::{OpenError, open_and_share, take_slot};
+use super::lock_files::{OpenError, open_and_lock, take_slot};
 use super::lock_word::LockWord;
 
 /// Keeps all others out of the index until it is released. Dropped before, it leaves what a death in a step leaves.
@@ -22,10 +22,11 @@ impl HeldLock {
     ///
     /// [`OpenError::Busy`] after that.
     pub fn take(root: &Path, patience: Duration) -> Result<HeldLock, OpenError> {
-        let lock = open_and_share(&root.join("lock"), patience)?;
+        let lock = open_and_lock(&root.join("lock"), patience)?;
         let (slot, alive) = take_slot(root)?;
         let word = LockWord::open(root, slot)?;
         word.lock_within(patience)?;
+        lock.unlock()?;
         Ok(HeldLock {
             word,
             _alive: alive,

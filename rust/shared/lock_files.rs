@@ -182,15 +182,14 @@ fn keep_in_place(file: &File) {
     let _ = file;
 }
 
-/// Opens the lock file and locks it for sharing, within `patience`. The file that is locked is the one that
-/// others find.
+/// Opens the lock file and locks it, within `patience`, for as long as an index is opened. The file that is locked is
+/// the one that others find.
 ///
-/// It stays locked as long as this participant lives, and keeps out those of a former format, which lock it exclusively
-/// around each of their steps.
-pub(super) fn open_and_share(path: &Path, patience: Duration) -> Result<File, OpenError> {
+/// Participants of the former format lock it for each step. Where one lives, the index is not ours to open.
+pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<File, OpenError> {
     loop {
         let lock = open(path)?;
-        share_within(&lock, patience)?;
+        lock_within(&lock, patience)?;
         // Somebody may have removed it meanwhile, and others may lock another one.
         if is_at(&lock, path) {
             return Ok(lock);
@@ -250,10 +249,10 @@ pub(super) fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
     }
 }
 
-fn share_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
+fn lock_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
     let begun = Instant::now();
     loop {
-        match lock.try_lock_shared() {
+        match lock.try_lock() {
             Ok(()) => return Ok(()),
             Err(TryLockError::Error(error)) => return Err(error.into()),
             Err(TryLockError::WouldBlock) if begun.elapsed() >= patience => {
@@ -265,7 +264,21 @@ fn share_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
 }
 
 fn slot_file(root: &Path, n: usize) -> PathBuf {
-    root.join(format!("p{n}"))
+    root.join(format!("s{n}"))
+}
+
+/// Whether a participant of the former format lives, which has no word for the lock: its slots are `p<n>`.
+pub(super) fn has_former_participant(root: &Path) -> io::Result<bool> {
+    for entry in std::fs::read_dir(root)? {
+        let name = entry?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix('p'));
+        if number.is_some_and(|number| number.parse::<u8>().is_ok())
+            && open_existing(&root.join(name)).is_ok_and(|file| file.try_lock().is_err())
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {

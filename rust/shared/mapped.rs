@@ -2,7 +2,7 @@
 //!
 //! Five files (a pool has a sixth, `places`), because each grows by itself: `head` (format, header, participants,
 //! versions, and the hash table's directory at its end), `table` (slots), `cells`, `texts` (strings) and `history`
-//! (of the eviction policy). One more, `owner`, has the lock that is held around each step (`lock_word`), and one `p<n>`
+//! (of the eviction policy). One more, `owner`, has the lock that is held around each step (`lock_word`), and one `s<n>`
 //! for each participant is locked as long as that participant lives: the kernel releases it when its holder dies. The
 //! time of `lock` is set by those who change the source without the index.
 //!
@@ -23,8 +23,9 @@ use super::header::{
     CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, boot, new_generation,
 };
 use super::lock_files::{
-    Locks, OpenError, create, extend, is_alive, is_at, is_hollow, open, open_and_share,
-    open_existing, open_folder, take_slot, touch, unshare, unsuitable,
+    Locks, OpenError, TRY_AGAIN, create, extend, has_former_participant, is_alive, is_at,
+    is_hollow, open, open_and_lock, open_existing, open_folder, take_slot, touch, unshare,
+    unsuitable,
 };
 use super::lock_word::LockWord;
 use super::places_file::PlacesFile;
@@ -92,7 +93,15 @@ impl Mapped {
         let begun = Instant::now();
         let left = || patience.saturating_sub(begun.elapsed());
         loop {
-            let lock = open_and_share(&root.join("lock"), left())?;
+            let lock = open_and_lock(&root.join("lock"), left())?;
+            if has_former_participant(root)? {
+                if left().is_zero() {
+                    return Err(OpenError::Busy);
+                }
+                drop(lock);
+                std::thread::sleep(TRY_AGAIN);
+                continue;
+            }
             let (own_slot, alive) = take_slot(root)?;
             let word = Arc::new(LockWord::open(root, own_slot)?);
             word.lock_within(left())?;
@@ -101,8 +110,11 @@ impl Mapped {
                 let kept = Arc::clone(&word);
                 let opened =
                     Mapped::open_locked(root, bound, with_places, lock, word, own_slot, alive);
-                if opened.is_err() {
-                    kept.release();
+                match &opened {
+                    Ok((mapped, _)) => mapped.lock.unlock()?,
+                    Err(_) => {
+                        kept.release();
+                    }
                 }
                 return opened;
             }

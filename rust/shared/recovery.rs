@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::index::{SharedIndex, StepError};
-use super::lock_files::OpenError;
+use super::lock_files::{OpenError, has_former_participant};
 use crate::arena::Storage;
 use crate::cache::Flights;
 use crate::error::{Error, Result};
@@ -21,6 +21,10 @@ impl<T: Clone> SharedIndex<T> {
     pub fn restart(&mut self, seed: u64) -> Result<bool, StepError> {
         if self.storage().are_removed() {
             return self.reopen(seed);
+        }
+        // One of the former format has made files of its own, and would not know of ours.
+        if has_former_participant(self.storage().root()).unwrap_or(false) {
+            return Err(StepError::Busy);
         }
         self.lock(&mut |pause| std::thread::sleep(pause))?;
         let result = self.restart_locked(seed);

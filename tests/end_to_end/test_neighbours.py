@@ -171,7 +171,7 @@ print(asyncio.run(read_all(store)))
     assert other.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["p0", "lock", "owner"])
+@pytest.mark.parametrize("name", ["s0", "lock", "owner"])
 async def test_index_file_removed_all_go_on_together(
     tmp_path: Path, name: str, others: list[subprocess.Popen[str]]
 ) -> None:

@@ -147,7 +147,7 @@ async def test_slots_all_taken_the_source_serves_until_one_is_free(
     gc.collect()
     others = []
     for number in range(OTHERS):
-        slot = tmp_path / f"cache/.zcache/index/p{number}"
+        slot = tmp_path / f"cache/.zcache/index/s{number}"
         others.append(os.open(slot, os.O_RDWR | os.O_CREAT))
         fcntl.flock(others[-1], fcntl.LOCK_EX)
     late = open_store(tmp_path, max_size=100)

@@ -282,7 +282,7 @@ async def test_open_scan_fails_in_the_background_the_source_serves(
     "part",
     [
         *(".zcache", ".zcache/index", ".zcache/tmp", ".zcache/ranges", ".zcache/stamp.json"),
-        *(f"{INDEX}/{name}" for name in (*INDEX_FILES, "lock", "owner", "p0")),
+        *(f"{INDEX}/{name}" for name in (*INDEX_FILES, "lock", "owner", "s0")),
     ],
 )
 @pytest.mark.parametrize("in_use", [False, True])

@@ -97,7 +97,7 @@ async def test_links_in_place_of_own_folders_lead_nowhere(tmp_path: Path, name: 
     where, home = tmp_path / "cache", tmp_path / "home"
     await warmed(where)
     home.mkdir()
-    names = ["own-notes", "p0-report", "p7-x", "head", "table", "cells", "texts", "lock", "other"]
+    names = ["own-notes", "s0-report", "s7-x", "head", "table", "cells", "texts", "lock", "other"]
     for one in names:
         (home / one).write_text(one)
     path = where / ".zcache" / name

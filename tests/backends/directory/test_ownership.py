@@ -259,7 +259,7 @@ async def test_link_inside_the_directory_is_not_followed(tmp_path: Path) -> None
         shutil.rmtree(tmp_path / "cache/.zcache/index")
 
 
-@pytest.mark.parametrize("name", ["head", "table", "cells", "texts", "lock", "owner", "p0"])
+@pytest.mark.parametrize("name", ["head", "table", "cells", "texts", "lock", "owner", "s0"])
 async def test_link_in_place_of_the_index_is_not_followed(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

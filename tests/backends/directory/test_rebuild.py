@@ -199,7 +199,7 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
         opening.join()
         assert asyncio.run(read_all(opened.pop())) == VALUES
         gc.collect()
-        for name in ("lock", "p0"):
+        for name in ("lock", "s0"):
             with (where / "cache/.zcache/index" / name).open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zcache import CacheStore
 
-PARTS = ["lock", "owner", "head", "table", "cells", "texts", "p0", "p1"]
+PARTS = ["lock", "owner", "head", "table", "cells", "texts", "s0", "s1"]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_walk_finds_values_and_ranges_and_nothing_else(tmp_path: Path) -> None:
     make(tmp_path / "a/c/0", 3)
     make(tmp_path / ".zcache/ranges/a/c/0@0-2", 2)
     make(tmp_path / ".zcache/index/cells", 7)
-    make(tmp_path / ".zcache/tmp/p0-1-0", 7)
+    make(tmp_path / ".zcache/tmp/s0-1-0", 7)
     make(tmp_path / "of-another", 7, signature=5)
     make(tmp_path / "b", 1, signature=PENDING)
     (tmp_path / "link").symlink_to(tmp_path / "a/c/0")

@@ -30,8 +30,8 @@ def leave(tmp_path: Path, *names: str) -> None:
 
 
 def test_sweep_slot_that_is_free_removes_its_files(tmp_path: Path, folder: TemporaryFiles) -> None:
-    (tmp_path / ".zcache/index/p7").touch()
-    leave(tmp_path, "p7-123-0", "p7-123-1")
+    (tmp_path / ".zcache/index/s7").touch()
+    leave(tmp_path, "s7-123-0", "s7-123-1")
     folder.sweep()
     assert tree(tmp_path / ".zcache/tmp") == set()
 
@@ -39,11 +39,11 @@ def test_sweep_slot_that_is_free_removes_its_files(tmp_path: Path, folder: Tempo
 def test_sweep_slot_in_use_keeps_its_files(tmp_path: Path, folder: TemporaryFiles) -> None:
     import fcntl
 
-    leave(tmp_path, "p7-123-0")
-    with (tmp_path / ".zcache/index/p7").open("w") as slot:
+    leave(tmp_path, "s7-123-0")
+    with (tmp_path / ".zcache/index/s7").open("w") as slot:
         fcntl.flock(slot, fcntl.LOCK_EX)
         folder.sweep()
-        assert tree(tmp_path / ".zcache/tmp") == {"p7-123-0"}
+        assert tree(tmp_path / ".zcache/tmp") == {"s7-123-0"}
     folder.sweep()
     assert tree(tmp_path / ".zcache/tmp") == set()
 
@@ -51,9 +51,9 @@ def test_sweep_slot_in_use_keeps_its_files(tmp_path: Path, folder: TemporaryFile
 def test_sweep_own_slot_removes_what_its_last_process_has_left(
     tmp_path: Path, folder: TemporaryFiles
 ) -> None:
-    leave(tmp_path, "p3-1-0", "p30-1-0")
+    leave(tmp_path, "s3-1-0", "s30-1-0")
     folder.sweep(own=3)
-    assert tree(tmp_path / ".zcache/tmp") == {"p30-1-0"}
+    assert tree(tmp_path / ".zcache/tmp") == {"s30-1-0"}
 
 
 def test_sweep_process_without_a_slot_removes_what_is_too_old(
@@ -71,16 +71,16 @@ def test_sweep_process_without_a_slot_removes_what_is_too_old(
 async def test_open_removes_what_a_process_that_is_gone_has_left(tmp_path: Path) -> None:
     open_store(tmp_path)
     await closed(tmp_path)
-    left = tmp_path / "cache/.zcache/tmp/p7-123-0"
+    left = tmp_path / "cache/.zcache/tmp/s7-123-0"
     left.write_bytes(bytes(100))
-    (tmp_path / "cache/.zcache/index/p7").write_bytes(b"")
+    (tmp_path / "cache/.zcache/index/s7").write_bytes(b"")
     open_store(tmp_path)
     assert not left.exists()
 
 
 async def test_open_keeps_what_a_live_process_is_writing(tmp_path: Path) -> None:
     with Agent(tmp_path):
-        writing = tmp_path / "cache/.zcache/tmp/p0-1-0"
+        writing = tmp_path / "cache/.zcache/tmp/s0-1-0"
         writing.write_bytes(bytes(100))
         store, _ = open_store(tmp_path)
         assert index_slot(store) == 1

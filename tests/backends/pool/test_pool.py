@@ -392,7 +392,7 @@ def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
         assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
         again = member(50001, "770", "50001", "50002")
         assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
-        for name in ("head", "cells", "places", "lock", "owner", "p0"):
+        for name in ("head", "cells", "places", "lock", "owner", "s0"):
             assert (where / "pool/.zcache/index" / name).stat().st_mode & 0o777 == 0o660, name
         # Whoever has not asked for a group does not trust another user.
         assert "CacheOwnershipError" in member(50002, "700").stderr

@@ -19,7 +19,7 @@ _LONGEST_WRITE: Final = 3600.0
 
 
 class TemporaryFiles:
-    """The folder of unfinished files. Their names begin with the slot of their participant (``p3-``).
+    """The folder of unfinished files. Their names begin with the slot of their participant (``s3-``).
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class TemporaryFiles:
         for slot, names in by_slot.items():
             if slot == "own":
                 _remove_old(folder, names)
-            elif slot == f"p{own}":
+            elif slot == f"s{own}":
                 _remove(folder, names)
             else:
                 with self._if_free(slot) as free:
