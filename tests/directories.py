@@ -43,7 +43,7 @@ def reads(source: StoreDouble) -> int:
 
 def is_in_use(cache: Path) -> bool:
     """Whether any process has the index open, by a store that waits to be collected too."""
-    for slot in (cache / INDEX).glob("p*"):
+    for slot in (cache / INDEX).glob("s[0-9]*"):
         file = os.open(slot, os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -83,7 +83,7 @@ async def test_open_again_while_fills_are_pending_both_share(tmp_path: Path) -> 
     await store.drain()
     assert other.cache_info() == store.cache_info()
     await check_quiet(store)
-    assert len(list((tmp_path / "cache" / INDEX).glob("p*"))) == 1
+    assert len(list((tmp_path / "cache" / INDEX).glob("s[0-9]*"))) == 1
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])
