@@ -157,7 +157,7 @@ python-lint: env-both
 	  $$python -m mypy --strict python/zcache && $$python -m mypy.stubtest zcache._core)
 
 # Long runs of what is alike on each Python take place on the newest one, and so do all cases of each parametrized test:
-# some have hundreds. The older one runs eight of each.
+# some have hundreds. The older one runs six of each.
 if_older = [ $$env = base ] && [ ! -L .venvs/newest ]
 
 # What fails is run once more, for a test of threads and processes may not stand a machine that is busy with others. The
@@ -167,4 +167,4 @@ ONCE_MORE := --reruns 1 --reruns-delay 5 -raR
 .PHONY: python-test
 python-test: env-both
 	$(call in_each_env,pytest,\
-	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once --sample 8) $(ARGS))
+	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once --sample 6) $(ARGS))
