@@ -11,11 +11,16 @@
 #[path = "core/pool.rs"]
 mod pool;
 
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
 use zcache::cache::{Limits, PAGE, Reserve};
 use zcache::disk::fill::Ending;
 use zcache::key::ByteRange;
+use zcache::shared::HeldLock;
 
-use self::pool::{BOUND, LIMITS, NOW, Pool, contents, end};
+use self::pool::{BOUND, LIMITS, LONG, NOW, Pool, contents, end};
 
 /// A pool in which the fills of a batch may take many values.
 fn large(name: &str) -> Pool {
@@ -99,6 +104,37 @@ fn fills_at_once_of_which_some_are_overtaken_leave_the_others() {
     end(pool);
 }
 
+/// Threads of this process that do fills.
+#[cfg(target_os = "linux")]
+fn threads() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    names.filter(|name| name.trim() == "zcache-fill").count()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn values_that_do_not_go_with_others_wait_for_no_thread_that_is_held_up() {
+    let mut pool = large("held-up");
+    // Its thread waits for more work, and finds three values that are each a batch of its own.
+    pool.fill("a", 100);
+    let before = threads();
+    let values = ["b", "c", "d"].map(|key| {
+        let ticket = pool.join(key, ByteRange::Full);
+        (ticket, key, contents(key, 3 << 20))
+    });
+    let held = HeldLock::take(&pool.root.join("index"), LONG).unwrap();
+    let numbers = values.map(|(ticket, key, data)| pool.submit(ticket, key, ByteRange::Full, data));
+    let begun = Instant::now();
+    while threads() <= before {
+        assert!(begun.elapsed() < LONG, "{} threads", threads());
+        sleep(Duration::from_millis(1));
+    }
+    assert!(held.release());
+    assert!(pool.fills.wait(numbers[2], LONG));
+    end(pool);
+}
+
 #[test]
 fn values_that_are_deleted_at_once_go_alone() {
     let mut pool = large("at-once");
@@ -116,7 +152,7 @@ fn values_that_are_deleted_at_once_go_alone() {
         assert_eq!(pool.read(&key), expected, "{key}");
     }
     // Also where the file of some of them is gone.
-    std::fs::remove_file(pool.segment(places[0].segment)).unwrap();
+    fs::remove_file(pool.segment(places[0].segment)).unwrap();
     let outcome = pool.files.delete_all(&places);
     assert!(outcome.len() == 5 && outcome.iter().all(Result::is_ok));
     end(pool);

@@ -167,20 +167,15 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         state.jobs.push_back((number, fill));
         let most = shared.dir.values.most_at_once();
         let at_hand = state.idle + usize::from(state.gathering);
-        if state.jobs.len() > at_hand * most && state.live < shared.threads {
-            let mine = Arc::clone(shared);
-            let thread = thread::Builder::new().name("zcache-fill".to_owned());
-            match thread.spawn(move || mine.work()) {
-                Ok(_) => state.live += 1,
-                // Fewer threads will do.
-                Err(_) if state.live > 0 => {}
-                Err(error) => {
-                    let job = state.jobs.pop_back();
-                    drop(state);
-                    drop(job);
-                    return Err(error);
-                }
-            }
+        if state.jobs.len() > at_hand * most
+            && let Err(error) = shared.start_thread(&mut state)
+            // Else fewer threads will do.
+            && state.live == 0
+        {
+            let job = state.jobs.pop_back();
+            drop(state);
+            drop(job);
+            return Err(error);
         }
         state.next += 1;
         shared.pending.fetch_add(1, Ordering::Relaxed);
@@ -321,8 +316,19 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Starts another thread, unless there are as many as there may be.
+    fn start_thread(self: &Arc<Self>, state: &mut State<T, D>) -> io::Result<()> {
+        if state.live < self.threads {
+            let mine = Arc::clone(self);
+            let thread = thread::Builder::new().name("zcache-fill".to_owned());
+            thread.spawn(move || mine.work())?;
+            state.live += 1;
+        }
+        Ok(())
+    }
+
     /// The life of a thread.
-    fn work(&self) {
+    fn work(self: &Arc<Self>) {
         while let Some(jobs) = self.next_jobs() {
             self.apply_deferred();
             self.run(jobs);
@@ -330,14 +336,19 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         self.apply_deferred();
     }
 
-    fn next_jobs(&self) -> Option<Jobs<D>> {
+    fn next_jobs(self: &Arc<Self>) -> Option<Jobs<D>> {
         let mut state = self.state();
         loop {
             if !state.gathering && !state.jobs.is_empty() {
                 state = self.gather(state);
                 let jobs = self.take_batch(&mut state.jobs);
-                if !state.jobs.is_empty() && state.idle > 0 {
-                    self.work.notify_one();
+                // What does not go with these waits for no disk that may hang.
+                if !state.jobs.is_empty() {
+                    if state.idle > 0 {
+                        self.work.notify_one();
+                    } else {
+                        let _ = self.start_thread(&mut state);
+                    }
                 }
                 return Some(jobs);
             }

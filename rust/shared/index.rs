@@ -139,32 +139,31 @@ impl<T: Clone> SharedIndex<T> {
         writes: &[u64],
         promised: u64,
     ) -> Result<bool, OpenError> {
-        let index = self;
-        index.cache.choose_policy(kind, minimise);
-        if index.storage().outdated {
+        self.cache.choose_policy(kind, minimise);
+        if self.storage().outdated {
             // What is damaged is no evidence.
-            index.former = Former::of(&index.cache).unwrap_or_default();
-            index.storage().reset()?;
+            self.former = Former::of(&self.cache).unwrap_or_default();
+            self.storage().reset()?;
         }
-        if !index.cache.expect_unit(unit) && !fresh {
+        if !self.cache.expect_unit(unit) && !fresh {
             // It counts in another way.
-            index.storage().reset()?;
+            self.storage().reset()?;
             fresh = true;
         }
-        if index.prepare(fresh, seed).is_err() {
+        if self.prepare(fresh, seed).is_err() {
             let full = || OpenError::from(rustix::io::Errno::NOSPC);
             if fresh {
                 return Err(full());
             }
             // The header is right, but what it leads to is damaged.
-            index.storage().reset()?;
+            self.storage().reset()?;
             fresh = true;
-            index.prepare(true, seed).map_err(|_| full())?;
+            self.prepare(true, seed).map_err(|_| full())?;
         }
-        index.cache.set_policy(kind, minimise);
-        index.cache.announce(writes);
-        index.cache.tell_promised(promised);
-        index.cache.tell_absences();
+        self.cache.set_policy(kind, minimise);
+        self.cache.announce(writes);
+        self.cache.tell_promised(promised);
+        self.cache.tell_absences();
         Ok(fresh)
     }
 

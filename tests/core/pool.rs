@@ -147,7 +147,13 @@ impl Pool {
         report.ending
     }
 
-    fn submit(&mut self, ticket: u64, key: &str, range: ByteRange, data: Vec<u8>) -> u64 {
+    pub(crate) fn submit(
+        &mut self,
+        ticket: u64,
+        key: &str,
+        range: ByteRange,
+        data: Vec<u8>,
+    ) -> u64 {
         self.clock += 1;
         let fill = Fill {
             key: key.into(),

@@ -109,8 +109,6 @@ async def test_folder_that_leads_outside(tmp_path: Path, kind: str, when: str) -
     assert store.cache_stats()["hits"] == hits + 1
 
 
-# Seldom a write finds the folder moved away with a file of its key in it, which is taken in once it is back.
-@pytest.mark.flaky(reruns=3)
 async def test_folder_that_is_swapped_for_a_link_at_any_moment(tmp_path: Path) -> None:
     where, home, behind = tmp_path / "cache", tmp_path / "home", source()
     store = open_store(where, behind, verify="never")

@@ -143,6 +143,15 @@ def _listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
         os.close(folder)
 
 
+def identity(path: str) -> tuple[int, int] | None:
+    """What a path leads to, whatever its name; None if there is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def fold(name: str) -> str:
     """The one of all names that differ in case or normal form that stands for them."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

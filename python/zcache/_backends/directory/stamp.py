@@ -149,7 +149,7 @@ class Stamp:
             raise CacheOwnershipError(
                 other_source(f"directory {self.root}", stamp["source"], self.source)
             )
-        self._identity = _identity(self.root)
+        self._identity = files.identity(self.root)
         self._keep_copy(stamp)
 
     def keep(self) -> None:
@@ -160,7 +160,7 @@ class Stamp:
         OSError
             If the file system refuses.
         """
-        if self.is_foreign or _identity(self.root) != self._identity:
+        if self.is_foreign or files.identity(self.root) != self._identity:
             return
         now = time.time()
         try:
@@ -393,14 +393,6 @@ class Stamp:
         """Make the directory the current source's, now that it is empty."""
         self._write(self.source, replace=True)
         self.is_foreign = False
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _mode(root: str) -> int:

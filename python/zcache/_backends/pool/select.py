@@ -8,6 +8,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zcache._backends.directory import files
 from zcache._backends.listings import MemoryListings
 from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
 from zcache._backends.pool.listings import SourceListings
@@ -76,7 +77,7 @@ def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
         return ("dict", id(store._store_dict))
     path = os.path.realpath(os.path.abspath(store.root))
     own: Hashable = ("directory", path, store.read_only)
-    identity = _identity(path)
+    identity = files.identity(path)
     with _lock:
         # The same path may lead to another directory by now, which the pool takes up.
         if own in _pools or identity is None:
@@ -87,19 +88,10 @@ def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
             if (
                 directory is not None
                 and pool.read_only is store.read_only
-                and _identity(directory.root) == identity
+                and files.identity(directory.root) == identity
             ):
                 return ("directory", directory.root, store.read_only)
     return own
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """What directory a path leads to, whatever its name; None if there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def open_pool(opening: Opening) -> Backend:
