@@ -334,6 +334,44 @@ fn who_comes_back_has_nothing_in_hand() {
     );
 }
 
+/// Keeps a value of so many bytes.
+fn fill(index: &mut Index, key: &str, size: u64) {
+    let id = granted(index, key, size);
+    let done = index.step(sleep, |cache| cache.commit(id, None, 1));
+    assert!(done.unwrap().unwrap().victims.is_empty());
+}
+
+fn size_of(index: &mut Index, key: &str) -> Option<u64> {
+    let found = index.step(sleep, |cache| cache.lookup(key, ByteRange::Full, 1));
+    found.unwrap().map(|found| found.size)
+}
+
+#[test]
+fn a_directory_that_another_has_freed_is_not_remembered() {
+    let dir = Dir::new("freed");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    fill(&mut one, "a/b/zarr.json", 1);
+    assert_eq!(size_of(&mut one, "a/b/zarr.json"), Some(1));
+    // The cells of these directories are taken for others.
+    let victims = other.step(sleep, |cache| cache.drain_prefix("a")).unwrap();
+    let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+    other
+        .step(sleep, |cache| cache.deletes_done(&cells, &[]))
+        .unwrap();
+    for name in ["c/d", "d/c", "e/f"] {
+        fill(&mut other, &format!("{name}/zarr.json"), 2);
+    }
+    assert_eq!(size_of(&mut one, "a/b/zarr.json"), None);
+    fill(&mut one, "a/b/zarr.json", 3);
+    for index in [&mut one, &mut other] {
+        assert_eq!(size_of(index, "a/b/zarr.json"), Some(3));
+        for name in ["c/d", "d/c", "e/f"] {
+            assert_eq!(size_of(index, &format!("{name}/zarr.json")), Some(2));
+        }
+        index.step(sleep, |cache| cache.validate()).unwrap();
+    }
+}
+
 #[test]
 fn a_file_that_is_truncated_in_a_step_ends_the_step_alone() {
     for name in ["head", "table", "cells", "texts"] {

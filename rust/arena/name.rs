@@ -28,8 +28,7 @@ impl<S: Storage> Arena<S> {
         let mut key = Vec::with_capacity(USUAL_KEY);
         while at != ROOT {
             // The path of a directory itself has no trailing slash, unlike the cached one.
-            let is_above = S::EXCLUSIVE && !path.is_empty();
-            if is_above && self.paths.append(at, self.header().seed, &mut key) {
+            if !path.is_empty() && self.paths.append(at, self.now(), &mut key) {
                 break;
             }
             path.push(at);

@@ -9,11 +9,18 @@ use crate::key::ODD;
 /// Directories that are kept: a power of two, and more than a dataset has variables.
 const CAPACITY: usize = 64;
 
+/// What an index was when a directory was found in it: while it is the same, the cell is still that directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AsOf {
+    pub(crate) seed: u64,
+    /// Directories that were ever freed, by whichever process.
+    pub(crate) freed: u64,
+}
+
 #[derive(Debug)]
 struct Directory {
     path: Box<str>,
-    /// The seed of the index that it was found in.
-    seed: u64,
+    as_of: AsOf,
     hash: u64,
     cell: u32,
 }
@@ -59,15 +66,15 @@ fn position(path: &str) -> usize {
 impl PathCache {
     /// Hash and cell of a directory, if it is cached.
     #[inline]
-    pub(crate) fn get(&self, path: &str, seed: u64) -> Option<(u64, u32)> {
+    pub(crate) fn get(&self, path: &str, as_of: AsOf) -> Option<(u64, u32)> {
         let directories = self.directories.try_borrow().ok()?;
         let found = directories.get(position(path))?.as_ref()?;
-        (found.seed == seed && *found.path == *path).then_some((found.hash, found.cell))
+        (found.as_of == as_of && *found.path == *path).then_some((found.hash, found.cell))
     }
 
     /// Appends the path of a directory, if it is cached.
     #[inline]
-    pub(crate) fn append(&self, cell: u32, seed: u64, out: &mut Vec<u8>) -> bool {
+    pub(crate) fn append(&self, cell: u32, as_of: AsOf, out: &mut Vec<u8>) -> bool {
         let (Ok(directories), Ok(by_cell)) =
             (self.directories.try_borrow(), self.by_cell.try_borrow())
         else {
@@ -75,7 +82,7 @@ impl PathCache {
         };
         let at = by_cell.get(cell as usize % CAPACITY).copied().unwrap_or(0);
         let found = directories.get(usize::from(at)).and_then(Option::as_ref);
-        let found = found.filter(|found| found.cell == cell && found.seed == seed);
+        let found = found.filter(|found| found.cell == cell && found.as_of == as_of);
         if let Some(found) = found {
             out.extend_from_slice(found.path.as_bytes());
         }
@@ -83,7 +90,7 @@ impl PathCache {
     }
 
     /// Caches a directory.
-    pub(crate) fn put(&self, path: &str, seed: u64, hash: u64, cell: u32) {
+    pub(crate) fn put(&self, path: &str, as_of: AsOf, hash: u64, cell: u32) {
         let at = position(path);
         if let (Ok(mut directories), Ok(mut by_cell)) = (
             self.directories.try_borrow_mut(),
@@ -94,7 +101,7 @@ impl PathCache {
             *place = at as u8;
             *directory = Some(Directory {
                 path: path.into(),
-                seed,
+                as_of,
                 hash,
                 cell,
             });

@@ -66,6 +66,8 @@ pub struct Header {
     pub absences: u64,
     /// Absences that were ever made.
     pub absences_made: u64,
+    /// Directories that were ever freed, where other processes may remember their cells.
+    pub directories_freed: u64,
     /// First free cell, or 0.
     pub free: u32,
     /// Cells in the list of free ones.

@@ -6,6 +6,7 @@
 
 use super::arena::{Arena, List, OVERFLOW, ROOT};
 use super::cell::{Cell, Kind};
+use super::path_cache::AsOf;
 use super::storage::Storage;
 use crate::error::{Error, Result};
 use crate::key::packing::{self, INLINE, Label, Packing};
@@ -102,29 +103,34 @@ impl<S: Storage> Arena<S> {
     }
 
     fn dir_hash(&self, dirs: &str) -> u64 {
-        if let Some((hash, _)) = self.paths.get(dirs, self.header().seed) {
-            return hash;
-        }
         key::directories(dirs).fold(self.header().seed, |seed, name| {
             hash(&Label::Raw(name.as_bytes()), seed, Kind::Dir)
         })
     }
 
-    /// Hash and cell of a directory, where they are cached. Other processes may have freed the cell
-    /// of a shared index.
+    /// What cached directories must be as of.
+    #[inline]
+    pub(super) fn now(&self) -> AsOf {
+        let header = self.header();
+        AsOf {
+            seed: header.seed,
+            freed: header.directories_freed,
+        }
+    }
+
+    /// Hash and cell of a directory, where they are cached.
     #[inline]
     fn cached_dir(&self, dirs: &str) -> Option<(u64, u32)> {
-        if S::EXCLUSIVE {
-            self.paths.get(dirs, self.header().seed)
-        } else {
-            None
-        }
+        self.paths.get(dirs, self.now())
     }
 
     /// The directory with this path (empty, or with a trailing slash).
     pub(crate) fn find_dir(&self, dirs: &str) -> Result<Option<u32>> {
         if dirs.is_empty() {
             return Ok(Some(ROOT));
+        }
+        if let Some((_, dir)) = self.cached_dir(dirs) {
+            return Ok(Some(dir));
         }
         self.table_find(self.dir_hash(dirs), |i| self.is_dir(i, dirs))
     }
@@ -152,7 +158,7 @@ impl<S: Storage> Arena<S> {
         })?;
         if let Some(i) = found {
             let dir = self.get(i)?.parent;
-            self.paths.put(dirs, self.header().seed, above, dir);
+            self.paths.put(dirs, self.now(), above, dir);
         }
         let below = None;
         Ok(Located { found, below })
@@ -303,7 +309,7 @@ impl<S: Storage> Arena<S> {
                 *at = self.find_or_add_child(*at, Kind::Dir, &Label::Raw(name.as_bytes()))?;
             }
             let hash = self.get(*at)?.hash();
-            self.paths.put(dirs, self.header().seed, hash, *at);
+            self.paths.put(dirs, self.now(), hash, *at);
         }
         let numbers = RangeLabel::new(range);
         let mut label = *label;
@@ -385,7 +391,12 @@ impl<S: Storage> Arena<S> {
             self.get_mut(cell.right)?.left = cell.left;
         }
         if cell.kind()? == Kind::Dir {
-            self.paths.remove(i);
+            if S::EXCLUSIVE {
+                self.paths.remove(i);
+            } else {
+                let freed = &mut self.header_mut().directories_freed;
+                *freed = freed.wrapping_add(1);
+            }
         }
         let above = self.get_mut(cell.parent)?;
         let count = count

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use numpy::{PyArray1, PyArrayMethods};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
@@ -34,18 +35,15 @@ struct OnTheSpot {
     begins: Py<PyAny>,
     /// Hears of values that are not in memory.
     note_cold: Py<PyAny>,
-    /// `numpy.empty`, and the type of bytes.
-    empty: Py<PyAny>,
-    byte: Py<PyAny>,
     largest: u64,
     /// Bytes that were read since `begins` was asked.
     uncounted: AtomicU64,
 }
 
 /// Bytes of reads that are counted together, for that takes longer than to read a page, ...
-const COUNTED: u64 = 256 * 1024;
+const COUNTED: u64 = 1024 * 1024;
 /// ... and those that each read counts for at least.
-const LEAST: u64 = 8 * 1024;
+const LEAST: u64 = 16 * 1024;
 
 impl OnTheSpot {
     fn may_begin(&self, py: Python<'_>, size: u64) -> PyResult<bool> {
@@ -119,16 +117,9 @@ impl SegmentReader {
             ByteRange::Full => Cow::Borrowed(key),
             range => Cow::Owned(range.cache_key(key)),
         };
-        let array = on_the_spot
-            .empty
-            .bind(py)
-            .call1((size, &on_the_spot.byte))?;
-        let buffer = PyBuffer::<u8>::get(&array)?;
-        if buffer.readonly() || !buffer.is_c_contiguous() || buffer.len_bytes() != size {
-            return Err(PyBufferError::new_err("no room for the bytes"));
-        }
-        // SAFETY: The buffer has this many bytes, keeps them where they are, and was made for this call.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.buf_ptr().cast::<u8>(), size) };
+        // SAFETY: It has this many bytes, one after the other, and is known here alone until all of them are read.
+        let array = unsafe { PyArray1::<u8>::new(py, [size], false) };
+        let bytes = unsafe { std::slice::from_raw_parts_mut(array.data(), size) };
         let (files, start) = (&self.files, found.start);
         let mut read = || files.read(place.placed, &name, start, bytes, false);
         let got = if size >= DETACH_FROM {
@@ -137,7 +128,7 @@ impl SegmentReader {
             read()
         };
         match got {
-            Ok(Got::Bytes) if self.is_still(py, place)? => Ok(Some(array)),
+            Ok(Got::Bytes) if self.is_still(py, place)? => Ok(Some(array.into_any())),
             Ok(Got::NotNow) => on_the_spot.is_cold(py).map(|()| None),
             // What it is will be seen where it can be waited for.
             Ok(Got::Bytes | Got::Nothing) | Err(_) => Ok(None),
@@ -152,7 +143,7 @@ impl SegmentReader {
 }
 
 /// Bytes from which on other threads may run while they are read.
-const DETACH_FROM: usize = 64 * 1024;
+const DETACH_FROM: usize = 256 * 1024;
 
 #[pymethods]
 impl SegmentReader {
@@ -170,22 +161,18 @@ impl SegmentReader {
     #[staticmethod]
     #[pyo3(signature = (index, files, begins, note_cold, largest, /))]
     fn on_the_spot(
-        py: Python<'_>,
         index: Py<Index>,
         files: &SegmentFiles,
         begins: Py<PyAny>,
         note_cold: Py<PyAny>,
         largest: u64,
     ) -> PyResult<Self> {
-        let numpy = py.import("numpy")?;
         Ok(SegmentReader {
             index,
             files: files.files(),
             on_the_spot: Some(OnTheSpot {
                 begins,
                 note_cold,
-                empty: numpy.getattr("empty")?.unbind(),
-                byte: numpy.call_method1("dtype", ("u1",))?.unbind(),
                 largest,
                 uncounted: AtomicU64::new(0),
             }),

@@ -28,9 +28,9 @@ REQUESTS = [
     SuffixByteRequest(300),
 ]
 EXPECTED = [VALUE, VALUE[:1], VALUE[4000:9000], VALUE[12_000:], VALUE[-300:]]
-TURN = 4 * 2**20
+TURN = 16 * 2**20
 """Bytes that are read in one turn of an event loop."""
-LEAST = 2**13
+LEAST = 2**14
 """Bytes that each read counts for at least."""
 
 
@@ -74,7 +74,7 @@ async def test_hits_of_a_value_that_others_write_are_never_older(tmp_path: Path)
         assert await read(store, "a/c/0") == new
 
 
-@pytest.mark.parametrize(("size", "count"), [(2**16, 500), (100, 5000)])
+@pytest.mark.parametrize(("size", "count"), [(2**16, 1500), (100, 5000)])
 async def test_many_hits_leave_turns_to_other_tasks(tmp_path: Path, size: int, count: int) -> None:
     names = [f"a/c/{number}" for number in range(200)]
     source = MemoryStore({name: buf(bytes(size)) for name in names})

@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from zcache._backends.base import TryRead
 
 LARGEST: Final = 4 * 2**20
+"""Bytes of the largest value that is read on the spot."""
+A_TURN: Final = 16 * 2**20
 """Bytes that are read on the spot in one turn of an event loop: more would hold it up for long."""
-TURNS: Final = 64
+TURNS: Final = 16
 """Turns of the event loop that large reads may be behind; more are read by threads."""
-COUNTED: Final = 2**16
+COUNTED: Final = 2**18
 """Bytes from which on a read counts towards that by itself, and smaller ones together: to count takes as
 long as to read a page."""
-LEAST: Final = 2**13
+LEAST: Final = 2**15
 """Bytes that each read counts for at least: to open and close a file takes as long as to read these."""
 SLOW: Final = 0.01
 """Seconds that a read may take which should not have to wait, ..."""
@@ -81,7 +83,7 @@ class PageCacheReader:
 
     def __init__(self, root: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._root = root + os.sep
-        self._turn = ReadTurns(LARGEST)
+        self._turn = ReadTurns(A_TURN)
         self._small = 0
         self._open = _open if is_encodable(root) else _open_waiting
         self._clock = clock
@@ -178,7 +180,7 @@ class PageCacheReader:
             return None
         # A large value is read by a thread rather than very late. To have a small one read so takes
         # longer than to read it.
-        if size >= COUNTED and turn.queued > TURNS * LARGEST:
+        if size >= COUNTED and turn.queued > TURNS * A_TURN:
             return None
         await turn.wait(counted)
         return partial(self, counted=True)
