@@ -152,7 +152,7 @@ fn segment_goes_with_its_last_value() {
     let victims = pool.step(|cache| cache.drain_prefix("a"));
     assert_eq!(victims.len(), 40);
     pool.delete(&victims);
-    // The next fills remove the files of those that nobody appends to.
+    // The next fills remove the files of those that no participant appends to.
     pool.fill("b/0", 100);
     pool.fill("b/1", 100);
     assert_eq!(pool.segments().len(), 1);

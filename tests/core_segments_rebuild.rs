@@ -75,7 +75,7 @@ fn rebuild_keeps_the_newest_of_two_values_of_one_name() {
     let (_, old) = pool.find("a/0", ByteRange::Full).unwrap();
     let victims = pool.step(|cache| cache.drop_missing("a/0"));
     let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
-    // Whoever had to delete it has said so, and has not.
+    // The process that had to delete it has said so, and has not.
     pool.step(|cache| cache.deletes_done(&cells, &[]));
     pool.fill("a/0", 200);
     let pool = pool.lose_index();
@@ -360,7 +360,7 @@ fn two_scans_at_once_take_in_each_segment_once() {
         SharedIndex::<u32>::open_pool(&at, LIMITS, 1, UNIT, LONG, LRU).unwrap();
     assert!(fresh);
     let adopt = |cache: &mut Cache<Mapped, u32>| {
-        // One whose segments are not there yet takes nothing in, and gives nothing up.
+        // One without its segments takes nothing in, and gives nothing up.
         assert_eq!(again.adopt_values(cache, 0..10)?, []);
         for part in [0..20, 10..30] {
             found.adopt_segments(cache)?;

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 LONGEST = 150
 """Seconds after which a script counts as hung."""
 POOL = bool(os.environ.get("ZCACHE_TEST_POOL"))
-"""Whether the cache is a pool, whose bound is in blocks."""
+"""Whether the cache is a pool, with its bound in blocks."""
 PAGE = 4096
 DIRTY = 8
 """Where the head of an index has the mark of the process that is in the middle of a step."""
@@ -223,7 +223,7 @@ class Toggled:
     """Keys that are there with odd versions, and missing with even ones."""
 
     def __init__(self) -> None:
-        # Versions that are being made, and those whose change has returned.
+        # Versions that are being made, and those with a change that has returned.
         self.begun, self.done = Numbers(len(TOGGLED)), Numbers(len(TOGGLED))
 
     async def change(self, store: CacheStore, index: int) -> None:
@@ -549,7 +549,7 @@ class Fuse:
 
 def share_a_bound(root: Path) -> dict[str, int]:
     """Four processes fill, write and evict at once; the parent watches the directory."""
-    # Of a pool each process has a segment, whose header and map are pages as well.
+    # Of a pool each process has a segment, and its header and map are pages as well.
     source, cache, bound = root / "source", root / "cache", 48 * PAGE if POOL else BOUND
     (source / "a/c").mkdir(parents=True)
     for key in KEYS:

@@ -50,7 +50,7 @@ def source_of(**values: bytes) -> StoreDouble:
 
 
 def neighbour(pool: CachePool, name: str, keys: tuple[str, ...] = KEYS) -> CacheStore:
-    """Another source of a pool, whose values are its name and their key, all of them cached."""
+    """Another source of a pool; its values are its name and their key, all of them cached."""
     source = MemoryStore({key: buf(neighbours_value(name, key)) for key in keys})
     store = CacheStore(source, cache_store=pool, source_id=name)
 

@@ -63,7 +63,7 @@ async def fill(store: Store, **values: bytes) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder in use, whose folders may vanish meanwhile: `Path.rglob` raises then."""
+    """All files below a folder in use, where folders may vanish meanwhile: `Path.rglob` raises then."""
     for above, _, names in os.walk(folder):
         yield from (Path(above, name) for name in names)
 

@@ -249,7 +249,7 @@ def _directory(cache: object) -> str:
 
 
 def _say_default(place: _Place, bound: int | None) -> None:
-    """Log once for each pool and process how large it may become, since nobody has said it."""
+    """Log once for each pool and process how large it may become, where no option says it."""
     key = os.path.realpath(place.name) if isinstance(place.store, PoolStore) else ""
     if key not in _said:
         _said.add(key)

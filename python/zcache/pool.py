@@ -185,7 +185,7 @@ class CachePool:
     def sources(self) -> list[PoolSourceInfo]:
         """What it holds of each source, that of most bytes first.
 
-        Takes time in proportion to the number of all entries, and holds up nobody.
+        Takes time in proportion to the number of all entries, and holds up no reader.
 
         Raises
         ------

@@ -431,8 +431,8 @@ class CacheStore(Store):
         dict
             ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds, "infinity", or a
             dict of these by pattern),
-            ``max_size`` (bytes or None), ``current_size`` (bytes in the cache store, those whose
-            delete failed among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
+            ``max_size`` (bytes or None), ``current_size`` (bytes in the cache store, those with
+            a failed delete among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
             the number of entries that can be served; a full value is one entry, and each range
             that was read of a value that is not cached as a whole is one).
 
@@ -469,7 +469,7 @@ class CacheStore(Store):
             the key was known to be missing: neither hits nor misses), ``missing_keys`` (keys that are
             remembered as missing, those among them that are too old to be answered so, as far as this process has looked), ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
-            ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits whose bytes were
+            ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits with bytes that were
             gone, of another length or against their checksum), ``stale_hits`` (values, sizes and listings that
             were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
@@ -1165,7 +1165,7 @@ class CacheStore(Store):
 
         async def size_of(key: str) -> int:
             if await self._cached_size(key) is ABSENT:
-                # It was listed now, so that it was missing before says nothing.
+                # It was listed now, so that it was missing before means nothing.
                 return int(await self._source.getsize(key))
             return await self.getsize(key)
 

@@ -48,7 +48,7 @@ pub enum List {
     InProgress,
     /// Absences, least recently used first.
     Absences,
-    /// Segments of a pool, those whose files can go first.
+    /// Segments of a pool, those with files that can go first.
     Segments,
 }
 

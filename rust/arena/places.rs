@@ -164,7 +164,7 @@ impl Cell {
         self.earlier
     }
 
-    /// Participant (plus one) that appends to it; 0 where nobody does any more.
+    /// Participant (plus one) that appends to it; 0 where none does any more.
     pub(crate) fn segment_owner(&self) -> u32 {
         self.left
     }
@@ -174,7 +174,7 @@ impl Cell {
         self.later
     }
 
-    /// Entries whose bytes are in it.
+    /// Entries with their bytes in it.
     pub(crate) fn segment_entries(&self) -> u32 {
         self.right
     }
@@ -221,7 +221,7 @@ impl Cell {
         Ok(())
     }
 
-    /// Nobody appends to it any more.
+    /// No participant appends to it any more.
     pub(crate) fn close_segment(&mut self) {
         self.left = 0;
     }

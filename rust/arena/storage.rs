@@ -212,7 +212,7 @@ impl Heap {
         }
     }
 
-    /// The same, whose entries have places in segments of a pool.
+    /// The same, for entries with places in segments of a pool.
     #[must_use]
     pub fn with_places(self) -> Self {
         Heap {

@@ -1,6 +1,6 @@
 //! The validators of entries: texts that the source gave together with their bytes.
 //!
-//! A validator is a cell of its own, whose label is the text. It is found through the hash table by the number of
+//! A validator is a cell of its own, with the text as its label. It is found through the hash table by the number of
 //! its entry, which is its parent, so an entry without one takes no more room and no more time: a bit says
 //! that it has none.
 

@@ -98,7 +98,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok((victims, self.flights.close(key, ticket)))
     }
 
-    /// Whether a value of a key, or a range, was fetched after this time. One from the future says nothing.
+    /// Whether a value of a key, or a range, was fetched after this time. One from the future does not count.
     fn is_known_since(&self, key: &str, fetched: u64, now: u64) -> Result<bool> {
         let since = fetched.saturating_add(1)..=now.saturating_add(SKEW);
         let value = self.arena.find(key, ByteRange::Full)?;

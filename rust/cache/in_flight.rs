@@ -381,7 +381,7 @@ impl<T: Clone> Flights<T> {
     }
 
     /// A change of everything below this prefix begins or ends; nothing below it is cached meanwhile.
-    /// False for the end of one whose beginning is not known.
+    /// False for the end of one that is not known to have begun.
     pub fn prefix_change(&mut self, prefix: &str, begins: bool) -> bool {
         self.invalidation_epoch += 1;
         match self.changes.get_mut(prefix) {

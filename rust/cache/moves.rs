@@ -4,7 +4,7 @@
 //! begin_move ─▶ copy, not valid ─▶ finish_move: the places change ─▶ delete the old one ─▶ seal the new one
 //! ```
 //!
-//! The copy is counted by an entry of its own, a range of the same key that nobody can ask for. So a write of the key
+//! The copy is counted by an entry of its own, a range of the same key that no reader can ask for. So a write of the key
 //! deletes it as well, and after a death it is deleted like any other value that was not finished.
 
 use super::cache::{Cache, Victim};
@@ -43,7 +43,7 @@ pub struct Move {
 }
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    /// A sparse segment whose values should be moved, if there are many of them.
+    /// A sparse segment with values that should be moved, if there are many of them.
     pub fn straggling_segment(&self) -> Result<Option<u64>> {
         let (mut at, mut found, mut last) = (self.arena.list(List::Segments)[0], 0, None);
         for _ in 0..LOOKED_AT {

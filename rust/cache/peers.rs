@@ -108,7 +108,7 @@ pub trait Peers: Storage {
     fn check_place(&mut self) -> Result<()> {
         Ok(())
     }
-    /// Whether what it shows is the index of now: nobody has emptied it since the last step.
+    /// Whether what it shows is the index of now: no participant has emptied it since the last step.
     fn is_current(&self) -> bool {
         true
     }

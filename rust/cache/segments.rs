@@ -2,7 +2,7 @@
 //!
 //! A granted reservation gets pages at the end of the participant's own segment, or a segment of its own where it
 //! is too large for that. No page is given out twice: what is deleted becomes a hole, and a segment without
-//! entries to which nobody appends goes as a whole.
+//! entries to which no participant appends goes as a whole.
 
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
@@ -201,7 +201,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.sort_segment(i)
     }
 
-    /// Nobody appends to the segments of a participant that has died.
+    /// Ends all appending to the segments of a participant that has died.
     pub(super) fn close_segments_of(&mut self, participant: usize) -> Result<()> {
         for i in self.arena.list_cells(List::Segments)? {
             if self.arena.segment_cell(i)?.segment_owner() as usize == participant + 1 {
@@ -211,7 +211,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Puts a segment to the front whose file can go, or that is sparse.
+    /// Puts a segment to the front if its file can go, or if it is sparse.
     pub(super) fn sort_segment(&mut self, i: u32) -> Result<()> {
         let cell = self.arena.segment_cell(i)?;
         if cell.is_spent_segment() || cell.is_sparse_segment() {
@@ -328,7 +328,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(victims)
     }
 
-    /// Segments whose files can go, as cell and number; to be reported to [`Cache::segment_removed`].
+    /// Segments with files that can go, as cell and number; to be reported to [`Cache::segment_removed`].
     pub fn spent_segments(&self, limit: usize) -> Result<Vec<(u32, u64)>> {
         let mut found = Vec::new();
         let (mut at, mut left) = (self.arena.list(List::Segments)[0], LOOKED_AT);

@@ -42,11 +42,11 @@ pub(super) struct Index {
     pub(super) backing: Arc<Backing>,
     pub(super) abandoned: Arc<Abandoned>,
     tally: Arc<Tally>,
-    /// Of the store whose lookups these are.
+    /// Of the store that these lookups are for.
     counters: Option<Py<ReadCounters>>,
     /// Whether its requests go into the sample.
     sampled: bool,
-    /// Of a pool: whose keys these are.
+    /// Of a pool: the source that these keys have.
     pub(super) source: Option<Arc<Source>>,
 }
 

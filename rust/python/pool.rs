@@ -86,7 +86,7 @@ impl Source {
     }
 }
 
-/// What stands for the name of a value whose place is known.
+/// What stands for the name of a value with a known place.
 pub(super) fn place_name(placed: Placed) -> String {
     let Placed {
         segment,

@@ -57,7 +57,7 @@ impl<T: Clone> SharedIndex<T> {
         Self::open_within(root, limits, seed, 1, Duration::MAX)
     }
 
-    /// The same for a file system whose blocks have `unit` bytes; waits for the lock no longer than
+    /// The same for a file system with blocks of `unit` bytes; waits for the lock no longer than
     /// `patience`.
     ///
     /// # Errors
@@ -86,7 +86,7 @@ impl<T: Clone> SharedIndex<T> {
         Self::open_announcing(root, limits, seed, unit, patience, policy, false, &[], 0)
     }
 
-    /// The same for the index of a pool, whose values are in segments.
+    /// The same for the index of a pool, with values in segments.
     ///
     /// # Errors
     /// See [`SharedIndex::open_within`].

@@ -32,7 +32,7 @@ impl<T: Clone> SharedIndex<T> {
     }
 
     /// Comes back after a time in which this participant did without the index. Whether it is to be
-    /// rebuilt, as after [`SharedIndex::restart`]; and the flights, whose payloads are the caller's to
+    /// rebuilt, as after [`SharedIndex::restart`]; and the flights, with payloads that the caller has to
     /// drop, also where it could not come back.
     pub fn rejoin(&mut self, seed: u64) -> (Result<bool, StepError>, Flights<T>) {
         let flights = self.cache.take_flights();

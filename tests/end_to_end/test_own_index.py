@@ -110,7 +110,7 @@ async def test_what_others_do_not_know_of_is_not_cached(
         other("delete_dir", "a")
         assert await read_through(store, "a/b") is None
         other.end()
-    # Once they have ended, there is nobody to be told.
+    # Once they have ended, there is no process to be told.
     for _ in range(2):
         assert await read_through(store, "c") == b"1"
     assert (tmp_path / "cache/c").exists()

@@ -165,7 +165,7 @@ async def test_slots_all_taken_the_source_serves_until_one_is_free(
         assert await read(last, "a") == b"1"
         if len(reads_of(tmp_path / "source")) == known:
             break
-        # What has given up may be looking for a slot just now, and have this one.
+        # What has timed out may be looking for a slot just now, and have this one.
         last = None
         gc.collect()
         await asyncio.sleep(0.1)

@@ -324,9 +324,9 @@ def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
         assert holder.stdout.readline() == "holds\n"
         store = CacheStore(source, cache_store=cache, source_id="source", eviction="none")
         assert value_sync(store, "k") == b"value"
-        holder.stdin.write("let go\n")
+        holder.stdin.write("released\n")
         holder.stdin.flush()
-        assert holder.stdout.readline() == "let go\n"
+        assert holder.stdout.readline() == "released\n"
 
         def is_told() -> bool:
             assert value_sync(store, "k") == b"value"
@@ -347,9 +347,9 @@ def test_who_asks_for_the_policy_of_another_process_is_not_told(tmp_path: Path) 
         assert holder.stdin is not None
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holds\n"
-        holder.stdin.write("let go\n")
+        holder.stdin.write("released\n")
         holder.stdin.flush()
-        assert holder.stdout.readline() == "let go\n"
+        assert holder.stdout.readline() == "released\n"
         with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
             first = CacheStore(MemoryStore(), cache_store=cache, source_id="source")
         with warnings.catch_warnings():
@@ -373,7 +373,7 @@ HOLDER = """
     with hold_index_lock(sys.argv[1]):
         print("holds", flush=True)
         sys.stdin.readline()
-    print("let go", flush=True)
+    print("released", flush=True)
     sys.stdin.readline()
 """
 

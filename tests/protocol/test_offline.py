@@ -1,4 +1,4 @@
-"""A store whose source is never asked."""
+"""A store that never asks its source."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_offline_of_another_type_raises() -> None:
 async def test_offline_waits_for_an_index_that_is_not_complete(
     source: StoreDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An index that was lost is rebuilt in the background; until then a miss says nothing."""
+    """An index that was lost is rebuilt in the background; until then a miss means nothing."""
     cache = LocalStore(tmp_path / "cache")
     online = opened(source, cache)
     await fill(online, **{f"a/{number}": b"1" for number in range(50)})

@@ -290,7 +290,7 @@ async def test_revalidate_write_in_between_voids_the_comparison(
 
 
 class Versions(MemoryStore):
-    """A source of which the value changes at every await, and whose validator is its value."""
+    """A source of which the value changes at every await, and is its own validator."""
 
     def __init__(self) -> None:
         super().__init__()

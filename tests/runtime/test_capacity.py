@@ -29,7 +29,7 @@ def put(path: Path, text: str) -> None:
         # In a container, which sees its own group as the root.
         ("0::/\n", {"memory.max": "700"}, 700),
         ("0::/../../a\n", {"memory.max": "700"}, 700),
-        # Version 1, whose path is that of the host.
+        # Version 1, with a path that is that of the host.
         ("9:cpu,cpuacct:/x\n4:memory:/x\n", {"memory/memory.limit_in_bytes": "800"}, 800),
         (
             "9:cpu:/x\n4:memory:/x\n",

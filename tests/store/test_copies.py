@@ -341,7 +341,7 @@ def test_forked_children_of_a_busy_process_read_and_write(kind: str, tmp_path: P
 
 
 def fork_while_busy(kind: str, where: str) -> None:
-    """Read and write in forked children of a process whose threads do the same."""
+    """Read and write in forked children of a process that has threads doing the same."""
     source = SyncDictStore(VALUES)
     kinds: dict[str, Callable[[], Store]] = {
         "memory": MemoryStore,

@@ -20,7 +20,7 @@ class Counters:
     bypassed : int
         Reads of keys that are never cached.
     damaged : int
-        Hits whose bytes were gone, of another length, or against their checksum.
+        Hits for which the bytes were gone, of another length, or against their checksum.
     stale : int
         Hits that were too old, in place of what the source did not give.
     skipped : int

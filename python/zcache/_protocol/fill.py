@@ -235,8 +235,8 @@ class FillQueue:
                 self._forget_lost(last)
             with self._lock:
                 first = next(iter(self._pending), None)
-            # Jobs may end in another order, but are pending in the order of their numbers. One whose reader
-            # was interrupted as it handed it in may be under way all the same.
+            # Jobs may end in another order, but are pending in the order of their numbers. A job with a reader
+            # that was interrupted as it handed it in may be under way all the same.
             if self.filler.is_idle if first is None else first > last:
                 return True
             left = until - time.monotonic()

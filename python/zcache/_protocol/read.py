@@ -411,7 +411,7 @@ class Reader:
         return value
 
     def close_flight(self, key: str, ticket: int) -> None:
-        """Close a flight whose value is not cached."""
+        """Close a flight with a value that is not cached."""
         self.handle.call_later(ignore, Index.complete_flight, key, ticket)
 
     async def deliver_absence(self, io: IO, key: str, ticket: int, flight: Flight) -> None:

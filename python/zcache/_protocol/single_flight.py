@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
 # Guards the short moments in which waiters come and go; never held while anything waits or runs.
-# Reentrant: inside it the garbage collector may end a reader whose event loop is closed, and that ends
+# Reentrant: inside it the garbage collector may end a reader of a closed event loop, and that ends
 # a flight.
 _lock = threading.RLock()
 
@@ -161,7 +161,7 @@ class Flight:
         Returns
         -------
         bool
-            False if the flight cannot end, because its leader is a coroutine whose event loop has
+            False if the flight cannot end, because its leader is a coroutine of an event loop that has
             stopped, is blocked, or needs the very thread that would wait; or is this very thread; or
             has never begun.
         """

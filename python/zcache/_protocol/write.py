@@ -63,7 +63,7 @@ class Writer:
         self._source_name = source_name
         self._warned = False
 
-    async def write(  # noqa: C901 - one protocol, whose steps share what an interrupt has to undo
+    async def write(  # noqa: C901 - one protocol: its steps share what an interrupt has to undo
         self, io: IO, key: str, work: Callable[[], Awaitable[None]], data: bytes | None
     ) -> None:
         """Write one key of the source by `work`, and cache `data` where that is safe."""

@@ -95,7 +95,7 @@ class IO:
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """Do what only computes with so many bytes out of the way of the event loop, if they are many.
 
-        Here after all where no thread has done it in time, for others may never let go of theirs.
+        Here after all where no thread has done it in time, for others may never release theirs.
         """
         if size < ASIDE:
             return work()

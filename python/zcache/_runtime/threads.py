@@ -201,7 +201,7 @@ class ThreadCall(Generic[T]):
     ) -> None:
         self._work: Callable[[], T] | None = work
         self._completions = completions
-        # Reentrant: a signal may come in between, whose handler reads as well.
+        # Reentrant: a signal may come in between, and its handler reads as well.
         self._lock = threading.RLock()
         self._on_detached: Callable[[T | BaseException], object] | None = None
         self.future = future

@@ -21,7 +21,7 @@ _AMAZON: Final = re.compile(
 )
 _GOOGLE: Final = re.compile(r"https?://storage(\.mtls)?\.googleapis\.com")
 _OWN_DOMAIN: Final = re.compile("(us|eu)-iso|eusc-")
-"""Regions whose servers are in another domain than Amazon's own."""
+"""Regions with servers in another domain than Amazon's own."""
 
 
 def amazon(url: str) -> str | None:
@@ -94,7 +94,7 @@ def _google(url: str) -> str | None:
 
 
 def of_adlfs(filesystem: Any) -> str:
-    """The server of `adlfs.AzureBlobFileSystem`, whose name or path has the account.
+    """The server of `adlfs.AzureBlobFileSystem`; its name or path has the account.
 
     The account may be an option, in a connection string or in the environment: the client knows which.
     """
@@ -167,7 +167,7 @@ def of_obstore_google(made: dict[str, str]) -> str | None:
 
 
 def of_obstore_azure(made: dict[str, str]) -> str:
-    """The server of `obstore.store.AzureStore`, whose name or path has the account."""
+    """The server of `obstore.store.AzureStore`; its name or path has the account."""
     for name in ("use_emulator", "use_fabric_endpoint"):
         variables = (f"AZURE_STORAGE_{name.upper()}", f"AZURE_{name.upper()}")
         if (setting(made, name, *variables) or "false").lower() not in ("false", "0", "f", "no"):

@@ -32,7 +32,7 @@ EPHEMERAL: Final = "process:"
 
 _log = logging.getLogger("zcache")
 _KINDS: Final = (LocalStore, FsspecStore, ObjectStore)
-"""Classes of stores whose location is their name. A subclass may show other values than its base."""
+"""Classes of stores with the location as their name. A subclass may show other values than its base."""
 
 
 class SourceId(NamedTuple):
@@ -170,7 +170,7 @@ def say_unnamed(store: Any, cache: Any) -> None:
     Parameters
     ----------
     store : Store
-        A source whose name is ephemeral.
+        A source with an ephemeral name.
     cache : Store
         Its cache store. What ends with the process is cold at the next start in any case.
     """

@@ -334,7 +334,7 @@ def location_here(store: Any) -> Location:
 
 
 def memory_store_of(store: Any) -> MemoryStore | None:
-    """The store in memory whose dict has the keys of this one, wrapped or not."""
+    """The store in memory with the dict that has the keys of this one, wrapped or not."""
     inner = unwrapped(store)
     return inner if isinstance(inner, MemoryStore) and not _path_in(inner) else None
 

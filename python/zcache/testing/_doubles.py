@@ -1,4 +1,4 @@
-"""A store before another, whose operations a test counts, fails, slows down and holds up."""
+"""A store before another, with operations that a test counts, fails, slows down and holds up."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def stored_sizes(store: CacheStore, *, everything: bool = False) -> dict[str, in
     store : CacheStore
         Any store over the cache.
     everything : bool, optional
-        Of a pool, those of all its sources, whose keys begin with the label of their source then. Default is
+        Of a pool, those of all its sources; their keys begin with the label of their source then. Default is
         False: those of the source of the store.
 
     Returns

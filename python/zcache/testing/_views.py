@@ -83,7 +83,7 @@ def entries(store: CacheStore, *, everything: bool = False) -> list[Entry]:
     store : CacheStore
         Any store over the cache.
     everything : bool, optional
-        Of a pool, those of all its sources, whose keys begin with the label of their source then. Default is
+        Of a pool, those of all its sources; their keys begin with the label of their source then. Default is
         False: those of the source of the store.
 
     Returns

@@ -109,7 +109,7 @@ async def test_folder_with_foreign_file_stays_and_disturbs_no_other_key(tmp_path
 
 
 async def test_keys_that_cannot_be_stored_evict_nothing_again(tmp_path: Path) -> None:
-    """An array whose name is too long for the file system closes the cache to no other array."""
+    """An array with a name too long for the file system closes the cache to no other array."""
     long = {f"{'n' * 300}/c/{n}": buf(bytes(1000)) for n in range(60)}
     values = {f"b/c/{n}": buf(bytes(1000)) for n in range(10)}
     source = StoreDouble(MemoryStore({**long, **values}))

@@ -203,7 +203,7 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
 # A pool is no source's.
 @pytest.mark.parametrize("is_pool", ["directory"], indirect=True)
 def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_path: Path) -> None:
-    # Of a source without a name, whose values are removed first.
+    # Of a source without a name: its values are removed first.
     store = CacheStore(MemoryStore({"k": VALUE}), cache_store=LocalStore(tmp_path))
     read(store, "k")
     store.drain_sync()

@@ -39,7 +39,7 @@ async def check_reads(store: CacheStore, behind: StoreDouble) -> None:
 
 
 def looks_like_ours(where: Path, home: Path) -> dict[str, tuple[int, bytes]]:
-    """Copy values with all that says whose they are, but with other bytes; returns what is there."""
+    """Copy values with all that names their source, but with other bytes; returns what is there."""
     shutil.copytree(where / "a", home)
     for path in home.rglob("*"):
         if path.is_file():

@@ -35,7 +35,7 @@ async def warmed(where: Path) -> None:
 
 
 def contents(where: Path) -> dict[str, tuple[int, bytes]]:
-    """All files with their times, but for the one whose time tells others of changes."""
+    """All files with their times, but for the one that tells others of changes by its time."""
     found = [path for path in where.rglob("*") if path.is_file() and path.name != "lock"]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 

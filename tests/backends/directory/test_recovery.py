@@ -44,7 +44,7 @@ def source() -> MemoryStore:
 
 
 def participant(where: Path, source: Store) -> CacheStore:
-    """One whose place is another path of the same directory, so that it is a participant of its own."""
+    """One at another path of the same directory, so that it is a participant of its own."""
     return CacheStore(source, cache_store=LocalStore(where), source_id="source")
 
 

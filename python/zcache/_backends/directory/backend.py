@@ -1,4 +1,4 @@
-"""A cache in a directory: a `LocalStore`, whose index is shared by all processes on it."""
+"""A cache in a directory: a `LocalStore`; all processes on it share its index."""
 
 from __future__ import annotations
 

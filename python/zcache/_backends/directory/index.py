@@ -221,7 +221,7 @@ class CacheDirectory:
     def _open_alone(self, until: float) -> None:
         layout, handle = self.layout, self.handle
         handle.index, is_new = layout.open_index(handle.limits, until)
-        # It was read before whose directory it is, and others may have taken it over or removed it since.
+        # The owner of the directory was read before, and others may have taken it over or removed it since.
         layout.check()
         # Who had this slot before is gone.
         layout.temporary.sweep(handle.index.slot)
@@ -349,7 +349,7 @@ def _nothing() -> None:
 
 def _remove(directory: CacheDirectory | None, names: list[str], known: Any) -> list[Any]:
     if directory is None:
-        return [OSError(errno.ENOENT, "nobody uses it any more")] * len(names)
+        return [OSError(errno.ENOENT, "it is not in use any more")] * len(names)
     return directory._remove(names, known)
 
 

@@ -74,7 +74,7 @@ class Layout:
         self._block_size = 1
 
     def claim(self, *, adopt: bool) -> None:
-        """See whose the directory is, make what is missing of it, and see what its volume is like.
+        """See which source owns the directory, make what is missing of it, and see what its volume is like.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class Layout:
         return False
 
     def check(self) -> None:
-        """See once more whose the directory is: others may have taken it over or removed it.
+        """See once more which source owns the directory: others may have taken it over or removed it.
 
         Raises
         ------

@@ -67,7 +67,7 @@ def _open_waiting(path: str) -> int:
 
 
 class PageCacheReader:
-    """Reads files whose pages are in memory already; only the kernel knows which.
+    """Reads files that have all pages in memory already; only the kernel knows which.
 
     Most file systems read without waiting, or not at all (``RWF_NOWAIT``). Of tmpfs and overlayfs, which
     cannot, the kernel is asked before whether all pages are in memory. Should a read wait all the same, for

@@ -121,7 +121,7 @@ class Recovery:
                 until = time.monotonic() + REBUILD_PATIENCE
                 index, is_new = layout.open_index(handle.limits, until)
             else:
-                # A rebuild of its own has stopped as the index was given up, and no one else makes it up.
+                # A rebuild of its own has stopped as the index was abandoned, and no one else makes it up.
                 index, is_new = lost, lost.rejoin(new_seed()) or lost.adopt([])
             layout.stamp.check(adopt=False)
             layout.note_doubt()

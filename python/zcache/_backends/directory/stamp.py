@@ -50,7 +50,7 @@ class InUseError(CacheOwnershipError):
 
 
 class Stamp:
-    """Whose a directory is.
+    """Which source owns a directory.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class Stamp:
     is_foreign : bool
         Whether it still belongs to a source that ended with its process.
     is_doubtful : bool
-        Whether nothing but the notes beside its values says whose they are.
+        Whether nothing but the notes beside its values says which source they have.
     has_adopted : bool
         Whether it has signed files that the index may not list.
 
@@ -125,7 +125,7 @@ class Stamp:
         return None
 
     def check(self, *, adopt: bool) -> None:
-        """Make the directory if it is missing, and see whose it is."""
+        """Make the directory if it is missing, and see which source owns it."""
         self._check_above()
         try:
             # For no other user, unless it is there already and says otherwise.
@@ -186,7 +186,7 @@ class Stamp:
         )
 
     def _check_above(self) -> None:
-        """Refuse a folder inside another cache, whose rebuild would take in the values of this one."""
+        """Refuse a folder inside another cache: a rebuild of that would take in the values of this one."""
         for above in Path(os.path.realpath(self.root)).parents:
             if os.path.lexists(above / ".zcache" / "stamp.json"):
                 raise CacheOwnershipError(
@@ -314,7 +314,7 @@ class Stamp:
         ]
         if below:
             raise CacheOwnershipError(
-                f"the directory {self.root} holds another cache directory, {below[0]}, whose values would "
+                f"the directory {self.root} holds another cache directory, {below[0]}; its values would "
                 "become those of this one. Give a directory that holds none, or remove it."
             )
         for directory, folders, names_of_files in os.walk(self.root):

@@ -61,7 +61,7 @@ class StoreBackend(Backend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
-        # Of nothing the last byte is read: an entry whose size is damaged would else go unnoticed, and stores
+        # Of nothing the last byte is read: an entry with a damaged size would else go unnoticed, and stores
         # differ in what they make of an empty range.
         first, wanted = (start, size) if size or not total else (total - 1, 1)
         to_end = first + wanted == total

@@ -38,7 +38,7 @@ _parents: list[object] = []
 class StoreFiller:
     """Carries out jobs where their readers are: by tasks of an event loop, or by one thread.
 
-    A job whose event loop ends before it does is carried out by the next loop or thread that submits,
+    A job that outlives its event loop is carried out by the next loop or thread that submits,
     drains or ends; only what was cut off in the middle of a write is dropped.
     """
 

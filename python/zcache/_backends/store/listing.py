@@ -100,7 +100,7 @@ class Listing:
         work = partial(self._list, cache, breaker, done)
         try:
             if self._loop is None:
-                # A thread that has no event loop, and whose caller may run in one.
+                # A thread that has no event loop, with a caller that may run in one.
                 run_in_background(lambda: asyncio.run(work()))
             else:
                 self._task = self._loop.create_task(work())
@@ -215,7 +215,7 @@ class Listing:
                     await cache.delete(name)
 
     async def _check(self, cache: Store, values: list[str]) -> list[str]:
-        """See whose the store is, and make it this source's if it has no owner; what it then holds."""
+        """See which source owns the store, and make it this source's if none does; what it then holds."""
         where = f"cache_store={describe(cache)}"
         text = await cache.get(STAMP, default_buffer_prototype())
         stamp: dict[str, Any] | None = None

@@ -30,7 +30,7 @@ class StorePlace:
 
     @classmethod
     def of(cls, handle: IndexHandle, source: str, *, adopt: bool, listed: bool) -> StorePlace:
-        """A place whose store has to be listed, or not."""
+        """A place with a store that has to be listed, or not."""
         return cls(handle, Listing(handle, source, adopt=adopt) if listed else None)
 
     def after_fork(self) -> None:
