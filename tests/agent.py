@@ -6,7 +6,7 @@ python tests/agent.py DIRECTORY MAX_SIZE SHARES: one command a line in, one answ
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import json
 import pickle
 import subprocess
@@ -20,8 +20,13 @@ from zarr.storage import LocalStore
 from pools import cache_at
 from support import buf, read
 from zcache import CacheStore
-from zcache._backends.directory.layout import Layout
-from zcache.testing import StoreDouble, check_invariants, index_slot, missing_keys
+from zcache.testing import (
+    StoreDouble,
+    check_invariants,
+    index_slot,
+    missing_keys,
+    without_shared_index,
+)
 
 if TYPE_CHECKING:
     from zcache.testing import Gate
@@ -158,14 +163,13 @@ class _Commands:
         return None
 
 
-def refuse_to_share(*_: Any) -> Any:
-    """What opens an index on a file system that has no locks."""
-    raise OSError(errno.ENOSYS, "no locks here")
-
-
 def main() -> None:
-    if not int(sys.argv[3]):
-        Layout.open_index = refuse_to_share  # type: ignore[method-assign]
+    with contextlib.nullcontext() if int(sys.argv[3]) else without_shared_index():
+        serve()
+
+
+def serve() -> None:
+    """Do what the lines say."""
     commands = _Commands(Path(sys.argv[1]), int(sys.argv[2]))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

@@ -11,12 +11,10 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 
-from zcache._backends.directory.rebuild import Rebuild
-from zcache.testing import FakeClock
+from zcache.testing import FakeClock, patient_openings, set_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from concurrent.futures import Future
 
 # Nothing here is about time, and stores do I/O: no deadline. zarr's strategies filter a lot.
 _COMMON: dict[str, Any] = {
@@ -113,25 +111,21 @@ def make_era_interim(path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def block_size(monkeypatch: pytest.MonkeyPatch) -> int | None:
+def block_size() -> Iterator[int | None]:
     """Count bytes in cache directories, so that bounds in tests need not be those of a file system.
 
     A module that defines this fixture anew has its own way.
     """
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", 1)
-    return 1
+    before = set_block_size(1)
+    yield 1
+    set_block_size(before)
 
 
 @pytest.fixture(autouse=True)
-def patient_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient_opening() -> Iterator[None]:
     """Have the opening of a directory wait until its index is rebuilt, however busy the machine is.
 
     A test that shortens the wait has its own way.
     """
-    wait = Rebuild.wait
-
-    def wait_longer(self: Rebuild, work: Future[None], seconds: float | None) -> None:
-        is_shortened = seconds is not None and seconds < 0.1
-        wait(self, work, seconds if is_shortened else 60)
-
-    monkeypatch.setattr(Rebuild, "wait", wait_longer)
+    with patient_openings():
+        yield

@@ -31,12 +31,12 @@ import tracing
 from pools import cache_at
 from support import PROTOTYPE, buf, read, read_through
 from zcache import CacheStore
-from zcache._backends.directory import layout
 from zcache.testing import (
     Step,
     check_invariants,
     index_slot,
     record_steps,
+    set_block_size,
     stored_sizes,
 )
 
@@ -674,7 +674,7 @@ def forks(root: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if POOL:
-        layout.BLOCK_SIZE = None
+        set_block_size(None)
     what, where, *numbers = sys.argv[1:]
     place = Path(where)
     answer = {

@@ -22,19 +22,19 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from zcache import CacheStore
-from zcache._backends.directory import layout
 from zcache.testing import (
     check_invariants,
     check_invariants_async,
     entries,
     in_flight,
+    set_block_size,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # As the fixture `block_size` has it, for processes that a test starts.
-layout.BLOCK_SIZE = 1
+set_block_size(1)
 
 PROTOTYPE = default_buffer_prototype()
 TESTS = Path(__file__).parent

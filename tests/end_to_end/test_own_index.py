@@ -9,11 +9,10 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
-from agent import SOURCE_ID, Agent, refuse_to_share
+from agent import SOURCE_ID, Agent
 from support import PROTOTYPE, buf, read, read_through, until
 from zcache import CacheStore
-from zcache._backends.directory.layout import Layout
-from zcache.testing import StoreDouble, index_slot
+from zcache.testing import StoreDouble, index_slot, without_shared_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,17 +32,14 @@ def source(tmp_path: Path) -> StoreDouble:
 
 
 @pytest.fixture
-def store(
-    tmp_path: Path, source: StoreDouble, other: Agent, monkeypatch: pytest.MonkeyPatch
-) -> CacheStore:
+def store(tmp_path: Path, source: StoreDouble, other: Agent) -> CacheStore:
     """With an index of its own, opened after the other process was."""
     assert other
-    return open_alone(tmp_path, source, monkeypatch)
+    return open_alone(tmp_path, source)
 
 
-def open_alone(where: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch) -> CacheStore:
-    with monkeypatch.context() as patch:
-        patch.setattr(Layout, "open_index", refuse_to_share)
+def open_alone(where: Path, source: StoreDouble) -> CacheStore:
+    with without_shared_index():
         store = CacheStore(source, cache_store=LocalStore(where / "cache"), source_id=SOURCE_ID)
     assert index_slot(store) is None
     return store
@@ -95,11 +91,11 @@ async def test_read_after_a_change_elsewhere_joins_none_that_began_before(
 
 
 async def test_what_others_do_not_know_of_is_not_cached(
-    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: StoreDouble
 ) -> None:
     """Who shares an index would not remove it with what is below a prefix."""
     with Agent(tmp_path) as other:
-        store = open_alone(tmp_path, source, monkeypatch)
+        store = open_alone(tmp_path, source)
         other("set", "a/b", "1")
         other("set", "c", "1")
         assert other("invalidate", "") == 2
@@ -119,13 +115,11 @@ async def test_what_others_do_not_know_of_is_not_cached(
     assert store.cache_stats()["hits"] == hits + 1
 
 
-async def test_what_others_have_cached_is_served(
-    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_others_have_cached_is_served(tmp_path: Path, source: StoreDouble) -> None:
     with Agent(tmp_path) as other:
         other("set", "a", "1")
         assert other("drain")
-        store = open_alone(tmp_path, source, monkeypatch)
+        store = open_alone(tmp_path, source)
         await until(lambda: store.is_cached("a"))
         source.take()
         assert await read(store, "a") == b"1"

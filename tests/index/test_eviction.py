@@ -19,8 +19,7 @@ from directories import closed
 from pools import CACHES
 from support import buf, check_quiet, fill, read_through, until, value_sync
 from zcache import CachePool, CacheStore
-from zcache._core import Index
-from zcache.testing import FakeClock, StoreDouble, stored_sizes
+from zcache.testing import FakeClock, StoreDouble, check_index, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -263,7 +262,7 @@ def test_copies_have_the_same_policy() -> None:
         LocalStore("/nonexistent"), eviction="adaptive", minimise="bytes", source_id="one"
     )
     copy = pickle.loads(pickle.dumps(store))
-    assert (copy._cache.eviction, copy._cache.minimise) == ("adaptive", "bytes")
+    assert (copy.eviction, copy.minimise) == ("adaptive", "bytes")
 
 
 async def test_sources_of_a_pool_go_by_one_policy(tmp_path: Path) -> None:
@@ -402,9 +401,9 @@ CHILD = """
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import LocalStore
     from zcache import CachePool, CacheStore
-    from zcache._backends.directory import layout
+    from zcache.testing import set_block_size
 
-    layout.BLOCK_SIZE = 1  # as in the tests
+    set_block_size(1)  # as in the tests
     # Where the index was busy at the opening, the log tells.
     logged = []
     logging.getLogger("zcache").addFilter(
@@ -423,7 +422,7 @@ CHILD = """
         await store.drain()
 
     asyncio.run(main())
-    print(store._cache.ask(lambda index: index.policy())[0], len(told) + len(logged))
+    print(store.eviction, len(told) + len(logged))
 """
 
 
@@ -446,7 +445,7 @@ async def test_processes_go_by_one_policy(tmp_path: Path) -> None:
     answers = [child.communicate()[0].split() for child in children]
     assert answers == [["adaptive", "0"], ["adaptive", "0"], ["adaptive", "1"]]
     assert store.cache_info()["current_size"] <= 1 << 20
-    store._cache.ask(Index.validate)
+    check_index(store)
 
 
 async def test_processes_killed_at_work_leave_a_sound_index(tmp_path: Path) -> None:
@@ -462,4 +461,4 @@ async def test_processes_killed_at_work_leave_a_sound_index(tmp_path: Path) -> N
         child.communicate()
     await hits_of(store, range(200))
     assert store.cache_info()["current_size"] <= 1 << 20
-    store._cache.ask(Index.validate)
+    check_index(store)

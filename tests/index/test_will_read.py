@@ -22,8 +22,7 @@ from directories import open_store
 from pools import CACHES
 from support import buf, check_quiet, fill, read, read_through, threads, until, value_sync
 from zcache import CachePool, CacheStore, OptionTypeError
-from zcache._core import Index
-from zcache.testing import StoreDouble, entries, stored_sizes
+from zcache.testing import StoreDouble, check_index, entries, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -293,7 +292,7 @@ def test_threads_that_overtake_each_other_follow_the_plan(cache: Store | CachePo
     store.drain_sync()
     assert plan_of(store) in ("followed", "done")
     assert store.cache_info()["current_size"] <= count * SIZE // 2
-    store._cache.ask(Index.validate)
+    check_index(store)
 
 
 def test_plans_that_are_made_while_threads_read_keep_all_books(cache: Store | CachePool) -> None:
@@ -307,12 +306,12 @@ def test_plans_that_are_made_while_threads_read_keep_all_books(cache: Store | Ca
     def plans() -> None:
         for seed in range(20):
             store.will_read(keys_of(shuffled(2, seed=seed)))
-            store._cache.ask(Index.validate)
+            check_index(store)
 
     with threads(plans, *[lambda seed=seed: reads(seed) for seed in range(3)]):
         pass
     store.drain_sync()
-    store._cache.ask(Index.validate)
+    check_index(store)
 
 
 async def test_clear_cache_leaves_the_plan(cache: Store | CachePool) -> None:

@@ -9,6 +9,7 @@ internals of zcache change.
   `cache_store_of` give the two stores behind a `CacheStore`.
 - `record_steps` records what a store asks its index.
 - `hold_index_lock` keeps the index of a cache directory from all others, as a process does that is stopped.
+- `set_block_size`, `without_shared_index` and `patient_openings` make the volume of a cache directory what a test needs.
 - `FakeClock` is a clock that a test sets, for ``CacheStore(..., clock=clock)``.
 - `StoreDouble` stands in front of a store, counts what reaches it, and lets it fail, be slow, be held up
   or never answer.
@@ -54,6 +55,7 @@ from zcache.testing._views import (
     shares_index,
     source_of,
 )
+from zcache.testing._volumes import patient_openings, set_block_size, without_shared_index
 
 __all__ = [
     "Entry",
@@ -74,9 +76,12 @@ __all__ = [
     "index_slot",
     "is_complete",
     "missing_keys",
+    "patient_openings",
     "recency",
     "record_steps",
+    "set_block_size",
     "shares_index",
     "source_of",
     "stored_sizes",
+    "without_shared_index",
 ]

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zarr.storage import LocalStore, MemoryStore
 
+from zcache._backends.directory import layout
 from zcache._backends.directory.files import count_folders
+from zcache._backends.directory.rebuild import Rebuild
+from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._byte_ranges import to_request
 from zcache._core import Index, SegmentFiles, cache_key, file_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer
@@ -197,6 +201,47 @@ def is_complete(store: CacheStore) -> bool:
 def slot(store: CacheStore) -> int | None:
     """The slot of this process in a shared index."""
     return ask(store, lambda index: index.slot)
+
+
+def set_block_size(size: int | None) -> int | None:
+    """Set in what directories count, and return what was in force before."""
+    before, layout.BLOCK_SIZE = layout.BLOCK_SIZE, size
+    return before
+
+
+@contextlib.contextmanager
+def replaced_openings(step: Callable[..., Any]) -> Iterator[None]:
+    """Have all directories and pools open their index by this."""
+    with contextlib.ExitStack() as stack:
+        for kind in (layout.Layout, PoolLayout):
+            stack.enter_context(_replaced(kind, "open_index", step))
+        yield
+
+
+@contextlib.contextmanager
+def patient_rebuilds(seconds: float) -> Iterator[None]:
+    """Have openings wait so long for a rebuild, but those that a test has shortened."""
+    wait = Rebuild.wait
+
+    def wait_longer(self: Rebuild, work: Future[None], patience: float | None) -> None:
+        is_shortened = patience is not None and patience < 0.1
+        wait(self, work, patience if is_shortened else seconds)
+
+    with _replaced(Rebuild, "wait", wait_longer):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(kind: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    before = vars(kind).get(name)
+    setattr(kind, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(kind, name)
+        else:
+            setattr(kind, name, before)
 
 
 @contextlib.contextmanager

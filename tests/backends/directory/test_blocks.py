@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from zarr.abc.store import RangeByteRequest
@@ -15,15 +16,20 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed
 from support import buf, read, until
 from zcache import CacheStore
-from zcache.testing import check_invariants_async, stored_sizes
+from zcache.testing import check_invariants_async, set_block_size, stored_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BOUND = 400_000
 
 
 @pytest.fixture(autouse=True)
-def block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def block_size() -> Iterator[None]:
     """Here blocks count, as everywhere outside the tests."""
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+    before = set_block_size(None)
+    yield
+    set_block_size(before)
 
 
 def usage(root: Path) -> int:

@@ -18,9 +18,15 @@ from crashes import as_if_inside, child, wait
 from directories import INDEX, INDEX_FILES, closed, complete, open_store, reads, sizes_in
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache._backends.directory import files, index
-from zcache._backends.directory.layout import Layout
 from zcache._core import Index
-from zcache.testing import FakeClock, entries, index_slot, is_complete, recency
+from zcache.testing import (
+    FakeClock,
+    entries,
+    index_slot,
+    is_complete,
+    recency,
+    without_shared_index,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -341,7 +347,6 @@ async def test_directory_not_writable_the_source_serves(
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENODEV, errno.ENOSYS])
 async def test_index_cannot_be_shared_is_kept_in_memory(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     number: int,
 ) -> None:
@@ -351,11 +356,8 @@ async def test_index_cannot_be_shared_is_kept_in_memory(
     del store
     await closed(tmp_path)
 
-    def refuse(*_: Any) -> Any:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(Layout, "open_index", refuse)
-    store, source = open_store(tmp_path, max_size=100)
+    with without_shared_index(OSError(number, os.strerror(number))):
+        store, source = open_store(tmp_path, max_size=100)
     assert "cannot be shared" in caplog.text
     assert index_slot(store) is None
     assert await read(store, "a") == b"1"

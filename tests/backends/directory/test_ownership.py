@@ -22,8 +22,8 @@ from directories import tree
 from support import buf, check_quiet, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import files
-from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.stamp import Stamp
+from zcache.testing import without_shared_index
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -379,15 +379,12 @@ def test_directory_cannot_be_made_the_source_serves(
 
 
 async def test_file_system_without_locks_has_an_index_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await fill(open_store(tmp_path), a=b"1")
 
-    def unsuitable(*_: object) -> None:
-        raise OSError("the file system (NFS) does not share locks")
-
-    monkeypatch.setattr(Layout, "open_index", unsuitable)
-    store = open_store(tmp_path)
+    with without_shared_index(OSError("the file system (NFS) does not share locks")):
+        store = open_store(tmp_path)
     assert "cannot be shared" in caplog.text
     for lost in ("NFS", "bound", "writes", "ends with it"):
         assert lost in caplog.text

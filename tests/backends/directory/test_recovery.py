@@ -15,15 +15,14 @@ from directories import closed
 from storm import get
 from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
-from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.recovery import Recovery
 from zcache._index import shared
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import SyncIO
-from zcache.testing import is_complete, stored_sizes
+from zcache.testing import is_complete, stored_sizes, without_shared_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from zarr.abc.store import Store
@@ -225,22 +224,16 @@ def test_recovery_in_vain_the_directory_is_abandoned_with_one_line(
 
 
 @pytest.fixture
-def alone(
-    tmp_path: Path, source: MemoryStore, monkeypatch: pytest.MonkeyPatch
-) -> tuple[CacheStore, CacheStore]:
+def alone(tmp_path: Path, source: MemoryStore) -> Iterator[tuple[CacheStore, CacheStore]]:
     """Two participants with an index of their own each, as where it cannot be shared."""
-
-    def refuse(*_: object) -> None:
-        raise OSError("the file system (NFS) does not share locks")
-
-    monkeypatch.setattr(Layout, "open_index", refuse)
-    one = participant(tmp_path / "cache", source)
-    other = forget_that_it_is_shared(tmp_path / "cache", source)
-    for store in (one, other, one):
-        for key in KEYS:
-            assert get(store, key) == b"old"
-        drained_sync(store)
-    return one, other
+    with without_shared_index(OSError("the file system (NFS) does not share locks")):
+        one = participant(tmp_path / "cache", source)
+        other = forget_that_it_is_shared(tmp_path / "cache", source)
+        for store in (one, other, one):
+            for key in KEYS:
+                assert get(store, key) == b"old"
+            drained_sync(store)
+        yield one, other
 
 
 def do_before_each_change(

@@ -14,7 +14,7 @@ from support import buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore
 from zcache._backends.pool.layout import SegmentScanner
 from zcache._core import SegmentFiles
-from zcache.testing import check_invariants, entries
+from zcache.testing import check_invariants, entries, set_block_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,10 +93,8 @@ async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> No
     assert store.cache_stats()["cache_failures"] == 0
 
 
-async def test_copy_whose_holes_were_filled_is_within_the_bound_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+async def test_copy_whose_holes_were_filled_is_within_the_bound_again(tmp_path: Path) -> None:
+    set_block_size(None)
     pool = pool_with_neighbours(tmp_path / "pool", max_size=400 * PAGE)
     del pool
     await closed(tmp_path, "pool")

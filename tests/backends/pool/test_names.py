@@ -18,7 +18,7 @@ from pools import source_of
 from support import buf, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
 from zcache._backends.pool.register import Register, label_of
-from zcache.testing import check_invariants
+from zcache.testing import check_invariants, set_block_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 PAGE = 4096
 
 
-def test_names_of_many_sources_count_towards_the_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+def test_names_of_many_sources_count_towards_the_bound(tmp_path: Path) -> None:
+    set_block_size(None)
     bound, path = 400 * PAGE, tmp_path / "pool"
     pool = CachePool(path, max_size=bound)
     names = [f"{n} {'x' * 4000}" for n in range(60)]

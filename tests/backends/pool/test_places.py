@@ -17,7 +17,7 @@ from directories import closed, complete
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import buf, check_quiet, read, read_through, write
 from zcache import CachePool, CacheStore, CacheUnreachableError, OptionTypeError, OptionValueError
-from zcache.testing import shares_index
+from zcache.testing import set_block_size, shares_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,10 +148,10 @@ async def test_pool_that_was_renamed_is_warm_in_its_new_place(tmp_path: Path) ->
 
 @pytest.mark.parametrize("blocks", [True, False])
 async def test_cache_info_of_a_pool_that_is_only_read_is_that_of_its_writer(
-    tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, blocks: bool
 ) -> None:
     if blocks:
-        monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+        set_block_size(None)
     pool = pool_with_neighbours(tmp_path / "pool", max_size="10 MiB")
     reads = CachePool(tmp_path / "pool", max_size="10 MiB", read_only=True)
     info = reads.cache_info()

@@ -41,6 +41,7 @@ from zcache.testing import (
     cache_store_of,
     check_invariants,
     entries,
+    set_block_size,
     shares_index,
 )
 
@@ -253,8 +254,8 @@ async def test_listings_of_each_source_are_its_own(kind: str, tmp_path: Path) ->
     assert [name async for name in offline.list_dir("g")] == ["b"]
 
 
-def test_cache_info_tells_bytes_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+def test_cache_info_tells_bytes_and_blocks(tmp_path: Path) -> None:
+    set_block_size(None)
     pool = pool_with_neighbours(tmp_path / "pool", max_size="1 MB")
     info = pool.cache_info()
     assert info["entries"] == len(NEIGHBOURS) * len(KEYS)
@@ -263,10 +264,8 @@ def test_cache_info_tells_bytes_and_blocks(tmp_path: Path, monkeypatch: pytest.M
     assert info["current_size"] >= info["entries"] * PAGE
 
 
-async def test_bound_holds_for_all_sources_in_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcache._backends.directory.layout.BLOCK_SIZE", None)
+async def test_bound_holds_for_all_sources_in_blocks(tmp_path: Path) -> None:
+    set_block_size(None)
     bound = 80 * PAGE
     pool = CachePool(tmp_path / "pool", max_size=bound)
     values = {f"c/{n}": bytes([n]) * (n * 97 % 9000) for n in range(60)}

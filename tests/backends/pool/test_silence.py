@@ -13,7 +13,6 @@ import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import MemoryStore
 
-from agent import refuse_to_share
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import (
     PROTOTYPE,
@@ -27,9 +26,8 @@ from support import (
     until,
 )
 from zcache import CachePool, CacheStore
-from zcache._backends.pool.layout import PoolLayout
 from zcache._core import CorruptIndexError, IndexBusyError
-from zcache.testing import check_invariants_async, entries, index_slot
+from zcache.testing import check_invariants_async, entries, index_slot, without_shared_index
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -135,12 +133,11 @@ class Slow:
 
 
 async def test_write_without_the_index_of_a_pool_waits_while_the_headers_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """A large pool: to find the values of a key by their headers takes longer than an answer may."""
     source = source_of(a=b"old", b=b"other")
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolLayout, "open_index", refuse_to_share)
+    with without_shared_index():
         store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"), source_id="mine")
     assert index_slot(store) is None
     for key, value in (("a", b"old"), ("b", b"other")):

@@ -1,0 +1,63 @@
+"""Volumes that a test wants for its cache directories, and openings that wait."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import TYPE_CHECKING, Any
+
+from zcache.testing import _internals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def set_block_size(size: int | None) -> int | None:
+    """Count what the values of cache directories take in blocks of another size, in this process.
+
+    So a test may have small values and a small bound whatever the volume is. It is about directories that are opened
+    from now on.
+
+    Parameters
+    ----------
+    size : int or None
+        Bytes, from 1 on: with 1 a value takes as many bytes as it has. None is what the volume says, as outside of tests.
+
+    Returns
+    -------
+    int or None
+        What was in force before.
+    """
+    return _internals.set_block_size(size)
+
+
+@contextlib.contextmanager
+def without_shared_index(error: OSError | None = None) -> Iterator[None]:
+    """Have directories and pools that are opened inside an index of their own, as on a volume that has no locks.
+
+    Parameters
+    ----------
+    error : OSError, optional
+        What opening the shared index raises. Default is ``ENOSYS``.
+    """
+    error = error or OSError(errno.ENOSYS, "no locks here")
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    with _internals.replaced_openings(refuse):
+        yield
+
+
+@contextlib.contextmanager
+def patient_openings(seconds: float = 60.0) -> Iterator[None]:
+    """Have directories that are opened inside wait until their index is rebuilt, on a machine that is busy too.
+
+    Parameters
+    ----------
+    seconds : float, optional
+        How long at most. Default is 60; without this an opening goes on after a second, and the rebuild in
+        the background.
+    """
+    with _internals.patient_rebuilds(seconds):
+        yield
