@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, settings
 
+from cases import by_test, pairwise, spread
 from zcache.testing import FakeClock, patient_openings, set_block_size
 
 if TYPE_CHECKING:
@@ -39,30 +41,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run at most so many cases of each parametrized test, spread evenly over all of them",
     )
     parser.addoption(
+        "--pairs",
+        action="store_true",
+        help="of each test with three parameters or more run so many cases that all pairs of values meet",
+    )
+    parser.addoption(
         "--without-once", action="store_true", help="leave out what need run on one Python only"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out cases that `--sample` does not ask for: there is no time for all each time."""
-    if config.getoption("--without-once"):
-        once = [item for item in items if item.get_closest_marker("once")]
-        config.hook.pytest_deselected(items=once)
-        items[:] = [item for item in items if not item.get_closest_marker("once")]
-    limit = config.getoption("--sample")
-    if limit is None:
-        return
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    # At `i * n // limit`: the first one, and the others at equal distances.
-    chosen = {
-        id(group[i * len(group) // limit] if len(group) > limit else group[i])
-        for group in cases.values()
-        for i in range(min(limit, len(group)))
-    }
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
-    items[:] = [item for item in items if id(item) in chosen]
+    """Leave out what the options do not ask for: there is no time for all of it each time."""
+    chosen = [
+        item
+        for item in items
+        if not (config.getoption("--without-once") and item.get_closest_marker("once"))
+    ]
+    if config.getoption("--pairs"):
+        chosen = [item for group in by_test(chosen) for item in pairwise(group)]
+    if (limit := config.getoption("--sample")) is not None:
+        chosen = [item for group in by_test(chosen) for item in spread(group, limit)]
+    kept = {id(item) for item in chosen}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and test items out of later collections of garbage: many tests ask for one, of a tenth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 ERA_INTERIM = Path(__file__).resolve().parents[2] / "shared" / "data" / "era_interim.zarr"
