@@ -719,6 +719,8 @@ class CacheStore(Store):
             If there is such a file.
         OSError
             If it cannot be made.
+        OptionTypeError, OptionValueError
+            If `anonymous` is no bool, or no file can have such a path.
         RuntimeError
             If this store, or a copy of it, is being recorded already.
         IndexLockTimeout

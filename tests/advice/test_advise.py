@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import sys
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import open_store
@@ -21,7 +23,7 @@ from zcache._advice.advise import advise
 from zcache._advice.trace import complete
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 SIZE = 100
@@ -223,6 +225,16 @@ def test_advice_after_little_traffic_says_so() -> None:
         advice.plot()
 
 
+def test_advice_where_no_size_is_known_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    cache = LocalStore(tmp_path / "cache", read_only=True)
+    store = store_of(20, cache_store=cache)
+    read_keys(store, list(range(20)) * 10)
+    advice = store.advise()
+    assert not advice
+    assert "0 of at least 100 requests are known so far, and 200 without their sizes" in str(advice)
+
+
 def test_advice_where_nothing_is_cached_and_nothing_bounds_it_says_so() -> None:
     store = store_of(50, [0] * 50)
     read_keys(store, list(range(50)) * 3)
@@ -286,6 +298,23 @@ def test_advice_bad_options_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         store_of(1).advise(**options)
+
+
+def test_advice_endless_options_end() -> None:
+    with pytest.raises(OptionValueError, match=r"sizes: count.* gives more than 10,000"):
+        store_of(1).advise(sizes=itertools.count(1))
+    with pytest.raises(OptionValueError, match=r"policies: repeat.*: give fewer"):
+        store_of(1).advise(policies=itertools.repeat("lru"))
+
+
+@pytest.mark.parametrize("option", ["sizes", "policies"])
+def test_advice_error_of_an_iterable_is_its_own(option: str) -> None:
+    def broken() -> Iterator[str]:
+        yield "1 KB"
+        raise TypeError("no more")
+
+    with pytest.raises(TypeError, match="no more"):
+        store_of(1).advise(**{option: broken()})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sizes", [np.int64(500), np.float64(500), np.array([500]), 500, "500"])
@@ -373,6 +402,23 @@ def test_plot_draws_each_curve_with_its_band(advice: Advice) -> None:
         assert list(call.args[1]) == list(curve.hit_ratio)
     assert axes.fill_between.call_count == len(advice.curves)
     axes.axvline.assert_called_once()
+
+
+def test_plot_shows_the_names_of_its_axes(advice: Advice) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    axes = advice.plot()
+    figure = axes.figure
+    figure.draw_without_rendering()
+    for label in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels()):
+        shown = label.get_window_extent()
+        assert shown.x0 >= 0
+        assert shown.y0 >= 0
+
+
+@pytest.mark.parametrize("ax", ["axes", 5, [None]])
+def test_plot_on_what_are_no_axes_names_it(advice: Advice, ax: object) -> None:
+    with pytest.raises(OptionTypeError, match=re.escape(f"ax: {ax!r}. Give matplotlib's Axes")):
+        advice.plot(ax)
 
 
 def test_plot_without_matplotlib_names_the_way_out(

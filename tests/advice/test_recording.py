@@ -31,7 +31,7 @@ from support import (
     until,
     value_sync,
 )
-from zcache import CacheStore, OptionTypeError, replay
+from zcache import CacheStore, OptionTypeError, OptionValueError, replay
 from zcache._advice import recording
 from zcache.testing import StoreDouble
 
@@ -125,6 +125,36 @@ def test_recording_overwrites_nothing(path: Path) -> None:
     with store.record(path.parent / "other"):
         value_sync(store, "a/c/0")
     assert len(rows_of(path.parent / "other")) == 1
+
+
+@pytest.mark.parametrize("bad", [None, 5, True, ["a"], object()])
+def test_recording_and_replay_of_what_is_no_path_name_it(bad: Any) -> None:
+    store = CacheStore(source_of(1))
+    for call in (store.record, replay):
+        with pytest.raises(OptionTypeError, match=r"requests\.csv\.gz") as error:
+            call(bad)
+        assert f"invalid path: {bad!r}. Give" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"), [("a\0b", "a null"), (b"a\0b", "a null"), ("\ud800", "no encoding")]
+)
+def test_recording_and_replay_of_an_impossible_path_name_it(bad: Any, why: str) -> None:
+    store = CacheStore(source_of(1))
+    for call in (store.record, replay):
+        with pytest.raises(OptionValueError, match=f"{why}.*Give the path") as error:
+            call(bad)
+        assert repr(bad) in str(error.value)
+
+
+def test_recording_that_finds_no_room_names_its_file_and_leaves_none(path: Path) -> None:
+    store = CacheStore(source_of(1))
+    with largest_file(10), pytest.raises(OSError, match=r"requests\.csv\.gz"):
+        store.record(path)
+    assert not path.exists()
+    with store.record(path):
+        value_sync(store, "a/c/0")
+    assert len(rows_of(path)) == 1
 
 
 async def test_recording_one_at_a_time(path: Path) -> None:

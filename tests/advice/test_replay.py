@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import subprocess
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,6 +99,7 @@ def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str
         "1,a,,10,,,10",
         '1,"a',
         "1,2,3",
+        "1," + "a" * 2**20 + ",,10,0,,10",
     ],
 )
 def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
@@ -148,6 +152,45 @@ def test_replay_of_a_head_that_is_wrong_names_it(path: Path, head: str, message:
     with pytest.raises(RecordingError, match=message) as caught:
         replay(path)
     assert str(path) in str(caught.value)
+
+
+def test_replay_of_another_format_says_that_a_version_knows_it(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"# zcache requests, format 27: {}\r\ntime,key\r\n"))
+    with pytest.raises(
+        RecordingError, match=r"its format is '27'.*the version of zcache that made"
+    ):
+        replay(path)
+
+
+def test_replay_of_what_is_no_recording_reads_no_more_than_its_beginning(path: Path) -> None:
+    """Zeros that would take more memory than there may be."""
+    path.write_bytes(gzip.compress(bytes(2**26)) * 40)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordingError, match=r"it begins with .*, not with"):
+            replay(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_replay_of_a_file_that_is_cut_off_tells_how_to_keep_what_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a 'b'\n.gz"
+    names = ["a\nb", "c\rd", "e\r\nf", 'g"h', *"ijk"]
+    store = CacheStore(MemoryStore({name: buf(random.Random(name).randbytes(9)) for name in names}))
+    with store.record(path):
+        for _ in range(300):
+            for name in names:
+                value_sync(store, name)
+    data = path.read_bytes()
+    # Its second part, which nothing has ended.
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RecordingError, match=r"cut off after 1,\d\d\d lines\. Keep") as error:
+        replay(path)
+    command = str(error.value).partition("`")[2].partition("`")[0]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    advice = replay(tmp_path / "whole.csv.gz")
+    assert 500 < advice.requests < 300 * len(names)
 
 
 def test_replay_of_no_file(path: Path) -> None:

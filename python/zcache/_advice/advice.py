@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from zcache._advice.drawing import svg
+from zcache.exceptions import OptionTypeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,11 +160,17 @@ class Advice:
         ------
         ImportError
             If a new figure is asked for and there is no matplotlib.
+        OptionTypeError
+            A `TypeError`: `ax` are no axes.
         ValueError
             If there is no advice.
         """
         if self.reason:
             raise ValueError(f"there is nothing to plot: {self.reason}")
+        if ax is not None and not hasattr(ax, "fill_between"):
+            raise OptionTypeError(
+                f"invalid ax: {ax!r}. Give matplotlib's Axes, such as plt.gca(), or None for a new figure."
+            )
         if ax is None:
             try:
                 from matplotlib import pyplot as plt  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - an extra
@@ -172,7 +179,8 @@ class Advice:
                     "Advice.plot() needs matplotlib: pip install 'zarr-zcache[plot]'. Without it, print "
                     "the advice, or show it in a notebook."
                 ) from error
-            _, ax = plt.subplots()
+            # Else the turned labels push that of the axis out.
+            _, ax = plt.subplots(layout="constrained")
         sizes = self.sizes.astype(float)
         for name, curve in self.curves.items():
             (line,) = ax.plot(sizes, curve.hit_ratio, label=name)

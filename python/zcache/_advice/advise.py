@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,6 +26,8 @@ GOOD: Final = 0.9
 _STEPS: Final = tuple(2.0 ** (step / 2) for step in range(-8, 9))
 """Sizes that are looked at, as parts of the present one."""
 _BISECTIONS: Final = 5
+_MOST: Final = 10_000
+"""Sizes, or policies, that may be asked for at once."""
 
 
 def parse_policies(policies: object) -> tuple[str, ...]:
@@ -73,9 +76,15 @@ def _listed(name: str, values: object) -> list[Any]:
     if isinstance(values, (bytes, bytearray, memoryview)):
         raise OptionTypeError(f"invalid {name}: {values!r}. Give text, not bytes, or a list.")
     try:
-        return list(values)  # type: ignore[call-overload,no-any-return]
+        each = iter(values)  # type: ignore[call-overload]
     except TypeError:
         raise OptionTypeError(f"invalid {name}: {values!r}. Give a list.") from None
+    listed = list(islice(each, _MOST + 1))
+    if len(listed) > _MOST:
+        raise OptionValueError(
+            f"invalid {name}: {values!r:.200} gives more than {_MOST:,}. Each is simulated: give fewer."
+        )
+    return listed
 
 
 def advise(
@@ -110,10 +119,14 @@ def advise(
     """
     count = len(trace.keys) - trace.former
     if count < FEWEST:
-        known = f"{count} of at least {FEWEST} requests"
-        reason = (
-            nothing if nothing and not count else f"too little traffic: {known} are known so far"
-        )
+        reason = f"too little traffic: {count} of at least {FEWEST} requests are known so far"
+        if trace.unsized:
+            reason += (
+                f", and {trace.unsized:,} without their sizes: their values did not come, were missing, or the "
+                "cache takes none yet"
+            )
+        elif nothing and not count:
+            reason = nothing
         return Advice(reason=f"{reason}.")
     estimator = Estimator(trace)
     used = round(estimator.footprint) if in_use is None else in_use

@@ -1,9 +1,4 @@
-"""`CacheStore.record`: the requests of a store, written to a file while they are made.
-
-The file is text with a line for each request, as CSV (RFC 4180), compressed by gzip. Each batch is a member of
-its own, which any tool for gzip reads on; so what was written before an error, or before the process died,
-stays whole.
-"""
+"""`CacheStore.record`: the requests of a store, written to a file while they are made."""
 
 from __future__ import annotations
 
@@ -23,6 +18,7 @@ from collections import deque
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from zcache._advice.file_format import COLUMNS, HEAD, path_of_recording
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
@@ -37,9 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zcache")
 
-HEAD: Final = "# zcache requests, format 1: "
-"""What a file begins with; JSON follows."""
-COLUMNS: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
 BATCH: Final = 32_768
 """Requests that are written together, ..."""
 PAUSE: Final = 1.0
@@ -131,6 +124,8 @@ class RequestWriter:
         If there is such a file.
     OSError
         If it cannot be made.
+    OptionTypeError, OptionValueError
+        If no file can have such a path.
     """
 
     def __init__(
@@ -142,7 +137,7 @@ class RequestWriter:
         about: dict[str, Any],
     ) -> None:
         self._hits = hits
-        self.path = os.fspath(path)
+        self.path = path_of_recording(path)
         self._secret = secrets.token_bytes(32) if anonymous else None
         self._waiting: deque[_Request] = deque()
         # Misses, by key and range, until their size is known.
@@ -172,11 +167,13 @@ class RequestWriter:
                 target=self._write_on, name="zcache recording", daemon=True
             )
             self._thread.start()
-        except BaseException:
+        except BaseException as error:
             hits.hook.detach(self, hits)
             self._file.close()
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
+            if isinstance(error, OSError):
+                error.filename = self.path  # Which a descriptor does not tell.
             raise
         _writers.add(self)
 

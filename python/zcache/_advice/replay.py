@@ -6,21 +6,23 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import zlib
 from array import array
+from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import numpy as np
 
 from zcache._advice.advise import POLICIES, advise, parse_policies, parse_sizes
-from zcache._advice.recording import COLUMNS, HEAD
+from zcache._advice.file_format import COLUMNS, HEAD, LONGEST_LINE, MAGIC, path_of_recording
 from zcache._advice.trace import UNKNOWN, Trace, complete
 from zcache._options import MAX_BYTES
 from zcache.exceptions import RecordingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from zcache._advice.advice import Advice
 
@@ -60,7 +62,7 @@ def replay(
     OSError
         If it cannot be read.
     OptionTypeError, OptionValueError
-        If a size or a policy is none.
+        If a path, a size or a policy is none.
     """
     parsed, named = parse_sizes(sizes), parse_policies(policies)
     trace, max_size, policy = load(path)
@@ -69,44 +71,85 @@ def replay(
 
 def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, str]:
     """The requests of a file, in the order of their times, and the bound and the policy of the store."""
-    name = os.fspath(path)
+    name = path_of_recording(path)
     try:
-        with gzip.open(name, "rt", encoding="utf-8", newline="") as file:
+        # Lines are those of `head`, though a key may hold other ends of lines.
+        with gzip.open(name, "rt", encoding="utf-8", newline="\n") as file:
             return _parse(file)
+    except _CutOffError as cut:
+        kept = f"zcat {shlex.quote(os.fsdecode(name))} | head -n {cut.lines} | gzip > whole.csv.gz"
+        way_out = f"Keep what is whole with `{kept}`, copy it again from where it was made,"
+        raise _damaged(name, f"it is cut off after {cut.lines:,} lines", way_out) from cut
+    except _OtherFormatError as other:
+        raise _damaged(
+            name, str(other), "Read it with the version of zcache that made it,"
+        ) from other
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _damaged(name, f"it is not, or not wholly, compressed by gzip ({error})") from error
     except (ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise _damaged(name, str(error)) from error
 
 
-def _damaged(name: str, what: str) -> RecordingError:
+class _CutOffError(EOFError):
+    """The file ends in the middle; `lines` are whole."""
+
+    def __init__(self, lines: int) -> None:
+        self.lines = lines
+
+
+class _OtherFormatError(ValueError):
+    """A version of zcache that is not this one has made the file."""
+
+
+def _damaged(
+    name: str | bytes, what: str, way_out: str = "Copy it again from where it was made,"
+) -> RecordingError:
     return RecordingError(
-        f"{name!r} is no complete recording of requests: {what}. Copy it again from where it was made, or "
-        "record anew with `with store.record(path):`."
+        f"{name!r} is no complete recording of requests: {what}. {way_out} or record anew "
+        "with `with store.record(path):`."
     )
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines after the first one."""
+    for number in count(2):
+        line = file.readline(LONGEST_LINE)
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"line {number} has {LONGEST_LINE} characters or more")
+        if not line:
+            return
+        yield line
+
+
 def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
-    head = file.readline()
+    head = file.readline(LONGEST_LINE)
     if not head.startswith(HEAD):
+        if head.startswith(MAGIC):
+            found = head.removeprefix(MAGIC).partition(":")[0]
+            raise _OtherFormatError(f"its format is {found!r:.40}, and this version reads 1 only")
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
     max_size, block_size, policy = _described(json.loads(head.removeprefix(HEAD)))
-    lines = csv.reader(file, strict=True)
-    if tuple(next(lines, ())) != COLUMNS:
+    rows = csv.reader(_lines(file), strict=True)
+    if tuple(next(rows, ())) != COLUMNS:
         raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    whole = rows.line_num
     numbers: dict[tuple[str, str], int] = {}
     times, keys, sizes, hits = array("d"), array("Q"), array("Q"), array("b")
-    for line in lines:
-        if len(line) != len(COLUMNS):
-            raise ValueError(f"line {lines.line_num + 1} has {len(line)} columns")
-        try:
-            at, key, _, _, hit, entry_range, size = line
-            times.append(_time(at))
-            keys.append(numbers.setdefault((key, entry_range), len(numbers)))
-            sizes.append(_size(size) if size else UNKNOWN)
-            hits.append(_hit(hit))
-        except ValueError as error:
-            raise ValueError(f"line {lines.line_num + 1}: {error}") from error
+    try:
+        for row in rows:
+            if len(row) != len(COLUMNS):
+                raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
+            try:
+                at, key, _, _, hit, entry_range, size = row
+                times.append(_time(at))
+                keys.append(numbers.setdefault((key, entry_range), len(numbers)))
+                sizes.append(_size(size) if size else UNKNOWN)
+                hits.append(_hit(hit))
+            except ValueError as error:
+                raise ValueError(f"line {rows.line_num + 1}: {error}") from error
+            whole = rows.line_num
+    except EOFError as error:
+        raise _CutOffError(whole + 1) from error
     # Misses were written when they were known, not when they were made.
     order = np.argsort(np.frombuffer(times, float), kind="stable")
     trace = complete(

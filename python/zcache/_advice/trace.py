@@ -45,6 +45,8 @@ class Trace:
         Requests before the first of these that count, and those of them that were the first of their key.
     unit : int
         Bytes of a block of the cache store; 0 and 1 are the same.
+    unsized : int
+        How many requests were left out because their sizes are not known.
     """
 
     keys: NDArray[np.uint64]
@@ -59,6 +61,7 @@ class Trace:
     dropped: int
     dropped_first: int
     unit: int
+    unsized: int
 
     def costs(self) -> NDArray[np.uint64]:
         """Bytes that each entry takes in the cache store."""
@@ -94,6 +97,7 @@ def sampled(index: Index) -> Trace:
         dropped=dropped,
         dropped_first=dropped_first,
         unit=unit,
+        unsized=int((~known & ~former).sum()),
     )
 
 
@@ -102,6 +106,7 @@ def complete(
 ) -> Trace:
     """All requests that there were."""
     known = sizes != UNKNOWN
+    unsized = int((~known).sum())
     keys, sizes, hits = keys[known], sizes[known], hits[known]
     nothing = np.zeros(len(keys), bool)
     return Trace(
@@ -117,6 +122,7 @@ def complete(
         dropped=0,
         dropped_first=0,
         unit=unit,
+        unsized=unsized,
     )
 
 

@@ -1,0 +1,42 @@
+"""The file of recorded requests: how it begins, its columns, its path.
+
+It is text with a line for each request, as CSV (RFC 4180), compressed by gzip. Each batch is a member of its
+own, which any tool for gzip reads on; so what was written before an error, or before the process died, stays
+whole.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from zcache.exceptions import OptionTypeError, OptionValueError
+
+MAGIC: Final = "# zcache requests, format "
+HEAD: Final = f"{MAGIC}1: "
+"""What a file begins with; JSON follows."""
+COLUMNS: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
+LONGEST_LINE: Final = 2**20
+"""Characters of a line at most: no key that is cached makes one as long."""
+
+
+def path_of_recording(path: object) -> str | bytes:
+    """The path of a file, as the system takes it.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If no file can have such a path.
+    """
+    advice = 'Give the path of a file, such as "requests.csv.gz".'
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+    except TypeError:
+        raise OptionTypeError(f"invalid path: {path!r}. {advice}") from None
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise OptionValueError(f"invalid path: {text!r} has no encoding. {advice}") from None
+    if b"\0" in encoded:
+        raise OptionValueError(f"invalid path: {text!r} contains a null character. {advice}")
+    return text  # type: ignore[no-any-return]
