@@ -37,38 +37,53 @@ def where(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Storm:
-    """Participants in processes of their own."""
+@pytest.fixture(scope="module")
+def crew() -> Iterator[list[subprocess.Popen[str]]]:
+    """Three other processes, for one test after the other: each takes a second to start."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
 
-    def __init__(self, where: Path, seconds: float, max_size: int) -> None:
+
+def start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(Path(storm.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+class Storm:
+    """Three participants in processes of their own, which are at work when it is there."""
+
+    def __init__(self, crew: list[subprocess.Popen[str]], where: Path, max_size: int) -> None:
         self.max_size = max_size
         self.root = where / "cache"
-        script = [sys.executable, str(Path(storm.__file__)), str(where)]
-        self.end = seconds
-        self.processes = [
-            subprocess.Popen(
-                [*script, str(seconds), str(max_size)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-            for _ in range(3)
-        ]
-        for process in self.processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+        self.processes = crew
+        # One that a test before has ended is no part of this one.
+        crew[:] = [process for process in crew if process.poll() is None]
+        crew += [start() for _ in range(3 - len(crew))]
+        self.tell(json.dumps([str(where), max_size]))
+        assert self.answers() == ["ready"] * 3
+        self.tell("")
+
+    def tell(self, line: str) -> None:
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write("\n")
+            process.stdin.write(line + "\n")
             process.stdin.flush()
 
-    def rounds(self, pause: float) -> Iterator[None]:
-        until = time.monotonic() + self.end - 0.5
-        while time.monotonic() < until:
-            yield
-            time.sleep(pause)
+    def answers(self) -> list[str]:
+        found = []
+        for process in self.processes:
+            assert process.stdout is not None
+            found.append(process.stdout.readline().strip())
+            assert found[-1], f"it has ended: {process.wait(60)}"
+        return found
 
     def size(self) -> int:
         """Bytes of all values that are there, at one instant."""
@@ -90,34 +105,43 @@ class Storm:
         return total
 
     def check(self) -> None:
-        for process in self.processes:
-            out, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, (process.returncode, errors[-2000:])
-            report = json.loads(out)
-            assert report["wrong"] == report["errors"] == 0, (report, errors[-2000:])
+        """Have them go on for a moment, and end."""
+        time.sleep(0.3)
+        self.tell("")
+        for answer in self.answers():
+            report = json.loads(answer)
+            assert report["wrong"] == report["errors"] == 0, report
             assert report["reads"] > 0
             assert report["writes"] > 0
 
 
+@pytest.mark.xdist_group("storm")
 @pytest.mark.parametrize("part", PARTS)
-def test_a_file_of_the_index_is_removed_in_use(where: Path, part: str) -> None:
+def test_a_file_of_the_index_is_removed_in_use(
+    where: Path, crew: list[subprocess.Popen[str]], part: str
+) -> None:
     """No process ends, nothing wrong is read, and the bound holds."""
-    processes = Storm(where, 2.0, 8000)
+    processes = Storm(crew, where, 8000)
     largest = 0
-    for _ in processes.rounds(0.03):
+    for _ in range(20):
         (where / "cache/.zcache/index" / part).unlink(missing_ok=True)
         largest = max(largest, processes.size())
+        time.sleep(0.03)
     processes.check()
     assert largest <= processes.max_size
 
 
+@pytest.mark.xdist_group("storm")
 @pytest.mark.parametrize("part", ["owner", "head", "table", "cells", "texts"])
-def test_a_file_of_the_index_is_truncated_in_use(where: Path, part: str) -> None:
+def test_a_file_of_the_index_is_truncated_in_use(
+    where: Path, crew: list[subprocess.Popen[str]], part: str
+) -> None:
     """No process ends by the signal for a page that a mapped file has not any more."""
-    processes = Storm(where, 2.0, 8000)
-    for number, _ in enumerate(processes.rounds(0.005)):
+    processes = Storm(crew, where, 8000)
+    for number in range(100):
         with contextlib.suppress(FileNotFoundError):
             os.truncate(where / "cache/.zcache/index" / part, number % 3 * 4096)
+        time.sleep(0.005)
     processes.check()
 
 
