@@ -12,8 +12,12 @@ JOBS ?= 4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-# Prerequisites run in the order in which they are written: the cheapest checks first.
+# Prerequisites run in the order in which they are written: the cheapest checks first. Set where `test` has two of them
+# under way.
+AT_ONCE ?=
+ifndef AT_ONCE
 .NOTPARALLEL:
+endif
 
 # The tests of `make test` are about the installed wheel: the caller's environment must not put another zcache, or another
 # interpreter, in its place.
@@ -69,7 +73,7 @@ demo: ## read a dataset over S3 on loopback through zcache and print what it sav
 dev: ## .venvs/dev: an editable build with all test and lint tools
 	@'$(PYTHON)' scripts/envs.py dev
 
-# Six cases of each parametrized test: some have hundreds, and `make test` runs them all on the newest Python.
+# Six cases of each parametrized test: some have hundreds.
 .PHONY: check
 check: dev ## format, lint, types, spelling and the fast tests on one Python: before each commit
 	$(call section,format and lint)
@@ -88,8 +92,12 @@ else
 endif
 	.venvs/dev/bin/python -m pytest -q -m 'not slow' --sample 6 -n $(JOBS) --dist loadgroup $(ARGS)
 
+# One core compiles the wheel while the other one has the tests of Rust: both take minutes, and neither can use two. The
+# wheel is the one that is released, link-time optimization and all: another one would be another program to test.
 .PHONY: test
-test: rust-lint rust-test python-lint python-test ## all lints and tests, on python3 and on the newest CPython found
+test: ## all lints and tests, on python3 and on the newest CPython found
+	@$(MAKE) --no-print-directory -j2 --output-sync=target AT_ONCE=yes rust-test python-lint
+	@$(MAKE) --no-print-directory python-test
 
 .PHONY: lint
 lint: rust-lint python-lint ## rustfmt, clippy, rustdoc, ruff, codespell, mypy, stubtest
@@ -100,9 +108,11 @@ bench: env-newest ## measure against zarr's CacheStore and print the table
 	.venvs/newest/bin/python benches/run.py $(ARGS)
 
 .PHONY: soak
-soak: env-newest ## long random runs with faults and kills
+soak: env-newest ## long random runs with faults and kills, and all cases of all tests
 	$(call section,soak)
 	.venvs/newest/bin/python tests/soak.py $(ARGS)
+	$(call section,all cases of all tests)
+	.venvs/newest/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE)
 
 .PHONY: wheel
 wheel: ## one abi3 wheel in dist/, on Linux for glibc 2.17 and later
@@ -122,7 +132,7 @@ clean: ## remove all that make has made
 .PHONY: env-build env-both env-newest
 env-build:
 	@'$(PYTHON)' scripts/envs.py build
-env-both:
+env-both: $(if $(AT_ONCE),env-build)
 	@'$(PYTHON)' scripts/envs.py base newest
 env-newest:
 	@'$(PYTHON)' scripts/envs.py newest
@@ -137,7 +147,7 @@ rust-lint: env-build
 
 # --lib --bins --tests leaves out the benches: nextest cannot list them, and each one runs once by name below.
 .PHONY: rust-test
-rust-test:
+rust-test: $(if $(AT_ONCE),rust-lint)
 	$(call section,cargo tests$(comma) no Python)
 ifeq ($(NEXTEST),yes)
 	$(WITHOUT_PYTHON) $(CARGO) nextest run $(LOCKED) --lib --bins --tests
@@ -156,9 +166,10 @@ python-lint: env-both
 	$(call in_each_env,mypy and stubtest,\
 	  $$python -m mypy --strict python/zcache && $$python -m mypy.stubtest zcache._core)
 
-# Long runs of what is alike on each Python take place on the newest one, and so do all cases of each parametrized test:
-# some have hundreds. The older one runs six of each.
+# Of a test with three or more parameters run so many cases that each two of their values meet; `make soak` runs all.
+# Long runs of what is alike on each Python take place on the newest one. The older one runs six cases of each test.
 if_older = [ $$env = base ] && [ ! -L .venvs/newest ]
+cases = $$(if $(if_older); then echo --without-once --sample 6; else echo --pairs; fi)
 
 # What fails is run once more, for a test of threads and processes may not stand a machine that is busy with others. The
 # summary names each such test; what fails twice, or ends the interpreter, fails.
@@ -167,4 +178,4 @@ ONCE_MORE := --reruns 1 --reruns-delay 5 -raR
 .PHONY: python-test
 python-test: env-both
 	$(call in_each_env,pytest,\
-	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $$($(if_older) && echo --without-once --sample 6) $(ARGS))
+	  $$python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE) $(cases) $(ARGS))
