@@ -270,7 +270,7 @@ class GatedStore(SyncDictStore):
         raise TypeError("a gate cannot travel")
 
     def release(self) -> None:
-        """Let everyone through, for ever."""
+        """Let all through, for ever."""
         self._released.set()
 
     def _stops(self, gates: dict[str, float], operation: str) -> bool:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from zcache._backends.pool.place import Pool
 
 DEFAULT_SHARE: Final = "20%"
-"""What a pool may take of its volume or of the memory, unless somebody says how much."""
+"""What a pool may take of its volume or of the memory, unless an option says how much."""
 
 _ELSEWHERE: Final = {
     "store": 'Give it as the first argument, as in zcache.open("s3://bucket/key")',
@@ -201,7 +201,7 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
     Raises
     ------
     CacheOwnershipError
-        If its directory is no pool, or somebody else's.
+        If its directory is no pool, or another user's.
     """
     if place.pool is not None:
         return place.pool
@@ -219,7 +219,7 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
 
 
 def _memory_store() -> PoolMemoryStore:
-    """The one that all share who say "memory", as long as somebody uses it."""
+    """The one that all share who say "memory", as long as it is in use."""
     global _in_memory
     with _lock:
         store = None if _in_memory is None else _in_memory()

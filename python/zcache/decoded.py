@@ -64,7 +64,7 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     else:
         shared = _over(store)
         store = shared._with_decoded_size(parsed)
-        # It is found again as long as anybody has chunks that depend on it.
+        # It is found again as long as there are chunks that depend on it.
         assert store._decoded is not None
         store._decoded.keeps = shared
     make: Any = AsyncArray if inner is array else _array

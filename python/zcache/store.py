@@ -753,7 +753,7 @@ class CacheStore(Store):
         Raises
         ------
         CacheOwnershipError
-            If the listing has found that the cache store belongs to somebody else.
+            If the listing has found that the cache store belongs to another source.
         """
         return await self._cache.drain(self._io, timeout)
 

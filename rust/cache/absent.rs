@@ -76,7 +76,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The source has no such key: its entries go, it is remembered as missing if that is to be `kept`,
-    /// and the flight of the ticket is closed. Only the last where the ticket is void, or where somebody
+    /// and the flight of the ticket is closed. Only the last where the ticket is void, or where a process
     /// has found the key later than this read has begun.
     pub fn commit_absence(
         &mut self,
@@ -165,7 +165,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         told.store(count, std::sync::atomic::Ordering::Relaxed);
     }
 
-    /// Changes when any key may have been written by somebody who cannot use the index.
+    /// Changes when any key may have been written by a process that cannot use the index.
     fn epoch(&self) -> u32 {
         self.arena.storage.version(0)[1]
     }

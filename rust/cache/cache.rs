@@ -28,7 +28,7 @@ pub const BATCH: usize = 1024;
 pub struct Limits {
     /// Bytes that the cache store may hold at most.
     pub max_size: u64,
-    /// Milliseconds after its fetch from which on an entry is of no use to anybody, and the first to go
+    /// Milliseconds after its fetch from which on an entry is of no use to any store, and the first to go
     /// when bytes are needed; `None` for never. What a look-up may serve is its own [`Freshness`].
     pub max_age: Option<u64>,
     /// Whether a cached full value also answers requests that select none of its bytes or name
@@ -197,7 +197,7 @@ pub struct Cache<S, T, P = Policy> {
     pub(super) tally: Arc<Tally>,
     /// Entries of a shared index that this process has verified.
     pub(super) verified: VerifiedSet,
-    /// Changes since somebody has begun to decode values.
+    /// Changes since a process has begun to decode values.
     pub(super) changes: Changes,
     /// A sample of the requests, once one was to be sampled; a shared index has one in its storage.
     pub(super) own_sample: Option<Box<Sample>>,
@@ -379,7 +379,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         cells + strings + (slots + others) as u64
     }
 
-    /// Whether an entry is of no use to anybody any more.
+    /// Whether an entry is of no use to any store any more.
     pub(super) fn is_useless(&self, cell: &Cell, now: u64) -> bool {
         Freshness::from((now, self.limits.max_age)).is_stale(cell.time())
     }
@@ -412,7 +412,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         (S::EXCLUSIVE || !self.is_written(key)).then_some(valid)
     }
 
-    /// Whether this key, or a directory above it, is being changed by anybody who is known.
+    /// Whether this key, or a directory above it, is being changed by any writer that is known.
     pub(super) fn is_changing(&self, key: &str) -> bool {
         self.flights.is_changing(key) || !S::EXCLUSIVE && self.is_written(key)
     }

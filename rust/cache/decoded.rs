@@ -1,4 +1,4 @@
-//! Decoded values: whether what somebody has decoded from the bytes of a key may still be used.
+//! Decoded values: whether what a process has decoded from the bytes of a key may still be used.
 //!
 //! The index holds no decoded values. Their cache asks for a [`Decode`] before it reads the bytes, keeps
 //! it with what it has decoded, and asks [`Cache::is_current`] before each use. A write, delete, prefix
@@ -25,7 +25,7 @@ pub struct Decode {
     pub fetched: u64,
 }
 
-/// Counts the changes of keys in an index that is not shared, once anybody asks. A shared one has such
+/// Counts the changes of keys in an index that is not shared, once a process asks. A shared one has such
 /// counters in its storage.
 #[derive(Debug, Default)]
 pub(super) struct Changes(Option<Box<[u32]>>);

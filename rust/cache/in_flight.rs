@@ -1,4 +1,4 @@
-//! Source reads in flight, so that one read serves everyone who asks, and the tickets that decide
+//! Source reads in flight, so that one read serves all readers that ask, and the tickets that decide
 //! whether its value may be cached.
 //!
 //! A ticket names a flight. A write, delete, prefix delete or clear invalidates the tickets of the

@@ -44,7 +44,7 @@ impl Locks {
         self.disabled.store(true, Ordering::Relaxed);
     }
 
-    /// Whether this process has found that somebody keeps the lock: then a step tries once, and does
+    /// Whether this process has found that another one keeps the lock: then a step tries once, and does
     /// not wait for what will not be free.
     pub(crate) fn is_held(&self) -> bool {
         self.held.load(Ordering::Relaxed)
@@ -190,7 +190,7 @@ pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<File, Ope
     loop {
         let lock = open(path)?;
         lock_within(&lock, patience)?;
-        // Somebody may have removed it meanwhile, and others may lock another one.
+        // It may have been removed meanwhile, and others may lock another one.
         if is_at(&lock, path) {
             return Ok(lock);
         }

@@ -284,7 +284,7 @@ impl Mapped {
     fn make_files(&self) -> io::Result<[File; FILES.len()]> {
         let folder = open_folder(&self.root)?;
         let make = |name: &str| {
-            // Left by somebody who has died.
+            // Left by a participant that has died.
             let _ = unlinkat(&folder, new_name(name), AtFlags::empty());
             let file = create(&self.root.join(new_name(name)))?;
             let len = HEADER_LEN + if name == FILES[HEAD] { DIRECTORY_AT } else { 0 };
@@ -362,7 +362,7 @@ impl Mapped {
         for file in files.chain([&self.lock, &self.alive, self.word.file()]) {
             file.set_modified(now)?;
         }
-        // Not a mark of somebody else.
+        // Not a mark of another participant.
         self.file_header_mut().mark = mark(&fstat(&self.lock)?);
         Ok(())
     }
@@ -453,7 +453,7 @@ impl Mapped {
             .get(own_slot)
             .is_none_or(|p| p.live == 0);
         header.dirty = own_slot as u32 + 1;
-        // Somebody who cannot use the index has changed the source.
+        // A process that cannot use the index has changed the source.
         if header.mark != mark(&lock) {
             header.mark = mark(&lock);
             header.epoch = header.epoch.wrapping_add(1);

@@ -291,7 +291,7 @@ async def test_absence_learned_by_an_old_read_gives_way_to_a_value(
     store: CacheStore, source: StoreDouble
 ) -> None:
     await remember(store, "a", RangeByteRequest(0, 2))
-    # Somebody else writes, and a read that was on its way brings it.
+    # Another process writes, and a read that was on its way brings it.
     await source.inner.set("a", buf(b"123"))
     assert await store.getsize_prefix("") == 3
     assert [key async for key in store.list()] == ["a"]

@@ -1,4 +1,4 @@
-"""Texts of stores that may be shown to anybody."""
+"""Texts of stores without what is secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs without what is secret in them, and servers that everybody writes alike."""
+"""URLs without what is secret in them, and servers that are always written alike."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Backend(ABC):
         Carries out fills in the background; None where `fill_now` does them.
     fill_now : callable or None
         Fills on the spot, in one step, where nothing of it can wait or fail: takes key, byte range,
-        bytes, a buffer over them, ticket and fetch time; returns whether anybody has joined the
+        bytes, a buffer over them, ticket and fetch time; returns whether a reader has joined the
         flight, or None where the value stays uncached and its flight open.
     works_in_background : bool
         Whether `begin` does anything.
@@ -204,7 +204,7 @@ class Backend(ABC):
 
     @property
     def hears_of_changes(self) -> bool:
-        """Whether the index knows of each change that anybody makes through this cache store."""
+        """Whether the index knows of each change that is made through this cache store."""
         return self.shared.handle.usable
 
     async def hear_of_changes(self, io: IO) -> bool:  # noqa: ARG002 - where nothing is told by name

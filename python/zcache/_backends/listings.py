@@ -208,7 +208,7 @@ class DirectoryListings(Listings):
 
 
 class _Kept:
-    """A file that is open as long as somebody may write into it."""
+    """A file that is open as long as a reader may write into it."""
 
     def __init__(self, file: int) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Who a cache store belongs to: the contents of a stamp, and what is said where it is somebody else's."""
+"""Who a cache store belongs to: the contents of a stamp, and what is said where it belongs to another."""
 
 from __future__ import annotations
 

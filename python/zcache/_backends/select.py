@@ -73,7 +73,7 @@ def open_backend(
     Raises
     ------
     CacheOwnershipError
-        If the cache store belongs to somebody else.
+        If the cache store belongs to another source or user.
     """
     opening = _Opening(cache, source, source_id, adopt, limits, clock)
     for _ in range(_TRIES):

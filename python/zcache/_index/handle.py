@@ -111,7 +111,7 @@ class IndexHandle:
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._resolution: Future[None] | None = None
-        # When somebody first found the lock taken that is taken still, and when somebody last did.
+        # When the lock was first found taken that is taken still, and when it was last found so.
         self._stuck_since = -math.inf
         self._stuck_last = -math.inf
         self._opening: Future[None] | None = None

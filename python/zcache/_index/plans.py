@@ -1,4 +1,4 @@
-"""What will be read, as somebody who knows has said: told to the index, and what became of it, to the log."""
+"""What will be read, as the program has said: told to the index, and what became of it, to the log."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def _least(members: Iterable[Member], limit: str) -> Any:
     return min((value for value in given if value is not None), default=None)
 
 
-# As long as somebody uses them; `_held` keeps those of dicts as long as their stores live.
+# As long as they are in use; `_held` keeps those of dicts as long as their stores live.
 _shared: weakref.WeakValueDictionary[Hashable, SharedIndex] = weakref.WeakValueDictionary()
 _held: dict[Hashable, tuple[list[weakref.ref[Any]], SharedIndex]] = {}
 # Reentrant: inside it the garbage collector may end a store.

@@ -1,7 +1,7 @@
 """The queue of pending fills: values that their readers have, and the cache store does not have yet.
 
 A fill belongs to the cache, not to the reader: once its bytes are in memory the reader returns. The
-value stays in its flight, which serves everybody else who asks for it, until it is in the cache store.
+value stays in its flight, which serves all other readers that ask for it, until it is in the cache store.
 """
 
 from __future__ import annotations

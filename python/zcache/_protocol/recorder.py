@@ -1,4 +1,4 @@
-"""What the protocol tells of the requests that it serves, if anybody listens."""
+"""What the protocol tells of the requests that it serves, if a recorder listens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RequestHook:
         Raises
         ------
         RuntimeError
-            If somebody else is told already.
+            If another recorder is told already.
         """
         if self.recorder is not None:
             raise RuntimeError(
@@ -72,7 +72,7 @@ class RequestHook:
             self.found(key, byte_range, hit)
             return value, hit
 
-        # In the place of the method, so that a hit that no one records does not ask whether somebody does.
+        # In the place of the method, so that a hit that is not recorded does not ask whether it is.
         vars(hits)["get_nowait"] = get_nowait
 
     def detach(self, recorder: Recorder, hits: Lookup) -> None:

@@ -1,4 +1,4 @@
-"""A text for a store that may be shown to anybody: in errors, logs and `repr`."""
+"""A text for a store without what is secret: in errors, logs and `repr`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _HARMLESS: Final = frozenset(
         *("trace_configs", "trust_env", "verify_ssl"),
     }
 )
-"""Options of an HTTP client that change how it asks, not whom or for what."""
+"""Options of an HTTP client that change how it asks, not which server or for what."""
 _WHOLE: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "http", "https", "memory"}
 )

@@ -86,7 +86,7 @@ def open_to_group(path: str, root: str) -> None:
 
 
 def owner(path: str) -> Literal["ours", "pending", "foreign"]:
-    """The owner of a file: zcache's, zcache's but never committed, or somebody else's.
+    """The owner of a file: zcache's, zcache's but never committed, or of another program.
 
     Raises
     ------

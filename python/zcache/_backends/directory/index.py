@@ -79,7 +79,7 @@ class CacheDirectory:
     Raises
     ------
     CacheOwnershipError
-        If it belongs to somebody else.
+        If it belongs to another source or user.
     """
 
     layout_of: Any = Layout

@@ -79,7 +79,7 @@ class Layout:
         Raises
         ------
         CacheOwnershipError
-            If it belongs to somebody else.
+            If it belongs to another source or user.
         OSError
             If it cannot be used.
         """
@@ -122,7 +122,7 @@ class Layout:
         Raises
         ------
         CacheOwnershipError
-            If it belongs to somebody else.
+            If it belongs to another source or user.
         OSError
             If it cannot be used.
         """

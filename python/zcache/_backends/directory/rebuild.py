@@ -75,7 +75,7 @@ class Rebuild:
     def is_stopped(self, index: Index) -> bool:
         """Whether the index is this process's to fill, and nothing fills it.
 
-        No thread could be started, or the scan was ended because somebody was about to empty the index.
+        No thread could be started, or the scan was ended because the index was about to be emptied.
         """
         is_running = self._work is not None and not self._work.done()
         return not is_running and not index.is_complete and index.adopt([])

@@ -75,7 +75,7 @@ class Recovery:
             self._rebuild.why = why
             # Where another thread was faster, the scan that has just been outdated was its.
             ours = index.restart(new_seed()) or index.adopt([])
-            # Somebody may have removed the directory meanwhile, and others may have made it anew.
+            # The directory may have been removed meanwhile, and another process may have made it anew.
             layout.check()
             layout.note_doubt()
             if layout.stamp.is_foreign:

@@ -143,7 +143,7 @@ class Stamp:
             stamp = self._claim(adopt)
         elif adopt and stamp["source"] == self.source:
             self.has_adopted = self._adopt()
-        # What a source has left that ended with its process is of no use to anybody.
+        # What a source has left that ended with its process is of no use to any other.
         self.is_foreign = stamp["source"] != self.source
         if self.is_foreign and not str(stamp["source"]).startswith(EPHEMERAL):
             raise CacheOwnershipError(

@@ -101,7 +101,7 @@ class StoreFiller:
         return here is None or not self._running.get(here)
 
     def _start(self, io: IO) -> None:
-        """Have somebody at work, if there is work."""
+        """Have a task or a thread at work, if there is work."""
         if not self._waiting:
             return
         loop = io.loop()

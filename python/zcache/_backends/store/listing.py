@@ -229,7 +229,7 @@ class Listing:
         elif not str(stamp["source"]).startswith(EPHEMERAL):
             raise CacheOwnershipError(other_source(where, stamp["source"], self._source))
         else:
-            # What a source has left that ended with its process is of no use to anybody.
+            # What a source has left that ended with its process is of no use to any other.
             for name in values:
                 await cache.delete(name)
             values = []
