@@ -6,7 +6,7 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING, Any
 
-from zcache.testing import _internals
+import zcache.testing._internals as _internals  # noqa: PLR0402 - not through the package, which imports this
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
