@@ -110,6 +110,18 @@ impl World {
         index.complete().unwrap();
     }
 
+    /// What `zcache._backends.directory.scan` does where a fill meets a value that the index does not list.
+    fn remove_unlisted(&mut self, index: &mut Index) {
+        for (name, _, mark) in self.files() {
+            let is_listed = self.step(index, |cache| {
+                Ok(!cache.is_complete() || cache.is_listed(&name)?)
+            });
+            if mark == SIGNATURE && is_listed == Some(false) {
+                removal::remove_below(&self.root, Path::new(&name)).unwrap();
+            }
+        }
+    }
+
     /// Takes a step, and recovers an index that is damaged; `None` where it cannot be used.
     fn step<R>(
         &mut self,
@@ -140,7 +152,7 @@ impl World {
         let (mut gone, mut failed) = (Vec::new(), Vec::new());
         for victim in victims {
             match removal::remove_known(&self.root, Path::new(&victim.cache_key), None) {
-                Ok(()) => gone.push(victim.cell),
+                Ok(_) => gone.push(victim.cell),
                 Err(_) => failed.push(victim.cell),
             }
         }
@@ -202,7 +214,7 @@ impl World {
                     for victim in &victims {
                         let name = Path::new(&victim.cache_key);
                         match removal::remove_known(&self.root, name, None) {
-                            Ok(()) => gone.push(victim.cell),
+                            Ok(_) => gone.push(victim.cell),
                             Err(_) => failed.push(victim.cell),
                         }
                     }
@@ -252,10 +264,8 @@ impl World {
             Err(error) => {
                 removal::remove_below(&root, name).unwrap();
                 self.step(index, |cache| cache.abandon(id));
-                if matches!(error, value_file::WriteError::Unknown) {
-                    // The index does not know a valid value.
-                    let damaged = zcache::error::Error::Corrupt("a valid value");
-                    let _ = index.step(sleep, |_| Err::<(), _>(damaged));
+                if matches!(error, value_file::WriteError::Unlisted) {
+                    self.remove_unlisted(index);
                 }
             }
         }

@@ -83,7 +83,7 @@ fn write_value_taken_name_replaces_pending_only() {
     assert_eq!(fs::read(place.at("a")).unwrap(), b"second");
     value_file::seal(&place.0, Path::new("a"), &made).unwrap();
     let unknown = write(&place, "a", b"third");
-    assert!(matches!(unknown, Err(WriteError::Unknown)), "{unknown:?}");
+    assert!(matches!(unknown, Err(WriteError::Unlisted)), "{unknown:?}");
     fs::write(place.at("theirs"), "theirs").unwrap();
     let refused = write(&place, "theirs", b"ours");
     assert!(

@@ -51,6 +51,7 @@ __all__ = [
     "remove_empty_folder",
     "remove_files",
     "remove_key",
+    "remove_victims",
     "select",
     "sign_file",
     "simulate",
@@ -684,6 +685,9 @@ class Index:
     def excess(self) -> int:
         """Bytes above the bound that the cache store holds, or is about to hold, less those that are being deleted."""
 
+    def are_listed(self, names: list[str], /) -> list[bool] | None:
+        """Whether there is an entry of each name, of whatever state; None while the index is not complete."""
+
     @property
     def owns_rebuild(self) -> bool:
         """Whether this process is the one that fills the index again."""
@@ -796,9 +800,10 @@ class FillResult:
     ----------
     id : int
         What `DirectoryFills.submit` returned.
-    outcome : {"filled", "rejected", "failed", "corrupt", "busy"}
-        "failed": the file system refused; "corrupt": the index has to be rebuilt; "busy": another process
-        has held the lock of the index for a second.
+    outcome : {"filled", "rejected", "failed", "unlisted", "corrupt", "busy"}
+        "failed": the file system refused; "unlisted": a valid value that the index does not list was in the way, and
+        is gone; "corrupt": the index has to be rebuilt; "busy": another process has held the lock of the index for a
+        second.
     reason : str or None
         Of "rejected", as in `Rejected`, or "no space on the volume", or "the index was emptied meanwhile";
         and of "corrupt".
@@ -815,7 +820,7 @@ class FillResult:
     @property
     def id(self) -> int: ...
     @property
-    def outcome(self) -> Literal["filled", "rejected", "failed", "corrupt", "busy"]: ...
+    def outcome(self) -> Literal["filled", "rejected", "failed", "unlisted", "corrupt", "busy"]: ...
     @property
     def reason(self) -> str | None: ...
     @property
@@ -1018,7 +1023,7 @@ class DirectoryFills:
         Threads at most. They start on demand and end after five seconds without work.
     on_idle : callable
         Called without arguments, in one of the threads, when there was nothing to do for 50 ms after there
-        was, and soon after a fill has "failed" or is "corrupt". It must not keep the object alive, nor wait.
+        was, and soon after a fill has "failed" or is "unlisted" or "corrupt". It must not keep the object alive, nor wait.
     source : bytes, optional
         Short name of the source, 8 bytes; zeros where it has none.
     marked : str, optional
@@ -1124,13 +1129,18 @@ def read_resident(path: str, into: Any, total: int, start: int, size: int, /) ->
 def recorded_size_and_checksum(path: str, /) -> tuple[int, int] | None:
     """Size and CRC32C that a file should have, where its file system has recorded them."""
 
-def remove_files(
-    root: str, names: list[str], known: list[tuple[int, int] | None] | None = None, /
-) -> list[OSError | None]:
-    """Remove values from a cache directory; what zcache did not write stays.
+def remove_files(root: str, names: list[str], /) -> list[OSError | None]:
+    """Remove values from a cache directory; what zcache did not write stays. Folders go with their last value."""
 
-    Folders go with their last value. With `known`, the size and CRC32C that the index knows of each, a
-    file that has them is removed as well, and one that is not zcache's is an error (``EEXIST``).
+def remove_victims(
+    root: str, names: list[str], known: list[tuple[int, int] | None], now: float, /
+) -> list[OSError | None]:
+    """The same for values that the index has dropped.
+
+    With `known`, the size and CRC32C that the index knows of each, a file that has them is removed as well. One
+    that is not zcache's is an error (``EEXIST``). Where there is no file, that is noted below
+    ``.zcache/missing/``, with `now`, in seconds since 1970: others may have moved it away, and a rebuild must not
+    take it in once it is back.
     """
 
 def file_holds(path: str, size: int, checksum: int, /) -> bool:

@@ -26,6 +26,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.header().live_bytes
     }
 
+    /// Whether there is an entry of this name, of whatever state.
+    pub fn is_listed(&self, cache_key: &str) -> Result<bool> {
+        let Some((key, range)) = ByteRange::parse(cache_key) else {
+            return Ok(false);
+        };
+        Ok(self.arena.find(key, range)?.is_some())
+    }
+
     /// The beginning of a walk over what is cached now.
     #[must_use]
     pub fn first_keys(&self) -> Cursor {

@@ -38,7 +38,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) const SINCE_EMPTIED: &str = "the index was emptied meanwhile";
 pub(super) const NEIGHBOURS: &str = "others share an index that this process does not use";
-const UNKNOWN: &str = "a valid value that the index does not know";
+const UNPLACED: &str = "a value of a pool without a place";
 const PANICKED: &str = "a fill has panicked";
 
 /// What the index says of one fill, and where that writes its bytes, in a pool.
@@ -318,7 +318,8 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
                 Ok(made) => written.push((number, value.name.to_owned(), made)),
                 Err(error) => {
                     let ending = match error {
-                        WriteError::Unknown => Ending::Corrupt(UNKNOWN),
+                        WriteError::Unlisted => Ending::Unlisted,
+                        WriteError::Unplaced => Ending::Corrupt(UNPLACED),
                         WriteError::Io(error) => Ending::Failed(error),
                     };
                     let cleared = self.dir.values.clear(value);

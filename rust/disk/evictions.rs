@@ -7,7 +7,7 @@ use std::thread;
 use super::batch::{Answers, Batch, ROUNDS, SINCE_EMPTIED, Waiting, with_place};
 use super::deferred::{Deferred, POISONED, apply, apply_all, step};
 use super::fill::{Ending, Fill};
-use super::removal;
+use super::removal::{self, Was};
 use crate::cache::{Placed, Victim};
 use crate::error::Result;
 use crate::shared::{Locked, StepError};
@@ -188,13 +188,16 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         let mut are_gone = Vec::with_capacity(victims.len());
         for (victim, outcome) in victims.iter().zip(outcome) {
             let deleted = match outcome {
-                Ok(true) => Ok(()),
-                Ok(false) => self.delete_known(victim),
-                Err(error) => Err(error),
+                Ok(Was::Foreign) => self.delete_known(victim),
+                outcome => outcome,
             };
+            if let Ok(Was::Nothing) = deleted {
+                // Best effort, as a tombstone is.
+                let _ = removal::mark_missing(&self.dir.root, &victim.cache_key, self.now());
+            }
             are_gone.push(deleted.is_ok());
             match deleted {
-                Ok(()) => self.deleted += 1,
+                Ok(_) => self.deleted += 1,
                 Err(error) => {
                     self.delete_errors.push(error);
                     if invalid {
@@ -208,7 +211,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
     }
 
     /// Deletes a file of which the times were changed, or that is not ours: the index knows what it should hold.
-    fn delete_known(&mut self, victim: &Victim) -> io::Result<()> {
+    fn delete_known(&mut self, victim: &Victim) -> io::Result<Was> {
         let known = self.with_retries(|index| {
             let cell = victim.cell;
             step!(index, |cache| Ok(cache.expected(cell)))

@@ -58,10 +58,22 @@ pub enum Ending {
     Rejected(&'static str),
     /// The file system refused to write it.
     Failed(io::Error),
+    /// There was a valid value of this name that the index does not list. It is gone, and nothing is cached.
+    Unlisted,
     /// The index is damaged.
     Corrupt(&'static str),
     /// Another process has held the lock of the index all the time.
     Busy,
+}
+
+impl Ending {
+    /// Whether Python has to hear of it soon.
+    pub(super) fn is_urgent(&self) -> bool {
+        matches!(
+            self,
+            Ending::Failed(_) | Ending::Unlisted | Ending::Corrupt(_)
+        )
+    }
 }
 
 /// The outcome of a fill.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::cache_dir::CacheDir;
 use super::deferred::{Deferred, apply_all};
-use super::fill::{Ending, Fill, Report};
+use super::fill::{Fill, Report};
 use super::marks::look;
 use crate::cache::ClosedFlight;
 use crate::shared::Locked;
@@ -457,7 +457,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         let mut urgent = false;
         let mut state = self.state();
         for (number, report) in reports.take(count) {
-            urgent |= matches!(report.ending, Ending::Failed(_) | Ending::Corrupt(_));
+            urgent |= report.ending.is_urgent();
             state.results.push((number, report));
         }
         state.deferred.extend(deferred);

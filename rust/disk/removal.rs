@@ -1,19 +1,27 @@
 //! Removes values, and never another's file. What cannot be removed gets a tombstone.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use super::below::{At, Place, Root, leads_elsewhere, names_in, open_cached, open_folder};
-use super::folders::{make_folders, prune};
-use super::ownership::{Owner, holds, owner};
+use super::folders::{change_in, make_folders, prune};
+use super::ownership::{MILLI, Owner, holds, modified, owner, set_modified};
 use crate::key::ByteRange;
 
 /// Directory of the tombstones of values that are no longer valid but could not be deleted.
 const DROPPED: &str = ".zcache/dropped";
+
+/// Directory of the marks of values that were not there when they should have been removed.
+const MISSING: &str = ".zcache/missing";
+
+/// Hexadecimal digits of a mark. So there are at most 4,096, each an inode, and for one value in so many a
+/// rebuild loses one that another's mark stands for as well.
+const MARK_DIGITS: usize = 3;
 
 /// Directory of the files of ranges.
 const RANGES: &str = ".zcache/ranges";
@@ -59,6 +67,17 @@ fn remove_owned(file: At<'_>, owners: &[Owner]) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
+/// What was at the name of a value that is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Was {
+    /// The value. It is gone.
+    Value,
+    /// No file. Where there should have been one, others have moved or removed it.
+    Nothing,
+    /// A file that is not ours, as far as its times tell. It stays.
+    Foreign,
+}
+
 /// Removes the value of this name from a cache directory, and the folders above it that are empty
 /// then. A file that zcache did not write stays, and is no error.
 ///
@@ -69,42 +88,53 @@ pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
     remove_value(root, name).map(drop)
 }
 
-/// The same; false where a file is there that is not ours, and stays.
+/// The same; says what was there.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
-pub fn remove_value(root: &Path, name: &Path) -> io::Result<bool> {
+pub fn remove_value(root: &Path, name: &Path) -> io::Result<Was> {
     let root = match Root::open(root) {
         Ok(root) => root,
-        Err(error) if leads_elsewhere(error) => return Ok(true),
-        Err(error) => return removed(Err(error)),
+        Err(error) => return nothing(error),
     };
     let place = match root.find(name) {
         Ok(place) => place,
-        Err(error) if leads_elsewhere(error) => return Ok(true),
         Err(error) => {
-            let gone = removed(Err(error))?;
-            prune(&root, name);
-            return Ok(gone);
+            if !leads_elsewhere(error) {
+                prune(&root, name);
+            }
+            return nothing(error);
         }
     };
-    let gone = remove(place.at())?;
-    if gone {
-        prune(&root, name);
-    }
-    // A folder is no value.
-    Ok(gone || place.at().is_folder())
+    let was = match remove_owned(place.at(), &[Owner::Ours, Owner::Pending]) {
+        Ok(true) => Was::Value,
+        // A folder is no value.
+        Ok(false) if place.at().is_folder() => return Ok(Was::Nothing),
+        Ok(false) => return Ok(Was::Foreign),
+        Err(error) => nothing(error)?,
+    };
+    prune(&root, name);
+    Ok(was)
 }
 
-/// Removes a value that the index knows by its size and its CRC32C, whatever its times say.
+/// That nothing is there, if an error says so.
+fn nothing(error: Errno) -> io::Result<Was> {
+    if leads_elsewhere(error) {
+        return Ok(Was::Nothing);
+    }
+    removed(Err(error)).map(|_| Was::Nothing)
+}
+
+/// Removes a value that the index knows by its size and its CRC32C, whatever its times say. Says what was there.
 ///
 /// # Errors
 ///
 /// Where the file system refuses; `EEXIST` where another file is in its place, which stays.
-pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::Result<()> {
-    if remove_value(root, name)? {
-        return Ok(());
+pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::Result<Was> {
+    let was = remove_value(root, name)?;
+    if was != Was::Foreign {
+        return Ok(was);
     }
     let root = Root::open(root)?;
     let place = root.find(name)?;
@@ -112,7 +142,7 @@ pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::
         Some((size, checksum)) if holds(place.at(), size, checksum)? => {
             place.at().unlink()?;
             prune(&root, name);
-            Ok(())
+            Ok(Was::Value)
         }
         _ => Err(Errno::EXIST.into()),
     }
@@ -175,14 +205,48 @@ fn is_absence(error: &io::Error) -> bool {
 ///
 /// Where the file system refuses.
 pub fn write_tombstone(root: &Path, name: &str) -> io::Result<()> {
+    write_note(root, DROPPED, &digest(name)).map(drop)
+}
+
+/// Notes that the index has dropped a value of which no file was there to be removed. Others may have moved it away, and
+/// may move it back: a rebuild takes in none of its name that was fetched by now, in milliseconds since 1970.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn mark_missing(root: &Path, name: &str, now: u64) -> io::Result<()> {
+    let digest = digest(name);
+    let file = write_note(root, MISSING, digest.get(..MARK_DIGITS).unwrap_or(&digest))?;
+    let nanos = i64::try_from(now).unwrap_or(0).saturating_mul(MILLI);
+    let status = fstat(&file)?;
+    // One that was made just now has the time of the system, and it is another clock that counts.
+    if modified(&status) < nanos || modified(&status) % MILLI != 0 {
+        set_modified(&file, nanos)?;
+    }
+    Ok(())
+}
+
+/// Names a value in the notes about it. The Python side derives the same.
+fn digest(name: &str) -> String {
     let digest = Sha256::digest(name.as_bytes());
-    // The Python side derives the same name.
-    let digest: String = digest.iter().take(16).map(|b| format!("{b:02x}")).collect();
-    make_folders(root, Path::new(DROPPED))?;
-    let name = Path::new(DROPPED).join(digest);
+    digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
+}
+
+/// An empty file in a folder of the directory.
+fn write_note(root: &Path, folder: &str, name: &str) -> io::Result<OwnedFd> {
+    make_folders(root, Path::new(folder))?;
+    let name = Path::new(folder).join(name);
     let place = Place::find(root, &name)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let at = place.at();
-    openat(at.folder, at.name, flags, Mode::from_raw_mode(0o666))?;
-    Ok(())
+    let mut file = None;
+    change_in(place.at(), |at| {
+        file = Some(openat(
+            at.folder,
+            at.name,
+            flags,
+            Mode::from_raw_mode(0o666),
+        )?);
+        Ok(())
+    })?;
+    file.ok_or_else(|| Errno::NOENT.into())
 }

@@ -183,8 +183,10 @@ fn give_name(unfinished: At<'_>, at: At<'_>) -> rustix::io::Result<()> {
 /// Why a value could not be written.
 #[derive(Debug)]
 pub enum WriteError {
-    /// There is a valid value that the index does not list: it was emptied meanwhile, or is damaged.
-    Unknown,
+    /// There is a valid value that the index does not list: others have put it there, or the index is damaged.
+    Unlisted,
+    /// The index of a pool has given it no place.
+    Unplaced,
     /// The file system refuses, or there is a file that zcache did not write. It stays as it is.
     Io(io::Error),
 }
@@ -273,7 +275,7 @@ impl Value<'_> {
                 if !remove_pending(place.at())? && !remove_empty_at(place.at()) {
                     let ours = owner(place.at())? != Owner::Foreign;
                     return Err(if ours {
-                        WriteError::Unknown
+                        WriteError::Unlisted
                     } else {
                         error.into()
                     });
@@ -310,7 +312,7 @@ impl Value<'_> {
                 return Ok(true);
             }
             return if owner(place.at())? == Owner::Ours {
-                Err(WriteError::Unknown)
+                Err(WriteError::Unlisted)
             } else {
                 Ok(false)
             };

@@ -4,10 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::folders;
 use super::ownership::{self, SourceDigest};
+use super::removal::{self, Was};
 use super::segments::{SegmentFiles, ValueToWrite};
 use super::value_file::{self, WriteError, WrittenFile};
-use super::{folders, removal};
 use crate::cache::{Placed, Victim};
 
 /// Values of a pool that one batch of fills writes at most.
@@ -105,7 +106,7 @@ impl Values {
                 checksum: checksum?,
             }),
             // The index of a pool gives each value its place.
-            _ => Err(WriteError::Unknown),
+            _ => Err(WriteError::Unplaced),
         };
         values.iter().map(made).collect()
     }
@@ -141,9 +142,8 @@ impl Values {
         }
     }
 
-    /// Deletes the values of victims; false for one where a file is in its place that is not ours, as far as its
-    /// times tell.
-    pub(super) fn delete(&self, root: &Path, victims: &[Victim]) -> Vec<io::Result<bool>> {
+    /// Deletes the values of victims; what was in the place of each.
+    pub(super) fn delete(&self, root: &Path, victims: &[Victim]) -> Vec<io::Result<Was>> {
         let Values::Segments(files) = self else {
             let remove = |v: &Victim| removal::remove_value(root, Path::new(&v.cache_key));
             return victims.iter().map(remove).collect();
@@ -152,8 +152,8 @@ impl Values {
         let mut outcome = files.delete_all(&placed).into_iter();
         let deleted = |victim: &Victim| match victim.placed {
             // What has no place in a pool was never written.
-            None => Ok(true),
-            Some(_) => outcome.next().unwrap_or(Ok(())).map(|()| true),
+            None => Ok(Was::Value),
+            Some(_) => outcome.next().unwrap_or(Ok(())).map(|()| Was::Value),
         };
         victims.iter().map(deleted).collect()
     }

@@ -7,6 +7,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 
+use super::convert::millis;
 use super::errors::{exception, os_error};
 use crate::disk::{self, below, folders, ownership, removal, residency};
 
@@ -84,26 +85,39 @@ pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (root, names, known=None, /))]
+#[pyo3(signature = (root, names, known, now, /))]
+pub(super) fn remove_victims<'py>(
+    py: Python<'py>,
+    root: PathBuf,
+    names: Vec<String>,
+    known: Vec<Option<(u64, u32)>>,
+    now: f64,
+) -> Vec<Option<Bound<'py, PyAny>>> {
+    let now = millis(now);
+    let remove = |(name, known): (&String, Option<(u64, u32)>)| {
+        let was = removal::remove_known(&root, Path::new(name), known)?;
+        if was == removal::Was::Nothing {
+            // Best effort, as a tombstone is.
+            let _ = removal::mark_missing(&root, name, now);
+        }
+        Ok(())
+    };
+    let all: Vec<std::io::Result<()>> = py.detach(|| names.iter().zip(known).map(remove).collect());
+    let exceptions = all
+        .into_iter()
+        .map(|one| one.err().map(|e| exception(py, e)));
+    exceptions.collect()
+}
+
+#[pyfunction]
+#[pyo3(signature = (root, names, /))]
 pub(super) fn remove_files<'py>(
     py: Python<'py>,
     root: PathBuf,
     names: Vec<PathBuf>,
-    known: Option<Vec<Option<(u64, u32)>>>,
 ) -> Vec<Option<Bound<'py, PyAny>>> {
-    let all = py.detach(|| match known {
-        None => {
-            let each = names.iter().map(|name| removal::remove_below(&root, name));
-            each.collect::<Vec<_>>()
-        }
-        Some(known) => {
-            let each = names
-                .iter()
-                .zip(known)
-                .map(|(name, known)| removal::remove_known(&root, name, known));
-            each.collect()
-        }
-    });
+    let remove = |name: &PathBuf| removal::remove_below(&root, name);
+    let all: Vec<_> = py.detach(|| names.iter().map(remove).collect());
     let exceptions = all
         .into_iter()
         .map(|one| one.err().map(|e| exception(py, e)));

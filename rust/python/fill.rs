@@ -81,6 +81,7 @@ impl FillResult {
             Ending::Filled => ("filled", None, None),
             Ending::Rejected(reason) => ("rejected", Some(reason), None),
             Ending::Failed(error) => ("failed", None, Some(exception(error))),
+            Ending::Unlisted => ("unlisted", None, None),
             Ending::Corrupt(reason) => ("corrupt", Some(reason), None),
             Ending::Busy => ("busy", None, None),
         };

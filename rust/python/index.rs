@@ -972,6 +972,17 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (names, /))]
+    fn are_listed(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Option<Vec<bool>>> {
+        step!(self, py, |cache| {
+            if !cache.is_complete() {
+                return Ok(None);
+            }
+            let each = names.iter().map(|name| cache.is_listed(name));
+            each.collect::<Result<_, _>>().map(Some)
+        })
+    }
+
     #[getter]
     fn owns_rebuild(&self, py: Python<'_>) -> PyResult<bool> {
         step!(self, py, |cache| Ok(cache.owns_rebuild()))

@@ -91,6 +91,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::open_value, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_folder, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_files, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_victims, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_key, module)?)?;
         module.add_function(wrap_pyfunction!(files::is_absent, module)?)?;
         module.add_function(wrap_pyfunction!(files::write_tombstone, module)?)?;

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Final
 from zcache._core import cache_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 DROPPED: Final = ".zcache/dropped/"
 """Where they are."""
+MISSING: Final = ".zcache/missing/"
+"""Marks: of values of these digests no file was there to be removed, and a rebuild takes in what is newer."""
+_MARK_DIGITS: Final = 3
 RANGES: Final = cache_key("", (2, 0, 0)).partition("@")[0]
 """Beginning of the names of ranges."""
 
@@ -29,6 +32,20 @@ def with_tombstone(tombstones: Iterable[str], names: Iterable[str]) -> list[str]
     """Those names of values that one of these tombstones stands for."""
     digests = {one.rpartition("/")[2] for one in tombstones}
     return [name for name in names if _digest(name) in digests] if digests else []
+
+
+def with_mark(marks: Mapping[str, int], values: Iterable[tuple[int, int, str]]) -> list[str]:
+    """Names of those values, each a fetch time, a size and a name, that were fetched before the mark of their name.
+
+    `marks` are times in milliseconds, by the names of the marks.
+    """
+    if not marks:
+        return []
+    return [
+        name
+        for fetched, _, name in values
+        if fetched <= marks.get(_digest(name)[:_MARK_DIGITS], -1)
+    ]
 
 
 def key_of(name: str) -> str:

@@ -122,10 +122,10 @@ async def test_delete_refused_the_value_stays_counted_until_it_is_gone(
     store, source = open_store(tmp_path, max_size=100, clock=clock)
     await write(store, "a", bytes(60))
 
-    def refuse(_: str, names: list[str]) -> list[OSError]:
+    def refuse(_: str, names: list[str], *__: object) -> list[OSError]:
         return [PermissionError(13, "Permission denied", name) for name in names]
 
-    monkeypatch.setattr(backend, "remove_files", refuse)
+    monkeypatch.setattr(backend, "remove_victims", refuse)
     await store.delete("a")
     assert [(entry.key, entry.state) for entry in entries(store)] == [("a", "delete-failed")]
     assert store.cache_info()["current_size"] == 60
@@ -147,13 +147,13 @@ async def test_delete_never_answers_a_write_goes_on_and_the_bytes_stay_counted(
 ) -> None:
     store, source = open_store(tmp_path, max_size=100)
     await write(store, "a", bytes(60))
-    go, remove_files = threading.Event(), backend.remove_files
+    go, remove_victims = threading.Event(), backend.remove_victims
 
     def hang(*args: Any) -> Any:
         assert go.wait(60)
-        return remove_files(*args)
+        return remove_victims(*args)
 
-    monkeypatch.setattr(backend, "remove_files", hang)
+    monkeypatch.setattr(backend, "remove_victims", hang)
     await asyncio.wait_for(store.set("a", buf(b"new")), 30)
     assert await read(source.inner, "a") == b"new"
     assert await read(store, "a") == b"new"

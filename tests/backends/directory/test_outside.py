@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
-from support import buf, read
+from directories import closed, complete, sizes_in
+from support import buf, read, until
 from zcache import CacheStore
-from zcache.testing import StoreDouble
+from zcache.testing import StoreDouble, check_invariants
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +108,62 @@ async def test_folder_that_leads_outside(tmp_path: Path, kind: str, when: str) -
     hits = store.cache_stats()["hits"]
     assert await read(store, "b") == b"b"
     assert store.cache_stats()["hits"] == hits + 1
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("instead", ["nothing", "link"])
+@pytest.mark.parametrize("moved", ["a", "a/c/1"])
+async def test_write_while_its_file_is_moved_away_is_read_once_that_is_back(
+    tmp_path: Path, moved: str, instead: str, seen: bool, index: str
+) -> None:
+    where, aside, behind = tmp_path / "cache", tmp_path / "aside", source()
+    store = open_store(where, behind, verify="never")
+    await check_reads(store, behind)
+    (where / moved).rename(aside)
+    if instead == "link":
+        (where / moved).symlink_to(tmp_path)
+    if seen:
+        # A hit finds nothing, so the index does not know of the file any more when the key is written.
+        await check_reads(store, behind)
+    await store.set("a/c/1", buf(b"new" * 100))
+    await store.delete("a/c/2")
+    assert store.drain_sync()
+    put_back(aside, where / moved)
+    if index == "lost":
+        del store
+        await closed(tmp_path)
+        shutil.rmtree(where / ".zcache/index")
+        store = open_store(where, behind, verify="never")
+    for _ in range(3):
+        await check_reads(store, behind)
+        await complete(store)
+
+
+def put_back(aside: Path, place: Path) -> None:
+    """Move a file or a folder back to where it was, whatever is there now."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(place)
+
+
+async def test_values_that_others_put_back_are_removed(tmp_path: Path) -> None:
+    where, aside, behind = tmp_path / "cache", tmp_path / "aside", source()
+    store = open_store(where, behind)
+    await check_reads(store, behind)
+    shutil.copytree(where / "a", aside)
+    await store.invalidate("a")
+    put_back(aside, where / "a")
+    # Its fill finds a value that the index does not list.
+    assert await read(store, "a/c/1") == VALUES["a/c/1"]
+    assert store.drain_sync()
+    await until(lambda: not sizes_in(where))
+    await check_reads(store, behind)
+    check_invariants(store)
+    assert sizes_in(where) == dict.fromkeys(VALUES, 1000)
 
 
 async def test_folder_that_is_swapped_for_a_link_at_any_moment(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from zcache._core import (
     Index,
     is_absent,
     recorded_size_and_checksum,
-    remove_files,
     remove_key,
+    remove_victims,
     take_folder_bytes,
 )
 from zcache._index.handle import RETRYABLE, ignore
@@ -233,7 +233,8 @@ class DirectoryBackend(Backend):
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         names = [name for _, name in victims]
         take_folder_bytes()
-        outcome = remove_files(self._root, names, [None] * len(names))
+        now = self.shared.clock()
+        outcome = remove_victims(self._root, names, [None] * len(names), now)
         doubtful = [n for n, error in enumerate(outcome) if error and error.errno == errno.EEXIST]
         if doubtful:
             # Their times were changed, or they are not ours: the index knows what they should hold.
@@ -242,7 +243,7 @@ class DirectoryBackend(Backend):
                 known = self.shared.handle.call_blocking(Index.expected, cells)
             except IndexLockTimeout:
                 known = [None] * len(cells)
-            again = remove_files(self._root, [names[n] for n in doubtful], known)
+            again = remove_victims(self._root, [names[n] for n in doubtful], known, now)
             for n, error in zip(doubtful, again, strict=True):
                 outcome[n] = error
             if any(again):

@@ -122,7 +122,7 @@ def remove_value(root: str, name: str) -> None:
 def remove_empty_folders(root: str) -> None:
     """Remove the folders in a cache directory that hold nothing but empty folders."""
     for above in ("", ".zcache/ranges"):
-        with contextlib.suppress(OSError), _listed(root, above) as entries:
+        with contextlib.suppress(OSError), listed(root, above) as entries:
             inside = list(entries)
             for entry in inside:
                 # Such as .zcache itself; others are the system's.
@@ -133,7 +133,7 @@ def remove_empty_folders(root: str) -> None:
 
 
 @contextlib.contextmanager
-def _listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+def listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
     """What is in a folder of a cache directory; a link or a mount leads nowhere."""
     folder = open_folder(root, name)
     try:
@@ -298,7 +298,7 @@ class Finder:
         while todo:
             prefix = todo.pop()
             try:
-                with _listed(self._root, prefix.rstrip("/")) as entries:
+                with listed(self._root, prefix.rstrip("/")) as entries:
                     for entry in entries:
                         name = prefix + entry.name
                         if entry.is_dir(follow_symlinks=False):

@@ -45,6 +45,8 @@ class DirectoryFiller:
         Bytes of the volume that stay free; None for the default of the core.
     reads_only : bool
         Whether the directory is only read from.
+    on_unlisted : callable
+        Called in the background where a fill has met a value that the index does not list.
     """
 
     def __init__(
@@ -62,10 +64,14 @@ class DirectoryFiller:
         self.min_free_space: int | None = None
         self.reads_only = False
         self._moved: Future[bool] | None = None
+        self.on_unlisted: Callable[[], object] = _nothing
+        self._unlisted: Future[object] | None = None
+        self._is_shared = False
 
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""
         layout = self._layout
+        self._is_shared = index.shared
         self._fills = DirectoryFills(
             index,
             layout.root,
@@ -122,7 +128,24 @@ class DirectoryFiller:
             self._has_met_foreign = True
             with contextlib.suppress(RuntimeError):
                 run_in_background(self._layout.scanner.say_in_the_way)
-        return [_ended(job, one) for job, one in known if job is not None]
+        unlisted = [one for one in results if one.outcome == "unlisted"]
+        if unlisted and self._is_shared and (self._unlisted is None or self._unlisted.done()):
+            with contextlib.suppress(RuntimeError):
+                self._unlisted = run_in_background(self.on_unlisted)
+        return [self._ended(job, one) for job, one in known if job is not None]
+
+    def _ended(self, job: FillJob, result: FillResult) -> Ended:
+        failures: list[tuple[Exception, Operation]] = [(e, "delete") for e in result.delete_errors]
+        if result.error is not None:
+            failures.append((result.error, "delete" if result.operation == "delete" else "write"))
+        # An index of this process alone does not hear of what others fill.
+        corrupt = ("corrupt",) if self._is_shared else ("corrupt", "unlisted")
+        return Ended(
+            job,
+            written=result.outcome == "filled",
+            corrupt=result.outcome in corrupt,
+            failures=failures,
+        )
 
     @property
     def completed(self) -> int:
@@ -172,13 +195,5 @@ def _met_foreign(result: FillResult) -> bool:
     return any(isinstance(e, OSError) and e.errno == errno.EEXIST for e in errors)
 
 
-def _ended(job: FillJob, result: FillResult) -> Ended:
-    failures: list[tuple[Exception, Operation]] = [(e, "delete") for e in result.delete_errors]
-    if result.error is not None:
-        failures.append((result.error, "delete" if result.operation == "delete" else "write"))
-    return Ended(
-        job,
-        written=result.outcome == "filled",
-        corrupt=result.outcome == "corrupt",
-        failures=failures,
-    )
+def _nothing() -> None:
+    pass

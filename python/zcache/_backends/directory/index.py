@@ -19,10 +19,10 @@ from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
-from zcache._core import Index, IndexBusyError, IndexFullError, remove_files, take_folder_bytes
+from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims, take_folder_bytes
 from zcache._index.handle import IndexHandle
 from zcache._runtime.fork import at_fork
-from zcache.exceptions import CacheOwnershipError
+from zcache.exceptions import CacheOwnershipError, IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,6 +137,7 @@ class CacheDirectory:
         self.root = self.layout.root
         self.scanner = self.layout.scanner
         self.on_idle: Callable[[], object] = _nothing
+        self._clock = clock
         # Until it is opened.
         empty = Index(**{**limits, "max_size": 0})
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
@@ -150,11 +151,13 @@ class CacheDirectory:
     def _make_filler(self, clock: Callable[[], float]) -> Any:
         # The core must not keep alive what keeps it alive.
         this = weakref.ref(self)
-        return DirectoryFiller(self.layout, clock, lambda: _became_idle(this()))
+        filler = DirectoryFiller(self.layout, clock, lambda: _became_idle(this()))
+        filler.on_unlisted = lambda: _remove_unlisted(this())
+        return filler
 
     def _remove(self, names: list[str], known: Any) -> list[Any]:
         """Delete the bytes of victims; what the file system has said of each."""
-        return list(remove_files(self.root, names, known))
+        return list(remove_victims(self.root, names, known, self._clock()))
 
     # -------------------------------------------------------------- opening
 
@@ -351,6 +354,13 @@ def _remove(directory: CacheDirectory | None, names: list[str], known: Any) -> l
     if directory is None:
         return [OSError(errno.ENOENT, "it is not in use any more")] * len(names)
     return directory._remove(names, known)
+
+
+def _remove_unlisted(directory: CacheDirectory | None) -> None:
+    if directory is not None:
+        # Where that fails, the next value that is in the way begins again.
+        with contextlib.suppress(IndexLockTimeout, OSError):
+            directory.scanner.remove_unlisted(directory.handle)
 
 
 def _became_idle(directory: CacheDirectory | None) -> None:

@@ -6,12 +6,21 @@ import contextlib
 import logging
 import os
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.directory import files
-from zcache._backends.tombstones import DROPPED, key_of, tombstone, with_tombstone
+from zcache._backends.tombstones import (
+    DROPPED,
+    MISSING,
+    key_of,
+    tombstone,
+    with_mark,
+    with_tombstone,
+)
 from zcache._byte_ranges import is_encodable
-from zcache._core import Index, is_cacheable_key, open_folder, write_tombstone
+from zcache._core import Index, is_cacheable_key, take_folder_bytes, write_tombstone
+from zcache._index.handle import ignore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -127,6 +136,39 @@ class Scanner:
         while self._removed:
             self._drop_below(handle, self._removed.pop())
 
+    def remove_unlisted(self, handle: IndexHandle) -> None:
+        """Remove values that the index does not list, if it is complete: others have put them back.
+
+        They count towards no bound, and are none of the values that have been written since.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If another process holds the lock of the index.
+        """
+        finder = files.Finder(self._root, self._source)
+        finder.only_looks = True
+        names = (name for _, _, name in finder.find() if is_encodable(name))
+        removed = 0
+        take_folder_bytes()
+        while batch := list(islice(names, _BATCH)):
+            listed = handle.call_blocking(Index.are_listed, batch)
+            if listed is None:
+                break
+            for name, is_listed in zip(batch, listed, strict=True):
+                if not is_listed:
+                    self._remove_quietly(name)
+                    removed += 1
+        if folders := take_folder_bytes():
+            handle.call_later(ignore, Index.count_folders, folders)
+        if removed:
+            logger.warning(
+                "the cache directory %s had %d values that its index does not list, such as those of a folder "
+                "that was moved away and back. They were removed.",
+                self._root,
+                removed,
+            )
+
     def _cacheable(self, finder: files.Finder) -> list[tuple[int, int, str]]:
         """All values that can be entries, by age; others of zcache's files are removed."""
         found = []
@@ -222,21 +264,10 @@ class Scanner:
     def _without_tombstones(
         self, found: list[tuple[int, int, str]]
     ) -> tuple[list[tuple[int, int, str]], list[str]]:
-        """Delete what has a tombstone; returns what is left, and of that what is not valid."""
-        try:
-            folder = open_folder(self._root, DROPPED)
-        except OSError:
-            return found, []
-        try:
-            return self._remove_with_tombstone(found, folder)
-        finally:
-            os.close(folder)
-
-    def _remove_with_tombstone(
-        self, found: list[tuple[int, int, str]], folder: int
-    ) -> tuple[list[tuple[int, int, str]], list[str]]:
-        tombstones = os.listdir(folder)
+        """Delete what has a tombstone or a mark; returns what is left, and of that what is not valid."""
+        tombstones = list(self._notes(DROPPED))
         dropped = set(with_tombstone(tombstones, (name for _, _, name in found)))
+        dropped.update(with_mark(self._notes(MISSING), found))
         if self.only_looks:
             return found, list(dropped)
         stay = []
@@ -247,11 +278,22 @@ class Scanner:
                 stay.append(name)
         kept = {tombstone(name).rpartition("/")[2] for name in stay}
         for name in tombstones:
+            # A mark stays: what it is about may come back at any time.
             if name not in kept:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=folder)
+                    os.unlink(os.path.join(self._root, DROPPED, name))
         gone = dropped.difference(stay)
         return [value for value in found if value[2] not in gone], stay
+
+    def _notes(self, folder: str) -> dict[str, int]:
+        """Names and times, in milliseconds since 1970, of the notes in a folder."""
+        found = {}
+        with contextlib.suppress(OSError), files.listed(self._root, folder.rstrip("/")) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    found[entry.name] = status.st_mtime_ns // 1_000_000
+        return found
 
 
 def _ask_formerly(
