@@ -141,7 +141,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.least_needed(next_use, has_to_be)
     }
 
-    /// Makes an entry a victim and returns its bytes, or 0 where it is in progress already.
+    /// Makes an entry a victim and returns the bytes that its delete is likely to free, or 0 where it is in
+    /// progress already.
+    ///
+    /// Folders go with their last value, and how many those are is known only then. They count as the entry's part of
+    /// all folders: without them two entries would go where one is enough. What that was too much is missed when
+    /// bytes are reserved, and asked of further victims.
     pub(super) fn take(&mut self, i: u32, victims: &mut Vec<Victim>) -> Result<u64> {
         let state = self.arena.get(i)?.state();
         if matches!(state, State::Writing | State::Deleting) {
@@ -168,7 +173,23 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             cache_key,
             placed,
         });
-        Ok(self.arena.header().cost(size))
+        Ok(self
+            .arena
+            .header()
+            .cost(size)
+            .saturating_add(self.folders_of_one()))
+    }
+
+    /// Bytes of all folders by the number of entries; 0 in a pool, which has no folders of entries.
+    fn folders_of_one(&self) -> u64 {
+        if self.arena.storage.has_places() {
+            return 0;
+        }
+        let header = self.arena.header();
+        header
+            .folder_bytes
+            .checked_div(header.entries)
+            .unwrap_or_default()
     }
 
     pub(super) fn drop_all(&mut self, cells: &[u32]) -> Result<Vec<Victim>> {

@@ -68,6 +68,27 @@ async def test_disk_usage_never_exceeds_the_bound(tmp_path: Path, name: str, siz
     assert len(stored_sizes(store)) > 15
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 25])
+@pytest.mark.parametrize("name", ["a/c/{}/0/0", "a/{}/0", "a/c/{}"])
+async def test_one_value_makes_room_for_another_with_folders_of_their_own(
+    tmp_path: Path, name: str, blocks: int
+) -> None:
+    """The folders that go with a value make room as well, so that no second one has to go."""
+    size = blocks * 4096 - 100
+    count = 40
+    source = MemoryStore({name.format(n): buf(bytes(size)) for n in range(2 * count)})
+    store = open_store(tmp_path, source, max_size=count * (blocks + 1) * 4096)
+    evicted = 0
+    for key in source._store_dict:
+        await read(store, key)
+        assert store.drain_sync()
+        before, evicted = evicted, store.cache_stats()["evictions"]
+        assert evicted - before <= 1
+        assert usage(tmp_path) <= store.cache_info()["current_size"] <= store.max_size
+    assert evicted > 0
+    assert store.cache_stats()["refusals"] == 0
+
+
 async def test_current_size_is_what_the_disk_holds(tmp_path: Path) -> None:
     source = MemoryStore({f"a/c/{n}/0": buf(b"x" * 3000 * n) for n in range(1, 20)})
     store = open_store(tmp_path, source, max_size=10_000_000)
