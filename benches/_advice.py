@@ -1,7 +1,11 @@
-"""Advice: what sampling costs a hit, and how far advice from a sample is from all requests."""
+"""Advice: what sampling costs a hit, and how far advice from a sample is from all requests.
+
+PYTHONPATH=python python benches/_advice.py --seed 7    # the second, on traces of another seed
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +31,8 @@ from zcache._advice.advise import advise
 from zcache._advice.trace import complete
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from _measure import Work
     from _setup import Scale
 
@@ -76,41 +82,48 @@ def _read(store: Any, keys: list[str]) -> Work:
     return work
 
 
-def _traces(scale: Scale) -> dict[str, traces.Keys]:
-    part = scale.of(1, 8)
+def _traces(part: int, seed: int) -> dict[str, traces.Keys]:
+    def loop(keys: int, epochs: int) -> traces.Keys:
+        return traces.loop(keys // part, epochs, seed=seed)
+
+    def shuffled(keys: int, epochs: int) -> traces.Keys:
+        return traces.shuffled(keys // part, epochs, seed=seed)
+
+    def zipf(keys: int, requests: int, exponent: float = 0.9) -> traces.Keys:
+        return traces.zipf(keys // part, requests // part, exponent, seed=seed)
+
+    requests = 400_000 // part
     return {
-        "loop": traces.loop(40_000 // part, 8),
-        "shuffled epochs": traces.shuffled(40_000 // part, 8),
-        "there and back": traces.there_and_back(40_000 // part, 8),
-        "zipf 0.9": traces.zipf(100_000 // part, 400_000 // part),
-        "zipf 0.6": traces.zipf(100_000 // part, 400_000 // part, 0.6),
-        "pan and zoom": traces.pan_and_zoom(400_000 // part),
-        "hot set and scans": traces.hot_set_and_scans(400_000 // part),
-        "points": traces.points(400_000 // part, 8000 // part),
-        "rolling window": traces.rolling(20_000 // part, 200, 1),
-        "loop beside zipf": traces.interleaved(
-            traces.loop(30_000 // part, 5), traces.zipf(30_000 // part, 150_000 // part)
-        ),
+        "loop": loop(40_000, 8),
+        "shuffled epochs": shuffled(40_000, 8),
+        "there and back": traces.there_and_back(40_000 // part, 8, seed=seed),
+        "zipf 0.9": zipf(100_000, 400_000),
+        "zipf 0.6": zipf(100_000, 400_000, 0.6),
+        "pan and zoom": traces.pan_and_zoom(requests, seed=seed),
+        "hot set and scans": traces.hot_set_and_scans(requests, seed=seed),
+        "points": traces.points(requests, 8000 // part, seed=seed),
+        "rolling window": traces.rolling(20_000 // part, 200, 1, seed=seed),
+        "loop beside zipf": traces.interleaved(loop(30_000, 5), zipf(30_000, 150_000), seed=seed),
         "loop, zipf, epochs in turn": traces.in_turn(
-            traces.loop(30_000 // part, 5),
-            traces.zipf(30_000 // part, 150_000 // part),
-            traces.shuffled(20_000 // part, 5),
+            loop(30_000, 5), zipf(30_000, 150_000), shuffled(20_000, 5), seed=seed
         ),
     }
 
 
 def accuracy(scale: Scale) -> list[Row]:
     """Mean distance of the curves of `advise()` from those of all requests, over sizes and policies."""
-    rows = []
-    for kind, keys in _traces(scale).items():
+    return list(_accuracies(scale.of(1, 8), 0))
+
+
+def _accuracies(part: int, seed: int) -> Iterator[Row]:
+    for kind, keys in _traces(part, seed).items():
         count = int(keys.max()) + 1
-        drawn = np.random.default_rng(3).normal(5, 1, count)
+        drawn = np.random.default_rng(3 + seed).normal(5, 1, count)
         for sizes, known in (
             (np.full(count, 100), "all of 100 B"),
             (np.clip(np.exp(drawn), 1, 5000).astype(np.int64), "lognormal sizes"),
         ):
-            rows.append(_accuracy(f"advice, {kind}, {known}", keys, sizes))
-    return rows
+            yield _accuracy(f"advice, {kind}, {known}", keys, sizes)
 
 
 def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
@@ -143,3 +156,17 @@ def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
         f"took {seconds:.1f} s"
     )
     return Row(work, unit="", zcache=float(errors.mean()), aim=0.02, note=note)
+
+
+def main() -> None:
+    """Print the distances on traces of a seed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--part", type=int, default=1, help="traces shorter by this (default: 1)")
+    options = parser.parse_args()
+    for row in _accuracies(options.part, options.seed):
+        print(f"{row.zcache:.4f}  {row.work}; {row.note}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

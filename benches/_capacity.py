@@ -98,6 +98,28 @@ def pool_memory(scale: Scale) -> list[Row]:
     ]
 
 
+def adaptive_memory(scale: Scale) -> list[Row]:
+    """Bytes for each key under "adaptive", in memory, in a directory and in a pool, all of them full."""
+    count = scale.of(10_000_000, 200_000)
+    note = "by key, text included, from RSS, after a twentieth as many evictions; bare: the same under LRU"
+    rows = []
+    for kind in ("memory", "directory", "pool of 3 sources"):
+        mine, lru = (
+            _child("era5", f"{eviction}, {kind}", count) for eviction in ("adaptive", "lru")
+        )
+        rows.append(
+            Row(
+                f"adaptive, {kind}, {count:,} keys",
+                unit="B",
+                zcache=mine["bytes"],
+                bare=lru["bytes"],
+                aim=_POOL_AIM,
+                note=note,
+            )
+        )
+    return rows
+
+
 def _child(name: str, kind: str, count: int) -> dict[str, float]:
     code = f"import _capacity; _capacity.measure({name!r}, {kind!r}, {count})"
     done = subprocess.run(
@@ -118,12 +140,15 @@ def measure(name: str, kind: str, count: int) -> None:
 
 
 def _measure(name: str, kind: str, count: int, path: str) -> None:
+    eviction, _, place = kind.partition(", ")
     held, enter = (
         _enter_pool(path)
         if kind == "pool"
         else _enter_zcache()
         if kind == "zcache"
         else _enter_zarr()
+        if kind == "zarr"
+        else _enter_full(path, eviction, place, count)
     )
     key = KEYS[name]
     # Chunks are read in the order of some user, not in theirs.
@@ -143,8 +168,11 @@ def _measure(name: str, kind: str, count: int, path: str) -> None:
             batch = []
     if batch:
         enter(batch)
+    if place:
+        for n in range(count, count + count // 20):
+            enter([key(n)])
     after = _resident()
-    if len(held) != count:
+    if len(held) != count and not place:
         raise RuntimeError(f"{len(held)} of {count} keys are held")
     files = sum(file.stat().st_blocks * 512 for file in Path(path).iterdir()) / count
     found = {
@@ -176,6 +204,35 @@ def _enter_pool(path: str) -> tuple[Any, Callable[[list[str]], object]]:
             ticket = source.join(key, None, object(), 1.0, False)
             granted = source.reserve(key, None, 100, ticket, 1.0)
             source.commit(granted.reservation, 1, 1.0)
+
+    return index, enter
+
+
+def _enter_full(
+    path: str, eviction: str, place: str, count: int
+) -> tuple[Any, Callable[[list[str]], object]]:
+    """The steps of fills into a cache with room for so many; only the values are not written."""
+    from zcache._core import Index, NeedsEviction
+
+    options = {"flat_namespace": True, "max_size": 100 * count, "eviction": eviction}
+    if place == "memory":
+        index = Index(**options)
+    else:
+        holes = True if place.startswith("pool") else None
+        index, _ = Index.open(path, holes=holes, **options)
+        index.finish_rebuild()
+    sources = itertools.cycle([index])
+    if place.startswith("pool"):
+        sources = itertools.cycle([index.within(f"{number:032x}", True) for number in range(3)])
+
+    def enter(keys: list[str]) -> None:
+        for key, source in zip(keys, sources, strict=False):
+            ticket = source.join(key, None, object(), 1.0, False)
+            answer = source.reserve(key, None, 100, ticket, 1.0)
+            while isinstance(answer, NeedsEviction):
+                gone = [cell for cell, _ in answer.victims]
+                answer = source.advance(answer.reservation, gone, [], 1.0)
+            source.commit(answer.reservation, 1, 1.0)
 
     return index, enter
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import re
 import shutil
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _KEYS = 64
+_EXTRA = 1000
+_BETWEEN = 16
+_ROOM = 8
 
 
 def contestants() -> dict[str, Callable[[int], None]]:
@@ -54,6 +58,7 @@ def contestants() -> dict[str, Callable[[int], None]]:
         return lambda count: loop.run_until_complete(hits(store, count))
 
     found = {name: by_get(store) for name, store in stores.items()}
+    found |= in_full_caches(loop)
     lookup = mine._cache.shared.handle.index.lookup
 
     def lookups(count: int) -> None:
@@ -65,6 +70,28 @@ def contestants() -> dict[str, Callable[[int], None]]:
             keys[n % _KEYS]
 
     return {**found, "Index.lookup and the loop": lookups, "the loop": nothing}
+
+
+def in_full_caches(loop: asyncio.AbstractEventLoop) -> dict[str, Callable[[int], None]]:
+    """Reads of a full cache under two policies, where each 16th one is a miss that pushes a value out."""
+    from _setup import PROTOTYPE, chunk_keys, memory_store, zcache_store
+
+    keys = chunk_keys(_KEYS + _EXTRA)
+    source = memory_store(keys, 100)
+
+    def by_reads(eviction: str) -> Callable[[int], None]:
+        room = 100 * (_KEYS + _ROOM)
+        get = zcache_store(source, max_size=room, eviction=eviction).get
+        extra = itertools.cycle(keys[_KEYS:])
+
+        async def reads(count: int) -> None:
+            for n in range(count):
+                await get(keys[n % _KEYS] if n % _BETWEEN else next(extra), PROTOTYPE)
+
+        loop.run_until_complete(reads(16_000))
+        return lambda count: loop.run_until_complete(reads(count))
+
+    return {f"{name}, 15 hits and a miss": by_reads(name) for name in ("lru", "adaptive")}
 
 
 def under_valgrind(hits: int) -> None:
@@ -127,6 +154,7 @@ def main() -> int:
         subprocess.run([*command, "--hits", str(args.hits)], check=True, env=environment)
         totals = _totals(Path(directory))
     names = ["bare MemoryStore.get", "zcache", "zcache, sampling=False", "zarr"]
+    names += ["lru, 15 hits and a miss", "adaptive, 15 hits and a miss"]
     names += ["Index.lookup and the loop", "the loop"]
     assert len(totals) == 2 * len(names), totals
     each, allocated = (
@@ -137,7 +165,7 @@ def main() -> int:
         for what in (0, 1)
     )
     bare = each["bare MemoryStore.get"]
-    for name in names[:4]:
+    for name in names[:-2]:
         print(
             f"{name:<28} {each[name]:>9,.0f} instructions a hit  {each[name] / bare:5.2f} x bare"
             f"  {allocated[name]:5.1f} allocations"
