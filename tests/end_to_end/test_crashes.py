@@ -51,6 +51,7 @@ def test_pool_process_killed_at_each_system_call_of_fills_together_stays_right(
     assert deaths.keys() >= POOL_FILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [False, True])
 def test_directory_process_killed_after_each_index_step_stays_right(
     tmp_path: Path, pool: bool

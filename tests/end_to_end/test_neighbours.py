@@ -112,6 +112,7 @@ def test_directory_removed_and_used_for_another_source_each_reads_its_own(
     assert again.communicate(timeout=LONGEST)[0].strip() == str(OTHERS)
 
 
+@pytest.mark.slow
 def test_take_over_by_workers_at_once_none_is_refused(tmp_path: Path) -> None:
     """What a source without a name has left is emptied by one of them; none is refused."""
     make_source(tmp_path)

@@ -64,6 +64,7 @@ def other(is_pool: bool, tmp_path: Path) -> Iterator[Agent]:
 # --------------------------------------------------------------------- workers and bounds
 
 
+@pytest.mark.slow
 def test_bound_four_processes_fill_and_evict_is_never_exceeded(
     tmp_path: Path, is_pool: bool
 ) -> None:

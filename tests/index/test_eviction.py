@@ -436,6 +436,7 @@ def run_child(tmp_path: Path, eviction: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 async def test_processes_go_by_one_policy(tmp_path: Path) -> None:
     source, cache = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "cache")
     for n in range(200):

@@ -16,6 +16,7 @@ def cases_of(marks: list[Any], **values: list[Any]) -> list[Any]:
     """Stand-ins for the items of a test, of the product of all values."""
     return [
         SimpleNamespace(
+            nodeid=f"test_one[{case}]",
             callspec=SimpleNamespace(params=dict(zip(values, case, strict=True))),
             iter_markers=lambda name: marks,
         )
@@ -53,3 +54,4 @@ def test_spread_begins_with_the_first_at_equal_distances() -> None:
     every = cases_of([], one=list(range(10)))
     assert [case.callspec.params["one"] for case in spread(every, 3)] == [0, 3, 6]
     assert spread(every, 20) == every
+    assert spread(every, 1)[0] in every

@@ -157,6 +157,7 @@ store.drain_sync()
 """
 
 
+@pytest.mark.slow
 async def test_several_processes_keep_the_bound(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _WRITER, str(tmp_path), str(BOUND)]
     processes = [subprocess.Popen([*command, str(seed)]) for seed in (3, 5)]  # noqa: ASYNC220

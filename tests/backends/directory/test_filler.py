@@ -88,6 +88,7 @@ async def test_min_free_space_more_than_there_is_empties_the_cache(tmp_path: Pat
     await check_quiet(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_free_space", [0, 300_000])
 async def test_volume_full_reads_go_on(
     tmp_path: Path, small_volume: Path, min_free_space: int

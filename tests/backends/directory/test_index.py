@@ -145,6 +145,7 @@ async def test_rebuild_orders_values_by_their_fetch(
     await check_quiet(store)
 
 
+@pytest.mark.slow
 async def test_index_empty_is_small_and_grows_for_all(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path)
     root = tmp_path / "cache" / INDEX

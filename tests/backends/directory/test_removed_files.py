@@ -115,6 +115,7 @@ class Storm:
             assert report["writes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("storm")
 @pytest.mark.parametrize("part", PARTS)
 def test_a_file_of_the_index_is_removed_in_use(
@@ -131,6 +132,7 @@ def test_a_file_of_the_index_is_removed_in_use(
     assert largest <= processes.max_size
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("storm")
 @pytest.mark.parametrize("part", ["owner", "head", "table", "cells", "texts"])
 def test_a_file_of_the_index_is_truncated_in_use(

@@ -85,6 +85,7 @@ def value_of(name: str, key: str) -> bytes:
     return hashlib.sha256(repr((name, key)).encode()).digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["directory", "memory"])
 def test_two_sources_never_see_each_others_values(
     tmp_path_factory: pytest.TempPathFactory, kind: str

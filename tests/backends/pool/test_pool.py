@@ -368,6 +368,7 @@ print(found, stats["hits"], stats["cache_failures"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
     where = Path(tempfile.mkdtemp())
