@@ -356,7 +356,7 @@ proptest! {
 
 fn miss(cache: &mut Cache<Heap, u32>, key: &str) {
     let Joined::Lead(ticket) = cache.join(key, ByteRange::Full, 0, 1000, false).unwrap() else {
-        panic!("somebody else reads it");
+        panic!("another reader reads it");
     };
     cache.commit_absence(key, ticket, 1000, 1000, true).unwrap();
 }
@@ -415,7 +415,7 @@ fn absence_of_an_earlier_read_leaves_a_later_value() {
         Joined::Lead(ticket) => ticket,
         other => panic!("{other:?}"),
     };
-    // A range is asked for; somebody else makes the key, and all of it is read.
+    // A range is asked for; another process makes the key, and all of it is read.
     let (early, late) = (lead(RANGE, 1000), lead(ByteRange::Full, 1001));
     let Reserve::Granted(id) = cache.reserve("a", ByteRange::Full, 4, late, 1001).unwrap() else {
         panic!("there is room");

@@ -319,7 +319,7 @@ class World:
             self.actors[actor].learned.append(what)
 
     async def hold(self, label: str) -> None:
-        """Wait until somebody lets this point pass."""
+        """Wait until the schedule lets this point pass."""
         point = Point(acting.get(), label, asyncio.get_running_loop().create_future())
         self.points.append(point)
         try:

@@ -92,9 +92,9 @@ pub(super) struct Batch<'a, T, D> {
     retry_time: Duration,
     /// Whether there may be failed deletes.
     pub(super) failed_deletes: bool,
-    /// Segments of a pool whose files can go.
+    /// Segments of a pool with files that can go.
     pub(super) spent: Vec<(u32, u64)>,
-    /// One of them whose values should be moved.
+    /// One of them with values that should be moved.
     pub(super) straggling: Option<u64>,
     pub(super) deleted: u64,
     pub(super) delete_errors: Vec<io::Error>,

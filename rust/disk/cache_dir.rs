@@ -116,7 +116,7 @@ impl CacheDir {
         }
     }
 
-    /// The same, whose values are in the segments of a pool.
+    /// The same, with values in the segments of a pool.
     #[must_use]
     pub fn with_segments(self, files: Arc<SegmentFiles>) -> Self {
         CacheDir {
@@ -136,7 +136,7 @@ impl CacheDir {
         std::mem::replace(&mut *seen, mark) != mark
     }
 
-    /// The same, whose values are recorded as those of this source.
+    /// The same, with values recorded as those of this source.
     #[must_use]
     pub fn of(self, source: SourceDigest) -> Self {
         CacheDir { source, ..self }

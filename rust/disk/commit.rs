@@ -11,7 +11,7 @@ use crate::cache::Placed;
 use crate::error::Result;
 use crate::shared::{Locked, StepError};
 
-/// Segments whose files one batch removes.
+/// Segments with files that one batch removes.
 const SEGMENTS: usize = 4;
 
 const OVERTAKEN: &str = "overtaken by a write";

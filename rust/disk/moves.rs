@@ -76,7 +76,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
                 let _ = files.seal(moved.to);
             }
         } else {
-            // Nobody counts it; where the index is only busy, it counts as being written still.
+            // It is not counted; where the index is only busy, it counts as being written still.
             let _ = files.delete(moved.to);
         }
         Ok(())

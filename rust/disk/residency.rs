@@ -1,4 +1,4 @@
-//! Reading files whose pages are in memory, on file systems that cannot read without waiting.
+//! Reading files with pages in memory, on file systems that cannot read without waiting.
 //!
 //! The kernel is asked first whether all pages are there. Its answer holds for the moment: a page may be
 //! dropped before it is read. So each read tells whether it has waited, and how long.

@@ -152,7 +152,7 @@ fn publish_below<'n>(
             published => return Ok(published?),
         }
         match name.parent().map(|folder| make_folders(path, folder)) {
-            // Somebody has removed one that was empty, while this made the next.
+            // Another process has removed one that was empty, while this made the next.
             Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }

@@ -34,7 +34,7 @@ struct Head {
     nodes: u32,
 }
 
-/// Keys in memory that is somebody else's.
+/// Keys in memory that belongs to another owner.
 #[derive(Debug)]
 pub(super) struct Keys<'a> {
     head: &'a mut Head,

@@ -1,4 +1,4 @@
-//! What will be read, in its order, as somebody who knows has said.
+//! What will be read, in its order, as the program has said.
 //!
 //! What is needed last goes first, as Belady's optimal replacement has it ("A study of replacement algorithms
 //! for a virtual-storage computer", 1966). A plan is a hint of one process, in its memory.
@@ -40,7 +40,7 @@ struct Uses {
 
 /// The keys that will be read, and those entries that they have.
 ///
-/// A read of a key whose next use is not before the window behind the position of the plan, and not after the
+/// A read of a key with a next use that is not before the window behind the position of the plan, and not after the
 /// one ahead of it, takes place there: threads overtake each other, and loaders leave out what others read. Uses
 /// that the window has left behind are not waited for.
 #[derive(Debug, Default)]

@@ -33,7 +33,7 @@ impl Simulation {
         }
     }
 
-    /// Reads a key, given by a hash of 64 good bits, whose value has so many bytes. Whether it was there; if
+    /// Reads a key, given by a hash of 64 good bits, with a value of so many bytes. Whether it was there; if
     /// not, it comes in as far as the policy lets it.
     pub fn access(&mut self, key: u64, size: u64) -> bool {
         // Only memory that is damaged gives an error, and this is no one else's.

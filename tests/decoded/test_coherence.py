@@ -243,7 +243,7 @@ def test_renamed_directory_is_noticed_by_the_next_read(
             assert array[2] == 2
             return decoded(store, "hits") > hits
 
-        # The index of the directory before is given up in the background.
+        # The index of the directory before is abandoned in the background.
         while not is_hit():
             time.sleep(0.001)
         # What is still on its way into the cache is served from memory.

@@ -1,4 +1,4 @@
-"""Outputs of reads: whose memory they have."""
+"""Outputs of reads: which memory they have."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A wrapper forwards what it does not know straight to its source; that is how deleted data is served.
 `CacheStore` inherits from `Store` itself, and the defaults there are built on the primitives. When zarr
-adds or changes something, a test here fails, and somebody decides.
+adds or changes something, a test here fails, and we decide.
 """
 
 from __future__ import annotations

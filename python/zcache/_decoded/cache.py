@@ -41,7 +41,7 @@ class DecodedCache:
     backend : Backend
         Of the byte cache, with its index and clock.
     ages : MaxAges
-        How old bytes may be whose chunks are served.
+        How old bytes may be for their chunks to be served.
     counters : Counters
         Of the byte cache.
     """
@@ -290,7 +290,7 @@ class DecodedCache:
         return True
 
     def pass_over(self, decodings: Decodings, names: list[str] | None = None) -> None:
-        """End those of these decodes, or of all, that are done, and whose chunks no one keeps or waits for."""
+        """End those of these decodes, or of all, that are done, and have chunks that are neither kept nor waited for."""
         with self._lock:
             ended = decodings.take(names)
         if ended:
@@ -319,7 +319,7 @@ class DecodedCache:
                 self.give_up(decoding)
 
     def leave(self, decoding: Decoding) -> None:
-        """Do without what somebody else decodes."""
+        """Do without what another reader decodes."""
         with self._lock:
             kept = decoding.kept
             if kept is None:

@@ -91,7 +91,7 @@ class Decoding(Flight):
     kept : Kept or None
         What it has come to; also where there was no room for it.
     is_ended : bool
-        Whether its leader has let go of it.
+        Whether its leader has released it.
     """
 
     loop: asyncio.AbstractEventLoop

@@ -25,7 +25,7 @@ class Origins:
     backend : Backend
         Of the byte cache.
     ages : MaxAges
-        How old bytes may be whose chunks are served.
+        How old bytes may be for their chunks to be served.
     counters : Counters
         Of the byte cache.
     """

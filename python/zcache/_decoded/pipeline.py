@@ -141,7 +141,7 @@ class DecodedCodecPipeline(CodecPipeline):
             if isinstance(cache, DecodedCache) and cache.origins.is_usable:
                 array: Any = out._data if type(out) is cpu.NDBuffer else None
                 is_plain = type(array) is np.ndarray
-                # For who looks whether anybody else has it.
+                # For what looks whether another reference to it exists.
                 del array
                 layouts: Any = [self._layout(cache, item[1]) for item in batch]
                 if is_plain and None not in layouts:

@@ -1,7 +1,7 @@
 //! How an empty index of a pool is filled again: by the headers of the values in its segments.
 //!
 //! The map of a segment names the pages at which valid values begin, so of each value one page is read. What holds
-//! blocks and is no valid value is given back: nobody would count it.
+//! blocks and is no valid value is given back: it would not be counted.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -204,7 +204,7 @@ print(source.calls["get"])
 
 
 def open_to_all(where: Path) -> None:
-    """Let everybody read a directory, and reach it."""
+    """Let all users read a directory, and reach it."""
     for above in where.parents:
         if not above.stat().st_mode & 0o001:
             above.chmod(above.stat().st_mode | 0o011)

@@ -1,4 +1,4 @@
-"""Pools that have lost their index or their segments, or whose bytes were damaged."""
+"""Pools that have lost their index or their segments, or that have damaged bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -
     del pool, store
     await closed(tmp_path, "pool")
     shutil.rmtree(tmp_path / "pool/.zcache/index")
-    # And who uses it: values say themselves whose they are.
+    # And its users: values name their source themselves.
     (tmp_path / "pool/.zcache/sources").unlink()
     pool = CachePool(tmp_path / "pool")
     source = source_of(k=b"0123456789")
@@ -86,7 +86,7 @@ async def test_segments_that_were_removed_cost_a_read_each(tmp_path: Path) -> No
     store = neighbour(pool, NEIGHBOURS[0])
     for segment in (tmp_path / "pool/.zcache/segments").iterdir():
         segment.unlink()
-    # Whoever has them open goes on; the next process does not.
+    # A process that has them open goes on; the next one does not.
     pool._pool.directory.layout.scanner.files.close()
     await check_neighbour(store, NEIGHBOURS[0])
     await check_neighbour(store, NEIGHBOURS[0])

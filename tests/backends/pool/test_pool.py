@@ -202,7 +202,7 @@ async def test_sources_without_a_store_are_told_by_name(where: Path | None) -> N
 async def test_values_of_a_source_are_not_too_old_by_the_ages_of_another(
     where: Path | None, clock: FakeClock
 ) -> None:
-    """Whoever has closed its store has not said how old its values may be."""
+    """A source with a closed store has not said how old its values may be."""
     pool = CachePool(where, max_size=100)
     ageless = CacheStore(source_of(a=bytes(50)), cache_store=pool, source_id="1", clock=clock)
     await read_through(ageless, "a")
@@ -369,7 +369,7 @@ print(found, stats["hits"], stats["cache_failures"])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
     where = Path(tempfile.mkdtemp())
     try:
@@ -394,7 +394,7 @@ def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
         assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
         for name in ("head", "cells", "places", "lock", "owner", "s0"):
             assert (where / "pool/.zcache/index" / name).stat().st_mode & 0o777 == 0o660, name
-        # Whoever has not asked for a group does not trust another user.
+        # A process that has not asked for a group does not trust another user.
         assert "CacheOwnershipError" in member(50002, "700").stderr
     finally:
         shutil.rmtree(where)

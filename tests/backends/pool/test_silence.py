@@ -1,4 +1,4 @@
-"""A pool whose disk hangs, or refuses: the source serves, within a second, and all bytes stay counted."""
+"""A pool on a disk that hangs, or refuses: the source serves, within a second, and all bytes stay counted."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class PoolDirectory(CacheDirectory):
             self.handle.mark_corrupt()
 
     def _holds_more_than_counted(self) -> bool:
-        """Whether the segments have blocks of which the index does not know, such as copies whose holes were filled."""
+        """Whether the segments have blocks of which the index does not know, such as copies with holes that were filled."""
         handle = self.handle
         if handle.limits.get("unit", 1) <= 1:
             return False

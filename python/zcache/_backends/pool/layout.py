@@ -175,7 +175,7 @@ class PoolLayout(Layout):
         self.folds_names = self.scanner.folds_names = False
 
     def trusts_owner(self) -> bool:
-        # Whoever asks for a pool of his group has said so.
+        # A process that asks for a pool of its group has said so.
         if not self.mode & stat.S_IWGRP or not os.path.exists(self.root):
             return False
         return os.stat(self.root).st_gid in (os.getegid(), *os.getgroups())

@@ -104,7 +104,7 @@ class Pool:
     def source(
         self, name: str, limits: dict[str, Any], clock: Callable[[], float] | None = None
     ) -> PoolSource:
-        """One source, as a place of its own, whose ages go by this clock."""
+        """One source, as a place of its own, with ages by this clock."""
         source = PoolSource(self, name, limits, clock or self.clock)
         self.names[source.label] = {"name": name, "used": time.time()}
         self._sources.add(source)
@@ -163,7 +163,7 @@ class Pool:
     def apply_limits(self) -> None:
         """Keep to the limits of all sources: each is bound by the smallest size.
 
-        Their ages are no limit: a source that nobody uses now, or that another process uses, may have greater ones.
+        Their ages are no limit: a source that is not in use now, or in use by another process, may have greater ones.
         """
         with self._lock:
             limits = [source.handle.own_limits for source in list(self._sources)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PagesInMemory(PageCacheReader):
-    """Reads values whose pages are in memory already, as `PageCacheReader` does files."""
+    """Reads values with pages in memory already, as `PageCacheReader` does files."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)

@@ -25,7 +25,7 @@ _LOOK_AGAIN: Final = 0.002
 
 
 def label_of(source: str) -> str:
-    """The folder of a source in the index of a pool: no table decides whose a value is."""
+    """The folder of a source in the index of a pool: no table decides which source a value has."""
     return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
 
 

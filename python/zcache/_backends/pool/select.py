@@ -37,7 +37,7 @@ class Opening(Protocol):
     clock: Callable[[], float] | None
 
 
-# As long as somebody uses them.
+# As long as they are in use.
 _pools: weakref.WeakValueDictionary[Hashable, Pool] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
@@ -48,12 +48,12 @@ def pool_of(
     adopt: bool = False,
     clock: Callable[[], float] | None = None,
 ) -> Pool:
-    """The pool of this process that a store stands for; it is opened if nobody uses it yet.
+    """The pool of this process that a store stands for; it is opened if it is not in use yet.
 
     Raises
     ------
     CacheOwnershipError
-        If the directory is no pool, or somebody else's.
+        If the directory is no pool, or another user's.
     """
     key = _key(store)
     with _lock:
@@ -100,7 +100,7 @@ def open_pool(opening: Opening) -> Backend:
     Raises
     ------
     CacheOwnershipError
-        If the directory is no pool, or somebody else's.
+        If the directory is no pool, or another user's.
     """
     store = opening.cache
     pool = pool_of(store, adopt=opening.adopt, clock=opening.clock)
