@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 from typing import Any
 
 import pytest
@@ -93,3 +95,57 @@ async def test_source_that_never_answers_holds_up_its_own_readers_only() -> None
     assert not waiting.done()
     source.release()
     assert await waiting == SOURCE["2"]
+
+
+class CutOffStore(DictStore):
+    """Fails where its reads are cut off in the middle."""
+
+    hangs = False
+
+    async def get(self, *args: Any, **options: Any) -> Any:
+        if not self.hangs:
+            return await super().get(*args, **options)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise OSError("cut off") from None
+
+
+async def test_error_of_a_hit_that_was_cancelled_is_no_business_of_the_event_loop(
+    source: DictStore,
+) -> None:
+    cache = CutOffStore()
+    store = CacheStore(source, cache_store=cache)
+    await read_through(store, "1")
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    cache.hangs = True
+    reader = asyncio.ensure_future(read(store, "1"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert said == []
+
+
+def test_hit_that_is_collected_with_its_event_loop_ends_quietly(
+    source: DictStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    cache = CutOffStore()
+    store = CacheStore(source, cache_store=cache)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(read_through(store, "1"))
+    cache.hangs = True
+    reader = loop.create_task(read(store, "1"))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    assert not reader.done()
+    loop.close()
+    del reader, loop
+    gc.collect()
+    assert [one.exc_value for one in said] == []

@@ -57,8 +57,14 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
     task = asyncio.ensure_future(_awaited(work))
     try:
         done, _ = await asyncio.wait((task,), timeout=seconds)
+    except GeneratorExit:
+        # The garbage collector ends it: mostly once its event loop is closed, where nothing can be cancelled.
+        with contextlib.suppress(RuntimeError):
+            task.cancel()
+        raise
     except BaseException:
         task.cancel()
+        _keep_until_done(task)
         raise
     if not done:
         task.cancel()
