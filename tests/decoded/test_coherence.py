@@ -629,6 +629,27 @@ async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_
     check_decoded_quiet(store)
 
 
+async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reader_went() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+    origin = cache.origins.begin("a", 0.0)
+    cache._admission.admitted = lambda names, kept: []
+    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    assert cache.join_all(decodings, 16) == {}
+    # The thread stands in the middle of `Decodings.pass_over`.
+    ticket = decodings.tickets.pop("a/0")
+    cache.give_up_all(decodings)
+    leads, anew = cache.join("a/0", "a", origin, 16, loop)
+    assert leads
+    decodings.passed["a/0"] = ticket
+    assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
+    cache.land(anew, np.arange(4, dtype="i4"), None)
+    assert anew.kept.array[3] == 3
+    cache.leave(anew)
+    check_decoded_quiet(store)
+
+
 async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
     """A thread of the pipeline may go on without it."""
     store = CacheStore(MemoryStore(), decoded_size=32)

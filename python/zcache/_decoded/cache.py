@@ -166,7 +166,9 @@ class DecodedCache:
                     self.give_up(one)
                 continue
             if (one := self.one(other, name)) is None:
-                continue  # It has ended since the index was asked.
+                # It has ended since the index was asked, or its reader was gone before it could end.
+                index.abort_flight(name, other)
+                continue
             now = self.now()
             is_current = self.origins.is_current(key, one.origin, now, now)
             if is_current is None or not one.origin.is_dated:
