@@ -77,9 +77,14 @@ class TemporaryFiles:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
         except BlockingIOError:
             yield False
+        else:
+            try:
+                yield True
+            finally:
+                # A child that was forked meanwhile has it as well.
+                fcntl.flock(file, fcntl.LOCK_UN)
         finally:
             os.close(file)
 
