@@ -12,7 +12,6 @@ use super::lock_word::LockWord;
 pub struct HeldLock {
     word: LockWord,
     _alive: File,
-    _lock: File,
 }
 
 impl HeldLock {
@@ -22,15 +21,13 @@ impl HeldLock {
     ///
     /// [`OpenError::Busy`] after that.
     pub fn take(root: &Path, patience: Duration) -> Result<HeldLock, OpenError> {
-        let lock = open_and_lock(&root.join("lock"), patience)?;
+        let _opening = open_and_lock(&root.join("lock"), patience)?;
         let (slot, alive) = take_slot(root)?;
         let word = LockWord::open(root, slot)?;
         word.lock_within(patience)?;
-        lock.unlock()?;
         Ok(HeldLock {
             word,
             _alive: alive,
-            _lock: lock,
         })
     }
 

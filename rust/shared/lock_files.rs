@@ -182,19 +182,42 @@ fn keep_in_place(file: &File) {
     let _ = file;
 }
 
+/// The lock file is locked as long as this lives.
+///
+/// It is unlocked, and not only closed: a child that is forked meanwhile has the same lock, and would keep it.
+#[derive(Debug)]
+pub(super) struct Opening(File);
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
+}
+
 /// Opens the lock file and locks it, within `patience`, for as long as an index is opened. The file that is locked is
 /// the one that others find.
 ///
 /// Participants of the former format lock it for each step. Where one lives, the index is not ours to open.
-pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<File, OpenError> {
+pub(super) fn open_and_lock(path: &Path, patience: Duration) -> Result<(File, Opening), OpenError> {
     loop {
         let lock = open(path)?;
+        let opening = Opening(lock.try_clone()?);
         lock_within(&lock, patience)?;
         // It may have been removed meanwhile, and others may lock another one.
         if is_at(&lock, path) {
-            return Ok(lock);
+            return Ok((lock, opening));
         }
     }
+}
+
+/// Whether no participant has a file locked, which need not be one that this user may write to. It is unlocked again: see
+/// [`Opening`].
+fn is_free(file: &File) -> bool {
+    let is_free = file.try_lock().is_ok();
+    if is_free {
+        let _ = file.unlock();
+    }
+    is_free
 }
 
 /// Whether a file is the one of this name.
@@ -273,7 +296,7 @@ pub(super) fn has_former_participant(root: &Path) -> io::Result<bool> {
         let name = entry?.file_name();
         let number = name.to_str().and_then(|name| name.strip_prefix('p'));
         if number.is_some_and(|number| number.parse::<u8>().is_ok())
-            && open_existing(&root.join(name)).is_ok_and(|file| file.try_lock().is_err())
+            && open_to_read(&root.join(name)).is_ok_and(|file| !is_free(&file))
         {
             return Ok(true);
         }
@@ -283,9 +306,13 @@ pub(super) fn has_former_participant(root: &Path) -> io::Result<bool> {
 
 pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {
     for n in 0..PARTICIPANTS {
-        let file = open(&slot_file(root, n))?;
-        if file.try_lock().is_ok() {
-            return Ok((n, file));
+        match open(&slot_file(root, n)) {
+            Ok(file) if file.try_lock().is_ok() => return Ok((n, file)),
+            // Another user's, whether or not its participant lives.
+            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => {
+                return Err(error.into());
+            }
+            _ => {}
         }
     }
     Err(OpenError::Crowded)
@@ -293,14 +320,14 @@ pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {
 
 pub(super) fn is_alive(root: &Path, n: usize) -> bool {
     // A slot counts as taken where its file cannot be opened, or was removed while its owner works.
-    let file = open_existing(&slot_file(root, n));
-    file.map_or(true, |file| file.try_lock().is_err())
+    let file = open_to_read(&slot_file(root, n));
+    file.map_or(true, |file| !is_free(&file))
 }
 
 /// Whether the participant that had this slot is dead, as far as its file tells: one without a file is found by none.
 pub(super) fn is_gone(root: &Path, n: usize) -> bool {
-    match open_existing(&slot_file(root, n)) {
-        Ok(file) => file.try_lock().is_ok(),
+    match open_to_read(&slot_file(root, n)) {
+        Ok(file) => is_free(&file),
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }

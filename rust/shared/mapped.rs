@@ -93,12 +93,12 @@ impl Mapped {
         let begun = Instant::now();
         let left = || patience.saturating_sub(begun.elapsed());
         loop {
-            let lock = open_and_lock(&root.join("lock"), left())?;
+            let (lock, opening) = open_and_lock(&root.join("lock"), left())?;
             if has_former_participant(root)? {
                 if left().is_zero() {
                     return Err(OpenError::Busy);
                 }
-                drop(lock);
+                drop((lock, opening));
                 std::thread::sleep(TRY_AGAIN);
                 continue;
             }
@@ -110,15 +110,16 @@ impl Mapped {
                 let kept = Arc::clone(&word);
                 let opened =
                     Mapped::open_locked(root, bound, with_places, lock, word, own_slot, alive);
-                match &opened {
-                    Ok((mapped, _)) => mapped.lock.unlock()?,
-                    Err(_) => {
-                        kept.release();
-                    }
+                if opened.is_err() {
+                    kept.release();
                 }
                 return opened;
             }
             word.release();
+            // On a disk that fails it would be so each time.
+            if left().is_zero() {
+                return Err(OpenError::Busy);
+            }
         }
     }
 
@@ -275,8 +276,11 @@ impl Mapped {
     fn outdate(&mut self) {
         let mapped = self.maps[HEAD].len() as u64;
         let is_whole = fstat(&self.files[HEAD]).is_ok_and(|status| status.st_size as u64 >= mapped);
-        if is_whole && self.file_header().is_plausible() {
-            self.file_header_mut().generation = 0;
+        // Also where nothing else in it is right: a reader may look only at the entry that it has found.
+        let header = self.maps[HEAD].get_mut(..size_of::<FileHeader>());
+        let header = bytemuck::try_from_bytes_mut::<FileHeader>(header.unwrap_or_default());
+        if let (true, Ok(header)) = (is_whole, header) {
+            header.generation = 0;
         }
     }
 
