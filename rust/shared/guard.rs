@@ -40,6 +40,8 @@ static WATCHED: [Watched; MAPPINGS] = [const {
 #[derive(Debug)]
 pub(super) struct Map {
     bytes: MmapMut,
+    /// Address of the first byte.
+    start: usize,
     watched: Option<&'static Watched>,
 }
 
@@ -51,10 +53,20 @@ impl Map {
         // lock, and this process looks into the mapping only while it holds that lock. A process that
         // ignores the lock can change numbers, which are never trusted; a file that was truncated is
         // found by the check of its length at the beginning of each step, or by the handler.
-        let bytes = unsafe { MmapMut::map_mut(file) }?;
+        let mut bytes = unsafe { MmapMut::map_mut(file) }?;
         handler::install();
+        let start = bytes.as_mut_ptr().expose_provenance();
         let watched = watch(&bytes);
-        Ok(Map { bytes, watched })
+        Ok(Map {
+            bytes,
+            start,
+            watched,
+        })
+    }
+
+    /// Its first bytes, for atomic numbers: they are written to through shared references.
+    pub(super) fn start<W>(&self) -> *const W {
+        std::ptr::with_exposed_provenance(self.start)
     }
 
     /// Whether a page of it could not be had.

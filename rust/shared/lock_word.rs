@@ -26,8 +26,10 @@ const LEN: usize = 4096;
 const KNOWN: u64 = u64::from_ne_bytes(*b"zcache\0\x01");
 /// Bits of the word for the slot; the others are the token.
 const SLOT_BITS: u32 = 16;
-/// Pause between two looks of a thread that waits in the background.
+/// First pause between two looks of a thread that waits in the background, and the longest: a process may be stopped
+/// for hours, and each look takes system calls.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_millis(20);
 /// Tries to take a lock, with pauses of `TRY_AGAIN`, before it is seen whether its owner lives.
 const PATIENT: u32 = 10;
 
@@ -63,10 +65,17 @@ impl LockWord {
     pub(super) fn open(root: &Path, slot: usize) -> io::Result<LockWord> {
         let file = open(&root.join(NAME))?;
         let len = file.metadata()?.len();
+        if len > LEN as u64 {
+            // None of ours: it may be too long to be mapped.
+            file.set_len(LEN as u64)?;
+        }
         // What is there already stays, whatever it is: others may be using it. A copy may have holes.
         unshare(&file, LEN as u64);
         extend(&file, 0, LEN)?;
         let map = Map::new(&file)?;
+        if map.len() < LEN {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let token = (new_generation() ^ unpredictable()) >> SLOT_BITS;
         let word = LockWord {
             root: root.to_owned(),
@@ -90,7 +99,7 @@ impl LockWord {
         // SAFETY: The mapping has this many bytes, which `open` has seen to, begins at a page, lives as long as `self`, and is
         // only ever used through these atomic numbers, for which all bytes are valid. Pages that the file
         // has lost are replaced by the handler of `guard`.
-        unsafe { &*self.map.as_ptr().cast::<Words>() }
+        unsafe { &*self.map.start::<Words>() }
     }
 
     /// What the word is while this participant is in a step.
@@ -101,26 +110,28 @@ impl LockWord {
     /// Takes the lock if it is free.
     pub(super) fn try_lock(&self) -> bool {
         let owner = &self.words().owner;
-        let taken = owner.compare_exchange(0, self.own(), Ordering::Acquire, Ordering::Relaxed);
+        // Who sees it sees the token of this participant as well.
+        let taken = owner.compare_exchange(0, self.own(), Ordering::AcqRel, Ordering::Relaxed);
         taken.is_ok()
     }
 
     /// Takes the lock if it is free, or over from an owner that is dead.
     pub(super) fn try_lock_or_take_over(&self) -> bool {
         let words = self.words();
-        let seen = words.owner.load(Ordering::Relaxed);
+        let seen = words.owner.load(Ordering::Acquire);
         if seen == 0 {
             return self.try_lock();
         }
-        // Of a directory that was moved nothing is found, whether or not its participants live.
-        if !self.is_in_place() || !self.is_dead(seen) {
+        // Of a directory that was moved nothing is found, whether or not its participants live. This one is in no step
+        // while it tries to take one, so its own word is damage: a former state of the file was put back.
+        if !self.is_in_place() || seen != self.own() && !self.is_dead(seen) {
             return false;
         }
         // A dead owner never comes back, and no other has its token: it is the same that was seen.
         let taken =
             words
                 .owner
-                .compare_exchange(seen, self.own(), Ordering::Acquire, Ordering::Relaxed);
+                .compare_exchange(seen, self.own(), Ordering::AcqRel, Ordering::Relaxed);
         if taken.is_ok() {
             self.set_suspect(true);
         }
@@ -155,12 +166,16 @@ impl LockWord {
 
     /// Waits until a step can take the lock, or finds out that the file is not in its place.
     pub(super) fn wait(&self) {
+        let mut pause = LOOK_AGAIN;
         loop {
-            let owner = self.words().owner.load(Ordering::Relaxed);
-            if owner == 0 || self.is_lost() || !self.is_in_place() || self.is_dead(owner) {
+            let owner = self.words().owner.load(Ordering::Acquire);
+            let is_own = owner == self.own();
+            if owner == 0 || is_own || self.is_lost() || !self.is_in_place() || self.is_dead(owner)
+            {
                 return;
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(pause);
+            pause = LONGEST.min(pause * 2);
         }
     }
 
