@@ -10,6 +10,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{self, sleep};
@@ -219,6 +220,52 @@ fn any_word_that_no_participant_has_left_is_taken_over() {
         one.complete().unwrap();
         step(&mut other).unwrap();
     }
+}
+
+#[test]
+fn a_word_of_its_own_that_was_put_back_keeps_no_participant_out() {
+    let dir = Dir::new("put-back");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let mut word = [0; 8];
+    let file = fs::File::open(dir.0.join("owner")).unwrap();
+    one.step(sleep, |_| {
+        file.read_exact_at(&mut word, OWNER).unwrap();
+        Ok(())
+    })
+    .unwrap();
+    assert_ne!(word, [0; 8]);
+    dir.write(OWNER, &word);
+    // It is that of one who lives, so the others leave it alone.
+    is_busy(&mut other);
+    is_damaged(step(&mut one));
+    assert!(one.restart(7).unwrap());
+    one.complete().unwrap();
+    step(&mut other).unwrap();
+}
+
+#[test]
+fn a_file_that_is_too_long_is_cut_off() {
+    let dir = Dir::new("too-long");
+    step(&mut dir.open()).unwrap();
+    let file = OpenOptions::new().write(true).open(dir.0.join("owner"));
+    file.unwrap().set_len(1 << 40).unwrap();
+    step(&mut dir.open()).unwrap();
+    assert_eq!(fs::metadata(dir.0.join("owner")).unwrap().len(), 4096);
+}
+
+#[test]
+fn a_step_that_panics_keeps_no_other_out() {
+    let dir = Dir::new("panics");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    fill(&mut one, "a");
+    let panics =
+        AssertUnwindSafe(|| one.step(sleep, |_| -> Result<(), Error> { panic!("a fault") }));
+    assert!(catch_unwind(panics).is_err());
+    // What it has left is not believed.
+    is_damaged(step(&mut other));
+    assert!(other.restart(7).unwrap());
+    other.complete().unwrap();
+    assert_eq!(step(&mut one), Ok(0));
 }
 
 #[test]

@@ -135,6 +135,25 @@ fn what_was_granted_counts_after_a_rebuild_until_it_has_ended() {
 }
 
 #[test]
+fn what_was_reserved_in_a_step_that_failed_takes_no_room() {
+    let dir = Dir::new("failed");
+    let mut index = dir.open();
+    let tickets = ["a", "b"].map(|key| (key, join(&mut index, key)));
+    let failed: Result<(), _> = index.step(sleep, |cache| {
+        for (key, ticket) in tickets {
+            let answer = cache.reserve(key, ByteRange::Full, 400, ticket, 1)?;
+            assert!(matches!(answer, Reserve::Granted(_)), "{answer:?}");
+        }
+        Err(zcache::error::Error::Corrupt("said so"))
+    });
+    is_damaged(failed);
+    assert!(index.restart(7).unwrap());
+    index.complete().unwrap();
+    granted(&mut index, "c", 1000);
+    index.step(sleep, |cache| cache.validate()).unwrap();
+}
+
+#[test]
 fn reserved_bytes_count_after_two_rebuilds() {
     let dir = Dir::new("reserved");
     let (mut one, mut other) = (dir.open(), dir.open());
@@ -368,6 +387,38 @@ fn a_directory_that_another_has_freed_is_not_remembered() {
         for name in ["c/d", "d/c", "e/f"] {
             assert_eq!(size_of(index, &format!("{name}/zarr.json")), Some(2));
         }
+        index.step(sleep, |cache| cache.validate()).unwrap();
+    }
+}
+
+#[test]
+fn a_directory_of_files_that_were_put_back_since_is_not_remembered() {
+    let (dir, copy) = (Dir::new("put-back"), Dir::new("copy"));
+    let mut one = dir.open();
+    fill(&mut one, "a/b/0", 1);
+    let copy_all = |from: &Dir, to: &Dir| {
+        for entry in fs::read_dir(&from.0).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), to.0.join(entry.file_name())).unwrap();
+        }
+    };
+    copy_all(&dir, &copy);
+    // Found in a cell that is another directory's in the files from before.
+    fill(&mut one, "c/d/0", 2);
+    assert_eq!(size_of(&mut one, "c/d/0"), Some(2));
+    fs::remove_dir_all(&dir.0).unwrap();
+    fs::create_dir(&dir.0).unwrap();
+    copy_all(&copy, &dir);
+    let (mut other, fresh) = Index::open(&dir.0, LIMITS, 7).unwrap();
+    assert!(!fresh, "the files are sound");
+    fill(&mut other, "e/f/0", 3);
+    is_damaged(one.step(sleep, |cache| Ok(cache.len())));
+    assert!(!one.restart(8).unwrap());
+    fill(&mut one, "c/d/1", 4);
+    for index in [&mut one, &mut other] {
+        assert_eq!(size_of(index, "c/d/1"), Some(4));
+        assert_eq!(size_of(index, "e/f/0"), Some(3));
+        assert_eq!(size_of(index, "e/f/1"), None);
         index.step(sleep, |cache| cache.validate()).unwrap();
     }
 }

@@ -61,6 +61,11 @@ impl<S: Storage> Arena<S> {
         }
     }
 
+    /// Forgets which directories were found last.
+    pub(crate) fn forget_paths(&mut self) {
+        self.paths = PathCache::default();
+    }
+
     /// Cell `i`.
     #[inline]
     pub fn get(&self, i: u32) -> Result<&Cell> {

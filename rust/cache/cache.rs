@@ -191,7 +191,7 @@ pub struct Cache<S, T, P = Policy> {
     pub(super) limits: Limits,
     pub(super) flights: Flights<T>,
     pub(super) reservations: HashMap<u64, Reservation, RandomState>,
-    pub(super) next_reservation: u64,
+    pub(crate) next_reservation: u64,
     /// Bytes that were reserved or granted when the index was emptied, until their writers have ended.
     pub(super) promises: HashMap<u64, u64, RandomState>,
     pub(super) tally: Arc<Tally>,

@@ -84,6 +84,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.unwrite(&reservation)
     }
 
+    /// Forgets those from this one on: the step in which they were made has failed, so they have no holder. The index
+    /// that counts them is made anew.
+    pub(crate) fn forget_reservations(&mut self, first: u64) {
+        self.reservations.retain(|id, _| *id < first);
+    }
+
     /// Ends a reservation without its holder. How far it came is unknown, so what it has written,
     /// and the deletes that it waits for, become failed deletes.
     pub fn abandon(&mut self, id: u64) -> Result<()> {

@@ -151,6 +151,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Another participant has emptied the index: nothing that began before counts any more.
     pub(crate) fn reset(&mut self) {
         self.generation += 1;
+        // Files that were put back may say of directories what they said before.
+        self.arena.forget_paths();
         self.flights.invalidate_all();
         self.promise_all();
         self.policy.reset();

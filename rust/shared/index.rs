@@ -5,6 +5,7 @@
 //! step: the index is emptied and rebuilt from a scan of the directory. The scan holds no lock;
 //! until it is complete the index rejects new values, because it does not know yet what is there.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -191,8 +192,20 @@ impl<T: Clone> SharedIndex<T> {
         work: impl FnOnce(&mut Cache<Mapped, T>) -> Result<R>,
     ) -> Result<R, StepError> {
         self.lock(&mut relax)?;
-        let result = self.begin().and_then(|()| work(&mut self.cache));
-        self.end(result)
+        let first = self.cache.next_reservation;
+        let taken = AssertUnwindSafe(|| self.begin().and_then(|()| work(&mut self.cache)));
+        let done = match catch_unwind(taken) {
+            Ok(result) => self.end(result),
+            Err(panic) => {
+                // What it has left is damage. The others need not wait for the end of this process to make it anew.
+                let _ = self.storage().end(false);
+                resume_unwind(panic)
+            }
+        };
+        if matches!(done, Err(StepError::Failed(Error::Corrupt(_)))) {
+            self.cache.forget_reservations(first);
+        }
+        done
     }
 
     pub(super) fn lock(&mut self, relax: &mut impl FnMut(Duration)) -> Result<(), StepError> {
