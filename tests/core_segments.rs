@@ -12,7 +12,9 @@
 mod pool;
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
 use zcache::cache::{Limits, PAGE};
@@ -20,7 +22,7 @@ use zcache::disk::fill::Ending;
 use zcache::disk::segments::{Got, delete_below, scan, walk};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, Plan, PolicyKind};
-use zcache::shared::Locked;
+use zcache::shared::{Locked, SharedIndex};
 
 use self::pool::{BOUND, LIMITS, NOW, Pool, contents, end, open};
 
@@ -190,24 +192,65 @@ fn reader_that_is_overtaken_finds_out() {
     let (found, placed) = pool.find("a/0", ByteRange::Full).unwrap();
     let cell = found.handle as u32;
     let word = pool.step(|cache| Ok(cache.place_word(cell)));
-    assert!(pool.step(|cache| Ok(cache.is_still(cell, word))));
+    let is_still = |pool: &Pool| pool.step(|cache| Ok(cache.is_still(cell, word, placed.segment)));
+    assert!(is_still(&pool));
     let victims = pool.step(|cache| cache.drop_missing("a/0"));
-    assert!(!pool.step(|cache| Ok(cache.is_still(cell, word))));
+    assert!(!is_still(&pool));
     pool.delete(&victims);
     // The cell gets another entry.
     pool.fill("a/1", 20_000);
-    assert!(!pool.step(|cache| Ok(cache.is_still(cell, word))));
+    assert!(!is_still(&pool));
     let mut bytes = vec![0; 20_000];
     let got = pool.files.read(placed, "a/0", 0, &mut bytes, true).unwrap();
     assert_eq!(got, Got::Nothing);
     end(pool);
 }
 
+/// The cells of an entry and of its segment are used again, and each segment begins with the same page.
+#[test]
+fn reader_overtaken_by_the_same_cells_and_page_finds_out() {
+    let mut pool = Pool::new("same-cells");
+    // Each larger than the segments that values share.
+    let size = 100_000;
+    pool.fill("a/0", size);
+    let (found, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    let cell = found.handle as u32;
+    let word = pool.step(|cache| Ok(cache.place_word(cell)));
+    let mut met = 0;
+    for n in 1..100 {
+        pool.fill(&format!("a/{n}"), size);
+        if pool.find("a/0", ByteRange::Full).is_none() {
+            met += u32::from(pool.step(|cache| Ok(cache.place_word(cell))) == word);
+            assert!(!pool.step(|cache| Ok(cache.is_still(cell, word, placed.segment))));
+        }
+    }
+    assert_ne!(met, 0, "no other entry has had this cell and place");
+    end(pool);
+}
+
 #[test]
 fn index_emptied_by_another_is_not_current() {
-    let mut pool = Pool::new("emptied");
+    emptied_by_another("emptied", |other, _| {
+        let damaged: Result<(), _> =
+            other.step(sleep, |_| Err(zcache::error::Error::Corrupt("said so")));
+        assert!(damaged.is_err());
+    });
+}
+
+#[test]
+fn index_emptied_by_another_that_cannot_read_its_header_is_not_current() {
+    emptied_by_another("unreadable", |other, root| {
+        let head = root.join("index/head");
+        let file = File::options().write(true).open(head);
+        file.unwrap().write_all_at(b"no index", 0).unwrap();
+        assert!(other.step(sleep, |cache| Ok(cache.len())).is_err());
+    });
+}
+
+fn emptied_by_another(name: &str, damage: impl Fn(&mut SharedIndex<u32>, &Path)) {
+    let mut pool = Pool::new(name);
     pool.fill("a/0", 100);
-    let (found, _) = pool.find("a/0", ByteRange::Full).unwrap();
+    let (found, placed) = pool.find("a/0", ByteRange::Full).unwrap();
     let cell = found.handle as u32;
     let Locked::Shared(lock, _) = &*pool.index else {
         panic!("not shared")
@@ -221,13 +264,12 @@ fn index_emptied_by_another_is_not_current() {
         })
         .unwrap();
     let mut other = open(&pool.root, &pool.files, LIMITS, true);
-    let damaged: Result<(), _> =
-        other.step(sleep, |_| Err(zcache::error::Error::Corrupt("said so")));
-    assert!(damaged.is_err());
+    damage(&mut other, &pool.root);
     assert!(other.restart(2).unwrap());
     // Without a step, and so without the lock of the others.
-    let is_still = lock.lock().unwrap().cache().is_still(cell, word);
-    assert!(!is_still);
+    let one = lock.lock().unwrap();
+    assert!(!one.cache().is_still(cell, word, placed.segment));
+    drop(one);
     end(pool);
 }
 

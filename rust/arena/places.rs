@@ -57,7 +57,8 @@ impl Place {
 }
 
 impl<S: Storage> Arena<S> {
-    /// The word of an entry: equal words mean that the entry is the same, for no place is used twice. 0 means
+    /// The word of an entry: equal words, and equal numbers of the segment, mean that the entry is the same, for no
+    /// page of a segment is used twice. The cell of the segment is not enough: it may be another one's later. 0 means
     /// that it has none.
     #[inline]
     pub(crate) fn place_word(&self, i: u32) -> u64 {
@@ -78,6 +79,13 @@ impl<S: Storage> Arena<S> {
             0 => Ok(None),
             word => Place::of(word, i).map(Some),
         }
+    }
+
+    /// Whether a word in the row of a cell names a place in the segment with this number.
+    pub(crate) fn is_in_segment(&self, word: u64, cell: u32, number: u64) -> bool {
+        let place = Place::of(word, cell);
+        let segment = place.and_then(|place| self.get(place.segment));
+        segment.is_ok_and(|segment| segment.segment_number() == number)
     }
 
     /// The cell of a segment.

@@ -38,7 +38,9 @@ pub struct Move {
     /// Where the copy goes.
     pub to: Placed,
     entry: u32,
+    /// The place of the value, and its segment: see [`Cache::is_still`].
     word: u64,
+    from: u64,
     copy: u32,
 }
 
@@ -88,6 +90,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 to,
                 entry,
                 word,
+                from: from.segment,
                 copy,
             }),
             None => BeginMove::Gone,
@@ -98,7 +101,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Else what it is a copy of. The flag says which.
     pub fn finish_move(&mut self, moved: Move, is_written: bool) -> Result<(Vec<Victim>, bool)> {
         let Move {
-            entry, word, copy, ..
+            entry,
+            word,
+            from,
+            copy,
+            ..
         } = moved;
         let owner = self.arena.storage.own_slot() as u32 + 1;
         let is_own = self.arena.get(copy).is_ok_and(|cell| {
@@ -107,9 +114,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if !is_own {
             return Ok((Vec::new(), false));
         }
-        let mut same = is_written
-            && self.arena.place_word(entry) == word
-            && self.arena.get(entry)?.state() == State::Live;
+        let mut same = is_written && self.is_still(entry, word, from);
         if same && let (Some(old), Some(new)) = (self.arena.place(entry)?, self.arena.place(copy)?)
         {
             self.arena.set_place_word(entry, new.word(entry))?;

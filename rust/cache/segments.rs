@@ -4,6 +4,8 @@
 //! is too large for that. No page is given out twice: what is deleted becomes a hole, and a segment without
 //! entries to which no participant appends goes as a whole.
 
+use std::sync::atomic::{Ordering, fence};
+
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::reserve::Reservation;
@@ -282,20 +284,32 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(placed.map(|placed| (i, self.place_word(i), placed)))
     }
 
-    /// What tells an entry from any other that may be in its cell later: see [`Cache::is_still`].
+    /// What tells an entry, with the number of its segment, from any other that may be in its cell later: see
+    /// [`Cache::is_still`].
     #[must_use]
     pub fn place_word(&self, i: u32) -> u64 {
         self.arena.place_word(i)
     }
 
-    /// Whether a cell has this place still, and its entry can be served: then the bytes that were read there are
-    /// its own, for they are deleted later. Needs no lock of other processes.
+    /// Whether a cell has this place in this segment still, and its entry can be served: then the bytes that were
+    /// read there are its own, for they are deleted later. Needs no lock of other processes.
+    ///
+    /// The order counts. The number of the segment tells that it was the same all the time, so the word tells that
+    /// the entry was, and so its state is not that of a later one in its cell.
     #[must_use]
-    pub fn is_still(&self, i: u32, word: u64) -> bool {
+    pub fn is_still(&self, i: u32, word: u64, segment: u64) -> bool {
         let is_live = |state| state == State::Live;
-        self.arena.storage.is_current()
-            && self.arena.place_word(i) == word
-            && self.arena.get(i).is_ok_and(|cell| is_live(cell.state()))
+        if !self.arena.storage.is_current()
+            || !self.arena.get(i).is_ok_and(|cell| is_live(cell.state()))
+        {
+            return false;
+        }
+        fence(Ordering::Acquire);
+        if self.arena.place_word(i) != word {
+            return false;
+        }
+        fence(Ordering::Acquire);
+        self.arena.is_in_segment(word, i, segment)
     }
 
     /// Where a granted reservation writes its bytes.

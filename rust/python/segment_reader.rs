@@ -1,10 +1,12 @@
 //! Values of a pool on their way into arrays of Python: looked up, read, and compared.
 
 use std::borrow::Cow;
+use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use numpy::{PyArray1, PyArrayMethods};
+use numpy::npyffi::{NpyTypes, PY_ARRAY_API, get_type_object, npy_intp};
+use numpy::{Element, PyArray1, PyArrayDescrMethods, PyArrayMethods};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
@@ -91,11 +93,12 @@ impl SegmentReader {
             _ if index.backing.is_disowned() => Ok(false),
             Locked::Own(lock, _) => {
                 let cache = lock.lock_py_attached(py).map_err(poisoned)?;
-                Ok(cache.is_still(found.cell, found.word))
+                Ok(cache.is_still(found.cell, found.word, found.placed.segment))
             }
             Locked::Shared(lock, _) => {
                 let index = lock.lock_py_attached(py).map_err(poisoned)?;
-                Ok(index.cache().is_still(found.cell, found.word))
+                let cache = index.cache();
+                Ok(cache.is_still(found.cell, found.word, found.placed.segment))
             }
         }
     }
@@ -117,8 +120,8 @@ impl SegmentReader {
             ByteRange::Full => Cow::Borrowed(key),
             range => Cow::Owned(range.cache_key(key)),
         };
+        let array = new_array(py, size)?;
         // SAFETY: It has this many bytes, one after the other, and is known here alone until all of them are read.
-        let array = unsafe { PyArray1::<u8>::new(py, [size], false) };
         let bytes = unsafe { std::slice::from_raw_parts_mut(array.data(), size) };
         let (files, start) = (&self.files, found.start);
         let mut read = || files.read(place.placed, &name, start, bytes, false);
@@ -139,6 +142,28 @@ impl SegmentReader {
         let index = self.index.get();
         let (key, range) = ByteRange::parse(name)?;
         Some(range.cache_key(&index.whole(key)))
+    }
+}
+
+/// An array of so many bytes, whatever they are. The function of the crate panics where there is no memory.
+#[allow(unsafe_code)]
+fn new_array(py: Python<'_>, size: usize) -> PyResult<Bound<'_, PyArray1<u8>>> {
+    let mut sizes = [npy_intp::try_from(size)?];
+    // SAFETY: All is as numpy asks for, which takes the reference to the data type over. It is an array of one axis and
+    // this type, or null with an exception.
+    unsafe {
+        let array = PY_ARRAY_API.PyArray_NewFromDescr(
+            py,
+            get_type_object(py, NpyTypes::PyArray_Type),
+            u8::get_dtype(py).into_dtype_ptr(),
+            1,
+            sizes.as_mut_ptr(),
+            null_mut(),
+            null_mut(),
+            0,
+            null_mut(),
+        );
+        Ok(Bound::from_owned_ptr_or_err(py, array)?.cast_into_unchecked())
     }
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,3 +127,40 @@ async def test_steps_of_a_pool_can_be_recorded(tmp_path: Path) -> None:
     assert [step.name for step in steps] == ["lookup"]
     assert await read(store, "a/c/0") == VALUE
     assert source.take()["get"] == 0
+
+
+LITTLE_MEMORY = """
+import asyncio, mmap, resource, sys
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.storage import MemoryStore
+from zcache import CachePool, CacheStore
+
+SIZE = 4 << 20
+
+async def main():
+    source = MemoryStore({"a": cpu.Buffer.from_bytes(bytes(SIZE))})
+    store = CacheStore(source, cache_store=CachePool(sys.argv[1]), source_id="s")
+    for _ in range(2):
+        assert len(await store.get("a", default_buffer_prototype())) == SIZE
+        await store.drain()
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * mmap.PAGESIZE
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + SIZE // 4, before[1]))
+    kept = []
+    for _ in range(3):
+        try:
+            kept.append(await store.get("a", default_buffer_prototype()))
+        except MemoryError:
+            pass
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert len(await store.get("a", default_buffer_prototype())) == SIZE
+
+asyncio.run(main())
+"""
+
+
+def test_hit_without_memory_is_an_error_that_programs_expect(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(tmp_path / "p")], check=True, timeout=120
+    )
