@@ -15,6 +15,7 @@ from zarr.abc.store import RangeByteRequest
 
 from directories import INDEX, INDEX_FILES, POOL_INDEX_FILES, SEGMENTS, complete, open_store
 from support import buf, check_quiet, drained, read
+from zcache.testing import check_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +88,8 @@ async def check(store: CacheStore) -> None:
     """After all, the index is right again and the bound holds."""
     await complete(store)
     await use(store)
+    # Finds damage where no read came by, and has the index rebuilt for it.
+    check_index(store)
     await complete(store)
     await check_quiet(store)
 
