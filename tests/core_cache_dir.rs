@@ -8,12 +8,9 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/place.rs"]
-mod place;
-
 use zcache::disk;
 
-use place::Place;
+use crate::place::Place;
 
 #[test]
 fn space_of_a_volume_is_known() {

@@ -10,17 +10,12 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/faulty_storage.rs"]
-#[allow(dead_code, reason = "shared with tests of growth")]
-mod faulty_storage;
-#[path = "core/keys.rs"]
-#[allow(dead_code, reason = "shared with tests that draw more")]
-mod keys;
+use crate::keys;
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use faulty_storage::{Damage, Part, Plan, Vectors};
+use crate::faulty_storage::{Damage, Part, Plan, Vectors};
 use proptest::prelude::*;
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
 use zcache::error::{Error, Result};

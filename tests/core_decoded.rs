@@ -8,12 +8,9 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/place.rs"]
-mod place;
-
 use std::thread::sleep;
 
-use place::Place;
+use crate::place::Place;
 use zcache::arena::Heap;
 use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve, Verify};
 use zcache::error::Result;

@@ -9,13 +9,9 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/faulty_storage.rs"]
-#[allow(dead_code, reason = "shared with tests that do damage")]
-mod faulty_storage;
-
 use std::rc::Rc;
 
-use faulty_storage::{Plan, Refuse, Vectors};
+use crate::faulty_storage::{Plan, Refuse, Vectors};
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve, Verify};
 use zcache::key::ByteRange;

@@ -9,14 +9,11 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/keys.rs"]
-mod keys;
-#[path = "core/reference.rs"]
-mod reference;
+use crate::keys;
 
+use crate::reference::{Model, Name, Sighting};
 use proptest::prelude::*;
 use proptest::sample::Index;
-use reference::{Model, Name, Sighting};
 use zcache::arena::Heap;
 use zcache::cache::ClosedFlight;
 use zcache::cache::{

@@ -10,9 +10,7 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/keys.rs"]
-#[allow(dead_code, reason = "shared with tests that draw more")]
-mod keys;
+use crate::keys;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;

@@ -8,9 +8,6 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/place.rs"]
-mod place;
-
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, UNIX_EPOCH};
@@ -18,7 +15,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use zcache::disk::ownership::{PENDING, SIGNATURE};
 use zcache::disk::{removal, value_file};
 
-use place::Place;
+use crate::place::Place;
 
 const FETCHED: i64 = 1_700_000_000_123_000_000;
 

@@ -19,9 +19,7 @@ use zcache::key::{ByteRange, hash_word};
 use zcache::sampling::{FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, UNKNOWN};
 use zcache::shared::SharedIndex;
 
-#[path = "core/place.rs"]
-mod place;
-use place::Place;
+use crate::place::Place;
 
 fn hash(key: u64) -> u64 {
     hash_word(key.to_le_bytes(), 8, 0, 1)

@@ -8,8 +8,7 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/pool.rs"]
-mod pool;
+use crate::pool;
 
 use std::collections::BTreeMap;
 use std::fs;

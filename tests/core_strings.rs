@@ -9,14 +9,10 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/faulty_storage.rs"]
-#[allow(dead_code, reason = "shared with tests of growth and damage")]
-mod faulty_storage;
-
 use std::mem::offset_of;
 use std::rc::Rc;
 
-use faulty_storage::{Damage, Part, Plan, Refuse, Vectors};
+use crate::faulty_storage::{Damage, Part, Plan, Refuse, Vectors};
 use zcache::arena::{Cell, Header, Heap};
 use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve, Verify};
 use zcache::error::{Error, Result};

@@ -8,9 +8,6 @@
     reason = "a test stops at the first surprise"
 )]
 
-#[path = "core/place.rs"]
-mod place;
-
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
@@ -21,7 +18,7 @@ use zcache::disk::ownership::{self, PENDING, SIGNATURE};
 use zcache::disk::removal;
 use zcache::disk::value_file::{self, WriteError, WrittenFile};
 
-use place::Place;
+use crate::place::Place;
 
 const SOURCE: ownership::SourceDigest = *b"a source";
 const FETCHED: i64 = 1_700_000_000_123_000_000;

@@ -8,10 +8,8 @@ pub(super) struct Place(pub(super) PathBuf);
 
 impl Place {
     pub(super) fn new(name: &str) -> Place {
-        // Each file of tests has a copy of this module, and all of them are one process.
-        let module = module_path!().replace("::", "-");
-        let own = format!("zcache-{module}-{}-{name}", std::process::id());
-        let place = std::env::temp_dir().join(own);
+        let place =
+            std::env::temp_dir().join(format!("zcache-files-{}-{name}", std::process::id()));
         fs::create_dir_all(&place).unwrap();
         Place(place)
     }

@@ -83,10 +83,8 @@ impl Pool {
     }
 
     pub(crate) fn with(name: &str, limits: Limits, holes: bool) -> Pool {
-        // Each file of tests has a copy of this module, and all of them are one process.
-        let module = module_path!().replace("::", "-");
-        let own = format!("zcache-{module}-{}-{name}", std::process::id());
-        Pool::at(std::env::temp_dir().join(own), limits, holes)
+        let root = std::env::temp_dir().join(format!("zcache-pool-{}-{name}", std::process::id()));
+        Pool::at(root, limits, holes)
     }
 
     pub(crate) fn at(root: PathBuf, limits: Limits, holes: bool) -> Pool {
