@@ -54,19 +54,33 @@ fn set(numbers: &mut [f64; COUNT], n: usize, to: f64) {
     }
 }
 
+/// Makes 0 of what is no sum of costs.
+#[inline]
+fn repair<const N: usize>(numbers: &mut [f64; N]) {
+    *numbers = numbers.map(|number| {
+        let is_sound = number >= 0.0 && number <= f64::MAX;
+        if is_sound { number } else { 0.0 }
+    });
+}
+
 impl Evidence {
     /// Makes numbers of what cannot be.
     pub(super) fn repair(&mut self) {
         if !(1.0..=INERTIA).contains(&self.inertia) {
             self.inertia = 1.0;
         }
-        let numbers = self.costs.iter_mut().chain(&mut self.squares);
-        let numbers = numbers.chain(&mut self.recent).chain(&mut self.since);
-        for number in numbers.chain([&mut self.own, &mut self.missed]) {
-            if !number.is_finite() || *number < 0.0 {
-                *number = 0.0;
-            }
+        // With each request: no iterator that has to be asked where it is, and no branch for each number.
+        for numbers in [
+            &mut self.costs,
+            &mut self.squares,
+            &mut self.recent,
+            &mut self.since,
+        ] {
+            repair(numbers);
         }
+        let mut others = [self.missed, self.own];
+        repair(&mut others);
+        [self.missed, self.own] = others;
     }
 
     pub(super) fn requests(&self) -> u64 {
