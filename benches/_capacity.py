@@ -1,4 +1,7 @@
-"""Ten million keys: memory, pauses of growth, and a large delete beside readers."""
+"""Ten million keys: memory, pauses of growth, and a large delete beside readers.
+
+python benches/_capacity.py "adaptive, directory"    # ten million in one of FULL, under one policy; minutes
+"""
 
 from __future__ import annotations
 
@@ -98,12 +101,15 @@ def pool_memory(scale: Scale) -> list[Row]:
     ]
 
 
+FULL = ("memory", "directory", "pool of 3 sources")
+
+
 def adaptive_memory(scale: Scale) -> list[Row]:
     """Bytes for each key under "adaptive", in memory, in a directory and in a pool, all of them full."""
-    count = scale.of(10_000_000, 200_000)
+    count = scale.of(1_000_000, 200_000)
     note = "by key, text included, from RSS, after a twentieth as many evictions; bare: the same under LRU"
     rows = []
-    for kind in ("memory", "directory", "pool of 3 sources"):
+    for kind in FULL:
         mine, lru = (
             _child("era5", f"{eviction}, {kind}", count) for eviction in ("adaptive", "lru")
         )
@@ -330,3 +336,7 @@ def _look(index: Any, keys: list[str], times: list[float], stop: threading.Event
                 return
         if stop is None:
             return
+
+
+if __name__ == "__main__":
+    measure("era5", sys.argv[1], 10_000_000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from typing import TYPE_CHECKING
 
 from _measure import interleave
@@ -17,7 +17,7 @@ _PASSES = 40  # Of the plan: more than are measured.
 
 
 async def hits(scale: Scale) -> list[Row]:
-    """Hits of a full cache in memory, one by one; "bare" is the same under LRU and without a plan."""
+    """Hits of a full cache in memory, one by one, and between misses; "bare" is the same under LRU and without a plan."""
     rows = []
     for count in (1000, scale.of(20_000, 5000)):
         keys = chunk_keys(count)
@@ -41,7 +41,31 @@ async def hits(scale: Scale) -> list[Row]:
                 "bare: the same under LRU" if name == "adaptive" else "bare: the same without one"
             )
             rows.append(times.row(f"{work}, {count:,} keys", aim, note))
-    return rows
+    counts = (64, 1000, scale.of(20_000, 5000))
+    return [*rows, *[await _between_misses(count, scale.of(400, 40)) for count in counts]]
+
+
+async def _between_misses(count: int, rounds: int) -> Row:
+    """Reads of a full cache, where each 16th one is a miss that pushes a value out."""
+    keys = chunk_keys(2 * count)
+    source = memory_store(keys, 100)
+    own = keys[:count]
+    random.Random(5).shuffle(own)
+    contestants = {}
+    for name, eviction in (("bare", "lru"), ("zcache", "adaptive")):
+        store = zcache_store(source, max_size=100 * (count + count // 8), eviction=eviction)
+        contestants[name] = _read(store, _reads(own, keys[count:]))
+        for _ in range(max(16, 6 * count // 1000)):
+            await contestants[name]()
+    times = await interleave(contestants, rounds)
+    note = "bare: the same under LRU"
+    return times.row(f"15 hits and a miss under adaptive, {count:,} keys", None, note)
+
+
+def _reads(own: list[str], others: list[str]) -> list[str]:
+    """A while of it, so long that no other key comes twice before all have come."""
+    hit, missed = cycle(own), cycle(others)
+    return [next(hit) if n % 16 else next(missed) for n in range(16 * max(1000, len(others)))]
 
 
 def _read(store: object, keys: list[str]) -> Work:

@@ -48,6 +48,7 @@ GROUPS = {
     "throughput": ("_index", "throughput"),
     "memory": ("_capacity", "memory"),
     "ten_million": ("_capacity", "pool_memory"),
+    "adaptive": ("_capacity", "adaptive_memory"),
     "sweep": ("_capacity", "sweep"),
     "directory": ("_directory", "rows"),
     "pool": ("_pool", "rows"),
