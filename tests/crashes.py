@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-LONGEST = 150
+LONGEST = 500
 """Seconds after which a script counts as hung."""
 POOL = bool(os.environ.get("ZCACHE_TEST_POOL"))
 """Whether the cache is a pool, with its bound in blocks."""

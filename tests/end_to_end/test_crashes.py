@@ -15,6 +15,9 @@ from crashes import play
 if TYPE_CHECKING:
     from pathlib import Path
 
+# Hundreds of processes one after the other: on a machine that is busy with others that takes minutes.
+pytestmark = pytest.mark.timeout(540)
+
 # What a fill of a pool does of itself: its header and bytes, its mark, and a hole for what it evicts.
 POOL_FILL = {"pwritev", "pwrite64", "fallocate"}
 # What a fill does of itself: a file of its own, its bytes, its times, its name, and the end of the first name.
