@@ -1,14 +1,6 @@
 //! Absences against a reference model: any operations in any order, and after each the index recomputed,
 //! and all that is known to be missing compared.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;

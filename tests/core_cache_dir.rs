@@ -1,13 +1,5 @@
 //! A cache directory and the space on its volume.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::disk;
 
 use crate::place::Place;

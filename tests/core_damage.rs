@@ -2,14 +2,6 @@
 //! other processes map. Every operation then ends, with an error or with an answer, but never in
 //! a panic, in a loop, or with the name of bytes that were never zcache's to delete.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::keys;
 
 use std::collections::BTreeSet;

@@ -4,14 +4,6 @@
 //! other, and die or stop there. Then the index is lost. What it holds after the rebuild, and after
 //! those that were stopped have gone on, is never older than a write that has returned.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -1,13 +1,5 @@
 //! Decoded values: what a decode remembers of its beginning, and what makes it void.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::thread::sleep;
 
 use crate::place::Place;

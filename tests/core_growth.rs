@@ -1,14 +1,6 @@
 //! Growth: many keys, so that segments split and the directory doubles; removal and return of
 //! half of them; and memory that runs out at any point.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::rc::Rc;
 
 use crate::faulty_storage::{Plan, Refuse, Vectors};

@@ -1,13 +1,5 @@
 //! Flights: which one a reader joins, and which numbers name them.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, RejectReason, Reserve, Verify};
 use zcache::cache::{Flights, Ticket};

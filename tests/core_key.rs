@@ -1,12 +1,5 @@
 //! Keys: which ones may be cached, how they are split and hashed, and the names of their ranges.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::key::{
     ByteRange, MAX_LABEL, RangeLabel, above_tails_below, hash, hash_word, is_cacheable, split,
 };

@@ -1,14 +1,6 @@
 //! The fast path of a hit: it answers the usual hit, leaves all others to the lookup, and has the
 //! same effects.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
 use zcache::key::ByteRange;

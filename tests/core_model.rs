@@ -1,14 +1,6 @@
 //! The index against a reference model: any operations in any order, and after each of them every
 //! counter, the recency order, every answer and every victim compared.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::keys;
 
 use crate::reference::{Model, Name, Sighting};

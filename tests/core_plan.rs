@@ -1,11 +1,5 @@
 //! Plans of what will be read, under every policy: all books hold after each step, and the bound at each instant.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
 use zcache::key::ByteRange;

@@ -1,11 +1,5 @@
 //! The seam for eviction policies: a cache goes by whichever policy it has.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::arena::{Heap, List};
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
 use zcache::error::Result;

@@ -2,14 +2,6 @@
 //! given, for every kind of source that there is. And the promise that makes ranges worth it: a
 //! cached full value serves every range about which all sources agree.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::keys;
 
 use proptest::prelude::*;

@@ -1,13 +1,5 @@
 //! Validators: kept with their entry in one step, gone with it, and what they let start anew.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
 use zcache::key::ByteRange;

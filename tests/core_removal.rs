@@ -1,13 +1,5 @@
 //! Values are removed only if zcache wrote them.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, UNIX_EPOCH};

@@ -5,14 +5,6 @@
 //! it and which task is cancelled. After each step the cache store is summed up; at rest the counters have to
 //! equal reality, and what is cached has to be what the source holds.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

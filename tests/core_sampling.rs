@@ -1,13 +1,5 @@
 //! The sample of requests: what is kept of them, in an index and in a file that is damaged, torn or gone.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;

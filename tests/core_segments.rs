@@ -1,13 +1,5 @@
 //! Segments of a pool: what is appended, read and deleted, and what the bound counts.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::pool;
 
 use std::collections::HashSet;

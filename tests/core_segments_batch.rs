@@ -1,13 +1,5 @@
 //! Several values of a pool at once: what is reserved, deleted, written and committed together.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::pool;
 
 use std::fs;

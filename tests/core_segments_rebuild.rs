@@ -1,13 +1,5 @@
 //! Segments of a pool after the index is lost, a participant has died, or files were damaged.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use crate::pool;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,5 @@
 //! Simulations: what caches of different policies and sizes would have served.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
 use proptest::prelude::*;
 use zcache::policy::{PolicyKind, Simulation};
 

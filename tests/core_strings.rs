@@ -1,14 +1,6 @@
 //! The string arena: labels that do not fit into their cells, of every length, in reused strings,
 //! when memory runs out, and with every word of them damaged.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::mem::offset_of;
 use std::rc::Rc;
 

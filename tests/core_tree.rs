@@ -1,14 +1,6 @@
 //! The tree: prefixes among numbers, more directories than the path cache holds, and the memory of
 //! an index of image planes.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::collections::BTreeSet;
 
 use zcache::arena::Heap;

@@ -1,13 +1,5 @@
 //! Files of values: published whole, never over another's file.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
-
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
