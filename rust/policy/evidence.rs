@@ -58,7 +58,7 @@ fn set(numbers: &mut [f64; COUNT], n: usize, to: f64) {
 #[inline]
 fn repair<const N: usize>(numbers: &mut [f64; N]) {
     *numbers = numbers.map(|number| {
-        let is_sound = number >= 0.0 && number <= f64::MAX;
+        let is_sound = (0.0..=f64::MAX).contains(&number);
         if is_sound { number } else { 0.0 }
     });
 }
