@@ -149,7 +149,7 @@ class Cache:
             times_source=minimise == "seconds",
         )
         self.missing_key_errors = MissingKeyErrors()
-        self.lister = Lister(self.shared.listings, self.reader.stale)
+        self.lister = Lister(self.shared.listings, self.reader.stale, self.shared.breaker)
         self.writer = Writer(self.backend, self.lister, describe(source))
         self.decoded = None if decoded_size is None else self.decoded_chunks(decoded_size)
         # Others have used the cache store before.

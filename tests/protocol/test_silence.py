@@ -18,7 +18,9 @@ from support import (
     until,
 )
 from zcache import CacheStore
+from zcache._backends.store import backend
 from zcache.testing import (
+    FakeClock,
     StoreDouble,
     in_flight,
 )
@@ -63,6 +65,28 @@ async def test_cache_store_that_never_answers_costs_no_read(
     await until(lambda: in_flight(store) == (0, 0))
     assert await read(store, "1") == VALUE
     assert await read(store, "2") is None
+
+
+async def test_no_write_waits_for_deletes_that_were_not_answered_before(
+    source: DictStore, cache: StoreDouble, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CacheStore(source, cache_store=cache, clock=clock)
+    for key in SOURCE:
+        await read_through(store, key)
+    cache.hang("delete")
+    await store.set("1", buf(VALUE))
+    # Now the cache store is known to be ill. A write that waits for it would not end, also once it may be tried again.
+    monkeypatch.setattr(backend, "DELETE_TIMEOUT", 3600)
+
+    async def use() -> None:
+        for key in SOURCE:
+            clock.advance(61)
+            await store.set(key, buf(VALUE))
+            assert await read(store, key) == VALUE
+
+    await asyncio.wait_for(use(), BOUNDED)
+    cache.heal()
+    await store.drain()
 
 
 @pytest.mark.parametrize("operation", ["get", "set", "delete", "exists", "list", "getsize"])

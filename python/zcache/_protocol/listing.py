@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT
 from zcache._backends.listings import LARGEST
 from zcache._byte_ranges import is_encodable, is_plain
+from zcache._index.handle import ignore
 from zcache._runtime.threads import NoThreadError
 from zcache._source.offline import no_listing
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.listings import Listings
     from zcache._protocol.stale import StaleValues
+    from zcache._runtime.circuit_breaker import CircuitBreaker
     from zcache._runtime.io import IO
 
 T = TypeVar("T")
@@ -31,10 +33,13 @@ class Lister:
         What is remembered of them.
     stale : StaleValues
         What is served in place of an error of the source.
+    breaker : CircuitBreaker
+        Of the cache store.
     """
 
-    def __init__(self, listings: Listings, stale: StaleValues) -> None:
+    def __init__(self, listings: Listings, stale: StaleValues, breaker: CircuitBreaker) -> None:
         self._listings = listings
+        self._breaker = breaker
         self._stale = stale
 
     async def list_dir(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
@@ -108,7 +113,7 @@ class Lister:
     async def forget(self, io: IO, key: str) -> None:
         """Forget what a write of this key, which begins or has ended, may change."""
         if not self._listings.has_none_of(key):
-            await self._do(io, DELETE_TIMEOUT, partial(self._listings.forget, key))
+            await self._forget(io, partial(self._listings.forget, key))
 
     async def forget_below(self, io: IO, prefix: str) -> None:
         """Forget what a change at and below this prefix, which begins or has ended, may change."""
@@ -116,7 +121,22 @@ class Lister:
         # Another name may name anything.
         below = prefix if _can_be_kept(prefix) else ""
         if not self._listings.has_none():
-            await self._do(io, DELETE_TIMEOUT, partial(self._listings.forget_below, below))
+            await self._forget(io, partial(self._listings.forget_below, below))
+
+    async def _forget(self, io: IO, work: Callable[[], None]) -> None:
+        if not self._listings.may_wait:
+            work()
+            return
+        timeout = self._breaker.patience("delete", DELETE_TIMEOUT)
+        try:
+            await io.in_thread(work, ignore, timeout)
+        except NoThreadError:
+            work()
+        except TimeoutError as error:
+            if timeout:
+                self._breaker.failed(error, "delete")
+        except OSError as error:
+            self._breaker.failed(error, "delete")
 
     async def _do(self, io: IO, timeout: float, work: Callable[[], T]) -> T | None:  # noqa: ASYNC109
         if not self._listings.may_wait:

@@ -74,6 +74,12 @@ class _Failures:
     def is_open(self) -> bool:
         return self.timed_out or self.in_a_row >= FAILURES_TO_OPEN
 
+    def begin_pause(self, now: float) -> None:
+        """Begin the next pause if the last one has ended."""
+        if now >= self.open_until:
+            self.open_until = now + self.pause
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
 
 class CircuitBreaker:
     """Lets operations through to the cache store, or not.
@@ -120,6 +126,19 @@ class CircuitBreaker:
         failures = self.failing.get(operation)
         return failures is not None and failures.is_open
 
+    def patience(self, operation: Operation, seconds: float) -> float:
+        """How long to wait for an operation that goes on without its caller: `seconds`, or 0 where none was answered lately.
+
+        Then a pause begins, and the end of that operation says whether it is the last one.
+        """
+        failures = self.failing.get(operation)
+        if failures is None or not failures.timed_out:
+            return seconds
+        now = self.clock()
+        with self._lock:
+            failures.begin_pause(now)
+        return 0.0
+
     def succeeded(self, operation: Operation = "read") -> None:
         """Note an operation that succeeded."""
         if operation not in self.failing:
@@ -149,9 +168,8 @@ class CircuitBreaker:
             failures.timed_out |= isinstance(error, TimeoutError)
             self.reads_fail |= operation == "read"
             # What was under way when the pause began, and fails now, is no news.
-            if failures.is_open and now >= failures.open_until:
-                failures.open_until = now + failures.pause
-                failures.pause = min(2 * failures.pause, LONGEST_PAUSE)
+            if failures.is_open:
+                failures.begin_pause(now)
             warn = not self._warned and now >= self._quiet_until
             if warn:
                 self._warned = True

@@ -179,11 +179,14 @@ class SyncIO(IO):
     async def in_thread(
         self,
         work: Callable[[], T],
-        on_detached_result: Callable[[T | BaseException], object] | None = None,  # noqa: ARG002
-        timeout: float | None = None,  # noqa: ARG002, ASYNC109
-        progress: Callable[[], int] | None = None,  # noqa: ARG002
+        on_detached_result: Callable[[T | BaseException], object] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+        progress: Callable[[], int] | None = None,
     ) -> T:
-        return work()
+        if on_detached_result is None or timeout is None:
+            return work()
+        # What may go on without its caller.
+        return in_thread_sync(work, on_detached_result, timeout, progress)
 
     async def call(
         self,

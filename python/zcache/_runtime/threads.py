@@ -11,7 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from zcache._runtime.coroutines import NoAnswerError
@@ -165,11 +165,18 @@ def in_thread_sync(
     work: Callable[[], T],
     on_detached_result: Callable[[T | BaseException], object] | None = None,
     timeout: float | None = None,
+    progress: Callable[[], int] | None = None,
 ) -> T:
     """Run `work` in a thread for a caller that blocks; see `in_thread`."""
     future = run_in_background(work)
     try:
-        done = future.result(timeout)
+        seen = None if progress is None else progress()
+        while progress is not None and not wait((future,), timeout).done:
+            now = progress()
+            if now == seen:
+                break
+            seen = now
+        done = future.result(timeout if progress is None else 0)
     except BaseException as error:
         # The work may have ended since the caller stopped waiting; what it raised itself is no news.
         is_its_own = future.done() and future.exception() is error

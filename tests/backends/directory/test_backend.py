@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from directories import closed, open_store, reads, sizes_in, tree
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import backend
+from zcache._protocol import listing
 from zcache.testing import FakeClock, StoreDouble, check_invariants_async, entries
 
 if TYPE_CHECKING:
@@ -164,6 +166,55 @@ async def test_delete_never_answers_a_write_goes_on_and_the_bytes_stay_counted(
     await until(lambda: all(entry.state == "live" for entry in entries(store)))
     await drained(store)
     await check_quiet(store)
+
+
+async def test_no_write_waits_for_deletes_that_were_not_answered_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = open_store(tmp_path)
+    for n in range(9):
+        await write(store, f"c/{n}", bytes(60))
+        await write(store, f"d/{n}", bytes(60))
+    assert [name async for name in store.list_dir("c")]
+    go = threading.Event()
+
+    def hang(work: Any, *args: Any) -> Any:
+        assert go.wait(120)
+        return work(*args)
+
+    for name in ("remove_victims", "remove_key"):
+        monkeypatch.setattr(backend, name, partial(hang, getattr(backend, name)))
+    await store.set("c/0", buf(b"new"))
+    # Now the directory is known to be ill. A write that waits for it would not end.
+    for module in (backend, listing):
+        monkeypatch.setattr(module, "DELETE_TIMEOUT", 3600)
+
+    async def write_all() -> None:
+        for n in range(1, 5):
+            await store.set(f"c/{n}", buf(b"new"))
+            assert await read(store, f"c/{n}") == b"new"
+        await asyncio.to_thread(store.set_sync, "c/5", buf(b"new"))
+        assert await read(store, "c/5") == b"new"
+        await store.delete("c/6")
+        await store.delete_dir("d")
+        await store.invalidate("c/8")
+
+    try:
+        await asyncio.wait_for(write_all(), 60)
+    finally:
+        go.set()
+    assert await read(source.inner, "c/6") is None
+    await until(lambda: all(entry.state == "live" for entry in entries(store)))
+    await drained(store)
+    await check_quiet(store)
+    await until(lambda: _is_cached_again(store, "c/1"))
+
+
+def _is_cached_again(store: CacheStore, key: str) -> bool:
+    """Whether a value is cached again, once the cache store is no longer left alone."""
+    store.get_sync(key)
+    store.drain_sync()
+    return store.is_cached(key)
 
 
 def _is_old(where: Path) -> bool:

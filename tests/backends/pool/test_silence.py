@@ -26,6 +26,7 @@ from support import (
     until,
 )
 from zcache import CachePool, CacheStore
+from zcache._backends.directory import backend
 from zcache._core import CorruptIndexError, IndexBusyError
 from zcache.testing import check_invariants_async, entries, index_slot, without_shared_index
 
@@ -107,6 +108,44 @@ async def test_delete_that_never_ends_holds_up_no_write_and_its_bytes_stay_count
     scanner.files = scanner.files.inner
     await until(lambda: all(entry.state == "live" for entry in entries(store)))
     await check_quiet(store)
+
+
+async def test_no_write_waits_for_deletes_that_were_not_answered_before(
+    tmp_path: Path, hanging: list[Hanging], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_with_neighbours(tmp_path / "pool")
+    source = source_of(**{f"c/{n}": bytes(60) for n in range(9)})
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    for n in range(9):
+        await read_through(store, f"c/{n}")
+    scanner: Any = pool._pool.directory.layout.scanner  # type: ignore[union-attr]
+    scanner.files = Hanging(scanner.files, "delete", "delete_below")
+    hanging.append(scanner.files)
+    await store.set("c/0", buf(b"new"))
+    # Now the pool is known to be ill. A write that waits for it would not end.
+    monkeypatch.setattr(backend, "DELETE_TIMEOUT", 3600)
+    await asyncio.wait_for(_write_all(store), BOUNDED)
+    assert await read(source.inner, "c/7") is None
+    scanner.files.go.set()
+    scanner.files = scanner.files.inner
+    await until(lambda: all(entry.state == "live" for entry in entries(store)))
+    await check_quiet(store)
+    assert pool.cache_info()["current_size"] > 0
+    await until(lambda: _is_filled(store))
+
+
+async def _write_all(store: CacheStore) -> None:
+    """Write keys that are cached, in each way."""
+    for n in range(1, 5):
+        await store.set(f"c/{n}", buf(b"new"))
+        assert await read(store, f"c/{n}") == b"new"
+    # A thread that may block; its time-out ends a wait that would not.
+    await asyncio.to_thread(store.set_sync, "c/5", buf(b"new"))
+    assert await read(store, "c/5") == b"new"
+    await store.delete("c/6")
+    await store.delete_dir("c/7")
+    await store.delete("c/7")
+    await store.invalidate("c/8")
 
 
 class Slow:

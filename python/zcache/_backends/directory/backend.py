@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend
 from zcache._backends.directory.files import read_value
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zcache")
 
+MOST_OWED: Final = 1000
+"""Deletes that go on without their callers, of each store; more are left to later ones."""
+
 
 class DirectoryBackend(Backend):
     """Files below a directory, each under the name of its key.
@@ -48,6 +51,8 @@ class DirectoryBackend(Backend):
     """
 
     removes_by_name = True
+    # Deletes that go on without their callers.
+    _owed = 0
 
     def __init__(self, store: LocalStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)
@@ -98,30 +103,30 @@ class DirectoryBackend(Backend):
             # They stay, and this process serves them no more.
             self.remove_later(victims)
             return
+        if self._owed >= MOST_OWED:
+            self.remove_later(victims)
+            return
         work = partial(self._remove_in_thread, victims)
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
-            outcome = await io.in_thread(
-                work, partial(self._removed_late, victims), timeout=DELETE_TIMEOUT
-            )
+            outcome = await io.in_thread(work, partial(self._removed_late, victims), timeout)
         except NoAnswerError as error:
             # What is being deleted stays counted until that has ended.
-            self.breaker.failed(error, "delete")
+            self._unanswered(error, timeout)
             return
         except NoThreadError:
             # Here, then: a file that stays is one that others may be served.
             outcome = work()
         except Exception as error:  # noqa: BLE001 - the user did not ask for it
             outcome = [_as_os_error(error)] * len(victims)
-        except BaseException:
-            if io.loop() is None:  # Nothing goes on then, so it is not reported either.
-                self.remove_later(victims)
-            raise
         dropped, failed = self._sort(victims, outcome)
         if failed:
             names = _names(victims, failed)
             with contextlib.suppress(TimeoutError, NoThreadError):
                 await io.in_thread(
-                    lambda: self._directory.scanner.add_tombstones(names), timeout=DELETE_TIMEOUT
+                    lambda: self._directory.scanner.add_tombstones(names),
+                    ignore,
+                    timeout=DELETE_TIMEOUT,
                 )
         with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
             await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
@@ -177,16 +182,39 @@ class DirectoryBackend(Backend):
                 names = [name for name, _ in self._remove_counted(work)]
                 self._directory.scanner.add_tombstones(names)
 
+        if not tells:
+            await self._remove_unasked(io, remove)
+            return
         try:
             try:
                 await io.in_thread(remove, ignore, timeout=DELETE_TIMEOUT, progress=self._progress)
             except NoThreadError:
                 remove()
         except (TimeoutError, OSError) as error:
-            if tells:
-                self._could_not_tell(error, begins=begins)
-            else:
-                self.breaker.failed(error, "delete")
+            self._could_not_tell(error, begins=begins)
+
+    async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
+        """Remove files by their names, and wait for that as long as they are removed."""
+        if self._owed >= MOST_OWED:
+            return
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
+        try:
+            await io.in_thread(work, self._ended_late, timeout, self._progress if timeout else None)
+        except NoThreadError:
+            work()
+        except NoAnswerError as error:
+            self._unanswered(error, timeout)
+        except OSError as error:
+            self.breaker.failed(error, "delete")
+
+    def _unanswered(self, error: Exception, timeout: float) -> None:
+        self._owed += 1
+        # What was not waited for says nothing.
+        if timeout:
+            self.breaker.failed(error, "delete")
+
+    def _ended_late(self, _: object) -> None:
+        self._owed -= 1
 
     def _tell_and_remove(self, prefix: str, work: Callable[[], list[tuple[str, OSError]]]) -> None:
         """Tell others of a change without the index: nothing older is filled, nothing older is there.
@@ -216,6 +244,8 @@ class DirectoryBackend(Backend):
         if not self._directory.scanner.only_looks:
             for _, error in failed:
                 self.breaker.failed(error, "delete")
+        if not failed:
+            self.breaker.succeeded("delete")
         return failed
 
     def _could_not_tell(self, error: Exception, *, begins: bool) -> None:
@@ -255,6 +285,7 @@ class DirectoryBackend(Backend):
     def _removed_late(
         self, victims: Sequence[Victim], outcome: list[OSError | None] | BaseException
     ) -> None:
+        self._owed -= 1
         if isinstance(outcome, BaseException):
             self.remove_later(victims)
             return
@@ -283,17 +314,9 @@ class DirectoryBackend(Backend):
                 io, prefix, lambda: self._remove_below(prefix), begins=begins
             )
         elif not self._directory.scanner.only_looks:
-            try:
-                await io.in_thread(
-                    lambda: self._remove_counted(lambda: self._remove_below(prefix)),
-                    ignore,
-                    timeout=DELETE_TIMEOUT,
-                    progress=self._progress,
-                )
-            except NoThreadError:
-                self._remove_counted(lambda: self._remove_below(prefix))
-            except TimeoutError as error:
-                self.breaker.failed(error, "delete")
+            await self._remove_unasked(
+                io, lambda: self._remove_counted(lambda: self._remove_below(prefix))
+            )
 
     def _progress(self) -> int:
         """How deletes by names get on: they take as long as there are many values."""

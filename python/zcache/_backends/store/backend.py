@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -124,17 +123,18 @@ class StoreBackend(Backend):
         io: IO,
         victims: Sequence[Victim],
         on_detached_result: Callable[[Outcome | BaseException], None],
+        timeout: float = DELETE_TIMEOUT,  # noqa: ASYNC109
     ) -> Outcome:
         """Delete values; one that is gone already counts as deleted.
 
         Raises
         ------
         NoAnswerError
-            After `DELETE_TIMEOUT`; the deletes go on.
+            After `timeout` seconds; the deletes go on.
         """
         names = [name for _, name in victims]
         return await io.send(
-            DELETE_TIMEOUT,
+            timeout,
             lambda: self._delete_all(names),
             lambda: [self._delete_sync(name) for name in names],
             on_detached_result,
@@ -172,11 +172,13 @@ class StoreBackend(Backend):
             self.remove_later(victims)
             return
         confirm = self.shared.handle.call_shielded
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
-            outcome = await self.delete(io, victims, partial(self._removed_late, victims))
+            outcome = await self.delete(io, victims, partial(self._removed_late, victims), timeout)
         except NoAnswerError as error:
             # What is being deleted stays counted until that has ended.
-            self.breaker.failed(error, "delete")
+            if timeout:
+                self.breaker.failed(error, "delete")
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
             outcome = [error] * len(victims)
@@ -209,7 +211,7 @@ class StoreBackend(Backend):
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names if self.outlives_process else ():
             # If that fails as well, it cannot be told.
-            with contextlib.suppress(Exception):
+            try:
                 await io.send(
                     DELETE_TIMEOUT,
                     partial(self._bury, name),
@@ -218,6 +220,11 @@ class StoreBackend(Backend):
                     else _nothing,
                     ignore,
                 )
+            except NoAnswerError as error:
+                self.breaker.failed(error, "write")
+                return
+            except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+                self.breaker.failed(error, "write")
 
     async def _bury(self, name: str) -> None:
         await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
@@ -244,10 +251,14 @@ class StoreBackend(Backend):
         # what is outdated.
         if io.loop() is None or not self.breaker.allows("delete"):
             return
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
             await io.send(
-                DELETE_TIMEOUT, partial(self._remove_unlisted, listing, prefix), _nothing, ignore
+                timeout, partial(self._remove_unlisted, listing, prefix), _nothing, ignore
             )
+        except NoAnswerError as error:
+            if timeout:
+                self.breaker.failed(error, "delete")
         except Exception as error:  # noqa: BLE001 - whatever it is, the user did not ask for it
             self.breaker.failed(error, "delete")
 
