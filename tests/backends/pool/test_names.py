@@ -15,7 +15,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import MemoryStore
 
 from pools import source_of
-from support import buf, read, read_through
+from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
 from zcache._backends.pool.register import Register, label_of
 from zcache.testing import check_invariants, set_block_size
@@ -40,6 +40,39 @@ def test_names_of_many_sources_count_towards_the_bound(tmp_path: Path) -> None:
         blocks = sum(512 * file.stat().st_blocks for file in held)
         assert blocks <= pool.cache_info()["current_size"] <= bound
     assert {info.name for info in pool.sources()} == set(names)
+
+
+async def test_names_that_are_longer_than_the_pool_take_no_room_from_its_values(
+    tmp_path: Path,
+) -> None:
+    set_block_size(None)
+    bound = 2**18
+    pool = CachePool(tmp_path / "pool", max_size=bound)
+    names = [f"{'x' * length}{n}" for length in (2**20, 2**14, 9) for n in range(8)]
+    for name in names:
+        source = MemoryStore({"a": buf(name[-9:].encode())})
+        store = CacheStore(source, cache_store=pool, source_id=name)
+        for _ in range(2):
+            assert await read_through(store, "a") == name[-9:].encode()
+        assert store.is_cached("a")
+        held = [*files_below(tmp_path / "pool/.zcache/segments"), *_beside(tmp_path / "pool")]
+        blocks = sum(512 * file.stat().st_blocks for file in held)
+        assert blocks <= pool.cache_info()["current_size"] <= bound
+    del store
+    gc.collect()
+    # Those that were used last, and that there is room for.
+    assert {name for name in names if len(name) < 100} <= {info.name for info in pool.sources()}
+    assert len(pool.sources()) == len(names)
+    pool.forget(names[0])
+    pool.forget(names[-1])
+    assert len(pool.sources()) == len(names) - 2
+    assert names[-1] not in {info.name for info in pool.sources()}
+
+
+def _beside(pool: Path) -> list[Path]:
+    """The folder of zcache's files, and those in it."""
+    reserved = pool / ".zcache"
+    return [reserved, *(path for path in reserved.iterdir() if path.name != "index")]
 
 
 def test_names_that_many_note_at_once_are_all_kept(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class PoolDirectory(CacheDirectory):
     @property
     def register(self) -> Register:
         """The names of its sources."""
-        return Register(self.layout.reserved, self._count_pages)
+        return Register(self.layout.reserved, self._count_pages, self.handle.limits.get("max_size"))
 
     def _count_pages(self, pages: int) -> None:
         """Count pages beside the values, and make room for them."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _PAGE: Final = 4096
 _LOOKED_AT_EACH: Final = 4 * _PAGE
 """Bytes by which the file grows until it is seen whether most of it is out of date."""
+_PART: Final = 4
+"""One byte in so many of a pool may be names."""
 _PATIENCE: Final = 0.5
 """Seconds for which others are waited for; a line is added without the lock as well."""
 _LOOK_AGAIN: Final = 0.002
@@ -33,7 +35,7 @@ class Register:
     """The names of the sources of a pool, for people: nothing else depends on them.
 
     A file to which lines are added, so that of what processes note at once nothing is lost. Where most lines are
-    out of date it is written anew.
+    out of date it is written anew, and where there is no room for more: then without those that were used longest ago.
 
     Parameters
     ----------
@@ -41,11 +43,19 @@ class Register:
         The folder ``.zcache`` of the pool.
     count : callable, optional
         Is told of pages before they are written, and, as a negative number, once they are given back.
+    max_size : int, optional
+        Bytes of the pool. A quarter of them are for the names, or a page. Default is None, no bound.
     """
 
-    def __init__(self, reserved: str, count: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self,
+        reserved: str,
+        count: Callable[[int], object] | None = None,
+        max_size: int | None = None,
+    ) -> None:
         self._path = os.path.join(reserved, "sources")
         self._count = count or (lambda _: None)
+        self._room = None if max_size is None else max(_PAGE, max_size // _PART)
 
     def names(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by label."""
@@ -79,9 +89,13 @@ class Register:
 
     def add(self, name: str, *, forget: bool = False) -> None:
         """Note that a source is used now, or forget it."""
-        line = _line(name, None if forget else time.time())
+        used = None if forget else time.time()
+        line = _line(name, used)
         with contextlib.suppress(OSError), self._locked() as file:
             size = os.fstat(file).st_size
+            if self._room is not None and size + len(line) > self._room:
+                self._write_what_fits(name, used, size, self._room // 2)
+                return
             self._count(_pages_of(size + len(line)) - max(1, _pages_of(size)))
             os.write(file, line)
             if (size + len(line)) // _LOOKED_AT_EACH > size // _LOOKED_AT_EACH:
@@ -89,8 +103,21 @@ class Register:
 
     def _write_anew(self, size: int) -> None:
         lines = b"".join(_line(note["name"], note["used"]) for note in self.names().values())
-        if 2 * len(lines) > size:
-            return
+        if 2 * len(lines) <= size:
+            self._replace(lines, size)
+
+    def _write_what_fits(self, name: str, used: float | None, size: int, room: int) -> None:
+        notes = self.names()
+        notes[label_of(name)] = {"name": name, "used": used}
+        found = []
+        for note in sorted(notes.values(), key=_last_use, reverse=True):
+            line = _line(note["name"], note["used"])
+            if note["used"] is not None and len(line) <= room:
+                found.append(line)
+                room -= len(line)
+        self._replace(b"".join(reversed(found)), size)
+
+    def _replace(self, lines: bytes, size: int) -> None:
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         gone = pages = _pages_of(len(lines))
         self._count(pages)
@@ -141,6 +168,11 @@ class Register:
         mode = stat.S_IMODE(os.stat(os.path.dirname(self._path)).st_mode) & 0o666
         if stat.S_IMODE(os.stat(path).st_mode) != mode:
             os.chmod(path, mode)
+
+
+def _last_use(note: dict[str, Any]) -> float:
+    used = note["used"]
+    return float(used) if isinstance(used, (int, float)) else 0.0
 
 
 def _line(name: str, used: float | None) -> bytes:
