@@ -84,6 +84,8 @@ class IndexHandle:
         Replaces or repairs an index that is damaged; runs in a thread. Default is None: `abandon`.
     take : callable
         Takes a step: `zcache.testing` puts its recorder here.
+    tells_steps : bool
+        Whether that wants to hear of each look-up too, so that nothing else may take one in the place of the index.
     deferred : deque of callable
         Steps without a waiter, where no thread could be started to take them later.
     plan : Plan or None
@@ -96,6 +98,7 @@ class IndexHandle:
     """
 
     take = staticmethod(_take)
+    tells_steps = False
 
     def __init__(self, index: Index, name: str, limits: dict[str, Any]) -> None:
         self._index = index

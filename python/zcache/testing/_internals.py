@@ -258,14 +258,14 @@ def intercepted(
             then(step.__name__, args, answer)
         return answer
 
-    handle.take = take
+    handle.take, handle.tells_steps = take, True
     handle.show(_Intercepted(inner, then))
     try:
         yield
     finally:
-        del handle.take
-        if isinstance(handle.index, _Intercepted):
-            handle.show(inner)
+        del handle.take, handle.tells_steps
+        # Another one has taken its place where it was lost meanwhile.
+        handle.show(_real(handle.index))
 
 
 def _real(index: Any) -> Index:

@@ -50,8 +50,7 @@ class PoolBackend(DirectoryBackend):
         self._segments = self._pages.use(source.handle.view, source.files)
 
     def lookup_in(self, index: Any) -> Callable[..., Any]:
-        if not isinstance(index, Index):
-            # What tells of each step stands before it.
+        if self.shared.handle.tells_steps:
             return super().lookup_in(index)
         return self._pages.lookup_in(index, self._source.files)
 
