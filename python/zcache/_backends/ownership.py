@@ -42,9 +42,9 @@ def parse_stamp(
     if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
         if adopt:
             return None
+        way_out = "Remove it" if form == POOL_FORMAT else "Pass adopt=True to take it over"
         raise CacheOwnershipError(
-            f"the stamp of the cache {where} cannot be read. Pass adopt=True to take it over, or give "
-            "another one."
+            f"the stamp of the cache {where} cannot be read. {way_out}, or give another one."
         )
     if POOL_FORMAT in (stamp["zcache"], form) and stamp["zcache"] != form:
         one, other = (
@@ -69,12 +69,16 @@ def parse_stamp(
     return stamp
 
 
-def not_ours(where: str, example: str, source: str) -> str:
-    """Say that a place is not empty."""
+def not_ours(where: str, example: str, source: str, form: int | str = FORMAT) -> str:
+    """Say that a place is not empty. What a pool holds cannot be adopted: it would be no pool."""
+    way_out = (
+        "."
+        if form == POOL_FORMAT
+        else f"; or pass adopt=True if all that it holds is a cache of {source}, which zcache may serve and delete."
+    )
     return (
         f"the {where} is not empty and was not made by zcache (it holds {example!r}, for instance). "
-        "Give an empty or a new one; or pass adopt=True if all that it holds is a cache of "
-        f"{source}, which zcache may serve and delete."
+        f"Give an empty or a new one{way_out}"
     )
 
 

@@ -429,9 +429,21 @@ def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
 
 def test_directory_with_files_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CacheOwnershipError, match="is not empty"):
+    with pytest.raises(CacheOwnershipError, match="is not empty") as refused:
         CachePool(tmp_path)
+    # A pool takes no such option.
+    assert "adopt" not in str(refused.value)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_stamp_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    CachePool(tmp_path)
+    gc.collect()
+    for stamp in tmp_path.rglob("stamp*"):
+        stamp.write_text("half a st")
+    with pytest.raises(CacheOwnershipError, match=r"cannot be read. Remove it") as refused:
+        CachePool(tmp_path)
+    assert "adopt" not in str(refused.value)
 
 
 # -------------------------------------------------------------------------- read-only

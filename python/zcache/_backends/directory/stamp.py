@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory import files
 from zcache._backends.ownership import (
     FORMAT,
+    POOL_FORMAT,
     is_stamp,
     not_ours,
     other_source,
@@ -180,9 +181,14 @@ class Stamp:
         own = status.st_uid in (os.geteuid(), 0)
         if own or self._trusts_owner or not os.access(self.root, os.W_OK):
             return
+        way_out = (
+            "mode=0o770 if it is for a group of yours, and you trust its owner"
+            if self._form == POOL_FORMAT
+            else "adopt=True if you trust him"
+        )
         raise CacheOwnershipError(
             f"the cache directory {self.root} is another user's (uid {status.st_uid}), who may read and "
-            "change what is cached in it. Give one of your own, or pass adopt=True if you trust him."
+            f"change what is cached in it. Give one of your own, or pass {way_out}."
         )
 
     def _check_above(self) -> None:
@@ -221,7 +227,8 @@ class Stamp:
         elif foreign is not None and not (ours and was_cache):
             if (stamp := self._read(adopt)) is not None:
                 return stamp  # Another process was first, and these are its values.
-            raise CacheOwnershipError(not_ours(f"directory {self.root}", foreign, self.source))
+            where = f"directory {self.root}"
+            raise CacheOwnershipError(not_ours(where, foreign, self.source, self._form))
         elif ours:
             logger.warning(
                 "the stamp of the cache directory %s has gone, so what it holds is taken in again as far as "
