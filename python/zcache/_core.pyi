@@ -516,6 +516,29 @@ class Index:
     ) -> _Reserve:
         """Report the deletes that a reservation asked for, and go on with it."""
 
+    def reserve_all(
+        self, keys: list[str], size: int, tickets: list[int], now: float, /
+    ) -> tuple[list[Reservation | None], list[_Victim]]:
+        """`reserve` for many whole values of one size.
+
+        Returns
+        -------
+        list of Reservation or None
+            For each of them; None where there is no room.
+        list of victims
+            To be deleted, and reported by `advance_all`. If there are none, all reservations are granted.
+        """
+
+    def advance_all(
+        self,
+        reservations: list[Reservation | None],
+        dropped: list[int],
+        failed: list[int],
+        now: float,
+        /,
+    ) -> tuple[list[Reservation | None], list[_Victim]]:
+        """Report the deletes that these have asked for; returns what takes their place, as `reserve_all` does."""
+
     def fill_memory(
         self,
         values: dict[str, Any],
@@ -547,6 +570,11 @@ class Index:
         Its age counts from `fetched`; default is `now`. None if the index was emptied meanwhile: it knows
         nothing of the bytes.
         """
+
+    def commit_all(
+        self, reservations: list[Reservation], now: float, /
+    ) -> tuple[list[int], list[_Victim]]:
+        """`commit` for many: the positions of those of which the index knows nothing any more, and what to delete."""
 
     def release(self, reservation: Reservation, /) -> list[_Victim]:
         """Give a reservation back whose bytes were not written, as far as is known; returns what to delete."""
@@ -644,15 +672,15 @@ class Index:
     def mark_corrupt(self) -> None:
         """Say that the index does not fit the files; raises `CorruptIndexError` if it is in a directory."""
 
-    def begin_decode(
-        self, key: str, now: float, max_age: float | None = None, /
-    ) -> tuple[int, int] | None:
-        """Say that the bytes of a key will be read and decoded; to be asked before they are read.
+    def begin_decodes(
+        self, keys: list[str], now: float, max_ages: list[float | None], /
+    ) -> list[tuple[int, int] | None]:
+        """Say that the bytes of some keys will be read and decoded; to be asked before they are read.
 
         Returns
         -------
-        tuple or None
-            Version of the key; milliseconds at which the oldest bytes were fetched that may be read, 0 where values
+        list of tuple or None
+            Version of each key; milliseconds at which the oldest bytes were fetched that may be read, 0 where values
             expire and that is not known: then the result must not be kept. None while the key is being changed.
         """
 
@@ -669,7 +697,7 @@ class Index:
     ) -> bool:
         """Whether what was decoded from a key may be used now.
 
-        Nothing has changed the key since `begin_decode` gave `version` and `fetched`; it has not expired; and
+        Nothing has changed the key since `begin_decodes` gave `version` and `fetched`; it has not expired; and
         no full value is cached that was read from the source after `landed`, when the decode had ended. If so,
         the full value counts as used, or, with `touch_ranges`, up to 1,024 ranges of it.
         """

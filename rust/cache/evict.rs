@@ -3,6 +3,7 @@
 use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
 use super::planned::{Distance, NOT_NEEDED};
+use super::reserve::{RejectReason, Reserve};
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
@@ -49,7 +50,34 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// The same unless the index was emptied since this [`Cache::generation`].
+    /// Reports deletes that many reservations have asked for together, and advances each of them.
+    pub fn many_evicted(
+        &mut self,
+        ids: &[Option<u64>],
+        deleted: &[u32],
+        failed: &[u32],
+        now: u64,
+    ) -> Result<Vec<Option<Reserve>>> {
+        self.deletes_done(deleted, failed)?;
+        let mut answers = Vec::with_capacity(ids.len());
+        for id in ids {
+            let Some(id) = *id else {
+                answers.push(None);
+                continue;
+            };
+            let Some(mut reservation) = self.reservations.remove(&id) else {
+                answers.push(Some(self.rejected(RejectReason::Invalidated)));
+                continue;
+            };
+            // All of them leave alone what could not be deleted for one.
+            reservation.failures += u32::from(!failed.is_empty());
+            reservation.awaited.clear();
+            answers.push(Some(self.advance(id, reservation, None, now)?));
+        }
+        Ok(answers)
+    }
+
+    /// [`Self::deletes_done`] unless the index was emptied since this [`Cache::generation`].
     pub fn deletes_done_since(
         &mut self,
         generation: u64,

@@ -86,7 +86,7 @@ pub(super) struct Reservation {
     /// Its part of `Header::reserved_bytes`.
     pub(super) reserved: u64,
     /// Rounds of deletes in which one has failed.
-    failures: u32,
+    pub(super) failures: u32,
     /// Entries that are being deleted for it.
     pub(super) awaited: SmallVec<[u32; 4]>,
     /// The entry, once granted, else 0.
@@ -217,7 +217,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Advances a reservation. It is kept unless it is rejected.
-    fn advance(
+    pub(super) fn advance(
         &mut self,
         id: u64,
         mut reservation: Reservation,
@@ -450,7 +450,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.rejected(reason)
     }
 
-    fn rejected(&mut self, reason: RejectReason) -> Reserve {
+    pub(super) fn rejected(&mut self, reason: RejectReason) -> Reserve {
         Tally::add(&self.tally.rejections, 1);
         Reserve::Rejected(reason)
     }

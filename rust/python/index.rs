@@ -26,7 +26,7 @@ use super::errors::poisoned;
 use super::memory::Fill;
 use super::plan::Plan;
 use super::pool::{FoundPlace, SegmentScan, Source, place_name};
-use super::reservation::{Abandoned, Committed, Reservation};
+use super::reservation::{Abandoned, Committed, Many, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
 use crate::cache::{
@@ -690,6 +690,31 @@ impl Index {
         self.answer(py, answer, Some(reservation))
     }
 
+    #[pyo3(signature = (keys, size, tickets, now, /))]
+    fn reserve_all(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Bound<'_, PyString>>,
+        size: u64,
+        tickets: Vec<u64>,
+        now: f64,
+    ) -> PyResult<Many<Reservation>> {
+        self.end_abandoned(py)?;
+        self.reserve_many(py, &keys, size, &tickets, millis(now))
+    }
+
+    #[pyo3(signature = (reservations, dropped, failed, now, /))]
+    fn advance_all(
+        &self,
+        py: Python<'_>,
+        reservations: Vec<Option<Py<Reservation>>>,
+        dropped: Vec<u32>,
+        failed: Vec<u32>,
+        now: f64,
+    ) -> PyResult<Many<Py<Reservation>>> {
+        self.advance_many(py, reservations, &dropped, &failed, millis(now))
+    }
+
     /// See [`super::memory`].
     #[pyo3(signature = (values, key, raw, data, value, ticket, now, fetched=None, /))]
     #[allow(clippy::too_many_arguments)] // All that a fill is about, for one call.
@@ -747,6 +772,16 @@ impl Index {
         Ok(done.map(|(done, failed_deletes)| {
             Committed::new(raw_victims(done.victims), failed_deletes)
         }))
+    }
+
+    #[pyo3(signature = (reservations, now, /))]
+    fn commit_all(
+        &self,
+        py: Python<'_>,
+        reservations: Vec<Py<Reservation>>,
+        now: f64,
+    ) -> PyResult<(Vec<usize>, Vec<RawVictim>)> {
+        self.commit_many(py, &reservations, millis(now))
     }
 
     #[pyo3(signature = (reservation, /))]
@@ -1076,18 +1111,34 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (key, now, max_age=None, /))]
-    fn begin_decode(
+    #[pyo3(signature = (keys, now, max_ages, /))]
+    fn begin_decodes(
         &self,
         py: Python<'_>,
-        key: &str,
+        keys: Vec<Bound<'_, PyString>>,
         now: f64,
-        max_age: Option<f64>,
-    ) -> PyResult<Option<(u64, u64)>> {
-        let key = &*self.whole(key);
-        let fresh = fresh(now, max_age);
-        let decode = step!(self, py, |cache| cache.begin_decode(key, fresh))?;
-        Ok(decode.map(|decode| (decode.version, decode.fetched)))
+        max_ages: Vec<Option<f64>>,
+    ) -> PyResult<Vec<Option<(u64, u64)>>> {
+        let keys: Vec<_> = keys
+            .iter()
+            // One that is no text is never cached.
+            .map(|key| key.to_str().ok().map(|key| self.whole(key)))
+            .collect();
+        let asked: Vec<_> = keys.iter().zip(max_ages).collect();
+        let mut stamps = Vec::with_capacity(keys.len());
+        // In steps, so that no one waits for long.
+        for some in asked.chunks(BATCH) {
+            step!(self, py, |cache| {
+                for (key, age) in some {
+                    let fresh = fresh(now, *age);
+                    let decode = key.as_ref().map(|key| cache.begin_decode(key, fresh));
+                    let decode = decode.transpose()?.flatten();
+                    stamps.push(decode.map(|decode| (decode.version, decode.fetched)));
+                }
+                Ok(())
+            })?;
+        }
+        Ok(stamps)
     }
 
     #[pyo3(signature = (key, version, fetched, landed, touch_ranges, now, max_age=None, /))]

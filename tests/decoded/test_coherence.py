@@ -394,7 +394,7 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
     """Nothing ends such a reader while those who wait for it, perhaps in the same event loop, refer to it."""
     store = CacheStore(MemoryStore(), decoded_size=32)
     cache: Any = store._decoded
-    origin, names = cache.origins.begin("a", 0.0), ["a/0", "a/1"]
+    origin, names = cache.origins.begin(["a"], 0.0)[0], ["a/0", "a/1"]
     loop, other = asyncio.get_running_loop(), asyncio.new_event_loop()
     if is_one:
         dead = [cache.join(name, "a", origin, 16, other)[1] for name in names]
@@ -414,9 +414,9 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
         leads, decoding = cache.join(name, "a", origin, 16, loop)
         assert leads
         assert decoding not in dead
-        cache.land(decoding, np.arange(4, dtype="i4"), None)
+        cache.landing.land([(decoding, np.arange(4, dtype="i4"), None)])
     for decoding in dead:
-        cache.land(decoding, np.zeros(4, dtype="i4"), None)
+        cache.landing.land([(decoding, np.zeros(4, dtype="i4"), None)])
         cache.give_up(decoding)
     assert all(kept.array[3] == 3 for kept in cache._values.values())
     assert decoded(store, "size") == 32
@@ -535,7 +535,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     store = CacheStore(MemoryStore(), decoded_size=16)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    origin = cache.origins.begin("a", 0.0)
+    origin = cache.origins.begin(["a"], 0.0)[0]
     _, leading = cache.join("a/0", "a", origin, 16, loop)
     index = cache._index
 
@@ -548,9 +548,9 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
         def join(self, *args: Any) -> Any:
             cache._index = index
             joined = index.join(*args)
-            cache.land(leading, np.arange(4, dtype="i4"), None)
-            _, other = cache.join("b/0", "b", cache.origins.begin("b", 0.0), 16, loop)
-            cache.land(other, np.zeros(4, dtype="i4"), None)
+            cache.landing.land([(leading, np.arange(4, dtype="i4"), None)])
+            _, other = cache.join("b/0", "b", cache.origins.begin(["b"], 0.0)[0], 16, loop)
+            cache.landing.land([(other, np.zeros(4, dtype="i4"), None)])
             return joined
 
     cache._index = Slow()
@@ -568,7 +568,7 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
     store = CacheStore(MemoryStore(), decoded_size=1000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    index, origin = cache._index, cache.origins.begin("a", 0.0)
+    index, origin = cache._index, cache.origins.begin(["a"], 0.0)[0]
     _, theirs = cache.join("a/3", "a", origin, 16, loop)
     if not is_kept:
         cache._admission.admitted = lambda names, kept: []
@@ -596,7 +596,7 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
     assert late[1] is decodings.single["a/2"]
     cache.pass_over(decodings)
     for decoding in decodings.single.values():
-        cache.land(decoding, np.arange(4, dtype="i4"), None)
+        cache.landing.land([(decoding, np.arange(4, dtype="i4"), None)])
     # Who comes now finds what is kept, or begins anew.
     leads, again = cache.join("a/0", "a", origin, 16, loop)
     assert leads
@@ -614,7 +614,7 @@ async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_
     store = CacheStore(MemoryStore(), decoded_size=1000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    origin = cache.origins.begin("a", 0.0)
+    origin = cache.origins.begin(["a"], 0.0)[0]
     cache._admission.admitted = lambda names, kept: []
     decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
@@ -623,7 +623,7 @@ async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_
     assert leads
     cache.give_up_all(decodings)
     assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
-    cache.land(anew, np.arange(4, dtype="i4"), None)
+    cache.landing.land([(anew, np.arange(4, dtype="i4"), None)])
     assert anew.kept.array[3] == 3
     cache.leave(anew)
     check_decoded_quiet(store)
@@ -633,7 +633,7 @@ async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reade
     store = CacheStore(MemoryStore(), decoded_size=1000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
-    origin = cache.origins.begin("a", 0.0)
+    origin = cache.origins.begin(["a"], 0.0)[0]
     cache._admission.admitted = lambda names, kept: []
     decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
@@ -644,9 +644,80 @@ async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reade
     assert leads
     decodings.passed["a/0"] = ticket
     assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
-    cache.land(anew, np.arange(4, dtype="i4"), None)
+    cache.landing.land([(anew, np.arange(4, dtype="i4"), None)])
     assert anew.kept.array[3] == 3
     cache.leave(anew)
+    check_decoded_quiet(store)
+
+
+async def _landed() -> tuple[CacheStore, Any, Decodings, Callable[[str], Any]]:
+    """A read of two chunks has kept the first of them, and goes on; another reader joins one."""
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    (origin,) = cache.origins.begin(["a"], 0.0)
+    loop = asyncio.get_running_loop()
+    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    assert cache.join_all(decodings, 16) == {}
+    cache.landing.land([(decodings.single["a/0"], np.arange(4, dtype="i4"), None)], decodings)
+    return store, cache, decodings, lambda name: cache.join(name, "a", origin, 16, loop)
+
+
+async def test_chunk_is_served_before_the_rest_of_its_read_is_there() -> None:
+    store, cache, decodings, join = await _landed()
+    leads, decoding = join("a/0")
+    assert not leads
+    assert await decoding.wait()
+    assert decoding.kept.array[3] == 3
+    assert cache.get("a/0", "a", object(), 0.0) is None
+    cache.give_up_all(decodings)
+    found = cache.get("a/0", "a", object(), 0.0)
+    assert found is decoding.kept
+    cache.unpin(found, found)
+    assert decoded(store, "size") == 16
+    check_decoded_quiet(store)
+
+
+async def test_chunk_is_not_kept_if_it_changes_before_the_rest_of_its_read_is_there() -> None:
+    store, cache, decodings, join = await _landed()
+    cache.clear()
+    leads, decoding = join("a/0")
+    assert leads
+    cache.give_up(decoding)
+    cache.give_up_all(decodings)
+    assert decoded(store, "size") == 0
+    check_decoded_quiet(store)
+
+
+async def test_chunk_that_a_thread_decodes_after_the_end_of_its_read_is_kept_at_once() -> None:
+    store, cache, decodings, _ = await _landed()
+    late = decodings.single["a/1"]
+    # The thread stands in the middle of it.
+    late.is_ended = True
+    cache.give_up_all(decodings)
+    late.is_ended = False
+    cache.landing.land([(late, np.arange(4, dtype="i4"), None)], decodings)
+    assert decoded(store, "size") == 32
+    check_decoded_quiet(store)
+
+
+async def test_chunk_is_found_that_had_landed_when_the_event_loop_of_its_reader_was_closed() -> (
+    None
+):
+    store = CacheStore(MemoryStore(), decoded_size=1000)
+    cache: Any = store._decoded
+    (origin,) = cache.origins.begin(["a"], 0.0)
+    other = asyncio.new_event_loop()
+    decodings = Decodings(other, {f"a/{n}": ("a", origin) for n in range(2)})
+    assert cache.join_all(decodings, 16) == {}
+    cache.landing.land([(decodings.single["a/0"], np.arange(4, dtype="i4"), None)], decodings)
+    other.close()
+    leads, decoding = cache.join("a/0", "a", origin, 16, asyncio.get_running_loop())
+    assert leads
+    cache.give_up(decoding)
+    found = cache.get("a/0", "a", object(), 0.0)
+    assert found.array[3] == 3
+    cache.unpin(found)
+    cache.give_up_all(decodings)
     check_decoded_quiet(store)
 
 
@@ -654,7 +725,7 @@ async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
     """A thread of the pipeline may go on without it."""
     store = CacheStore(MemoryStore(), decoded_size=32)
     cache: Any = store._decoded
-    origin = cache.origins.begin("a", 0.0)
+    origin = cache.origins.begin(["a"], 0.0)[0]
     names = [f"a/{n}" for n in range(3)]
     decodings = Decodings(asyncio.get_running_loop(), dict.fromkeys(names, ("a", origin)))
     assert cache.join_all(decodings, 16) == {}
@@ -675,7 +746,7 @@ async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: F
     loop = asyncio.get_running_loop()
 
     def join() -> Any:
-        return cache.join("v/c/0/0", "v/c/0", cache.origins.begin("v/c/0", clock()), 16, loop)
+        return cache.join("v/c/0/0", "v/c/0", cache.origins.begin(["v/c/0"], clock())[0], 16, loop)
 
     leads, leading = join()
     assert leads
@@ -702,7 +773,7 @@ async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     key, index = "v/c/0", store._cache.shared.handle.index
 
     def join(name: str) -> Any:
-        return cache.join(name, key, cache.origins.begin(key, clock()), 16, loop)
+        return cache.join(name, key, cache.origins.begin([key], clock())[0], 16, loop)
 
     leads, leading = join("v/c/0/0")
     assert leads

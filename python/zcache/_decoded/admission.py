@@ -48,10 +48,10 @@ class Admission:
         if self._refused or self._earlier:
             self._refused, self._earlier = set(), set()
 
-    def evicted(self, size: int) -> None:
-        """Say that a chunk of so many bytes had to go."""
+    def evicted(self, size: int, chunks: int = 1) -> None:
+        """Say that chunks of so many bytes had to go."""
         self._bytes += size
-        self._chunks += 1
+        self._chunks += chunks
 
     def note_absent(self, names: Collection[str]) -> None:
         """Say that the store has no such chunks."""

@@ -58,7 +58,8 @@ class Buffers:
         size = memory.nbytes
         self._free.setdefault(size, deque()).append(memory)
         self._size += size
-        self._trim(limit)
+        if self._size > limit:
+            self._trim(limit)
 
     def _trim(self, limit: int) -> None:
         # The largest first: they are the likelier to be of a size that is not wanted any more.

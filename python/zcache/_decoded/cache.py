@@ -2,7 +2,7 @@
 
 Two indexes are asked. One of its own counts the bytes, chooses victims and joins readers, as it does for
 encoded values: so the bound holds at every instant, and the eviction policies are the same. That of the byte
-cache says whether what is kept is still what a read would decode, see `Index.begin_decode`.
+cache says whether what is kept is still what a read would decode, see `Index.begin_decodes`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
 from zcache._decoded.admission import Admission
-from zcache._decoded.buffers import copy_into
-from zcache._decoded.chunk import Decoding, Decodings, Kept
+from zcache._decoded.chunk import Decoding, Decodings
+from zcache._decoded.landing import Landing
 from zcache._decoded.origins import Origins
 from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
-    from zcache._decoded.chunk import Origin
-    from zcache._decoded.layout import Array
+    from zcache._decoded.chunk import Kept, Origin
     from zcache._index.counters import Counters
 
 
@@ -73,6 +72,7 @@ class DecodedCache:
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size)
         self.room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
+        self.landing = Landing(self._index, self.room, self._lock, self.origins, self.now)
         self.outputs = Outputs(self.max_size // 32)
         self.origins.use_index(self._handle.index)
 
@@ -143,7 +143,7 @@ class DecodedCache:
         Returns
         -------
         tuple of bool, Decoding
-            Whether the caller decodes, and then `land` or `give_up`; else it waits, and `leave` if it does not
+            Whether the caller decodes, and then `Landing.land` or `give_up`; else it waits, and `leave` if it does not
             use what comes.
         None
             It cannot be kept: decode it for yourself.
@@ -162,6 +162,8 @@ class DecodedCache:
                 continue
             if other.loop.is_closed():
                 # Its reader cannot end it while it is referred to, perhaps by those who wait for it.
+                if isinstance(other, Decodings):
+                    self.landing.commit(other)
                 if (one := self.one(other, name)) is not None:
                     self.give_up(one)
                 continue
@@ -220,51 +222,6 @@ class DecodedCache:
             self.room.admit(decoding, size)
         return True, decoding
 
-    def land(self, decoding: Decoding, array: Array, fill: Array | None) -> None:
-        """Keep a chunk that was decoded, if there is room, and hand it to those who wait for it.
-
-        `fill` is the same with one element in memory, if it holds nothing but the fill value.
-        """
-        with self._lock:
-            if decoding.is_ended:
-                return  # Its reader has gone, and a thread of the pipeline goes on.
-            decoding.is_ended = True
-        index, name, origin = self._index, decoding.name, decoding.origin
-        now = self.now()
-        origin.landed = max(origin.landed, now)
-        is_closed = False
-        try:
-            reservation = self.room.claim(
-                decoding,
-                array.nbytes,
-                is_fill=fill is not None,
-                is_stale=self.origins.may_be_stale(origin),
-            )
-            if reservation is None and not decoding.waiting:
-                return
-            memory = None
-            if fill is not None:
-                array = fill
-            elif reservation is not None:
-                array = copy_into(memory := self.room.memory(array.nbytes), array)
-            kept = Kept(array, origin, memory)
-            with self._lock:
-                decoding.kept = kept
-                if decoding.waiting:
-                    self.room.pin(kept, decoding.waiting)
-                if reservation is not None:
-                    self.room.put(name, kept)
-            if reservation is not None:
-                done = index.commit(reservation, None, 0.0)
-                is_closed = done is not None
-                self.room.remove([(-1, name)] if done is None else done.victims)
-        except MemoryError:
-            pass  # Its reader has it.
-        finally:
-            if not is_closed:
-                index.complete_flight(name, decoding.ticket)
-            decoding.end()
-
     def give_up(self, decoding: Decoding) -> None:
         """End a decode that has brought nothing."""
         with self._lock:
@@ -305,6 +262,7 @@ class DecodedCache:
                 self.give_up(decodings)
             return
         self.pass_over(decodings)
+        self.landing.commit(decodings, is_over=True)
         for decoding in list(decodings.single.values()):
             if not decoding.is_ended:
                 self.give_up(decoding)

@@ -18,7 +18,7 @@ class Origin:
     Attributes
     ----------
     version, fetched
-        See `Index.begin_decode`.
+        See `Index.begin_decodes`.
     is_dated : bool
         Whether it can be said when its chunks expire: else they must not be kept, nor handed to others.
     stale : int
@@ -150,9 +150,13 @@ class Decodings:
         The others, by name.
     late : set of str
         Those that had no room, and are kept if others of the read turn out to need none.
+    landed : list of Decoding or None
+        Those that are kept, and are committed together; None once that is done.
     """
 
-    __slots__ = ("late", "loop", "passed", "single", "sources", "tickets")
+    __slots__ = ("landed", "late", "loop", "passed", "single", "sources", "tickets")
+
+    landed: list[Decoding] | None
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sources: dict[str, tuple[str, Origin]]
@@ -164,6 +168,12 @@ class Decodings:
         self.passed: dict[str, int] = {}
         self.single: dict[str, Decoding] = {}
         self.late: set[str] = set()
+        self.landed = []
+
+    @property
+    def is_dated(self) -> bool:
+        """See `Origin`: either all of them are, or none."""
+        return next(iter(self.sources.values()))[1].is_dated
 
     def lead(self, names: list[str], tickets: list[int | None]) -> list[str]:
         """Note the tickets of the flights that it leads. Returns the names of these; others lead the rest."""
@@ -189,6 +199,18 @@ class Decodings:
             decoding = self.single[name] = Decoding(self.loop, name, self.sources[name][1])
             decoding.ticket = ticket
         return decoding
+
+    def apart(self, names: list[str]) -> list[Decoding]:
+        """The same for many; those that have ended are left out."""
+        found = []
+        for name in names:
+            if name in self.tickets and name not in self.single:
+                decoding = self.single[name] = Decoding(self.loop, name, self.sources[name][1])
+                decoding.ticket = self.tickets.pop(name)
+                found.append(decoding)
+            elif (one := self.of(name)) is not None:
+                found.append(one)
+        return found
 
     def take(self, names: list[str] | None) -> dict[str, int]:
         """Tickets of chunks that have no `Decoding`, of all of them without `names`: their decodes end now."""

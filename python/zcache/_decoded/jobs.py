@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from zcache._decoded.chunk import Decodings
-from zcache._decoded.layout import chunks_in, coords_in, scatter, slices_of
-from zcache._decoded.parts import MISSING, ChunkPart
+from zcache._decoded.layout import chunk_in, chunks_in, coords_in, scatter, slices_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -16,73 +14,46 @@ if TYPE_CHECKING:
     from zcache._decoded.parts import Part, ShardPart
 
 
-class Job:
+class Job(Protocol):
     """What is asked of the wrapped pipeline.
 
     Attributes
     ----------
+    part : Part
+        What the read wants.
     selection : tuple
         Which part of the chunk or shard.
     shape : tuple of int or None
         Of that part; None where it is not plain.
     """
 
-    selection: Any
-    shape: Coords | None
+    @property
+    def part(self) -> Part: ...
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    @property
+    def selection(self) -> Any: ...
+
+    @property
+    def shape(self) -> Coords | None: ...
 
     def arrived(self, array: Array) -> None:
-        raise NotImplementedError
+        """Take in what was decoded."""
 
     def is_missing(self, fill: Any) -> None:
-        raise NotImplementedError
+        """Take in that it is not there."""
 
     def was_read(self, *, is_missing: bool) -> None:
         """It is in the output already."""
 
 
-class WholeChunk(Job):
-    """A chunk that is kept, or that many wait for."""
-
-    part: ChunkPart
-
-    def __init__(self, part: ChunkPart) -> None:
-        super().__init__(part)
-        self.selection = part.layout.whole
-        self.shape = part.layout.shape
-
-    def arrived(self, array: Array) -> None:
-        part = self.part
-        part.place((), array)
-        decodings, cache = part.decodings, part.output.cache
-        if decodings is None:
-            return
-        if isinstance(decodings, Decodings) and decodings.late:
-            cache.room.admit_late(decodings, part.name, part.layout.size)
-        if decodings.pass_over(part.name):
-            return
-        if (decoding := cache.one(decodings, part.name)) is not None:
-            part.land(decoding, array)
-
-    def is_missing(self, fill: Any) -> None:
-        part = self.part
-        part.output.target[part.item[3]] = fill
-        part.output.results[part.number] = MISSING
-        if part.decodings is not None:
-            part.output.cache.are_absent(part.decodings, [part.name])
-
-
-class AsAsked(Job):
+class AsAsked:
     """A part of a shard that no one keeps."""
 
-    part: ShardPart
+    shape = None
 
     def __init__(self, part: ShardPart) -> None:
-        super().__init__(part)
+        self.part = part
         self.selection = part.item[2]
-        self.shape = None
 
     def arrived(self, array: Array) -> None:
         output = self.part.output
@@ -99,13 +70,11 @@ class AsAsked(Job):
         self.part.scratch = None
 
 
-class InnerChunks(Job):
+class InnerChunks:
     """Inner chunks of a shard that lie side by side; with `is_all`, all that are missing."""
 
-    part: ShardPart
-
     def __init__(self, part: ShardPart, box: Box, *, is_all: bool = False) -> None:
-        super().__init__(part)
+        self.part = part
         inner = part.layout.inner
         assert inner is not None
         self.box = box
@@ -129,20 +98,21 @@ class InnerChunks(Job):
                 cache.pass_over(decodings, self._names())
         if is_placed and not single and not late:
             return
-        coords, places = list(coords_in(self.box)), chunks_in(self.box, self.inner)
-        for at, name, place in zip(coords, part.names(coords), places, strict=True):
-            decoding = single.get(name)
-            if late and decodings is not None:
-                decoding = cache.room.admit_late(decodings, name, part.layout.size) or decoding
-            if is_placed and decoding is None:
-                continue
-            chunk = array[place]
-            if not is_placed:
-                part.place(at, chunk)
-            if decoding is not None:
-                part.land(decoding, chunk)
+        first, inner = self.box[0], self.inner
+        if not is_placed:
+            for at, place in zip(coords_in(self.box), chunks_in(self.box, inner), strict=True):
+                part.place(at, array[place])
         if late and decodings is not None:
+            # One by one: what one of them has no use for is room for the next.
+            coords = list(coords_in(self.box))
+            for at, name in zip(coords, part.names(coords), strict=True):
+                late_one = cache.room.admit_late(decodings, name, part.layout.size)
+                if (decoding := late_one or single.get(name)) is not None:
+                    part.land([(decoding, array[chunk_in(first, at, inner)])], decodings)
             cache.pass_over(decodings, self._names())
+            return
+        decoded = part.among(single, None if self._is_all else coords_in(self.box))
+        part.land([(one, array[chunk_in(first, at, inner)]) for at, one in decoded], decodings)
 
     def is_missing(self, fill: Any) -> None:
         part = self.part
@@ -152,11 +122,12 @@ class InnerChunks(Job):
             names = part.names(coords_in(self.box))
             part.output.cache.are_absent(part.decodings, names)
 
+    def was_read(self, *, is_missing: bool) -> None:
+        """Nothing: it is never read into the output at once."""
 
-def jobs_of(part: ChunkPart | ShardPart) -> list[Job]:
-    """What is to be asked of the wrapped pipeline for one chunk or shard."""
-    if isinstance(part, ChunkPart):
-        return [] if part.followed else [WholeChunk(part)]
+
+def jobs_of(part: ShardPart) -> list[Job]:
+    """What is to be asked of the wrapped pipeline for one shard."""
     wanted = part.boxes()
     if wanted is None:
         return [AsAsked(part)]

@@ -208,6 +208,13 @@ def chunks_in(box: Box, inner: Coords) -> Iterable[tuple[slice, ...]]:
     return product(*axes)
 
 
+def chunk_in(first: Coords, at: Coords, inner: Coords) -> tuple[slice, ...]:
+    """Where an inner chunk lies in the elements of a box with this first one."""
+    return tuple(
+        [slice((n - m) * size, (n - m + 1) * size) for m, n, size in zip(first, at, inner)]  # noqa: B905 - of one length
+    )
+
+
 def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
     """The elements of a box."""
     return tuple(

@@ -51,15 +51,18 @@ class Origins:
         """
         return self._handle.is_open and self._backend.hears_of_changes
 
-    def begin(self, key: str, now: float) -> Origin | None:
+    def begin(self, keys: list[str], now: float) -> list[Origin | None]:
         """Where bytes come from that are read from now on; None where their chunks must not be kept."""
-        stale = self._counters.stale
-        age = self._age_of(key)
+        stale, age_of = self._counters.stale, self._age_of
+        ages = [age_of(key) for key in keys]
         try:
-            stamp = self._index.begin_decode(key, now, age)
-        except (*RETRYABLE, UnicodeEncodeError):
-            return None
-        return None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
+            stamps = self._index.begin_decodes(keys, now, ages)
+        except RETRYABLE:
+            return [None] * len(keys)
+        return [
+            None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
+            for stamp, age in zip(stamps, ages, strict=True)
+        ]
 
     def is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
         """Whether what comes from there may be served; None where the index does not say."""

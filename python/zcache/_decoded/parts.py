@@ -1,4 +1,4 @@
-"""What a read wants of one chunk or shard, and which of its chunks the wrapped pipeline is asked for."""
+"""What a read wants of one shard, and which of its chunks the wrapped pipeline is asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zcache._decoded.chunk import Decodings
 from zcache._decoded.layout import boxes_of, is_basic, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Decoding, Kept
@@ -78,67 +78,28 @@ class Part:
         """Copy out what is wanted of a chunk."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Say that all is there."""
-
-    def end(self) -> None:
-        """Let go of what was neither decoded nor taken from others."""
+    def leave(self) -> None:
+        """Do without what others decode."""
         for decoding in self.followed.values():
             self.output.cache.leave(decoding)
 
-    def land(self, decoding: Decoding, array: Array) -> None:
-        """Keep a chunk that has been decoded here."""
-        layout = self.layout
-        if decoding.is_ended or self.output.cache.passes_over(decoding):
-            return
-        if array.shape != layout.shape or array.nbytes != layout.size:
-            self.output.cache.give_up(decoding)
-            return
-        self.output.cache.land(decoding, array, layout.only_fill(array))
-
-
-class ChunkPart(Part):
-    """A part of a chunk of this name."""
-
-    decodings: Decoding | Decodings | None = None
-
-    def __init__(self, output: Output, number: int, item: Any, layout: Layout, name: str) -> None:
-        super().__init__(output, number, item, layout)
-        self.name = name
-
-    def place(self, at: Coords, array: Array) -> None:  # noqa: ARG002 - there is only one
-        _, _, selection, place, _ = self.item
-        output = self.output
-        scatter(output.target, place, array, selection, output.drop_axes)
-
-
-def join_chunks(parts: Sequence[ChunkPart], size: int) -> Decoding | Decodings | None:
-    """Decode chunks of one size, or wait for readers that do. Returns those that are decoded here."""
-    output = parts[0].output
-    cache = output.cache
-    sources = {}
-    for part in parts:
-        key = part.item[0].path
-        origin = cache.origins.begin(key, output.now)
-        if origin is None:
-            continue
-        if origin.is_dated and len(parts) > 1:
-            sources[part.name] = key, origin
-        elif (joined := cache.join(part.name, key, origin, size, output.loop)) is not None:
-            leads, decoding = joined
-            if leads:  # So it is the only one, for one that is not dated leads never.
-                part.decodings = decoding
-                return decoding
-            part.followed = {(): decoding}
-    if not sources:
-        return None
-    decodings = Decodings(output.loop, sources)
-    followed = cache.join_all(decodings, size)
-    for part in parts:
-        part.decodings = decodings
-        if part.name in followed:
-            part.followed = {(): followed[part.name]}
-    return decodings
+    def land(
+        self,
+        arrived: Iterable[tuple[Decoding, Array]],
+        decodings: Decoding | Decodings | None = None,
+    ) -> None:
+        """Keep chunks that have been decoded here."""
+        layout, cache = self.layout, self.output.cache
+        landing = []
+        for decoding, array in arrived:
+            if decoding.is_ended or (not decoding.is_admitted and cache.passes_over(decoding)):
+                continue
+            if array.shape != layout.shape or array.nbytes != layout.size:
+                cache.give_up(decoding)
+                continue
+            landing.append((decoding, array, layout.only_fill(array)))
+        if landing:
+            cache.landing.land(landing, decodings if isinstance(decodings, Decodings) else None)
 
 
 class ShardPart(Part):
@@ -186,7 +147,7 @@ class ShardPart(Part):
         key = self.item[0].path
         coords = self._coords()
         stem = f"{key}/{self.layout.number}"
-        names = ["/".join((stem, *map(str, at))) for at in coords]
+        names = self._names(stem, coords)
         found = []
         for n, kept in cache.get_all(names, [key] * len(names), output.mark, output.now):
             hits.append(kept)
@@ -207,11 +168,18 @@ class ShardPart(Part):
             return list(self._wanted)
         return list(product(*[[at for at, _, _ in axis] for axis in self._axes]))
 
+    def _names(self, stem: str, coords: list[Coords]) -> list[str]:
+        if self._axes is None:
+            return ["/".join((stem, *map(str, at))) for at in coords]
+        # In the order of the coordinates; the texts of each axis are made once.
+        texts = [[f"/{at}" for at, _, _ in axis] for axis in self._axes]
+        return list(map("".join, product((stem,), *texts)))
+
     def join(self) -> None:
         """Decode the chunks that are missing, or wait for who does."""
         output = self.output
         key, names = self.item[0].path, list(self._misses.values())
-        origin = output.cache.origins.begin(key, output.now)
+        (origin,) = output.cache.origins.begin([key], output.now)
         if origin is None:
             return
         self.decodings = Decodings(output.loop, dict.fromkeys(names, (key, origin)))
@@ -222,11 +190,6 @@ class ShardPart(Part):
             self.followed = {
                 at: followed[name] for at, name in self._misses.items() if name in followed
             }
-
-    def end(self) -> None:
-        super().end()
-        if self.decodings is not None:
-            self.output.cache.give_up_all(self.decodings)
 
     @property
     def _leads(self) -> bool:
@@ -289,12 +252,21 @@ class ShardPart(Part):
         """Of chunks that are missing."""
         return [self._misses[at] for at in coords]
 
+    def among(
+        self, decodings: dict[str, Decoding], coords: Iterable[Coords] | None
+    ) -> list[tuple[Coords, Decoding]]:
+        """Those of the chunks that are missing, or of these, that are among some decodes."""
+        misses = self._misses
+        names = misses.items() if coords is None else [(at, misses[at]) for at in coords]
+        return [(at, decodings[name]) for at, name in names if name in decodings]
+
     def fill(self, at: Coords, value: Any) -> None:
         """The shard is not there."""
         assert self._out is not None
         self._out[self._selections(at)[1]] = value
 
     def finish(self) -> None:
+        """Say that all is there."""
         if self.scratch is not None:
             array = self.scratch
             if self._sel_shape is not None:

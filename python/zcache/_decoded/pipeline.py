@@ -143,7 +143,10 @@ class DecodedCodecPipeline(CodecPipeline):
                 is_plain = type(array) is np.ndarray
                 # For what looks whether another reference to it exists.
                 del array
-                layouts: Any = [self._layout(cache, item[1]) for item in batch]
+                spec = batch[0][1]
+                layouts: Any = [self._layout(cache, spec)] * len(batch)
+                if any([item[1] is not spec for item in batch]):  # noqa: C419 - a generator is slower
+                    layouts = [self._layout(cache, item[1]) for item in batch]
                 if is_plain and None not in layouts:
                     target = cache.outputs.renew(out)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))

@@ -10,7 +10,8 @@ from zarr.core.buffer import cpu
 from zcache._decoded.chunk import Decodings
 from zcache._decoded.jobs import jobs_of
 from zcache._decoded.layout import scatter
-from zcache._decoded.parts import ChunkPart, Output, ShardPart, join_chunks
+from zcache._decoded.parts import Output, ShardPart
+from zcache._decoded.whole import WholeChunk, join_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,8 @@ class Reading:
         self.pipeline = pipeline
         self.cache = cache
         self.output = Output(cache, target, drop_axes, size)
-        self._parts: list[ChunkPart | ShardPart] = []
+        self._shards: list[ShardPart] = []
+        self._chunks: list[WholeChunk] = []
         # Of chunks: shards have their own.
         self._decodings: list[Decoding | Decodings] = []
 
@@ -75,17 +77,23 @@ class Reading:
         """Read a batch, and say which chunks were there."""
         try:
             self._look_up(batch, layouts)
-            if self._parts:
+            if self._shards or self._chunks:
                 self._postpone()
                 await self._decode(out)
+                for decodings in self._led():
+                    self.cache.landing.commit(decodings)
                 await self._take_followed(out)
         finally:
-            for part in self._parts:
-                part.end()
-            for decodings in self._decodings:
-                self.cache.give_up_all(decodings)
+            for part in self._parts():
+                if part.followed:
+                    part.leave()
+            shards = [shard.decodings for shard in self._shards]
+            for one in (*self._decodings, *shards):
+                if one is not None:
+                    self.cache.give_up_all(one)
             # Nothing here keeps the output any longer.
-            self._parts.clear()
+            self._shards.clear()
+            self._chunks.clear()
         return tuple(self.output.results)
 
     def _look_up(self, batch: Sequence[Any], layouts: Sequence[Layout]) -> None:
@@ -103,7 +111,7 @@ class Reading:
                 shards.append(shard)
                 if shard.look_up(hits):
                     shards.pop()
-            self._parts += shards
+            self._shards += shards
             for layout, numbers in chunks.items():
                 self._look_up_chunks(batch, layout, numbers, hits)
             # Once all are looked up: room for one must not be that of another one that is kept.
@@ -129,30 +137,38 @@ class Reading:
         if len(found) == len(names):
             return
         parts = [
-            ChunkPart(output, number, batch[number], layout, names[at])
+            WholeChunk(output, number, batch[number], layout, names[at])
             for at, number in enumerate(numbers)
             if at not in found
         ]
-        self._parts += parts
+        self._chunks += parts
         decodings = join_chunks(parts, layout.size)
         if decodings is not None:
             self._decodings.append(decodings)
 
     def _postpone(self) -> None:
         """Where there is no room for all that is decoded, have no one hold it for what may be absent."""
-        shards = [part.decodings for part in self._parts if isinstance(part, ShardPart)]
-        led = [one for one in (*self._decodings, *shards) if isinstance(one, Decodings)]
+        led = self._led()
         if any(decodings.late for decodings in led):
             for decodings in led:
                 self.cache.room.postpone(decodings)
 
+    def _parts(self) -> list[ShardPart | WholeChunk]:
+        return [*self._shards, *self._chunks]
+
+    def _led(self) -> list[Decodings]:
+        shards = [shard.decodings for shard in self._shards]
+        return [one for one in (*self._decodings, *shards) if isinstance(one, Decodings)]
+
     async def _decode(self, out: Any) -> None:
-        jobs = [job for part in self._parts for job in jobs_of(part)]
+        jobs: list[Job] = [job for shard in self._shards for job in jobs_of(shard)]
+        jobs += [chunk for chunk in self._chunks if not chunk.followed]
         if not jobs:
             return
         items = [
-            (job.part.item[0], job.part.item[1], job.selection, number, job.part.item[4])
+            (item[0], item[1], job.selection, number, item[4])
             for number, job in enumerate(jobs)
+            for item in (job.part.item,)
         ]
         begun = time.perf_counter()
         if type(self.pipeline).__module__ == "zarr.core.codec_pipeline":
@@ -201,26 +217,10 @@ class Reading:
 
     async def _take_followed(self, out: Any) -> None:
         """Copy out what others have decoded; what they could not is read here."""
-        again = []
-        for part in self._parts:
-            is_there = True
-            while part.followed:
-                at, decoding = next(iter(part.followed.items()))
-                ended = await decoding.wait()
-                if ended and (kept := decoding.kept) is not None:
-                    del part.followed[at]
-                    self.output.copy(part, at, kept)
-                    self.cache.count_followed()
-                    if isinstance(part, ShardPart):
-                        part.is_absent = False
-                    continue
-                del part.followed[at]
-                self.cache.leave(decoding)
-                is_there = False
-            if is_there:
-                part.finish()
-            else:
-                again.append(part)
+        again = [part for part in self._parts() if part.followed and not await self._take(part)]
+        for shard in self._shards:
+            if shard not in again:
+                shard.finish()
         if again:
             begun = time.perf_counter()
             items = [part.item for part in again]
@@ -228,6 +228,23 @@ class Reading:
             self.cache.count_seconds(time.perf_counter() - begun)
             for part, result in zip(again, found or (), strict=False):
                 self.output.results[part.number] = result
+
+    async def _take(self, part: ShardPart | WholeChunk) -> bool:
+        """Copy out what others decode of a chunk or shard; whether that is all that was waited for."""
+        is_there = True
+        while part.followed:
+            at, decoding = next(iter(part.followed.items()))
+            ended = await decoding.wait()
+            del part.followed[at]
+            if ended and (kept := decoding.kept) is not None:
+                self.output.copy(part, at, kept)
+                self.cache.count_followed()
+                if isinstance(part, ShardPart):
+                    part.is_absent = False
+                continue
+            self.cache.leave(decoding)
+            is_there = False
+        return is_there
 
 
 def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Granted, NeedsEviction
 from zcache._decoded.buffers import Buffers
 
 if TYPE_CHECKING:
@@ -101,15 +100,26 @@ class Room:
     def admit_all(self, decodings: Decodings, names: list[str], size: int) -> None:
         """Decide which of these chunks are kept, and make room for them before they are decoded."""
         admitted = self._admission.admitted(names, len(self._values))
-        for at, name in enumerate(admitted):
-            with self._lock:
-                decoding = decodings.of(name)
-            if decoding is None or self.admit(decoding, size):
-                continue
-            if decoding.origin.is_dated:
-                # There is no room for the others either, which are of the same size.
-                decodings.late = set(admitted[at:])
-            break
+        if not admitted or not decodings.is_dated:
+            return
+        # Those that the store had not lately take no room before they are there.
+        absent = self._admission.absent
+        early = [name for name in admitted if name in absent] if absent else []
+        asking = [name for name in admitted if name not in absent] if early else admitted
+        # There is no room for the others, which are of the same size.
+        count = max(0, self._vacant // size) if size else len(asking)
+        decodings.late.update(asking[count:])
+        with self._lock:
+            for decoding in decodings.apart(early):
+                decoding.is_admitted = True
+            some = decodings.apart(asking[:count])
+        held = self._reserve_all([one.name for one in some], size, [one.ticket for one in some])
+        for decoding, reservation in zip(some, held, strict=True):
+            if reservation is None:
+                decodings.late.add(decoding.name)
+            else:
+                decoding.reservation = reservation
+                decoding.is_admitted = True
 
     def admit(self, decoding: Decoding, size: int) -> bool:
         """Make room for a chunk before it is decoded; whether it is kept."""
@@ -150,10 +160,12 @@ class Room:
         self.give_back(reservation)
         return None
 
-    def claim(self, decoding: Decoding, size: int, *, is_fill: bool, is_stale: bool) -> Any:
+    def claim(self, decoding: Decoding, size: int, fill: Array | None, *, is_stale: bool) -> Any:
         """The room that a decoded chunk has, if it is kept; what it has no use for is given back."""
-        name = decoding.name
         reservation, decoding.reservation = decoding.reservation, None
+        if reservation is not None and fill is None and not is_stale:
+            return reservation
+        name = decoding.name
         self._admission.absent.discard(name)
         if not decoding.is_admitted:
             return None
@@ -161,40 +173,74 @@ class Room:
             # Perhaps it comes from a value that was past its age, in place of an error of the source.
             self.give_back(reservation)
             return None
-        if is_fill:
+        if fill is not None:
             self.give_back(reservation)
             return None if self._fills >= FILLS else self.reserve(name, 0, decoding.ticket)
-        return reservation or self.reserve(name, size, decoding.ticket)
+        return self.reserve(name, size, decoding.ticket)
+
+    @property
+    def _vacant(self) -> int:
+        """Bytes of room that there is, or that evictions can make.
+
+        A victim that is pinned would be lost for nothing: a read could evict what it has just found.
+        """
+        return self._max_size - self._index.current_size + self._size - self._pinned
 
     def reserve(self, name: str, size: int, ticket: int) -> Any:
         """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
+        return None if size > self._vacant else self._reserve_all([name], size, [ticket])[0]
+
+    def _reserve_all(self, names: list[str], size: int, tickets: list[int]) -> list[Any]:
+        if not names:
+            return []
         index = self._index
-        # A victim that is pinned would be lost for nothing: a read could evict what it has just found.
-        if size > self._max_size - index.current_size + self._size - self._pinned:
-            return None
-        answer = index.reserve(name, None, size, ticket, 0.0)
-        while isinstance(answer, NeedsEviction):
-            dropped, failed = self._drop(answer.victims, is_eviction=True)
-            answer = index.advance(answer.reservation, dropped, failed, 0.0)
-        return answer.reservation if isinstance(answer, Granted) else None
+        held, victims = index.reserve_all(names, size, tickets, 0.0)
+        while victims:
+            dropped, failed = self._drop(victims, is_eviction=True)
+            held, victims = index.advance_all(held, dropped, failed, 0.0)
+        return held
 
     def give_back(self, reservation: Any) -> None:
         """Say that nothing comes of a reservation, if it is one."""
         if reservation is not None:
             self.remove(self._index.release(reservation))
 
-    def memory(self, size: int) -> Array:
-        """Memory for a chunk that has a reservation, to be `put`."""
+    def memory(self, size: int, count: int) -> list[Array]:
+        """Memory for so many chunks that have reservations, to be `put`."""
         with self._lock:
-            memory = self._buffers.take(size, self._max_size - self._size)
-            self._size += size
-            return memory
+            found: list[Array] = []
+            try:
+                for _ in range(count):
+                    found.append(self._buffers.take(size, self._max_size - self._size))
+                    self._size += size
+            except BaseException:
+                self.give_back_memory(found)
+                raise
+        return found
 
-    def put(self, name: str, kept: Kept) -> None:
-        """Keep a chunk; its reservation is committed next."""
+    def give_back_memory(self, unused: Sequence[Array]) -> None:
+        """Say that nothing is put into this memory."""
         with self._lock:
-            self._values[name] = kept
+            for memory in unused:
+                self._size -= memory.nbytes
+                self._buffers.give_back(memory, self._max_size - self._size)
+
+    def put(self, landed: Sequence[Decoding]) -> None:
+        """Keep what these have come to, and then `commit` them. To be called under the lock."""
+        for one in landed:
+            kept = one.kept
+            assert kept is not None
+            self._values[one.name] = kept
             self._fills += kept.memory is None
+
+    def commit(self, landed: Sequence[Decoding]) -> None:
+        """Have chunks that are kept be found from now on; closes their flights."""
+        unknown, victims = self._index.commit_all([one.reservation for one in landed], 0.0)
+        for at in unknown:
+            one = landed[at]
+            self._index.complete_flight(one.name, one.ticket)
+            victims.append((-1, one.name))
+        self.remove(victims)
 
     def remove(self, victims: Sequence[tuple[int, str]]) -> None:
         """Let go of what the index wants to be deleted."""
@@ -207,23 +253,28 @@ class Room:
     ) -> tuple[list[int], list[int]]:
         """Let go of chunks: the numbers of those that are gone, and of those that are still copied from."""
         dropped, failed = [], []
+        values = self._values
+        size = chunks = 0
         with self._lock:
             for cell, name in victims:
-                kept = self._values.get(name)
-                if kept is not None and kept.pins:
+                kept = values.get(name)
+                if kept is None:
+                    dropped.append(cell)
+                    continue
+                if kept.pins:
                     kept.is_condemned = True
                     failed.append(cell)
                     continue
-                if kept is not None:
-                    del self._values[name]
-                    kept.is_gone = True
-                    if kept.memory is None:
-                        self._fills -= 1
-                    else:
-                        size = kept.memory.nbytes
-                        self._size -= size
-                        self._buffers.give_back(kept.memory, self._max_size - self._size)
-                        if is_eviction:
-                            self._admission.evicted(size)
+                del values[name]
+                kept.is_gone = True
                 dropped.append(cell)
+                if kept.memory is None:
+                    self._fills -= 1
+                    continue
+                self._size -= kept.size
+                self._buffers.give_back(kept.memory, self._max_size - self._size)
+                size += kept.size
+                chunks += 1
+            if is_eviction and chunks:
+                self._admission.evicted(size, chunks)
         return dropped, failed
