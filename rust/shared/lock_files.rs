@@ -22,6 +22,9 @@ use super::header::PARTICIPANTS;
 /// Pause between two tries to take the lock while an index is opened: a few steps of others.
 pub(super) const TRY_AGAIN: Duration = Duration::from_micros(100);
 
+/// Bytes of a file from which on it grows in small parts.
+const LARGE: usize = 1 << 22;
+
 /// The descriptors that keep their locks alive in a forked child after its parent has died. Readable
 /// without the lock of the index, which a thread of the parent may have held at the fork.
 #[derive(Debug, Default)]
@@ -270,6 +273,13 @@ pub(super) fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Extends a file to so many bytes, or more: each time makes every participant map it anew, so it grows by a part of
+/// itself. Of a large file that is a small part, for the blocks are taken at once.
+pub(super) fn extend_ahead(file: &File, from: usize, to: usize) -> io::Result<()> {
+    let part = if from < LARGE { 8 } else { 64 };
+    extend(file, from, to.max(from + from / part)).or_else(|_| extend(file, from, to))
 }
 
 fn lock_within(lock: &File, patience: Duration) -> Result<(), OpenError> {

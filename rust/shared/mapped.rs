@@ -23,8 +23,8 @@ use super::header::{
     CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, boot, new_generation,
 };
 use super::lock_files::{
-    Locks, OpenError, TRY_AGAIN, create, extend, has_former_participant, is_alive, is_at,
-    is_hollow, open, open_and_lock, open_existing, open_folder, take_slot, touch, unshare,
+    Locks, OpenError, TRY_AGAIN, create, extend, extend_ahead, has_former_participant, is_alive,
+    is_at, is_hollow, open, open_and_lock, open_existing, open_folder, take_slot, touch, unshare,
     unsuitable,
 };
 use super::lock_word::LockWord;
@@ -573,11 +573,7 @@ impl Mapped {
             return Err(Error::Full);
         };
         if len > map_of.len() {
-            // Each growth makes every participant map the file anew, so it grows geometrically.
-            let more = len.max(map_of.len() + map_of.len() / 8);
-            extend(file, map_of.len(), more)
-                .or_else(|_| extend(file, map_of.len(), len))
-                .map_err(|_| Error::Full)?;
+            extend_ahead(file, map_of.len(), len).map_err(|_| Error::Full)?;
             *map_of = Map::new(file).map_err(|_| Error::Full)?;
         }
         Ok(())

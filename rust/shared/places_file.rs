@@ -8,7 +8,9 @@ use rustix::fs::{AtFlags, fstat, renameat, unlinkat};
 
 use super::guard::Map;
 use super::header::HEADER_LEN;
-use super::lock_files::{create, extend, is_hollow, open, open_existing, open_folder, unshare};
+use super::lock_files::{
+    create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, unshare,
+};
 use crate::error::{Error, Result};
 
 const NAME: &str = "places";
@@ -100,10 +102,7 @@ impl PlacesFile {
     pub(super) fn grow(&mut self, cells: usize) -> Result<()> {
         let (len, now) = (cells.saturating_mul(size_of::<u64>()), self.map.len());
         if len > now {
-            let more = len.max(now + now / 8);
-            extend(&self.file, now, more)
-                .or_else(|_| extend(&self.file, now, len))
-                .map_err(|_| Error::Full)?;
+            extend_ahead(&self.file, now, len).map_err(|_| Error::Full)?;
             self.map = Map::new(&self.file).map_err(|_| Error::Full)?;
         }
         Ok(())

@@ -18,7 +18,6 @@ from support import (
     until,
 )
 from zcache import CacheStore
-from zcache._backends.store import backend
 from zcache.testing import (
     FakeClock,
     StoreDouble,
@@ -76,7 +75,7 @@ async def test_no_write_waits_for_deletes_that_were_not_answered_before(
     cache.hang("delete")
     await store.set("1", buf(VALUE))
     # Now the cache store is known to be ill. A write that waits for it would not end, also once it may be tried again.
-    monkeypatch.setattr(backend, "DELETE_TIMEOUT", 3600)
+    monkeypatch.setattr("zcache._backends.store.backend.DELETE_TIMEOUT", 3600)
 
     async def use() -> None:
         for key in SOURCE:
