@@ -88,3 +88,16 @@ def other_source(where: str, other: str, source: str) -> str:
         f"the cache {where} holds the cache of {other}, not of {source}. Give another one; or, if both "
         f"are the same data, pass source_id={other!r}."
     )
+
+
+def other_user(where: str, user: int, form: int | str) -> str:
+    """Say that a directory is another user's."""
+    way_out = (
+        "mode=0o770 if it is for a group of yours, and you trust its owner"
+        if form == POOL_FORMAT
+        else "adopt=True if you trust him"
+    )
+    return (
+        f"the cache directory {where} is another user's (uid {user}), who may read and change what is cached in "
+        f"it. Give one of your own, or pass {way_out}."
+    )

@@ -209,7 +209,7 @@ class DirectoryBackend(Backend):
 
     def _unanswered(self, error: Exception, timeout: float) -> None:
         self._owed += 1
-        # What was not waited for says nothing.
+        # One that was not waited for may be answered yet.
         if timeout:
             self.breaker.failed(error, "delete")
 

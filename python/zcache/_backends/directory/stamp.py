@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory import files
 from zcache._backends.ownership import (
     FORMAT,
-    POOL_FORMAT,
     is_stamp,
     not_ours,
     other_source,
+    other_user,
     parse_stamp,
 )
 from zcache._core import IndexBusyError
@@ -181,15 +181,7 @@ class Stamp:
         own = status.st_uid in (os.geteuid(), 0)
         if own or self._trusts_owner or not os.access(self.root, os.W_OK):
             return
-        way_out = (
-            "mode=0o770 if it is for a group of yours, and you trust its owner"
-            if self._form == POOL_FORMAT
-            else "adopt=True if you trust him"
-        )
-        raise CacheOwnershipError(
-            f"the cache directory {self.root} is another user's (uid {status.st_uid}), who may read and "
-            f"change what is cached in it. Give one of your own, or pass {way_out}."
-        )
+        raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._form))
 
     def _check_above(self) -> None:
         """Refuse a folder inside another cache: a rebuild of that would take in the values of this one."""
