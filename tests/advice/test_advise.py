@@ -126,6 +126,7 @@ def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
     assert f"source requests ({eviction})" in str(advice)
 
 
+@pytest.mark.slow
 def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     rng = np.random.default_rng(2)
     count = 40_000

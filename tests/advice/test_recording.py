@@ -399,6 +399,7 @@ for _ in range(70_000):
 """
 
 
+@pytest.mark.slow
 def test_recording_that_is_open_when_the_process_exits_is_written_to_its_end(path: Path) -> None:
     code = EXITING.format(tests=str(TESTS), path=str(path))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -145,6 +145,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_slot_of_another_user_that_is_dead_keeps_no_participant_out() -> None:
     def run(script: str, root: Path) -> str:

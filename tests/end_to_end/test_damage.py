@@ -457,6 +457,7 @@ def user(where: Path, request: pytest.FixtureRequest) -> Iterator[User]:
     user.process.communicate()
 
 
+@pytest.mark.slow
 @over_both
 def test_index_damaged_while_mapped_kills_no_process(
     where: Path, user: User, is_pool: bool

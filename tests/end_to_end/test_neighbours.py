@@ -87,6 +87,7 @@ MINE = [key.encode() for key in KEYS]
 OTHERS = [f"-b{key}".encode() for key in KEYS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the same store", "a forked child"])
 def test_directory_removed_and_used_for_another_source_each_reads_its_own(
     tmp_path: Path, how: str

@@ -45,6 +45,7 @@ def test_snapshots_of_icechunk_are_sources_of_one_pool(tmp_path: Path) -> None:
     assert [info.entries for info in pool.sources()] == [6] * len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_workers_of_dask_share_a_pool(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")

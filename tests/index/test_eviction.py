@@ -305,6 +305,7 @@ def test_what_nothing_minimises_is_no_other_policy() -> None:
     assert first.eviction == other.eviction == "none"
 
 
+@pytest.mark.slow
 def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -336,6 +337,7 @@ def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
         holder.stdin.close()
 
 
+@pytest.mark.slow
 def test_who_asks_for_the_policy_of_another_process_is_not_told(tmp_path: Path) -> None:
     """Not of what an earlier store in this process has asked for in vain either."""
     cache = tmp_path / "cache"

@@ -191,6 +191,7 @@ def test_identify_file_systems_that_read_others_have_no_name(tmp_path: Path) -> 
     assert name_of(FsspecStore(references, path="a", read_only=True)) is None
 
 
+@pytest.mark.slow
 def test_identify_subclasses_of_file_systems_have_no_name() -> None:
     s3fs = pytest.importorskip("s3fs")
 
@@ -308,6 +309,7 @@ def test_same_source_of_sources_that_are_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- sites and accounts
 
 
+@pytest.mark.slow
 def test_identify_sites_of_profiles_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two S3 sites that only `endpoint_url` of an AWS profile tells apart."""
     (tmp_path / "aws-config").write_text(

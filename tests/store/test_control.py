@@ -204,6 +204,7 @@ async def test_cached_keys_of_many_come_once_whatever_changes_meanwhile(
     assert list(store.cached_keys()) == []
 
 
+@pytest.mark.slow
 async def test_control_where_the_lock_is_held_says_so(
     source: StoreDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def without_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return refuse
 
 
+@pytest.mark.slow
 def test_every_public_method_answers_while_the_lock_is_held(tmp_path: Path) -> None:
     source = StoreDouble(MemoryStore({"k": VALUE, "d/k": VALUE}))
     store = open_store(tmp_path, source)
@@ -172,6 +173,7 @@ def leave_warm(root: Path) -> None:
     gc.collect()
 
 
+@pytest.mark.slow
 def test_a_constructor_goes_on_and_the_index_is_opened_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,12 +256,14 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_reads_while_the_lock_is_held(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=False)
     assert done.stdout == "beats\n", done.stderr
 
 
+@pytest.mark.slow
 def test_no_thread_to_wait_with_reaches_no_reader_and_no_writer_hangs(
     tmp_path: Path, without_threads: Callable[[], None]
 ) -> None:
@@ -354,6 +358,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_an_owner_that_is_stopped_keeps_the_lock_until_it_is_killed(
     tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]
 ) -> None:
@@ -381,6 +386,7 @@ def test_an_owner_that_is_stopped_keeps_the_lock_until_it_is_killed(
     check_invariants(store)
 
 
+@pytest.mark.slow
 def test_an_owner_that_dies_before_anyone_asks_costs_no_wait(
     tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]
 ) -> None:

@@ -88,6 +88,7 @@ def start_rebuild_without_end(where: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 async def test_rebuild_owner_dies_those_who_wait_fill_the_index(where: Path) -> None:
     owner = start_rebuild_without_end(where)
     try:

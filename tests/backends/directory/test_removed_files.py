@@ -196,6 +196,7 @@ HOW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", list(HOW))
 def test_a_directory_goes_while_two_processes_use_it(where: Path, how: str) -> None:
     """Both go on with a cache at the same place, and see what the other one writes."""

@@ -78,6 +78,7 @@ async def test_open_removes_what_a_process_that_is_gone_has_left(tmp_path: Path)
     assert not left.exists()
 
 
+@pytest.mark.slow
 async def test_open_keeps_what_a_live_process_is_writing(tmp_path: Path) -> None:
     with Agent(tmp_path):
         writing = tmp_path / "cache/.zcache/tmp/s0-1-0"

@@ -87,6 +87,7 @@ async def test_export_after_a_restart(tmp_path: Path, read_only: bool) -> None:
     assert await asyncio.to_thread(pool.export, "mine", MemoryStore()) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_export_of_what_xarray_has_read(where: Path | None, tmp_path: Path) -> None:
     xarray = pytest.importorskip("xarray")

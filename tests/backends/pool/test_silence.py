@@ -171,6 +171,7 @@ class Slow:
         return self.inner.delete_below(*args)
 
 
+@pytest.mark.slow
 async def test_write_without_the_index_of_a_pool_waits_while_the_headers_are_read(
     tmp_path: Path,
 ) -> None:
