@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zcache._advice.trace import Trace
 
 _DEVIATIONS: Final = 2.0
-"""Standard deviations of an error band, which then holds the truth 19 times of 20."""
+"""Standard deviations of an error band, which holds the truth at least 86 times of 100 (`docs/advice.md`)."""
 
 
 class Estimator:
