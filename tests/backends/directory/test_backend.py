@@ -210,6 +210,32 @@ async def test_no_write_waits_for_deletes_that_were_not_answered_before(
     await until(lambda: _is_cached_again(store, "c/1"))
 
 
+async def test_delete_that_a_cancelled_reader_leaves_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = open_store(tmp_path)
+    await write(store, "a", bytes(60))
+    os.truncate(tmp_path / "cache/a", 7)
+    begun, go = threading.Event(), threading.Event()
+
+    def hang(work: Any, *args: Any) -> Any:
+        begun.set()
+        assert go.wait(120)
+        return work(*args)
+
+    monkeypatch.setattr(backend, "remove_victims", partial(hang, backend.remove_victims))
+    reader = asyncio.create_task(read(store, "a"))
+    await until(begun.is_set)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    owed = store._cache.backend._owed
+    go.set()
+    await drained(store)
+    await until(lambda: store._cache.backend._owed == 0)
+    assert owed == 1
+
+
 def _is_cached_again(store: CacheStore, key: str) -> bool:
     """Whether a value is cached again, once the cache store is no longer left alone."""
     store.get_sync(key)

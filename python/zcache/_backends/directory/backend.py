@@ -119,6 +119,10 @@ class DirectoryBackend(Backend):
             outcome = work()
         except Exception as error:  # noqa: BLE001 - the user did not ask for it
             outcome = [_as_os_error(error)] * len(victims)
+        except BaseException:
+            # Its caller was cancelled, and it goes on.
+            self._owed += 1
+            raise
         dropped, failed = self._sort(victims, outcome)
         if failed:
             names = _names(victims, failed)
@@ -206,6 +210,9 @@ class DirectoryBackend(Backend):
             self._unanswered(error, timeout)
         except OSError as error:
             self.breaker.failed(error, "delete")
+        except BaseException:
+            self._owed += 1
+            raise
 
     def _unanswered(self, error: Exception, timeout: float) -> None:
         self._owed += 1
