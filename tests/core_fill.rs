@@ -576,6 +576,19 @@ fn queue_that_is_dropped_does_what_it_has() {
 }
 
 #[test]
+fn queue_without_work_keeps_no_index_in_use() {
+    let mut dir = Dir::new("let-go");
+    for n in 0..200 {
+        filled(&dir.fill(&format!("a/{n}"), 10));
+        // Not in the time after that either in which a thread waits for more work.
+        assert_eq!(Arc::strong_count(&dir.index), 2);
+    }
+    let files = CacheDir::new(dir.root.clone(), dir.at(".zcache/tmp"));
+    dir.fills = Fills::new(Arc::clone(&dir.index), files, 2, Box::new(drop));
+    assert_eq!(Arc::strong_count(&dir.index), 2);
+}
+
+#[test]
 fn abandon_with_a_thread_at_work_waits_for_nothing() {
     let dir = Dir::new("abandon");
     let held = Arc::new(Mutex::new(()));

@@ -53,11 +53,11 @@ pub type OnIdle<T, D> = Box<dyn Fn(Leftovers<T, D>) + Send + Sync>;
 
 /// A queue of fills. Those that are in it when it is dropped are still done.
 pub struct Fills<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> {
+    index: Arc<Locked<T>>,
     shared: Arc<Shared<T, D>>,
 }
 
 struct Shared<T, D> {
-    index: Arc<Locked<T>>,
     dir: CacheDir,
     threads: usize,
     on_idle: OnIdle<T, D>,
@@ -86,6 +86,8 @@ struct Jobs<D> {
 }
 
 struct State<T, D> {
+    /// As long as there is work: a thread that waits for some would keep an index in use that nobody uses.
+    index: Option<Arc<Locked<T>>>,
     next: u64,
     jobs: VecDeque<(u64, Fill<D>)>,
     /// Threads, and those of them that wait for work.
@@ -116,6 +118,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         on_idle: OnIdle<T, D>,
     ) -> Self {
         let state = State {
+            index: None,
             next: 0,
             jobs: VecDeque::new(),
             live: 0,
@@ -131,7 +134,6 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             leftovers: Leftovers::default(),
         };
         let shared = Shared {
-            index,
             dir,
             threads: threads.max(1),
             on_idle,
@@ -147,6 +149,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             abandoned: AtomicBool::new(false),
         };
         Fills {
+            index,
             shared: Arc::new(shared),
         }
     }
@@ -177,6 +180,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
             drop(job);
             return Err(error);
         }
+        state.index.get_or_insert_with(|| Arc::clone(&self.index));
         state.next += 1;
         shared.pending.fetch_add(1, Ordering::Relaxed);
         shared.pending_size.fetch_add(size, Ordering::Relaxed);
@@ -226,7 +230,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Fills<T, D> {
         let shared = &self.shared;
         if !shared.is_abandoned() {
             // Where it cannot be noted now, the next commit looks again.
-            let _ = look(&shared.index, &shared.dir);
+            let _ = look(&self.index, &shared.dir);
         }
     }
 
@@ -314,6 +318,10 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
     fn state(&self) -> MutexGuard<'_, State<T, D>> {
         // Nothing in here panics half way.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn index(&self) -> Option<Arc<Locked<T>>> {
+        self.state().index.clone()
     }
 
     /// Starts another thread, unless there are as many as there may be.
@@ -430,7 +438,10 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         let Jobs { numbers, mut fills } = jobs;
         let mut numbers = numbers.into_iter();
         while !fills.is_empty() {
-            let mut batch = Batch::new(&self.index, &self.dir, &fills);
+            let Some(index) = self.index() else {
+                return; // It is kept until these are done.
+            };
+            let mut batch = Batch::new(&index, &self.dir, &fills);
             // A panic would leave the fills unfinished forever.
             if catch_unwind(AssertUnwindSafe(|| batch.run())).is_err() {
                 let _ = catch_unwind(AssertUnwindSafe(|| batch.end()));
@@ -439,6 +450,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
             let Batch {
                 deferred, closed, ..
             } = batch;
+            drop(index);
             let rest = fills.split_off(reports.len().clamp(1, fills.len()));
             self.note_done(numbers.by_ref().zip(reports), fills, deferred, closed);
             fills = rest;
@@ -469,6 +481,10 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         state.worked = true;
         // First: who finds nothing pending collects all that there was.
         self.due.store(true, Ordering::Release);
+        if self.pending.load(Ordering::Relaxed) == count && state.deferred.is_empty() {
+            // And the index is not kept any more.
+            state.index = None;
+        }
         self.pending.fetch_sub(count, Ordering::AcqRel);
         self.pending_size.fetch_sub(size, Ordering::AcqRel);
         self.completed.fetch_add(count as u64, Ordering::AcqRel);
@@ -513,15 +529,22 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         if state.deferred.is_empty() {
             return;
         }
+        let Some(index) = state.index.clone() else {
+            return; // It is kept until these are made.
+        };
         let mut rest = std::mem::take(&mut state.deferred);
         drop(state);
         let mut closed = Vec::new();
-        let _ = apply_all(&self.index, &mut rest, &mut closed);
+        let _ = apply_all(&index, &mut rest, &mut closed);
         let mut state = self.state();
         // Before updates that other threads have deferred meanwhile.
         rest.append(&mut state.deferred);
-        self.has_deferred.store(!rest.is_empty(), Ordering::Release);
         state.deferred = rest;
         state.leftovers.flights.extend(closed);
+        // Another thread may have found nothing deferred.
+        let has_deferred = !state.deferred.is_empty();
+        let is_kept = has_deferred || self.pending.load(Ordering::Relaxed) != 0;
+        state.index = is_kept.then_some(index);
+        self.has_deferred.store(has_deferred, Ordering::Release);
     }
 }

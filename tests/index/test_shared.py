@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import fcntl
 import gc
 import os
 import pickle
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from directories import flip
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
 from support import buf, check_quiet, fill, read, read_through
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache._index import shared
 from zcache.testing import (
     FakeClock,
@@ -181,6 +183,7 @@ async def test_copies_share_a_source_in_memory(how: str) -> None:
 
 COPIES = """
 import pickle, sys
+from zarr.abc.store import RangeByteRequest
 from zarr.core.sync import sync
 from support import read
 first, second = pickle.loads(bytes.fromhex(sys.stdin.read()))
@@ -395,3 +398,47 @@ def test_store_without_references_is_gone_at_once(tmp_path: Path, kind: str) -> 
         assert handle() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("decoded_size", [None, 2**20])
+async def test_directory_of_a_store_without_references_is_free_at_once(
+    tmp_path: Path, kind: str, decoded_size: int | None
+) -> None:
+    """No thread that has worked for it keeps it in use, nor does anything wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            source = MemoryStore()
+            for n in range(20):
+                await source.set(f"c/{n}", buf(bytes(100)))
+            cache = CachePool(tmp_path) if kind == "pool" else LocalStore(tmp_path)
+            store = CacheStore(source, cache_store=cache, decoded_size=decoded_size)
+            del cache
+            for _ in range(2):
+                await asyncio.gather(*[read(store, f"c/{n}") for n in range(30)])
+                await store.drain()
+            assert store.cache_stats()["hits"] >= 20
+            assert await read(store, "c/0", RangeByteRequest(2, 4)) == bytes(2)
+            await store.set("c/1", buf(b"1"))
+            await store.delete("c/2")
+            await store.drain()
+            assert not is_free(tmp_path)
+            del store
+            assert is_free(tmp_path)
+    finally:
+        gc.enable()
+
+
+def is_free(cache: Path) -> bool:
+    """Whether no participant has the directory open."""
+    slots = list((cache / ".zcache/index").glob("s[0-9]*"))
+    assert slots
+    for slot in slots:
+        with slot.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True

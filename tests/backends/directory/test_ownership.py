@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
@@ -117,7 +116,6 @@ async def test_directory_source_without_a_name_starts_cold(tmp_path: Path) -> No
     await fill(store, a=b"1", b=b"2")
     (tmp_path / "cache/mine").write_bytes(b"mine")
     del store
-    await released(tmp_path)
     store = open_store(tmp_path, MemoryStore())
     await opened(store)
     assert store.cache_info()["current_size"] == 0
@@ -135,26 +133,10 @@ async def test_directory_source_without_a_name_starts_cold(tmp_path: Path) -> No
     await fill(store, c=b"3")
     assert await read_through(store, "c") == b"3"
     del store
-    await released(tmp_path)
     store = open_store(tmp_path)
     await opened(store)
     assert held(tmp_path) == {"mine": 4}
     assert store.cache_info()["current_size"] == 0
-
-
-async def released(where: Path) -> None:
-    """Wait until the directory is in use no more: a thread that has written for a store may have it for a moment."""
-
-    def is_free() -> bool:
-        for slot in (where / "cache/.zcache/index").glob("s[0-9]*"):
-            with slot.open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return False
-        return True
-
-    await until(is_free)
 
 
 async def opened(store: CacheStore) -> None:
@@ -169,7 +151,6 @@ async def test_take_over_cut_off_is_finished_by_the_next(
     store = open_store(tmp_path, MemoryStore())
     await fill(store, a=b"old")
     del store
-    await released(tmp_path)
     source = LocalStore(tmp_path / "source")
     await source.set("a", buf(b"new"))
 

@@ -10,7 +10,7 @@ import errno
 import os
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._backends.base import TryRead
+
+    _Read: TypeAlias = "Callable[[PageCacheReader, str, Any, int, int, int], int]"
 
 LARGEST: Final = 4 * 2**20
 """Bytes of the largest value that is read on the spot."""
@@ -87,8 +89,9 @@ class PageCacheReader:
         self._small = 0
         self._open = _open if is_encodable(root) else _open_waiting
         self._clock = clock
-        # How a file is read; None where that may wait.
-        self._read: Callable[[str, Any, int, int, int], int] | None = self._read_nowait
+        # How a file is read; None where that may wait. Not bound: a reader that held itself would keep the directory
+        # in use until the garbage collector comes.
+        self._read: _Read | None = PageCacheReader._read_nowait
         # When it may be read on the spot again; None for never.
         self._resumes: float | None = None
 
@@ -112,7 +115,7 @@ class PageCacheReader:
         # One byte more than there should be: a value that has grown is not the one of the entry.
         array = np.empty(size + (start + size == total), "u1")
         try:
-            count = read(self._root + name, array, total, start, size)
+            count = read(self, self._root + name, array, total, start, size)
         except BlockingIOError:
             self._turn.note_cold()
             return None
@@ -132,10 +135,10 @@ class PageCacheReader:
             if error.errno not in _UNKNOWN_FLAG:
                 raise
             # Not on this file system: asked once.
-            self._read = self._read_resident if tells_residency(file) else None
+            self._read = PageCacheReader._read_resident if tells_residency(file) else None
         finally:
             os.close(file)
-        return 0 if self._read is None else self._read(path, array, total, start, size)
+        return 0 if self._read is None else self._read(self, path, array, total, start, size)
 
     def _read_resident(self, path: str, array: Any, total: int, start: int, size: int) -> int:
         """The same for file systems without ``RWF_NOWAIT``."""
@@ -147,10 +150,10 @@ class PageCacheReader:
             self._resumes = self._clock() + min(waited * PAUSE, LONGEST_PAUSE)
         return size
 
-    def _resume(self) -> Callable[[str, Any, int, int, int], int] | None:
+    def _resume(self) -> _Read | None:
         """Read on the spot again once the pause after a slow read is over."""
         if self._resumes is not None and self._clock() >= self._resumes:
-            self._resumes, self._read = None, self._read_resident
+            self._resumes, self._read = None, PageCacheReader._read_resident
         return self._read
 
     def _begins(self, size: int) -> bool:
