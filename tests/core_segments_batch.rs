@@ -181,3 +181,59 @@ fn fill_beside_an_eviction_of_what_is_above_a_smaller_bound_evicts_only_for_itse
     pool.step(|cache| cache.abandon(id));
     end(pool);
 }
+
+#[test]
+fn fills_that_are_not_written_take_no_room_for_long() {
+    for (holes, size) in [(true, 60_000), (false, 100)] {
+        let mut pool = Pool::with(&format!("unwritten-{holes}"), LIMITS, holes);
+        let before = pool.counted();
+        // Each gets a segment of its own.
+        for n in 0..100 {
+            let (key, range) = (format!("b/{n}"), ByteRange::Full);
+            let ticket = pool.join(&key, range);
+            pool.min_free_space = u64::MAX;
+            let ending = pool.fill_under(ticket, &key, range, contents(&key, size));
+            assert!(matches!(ending, Ending::Rejected(_)), "{ending:?}");
+            pool.min_free_space = 0;
+        }
+        assert!(
+            pool.counted() <= before,
+            "{before} before, {} after",
+            pool.counted()
+        );
+        pool.fill("c", size);
+        assert_eq!(pool.read("c"), Some(contents("c", size)));
+        end(pool);
+    }
+}
+
+#[test]
+fn segment_to_which_nothing_is_appended_makes_room_for_others() {
+    // Four pages for the head of each segment: with that of a second one, nothing fits.
+    let limits = Limits {
+        max_size: 7 * PAGE,
+        ..LIMITS
+    };
+    let mut one = Pool::with("idle", limits, true);
+    let root = one.root.clone();
+    one.fill("a", 100);
+    let mut other = Pool::over(root, limits, true);
+    let victims = one.step(|cache| cache.begin_write("a"));
+    one.delete(&victims);
+    one.step(|cache| cache.end_write("a", true, None).map(drop));
+    for n in 0..3 {
+        let (key, range) = (format!("b/{n}"), ByteRange::Full);
+        let ticket = other.join(&key, range);
+        let _ = other.fill_under(ticket, &key, range, contents(&key, 100));
+    }
+    assert!(other.read("b/2").is_some(), "{} counted", other.counted());
+    // Its own is gone by now.
+    for n in 0..3 {
+        let (key, range) = (format!("c/{n}"), ByteRange::Full);
+        let ticket = one.join(&key, range);
+        let _ = one.fill_under(ticket, &key, range, contents(&key, 100));
+    }
+    assert!(one.read("c/2").is_some(), "{} counted", one.counted());
+    drop(other);
+    end(one);
+}

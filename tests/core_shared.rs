@@ -244,6 +244,23 @@ fn a_slot_that_is_gone_is_not_believed() {
 }
 
 #[test]
+fn a_dead_participant_without_a_file_is_taken_over_from() {
+    let dir = Dir::new("no-slot");
+    let mut one = dir.open();
+    let small = Limits {
+        max_size: 10,
+        ..LIMITS
+    };
+    let (other, _) = Index::open(&dir.0, small, 1).unwrap();
+    granted(&mut one, "a", 10);
+    is_full(&mut one, "b", 10);
+    drop(other);
+    dir.remove(&["s1"]);
+    one.reap().unwrap();
+    granted(&mut one, "c", 900);
+}
+
+#[test]
 fn a_directory_that_was_moved_is_not_believed() {
     let dir = Dir::new("moved");
     let elsewhere = Dir::new("elsewhere");

@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::reserve::Reservation;
-use crate::arena::{List, Place, State};
+use crate::arena::{Cell, List, Place, State};
 use crate::error::Result;
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -174,7 +174,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         }
         let owner = self.arena.storage.own_slot() as u32 + 1;
-        let cell = self.arena.segment_cell(i)?;
+        let Ok(cell) = self.arena.segment_cell(i) else {
+            // Another participant has closed it, and its file is gone.
+            return Ok(None);
+        };
         let is_own = cell.segment_owner() == owner && cell.segment_number() == number;
         let end = u64::from(cell.segment_end()) + pages;
         Ok((is_own && end <= u64::from(cell.segment_capacity())).then_some(i))
@@ -192,7 +195,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     fn close_own_segment(&mut self) -> Result<()> {
         let OpenSegment { cell, number } = std::mem::take(&mut self.open_segment);
-        if cell != 0 && self.arena.segment_cell(cell)?.segment_number() == number {
+        let is_own = |cell: &Cell| cell.segment_number() == number;
+        if cell != 0 && self.arena.segment_cell(cell).is_ok_and(is_own) {
             self.close_segment(cell)?;
         }
         Ok(())
@@ -207,6 +211,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn close_segments_of(&mut self, participant: usize) -> Result<()> {
         for i in self.arena.list_cells(List::Segments)? {
             if self.arena.segment_cell(i)?.segment_owner() as usize == participant + 1 {
+                self.close_segment(i)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends all appending to segments without entries, whoever appends: next time that takes another one.
+    pub fn close_empty_segments(&mut self) -> Result<()> {
+        for i in self.arena.list_cells(List::Segments)? {
+            let cell = self.arena.segment_cell(i)?;
+            if cell.segment_owner() != 0 && cell.segment_entries() == 0 {
                 self.close_segment(i)?;
             }
         }

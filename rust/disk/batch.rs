@@ -92,8 +92,8 @@ pub(super) struct Batch<'a, T, D> {
     retry_time: Duration,
     /// Whether there may be failed deletes.
     pub(super) failed_deletes: bool,
-    /// Segments of a pool with files that can go.
-    pub(super) spent: Vec<(u32, u64)>,
+    /// Segments of a pool with files that can go; `None` as long as nobody has asked.
+    pub(super) spent: Option<Vec<(u32, u64)>>,
     /// One of them with values that should be moved.
     pub(super) straggling: Option<u64>,
     pub(super) deleted: u64,
@@ -114,7 +114,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
             progress: fills.iter().map(|_| Progress::new()).collect(),
             retry_time: RETRY_TIME,
             failed_deletes: true,
-            spent: Vec::new(),
+            spent: None,
             straggling: None,
             deleted: 0,
             delete_errors: Vec::new(),

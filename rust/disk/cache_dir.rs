@@ -56,6 +56,17 @@ pub fn space(path: &Path) -> io::Result<Space> {
     })
 }
 
+/// Files that a batch of fills makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NewFiles {
+    /// None: a pool appends to segments that are there.
+    None,
+    /// Segments of a pool.
+    Segments,
+    /// One for each value, and its folders.
+    Values,
+}
+
 /// What a volume lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Missing {
@@ -169,6 +180,7 @@ impl CacheDir {
         &self,
         size: u64,
         min_free: Option<u64>,
+        files: NewFiles,
     ) -> io::Result<Option<Missing>> {
         if self.has_ample_space() {
             return Ok(None);
@@ -177,8 +189,10 @@ impl CacheDir {
         let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(space.total / FREE_PART));
         let needed = min_free.saturating_add(size);
         let bytes = needed.saturating_sub(space.free);
-        let inodes = space.files.is_some_and(|(free, total)| {
-            free < FREE_FILES.min(total / FREE_FILES_PART).max(FILES_PER_FILL)
+        let inodes = space.files.is_some_and(|(free, total)| match files {
+            NewFiles::None => false,
+            NewFiles::Segments => free < FILES_PER_FILL,
+            NewFiles::Values => free < FREE_FILES.min(total / FREE_FILES_PART).max(FILES_PER_FILL),
         });
         if bytes == 0 && !inodes {
             let many_files = space.files.is_none_or(|(free, _)| free > 10 * FREE_FILES);

@@ -11,8 +11,8 @@ use crate::cache::Placed;
 use crate::error::Result;
 use crate::shared::{Locked, StepError};
 
-/// Segments with files that one batch removes.
-const SEGMENTS: usize = 4;
+/// Segments with files that one batch removes which adds values, and that it removes at least if it adds none.
+pub(super) const SEGMENTS: usize = 4;
 
 const OVERTAKEN: &str = "overtaken by a write";
 
@@ -59,7 +59,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
                 return Err(error);
             }
         };
-        (self.spent, self.straggling) = (spent, straggling);
+        (self.spent, self.straggling) = (Some(spent), straggling);
         let (mut valid, mut victims, mut lost) = (Vec::new(), Vec::new(), Vec::new());
         for (made, done) in written.iter().zip(done) {
             let number = made.0;

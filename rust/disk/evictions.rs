@@ -5,6 +5,8 @@ use std::path::Path;
 use std::thread;
 
 use super::batch::{Answers, Batch, ROUNDS, SINCE_EMPTIED, Waiting, with_place};
+use super::cache_dir::NewFiles;
+use super::commit::SEGMENTS;
 use super::deferred::{Deferred, POISONED, apply, apply_all, step};
 use super::fill::{Ending, Fill};
 use super::removal::{self, Was};
@@ -80,8 +82,13 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             return Ok(());
         };
         let (now, min_free_space) = (first.now(), first.min_free_space);
+        let placed = self.progress.iter().filter(|one| one.is_under_way());
+        let files = self
+            .dir
+            .values
+            .new_files(placed.filter_map(|one| one.placed));
         for _ in 0..ROUNDS {
-            let missing = match self.dir.missing_space(size, min_free_space) {
+            let missing = match self.dir.missing_space(size, min_free_space, files) {
                 Ok(None) => return Ok(()),
                 Ok(Some(missing)) => missing,
                 Err(error) => {
@@ -92,7 +99,9 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             let (victims, generation) = self.with_retries(|index| {
                 step!(index, |cache| {
                     let mut victims = cache.evict(missing.bytes, now)?;
-                    while missing.inodes && victims.len() < FEWER_FILES {
+                    // A value of a pool has none.
+                    while missing.inodes && files == NewFiles::Values && victims.len() < FEWER_FILES
+                    {
                         let more = cache.evict(1, now)?;
                         if more.is_empty() {
                             break;
@@ -128,7 +137,10 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
 
     /// Removes files of segments without values. What fails here is tried by the next fill.
     pub(super) fn remove_segments(&mut self) {
-        let mut spent = std::mem::take(&mut self.spent);
+        let mut spent = match self.spent.take() {
+            None => self.find_spent(),
+            Some(spent) => spent,
+        };
         spent.retain(|(_, number)| self.dir.values.remove_segment(*number).is_ok());
         if !spent.is_empty() {
             let _ = self.with_retries(|index| {
@@ -140,6 +152,22 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
                 })
             });
         }
+    }
+
+    /// Segments that take room for nothing, after a batch that has added nothing: each of its fills may have left one.
+    fn find_spent(&mut self) -> Vec<(u32, u64)> {
+        if self.dir.values.segments().is_none() {
+            return Vec::new();
+        }
+        let limit = self.fills.len().max(SEGMENTS);
+        let found = self.with_retries(|index| {
+            step!(index, |cache| {
+                // Those of participants that add nothing now.
+                cache.close_empty_segments()?;
+                cache.spent_segments(limit)
+            })
+        });
+        found.unwrap_or_default()
     }
 
     /// Tries again what could not be deleted before.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::cache_dir::NewFiles;
 use super::folders;
 use super::ownership::{self, SourceDigest};
 use super::removal::{self, Was};
@@ -90,6 +91,17 @@ impl Values {
         match self {
             Values::Files => 1,
             Values::Segments(_) => MOST_AT_ONCE,
+        }
+    }
+
+    /// The files that are made where values get these places.
+    pub(super) fn new_files(&self, mut placed: impl Iterator<Item = Placed>) -> NewFiles {
+        match self {
+            Values::Files => NewFiles::Values,
+            Values::Segments(files) if placed.all(|placed| files.is_there(placed.segment)) => {
+                NewFiles::None
+            }
+            Values::Segments(_) => NewFiles::Segments,
         }
     }
 

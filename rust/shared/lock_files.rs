@@ -148,20 +148,19 @@ fn require_regular(file: File) -> io::Result<File> {
 pub(super) fn create(path: &Path) -> io::Result<File> {
     let new = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
     let file = File::from(open_plain(path, new)?);
-    open_to_group_of_folder(&file, path);
+    open_as_folder(&file, path);
     keep_in_place(&file);
     Ok(file)
 }
 
-/// Has the group that may write to the folder use the file as well, whatever the umask says.
-fn open_to_group_of_folder(file: &File, path: &Path) {
-    const WRITES: u32 = 0o020;
+/// Has those use the file who may use the folder, whatever the umask says.
+fn open_as_folder(file: &File, path: &Path) {
     let folder = path.parent().and_then(|folder| stat(folder).ok());
-    if let (Some(folder), Ok(status)) = (folder, fstat(file))
-        && folder.st_mode & WRITES != 0
-        && status.st_mode & WRITES == 0
-    {
-        let _ = fchmod(file, Mode::from_raw_mode(status.st_mode & 0o777 | 0o060));
+    if let (Some(folder), Ok(status)) = (folder, fstat(file)) {
+        let wanted = folder.st_mode & 0o066 | 0o600;
+        if status.st_mode & 0o777 != wanted {
+            let _ = fchmod(file, Mode::from_raw_mode(wanted));
+        }
     }
 }
 
@@ -328,17 +327,12 @@ pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {
     Err(OpenError::Crowded)
 }
 
+/// Whether the participant that has this slot lives, as far as its file tells: one without a file is found by none. If it
+/// works, it sees that its file was removed, and comes back; if it has died, nothing else would ever tell.
 pub(super) fn is_alive(root: &Path, n: usize) -> bool {
-    // A slot counts as taken where its file cannot be opened, or was removed while its owner works.
-    let file = open_to_read(&slot_file(root, n));
-    file.map_or(true, |file| !is_free(&file))
-}
-
-/// Whether the participant that had this slot is dead, as far as its file tells: one without a file is found by none.
-pub(super) fn is_gone(root: &Path, n: usize) -> bool {
     match open_to_read(&slot_file(root, n)) {
-        Ok(file) => is_free(&file),
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
+        Ok(file) => !is_free(&file),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::guard::Map;
 use super::header::{PARTICIPANTS, new_generation};
-use super::lock_files::{OpenError, TRY_AGAIN, extend, is_at, is_gone, open, unshare};
+use super::lock_files::{OpenError, TRY_AGAIN, extend, is_alive, is_at, open, unshare};
 
 const NAME: &str = "owner";
 const LEN: usize = 4096;
@@ -145,7 +145,7 @@ impl LockWord {
         let is_last = token.is_some_and(|token| {
             owner >> SLOT_BITS != 0 && token.load(Ordering::Acquire) == owner >> SLOT_BITS
         });
-        !is_last || slot.is_none_or(|slot| is_gone(&self.root, slot as usize))
+        !is_last || slot.is_none_or(|slot| !is_alive(&self.root, slot as usize))
     }
 
     /// Takes the lock, within `patience`.

@@ -40,6 +40,7 @@ pub(crate) struct Pool {
     pub(crate) fills: Fills<u32, Vec<u8>>,
     pub(crate) holes: bool,
     pub(crate) clock: u64,
+    pub(crate) min_free_space: u64,
 }
 
 pub(crate) fn open(
@@ -106,6 +107,7 @@ impl Pool {
             fills,
             holes,
             clock: NOW,
+            min_free_space: 0,
         }
     }
 
@@ -163,7 +165,7 @@ impl Pool {
             fetched: self.clock,
             now: self.clock,
             since: Instant::now(),
-            min_free_space: Some(0),
+            min_free_space: Some(self.min_free_space),
         };
         self.fills.submit(fill).unwrap()
     }

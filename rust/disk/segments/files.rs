@@ -243,6 +243,11 @@ impl SegmentFiles {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Whether a segment has a file that can be appended to.
+    pub(in crate::disk) fn is_there(&self, number: u64) -> bool {
+        self.file(number, For::Change).is_ok()
+    }
+
     /// Removes the file of a segment.
     ///
     /// # Errors

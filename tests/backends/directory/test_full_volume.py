@@ -17,7 +17,7 @@ from directories import closed
 from doubles import SyncDictStore
 from pools import cache_at
 from support import PROTOTYPE, buf, listed, read
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -193,3 +193,24 @@ async def test_without_threads_everybody_is_served(
     tmp_path: Path, method: str, request: pytest.FixtureRequest
 ) -> None:
     await check_method(tmp_path, method, lambda: request.getfixturevalue("no_threads"))
+
+
+@pytest.mark.parametrize("is_pool", ["pool"], indirect=True)
+async def test_pool_without_inodes_keeps_what_it_has_and_appends(small: Path) -> None:
+    """A value in a segment has no inode: evictions would win none."""
+    behind = source()
+    pool = CachePool(small / "pool", max_size=2**19)
+    store = CacheStore(behind, cache_store=pool, source_id="source", min_free_space=0)
+    for key in VALUES:
+        await read(store, key)
+    assert await store.drain()
+    fill_up(small, "inodes")
+    await behind.inner.set("later", buf(b"more"))
+    behind.take()
+    for _ in range(2):
+        for key, value in {**VALUES, "later": b"more"}.items():
+            assert await read(store, key) == value
+        assert await store.drain()
+    assert behind.take() == {"get": 1}
+    assert store.cache_stats()["evictions"] == 0
+    del store, pool

@@ -25,7 +25,7 @@ from pools import (
     pool_with_neighbours,
     source_of,
 )
-from support import TESTS, buf, check_quiet, read, read_through, until, write
+from support import TESTS, buf, check_quiet, fill, read, read_through, until, write
 from zcache import (
     CacheOwnershipError,
     CachePool,
@@ -339,12 +339,24 @@ def test_store_over_a_pool_pickles_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(None, 0o700), (0o770, 0o770), (0o755, 0o755)])
-def test_directory_has_the_mode_that_was_asked_for(
-    tmp_path: Path, mode: int | None, expected: int
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+async def test_directory_has_the_mode_that_was_asked_for(
+    tmp_path: Path, mode: int | None, expected: int, umask: int
 ) -> None:
-    CachePool(tmp_path / "pool", mode=mode)
-    for folder in ("pool", "pool/.zcache", "pool/.zcache/segments"):
-        assert (tmp_path / folder).stat().st_mode & 0o777 == expected, folder
+    """Whatever the umask says, and all that is in it as well."""
+    before = os.umask(umask)
+    try:
+        pool = CachePool(tmp_path / "pool", mode=mode)
+        store = CacheStore(MemoryStore(), cache_store=pool, source_id="x")
+        await fill(store, k=b"value")
+        assert await store.drain()
+        found = [tmp_path / "pool", *(tmp_path / "pool").rglob("*")]
+        assert len(found) > 12
+        for path in found:
+            permissions = expected if path.is_dir() else expected & 0o666
+            assert path.stat().st_mode & 0o777 == permissions, path
+    finally:
+        os.umask(before)
 
 
 MEMBER = """
@@ -355,8 +367,9 @@ from zcache import CachePool, CacheStore
 
 path, user, mode, *keys = sys.argv[1], int(sys.argv[2]), int(sys.argv[3], 8), *sys.argv[4:]
 os.umask(0o077)
-os.setgroups([])
-os.setgid(54321)
+# As the first group of the user, or as one more.
+os.setgroups([54321])
+os.setgid(54321 if user < 50010 else user)
 os.setuid(user)
 store = CacheStore(
     MemoryStore({f"{user}": buf(b"own")}), cache_store=CachePool(path, mode=mode), source_id="x"
@@ -370,10 +383,12 @@ print(found, stats["hits"], stats["cache_failures"])
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("one", "two"), [(50001, 50002), (50011, 50012)])
+def test_users_of_a_group_share_a_pool(tmp_path: Path, one: int, two: int) -> None:
     where = Path(tempfile.mkdtemp())
     try:
-        where.chmod(0o777)
+        os.chown(where, 0, 54321)
+        where.chmod(0o2777)
 
         def member(user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
@@ -386,16 +401,17 @@ def test_users_of_a_group_share_a_pool(tmp_path: Path) -> None:
                 check=False,
             )
 
-        first = member(50001, "770", "50001")
+        first = member(one, "770", f"{one}")
         assert first.stdout == "[b'own'] 0 0\n", first.stderr
-        other = member(50002, "770", "50001", "50002")
+        other = member(two, "770", f"{one}", f"{two}")
         assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
-        again = member(50001, "770", "50001", "50002")
+        again = member(one, "770", f"{one}", f"{two}")
         assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
         for name in ("head", "cells", "places", "lock", "owner", "s0"):
-            assert (where / "pool/.zcache/index" / name).stat().st_mode & 0o777 == 0o660, name
+            found = (where / "pool/.zcache/index" / name).stat()
+            assert (found.st_mode & 0o777, found.st_gid) == (0o660, 54321), name
         # A process that has not asked for a group does not trust another user.
-        assert "CacheOwnershipError" in member(50002, "700").stderr
+        assert "CacheOwnershipError" in member(two, "700").stderr
     finally:
         shutil.rmtree(where)
 

@@ -70,6 +70,8 @@ class Stamp:
 
     Attributes
     ----------
+    paths : tuple of str
+        Where it is kept.
     is_foreign : bool
         Whether it still belongs to a source that ended with its process.
     is_doubtful : bool
@@ -100,6 +102,7 @@ class Stamp:
         self._reserved = reserved
         self._path = os.path.join(reserved, "stamp.json")
         self._copy = os.path.join(reserved, "index", "stamp.json")
+        self.paths = self._path, self._copy
         self._identity: tuple[int, int] | None = None
         self.is_doubtful = self.has_adopted = False
         self._trusts_owner = adopt or trusts_owner
@@ -171,7 +174,7 @@ class Stamp:
             self._write(self.source, replace=False)
             return
         if status.st_mtime < now - _YOUNG:
-            for path in (self._path, self._copy):
+            for path in self.paths:
                 with contextlib.suppress(OSError):
                     os.utime(path, follow_symlinks=False)
 

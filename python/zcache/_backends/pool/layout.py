@@ -159,8 +159,10 @@ class PoolLayout(Layout):
             os.makedirs(os.path.dirname(self.root), exist_ok=True)
             try:
                 os.mkdir(self.root, self.mode)
-                # Whatever the umask says.
-                os.chmod(self.root, self.mode)
+                # Whatever the umask says. What a group has a part in is its, whoever makes it: no user need have it as
+                # his first one.
+                shared = stat.S_ISGID if self.mode & stat.S_IRWXG else 0
+                os.chmod(self.root, self.mode | shared)
             except FileExistsError:
                 pass
         super().claim(adopt=adopt)
@@ -182,19 +184,29 @@ class PoolLayout(Layout):
 
     def make_folders(self) -> None:
         super().make_folders()
-        mode = 0o700 | os.stat(self.root).st_mode & 0o777
+        root = os.stat(self.root)
+        mode = stat.S_IRWXU | root.st_mode & (0o777 | stat.S_ISGID)
         os.makedirs(self.segments, mode=mode, exist_ok=True)
+        # Whatever the umask says: a pool may belong to a group.
         for folder in (self.reserved, self.index_root, self.temporary.path, self.segments):
-            # Whatever the umask says: a pool may belong to a group.
-            if os.stat(folder).st_mode & 0o777 != mode:
-                with contextlib.suppress(PermissionError):
-                    os.chmod(folder, mode)
+            _give(folder, root.st_gid, mode)
+        for file in self.stamp.paths:
+            _give(file, root.st_gid, mode & 0o666)
 
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))
 
     def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
         return {**super().with_unit(limits), "holes": self.holes}
+
+
+def _give(path: str, group: int, mode: int) -> None:
+    """Have a file or folder belong to this group, with these permissions, as far as this user may say so."""
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_gid != group:
+            os.chown(path, -1, group)
+        if stat.S_IMODE(os.stat(path).st_mode) != mode:
+            os.chmod(path, mode)
 
 
 _PAGE: Final = 4096
