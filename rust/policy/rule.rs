@@ -39,7 +39,7 @@ const RENEWS_AFTER: u64 = 8;
 /// is new is read again soon, a small window does.
 const MAKES_UP_FOR: u64 = 64;
 
-/// The part by which what a full cache is known to hold is lowered each time that room is made.
+/// The part by which what a full cache is known to hold is lowered with each value that needs room.
 const FADE: u64 = 1024;
 
 /// The bit of a note that says that the learner follows the key.
@@ -132,6 +132,15 @@ impl Ruled {
         self.is_lru() || size <= self.window(bytes).max(mean)
     }
 
+    /// Whether what is on its way has taken all that was in the window: with others that come at once, a value would take
+    /// the place of what is in the main list, and never be compared with that.
+    fn is_window_spent<E: Entries>(self, entries: &E, size: u64) -> Result<bool> {
+        let (_, bytes) = entries.totals();
+        let window = bytes.saturating_sub(entries.state().main_bytes);
+        let has_main = || Ok(entries.end(List::Main, false)?.is_some());
+        Ok(!self.is_lru() && window < size && entries.is_filling() && has_main()?)
+    }
+
     /// Bytes of the window, of so many in all.
     fn window(self, bytes: u64) -> u64 {
         let window = u128::from(bytes) * u128::from(self.rule.window) / u128::from(WHOLE);
@@ -141,8 +150,8 @@ impl Ruled {
     /// Whether others should go for a newcomer. One that is turned away is remembered.
     pub(super) fn admits<E: Entries>(self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
         let Newcomer { hash, size } = newcomer;
-        note_full(entries);
-        if self.fits_window(entries, size) {
+        note_full(entries, true);
+        if self.fits_window(entries, size) && !self.is_window_spent(entries, size)? {
             return Ok(true);
         }
         let halvings = entries.state().halvings;
@@ -203,7 +212,7 @@ impl Ruled {
     /// The entry that goes next.
     pub(super) fn victim<E: Entries>(self, entries: &mut E) -> Result<Option<u32>> {
         // Not of what is there now: some may have gone already for the same newcomer.
-        let bytes = note_full(entries);
+        let bytes = note_full(entries, false);
         for _ in 0..MOVES {
             let main = entries.end(List::Main, false)?;
             let Some(newcomer) = entries.end(List::Recency, false)? else {
@@ -264,11 +273,14 @@ fn count_new<E: Entries>(entries: &mut E) -> Result<()> {
     Ok(())
 }
 
-/// Notes how many bytes there are when more are needed; how many there are when it is full.
-fn note_full<E: Entries>(entries: &mut E) -> u64 {
+/// Notes how many bytes there are when more are needed; how many there are when it is full. That fades with each value
+/// that comes alone: of those that come together each has made room already, which is not full yet.
+fn note_full<E: Entries>(entries: &mut E, is_new: bool) -> u64 {
     let (_, bytes) = entries.totals();
+    let fades = is_new && !entries.is_filling();
     let state = entries.state_mut();
-    state.full_bytes = bytes.max(state.full_bytes - state.full_bytes / FADE);
+    let less = if fades { state.full_bytes / FADE } else { 0 };
+    state.full_bytes = bytes.max(state.full_bytes - less);
     state.full_bytes
 }
 

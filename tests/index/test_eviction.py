@@ -16,8 +16,9 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
+from doubles import SyncDictStore
 from pools import CACHES
-from support import buf, check_quiet, fill, read_through, until, value_sync
+from support import buf, check_quiet, fill, read, read_through, until, value_sync
 from zcache import CachePool, CacheStore
 from zcache.testing import FakeClock, StoreDouble, check_index, stored_sizes
 
@@ -465,3 +466,28 @@ async def test_processes_killed_at_work_leave_a_sound_index(tmp_path: Path) -> N
     await hits_of(store, range(200))
     assert store.cache_info()["current_size"] <= 1 << 20
     check_index(store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_adaptive_keeps_a_part_of_a_loop_whose_values_come_together(
+    tmp_path: Path, kind: str
+) -> None:
+    """A reader asks for several chunks at once; each makes room before any of the others is there."""
+    count, size, kept = 1600, 1000, 900
+    source = SyncDictStore({f"c/{n}": bytes(size) for n in range(count)})
+    cache: Any = CachePool(tmp_path) if kind == "pool" else LocalStore(tmp_path)
+    store = CacheStore(
+        source, cache_store=cache, eviction="adaptive", max_size=kept * 1000, source_id="x"
+    )
+    hits = []
+    for _ in range(8):
+        before = store.cache_stats()["hits"]
+        for start in range(0, count, 16):
+            keys = [f"c/{n}" for n in range(start, start + 16)]
+            await asyncio.gather(*[read(store, key) for key in keys])
+        await store.drain()
+        hits.append(store.cache_stats()["hits"] - before)
+    # All but what segments and folders take of it, and the values that are compared.
+    assert min(hits[-3:]) > 0.35 * count, hits
+    await check_quiet(store)
