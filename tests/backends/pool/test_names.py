@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -95,6 +97,51 @@ def test_names_that_many_note_at_once_are_all_kept(tmp_path: Path) -> None:
         file.write('{"name": "ha')
     register.add("more")
     assert {found["name"] for found in register.names().values()} == {*names[1:], "more"}
+
+
+DAMAGE: dict[str, bytes] = {
+    "empty": b"",
+    "nested": b"[" * 200_000 + b"\n",
+    "nested in a name": b'{"name": ' + b"[" * 200_000 + b"\n",
+    "blanks": bytes(50_000),
+    "lines": b"\n" * 2**22,
+    "one line": b'{"name": "' + b"x" * 2**22,
+    "types": b'5\nnull\n"a"\n[]\n{"name": 5}\n{"name": [], "used": 1}\n{"used": 3}\n',
+    "times": b"".join(
+        b'{"name": "q", "used": %s}\n' % used
+        for used in (b"[1]", b'"x"', b"{}", b"1e999", b"NaN", b"1" * 400, b"1" * 5000)
+    ),
+}
+"""What may be in the file of the names."""
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "pipe", "folder", "link", "sparse"])
+def test_names_that_are_damaged_are_passed_by(tmp_path: Path, damage: str) -> None:
+    pool = CachePool(tmp_path, max_size="64 MiB")
+    names = tmp_path / ".zcache/sources"
+    names.unlink(missing_ok=True)
+    if damage == "pipe":
+        os.mkfifo(names)
+    elif damage == "folder":
+        names.mkdir()
+    elif damage == "link":
+        names.symlink_to(tmp_path / "elsewhere")
+    else:
+        names.write_bytes(DAMAGE.get(damage, b""))
+    if damage == "sparse":
+        os.truncate(names, 2**40)
+    stores = []
+    # With a name as long as this the file is looked through.
+    for name in ("q", "x" * 2**15):
+        stores.append(CacheStore(source_of(k=b"1"), cache_store=pool, source_id=name))
+        assert asyncio.run(read_through(stores[-1], "k")) == b"1"
+        assert all(info.last_used is None or info.last_used < math.inf for info in pool.sources())
+    held = {info.name: info.entries for info in pool.sources()}
+    assert held == {"q": 1, "x" * 2**15: 1}
+    assert not (tmp_path / "elsewhere").exists()
+    assert pool.cache_info()["current_size"] < 2**20
+    check_invariants(stores[-1])
+    pool.forget("q")
 
 
 NASTY = (

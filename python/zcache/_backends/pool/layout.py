@@ -107,7 +107,8 @@ class SegmentScanner:
                 found.size,
             )
         unit = handle.limits.get("unit", 1)
-        folders = _FOLDERS + Register(os.path.dirname(self._segments)).pages
+        register = Register(os.path.dirname(self._segments), max_size=handle.limits["max_size"])
+        folders = _FOLDERS + register.pages
         handle.call_opened(Index.count_folders, folders * unit, timeout=None)
         handle.call_opened(Index.finish_rebuild, timeout=None)
 

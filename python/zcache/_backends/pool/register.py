@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import stat
 import time
@@ -20,10 +22,15 @@ _LOOKED_AT_EACH: Final = 4 * _PAGE
 """Bytes by which the file grows until it is seen whether most of it is out of date."""
 _PART: Final = 4
 """One byte in so many of a pool may be names."""
+_LARGEST: Final = 2**24
+"""Bytes of the file at most; of a larger one, which no zcache has written, the rest is not read."""
 _PATIENCE: Final = 0.5
 """Seconds for which others are waited for; a line is added without the lock as well."""
 _LOOK_AGAIN: Final = 0.002
 """Seconds between two looks."""
+_FLAGS: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_BEGINNING: Final = b'{"name": '
+"""How each line begins: millions of others are passed by in a moment."""
 
 
 def label_of(source: str) -> str:
@@ -36,6 +43,7 @@ class Register:
 
     A file to which lines are added, so that of what processes note at once nothing is lost. Where most lines are
     out of date it is written anew, and where there is no room for more: then without those that were used longest ago.
+    What is damaged of it is passed by.
 
     Parameters
     ----------
@@ -44,7 +52,7 @@ class Register:
     count : callable, optional
         Is told of pages before they are written, and, as a negative number, once they are given back.
     max_size : int, optional
-        Bytes of the pool. A quarter of them are for the names, or a page. Default is None, no bound.
+        Bytes of the pool. A quarter of them are for the names, or a page, and 16 MiB at most. Default is None, no bound.
     """
 
     def __init__(
@@ -55,35 +63,41 @@ class Register:
     ) -> None:
         self._path = os.path.join(reserved, "sources")
         self._count = count or (lambda _: None)
-        self._room = None if max_size is None else max(_PAGE, max_size // _PART)
+        self._room = _LARGEST if max_size is None else min(_LARGEST, max(_PAGE, max_size // _PART))
 
     def names(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by label."""
-        try:
-            with open(self._path, "rb") as file:
-                lines = file.read().split(b"\n")
-        except OSError:
-            return {}
         notes: dict[str, dict[str, Any]] = {}
-        for line in lines:
-            try:
-                note = json.loads(line.decode(errors="surrogatepass"))
-            except ValueError:  # Half a line, of a process that was stopped or of a full volume.
+        for line in self._read().split(b"\n"):
+            note = _parse(line)
+            if note is None:
                 continue
-            name = note.get("name") if isinstance(note, dict) else None
-            if not isinstance(name, str):
-                continue
-            if note.get("used") is None:
-                notes.pop(label_of(name), None)
+            if note["used"] is None:
+                notes.pop(label_of(note["name"]), None)
             else:
-                notes[label_of(name)] = {"name": name, "used": note["used"]}
+                notes[label_of(note["name"])] = note
         return notes
+
+    def _read(self) -> bytes:
+        try:
+            # A pipe in its place must not block.
+            file = os.open(self._path, os.O_RDONLY | _FLAGS)
+        except OSError:
+            return b""
+        try:
+            _check_regular(file)
+            return os.read(file, min(os.fstat(file).st_size, _LARGEST))
+        except OSError:
+            return b""
+        finally:
+            os.close(file)
 
     @property
     def pages(self) -> int:
         """Pages of the file but for the first one, which is counted with the folders of the pool."""
         try:
-            return max(0, _pages_of(os.stat(self._path).st_size) - 1)
+            size = min(os.lstat(self._path).st_size, self._room)
+            return max(0, _pages_of(size) - 1)
         except OSError:
             return 0
 
@@ -93,7 +107,7 @@ class Register:
         line = _line(name, used)
         with contextlib.suppress(OSError), self._locked() as file:
             size = os.fstat(file).st_size
-            if self._room is not None and size + len(line) > self._room:
+            if size + len(line) > self._room:
                 self._write_what_fits(name, used, size, self._room // 2)
                 return
             self._count(_pages_of(size + len(line)) - max(1, _pages_of(size)))
@@ -110,7 +124,7 @@ class Register:
         notes = self.names()
         notes[label_of(name)] = {"name": name, "used": used}
         found = []
-        for note in sorted(notes.values(), key=_last_use, reverse=True):
+        for note in sorted(notes.values(), key=lambda note: note["used"] or 0.0, reverse=True):
             line = _line(note["name"], note["used"])
             if note["used"] is not None and len(line) <= room:
                 found.append(line)
@@ -126,7 +140,8 @@ class Register:
                 file.write(lines)
             self._open_to_group(unfinished)
             os.replace(unfinished, self._path)
-            gone = _pages_of(size)
+            # More than there is room for was never counted.
+            gone = _pages_of(min(size, self._room))
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(unfinished)
@@ -138,12 +153,9 @@ class Register:
         until = time.monotonic() + _PATIENCE
         while True:
             is_new = not os.path.exists(self._path)
-            file = os.open(
-                self._path,
-                os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
-                0o600,
-            )
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _FLAGS, 0o600)
             try:
+                _check_regular(file)
                 if is_new:
                     self._open_to_group(self._path)
                 is_late = time.monotonic() > until
@@ -170,9 +182,23 @@ class Register:
             os.chmod(path, mode)
 
 
-def _last_use(note: dict[str, Any]) -> float:
-    used = note["used"]
-    return float(used) if isinstance(used, (int, float)) else 0.0
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """What a line notes; None for half a line, of a process that was stopped, say, and for any other damage."""
+    if not line.startswith(_BEGINNING):
+        return None
+    try:
+        note = json.loads(line.decode(errors="surrogatepass"))
+        name, used = note["name"], note["used"]
+        if not isinstance(name, str) or not (used is None or math.isfinite(used)):
+            return None
+        return {"name": name, "used": None if used is None else float(used)}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def _check_regular(file: int) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
 
 
 def _line(name: str, used: float | None) -> bytes:
