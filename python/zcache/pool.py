@@ -38,7 +38,11 @@ class PoolSourceInfo(NamedTuple):
     Attributes
     ----------
     name : str or None
-        Its name; None where that is not known any more.
+        Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given; None where
+        that is not known any more.
+    source : str or None
+        What it was when it was last opened: the classes of its store and where that keeps its values, without
+        secrets, such as ``"FsspecStore(s3://bucket/era5.zarr)"``; None where that is not known.
     bytes : int
         Bytes of its values.
     entries : int
@@ -48,6 +52,7 @@ class PoolSourceInfo(NamedTuple):
     """
 
     name: str | None
+    source: str | None
     bytes: int
     entries: int
     last_used: float | None
@@ -197,20 +202,15 @@ class CachePool:
             of_source = held.setdefault(key.partition("/")[0], [0, 0])
             of_source[0] += size
             of_source[1] += 1
-        notes = self._notes()
         infos = []
+        notes = self._pool.notes()
         for label in {*held, *notes}:
             size, entries = held.get(label, (0, 0))
-            note = notes.get(label, {})
-            # One that was forgotten, and is filled anew.
-            name = note.get("name") or self._pool.name_of(label)
-            infos.append(PoolSourceInfo(name, size, entries, note.get("used")))
+            note = notes.get(label) or {}
+            if entries or not note["forgotten"]:
+                name, source, used = (note.get(item) for item in ("name", "source", "used"))
+                infos.append(PoolSourceInfo(name, source, size, entries, used))
         return sorted(infos, key=lambda info: (-info.bytes, info.name or ""))
-
-    def _notes(self) -> dict[str, dict[str, Any]]:
-        if self._pool.directory is not None:
-            return self._pool.directory.register.names()
-        return dict(self._pool.names)
 
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import MemoryStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from pools import source_of
 from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
-from zcache._backends.pool.register import Register, label_of
+from zcache._backends.pool.register import Register, label_of, note_of
 from zcache.testing import check_invariants, set_block_size
 
 if TYPE_CHECKING:
@@ -83,20 +83,69 @@ def test_names_that_many_note_at_once_are_all_kept(tmp_path: Path) -> None:
 
     def note(name: str) -> None:
         for _ in range(5):
-            register.add(name)
+            register.add(note_of(name))
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(note, names))
     assert {found["name"] for found in register.names().values()} == set(names)
     # Most of what was added is out of date.
     assert (tmp_path / "sources").stat().st_size < 2 * 16384 + 40 * 200
-    register.add(names[0], forget=True)
-    assert {found["name"] for found in register.names().values()} == set(names[1:])
+    register.forget(names[0])
+    assert [found["name"] for found in register.names().values() if found["forgotten"]] == names[:1]
     # Half a line, of a process that was stopped.
     with (tmp_path / "sources").open("a") as file:
         file.write('{"name": "ha')
-    register.add("more")
-    assert {found["name"] for found in register.names().values()} == {*names[1:], "more"}
+    register.add(note_of("more"))
+    assert {found["name"] for found in register.names().values()} == {*names, "more"}
+    register.add(note_of(names[0]))
+    assert not any(found["forgotten"] for found in register.names().values())
+
+
+def test_names_that_were_forgotten_are_the_first_to_go(tmp_path: Path) -> None:
+    register = Register(str(tmp_path), max_size=16 * PAGE)
+    names = [f"{n} {'x' * 1000}" for n in range(9)]
+    for age, name in enumerate(names):
+        register.add(note_of(name, used=float(age)))
+    for name in names[2:]:
+        register.forget(name)
+    kept = {found["name"] for found in register.names().values()}
+    assert set(names[:2]) < kept < set(names)
+
+
+async def test_source_that_is_filled_anew_after_it_was_forgotten_has_its_name_for_all(
+    tmp_path: Path,
+) -> None:
+    pool = CachePool(tmp_path)
+    store = CacheStore(source_of(k=b"1"), cache_store=pool, source_id="era5")
+    await read_through(store, "k")
+    (before,) = pool.sources()
+    pool.forget("era5")
+    assert pool.sources() == []
+    await read_through(store, "k")
+    # Who reads only knows what he finds, as the next process does.
+    for seen in (pool, CachePool(tmp_path, read_only=True)):
+        assert seen.sources() == [before]
+
+
+@pytest.mark.parametrize("kind", ["directory", "memory"])
+def test_source_is_told_without_secrets(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    pool = CachePool(tmp_path / "pool" if kind == "directory" else None)
+    url = "https://user:hush@example.org/era5.zarr?token=hush"
+    stores = [
+        CacheStore(LocalStore(tmp_path / "here"), cache_store=pool),
+        CacheStore(FsspecStore.from_url(url), cache_store=pool),
+        CacheStore(MemoryStore(), cache_store=pool, source_id="mine"),
+    ]
+    infos = {info.name: info.source for info in pool.sources()}
+    assert "hush" not in str(infos)
+    assert infos == {
+        f"file://{tmp_path}/here": f"LocalStore(file://{tmp_path}/here)",
+        "https://example.org/era5.zarr": "FsspecStore(https://example.org/era5.zarr)",
+        "mine": "MemoryStore",
+    }
+    del stores
 
 
 DAMAGE: dict[str, bytes] = {

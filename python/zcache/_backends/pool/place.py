@@ -15,7 +15,7 @@ from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.handle import SourceHandle
 from zcache._backends.pool.layout import POOL_SOURCE
 from zcache._backends.pool.listings import remove_listings
-from zcache._backends.pool.register import label_of
+from zcache._backends.pool.register import label_of, note_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 from zcache._index.shared import Member, choose_policy
@@ -55,7 +55,7 @@ class Pool:
     users : WeakSet of Member
         Who uses any of its sources.
     names : dict
-        The name of each source, and when it was last opened, by its label: of those that this process has opened.
+        What is noted of each source that this process has opened, by its label; see `note_of`.
     """
 
     handle: IndexHandle
@@ -102,11 +102,15 @@ class Pool:
         return {name: limits[name] for name in ("eviction", "minimise")}
 
     def source(
-        self, name: str, limits: dict[str, Any], clock: Callable[[], float] | None = None
+        self,
+        name: str,
+        text: str,
+        limits: dict[str, Any],
+        clock: Callable[[], float] | None = None,
     ) -> PoolSource:
         """One source, as a place of its own, with ages by this clock."""
         source = PoolSource(self, name, limits, clock or self.clock)
-        self.names[source.label] = {"name": name, "used": time.time()}
+        self.names[source.label] = note_of(name, text, time.time())
         self._sources.add(source)
         return source
 
@@ -121,10 +125,9 @@ class Pool:
         found = [options.min_free_space for options in self._options]
         return max((one for one in found if one is not None), default=None)
 
-    def name_of(self, label: str) -> str | None:
-        """The name of a source that is in use in this process."""
-        names = (source.name for source in list(self._sources) if source.label == label)
-        return next(names, None)
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What is known of each source, by its label."""
+        return dict(self.names)
 
     def forget(self, name: str) -> None:
         """Delete all values of a source."""
@@ -134,7 +137,8 @@ class Pool:
             self._delete(victims)
         while call(Index.drain_absences, label):
             pass
-        self.names.pop(label, None)
+        if label in self.names:
+            self.names[label] = {**self.names[label], "forgotten": True}
 
     def live(self, name: str | None = None) -> Iterator[tuple[str, bool, int]]:
         """Each entry that can be served, of one source or of all: key, whether it is the full value, and bytes.
@@ -260,6 +264,10 @@ class DirectoryPool(Pool):
             return None
         return array if reader.recorded(key) == (size, crc32c(array.tobytes())) else None
 
+    def notes(self) -> dict[str, dict[str, Any]]:
+        # There is no room for the names of all, but what this process has opened it knows.
+        return {**self.names, **self.directory.register.names()}
+
     def _enforce_bound(self) -> None:
         self.directory.enforce_bound()
 
@@ -272,7 +280,7 @@ class DirectoryPool(Pool):
             )
         super().forget(name)
         remove_listings(directory.layout.index_root, label_of(name))
-        directory.register.add(name, forget=True)
+        directory.register.forget(name)
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         scanner = self.directory.layout.scanner
@@ -304,7 +312,6 @@ class PoolSource:
     ) -> None:
         self.pool = pool
         self.clock = clock
-        self.name = name
         self.label = label_of(name)
         self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
         self.on_idle: Callable[[], object] = _nothing

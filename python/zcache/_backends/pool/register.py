@@ -38,6 +38,11 @@ def label_of(source: str) -> str:
     return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
+def note_of(name: str, source: str | None = None, used: float | None = None) -> dict[str, Any]:
+    """What is noted of a source: its name, a text for it, when it was last opened, whether it was forgotten since."""
+    return {"name": name, "source": source, "used": used, "forgotten": False}
+
+
 class Register:
     """The names of the sources of a pool, for people: nothing else depends on them.
 
@@ -66,17 +71,9 @@ class Register:
         self._room = _LARGEST if max_size is None else min(_LARGEST, max(_PAGE, max_size // _PART))
 
     def names(self) -> dict[str, dict[str, Any]]:
-        """What is known of each source, by label."""
-        notes: dict[str, dict[str, Any]] = {}
-        for line in self._read().split(b"\n"):
-            note = _parse(line)
-            if note is None:
-                continue
-            if note["used"] is None:
-                notes.pop(label_of(note["name"]), None)
-            else:
-                notes[label_of(note["name"])] = note
-        return notes
+        """What is known of each source, by label; see `note_of`."""
+        notes = (_parse(line) for line in self._read().split(b"\n"))
+        return {label_of(note["name"]): note for note in notes if note is not None}
 
     def _read(self) -> bytes:
         try:
@@ -101,32 +98,35 @@ class Register:
         except OSError:
             return 0
 
-    def add(self, name: str, *, forget: bool = False) -> None:
-        """Note that a source is used now, or forget it."""
-        used = None if forget else time.time()
-        line = _line(name, used)
+    def add(self, note: dict[str, Any]) -> None:
+        """Note what is known of a source now; see `note_of`."""
+        line = _line(note)
         with contextlib.suppress(OSError), self._locked() as file:
             size = os.fstat(file).st_size
             if size + len(line) > self._room:
-                self._write_what_fits(name, used, size, self._room // 2)
+                self._write_what_fits(note, size, self._room // 2)
                 return
             self._count(_pages_of(size + len(line)) - max(1, _pages_of(size)))
             os.write(file, line)
             if (size + len(line)) // _LOOKED_AT_EACH > size // _LOOKED_AT_EACH:
                 self._write_anew(size + len(line))
 
+    def forget(self, name: str) -> None:
+        """Note that a source was forgotten; its name is kept, for stores that are open may fill it anew."""
+        self.add({**self.names().get(label_of(name), note_of(name)), "forgotten": True})
+
     def _write_anew(self, size: int) -> None:
-        lines = b"".join(_line(note["name"], note["used"]) for note in self.names().values())
+        lines = b"".join(map(_line, self.names().values()))
         if 2 * len(lines) <= size:
             self._replace(lines, size)
 
-    def _write_what_fits(self, name: str, used: float | None, size: int, room: int) -> None:
-        notes = self.names()
-        notes[label_of(name)] = {"name": name, "used": used}
+    def _write_what_fits(self, newest: dict[str, Any], size: int, room: int) -> None:
         found = []
-        for note in sorted(notes.values(), key=lambda note: note["used"] or 0.0, reverse=True):
-            line = _line(note["name"], note["used"])
-            if note["used"] is not None and len(line) <= room:
+        for note in sorted(
+            {**self.names(), label_of(newest["name"]): newest}.values(), key=_rank, reverse=True
+        ):
+            line = _line(note)
+            if len(line) <= room:
                 found.append(line)
                 room -= len(line)
         self._replace(b"".join(reversed(found)), size)
@@ -188,12 +188,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         note = json.loads(line.decode(errors="surrogatepass"))
-        name, used = note["name"], note["used"]
-        if not isinstance(name, str) or not (used is None or math.isfinite(used)):
+        name, used, source = note["name"], note["used"], note.get("source")
+        is_text = isinstance(name, str) and isinstance(source, str | None)
+        if not is_text or not (used is None or math.isfinite(used)):
             return None
-        return {"name": name, "used": None if used is None else float(used)}
+        used = None if used is None else float(used)
+        return {**note_of(name, source, used), "forgotten": bool(note.get("forgotten"))}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
+
+
+def _rank(note: dict[str, Any]) -> tuple[bool, float]:
+    """The least goes first where there is no room."""
+    return not note["forgotten"], note["used"] or 0.0
 
 
 def _check_regular(file: int) -> None:
@@ -201,11 +208,11 @@ def _check_regular(file: int) -> None:
         raise OSError(errno.EINVAL, "it is no regular file")
 
 
-def _line(name: str, used: float | None) -> bytes:
+def _line(note: dict[str, Any]) -> bytes:
     # Two halves of a pair, each on its own, would be read as the one character that they stand for.
-    note = json.dumps({"name": name, "used": used}, ensure_ascii=False)
+    text = json.dumps(note, ensure_ascii=False)
     # What was added by halves before ends here.
-    return f"\n{note}\n".encode(errors="surrogatepass")
+    return f"\n{text}\n".encode(errors="surrogatepass")
 
 
 def _pages_of(size: int) -> int:

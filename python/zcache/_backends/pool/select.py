@@ -16,6 +16,7 @@ from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSou
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._index.shared import SharedIndex, find_or_make
 from zcache._runtime.fork import at_fork
+from zcache._source.describe import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -114,7 +115,7 @@ def open_pool(opening: Opening) -> Backend:
 
 
 def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
-    source = pool.source(name, opening.limits, opening.clock)
+    source = pool.source(name, describe(opening.source), opening.limits, opening.clock)
     breaker_clock = opening.clock or time.monotonic
     shared = SharedIndex(
         source.handle, opening.source, opening.source_id, source.clock, breaker_clock
@@ -127,7 +128,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     layout = directory.layout
     shared.listings = SourceListings(layout.index_root, source.label, name)
     if not directory.filler.reads_only and directory.handle.usable:
-        directory.register.add(name)
+        directory.register.add(pool.names[source.label])
     return shared
 
 
