@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pickle
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,37 @@ async def test_directory_by_another_path_is_the_same_pool(
         second = CachePool(other, max_size="1 GiB")
         assert second.cache_info()["max_size"] == 2**20
         await check_one(first, second)
+
+
+async def test_pool_stays_the_same_when_its_process_goes_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    pool = CachePool("pool")
+    assert pool.path == str(tmp_path / "one/pool")
+    text = pickle.dumps(pool)
+    monkeypatch.chdir(tmp_path / "two")
+    copy = pickle.loads(text)
+    assert copy == pickle.loads(pickle.dumps(pool)) == pool
+    await check_one(pool, copy)
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+async def test_pool_stays_the_same_when_its_link_leads_elsewhere(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "one")
+    pool = CachePool(link)
+    link.unlink()
+    link.symlink_to(tmp_path / "two")
+    await check_one(pool, CachePool(tmp_path / "one"))
+    assert list((tmp_path / "two").iterdir()) == []
+    other = CachePool(link)
+    assert other != pool
+    await check_one(other, CachePool(tmp_path / "two"))
 
 
 async def test_pool_that_was_renamed_is_warm_in_its_new_place(tmp_path: Path) -> None:

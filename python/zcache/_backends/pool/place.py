@@ -22,7 +22,7 @@ from zcache._index.shared import Member, choose_policy
 from zcache.exceptions import CacheUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
@@ -44,6 +44,8 @@ class Pool:
 
     Attributes
     ----------
+    key : Hashable
+        What is equal for all that stand for this pool in this process, when they are opened.
     handle : IndexHandle
         The index.
     directory : PoolDirectory or None
@@ -58,6 +60,7 @@ class Pool:
         What is noted of each source that this process has opened, by its label; see `note_of`.
     """
 
+    key: Hashable = None
     handle: IndexHandle
     directory: PoolDirectory | None = None
     read_only = False

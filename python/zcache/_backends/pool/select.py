@@ -51,25 +51,31 @@ def pool_of(
 ) -> Pool:
     """The pool of this process that a store stands for; it is opened if it is not in use yet.
 
+    A store is asked where its path leads once: after that it stands for the same pool.
+
     Raises
     ------
     CacheOwnershipError
         If the directory is no pool, or another user's.
     """
-    key = _key(store)
     with _lock:
+        if store.pool is not None:
+            found: Pool = store.pool
+            return found
+        key = _key(store)
         pool = _pools.get(key)
         if pool is None:
             if isinstance(store, PoolStore):
                 pool = DirectoryPool(store, adopt=adopt, clock=clock or time.time)
             else:
                 pool = MemoryPool(store, clock or time.monotonic)
-                # Its values live as long as the store does.
-                store.pool = pool
+            pool.key = key
             pool.go_by(store.options)
             _pools[key] = pool
         else:
             pool.add_options(store.options)
+        # In memory its values live as long as the store does.
+        store.pool = pool
         return pool
 
 
@@ -106,7 +112,7 @@ def open_pool(opening: Opening) -> Backend:
     store = opening.cache
     pool = pool_of(store, adopt=opening.adopt, clock=opening.clock)
     name = opening.source_id.name
-    key = ("pool", _key(store), name)
+    key = ("pool", pool.key, name)
     shared = find_or_make(key, lambda: _new(pool, opening, name))
     source: PoolSource = shared.place
     if pool.directory is None:

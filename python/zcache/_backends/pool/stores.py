@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore, MemoryStore
@@ -23,11 +24,18 @@ class PoolStore(LocalStore):
         What the pool was opened with.
     read_only : bool, optional
         Whether it is only read from. Default is False.
+
+    Attributes
+    ----------
+    pool : Pool or None
+        The pool that was opened for it, wherever its path leads later.
     """
 
     def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
-        super().__init__(root, read_only=read_only)
+        # The folder of the process may be another one later.
+        super().__init__(os.path.abspath(root), read_only=read_only)
         self.options = options
+        self.pool: Any = None
 
     def __repr__(self) -> str:
         return f"CachePool({str(self.root)!r})"
