@@ -54,3 +54,11 @@ def test_memory_is_the_least_of_what_limits_it(
 
 def test_volume_of_a_path_that_is_not_there_is_the_one_above(tmp_path: Path) -> None:
     assert volume(tmp_path / "a" / "b") == volume(tmp_path) > 0
+
+
+@pytest.mark.parametrize("below", ["loop/a", "x" * 300, "a/" * 2500])
+def test_volume_of_a_path_that_cannot_be_reached_is_the_one_above(
+    tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert volume(tmp_path / below) == volume(tmp_path)

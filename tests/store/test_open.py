@@ -613,6 +613,26 @@ def test_directory_that_cannot_be_made_is_said_and_the_source_serves(
     assert any("/proc/zcache" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("cache", ["loop/pool", "x" * 300, "a/" * 2500])
+@pytest.mark.parametrize("max_size", [None, "10 %", 10**6])
+def test_directory_that_cannot_be_reached_is_said_and_the_source_serves(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: str, max_size: Any
+) -> None:
+    caplog.set_level(logging.WARNING, "zcache")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = tmp_path / cache
+    stores = [
+        zcache.open(source, cache=path, max_size=max_size),
+        CacheStore(LocalStore(source), cache_store=path, max_size=max_size),
+        CacheStore(LocalStore(source), cache_store=CachePool(path, max_size=max_size)),
+    ]
+    for store in stores:
+        assert asyncio.run(read_through(store, "k")) == b"value of k"
+        assert not store.is_cached("k")
+    assert any(str(path) in record.getMessage() for record in caplog.records)
+    assert not (tmp_path / "a").exists()
+
+
 def test_docstring_runs() -> None:
     pytest.importorskip("fsspec")
     tested = doctest.testmod(OPEN, exclude_empty=True)

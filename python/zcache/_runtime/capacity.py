@@ -57,6 +57,8 @@ def _limits(groups: Path, mount: Path) -> Iterator[int]:
 def volume(path: str | os.PathLike[str]) -> int:
     """Bytes of the whole volume that a path is on, or would be on.
 
+    Where a folder cannot be reached it is that of the next one above it which can.
+
     Raises
     ------
     OSError
@@ -66,7 +68,7 @@ def volume(path: str | os.PathLike[str]) -> int:
     while True:
         try:
             return volume_space(str(found))[1]
-        except FileNotFoundError:
+        except OSError:
             if found == found.parent:
                 raise
             found = found.parent

@@ -85,6 +85,31 @@ def open_to_group(path: str, root: str) -> None:
         os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IRGRP)
 
 
+def make_folders(path: str) -> None:
+    """Make a folder and those above it, however deep: `os.makedirs` calls itself for each.
+
+    Raises
+    ------
+    OSError
+        If the file system refuses.
+    """
+    missing = [path]
+    while missing:
+        try:
+            os.mkdir(missing[-1])
+        except FileNotFoundError:
+            above = os.path.dirname(missing[-1])
+            if above == missing[-1]:
+                raise
+            missing.append(above)
+            continue
+        except OSError:
+            # As of a volume that is read-only.
+            if not os.path.isdir(missing[-1]):
+                raise
+        missing.pop()
+
+
 def owner(path: str) -> Literal["ours", "pending", "foreign"]:
     """The owner of a file: zcache's, zcache's but never committed, or of another program.
 

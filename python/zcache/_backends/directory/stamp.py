@@ -133,7 +133,7 @@ class Stamp:
         self._check_above()
         try:
             # For no other user, unless it is there already and says otherwise.
-            os.makedirs(os.path.dirname(self.root), exist_ok=True)
+            files.make_folders(os.path.dirname(self.root))
             os.mkdir(self.root, 0o700)
         except FileExistsError:
             if not os.path.isdir(self.root):

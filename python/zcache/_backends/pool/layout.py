@@ -10,6 +10,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
 from zcache._backends.ownership import POOL_FORMAT
 from zcache._backends.pool.register import Register
@@ -157,7 +158,7 @@ class PoolLayout(Layout):
 
     def claim(self, *, adopt: bool) -> None:
         if not os.path.exists(self.root):
-            os.makedirs(os.path.dirname(self.root), exist_ok=True)
+            files.make_folders(os.path.dirname(self.root))
             try:
                 os.mkdir(self.root, self.mode)
                 # Whatever the umask says. What a group has a part in is its, whoever makes it: no user need have it as
