@@ -225,7 +225,7 @@ class CachePool:
         OptionTypeError
             `name` is no text.
         CacheUnreachableError
-            An `OSError`: the pool is only read from.
+            An `OSError`: the pool is only read from, or its index cannot be used.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
@@ -253,6 +253,8 @@ class CachePool:
         ------
         OptionTypeError
             `name` is no text, or `store` is no store.
+        CacheUnreachableError
+            An `OSError`: the index cannot be used, so nobody knows what there is.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
@@ -261,6 +263,7 @@ class CachePool:
         buffer = default_buffer_prototype().buffer
 
         async def write() -> int:
+            self._pool.check_usable()
             await store._ensure_open()
             count = 0
             for key, is_full, size in self._pool.live(name):
@@ -268,6 +271,7 @@ class CachePool:
                 if value is not None:
                     await store.set(key, buffer.from_array_like(value))
                     count += 1
+            self._pool.check_usable()
             return count
 
         return sync(write())

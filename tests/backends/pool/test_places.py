@@ -66,6 +66,20 @@ def test_path_of_a_file_is_refused(tmp_path: Path, below: str) -> None:
     assert file.read_text() == "mine"
 
 
+def test_pool_that_cannot_be_used_says_so_where_it_is_asked_to_do_something(
+    tmp_path: Path,
+) -> None:
+    pool = CachePool("/proc/zcache")
+    for act in (lambda: pool.forget("s"), lambda: pool.export("s", MemoryStore())):
+        with pytest.raises(CacheUnreachableError, match="/proc/zcache cannot be used"):
+            act()
+    pool = pool_with_neighbours(tmp_path)
+    pool._pool.handle.abandon(OSError("gone for a moment"))
+    for act in (lambda: pool.forget(NEIGHBOURS[0]), lambda: pool.export("s", MemoryStore())):
+        with pytest.raises(CacheUnreachableError, match="cannot be used"):
+            act()
+
+
 @pytest.mark.parametrize("path", ["", "s3://user:secret@bucket/pool", "a\0b"])
 def test_path_that_is_none_is_refused(path: str) -> None:
     with pytest.raises(

@@ -132,14 +132,32 @@ class Pool:
         """What is known of each source, by its label."""
         return dict(self.names)
 
+    def check_usable(self) -> None:
+        """See that what the index tells is what the pool holds.
+
+        Raises
+        ------
+        CacheUnreachableError
+            If the index cannot be used.
+        """
+        # It may not be open yet.
+        self.handle.call_blocking(len)
+        if not self.handle.usable:
+            raise CacheUnreachableError(
+                f"the index of the pool in {self.handle.name} cannot be used, so nothing in it can be forgotten or "
+                "exported; the log says why. Open it as a user who may read and write it."
+            )
+
     def forget(self, name: str) -> None:
         """Delete all values of a source."""
+        self.check_usable()
         label, call = label_of(name), self.handle.call_blocking
         call(Index.invalidate, label)
         while victims := call(Index.drain_prefix, label):
             self._delete(victims)
         while call(Index.drain_absences, label):
             pass
+        self.check_usable()
         if label in self.names:
             self.names[label] = {**self.names[label], "forgotten": True}
 
