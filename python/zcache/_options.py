@@ -386,6 +386,16 @@ def check_cache_store(source: Store, cache: Store) -> None:
         )
 
 
+def check_export(target: object, pool: Store) -> None:
+    """See that a store can take what a pool holds, and that this does not land in the pool."""
+    check_store("store", target)
+    if overlaps(target, pool) or _is_cached_in(target, pool):
+        raise OptionValueError(
+            f"invalid store: {describe(target)} is that of the pool {describe(pool)}, or is read through it, or one "
+            "of them is inside the other: what is exported would be beyond its bound. Give another store."
+        )
+
+
 def _is_cached_in(source: object, cache: Store) -> bool:
     """Whether a source, or a store inside it, is a cache that keeps its values here."""
     while isinstance(source, Store):

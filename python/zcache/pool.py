@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
@@ -14,9 +15,9 @@ from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._options import (
     capacity_of,
     check_eviction,
+    check_export,
     check_flag,
     check_minimise,
-    check_store,
     parse_mode,
     parse_size,
     path_of_cache_store,
@@ -242,7 +243,7 @@ class CachePool:
         name : str
             Its name, as `sources` tells it.
         store : Store
-            Where to; what it has under the same keys is replaced.
+            Where to, outside the pool; what it has under the same keys is replaced.
 
         Returns
         -------
@@ -253,13 +254,16 @@ class CachePool:
         ------
         OptionTypeError
             `name` is no text, or `store` is no store.
+        OptionValueError
+            `store` is that of the pool, or is read through it, or one of them is inside the other.
         CacheUnreachableError
             An `OSError`: the index cannot be used, so nobody knows what there is.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         _check_name(name)
-        check_store("store", store)
+        directory = self._pool.directory
+        check_export(store, self._store if directory is None else LocalStore(directory.root))
         buffer = default_buffer_prototype().buffer
 
         async def write() -> int:

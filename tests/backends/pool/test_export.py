@@ -12,9 +12,9 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import closed
-from pools import pool_with_neighbours
+from pools import KEYS, NEIGHBOURS, pool_with_neighbours
 from support import buf, read_through, threads, until
-from zcache import CachePool, CacheStore, OptionTypeError
+from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,3 +184,28 @@ def test_export_while_the_source_changes_writes_whole_values(where: Path | None)
         pass
     store.drain_sync()
     asyncio.run(until(lambda: pool.export("mine", MemoryStore()) == len(keys)))
+
+
+@pytest.mark.parametrize("below", ["", ".zcache", ".zcache/segments", "new/folder", "link"])
+def test_export_into_the_folder_of_the_pool_is_refused(tmp_path: Path, below: str) -> None:
+    pool = pool_with_neighbours(tmp_path / "above/pool")
+    (tmp_path / "link").symlink_to(tmp_path / "above/pool/.zcache")
+    target = tmp_path / below if below == "link" else tmp_path / "above/pool" / below
+    before = set(tmp_path.rglob("*"))
+    for store in (
+        LocalStore(target),
+        WrapperStore(LocalStore(target)),
+        ZipStore(target / "a", mode="w"),
+        LocalStore(tmp_path / "above"),
+    ):
+        with pytest.raises(OptionValueError, match=r"invalid store: .*above/pool"):
+            pool.export(NEIGHBOURS[0], store)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_export_into_what_is_cached_in_the_pool_is_refused(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+    for store in (pool._store, CacheStore(MemoryStore(), cache_store=pool)):
+        with pytest.raises(OptionValueError, match="invalid store: "):
+            pool.export(NEIGHBOURS[0], store)
+    assert pool.export(NEIGHBOURS[0], CacheStore(MemoryStore())) == len(KEYS)
