@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import inspect
 import logging
 import os
 import threading
+import time
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARE: Final = "20%"
 """What a pool may take of its volume or of the memory, unless an option says how much."""
+_PATIENCE: Final = 1.0
+"""Seconds for which a pool that no store uses any more is waited for."""
+_LOOK_AGAIN: Final = 0.002
+"""Seconds between two looks."""
 
 _ELSEWHERE: Final = {
     "store": 'Give it as the first argument, as in zcache.open("s3://bucket/key")',
@@ -123,6 +129,18 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     check_cache_store(source, place.store)
     size = parse_size(max_size, whole=place.capacity)
     pool = _pool(place, size, adopt=adopt)
+    until = time.monotonic() + _PATIENCE
+    while (
+        size not in (None, pool.max_size)
+        and not (place.pool or pool.is_in_use)
+        and time.monotonic() < until
+    ):
+        # Stores that were dropped have it until their last values are there.
+        del pool, place
+        gc.collect()
+        time.sleep(_LOOK_AGAIN)
+        place = _place(cache)
+        pool = _pool(place, size, adopt=adopt)
     if size is not None and size != pool.max_size:
         raise OptionValueError(
             f"invalid max_size: {max_size!r}, but the pool in {place.name} is in use in this process with "

@@ -435,6 +435,16 @@ async def test_bound_may_be_another_once_the_pool_is_closed(source: Path, tmp_pa
     assert zcache.open(source, max_size=10**7).max_size == 10**7
 
 
+async def test_bound_may_be_another_though_values_are_still_being_written(source: Path) -> None:
+    (source / "large").write_bytes(bytes(2**23))
+    for size in range(10**7, 10**7 + 10):
+        store = zcache.open(source, max_size=size)
+        assert store.max_size == size
+        await store.invalidate("")
+        assert await read(store, "large") == bytes(2**23)
+        del store
+
+
 def test_bound_of_a_pool_that_had_none_is_set(source: Path, cache: Path) -> None:
     pool = CachePool(cache)
     assert zcache.open(source, max_size=10**6).max_size == 10**6

@@ -99,6 +99,11 @@ class Pool:
             self._policy = member
             self.users.add(member)
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is any store over it; fills of those that were dropped may go on."""
+        return len(self.users) > (self._policy is not None)
+
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""
         limits = _LIMITS if self._policy is None else self._policy.limits
