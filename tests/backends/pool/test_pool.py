@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+import zcache
 from directories import closed
 from pools import (
     KEYS,
@@ -441,6 +442,23 @@ def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
         CacheOwnershipError, match=r"is a pool. Use it by cache_store=zcache.CachePool"
     ):
         CacheStore(source, cache_store=tmp_path / "pool", source_id="a pool")
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+def test_folder_inside_another_cache_is_refused_and_not_made(tmp_path: Path, kind: str) -> None:
+    cache = tmp_path if kind == "directory" else CachePool(tmp_path)
+    store = CacheStore(source_of(), cache_store=cache, source_id="s")
+    for below in ("sub/deeper", ".zcache/segments/sub"):
+        for make in (
+            CachePool,
+            lambda path: zcache.open("memory://", cache=path),
+            lambda path: CacheStore(source_of(), cache_store=path),
+        ):
+            with pytest.raises(CacheOwnershipError, match="lies inside the cache directory"):
+                make(tmp_path / below)
+    assert not (tmp_path / "sub").exists()
+    assert not (tmp_path / ".zcache/segments/sub").exists()
+    del store
 
 
 def test_directory_with_files_of_others_is_refused(tmp_path: Path) -> None:

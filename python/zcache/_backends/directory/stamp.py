@@ -130,7 +130,7 @@ class Stamp:
 
     def check(self, *, adopt: bool) -> None:
         """Make the directory if it is missing, and see which source owns it."""
-        self._check_above()
+        check_above(self.root)
         try:
             # For no other user, unless it is there already and says otherwise.
             files.make_folders(os.path.dirname(self.root))
@@ -185,15 +185,6 @@ class Stamp:
         if own or self._trusts_owner or not os.access(self.root, os.W_OK):
             return
         raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._form))
-
-    def _check_above(self) -> None:
-        """Refuse a folder inside another cache: a rebuild of that would take in the values of this one."""
-        for above in Path(os.path.realpath(self.root)).parents:
-            if os.path.lexists(above / ".zcache" / "stamp.json"):
-                raise CacheOwnershipError(
-                    f"the cache directory {self.root} lies inside the cache directory {above}, which "
-                    "may serve and delete what is in it. Give one that lies elsewhere."
-                )
 
     def _read(self, adopt: bool) -> dict[str, Any] | None:
         """The stamp, or its copy where that is all there is; None where there is neither."""
@@ -395,6 +386,22 @@ class Stamp:
         """Make the directory the current source's, now that it is empty."""
         self._write(self.source, replace=True)
         self.is_foreign = False
+
+
+def check_above(root: str) -> None:
+    """Refuse a folder inside another cache: a rebuild of that would take in the values of this one.
+
+    Raises
+    ------
+    CacheOwnershipError
+        If it is inside one.
+    """
+    for above in Path(os.path.realpath(root)).parents:
+        if os.path.lexists(above / ".zcache" / "stamp.json"):
+            raise CacheOwnershipError(
+                f"the cache directory {root} lies inside the cache directory {above}, which "
+                "may serve and delete what is in it. Give one that lies elsewhere."
+            )
 
 
 def _mode(root: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
+from zcache._backends.directory.stamp import check_above
 from zcache._backends.ownership import POOL_FORMAT
 from zcache._backends.pool.register import Register
 from zcache._core import Index, SegmentFiles
@@ -157,6 +158,8 @@ class PoolLayout(Layout):
         self.mode = 0o700
 
     def claim(self, *, adopt: bool) -> None:
+        # Before anything is made there.
+        check_above(self.root)
         if not os.path.exists(self.root):
             files.make_folders(os.path.dirname(self.root))
             try:
