@@ -72,7 +72,7 @@ class CachePool:
         Its directory, on a local disk, which belongs to zcache alone. Default is None: in memory of this process.
     max_size : int or str, optional
         Bytes that it holds at most, at every instant, written as for `CacheStore`: in a directory whole blocks,
-        as ``du`` counts them, without the index. Default is None, no bound. Set it to what the disk can spare.
+        as ``du`` counts them, without the index. Where another pool or store asks for less, that is in force. Default is None, no bound. Set it to what the disk can spare.
     min_free_space : int or str, optional
         Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
     eviction : {"lru", "none", "adaptive"}, optional
@@ -141,7 +141,7 @@ class CachePool:
 
     @property
     def max_size(self) -> int | None:
-        """Bytes that it holds at most; None for no bound."""
+        """Bytes that were asked for; None for no bound. What is in force may be less: `cache_info` has it."""
         return self._store.options.max_size
 
     def __repr__(self) -> str:
@@ -167,17 +167,20 @@ class CachePool:
         Returns
         -------
         dict
-            ``max_size`` (bytes or None), ``current_size`` (bytes that count towards it: blocks in a directory),
-            ``value_size`` (bytes of the values alone), ``entries``.
+            ``max_size`` (bytes or None: the bound in force, the least that any pool or store over it asks for, in this process or
+            another; of a pool that is only read from its own), ``current_size`` (bytes that count towards it: blocks in a
+            directory), ``value_size`` (bytes of the values alone), ``entries``.
 
         Raises
         ------
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        size, entries, values = self._pool.handle.call_blocking(_sizes)
+        handle = self._pool.handle
+        bound, size, entries, values = handle.call_blocking(_sizes)
         return {
-            "max_size": self._pool.max_size,
+            # There is no bound in force where nothing is cached.
+            "max_size": bound if handle.usable else self._pool.max_size,
             "current_size": size,
             "value_size": values,
             "entries": entries,
@@ -288,5 +291,5 @@ def _check_name(name: object) -> None:
         )
 
 
-def _sizes(index: Index) -> tuple[int, int, int]:
-    return index.current_size, len(index), index.live_bytes
+def _sizes(index: Index) -> tuple[int | None, int, int, int]:
+    return index.bound, index.current_size, len(index), index.live_bytes

@@ -68,3 +68,16 @@ async def test_participant_that_is_stopped_holds_up_no_other(
     assert await read(again, "c/9") in (b"new", None)
     assert await read(again, "c/8") is None
     await check_quiet(again)
+
+
+@pytest.mark.slow
+def test_bound_that_another_process_asks_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCACHE_TEST_POOL", "1")
+    pool = CachePool(tmp_path / "cache", max_size=10 * BOUND)
+    assert pool.max_size == pool.cache_info()["max_size"] == 10 * BOUND
+    with Agent(tmp_path, BOUND) as other:
+        assert other("drain")
+        assert pool.cache_info()["max_size"] == BOUND
+        assert pool.max_size == 10 * BOUND

@@ -235,6 +235,7 @@ async def test_values_of_a_source_are_not_too_old_by_the_ages_of_another(
 async def test_bound_that_has_become_smaller_is_kept_at_once(where: Path | None) -> None:
     pool = pool_with_neighbours(where)
     strict = CacheStore(source_of(), cache_store=pool, source_id="1", max_size=50)
+    assert (pool.max_size, pool.cache_info()["max_size"]) == (None, 50)
     await until(lambda: pool.cache_info()["current_size"] <= 50)
     assert pool.cache_info()["entries"] > 0
     await check_quiet(strict)
