@@ -72,7 +72,8 @@ class CachePool:
         Its directory, on a local disk, which belongs to zcache alone. Default is None: in memory of this process.
     max_size : int or str, optional
         Bytes that it holds at most, at every instant, written as for `CacheStore`: in a directory whole blocks,
-        as ``du`` counts them, without the index. Where another pool or store asks for less, that is in force. Default is None, no bound. Set it to what the disk can spare.
+        as ``du`` counts them, without the index. Where another pool or store asks for less, that is in force. Default is
+        None, no bound. Set it to what the disk can spare.
     min_free_space : int or str, optional
         Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
     eviction : {"lru", "none", "adaptive"}, optional
@@ -218,6 +219,8 @@ class CachePool:
 
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.
+
+        `sources` leaves it out until it has values again.
 
         Parameters
         ----------
