@@ -147,6 +147,14 @@ def _ephemeral_name(store: Any) -> str:
     return _entry(store).name
 
 
+def has_ended(name: str) -> bool:
+    """Whether this is the name of a source in another process, or of one that is gone: no store has it again."""
+    if not name.startswith(EPHEMERAL):
+        return False
+    with _lock:
+        return all(entry.name != name for entry in _known.values())
+
+
 def _forget(key: tuple[Hashable, ...], entry: _Ephemeral, holder: int) -> None:
     with _lock:
         entry.holders.discard(holder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +14,7 @@ from zarr.storage import MemoryStore
 from agent import Agent
 from directories import closed, complete, open_store
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
-from support import buf, check_quiet, read, read_through, write
+from support import TESTS, buf, check_quiet, read, read_through, until, write
 from zcache import CachePool, CacheStore
 
 if TYPE_CHECKING:
@@ -81,3 +83,44 @@ def test_bound_that_another_process_asks_for_is_told(
         assert other("drain")
         assert pool.cache_info()["max_size"] == BOUND
         assert pool.max_size == 10 * BOUND
+
+
+UNNAMED = """
+import sys
+from zarr.storage import MemoryStore
+from support import buf, value_sync
+from zcache import CachePool, CacheStore
+
+pool = CachePool(sys.argv[1], max_size=200_000, eviction="none")
+store = CacheStore(MemoryStore({f"c/{n}": buf(bytes(10_000)) for n in range(30)}), cache_store=pool)
+for n in range(30):
+    value_sync(store, f"c/{n}")
+assert store.drain_sync()
+print(pool.cache_info()["entries"])
+"""
+
+
+@pytest.mark.slow
+async def test_source_without_a_name_leaves_no_values_behind(tmp_path: Path) -> None:
+    """They can be served to nobody once its process has ended; those of the living stay."""
+    done = subprocess.run(  # noqa: ASYNC221
+        [sys.executable, "-c", UNNAMED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        capture_output=True,
+        check=True,
+        timeout=100,
+    )
+    assert int(done.stdout) > 10
+    pool = CachePool(tmp_path, max_size=200_000, eviction="none")
+    source = MemoryStore({f"c/{n}": buf(bytes(10_000)) for n in range(5)})
+    store = CacheStore(source, cache_store=pool)
+    await until(lambda: pool.cache_info()["entries"] == 0)
+    for n in range(5):
+        await read(store, f"c/{n}")
+    assert await store.drain()
+    # Opened again by the process that has the source.
+    del store, pool
+    pool = CachePool(tmp_path, max_size=200_000, eviction="none")
+    store = CacheStore(source, cache_store=pool)
+    await read(store, "c/0")
+    assert (store.cache_stats()["hits"], pool.cache_info()["entries"]) == (1, 5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,7 +21,9 @@ from zcache._backends.pool.register import label_of, note_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 from zcache._index.shared import Member, choose_policy
-from zcache.exceptions import CacheUnreachableError
+from zcache._runtime.threads import NoThreadError, run_in_background
+from zcache._source.identity import has_ended
+from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -281,6 +285,9 @@ class DirectoryPool(Pool):
             mode=store.options.mode,
         )
         self.handle = self.directory.handle
+        if not self.directory.filler.reads_only:
+            with contextlib.suppress(NoThreadError):
+                run_in_background(partial(_forget_ended, weakref.ref(self)))
 
     def read(self, name: str, key: str, size: int) -> Any:
         view = self.handle.index.within(label_of(name), True)
@@ -316,6 +323,25 @@ class DirectoryPool(Pool):
         gone = [cell for (cell, _), error in outcome if error is None]
         failed = [cell for (cell, _), error in outcome if error is not None]
         self.handle.call_blocking(Index.confirm_deletes, gone, failed)
+
+
+def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
+    """Delete the values of sources that had a name in a process only, once that has ended: nobody can be served them."""
+    if (found := pool()) is None:
+        return
+    # First: a process that lives has the pool open before its sources are noted.
+    notes = found.directory.register.names().values()
+    ended = [note["name"] for note in notes if not note["forgotten"] and has_ended(note["name"])]
+    if not ended:
+        return
+    with contextlib.suppress(OSError, CacheUnreachableError, IndexLockTimeout):
+        if found.handle.call_blocking(_is_alone_and_complete):
+            for name in ended:
+                found.forget(name)
+
+
+def _is_alone_and_complete(index: Index) -> bool:
+    return index.is_alone and index.is_complete
 
 
 class PoolSource:
