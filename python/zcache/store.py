@@ -679,7 +679,7 @@ class CacheStore(Store):
         eviction, _ = self._cache.ask(Index.policy)
         off = "" if self._cache.sampling else "this store was made with sampling=False"
         return advise(
-            self._cache.ask(sampled),
+            self._cache.ask(partial(sampled, header=self._cache.backend.value_header)),
             max_size=self._cache.ask(_bound),
             in_use=size,
             policy=eviction,
@@ -731,6 +731,7 @@ class CacheStore(Store):
         about = {
             "max_size": self._cache.ask(_bound),
             "block_size": limits.get("unit", 1),
+            "value_header": self._cache.backend.value_header,
             "eviction": limits["eviction"],
         }
         return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))

@@ -18,9 +18,17 @@ from zarr.storage import LocalStore, MemoryStore
 from agent import Agent
 from directories import open_store
 from support import buf, check_quiet, read_through, value_sync
-from zcache import Advice, CacheStore, OptionTypeError, OptionValueError
+from zcache import (
+    Advice,
+    CachePool,
+    CacheStore,
+    OptionTypeError,
+    OptionValueError,
+    replay,
+)
 from zcache._advice.advise import advise
 from zcache._advice.trace import complete
+from zcache.testing import set_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -190,6 +198,30 @@ async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) 
         advice = store.advise()
         assert (advice.max_size, advice.is_bounded, advice.requests) == (600, True, 120)
     await check_quiet(store)
+
+
+@pytest.mark.parametrize(("size", "pages"), [(3584, 1), (3585, 2), (2**20, 258)])
+def test_advice_about_a_pool_counts_the_header_of_each_value(
+    tmp_path: Path, size: int, pages: int
+) -> None:
+    source = MemoryStore({f"a/c/{n}": buf(bytes(size)) for n in range(40)})
+    before = set_block_size(4096)
+    try:
+        pool = CachePool(tmp_path / "pool", max_size="100MB")
+        store = CacheStore(source, cache_store=pool, source_id="here")
+        with store.record(tmp_path / "requests.csv.gz"):
+            for _ in range(3):
+                read_keys(store, range(40))
+                assert store.drain_sync()
+    finally:
+        set_block_size(before)
+    need = 40 * pages * 4096
+    assert need < store.cache_info()["current_size"] < need + 400_000
+    for advice in (
+        store.advise(sizes=[need - 1, need]),
+        replay(tmp_path / "requests.csv.gz", sizes=[need - 1, need]),
+    ):
+        assert advice.curves["lru"].hit_ratio == pytest.approx([0, 2 / 3])
 
 
 def test_advice_about_no_room_takes_its_sizes_from_what_was_requested() -> None:

@@ -98,6 +98,7 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
     assert about(path) == {
         "max_size": 10_000,
         "block_size": 1,
+        "value_header": 0,
         "eviction": "lru",
         "anonymous": False,
     }

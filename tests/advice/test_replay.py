@@ -62,6 +62,14 @@ def test_replay_with_given_sizes_and_policies(path: Path) -> None:
     assert advice.curves["lru"].source_bytes[1] == 6000
 
 
+def test_replay_of_a_file_that_names_no_header_of_values(path: Path) -> None:
+    recorded(path)
+    text = gzip.decompress(path.read_bytes()).decode()
+    path.write_bytes(gzip.compress(text.replace('"value_header": 0, ', "", 1).encode()))
+    assert "value_header" not in gzip.decompress(path.read_bytes()).decode()
+    assert replay(path).requests == 1000
+
+
 @pytest.mark.parametrize("kind", ["cut", "flipped", "text", "zeros", "empty", "gzip", "other"])
 def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str) -> None:
     recorded(path)
@@ -137,6 +145,8 @@ GOOD = {"max_size": 2000, "block_size": 1, "eviction": "lru", "anonymous": False
                 ("block_size", None),
                 ("block_size", "4096"),
                 ("block_size", []),
+                ("value_header", -1),
+                ("value_header", None),
                 ("eviction", "fifo"),
                 ("eviction", None),
                 ("eviction", ["lru"]),

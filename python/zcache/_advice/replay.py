@@ -128,7 +128,7 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
             found = head.removeprefix(MAGIC).partition(":")[0]
             raise _OtherFormatError(f"its format is {found!r:.40}, and this version reads 1 only")
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
-    max_size, block_size, policy = _described(json.loads(head.removeprefix(HEAD)))
+    max_size, block_size, header, policy = _described(json.loads(head.removeprefix(HEAD)))
     rows = csv.reader(_lines(file), strict=True)
     if tuple(next(rows, ())) != COLUMNS:
         raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
@@ -157,16 +157,23 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
         np.frombuffer(sizes, np.uint64)[order],
         np.frombuffer(hits, np.int8)[order] != 0,
         block_size,
+        header,
     )
     return trace, max_size, policy
 
 
-def _described(about: Any) -> tuple[int | None, int, str]:
-    """The bound, the block size and the policy that the first line names."""
+def _described(about: Any) -> tuple[int | None, int, int, str]:
+    """The bound, the sizes of a block and of the header of a value, and the policy that the first line names."""
     if not isinstance(about, dict):
         raise ValueError("its first line has no JSON object")  # noqa: TRY004 - of the file, not of an argument
     found = []
-    for name, most in (("max_size", MAX_BYTES), ("block_size", _LARGEST_BLOCK)):
+    # Recordings that were made before values of a pool were known to have a header do not name it.
+    about = {"value_header": 0, **about}
+    for name, most in (
+        ("max_size", MAX_BYTES),
+        ("block_size", _LARGEST_BLOCK),
+        ("value_header", _LARGEST_BLOCK),
+    ):
         value = about.get(name, "missing")
         is_unbounded = name == "max_size" and value is None
         if not (is_unbounded or (type(value) is int and 0 <= value <= most)):
@@ -175,7 +182,7 @@ def _described(about: Any) -> tuple[int | None, int, str]:
     policy = about.get("eviction", "missing")
     if policy not in POLICIES:
         raise ValueError(f"its eviction is {policy!r:.40}, none of {', '.join(POLICIES)}")
-    return found[0], found[1], policy
+    return found[0], found[1], found[2], policy
 
 
 def _time(text: str) -> float:

@@ -45,6 +45,8 @@ class Trace:
         Requests before the first of these that count, and those of them that were the first of their key.
     unit : int
         Bytes of a block of the cache store; 0 and 1 are the same.
+    header : int
+        Bytes that the cache store keeps before each value, in the same blocks.
     unsized : int
         How many requests were left out because their sizes are not known.
     """
@@ -61,6 +63,7 @@ class Trace:
     dropped: int
     dropped_first: int
     unit: int
+    header: int
     unsized: int
 
     def costs(self) -> NDArray[np.uint64]:
@@ -68,12 +71,13 @@ class Trace:
         if self.unit <= 1:
             return self.sizes
         unit, mib = np.uint64(self.unit), np.uint64(20)
-        blocks = np.maximum((self.sizes + unit - np.uint64(1)) // unit, np.uint64(1))
+        written = self.sizes + np.uint64(self.header)
+        blocks = np.maximum((written + unit - np.uint64(1)) // unit, np.uint64(1))
         costs: NDArray[np.uint64] = (blocks + (self.sizes >> mib)) * unit
         return costs
 
 
-def sampled(index: Index) -> Trace:
+def sampled(index: Index, header: int = 0) -> Trace:
     """The sample of an index, of all processes that share it."""
     requests, rate, has_slid, dropped, dropped_first, unit, *columns = index.sample()
     keys = np.frombuffer(columns[0], np.uint64)
@@ -97,12 +101,17 @@ def sampled(index: Index) -> Trace:
         dropped=dropped,
         dropped_first=dropped_first,
         unit=unit,
+        header=header,
         unsized=int((~known & ~former).sum()),
     )
 
 
 def complete(
-    keys: NDArray[np.uint64], sizes: NDArray[np.uint64], hits: NDArray[np.bool_], unit: int
+    keys: NDArray[np.uint64],
+    sizes: NDArray[np.uint64],
+    hits: NDArray[np.bool_],
+    unit: int,
+    header: int = 0,
 ) -> Trace:
     """All requests that there were."""
     known = sizes != UNKNOWN
@@ -122,6 +131,7 @@ def complete(
         dropped=0,
         dropped_first=0,
         unit=unit,
+        header=header,
         unsized=unsized,
     )
 

@@ -178,6 +178,8 @@ class Backend(ABC):
     removes_by_name : bool
         Whether others may take in, without the index, what is stored: then a change of the source removes
         it by name, whether or not the index knows it.
+    value_header : int
+        Bytes that stand before each value, in the blocks that it takes.
     """
 
     verify: ClassVar[str | None] = None
@@ -187,6 +189,7 @@ class Backend(ABC):
     owns_what_it_reads: ClassVar[bool] = True
     works_in_background: ClassVar[bool] = True
     removes_by_name: ClassVar[bool] = False
+    value_header: ClassVar[int] = 0
 
     def __init__(self, store: Store, shared: SharedIndex) -> None:
         self.store: Any = store

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class PoolBackend(DirectoryBackend):
     """Values of one source in the segments of a pool."""
 
+    # As in the core, where it has the same name.
+    value_header = 512
+
     def __init__(self, store: PoolStore, shared: SharedIndex) -> None:
         Backend.__init__(self, store, shared)
         source: PoolSource = shared.place
