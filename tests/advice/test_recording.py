@@ -19,6 +19,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import open_store
+from pools import CACHES
 from support import (
     PROTOTYPE,
     TESTS,
@@ -38,13 +39,15 @@ from zcache.testing import StoreDouble
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from zcache.testing import FakeClock
+
 Row = dict[str, str]
 
 
 def rows_of(path: Path) -> list[Row]:
     """What a file says, by any tool that reads CSV in gzip, in the order of the times."""
     with gzip.open(path, "rt", newline="") as file:
-        assert file.readline().startswith("# zcache requests, format 1: {")
+        assert file.readline().startswith("# zcache requests, format 2: {")
         rows = list(csv.DictReader(file))
     return sorted(rows, key=lambda row: float(row["time"]))
 
@@ -102,6 +105,36 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
         "eviction": "lru",
         "anonymous": False,
     }
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+async def test_recording_says_what_was_too_old(path: Path, kind: str, clock: FakeClock) -> None:
+    place = CACHES[kind](path.parent / "cache")
+    ages = {"b/**": 10, "**": None}
+    store = CacheStore(
+        MemoryStore({name: buf(b"123") for name in ("a/c/0", "b/c/0")}),
+        cache_store=place,
+        max_age_seconds=ages,
+        clock=clock,
+        source_id="here",
+    )
+    with store.record(path):
+        for _ in range(2):
+            for _ in range(2):
+                for key in ("a/c/0", "b/c/0"):
+                    await read_through(store, key)
+            clock.advance(20)
+    found = [(row["key"], row["hit"], row["outdated"]) for row in rows_of(path)]
+    assert found == [
+        ("a/c/0", "0", "0"),
+        ("b/c/0", "0", "0"),
+        ("a/c/0", "1", "0"),
+        ("b/c/0", "1", "0"),
+        ("a/c/0", "1", "0"),
+        ("b/c/0", "0", "1"),
+        ("a/c/0", "1", "0"),
+        ("b/c/0", "1", "0"),
+    ]
 
 
 async def test_recording_takes_keys_of_any_text(path: Path) -> None:

@@ -19,6 +19,8 @@ from zcache import CacheStore, RecordingError, replay
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from zcache.testing import FakeClock
+
 
 def source_of(count: int, size: int = 100) -> MemoryStore:
     return MemoryStore({f"a/c/{number}": buf(bytes(size)) for number in range(count)})
@@ -62,12 +64,36 @@ def test_replay_with_given_sizes_and_policies(path: Path) -> None:
     assert advice.curves["lru"].source_bytes[1] == 6000
 
 
-def test_replay_of_a_file_that_names_no_header_of_values(path: Path) -> None:
+def test_replay_reads_the_first_format(path: Path) -> None:
     recorded(path)
+    now = replay(path)
     text = gzip.decompress(path.read_bytes()).decode()
-    path.write_bytes(gzip.compress(text.replace('"value_header": 0, ', "", 1).encode()))
-    assert "value_header" not in gzip.decompress(path.read_bytes()).decode()
-    assert replay(path).requests == 1000
+    head, columns, *lines = text.splitlines(keepends=True)
+    head = head.replace("format 2: ", "format 1: ").replace('"value_header": 0, ', "")
+    assert "value_header" not in head
+    lines = [line.rpartition(",")[0] + "\r\n" for line in lines]
+    first = [head, columns.replace(",outdated", ""), *lines]
+    path.write_bytes(gzip.compress("".join(first).encode()))
+    assert str(replay(path)) == str(now)
+
+
+@pytest.mark.parametrize("max_size", [2000, None])
+def test_replay_of_values_that_expire_is_what_advise_says(
+    path: Path, clock: FakeClock, max_size: int | None
+) -> None:
+    store = CacheStore(source_of(50), max_size=max_size, max_age_seconds=10, clock=clock)
+    with store.record(path):
+        for number in range(12):
+            for key in range(50):
+                value_sync(store, f"a/c/{key}")
+                value_sync(store, f"a/c/{key % 7}")
+            clock.advance(20 if number % 3 == 2 else 1)
+    advice, replayed = store.advise(), replay(path)
+    # Less than all but the first requests.
+    assert 0 < advice.best_hit_ratio < 1 - 60 / 1200
+    assert str(replayed) == str(advice)
+    if max_size is None:
+        assert replayed.best_hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "text", "zeros", "empty", "gzip", "other"])
@@ -82,7 +108,7 @@ def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str
             "zeros": bytes(100),
             "empty": b"",
             "gzip": gzip.compress(b"time,key,range\n1,2,3\n"),
-            "other": gzip.compress(b"# zcache requests, format 2: {}\n"),
+            "other": gzip.compress(b"# zcache requests, format 3: {}\n"),
         }[kind]
     )
     with pytest.raises(RecordingError, match=r"requests\.csv\.gz.*no complete recording.*record"):
@@ -92,22 +118,24 @@ def test_replay_of_a_damaged_file_names_it_and_the_way_out(path: Path, kind: str
 @pytest.mark.parametrize(
     "line",
     [
-        "1,a,,10,0,",
-        "x,a,,10,0,,10",
-        "nan,a,,10,0,,10",
-        "inf,a,,10,0,,10",
-        "-1,a,,10,0,,10",
-        "1,a,,10,0,,-1",
-        "1,a,,10,0,,1_0",
-        "1,a,,10,0,,18446744073709551615",
-        "1,a,,10,0,,9223372036854775807",
-        f"1,a,,10,0,,{'9' * 5000}",
-        "1,a,,10,2000,,10",
-        "1,a,,10,2,,10",
-        "1,a,,10,,,10",
+        "1,a,,10,0,,10",
+        "x,a,,10,0,,10,0",
+        "nan,a,,10,0,,10,0",
+        "inf,a,,10,0,,10,0",
+        "-1,a,,10,0,,10,0",
+        "1,a,,10,0,,-1,0",
+        "1,a,,10,0,,1_0,0",
+        "1,a,,10,0,,18446744073709551615,0",
+        "1,a,,10,0,,9223372036854775807,0",
+        f"1,a,,10,0,,{'9' * 5000},0",
+        "1,a,,10,2000,,10,0",
+        "1,a,,10,2,,10,0",
+        "1,a,,10,,,10,0",
+        "1,a,,10,0,,10,2",
+        "1,a,,10,0,,10,",
         '1,"a',
         "1,2,3",
-        "1," + "a" * 2**20 + ",,10,0,,10",
+        "1," + "a" * 2**20 + ",,10,0,,10,0",
     ],
 )
 def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
@@ -118,7 +146,13 @@ def test_replay_of_a_line_that_is_wrong_names_it(path: Path, line: str) -> None:
         replay(path)
 
 
-GOOD = {"max_size": 2000, "block_size": 1, "eviction": "lru", "anonymous": False}
+GOOD = {
+    "max_size": 2000,
+    "block_size": 1,
+    "value_header": 0,
+    "eviction": "lru",
+    "anonymous": False,
+}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections import deque
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from zcache._advice.file_format import COLUMNS, HEAD, path_of_recording
+from zcache._advice.file_format import COLUMNS, FORMAT, HEAD, path_of_recording
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
@@ -45,8 +45,8 @@ _AT_ONCE: Final = 500
 """Lines that are made while no other thread runs."""
 
 # Time, key, range, bytes (None where they are not known), whether it was a hit; for a hit also the name of the
-# entry and its bytes.
-_Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, int | None]
+# entry and its bytes, for a miss whether what is cached was too old.
+_Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, int | None, bool]
 
 
 class Recording:
@@ -140,8 +140,8 @@ class RequestWriter:
         self.path = path_of_recording(path)
         self._secret = secrets.token_bytes(32) if anonymous else None
         self._waiting: deque[_Request] = deque()
-        # Misses, by key and range, until their size is known.
-        self._pending: dict[tuple[str, ByteRange | None], list[float]] = {}
+        # Misses, by key and range, until their size is known: when, and whether what is cached was too old.
+        self._pending: dict[tuple[str, ByteRange | None], list[tuple[float, bool]]] = {}
         self._pending_count = 0
         # How many requests of a key and range were told of before their second look.
         self._written: dict[tuple[str, ByteRange | None], int] = {}
@@ -161,7 +161,7 @@ class RequestWriter:
             ) from None
         try:
             head = HEAD + json.dumps({**about, "anonymous": anonymous})
-            self._append(f"{head}\r\n{','.join(COLUMNS)}\r\n")
+            self._append(f"{head}\r\n{','.join(COLUMNS[FORMAT])}\r\n")
             hits.hook.attach(self, hits)
             self._thread = threading.Thread(
                 target=self._write_on, name="zcache recording", daemon=True
@@ -203,11 +203,11 @@ class RequestWriter:
             return
         if hit is None:
             if is_cacheable_key(key):
-                self._wait_for_size(key, byte_range, now)
+                self._wait_for_size(key, byte_range, now, self._hits.is_outdated(key, byte_range))
         elif isinstance(hit, int):
-            self._put((now, key, byte_range, hit, True, None, None))
+            self._put((now, key, byte_range, hit, True, None, None, False))
         else:
-            self._put((now, key, byte_range, hit[3], True, hit[0], hit[1]))
+            self._put((now, key, byte_range, hit[3], True, hit[0], hit[1], False))
 
     def _put(self, request: _Request) -> None:
         if len(self._waiting) < MOST:
@@ -215,11 +215,13 @@ class RequestWriter:
         else:
             self.left_out += 1
 
-    def _wait_for_size(self, key: str, byte_range: ByteRange | None, now: float) -> None:
+    def _wait_for_size(
+        self, key: str, byte_range: ByteRange | None, now: float, outdated: bool
+    ) -> None:
         with self._lock:
             if self._pending_count >= MOST_PENDING:
                 self._give_up_pending()
-            self._pending.setdefault((key, byte_range), []).append(now)
+            self._pending.setdefault((key, byte_range), []).append((now, outdated))
             self._pending_count += 1
 
     def brought(
@@ -233,8 +235,8 @@ class RequestWriter:
             times = self._pending.pop((key, byte_range), ())
             self._pending_count -= len(times)
         if size is not None:
-            for at in times:
-                self._put((at, key, byte_range, size, hit, None, None))
+            for at, outdated in times:
+                self._put((at, key, byte_range, size, hit, None, None, outdated))
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
         """A miss is looked up once more."""
@@ -267,8 +269,8 @@ class RequestWriter:
             pending, self._pending = self._pending, {}
             self._pending_count = 0
         for (key, byte_range), times in pending.items():
-            for at in times:
-                self._put((at, key, byte_range, None, False, None, None))
+            for at, outdated in times:
+                self._put((at, key, byte_range, None, False, None, None, outdated))
 
     # ------------------------------------------------------------ the writer
 
@@ -309,14 +311,14 @@ class RequestWriter:
             self._append(text.getvalue())
 
     def _lines(self, requests: Iterable[_Request]) -> Iterable[tuple[Any, ...]]:
-        for at, key, byte_range, size, hit, entry, whole in requests:
+        for at, key, byte_range, size, hit, entry, whole, outdated in requests:
             asked = to_text(byte_range)
             shown = key if self._secret is None else self._hash(key)
             known = "" if size is None else size
             by, by_size = asked, known
             if entry is not None and whole is not None:
                 by, by_size = "" if entry == key else entry.rpartition("@")[2], whole
-            yield (f"{at:.6f}", shown, asked, known, int(hit), by, by_size)
+            yield (f"{at:.6f}", shown, asked, known, int(hit), by, by_size, int(outdated))
 
     def _hash(self, key: str) -> str:
         return blake2b(key.encode(), key=self._secret or b"", digest_size=16).hexdigest()

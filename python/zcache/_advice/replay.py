@@ -123,28 +123,33 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
     head = file.readline(LONGEST_LINE)
-    if not head.startswith(HEAD):
-        if head.startswith(MAGIC):
-            found = head.removeprefix(MAGIC).partition(":")[0]
-            raise _OtherFormatError(f"its format is {found!r:.40}, and this version reads 1 only")
+    if not head.startswith(MAGIC):
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
-    max_size, block_size, header, policy = _described(json.loads(head.removeprefix(HEAD)))
+    number, _, about = head.removeprefix(MAGIC).partition(": ")
+    columns = COLUMNS.get(number)
+    if columns is None:
+        raise _OtherFormatError(
+            f"its format is {number!r:.40}, and this version reads {' and '.join(COLUMNS)} only"
+        )
+    max_size, block_size, header, policy = _described(json.loads(about), number)
     rows = csv.reader(_lines(file), strict=True)
-    if tuple(next(rows, ())) != COLUMNS:
-        raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    if tuple(next(rows, ())) != columns:
+        raise ValueError(f"its columns are not {', '.join(columns)}")
     whole = rows.line_num
     numbers: dict[tuple[str, str], int] = {}
-    times, keys, sizes, hits = array("d"), array("Q"), array("Q"), array("b")
+    times, keys, sizes = array("d"), array("Q"), array("Q")
+    hits, outdated = array("b"), array("b")
     try:
         for row in rows:
-            if len(row) != len(COLUMNS):
+            if len(row) != len(columns):
                 raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
             try:
-                at, key, _, _, hit, entry_range, size = row
+                at, key, _, _, hit, entry_range, size, *rest = row
                 times.append(_time(at))
                 keys.append(numbers.setdefault((key, entry_range), len(numbers)))
                 sizes.append(_size(size) if size else UNKNOWN)
-                hits.append(_hit(hit))
+                hits.append(_flag("hit", hit))
+                outdated.append(_flag("outdated", rest[0]) if rest else 0)
             except ValueError as error:
                 raise ValueError(f"line {rows.line_num + 1}: {error}") from error
             whole = rows.line_num
@@ -158,17 +163,18 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
         np.frombuffer(hits, np.int8)[order] != 0,
         block_size,
         header,
+        np.frombuffer(outdated, np.int8)[order] != 0,
     )
     return trace, max_size, policy
 
 
-def _described(about: Any) -> tuple[int | None, int, int, str]:
+def _described(about: Any, number: str) -> tuple[int | None, int, int, str]:
     """The bound, the sizes of a block and of the header of a value, and the policy that the first line names."""
     if not isinstance(about, dict):
         raise ValueError("its first line has no JSON object")  # noqa: TRY004 - of the file, not of an argument
     found = []
-    # Recordings that were made before values of a pool were known to have a header do not name it.
-    about = {"value_header": 0, **about}
+    if number == "1":
+        about = {**about, "value_header": 0}
     for name, most in (
         ("max_size", MAX_BYTES),
         ("block_size", _LARGEST_BLOCK),
@@ -192,9 +198,9 @@ def _time(text: str) -> float:
     return seconds
 
 
-def _hit(text: str) -> int:
+def _flag(name: str, text: str) -> int:
     if text not in ("0", "1"):
-        raise ValueError(f"hit is {text!r}, not 0 or 1")
+        raise ValueError(f"{name} is {text!r}, not 0 or 1")
     return int(text)
 
 

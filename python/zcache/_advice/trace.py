@@ -112,17 +112,19 @@ def complete(
     hits: NDArray[np.bool_],
     unit: int,
     header: int = 0,
+    outdated: NDArray[np.bool_] | None = None,
 ) -> Trace:
     """All requests that there were."""
     known = sizes != UNKNOWN
     unsized = int((~known).sum())
     keys, sizes, hits = keys[known], sizes[known], hits[known]
     nothing = np.zeros(len(keys), bool)
+    outdated = nothing if outdated is None else outdated[known]
     return Trace(
         keys=keys,
         sizes=sizes,
         hits=hits,
-        outdated=nothing,
+        outdated=outdated,
         seen_before=nothing,
         former=0,
         rate=1.0,

@@ -111,6 +111,20 @@ class Hits:
             return self._max_age, self._missing_ages
         return self._age_of(key), self.missing_ages(key)
 
+    def is_outdated(self, key: str, byte_range: ByteRange | None) -> bool:
+        """Whether what is cached of this is too old to be served; False also where only waiting could tell."""
+        if self._ageless:
+            return False
+        peek, now = self.backend.index.peek, self.now()
+        try:
+            # Twice, for it may have been filled since it was missed.
+            return (
+                peek(key, byte_range, now) is not None
+                and peek(key, byte_range, now, self.ages.of(key)) is None
+            )
+        except RETRYABLE:
+            return False
+
     # ------------------------------------------------------------------ hits
 
     def get_nowait(
