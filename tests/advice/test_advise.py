@@ -448,6 +448,50 @@ def test_plot_shows_the_names_of_its_axes(advice: Advice) -> None:
         assert shown.y0 >= 0
 
 
+SOME_SIZES: list[tuple[Any, int]] = [
+    (None, 5),
+    (range(1000, 60_001, 1000), 5),
+    ([0, "1kB", "20kB", "1MB"], 3),
+    ([10_000, 10_001, "1GB"], 2),
+    ([10_000], 1),
+    ([0], 1),
+]
+"""Sizes, and how many of them a drawing has room to name."""
+
+
+@pytest.mark.parametrize(("sizes", "count"), SOME_SIZES)
+def test_html_labels_keep_their_distance(sizes: Any, count: int) -> None:
+    store = store_of(20, max_size=10 * SIZE)
+    read_keys(store, list(range(20)) * 8)
+    root = ET.fromstring(store.advise(sizes=sizes)._repr_html_())
+    labels = root.findall(".//{http://www.w3.org/2000/svg}text[@text-anchor='middle']")
+    at = [float(label.attrib["x"]) for label in labels]
+    assert len(at) == count
+    assert (np.diff(at) >= 60).all()
+
+
+def test_html_has_a_place_for_no_size_beside_the_smallest() -> None:
+    store = store_of(20, max_size=10 * SIZE)
+    read_keys(store, list(range(20)) * 8)
+    root = ET.fromstring(store.advise(sizes=[0, 1024, 4096])._repr_html_())
+    line = root.find(".//{http://www.w3.org/2000/svg}polyline")
+    assert line is not None
+    at = [float(point.partition(",")[0]) for point in line.attrib["points"].split()]
+    assert at == [40, 180, 460]
+
+
+@pytest.mark.parametrize(("sizes", "_"), SOME_SIZES)
+def test_plot_labels_keep_their_distance(sizes: Any, _: int) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    store = store_of(20, max_size=10 * SIZE)
+    read_keys(store, list(range(20)) * 8)
+    axes = store.advise(sizes=sizes).plot()
+    axes.figure.draw_without_rendering()
+    shown = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(shown))
+    assert axes.get_xscale() == ("symlog" if axes.lines[0].get_xdata()[0] == 0 else "log")
+
+
 @pytest.mark.parametrize("ax", ["axes", 5, [None]])
 def test_plot_on_what_are_no_axes_names_it(advice: Advice, ax: object) -> None:
     with pytest.raises(OptionTypeError, match=re.escape(f"ax: {ax!r}. Give matplotlib's Axes")):

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._advice.drawing import svg
+from zcache._advice.drawing import least_above_zero, places, svg, with_room
 from zcache.exceptions import OptionTypeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_LABEL: Final = 1 / 9
+"""Room of a turned label, as a part of the axis."""
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -186,12 +188,15 @@ class Advice:
             (line,) = ax.plot(sizes, curve.hit_ratio, label=name)
             low, high = _band(curve)
             ax.fill_between(sizes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        is_log = bool((self.sizes > 0).all())
-        if is_log:
+        least = least_above_zero(sizes)
+        if sizes.all():
             ax.set_xscale("log", base=2)
-        if self.max_size or not is_log:
+        else:
+            # 0 stands where `places` says.
+            ax.set_xscale("symlog", base=2, linthresh=least, linscale=0.5)
+        if self.max_size or not sizes.all():
             ax.axvline(self.max_size, color="gray", linestyle=":")
-        shown = sizes[:: max(1, (len(sizes) + 8) // 9)]
+        shown = sizes[with_room(places(sizes, least), _LABEL)]
         ax.set_xticks(shown, [size_text(size) for size in shown], rotation=30)
         ax.set_ylim(0, 1)
         ax.set_xlabel("max_size")
