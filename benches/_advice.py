@@ -92,6 +92,12 @@ def _traces(part: int, seed: int) -> dict[str, traces.Keys]:
     def zipf(keys: int, requests: int, exponent: float = 0.9) -> traces.Keys:
         return traces.zipf(keys // part, requests // part, exponent, seed=seed)
 
+    def document(keys: int, requests: int) -> traces.Keys:
+        """One key has every second request."""
+        rng = np.random.default_rng(seed)
+        others = rng.integers(1, keys // part, requests // part)
+        return np.where(rng.random(len(others)) < 0.5, 0, others)
+
     requests = 400_000 // part
     return {
         "loop": loop(40_000, 8),
@@ -102,6 +108,7 @@ def _traces(part: int, seed: int) -> dict[str, traces.Keys]:
         "pan and zoom": traces.pan_and_zoom(requests, seed=seed),
         "hot set and scans": traces.hot_set_and_scans(requests, seed=seed),
         "points": traces.points(requests, 8000 // part, seed=seed),
+        "a document, and random reads": document(40_000, 160_000),
         "rolling window": traces.rolling(20_000 // part, 200, 1, seed=seed),
         "loop beside zipf": traces.interleaved(loop(30_000, 5), zipf(30_000, 150_000), seed=seed),
         "loop, zipf, epochs in turn": traces.in_turn(

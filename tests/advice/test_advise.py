@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 from xml.etree import ElementTree as ET
@@ -158,6 +159,35 @@ def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     assert advice.requests == len(keys)
     assert abs(advice.best_hit_ratio - exact.best_hit_ratio) < 0.03
     assert abs(advice.cold_share - exact.cold_share) < 0.05
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None:
+    """Which is in the sample, or is not: then only the number of all requests tells of it."""
+    rng = np.random.default_rng(11)
+    count, draws, rate = 6000, 20_000, 0.3
+    keys = np.where(rng.random(draws) < share, count, rng.integers(0, count, draws))
+    bound = count * SIZE // 4
+    whole = complete(
+        keys.astype(np.uint64), np.full(draws, SIZE, np.uint64), np.zeros(draws, bool), 1
+    )
+    exact = advise(whole, max_size=bound, policies=("lru", "none"))
+    holds = []
+    for _ in range(20):
+        is_sampled = rng.random(count + 1) < rate
+        # As it is most of the time.
+        is_sampled[count] = False
+        taken = is_sampled[keys]
+        sample = replace(
+            complete(whole.keys[taken], whole.sizes[taken], whole.hits[taken], 1),
+            rate=rate,
+            requests=float(draws),
+        )
+        advice = advise(sample, max_size=bound, policies=("lru", "none"))
+        for name, curve in advice.curves.items():
+            off = np.abs(curve.hit_ratio - exact.curves[name].hit_ratio)
+            holds.append((off <= curve.error + 1e-9).mean())
+    assert np.mean(holds) > 0.86
 
 
 def test_advice_without_a_bound_is_about_what_is_cached() -> None:
