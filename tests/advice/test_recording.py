@@ -104,6 +104,7 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
         "value_header": 0,
         "eviction": "lru",
         "anonymous": False,
+        "beside_value": 0,
     }
 
 

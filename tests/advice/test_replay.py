@@ -70,7 +70,8 @@ def test_replay_reads_the_first_format(path: Path) -> None:
     text = gzip.decompress(path.read_bytes()).decode()
     head, columns, *lines = text.splitlines(keepends=True)
     head = head.replace("format 2: ", "format 1: ").replace('"value_header": 0, ', "")
-    assert "value_header" not in head
+    head = head.replace(', "beside_value": 0', "")
+    assert "value" not in head
     lines = [line.rpartition(",")[0] + "\r\n" for line in lines]
     first = [head, columns.replace(",outdated", ""), *lines]
     path.write_bytes(gzip.compress("".join(first).encode()))
@@ -150,6 +151,7 @@ GOOD = {
     "max_size": 2000,
     "block_size": 1,
     "value_header": 0,
+    "beside_value": 0,
     "eviction": "lru",
     "anonymous": False,
 }
@@ -181,6 +183,8 @@ GOOD = {
                 ("block_size", []),
                 ("value_header", -1),
                 ("value_header", None),
+                ("beside_value", -1),
+                ("beside_value", 1e3),
                 ("eviction", "fifo"),
                 ("eviction", None),
                 ("eviction", ["lru"]),

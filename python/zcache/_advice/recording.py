@@ -15,13 +15,16 @@ import threading
 import time
 import weakref
 from collections import deque
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from zcache._advice.file_format import COLUMNS, FORMAT, HEAD, path_of_recording
+from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
+from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +44,8 @@ MOST: Final = 1_000_000
 """Requests that wait to be written at most; those for which there is no room are left out."""
 MOST_PENDING: Final = 100_000
 """Misses that wait for their size at most."""
+_BESIDE_DIGITS: Final = 12
+"""Room in the first line for a number that is known when the recording ends."""
 _AT_ONCE: Final = 500
 """Lines that are made while no other thread runs."""
 
@@ -160,8 +165,8 @@ class RequestWriter:
                 "remove the file."
             ) from None
         try:
-            head = HEAD + json.dumps({**about, "anonymous": anonymous})
-            self._append(f"{head}\r\n{','.join(COLUMNS[FORMAT])}\r\n")
+            self._about = {**about, "anonymous": anonymous}
+            self._append(self._head(0))
             hits.hook.attach(self, hits)
             self._thread = threading.Thread(
                 target=self._write_on, name="zcache recording", daemon=True
@@ -280,6 +285,7 @@ class RequestWriter:
                 self._write_waiting()
             self._give_up_pending()
             self._write_waiting()
+            self._note_what_is_beside()
         except Exception as error:  # noqa: BLE001 - whatever it is, no reader is to see it
             self._hits.hook.detach(self, self._hits)
             self._waiting.clear()
@@ -308,7 +314,7 @@ class RequestWriter:
                 lines.writerows(self._lines(some))
                 written += len(some)
                 time.sleep(0)  # Readers first.
-            self._append(text.getvalue())
+            self._append(gzip.compress(text.getvalue().encode(), 6))
 
     def _lines(self, requests: Iterable[_Request]) -> Iterable[tuple[Any, ...]]:
         for at, key, byte_range, size, hit, entry, whole, outdated in requests:
@@ -323,10 +329,25 @@ class RequestWriter:
     def _hash(self, key: str) -> str:
         return blake2b(key.encode(), key=self._secret or b"", digest_size=16).hexdigest()
 
-    def _append(self, text: str) -> None:
+    def _head(self, beside: int) -> bytes:
+        """The first member of the file, of one length, so that it can be written again in its place."""
+        shown = json.dumps({**self._about, "beside_value": beside})
+        room = len(json.dumps({**self._about, "beside_value": 0})) + _BESIDE_DIGITS
+        text = f"{HEAD}{shown:<{room}}\r\n{','.join(COLUMNS[FORMAT])}\r\n"
+        return gzip.compress(text.encode(), 0)
+
+    def _note_what_is_beside(self) -> None:
+        """Write down what the cache store has beside each value, which is not known while the cache is empty."""
+        ask = partial(sampled, header=self._hits.backend.value_header)
+        with contextlib.suppress(IndexLockTimeout):
+            os.pwrite(
+                self._file.fileno(), self._head(self._hits.handle.call_blocking(ask).beside), 0
+            )
+
+    def _append(self, data: bytes) -> None:
         """Add a member to the file, all of it or nothing."""
         before = self._file.tell()
-        rest = memoryview(gzip.compress(text.encode(), 6))
+        rest = memoryview(data)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -131,7 +131,7 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
         raise _OtherFormatError(
             f"its format is {number!r:.40}, and this version reads {' and '.join(COLUMNS)} only"
         )
-    max_size, block_size, header, policy = _described(json.loads(about), number)
+    max_size, (block_size, header, beside), policy = _described(json.loads(about), number)
     rows = csv.reader(_lines(file), strict=True)
     if tuple(next(rows, ())) != columns:
         raise ValueError(f"its columns are not {', '.join(columns)}")
@@ -163,22 +163,24 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
         np.frombuffer(hits, np.int8)[order] != 0,
         block_size,
         header,
+        beside,
         np.frombuffer(outdated, np.int8)[order] != 0,
     )
     return trace, max_size, policy
 
 
-def _described(about: Any, number: str) -> tuple[int | None, int, int, str]:
-    """The bound, the sizes of a block and of the header of a value, and the policy that the first line names."""
+def _described(about: Any, number: str) -> tuple[int | None, list[int], str]:
+    """The bound, the bytes of a block, before and beside a value, and the policy that the first line names."""
     if not isinstance(about, dict):
         raise ValueError("its first line has no JSON object")  # noqa: TRY004 - of the file, not of an argument
     found = []
     if number == "1":
-        about = {**about, "value_header": 0}
+        about = {**about, "value_header": 0, "beside_value": 0}
     for name, most in (
         ("max_size", MAX_BYTES),
         ("block_size", _LARGEST_BLOCK),
         ("value_header", _LARGEST_BLOCK),
+        ("beside_value", 4 * _LARGEST_BLOCK),
     ):
         value = about.get(name, "missing")
         is_unbounded = name == "max_size" and value is None
@@ -188,7 +190,7 @@ def _described(about: Any, number: str) -> tuple[int | None, int, int, str]:
     policy = about.get("eviction", "missing")
     if policy not in POLICIES:
         raise ValueError(f"its eviction is {policy!r:.40}, none of {', '.join(POLICIES)}")
-    return found[0], found[1], found[2], policy
+    return found[0], found[1:], policy
 
 
 def _time(text: str) -> float:

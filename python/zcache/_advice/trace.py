@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 UNKNOWN: Final = 2**64 - 1
 """Stands for a size that is not known: the source has not given the value, or the cache was not told of it."""
+_MOST_BESIDE: Final = 4
+"""Blocks of folders for each value that are believed: values that are being written count as well."""
 _FORMER, _SEEN, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
 
 
@@ -47,6 +49,8 @@ class Trace:
         Bytes of a block of the cache store; 0 and 1 are the same.
     header : int
         Bytes that the cache store keeps before each value, in the same blocks.
+    beside : int
+        Bytes of folders or segments that the cache store has for each value, on average.
     unsized : int
         How many requests were left out because their sizes are not known.
     """
@@ -64,6 +68,7 @@ class Trace:
     dropped_first: int
     unit: int
     header: int
+    beside: int
     unsized: int
 
     def costs(self) -> NDArray[np.uint64]:
@@ -74,7 +79,7 @@ class Trace:
         written = self.sizes + np.uint64(self.header)
         blocks = np.maximum((written + unit - np.uint64(1)) // unit, np.uint64(1))
         costs: NDArray[np.uint64] = (blocks + (self.sizes >> mib)) * unit
-        return costs
+        return costs + np.uint64(self.beside)
 
 
 def sampled(index: Index, header: int = 0) -> Trace:
@@ -88,7 +93,7 @@ def sampled(index: Index, header: int = 0) -> Trace:
     former = _has(flags, _FORMER)
     total = dropped + int((~former).sum())
     share = (dropped + int((known & ~former).sum())) / total if total else 1.0
-    return Trace(
+    trace = Trace(
         keys=keys[known],
         sizes=sizes[known],
         hits=_has(flags[known], _HIT),
@@ -102,8 +107,22 @@ def sampled(index: Index, header: int = 0) -> Trace:
         dropped_first=dropped_first,
         unit=unit,
         header=header,
+        beside=0,
         unsized=int((~known & ~former).sum()),
     )
+    return replace(trace, beside=_beside(index, trace))
+
+
+def _beside(index: Index, trace: Trace) -> int:
+    """Bytes that are cached beside the values, for each of them: what is more than their blocks."""
+    entries = len(index)
+    if trace.unit <= 1 or not entries or not len(trace.keys):
+        return 0
+    _, one_each = np.unique(trace.keys, return_index=True)
+    # The index knows the bytes of its values, not those of their blocks: about as much more as for those of the sample.
+    in_blocks = (trace.costs() - trace.sizes)[one_each].mean()
+    beside = (index.current_size - index.live_bytes) / entries - in_blocks
+    return round(min(max(beside, 0.0), _MOST_BESIDE * trace.unit))
 
 
 def complete(
@@ -112,6 +131,7 @@ def complete(
     hits: NDArray[np.bool_],
     unit: int,
     header: int = 0,
+    beside: int = 0,
     outdated: NDArray[np.bool_] | None = None,
 ) -> Trace:
     """All requests that there were."""
@@ -134,6 +154,7 @@ def complete(
         dropped_first=0,
         unit=unit,
         header=header,
+        beside=beside,
         unsized=unsized,
     )
 
