@@ -52,6 +52,12 @@ def _alternating(period: int, *makes: Make) -> Make:
 KINDS: dict[str, dict[str, Make]] = {
     "loop": {f"{keys}": _loop(keys, 60_000 // keys) for keys in (400, 1500, 6000)},
     "shuffled epochs": {f"{keys}": _shuffled(keys, 60_000 // keys) for keys in (400, 1500, 6000)},
+    "epochs and validation": {
+        f"{keys}, {epochs} epochs, {others}": lambda seed, keys=keys, epochs=epochs, others=others: (
+            traces.validated(keys, epochs, 80_000 // (keys * epochs + others), others, seed=seed)
+        )
+        for keys, epochs, others in ((3000, 2, 1000), (1000, 8, 1000), (1400, 4, 4200))
+    },
     "there and back": {
         f"{keys}": lambda seed, keys=keys: traces.there_and_back(keys, 50_000 // keys, seed=seed)
         for keys in (300, 4000)

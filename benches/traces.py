@@ -22,6 +22,16 @@ def loop(keys: int = 4000, epochs: int = 10, *, seed: int = 0) -> Keys:
     return np.tile(np.arange(keys), epochs)
 
 
+def validated(
+    keys: int = 3000, epochs: int = 8, rounds: int = 12, others: int = 3000, *, seed: int = 0
+) -> Keys:
+    """Epochs in an order of their own each, and a pass over other keys after every few."""
+    rng = np.random.default_rng(seed)
+    passed = keys + np.arange(others)
+    parts = [[rng.permutation(keys) for _ in range(epochs)] + [passed] for _ in range(rounds)]
+    return np.concatenate([one for part in parts for one in part])
+
+
 def shuffled(keys: int = 4000, epochs: int = 10, *, seed: int = 0) -> Keys:
     """Each key once in each epoch, in another order each time: training."""
     random = np.random.default_rng(seed)

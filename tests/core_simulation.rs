@@ -88,6 +88,36 @@ fn simulation_of_a_loop_that_shrinks_adaptive_lets_the_rest_go() {
     assert!(of_short < 0.5, "{of_short}");
 }
 
+/// Epochs over keys in an order of their own each, and a pass over others after every eight.
+fn epochs_and_validation(keys: u64, rounds: u64, seed: u64) -> impl Iterator<Item = u64> {
+    (0..rounds).flat_map(move |round| {
+        let epochs = (0..8).flat_map(move |epoch| {
+            let mut order: Vec<u64> = (0..keys).collect();
+            order.sort_unstable_by_key(|key| hash(key ^ hash(seed ^ round << 32 ^ epoch << 24)));
+            order
+        });
+        epochs
+            .chain(1_000_000..1_000_000 + keys)
+            .map(move |key| key ^ seed << 40)
+    })
+}
+
+#[test]
+fn simulation_of_epochs_and_validation_adaptive_keeps_what_is_read_again() {
+    for seed in 0..6 {
+        let (keys, capacity) = (3000, 3300);
+        let trace = || epochs_and_validation(keys, 12, seed);
+        let lru = misses(PolicyKind::Lru, capacity, trace());
+        let none = misses(PolicyKind::None, capacity, trace());
+        let adaptive = misses(PolicyKind::Adaptive, capacity, trace());
+        // Of the first pass and the first look at the others it cannot know.
+        assert!(
+            adaptive < none + 0.03 && adaptive < lru - 0.05,
+            "{seed}: {adaptive} {none} {lru}"
+        );
+    }
+}
+
 /// Data sets one after the other, each of `keys` keys that are read in each of these orders.
 fn data_sets(keys: u64, sets: u64, steps: &'static [u64]) -> impl Iterator<Item = u64> {
     (0..sets).flat_map(move |set| {

@@ -15,7 +15,9 @@ pub struct PolicyState {
     /// The policy; the number of a `PolicyKind`.
     pub kind: u32,
     /// The rule that an adaptive policy goes by.
-    pub rule: u32,
+    pub rule: u16,
+    /// Whether it lets go of the main list first, whatever its rule; 0 or 1.
+    pub renews: u16,
     /// Bytes of the entries in the main list.
     pub main_bytes: u64,
     /// Reads and fills of entries.

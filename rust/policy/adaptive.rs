@@ -27,10 +27,11 @@ pub struct Adaptive(Deferred);
 
 fn ruled<E: Entries>(entries: &E) -> Ruled {
     let rule = RULES
-        .get(entries.state().rule as usize)
+        .get(usize::from(entries.state().rule))
         .unwrap_or(&RULES[0]);
     Ruled {
         rule: *rule,
+        renews: entries.state().renews != 0,
         ghosts_at: WORDS,
     }
 }
@@ -80,7 +81,10 @@ fn learn<E: Entries>(entries: &mut E, request: Request) {
         return;
     };
     match learner.observe(request, count, &state, capacity) {
-        Ok(rule) => entries.state_mut().rule = rule,
+        Ok((rule, renews)) => {
+            let state = entries.state_mut();
+            (state.rule, state.renews) = (rule, u16::from(renews));
+        }
         // What is damaged is learned anew.
         Err(_) => {
             if let Some(words) = entries.history_mut().get_mut(..WORDS) {

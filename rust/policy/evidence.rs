@@ -16,8 +16,11 @@ const BEHIND: f64 = 4.0;
 const LEAD: f64 = 0.01;
 /// By how many times the cache misses more than the rule in force does in its simulation before that is not believed.
 const ASTRAY: f64 = 2.0;
-/// Requests for each key of a simulation after a change before the cache can be compared with it.
+/// Requests for each key of a simulation after a change, or after the cache was renewed, before it can be compared with
+/// it.
 const SETTLED: f64 = 2.0;
+/// Requests for each key of a simulation within which the cache is renewed.
+const RENEWAL: f64 = 1.0;
 /// The most that a change of the rule takes, in deviations. With twice as many a rule that has come to serve nothing
 /// would never be left.
 const INERTIA: f64 = 6.0;
@@ -42,6 +45,8 @@ pub(super) struct Evidence {
     inertia: f64,
     /// The rule before the last change, plus one; 0 before the first.
     previous: u64,
+    /// Requests until which the cache lets go of what it holds.
+    renews_until: u64,
 }
 
 fn at(numbers: &[f64; COUNT], n: usize) -> f64 {
@@ -113,31 +118,36 @@ impl Evidence {
     }
 
     /// The rule with the least cost; the first of them where several have it.
-    pub(super) fn best(&self, without: Option<usize>) -> usize {
-        let all = (0..COUNT).filter(|n| Some(*n) != without);
-        let best = all.min_by(|a, b| at(&self.costs, *a).total_cmp(&at(&self.costs, *b)));
+    pub(super) fn best(&self) -> usize {
+        let best = (0..COUNT).min_by(|a, b| at(&self.costs, *a).total_cmp(&at(&self.costs, *b)));
         best.unwrap_or(0)
     }
 
     /// Whether the cache has come to hold what is of no use, and its rule does not let it go: such as the rest of a
     /// loop that has become shorter. The simulation of that rule may have had better luck.
     fn is_astray(&self, current: usize, least: f64, keys: f64) -> bool {
-        let since = self.requests.wrapping_sub(self.changed) as f64;
+        let since = self
+            .requests
+            .saturating_sub(self.changed.max(self.renews_until)) as f64;
         let most = ASTRAY * at(&self.costs, current) + BEHIND * self.deviation(current, least);
         since > SETTLED * keys && self.missed > most
+    }
+
+    /// Whether the cache lets go of what it holds, so that what is asked for now gets in. Another rule would not help:
+    /// the simulation of this one shows what it is worth.
+    pub(super) fn renews(&self) -> bool {
+        self.requests < self.renews_until
     }
 
     /// The rule to go by: the one in force, unless another leads by more than chance explains. `least` is the cost of
     /// one miss.
     pub(super) fn choose(&mut self, current: usize, best: usize, least: f64, keys: f64) -> usize {
+        if self.is_astray(current, least, keys) {
+            let requests = (RENEWAL * keys).max(FADE_LEAST) as u64;
+            self.renews_until = self.requests.saturating_add(requests);
+        }
         let cost = at(&self.costs, current);
-        let (best, paid, deviation) = if self.is_astray(current, least, keys) {
-            let deviation = (self.missed * least).sqrt();
-            (self.best(Some(current)), self.missed, deviation)
-        } else {
-            (best, cost, self.deviation(current, least))
-        };
-        let lead = paid - at(&self.costs, best);
+        let (lead, deviation) = (cost - at(&self.costs, best), self.deviation(current, least));
         if best == current || lead <= self.inertia * deviation + LEAD * cost {
             return current;
         }

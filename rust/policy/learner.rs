@@ -5,7 +5,7 @@
 //!
 //! - A simulation that has fallen behind goes on from the keys of the best one: it stands for what the cache would
 //!   do if it went by its rule from now on.
-//! - Where the cache misses far more than the simulation of its own rule does, another rule takes over.
+//! - Where the cache misses far more than the simulation of its own rule does, it lets go of what it holds.
 //! - A change of the rule that did not pay, by the misses of the cache itself, doubles the lead that the next one
 //!   takes; one that did halves it. So traffic that goes back and forth does not drag the rule with it.
 
@@ -76,21 +76,22 @@ impl<'a> Learner<'a> {
         is_sampled(key, self.head.shift)
     }
 
-    /// Takes a request into account; the rule that the cache should go by, of `state.rule`.
+    /// Takes a request into account. Returns the rule that the cache should go by, which was `state.rule`, and whether it
+    /// lets go of what it holds first.
     pub(super) fn observe(
         &mut self,
         request: Request,
         entries: u64,
         state: &PolicyState,
         capacity: u64,
-    ) -> Result<u32> {
-        let current = (state.rule as usize).min(COUNT - 1);
+    ) -> Result<(u16, bool)> {
+        let current = usize::from(state.rule).min(COUNT - 1);
         let key = match self.samples.find(request.key)? {
             0 => self.add(request, entries)?,
             key => Some(key),
         };
         let Some(key) = key else {
-            return Ok(current as u32);
+            return Ok((current as u16, self.head.evidence.renews()));
         };
         let cost = cost_of(state, request.size) as f64;
         let capacity = capacity >> self.head.shift;
@@ -106,13 +107,13 @@ impl<'a> Learner<'a> {
         let own = if request.is_hit { 0.0 } else { cost };
         evidence.note(paid, own, most);
         self.samples.remove_unheld(key)?;
-        let best = evidence.best(None);
+        let best = evidence.best();
         let chosen = evidence.choose(current, best, cost, most);
         self.restart_one(best, chosen, counts, cost)?;
         if counts.into_iter().any(|keys| keys > MANY) {
             self.sample_fewer()?;
         }
-        Ok(chosen as u32)
+        Ok((chosen as u16, self.head.evidence.renews()))
     }
 
     /// Adds a key that is new; `None` where it is not sampled any more.

@@ -26,7 +26,7 @@ use crate::error::Result;
 
 /// Entries that one step moves from the window to the main list, so that no step holds the lock for long.
 const MOVES: u32 = 64;
-/// Smaller entries of the main list that one newcomer passes over at most.
+/// Entries of the main list that one newcomer passes over at most.
 const RIVALS: u32 = 16;
 /// By how much a newcomer has to be ahead, more than this.
 const LEAD: u8 = 1;
@@ -86,10 +86,11 @@ pub(super) const RULES: [Rule; 4] = [
     },
 ];
 
-/// A rule, and where in the history of the entries the ghosts begin.
+/// A rule, whether the main list goes first all the same, and where in the history of the entries the ghosts begin.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ruled {
     pub(super) rule: Rule,
+    pub(super) renews: bool,
     pub(super) ghosts_at: usize,
 }
 
@@ -197,7 +198,7 @@ impl Ruled {
 
     /// Whether the main list goes first.
     fn is_renewing<E: Entries>(self, entries: &E) -> bool {
-        self.rule.renews && entries.state().new_keys > renews_after(entries)
+        self.renews || self.rule.renews && entries.state().new_keys > renews_after(entries)
     }
 
     /// An entry goes.
@@ -296,15 +297,16 @@ fn frequency<E: Entries>(entries: &E, entry: u32) -> Result<u8> {
 }
 
 /// Whether a newcomer is worth more, byte for byte, than each of those that would have to go from the main list,
-/// from what was used least recently on. What is worth more and smaller is passed over: a larger one behind it may
-/// be worth less.
+/// from what was used least recently on. What is worth more is passed over: something behind it may be worth less. If it
+/// stayed in the way of all others, a single value that was used often once, and is read no more, would keep what is of
+/// no use behind it.
 fn is_admitted<E: Entries>(entries: &mut E, uses: u8, size: u64, missing: u64) -> Result<bool> {
     let lead = uses.saturating_sub(LEAD);
-    let (mut freed, mut passed) = (0u64, 0);
+    let (mut freed, mut passed, mut none_stays) = (0u64, 0, true);
     let mut at = entries.end(List::Main, false)?;
     for _ in 0..MOVES {
         let Some(rival) = at.filter(|_| freed < missing) else {
-            return Ok(true);
+            break;
         };
         let (rival_uses, rival_size) = (frequency(entries, rival)?, entries.size(rival)?);
         // Worth for each byte, without divisions.
@@ -318,15 +320,25 @@ fn is_admitted<E: Entries>(entries: &mut E, uses: u8, size: u64, missing: u64) -
         at = (next != 0).then_some(next);
         if worth(lead, size, rival_size) > worth(rival_uses, rival_size, size) {
             freed = freed.saturating_add(rival_size);
+            if !none_stays {
+                // It goes before those that were passed over.
+                entries.unlink(List::Main, rival)?;
+                entries.link(List::Main, rival, false)?;
+            }
             continue;
         }
         passed += 1;
-        if rival_size >= size || passed == RIVALS {
+        if passed == RIVALS {
             return Ok(false);
         }
-        entries.move_to(rival, List::Main)?;
+        if rival_size < size {
+            entries.move_to(rival, List::Main)?;
+        } else {
+            none_stays = false;
+        }
     }
-    Ok(true)
+    // All that there is may be less than what is missing.
+    Ok(freed >= missing || none_stays)
 }
 
 /// What a miss of so many bytes costs, in requests or bytes.

@@ -143,7 +143,14 @@ impl<'a> Samples<'a> {
             ghosts,
             keys: &mut *self.keys,
         };
-        Ok((Ruled { rule, ghosts_at: 0 }, simulated))
+        Ok((
+            Ruled {
+                rule,
+                renews: false,
+                ghosts_at: 0,
+            },
+            simulated,
+        ))
     }
 
     /// Has one simulation go on from the state of another one.
