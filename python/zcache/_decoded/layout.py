@@ -46,7 +46,8 @@ class Layout:
     name : str
         Differs where the same bytes would be decoded to something else.
     number : int
-        Stands for `name` in the names of chunks.
+        Stands for `name` in the names of chunks, which begin with it. It says how many coordinates end them, so
+        each of them is of one key, whatever that looks like.
     shape : tuple of int
         Of the unit that is kept: a chunk, or an inner chunk.
     whole : tuple of slice

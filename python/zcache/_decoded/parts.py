@@ -146,7 +146,7 @@ class ShardPart(Part):
         cache = output.cache
         key = self.item[0].path
         coords = self._coords()
-        stem = f"{key}/{self.layout.number}"
+        stem = f"{self.layout.number}/{key}"
         names = self._names(stem, coords)
         found = []
         for n, kept in cache.get_all(names, [key] * len(names), output.mark, output.now):

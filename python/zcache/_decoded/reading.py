@@ -126,8 +126,8 @@ class Reading:
         """The same for the chunks of one layout."""
         output, target, drop_axes = self.output, self.output.target, self.output.drop_axes
         keys = [batch[n][0].path for n in numbers]
-        suffix = f"/{layout.number}"
-        names = [key + suffix for key in keys]
+        prefix = f"{layout.number}/"
+        names = [prefix + key for key in keys]
         found = set()
         for at, kept in self.cache.get_all(names, keys, output.mark, output.now):
             hits.append(kept)
