@@ -27,6 +27,7 @@ from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
 from zcache._core import Index, is_cacheable_key
+from zcache._decoded.cache import KeepsDecoded
 from zcache._index.keys import CachedKeys
 from zcache._index.plans import follow
 from zcache._options import (
@@ -100,7 +101,7 @@ _OWN: Final = frozenset(
 """Attributes of a `CacheStore` itself."""
 
 
-class CacheStore(Store):
+class CacheStore(Store, KeepsDecoded):
     """A store that reads from `store` and keeps what it has read in `cache_store`.
 
     Takes the place of `zarr.experimental.cache_store.CacheStore`. Any number of tasks, threads and

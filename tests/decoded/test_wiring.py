@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from zcache import CacheStore, DecodedCodecPipeline, with_decoded_cache
 from zcache.exceptions import OptionTypeError, OptionValueError
@@ -56,6 +56,32 @@ def test_option_alone_is_enough_and_other_stores_stay_as_they_are() -> None:
     assert (zarr.config.get("codec_pipeline.path"), get_pipeline_class()) == (path, kind)
     for other in (MemoryStore(), CacheStore(MemoryStore())):
         assert type(pipeline_of(create(other))) is kind
+
+
+class Forwarding(WrapperStore[Any]):
+    """Shows what is below a prefix, and passes the attributes of what it wraps on."""
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        super().__init__(store)
+        self._prefix = prefix
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._store, name)
+
+    async def get(self, key: str, *args: Any, **more: Any) -> Any:
+        return await self._store.get(self._prefix + key, *args, **more)
+
+
+def test_wrapper_that_passes_attributes_on_is_no_cache_store() -> None:
+    source = MemoryStore()
+    for n, name in enumerate("xy"):
+        create(source, name=f"{name}/a")[:] = n + 1
+    store = CacheStore(source, decoded_size="1MB")
+    for n, name in enumerate("xy"):
+        array: Any = zarr.open_array(Forwarding(store, f"{name}/"), path="a", mode="r+")
+        assert (array[:] == n + 1).all()
 
 
 @pytest.mark.parametrize("when", ["before", "after", "never"])

@@ -20,6 +20,7 @@ from zarr.storage import MemoryStore, WrapperStore
 
 from support import buf, listed, read
 from zcache import CacheStore
+from zcache._runtime.io import is_sync
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -258,3 +259,26 @@ async def test_what_is_unknown_goes_through_the_cache() -> None:
     later = type("Later", (Store,), {"get_twice": get_twice})
     assert await later.get_twice(store, "key") == [b"value", b"value"]
     assert source.take() == {"get": 1}
+
+
+def test_methods_that_a_wrapper_passes_on_are_not_its_own() -> None:
+    """Python 3.11 takes such an instance for one of the protocol."""
+
+    class Forwarding(Store):
+        def __init__(self) -> None:
+            super().__init__()
+            self._inner = MemoryStore()
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__") or name == "_inner":
+                raise AttributeError(name)
+            return getattr(self._inner, name)
+
+    store = _concrete(Forwarding)()
+    assert callable(store.get_sync)
+    assert not is_sync(store)
+
+
+def _concrete(kind: Any) -> Any:
+    """The same class with no method left abstract."""
+    return type(kind.__name__, (kind,), dict.fromkeys(kind.__abstractmethods__))

@@ -323,6 +323,20 @@ class DecodedCache:
         self._start()
 
 
+class KeepsDecoded:
+    """Base of the store whose arrays may keep decoded chunks."""
+
+    _decoded: DecodedCache | None = None
+
+
+def decoded_of(store: object) -> DecodedCache | None:
+    """Decoded chunks of the arrays on a store, if it keeps any.
+
+    Asked of its type: a wrapper may pass the attributes of what it wraps on, and show other values.
+    """
+    return store._decoded if issubclass(type(store), KeepsDecoded) else None  # type: ignore[attr-defined]
+
+
 _live: weakref.WeakSet[DecodedCache] = weakref.WeakSet()
 
 

@@ -17,7 +17,7 @@ from zarr.core.config import config
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
-from zcache._decoded.cache import DecodedCache
+from zcache._decoded.cache import decoded_of
 from zcache._decoded.layout import Layout, layout_of
 from zcache._decoded.reading import Reading
 from zcache.exceptions import OptionValueError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from zarr.abc.codec import Codec
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
+
+    from zcache._decoded.cache import DecodedCache
 
 logger = logging.getLogger("zcache")
 
@@ -137,8 +139,8 @@ class DecodedCodecPipeline(CodecPipeline):
         batch = list(batch_info)
         if batch:
             getter = batch[0][0]
-            cache = getattr(getter.store, "_decoded", None) if type(getter) is StorePath else None
-            if isinstance(cache, DecodedCache) and cache.origins.is_usable:
+            cache = decoded_of(getter.store) if type(getter) is StorePath else None
+            if cache is not None and cache.origins.is_usable:
                 array: Any = out._data if type(out) is cpu.NDBuffer else None
                 is_plain = type(array) is np.ndarray
                 # For what looks whether another reference to it exists.
@@ -222,9 +224,8 @@ def install() -> None:
         @functools.wraps(make)
         def create_codec_pipeline(metadata: Any, **more: Any) -> CodecPipeline:
             pipeline: CodecPipeline = make(metadata, **more)
-            if isinstance(
-                getattr(more.get("store"), "_decoded", None), DecodedCache
-            ) and not isinstance(pipeline, DecodedCodecPipeline):
+            is_wrapped = isinstance(pipeline, DecodedCodecPipeline)
+            if decoded_of(more.get("store")) is not None and not is_wrapped:
                 return DecodedCodecPipeline(pipeline, _codecs_of(metadata))
             return pipeline
 

@@ -214,8 +214,12 @@ class SyncIO(IO):
 
 
 def is_sync(store: Store) -> bool:
-    """Whether a store can do without an event loop now, as zarr's codec pipeline asks."""
-    return isinstance(store, SupportsSyncStore) and bool(getattr(store, "_supports_sync_io", True))
+    """Whether a store can do without an event loop now, as zarr's codec pipeline asks.
+
+    Its type is asked: a wrapper may pass the methods of what it wraps on, and show other values by its own.
+    """
+    is_able = issubclass(type(store), SupportsSyncStore)
+    return is_able and bool(getattr(store, "_supports_sync_io", True))
 
 
 async def _change_now(

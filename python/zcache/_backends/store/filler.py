@@ -14,7 +14,7 @@ from zcache._backends.store.backend import names_of
 from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, ignore
 from zcache._runtime.coroutines import NoAnswerError, OutcomeUnknown, run_without_loop
-from zcache._runtime.io import IO, SyncIO
+from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -135,7 +135,7 @@ class StoreFiller:
         source: Any = io.source
         with self._lock:
             store = self._waiting[0].backend.store if self._waiting else None
-        if hasattr(store, "set_sync") and getattr(store, "_supports_sync_io", True):
+        if store is not None and is_sync(store):
             run_without_loop(self._run(SyncIO(source), None))
         else:
             asyncio.run(self._run(IO(source), None))
