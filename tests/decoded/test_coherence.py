@@ -25,7 +25,7 @@ from decoding import check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore
 from zcache._backends.directory.layout import Layout
-from zcache._decoded.chunk import Decodings
+from zcache._decoded.chunk import Decoding, Decodings
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
@@ -440,6 +440,47 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
         cache.give_up(decoding)
     assert all(kept.array[3] == 3 for kept in cache._values.values())
     assert decoded(store, "size") == 32
+    check_decoded_quiet(store)
+
+
+@pytest.mark.parametrize("more", [{}, {"shards": (8,)}], ids=["chunks", "shards"])
+def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    source = StoreDouble(MemoryStore())
+    create(source, **more)
+    store = CacheStore(source, source_id="s", decoded_size=1000)
+    array = zarr.open_array(store, path="v")
+    loop = asyncio.new_event_loop()
+    gate = source.block("get")
+
+    async def begin() -> asyncio.Task[Any]:
+        reading = asyncio.ensure_future(array._async_array.getitem(slice(None)))
+        await until(lambda: gate.entered)
+        return reading
+
+    monkeypatch.setattr("zcache._protocol.single_flight.PATIENCE", 0.05)
+    reading = loop.run_until_complete(begin())
+    gate.release()
+    waits = []
+
+    async def wait(decoding: Decoding, wait: Any = Decoding.wait) -> bool:
+        if not decoding.done:
+            waits.append(decoding)
+        return bool(await wait(decoding))
+
+    monkeypatch.setattr(Decoding, "wait", wait)
+    np.testing.assert_array_equal(array[:], np.arange(16))
+    assert len(waits) == 1
+    # Neither chunks nor room are left to it.
+    check_decoded_quiet(store)
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], np.arange(16))
+    assert (len(waits), decoded(store, "hits")) == (1, 4)
+    # It goes on.
+    found: Any = loop.run_until_complete(reading)
+    np.testing.assert_array_equal(found, np.arange(16))
+    loop.close()
     check_decoded_quiet(store)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
     from zcache._decoded.chunk import Kept, Origin
+    from zcache._decoded.reading import Reading
     from zcache._index.counters import Counters
 
 
@@ -74,6 +75,8 @@ class DecodedCache:
         self.room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
         self.landing = Landing(self._index, self.room, self._lock, self.origins, self.now)
         self.outputs = Outputs(self.max_size // 32)
+        # By their addresses. No lock, no set: the garbage collector may end a reader while they are listed.
+        self._readings: dict[int, weakref.ref[Reading]] = {}
         self.origins.use_index(self._handle.index)
 
     def use_index(self, index: Index) -> None:
@@ -228,9 +231,9 @@ class DecodedCache:
             if decoding.is_ended:
                 return
             decoding.is_ended = True
+            reservation, decoding.reservation = decoding.reservation, None
         index, name = self._index, decoding.name
         try:
-            reservation, decoding.reservation = decoding.reservation, None
             self.room.give_back(reservation)
         finally:
             index.complete_flight(name, decoding.ticket)
@@ -266,6 +269,22 @@ class DecodedCache:
         for decoding in list(decodings.single.values()):
             if not decoding.is_ended:
                 self.give_up(decoding)
+
+    def begins(self, reading: Reading) -> None:
+        """Note a read that decodes, or waits for who does, until it `ends`."""
+        self._readings[id(reading)] = weakref.ref(reading)
+
+    def ends(self, reading: Reading) -> None:
+        """Say that all decodes of a read have ended."""
+        self._readings.pop(id(reading), None)
+
+    def give_up_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End all that is decoded in an event loop that does not go on: no one waits for any of it once more."""
+        for reference in list(self._readings.values()):
+            reading = reference()
+            if reading is not None and reading.output.loop is loop:
+                for decodings in reading.led():
+                    self.give_up_all(decodings)
 
     def are_absent(self, decodings: Decoding | Decodings, names: list[str]) -> None:
         """The same for some of them, because the store has no such chunks."""

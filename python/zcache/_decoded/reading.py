@@ -78,19 +78,19 @@ class Reading:
         try:
             self._look_up(batch, layouts)
             if self._shards or self._chunks:
+                self.cache.begins(self)
                 self._postpone()
                 await self._decode(out)
-                for decodings in self._led():
-                    self.cache.landing.commit(decodings)
+                for many in self._many():
+                    self.cache.landing.commit(many)
                 await self._take_followed(out)
         finally:
             for part in self._parts():
                 if part.followed:
                     part.leave()
-            shards = [shard.decodings for shard in self._shards]
-            for one in (*self._decodings, *shards):
-                if one is not None:
-                    self.cache.give_up_all(one)
+            for decodings in self.led():
+                self.cache.give_up_all(decodings)
+            self.cache.ends(self)
             # Nothing here keeps the output any longer.
             self._shards.clear()
             self._chunks.clear()
@@ -148,7 +148,7 @@ class Reading:
 
     def _postpone(self) -> None:
         """Where there is no room for all that is decoded, have no one hold it for what may be absent."""
-        led = self._led()
+        led = self._many()
         if any(decodings.late for decodings in led):
             for decodings in led:
                 self.cache.room.postpone(decodings)
@@ -156,9 +156,13 @@ class Reading:
     def _parts(self) -> list[ShardPart | WholeChunk]:
         return [*self._shards, *self._chunks]
 
-    def _led(self) -> list[Decodings]:
+    def led(self) -> list[Decoding | Decodings]:
+        """What others may wait for."""
         shards = [shard.decodings for shard in self._shards]
-        return [one for one in (*self._decodings, *shards) if isinstance(one, Decodings)]
+        return [one for one in (*self._decodings, *shards) if one is not None]
+
+    def _many(self) -> list[Decodings]:
+        return [one for one in self.led() if isinstance(one, Decodings)]
 
     async def _decode(self, out: Any) -> None:
         jobs: list[Job] = [job for shard in self._shards for job in jobs_of(shard)]
@@ -243,6 +247,8 @@ class Reading:
                     part.is_absent = False
                 continue
             self.cache.leave(decoding)
+            if not ended:
+                self.cache.give_up_loop(decoding.loop)
             is_there = False
         return is_there
 

@@ -114,12 +114,13 @@ class Room:
                 decoding.is_admitted = True
             some = decodings.apart(asking[:count])
         held = self._reserve_all([one.name for one in some], size, [one.ticket for one in some])
-        for decoding, reservation in zip(some, held, strict=True):
-            if reservation is None:
-                decodings.late.add(decoding.name)
-            else:
-                decoding.reservation = reservation
-                decoding.is_admitted = True
+        with self._lock:
+            for decoding, reservation in zip(some, held, strict=True):
+                if reservation is None:
+                    decodings.late.add(decoding.name)
+                elif not decoding.is_ended:  # Else it goes with its object.
+                    decoding.reservation = reservation
+                    decoding.is_admitted = True
 
     def admit(self, decoding: Decoding, size: int) -> bool:
         """Make room for a chunk before it is decoded; whether it is kept."""
