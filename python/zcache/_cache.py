@@ -151,6 +151,9 @@ class Cache:
         self.missing_key_errors = MissingKeyErrors()
         self.lister = Lister(self.shared.listings, self.reader.stale, self.shared.breaker)
         self.writer = Writer(self.backend, self.lister, describe(source))
+        self._own_decoded: weakref.WeakValueDictionary[str, DecodedCache] = (
+            weakref.WeakValueDictionary()
+        )
         self.decoded = None if decoded_size is None else self.decoded_chunks(decoded_size)
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
@@ -169,6 +172,13 @@ class Cache:
         """Room for decoded chunks, which arrays use that are opened from now on."""
         install()
         return DecodedCache(max_size, self.backend, self.reader.ages, self.reader.counters)
+
+    def own_decoded_chunks(self, max_size: int, token: str) -> DecodedCache:
+        """Room that only copies of one store have, as this token says."""
+        made = self.decoded_chunks(max_size)
+        made.token = token
+        with _lock:
+            return self._own_decoded.setdefault(token, made)
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""

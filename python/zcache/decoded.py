@@ -38,7 +38,7 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     Returns
     -------
     Array or AsyncArray
-        As was given. A copy of it that is unpickled starts empty.
+        As was given. Copies of it in one process share their chunks; in another process they start empty.
 
     Raises
     ------
@@ -72,11 +72,44 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     return found
 
 
-_lock = threading.Lock()
+class _Place(MemoryStore):
+    """Keeps nothing. What it stands for is the one index of all stores in this process over one source.
+
+    Parameters
+    ----------
+    name : str
+        Of the source.
+    is_ephemeral : bool
+        Whether that is a name in this process only: then copies that are pickled one by one are of other values.
+    """
+
+    def __init__(self, name: str, is_ephemeral: bool) -> None:
+        super().__init__()
+        self._name = name
+        self._is_ephemeral = is_ephemeral
+
+    def emptied(self) -> _Place:
+        """Itself: see `without_contents`."""
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Place if self._is_ephemeral else _place_of, (self._name, self._is_ephemeral)
+
+
+# Reentrant, for inside it the garbage collector may end what takes it.
+_lock = threading.RLock()
 # By the address of the source, which each of them keeps alive.
 _stores: weakref.WeakValueDictionary[int, CacheStore] = weakref.WeakValueDictionary()
 # By the name of the source: one index is shared by all stores that show it, as a path that was opened twice.
-_places: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
+_places: weakref.WeakValueDictionary[str, _Place] = weakref.WeakValueDictionary()
+
+
+def _place_of(name: str, is_ephemeral: bool) -> _Place:
+    with _lock:
+        place = _places.get(name)
+        if place is None:
+            place = _places[name] = _Place(name, is_ephemeral)
+        return place
 
 
 def _over(source: Store) -> CacheStore:
@@ -84,10 +117,8 @@ def _over(source: Store) -> CacheStore:
     with _lock:
         found = _stores.get(id(source))
         if found is None:
-            name = identify(source).name
-            place = _places.get(name)
-            if place is None:
-                place = _places[name] = MemoryStore()
+            source_id = identify(source)
+            place = _place_of(source_id.name, source_id.is_ephemeral)
             found = _stores[id(source)] = CacheStore(source, cache_store=place, max_size=0)
         found._is_open = source._is_open
         return found
@@ -96,7 +127,7 @@ def _over(source: Store) -> CacheStore:
 def _after_fork() -> None:
     # A thread of the parent may have held it.
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 at_fork(_after_fork)

@@ -349,7 +349,7 @@ class CacheStore(Store, KeepsDecoded):
         """A store that shares all with this one but keeps decoded chunks of its own."""
         derived = self._derive(self._store)
         derived._is_open = self._is_open
-        derived._decoded = self._cache.decoded_chunks(size)
+        derived._decoded = self._cache.own_decoded_chunks(size, uuid.uuid4().hex)
         return derived
 
     def _of_subclass(self) -> dict[str, Any]:
@@ -824,7 +824,9 @@ class CacheStore(Store, KeepsDecoded):
 
     def __getstate__(self) -> dict[str, Any]:
         cache = self._cache
-        own = None if self._decoded in (None, cache.decoded) else self._decoded.max_size
+        decoded, own = self._decoded, None
+        if decoded is not None and decoded is not cache.decoded:
+            own = decoded.max_size, decoded.token
         # Contents stay: a cache in memory travels empty.
         kept = cache.cache
         return {
@@ -873,7 +875,7 @@ class CacheStore(Store, KeepsDecoded):
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:
-            self._decoded = cache.decoded_chunks(state["own_decoded"])
+            self._decoded = cache.own_decoded_chunks(*state["own_decoded"])
         self._is_open = state["open"]
 
     # ---------------------------------------------------- open and close

@@ -254,6 +254,44 @@ def test_arrays_over_two_stores_of_one_source_see_what_is_written_through_each_o
     assert reading[2] == 7
 
 
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+def test_arrays_over_one_source_see_each_other_where_they_are_unpickled(
+    kind: str, tmp_path: Path
+) -> None:
+    source: Any = MemoryStore() if kind == "memory" else LocalStore(tmp_path)
+    create(source)
+    stores = [source, source.with_read_only(read_only=False)]
+    arrays = [with_decoded_cache(zarr.open_array(store), "1MB") for store in stores]
+    pickled = [pickle.dumps(array) for array in arrays]
+    together = pickle.dumps(arrays)
+    del arrays
+    gc.collect()
+    found = pickle.loads(together)
+    if kind == "directory":
+        found += [*map(pickle.loads, pickled), with_decoded_cache(zarr.open_array(source), "1MB")]
+    for n, writing in enumerate(found):
+        for reading in found:
+            reading[:]
+        writing[2] = 50 + n
+        assert [reading[2] for reading in found] == [50 + n] * len(found)
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+def test_copies_of_one_array_share_their_chunks(kind: str, tmp_path: Path) -> None:
+    source: Any = MemoryStore() if kind == "memory" else LocalStore(tmp_path)
+    array = with_decoded_cache(create(source), "1MB")
+    pickled = pickle.dumps(array)
+    assert hits(array) == 2
+    assert hits(pickle.loads(pickled)) == 4
+    del array
+    gc.collect()
+    first, second = pickle.loads(pickled), pickle.loads(pickled)
+    assert hits(first) == 2
+    assert hits(second) == 4
+    other = with_decoded_cache(zarr.open_array(first.store._store), "1MB")
+    assert hits(other) == 2
+
+
 def test_one_array_with_another_config_keeps_its_chunks() -> None:
     array = with_decoded_cache(create(MemoryStore()), "1MB")
     assert hits(array) == 2

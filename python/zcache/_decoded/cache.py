@@ -61,6 +61,8 @@ class DecodedCache:
         self._layouts: dict[str, int] = {}
         self._counted = (0, 0)
         self.keeps: object = None  # lives as long as this
+        # Where only copies of one store have it: by this they find it in their process.
+        self.token = ""
         self._start()
         handle.watch(self)
         _live.add(self)
