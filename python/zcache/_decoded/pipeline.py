@@ -20,6 +20,7 @@ from zarr.storage import StorePath
 from zcache._decoded.cache import decoded_of
 from zcache._decoded.layout import Layout, layout_of
 from zcache._decoded.reading import Reading
+from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionValueError
 
 if TYPE_CHECKING:
@@ -200,7 +201,16 @@ def _codecs_of(metadata: Any) -> tuple[Codec, ...]:
     return tuple(metadata.codecs)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    # A thread of the parent may have held it.
+    global _lock
+    _lock = threading.RLock()
+
+
+at_fork(_after_fork)
 
 
 def install() -> None:
@@ -209,6 +219,8 @@ def install() -> None:
     zarr makes the pipeline of each array in `create_codec_pipeline`, from the class that is configured then.
     What it makes for such a store is wrapped; all else stays as it is, and so does the config.
     """
+    if hasattr(getattr(zarr_array, "create_codec_pipeline", None), "_zcache"):
+        return
     with _lock:
         make = getattr(zarr_array, "create_codec_pipeline", None)
         if make is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from zcache._backends.base import ABSENT
 from zcache._core import Index, is_cacheable_key
 from zcache._index.handle import LOCK_TIMEOUT
+from zcache._runtime.fork import at_fork
 from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
@@ -160,6 +161,15 @@ class StaleValues:
 
 # Guards the time of the last word; never held while anything waits.
 _lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """Start with a lock of our own: the thread that held the parent's may not exist here."""
+    global _lock
+    _lock = threading.RLock()
+
+
+at_fork(_after_fork)
 
 
 def _says_missing(error: BaseException) -> bool:
