@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
 from zarr.core.array import AsyncArray
-from zarr.storage import MemoryStore, StorePath
+from zarr.storage import StorePath
 
+from zcache._backends.source_place import place_of
 from zcache._options import parse_size
 from zcache._runtime.fork import at_fork
-from zcache._source.identity import identify
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
 
@@ -30,8 +30,8 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     array : Array or AsyncArray
         An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads
         see what is written, resized and deleted through the array that is returned, through arrays and groups that are
-        opened on its `store`, and through whatever else this function has made over the same source in this process. They
-        do not see what others write to the store below, not even through `array`.
+        opened on its `store`, and through whatever else this function has made over the same place, or over one inside it
+        or around it, in this process. They do not see what others write to the store below, not even through `array`.
     size : int or str
         Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30).
 
@@ -72,44 +72,10 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     return found
 
 
-class _Place(MemoryStore):
-    """Keeps nothing. What it stands for is the one index of all stores in this process over one source.
-
-    Parameters
-    ----------
-    name : str
-        Of the source.
-    is_ephemeral : bool
-        Whether that is a name in this process only: then copies that are pickled one by one are of other values.
-    """
-
-    def __init__(self, name: str, is_ephemeral: bool) -> None:
-        super().__init__()
-        self._name = name
-        self._is_ephemeral = is_ephemeral
-
-    def emptied(self) -> _Place:
-        """Itself: see `without_contents`."""
-        return self
-
-    def __reduce__(self) -> Any:
-        return _Place if self._is_ephemeral else _place_of, (self._name, self._is_ephemeral)
-
-
 # Reentrant, for inside it the garbage collector may end what takes it.
 _lock = threading.RLock()
 # By the address of the source, which each of them keeps alive.
 _stores: weakref.WeakValueDictionary[int, CacheStore] = weakref.WeakValueDictionary()
-# By the name of the source: one index is shared by all stores that show it, as a path that was opened twice.
-_places: weakref.WeakValueDictionary[str, _Place] = weakref.WeakValueDictionary()
-
-
-def _place_of(name: str, is_ephemeral: bool) -> _Place:
-    with _lock:
-        place = _places.get(name)
-        if place is None:
-            place = _places[name] = _Place(name, is_ephemeral)
-        return place
 
 
 def _over(source: Store) -> CacheStore:
@@ -117,8 +83,7 @@ def _over(source: Store) -> CacheStore:
     with _lock:
         found = _stores.get(id(source))
         if found is None:
-            source_id = identify(source)
-            place = _place_of(source_id.name, source_id.is_ephemeral)
+            place = place_of(source)
             found = _stores[id(source)] = CacheStore(source, cache_store=place, max_size=0)
         found._is_open = source._is_open
         return found

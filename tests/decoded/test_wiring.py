@@ -254,6 +254,52 @@ def test_arrays_over_two_stores_of_one_source_see_what_is_written_through_each_o
     assert reading[2] == 7
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_arrays_over_parts_of_one_source_see_what_is_written_through_each_other(
+    first: int, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    create(tmp_path / "data", name="g/a")
+    ways = [
+        lambda: zarr.open_group(tmp_path / "data", mode="r+")["g/a"],
+        lambda: zarr.open_array(tmp_path / "link" / "g" / "a", mode="r+"),
+        lambda: zarr.open_group(f"file://{tmp_path}/data/g", mode="r+")["a"],
+    ]
+    arrays = [with_decoded_cache(way(), "1MB") for way in ways[first:] + ways[:first]]
+
+    def values() -> list[int]:
+        assert all((array[:] == arrays[0][:]).all() for array in arrays)
+        return list(arrays[0][:])
+
+    expected = list(range(8))
+    assert values() == expected
+    for n, writing in enumerate(arrays):
+        expected[2] = writing[2] = 50 + n
+        assert values() == expected
+        zarr.core.sync.sync(writing.store.delete_dir(f"{writing.path}/c".lstrip("/")))
+        assert values() == [0] * 8
+        writing[:] = expected
+        assert values() == expected
+    # Another one beside them keeps its chunks.
+    beside = with_decoded_cache(create(tmp_path / "data", name="g/ab"), "1MB")
+    assert hits(beside) == 2
+    arrays[0][2] = 7
+    assert hits(beside) == 4
+
+
+def test_arrays_below_a_wrapper_with_other_names_see_what_is_written_around_it(
+    tmp_path: Path,
+) -> None:
+    source = LocalStore(tmp_path)
+    create(source, name="x/a")
+    wrapped: Any = Forwarding(source, "x/")
+    reading = with_decoded_cache(zarr.open_array(wrapped, path="a", mode="r+"), "1MB")
+    writing = with_decoded_cache(zarr.open_array(source, path="x/a"), "1MB")
+    assert hits(reading) == 2
+    writing[2] = 7
+    assert reading[2] == 7
+
+
 @pytest.mark.parametrize("kind", ["memory", "directory"])
 def test_arrays_over_one_source_see_each_other_where_they_are_unpickled(
     kind: str, tmp_path: Path

@@ -17,6 +17,7 @@ from zcache._backends.listings import DirectoryListings, MemoryListings
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.select import open_pool
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._backends.source_place import SourceBackend, SourcePlace
 from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
 from zcache._core import Index
@@ -120,6 +121,8 @@ class _Opening:
             shared = self._shared(("dict", id(kept._store_dict)), lambda: self._memory(kept))
             # As long as there is a store over the dict: its values may be used again.
             keep_while_alive(shared, kept)
+            if isinstance(kept, SourcePlace):
+                return SourceBackend(kept, shared, self.source)
             # One over a mapping of a user's own class may do anything.
             is_plain = cache is kept and type(kept._store_dict) is dict
             return MemoryBackend(cache, shared) if is_plain else StoreBackend(cache, shared)
