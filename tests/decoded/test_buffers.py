@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 
@@ -58,3 +60,21 @@ def test_pieces_of_many_sizes_lie_side_by_side() -> None:
     for n, piece in enumerate(pieces):
         piece[:] = n
     assert all((piece == n).all() for n, piece in enumerate(pieces))
+
+
+@pytest.mark.parametrize("size", [1024, 3000, 5000])
+def test_one_small_piece_in_use_keeps_no_more_than_its_pages(size: int) -> None:
+    buffers = Buffers(MAX)
+    pieces = [buffers.take(size, MAX) for _ in range(500)]
+    whole = pieces[0].base
+    for piece in pieces:
+        piece[:] = 7
+    used = pieces.pop(250)
+    while pieces:
+        buffers.give_back(pieces.pop(), 0)
+    assert (used == 7).all()
+    assert np.count_nonzero(whole) <= size + 2 * mmap.PAGESIZE
+    # What comes next shares no memory with it.
+    for piece in [buffers.take(size, MAX) for _ in range(500)]:
+        piece[:] = 8
+    assert (used == 7).all()

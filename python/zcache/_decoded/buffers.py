@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from zcache._decoded.layout import Array
+
+Memory = TypeVar("Memory", bound=mmap.mmap)
 
 HUGE: Final = 2**21
 """Bytes of a huge page. Memory comes in these where the system has them: to touch a page for the first time costs more than
@@ -42,7 +44,10 @@ class Buffers:
         self._slab_size = 0
         if max_size >= 8 * HUGE:
             self._slab_size = max(4 * HUGE, min(SLAB, max_size // 16 // HUGE * HUGE))
-        self._slab: Array | None = None
+        # The one that pieces come from now, and how much of it is theirs.
+        self._slab: _Slab | None = None
+        self._array: Array = np.empty(0, "u1")
+        self._used = 0
 
     def take(self, size: int, limit: int) -> Array:
         """Memory of this size, after which at most `limit` bytes stay unused."""
@@ -71,6 +76,10 @@ class Buffers:
             else:
                 del self._free[size]
 
+    def clear(self) -> None:
+        """Give all memory that is not in use back to the system."""
+        self._trim(0)
+
     def _new(self, size: int) -> Array:
         if size < LEAST or not self._slab_size:
             return np.empty(size, "u1")
@@ -78,14 +87,19 @@ class Buffers:
         try:
             if step > self._slab_size // 2:
                 return np.frombuffer(mapped(size), "u1")[:]
-            if self._slab is None or len(self._slab) < step:
-                if self._slab is not None:
-                    _release(self._slab)
-                self._slab = np.frombuffer(mapped(self._slab_size), "u1")[:]
+            slab = self._slab
+            if slab is None or self._used + step > self._slab_size:
+                if slab is not None:
+                    # Huge pages bring more of it than was asked for.
+                    slab.release(self._used, self._slab_size - self._used)
+                slab = _slab(self._slab_size)
+                self._slab, self._used = slab, 0
+                self._array = np.frombuffer(slab, "u1")[:]
         except OSError:  # There may only be so many.
             return np.empty(size, "u1")
-        piece, self._slab = self._slab[:size], self._slab[step:]
-        return piece
+        start, self._used = self._used, self._used + step
+        slab.pieces[_pages(start, size)] += 1
+        return self._array[start : start + size]
 
 
 def copy_into(memory: Array, array: Array) -> Array:
@@ -98,24 +112,54 @@ def copy_into(memory: Array, array: Array) -> Array:
     return copy
 
 
-def mapped(size: int) -> mmap.mmap:
+def mapped(size: int, kind: type[Memory] = mmap.mmap) -> Memory:  # type: ignore[assignment]
     """New memory, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = kind(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
+class _Slab(mmap.mmap):
+    """Memory that is mapped at once, for many pieces.
+
+    A page goes back to the system once no piece that lies in it is left: the rest may be in use for long.
+    """
+
+    # By page.
+    pieces: Array
+    address: int
+
+    def release(self, start: int, size: int) -> None:
+        """Give these bytes back to the system, but for pages in which pieces lie."""
+        pages = _pages(start, size)
+        # Only the first and the last one may be those of others.
+        unused = np.flatnonzero(self.pieces[pages] == 0)
+        if len(unused):
+            first, last = int(unused[0]), int(unused[-1])
+            where = (pages.start + first) * mmap.PAGESIZE
+            length = (last - first + 1) * mmap.PAGESIZE
+            self.madvise(mmap.MADV_DONTNEED, where, length)
+
+
+def _slab(size: int) -> _Slab:
+    slab = mapped(size, _Slab)
+    slab.pieces = np.zeros(-(-size // mmap.PAGESIZE), "u2")
+    slab.address = np.frombuffer(slab, "u1").__array_interface__["data"][0]
+    return slab
+
+
+def _pages(start: int, size: int) -> slice:
+    return slice(start // mmap.PAGESIZE, (start + size - 1) // mmap.PAGESIZE + 1)
+
+
 def _release(piece: Array) -> None:
-    """Give pages of a slab back to the system: the rest of it may be in use for long."""
-    slab: Any = piece.base
-    memory = None if slab is None else slab.base
-    memory = getattr(memory, "obj", memory)
-    if not isinstance(memory, mmap.mmap):
-        return
-    first, last = (array.__array_interface__["data"][0] for array in (slab, piece))
-    start = -(-(last - first) // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (last - first + piece.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < stop:
-        memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    """Give a piece of a slab back to the system; what is no such piece is its owner's."""
+    base: Any = piece.base
+    slab = None if base is None else base.base
+    slab = getattr(slab, "obj", slab)
+    if isinstance(slab, _Slab):
+        start = piece.__array_interface__["data"][0] - slab.address
+        slab.pieces[_pages(start, piece.nbytes)] -= 1
+        slab.release(start, piece.nbytes)
