@@ -116,6 +116,11 @@ def _size_message(name: str, value: object) -> str:
             f"invalid {name}: {value!r}. Give whole numbers of bytes from 0 to 2**64 - 1, or text such as "
             '"256MB" or "2 GiB". Shares such as "25%" are for max_size only.'
         )
+    if name == "size":
+        return (
+            f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
+            'as "256MB" or "2 GiB", or a share of memory such as "25%".'
+        )
     none = "no bound" if name == "max_size" else "the default"
     share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (

@@ -11,7 +11,9 @@ from zarr.core.array import AsyncArray
 from zarr.storage import StorePath
 
 from zcache._backends.source_place import place_of
+from zcache._decoded.pipeline import rewrapped
 from zcache._options import parse_size
+from zcache._runtime.capacity import memory
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
@@ -33,12 +35,13 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
         opened on its `store`, and through whatever else this function has made over the same place, or over one inside it
         or around it, in this process. They do not see what others write to the store below, not even through `array`.
     size : int or str
-        Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30).
+        Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6), ``"2 GiB"`` (2**30) or ``"25%"`` (of
+        memory).
 
     Returns
     -------
     Array or AsyncArray
-        As was given. Copies of it in one process share their chunks; in another process they start empty.
+        As was given, with the codec pipeline that it has. Copies of it in one process share their chunks; in another process they start empty.
 
     Raises
     ------
@@ -54,7 +57,7 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
         raise OptionTypeError(
             f"invalid array: {type(array).__name__}. Give a zarr.Array or a zarr.AsyncArray."
         )
-    parsed = parse_size(size, "size")
+    parsed = parse_size(size, "size", memory)
     if parsed is None:
         raise OptionTypeError('invalid size: None. Give bytes, or text such as "2 GiB".')
     path = inner.store_path
@@ -67,9 +70,14 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
         # It is found again as long as there are chunks that depend on it.
         assert store._decoded is not None
         store._decoded.keeps = shared
-    make: Any = AsyncArray if inner is array else _array
-    found: AnyArray = make(inner.metadata, StorePath(store, path.path), inner.config)
-    return found
+    make: Any = AsyncArray
+    made = make(inner.metadata, StorePath(store, path.path), inner.config)
+    pipeline = rewrapped(inner.codec_pipeline, inner.metadata)
+    if pipeline is not None:
+        # As zarr does: the class is frozen.
+        object.__setattr__(made, "codec_pipeline", pipeline)
+    found: Any = made if inner is array else Array(made)
+    return found  # type: ignore[no-any-return]
 
 
 # Reentrant, for inside it the garbage collector may end what takes it.
@@ -96,8 +104,3 @@ def _after_fork() -> None:
 
 
 at_fork(_after_fork)
-
-
-def _array(*of_async: Any) -> Any:
-    make: Any = AsyncArray
-    return Array(make(*of_async))

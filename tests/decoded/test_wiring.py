@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,11 +119,12 @@ def test_pipeline_by_name_wraps_what_is_named() -> None:
         array = zarr.open_array(store)
         assert type(pipeline_of(array).wrapped) is Configured
         assert hits(array) == 4
-    with (
-        zarr.config.set({**named, "zcache.codec_pipeline": "no.such.Class"}),
-        pytest.raises(OptionValueError, match=r"no\.such\.Class"),
-    ):
-        zarr.open_array(store)
+    for wrong in ("no.such.Class", "builtins.dict", ".x.Y", "", 5):
+        with (
+            zarr.config.set({**named, "zcache.codec_pipeline": wrong}),
+            pytest.raises(OptionValueError, match=re.escape(repr(wrong))),
+        ):
+            zarr.open_array(store)
 
 
 def test_array_equal_to_another_one() -> None:
@@ -338,6 +340,37 @@ def test_copies_of_one_array_share_their_chunks(kind: str, tmp_path: Path) -> No
     assert hits(other) == 2
 
 
+def test_one_array_keeps_its_pipeline() -> None:
+    with zarr.config.set({"codec_pipeline.path": PATH}):
+        plain = create(MemoryStore())
+    array = with_decoded_cache(plain, "1MB")
+    for one in (array, with_decoded_cache(array, "25%"), pickle.loads(pickle.dumps(array))):
+        assert type(pipeline_of(one)) is DecodedCodecPipeline
+        assert type(pipeline_of(one).wrapped) is Configured
+        assert hits(one) >= 2
+
+
+class Bound(BatchedCodecPipeline):
+    """Reads its store by itself, and takes no others."""
+
+    @classmethod
+    def from_array_metadata_and_store(cls, array_metadata: Any, store: Any) -> Any:
+        if not isinstance(store, MemoryStore):
+            raise NotImplementedError
+        return cls.from_codecs(array_metadata.codecs)
+
+
+register_pipeline(Bound)
+
+
+def test_pipeline_that_is_bound_to_its_store_stays_there() -> None:
+    with zarr.config.set({"codec_pipeline.path": f"{Bound.__module__}.Bound"}):
+        plain = create(MemoryStore())
+    array = with_decoded_cache(plain, "1MB")
+    assert type(pipeline_of(array).wrapped) is BatchedCodecPipeline
+    assert hits(array) == 2
+
+
 def test_one_array_with_another_config_keeps_its_chunks() -> None:
     array = with_decoded_cache(create(MemoryStore()), "1MB")
     assert hits(array) == 2
@@ -367,5 +400,7 @@ def test_bad_input_is_refused() -> None:
         with_decoded_cache(array, None)  # type: ignore[arg-type]
     with pytest.raises(OptionValueError, match="invalid size: -1"):
         with_decoded_cache(array, -1)
+    with pytest.raises(OptionValueError, match="invalid size: '125%'"):
+        with_decoded_cache(array, "125%")
     with pytest.raises(OptionValueError, match="invalid decoded_size: 'much'"):
         CacheStore(MemoryStore(), decoded_size="much")

@@ -185,11 +185,11 @@ def _wrapped_class() -> type[CodecPipeline]:
     module, _, name = str(path).rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         found = None
-    if not isinstance(found, type):
+    if not isinstance(found, type) or not issubclass(found, CodecPipeline):
         raise OptionValueError(
-            f"zarr.config has {WRAPPED}={path!r}, which is no class. Give the full name of a codec "
+            f"zarr.config has {WRAPPED}={path!r}, which is no codec pipeline. Give the full name of a codec "
             f"pipeline, such as {_DEFAULT!r}."
         )
     return found
@@ -199,6 +199,17 @@ def _codecs_of(metadata: Any) -> tuple[Codec, ...]:
     if metadata.zarr_format == 2:
         return (_v2.V2Codec(filters=metadata.filters, compressor=metadata.compressor),)
     return tuple(metadata.codecs)
+
+
+def rewrapped(pipeline: CodecPipeline, metadata: Any) -> DecodedCodecPipeline | None:
+    """The pipeline of an array, for the same array on a store with decoded chunks; None if it is bound to its store."""
+    if isinstance(pipeline, DecodedCodecPipeline):
+        pipeline = pipeline.wrapped
+    bind = "from_array_metadata_and_store"
+    made, usual = (getattr(kind, bind, None) for kind in (type(pipeline), CodecPipeline))
+    if getattr(made, "__func__", None) is not getattr(usual, "__func__", None):
+        return None
+    return DecodedCodecPipeline(pipeline, _codecs_of(metadata))
 
 
 _lock = threading.RLock()
