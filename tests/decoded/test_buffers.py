@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
+from zcache import CacheStore
 from zcache._decoded.buffers import SLAB, Buffers
 
 MAX = 16 * SLAB
@@ -78,3 +83,21 @@ def test_one_small_piece_in_use_keeps_no_more_than_its_pages(size: int) -> None:
     for piece in [buffers.take(size, MAX) for _ in range(500)]:
         piece[:] = 8
     assert (used == 7).all()
+
+
+def test_emptied_cache_gives_its_memory_back() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=MAX)
+    array = zarr.create_array(store, shape=(2**22,), chunks=(2**16,), dtype="u1")
+    array[:] = np.arange(2**22) % 100 + 1
+    for _ in range(2):
+        array[:]
+    cache: Any = store._decoded
+    slabs = {id(kept.memory.base): kept.memory.base for kept in cache._values.values()}
+    assert sum(map(np.count_nonzero, slabs.values())) == 2**22
+    assert cache.outputs._size >= 2**21
+    sync(store.clear_cache())
+    # What the system has taken back reads as zeros.
+    assert not any(slab.any() for slab in slabs.values())
+    assert cache.outputs._size == 0
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], np.arange(2**22) % 100 + 1)

@@ -79,6 +79,9 @@ class Buffers:
     def clear(self) -> None:
         """Give all memory that is not in use back to the system."""
         self._trim(0)
+        if self._slab is not None:
+            self._slab.release(self._used, self._slab_size - self._used)
+            self._slab, self._array = None, np.empty(0, "u1")
 
     def _new(self, size: int) -> Array:
         if size < LEAST or not self._slab_size:

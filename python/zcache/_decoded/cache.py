@@ -315,11 +315,13 @@ class DecodedCache:
         self._index.recount_as_hit()
 
     def clear(self) -> None:
-        """Let go of everything; what is being decoded now is not kept."""
+        """Let go of everything, and of its memory; what is being decoded now is not kept."""
         index = self._index
         index.invalidate("")
         while victims := index.drain_prefix(""):
             self.room.remove(victims)
+        self.room.give_back_unused()
+        self.outputs.clear()
         self._admission.absent.clear()
 
     def count_seconds(self, seconds: float) -> None:

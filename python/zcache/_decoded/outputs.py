@@ -74,6 +74,15 @@ class Outputs:
         array: Array = root.view(like.dtype).reshape(like.shape, order=order)
         return array
 
+    def clear(self) -> None:
+        """Give the memory that no output has back to the system."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._free.clear()
+                self._size = 0
+            finally:
+                self._lock.release()
+
     def _take(self, size: int) -> mmap.mmap | None:
         if not self._lock.acquire(blocking=False):
             return None

@@ -226,6 +226,11 @@ class Room:
                 self._size -= memory.nbytes
                 self._buffers.give_back(memory, self._max_size - self._size)
 
+    def give_back_unused(self) -> None:
+        """Give the memory that nothing is kept in back to the system."""
+        with self._lock:
+            self._buffers.clear()
+
     def put(self, landed: Sequence[Decoding]) -> None:
         """Keep what these have come to, and then `commit` them. To be called under the lock."""
         for one in landed:
