@@ -12,12 +12,15 @@ from zarr.core.dtype import UInt8
 from zarr.storage import StorePath
 
 from zcache import DecodedCodecPipeline
+from zcache._decoded.chunk import OVERHEAD
 
 if TYPE_CHECKING:
     from zcache import CacheStore
 
 CHUNK = 16
 """Bytes of a decoded chunk; the first is the length of the value, plus one."""
+ROOM = CHUNK + OVERHEAD
+"""Bytes that are counted for a chunk of this size."""
 _SPEC = ArraySpec(
     shape=(CHUNK,),
     dtype=UInt8(),
@@ -68,7 +71,9 @@ def check_decoded(store: CacheStore) -> None:
     with cache._lock:
         kept = [one for one in cache._values.values() if one.memory is not None]
         # What is there, and what is reserved for what is being decoded.
-        assert sum(one.array.nbytes for one in kept) <= index.current_size <= cache.max_size
+        assert (
+            sum(one.array.nbytes + OVERHEAD for one in kept) <= index.current_size <= cache.max_size
+        )
     assert not any(one.array.flags.writeable for one in kept)
 
 
@@ -79,5 +84,7 @@ def check_decoded_quiet(store: CacheStore) -> None:
     if cache is not None:
         assert cache._index.in_flight == (0, 0)
         assert not any(one.pins for one in cache._values.values())
-        sizes = [one.array.nbytes for one in cache._values.values() if one.memory is not None]
+        sizes = [
+            one.array.nbytes + OVERHEAD for one in cache._values.values() if one.memory is not None
+        ]
         assert sum(sizes) == cache._index.current_size

@@ -14,7 +14,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from decoding import CHUNK, check_decoded, check_decoded_quiet, read_decoded
+from decoding import ROOM, check_decoded, check_decoded_quiet, read_decoded
 from doubles import SyncDictStore
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours
 from support import PROTOTYPE, RANGES, buf, check_same, cut, read
@@ -223,7 +223,7 @@ class World:
         self.source, self.cache = HeldStore(scenario.source), self._cache()
         self.source.name, self.cache.name = "source", "cache"
         # Room for two decoded chunks.
-        options = {"max_size": scenario.max_size, "decoded_size": 2 * CHUNK + 5, **options}
+        options = {"max_size": scenario.max_size, "decoded_size": 2 * ROOM + 5, **options}
         cache = self.pool or self.cache
         self.store = CacheStore(self.source, cache_store=cache, **options)
         if self.pool is not None:

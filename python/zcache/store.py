@@ -478,7 +478,8 @@ class CacheStore(Store, KeepsDecoded):
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
             over the cache. Of decoded chunks, which are inner chunks where there are shards: ``decoded_hits``
             and ``decoded_misses`` (chunks that were kept, or were being decoded for another reader, and that
-            were not), ``decoded_size`` (bytes that are kept now, and that are being decoded to be kept),
+            were not), ``decoded_size`` (bytes that are kept now, and that are being decoded to be kept, with 768
+            beside the elements of each chunk),
             ``decode_seconds`` (time in the wrapped codec pipeline, which reads and decodes what is missing).
         """
         counts = self._cache.stats(self._decoded)

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from zarr.storage import MemoryStore
 
-from decoding import check_decoded_quiet
+from decoding import ROOM, check_decoded_quiet
 from zcache import CacheStore
 from zcache._decoded.admission import EVICTIONS, LARGE, SHARE, Admission
 from zcache.testing import StoreDouble
@@ -27,7 +27,7 @@ def opened_after_half_a_pass(source: Any, more: dict[str, Any]) -> Any:
         source, name="v", shape=(4 * CHUNKS,), chunks=(4,), dtype="i4", **more
     )
     array[:] = np.arange(4 * CHUNKS) + 1
-    store = CacheStore(source, source_id="s", decoded_size=KEPT * 16)
+    store = CacheStore(source, source_id="s", decoded_size=KEPT * ROOM)
     array = zarr.open_array(store, path="v")
     read_once(array, 0, CHUNKS // 2)
     return array
@@ -49,7 +49,7 @@ def test_pass_without_reuse_keeps_one_in_many_chunks(more: dict[str, Any]) -> No
     before = evictions(array)
     read_once(array, CHUNKS // 2, CHUNKS)
     assert evictions(array) - before == CHUNKS // 2 // SHARE
-    assert array.store.cache_stats()["decoded_size"] == KEPT * 16
+    assert array.store.cache_stats()["decoded_size"] == KEPT * ROOM
     check_decoded_quiet(array.store)
 
 
@@ -143,14 +143,14 @@ def test_one_read_of_a_sparse_array_larger_than_the_bound_keeps_all_that_is_ther
 ) -> None:
     """Room for chunks that turn out to be absent goes to those that are there."""
     # One chunk in sixteen is there, and there is room for these.
-    store = CacheStore(MemoryStore(), decoded_size=16 * 16)
+    store = CacheStore(MemoryStore(), decoded_size=16 * ROOM)
     array = zarr.create_array(store, shape=(1024,), chunks=(4,), dtype="i4", **more)
     values = np.zeros(1024, "i4")
     values[60::64] = 1
     array[:] = values
     for _ in range(2):
         np.testing.assert_array_equal(array[:], values)
-        assert store.cache_stats()["decoded_size"] == 16 * 16
+        assert store.cache_stats()["decoded_size"] == 16 * ROOM
     check_decoded_quiet(store)
     before = store.cache_stats()["decoded_hits"]
     np.testing.assert_array_equal(array[60::64], values[60::64])

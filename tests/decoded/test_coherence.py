@@ -21,11 +21,11 @@ import zarr
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from decoding import check_decoded, check_decoded_quiet
+from decoding import ROOM, check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore
 from zcache._backends.directory.layout import Layout
-from zcache._decoded.chunk import Decoding, Decodings
+from zcache._decoded.chunk import OVERHEAD, Decoding, Decodings
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_read_after_any_change_through_the_store_sees_it(
 def test_array_in_place_of_another_one_is_not_served_its_chunks() -> None:
     """A chunk and an inner chunk of a shard must not have one name: versions of two keys are equal by chance."""
     for writes, later in product(range(6), range(1, 5)):
-        store = CacheStore(MemoryStore(), source_id="s", decoded_size=10_000, cache_set_data=False)
+        store = CacheStore(MemoryStore(), source_id="s", decoded_size=100_000, cache_set_data=False)
 
         def make(store: CacheStore = store, **more: Any) -> Any:
             return zarr.create_array(store, name="a", dtype="i4", overwrite=True, **more)
@@ -131,7 +131,7 @@ def test_write_through_another_store_on_the_cache_is_seen(
     array = create(store, **more)
     array[:]
     other = CacheStore(
-        store._store, cache_store=store._cache_store, source_id="source", decoded_size=1000
+        store._store, cache_store=store._cache_store, source_id="source", decoded_size=100_000
     )
     writer = zarr.open_array(other, path="v")
     writer[2] = 7
@@ -148,7 +148,7 @@ _OTHER = """
 import sys, zarr
 from zarr.storage import LocalStore
 from zcache import CacheStore
-store = CacheStore(LocalStore(sys.argv[1]), cache_store=sys.argv[2], decoded_size=1000)
+store = CacheStore(LocalStore(sys.argv[1]), cache_store=sys.argv[2], decoded_size=100_000)
 array = zarr.open_array(store, path="v")
 for line in sys.stdin:
     what, value = line.split()
@@ -185,7 +185,7 @@ def another_process(where: Path) -> Iterator[Callable[[str], int]]:
 @shards
 def test_change_by_another_process_is_seen_at_once(tmp_path: Path, more: dict[str, Any]) -> None:
     store = CacheStore(
-        LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", decoded_size=1000
+        LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", decoded_size=100_000
     )
     array = create(store, **more)
     with another_process(tmp_path) as ask:
@@ -228,7 +228,7 @@ def test_index_of_its_own_serves_no_decoded_chunks(
             cache = LocalStore(cache.root, read_only=True)
         else:
             patch.setattr(Layout, "open_index", refuse)
-        store = CacheStore(source, cache_store=cache, decoded_size=1000)
+        store = CacheStore(source, cache_store=cache, decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     with another_process(tmp_path) as ask:
         for value in (5, 6):
@@ -252,7 +252,7 @@ def test_renamed_directory_is_noticed_by_the_next_read(
     zarr.open_array(source, path="v")[2] = 50
     after = dict(values)
     where = tmp_path / "cache"
-    store = CacheStore(source, cache_store=where, source_id="source", decoded_size=1000)
+    store = CacheStore(source, cache_store=where, source_id="source", decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     for n in range(5):
         values.update(before)
@@ -278,7 +278,7 @@ def test_renamed_directory_is_noticed_by_the_next_read(
 def test_chunk_expires_with_its_bytes(clock: FakeClock, more: dict[str, Any], ages: Any) -> None:
     source = MemoryStore()
     create(source, **more)
-    store = CacheStore(source, max_age_seconds=ages, clock=clock, decoded_size=1000)
+    store = CacheStore(source, max_age_seconds=ages, clock=clock, decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     assert array[2] == 2
     clock.advance(6)
@@ -305,7 +305,7 @@ def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
         max_age_seconds=10,
         stale_if_error=100,
         clock=clock,
-        decoded_size=1000,
+        decoded_size=100_000,
     )
     array = zarr.open_array(store, path="v")
     assert array[2] == 2
@@ -320,7 +320,7 @@ def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
 def test_chunk_whose_bytes_were_read_anew_is_decoded_anew(clock: FakeClock) -> None:
     source = MemoryStore()
     create(source)
-    store = CacheStore(source, clock=clock, decoded_size=1000)
+    store = CacheStore(source, clock=clock, decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     assert array[2] == 2
     zarr.open_array(source, path="v")[2] = 50
@@ -336,7 +336,7 @@ def test_chunk_whose_bytes_were_read_anew_is_decoded_anew(clock: FakeClock) -> N
 
 
 def test_chunk_outlives_its_bytes_and_a_write_ends_it() -> None:
-    store = CacheStore(MemoryStore(), max_size=0, decoded_size=1000)
+    store = CacheStore(MemoryStore(), max_size=0, decoded_size=100_000)
     array = create(store)
     array[:]
     misses = store.cache_stats()["misses"]
@@ -349,7 +349,7 @@ def test_chunk_outlives_its_bytes_and_a_write_ends_it() -> None:
 
 @shards
 def test_hit_keeps_the_bytes_warm(clock: FakeClock, more: dict[str, Any]) -> None:
-    store = CacheStore(MemoryStore(), clock=clock, decoded_size=1000, cache_set_data=False)
+    store = CacheStore(MemoryStore(), clock=clock, decoded_size=100_000, cache_set_data=False)
     array = create(store, **more)
     array[:4]
     array[12:]
@@ -370,7 +370,7 @@ def test_hit_keeps_the_bytes_warm(clock: FakeClock, more: dict[str, Any]) -> Non
 def test_many_readers_decode_a_chunk_once(more: dict[str, Any], age: Any) -> None:
     source = StoreDouble(MemoryStore())
     create(source, **more)
-    store = CacheStore(source, source_id="s", max_age_seconds=age, decoded_size=10_000)
+    store = CacheStore(source, source_id="s", max_age_seconds=age, decoded_size=100_000)
     array = zarr.open_array(store, path="v")
 
     def total() -> int:
@@ -390,7 +390,7 @@ def test_many_readers_decode_a_chunk_once(more: dict[str, Any], age: Any) -> Non
 async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancelled() -> None:
     source = StoreDouble(MemoryStore())
     await asyncio.to_thread(create, source)
-    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    store = CacheStore(source, source_id="s", decoded_size=100_000)
     array: Any = await zarr.api.asynchronous.open_array(store=store, path="v")
     gate = source.block("get", times=1)
     leader = asyncio.create_task(array.getitem(slice(0, 4)))
@@ -412,7 +412,7 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
     is_one: bool,
 ) -> None:
     """Nothing ends such a reader while those who wait for it, perhaps in the same event loop, refer to it."""
-    store = CacheStore(MemoryStore(), decoded_size=32)
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     cache: Any = store._decoded
     origin, names = cache.origins.begin(["a"], 0.0)[0], ["a/0", "a/1"]
     loop, other = asyncio.get_running_loop(), asyncio.new_event_loop()
@@ -422,14 +422,14 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
         decodings = Decodings(other, dict.fromkeys(names, ("a", origin)))
         assert cache.join_all(decodings, 16) == {}
         dead = [decodings.single[name] for name in names]
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
     leads, following = cache.join("a/0", "a", origin, 16, loop)
     assert not leads
     other.close()
     assert not await following.wait()
     # One that waits notices it, and so does one that comes later.
     cache.leave(following)
-    assert decoded(store, "size") == 16
+    assert decoded(store, "size") == ROOM
     for name in names:
         leads, decoding = cache.join(name, "a", origin, 16, loop)
         assert leads
@@ -439,7 +439,7 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
         cache.landing.land([(decoding, np.zeros(4, dtype="i4"), None)])
         cache.give_up(decoding)
     assert all(kept.array[3] == 3 for kept in cache._values.values())
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
     check_decoded_quiet(store)
 
 
@@ -449,7 +449,7 @@ def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
 ) -> None:
     source = StoreDouble(MemoryStore())
     create(source, **more)
-    store = CacheStore(source, source_id="s", decoded_size=1000)
+    store = CacheStore(source, source_id="s", decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     loop = asyncio.new_event_loop()
     gate = source.block("get")
@@ -487,7 +487,7 @@ def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
 def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:
     source = StoreDouble(MemoryStore())
     create(source)
-    store = CacheStore(source, source_id="s", decoded_size=10_000)
+    store = CacheStore(source, source_id="s", decoded_size=100_000)
     array = zarr.open_array(store, path="v")
     source.fail("get", OSError("unreachable"), times=1)
     with pytest.raises(OSError, match="unreachable"):
@@ -505,7 +505,7 @@ def test_bound_holds_at_every_instant_over_many_threads(pipeline: str) -> None:
     if not hasattr(zarr.core.codec_pipeline, pipeline):
         pytest.skip("since zarr 3.4")
     with zarr.config.set({"codec_pipeline.path": f"zarr.core.codec_pipeline.{pipeline}"}):
-        store = CacheStore(MemoryStore(), decoded_size=5 * 400 + 50)
+        store = CacheStore(MemoryStore(), decoded_size=5 * (400 + OVERHEAD) + 50)
         array = zarr.create_array(store, name="v", shape=(40, 100), chunks=(1, 100), dtype="i4")
         sharded = zarr.create_array(
             store, name="s", shape=(40, 100), chunks=(1, 100), shards=(10, 100), dtype="i4"
@@ -542,7 +542,7 @@ def test_bound_holds_at_every_instant_over_many_threads(pipeline: str) -> None:
 
 
 def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=32)
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     array = create(store)
     array[:8]
     cache: Any = store._decoded
@@ -552,22 +552,22 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     # It has been used before the other one.
     array[8:12]
     assert name in cache._values
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
     cache.unpin(kept)
     assert name not in cache._values
     array[:]
     check_decoded_quiet(store)
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
 
 
 @shards
 def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[str, Any]) -> None:
-    store = CacheStore(MemoryStore(), decoded_size=32)
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     array = create(store, **more)
     for found in (0, 0, 2, 4):
         assert decoded(store, "hits") == found
         np.testing.assert_array_equal(array[:], np.arange(16))
-        assert decoded(store, "size") == 32
+        assert decoded(store, "size") == 2 * ROOM
     # Each chunk takes the place of others nevertheless.
     for at in range(0, 16, 4):
         array[at : at + 4]
@@ -578,7 +578,7 @@ def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[
 
 
 def test_output_of_a_read_is_released_with_its_last_user() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=10_000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     arrays = [create(store, name=f"v{n}", **more) for n, more in enumerate([{}, {"shards": (8,)}])]
     gc.collect()
     gc.disable()
@@ -593,7 +593,7 @@ def test_output_of_a_read_is_released_with_its_last_user() -> None:
 
 async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() -> None:
     """Its memory is that of another chunk then."""
-    store = CacheStore(MemoryStore(), decoded_size=16)
+    store = CacheStore(MemoryStore(), decoded_size=ROOM)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
@@ -626,7 +626,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
 async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode(
     is_kept: bool,
 ) -> None:
-    store = CacheStore(MemoryStore(), decoded_size=1000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     index, origin = cache._index, cache.origins.begin(["a"], 0.0)[0]
@@ -667,12 +667,12 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
         cache.leave(decoding)
     cache.leave(theirs)
     cache.give_up(theirs)
-    assert decoded(store, "size") == (48 if is_kept else 0)
+    assert decoded(store, "size") == (3 * ROOM if is_kept else 0)
     check_decoded_quiet(store)
 
 
 async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_on() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=1000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
@@ -691,7 +691,7 @@ async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_
 
 
 async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reader_went() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=1000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
@@ -713,7 +713,7 @@ async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reade
 
 async def _landed() -> tuple[CacheStore, Any, Decodings, Callable[[str], Any]]:
     """A read of two chunks has kept the first of them, and goes on; another reader joins one."""
-    store = CacheStore(MemoryStore(), decoded_size=1000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     cache: Any = store._decoded
     (origin,) = cache.origins.begin(["a"], 0.0)
     loop = asyncio.get_running_loop()
@@ -734,7 +734,7 @@ async def test_chunk_is_served_before_the_rest_of_its_read_is_there() -> None:
     found = cache.get("a/0", "a", object(), 0.0)
     assert found is decoding.kept
     cache.unpin(found, found)
-    assert decoded(store, "size") == 16
+    assert decoded(store, "size") == ROOM
     check_decoded_quiet(store)
 
 
@@ -757,14 +757,14 @@ async def test_chunk_that_a_thread_decodes_after_the_end_of_its_read_is_kept_at_
     cache.give_up_all(decodings)
     late.is_ended = False
     cache.landing.land([(late, np.arange(4, dtype="i4"), None)], decodings)
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
     check_decoded_quiet(store)
 
 
 async def test_chunk_is_found_that_had_landed_when_the_event_loop_of_its_reader_was_closed() -> (
     None
 ):
-    store = CacheStore(MemoryStore(), decoded_size=1000)
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
     cache: Any = store._decoded
     (origin,) = cache.origins.begin(["a"], 0.0)
     other = asyncio.new_event_loop()
@@ -784,17 +784,17 @@ async def test_chunk_is_found_that_had_landed_when_the_event_loop_of_its_reader_
 
 async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
     """A thread of the pipeline may go on without it."""
-    store = CacheStore(MemoryStore(), decoded_size=32)
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     cache: Any = store._decoded
     origin = cache.origins.begin(["a"], 0.0)[0]
     names = [f"a/{n}" for n in range(3)]
     decodings = Decodings(asyncio.get_running_loop(), dict.fromkeys(names, ("a", origin)))
     assert cache.join_all(decodings, 16) == {}
-    assert decoded(store, "size") == 32
+    assert decoded(store, "size") == 2 * ROOM
     cache.room.postpone(decodings)
     assert (decoded(store, "size"), decodings.late) == (0, set(names))
     assert cache.room.admit_late(decodings, names[0], 16).is_admitted
-    assert decoded(store, "size") == 16
+    assert decoded(store, "size") == ROOM
     cache.give_up_all(decodings)
     for name in names:
         assert cache.room.admit_late(decodings, name, 16) is None
@@ -802,7 +802,7 @@ async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
 
 
 async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: FakeClock) -> None:
-    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
+    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=100_000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
 
@@ -828,7 +828,7 @@ async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: F
 async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     clock: FakeClock,
 ) -> None:
-    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=1000)
+    store = CacheStore(MemoryStore(), max_age_seconds=10, clock=clock, decoded_size=100_000)
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     key, index = "v/c/0", store._cache.shared.handle.index
@@ -852,8 +852,26 @@ async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     check_decoded_quiet(store)
 
 
+def test_bound_is_kept_by_chunks_that_are_hardly_anything() -> None:
+    """What they take beside their elements counts, and there are few that only hold the fill value."""
+    store = CacheStore(MemoryStore(), decoded_size=64 * (1 + OVERHEAD))
+    more: dict[str, Any] = {"chunks": (1,), "dtype": "u1", "fill_value": 0}
+    array = zarr.create_array(store, name="v", shape=(200,), **more)
+    array[:] = 1
+    sparse = zarr.create_array(store, name="s", shape=(200,), shards=(100,), **more)
+    sparse[::100] = 1
+    cache: Any = store._decoded
+    for opened in (array, sparse):
+        for _ in range(2):
+            opened[:]
+        assert sum(kept.memory is not None for kept in cache._values.values()) <= 64
+    fills = sum(kept.memory is None for kept in cache._values.values())
+    assert 1 <= fills <= 64 * (1 + OVERHEAD) // 4096
+    check_decoded_quiet(store)
+
+
 def test_least_recently_used_chunks_go_first() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=3 * 16)
+    store = CacheStore(MemoryStore(), decoded_size=3 * ROOM)
     array = create(store)
     for at in (0, 4, 8, 0, 12):
         array[at]
@@ -872,7 +890,7 @@ def test_larger_than_the_bound_is_not_kept(store: CacheStore) -> None:
 
 
 def test_unused_room_is_not_taken_for_chunks_that_are_not_there() -> None:
-    store = CacheStore(MemoryStore(), decoded_size=3 * 16)
+    store = CacheStore(MemoryStore(), decoded_size=3 * ROOM)
     array = create(store)
     sparse = zarr.create_array(store, name="s", shape=(64,), chunks=(4,), dtype="i4")
     sparse[:]
@@ -887,7 +905,7 @@ def test_drained_directory_serves_what_was_decoded(tmp_path: Path) -> None:
     """A hit reads nothing: neither the source nor the cache store."""
     source = StoreDouble(MemoryStore())
     cache = StoreDouble(MemoryStore())
-    store = CacheStore(source, cache_store=cache, source_id="s", decoded_size=1000)
+    store = CacheStore(source, cache_store=cache, source_id="s", decoded_size=100_000)
     array = create(store)
     array[:]
     drained_sync(store)

@@ -16,6 +16,7 @@ from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
+from decoding import ROOM
 from zcache import CacheStore, DecodedCodecPipeline, with_decoded_cache
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -160,7 +161,7 @@ def test_worker_that_unpickles_keeps_chunks_of_its_own(tmp_path: Path) -> None:
     array = create(store)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         for what in (array, with_decoded_cache(zarr.open_array(source), "1MB")):
-            assert pool.apply(_in_worker, (pickle.dumps(what),)) == (2, 32)
+            assert pool.apply(_in_worker, (pickle.dumps(what),)) == (2, 2 * ROOM)
 
 
 def test_xarray_reads_decoded_chunks() -> None:
@@ -383,7 +384,7 @@ async def test_one_array_without_a_loop_of_zarr_keeps_its_chunks() -> None:
         MemoryStore(), shape=(8,), chunks=(4,), dtype="i4", fill_value=3
     )
     await plain.setitem(slice(0, 8), 5)
-    array = with_decoded_cache(plain, 1000)
+    array = with_decoded_cache(plain, 10_000)
     assert type(array) is type(plain)
     for _ in range(2):
         found: Any = await array.getitem(slice(None))

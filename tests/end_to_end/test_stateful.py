@@ -23,7 +23,7 @@ from zarr.storage import LocalStore, MemoryStore
 from zarr.testing.stateful import ZarrHierarchyStateMachine, ZarrStoreStateMachine
 from zarr.testing.strategies import keys as zarr_keys
 
-from decoding import check_decoded_quiet
+from decoding import ROOM, check_decoded_quiet
 from doubles import WatchedStore
 from pools import pool_with_neighbours
 from support import PROTOTYPE, buf, check_quiet_sync
@@ -62,7 +62,7 @@ class Checked(RuleBasedStateMachine):
             max_size=max_size,
             max_age_seconds=MAX_AGE,
             # Some chunks, but not all.
-            decoded_size=500,
+            decoded_size=30 * ROOM,
             clock=self.clock,
             **options,
         )

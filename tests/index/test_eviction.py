@@ -20,6 +20,7 @@ from doubles import SyncDictStore
 from pools import CACHES
 from support import buf, check_quiet, fill, read, read_through, until, value_sync
 from zcache import CachePool, CacheStore
+from zcache._decoded.chunk import OVERHEAD
 from zcache.testing import FakeClock, StoreDouble, check_index, stored_sizes
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ async def test_decoded_chunks_go_by_the_same_policy() -> None:
     source = MemoryStore()
     data = np.arange(64 * 64, dtype="f8").reshape(64, 64)
     zarr.create_array(source, data=data, chunks=(8, 8))
-    store = CacheStore(source, decoded_size=32 * 8 * 8 * 8, eviction="none")
+    store = CacheStore(source, decoded_size=32 * (8 * 8 * 8 + OVERHEAD), eviction="none")
     array = zarr.open_array(store, mode="r")
     for _ in range(3):
         for row in range(0, 64, 8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._decoded.buffers import Buffers
+from zcache._decoded.chunk import OVERHEAD
 
 if TYPE_CHECKING:
     import threading
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from zcache._decoded.chunk import Decoding, Decodings, Kept
     from zcache._decoded.layout import Array
 
-FILLS: Final = 65_536
-"""Chunks that hold nothing but the fill value, which take no memory, and are kept at most."""
+FILLS: Final = 2**12
+"""Bytes of the bound for each chunk that holds nothing but the fill value: such chunks take 300 bytes, which are not
+counted, and no more are kept."""
 
 
 class Room:
@@ -50,11 +52,11 @@ class Room:
         self._lock = lock
         self._admission = admission
         self._buffers = Buffers(max_size)
-        # Bytes of what is in `values`, or about to be.
+        # Bytes that are counted for what is in `values`, or about to be.
         self._size = 0
         # Bytes of what is pinned.
         self._pinned = 0
-        self._fills = 0
+        self._fills, self._most_fills = 0, max_size // FILLS
 
     def pinned(self, name: str) -> Kept | None:
         """A chunk that is kept, to be copied from."""
@@ -107,7 +109,8 @@ class Room:
         early = [name for name in admitted if name in absent] if absent else []
         asking = [name for name in admitted if name not in absent] if early else admitted
         # There is no room for the others, which are of the same size.
-        count = max(0, self._vacant // size) if size else len(asking)
+        size += OVERHEAD
+        count = max(0, self._vacant // size)
         decodings.late.update(asking[count:])
         with self._lock:
             for decoding in decodings.apart(early):
@@ -129,7 +132,7 @@ class Room:
         # One that the store had not lately takes no room before it is there.
         is_absent = decoding.name in self._admission.absent
         if not is_absent:
-            decoding.reservation = self.reserve(decoding.name, size, decoding.ticket)
+            decoding.reservation = self.reserve(decoding.name, size + OVERHEAD, decoding.ticket)
         decoding.is_admitted = is_absent or decoding.reservation is not None
         return decoding.is_admitted
 
@@ -145,6 +148,7 @@ class Room:
 
     def admit_late(self, decodings: Decodings, name: str, size: int) -> Decoding | None:
         """Keep a chunk that is decoded and had no room, if there is room now that no one uses."""
+        size += OVERHEAD
         if name not in decodings.late or size > self._max_size - self._index.current_size:
             return None
         with self._lock:
@@ -176,8 +180,9 @@ class Room:
             return None
         if fill is not None:
             self.give_back(reservation)
-            return None if self._fills >= FILLS else self.reserve(name, 0, decoding.ticket)
-        return self.reserve(name, size, decoding.ticket)
+            is_full = self._fills >= self._most_fills
+            return None if is_full else self.reserve(name, 0, decoding.ticket)
+        return self.reserve(name, size + OVERHEAD, decoding.ticket)
 
     @property
     def _vacant(self) -> int:
@@ -213,7 +218,7 @@ class Room:
             try:
                 for _ in range(count):
                     found.append(self._buffers.take(size, self._max_size - self._size))
-                    self._size += size
+                    self._size += size + OVERHEAD
             except BaseException:
                 self.give_back_memory(found)
                 raise
@@ -223,7 +228,7 @@ class Room:
         """Say that nothing is put into this memory."""
         with self._lock:
             for memory in unused:
-                self._size -= memory.nbytes
+                self._size -= memory.nbytes + OVERHEAD
                 self._buffers.give_back(memory, self._max_size - self._size)
 
     def give_back_unused(self) -> None:
