@@ -86,6 +86,36 @@ def test_wrapper_that_passes_attributes_on_is_no_cache_store() -> None:
         assert (array[:] == n + 1).all()
 
 
+class Labelled(CacheStore):
+    """Adds nothing to how values are read."""
+
+    label = "mine"
+
+
+class Renaming(Labelled):
+    """Shows a part of its source."""
+
+    prefix = ""
+
+    async def get(self, key: str, *args: Any, **more: Any) -> Any:
+        return await super().get(self.prefix + key, *args, **more)
+
+    async def set(self, key: str, *args: Any, **more: Any) -> None:
+        await super().set(self.prefix + key, *args, **more)
+
+
+def test_subclass_that_reads_in_another_way_keeps_no_decoded_chunks() -> None:
+    source = MemoryStore()
+    create(source, name="x/a")
+    assert hits(zarr.open_array(Labelled(source, decoded_size="1MB"), path="x/a")) == 2
+    store = Renaming(source, decoded_size="1MB")
+    store.prefix = "x/"
+    array: Any = zarr.open_array(store, path="a", mode="r+")
+    assert hits(array) == 0
+    array[2] = 7
+    assert array[2] == 7
+
+
 @pytest.mark.parametrize("when", ["before", "after", "never"])
 def test_pipeline_that_is_configured_is_wrapped(when: str) -> None:
     with zarr.config.set({"codec_pipeline.path": PATH} if when == "before" else {}):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from zcache._core import Index
 from zcache._decoded.admission import Admission
@@ -346,10 +346,31 @@ class DecodedCache:
         self._start()
 
 
+_ACCESS: Final = frozenset(
+    {
+        *("get", "get_sync", "get_partial_values", "get_ranges", "get_ranges_sync", "_get_many"),
+        *("set", "set_sync", "_set", "_set_many", "set_if_not_exists"),
+        *("delete", "delete_sync", "delete_dir", "clear"),
+    }
+)
+"""Methods by which a store shows and takes values."""
+
+
 class KeepsDecoded:
-    """Base of the store whose arrays may keep decoded chunks."""
+    """Base of the store whose arrays may keep decoded chunks.
+
+    A subclass that reads or writes in another way may show other values by the same names, so its arrays keep none.
+    """
 
     _decoded: DecodedCache | None = None
+    _shows_its_values: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        is_store = KeepsDecoded in cls.__bases__
+        cls._shows_its_values = is_store or (
+            cls._shows_its_values and _ACCESS.isdisjoint(vars(cls))
+        )
 
 
 def decoded_of(store: object) -> DecodedCache | None:
@@ -357,7 +378,9 @@ def decoded_of(store: object) -> DecodedCache | None:
 
     Asked of its type: a wrapper may pass the attributes of what it wraps on, and show other values.
     """
-    return store._decoded if issubclass(type(store), KeepsDecoded) else None  # type: ignore[attr-defined]
+    kind = type(store)
+    is_one = issubclass(kind, KeepsDecoded) and kind._shows_its_values
+    return store._decoded if is_one else None  # type: ignore[attr-defined]
 
 
 _live: weakref.WeakSet[DecodedCache] = weakref.WeakSet()
