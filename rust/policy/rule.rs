@@ -40,7 +40,7 @@ const RENEWS_AFTER: u64 = 8;
 const MAKES_UP_FOR: u64 = 64;
 
 /// The part by which what a full cache is known to hold is lowered with each value that needs room.
-const FADE: u64 = 1024;
+const FADE: u64 = 512;
 
 /// The bit of a note that says that the learner follows the key.
 const SAMPLED: u8 = 2;
