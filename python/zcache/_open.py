@@ -145,7 +145,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         raise OptionValueError(
             f"invalid max_size: {max_size!r}, but the pool in {place.name} is in use in this process with "
             f"max_size={pool.max_size}. Leave max_size out, which uses it as it is, or give another cache, such as "
-            "cache=CachePool(path, max_size=...), or drop all stores over this one first."
+            "cache=CachePool(path, max_size=...), or drop all stores over this one, and each CachePool of it, first."
         )
     if pool.users:
         # The policy is that of all its users; only who asks for another one is told so.
@@ -263,7 +263,8 @@ def _directory(cache: object) -> str:
             "$ZCACHE_DIR or the user's cache directory. To keep values in another store, use "
             "zcache.CacheStore(store, cache_store=...)."
         )
-    return os.path.abspath(path_of_cache_store(os.path.expanduser(path), name))
+    # `..` is left to the system, which follows links before it.
+    return os.path.join(os.getcwd(), path_of_cache_store(os.path.expanduser(path), name))
 
 
 def _say_default(place: _Place, bound: int | None) -> None:

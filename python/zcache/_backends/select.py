@@ -158,7 +158,7 @@ class _Opening:
         return shared
 
     def _directory(self) -> SharedIndex:
-        root = os.path.realpath(os.path.abspath(self.cache.root))
+        root = os.path.realpath(self.cache.root)
         # Who only reads is to who writes what another process would be, and neither sets the other's rules.
         key = ("directory", root, self.cache.read_only)
         shared = find_or_make(key, self._new_directory)

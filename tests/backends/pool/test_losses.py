@@ -30,9 +30,8 @@ async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -
     assert before == {**dict.fromkeys(NEIGHBOURS, len(KEYS)), "mine": 1}
     del pool, store
     await closed(tmp_path, "pool")
+    # With the names of its users: values name their source themselves.
     shutil.rmtree(tmp_path / "pool/.zcache/index")
-    # And its users: values name their source themselves.
-    (tmp_path / "pool/.zcache/sources").unlink()
     pool = CachePool(tmp_path / "pool")
     source = source_of(k=b"0123456789")
     store = CacheStore(source, cache_store=pool, source_id="mine")

@@ -167,7 +167,7 @@ DAMAGE: dict[str, bytes] = {
 @pytest.mark.parametrize("damage", [*DAMAGE, "pipe", "folder", "link", "sparse"])
 def test_names_that_are_damaged_are_passed_by(tmp_path: Path, damage: str) -> None:
     pool = CachePool(tmp_path, max_size="64 MiB")
-    names = tmp_path / ".zcache/sources"
+    names = tmp_path / ".zcache/index/sources"
     names.unlink(missing_ok=True)
     if damage == "pipe":
         os.mkfifo(names)

@@ -287,3 +287,18 @@ def test_default_bound_is_the_same_for_all_processes_however_full_the_volume_is(
         asyncio.run(closed(volume, "pool"))
     finally:
         subprocess.run(["umount", "-l", volume], check=True)
+
+
+async def test_path_with_a_link_and_dots_is_the_one_that_the_system_means(tmp_path: Path) -> None:
+    (tmp_path / "scratch/me").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/link").symlink_to(tmp_path / "scratch/me")
+    path = f"{tmp_path}/home/link/../pool"
+    for pool in (CachePool(path), CachePool(tmp_path / "scratch/pool")):
+        store = CacheStore(MemoryStore({"k": buf(b"v")}), cache_store=pool, source_id="x")
+        assert await read(store, "k") == b"v"
+        assert await store.drain()
+    assert [info.entries for info in pool.sources()] == [1]
+    assert zcache.open(LocalStore(tmp_path / "source"), cache=path).cache_info()["cached_keys"] == 1
+    assert CachePool(path) == pool
+    assert not (tmp_path / "home/pool").exists()

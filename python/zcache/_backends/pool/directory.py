@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -10,17 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
-from zcache._core import Index
-from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zcache._backends.pool.filler import PoolFiller
-
-_BATCHES: Final = 100
-"""Batches of values that are evicted at most for what is noted beside them."""
-
+    from zcache._core import Index
 
 _CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
@@ -85,18 +79,7 @@ class PoolDirectory(CacheDirectory):
     @property
     def register(self) -> Register:
         """The names of its sources."""
-        return Register(self.layout.reserved, self._count_pages, self.handle.limits.get("max_size"))
-
-    def _count_pages(self, pages: int) -> None:
-        """Count pages beside the values, and make room for them."""
-        if not pages or not self.handle.usable:
-            return
-        size = pages * self.handle.limits.get("unit", 1)
-        with contextlib.suppress(IndexLockTimeout):
-            self.handle.call_blocking(Index.count_folders, size)
-            for _ in range(_BATCHES if size > 0 else 0):
-                if not self._bound.evict_excess():
-                    return
+        return Register(self.layout.index_root, self.handle.limits.get("max_size"))
 
 
 def _is_complete_and_below(index: Index, size: int) -> bool:

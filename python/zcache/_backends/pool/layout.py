@@ -14,7 +14,6 @@ from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.stamp import check_above
 from zcache._backends.ownership import POOL_FORMAT
-from zcache._backends.pool.register import Register
 from zcache._core import Index, SegmentFiles
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _BLOCK: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system has."""
 _BATCH: Final = 4096
 _FOLDERS: Final = 8
-"""Blocks of the folders of a pool, its stamp and the first page of its list of sources, beside index and segments."""
+"""Blocks of the folders of a pool and of its stamp, beside index and segments."""
 
 
 class SegmentScanner:
@@ -109,9 +108,7 @@ class SegmentScanner:
                 found.size,
             )
         unit = handle.limits.get("unit", 1)
-        register = Register(os.path.dirname(self._segments), max_size=handle.limits["max_size"])
-        folders = _FOLDERS + register.pages
-        handle.call_opened(Index.count_folders, folders * unit, timeout=None)
+        handle.call_opened(Index.count_folders, _FOLDERS * unit, timeout=None)
         handle.call_opened(Index.finish_rebuild, timeout=None)
 
     @property

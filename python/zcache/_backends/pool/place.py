@@ -60,6 +60,8 @@ class Pool:
         Seconds; what ages are counted by.
     users : WeakSet of Member
         Who uses any of its sources.
+    objects : WeakValueDictionary
+        Each `CachePool` of it, by its address.
     names : dict
         What is noted of each source that this process has opened, by its label; see `note_of`.
     """
@@ -75,6 +77,7 @@ class Pool:
         self._options = [options]
         self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
         self.users: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()
         # Who uses the pool in order that it goes by one policy.
@@ -105,8 +108,8 @@ class Pool:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether there is any store over it; fills of those that were dropped may go on."""
-        return len(self.users) > (self._policy is not None)
+        """Whether there is any store or `CachePool` of it; fills of stores that were dropped may go on."""
+        return len(self.users) > (self._policy is not None) or bool(self.objects)
 
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""
@@ -311,9 +314,13 @@ class DirectoryPool(Pool):
                 f"the pool {directory.root} is only read from, so nothing in it can be forgotten. Open it "
                 "where it can be written to, without read_only=True."
             )
-        super().forget(name)
-        remove_listings(directory.layout.index_root, label_of(name))
+        self.forget_values(name)
         directory.register.forget(name)
+
+    def forget_values(self, name: str) -> None:
+        """Delete all values of a source, and what is known of it, but for its name."""
+        super().forget(name)
+        remove_listings(self.directory.layout.index_root, label_of(name))
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         scanner = self.directory.layout.scanner
@@ -337,7 +344,8 @@ def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
     with contextlib.suppress(OSError, CacheUnreachableError, IndexLockTimeout):
         if found.handle.call_blocking(_is_alone_and_complete):
             for name in ended:
-                found.forget(name)
+                found.forget_values(name)
+            found.directory.register.drop(ended)
 
 
 def _is_alone_and_complete(index: Index) -> bool:

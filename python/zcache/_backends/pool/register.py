@@ -11,11 +11,10 @@ import math
 import os
 import stat
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterable, Iterator
 
 _PAGE: Final = 4096
 _LOOKED_AT_EACH: Final = 4 * _PAGE
@@ -50,24 +49,18 @@ class Register:
     out of date it is written anew, and where there is no room for more: then without those that were used longest ago.
     What is damaged of it is passed by.
 
+    It lies beside the index and is counted as little as that, so no book of it can be wrong.
+
     Parameters
     ----------
-    reserved : str
-        The folder ``.zcache`` of the pool.
-    count : callable, optional
-        Is told of pages before they are written, and, as a negative number, once they are given back.
+    index_root : str
+        The folder of the index of the pool.
     max_size : int, optional
-        Bytes of the pool. A quarter of them are for the names, or a page, and 16 MiB at most. Default is None, no bound.
+        Bytes of the pool. The names take a quarter of them at most, or a page, and 16 MiB at most. Default is None, no bound.
     """
 
-    def __init__(
-        self,
-        reserved: str,
-        count: Callable[[int], object] | None = None,
-        max_size: int | None = None,
-    ) -> None:
-        self._path = os.path.join(reserved, "sources")
-        self._count = count or (lambda _: None)
+    def __init__(self, index_root: str, max_size: int | None = None) -> None:
+        self._path = os.path.join(index_root, "sources")
         self._room = _LARGEST if max_size is None else min(_LARGEST, max(_PAGE, max_size // _PART))
 
     def names(self) -> dict[str, dict[str, Any]]:
@@ -89,63 +82,47 @@ class Register:
         finally:
             os.close(file)
 
-    @property
-    def pages(self) -> int:
-        """Pages of the file but for the first one, which is counted with the folders of the pool."""
-        try:
-            size = min(os.lstat(self._path).st_size, self._room)
-            return max(0, _pages_of(size) - 1)
-        except OSError:
-            return 0
-
     def add(self, note: dict[str, Any]) -> None:
         """Note what is known of a source now; see `note_of`."""
         line = _line(note)
         with contextlib.suppress(OSError), self._locked() as file:
             size = os.fstat(file).st_size
             if size + len(line) > self._room:
-                self._write_what_fits(note, size, self._room // 2)
+                self._replace({**self.names(), label_of(note["name"]): note}, self._room // 2)
                 return
-            self._count(_pages_of(size + len(line)) - max(1, _pages_of(size)))
             os.write(file, line)
             if (size + len(line)) // _LOOKED_AT_EACH > size // _LOOKED_AT_EACH:
-                self._write_anew(size + len(line))
+                notes = self.names()
+                if 2 * sum(len(_line(note)) for note in notes.values()) <= size:
+                    self._replace(notes, self._room)
 
     def forget(self, name: str) -> None:
         """Note that a source was forgotten; its name is kept, for stores that are open may fill it anew."""
         self.add({**self.names().get(label_of(name), note_of(name)), "forgotten": True})
 
-    def _write_anew(self, size: int) -> None:
-        lines = b"".join(map(_line, self.names().values()))
-        if 2 * len(lines) <= size:
-            self._replace(lines, size)
+    def drop(self, names: Iterable[str]) -> None:
+        """Leave out the names of sources that nobody has any more."""
+        gone = set(names)
+        with contextlib.suppress(OSError), self._locked():
+            notes = self.names()
+            self._replace({k: v for k, v in notes.items() if v["name"] not in gone}, self._room)
 
-    def _write_what_fits(self, newest: dict[str, Any], size: int, room: int) -> None:
+    def _replace(self, notes: dict[str, dict[str, Any]], room: int) -> None:
+        """Write the file anew, with those for which there is room; to be called with its lock."""
         found = []
-        for note in sorted(
-            {**self.names(), label_of(newest["name"]): newest}.values(), key=_rank, reverse=True
-        ):
+        for note in sorted(notes.values(), key=_rank, reverse=True):
             line = _line(note)
             if len(line) <= room:
                 found.append(line)
                 room -= len(line)
-        self._replace(b"".join(reversed(found)), size)
-
-    def _replace(self, lines: bytes, size: int) -> None:
-        unfinished = f"{self._path}.{uuid.uuid4().hex}"
-        gone = pages = _pages_of(len(lines))
-        self._count(pages)
-        try:
-            with open(unfinished, "xb") as file:
-                file.write(lines)
-            self._open_to_group(unfinished)
-            os.replace(unfinished, self._path)
-            # More than there is room for was never counted.
-            gone = _pages_of(min(size, self._room))
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            self._count(-gone)
+        # Of one name: what a process leaves that is killed here, the next one writes over.
+        unfinished = f"{self._path}.new"
+        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
+        with open(file, "wb") as lines:
+            _check_regular(file)
+            lines.write(b"".join(reversed(found)))
+        self._open_to_group(unfinished)
+        os.replace(unfinished, self._path)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -213,7 +190,3 @@ def _line(note: dict[str, Any]) -> bytes:
     text = json.dumps(note, ensure_ascii=False)
     # What was added by halves before ends here.
     return f"\n{text}\n".encode(errors="surrogatepass")
-
-
-def _pages_of(size: int) -> int:
-    return -(-size // _PAGE)

@@ -82,7 +82,7 @@ def pool_of(
 def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
     if not isinstance(store, PoolStore):
         return ("dict", id(store._store_dict))
-    path = os.path.realpath(os.path.abspath(store.root))
+    path = os.path.realpath(store.root)
     own: Hashable = ("directory", path, store.read_only)
     identity = files.identity(path)
     with _lock:

@@ -32,8 +32,8 @@ class PoolStore(LocalStore):
     """
 
     def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
-        # The folder of the process may be another one later.
-        super().__init__(os.path.abspath(root), read_only=read_only)
+        # The folder of the process may be another one later. `..` is left to the system, which follows links before it.
+        super().__init__(os.path.join(os.getcwd(), root), read_only=read_only)
         self.options = options
         self.pool: Any = None
 
