@@ -120,7 +120,7 @@ def _beside(index: Index, trace: Trace) -> int:
         return 0
     _, one_each = np.unique(trace.keys, return_index=True)
     # The index knows the bytes of its values, not those of their blocks: about as much more as for those of the sample.
-    in_blocks = (trace.costs() - trace.sizes)[one_each].mean()
+    in_blocks = float((trace.costs() - trace.sizes)[one_each].mean())
     beside = (index.current_size - index.live_bytes) / entries - in_blocks
     return round(min(max(beside, 0.0), _MOST_BESIDE * trace.unit))
 
