@@ -92,23 +92,51 @@ class Labelled(CacheStore):
     label = "mine"
 
 
-class Renaming(Labelled):
+class Renames:
     """Shows a part of its source."""
 
     prefix = ""
 
     async def get(self, key: str, *args: Any, **more: Any) -> Any:
-        return await super().get(self.prefix + key, *args, **more)
+        return await CacheStore.get(self, self.prefix + key, *args, **more)  # type: ignore[arg-type]
 
     async def set(self, key: str, *args: Any, **more: Any) -> None:
-        await super().set(self.prefix + key, *args, **more)
+        await CacheStore.set(self, self.prefix + key, *args, **more)  # type: ignore[arg-type]
 
 
-def test_subclass_that_reads_in_another_way_keeps_no_decoded_chunks() -> None:
+class Renaming(CacheStore):
+    """The same, by methods of its own."""
+
+    prefix = ""
+    get = Renames.get
+    set = Renames.set
+
+
+class RenamingLabelled(Labelled, Renaming):
+    """The same, by those of its second base."""
+
+
+class RenamingMixed(Renames, CacheStore):
+    """The same, by those of a mixin."""
+
+
+class RenamingLater(CacheStore):
+    """The same, by one that it is given afterwards."""
+
+    prefix = ""
+
+
+@pytest.mark.parametrize("kind", [Renaming, RenamingLabelled, RenamingMixed, RenamingLater])
+def test_subclass_that_reads_in_another_way_keeps_no_decoded_chunks(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = MemoryStore()
     create(source, name="x/a")
     assert hits(zarr.open_array(Labelled(source, decoded_size="1MB"), path="x/a")) == 2
-    store = Renaming(source, decoded_size="1MB")
+    store = kind(source, decoded_size="1MB")
+    if kind is RenamingLater:
+        monkeypatch.setattr(kind, "get", Renames.get)
+        monkeypatch.setattr(kind, "set", Renames.set)
     store.prefix = "x/"
     array: Any = zarr.open_array(store, path="a", mode="r+")
     assert hits(array) == 0

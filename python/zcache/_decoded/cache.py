@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
 from zcache._decoded.admission import Admission
@@ -357,30 +357,26 @@ _ACCESS: Final = frozenset(
 
 
 class KeepsDecoded:
-    """Base of the store whose arrays may keep decoded chunks.
-
-    A subclass that reads or writes in another way may show other values by the same names, so its arrays keep none.
-    """
+    """Base of the store whose arrays may keep decoded chunks."""
 
     _decoded: DecodedCache | None = None
-    _shows_its_values: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **more: Any) -> None:
-        super().__init_subclass__(**more)
-        is_store = KeepsDecoded in cls.__bases__
-        cls._shows_its_values = is_store or (
-            cls._shows_its_values and _ACCESS.isdisjoint(vars(cls))
-        )
 
 
 def decoded_of(store: object) -> DecodedCache | None:
     """Decoded chunks of the arrays on a store, if it keeps any.
 
-    Asked of its type: a wrapper may pass the attributes of what it wraps on, and show other values.
+    Asked of its type: a wrapper may pass the attributes of what it wraps on, and show other values. So may a subclass
+    that reads or writes in another way, be it by a method of its own, of a mixin or of another base.
     """
     kind = type(store)
-    is_one = issubclass(kind, KeepsDecoded) and kind._shows_its_values
-    return store._decoded if is_one else None  # type: ignore[attr-defined]
+    if not issubclass(kind, KeepsDecoded):
+        return None
+    if KeepsDecoded not in kind.__bases__:
+        usual = next(base for base in kind.__mro__ if KeepsDecoded in base.__bases__)
+        # Each time: a method may be assigned to a class at any time.
+        if any(getattr(kind, n, None) is not getattr(usual, n, None) for n in _ACCESS):
+            return None
+    return store._decoded  # type: ignore[attr-defined,no-any-return]
 
 
 _live: weakref.WeakSet[DecodedCache] = weakref.WeakSet()
