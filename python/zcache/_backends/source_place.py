@@ -133,8 +133,7 @@ class SourceBackend(MemoryBackend):
             return None
         if not self._has_its_names or not other._has_its_names:
             return ""
-        changed = f"{self._location.path.rstrip('/')}/{prefix}".rstrip("/") + "/"
-        root = other._location.path.rstrip("/") + "/"
+        changed, root = self._location.below(prefix), other._location.below()
         if root.startswith(changed):
             return ""
         return changed[len(root) : -1] if changed.startswith(root) else None

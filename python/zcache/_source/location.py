@@ -81,8 +81,13 @@ class Location(NamedTuple):
         """Whether both are the same place, or one of them is inside the other."""
         if (self.root, self.endpoint) != (other.root, other.endpoint):
             return False
-        mine, theirs = (f"{p}/" if (p := s.path.rstrip("/")) else "" for s in (self, other))
+        mine, theirs = self.below(), other.below()
         return mine.startswith(theirs) or theirs.startswith(mine)
+
+    def below(self, name: str = "") -> str:
+        """What paths below a name in this place begin with: the path of that and a slash; nothing at the root."""
+        path = f"{self.path}/{name}".strip("/")
+        return f"{path}/" if path else ""
 
 
 # ------------------------------------------------------------------------------- wrappers
