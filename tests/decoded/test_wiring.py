@@ -374,6 +374,23 @@ def test_arrays_over_parts_of_one_source_see_what_is_written_through_each_other(
     assert hits(beside) == 4
 
 
+@pytest.mark.parametrize("what", ["invalidate", "clear_cache"])
+@pytest.mark.parametrize("writing", [0, 1, 2])
+def test_arrays_over_parts_of_one_source_forget_what_one_of_them_is_told_to_forget(
+    what: str, writing: int, tmp_path: Path
+) -> None:
+    parts = parts_of_directory(tmp_path)
+    raw = create(parts[0][0], name=parts[0][1])
+    arrays = [
+        with_decoded_cache(zarr.open_array(store, path=path, mode="r+"), "1MB")
+        for store, path in parts
+    ]
+    assert all(hits(array) == 2 for array in arrays)
+    raw[2] = 7
+    zarr.core.sync.sync(getattr(arrays[writing].store, what)())
+    assert [array[2] for array in arrays] == [7, 7, 7]
+
+
 def test_arrays_below_a_wrapper_with_other_names_see_what_is_written_around_it(
     tmp_path: Path,
 ) -> None:

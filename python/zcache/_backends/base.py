@@ -300,6 +300,9 @@ class Backend(ABC):
     def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 
+    def tell_overlapping(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
+        """Have the places of other parts of the source, if they are known here, forget what is below a prefix."""
+
     async def remove_unlisted(  # noqa: B027 - nothing to do by default
         self, io: IO, prefix: str, *, begins: bool | None = None
     ) -> None:

@@ -105,7 +105,7 @@ class SourceBackend(MemoryBackend):
     ) -> None:
         # docstring inherited
         await super().remove_key(io, key, victims, begins=begins)
-        self.tell_later(key)
+        self.tell_overlapping(key)
 
     async def remove_unlisted(
         self,
@@ -115,9 +115,13 @@ class SourceBackend(MemoryBackend):
         begins: bool | None = None,  # noqa: ARG002 - the same before and after
     ) -> None:
         # docstring inherited
-        self.tell_later(prefix)
+        self.tell_overlapping(prefix)
 
     def tell_later(self, prefix: str) -> None:
+        # docstring inherited
+        self.tell_overlapping(prefix)
+
+    def tell_overlapping(self, prefix: str) -> None:
         # docstring inherited
         with _lock:
             others = [one for one in _backends if one.shared is not self.shared]

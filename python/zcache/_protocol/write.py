@@ -311,6 +311,7 @@ class Writer:
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
         await self._remove_unlisted(io, "")
+        self.backend.tell_overlapping("")
         victims = await self.handle.call_shielded(
             io, self.backend.remove_later, Index.failed_deletes, 2**31
         )
