@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
 import pickle
@@ -17,6 +18,7 @@ from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from decoding import ROOM
+from support import until
 from zcache import CacheStore, DecodedCodecPipeline, with_decoded_cache
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -389,6 +391,65 @@ def test_arrays_over_parts_of_one_source_forget_what_one_of_them_is_told_to_forg
     raw[2] = 7
     zarr.core.sync.sync(getattr(arrays[writing].store, what)())
     assert [array[2] for array in arrays] == [7, 7, 7]
+
+
+class Hanging(LocalStore):
+    """Its next write of a chunk has no end."""
+
+    is_reached = hangs = False
+
+    async def set(self, key: str, value: Any) -> None:
+        if self.hangs and "/c/" in key:
+            self.is_reached = True
+            await asyncio.Event().wait()
+        await super().set(key, value)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "closed"])
+def test_arrays_over_parts_of_one_source_see_a_write_that_lands_after_its_event_loop(
+    end: str, tmp_path: Path
+) -> None:
+    source = Hanging(tmp_path)
+    raw = create(LocalStore(tmp_path), name="g/a")
+    writing = with_decoded_cache(zarr.open_array(source, path="g/a", mode="r+"), "1MB")
+    inside = with_decoded_cache(zarr.open_array(tmp_path / "g", path="a", mode="r+"), "1MB")
+    assert hits(inside) == 2
+    source.hangs = True
+    buffer = zarr.core.buffer.default_buffer_prototype().buffer
+
+    async def begin() -> asyncio.Task[None]:
+        task = asyncio.ensure_future(writing.store.set("g/a/c/0", buffer.from_bytes(b"new")))
+        await until(lambda: source.is_reached)
+        return task
+
+    if end == "cancelled":
+        asyncio.run(begin())
+    else:
+        loop = asyncio.new_event_loop()
+        task = loop.run_until_complete(begin())
+        loop.close()
+    later = with_decoded_cache(zarr.open_array(tmp_path / "g" / "a", mode="r+"), "1MB")
+    # The other chunk is kept.
+    assert [hits(array) for array in (inside, later)] == [2, 1]
+    raw[2] = 7
+    assert [array[2] for array in (writing, inside, later)] == [7, 7, 7]
+    if end == "closed":
+        del task
+        gc.collect()
+
+
+def test_write_that_has_ended_is_told_to_parts_of_its_source(tmp_path: Path) -> None:
+    source = Hanging(tmp_path)
+    create(source, name="g/a")
+    writing = with_decoded_cache(zarr.open_array(source, path="g/a", mode="r+"), "1MB")
+    inside = with_decoded_cache(zarr.open_array(tmp_path / "g", path="a", mode="r+"), "1MB")
+    for n in range(3):
+        writing[2] = n
+        assert inside[2] == n
+        zarr.core.sync.sync(writing.store.delete_dir("g/a/c"))
+        assert inside[2] == 0
+        writing[:] = np.arange(8)
+        assert hits(inside) == 2
 
 
 def test_arrays_below_a_wrapper_with_other_names_see_what_is_written_around_it(

@@ -300,8 +300,19 @@ class Backend(ABC):
     def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 
-    def tell_overlapping(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
-        """Have the places of other parts of the source, if they are known here, forget what is below a prefix."""
+    def begin_change(self, prefix: str) -> Callable[[], None]:  # noqa: ARG002
+        """Have the places of other parts of the source, if they are known here, keep nothing of what changes.
+
+        Returns
+        -------
+        callable
+            To be called when the change has ended. Only the first call counts.
+        """
+        return _nothing
+
+    def forget_elsewhere(self, prefix: str) -> None:
+        """Have them forget what is at and below a prefix."""
+        self.begin_change(prefix)()
 
     async def remove_unlisted(  # noqa: B027 - nothing to do by default
         self, io: IO, prefix: str, *, begins: bool | None = None
@@ -325,6 +336,10 @@ class Backend(ABC):
 
 
 def _ignore(_: object) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass
 
 

@@ -1,13 +1,14 @@
 """The place of stores that keep no bytes, over one source: its index only knows what changes.
 
-Stores over one source share one. Those over a part of another one's source tell each other what they change, by name.
+Stores over one source share one. Those over a part of another one's source tell each other what they change, by name:
+when it begins, and when it ends.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
 
@@ -19,13 +20,11 @@ from zcache._source.identity import identify
 from zcache._source.location import innermost, location_here, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from zarr.abc.store import Store
 
-    from zcache._backends.base import Victim
     from zcache._index.shared import SharedIndex
-    from zcache._runtime.io import IO
 
 
 class SourcePlace(MemoryStore):
@@ -56,6 +55,8 @@ class SourcePlace(MemoryStore):
 _lock = threading.RLock()
 _places: weakref.WeakValueDictionary[str, SourcePlace] = weakref.WeakValueDictionary()
 _backends: weakref.WeakSet[SourceBackend] = weakref.WeakSet()
+# Those that have not ended. One that is cut off may land at any time, and never ends.
+_changes: set[_Change] = set()
 
 
 def place_of(source: Store) -> SourcePlace:
@@ -72,6 +73,61 @@ def _named(name: str, is_ephemeral: bool) -> SourcePlace:
         return place
 
 
+class _Change:
+    """A change of a source through one place, told to the others.
+
+    Parameters
+    ----------
+    backend : SourceBackend
+        Of that place, which knows of it.
+    prefix : str
+        What changes there.
+    """
+
+    def __init__(self, backend: SourceBackend, prefix: str) -> None:
+        self._location, self._has_its_names = backend.location, backend.has_its_names
+        self._prefix = prefix
+        # Each index is told once, and of the end only if it was told.
+        self._known: weakref.WeakSet[SharedIndex] = weakref.WeakSet([backend.shared])
+        self._told: list[tuple[weakref.ref[SharedIndex], str]] = []
+
+    def tell(self, backend: SourceBackend) -> None:
+        """Have another place keep nothing of it until it ends."""
+        scope = self._scope_in(backend)
+        if scope is None or backend.shared in self._known:
+            return
+        self._known.add(backend.shared)
+        backend.shared.handle.call_later(ignore, Index.invalidate, scope, True)
+        self._told.append((weakref.ref(backend.shared), scope))
+        # The garbage collector may have ended it meanwhile.
+        if self not in _changes:
+            self._tell_end()
+
+    def end(self) -> None:
+        """Tell those that it has ended."""
+        with _lock:
+            _changes.discard(self)
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        while self._told:
+            shared, scope = self._told.pop()
+            if (one := shared()) is not None:
+                one.handle.call_later(ignore, Index.invalidate, scope, False)
+                one.handle.call_later(ignore, _drain_absences, scope)
+
+    def _scope_in(self, other: SourceBackend) -> str | None:
+        """What another place calls the keys that change; None if it has none of them."""
+        if not self._location.overlaps(other.location):
+            return None
+        if not self._has_its_names or not other.has_its_names:
+            return ""
+        changed, root = self._location.below(self._prefix), other.location.below()
+        if root.startswith(changed):
+            return ""
+        return changed[len(root) : -1] if changed.startswith(root) else None
+
+
 class SourceBackend(MemoryBackend):
     """Tells the places of other parts of its source what changes.
 
@@ -85,62 +141,24 @@ class SourceBackend(MemoryBackend):
         What changes.
     """
 
-    removes_by_name: ClassVar[bool] = True
-
     def __init__(self, store: SourcePlace, shared: SharedIndex, source: Store) -> None:
         super().__init__(store, shared)
-        self._location = location_here(source)
+        self.location = location_here(source)
         # A wrapper of a user's own may have other names for what it wraps.
-        self._has_its_names = innermost(source) is unwrapped(source)
+        self.has_its_names = innermost(source) is unwrapped(source)
         with _lock:
             _backends.add(self)
+            for change in list(_changes):
+                change.tell(self)
 
-    @property
-    def tells_by_name(self) -> bool:
+    def begin_change(self, prefix: str) -> Callable[[], None]:
         # docstring inherited
-        return True
-
-    async def remove_key(
-        self, io: IO, key: str, victims: Sequence[Victim], *, begins: bool
-    ) -> None:
-        # docstring inherited
-        await super().remove_key(io, key, victims, begins=begins)
-        self.tell_overlapping(key)
-
-    async def remove_unlisted(
-        self,
-        io: IO,  # noqa: ARG002 - nothing waits
-        prefix: str,
-        *,
-        begins: bool | None = None,  # noqa: ARG002 - the same before and after
-    ) -> None:
-        # docstring inherited
-        self.tell_overlapping(prefix)
-
-    def tell_later(self, prefix: str) -> None:
-        # docstring inherited
-        self.tell_overlapping(prefix)
-
-    def tell_overlapping(self, prefix: str) -> None:
-        # docstring inherited
+        change = _Change(self, prefix)
         with _lock:
-            others = [one for one in _backends if one.shared is not self.shared]
-        for other in others:
-            if (scope := self._scope_in(other, prefix)) is not None:
-                handle = other.shared.handle
-                handle.call_later(ignore, Index.invalidate, scope)
-                handle.call_later(ignore, _drain_absences, scope)
-
-    def _scope_in(self, other: SourceBackend, prefix: str) -> str | None:
-        """What another place calls the keys at and below a prefix of this one; None if it has none of them."""
-        if not self._location.overlaps(other._location):
-            return None
-        if not self._has_its_names or not other._has_its_names:
-            return ""
-        changed, root = self._location.below(prefix), other._location.below()
-        if root.startswith(changed):
-            return ""
-        return changed[len(root) : -1] if changed.startswith(root) else None
+            _changes.add(change)
+            for other in list(_backends):
+                change.tell(other)
+        return change.end
 
 
 def _drain_absences(index: Index, prefix: str) -> None:
@@ -152,6 +170,8 @@ def _after_fork() -> None:
     """Start with a lock of our own: the thread that held the parent's may not exist here."""
     global _lock
     _lock = threading.RLock()
+    # They end in the parent, and the indexes here know of none.
+    _changes.clear()
 
 
 at_fork(_after_fork)

@@ -75,6 +75,7 @@ class Writer:
         begun = changing = ended = is_handed_over = False
         blocking = io.loop() is None
         ticket: int | None = None
+        end_elsewhere: Callable[[], None] | None = None
         # Its value is older than its write.
         flight = Flight(io.loop(), self._now())
 
@@ -82,6 +83,8 @@ class Writer:
             nonlocal ended
             ended = True
             handle.call_later(lost, Index.end_write, key, False)
+            if end_elsewhere is not None:
+                end_elsewhere()
             self.backend.tell_later(key)
 
         def lost(outcome: tuple[list[Victim], int | None]) -> None:
@@ -93,6 +96,7 @@ class Writer:
         try:
             victims = await handle.call(io, Index.begin_write, key, alone=True)
             begun = True
+            end_elsewhere = self.backend.begin_change(key)
             await self.backend.remove_key(io, key, victims, begins=True)
             await self._remove_unlisted(io, key)
             await self._lister.forget(io, key)
@@ -100,6 +104,7 @@ class Writer:
             try:
                 await io.change(work, self._unless_unknown(late))
             except Exception:
+                end_elsewhere()
                 await self._lister.forget(io, key)
                 if not ended:
                     ended = True
@@ -111,6 +116,7 @@ class Writer:
                         await self.backend.remove_key(io, key, victims, begins=False)
                 raise
             changing = False
+            end_elsewhere()
             if self.backend.tells_by_name:
                 await self.backend.remove_key(io, key, (), begins=False)
             # A caller that is cancelled while it waits has ended it all the same. Once too often would be
@@ -192,9 +198,11 @@ class Writer:
             nonlocal ended
             ended = True
             self._drain_later(prefix, begins=False)
+            end_elsewhere()
             self.backend.tell_later(prefix)
 
         await handle.call(io, Index.invalidate, prefix, True, alone=True)
+        end_elsewhere = self.backend.begin_change(prefix)
         try:
             await self._remove_below(io, prefix, begins=True)
         except BaseException as interrupt:
@@ -202,6 +210,7 @@ class Writer:
             raise
 
         async def end() -> None:
+            end_elsewhere()
             # It was emptied before the change, and nothing was filled since: the rest may come later.
             with contextlib.suppress(IndexLockTimeout):
                 await handle.call_shielded(
@@ -303,6 +312,7 @@ class Writer:
         if scope is None:
             return 0
         await self.handle.call(io, Index.invalidate, scope, alone=True)
+        self.backend.forget_elsewhere(scope)
         return await self._remove_below(io, scope, begins=True)
 
     async def clear(self, io: IO) -> None:
@@ -311,7 +321,7 @@ class Writer:
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
         await self._remove_unlisted(io, "")
-        self.backend.tell_overlapping("")
+        self.backend.forget_elsewhere("")
         victims = await self.handle.call_shielded(
             io, self.backend.remove_later, Index.failed_deletes, 2**31
         )
