@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
-from zarr.storage import LocalStore, MemoryStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
 from decoding import ROOM
 from support import until
@@ -344,8 +344,30 @@ def parts_of_filesystem(where: Path) -> list[Any]:
     return [("memory://", "g/a"), ("memory://g", "a"), ("memory://g/a", "")]
 
 
+def parts_of_folder(where: Path) -> list[Any]:
+    """The same, of which two are below folders of that file system."""
+    dirfs = pytest.importorskip("fsspec.implementations.dirfs").DirFileSystem
+    wrap = pytest.importorskip("fsspec.implementations.asyn_wrapper").AsyncFileSystemWrapper
+    parts_of_filesystem(where)
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+
+    def below(*folders: str, path: str) -> FsspecStore:
+        filesystem = memory
+        for folder in folders:
+            filesystem = dirfs(path=folder, fs=filesystem)
+        return FsspecStore(wrap(filesystem, asynchronous=True), path=path)
+
+    return [
+        (below(path="/r"), "g/a"),
+        (below("/r", path="g"), "a"),
+        (below("/r", "g", path="a"), ""),
+    ]
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
-@pytest.mark.parametrize("parts", [parts_of_directory, parts_of_memory, parts_of_filesystem])
+@pytest.mark.parametrize(
+    "parts", [parts_of_directory, parts_of_memory, parts_of_filesystem, parts_of_folder]
+)
 def test_arrays_over_parts_of_one_source_see_what_is_written_through_each_other(
     parts: Callable[[Path], list[Any]], first: int, tmp_path: Path
 ) -> None:

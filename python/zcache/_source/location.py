@@ -166,13 +166,21 @@ def synchronous(filesystem: Any) -> Any:
     return filesystem.sync_fs if kind_of(filesystem) == _ASYNC_WRAPPER else filesystem
 
 
+def _below_folders(filesystem: Any, path: str) -> tuple[Any, str]:
+    """The file system below those that only show a folder of it, and what it calls a path."""
+    filesystem = synchronous(filesystem)
+    while protocol_of(filesystem) == "dir":
+        path = f"{filesystem.path}/{path}".rstrip("/")
+        filesystem = synchronous(filesystem.fs)
+    return filesystem, path
+
+
 def _in_filesystem(filesystem: Any, path: str) -> Location | None:
-    filesystem, protocol = synchronous(filesystem), protocol_of(filesystem)
+    filesystem, path = _below_folders(filesystem, path)
+    protocol = protocol_of(filesystem)
     if protocol == "file":
         # It may begin with a tilde.
         return _directory(filesystem._strip_protocol(path))
-    if protocol == "dir":
-        return _in_filesystem(filesystem.fs, f"{filesystem.path}/{path}".rstrip("/"))
     if protocol == "http":
         _check_http(filesystem)
         return _web(path)
@@ -265,14 +273,10 @@ def _held(store: Any) -> tuple[Hashable, ...]:
         if name == "ObjectStore":
             return "bucket", id(store.store)
         if name == "FsspecStore":
-            if protocol_of(store.fs) == "memory":
-                filesystem = synchronous(store.fs)
-                return (
-                    "dict",
-                    id(filesystem.store),
-                    filesystem._strip_protocol(store.path).strip("/"),
-                )
-            return "filesystem", id(synchronous(store.fs)), store.path.rstrip("/")
+            filesystem, path = _below_folders(store.fs, store.path)
+            if protocol_of(filesystem) == "memory":
+                return "dict", id(filesystem.store), filesystem._strip_protocol(path).strip("/")
+            return "filesystem", id(filesystem), path.rstrip("/")
     if (module, name) == ("icechunk.store", "IcechunkStore"):
         return "session", id(store._store)
     return "store", id(store)
