@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
 
 from decoding import ROOM
 from support import until
@@ -413,6 +413,28 @@ def test_arrays_over_parts_of_one_source_forget_what_one_of_them_is_told_to_forg
     raw[2] = 7
     zarr.core.sync.sync(getattr(arrays[writing].store, what)())
     assert [array[2] for array in arrays] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("kind", [WrapperStore, LoggingStore])
+def test_arrays_below_a_wrapper_of_zarr_around_such_a_store_see_what_is_written_through_each_other(
+    kind: Any,
+) -> None:
+    source = MemoryStore()
+    inner = with_decoded_cache(create(source), "1MB")
+    arrays = [inner]
+    for _ in range(2):
+        wrapped: Any = kind(arrays[-1].store)
+        arrays.append(with_decoded_cache(zarr.open_array(wrapped, mode="r+"), "1MB"))
+    arrays.append(with_decoded_cache(zarr.open_array(source, mode="r+"), "1MB"))
+    assert [hits(array) for array in arrays[1:-1]] == [2, 2]
+    for n, writing in enumerate(arrays):
+        for reading in arrays:
+            reading[:]
+        writing[2] = 50 + n
+        assert [reading[2] for reading in arrays] == [50 + n] * len(arrays)
+    copies = pickle.loads(pickle.dumps(arrays))
+    copies[2][2] = 60
+    assert [copy[2] for copy in copies] == [60] * len(copies)
 
 
 class Hanging(LocalStore):

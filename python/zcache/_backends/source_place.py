@@ -17,7 +17,7 @@ from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.fork import at_fork
 from zcache._source.identity import identify
-from zcache._source.location import innermost, location_here, unwrapped
+from zcache._source.location import innermost, layers, location_here, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,11 @@ _changes: set[_Change] = set()
 def place_of(source: Store) -> SourcePlace:
     """The one place in this process of all stores that show this source, as a path that was opened twice."""
     source_id = identify(source)
-    return _named(source_id.name, source_id.is_ephemeral)
+    # A store around one that has a place gets another: with one index a read would wait for itself.
+    above = sum(
+        isinstance(getattr(one, "_cache_store", None), SourcePlace) for one in layers(source)
+    )
+    return _named(source_id.name + " above itself" * above, source_id.is_ephemeral)
 
 
 def _named(name: str, is_ephemeral: bool) -> SourcePlace:
