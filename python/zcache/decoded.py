@@ -34,6 +34,8 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
         see what is written, resized and deleted through the array that is returned, through arrays and groups that are
         opened on its `store`, and through whatever else this function has made over the same place, or over one inside it
         or around it, in this process. They do not see what others write to the store below, not even through `array`.
+        Arrays over a `CacheStore` and arrays over its source do not see each other's writes: make all over the one, or all
+        over the other.
     size : int or str
         Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6), ``"2 GiB"`` (2**30) or ``"25%"`` (of
         memory).
