@@ -91,7 +91,7 @@ class _Change:
     def __init__(self, backend: SourceBackend, prefix: str) -> None:
         self._location, self._has_its_names = backend.location, backend.has_its_names
         self._prefix = prefix
-        # Each index is told once, and of the end only if it was told.
+        # Each index is told once; or, by two threads at a time, twice. It hears of the end as often.
         self._known: weakref.WeakSet[SharedIndex] = weakref.WeakSet([backend.shared])
         self._told: list[tuple[weakref.ref[SharedIndex], str]] = []
 
@@ -103,7 +103,7 @@ class _Change:
         self._known.add(backend.shared)
         backend.shared.handle.call_later(ignore, Index.invalidate, scope, True)
         self._told.append((weakref.ref(backend.shared), scope))
-        # The garbage collector may have ended it meanwhile.
+        # Another thread, or the garbage collector, may have ended it meanwhile.
         if self not in _changes:
             self._tell_end()
 
@@ -114,8 +114,11 @@ class _Change:
         self._tell_end()
 
     def _tell_end(self) -> None:
-        while self._told:
-            shared, scope = self._told.pop()
+        while True:
+            try:
+                shared, scope = self._told.pop()
+            except IndexError:
+                return
             if (one := shared()) is not None:
                 one.handle.call_later(ignore, Index.invalidate, scope, False)
                 one.handle.call_later(ignore, _drain_absences, scope)
@@ -152,16 +155,18 @@ class SourceBackend(MemoryBackend):
         self.has_its_names = innermost(source) is unwrapped(source)
         with _lock:
             _backends.add(self)
-            for change in list(_changes):
-                change.tell(self)
+            changes = list(_changes)
+        for change in changes:
+            change.tell(self)
 
     def begin_change(self, prefix: str) -> Callable[[], None]:
         # docstring inherited
         change = _Change(self, prefix)
         with _lock:
             _changes.add(change)
-            for other in list(_backends):
-                change.tell(other)
+            others = list(_backends)
+        for other in others:
+            change.tell(other)
         return change.end
 
 
