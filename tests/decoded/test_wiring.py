@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -494,6 +495,28 @@ def test_write_that_has_ended_is_told_to_parts_of_its_source(tmp_path: Path) -> 
         assert inside[2] == 0
         writing[:] = np.arange(8)
         assert hits(inside) == 2
+
+
+def test_writes_by_many_threads_through_parts_of_one_source_all_end(tmp_path: Path) -> None:
+    parts = parts_of_directory(tmp_path)
+    create(parts[0][0], name=parts[0][1])
+
+    def make(n: int) -> Any:
+        store, path = parts[n % 3]
+        return with_decoded_cache(zarr.open_array(store, path=path, mode="r+"), "1MB")
+
+    def write(n: int) -> None:
+        for at in range(4):
+            # Some are made while others are written through.
+            array = make(n + at)
+            array[:4] = at
+            array[:]
+
+    arrays = [make(n) for n in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    arrays[0][:] = np.arange(8)
+    assert [hits(array) for array in arrays] == [2, 2, 2]
 
 
 def test_arrays_below_a_wrapper_with_other_names_see_what_is_written_around_it(
