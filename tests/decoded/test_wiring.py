@@ -325,7 +325,7 @@ def parts_of_directory(where: Path) -> list[Any]:
     return [
         (LocalStore(where / "data"), "g/a"),
         (LocalStore(where / "link" / "g" / "a"), ""),
-        (f"file://{where}/data/g", "a"),
+        (FsspecStore.from_url(f"file://{where}/data/g", storage_options={"auto_mkdir": True}), "a"),
     ]
 
 
