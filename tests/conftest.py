@@ -136,3 +136,10 @@ def patient_opening() -> Iterator[None]:
     """
     with patient_openings():
         yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say why a test had to be repeated: it may not fail again for weeks."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_line(f"\nfirst run of {report.nodeid}:")
+        terminalreporter.write_line(str(getattr(report, "longreprtext", ""))[-4000:])
