@@ -264,7 +264,7 @@ class CachePool:
         OptionValueError
             `store` is that of the pool, or is read through it, or one of them is inside the other.
         CacheUnreachableError
-            An `OSError`: the index cannot be used, so nobody knows what there is.
+            An `OSError`: the index, which knows what there is, cannot be used.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """

@@ -217,8 +217,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(())
     }
 
-    /// Ends all appending to segments without entries, whoever appends: next time that takes another one.
+    /// Closes all segments without entries; a participant that appended to one opens another with its next value.
     pub fn close_empty_segments(&mut self) -> Result<()> {
+        if self.one_value_a_segment {
+            // None is open, and there are as many as values.
+            return Ok(());
+        }
         for i in self.arena.list_cells(List::Segments)? {
             let cell = self.arena.segment_cell(i)?;
             if cell.segment_owner() != 0 && cell.segment_entries() == 0 {

@@ -92,7 +92,7 @@ pub(super) struct Batch<'a, T, D> {
     retry_time: Duration,
     /// Whether there may be failed deletes.
     pub(super) failed_deletes: bool,
-    /// Segments of a pool with files that can go; `None` as long as nobody has asked.
+    /// Segments of a pool with files that can go; `None` before the index was asked.
     pub(super) spent: Option<Vec<(u32, u64)>>,
     /// One of them with values that should be moved.
     pub(super) straggling: Option<u64>,

@@ -86,7 +86,7 @@ struct Jobs<D> {
 }
 
 struct State<T, D> {
-    /// As long as there is work: a thread that waits for some would keep an index in use that nobody uses.
+    /// Only while there is work: an idle thread would keep an index open that no store uses any more.
     index: Option<Arc<Locked<T>>>,
     next: u64,
     jobs: VecDeque<(u64, Fill<D>)>,

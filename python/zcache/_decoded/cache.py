@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
-    from zcache._decoded.chunk import Kept, Origin
-    from zcache._decoded.reading import Reading
+    from zcache._decoded.chunk import Kept, Leader, Origin
     from zcache._index.counters import Counters
 
 
@@ -78,7 +77,7 @@ class DecodedCache:
         self.landing = Landing(self._index, self.room, self._lock, self.origins, self.now)
         self.outputs = Outputs(self.max_size // 32)
         # By their addresses. No lock, no set: the garbage collector may end a reader while they are listed.
-        self._readings: dict[int, weakref.ref[Reading]] = {}
+        self._readings: dict[int, weakref.ref[Leader]] = {}
         self.origins.use_index(self._handle.index)
 
     def use_index(self, index: Index) -> None:
@@ -272,11 +271,11 @@ class DecodedCache:
             if not decoding.is_ended:
                 self.give_up(decoding)
 
-    def begins(self, reading: Reading) -> None:
+    def begins(self, reading: Leader) -> None:
         """Note a read that decodes, or waits for who does, until it `ends`."""
         self._readings[id(reading)] = weakref.ref(reading)
 
-    def ends(self, reading: Reading) -> None:
+    def ends(self, reading: Leader) -> None:
         """Say that all decodes of a read have ended."""
         self._readings.pop(id(reading), None)
 
@@ -284,7 +283,7 @@ class DecodedCache:
         """End all that is decoded in an event loop that does not go on: no one waits for any of it once more."""
         for reference in list(self._readings.values()):
             reading = reference()
-            if reading is not None and reading.output.loop is loop:
+            if reading is not None and reading.loop is loop:
                 for decodings in reading.led():
                     self.give_up_all(decodings)
 
@@ -357,7 +356,7 @@ _ACCESS: Final = frozenset(
 
 
 class KeepsDecoded:
-    """Base of the store whose arrays may keep decoded chunks."""
+    """Base of the store that may keep decoded chunks of its arrays."""
 
     _decoded: DecodedCache | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from zcache._protocol.single_flight import Flight
 
@@ -235,3 +235,14 @@ class Decodings:
     def take_passed(self, name: str) -> int | None:
         """The ticket of a chunk that was passed over: another reader closes its flight, and decodes it anew."""
         return self.passed.pop(name, None)
+
+
+class Leader(Protocol):
+    """A read that decodes what others may wait for."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which it does so."""
+
+    def led(self) -> list[Decoding | Decodings]:
+        """What others may wait for."""

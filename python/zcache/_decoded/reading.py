@@ -14,6 +14,7 @@ from zcache._decoded.parts import Output, ShardPart
 from zcache._decoded.whole import WholeChunk, join_chunks
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Sequence
 
     from zcache._decoded.cache import DecodedCache
@@ -155,6 +156,11 @@ class Reading:
 
     def _parts(self) -> list[ShardPart | WholeChunk]:
         return [*self._shards, *self._chunks]
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which chunks are decoded."""
+        return self.output.loop
 
     def led(self) -> list[Decoding | Decodings]:
         """What others may wait for."""

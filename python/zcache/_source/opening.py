@@ -148,8 +148,7 @@ def _names(options: dict[str, Any]) -> str:
 
 
 def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
-    # Wherever the process goes later, it is the same.
-    # `..` is left to the system, which follows links before it.
+    # It is the same wherever the process goes later. `..` is left to the system, which follows links before it.
     path = os.path.join(os.getcwd(), os.path.expanduser(path))
     try:
         mode = os.stat(path).st_mode

@@ -102,7 +102,7 @@ print(pool.cache_info()["entries"])
 
 @pytest.mark.slow
 async def test_source_without_a_name_leaves_no_values_behind(tmp_path: Path) -> None:
-    """They can be served to nobody once its process has ended; those of the living stay."""
+    """They can never be served again once its process has ended; those of the living stay."""
     done = subprocess.run(  # noqa: ASYNC221
         [sys.executable, "-c", UNNAMED, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},

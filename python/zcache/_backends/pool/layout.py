@@ -161,8 +161,8 @@ class PoolLayout(Layout):
             files.make_folders(os.path.dirname(self.root))
             try:
                 os.mkdir(self.root, self.mode)
-                # Whatever the umask says. What a group has a part in is its, whoever makes it: no user need have it as
-                # his first one.
+                # Whatever the umask says. A pool of a group is set-gid, so that all files in it belong to the group, which need
+                # not be the primary group of each user.
                 shared = stat.S_ISGID if self.mode & stat.S_IRWXG else 0
                 os.chmod(self.root, self.mode | shared)
             except FileExistsError:

@@ -333,7 +333,7 @@ class DirectoryPool(Pool):
 
 
 def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
-    """Delete the values of sources that had a name in a process only, once that has ended: nobody can be served them."""
+    """Delete what can never be served again: values of sources that had a name only in a process that has ended."""
     if (found := pool()) is None:
         return
     # First: a process that lives has the pool open before its sources are noted.

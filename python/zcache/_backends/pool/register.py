@@ -101,7 +101,7 @@ class Register:
         self.add({**self.names().get(label_of(name), note_of(name)), "forgotten": True})
 
     def drop(self, names: Iterable[str]) -> None:
-        """Leave out the names of sources that nobody has any more."""
+        """Leave out the names of sources that are gone for good."""
         gone = set(names)
         with contextlib.suppress(OSError), self._locked():
             notes = self.names()
