@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Self, TypeAlias, final
 __all__ = [
     "PENDING",
     "SIGNATURE",
+    "VALUE_HEADER",
     "Ages",
     "Committed",
     "CorruptIndexError",
@@ -66,6 +67,8 @@ SIGNATURE: Final[int]
 """Nanoseconds below the millisecond in the modification time of each file that zcache wrote."""
 PENDING: Final[int]
 """The same as long as the value is not committed."""
+VALUE_HEADER: Final[int]
+"""Bytes that stand before each value in a segment of a pool."""
 
 _Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]

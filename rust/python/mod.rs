@@ -76,6 +76,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     {
         module.add("SIGNATURE", crate::disk::ownership::SIGNATURE)?;
         module.add("PENDING", crate::disk::ownership::PENDING)?;
+        module.add("VALUE_HEADER", crate::cache::VALUE_HEADER)?;
         module.add_class::<fill::DirectoryFills>()?;
         module.add_class::<fill::FillResult>()?;
         module.add_class::<held::HeldLock>()?;

@@ -12,7 +12,7 @@ from zcache._backends.base import READ_TIMEOUT, Backend
 from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.reader import PagesInMemory
-from zcache._core import CorruptIndexError, Index, IndexBusyError
+from zcache._core import VALUE_HEADER, CorruptIndexError, Index, IndexBusyError
 from zcache._runtime.buffers import to_buffer
 from zcache.exceptions import IndexLockTimeout
 
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 class PoolBackend(DirectoryBackend):
     """Values of one source in the segments of a pool."""
 
-    # As in the core, where it has the same name.
-    value_header = 512
+    value_header = VALUE_HEADER
 
     def __init__(self, store: PoolStore, shared: SharedIndex) -> None:
         Backend.__init__(self, store, shared)
