@@ -130,12 +130,14 @@ async def hits(scale: Scale) -> list[Row]:
             path.write_bytes(os.urandom(size) * len(keys))
             works["bare"] = _preads(path, len(keys), size, step)
             works["open"] = _opens(root / f"files-{size}", keys, size, step)
+            works["segment"] = _segment_reads(root / f"pool-{size}", len(keys), size, step)
             with only_hits(stores["zcache"]):
                 times = await interleave(works, scale.of(300, 60))
             files, opened = times.ratio("zcache", "files"), times.ratio("zcache", "open")
+            segment = times.ratio("segment", "bare")
             note = (
                 f"bare is pread; beside the hit of a LocalStore {files:.2f}, "
-                f"beside open + pread + close {opened:.2f}"
+                f"beside open + pread + close {opened:.2f}; a read from the segment itself {segment:.2f}"
             )
             rows.append(times.row(f"pool: hit, {name}", _AIMS[size], note))
     return rows
@@ -158,6 +160,25 @@ def _preads(path: Path, count: int, size: int, step: int) -> Work:
         chosen = next(numbers)
         for number in chosen:
             os.pread(file, size, int(number) * size)
+        return len(chosen)
+
+    return work
+
+
+def _segment_reads(pool: Path, count: int, size: int, step: int) -> Work:
+    """What the core asks of the system for a hit: a value and its header, out of a segment that has nothing else."""
+    [path] = (pool / ".zcache/segments").iterdir()
+    file = os.open(path, os.O_RDONLY)
+    into = [bytearray(512), bytearray(size)]
+    length = -(-(512 + size) // 4096) * 4096
+    # The last value ends within the last page.
+    begin = -(-path.stat().st_size // 4096) * 4096 - count * length
+    numbers = batches([str(n) for n in range(count)], step)
+
+    async def work() -> int:
+        chosen = next(numbers)
+        for number in chosen:
+            os.preadv(file, into, begin + int(number) * length)
         return len(chosen)
 
     return work
