@@ -167,3 +167,58 @@ fn plan_of_which_bytes_have_to_go_loses_what_is_needed_last() {
         assert_eq!(gone, [name(1), name(3)], "{kind:?}");
     }
 }
+
+#[test]
+fn what_is_read_beside_a_plan_stays_where_it_is_needed_sooner() {
+    for kind in PolicyKind::ALL {
+        let mut cache = cache(10, kind);
+        let mut state = 1;
+        let order: Vec<u64> = (0..1000).map(|_| chance(&mut state) % 40).collect();
+        follow(&mut cache, plan(order.iter().copied()));
+        let (mut hits, mut planned_hits) = (0, 0);
+        for (at, key) in order.iter().enumerate() {
+            let hot = format!("hot/{}", at % 3);
+            hits += u32::from(read(&mut cache, &hot, ByteRange::Full, 1));
+            planned_hits += u32::from(read(&mut cache, &name(*key), ByteRange::Full, 1));
+        }
+        assert!(hits >= 990, "{kind:?}: {hits}");
+        assert!(planned_hits >= 300, "{kind:?}: {planned_hits}");
+    }
+}
+
+#[test]
+fn what_becomes_hot_beside_a_plan_comes_in() {
+    for kind in PolicyKind::ALL {
+        let mut cache = cache(10, kind);
+        let order: Vec<u64> = (0..1000).map(|at| at % 40).collect();
+        follow(&mut cache, plan(order.iter().copied()));
+        let mut hits = 0;
+        for (at, key) in order.iter().enumerate() {
+            read(&mut cache, &name(*key), ByteRange::Full, 1);
+            if at >= 100 {
+                let hot = format!("hot/{}", at % 3);
+                hits += u32::from(read(&mut cache, &hot, ByteRange::Full, 1));
+            }
+        }
+        assert!(hits >= 890, "{kind:?}: {hits}");
+    }
+}
+
+#[test]
+fn what_is_read_once_beside_a_plan_takes_no_place_for_long() {
+    for kind in PolicyKind::ALL {
+        let order: Vec<u64> = (0..2000).map(|at| at % 40).collect();
+        let mut hits = [0; 2];
+        for (alone, hits) in [true, false].into_iter().zip(&mut hits) {
+            let mut cache = cache(10, kind);
+            follow(&mut cache, plan(order.iter().copied()));
+            for (at, key) in order.iter().enumerate() {
+                *hits += u32::from(read(&mut cache, &name(*key), ByteRange::Full, 1));
+                if !alone && at % 4 == 0 {
+                    read(&mut cache, &format!("once/{at}"), ByteRange::Full, 1);
+                }
+            }
+        }
+        assert!(hits[1] + 10 >= hits[0], "{kind:?}: {hits:?}");
+    }
+}

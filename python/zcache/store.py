@@ -597,9 +597,9 @@ class CacheStore(Store, KeepsDecoded):
 
         For those who know, such as a sampler at the beginning of an epoch. While the plan holds, its keys that are
         needed last go first when there is no room, and a value that is needed later than all that is there is not
-        taken in: nearly what Belady's optimal replacement would do. Keys that the plan has no more use for go
-        before those that it has, in the order of `eviction`; under "none" too they make room, for keys of the
-        plan only. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
+        taken in: nearly what Belady's optimal replacement would do. Nobody knows when a value in no plan is needed: it
+        is taken to be as far away as its last use lies back, so what is read all the time beside a plan stays. Which
+        of those is compared, `eviction` says; under "none" too they make room. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
 
         The plan is one of this process and this cache, or of this source of a `CachePool`: all stores over it share the
         plan, their reads in this process move it on, and a new one takes its place. Plans of several sources of a pool hold
@@ -614,7 +614,7 @@ class CacheStore(Store, KeepsDecoded):
 
         It takes time in proportion to the keys and to what is cached; in an event loop use
         ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 50 bytes for each different key, 8
-        for each further use and 35 for each key that is cached.
+        for each further use, 35 for each of its keys that is cached, and at most 4.5 MB for other keys.
 
         Parameters
         ----------

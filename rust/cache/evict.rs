@@ -2,7 +2,7 @@
 
 use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
-use super::planned::{Distance, NOT_NEEDED};
+use super::planned::Need;
 use super::reserve::{RejectReason, Reserve};
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true, true, NOT_NEEDED, None)? else {
+            let Some(i) = self.next_victim(now, true, true, Need::UNKNOWN, None)? else {
                 break;
             };
             Tally::add(
@@ -131,14 +131,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The entry that goes next: failed deletes if asked for, then the useless, then the choice of
-    /// the policy or the plan; `None` where that lets nothing go for this newcomer, or for a value with this next
-    /// use, unless it has to be.
+    /// the policy or the plans; `None` where they let nothing go for this newcomer, which is needed then, unless it
+    /// has to be.
     pub(super) fn next_victim(
         &mut self,
         now: u64,
         failed: bool,
         has_to_be: bool,
-        next_use: Distance,
+        need: Need,
         newcomer: Option<&mut Candidate>,
     ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
@@ -154,7 +154,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         // What the plan will read is its business.
         if !has_to_be
-            && next_use == NOT_NEEDED
+            && !need.is_planned
             && let Some(candidate) = newcomer
         {
             let is_admitted = match candidate.is_admitted {
@@ -166,7 +166,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(None);
             }
         }
-        self.least_needed(next_use, has_to_be)
+        self.least_needed(need, has_to_be)
     }
 
     /// Makes an entry a victim and returns the bytes that its delete is likely to free, or 0 where it is in

@@ -1,29 +1,50 @@
 //! What will be read, and what goes before it.
 //!
+//! When a value in no plan is needed is not known: it is taken to be as far away as its last use lies back. By this
+//! measure what is needed last goes first.
+//!
 //! Plans belong to this process; each source of a pool has its own. In a shared index others bring entries in and
 //! take them out, so an entry of a plan is looked at before it is believed.
+
+use std::cmp::Ordering;
 
 use super::cache::{BATCH, Cache};
 use super::keys::Cursor;
 use super::peers::Peers;
 use crate::arena::{ROOT, State};
 use crate::error::Result;
-use crate::policy::{Course, Entries, Eviction, NEVER, Plan};
+use crate::policy::{Course, Distance, Entries, Eviction, NEVER, Plan, Recent};
 
 /// Entries of the plan that one step passes over to find one that is in no plan; half as many after a step in
 /// vain, down to the few.
 const PASSES: u32 = 256;
 const FEW_PASSES: u32 = 4;
 
-/// Reads until a key is needed; greater than all others where it is not.
-pub(super) type Distance = i64;
-pub(super) const NOT_NEEDED: Distance = Distance::MAX;
+/// Where nothing tells when a value is needed: later than all others.
+const UNKNOWN: Distance = Distance::MAX;
 
-/// The plans of all sources, and how long it is looked for what is in none.
+/// When a value that needs room is needed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Need {
+    reads: Distance,
+    /// Whether a plan has a use for it. All else is the business of the policy as well.
+    pub(super) is_planned: bool,
+}
+
+impl Need {
+    pub(super) const UNKNOWN: Need = Need {
+        reads: UNKNOWN,
+        is_planned: false,
+    };
+}
+
+/// The plans of all sources, what is read beside them, and how long it is looked for what is in none.
 #[derive(Debug)]
 pub(super) struct Planned {
     /// Those of an index that is no pool are one.
     plans: Vec<Plan>,
+    /// By the reads of all plans.
+    recent: Recent,
     passes: u32,
 }
 
@@ -32,30 +53,80 @@ impl Planned {
         self.plans.iter().find(|plan| plan.covers(key))
     }
 
-    /// Has an entry of this key, or of no key, be where it belongs; whether it has a next use.
+    /// Removes the plan of the source of this folder.
+    fn remove(&mut self, folder: &str) -> Option<Plan> {
+        let at = self.plans.iter().position(|p| p.folder() == folder)?;
+        let plan = self.plans.swap_remove(at);
+        plan.set_course(None);
+        Some(plan)
+    }
+
+    /// Has an entry of this key, or of no key, be where it belongs; whether the key is in a plan.
     fn enter(&mut self, i: u32, key: Option<&str>) -> bool {
-        let mut has_use = false;
+        let mut is_planned = false;
         for plan in &mut self.plans {
             match key.filter(|key| plan.covers(key)) {
-                Some(key) => has_use |= plan.enter(i, key),
+                Some(key) => is_planned |= plan.enter(i, key),
                 None => plan.leave(i),
             }
         }
-        has_use
+        is_planned
     }
 
-    fn next_use(&self, key: &str) -> Distance {
-        self.of(key)
-            .map_or(NOT_NEEDED, |plan| distance(plan, plan.next_use(key)))
+    /// A key is read; what has become of its plan, and where that is.
+    fn read(&mut self, key: &str, entry: Option<u32>, entries: u64) -> Option<(usize, Course)> {
+        let at = self.plans.iter().position(|plan| plan.covers(key));
+        let plan = at.and_then(|at| self.plans.get_mut(at));
+        let Some(plan) = plan else {
+            self.recent.read(key, entries);
+            if let Some(entry) = entry {
+                self.enter(entry, None);
+            }
+            return None;
+        };
+        let before = plan.position();
+        let course = plan.read(key, entry);
+        self.recent.pass(plan.position() - before);
+        if plan.need(key).is_none() {
+            self.recent.read(key, entries);
+        }
+        Some((at?, course))
     }
 
-    /// What is needed last: when, and its entry. Plans are compared by the reads that each has until then.
+    /// When a value is needed that was read just now.
+    fn need(&self, key: &str) -> Need {
+        let plan = self.of(key);
+        match plan.and_then(|plan| plan.need(key)) {
+            Some(reads) => Need {
+                reads,
+                is_planned: plan.is_some_and(|plan| plan.next_use(key) != NEVER),
+            },
+            None => Need {
+                reads: self.distance(self.recent.age_before(key)),
+                is_planned: false,
+            },
+        }
+    }
+
+    /// In how many reads a value in no plan is needed: as many as its last use lies back.
+    fn unplanned(&self, key: &str) -> Distance {
+        self.distance(self.recent.age(key))
+    }
+
+    /// Reads of one plan, of so many of all: each is taken to be read as fast as any other.
+    fn distance(&self, age: Option<u32>) -> Distance {
+        let plans = self.plans.len().max(1) as Distance;
+        age.map_or(UNKNOWN, |age| Distance::from(age) / plans)
+    }
+
+    /// What is needed last of the keys of the plans: when, and its entry. Plans are compared by the reads that each
+    /// has until then.
     fn farthest(&self) -> Option<(Distance, u32)> {
-        let of_each = self.plans.iter().filter_map(|plan| {
-            let (next, entry) = plan.farthest()?;
-            Some((distance(plan, next), entry))
-        });
-        of_each.max()
+        self.plans.iter().filter_map(Plan::farthest).max()
+    }
+
+    fn has(&self, i: u32) -> bool {
+        self.plans.iter().any(|plan| plan.has(i))
     }
 
     fn entries(&self) -> usize {
@@ -63,41 +134,32 @@ impl Planned {
     }
 }
 
-fn distance(plan: &Plan, next: u32) -> Distance {
-    match next {
-        NEVER => NOT_NEEDED,
-        next => Distance::from(next) - Distance::from(plan.position()),
-    }
-}
-
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Goes by a plan from now on. Returns the one before of the same source, to be freed without the lock. What
     /// is there of the new one is found by [`Cache::match_plan`].
     pub fn set_plan(&mut self, plan: Plan) -> Option<Plan> {
-        let before = self.forget_plan(plan.folder());
-        let mut planned = self.planned.take().unwrap_or_else(|| {
+        let planned = self.planned.get_or_insert_with(|| {
             Box::new(Planned {
                 plans: Vec::new(),
+                recent: Recent::default(),
                 passes: PASSES,
             })
         });
+        let before = planned.remove(plan.folder());
         plan.set_course(Some(Course::Followed));
         planned.plans.push(plan);
         planned.passes = PASSES;
-        self.planned = Some(planned);
         before
     }
 
     /// Goes by no plan of the source of this folder any more. Returns it, to be freed without the lock.
     pub fn forget_plan(&mut self, folder: &str) -> Option<Plan> {
         let planned = self.planned.as_deref_mut()?;
-        let at = planned.plans.iter().position(|p| p.folder() == folder)?;
-        let plan = planned.plans.swap_remove(at);
+        let plan = planned.remove(folder);
         if planned.plans.is_empty() {
             self.planned = None;
         }
-        plan.set_course(None);
-        Some(plan)
+        plan
     }
 
     /// Goes by no plan any more.
@@ -118,7 +180,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         }
         for at in from.max(ROOT)..stop {
-            self.has_next_use(at)?;
+            self.is_in_plan(at)?;
         }
         Ok((stop < end).then_some((stop, end)))
     }
@@ -133,18 +195,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     #[cold]
     fn advance_plan(&mut self, key: &str, entry: Option<u32>) {
+        let entries = self.arena.header().live_entries;
         let Some(planned) = self.planned.as_deref_mut() else {
             return;
         };
-        let Some(at) = planned.plans.iter().position(|plan| plan.covers(key)) else {
-            if let Some(entry) = entry {
-                planned.enter(entry, None);
-            }
-            return;
-        };
-        let plan = planned.plans.get_mut(at);
-        let course = plan.map_or(Course::Followed, |plan| plan.read(key, entry));
-        if course != Course::Followed {
+        if let Some((at, course)) = planned.read(key, entry, entries)
+            && course != Course::Followed
+        {
             planned.plans.swap_remove(at).set_course(Some(course));
             if planned.plans.is_empty() {
                 self.planned = None;
@@ -156,7 +213,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[inline]
     pub(super) fn enter_plan(&mut self, i: u32) -> Result<()> {
         if self.planned.is_some() {
-            self.has_next_use(i)?;
+            self.is_in_plan(i)?;
         }
         Ok(())
     }
@@ -179,57 +236,79 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Bytes of memory.
     pub(super) fn plan_memory(&self) -> usize {
         let planned = self.planned.as_ref();
-        planned.map_or(0, |p| p.plans.iter().map(Plan::memory).sum())
+        planned.map_or(0, |p| {
+            p.recent.memory() + p.plans.iter().map(Plan::memory).sum::<usize>()
+        })
     }
 
-    /// Whether this is a `Live` entry of a key that the plan will read; it is told to the plan.
-    fn has_next_use(&mut self, i: u32) -> Result<bool> {
+    /// Whether this is a `Live` entry of a key of a plan; it is told to the plan.
+    fn is_in_plan(&mut self, i: u32) -> Result<bool> {
         let cell = self.arena.get(i)?;
         let is_live = cell.is_entry() && cell.state() == State::Live;
         if !is_live {
             self.leave_plan(i);
             return Ok(false);
         }
+        if S::EXCLUSIVE && self.planned.as_deref().is_some_and(|p| p.has(i)) {
+            return Ok(true);
+        }
         let key = self.arena.name(i)?.0;
         let planned = self.planned.as_deref_mut();
         Ok(planned.is_some_and(|planned| planned.enter(i, Some(&key))))
     }
 
-    /// In how many reads a key is needed.
-    pub(super) fn next_use(&self, key: &str) -> Distance {
+    /// When a value that was read just now is needed.
+    pub(super) fn need(&self, key: &str) -> Need {
         let planned = self.planned.as_deref();
-        planned.map_or(NOT_NEEDED, |planned| planned.next_use(key))
+        planned.map_or(Need::UNKNOWN, |planned| planned.need(key))
     }
 
-    /// The choice of the policy, or of the plan: what is in no plan, in the order of the policy, or else what is
-    /// needed last; `None` where that is needed before a value with this next use, unless it has to go.
-    pub(super) fn least_needed(
-        &mut self,
-        next_use: Distance,
-        has_to_be: bool,
-    ) -> Result<Option<u32>> {
+    /// The choice of the policy; with plans what is needed last, if later than this value, unless it has to go. Of
+    /// what is in no plan it is the choice of the policy that is compared.
+    pub(super) fn least_needed(&mut self, need: Need, has_to_be: bool) -> Result<Option<u32>> {
         if self.planned.is_none() {
             return self.choice(has_to_be);
         }
-        if let Some(i) = self.unplanned(next_use != NOT_NEEDED || has_to_be)? {
-            return Ok(Some(i));
+        let other = self.first_unplanned()?;
+        // Of both, what is in no plan, where as much is known of either.
+        let last = match (other, self.farthest()?) {
+            (Some(other), Some(farthest)) if farthest.0 > other.0 => farthest,
+            (Some(last), _) | (None, Some(last)) => last,
+            (None, None) => return self.choice(has_to_be || need.is_planned),
+        };
+        let goes = match last.0.cmp(&need.reads) {
+            _ if has_to_be => true,
+            Ordering::Less => false,
+            Ordering::Equal => !need.is_planned && self.choice(false)?.is_some(),
+            Ordering::Greater => true,
+        };
+        let victim = goes.then_some(last.1);
+        if let Some((_, i)) = other
+            && victim != Some(i)
+            && Entries::neighbour(&self.arena, i, true)? == 0
+        {
+            // The policy does not order by use, so another may be needed later: that is looked at next.
+            self.pass_over(i)?;
         }
+        Ok(victim)
+    }
+
+    /// What is needed last of the keys of the plans: when, and its entry.
+    fn farthest(&mut self) -> Result<Option<(Distance, u32)>> {
         for _ in 0..BATCH {
-            let planned = self.planned.as_deref();
-            let Some((farthest, i)) = planned.and_then(Planned::farthest) else {
-                // Nothing of the plan is there; the policy may let nothing go.
-                return self.choice(has_to_be || next_use != NOT_NEEDED);
+            let farthest = self.planned.as_deref().and_then(Planned::farthest);
+            let Some((_, i)) = farthest else {
+                return Ok(None);
             };
-            if S::EXCLUSIVE || self.has_next_use(i)? {
-                // A second look may have found another key there.
-                let planned = self.planned.as_deref();
-                if planned.and_then(Planned::farthest) != Some((farthest, i)) {
-                    continue;
+            // Others may have put another key there; a second look finds that.
+            if S::EXCLUSIVE || self.is_in_plan(i)? {
+                let again = self.planned.as_deref().and_then(Planned::farthest);
+                if again == farthest {
+                    return Ok(farthest);
                 }
-                return Ok((has_to_be || farthest > next_use).then_some(i));
             }
         }
-        self.choice(has_to_be)
+        Ok(None)
     }
 
     fn choice(&mut self, has_to_be: bool) -> Result<Option<u32>> {
@@ -240,9 +319,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// The first entry without a next use, in the order of the policy. Those of the plan that come before it move
-    /// to the other end, so that they are passed over once.
-    fn unplanned(&mut self, has_to_be: bool) -> Result<Option<u32>> {
+    /// The first entry of a key in no plan, in the order of the policy, and when it is needed. Those of plans that
+    /// come before it move to the other end, so that they are passed over once.
+    fn first_unplanned(&mut self) -> Result<Option<(Distance, u32)>> {
         let live = self.arena.header().live_entries;
         let Some(planned) = self.planned.as_deref() else {
             return Ok(None);
@@ -253,23 +332,25 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let passes = planned.passes;
         let mut found = None;
         for _ in 0..passes {
-            let Some(i) = self.choice(has_to_be)? else {
+            let Some(i) = self.choice(true)? else {
                 break;
             };
-            if !self.has_next_use(i)? {
+            if !self.is_in_plan(i)? {
                 found = Some(i);
                 break;
             }
             self.pass_over(i)?;
         }
-        if let Some(planned) = self.planned.as_deref_mut() {
-            planned.passes = match found {
-                Some(_) => PASSES,
-                None if S::EXCLUSIVE => PASSES,
-                None => (passes / 2).max(FEW_PASSES),
-            };
-        }
-        Ok(found)
+        let key = found.map(|i| self.arena.name(i)).transpose()?;
+        let Some(planned) = self.planned.as_deref_mut() else {
+            return Ok(None);
+        };
+        planned.passes = match found {
+            Some(_) => PASSES,
+            None => (passes / 2).max(FEW_PASSES),
+        };
+        let need = key.map(|(key, _)| planned.unplanned(&key));
+        Ok(need.zip(found))
     }
 
     fn pass_over(&mut self, i: u32) -> Result<()> {
@@ -291,7 +372,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         for i in self.policy.order(&self.arena)? {
             let key = self.arena.name(i)?.0;
             let plan = planned.of(&key);
-            known += usize::from(plan.is_some_and(|p| p.has(i) && p.next_use(&key) != NEVER));
+            known += usize::from(plan.is_some_and(|p| p.has(i) && p.need(&key).is_some()));
         }
         // In a shared index others have taken some.
         let are_sound = planned.plans.iter().all(Plan::is_sound);

@@ -276,7 +276,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.deletes_failed(&victims)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
-        let next_use = self.next_use(&reservation.key);
+        let need = self.need(&reservation.key);
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
@@ -284,7 +284,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let is_above = freed < excess;
             let failed = reservation.failures == 0;
             let candidate = Some(&mut reservation.candidate);
-            let Some(i) = self.next_victim(now, failed, is_above, next_use, candidate)? else {
+            let Some(i) = self.next_victim(now, failed, is_above, need, candidate)? else {
                 break;
             };
             let cell = self.arena.get(i)?;

@@ -16,6 +16,20 @@ pub const MAX_PLANNED: usize = 1_000_000;
 /// The position of no use: later than all others.
 pub const NEVER: u32 = u32::MAX;
 
+/// Reads until a key is needed.
+pub type Distance = i64;
+
+/// What stands for the next use of a key whose last one was at this position: later than all uses, the more so
+/// the longer ago that was.
+fn over(last: u32) -> u32 {
+    NEVER - 1 - last
+}
+
+/// Whether this is the position of a use.
+fn is_use(next: u32) -> bool {
+    (next as usize) < MAX_PLANNED
+}
+
 /// The window is this part of all keys, and at most so many positions. A few are allowed to small plans.
 const WINDOW_PART: usize = 16;
 const WINDOW_MOST: usize = 4096;
@@ -32,7 +46,7 @@ const WRONG_MOST: usize = 1024;
 /// The uses of one key.
 #[derive(Clone, Copy, Debug)]
 struct Uses {
-    /// Position of the next one, or [`NEVER`].
+    /// Position of the next one, or what stands for it; see [`over`].
     next: u32,
     /// Position of the last one that was read, or [`NEVER`]. While the plan is made: the last one so far.
     last: u32,
@@ -62,7 +76,7 @@ pub struct Plan {
     wrong: usize,
     /// Reads of other keys after the end.
     after: usize,
-    /// Entries with a next use, and the numbers of their keys.
+    /// Entries of its keys, and the numbers of these.
     entries: HashMap<u32, u32, RandomState>,
     /// The same by their next use.
     by_use: BTreeSet<(u32, u32)>,
@@ -200,12 +214,35 @@ impl Plan {
     /// Position of the next use of a key, or [`NEVER`].
     #[must_use]
     pub fn next_use(&self, key: &str) -> u32 {
-        self.number(key).map_or(NEVER, |n| self.uses_of(n).next)
+        let next = self.number(key).map(|number| self.uses_of(number).next);
+        next.filter(|next| is_use(*next)).unwrap_or(NEVER)
+    }
+
+    /// Reads until a key is needed; `None` for one that is not of the plan.
+    #[must_use]
+    pub fn need(&self, key: &str) -> Option<Distance> {
+        let number = self.number(key)?;
+        Some(self.distance(self.uses_of(number).next))
+    }
+
+    /// When what has no next use is needed is not known: not before the end of the plan, and not sooner than its
+    /// last use lies back.
+    fn distance(&self, next: u32) -> Distance {
+        let [at, next, len] = [self.at, next, self.order.len() as u32].map(Distance::from);
+        if next < len {
+            return next - at;
+        }
+        let last = Distance::from(NEVER) - 1 - next;
+        (len - at).max(at - last)
     }
 
     /// A key is read, which this entry has served.
     pub fn read(&mut self, key: &str, entry: Option<u32>) -> Course {
         let course = match self.number(key) {
+            Some(number) if self.is_over(number) => {
+                self.disown(key, number);
+                self.read_elsewhere()
+            }
             Some(number) => self.read_planned(number),
             None if self.covers(key) => self.read_elsewhere(),
             None => self.course(),
@@ -217,10 +254,30 @@ impl Plan {
         course
     }
 
+    /// Whether this read of a key comes after its last use.
+    fn is_over(&self, number: u32) -> bool {
+        !is_use(self.uses_of(number).next) && !self.is_repeated(number)
+    }
+
+    /// Whether a key was read just now.
+    fn is_repeated(&self, number: u32) -> bool {
+        let last = self.uses_of(number).last;
+        last != NEVER && self.at.saturating_sub(last) <= self.window().max(1)
+    }
+
+    /// Has a key be one of no plan: it is read when nothing is known of it any more.
+    fn disown(&mut self, key: &str, number: u32) {
+        let own = key.strip_prefix(&*self.folder).unwrap_or(key);
+        self.numbers.remove(&self.hash(own));
+        let next = self.uses_of(number).next;
+        while let Some(&(_, entry)) = self.by_use.range((next, 0)..=(next, u32::MAX)).next() {
+            self.leave(entry);
+        }
+    }
+
     fn read_planned(&mut self, number: u32) -> Course {
-        let (Uses { next, last }, window) = (self.uses_of(number), self.window());
-        let is_repeated = last != NEVER && self.at.saturating_sub(last) <= window.max(1);
-        if next > self.at && is_repeated {
+        let (Uses { next, .. }, window) = (self.uses_of(number), self.window());
+        if next > self.at && self.is_repeated(number) {
             // Another range of the same value, for example.
             return self.course();
         }
@@ -250,7 +307,9 @@ impl Plan {
 
     fn course(&self) -> Course {
         let most = (self.uses.len() / WRONG_PART).clamp(WRONG_FEW, WRONG_MOST);
-        let is_over = self.by_use.is_empty() || self.after > self.window() as usize;
+        let first = self.by_use.first();
+        let has_use = first.is_some_and(|(next, _)| is_use(*next));
+        let is_over = !has_use || self.after > self.window() as usize;
         if self.wrong > most {
             Course::Wrong
         } else if self.at as usize == self.len() && is_over {
@@ -273,8 +332,9 @@ impl Plan {
 
     /// A use of a key is over.
     fn pass(&mut self, number: u32, position: u32) {
-        let following = self.following.get(position as usize);
-        let next = following.copied().unwrap_or(NEVER);
+        let following = self.following.get(position as usize).copied();
+        let next = following.filter(|next| is_use(*next));
+        let next = next.unwrap_or_else(|| over(position));
         if let Some(uses) = self.uses.get_mut(number as usize) {
             uses.next = next;
         }
@@ -282,26 +342,20 @@ impl Plan {
         let of_key = (position, 0)..=(position, u32::MAX);
         while let Some(&(_, entry)) = self.by_use.range(of_key.clone()).next() {
             self.by_use.remove(&(position, entry));
-            if next == NEVER {
-                self.entries.remove(&entry);
-            } else {
-                self.by_use.insert((next, entry));
-            }
+            self.by_use.insert((next, entry));
         }
     }
 
-    /// An entry of a key is there; whether the key has a next use.
+    /// An entry of a key is there; whether the key is one of the plan.
     pub fn enter(&mut self, entry: u32, key: &str) -> bool {
-        let number = self.number(key);
-        let next = number.map_or(NEVER, |number| self.uses_of(number).next);
-        let Some(number) = number.filter(|_| next != NEVER) else {
+        let Some(number) = self.number(key) else {
             self.leave(entry);
             return false;
         };
         if self.entries.get(&entry) != Some(&number) {
             self.leave(entry);
             self.entries.insert(entry, number);
-            self.by_use.insert((next, entry));
+            self.by_use.insert((self.uses_of(number).next, entry));
         }
         true
     }
@@ -320,22 +374,23 @@ impl Plan {
         self.by_use.clear();
     }
 
-    /// Whether this is known to be an entry with a next use.
+    /// Whether this is known to be an entry of one of its keys.
     #[must_use]
     pub fn has(&self, entry: u32) -> bool {
         self.entries.contains_key(&entry)
     }
 
-    /// Entries with a next use.
+    /// Entries of its keys.
     #[must_use]
     pub fn entries(&self) -> usize {
         self.entries.len()
     }
 
-    /// The next use that is farthest, and its entry.
+    /// The entry that is needed last, and in how many reads.
     #[must_use]
-    pub fn farthest(&self) -> Option<(u32, u32)> {
-        self.by_use.last().copied()
+    pub fn farthest(&self) -> Option<(Distance, u32)> {
+        let (next, entry) = self.by_use.last().copied()?;
+        Some((self.distance(next), entry))
     }
 
     /// Whether the entries agree with their order; for tests.
@@ -345,7 +400,7 @@ impl Plan {
         self.entries.len() == self.by_use.len()
             && entries.all(|(entry, number)| {
                 let next = self.uses_of(*number).next;
-                next != NEVER && self.by_use.contains(&(next, *entry))
+                self.by_use.contains(&(next, *entry))
             })
     }
 }
@@ -389,13 +444,44 @@ mod tests {
         }
         assert_eq!(plan.farthest(), Some((2, 30)));
         read(&mut plan, 1);
-        assert_eq!(plan.farthest(), Some((3, 11)));
+        assert_eq!(plan.farthest(), Some((2, 11)));
         plan.leave(11);
-        assert_eq!(plan.farthest(), Some((3, 10)));
+        assert_eq!(plan.farthest(), Some((2, 10)));
         read(&mut plan, 2);
+        // What has no next use is not needed before the end.
         read(&mut plan, 3);
-        assert!(!plan.has(30));
-        assert_eq!(plan.entries(), 2);
+        assert_eq!(plan.farthest(), Some((2, 30)));
+        assert_eq!(
+            ["1", "3", "4"].map(|key| plan.need(key)),
+            [Some(0), Some(2), None]
+        );
+        assert_eq!(plan.entries(), 3);
+    }
+
+    #[test]
+    fn what_is_over_is_needed_as_late_as_its_last_use_lies_back() {
+        let mut plan = plan(0..6);
+        for key in 0..5 {
+            plan.enter(key, &key.to_string());
+            read(&mut plan, key as usize);
+        }
+        assert_eq!(plan.need("0"), Some(5));
+        assert_eq!(plan.need("4"), Some(1));
+        assert_eq!(plan.farthest(), Some((5, 0)));
+    }
+
+    #[test]
+    fn key_that_is_read_after_its_last_use_is_one_of_no_plan() {
+        let mut plan = plan([1, 2, 3, 4, 5]);
+        plan.enter(10, "1");
+        plan.enter(11, "1");
+        for key in 1..5 {
+            read(&mut plan, key);
+        }
+        assert_eq!(plan.need("1"), Some(4));
+        read(&mut plan, 1);
+        assert_eq!([plan.need("1"), plan.need("2")], [None, Some(3)]);
+        assert_eq!(plan.entries(), 0);
     }
 
     #[test]

@@ -175,6 +175,49 @@ async def test_reads_that_leave_out_what_others_read_follow_the_plan(eviction: s
     await check_quiet(store)
 
 
+# ----------------------------------------------------------------- beside what is in no plan
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("plan", ["each epoch", "all epochs"])
+async def test_hot_keys_beside_a_plan_stay(
+    cache: Store | CachePool, plan: str, eviction: str
+) -> None:
+    hot = range(COUNT, COUNT + 4)
+    store = CacheStore(
+        source_of(COUNT + 4), cache_store=cache, max_size=30 * SIZE, eviction=eviction
+    )
+    epochs = [shuffled(1, seed=seed) for seed in range(5)]
+    if plan == "all epochs":
+        store.will_read(keys_of([n for epoch in epochs for n in epoch]))
+    hits = hot_hits = 0
+    for epoch in epochs:
+        if plan == "each epoch":
+            store.will_read(keys_of(epoch))
+        for n in epoch:
+            hot_hits += await hits_of(store, [hot[n // 25]])
+            hits += await hits_of(store, [n])
+    # Each is read first once, and anew where a plan begins and nothing is known of it.
+    assert hot_hits >= 5 * COUNT - 4 * 2 * 5
+    assert hits >= 4 * 26 - 10
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+async def test_key_that_becomes_hot_beside_a_plan_comes_in_and_goes_again(eviction: str) -> None:
+    order = shuffled(6)
+    store = CacheStore(source_of(COUNT + 2), max_size=30 * SIZE, eviction=eviction)
+    store.will_read(keys_of(order))
+    hits = 0
+    for at, n in enumerate(order):
+        await hits_of(store, [n])
+        if 100 <= at < 200:
+            hits += await hits_of(store, [COUNT + at % 2])
+    assert hits >= 90
+    assert not {key_of(n) for n in (COUNT, COUNT + 1)} & set(stored_sizes(store))
+    await check_quiet(store)
+
+
 # --------------------------------------------------------------------------------- dropped
 
 
@@ -400,8 +443,8 @@ async def test_reads_of_other_sources_of_a_pool_neither_follow_nor_drop_a_plan(
         for n in range(COUNT):
             hits += await hits_of(planned, [n])
             assert plan_of(planned) == "followed" or n == COUNT - 1
-            await hits_of(other, [(n * 7) % COUNT])
-    # One value less fits where the other source has always one.
+            hits += await hits_of(other, [(n * 7) % COUNT])
+    # What either source holds is needed as late as what the other one holds.
     assert hits >= belady(loops(3), 49) - 2
     assert plan_of(planned) == "done"
     for store in (planned, other):
