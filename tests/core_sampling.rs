@@ -42,7 +42,7 @@ fn few_requests_are_all_kept_in_their_order() {
         (trace.requests, trace.rate, trace.has_slid),
         (500, 1.0, false)
     );
-    assert_eq!((sample.seed(), trace.dropped), (3, 0));
+    assert_eq!(sample.seed(), 3);
 }
 
 #[test]
@@ -89,16 +89,69 @@ fn of_few_keys_the_last_requests_are_kept_and_which_keys_came_before() {
             .all(|f| *f == FORMER | SEEN_BEFORE)
     );
     assert_eq!(trace.keys.len(), 100 + REQUESTS);
-    assert_eq!(trace.dropped, 100 * rounds + 1 - REQUESTS as u64);
-    assert_eq!(trace.dropped_first, 100);
-    assert_eq!(trace.requests, 100 * rounds + 1);
-    let last = trace.keys.len() - 1;
+    // The later half counts.
+    assert_eq!(trace.requests, REQUESTS as u64 / 2);
+    let (last, middle) = (trace.keys.len() - 1, 100 + REQUESTS / 2);
     assert_eq!((trace.keys[last], trace.flags[last]), (hash(100), HIT));
     assert!(
-        trace.flags[100..last]
+        trace.flags[100..middle]
+            .iter()
+            .all(|f| *f == HIT | SEEN_BEFORE | FORMER)
+    );
+    assert!(
+        trace.flags[middle..last]
             .iter()
             .all(|f| *f == HIT | SEEN_BEFORE)
     );
+}
+
+/// Whatever was asked for before, of keys that are sampled or not.
+#[test]
+fn requests_that_count_are_those_of_all_keys_since_the_first_of_them() {
+    let mut sample = Sample::new(0);
+    // Few of 100,000 keys are sampled in the end, ...
+    for key in (0..8).flat_map(|_| 0..100_000) {
+        request(&mut sample, key);
+    }
+    let mut keys: Vec<u64> = (0..100_000).collect();
+    keys.sort_unstable_by_key(|key| hash(*key));
+    let (some, others) = keys.split_at(50_000);
+    // ... of which 1,000 are all that is asked for now, each beside one that is not.
+    for (key, other) in (0..500).flat_map(|_| some[..1000].iter().zip(others)) {
+        request(&mut sample, *key);
+        request(&mut sample, *other);
+    }
+    let trace = sample.trace();
+    assert!(trace.has_slid && trace.rate < 0.2);
+    let counted = trace.flags.iter().filter(|f| **f & FORMER == 0).count() as u64;
+    assert_eq!(counted, REQUESTS as u64 / 2);
+    assert!(trace.requests.abs_diff(2 * counted) < counted / 100);
+}
+
+#[test]
+fn request_that_is_taken_back_was_none() {
+    let mut sample = Sample::new(0);
+    for (size, flags) in [(None, 0), (Some(7), HIT), (None, 0), (None, OUTDATED)] {
+        sample.count();
+        sample.push(hash(1), size, flags);
+    }
+    request(&mut sample, 2);
+    sample.retract(hash(1));
+    let trace = sample.trace();
+    assert_eq!(
+        (trace.requests, &trace.flags[..]),
+        (4, &[0, HIT, 0, HIT][..])
+    );
+    sample.retract(hash(1));
+    sample.retract(hash(1));
+    // A hit is never taken back, nor what was counted and is not there.
+    sample.retract(hash(1));
+    sample.retract(hash(3));
+    let trace = sample.trace();
+    assert_eq!((trace.requests, &trace.flags[..]), (2, &[HIT, HIT][..]));
+    // Its first request is the first that is left.
+    request(&mut sample, 1);
+    assert_eq!(sample.trace().keys, [1, 2, 1].map(hash));
 }
 
 #[test]
@@ -131,9 +184,10 @@ fn after_very_many_requests_the_oldest_are_forgotten_first() {
     let after = sample.trace();
     assert_eq!((after.rate, before.rate), (1.0, 1.0));
     assert_eq!(after.keys[..KEYS / 2], before.keys[KEYS / 2..]);
-    assert_eq!((after.keys.len(), after.dropped), (KEYS / 2 + 1, 0));
+    assert_eq!(after.keys.len(), KEYS / 2 + 1);
     assert!(after.has_slid);
-    assert!(after.requests < before.requests / 2 + 2);
+    // The later half of them counts, and the others count as even.
+    assert!(after.requests.abs_diff(1 << 25) < KEYS as u64);
 }
 
 #[test]
@@ -180,6 +234,7 @@ proptest! {
         for key in keys {
             request(&mut sample, key);
             sample.note_size(hash(key), 9);
+            sample.retract(hash(key + 1));
         }
         let trace = sample.trace();
         prop_assert_eq!(trace.keys.len(), trace.sizes.len());

@@ -326,19 +326,20 @@ class Index:
     def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
 
-    def sample(self) -> tuple[int, float, bool, int, int, int, bytes, bytes, bytes]:
+    def retract_request(self, key: str, raw: _Range, /) -> None:
+        """Take the last request of these bytes back out of the sample that was no hit: it is about no value."""
+
+    def sample(self) -> tuple[int, float, bool, int, bytes, bytes, bytes]:
         """The sampled requests of all views, and of all processes on a directory.
 
         Returns
         -------
         requests : int
-            Requests, sampled or not, since the sample was begun.
+            Requests, sampled or not, since the first one that counts.
         rate : float
             Part of all keys that is sampled, up to 1.
         has_slid : bool
             Whether there were sampled requests before the first one.
-        dropped, dropped_first : int
-            Sampled requests that are no longer there, and those among them that were the first of their key.
         unit : int
             Bytes of a block, of which an entry takes whole ones; 0 and 1 are the same.
         keys : bytes
@@ -347,7 +348,7 @@ class Index:
             The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
         flags : bytes
             2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, its key was
-            requested before the first of these requests; 0, it only stands for the first of them.
+            requested before the first of these requests; 0, it does not count and only fills a simulated cache.
         """
 
     def within(self, label: str, slices_like_python: bool, /) -> Index:

@@ -5,8 +5,8 @@ use pyo3::types::{PyBytes, PyTuple};
 
 use crate::sampling::{Sample, Trace, UNKNOWN};
 
-/// Requests, rate, whether it has slid, dropped, dropped first ones, unit; then keys, sizes (the
-/// greatest number where one is not known) and flags, as numbers in native byte order.
+/// Requests, rate, whether it has slid, unit; then keys, sizes (the greatest number where one is not
+/// known) and flags, as numbers in native byte order.
 pub(super) fn sample(
     py: Python<'_>,
     copy: Option<Box<Sample>>,
@@ -22,8 +22,6 @@ pub(super) fn sample(
         trace.requests,
         trace.rate,
         trace.has_slid,
-        trace.dropped,
-        trace.dropped_first,
         unit,
         keys,
         sizes,

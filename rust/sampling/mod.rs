@@ -6,6 +6,7 @@
 //! nearly the hits of the full one on all requests. Nothing is simulated here.
 
 mod known;
+mod marks;
 mod sample;
 mod trace;
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::known::{Known, UNKNOWN};
+use super::marks::Marks;
 use crate::key::ODD;
 
 /// Keys that are sampled at most. When there is one more, the threshold is lowered by a quarter.
@@ -23,6 +24,9 @@ const PLACES: usize = 2 * KEYS;
 /// thinned out any more: what was asked for months ago says little about now.
 const LONG: u64 = 1 << 26;
 
+/// Number of the first request where earlier ones are forgotten, and the ring is not full.
+const FORGOTTEN: u64 = 8192;
+
 /// Bits of a request in the ring that number its key.
 pub(super) const NUMBER: u16 = KEYS as u16 - 1;
 const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
@@ -30,7 +34,9 @@ const _: () = assert!(KEYS.is_power_of_two() && KEYS <= 1 << 14);
 pub const OUTDATED: u16 = 1 << 14;
 /// Flag of a request: it was a hit.
 pub const HIT: u16 = 1 << 15;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x01");
+/// Both flags of a request: it was taken back.
+pub(super) const RETRACTED: u16 = OUTDATED | HIT;
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x02");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -48,15 +54,15 @@ pub struct Sample {
     pub(super) requests: u64,
     pub(super) inverse: u64,
     /// Sampled requests up to now; each has this number as its place in the ring.
-    end: u64,
-    /// Those before this one are forgotten.
-    pub(super) base: u64,
+    pub(super) end: u64,
     /// Keys in `known`.
     pub(super) keys: u32,
     /// Requests in the ring, the last ones before `end`.
     len: u32,
     /// Keys and requests that there is room for: a file grows with its use.
     rooms: [u32; 2],
+    /// When the sampled requests were made, as numbers of all requests.
+    pub(super) marks: Marks,
     /// Numbers of keys plus one, by the low bits of their hashes.
     table: [u16; PLACES],
     pub(super) known: [Known; KEYS],
@@ -150,7 +156,7 @@ impl Sample {
         self.seed = seed;
         self.threshold = u64::MAX;
         (self.requests, self.inverse) = (0, !0);
-        (self.end, self.base, self.keys, self.len) = (0, 0, 0, 0);
+        (self.end, self.keys, self.len) = (0, 0, 0);
         self.check = self.checksum();
     }
 
@@ -165,7 +171,6 @@ impl Sample {
             && self.rooms[1] as usize <= REQUESTS
             && (self.keys <= self.rooms[0] && self.len <= self.rooms[1])
             && u64::from(self.len) <= self.end
-            && self.base <= self.start()
     }
 
     fn checksum(&self) -> u64 {
@@ -219,8 +224,16 @@ impl Sample {
         let Some(number) = self.find(hash).or_else(|| self.add(hash)) else {
             return;
         };
+        if let Some(known) = self.known.get_mut(usize::from(number))
+            && known.first > self.end
+        {
+            known.first = self.end;
+        }
         if let Some(size) = size {
             self.set_size(number, size);
+        }
+        if Marks::has(self.end) {
+            self.marks.set(self.end, self.requests.wrapping_sub(1));
         }
         if let Some(place) = self.ring.get_mut(self.end as usize % REQUESTS) {
             *place = number | flags & (OUTDATED | HIT);
@@ -229,9 +242,39 @@ impl Sample {
         self.len = self.len.saturating_add(1).min(REQUESTS as u32);
     }
 
-    /// The number of the oldest request in the ring.
+    /// Takes a request back that was counted and was no hit, the last one of its key: it is about no value.
+    pub fn retract(&mut self, hash: u64) {
+        self.requests = self.requests.saturating_sub(1);
+        self.inverse = !self.requests;
+        let Some(number) = self.find(hash).filter(|_| self.has(hash)) else {
+            return;
+        };
+        let len = u64::from(self.len).min(REQUESTS as u64);
+        for place in (self.end.saturating_sub(len)..self.end).rev() {
+            if let Some(request) = self.ring.get_mut(place as usize % REQUESTS)
+                && (*request & NUMBER, *request & HIT) == (number, 0)
+            {
+                *request |= RETRACTED;
+                if let Some(known) = self.known.get_mut(usize::from(number))
+                    && known.first == place
+                {
+                    known.first = u64::MAX;
+                }
+                return;
+            }
+        }
+    }
+
+    /// The number of the oldest request in the ring; 0 where none is forgotten.
     pub(super) fn start(&self) -> u64 {
-        self.end.saturating_sub(self.len.into())
+        let start = self.end.saturating_sub(self.len.into());
+        // A process that was killed may have numbered a request that it had not counted.
+        let is_full = self.len >= REQUESTS as u32;
+        if is_full || start >= FORGOTTEN {
+            start
+        } else {
+            0
+        }
     }
 
     /// Notes the size of a key, if it is sampled and was requested.
@@ -297,10 +340,11 @@ impl Sample {
         self.check = 0;
         let few = (KEYS - KEYS / 8) as u32;
         if self.requests >= LONG {
-            self.requests /= 2;
+            let gone = self.requests - self.requests / 2;
+            self.requests -= gone;
             self.inverse = !self.requests;
+            self.marks.shift(gone);
             self.len -= self.len / 2;
-            self.base = self.start();
             self.keep(true);
         }
         while self.keys > few || self.keys > FEW_KEYS && self.len >= REQUESTS as u32 {
@@ -313,16 +357,17 @@ impl Sample {
     /// Keeps the keys up to the threshold, those in the ring only if so asked, and their requests.
     fn keep(&mut self, requested: bool) {
         let before = self.keys.min(KEYS as u32);
-        let (base, start) = (self.base, self.start());
-        let ring: Vec<u16> = self.in_order().collect();
+        let start = self.start();
+        let ring: Vec<(u64, u16)> = self.in_order().collect();
+        let (marks, end) = (self.marks, self.end);
+        let made_before = |number, requests| marks.made_before(number, end, requests);
         let mut is_requested = vec![!requested; KEYS];
-        for request in &ring {
+        for (_, request) in &ring {
             if let Some(is) = is_requested.get_mut(usize::from(request & NUMBER)) {
                 *is = true;
             }
         }
-        // Numbers are counted anew: what is forgotten comes before `base`, then comes what has left the ring,
-        // which is thinned out as the keys are.
+        // Numbers are counted anew.
         let mut renumbered = vec![None; KEYS];
         self.table.fill(0);
         self.keys = 0;
@@ -335,8 +380,7 @@ impl Sample {
                 continue;
             }
             known.first = match known.first {
-                first if first < base => 0,
-                first if first < start => u64::from(base > 0),
+                first if first < start => 0,
                 _ => u64::MAX,
             };
             if let Some(place) = self.known.get_mut(usize::from(number)) {
@@ -348,16 +392,20 @@ impl Sample {
                 *new = Some(number);
             }
         }
-        self.base = u64::from(base > 0);
-        let gone = (start.saturating_sub(base)).saturating_mul(self.keys.into())
-            / u64::from(before.max(1));
-        self.end = self.base + gone.max(u64::from(start > base));
+        self.end = if start > 0 { FORGOTTEN } else { 0 };
         self.len = 0;
-        for request in ring {
+        self.marks.set(self.end, made_before(start, self.requests));
+        for (old, request) in ring {
             let new = renumbered.get(usize::from(request & NUMBER)).copied();
             let Some(number) = new.flatten() else {
                 continue;
             };
+            if request & RETRACTED == RETRACTED {
+                continue;
+            }
+            if Marks::has(self.end) {
+                self.marks.set(self.end, made_before(old, self.requests));
+            }
             if let Some(known) = self.known.get_mut(usize::from(number)) {
                 known.first = known.first.min(self.end);
             }
@@ -369,10 +417,10 @@ impl Sample {
         }
     }
 
-    /// The requests in the ring, oldest first.
-    pub(super) fn in_order(&self) -> impl Iterator<Item = u16> {
+    /// The requests in the ring with their numbers, oldest first.
+    pub(super) fn in_order(&self) -> impl Iterator<Item = (u64, u16)> {
         let len = (self.len as usize).min(REQUESTS) as u64;
-        let numbers = self.end.wrapping_sub(len)..self.end.max(len);
-        numbers.filter_map(|n| self.ring.get(n as usize % REQUESTS).copied())
+        let numbers = self.end.saturating_sub(len)..self.end;
+        numbers.filter_map(|n| Some((n, *self.ring.get(n as usize % REQUESTS)?)))
     }
 }

@@ -1,32 +1,28 @@
 //! What a sample holds, as a series of requests.
 
-use super::known::Known;
-use super::sample::{HIT, NUMBER, OUTDATED, Sample};
+use super::sample::{HIT, NUMBER, OUTDATED, RETRACTED, Sample};
 
 /// Flag of a request in a [`Trace`]: its key was requested before the first one in the ring.
 pub const SEEN_BEFORE: u16 = 2;
-/// Flag in a [`Trace`] of what stands for the first request of such a key. These come first, in their order,
-/// so that a simulation does not begin with an empty cache.
+/// Flag in a [`Trace`] of what only fills a simulated cache, before the requests that count: where the
+/// beginning is forgotten, these are first the keys that were requested then, in their order, and then the
+/// earlier half of the requests that are left.
 pub const FORMER: u16 = 1;
 
 /// What a sample holds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Trace {
-    /// Requests, sampled or not, since the sample was begun.
+    /// Requests, sampled or not, since the first one that counts.
     pub requests: u64,
     /// Part of all keys that is sampled.
     pub rate: f64,
     /// Whether there were requests before the first one.
     pub has_slid: bool,
-    /// Sampled requests that are no longer here, and those that were the first of their key.
-    pub dropped: u64,
-    /// See `dropped`.
-    pub dropped_first: u64,
     /// For each sampled request, oldest first, what stands for its key,
     pub keys: Vec<u64>,
     /// its bytes, or [`UNKNOWN`](super::UNKNOWN),
     pub sizes: Vec<u64>,
-    /// and [`OUTDATED`], [`HIT`] and [`SEEN_BEFORE`].
+    /// and [`OUTDATED`], [`HIT`], [`SEEN_BEFORE`] and [`FORMER`].
     pub flags: Vec<u16>,
 }
 
@@ -34,14 +30,11 @@ impl Sample {
     /// What it holds. What is damaged is left out.
     #[must_use]
     pub fn trace(&self) -> Trace {
-        let (base, start) = (self.base, self.start());
+        let start = self.start();
         let known = self.known.get(..self.keys as usize).unwrap_or_default();
-        let has_left = |known: &&Known| (base..start).contains(&known.first);
         let mut trace = Trace {
             rate: self.rate(),
             has_slid: start > 0,
-            dropped: start.saturating_sub(base),
-            dropped_first: known.iter().filter(has_left).count() as u64,
             ..Trace::default()
         };
         for known in known.iter().filter(|known| known.first < start) {
@@ -51,24 +44,40 @@ impl Sample {
                 trace.flags.push(SEEN_BEFORE | FORMER);
             }
         }
-        let former = trace.keys.len();
-        for request in self.in_order() {
+        let counted_from = match start {
+            0 => 0,
+            start => start.saturating_add(self.in_order().count() as u64 / 2),
+        };
+        let mut counted = 0;
+        for (at, request) in self.in_order() {
             let known = known.get(usize::from(request & NUMBER));
-            if let Some(known) = known.filter(|known| known.is_sound()) {
+            if let Some(known) = known.filter(|known| known.is_sound())
+                && request & RETRACTED != RETRACTED
+            {
                 trace.keys.push(known.hash);
                 trace.sizes.push(known.size());
                 let seen = if known.first < start { SEEN_BEFORE } else { 0 };
-                trace.flags.push(request & (OUTDATED | HIT) | seen);
+                let former = if at < counted_from { FORMER } else { 0 };
+                trace.flags.push(request & (OUTDATED | HIT) | seen | former);
+                counted += u64::from(former == 0);
             }
         }
-        let sampled = trace
-            .dropped
-            .saturating_add((trace.keys.len() - former) as u64);
         trace.requests = if self.requests == !self.inverse {
-            self.requests.max(sampled)
+            self.requests_since(counted_from).max(counted)
         } else {
-            (sampled as f64 / trace.rate) as u64
+            (counted as f64 / trace.rate) as u64
         };
         trace
+    }
+
+    /// Requests, sampled or not, from a sampled one on.
+    fn requests_since(&self, number: u64) -> u64 {
+        match number {
+            0 => self.requests,
+            number => {
+                let before = self.marks.made_before(number, self.end, self.requests);
+                self.requests.wrapping_sub(before)
+            }
+        }
     }
 }

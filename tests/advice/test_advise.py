@@ -136,6 +136,32 @@ def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
     assert f"source requests ({eviction})" in str(advice)
 
 
+@pytest.mark.parametrize("hot", [300, 40])
+def test_advice_once_the_work_has_changed_is_about_the_latest_requests(hot: int) -> None:
+    """Of few keys, whose first requests are forgotten."""
+    store = store_of(1000, max_size=500 * SIZE)
+    rng = np.random.default_rng(4)
+    keys = [*list(range(1000)) * 20, *rng.integers(0, hot, 140_000).tolist()]
+    # Of a key that was forgotten, and is requested late.
+    keys[-1] = 900
+    read_keys(store, keys)
+    advice = store.advise()
+    assert (advice.requests, advice.sampled_requests) == (65_536, 65_536)
+    assert advice.only_latest
+    assert str(advice).startswith("The latest 65,536 requests (all of them). Earlier ones are forg")
+    assert "The latest 65,536 requests" in advice._repr_html_()
+    misses = 65_536 * (1 - advice.hit_ratio)
+    assert misses < 2
+    # It had been requested before, so it is not cold, but whether it had stayed no one knows.
+    assert (advice.best_hit_ratio, advice.cold_share) == (1.0, 0.0)
+    assert advice.curves["lru"].error[8] == pytest.approx(1 / 65_536)
+    assert not advice.curves["lru"].error[-1]
+    least = lru_hits(keys, dict.fromkeys(range(1000), SIZE), 1000)
+    before = lru_hits(keys[:-65_536], dict.fromkeys(range(1000), SIZE), 1000)
+    at_least = store.advise(sizes=[1000]).curves["lru"].hit_ratio[0]
+    assert at_least == pytest.approx((least - before) / 65_536, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     rng = np.random.default_rng(2)

@@ -33,7 +33,7 @@ class Curve:
         Bytes that the source would have sent.
     error : array of float, shape (sizes,)
         Two standard deviations of `hit_ratio`, either way, because only some keys were looked at: the truth lay
-        within 97 times of 100 in the benches. 0 where all were.
+        within 97 times of 100 in the benches. 0 where all were, unless `Advice.only_latest`.
     """
 
     hit_ratio: NDArray[np.float64]
@@ -58,8 +58,10 @@ class Advice:
     reason : str
         Why there is no advice; "" where there is.
     requests : int
-        Requests that it is about: reads of values that the source has, without those of keys that were known to
-        be missing.
+        Requests that it is about: reads of values that the source has.
+    only_latest : bool
+        Whether these are only the latest ones, because the sample has forgotten how the others went. All other
+        fields are about these as well.
     sampled_requests : int
         How many of them were looked at.
     sampling_rate : float
@@ -93,6 +95,7 @@ class Advice:
 
     reason: str = ""
     requests: int = 0
+    only_latest: bool = False
     sampled_requests: int = 0
     sampling_rate: float = 1.0
     max_size: int = 0
@@ -209,13 +212,11 @@ class Advice:
     def _sentences(self) -> list[str]:
         size = size_text(self.max_size)
         of = "all of them" if self.sampling_rate >= 1 else f"from {self.sampled_requests:,} sampled"
+        about = f"{self.requests:,} requests ({of})."
+        if self.only_latest:
+            about = f"The latest {about} Earlier ones are forgotten."
         bound = "max_size" if self.is_bounded else "no max_size, and in use"
-        told = [
-            (
-                f"{self.requests:,} requests ({of}). Now: {bound} {size}, {self.policy}, hit ratio "
-                f"{self.hit_ratio:.2f}."
-            )
-        ]
+        told = [(f"{about} Now: {bound} {size}, {self.policy}, hit ratio {self.hit_ratio:.2f}.")]
         if self.smallest_size is None:
             told.append(
                 f"More than {size_text(self.sizes[-1])} would take {self.policy} to 90 % of what can be had "

@@ -157,6 +157,7 @@ def advise(
     best_possible = estimator.best()
     return Advice(
         requests=round(trace.requests),
+        only_latest=trace.has_slid,
         sampled_requests=count,
         sampling_rate=trace.rate,
         max_size=base,

@@ -37,7 +37,7 @@ class Estimator:
     Attributes
     ----------
     cold : float
-        Part of all requests that are the first ones of their keys.
+        Part of the requests that count that are the first ones of their keys.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -53,21 +53,19 @@ class Estimator:
         self._may_hit = ~is_cold & ~trace.outdated
         costs = trace.costs()
         self._keys, self._sizes = self._key.astype(np.uint64).tobytes(), costs.tobytes()
-        # Where the beginning is missing, the first half fills the simulated caches.
-        made = n - trace.former
-        self._counted = np.arange(n) >= (trace.former + made // 2 if trace.has_slid else 0)
+        self._counted = np.arange(n) >= trace.former
         self._all = self._per_key(self._counted)
         self._squares = float(np.square(self._all).sum())
         kept = float(self._all.sum())
-        in_sample = trace.dropped + made
-        surplus = trace.requests * trace.rate - in_sample
-        self._missing = surplus * kept / in_sample if in_sample else 0.0
+        self._missing = trace.requests * trace.rate - kept
         by_chance = sqrt((1 - trace.rate) * self._squares)
         self._alike, self._alike_variance = _part_of_chance(self._missing, by_chance)
         self._total = max(kept + self._missing, 1.0)
-        self._cold_counted = float(is_cold[self._counted].sum())
-        first_ones = trace.dropped_first + float(is_cold.sum())
-        self.cold = min(1.0, first_ones / max(in_sample + surplus, 1.0))
+        self.cold = min(1.0, float(is_cold[self._counted].sum()) / self._total)
+        # Of a key that was requested before all that is left, and since then not in the half that fills the
+        # caches: no one knows which others were requested in between.
+        before, seen = self._per_key(~self._counted), trace.seen_before[np.sort(first)]
+        self._guessed = float(((before == 1) & seen & (self._all > 0)).sum()) / self._total
         bytes_of_keys = costs[first].astype(float)
         whole = bytes_of_keys.sum()
         #: Relative standard deviation of the bytes of all sampled keys.
@@ -103,6 +101,8 @@ class Estimator:
         found = np.frombuffer(simulate(policy, capacity, self._keys, self._sizes), bool)
         hits = found & self._may_hit
         ratio, deviation = self._ratio(hits)
+        if size < self.footprint:
+            deviation += self._guessed
         missed = self.trace.sizes[self._counted & ~hits]
         return ratio, deviation, float(missed.mean()) if len(missed) else 0.0
 
@@ -130,12 +130,7 @@ class Estimator:
         variance = (1 - self.trace.rate) * float(np.square(rest).sum())
         variance += self._alike_variance * (1 - slope) ** 2
         deviation = sqrt(variance) / self._total
-        if self.trace.has_slid:
-            # Of the requests that are gone, only their number is known, and that of the first ones.
-            ratio = hit / max(self._total - self._cold_counted, 1.0) * (1 - self.cold)
-        else:
-            ratio = hit / self._total
-        return min(max(ratio, 0.0), 1.0), _DEVIATIONS * deviation
+        return min(max(hit / self._total, 0.0), 1.0), _DEVIATIONS * deviation
 
 
 def _part_of_chance(missing: float, deviation: float) -> tuple[float, float]:

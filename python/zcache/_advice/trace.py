@@ -36,15 +36,14 @@ class Trace:
     seen_before : array of bool, shape (n,)
         Of which the key was requested before the first of these.
     former : int
-        How many of these, at the beginning, only stand for keys that were requested before, in their order.
+        How many of these, at the beginning, only fill the simulated caches and do not count: where earlier requests
+        are forgotten, one for each key of those, in their order, and then half of the requests that are left.
     rate : float
         Part of all keys that this is about, above 0 and up to 1.
     requests : float
-        Requests of all keys, of which these are a sample.
+        Requests of all keys, of which those that count are a sample.
     has_slid : bool
         Whether there were requests before the first of these.
-    dropped, dropped_first : int
-        Requests before the first of these that count, and those of them that were the first of their key.
     unit : int
         Bytes of a block of the cache store; 0 and 1 are the same.
     header : int
@@ -64,8 +63,6 @@ class Trace:
     rate: float
     requests: float
     has_slid: bool
-    dropped: int
-    dropped_first: int
     unit: int
     header: int
     beside: int
@@ -84,15 +81,15 @@ class Trace:
 
 def sampled(index: Index, header: int = 0) -> Trace:
     """The sample of an index, of all processes that share it."""
-    requests, rate, has_slid, dropped, dropped_first, unit, *columns = index.sample()
+    requests, rate, has_slid, unit, *columns = index.sample()
     keys = np.frombuffer(columns[0], np.uint64)
     sizes = np.frombuffer(columns[1], np.uint64)
     flags = np.frombuffer(columns[2], np.uint16)
     known = sizes != UNKNOWN
-    # What the source does not have, say, is no request, and is as frequent among those that are not sampled.
+    # What is left out for that is as frequent among those that are not sampled.
     former = _has(flags, _FORMER)
-    total = dropped + int((~former).sum())
-    share = (dropped + int((known & ~former).sum())) / total if total else 1.0
+    total = int((~former).sum())
+    share = int((known & ~former).sum()) / total if total else 1.0
     trace = Trace(
         keys=keys[known],
         sizes=sizes[known],
@@ -103,8 +100,6 @@ def sampled(index: Index, header: int = 0) -> Trace:
         rate=rate,
         requests=requests * share,
         has_slid=has_slid,
-        dropped=dropped,
-        dropped_first=dropped_first,
         unit=unit,
         header=header,
         beside=0,
@@ -150,8 +145,6 @@ def complete(
         rate=1.0,
         requests=float(len(keys)),
         has_slid=False,
-        dropped=0,
-        dropped_first=0,
         unit=unit,
         header=header,
         beside=beside,
