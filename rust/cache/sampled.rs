@@ -1,7 +1,7 @@
 //! The requests that are sampled, for those who ask how large the cache should be.
 //!
 //! A request is about the entry that serves it, or would: a range of a value that is cached as a whole is
-//! one of the whole. What is known to be missing is no request.
+//! one of the whole. What the source does not have is no request: one that finds that out is taken back.
 
 use super::cache::{Cache, Freshness};
 use super::peers::Peers;
@@ -86,6 +86,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         };
         if let Some(sample) = self.sample_mut() {
             sample.push(hash, None, flags);
+        }
+    }
+
+    /// Takes back the last request of this key and range that was no hit: the source has no such
+    /// key.
+    pub fn retract_sampled(&mut self, key: &str, range: ByteRange) {
+        if S::EXCLUSIVE && self.own_sample.is_none() || !key::is_cacheable(key) {
+            return;
+        }
+        if let Some(hash) = self.sampled_hash(key, range)
+            && let Some(sample) = self.sample_mut()
+        {
+            sample.retract(hash);
         }
     }
 

@@ -914,6 +914,15 @@ impl Index {
         sample(py, copy, unit)
     }
 
+    #[pyo3(signature = (key, raw, /))]
+    fn retract_request(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<()> {
+        let (key, span) = (&*self.whole(key), span(raw)?);
+        step!(self, py, |cache| {
+            cache.retract_sampled(key, span);
+            Ok(())
+        })
+    }
+
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
         let stats = self.tally.stats();
         (

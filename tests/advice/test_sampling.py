@@ -13,6 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import INDEX, closed, complete, open_store
+from pools import CACHES
 from support import PROTOTYPE, buf, check_quiet, read, read_through, threads, value_sync
 from zcache import CacheStore, OptionTypeError
 from zcache._advice.trace import Trace, sampled
@@ -21,6 +22,8 @@ from zcache.testing._internals import ask
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from zarr.abc.store import ByteRequest
 
 
 def trace_of(store: CacheStore) -> Trace:
@@ -52,6 +55,34 @@ async def test_reads_of_what_the_source_does_not_have_are_no_requests() -> None:
             await read(store, key)
     trace = trace_of(store)
     assert (len(trace.keys), trace.requests) == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+async def test_read_that_finds_a_value_gone_is_no_request(tmp_path: Path, kind: str) -> None:
+    """Though the size that the value had is known."""
+    store = CacheStore(source_of(3), cache_store=CACHES[kind](tmp_path / "cache"), source_id="here")
+    # What is read before the index is open is not sampled.
+    assert not len(trace_of(store).keys)
+    wanted: list[tuple[str, ByteRequest | None]] = [(f"a/c/{number}", None) for number in range(3)]
+    await store.get_partial_values(PROTOTYPE, wanted)
+    for key, _ in wanted:
+        await store.delete(key)
+    assert await read(store, "a/c/0") is None
+    assert await store.get_partial_values(PROTOTYPE, wanted) == [None] * 3
+    trace = trace_of(store)
+    assert (len(trace.keys), trace.requests) == (3, 3)
+    assert not trace.hits.any()
+
+
+async def test_readers_who_wait_for_what_is_gone_make_no_requests(clock: FakeClock) -> None:
+    source = source_of(1)
+    store = CacheStore(StoreDouble(source), max_age_seconds=5, clock=clock)
+    await read(store, "a/c/0")
+    clock.advance(10)
+    await source.delete("a/c/0")
+    assert await asyncio.gather(*(read(store, "a/c/0") for _ in range(4))) == [None] * 4
+    trace = trace_of(store)
+    assert (len(trace.keys), trace.requests) == (1, 1)
 
 
 async def test_writes_are_no_requests() -> None:

@@ -158,7 +158,7 @@ class Batch:
                 hits.retract_miss(*asked)
                 is_answer, value = await hits.cached(self._io, asked[0], self._prototype, asked[1])
             if not is_answer and await hits.is_ruled_out(self._io, asked[0]):
-                hits.recount_as_negative_hit()
+                hits.recount_as_negative_hit(*asked)
                 is_answer = True
             if is_answer:
                 found.append((number, value))
@@ -222,7 +222,7 @@ class Batch:
                 if check is not None:
                     self._checks[key] = check
                 if value is not None:
-                    self._reader.hits.hook.brought(*asked, len(value), hit=True)
+                    self._reader.hits.brought(*asked, len(value), hit=True)
                     flight.deliver(freeze(value)[0])
                     self._close(number)
                     same.append((number, value))
@@ -380,7 +380,7 @@ class Batch:
             asked = self._asked[number]
             assert asked is not None
             reader = self._reader
-            reader.hits.hook.brought(*asked, None if found is None else len(found))
+            reader.hits.brought(*asked, None if found is None else len(found))
             if found is None:
                 await reader.deliver_absence(self._io, asked[0], ticket, flight)
                 del self._leads[number]

@@ -397,13 +397,23 @@ class Hits:
         """Count a miss as a hit: a value on its way into the cache store has served it."""
         self._reads.recount_as_hit()
 
-    def recount_as_negative_hit(self) -> None:
+    def recount_as_negative_hit(self, key: str, byte_range: ByteRange | None) -> None:
         """Count a miss as a negative hit: an absence has answered it after all."""
         self._reads.recount_as_negative_hit()
+        self.brought(key, byte_range, None)
 
     def recount_negative_as_miss(self) -> None:
         """Count a negative hit as a miss: only the source knows what its answer is."""
         self._reads.recount_negative_as_miss()
+
+    def brought(
+        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool = False
+    ) -> None:
+        """Tell of the bytes that a miss has brought after all; None where there is no such key."""
+        if size is None and self._sampling:
+            # Reads of what the source does not have are no requests.
+            self.handle.call_later(ignore, Index.retract_request, key, byte_range)
+        self.hook.brought(key, byte_range, size, hit=hit)
 
 
 def _is_complete(index: Index) -> bool:

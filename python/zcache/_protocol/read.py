@@ -167,7 +167,7 @@ class Reader:
             if is_answer:
                 return value
         if await self.hits.is_ruled_out(io, key):
-            self.hits.recount_as_negative_hit()
+            self.hits.recount_as_negative_hit(key, byte_range)
             return None
         raise miss(key)
 
@@ -293,7 +293,7 @@ class Reader:
             # From where it was raised: it would else collect the frames of all who wait.
             raise other.error.with_traceback(other.trace)
         if other.data is None:
-            self.hits.hook.brought(key, byte_range, None)
+            self.hits.brought(key, byte_range, None)
             return True, None
         part = self._part(other.data, whole, byte_range)
         if part is None:
@@ -301,7 +301,7 @@ class Reader:
         if is_pending:
             # On its way into the cache store: served by the cache, not by the source.
             self.hits.recount_as_hit()
-        self.hits.hook.brought(key, byte_range, len(part), hit=is_pending)
+        self.hits.brought(key, byte_range, len(part), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
 
     async def _join(
@@ -368,9 +368,7 @@ class Reader:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
-            self.hits.hook.brought(
-                key, byte_range, None if data is None else len(data), hit=is_cached
-            )
+            self.hits.brought(key, byte_range, None if data is None else len(data), hit=is_cached)
             if is_cached:
                 flight.deliver(data)
             elif data is None:

@@ -88,14 +88,14 @@ class StaleValues:
         if found is None:
             return False, None
         if found is ABSENT:
-            hits.recount_as_negative_hit()
+            hits.recount_as_negative_hit(key, byte_range)
             self.note(error)
             return True, None
         # What could not be read is counted as a miss again.
         hits.recount_as_hit()
         value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
         if value is not None:
-            hits.hook.brought(key, byte_range, len(value), hit=True)
+            hits.brought(key, byte_range, len(value), hit=True)
             self.note(error)
         return value is not None, value
 
