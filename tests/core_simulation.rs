@@ -235,3 +235,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn simulation_of_empty_values_holds_as_many_as_the_bound_has_bytes() {
+    for policy in [PolicyKind::Lru, PolicyKind::None] {
+        let trace = || passes(400, 3).map(|key| (key, 0));
+        let empty = misses_of(policy, 100, trace());
+        let of_one_byte = misses(policy, 100, passes(400, 3));
+        assert!((empty - of_one_byte).abs() < 1e-9, "{empty} {of_one_byte}");
+        assert!((misses_of(policy, 0, trace()) - 1.0).abs() < 1e-9);
+    }
+    // They take no room from others.
+    let mixed = passes(100, 3).map(|key| (key, key % 2));
+    assert!((misses_of(PolicyKind::Lru, 100, mixed) - 1.0 / 3.0).abs() < 1e-9);
+}

@@ -46,16 +46,14 @@ impl Simulation {
             self.policy.touch(&mut keys, entry)?;
             return Ok(true);
         }
-        if size > self.capacity {
+        if size > self.capacity || self.capacity == 0 {
             return Ok(false);
         }
         let newcomer = Newcomer { hash: key, size };
-        if keys.totals().1.saturating_add(size) > self.capacity
-            && !self.policy.admits(&mut keys, newcomer)?
-        {
+        if !has_room(&keys, size, self.capacity) && !self.policy.admits(&mut keys, newcomer)? {
             return Ok(false);
         }
-        while keys.totals().1.saturating_add(size) > self.capacity {
+        while !has_room(&keys, size, self.capacity) {
             let Some(victim) = self.policy.victim(&mut keys)? else {
                 return Ok(false);
             };
@@ -98,4 +96,12 @@ impl Simulation {
         keys.validate()?;
         self.policy.validate(&keys)
     }
+}
+
+/// Whether a value may come in: a bound of so many bytes is one of so many entries as well, for those without
+/// bytes are not free.
+fn has_room(keys: &Keys<'_>, size: u64, capacity: u64) -> bool {
+    let (entries, bytes) = keys.totals();
+    let is_crowded = size == 0 && entries >= capacity;
+    !is_crowded && bytes.saturating_add(size) <= capacity
 }
