@@ -139,6 +139,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             newcomer: Newcomer {
                 hash: self.arena.hash_of_name(key, range),
                 size,
+                room: 0,
+                is_alone: false,
             },
             // What takes the place of its own older value has been admitted before.
             is_admitted: replaced.map(|_| true),
@@ -252,6 +254,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
             return Ok(Self::await_evictions(id, reservation, victims));
         }
+        reservation.candidate.newcomer.is_alone = self.is_alone(reservation);
         let taken = self.taken();
         // A bound of so many bytes is one of so many entries as well: those without bytes are not free.
         let crowded = reservation.cost == 0 && self.arena.header().entries >= bound;
@@ -277,10 +280,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
         let need = self.need(&reservation.key);
+        // What is above the bound goes whatever the policy says.
+        let room = missing.saturating_sub(freed.max(excess));
+        reservation.candidate.newcomer.room = self.value_bytes(room, reservation.size);
         while (freed < missing || crowded && victims.is_empty()) && victims.len() < BATCH {
             // After a delete has failed, look for other victims: one entry that cannot be deleted
             // must not keep everything else out.
-            // What is above the bound goes whatever the policy says.
             let is_above = freed < excess;
             let failed = reservation.failures == 0;
             let candidate = Some(&mut reservation.candidate);
@@ -299,6 +304,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
         Ok(Self::await_evictions(id, reservation, victims))
+    }
+
+    /// Bytes of values that take so many bytes of the cache store, if all of them are of this size.
+    fn value_bytes(&self, room: u64, size: u64) -> u64 {
+        let cost = self.arena.header().cost(size).max(1);
+        (u128::from(room) * u128::from(size) / u128::from(cost)) as u64
+    }
+
+    /// Whether this is the only value on its way in.
+    fn is_alone(&self, reservation: &Reservation) -> bool {
+        let header = self.arena.header();
+        header.in_progress == [0; 2] && header.reserved_bytes == reservation.reserved
     }
 
     fn await_evictions(id: u64, reservation: &mut Reservation, victims: Vec<Victim>) -> Reserve {

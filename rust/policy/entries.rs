@@ -16,10 +16,6 @@ pub trait Entries {
     fn state_mut(&mut self) -> &mut PolicyState;
     /// Number of entries, and their bytes.
     fn totals(&self) -> (u64, u64);
-    /// Whether values are on their way in: they have room already, and are in no list.
-    fn is_filling(&self) -> bool {
-        false
-    }
     /// Bytes of an entry.
     fn size(&self, entry: u32) -> Result<u64>;
     /// Hash of the name of an entry, the same for each entry of that name.
@@ -127,10 +123,6 @@ impl<S: Storage> Entries for Arena<S> {
     fn totals(&self) -> (u64, u64) {
         let header = self.header();
         (header.live_entries, header.live_bytes)
-    }
-    fn is_filling(&self) -> bool {
-        let header = self.header();
-        header.in_progress != [0; 2] || header.reserved_bytes != 0
     }
     fn size(&self, entry: u32) -> Result<u64> {
         self.get(entry)?.size()

@@ -19,6 +19,9 @@ const ASTRAY: f64 = 2.0;
 /// Requests for each key of a simulation after a change, or after the cache was renewed, before it can be compared with
 /// it.
 const SETTLED: f64 = 2.0;
+/// Misses for each key of a simulation since the last change of the rule before it can be compared with it: what the
+/// cache holds becomes what the rule would keep only as it misses.
+const TURNOVER: f64 = 1.0;
 /// Requests for each key of a simulation within which the cache is renewed.
 const RENEWAL: f64 = 1.0;
 /// The most that a change of the rule takes, in deviations. With twice as many a rule that has come to serve nothing
@@ -129,8 +132,9 @@ impl Evidence {
         let since = self
             .requests
             .saturating_sub(self.changed.max(self.renews_until)) as f64;
+        let missed = self.own > TURNOVER * keys * least;
         let most = ASTRAY * at(&self.costs, current) + BEHIND * self.deviation(current, least);
-        since > SETTLED * keys && self.missed > most
+        since > SETTLED * keys && missed && self.missed > most
     }
 
     /// Whether the cache lets go of what it holds, so that what is asked for now gets in. Another rule would not help:

@@ -176,12 +176,14 @@ impl<'a> Learner<'a> {
         let own = simulated.state_mut();
         (own.minimise, own.request_bytes) = (state.minimise, state.request_bytes);
         let size = simulated.size(key)?;
+        let wanted = simulated.totals().1.saturating_add(size);
         let newcomer = Newcomer {
             hash: simulated.hash(key)?,
             size,
+            room: wanted.saturating_sub(capacity),
+            is_alone: true,
         };
-        let is_full = simulated.totals().1.saturating_add(size) > capacity;
-        if size > capacity || is_full && !ruled.admits(&mut simulated, newcomer)? {
+        if size > capacity || wanted > capacity && !ruled.admits(&mut simulated, newcomer)? {
             return Ok((false, simulated.totals().0));
         }
         let mut gone = Vec::new();

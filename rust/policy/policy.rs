@@ -12,6 +12,10 @@ pub struct Newcomer {
     pub hash: u64,
     /// Its bytes.
     pub size: u64,
+    /// Bytes of values that have to go for it.
+    pub room: u64,
+    /// Whether no other values are on their way in. Those have room already, and are in no list.
+    pub is_alone: bool,
 }
 
 /// Orders the `Live` entries by how soon they should go.

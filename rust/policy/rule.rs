@@ -39,8 +39,8 @@ const RENEWS_AFTER: u64 = 8;
 /// is new is read again soon, a small window does.
 const MAKES_UP_FOR: u64 = 64;
 
-/// The part by which what a full cache is known to hold is lowered with each value that needs room.
-const FADE: u64 = 512;
+/// The part of a value that needs room by which what a full cache is known to hold is lowered.
+const FADE: u64 = 8;
 
 /// The bit of a note that says that the learner follows the key.
 const SAMPLED: u8 = 2;
@@ -133,13 +133,14 @@ impl Ruled {
         self.is_lru() || size <= self.window(bytes).max(mean)
     }
 
-    /// Whether what is on its way has taken all that was in the window: with others that come at once, a value would take
-    /// the place of what is in the main list, and never be compared with that.
-    fn is_window_spent<E: Entries>(self, entries: &E, size: u64) -> Result<bool> {
+    /// Whether more has to go than is in the window: a value would take the place of what is in the main list, and never
+    /// be compared with that. So it is where others come at once, or where what a value takes beside its bytes comes and
+    /// goes.
+    fn is_window_spent<E: Entries>(self, entries: &E, newcomer: Newcomer) -> Result<bool> {
         let (_, bytes) = entries.totals();
         let window = bytes.saturating_sub(entries.state().main_bytes);
         let has_main = || Ok(entries.end(List::Main, false)?.is_some());
-        Ok(!self.is_lru() && window < size && entries.is_filling() && has_main()?)
+        Ok(!self.is_lru() && window < newcomer.room && has_main()?)
     }
 
     /// Bytes of the window, of so many in all.
@@ -150,14 +151,15 @@ impl Ruled {
 
     /// Whether others should go for a newcomer. One that is turned away is remembered.
     pub(super) fn admits<E: Entries>(self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
-        let Newcomer { hash, size } = newcomer;
-        note_full(entries, true);
-        if self.fits_window(entries, size) && !self.is_window_spent(entries, size)? {
+        let Newcomer { hash, size, .. } = newcomer;
+        let faded = if newcomer.is_alone { size / FADE } else { 0 };
+        note_full(entries, faded);
+        if self.fits_window(entries, size) && !self.is_window_spent(entries, newcomer)? {
             return Ok(true);
         }
         let halvings = entries.state().halvings;
         let uses = self.ghosts(entries).get(hash, halvings).saturating_add(1);
-        if self.is_renewing(entries) || is_admitted(entries, uses, size, size)? {
+        if self.is_renewing(entries) || is_admitted(entries, uses, size, size.max(newcomer.room))? {
             return Ok(true);
         }
         let words = entries.history_mut().get_mut(self.ghosts_at..);
@@ -213,7 +215,7 @@ impl Ruled {
     /// The entry that goes next.
     pub(super) fn victim<E: Entries>(self, entries: &mut E) -> Result<Option<u32>> {
         // Not of what is there now: some may have gone already for the same newcomer.
-        let bytes = note_full(entries, false);
+        let bytes = note_full(entries, 0);
         for _ in 0..MOVES {
             let main = entries.end(List::Main, false)?;
             let Some(newcomer) = entries.end(List::Recency, false)? else {
@@ -225,7 +227,8 @@ impl Ruled {
             let size = entries.size(newcomer)?;
             let share = bytes.saturating_sub(self.window(bytes));
             let taken = entries.state().main_bytes;
-            if main.is_some() && taken > share {
+            // A window of less than one entry has one.
+            if main.is_some() && taken > share.saturating_add(size) {
                 return Ok(main);
             }
             // The window keeps one entry at least, or none would ever be compared.
@@ -274,14 +277,13 @@ fn count_new<E: Entries>(entries: &mut E) -> Result<()> {
     Ok(())
 }
 
-/// Notes how many bytes there are when more are needed; how many there are when it is full. That fades with each value
-/// that comes alone: of those that come together each has made room already, which is not full yet.
-fn note_full<E: Entries>(entries: &mut E, is_new: bool) -> u64 {
+/// Notes how many bytes there are when more are needed, after lowering the number `by` so many; how many there are when
+/// it is full. It is lowered with each value that comes alone: of those that come together each has made room already,
+/// which is not full yet.
+fn note_full<E: Entries>(entries: &mut E, by: u64) -> u64 {
     let (_, bytes) = entries.totals();
-    let fades = is_new && !entries.is_filling();
     let state = entries.state_mut();
-    let less = if fades { state.full_bytes / FADE } else { 0 };
-    state.full_bytes = bytes.max(state.full_bytes - less);
+    state.full_bytes = bytes.max(state.full_bytes.saturating_sub(by));
     state.full_bytes
 }
 

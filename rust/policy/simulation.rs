@@ -49,7 +49,13 @@ impl Simulation {
         if size > self.capacity || self.capacity == 0 {
             return Ok(false);
         }
-        let newcomer = Newcomer { hash: key, size };
+        let wanted = keys.totals().1.saturating_add(size);
+        let newcomer = Newcomer {
+            hash: key,
+            size,
+            room: wanted.saturating_sub(self.capacity),
+            is_alone: true,
+        };
         if !has_room(&keys, size, self.capacity) && !self.policy.admits(&mut keys, newcomer)? {
             return Ok(false);
         }

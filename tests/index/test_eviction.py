@@ -21,7 +21,7 @@ from pools import CACHES
 from support import buf, check_quiet, fill, read, read_through, until, value_sync
 from zcache import CachePool, CacheStore
 from zcache._decoded.chunk import OVERHEAD
-from zcache.testing import FakeClock, StoreDouble, check_index, stored_sizes
+from zcache.testing import FakeClock, StoreDouble, check_index, set_block_size, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -492,3 +492,33 @@ async def test_adaptive_keeps_a_part_of_a_loop_whose_values_come_together(
     # All but what segments and folders take of it, and the values that are compared.
     assert min(hits[-3:]) > 0.35 * count, hits
     await check_quiet(store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("is_shuffled", [False, True])
+@pytest.mark.parametrize("at_once", [1, 8])
+async def test_adaptive_in_a_small_cache_on_disk_serves_about_what_none_does(
+    tmp_path: Path, kind: str, is_shuffled: bool, at_once: int
+) -> None:
+    """What folders and segments take comes and goes, and counts for as much as several values do."""
+    set_block_size(None)
+    count, size, epochs = 400, 3584, 8
+    source = SyncDictStore({f"c/{n}": bytes(size) for n in range(count)})
+    hits = {}
+    for eviction in ("none", "adaptive"):
+        folder, rng = tmp_path / eviction, np.random.default_rng(0)
+        cache: Any = CachePool(folder) if kind == "pool" else LocalStore(folder)
+        store = CacheStore(
+            source, cache_store=cache, eviction=eviction, max_size=1_420_000, source_id="x"
+        )
+        hits[eviction] = []
+        for _ in range(epochs):
+            order = rng.permutation(count) if is_shuffled else np.arange(count)
+            before = store.cache_stats()["hits"]
+            for some in np.split(order, count // at_once):
+                await asyncio.gather(*[read(store, f"c/{n}") for n in some])
+                await store.drain()
+            hits[eviction].append(store.cache_stats()["hits"] - before)
+    served = {eviction: sum(some[3:]) for eviction, some in hits.items()}
+    assert served["adaptive"] >= 0.7 * served["none"], hits
