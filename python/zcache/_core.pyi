@@ -43,6 +43,7 @@ __all__ = [
     "file_owner",
     "is_absent",
     "is_cacheable_key",
+    "make_way",
     "open_cached",
     "open_folder",
     "open_value",
@@ -724,6 +725,18 @@ class Index:
     def owns_rebuild(self) -> bool:
         """Whether this process is the one that fills the index again."""
 
+    def segment_sizes(self) -> list[tuple[int, int]]:
+        """Each segment that the index lists: its number, and the most bytes that its file takes on the disk."""
+
+    def give_back_unlisted(self, files: SegmentFiles, numbers: list[int], /) -> None:
+        """Give back all that these segments hold beside the values of the index; those without any go.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+
     def adopt_segments(self, scan: SegmentScan, /) -> bool:
         """Add the segments that a scan has found, before `adopt_found`; False where others rebuild the index."""
 
@@ -1133,6 +1146,13 @@ def open_cached(path: str, /) -> int:
     """Open a file for reading if that needs no disk; `BlockingIOError` if it does.
 
     No part of its path may be a link (``ELOOP``).
+    """
+
+def make_way(path: str, /) -> None:
+    """Remove what stands in the place of a file of zcache's own and is none.
+
+    A link, which is not followed, a pipe or an empty folder; one that holds something is moved aside, to
+    ``aside-<16 hex digits>-<name>``.
     """
 
 def open_value(root: str, name: str, /) -> int:

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use super::convert::millis;
 use super::errors::{exception, os_error};
 use crate::disk::{self, below, folders, ownership, removal, residency};
+use crate::shared;
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
@@ -54,6 +55,13 @@ pub(super) fn read_resident(
     let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
     let waited = py.detach(|| residency::read_resident(Path::new(path), bytes, total, start));
     Ok(waited.map_err(os_error)?.map(|waited| waited.as_secs_f64()))
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /))]
+pub(super) fn make_way(path: PathBuf) -> PyResult<()> {
+    // Two calls of the system on a folder that is in memory; detaching and attaching can take longer.
+    shared::make_way_at(&path).map_err(os_error)
 }
 
 #[pyfunction]

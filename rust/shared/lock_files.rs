@@ -2,22 +2,21 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-#[cfg(target_os = "linux")]
-use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::fs::{
-    FallocateFlags, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate, fchmod, fstat,
-    futimens, stat,
+    AtFlags, FallocateFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate,
+    fchmod, fstat, futimens, lstat, renameat, stat, statat, unlinkat,
 };
 #[cfg(target_os = "linux")]
+use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 
-use super::header::PARTICIPANTS;
+use super::header::{PARTICIPANTS, new_generation};
 
 /// Pause between two tries to take the lock while an index is opened: a few steps of others.
 pub(super) const TRY_AGAIN: Duration = Duration::from_micros(100);
@@ -114,7 +113,18 @@ fn open_plain(path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, flags, mode)
 }
 
+/// Opens a file, or makes it; see [`make_way`].
 pub(super) fn open(path: &Path) -> io::Result<File> {
+    match open_or_create(path) {
+        Err(error) if is_no_file(&error) => {
+            make_way_at(path)?;
+            open_or_create(path)
+        }
+        opened => opened,
+    }
+}
+
+fn open_or_create(path: &Path) -> io::Result<File> {
     match create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             let file = open_plain(path, OFlags::RDWR | OFlags::CREATE)?;
@@ -122,6 +132,63 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
         }
         created => created,
     }
+}
+
+/// Whether an error of opening says that there is something else than a file.
+fn is_no_file(error: &io::Error) -> bool {
+    let others = [Errno::ISDIR, Errno::LOOP, Errno::NODEV, Errno::NXIO];
+    Errno::from_io_error(error).is_some_and(|errno| others.contains(&errno))
+}
+
+/// Removes what stands in the place of a file of zcache's own and is none: a link, which is not followed, a pipe, a folder.
+/// One that holds something is moved aside.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn make_way<Fd: AsFd>(folder: Fd, name: impl AsRef<Path>) -> io::Result<()> {
+    let (folder, name) = (folder.as_fd(), name.as_ref());
+    let Ok(found) = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
+        return Ok(());
+    };
+    let removed = match FileType::from_raw_mode(found.st_mode) {
+        FileType::RegularFile => Ok(()),
+        FileType::Directory => match unlinkat(folder, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                let aside = format!("aside-{:016x}-{}", new_generation(), name.display());
+                renameat(folder, name, folder, aside)
+            }
+            removed => removed,
+        },
+        _ => unlinkat(folder, name, AtFlags::empty()),
+    };
+    match removed {
+        // Another participant was faster.
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The same by the path, in which no link is followed either.
+///
+/// # Errors
+///
+/// Where the file system refuses, or there is no such folder.
+pub fn make_way_at(path: &Path) -> io::Result<()> {
+    let name = path.file_name().ok_or(Errno::INVAL)?;
+    make_way(open_folder(path.parent().ok_or(Errno::INVAL)?)?, name)
+}
+
+/// Gives a new file the name of one of the index, whatever is there.
+pub(super) fn rename_over(folder: &OwnedFd, from: &str, to: &str) -> io::Result<()> {
+    make_way(folder, to)?;
+    Ok(renameat(folder, from, folder, to)?)
+}
+
+/// Removes a file of the index, or what stands in its place. Where that cannot be, nothing is made there either.
+pub(super) fn remove(folder: &OwnedFd, name: &str) {
+    let _ = make_way(folder, name);
+    let _ = unlinkat(folder, name, AtFlags::empty());
 }
 
 pub(super) fn open_existing(path: &Path) -> io::Result<File> {
@@ -222,9 +289,9 @@ fn is_free(file: &File) -> bool {
     is_free
 }
 
-/// Whether a file is the one of this name.
+/// Whether a file is the one of this name, and not by way of a link: others open none.
 pub(super) fn is_at(file: &File, path: &Path) -> bool {
-    match (fstat(file), stat(path)) {
+    match (fstat(file), lstat(path)) {
         (Ok(file), Ok(named)) => (file.st_dev, file.st_ino) == (named.st_dev, named.st_ino),
         _ => false,
     }
@@ -295,7 +362,7 @@ fn lock_within(lock: &File, patience: Duration) -> Result<(), OpenError> {
     }
 }
 
-fn slot_file(root: &Path, n: usize) -> PathBuf {
+pub(super) fn slot_file(root: &Path, n: usize) -> PathBuf {
     root.join(format!("s{n}"))
 }
 
@@ -332,7 +399,7 @@ pub(super) fn take_slot(root: &Path) -> Result<(usize, File), OpenError> {
 pub(super) fn is_alive(root: &Path, n: usize) -> bool {
     match open_to_read(&slot_file(root, n)) {
         Ok(file) => !is_free(&file),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
+        Err(error) => error.kind() != io::ErrorKind::NotFound && !is_no_file(&error),
     }
 }
 

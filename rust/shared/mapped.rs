@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, Stat, fstat, renameat, unlinkat};
+use rustix::fs::{Stat, fstat};
 
 use super::guard::Map;
 use super::header::{
@@ -24,8 +24,8 @@ use super::header::{
 };
 use super::lock_files::{
     Locks, OpenError, TRY_AGAIN, create, extend, extend_ahead, has_former_participant, is_alive,
-    is_at, is_hollow, open, open_and_lock, open_existing, open_folder, take_slot, touch, unshare,
-    unsuitable,
+    is_at, is_hollow, open, open_and_lock, open_existing, open_folder, remove, rename_over,
+    slot_file, take_slot, touch, unshare, unsuitable,
 };
 use super::lock_word::LockWord;
 use super::places_file::PlacesFile;
@@ -233,7 +233,7 @@ impl Mapped {
             // On a full volume the old ones go first.
             let folder = open_folder(&self.root)?;
             for name in FILES {
-                let _ = unlinkat(&folder, name, AtFlags::empty());
+                remove(&folder, name);
             }
             if self.places.is_some() {
                 PlacesFile::remove(&self.root);
@@ -260,7 +260,7 @@ impl Mapped {
         // The first one says that a rebuild is due, so it goes first.
         let folder = open_folder(&self.root)?;
         for name in FILES {
-            renameat(&folder, new_name(name), &folder, name)?;
+            rename_over(&folder, &new_name(name), name)?;
         }
         if self.places.is_some() {
             PlacesFile::publish(&self.root)?;
@@ -289,7 +289,7 @@ impl Mapped {
         let folder = open_folder(&self.root)?;
         let make = |name: &str| {
             // Left by a participant that has died.
-            let _ = unlinkat(&folder, new_name(name), AtFlags::empty());
+            remove(&folder, &new_name(name));
             let file = create(&self.root.join(new_name(name)))?;
             let len = HEADER_LEN + if name == FILES[HEAD] { DIRECTORY_AT } else { 0 };
             extend(&file, 0, len)?;
@@ -341,7 +341,7 @@ impl Mapped {
     fn is_in_place(&self) -> bool {
         is_at(&self.lock, &self.root.join("lock"))
             && self.word.is_in_place()
-            && fstat(&self.alive).is_ok_and(|status| status.st_nlink != 0)
+            && is_at(&self.alive, &slot_file(&self.root, self.own_slot))
     }
 
     /// Checks that others who open the cache store find these files.

@@ -20,7 +20,7 @@ pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;
 pub use self::held::HeldLock;
 pub use self::index::{SharedIndex, StepError};
-pub use self::lock_files::{Locks, OpenError};
+pub use self::lock_files::{Locks, OpenError, make_way, make_way_at};
 pub use self::locked::Locked;
 pub use self::mapped::Mapped;
 pub use self::neighbours::{Neighbours, neighbours};

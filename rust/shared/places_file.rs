@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, fstat, renameat, unlinkat};
+use rustix::fs::fstat;
 
 use super::guard::Map;
 use super::header::HEADER_LEN;
 use super::lock_files::{
-    create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, unshare,
+    create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, remove, rename_over,
+    unshare,
 };
 use crate::error::{Error, Result};
 
@@ -58,7 +59,7 @@ impl PlacesFile {
     /// Makes an empty one under a name of its own; see [`PlacesFile::publish`].
     pub(super) fn make(root: &Path) -> io::Result<Self> {
         let path: PathBuf = root.join(NEW_NAME);
-        let _ = unlinkat(open_folder(root)?, NEW_NAME, AtFlags::empty());
+        remove(&open_folder(root)?, NEW_NAME);
         let file = create(&path)?;
         extend(&file, 0, HEADER_LEN)?;
         Self::over(file)
@@ -66,14 +67,13 @@ impl PlacesFile {
 
     /// Gives the one that was made its name.
     pub(super) fn publish(root: &Path) -> io::Result<()> {
-        let folder = open_folder(root)?;
-        Ok(renameat(&folder, NEW_NAME, &folder, NAME)?)
+        rename_over(&open_folder(root)?, NEW_NAME, NAME)
     }
 
     /// Removes the one that is there: a full volume has no room for another.
     pub(super) fn remove(root: &Path) {
         if let Ok(folder) = open_folder(root) {
-            let _ = unlinkat(&folder, NAME, AtFlags::empty());
+            remove(&folder, NAME);
         }
     }
 

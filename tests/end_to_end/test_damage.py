@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import random
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -391,17 +393,82 @@ async def test_index_file_replaced_by_a_foreign_one_is_rebuilt(
     await check(store)
 
 
-@over_both
-async def test_index_files_replaced_by_directories_the_source_serves(
-    where: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("head", "lock", "owner"):
-        path = where / "cache" / INDEX / name
-        path.unlink()
+def replace(path: Path, kind: str) -> None:
+    """Put something else in the place of a file."""
+    if kind == "moved":
+        path.rename(path.with_name("moved"))
+        path.symlink_to("moved")
+        return
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    else:
         path.mkdir()
-    store, _source = open_damaged(where)
-    assert len(caplog.records) == 1
+        if kind == "full folder":
+            (path / "notes").write_text("mine")
+
+
+each_file = pytest.mark.parametrize(
+    "name",
+    [
+        *(f"index/{name}" for name in ("head", "cells", "history", "lock", "owner", "s0")),
+        *("index/sample", "index/stamp.json", "stamp.json"),
+    ],
+)
+each_kind = pytest.mark.parametrize("kind", ["folder", "full folder", "pipe", "link", "moved"])
+
+
+async def keeps(store: CacheStore, source: StoreDouble) -> bool:
+    """Whether what is read is cached."""
+    for _ in range(2):
+        reads(source)
+        for key in KEYS[3:10]:
+            assert await read(store, key) == value(key)
+        await drained(store)
+    return reads(source) == 0
+
+
+@over_both
+@each_file
+@each_kind
+async def test_anything_in_place_of_a_file_makes_way(
+    where: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = where / "cache/.zcache" / name
+    replace(path, kind)
+    store, source = open_damaged(where)
+    await complete(store)
+    assert await keeps(store, source)
+    assert not [message for message in caplog.messages if "was rebuilt" not in message]
+    assert stat.S_ISREG(path.lstat().st_mode)
+    aside = list(path.parent.glob("aside-*/notes"))
+    assert [notes.read_text() for notes in aside] == ["mine"] * (kind == "full folder")
+    await check(store)
+
+
+@over_both
+@each_file
+@each_kind
+async def test_anything_in_place_of_a_file_in_use_makes_way(
+    where: Path, name: str, kind: str
+) -> None:
+    store, source = open_damaged(where)
     await use(store)
+    replace(where / "cache/.zcache" / name, kind)
+    await use(store)
+    # Until it is noticed, within a second, the source may serve all.
+    for _ in range(1000):
+        if await keeps(store, source):
+            break
+        await asyncio.sleep(0.01)
+    del store
+    await closed(where)
+    store, source = open_damaged(where)
+    await complete(store)
+    assert await keeps(store, source)
+    await check(store)
 
 
 async def test_index_of_another_boot_keeps_the_values(where: Path) -> None:

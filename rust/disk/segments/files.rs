@@ -18,6 +18,7 @@ use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, names_in, open_folder};
+use crate::shared::make_way;
 
 /// Segments that one process has open at most.
 const OPEN: usize = 128;
@@ -258,6 +259,7 @@ impl SegmentFiles {
         opened.files.remove(&number);
         let folder = self.folder(&mut opened)?;
         drop(opened);
+        make_way(&folder, name_of(number))?;
         match unlinkat(&folder, name_of(number), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),

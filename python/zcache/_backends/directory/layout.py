@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -13,7 +14,7 @@ from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
 from zcache._backends.ownership import FORMAT
-from zcache._core import Index
+from zcache._core import Index, make_way
 
 BLOCK_SIZE: int | None = None
 """Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
@@ -184,16 +185,18 @@ class Layout:
         """
         lock = self.lock_path
         try:
-            before = os.stat(lock).st_mtime_ns
+            with contextlib.suppress(OSError):
+                make_way(lock)
+            before = os.lstat(lock).st_mtime_ns
             try:
                 now = time.time_ns()
-                os.utime(lock, ns=(now, now))
+                os.utime(lock, ns=(now, now), follow_symlinks=False)
             except PermissionError:
                 # It is another user's, who lets us write: then it can be set to the time of now only.
-                os.utime(lock)
-                while os.stat(lock).st_mtime_ns == before:
+                os.utime(lock, follow_symlinks=False)
+                while os.lstat(lock).st_mtime_ns == before:
                     time.sleep(_TICK)
-                    os.utime(lock)
+                    os.utime(lock, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             # A process that shares an index makes it anew, and begins with what is there then.
             if self.has_own_index:

@@ -27,7 +27,7 @@ from zcache._backends.ownership import (
     other_user,
     parse_stamp,
 )
-from zcache._core import IndexBusyError
+from zcache._core import IndexBusyError, make_way
 from zcache._source.identity import EPHEMERAL
 from zcache.exceptions import CacheOwnershipError
 
@@ -142,6 +142,9 @@ class Stamp:
         for folder in (self._reserved, *(os.path.join(self._reserved, name) for name in _FOLDERS)):
             if os.path.islink(folder):
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                make_way(path)
         stamp = self._read(adopt)
         if stamp is None:
             stamp = self._claim(adopt)
@@ -168,6 +171,7 @@ class Stamp:
             return
         now = time.time()
         try:
+            make_way(self._path)
             status = os.lstat(self._path)
         except FileNotFoundError:
             os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)

@@ -13,6 +13,8 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._core import make_way
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -117,6 +119,7 @@ class Register:
                 room -= len(line)
         # Of one name: what a process leaves that is killed here, the next one writes over.
         unfinished = f"{self._path}.new"
+        make_way(unfinished)
         file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
         with open(file, "wb") as lines:
             _check_regular(file)
@@ -129,6 +132,7 @@ class Register:
         """The file, to be added to; it is not replaced meanwhile."""
         until = time.monotonic() + _PATIENCE
         while True:
+            make_way(self._path)
             is_new = not os.path.exists(self._path)
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _FLAGS, 0o600)
             try:
