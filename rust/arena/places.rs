@@ -119,6 +119,11 @@ impl<S: Storage> Arena<S> {
         self.free(i)
     }
 
+    /// Cells of all entries that have a place. Looks at each cell there is.
+    pub(crate) fn placed_cells(&self) -> impl Iterator<Item = u32> {
+        (1..self.header().cells_used).filter(|&i| self.place_word(i) != 0)
+    }
+
     /// Recomputes the entries of each segment. Returns their bytes beside those of the entries.
     pub(super) fn validate_places(&self) -> Result<()> {
         let mut counts = std::collections::HashMap::<u32, u32>::new();

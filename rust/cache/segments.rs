@@ -361,6 +361,28 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(victims)
     }
 
+    /// Each segment: its number, and the most bytes that its file takes on the disk.
+    pub fn segment_sizes(&self) -> Result<Vec<(u64, u64)>> {
+        let cells = self.arena.list_cells(List::Segments)?.into_iter();
+        let size = |i| {
+            let cell = self.arena.segment_cell(i)?;
+            let bytes = cell.segment_pages().saturating_mul(PAGE);
+            let bytes = bytes.saturating_add(self.bytes_beside(cell.segment_capacity()));
+            Ok((cell.segment_number(), bytes))
+        };
+        cells.map(size).collect()
+    }
+
+    /// Where the bytes of all entries are that these segments have.
+    pub fn placed_in(&self, segments: &[u64]) -> Result<Vec<Placed>> {
+        let all = self.arena.placed_cells().map(|i| self.placed(i));
+        let mut found = Vec::new();
+        for placed in all {
+            found.extend(placed?.filter(|placed| segments.contains(&placed.segment)));
+        }
+        Ok(found)
+    }
+
     /// Segments with files that can go, as cell and number; to be reported to [`Cache::segment_removed`].
     pub fn spent_segments(&self, limit: usize) -> Result<Vec<(u32, u64)>> {
         let mut found = Vec::new();

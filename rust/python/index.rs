@@ -22,16 +22,17 @@ use super::convert::{
     when_to_verify,
 };
 use super::counters::ReadCounters;
-use super::errors::poisoned;
+use super::errors::{os_error, poisoned};
 use super::memory::Fill;
 use super::plan::Plan;
-use super::pool::{FoundPlace, SegmentScan, Source, place_name};
+use super::pool::{FoundPlace, SegmentFiles, SegmentScan, Source, place_name};
 use super::reservation::{Abandoned, Committed, Many, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
 use crate::cache::{
     Answer, BATCH, Cache, Cursor, Decode, Found, Freshness, Joined, LiveEntry, Peers, Tally,
 };
+use crate::disk::segments;
 use crate::error::Error;
 use crate::key::ByteRange;
 use crate::shared::SharedIndex;
@@ -1069,6 +1070,26 @@ impl Index {
         let prefix = &*self.below(prefix);
         let victims = step!(self, py, |cache| cache.in_progress_below(prefix))?;
         Ok(raw_victims(victims))
+    }
+
+    /// Each segment: its number, and the most bytes that its file takes; see the stub.
+    fn segment_sizes(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64)>> {
+        step!(self, py, |cache| cache.segment_sizes())
+    }
+
+    /// Gives back what these segments hold beside the entries; see the stub.
+    #[pyo3(signature = (files, numbers, /))]
+    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
+    fn give_back_unlisted(
+        &self,
+        py: Python<'_>,
+        files: &SegmentFiles,
+        numbers: Vec<u64>,
+    ) -> PyResult<()> {
+        let placed = step!(self, py, |cache| cache.placed_in(&numbers))?;
+        let files = files.files();
+        py.detach(|| segments::keep_only(&files, &numbers, &placed))
+            .map_err(os_error)
     }
 
     #[pyo3(signature = (limit, /))]

@@ -12,5 +12,5 @@ pub use self::files::{Got, SegmentFiles};
 pub use self::format::{SegmentHeader, ValueHeader};
 pub use self::runs::ValueToWrite;
 pub use self::scan::{
-    Found, FoundSegment, FoundValue, delete_below, scan, scan_listed, values_in, walk,
+    Found, FoundSegment, FoundValue, delete_below, keep_only, scan, scan_listed, values_in, walk,
 };

@@ -134,14 +134,15 @@ pub fn scan_listed(files: &SegmentFiles, numbers: &[u64], cleans: bool) -> io::R
                 values.extend(found);
             }
             Ok(None) if cleans => files.remove(number)?,
+            Err(error) if cleans && is_elsewhere(&error) => files.remove(number)?,
             _ => {}
         }
     }
     let values = newest(values);
     if cleans {
-        give_back(files, &mut segments, &values)?;
+        give_back(files, &mut segments, in_use(places(&values)))?;
     } else {
-        let in_use = in_use(&values);
+        let in_use = in_use(places(&values));
         segments.retain(|segment| in_use.contains_key(&segment.number));
     }
     Ok(Found { segments, values })
@@ -165,10 +166,29 @@ fn newest(mut values: Vec<FoundValue>) -> Vec<FoundValue> {
     values
 }
 
+/// Gives back all that these segments hold beside the values at these places.
+///
+/// # Errors
+///
+/// Where the file system refuses.
+pub fn keep_only(files: &SegmentFiles, numbers: &[u64], placed: &[Placed]) -> io::Result<()> {
+    let capacities: HashMap<u64, u32> = placed.iter().map(|p| (p.segment, p.capacity)).collect();
+    let segment = |&number| FoundSegment {
+        number,
+        capacity: capacities.get(&number).copied().unwrap_or(0),
+    };
+    let mut segments = numbers.iter().map(segment).collect();
+    give_back(files, &mut segments, in_use(placed.iter().copied()))
+}
+
+fn places(values: &[FoundValue]) -> impl Iterator<Item = Placed> {
+    values.iter().map(|value| value.placed)
+}
+
 /// First and last byte of each value that stays, by segment.
-fn in_use(values: &[FoundValue]) -> HashMap<u64, Vec<(u64, u64)>> {
+fn in_use(places: impl Iterator<Item = Placed>) -> HashMap<u64, Vec<(u64, u64)>> {
     let mut in_use = HashMap::<u64, Vec<(u64, u64)>>::new();
-    for FoundValue { placed, .. } in values {
+    for placed in places {
         let end = placed.start() + placed.length();
         let of_segment = in_use.entry(placed.segment).or_default();
         of_segment.push((placed.start(), end));
@@ -264,9 +284,8 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
 fn give_back(
     files: &SegmentFiles,
     segments: &mut Vec<FoundSegment>,
-    values: &[FoundValue],
+    mut in_use: HashMap<u64, Vec<(u64, u64)>>,
 ) -> io::Result<()> {
-    let mut in_use = in_use(values);
     let mut kept = Vec::with_capacity(segments.len());
     for segment in segments.drain(..) {
         let Some(mut parts) = in_use.remove(&segment.number) else {

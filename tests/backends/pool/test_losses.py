@@ -111,6 +111,43 @@ async def test_copy_whose_holes_were_filled_is_within_the_bound_again(tmp_path: 
     await check_quiet(store)
 
 
+async def test_segments_of_an_older_copy_are_no_more_than_the_index_lists(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_block_size(None)
+    bound, size = 400 * PAGE, 10 * PAGE
+    segments = tmp_path / "pool/.zcache/segments"
+
+    async def use(*keys: int) -> CacheStore:
+        pool = CachePool(tmp_path / "pool", max_size=bound)
+        source = source_of(**{f"c/{n}": bytes([n]) * size for n in range(60)})
+        store = CacheStore(source, cache_store=pool, source_id="mine")
+        for n in keys:
+            assert await read_through(store, f"c/{n}") == bytes([n]) * size
+        return store
+
+    store = await use(*range(30))
+    del store
+    await closed(tmp_path, "pool")
+    shutil.copytree(segments, tmp_path / "old")
+    store = await use(*range(30, 60))
+    await store.invalidate("c/1")
+    del store
+    await closed(tmp_path, "pool")
+    shutil.rmtree(segments)
+    shutil.copytree(tmp_path / "old", segments)
+    store = await use()
+    assert ["held more than its index lists" in message for message in caplog.messages] == [True]
+    held = sum(512 * segment.stat().st_blocks for segment in segments.iterdir())
+    assert held <= store.cache_info()["current_size"] <= bound
+    for n in range(60):
+        # Nothing that was overwritten since has come back.
+        expected = bytes([n]) * size
+        assert await read_through(store, f"c/{n}") == expected
+    assert sum(512 * segment.stat().st_blocks for segment in segments.iterdir()) <= bound
+    await check_quiet(store)
+
+
 @pytest.mark.parametrize("how", ["write", "forget"])
 async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how: str) -> None:
     pool = pool_with_neighbours(tmp_path / "pool")

@@ -60,16 +60,23 @@ class PoolDirectory(CacheDirectory):
 
     def _open_alone(self, until: float) -> None:
         super()._open_alone(until)
-        if self._holds_more_than_counted() and self._is_alone():
-            self.handle.mark_corrupt()
+        if (numbers := self._hold_more_than_counted()) and self._is_alone():
+            try:
+                self.layout.scanner.give_back_unlisted(self.handle, numbers)
+            except OSError:
+                self.handle.mark_corrupt()
 
-    def _holds_more_than_counted(self) -> bool:
-        """Whether the segments have blocks of which the index does not know, such as copies with holes that were filled."""
+    def _hold_more_than_counted(self) -> list[int]:
+        """Segments with blocks of which the index does not know: those of another copy, or with holes that were filled."""
         handle = self.handle
         if handle.limits.get("unit", 1) <= 1:
-            return False
+            return []
+        # In this order: what is being written is counted before.
         held = self.layout.scanner.bytes_held()
-        return bool(handle.call_opened(_is_complete_and_below, held))
+        counted = handle.call_opened(_sizes_of_complete)
+        if counted is None:
+            return []
+        return [number for number, size in held.items() if size > counted.get(number, 0)]
 
     def _read_from(self, error: OSError) -> None:
         # Nothing can be deleted from segments that cannot be written to; those of a full volume can be.
@@ -82,5 +89,5 @@ class PoolDirectory(CacheDirectory):
         return Register(self.layout.index_root, self.handle.limits.get("max_size"))
 
 
-def _is_complete_and_below(index: Index, size: int) -> bool:
-    return index.is_complete and index.current_size < size
+def _sizes_of_complete(index: Index) -> dict[int, int] | None:
+    return dict(index.segment_sizes()) if index.is_complete else None

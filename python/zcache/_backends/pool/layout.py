@@ -54,14 +54,30 @@ class SegmentScanner:
         self._newest = 0
         self.files = SegmentFiles(segments, holes=True)
 
-    def bytes_held(self) -> int:
-        """Bytes that the segments take on the disk, in whole blocks."""
-        try:
-            with os.scandir(self._segments) as found:
-                files = [entry for entry in found if _SEGMENT.fullmatch(entry.name)]
-                return sum(_BLOCK * file.stat(follow_symlinks=False).st_blocks for file in files)
-        except OSError:
-            return 0
+    def bytes_held(self) -> dict[int, int]:
+        """Bytes that each segment takes on the disk, by its number, in whole blocks."""
+        held = {}
+        with contextlib.suppress(OSError), os.scandir(self._segments) as found:
+            for entry in found:
+                if _SEGMENT.fullmatch(entry.name):
+                    status = entry.stat(follow_symlinks=False)
+                    held[int(entry.name, 16)] = _BLOCK * status.st_blocks
+        return held
+
+    def give_back_unlisted(self, handle: IndexHandle, numbers: list[int]) -> None:
+        """Give back what these segments hold beside the values that the index lists.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+        handle.call_opened(Index.give_back_unlisted, self.files, numbers, timeout=None)
+        logger.warning(
+            "%d segments of the pool %s held more than its index lists, such as those of an older copy. That was removed.",
+            len(numbers),
+            self._root,
+        )
 
     def renew(self, *, holes: bool) -> None:
         """Use the segments through files that are opened anew."""
