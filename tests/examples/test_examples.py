@@ -125,24 +125,22 @@ def test_pytorch_loader_workers_fill_one_cache(tmp_path: Path) -> None:
     assert run_example("pytorch_loader.py", source, tmp_path / "cache").endswith(" 4560.0\n")
 
 
-def test_workers_later_epochs_read_nothing_from_source() -> None:
-    epochs = re.findall(r"(\d+) samples, (\d+) reads of the source", run_example("workers.py"))
-    assert epochs == [("64", "64"), ("64", "0"), ("64", "0")]
-
-
 @pytest.mark.once
-@pytest.mark.slow
-@pytest.mark.parametrize("example", [("epochs.py",), ("workers.py", "--epochs")])
-def test_epochs_adaptive_serves_about_what_fits(example: tuple[str, ...]) -> None:
-    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example(*example), re.MULTILINE)
-    last = {
-        (kind, int(share), policy): float(results.split()[-3])
+@pytest.mark.parametrize("example", ["workers.py", "pytorch_loader.py"])
+def test_epochs_adaptive_serves_about_what_fits(example: str) -> None:
+    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example(example), re.MULTILINE)
+    epochs = {
+        (kind, int(share), policy): [
+            float(hits) for hits in re.findall(r"([\d.]+) [\d.]+ s", results)
+        ]
         for kind, share, policy, results in lines
     }
-    assert len(last) == 8
-    for (kind, share, policy), hits in last.items():
+    assert len(epochs) == 8
+    for (kind, share, policy), hits in epochs.items():
+        assert hits[0] == 0
         if policy == "adaptive":
             # What is on its way into a directory takes room of other values meanwhile.
-            assert hits > share / 100 - (0.1 if example == ("epochs.py",) else 0.3), kind
-        elif kind == "sequential":
-            assert hits == 0
+            assert max(hits) > share / 100 - 0.3, kind
+        elif kind == "sequential" and share == 50:
+            # Workers that are not in step change the order a little, which matters where nearly all fits.
+            assert hits[-1] < 0.2
