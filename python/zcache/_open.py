@@ -126,7 +126,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     source = open_source(url, storage_options, read_only=read_only, must_exist=not may_be_new)
     place = _place(cache)
     # Before anything is made there.
-    check_cache_store(source, place.store)
+    check_cache_store(source, place.store, f"{place.option}: {place.name!r}")
     size = parse_size(max_size, whole=place.capacity)
     pool = _pool(place, size, adopt=adopt)
     until = time.monotonic() + _PATIENCE
@@ -159,7 +159,9 @@ def _check_names(options: dict[str, Any]) -> None:
     for name in options:
         if name in more:
             continue
-        close = difflib.get_close_matches(name, known, 1)
+        # One that is only cut short is nearer than others of its length.
+        longer = [one for one in known if one.startswith(f"{name}_")]
+        close = longer or difflib.get_close_matches(name, known, 1)
         advice = f"Give {close[0]!r}" if close else f"Give one of {', '.join(known)}"
         raise OptionTypeError(
             f"unknown option of zcache.open: {name!r}. {_ELSEWHERE.get(name, advice)}."
@@ -184,6 +186,8 @@ class _Place(NamedTuple):
         What stands for it as a cache store.
     name : str
         How people know it.
+    option : str
+        What has named it: an option, a variable of the environment, or neither.
     capacity : callable
         Bytes of the volume, or of the memory.
     pool : Pool or None
@@ -192,6 +196,7 @@ class _Place(NamedTuple):
 
     store: PoolStore | PoolMemoryStore
     name: str
+    option: str
     capacity: Callable[[], int]
     pool: Pool | None = None
 
@@ -206,11 +211,12 @@ def _place(cache: object) -> _Place:
     """
     if isinstance(cache, CachePool):
         store = cache._store
-        return _Place(store, cache.path or "memory", partial(capacity_of, store), cache._pool)
+        capacity = partial(capacity_of, store)
+        return _Place(store, cache.path or "memory", "cache", capacity, cache._pool)
     if isinstance(cache, str) and cache == "memory":
-        return _Place(_memory_store(), "memory", memory)
-    path = _directory(cache)
-    return _Place(PoolStore(path, PoolOptions()), path, partial(volume, path))
+        return _Place(_memory_store(), "memory", "cache", memory)
+    path, option = _directory(cache)
+    return _Place(PoolStore(path, PoolOptions()), path, option, partial(volume, path))
 
 
 def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
@@ -229,7 +235,7 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
         if pool.max_size is None:
             bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
             pool.add_options(PoolOptions(bound))
-            if size is None:
+            if size is None and pool.takes_values:
                 _say_default(place, bound)
         # With it to other processes.
         place.store.options = PoolOptions(pool.max_size)
@@ -247,8 +253,8 @@ def _memory_store() -> PoolMemoryStore:
         return store
 
 
-def _directory(cache: object) -> str:
-    """The directory of the pool."""
+def _directory(cache: object) -> tuple[str, str]:
+    """The directory of the pool, and what has named it."""
     name = "cache"
     if cache is None and (given := os.environ.get("ZCACHE_DIR")):
         cache, name = given, "$ZCACHE_DIR"
@@ -264,7 +270,7 @@ def _directory(cache: object) -> str:
             "zcache.CacheStore(store, cache_store=...)."
         )
     # `..` is left to the system, which follows links before it.
-    return os.path.join(os.getcwd(), path_of_cache_store(os.path.expanduser(path), name))
+    return os.path.join(os.getcwd(), path_of_cache_store(os.path.expanduser(path), name)), name
 
 
 def _say_default(place: _Place, bound: int | None) -> None:

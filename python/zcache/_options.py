@@ -364,9 +364,10 @@ def check_store(name: str, store: object) -> None:
         )
 
 
-def check_cache_store(source: Store, cache: Store) -> None:
+def check_cache_store(source: Store, cache: Store, given: str | None = None) -> None:
+    """See that a store can be the cache store of a source; `given` is the option and its value as the user knows them."""
     check_store("cache_store", cache)
-    what = f"invalid cache_store: {describe(cache)}"
+    what = f"invalid {given or f'cache_store: {describe(cache)}'}"
     # A directory that is warm can be read from all the same.
     reads_only = isinstance(cache, LocalStore) and cache.read_only
     if not reads_only and (cache.read_only or not cache.supports_writes):

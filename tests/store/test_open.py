@@ -648,3 +648,29 @@ def test_docstring_runs() -> None:
     tested = doctest.testmod(OPEN, exclude_empty=True)
     assert tested.attempted > 0
     assert tested.failed == 0
+
+
+def test_option_cut_short_is_told_by_its_whole_name(source: Path) -> None:
+    with pytest.raises(OptionTypeError, match=r"'max_age'. Give 'max_age_seconds'"):
+        zcache.open(source, cache="memory", max_age=3)
+
+
+def test_place_that_cannot_be_used_is_told_as_it_was_given(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionValueError, match=f"invalid cache: '{source}' is the source itself"):
+        zcache.open(source, cache=source)
+    monkeypatch.setenv("ZCACHE_DIR", str(source / "pool"))
+    with pytest.raises(OptionValueError, match=rf"invalid \$ZCACHE_DIR: '{source}/pool' is the"):
+        zcache.open(source)
+
+
+def test_default_bound_is_said_of_a_pool_that_takes_values_only(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Nothing can be made there, by no user.
+    monkeypatch.setenv("ZCACHE_DIR", "/proc/zcache")
+    store = zcache.open(source)
+    assert "cannot be used any more" in caplog.text
+    assert not said(caplog)
+    del store

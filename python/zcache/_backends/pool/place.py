@@ -130,6 +130,12 @@ class Pool:
         return source
 
     @property
+    def takes_values(self) -> bool:
+        """Whether anything can be added to it, as far as is known now."""
+        is_read = self.directory is not None and self.directory.filler.reads_only
+        return self.handle.usable and not is_read
+
+    @property
     def max_size(self) -> int | None:
         """Bytes that the pool holds at most."""
         return _least([options.max_size for options in self._options])
