@@ -56,11 +56,10 @@ from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._source.copies import same_cache, source_of_copy, without_contents
-from zcache._source.describe import show
+from zcache._source.describe import show, show_address
 from zcache._source.identity import EPHEMERAL
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
-from zcache._source.urls import redact
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
 from zcache.pool import CachePool
 
@@ -802,7 +801,7 @@ class CacheStore(Store, KeepsDecoded):
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        return f"cache://{redact(str(self._store))}"
+        return f"cache://{show_address(self._store)}"
 
     def __repr__(self) -> str:
         try:

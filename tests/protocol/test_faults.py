@@ -339,7 +339,7 @@ async def test_circuit_breaker_opens_on_repeated_failures_and_probes(
     caplog.set_level(logging.INFO, logger="zcache")
     source, cache = DictStore(SOURCE), FaultyStore()
     store = CacheStore(source, cache_store=cache, clock=pause)
-    cache.plan = lambda *_: OSError(errno.EIO, "gone")
+    cache.plan = lambda *_: OSError(errno.EIO, "gone: s3://me:hush@bucket/k?sig=hush")
 
     def warnings() -> int:
         return sum(record.levelno == logging.WARNING for record in caplog.records)
@@ -353,6 +353,8 @@ async def test_circuit_breaker_opens_on_repeated_failures_and_probes(
     assert 0 < await attempts() < 3 * len(SOURCE)
     assert warnings() == 1
     assert "the cache store FaultyStore failed: " in caplog.records[0].getMessage()
+    assert "gone: s3://bucket/k" in caplog.text
+    assert "hush" not in caplog.text
     # Now it is left alone, then tried again; each time it fails it is left alone for longer.
     for pauses in (1, 2, 4, 8, 16, 32, 60, 60):
         assert await attempts() == 0

@@ -9,7 +9,7 @@ import pytest
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, WrapperStore
 
-from zcache._source.describe import describe
+from zcache._source.describe import describe, show, show_address
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,26 @@ def test_describe_shows_no_secret() -> None:
     for url in ("https://me:hush@node/a?sig=hush", "https://me:hush@node/a?set=hush"):
         assert describe(FsspecStore.from_url(url)) == "FsspecStore(https://node/a)"
     assert describe(FsspecStore.from_url("memory://a")) == "FsspecStore(memory:///a)"
+
+
+@pytest.mark.filterwarnings("ignore:fs .* was not created with")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://me:hush@b/a",
+        "s3://me:hu/sh@b/a?versionId=hush",
+        "simplecache::s3://me:hush@b/a",
+        "filecache::https://me:hush@b/a?sig=hush",
+    ],
+)
+def test_texts_of_a_store_show_no_secret_of_a_path_without_scheme(url: str) -> None:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("aiohttp")
+    store = FsspecStore.from_url(url)
+    for text in (describe(store), show(store), show_address(store)):
+        assert "sh" not in text.replace("https", "")
+        assert "me" not in text.replace("simplecache", "").replace("FileCacheFileSystem", "")
+        assert "b/a" in text
 
 
 def test_describe_asks_no_library_that_panics(

@@ -316,6 +316,39 @@ def test_secrets_of_a_url_are_in_no_error(monkeypatch: pytest.MonkeyPatch, url: 
     assert it.value.__suppress_context__
 
 
+def test_secrets_of_a_chain_that_cannot_be_read_are_in_no_error() -> None:
+    pytest.importorskip("aiohttp")
+    # Nobody listens there. That is all that fsspec tells of it.
+    url = f"zip::http://me:{HUSH}@127.0.0.1:1/a.zip?token={HUSH}"
+    with pytest.raises(
+        NoSuchSourceError, match=r"cannot open 'zip::http://127.0.0.1:1/a.zip': "
+    ) as it:
+        open_source(url)
+    assert HUSH not in repr(it.value)
+    assert it.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (PermissionError(13, f"no {HUSH}"), PermissionError),
+        (type("Refused", (ConnectionError,), {})(f"http://me:{HUSH}@node"), ConnectionError),
+        (type("Invalid", (Exception,), {})(f'no bucket "me:{HUSH}@b"'), OptionValueError),
+    ],
+)
+def test_errors_of_a_client_are_of_their_kind_and_show_no_secret(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(FsspecStore, "from_url", fail)
+    with pytest.raises(kind, match=r"cannot open 'zip::s3://b/a.zip'") as it:
+        open_source(f"zip::s3://me:{HUSH}@b/a.zip")
+    assert type(it.value) is kind
+    assert HUSH not in repr(it.value)
+
+
 def test_secrets_of_options_are_in_no_error(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     pytest.importorskip("obstore")
     refuse(monkeypatch, "s3fs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zcache._source.answers import UnnamedError
-from zcache._source.urls import redact, server
+from zcache._source.urls import redact, secrets_in, server, without_user
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from zcache._source.urls import redact, server
         ("http://me:hu/sh@node/a", "http://node/a"),
         ("http://node:80/a@b and http://[::1]/a@b", "http://node:80/a@b and http://[::1]/a@b"),
         ("no URL? me@here", "no URL? me@here"),
+        ("bucket 'me:hush@b/a@1', Fs(me:hu/sh@b)", "bucket 'b/a@1', Fs(b)"),
+        ("zip::file:///a:b@c 127.0.0.1:9000/a@b", "zip::file:///a:b@c 127.0.0.1:9000/a@b"),
     ],
 )
 def test_redact_strips_what_may_be_secret(text: str, shown: str) -> None:
@@ -45,3 +47,23 @@ def test_server_that_is_no_url_or_says_more_is_refused(url: object) -> None:
 
 def test_server_with_credentials_in_its_query_is_named_without_them() -> None:
     assert server("https://node/?anything=hush", signed=True) == "https://node"
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("me:hush@b/a@1", "b/a@1"),
+        ("hush@b", "b"),
+        ("me:hu/sh@b/a", "b/a"),
+        ("b/a:1@2", "b/a:1@2"),
+        (name := "arn:aws:s3:us-west-2:123456789012:accesspoint/b/a@1", name),
+    ],
+)
+def test_without_user_leaves_keys_as_they_are(place: str, shown: str) -> None:
+    assert without_user(place) == shown
+
+
+def test_secrets_in_a_chain_are_found_as_they_are_written_and_read() -> None:
+    found = {*secrets_in("zip://a::s3://me:hu%2Fsh@b/a?sig=hu%20sh&se=1")}
+    assert {"hu%2Fsh", "hu/sh", "hu sh"} <= found
+    assert not found & {"me", "1", "b", ""}

@@ -15,6 +15,7 @@ from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
 from zcache._source.identity import same_source
+from zcache._source.urls import redact
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class SharedIndex:
     ) -> None:
         self.handle = handle
         self.clock = clock
-        self.breaker = CircuitBreaker(handle.name, breaker_clock)
+        self.breaker = CircuitBreaker(handle.name, breaker_clock, _show)
         self.fills: Any = None
         self.place: Any = None
         self.listings: Any = None
@@ -219,6 +220,10 @@ def _other_policy(name: str, wanted: tuple[str, str], in_force: tuple[str, str])
         "the other stores on it first (they count as long as anything refers to them or their copies, in any "
         "process), or give this one a cache store of its own."
     )
+
+
+def _show(error: BaseException) -> str:
+    return redact(repr(error))
 
 
 def _named(source: Store, source_id: SourceId) -> str:

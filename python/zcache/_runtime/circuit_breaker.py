@@ -93,6 +93,8 @@ class CircuitBreaker:
         Of the cache store, for the log.
     clock : callable
         Seconds; what pauses are counted by.
+    show : callable
+        The text of an error for the log. Default is `repr`.
 
     Attributes
     ----------
@@ -104,8 +106,14 @@ class CircuitBreaker:
         Operations that have failed since they last succeeded. If it is empty, everything is allowed.
     """
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+        show: Callable[[BaseException], str] = repr,
+    ) -> None:
         self._name = name
+        self._show = show
         self.clock = clock
         # Held while counting only. Reentrant: inside it the garbage collector may end a reader, and with
         # that an operation.
@@ -161,7 +169,9 @@ class CircuitBreaker:
             self.failures += 1
             if operation != "list" and concerns_key(error):
                 # However often: other keys may fare better.
-                logger.debug("the cache store %s cannot hold a key: %r", self._name, error)
+                logger.debug(
+                    "the cache store %s cannot hold a key: %s", self._name, self._show(error)
+                )
                 return
             failures = self.failing.setdefault(operation, _Failures())
             failures.in_a_row += 1
@@ -180,7 +190,7 @@ class CircuitBreaker:
                 "when it works.",
                 self._name,
                 # As text: a log record is kept for long by some, and with it the frames of an exception.
-                repr(error),
+                self._show(error),
             )
 
     def after_fork(self) -> None:

@@ -48,4 +48,20 @@ def _rest(store: Any) -> str | None:
 def show(store: Any) -> str:
     """The text of a store as its users know it, without secrets; its description where it has none."""
     text = ask(lambda: repr(store))
-    return redact(text) if isinstance(text, str) else describe(store)
+    return _without_secrets(text, store) if isinstance(text, str) else describe(store)
+
+
+def show_address(store: Any) -> str:
+    """The same of the address of a store."""
+    text = ask(lambda: str(store))
+    return _without_secrets(text, store) if isinstance(text, str) else describe(store)
+
+
+def _without_secrets(text: str, store: Any) -> str:
+    inner = innermost(store)
+    if isinstance(inner, FsspecStore):
+        # It has no scheme, and may have anything else of a URL.
+        path = str(inner.path)
+        shown = redact(path) if "://" in path else redact(f"any://{path}").removeprefix("any://")
+        text = text.replace(path, shown) if path else text
+    return redact(text)

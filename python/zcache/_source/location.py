@@ -11,7 +11,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipS
 
 from zcache._source import endpoints
 from zcache._source.answers import UnnamedError, ask
-from zcache._source.urls import check_query, web_address
+from zcache._source.urls import check_query, web_address, without_user
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -194,8 +194,8 @@ def _in_filesystem(filesystem: Any, path: str) -> Location | None:
 
 
 def _key(path: str) -> str:
-    """A path within a store of objects, of which the first part is the bucket."""
-    key = path.strip("/")
+    """A path within a store of objects, of which the first part is the bucket, by whatever credentials."""
+    key = without_user(path.strip("/"))
     # These may be part of a key, or the version of an object: there is no telling.
     if not key or any(mark in key for mark in ("://", "?", "#")):
         raise UnnamedError

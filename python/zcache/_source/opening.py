@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
 
-from zcache._source.urls import redact
+from zcache._source.urls import redact, secrets_in
 from zcache.exceptions import (
     MissingClientError,
     NoSuchSourceError,
@@ -205,15 +205,15 @@ def _open_remote(url: str, options: dict[str, Any]) -> Store:
         return FsspecStore.from_url(url, storage_options=options)
     except ImportError as error:
         return _open_with_obstore(url, options, error)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - a chain is read from here, by any library
         known = _known_schemes()
         unknown = next((scheme for scheme in _schemes(url) if scheme not in known), None)
-        if unknown is not None:
+        if unknown is not None and isinstance(error, (TypeError, ValueError)):
             raise OptionValueError(
                 f"invalid url: {redact(url)!r} has the unknown scheme {unknown!r}. Give a URL that fsspec knows, such "
                 "as s3://, gs://, az:// or https://, or a local path."
             ) from None
-        raise _refusal(url, options, error) from None
+        raise _clean(url, options, error) from None
 
 
 def _schemes(url: str) -> Iterator[str]:
@@ -253,17 +253,33 @@ def _open_with_obstore(url: str, options: dict[str, Any], missing: ImportError) 
     return ObjectStore(bucket)
 
 
+def _clean(url: str, options: dict[str, Any], error: Exception) -> Exception:
+    """What fsspec raises for a URL, without what is secret in it: an error of the system stays one of its kind."""
+    if not isinstance(error, OSError) or isinstance(error, ValueError):
+        return _refusal(url, options, error)
+    message = f"cannot open {redact(url)!r}: {_said(url, options, error)}."
+    if isinstance(error, FileNotFoundError):
+        return NoSuchSourceError(message)
+    # A class of a library's own may be made of anything.
+    kind: type[OSError] = next(k for k in type(error).__mro__ if k.__module__ == "builtins")
+    return kind(message)
+
+
 def _refusal(
     url: str, options: dict[str, Any], error: Exception, client: str = "fsspec"
 ) -> OptionValueError:
     """What a client says against a URL or its options, without what is secret in them."""
-    said = redact((str(error) or type(error).__name__).splitlines()[0])
-    for value in sorted(_texts(options), key=len, reverse=True):
-        said = said.replace(value, "...")
     given = f" with storage_options {_names(options)}" if options else ""
     return OptionValueError(
-        f"cannot open {redact(url)!r}{given}: {said.rstrip('.')}. Give a URL and options that {client} knows."
+        f"cannot open {redact(url)!r}{given}: {_said(url, options, error)}. Give a URL and options that {client} knows."
     )
+
+
+def _said(url: str, options: dict[str, Any], error: Exception) -> str:
+    said = redact((str(error) or type(error).__name__).splitlines()[0])
+    for value in sorted({*_texts(options), *secrets_in(url)}, key=len, reverse=True):
+        said = said.replace(value, "...")
+    return said.rstrip(".")
 
 
 def _texts(value: object) -> Iterator[str]:

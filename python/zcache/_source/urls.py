@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Final
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zcache._source.answers import UnnamedError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _URL: Final = re.compile(
-    r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<rest>[^\s'"<>`]*)""", re.IGNORECASE
+    r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<rest>[^\s'"<>`]*)"""
+    r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/][^\s'"<>`@:]*@[^\s'"<>`]*)""",
+    re.IGNORECASE,
 )
+"""A URL; or what some clients make of one with a password: it without its scheme."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
+_SHORTEST: Final = 4
+"""Characters of a parameter that may be a secret."""
 _PORTS: Final = {"http": 80, "https": 443}
 
 _SIGNATURE: Final = re.compile(
@@ -32,19 +40,44 @@ def redact(text: str) -> str:
     text : str
         What is to be shown, such as an error of a library.
     """
-    return _URL.sub(lambda url: url["scheme"] + _without_user(_QUERY.sub("", url["rest"])), text)
+
+    def shown(url: re.Match[str]) -> str:
+        if url["scheme"] is None:
+            return without_user(url["place"])
+        return url["scheme"] + without_user(_QUERY.sub("", url["rest"]))
+
+    return _URL.sub(shown, text)
 
 
-def _without_user(rest: str) -> str:
+def without_user(rest: str) -> str:
+    """What follows the scheme of a URL, without user information."""
+    return rest[_user_end(rest) :]
+
+
+def _user_end(rest: str) -> int:
+    """How many characters of what follows the scheme of a URL are user information, with its sign."""
     authority, slash, path = rest.partition("/")
-    _, at, host = authority.rpartition("@")
-    if at:
-        return host + slash + path
-    # A password may have an unescaped slash; what comes before it is no port then.
+    if "@" in authority:
+        return authority.rindex("@") + 1
+    # A password may have an unescaped slash; what comes before it is no port then, and no name of Amazon's.
     port = authority.rpartition(":")[2] if ":" in authority else ""
-    if "@" in path and port and not port.isdigit() and not authority.endswith("]"):
-        return path.rpartition("@")[2]
-    return rest
+    is_user = port and not port.isdigit() and not authority.endswith("]")
+    if "@" in path and is_user and not authority.startswith("arn:"):
+        return len(authority + slash) + path.rindex("@") + 1
+    return 0
+
+
+def secrets_in(url: str) -> Iterator[str]:
+    """What of a URL, or a chain of them, no text may show: as it is written, and as a client reads it."""
+    for link in url.split("::"):
+        rest = link.partition("://")[2]
+        place, _, query = rest.partition("?")
+        user = place[: _user_end(place)].removesuffix("@")
+        for secret in (user, user.partition(":")[2]):
+            yield from {secret, unquote(secret)} - {""}
+        for value in re.split("[&=#]", query)[1:]:
+            # A shorter one is in many a word.
+            yield from {each for each in (value, unquote(value)) if len(each) >= _SHORTEST}
 
 
 def server(url: object, *, signed: bool = False) -> str:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+import zcache
 from pools import source_of
 from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
@@ -146,6 +147,19 @@ def test_source_is_told_without_secrets(tmp_path: Path, kind: str) -> None:
         "mine": "MemoryStore",
     }
     del stores
+
+
+def test_sources_with_other_credentials_in_their_urls_are_one(tmp_path: Path) -> None:
+    pytest.importorskip("s3fs")
+    urls = ["s3://user:hush@bucket/era5.zarr", "s3://bucket/era5.zarr"]
+    stores = [zcache.open(url, cache=tmp_path / "pool", max_size="1MB") for url in urls]
+    (info,) = CachePool(tmp_path / "pool").sources()
+    assert info.name == urls[1]
+    assert info.source == f"FsspecStore({urls[1]})"
+    assert "hush" not in repr(stores) + "".join(map(str, stores))
+    files = [path for path in (tmp_path / "pool").rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"hush" in path.read_bytes() for path in files)
 
 
 DAMAGE: dict[str, bytes] = {
