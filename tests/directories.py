@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import gc
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore
@@ -17,8 +18,6 @@ from zcache._core import SegmentFiles
 from zcache.testing import StoreDouble, is_complete
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from zarr.abc.store import Store
 
 INDEX = ".zcache/index"
@@ -34,6 +33,20 @@ def open_store(
     double = StoreDouble(source or LocalStore(where / "source"))
     options = {"source_id": "source"} | options
     return CacheStore(double, cache_store=cache_at(where / "cache"), **options), double
+
+
+def usage(root: Path) -> int:
+    """What `du` says of a directory, without the index."""
+    total = 0
+    for folder, folders, names in os.walk(root):
+        if folder == str(root / ".zcache") and "index" in folders:
+            folders.remove("index")
+        for path in (Path(folder), *(Path(folder) / name for name in names)):
+            try:
+                total += os.lstat(path).st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
 
 
 def reads(source: StoreDouble) -> int:

@@ -26,6 +26,32 @@ def kind_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def formatted(where: Path, block_size: int, size: int = 2**26) -> Iterator[Path]:
+    """An empty directory on an ext4 of its own with blocks of this size; `where` is an empty directory.
+
+    Skips the test, with the reason, where it cannot be mounted.
+    """
+    image, target = where / "image", where / "on"
+    target.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    for command in (
+        ["mkfs.ext4", "-q", "-b", str(block_size), image],
+        ["mount", "-o", "loop", image, target],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, check=False, text=True)
+        except FileNotFoundError:
+            pytest.skip(f"no {command[0]} here")
+        if done.returncode:
+            pytest.skip(f"no ext4 here: {done.stderr.strip()}")
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "-l", target], check=True)
+
+
+@contextlib.contextmanager
 def mounted(kind: str, where: Path) -> Iterator[Path]:
     """An empty directory on a file system of this kind, tmpfs or overlayfs; `where` is an empty directory.
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from directories import closed
+from directories import closed, usage
 from support import buf, read, until
 from zcache import CacheStore
 from zcache.testing import check_invariants_async, set_block_size, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 BOUND = 400_000
 
@@ -30,20 +29,6 @@ def block_size() -> Iterator[None]:
     before = set_block_size(None)
     yield
     set_block_size(before)
-
-
-def usage(root: Path) -> int:
-    """What `du` says of a directory, without the index."""
-    total = 0
-    for folder, folders, names in os.walk(root):
-        if folder == str(root / ".zcache") and "index" in folders:
-            folders.remove("index")
-        for path in (Path(folder), *(Path(folder) / name for name in names)):
-            try:
-                total += os.lstat(path).st_blocks * 512
-            except FileNotFoundError:
-                continue
-    return total
 
 
 def open_store(where: Path, source: MemoryStore, **options: object) -> CacheStore:

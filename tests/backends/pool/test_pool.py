@@ -16,7 +16,8 @@ import pytest
 from zarr.storage import LocalStore, MemoryStore
 
 import zcache
-from directories import closed
+from directories import closed, usage
+from mounts import formatted
 from pools import (
     KEYS,
     NEIGHBOURS,
@@ -266,8 +267,11 @@ def test_cache_info_tells_bytes_and_blocks(tmp_path: Path) -> None:
     assert info["current_size"] >= info["entries"] * PAGE
 
 
-async def test_bound_holds_for_all_sources_in_blocks(tmp_path: Path) -> None:
-    set_block_size(None)
+@pytest.mark.parametrize("block_size", [None, 1024])
+async def test_bound_holds_for_all_sources_in_blocks(
+    tmp_path: Path, block_size: int | None
+) -> None:
+    set_block_size(block_size)
     bound = 80 * PAGE
     pool = CachePool(tmp_path / "pool", max_size=bound)
     values = {f"c/{n}": bytes([n]) * (n * 97 % 9000) for n in range(60)}
@@ -279,6 +283,26 @@ async def test_bound_holds_for_all_sources_in_blocks(tmp_path: Path) -> None:
         # That the disk holds no more than is counted is part of it.
         await check_quiet(store)
     assert sum(info.entries for info in pool.sources()) > 20
+
+
+@pytest.mark.parametrize("block_size", [1024, 2048])
+async def test_bound_holds_on_a_volume_with_blocks_smaller_than_a_page(
+    tmp_path: Path, block_size: int
+) -> None:
+    set_block_size(None)
+    bound = 3 * 10**6
+    with formatted(tmp_path, block_size) as volume:
+        pool = CachePool(volume / "pool", max_size=bound)
+        values = {f"k/{n}": bytes([n % 256]) * 100 for n in range(3000)}
+        store = CacheStore(source_of(**values), cache_store=pool, source_id="s")
+        keys = list(values)
+        for start in range(0, len(keys), 16):
+            await asyncio.gather(*(read(store, key) for key in keys[start : start + 16]))
+            assert usage(volume / "pool") <= bound
+        assert await store.drain()
+        os.sync()
+        assert usage(volume / "pool") <= pool.cache_info()["current_size"] <= bound
+        await check_quiet(store)
 
 
 async def test_one_order_of_eviction_for_all_sources(where: Path | None) -> None:

@@ -194,6 +194,12 @@ class PoolLayout(Layout):
         # Keys are no names of files here.
         self.folds_names = self.scanner.folds_names = False
 
+    def note_block_size(self) -> None:
+        super().note_block_size()
+        if self._block_size > 1:
+            # Values take whole pages, also where the blocks of the volume are smaller.
+            self._block_size = max(self._block_size, _PAGE)
+
     def trusts_owner(self) -> bool:
         # A process that asks for a pool of its group has said so.
         if not self.mode & stat.S_IWGRP or not os.path.exists(self.root):
