@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -410,11 +411,16 @@ print(found, stats["hits"], stats["cache_failures"])
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 @pytest.mark.parametrize(("one", "two"), [(50001, 50002), (50011, 50012)])
-def test_users_of_a_group_share_a_pool(tmp_path: Path, one: int, two: int) -> None:
+@pytest.mark.parametrize("made", ["by a user", "by root before", "by its owner before"])
+def test_users_of_a_group_share_a_pool(tmp_path: Path, one: int, two: int, made: str) -> None:
     where = Path(tempfile.mkdtemp())
     try:
         os.chown(where, 0, 54321)
         where.chmod(0o2777)
+        if made != "by a user":
+            (where / "pool").mkdir()
+            os.chown(where / "pool", one if made == "by its owner before" else 0, 54321)
+            (where / "pool").chmod(0o770)
 
         def member(user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
@@ -433,11 +439,13 @@ def test_users_of_a_group_share_a_pool(tmp_path: Path, one: int, two: int) -> No
         assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
         again = member(one, "770", f"{one}", f"{two}")
         assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
-        for name in ("head", "cells", "places", "lock", "owner", "s0"):
-            found = (where / "pool/.zcache/index" / name).stat()
-            assert (found.st_mode & 0o777, found.st_gid) == (0o660, 54321), name
-        # A process that has not asked for a group does not trust another user.
-        assert "CacheOwnershipError" in member(two, "700").stderr
+        for path in (where / "pool/.zcache").rglob("*"):
+            found = path.stat()
+            expected = 0o2770 if path.is_dir() else 0o660
+            assert (stat.S_IMODE(found.st_mode), found.st_gid) == (expected, 54321), path
+        # A process that has not asked for a group does not trust another user, but for root.
+        refused = "CacheOwnershipError" in member(two, "700").stderr
+        assert refused is (made != "by root before")
     finally:
         shutil.rmtree(where)
 

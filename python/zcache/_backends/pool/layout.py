@@ -177,10 +177,8 @@ class PoolLayout(Layout):
             files.make_folders(os.path.dirname(self.root))
             try:
                 os.mkdir(self.root, self.mode)
-                # Whatever the umask says. A pool of a group is set-gid, so that all files in it belong to the group, which need
-                # not be the primary group of each user.
-                shared = stat.S_ISGID if self.mode & stat.S_IRWXG else 0
-                os.chmod(self.root, self.mode | shared)
+                # Whatever the umask says.
+                os.chmod(self.root, _for_group(self.mode))
             except FileExistsError:
                 pass
         super().claim(adopt=adopt)
@@ -209,7 +207,7 @@ class PoolLayout(Layout):
     def make_folders(self) -> None:
         super().make_folders()
         root = os.stat(self.root)
-        mode = stat.S_IRWXU | root.st_mode & (0o777 | stat.S_ISGID)
+        mode = _for_group(stat.S_IRWXU | root.st_mode & 0o777)
         os.makedirs(self.segments, mode=mode, exist_ok=True)
         # Whatever the umask says: a pool may belong to a group.
         for folder in (self.reserved, self.index_root, self.temporary.path, self.segments):
@@ -222,6 +220,15 @@ class PoolLayout(Layout):
 
     def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
         return {**super().with_unit(limits), "holes": self.holes}
+
+
+def _for_group(mode: int) -> int:
+    """The mode of a folder of a pool with these permissions.
+
+    What a group may use is set-gid, so that all files in it belong to the group, which need not be the primary group of
+    each user.
+    """
+    return mode | stat.S_ISGID if mode & stat.S_IRWXG else mode
 
 
 def _give(path: str, group: int, mode: int) -> None:

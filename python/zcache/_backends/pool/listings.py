@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 
 from zcache._backends.listings import DirectoryListings
 
@@ -28,7 +29,7 @@ class SourceListings(DirectoryListings):
         try:
             return super()._open(path)
         except FileNotFoundError:
-            mode = os.stat(os.path.dirname(self._root)).st_mode & 0o777
+            mode = stat.S_IMODE(os.stat(os.path.dirname(self._root)).st_mode)
             os.mkdir(self._root, mode)
             # Whatever the umask says: a pool may belong to a group.
             os.chmod(self._root, mode)
