@@ -587,8 +587,11 @@ class Index:
     def abandon(self, reservation: Reservation, /) -> None:
         """Give it back without a delete: what it has begun counts as a failed delete."""
 
-    def confirm_deletes(self, dropped: list[int], failed: list[int], /) -> None:
-        """Report deletes that no reservation waits for, by the numbers of their entries."""
+    def confirm_deletes(self, dropped: list[int], failed: list[int], /) -> bool:
+        """Report deletes that no reservation waits for, by the numbers of their entries.
+
+        Whether segments of a pool have lost their last values meanwhile; see `spent_segments`.
+        """
 
     def expected(self, cells: list[int], /) -> list[tuple[int, int] | None]:
         """Size and CRC32C of entries that are being deleted; None where they are not known."""
@@ -753,10 +756,10 @@ class Index:
         """
 
     def spent_segments(self, limit: int, /) -> list[tuple[int, int]]:
-        """Cells and numbers of segments without values, whose files can be removed."""
+        """Cells and numbers of segments without values, whose files can be removed; nobody appends to them from now on."""
 
-    def segment_removed(self, cell: int, number: int, /) -> None:
-        """The file of such a segment is gone."""
+    def segments_removed(self, segments: list[tuple[int, int]], /) -> None:
+        """The files of such segments are gone."""
 
     def formerly(self, name: str, /) -> tuple[int, int, int] | None:
         """Fetch time in milliseconds, size and CRC32C of a value that an index of an earlier boot has listed.

@@ -209,6 +209,8 @@ pub struct Cache<S, T, P = Policy> {
     pub(super) open_segment: OpenSegment,
     /// Bytes of the copies that this participant is writing.
     pub(super) moving: u64,
+    /// Whether a segment of a pool has lost its last entry; see [`Cache::take_emptied`].
+    pub(super) emptied: bool,
     /// Whether no segment of a pool takes more than one value.
     pub(super) one_value_a_segment: bool,
     /// What an empty index is to minimise.
@@ -258,6 +260,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             unit: 0,
             open_segment: OpenSegment::default(),
             moving: 0,
+            emptied: false,
             one_value_a_segment: false,
             minimise: Minimise::default(),
             planned: None,

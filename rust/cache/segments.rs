@@ -266,6 +266,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let cell = self.arena.segment_cell_mut(place.segment)?;
         let was_sparse = cell.is_sparse_segment();
         cell.take_from_segment(pages)?;
+        self.emptied |= cell.segment_entries() == 0;
         let is_news = !was_sparse || cell.is_spent_segment();
         self.arena.set_place_word(i, 0)?;
         if is_news {
@@ -383,9 +384,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(found)
     }
 
+    /// Whether a segment has lost its last entry by a step of this participant since this was asked last.
+    pub fn take_emptied(&mut self) -> bool {
+        std::mem::take(&mut self.emptied)
+    }
+
     /// Segments with files that can go, as cell and number; to be reported to [`Cache::segment_removed`].
     pub fn spent_segments(&self, limit: usize) -> Result<Vec<(u32, u64)>> {
         let mut found = Vec::new();
+        if !self.is_complete() {
+            // The values of some are not taken in yet.
+            return Ok(found);
+        }
         let (mut at, mut left) = (self.arena.list(List::Segments)[0], LOOKED_AT);
         while at != 0 && left > 0 && found.len() < limit {
             let cell = self.arena.segment_cell(at)?;

@@ -140,11 +140,13 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         if self.failed_deletes && self.deferred.is_empty() {
             self.retry_deletes();
         }
-        self.remove_segments();
         if let Some(number) = self.straggling.take() {
             // What cannot be moved now is moved after another fill.
             let _ = self.move_stragglers(number);
+            // Where they were.
+            self.spent = None;
         }
+        self.remove_segments();
     }
 
     /// Ends the reservations and closes the flights, wherever the fills have stopped.

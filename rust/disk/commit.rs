@@ -11,8 +11,8 @@ use crate::cache::Placed;
 use crate::error::Result;
 use crate::shared::{Locked, StepError};
 
-/// Segments with files that one batch removes which adds values, and that it removes at least if it adds none.
-pub(super) const SEGMENTS: usize = 4;
+/// Segments without values that one batch removes.
+pub(super) const SEGMENTS: usize = 64;
 
 const OVERTAKEN: &str = "overtaken by a write";
 
@@ -84,6 +84,10 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             victims.extend(done.victims);
         }
         self.failed_deletes = failed_deletes || !victims.is_empty();
+        if !victims.is_empty() {
+            // They may have been the last of their segments.
+            self.spent = None;
+        }
         dir.values.seal(&dir.root, &valid);
         self.remove_uncommitted(&lost);
         self.drop_files(&victims, generation)

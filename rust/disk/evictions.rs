@@ -159,12 +159,11 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         if self.dir.values.segments().is_none() {
             return Vec::new();
         }
-        let limit = self.fills.len().max(SEGMENTS);
         let found = self.with_retries(|index| {
             step!(index, |cache| {
                 // Those of participants that add nothing now.
                 cache.close_empty_segments()?;
-                cache.spent_segments(limit)
+                cache.spent_segments(SEGMENTS)
             })
         });
         found.unwrap_or_default()

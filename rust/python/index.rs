@@ -800,8 +800,16 @@ impl Index {
     }
 
     #[pyo3(signature = (dropped, failed, /))]
-    fn confirm_deletes(&self, py: Python<'_>, dropped: Vec<u32>, failed: Vec<u32>) -> PyResult<()> {
-        step!(self, py, |cache| cache.deletes_done(&dropped, &failed))
+    fn confirm_deletes(
+        &self,
+        py: Python<'_>,
+        dropped: Vec<u32>,
+        failed: Vec<u32>,
+    ) -> PyResult<bool> {
+        step!(self, py, |cache| {
+            cache.deletes_done(&dropped, &failed)?;
+            Ok(cache.take_emptied())
+        })
     }
 
     #[pyo3(signature = (cells, /))]
@@ -1094,12 +1102,20 @@ impl Index {
 
     #[pyo3(signature = (limit, /))]
     fn spent_segments(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<(u32, u64)>> {
-        step!(self, py, |cache| cache.spent_segments(limit))
+        step!(self, py, |cache| {
+            cache.close_empty_segments()?;
+            cache.spent_segments(limit)
+        })
     }
 
-    #[pyo3(signature = (cell, number, /))]
-    fn segment_removed(&self, py: Python<'_>, cell: u32, number: u64) -> PyResult<()> {
-        step!(self, py, |cache| cache.segment_removed(cell, number))
+    #[pyo3(signature = (segments, /))]
+    fn segments_removed(&self, py: Python<'_>, segments: Vec<(u32, u64)>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            for &(cell, number) in &segments {
+                cache.segment_removed(cell, number)?;
+            }
+            Ok(())
+        })
     }
 
     #[pyo3(signature = (name, /))]

@@ -103,6 +103,10 @@ class SharedIndex:
         self._members.add(member)
         self.users.add(member)
         self._set_limits()
+        wait = getattr(self.place, "wait_for_bound", None)
+        if wait is not None:
+            # Its bound is kept from its beginning.
+            wait()
         weakref.finalize(member, self._set_limits).atexit = False
 
     def _set_limits(self) -> None:

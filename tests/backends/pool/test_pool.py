@@ -28,7 +28,7 @@ from pools import (
     pool_with_neighbours,
     source_of,
 )
-from support import TESTS, buf, check_quiet, fill, read, read_through, until, write
+from support import TESTS, buf, check_quiet, fill, read, read_through, write
 from zcache import (
     CacheOwnershipError,
     CachePool,
@@ -238,9 +238,58 @@ async def test_bound_that_has_become_smaller_is_kept_at_once(where: Path | None)
     pool = pool_with_neighbours(where)
     strict = CacheStore(source_of(), cache_store=pool, source_id="1", max_size=50)
     assert (pool.max_size, pool.cache_info()["max_size"]) == (None, 50)
-    await until(lambda: pool.cache_info()["current_size"] <= 50)
+    assert pool.cache_info()["current_size"] <= 50
     assert pool.cache_info()["entries"] > 0
     await check_quiet(strict)
+
+
+SMALLER = """
+import sys
+from support import set_block_size
+from zcache import CachePool
+
+set_block_size(None)
+print(CachePool(sys.argv[1], max_size=50 * 4096).cache_info()["current_size"])
+"""
+
+
+@pytest.mark.parametrize("who", ["pool", "store", "forked child", "process"])
+async def test_opening_with_a_smaller_bound_returns_when_the_disk_holds_no_more(
+    tmp_path: Path, who: str
+) -> None:
+    set_block_size(None)
+    path, bound = tmp_path / "pool", 50 * PAGE
+    pool = CachePool(path, max_size=20 * bound)
+    values = {f"c/{n}": bytes([n]) * 50_000 for n in range(60)}
+    store = CacheStore(source_of(**values), cache_store=pool, source_id="s")
+    for key in values:
+        await read(store, key)
+    assert await store.drain()
+    assert usage(path) > 10 * bound
+    kept: list[object] = []
+    if who == "store":
+        kept += [CacheStore(source_of(), cache_store=pool, source_id="2", max_size=bound)]
+    elif who == "pool":
+        kept += [CachePool(path, max_size=bound)]
+    elif who == "process":
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", SMALLER, path],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+            capture_output=True,
+            check=True,
+        )
+        assert int(done.stdout) <= bound
+    elif not (child := os.fork()):
+        try:
+            CachePool(path, max_size=bound)
+        finally:
+            os._exit(usage(path) > bound)
+    else:
+        assert (await asyncio.to_thread(os.waitpid, child, 0))[1] == 0
+    assert usage(path) <= bound
+    assert pool.cache_info()["current_size"] <= bound
+    await check_quiet(store)
 
 
 @pytest.mark.parametrize("kind", POOLS)

@@ -132,8 +132,9 @@ class DirectoryBackend(Backend):
                     ignore,
                     timeout=DELETE_TIMEOUT,
                 )
+        then = self._directory.note_deletes
         with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
-            await handle.call_shielded(io, ignore, Index.confirm_deletes, dropped, failed)
+            then(await handle.call_shielded(io, then, Index.confirm_deletes, dropped, failed))
 
     @property
     def tells_by_name(self) -> bool:
@@ -299,7 +300,8 @@ class DirectoryBackend(Backend):
         dropped, failed = self._sort(victims, outcome)
         if failed:
             self._directory.scanner.add_tombstones(_names(victims, failed))
-        self.shared.handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
+        then = self._directory.note_deletes
+        self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
 
     def _sort(
         self, victims: Sequence[Victim], outcome: Sequence[OSError | None]

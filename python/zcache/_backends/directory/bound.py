@@ -1,8 +1,8 @@
-"""The bound of a cache directory without fills: what is above it is evicted in the background."""
+"""The bound of a cache directory without fills: what is above it is evicted in a thread."""
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from zcache._index.handle import IndexHandle
 
+BOUND_PATIENCE: Final = 5.0
+"""Seconds that the opening of a directory or of a store waits for others' values above the bound to go."""
 _LOOKS: Final = 100_000
 """Batches that one opening evicts at most."""
 _LOOKS_WHILE_OPENING: Final = 1000
@@ -36,6 +38,8 @@ class Bound:
         Seconds since 1970.
     remove : callable
         Deletes the bytes of entries by their names, and what they should hold; returns an error or None for each.
+    after : callable
+        Called when the index has heard of that.
     """
 
     def __init__(
@@ -43,19 +47,37 @@ class Bound:
         handle: IndexHandle,
         clock: Callable[[], float],
         remove: Callable[[list[str], Any], list[Any]],
+        after: Callable[[], object],
     ) -> None:
         self._remove = remove
+        self._after = after
         self._clock = clock
         self.handle = handle
+        self._kept = threading.Event()
+        self._kept.set()
 
     def enforce(self) -> None:
         """Evict in the background, as long as the directory is used."""
-        this = weakref.ref(self)
-        with contextlib.suppress(RuntimeError):  # No thread now; the next fill does it.
-            run_in_background(lambda: _enforce(this))
+        this, kept = weakref.ref(self), threading.Event()
+        self._kept = kept
 
-    def evict_excess(self) -> bool:
-        """Evict a batch; whether there may be more.
+        def enforce() -> None:
+            try:
+                _enforce(this, kept)
+            finally:
+                kept.set()
+
+        try:
+            run_in_background(enforce)
+        except RuntimeError:  # No thread now; the next fill does it.
+            kept.set()
+
+    def wait(self) -> None:
+        """Wait until the bound is kept, or nothing can be evicted now: `BOUND_PATIENCE` seconds at most."""
+        self._kept.wait(BOUND_PATIENCE)
+
+    def evict_excess(self) -> tuple[bool, bool]:
+        """Evict a batch; whether anything was, and whether there may be more.
 
         Raises
         ------
@@ -65,10 +87,10 @@ class Bound:
         handle = self.handle
         excess, is_complete = handle.call_blocking(_excess)
         if not excess:
-            return not is_complete
+            return False, not is_complete
         victims = handle.call_blocking(Index.evict, excess, self._clock())
         if not victims:
-            return not is_complete
+            return False, not is_complete
         take_folder_bytes()
         cells = [cell for cell, _ in victims]
         known = handle.call_blocking(Index.expected, cells)
@@ -78,25 +100,29 @@ class Bound:
         handle.call_later(ignore, Index.confirm_deletes, gone, failed)
         if folders := take_folder_bytes():
             handle.call_later(ignore, Index.count_folders, folders)
+        self._after()
         # What cannot be deleted now is tried again by the next fill.
-        return bool(gone)
+        return bool(gone), bool(gone)
 
 
-def _enforce(reference: weakref.ref[Bound]) -> None:
+def _enforce(reference: weakref.ref[Bound], kept: threading.Event) -> None:
     opening = 0
     for _ in range(_LOOKS):
         bound = reference()
         if bound is None or not bound.handle.usable:
             return
-        is_open = bound.handle.is_open
-        opening += not is_open
+        opening += not bound.handle.is_open
         if opening > _LOOKS_WHILE_OPENING:
             return
+        has_evicted = False
         try:
-            if is_open and not bound.evict_excess():
+            has_evicted, has_more = bound.evict_excess()
+            if not has_more:
                 return
         except IndexLockTimeout:
             pass
+        if not has_evicted:
+            kept.set()
         del bound
         time.sleep(_LOOK_AGAIN)
 

@@ -116,6 +116,10 @@ class CacheDirectory:
         if not self.filler.reads_only:
             self._bound.enforce()
 
+    def wait_for_bound(self) -> None:
+        """Wait until that is done, some seconds at most."""
+        self._bound.wait()
+
     @classmethod
     def unopened(
         cls, root: os.PathLike[str] | str, limits: dict[str, Any], clock: Callable[[], float]
@@ -145,7 +149,12 @@ class CacheDirectory:
         self._rebuild = Rebuild(self.layout, self.handle)
         self.recovery = Recovery(self.layout, self.handle, self.filler, self._rebuild)
         this = weakref.ref(self)
-        self._bound = Bound(self.handle, clock, lambda *values: _remove(this(), *values))
+        self._bound = Bound(
+            self.handle,
+            clock,
+            lambda *values: _remove(this(), *values),
+            lambda: _after_evictions(this()),
+        )
         _directories.add(self)
 
     def _make_filler(self, clock: Callable[[], float]) -> Any:
@@ -158,6 +167,12 @@ class CacheDirectory:
     def _remove(self, names: list[str], known: Any) -> list[Any]:
         """Delete the bytes of victims; what the file system has said of each."""
         return list(remove_victims(self.root, names, known, self._clock()))
+
+    def note_deletes(self, emptied: bool) -> None:
+        """Do what is due once the index has heard of deletes; `emptied` is its answer."""
+
+    def after_evictions(self) -> None:
+        """Do what is due after evictions, in a thread that may wait."""
 
     # -------------------------------------------------------------- opening
 
@@ -354,6 +369,11 @@ def _remove(directory: CacheDirectory | None, names: list[str], known: Any) -> l
     if directory is None:
         return [OSError(errno.ENOENT, "it is not in use any more")] * len(names)
     return directory._remove(names, known)
+
+
+def _after_evictions(directory: CacheDirectory | None) -> None:
+    if directory is not None:
+        directory.after_evictions()
 
 
 def _remove_unlisted(directory: CacheDirectory | None) -> None:

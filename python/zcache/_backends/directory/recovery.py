@@ -16,6 +16,8 @@ from zcache._runtime.threads import run_in_background
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zcache._backends.directory.filler import DirectoryFiller
     from zcache._backends.directory.layout import Layout
     from zcache._backends.directory.rebuild import Rebuild
@@ -46,6 +48,11 @@ class Recovery:
         Carries out fills.
     rebuild : Rebuild
         Fills an empty index.
+
+    Attributes
+    ----------
+    on_reclaimed : callable
+        Called when participants that have died were found.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Recovery:
         self._filler = filler
         self._rebuild = rebuild
         self._last_reclaim = self._last_try = 0.0
+        self.on_reclaimed: Callable[[], object] = _nothing
         # The handle must not keep alive what keeps it alive.
         this = weakref.ref(self)
         handle.recover = lambda error: _recover(this(), error)
@@ -160,6 +168,7 @@ class Recovery:
             dead, rebuild_owner_died = index.reclaim_dead() if is_shared else ([], False)
             if dead:
                 self._layout.temporary.sweep()
+                self.on_reclaimed()
             is_stopped = self._rebuild.is_stopped(index)
         except CorruptIndexError as error:
             handle.resolve(error)
@@ -171,6 +180,10 @@ class Recovery:
         elif rebuild_owner_died:
             # In a thread, for that reads and makes files.
             handle.resolve(CorruptIndexError("the process that rebuilt it has died"))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _recover(recovery: Recovery | None, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
+from zcache._core import Index
+from zcache._runtime.threads import NoThreadError, run_in_background
+from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zcache._backends.pool.filler import PoolFiller
-    from zcache._core import Index
 
+_AT_ONCE: Final = 64
+"""Segments that are removed between two steps of the index."""
 _CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -58,8 +63,38 @@ class PoolDirectory(CacheDirectory):
         found: list[Any] = self.layout.scanner.files.delete(names)
         return found
 
+    def _prepare(self, *args: Any) -> None:
+        super()._prepare(*args)
+        this = weakref.ref(self)
+        # Where they have appended no one does any more.
+        self.recovery.on_reclaimed = lambda: _remove_empty_later(this())
+
+    def note_deletes(self, emptied: bool) -> None:
+        if emptied:
+            _remove_empty_later(self)
+
+    def after_evictions(self) -> None:
+        self.remove_empty_segments()
+
+    def remove_empty_segments(self) -> None:
+        """Remove the files of all segments without values; what fails is tried with the next ones."""
+        handle, files = self.handle, self.layout.scanner.files
+        if self.filler.reads_only or not handle.usable:
+            return
+        with contextlib.suppress(IndexLockTimeout):
+            while spent := handle.call_opened(Index.spent_segments, _AT_ONCE):
+                gone = []
+                for segment in spent:
+                    with contextlib.suppress(OSError):
+                        files.remove(segment[1])
+                        gone.append(segment)
+                if not gone:
+                    return
+                handle.call_opened(Index.segments_removed, gone)
+
     def _open_alone(self, until: float) -> None:
         super()._open_alone(until)
+        self.remove_empty_segments()
         if (numbers := self._hold_more_than_counted()) and self._is_alone():
             try:
                 self.layout.scanner.give_back_unlisted(self.handle, numbers)
@@ -91,3 +126,10 @@ class PoolDirectory(CacheDirectory):
 
 def _sizes_of_complete(index: Index) -> dict[int, int] | None:
     return dict(index.segment_sizes()) if index.is_complete else None
+
+
+def _remove_empty_later(directory: PoolDirectory | None) -> None:
+    if directory is not None:
+        # Where there is no thread now, the next fill does it.
+        with contextlib.suppress(NoThreadError):
+            run_in_background(directory.remove_empty_segments)

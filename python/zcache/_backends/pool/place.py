@@ -228,6 +228,9 @@ class Pool:
         """Evict what is above a bound that has become smaller."""
         raise NotImplementedError
 
+    def wait_for_bound(self) -> None:
+        """Wait until that is done, some seconds at most."""
+
     def note_policy(self, policy: dict[str, str]) -> None:
         """Go by this policy when the index is opened anew."""
         with self._lock:
@@ -313,6 +316,9 @@ class DirectoryPool(Pool):
     def _enforce_bound(self) -> None:
         self.directory.enforce_bound()
 
+    def wait_for_bound(self) -> None:
+        self.directory.wait_for_bound()
+
     def forget(self, name: str) -> None:
         directory = self.directory
         if directory.filler.reads_only:
@@ -326,6 +332,7 @@ class DirectoryPool(Pool):
     def forget_values(self, name: str) -> None:
         """Delete all values of a source, and what is known of it, but for its name."""
         super().forget(name)
+        self.directory.remove_empty_segments()
         remove_listings(self.directory.layout.index_root, label_of(name))
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
@@ -412,6 +419,14 @@ class PoolSource:
         """Its segments."""
         found: SegmentFiles = self._directory.layout.scanner.files
         return found
+
+    def wait_for_bound(self) -> None:
+        """Wait until what is above the bound of the pool is evicted, some seconds at most."""
+        self.pool.wait_for_bound()
+
+    def note_deletes(self, emptied: bool) -> None:
+        """Do what is due once the index has heard of deletes; see `CacheDirectory`."""
+        self._directory.note_deletes(emptied)
 
     def after_fork(self) -> None:
         """Start over in a forked child."""

@@ -76,7 +76,8 @@ def pool_of(
             pool.add_options(store.options)
         # In memory its values live as long as the store does.
         store.pool = pool
-        return pool
+    pool.wait_for_bound()
+    return pool
 
 
 def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
