@@ -234,7 +234,8 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
         pool = pool_of(place.store, adopt=adopt)
         if pool.max_size is None:
             bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
-            pool.add_options(PoolOptions(bound))
+            place.store.options = PoolOptions(bound)
+            pool.apply_limits()
             if size is None and pool.takes_values:
                 _say_default(place, bound)
         # With it to other processes.

@@ -447,7 +447,8 @@ async def test_bound_may_be_another_though_values_are_still_being_written(source
 
 def test_bound_of_a_pool_that_had_none_is_set(source: Path, cache: Path) -> None:
     pool = CachePool(cache)
-    assert zcache.open(source, max_size=10**6).max_size == 10**6
+    store = zcache.open(source, max_size=10**6)
+    assert store.max_size == 10**6
     assert pool.cache_info()["max_size"] == 10**6
 
 

@@ -243,6 +243,47 @@ async def test_bound_that_has_become_smaller_is_kept_at_once(where: Path | None)
     await check_quiet(strict)
 
 
+async def test_bound_of_a_store_or_pool_that_is_gone_is_in_force_no_more(
+    where: Path | None,
+) -> None:
+    pool = CachePool(where, max_size=100)
+    store = CacheStore(source_of(), cache_store=pool, source_id="1", max_size=50)
+    other = CacheStore(source_of(), cache_store=pool, source_id="2", max_size=70)
+    assert pool.cache_info()["max_size"] == 50
+    store.close()
+    del store
+    gc.collect()
+    assert pool.cache_info()["max_size"] == 70
+    await fill(other, k=bytes(60))
+    del other
+    gc.collect()
+    assert pool.cache_info()["max_size"] == 100
+    if where is not None:
+        again = CachePool(where, max_size=80)
+        # What a pool was opened with counts as long as a store over it is in use.
+        over = CacheStore(source_of(), cache_store=again, source_id="3")
+        del again
+        gc.collect()
+        assert pool.cache_info()["max_size"] == 80
+        del over
+        gc.collect()
+        assert pool.cache_info()["max_size"] == 100
+    check = CacheStore(source_of(), cache_store=pool, source_id="2")
+    await check_quiet(check)
+
+
+def test_bound_of_zcache_open_is_that_of_its_stores(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path / "pool")
+    store = zcache.open(source_of(), cache=tmp_path / "pool", max_size=50)
+    copy = zcache.open(source_of(), cache=tmp_path / "pool")
+    del store
+    gc.collect()
+    assert (copy.max_size, pool.cache_info()["max_size"]) == (50, 50)
+    del copy
+    gc.collect()
+    assert pool.cache_info()["max_size"] is None
+
+
 SMALLER = """
 import sys
 from support import set_block_size

@@ -71,10 +71,12 @@ class Pool:
     directory: PoolDirectory | None = None
     read_only = False
 
-    def __init__(self, options: PoolOptions, clock: Callable[[], float]) -> None:
+    def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
         self.clock = clock
-        self._options = [options]
+        # Those that stand for it, by their addresses: their options count as long as they are referred to.
+        self._stores: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._add(store)
         self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
         self.users: weakref.WeakSet[Member] = weakref.WeakSet()
         self.objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -83,12 +85,19 @@ class Pool:
         # Who uses the pool in order that it goes by one policy.
         self._policy: Member | None = None
 
-    def add_options(self, options: PoolOptions) -> None:
-        """Keep to these as well: the strictest are in force."""
-        if options not in self._options:
-            self._options.append(options)
-            self.apply_limits()
-            self.go_by(options)
+    def join(self, store: PoolStore | PoolMemoryStore) -> None:
+        """Keep to the options of a store as well, as long as it is referred to: the strictest are in force."""
+        self._add(store)
+        self.apply_limits()
+        self.go_by(store.options)
+
+    def _add(self, store: PoolStore | PoolMemoryStore) -> None:
+        self._stores[id(store)] = store
+        self._when_gone(store)
+
+    def _when_gone(self, asks: object) -> None:
+        """Have the limits without those of `asks` in force once it is gone."""
+        weakref.finalize(asks, _apply_limits, weakref.ref(self)).atexit = False
 
     def go_by(self, options: PoolOptions) -> None:
         """Have the pool go by the policy of these options, if they have one, whatever its stores ask for.
@@ -127,6 +136,7 @@ class Pool:
         source = PoolSource(self, name, limits, clock or self.clock)
         self.names[source.label] = note_of(name, text, time.time())
         self._sources.add(source)
+        self._when_gone(source)
         return source
 
     @property
@@ -138,12 +148,12 @@ class Pool:
     @property
     def max_size(self) -> int | None:
         """Bytes that the pool holds at most."""
-        return _least([options.max_size for options in self._options])
+        return _least([store.options.max_size for store in self._stores.values()])
 
     @property
     def min_free_space(self) -> int | None:
         """Bytes of the volume that stay free."""
-        found = [options.min_free_space for options in self._options]
+        found = [store.options.min_free_space for store in self._stores.values()]
         return max((one for one in found if one is not None), default=None)
 
     def notes(self) -> dict[str, dict[str, Any]]:
@@ -255,7 +265,7 @@ class MemoryPool(Pool):
     """A pool in memory of this process."""
 
     def __init__(self, store: PoolMemoryStore, clock: Callable[[], float]) -> None:
-        super().__init__(store.options, clock)
+        super().__init__(store, clock)
         limits = {**_LIMITS, "verify": "never", "max_size": store.options.max_size}
         self.handle = IndexHandle(Index(**limits), repr(store), limits)
         # The store keeps the pool alive, and not the other way round.
@@ -284,7 +294,7 @@ class DirectoryPool(Pool):
     directory: PoolDirectory
 
     def __init__(self, store: PoolStore, *, adopt: bool, clock: Callable[[], float]) -> None:
-        super().__init__(store.options, clock)
+        super().__init__(store, clock)
         self.read_only = store.read_only
         limits = {**_LIMITS, "max_size": store.options.max_size, "holes": True}
         self.directory = PoolDirectory(
@@ -343,6 +353,11 @@ class DirectoryPool(Pool):
         gone = [cell for (cell, _), error in outcome if error is None]
         failed = [cell for (cell, _), error in outcome if error is not None]
         self.handle.call_blocking(Index.confirm_deletes, gone, failed)
+
+
+def _apply_limits(pool: Callable[[], Pool | None]) -> None:
+    if (found := pool()) is not None:
+        found.apply_limits()
 
 
 def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:

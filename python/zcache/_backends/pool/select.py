@@ -73,7 +73,7 @@ def pool_of(
             pool.go_by(store.options)
             _pools[key] = pool
         else:
-            pool.add_options(store.options)
+            pool.join(store)
         # In memory its values live as long as the store does.
         store.pool = pool
     pool.wait_for_bound()
