@@ -34,6 +34,7 @@ from zcache import (
     CachePool,
     CacheStore,
     CacheUnreachableError,
+    OfflineError,
     OptionTypeError,
     OptionValueError,
 )
@@ -344,6 +345,9 @@ async def test_listings_of_each_source_are_its_own(kind: str, tmp_path: Path) ->
         offline = CacheStore(MemoryStore(), cache_store=pool, source_id=name, offline=True)
         assert [name async for name in offline.list_dir("g")] == [own]
     pool.forget("1")
+    offline = CacheStore(MemoryStore(), cache_store=pool, source_id="1", offline=True)
+    with pytest.raises(OfflineError):
+        _ = [name async for name in offline.list_dir("g")]
     offline = CacheStore(MemoryStore(), cache_store=pool, source_id="2", offline=True)
     assert [name async for name in offline.list_dir("g")] == ["b"]
 

@@ -28,6 +28,7 @@ from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
+    from zcache._backends.listings import Listings
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
     from zcache._core import SegmentFiles
@@ -275,6 +276,13 @@ class MemoryPool(Pool):
         value = self._values.get(f"{label_of(name)}/{key}")
         return None if value is None or len(value) != size else value.as_numpy_array()
 
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        label = label_of(name)
+        for source in list(self._sources):
+            if source.label == label:
+                source.listings.forget_below("")
+
     def _enforce_bound(self) -> None:
         call = self.handle.call_blocking
         while excess := call(_excess):
@@ -391,9 +399,13 @@ class PoolSource:
         Carries out fills; None in memory.
     clock : callable
         Seconds; what ages are counted by.
+    listings : Listings
+        Answers of the source to `list_dir`.
     on_idle : callable
         Called when fills have ended; set by the owner of the queue.
     """
+
+    listings: Listings
 
     def __init__(
         self, pool: Pool, name: str, limits: dict[str, Any], clock: Callable[[], float]

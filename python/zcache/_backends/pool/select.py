@@ -130,10 +130,10 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     shared.place, shared.users = source, pool.users
     directory = pool.directory
     if directory is None:
-        shared.listings = MemoryListings()
+        shared.listings = source.listings = MemoryListings()
         return shared
     layout = directory.layout
-    shared.listings = SourceListings(layout.index_root, source.label, name)
+    shared.listings = source.listings = SourceListings(layout.index_root, source.label, name)
     if not directory.filler.reads_only and directory.handle.usable:
         directory.register.add(pool.names[source.label])
     return shared
