@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from zarr.core import codec_pipeline
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
@@ -181,13 +182,60 @@ def test_pipeline_by_name_wraps_what_is_named() -> None:
     with zarr.config.set({**named, "zcache.codec_pipeline": PATH}):
         array = zarr.open_array(store)
         assert type(pipeline_of(array).wrapped) is Configured
-        assert hits(array) == 4
+        assert hits(array) == 2
     for wrong in ("no.such.Class", "builtins.dict", ".x.Y", "", 5):
         with (
             zarr.config.set({**named, "zcache.codec_pipeline": wrong}),
             pytest.raises(OptionValueError, match=re.escape(repr(wrong))),
         ):
             zarr.open_array(store)
+
+
+def multiplying(factor: int) -> type[BatchedCodecPipeline]:
+    """A pipeline that decodes to other values; all of them have one name."""
+
+    class Multiplying(BatchedCodecPipeline):
+        async def decode_batch(self, chunks: Any) -> Any:
+            found = []
+            for one in await super().decode_batch(chunks):
+                # Not the index of a shard, which is unsigned.
+                is_value = one is not None and one.dtype.kind == "i"
+                found.append(type(one)(factor * one.as_numpy_array()) if is_value else one)
+            return found
+
+    return Multiplying
+
+
+@pytest.mark.parametrize("more", [{}, {"shards": (8,)}], ids=["chunks", "shards"])
+def test_pipelines_that_may_decode_differently_share_no_chunks(more: dict[str, Any]) -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    create(store, **more)
+    opened: list[Any] = []
+    for factor in (1, -1, 2):
+        kind = multiplying(factor)
+        register_pipeline(kind)
+        with zarr.config.set({"codec_pipeline.path": f"{kind.__module__}.{kind.__qualname__}"}):
+            opened.append(zarr.open_array(store))
+            before = store.cache_stats()["decoded_hits"]
+            for _ in range(2):
+                np.testing.assert_array_equal(opened[-1][:], factor * np.arange(8))
+            assert store.cache_stats()["decoded_hits"] == before + 2
+            np.testing.assert_array_equal(zarr.open_array(store._store)[:], factor * np.arange(8))
+    # What is in shards, zarr decodes by the pipeline that is configured when it is read.
+    for array, factor in zip(opened, (1, 1, 1) if more else (1, -1, 2), strict=True):
+        np.testing.assert_array_equal(array[:], factor * np.arange(8))
+
+
+def test_pipelines_of_zarr_share_their_chunks() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    assert hits(create(store)) == 2
+    for name in ("BatchedCodecPipeline", "FusedCodecPipeline"):
+        if hasattr(codec_pipeline, name):
+            with zarr.config.set({"codec_pipeline.path": f"{codec_pipeline.__name__}.{name}"}):
+                array = zarr.open_array(store)
+            before = store.cache_stats()["decoded_misses"]
+            array[:]
+            assert store.cache_stats()["decoded_misses"] == before
 
 
 def test_array_equal_to_another_one() -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import product
+import weakref
+from itertools import count, product
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
 from zarr.codecs import ShardingCodec
-from zarr.core import chunk_grids
+from zarr.core import chunk_grids, codec_pipeline
 from zarr.core.buffer import cpu
 from zarr.core.indexing import get_indexer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from zarr.abc.codec import Codec
+    from zarr.abc.codec import Codec, CodecPipeline
     from zarr.core.array_spec import ArraySpec
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -40,6 +41,8 @@ class Layout:
         Of the array.
     spec : ArraySpec
         Of its chunks.
+    kinds : sequence of int
+        What runs the codecs: see `kind_of`.
 
     Attributes
     ----------
@@ -58,7 +61,7 @@ class Layout:
         Shape of the inner chunks, where these are the unit.
     """
 
-    def __init__(self, codecs: Sequence[Codec], spec: ArraySpec) -> None:
+    def __init__(self, codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> None:
         dtype = spec.dtype.to_native_dtype()
         self.dtype = dtype
         shard = _sharding(codecs)
@@ -73,6 +76,7 @@ class Layout:
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
         what = (
+            kinds,
             [codec.to_dict() for codec in codecs],
             spec.shape,
             dtype,
@@ -128,7 +132,22 @@ class Layout:
         return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
 
 
-def layout_of(codecs: Sequence[Codec], spec: ArraySpec) -> Layout | None:
+_kinds: Final[weakref.WeakKeyDictionary[type[CodecPipeline], int]] = weakref.WeakKeyDictionary()
+_numbers: Final = count(1)
+
+
+def kind_of(pipeline: type[CodecPipeline]) -> int:
+    """A number for a class of pipelines: any of a user may decode the same bytes to something else.
+
+    zarr's own decode alike, and have the same one. No two others have, whatever their names are, nor one that is gone.
+    """
+    for name in ("BatchedCodecPipeline", "FusedCodecPipeline"):
+        if pipeline is getattr(codec_pipeline, name, None):
+            return 0
+    return _kinds.setdefault(pipeline, next(_numbers))
+
+
+def layout_of(codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> Layout | None:
     """The layout of chunks; None where they are not kept.
 
     That are chunks of another memory than the host's, of elements that lie elsewhere (objects, strings of any
@@ -144,7 +163,7 @@ def layout_of(codecs: Sequence[Codec], spec: ArraySpec) -> Layout | None:
     if len(codecs) == 1 and partly and _sharding(codecs) is None:
         return None
     try:
-        return Layout(codecs, spec)
+        return Layout(codecs, spec, kinds)
     except Exception:  # noqa: BLE001 - a codec that does not say what it is, say: zarr decodes it as ever
         return None
 

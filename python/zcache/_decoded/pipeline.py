@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from zarr.abc.codec import CodecPipeline
-from zarr.codecs import _v2
+from zarr.codecs import ShardingCodec, _v2
 from zarr.core import array as zarr_array
 from zarr.core.buffer import cpu
 from zarr.core.config import config
-from zarr.registry import register_pipeline
+from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import StorePath
 
 from zcache._decoded.cache import decoded_of
-from zcache._decoded.layout import Layout, layout_of
+from zcache._decoded.layout import Layout, kind_of, layout_of
 from zcache._decoded.reading import Reading
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionValueError
@@ -59,7 +59,8 @@ class DecodedCodecPipeline(CodecPipeline):
         self.wrapped = wrapped
         self._codecs = tuple(codecs)
         self._layouts: tuple[DecodedCache | None, dict[Any, tuple[Any, Layout | None]]] = None, {}
-        self._latest: tuple[DecodedCache, ArraySpec, Layout | None] | None = None
+        self._latest: tuple[DecodedCache, ArraySpec, Any, Layout | None] | None = None
+        self._has_shards = any(isinstance(codec, ShardingCodec) for codec in self._codecs)
 
     @classmethod
     def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> DecodedCodecPipeline:
@@ -159,22 +160,27 @@ class DecodedCodecPipeline(CodecPipeline):
     def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:
         # Threads come here at once; each looks at one tuple, so none gets the layouts of another cache.
         latest = self._latest
-        if latest is not None and latest[0] is cache and latest[1] is spec:
+        # What is in a shard, zarr decodes by the pipeline that is configured when it is read.
+        inner = get_pipeline_class() if self._has_shards else None
+        if inner is DecodedCodecPipeline:
+            inner = _wrapped_class()
+        if latest is not None and latest[0] is cache and latest[1] is spec and latest[2] is inner:
             # Of a regular grid all chunks have the same one.
-            return latest[2]
+            return latest[3]
         owner, layouts = self._layouts
         if owner is not cache:
             layouts = {}
             self._layouts = cache, layouts
-        key = (id(spec.dtype), spec.shape, spec.config.order, spec.prototype.nd_buffer)
+        kinds = [kind_of(kind) for kind in (type(self.wrapped), inner) if kind is not None]
+        key = (id(spec.dtype), spec.shape, spec.config.order, spec.prototype.nd_buffer, *kinds)
         found = layouts.get(key)
         if found is None:
-            layout = layout_of(self._codecs, spec)
+            layout = layout_of(self._codecs, spec, kinds)
             if layout is not None:
                 layout.number = cache.number_of(layout.name)
             # The data type is kept, so that no other has its address.
             found = layouts[key] = spec.dtype, layout
-        self._latest = cache, spec, found[1]
+        self._latest = cache, spec, inner, found[1]
         return found[1]
 
 
