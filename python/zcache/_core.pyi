@@ -495,6 +495,9 @@ class Index:
         validator, or a write has made the ticket void.
         """
 
+    def is_in_flight(self, key: str, /) -> bool:
+        """Whether anything of a key is on its way from the source."""
+
     def complete_flight(self, key: str, ticket: int, /) -> None:
         """Close the flight of a ticket; nothing happens if it is closed."""
 

@@ -211,6 +211,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         })
     }
 
+    /// Whether anything of this key is on its way.
+    #[must_use]
+    pub fn is_in_flight(&self, key: &str) -> bool {
+        self.flights.has(key)
+    }
+
     /// Closes a flight and returns what its readers waited on.
     pub fn complete_flight(&mut self, key: &str, ticket: Ticket) -> Option<ClosedFlight<T>> {
         self.flights.close(key, ticket)

@@ -598,6 +598,12 @@ impl Index {
             .transpose()
     }
 
+    #[pyo3(signature = (key, /))]
+    fn is_in_flight(&self, py: Python<'_>, key: &str) -> PyResult<bool> {
+        let key = &*self.whole(key);
+        step!(self, py, |cache| Ok(cache.is_in_flight(key)))
+    }
+
     #[pyo3(signature = (key, ticket, /))]
     fn complete_flight(&self, py: Python<'_>, key: &str, ticket: u64) -> PyResult<()> {
         let key = &*self.whole(key);

@@ -70,7 +70,11 @@ def test_chunk_that_is_read_again_and_again_is_kept_and_so_are_others_then(
 
 
 @shards
-def test_many_readers_decode_a_chunk_once_that_is_not_kept(more: dict[str, Any]) -> None:
+def test_many_readers_decode_a_chunk_once_that_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    # However slow the machine is.
+    monkeypatch.setattr("zcache._decoded.reading.PATIENCE", 60.0)
     source = StoreDouble(MemoryStore())
     array = opened_after_half_a_pass(source, more)
     array.store._cache_store._store_dict.clear()

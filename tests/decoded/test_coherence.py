@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.core.sync import sync
+from zarr.registry import register_pipeline
 from zarr.storage import LocalStore, MemoryStore
 
 from decoding import ROOM, check_decoded, check_decoded_quiet
@@ -26,11 +29,14 @@ from support import drained_sync, until
 from zcache import CacheStore
 from zcache._backends.directory.layout import Layout
 from zcache._decoded.chunk import OVERHEAD, Decoding, Decodings
+from zcache._decoded.origins import Origins
 from zcache.testing import FakeClock, StoreDouble, recency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from zcache.testing import Gate
 
 
 def create(store: Any, **more: Any) -> Any:
@@ -55,6 +61,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> CacheStore:
         source_id="source",
         decoded_size=10_000,
     )
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers wait for others, however slow the machine is."""
+    monkeypatch.setattr("zcache._decoded.reading.PATIENCE", 60.0)
 
 
 shards = pytest.mark.parametrize("more", [{}, {"shards": (8,)}], ids=["chunks", "shards"])
@@ -366,6 +378,7 @@ def test_hit_keeps_the_bytes_warm(clock: FakeClock, more: dict[str, Any]) -> Non
 
 
 @shards
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("age", ["infinity", 3600])
 def test_many_readers_decode_a_chunk_once(more: dict[str, Any], age: Any) -> None:
     source = StoreDouble(MemoryStore())
@@ -385,6 +398,75 @@ def test_many_readers_decode_a_chunk_once(more: dict[str, Any], age: Any) -> Non
         assert {read.result(60) for read in reads} == {120}
     assert (decoded(store, "hits"), decoded(store, "misses")) == (28, 4)
     check_decoded_quiet(store)
+
+
+class Together(BatchedCodecPipeline):
+    """A pipeline of which nothing is taken before all that one read wants is there."""
+
+
+register_pipeline(Together)
+
+
+async def reads_of_two(
+    source: StoreDouble, blocked: str, more: dict[str, Any]
+) -> tuple[Any, Gate, asyncio.Task[Any]]:
+    """An array whose bytes are cached, but for a value; the source does not answer one who reads all of it."""
+    await asyncio.to_thread(create, source, **more)
+    store = CacheStore(source, source_id="s", decoded_size=100_000)
+    path = f"{Together.__module__}.Together"
+    with zarr.config.set({"codec_pipeline.path": path}):
+        array: Any = await zarr.api.asynchronous.open_array(store=store, path="v")
+    for key in [f"v/c/{n}" for n in range(4)]:
+        if key != blocked:
+            await store.get(key, default_buffer_prototype())
+    await store.drain()
+    gate = source.block("get", key=blocked)
+    leader = asyncio.create_task(array.getitem(slice(None)))
+    await asyncio.to_thread(gate.wait_entered)
+    return array, gate, leader
+
+
+@shards
+async def test_reader_does_not_wait_for_what_else_another_one_reads(more: dict[str, Any]) -> None:
+    array, gate, leader = await reads_of_two(StoreDouble(MemoryStore()), "v/c/1", more)
+    reads = [array.getitem(slice(0, 4)) for _ in range(4)]
+    for found in await asyncio.wait_for(asyncio.gather(*reads), 60):
+        assert found.tolist() == [0, 1, 2, 3]
+    # One of them has decoded it for all, and it is kept.
+    assert not leader.done()
+    before = decoded(array.store, "hits")
+    assert before >= 3
+    await asyncio.wait_for(array.getitem(slice(0, 4)), 60)
+    assert decoded(array.store, "hits") == before + 1
+    gate.release()
+    assert (await leader).tolist() == list(range(16))
+    check_decoded_quiet(array.store)
+
+
+@shards
+async def test_reader_waits_for_a_chunk_whose_bytes_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    asked: list[bool] = []
+
+    def is_on_its_way(origins: Origins, key: str, ask: Any = Origins.is_on_its_way) -> bool:
+        asked.append(ask(origins, key))
+        if len(asked) == 3:
+            gate.release()
+        # However slow the machine is then.
+        return len(asked) >= 3 or asked[-1]
+
+    monkeypatch.setattr("zcache._decoded.reading.ON_ITS_WAY", 600.0)
+    monkeypatch.setattr(Origins, "is_on_its_way", is_on_its_way)
+    array, gate, leader = await reads_of_two(StoreDouble(MemoryStore()), "v/c/1", more)
+    follower = asyncio.create_task(array.getitem(slice(8 if more else 4, 16)))
+    found = await asyncio.wait_for(follower, 60)
+    assert found.tolist() == list(range(8 if more else 4, 16))
+    assert (await leader).tolist() == list(range(16))
+    assert asked[:3] == [True] * 3
+    # Each was decoded once.
+    assert decoded(array.store, "misses") == 4
+    check_decoded_quiet(array.store)
 
 
 async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancelled() -> None:

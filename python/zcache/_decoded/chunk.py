@@ -96,6 +96,8 @@ class Decoding(Flight):
         What it has come to; also where there was no room for it.
     is_ended : bool
         Whether its leader has released it.
+    is_overdue : bool
+        Whether that was done for it, because those who wait have waited long enough: they start over.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -105,6 +107,7 @@ class Decoding(Flight):
     is_admitted = False
     waiting = 0
     is_ended = False
+    is_overdue = False
     begun = True
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str, origin: Origin) -> None:

@@ -83,6 +83,13 @@ class Origins:
             origin.touched = now
         return is_current
 
+    def is_on_its_way(self, key: str) -> bool:
+        """Whether bytes of a key are being read from the source."""
+        try:
+            return self._index.is_in_flight(key)
+        except RETRYABLE:
+            return False
+
     def may_be_stale(self, origin: Origin) -> bool:
         """Whether values past their age have been read since, in place of an error of the source."""
         return origin.stale != self._counters.stale

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import cpu
 
@@ -14,13 +15,19 @@ from zcache._decoded.parts import Output, ShardPart
 from zcache._decoded.whole import WholeChunk, join_chunks
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Decoding, Kept
     from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Layout
+
+PATIENCE: Final = 0.1
+"""Seconds for which a reader waits at least for what others decode."""
+PACE: Final = 2**22 / PATIENCE
+"""Bytes that a slow codec decodes in a second: for as long as its own decode may take, a reader waits for that of others."""
+ON_ITS_WAY: Final = 1.0
+"""Seconds for which a reader waits for a chunk whose bytes are on their way from the source: its own read would join theirs."""
 
 
 class _Catcher(cpu.NDBuffer):
@@ -56,6 +63,8 @@ class Reading:
         Axes that it does not have.
     size : int
         Chunks that are read.
+    patience : int
+        How many times as long as usual it waits for others.
     """
 
     def __init__(
@@ -65,14 +74,19 @@ class Reading:
         target: Array,
         drop_axes: tuple[int, ...],
         size: int,
+        patience: int = 1,
     ) -> None:
         self.pipeline = pipeline
         self.cache = cache
+        self._patience = patience
         self.output = Output(cache, target, drop_axes, size)
         self._shards: list[ShardPart] = []
         self._chunks: list[WholeChunk] = []
         # Of chunks: shards have their own.
         self._decodings: list[Decoding | Decodings] = []
+        # For how many seconds it waits for others, until when, and whether it has done so in vain.
+        self._allowance = self._until = 0.0
+        self._is_late = False
 
     async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
         """Read a batch, and say which chunks were there."""
@@ -226,25 +240,37 @@ class Reading:
                     job.arrived(chunk)
 
     async def _take_followed(self, out: Any) -> None:
-        """Copy out what others have decoded; what they could not is read here."""
-        again = [part for part in self._parts() if part.followed and not await self._take(part)]
+        """Copy out what others have decoded; what they could not, or not in time, is read here."""
+        following = [part for part in self._parts() if part.followed]
+        size = sum(len(part.followed) * part.layout.size for part in following)
+        self._allowance = self._patience * (PATIENCE + size / PACE)
+        self._until = self.loop.time() + self._allowance
+        again: list[Any] = []
+        overdue: list[Any] = []
+        for part in following:
+            lost = await self._take(part)
+            if any(decoding.is_overdue for decoding in lost):
+                overdue.append(part)
+            elif lost:
+                again.append(part)
         for shard in self._shards:
-            if shard not in again:
+            if shard not in again and shard not in overdue:
                 shard.finish()
         if again:
             begun = time.perf_counter()
             items = [part.item for part in again]
             found: Any = await self.pipeline.read(items, out, self.output.drop_axes)
             self.cache.count_seconds(time.perf_counter() - begun)
-            for part, result in zip(again, found or (), strict=False):
-                self.output.results[part.number] = result
+            self._report(again, found or ())
+        if overdue:
+            await self._start_over(overdue, out)
 
-    async def _take(self, part: ShardPart | WholeChunk) -> bool:
-        """Copy out what others decode of a chunk or shard; whether that is all that was waited for."""
-        is_there = True
+    async def _take(self, part: ShardPart | WholeChunk) -> list[Decoding]:
+        """Copy out what others decode of a chunk or shard. Returns what has come to nothing."""
+        lost: list[Decoding] = []
         while part.followed:
             at, decoding = next(iter(part.followed.items()))
-            ended = await decoding.wait()
+            ended = decoding.done or await self._wait(decoding, part.item[0].path)
             del part.followed[at]
             if ended and (kept := decoding.kept) is not None:
                 self.output.copy(part, at, kept)
@@ -255,8 +281,54 @@ class Reading:
             self.cache.leave(decoding)
             if not ended:
                 self.cache.give_up_loop(decoding.loop)
-            is_there = False
-        return is_there
+            lost.append(decoding)
+        return lost
+
+    async def _wait(self, decoding: Decoding, key: str) -> bool:
+        """Wait for a chunk that another reader decodes; False if it cannot be awaited.
+
+        If that takes too long, it is given up for all who wait: a reader must not depend on what else another one reads.
+        """
+        latest = self.loop.time() + self._patience * ON_ITS_WAY
+        was_on_its_way = False
+        while not self._is_late:
+            try:
+                async with asyncio.timeout_at(self._until):
+                    return await decoding.wait()
+            except TimeoutError:
+                now = self.loop.time()
+                is_on_its_way = now < latest and self.cache.origins.is_on_its_way(key)
+                # Those that come after it are not waited for either.
+                self._is_late = not (is_on_its_way or was_on_its_way)
+                self._until, was_on_its_way = now + self._allowance, is_on_its_way
+        if not decoding.done:
+            if not decoding.loop.is_running():
+                return False
+            decoding.is_overdue = True
+            self.cache.give_up(decoding)
+        return True
+
+    async def _start_over(self, parts: Sequence[Any], out: Any) -> None:
+        """Read what others decode too slowly: one of those who have waited for it decodes it for all of them."""
+        for decodings in self.led():
+            self.cache.give_up_all(decodings)
+        output = self.output
+        reading = Reading(
+            self.pipeline,
+            self.cache,
+            output.target,
+            output.drop_axes,
+            len(parts),
+            # So few decode the same where the source is slow.
+            2 * self._patience,
+        )
+        items, layouts = [part.item for part in parts], [part.layout for part in parts]
+        self._report(parts, await reading.run(items, layouts, out))
+
+    def _report(self, parts: Sequence[Any], found: Sequence[Any]) -> None:
+        """Say which of the chunks were there, if that is known."""
+        for part, result in zip(parts, found, strict=False):
+            self.output.results[part.number] = result
 
 
 def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
