@@ -14,8 +14,10 @@ from zarr.registry import register_pipeline
 from zarr.storage import MemoryStore
 
 from zcache import CacheStore, DecodedCodecPipeline
+from zcache._decoded import jobs
 from zcache._decoded.chunk import OVERHEAD
 from zcache._decoded.layout import boxes_of, coords_in
+from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,10 +179,14 @@ def taken_by_numpy(values: Any, how: str, what: Any, expected: Any, blocks: tupl
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("kind", ["chunks", "shards", "by elements", "in halves"])
 def test_read_of_any_selection_gives_what_numpy_gives_however_much_is_kept(
-    pipeline: str, is_sharded: bool, order: Any
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, kind: str, order: Any
 ) -> None:
+    is_sharded = kind != "chunks"
+    if kind not in ("chunks", "shards"):
+        monkeypatch.setattr(jobs, "MOST_BOXES", 1)
+        monkeypatch.setattr(jobs, "MOST_ELEMENTS", 100 if kind == "by elements" else 0)
     rng = np.random.default_rng(18)
     for shape, chunks, shards in [
         ((13,), (2,), (6,)),
@@ -339,6 +345,37 @@ def test_buffers_of_another_kind_pass_through() -> None:
     for _ in range(2):
         assert (array.get_basic_selection(..., prototype=other) == 3).all()
     assert counts(store) == (0, 0)
+
+
+@pytest.mark.parametrize("most", [16, 0], ids=["small", "large"])
+def test_much_that_is_missing_of_a_shard_takes_few_requests(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(jobs, "MOST_ELEMENTS", most)
+    source = StoreDouble(MemoryStore())
+    values = np.arange(1, 1 + 64 * 64, dtype="i4").reshape(64, 64)
+    values[20:24] = -1  # Some chunks are not there.
+    create(source, shape=values.shape, chunks=(4, 4), shards=values.shape)[:] = values
+    at = np.array([(i, j) for i in range(0, 64, 4) for j in range(0, 64, 4) if (i + j) % 8])
+
+    def requests() -> int:
+        return sum("c/" in request.key for request in source.requests)
+
+    for is_cached in (True, False):
+        store = CacheStore(source, max_size=None if is_cached else 0, decoded_size="1MB")
+        array = zarr.open_array(store, mode="r")
+        before = requests()
+        i, j = at[:: 1 if is_cached else 3].T
+        np.testing.assert_array_equal(array.vindex[i, j], values[i, j])
+        if most and jobs.COALESCES:
+            assert requests() - before <= 2
+        for _ in range(2):
+            before, kept = requests(), counts(store)
+            np.testing.assert_array_equal(array[:], values)
+            assert requests() - before <= 4
+        # All that was there is kept now, also what was before.
+        assert counts(store)[1] == kept[1]
+        check(store)
 
 
 def test_missing_chunks_are_decoded_in_one_call() -> None:

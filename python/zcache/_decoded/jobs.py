@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import math
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zcache._decoded.layout import chunk_in, chunks_in, coords_in, scatter, slices_of
+from zarr.abc.store import Store
+
+from zcache._decoded.layout import (
+    box_around,
+    chunk_in,
+    coords_in,
+    elements_of,
+    halves_of,
+    is_in,
+    scatter,
+    size_of,
+    slices_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Sequence
 
     from zcache._decoded.chunk import Decoding
     from zcache._decoded.layout import Array, Box, Coords
     from zcache._decoded.parts import Part, ShardPart
+
+COALESCES: Final = hasattr(Store, "get_ranges")
+"""Whether zarr reads parts of a shard together: before 3.3 each is a request, but a whole shard is only one."""
+MOST_BOXES: Final = 4
+"""Boxes in which what is missing of a shard is asked for."""
+MOST_ELEMENTS: Final = 2**14
+"""Elements of the largest inner chunk that is asked for by elements: of more, their indices take more than the requests."""
 
 
 class Job(Protocol):
@@ -71,25 +91,57 @@ class AsAsked:
 
 
 class InnerChunks:
-    """Inner chunks of a shard that lie side by side; with `is_all`, all that are missing."""
+    """Inner chunks of a shard that are missing, in a box.
 
-    def __init__(self, part: ShardPart, box: Box, *, is_all: bool = False) -> None:
+    Parameters
+    ----------
+    part : ShardPart
+        What the read wants of the shard.
+    box : tuple
+        Holds them.
+    coords : sequence of tuple of int, optional
+        Them, if the box holds others too.
+    is_all : bool, optional
+        Whether no others are missing.
+    """
+
+    def __init__(
+        self,
+        part: ShardPart,
+        box: Box,
+        coords: Sequence[Coords] | None = None,
+        *,
+        is_all: bool = False,
+    ) -> None:
         self.part = part
         inner = part.layout.inner
         assert inner is not None
         self.box = box
         self.inner = inner
-        self.selection = slices_of(box, inner)
-        self.shape = tuple(one.stop - one.start for one in self.selection)
+        self._missing = coords
         self._is_all = is_all
+        self.selection: Any = slices_of(box, inner)
+        self.shape: Coords = tuple(one.stop - one.start for one in self.selection)
+
+    @property
+    def _coords(self) -> Iterable[Coords]:
+        return coords_in(self.box) if self._missing is None else self._missing
 
     def _names(self) -> list[str] | None:
-        return None if self._is_all else self.part.names(coords_in(self.box))
+        return None if self._is_all else self.part.names(self._coords)
+
+    def _place(self, array: Array) -> bool:
+        """Copy out what is wanted at once, if that can be done."""
+        return self.part.place_box(self.box, array)
+
+    def _chunk(self, array: Array, at: Coords) -> Array:
+        """One of them, in what was decoded."""
+        return array[chunk_in(self.box[0], at, self.inner)]
 
     def arrived(self, array: Array) -> None:
         part, decodings, cache = self.part, self.part.decodings, self.part.output.cache
         part.is_absent = False
-        is_placed = part.place_box(self.box, array)
+        is_placed = self._place(array)
         late: Collection[str] = ()
         single: dict[str, Decoding] = {}
         if decodings is not None:
@@ -98,38 +150,69 @@ class InnerChunks:
                 cache.pass_over(decodings, self._names())
         if is_placed and not single and not late:
             return
-        first, inner = self.box[0], self.inner
         if not is_placed:
-            for at, place in zip(coords_in(self.box), chunks_in(self.box, inner), strict=True):
-                part.place(at, array[place])
+            for at in self._coords:
+                part.place(at, self._chunk(array, at))
         if late and decodings is not None:
             # One by one: what one of them has no use for is room for the next.
-            coords = list(coords_in(self.box))
+            coords = list(self._coords)
             for at, name in zip(coords, part.names(coords), strict=True):
                 late_one = cache.room.admit_late(decodings, name, part.layout.size)
                 if (decoding := late_one or single.get(name)) is not None:
-                    part.land([(decoding, array[chunk_in(first, at, inner)])], decodings)
+                    part.land([(decoding, self._chunk(array, at))], decodings)
             cache.pass_over(decodings, self._names())
             return
-        decoded = part.among(single, None if self._is_all else coords_in(self.box))
-        part.land([(one, array[chunk_in(first, at, inner)]) for at, one in decoded], decodings)
+        decoded = part.among(single, None if self._is_all else self._coords)
+        part.land([(one, self._chunk(array, at)) for at, one in decoded], decodings)
 
     def is_missing(self, fill: Any) -> None:
-        part = self.part
-        for at in coords_in(self.box):
+        part, coords = self.part, list(self._coords)
+        for at in coords:
             part.fill(at, fill)
         if part.decodings is not None:
-            names = part.names(coords_in(self.box))
-            part.output.cache.are_absent(part.decodings, names)
+            part.output.cache.are_absent(part.decodings, part.names(coords))
 
     def was_read(self, *, is_missing: bool) -> None:
         """Nothing: it is never read into the output at once."""
 
 
+class ScatteredChunks(InnerChunks):
+    """All inner chunks of a shard that are missing, by their elements: no others are decoded, and zarr coalesces the reads."""
+
+    def __init__(self, part: ShardPart, coords: Sequence[Coords]) -> None:
+        # In the order of chunks, as zarr wants elements: else it sorts them.
+        coords = sorted(coords)
+        super().__init__(part, box_around(coords), coords, is_all=True)
+        self.selection = elements_of(coords, self.inner)
+        self.shape = self.selection[0].shape
+        self._numbers = {at: n for n, at in enumerate(coords)}
+
+    def _place(self, array: Array) -> bool:  # noqa: ARG002 - they lie in many places
+        return False
+
+    def _chunk(self, array: Array, at: Coords) -> Array:
+        found: Array = array.reshape(-1, *self.inner)[self._numbers[at]]
+        return found
+
+
 def jobs_of(part: ShardPart) -> list[Job]:
-    """What is to be asked of the wrapped pipeline for one shard."""
+    """What is to be asked of the wrapped pipeline for one shard.
+
+    Each job reads the index of the shard and its chunks by itself. So what would take many boxes is asked for by elements,
+    which zarr indexes one by one; of large inner chunks as the box around them, though up to half of it is not missing.
+    """
     wanted = part.boxes()
     if wanted is None:
         return [AsAsked(part)]
     boxes, is_all = wanted
+    if len(boxes) > MOST_BOXES:
+        coords = [at for box in boxes for at in coords_in(box)]
+        if COALESCES and math.prod(part.layout.shape) <= MOST_ELEMENTS:
+            return [ScatteredChunks(part, coords)]
+        around = box_around(coords)
+        if 2 * len(coords) >= size_of(around):
+            # Halves are never all of the shard: its bytes as a new value would make void what is kept.
+            halves = halves_of(around) if COALESCES else [around]
+            parted = [(half, [at for at in coords if is_in(half, at)]) for half in halves]
+            return [InnerChunks(part, half, some) for half, some in parted if some]
     return [InnerChunks(part, box, is_all=is_all) for box in boxes]

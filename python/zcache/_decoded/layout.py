@@ -72,7 +72,6 @@ class Layout:
         self.number = 0
         self._shard: Coords = spec.shape
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
-        self._first, self._last = (0,) * len(self.shape), (-1,) * len(self.shape)
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
         what = (
@@ -121,7 +120,8 @@ class Layout:
     def only_fill(self, array: Array) -> Array | None:
         """The same with one element in memory, if all are the fill value, bit for bit; else None."""
         # Most chunks are told by their first element, or their last.
-        if array[self._first].tobytes() != self._fill or array[self._last].tobytes() != self._fill:
+        n, fill = array.ndim, self._fill
+        if array[(0,) * n].tobytes() != fill or array[(-1,) * n].tobytes() != fill:
             return None
         if not array.size or array.itemsize not in (1, 2, 4, 8):
             return None
@@ -219,13 +219,44 @@ def coords_in(box: Box) -> Iterable[Coords]:
     return product(*(range(first, last) for first, last in zip(*box, strict=True)))
 
 
-def chunks_in(box: Box, inner: Coords) -> Iterable[tuple[slice, ...]]:
-    """Where the inner chunks of a box lie in its elements, in the order of `coords_in`."""
-    axes = [
-        [slice(n * size, (n + 1) * size) for n in range(last - first)]
-        for first, last, size in zip(*box, inner, strict=True)
+def size_of(box: Box) -> int:
+    """How many inner chunks a box holds."""
+    return math.prod(last - first for first, last in zip(*box, strict=True))
+
+
+def box_around(coords: Sequence[Coords]) -> Box:
+    """The least box that holds these inner chunks."""
+    axes = list(zip(*coords, strict=True))
+    return tuple(map(min, axes)), tuple(max(axis) + 1 for axis in axes)
+
+
+def halves_of(box: Box) -> list[Box]:
+    """Two boxes that hold what this one holds."""
+    first, last = box
+    sizes = [stop - start for start, stop in zip(first, last, strict=True)]
+    axis = sizes.index(max(sizes))
+    middle = (first[axis] + last[axis]) // 2
+    return [
+        (first, (*last[:axis], middle, *last[axis + 1 :])),
+        ((*first[:axis], middle, *first[axis + 1 :]), last),
     ]
-    return product(*axes)
+
+
+def is_in(box: Box, at: Coords) -> bool:
+    """Whether a box holds an inner chunk."""
+    return all(first <= n < last for first, n, last in zip(box[0], at, box[1], strict=True))
+
+
+def elements_of(coords: Sequence[Coords], inner: Coords) -> tuple[Array, ...]:
+    """The indices of all elements of inner chunks, along each axis."""
+    found = []
+    for axis, (at, size) in enumerate(zip(zip(*coords, strict=True), inner, strict=True)):
+        shape = [1] * len(inner)
+        shape[axis] = size
+        first = np.array(at).reshape(-1, *[1] * len(inner)) * size
+        indices = first + np.arange(size).reshape(shape)
+        found.append(np.broadcast_to(indices, (len(coords), *inner)).reshape(-1))
+    return tuple(found)
 
 
 def chunk_in(first: Coords, at: Coords, inner: Coords) -> tuple[slice, ...]:

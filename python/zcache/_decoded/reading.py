@@ -332,7 +332,8 @@ class Reading:
 
 
 def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
-    """Those that can lie in one array: all of them, unless they have no axes."""
-    if not pairs or pairs[0][1].shape:
-        return [pairs] if pairs else []
-    return [[pair] for pair in pairs]
+    """Those that can lie in one array: all of as many axes, unless they have none."""
+    stacks: dict[int, list[tuple[Any, Job]]] = {}
+    for number, pair in enumerate(pairs):
+        stacks.setdefault(len(pair[1].shape or ()) or -number, []).append(pair)
+    return list(stacks.values())
