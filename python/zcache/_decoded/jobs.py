@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 COALESCES: Final = hasattr(Store, "get_ranges")
 """Whether zarr reads parts of a shard together: before 3.3 each is a request, but a whole shard is only one."""
 MOST_BOXES: Final = 4
-"""Boxes in which what is missing of a shard is asked for."""
+"""Boxes in which what is missing of a shard is asked for; one, of inner chunks of few elements."""
+FEW_ELEMENTS: Final = 2**12
+"""Elements of an inner chunk whose indices take less than another request."""
 MOST_ELEMENTS: Final = 2**14
-"""Elements of the largest inner chunk that is asked for by elements: of more, their indices take more than the requests."""
+"""Elements of the largest inner chunk that is asked for by elements: of more, their indices take more than many requests."""
 
 
 class Job(Protocol):
@@ -205,9 +207,10 @@ def jobs_of(part: ShardPart) -> list[Job]:
     if wanted is None:
         return [AsAsked(part)]
     boxes, is_all = wanted
-    if len(boxes) > MOST_BOXES:
+    elements = math.prod(part.layout.shape)
+    if len(boxes) > (1 if COALESCES and elements <= FEW_ELEMENTS else MOST_BOXES):
         coords = [at for box in boxes for at in coords_in(box)]
-        if COALESCES and math.prod(part.layout.shape) <= MOST_ELEMENTS:
+        if COALESCES and elements <= MOST_ELEMENTS:
             return [ScatteredChunks(part, coords)]
         around = box_around(coords)
         if 2 * len(coords) >= size_of(around):

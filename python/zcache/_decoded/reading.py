@@ -214,30 +214,44 @@ class Reading:
             found = await self.pipeline.read(wanted, out, self.output.drop_axes) or ()
             for n, (_, job) in enumerate(asked):
                 job.was_read(is_missing=bool(found) and found[n]["status"] == "missing")
-        for stack in _stacks([pair for pair in pairs if pair[1].shape is not None]):
-            shapes: list[Any] = [job.shape for _, job in stack]
-            places, rows = [], 0
-            for shape in shapes:
-                rest = [slice(0, n) for n in shape[1:]]
-                places.append((slice(rows, rows + shape[0]), *rest) if shape else ())
-                rows += shape[0] if shape else 0
-            largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-            dtype = stack[0][1].part.layout.dtype
-            buffer = cpu.NDBuffer.empty((rows, *largest[1:]) if largest else (), dtype=dtype)
-            wanted = [
-                (*item[:3], place, item[4]) for (item, _), place in zip(stack, places, strict=True)
-            ]
-            found = await self.pipeline.read(wanted, buffer, drop_axes=()) or ()
-            array = buffer.as_numpy_array()
-            for n, (_, job) in enumerate(stack):
-                where: Any = (*places[n], ...)
-                chunk = array[where]
-                # Where it does not say what was there, nothing but the fill value is not kept.
-                only_fill = job.part.layout.only_fill(chunk) is not None
-                if found[n]["status"] == "missing" if found else only_fill:
-                    job.is_missing(chunk.flat[0])
-                else:
-                    job.arrived(chunk)
+        stacks = _stacks([pair for pair in pairs if pair[1].shape is not None])
+        if len(stacks) == 1:
+            await self._decode_stack(stacks[0])
+            return
+        # As in one call: all of them at once.
+        tasks = [asyncio.ensure_future(self._decode_stack(stack)) for stack in stacks]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _decode_stack(self, stack: Sequence[Any]) -> None:
+        """Decode what lies in one array."""
+        shapes: list[Any] = [job.shape for _, job in stack]
+        places, rows = [], 0
+        for shape in shapes:
+            rest = [slice(0, n) for n in shape[1:]]
+            places.append((slice(rows, rows + shape[0]), *rest) if shape else ())
+            rows += shape[0] if shape else 0
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        dtype = stack[0][1].part.layout.dtype
+        buffer = cpu.NDBuffer.empty((rows, *largest[1:]) if largest else (), dtype=dtype)
+        wanted = [
+            (*item[:3], place, item[4]) for (item, _), place in zip(stack, places, strict=True)
+        ]
+        found: Any = await self.pipeline.read(wanted, buffer, drop_axes=()) or ()
+        array = buffer.as_numpy_array()
+        for n, (_, job) in enumerate(stack):
+            where: Any = (*places[n], ...)
+            chunk = array[where]
+            # Where it does not say what was there, nothing but the fill value is not kept.
+            only_fill = job.part.layout.only_fill(chunk) is not None
+            if found[n]["status"] == "missing" if found else only_fill:
+                job.is_missing(chunk.flat[0])
+            else:
+                job.arrived(chunk)
 
     async def _take_followed(self, out: Any) -> None:
         """Copy out what others have decoded; what they could not, or not in time, is read here."""
