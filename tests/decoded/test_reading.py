@@ -398,7 +398,6 @@ def test_missing_chunks_are_decoded_in_one_call() -> None:
     # Of the shards by boxes and the one by elements, at once.
     assert calls == [1, 1, 3]
     array[:16, :20]
-    # Of the shards by boxes and the one by elements, at once.
     assert calls == [1, 1, 3]
 
 
