@@ -173,6 +173,17 @@ fn is_current_while_newer_bytes_are_cached_is_false() {
 }
 
 #[test]
+fn is_current_at_the_beginning_of_the_clock_is_true() {
+    let mut cache = heap();
+    fill(&mut cache, KEY, ByteRange::Full, 0);
+    for max_age in [None, Some(100)] {
+        let fresh = at(0, max_age);
+        let decode = cache.begin_decode(KEY, fresh).unwrap().unwrap();
+        assert!(cache.is_current(KEY, decode, 0, fresh, false).unwrap());
+    }
+}
+
+#[test]
 fn use_of_what_was_decoded_keeps_its_bytes() {
     let mut cache = heap();
     let last = |cache: &Cache<Heap, ()>| cache.recency().unwrap().pop().unwrap().0;

@@ -66,7 +66,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         }
         let version = self.version_of_decoded(key);
-        let mut fetched = fresh.now;
+        // 0 is no time, whatever the clock says; see `link_by_time`.
+        let mut fetched = fresh.now.max(1);
         if fresh.max_age.is_some() {
             let undated = Some(Decode {
                 version,
@@ -121,7 +122,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         };
         self.policy.touch(&mut self.arena, i)?;
         // Else the cache would serve other bytes, which were read since.
-        Ok(self.arena.get(i)?.time() <= landed)
+        Ok(self.arena.get(i)?.time() <= landed.max(1))
     }
 
     fn version_of_decoded(&self, key: &str) -> u64 {

@@ -308,6 +308,20 @@ def test_chunk_expires_with_its_bytes(clock: FakeClock, more: dict[str, Any], ag
     assert decoded(store, "hits") == hits + 1
 
 
+@shards
+@pytest.mark.parametrize("age", ["infinity", 10])
+@pytest.mark.parametrize("now", [0.0, 1e-4, -5.0])
+def test_chunk_is_kept_whatever_the_clock_says(more: dict[str, Any], age: Any, now: float) -> None:
+    source = MemoryStore()
+    create(source, **more)
+    store = CacheStore(source, max_age_seconds=age, clock=lambda: now, decoded_size=100_000)
+    array = zarr.open_array(store, path="v")
+    # With shards, a chunk is kept whose bytes are there already.
+    for _ in range(3):
+        assert array[2] == 2
+    assert decoded(store, "hits") == 2
+
+
 def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
     source = StoreDouble(MemoryStore())
     create(source)
