@@ -10,6 +10,8 @@ import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
+from zarr.storage import MemoryStore
+
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
 from zcache._core import Index
@@ -17,13 +19,16 @@ from zcache._decoded import cache as decoded_chunks
 from zcache._decoded.cache import DecodedCache
 from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
+from zcache._index.handle import ignore
 from zcache._index.shared import Member
 from zcache._protocol.fill import FillQueue
 from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
 from zcache._protocol.write import Writer
+from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.fork import at_fork
+from zcache._runtime.lingering import lease
 from zcache._source.describe import describe
 from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
@@ -38,7 +43,9 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._ages import Age
+    from zcache._index.changes import Version
     from zcache._runtime.io import IO
+    from zcache._runtime.lingering import Lease
 
 
 class Cache:
@@ -175,10 +182,46 @@ class Cache:
 
     def own_decoded_chunks(self, max_size: int, token: str) -> DecodedCache:
         """Room that only copies of one store have, as this token says."""
-        made = self.decoded_chunks(max_size)
-        made.token = token
         with _lock:
-            return self._own_decoded.setdefault(token, made)
+            found = self._own_decoded.get(token)
+            if found is None:
+                found = self._own_decoded[token] = self.decoded_chunks(max_size)
+                found.token = token
+            return found
+
+    def lease(self, decoded: DecodedCache | None) -> Lease | None:
+        """What copies hold that were unpickled here, so that what is kept in memory outlives them for a while.
+
+        None where it does not: the original is in this process, or the source is in memory as well, and is not counted.
+        """
+        if self.home is not None or isinstance(innermost(self.source), MemoryStore):
+            return None
+        handle, is_in_memory = self.shared.handle, self._is_in_memory
+        limit = 0.0 if decoded is None else decoded.max_size
+        if is_in_memory:
+            limit += math.inf if self.max_size is None else self.max_size
+
+        def size() -> int:
+            encoded = handle.index.current_size if is_in_memory else 0
+            return encoded + (0 if decoded is None else decoded.size)
+
+        key = self.token, "" if decoded is None else decoded.token
+        return lease(key, (self, decoded), size, limit)
+
+    @property
+    def _is_in_memory(self) -> bool:
+        """Whether what is cached is in the memory of this process."""
+        return isinstance(innermost(self.cache), MemoryStore)
+
+    def meet(self, version: Version, io: IO) -> None:
+        """Forget what is outdated where a copy comes that was made after changes that are not known here."""
+        handle = self.shared.handle
+        # Those who share an index hear of each other's changes.
+        if handle.index.shared or not self.shared.changes.meet(version):
+            return
+        handle.call_later(ignore, Index.invalidate, "")
+        if self._is_in_memory and not self.backend.needs_loop:
+            run_without_loop(self.writer.clear(io))
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, which its first user makes."""
@@ -303,6 +346,7 @@ def _after_fork() -> None:
         if shared.fills is not None:
             shared.fills.after_fork()
         shared.breaker.after_fork()
+        shared.changes.after_fork()
         shared.place.after_fork()
     for cache in list(_caches):
         cache.backend.counters.after_fork()

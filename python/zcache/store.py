@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from zcache._advice.advice import Advice
     from zcache._ages import Age
     from zcache._protocol.batch import Fetch, Group, Request
+    from zcache._runtime.lingering import Lease
 
 
 _OWN: Final = frozenset(
@@ -89,6 +90,7 @@ _OWN: Final = frozenset(
             "_hits",
             "_io",
             "_is_open",
+            "_lease",
             "_read_only",
             "_reader",
             "_source",
@@ -329,6 +331,7 @@ class CacheStore(Store, KeepsDecoded):
         # What is asked: nothing, where the store is offline.
         self._source: Any = OfflineSource() if cache.offline else store
         self._decoded = cache.decoded
+        self._lease: Lease | None = None
         self.cache_set_data = cache_set_data
         self._io = IO(self._source)
         self._sync_io = SyncIO(self._source)
@@ -341,7 +344,7 @@ class CacheStore(Store, KeepsDecoded):
         derived = type(self).__new__(type(self))
         vars(derived).update(self._of_subclass())
         derived._setup(store, self._cache, self.cache_set_data)
-        derived._decoded = self._decoded
+        derived._decoded, derived._lease = self._decoded, self._lease
         return derived
 
     def _with_decoded_size(self, size: int) -> CacheStore:
@@ -858,6 +861,8 @@ class CacheStore(Store, KeepsDecoded):
             "token": cache.token,
             "open": self._is_open,
             "more": self._of_subclass(),
+            # Mostly there are none.
+            **({"changes": version} if (version := cache.shared.changes.version) else {}),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -877,6 +882,8 @@ class CacheStore(Store, KeepsDecoded):
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:
             self._decoded = cache.own_decoded_chunks(*state["own_decoded"])
+        self._lease = cache.lease(self._decoded)
+        cache.meet(state.get("changes", {}), self._sync_io)
         self._is_open = state["open"]
 
     # ---------------------------------------------------- open and close

@@ -274,6 +274,111 @@ def test_worker_that_unpickles_keeps_chunks_of_its_own(tmp_path: Path) -> None:
             assert pool.apply(_in_worker, (pickle.dumps(what),)) == (2, 2 * ROOM)
 
 
+KINDS = ["directory", "memory", "one array", "one array of a cache"]
+
+
+def _array(kind: str, tmp_path: Path) -> Any:
+    """An array with decoded chunks over a source that outlives it."""
+    source = LocalStore(tmp_path / "source")
+    if kind.startswith("one"):
+        below = create(CacheStore(source) if kind.endswith("cache") else source)
+        return with_decoded_cache(below, "1MB")
+    cache_store = tmp_path / "cache" if kind == "directory" else MemoryStore()
+    return create(CacheStore(source, cache_store=cache_store, decoded_size="1MB"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_next_copy_finds_the_chunks_of_the_last_one(kind: str, tmp_path: Path) -> None:
+    array = _array(kind, tmp_path)
+    pickled = pickle.dumps(array)
+    del array
+    gc.collect()
+    for expected in (2, 4, 4):
+        copy = pickle.loads(pickled)
+        assert hits(copy) == expected
+        misses = copy.store.cache_stats()["misses"]
+        del copy
+        gc.collect()
+    # Nor does it read a value once more that is cached in memory.
+    copy = pickle.loads(pickled)
+    copy[:]
+    assert copy.store.cache_stats()["misses"] == misses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_next_copy_sees_what_was_written_while_there_was_none(kind: str, tmp_path: Path) -> None:
+    array = _array(kind, tmp_path)
+    pickled = pickle.dumps(array)
+    source = LocalStore(tmp_path / "source")
+    del array
+    gc.collect()
+    hits(pickle.loads(pickled))
+    gc.collect()
+    # By another store of this process, which the cache that nobody has must hear of.
+    if kind == "directory":
+        other = zarr.open_array(CacheStore(source, cache_store=tmp_path / "cache"))
+    elif kind == "one array":
+        other = with_decoded_cache(zarr.open_array(source), "1MB")
+    else:
+        other = pickle.loads(pickled)
+    other[2] = 50
+    del other
+    gc.collect()
+    assert pickle.loads(pickled)[2] == 50
+
+
+def _answer(connection: Any) -> None:
+    """Read an array as often as it comes, each time by a copy of its own."""
+    while pickled := connection.recv_bytes():
+        array = pickle.loads(pickled)
+        before = array.store.cache_stats()["decoded_hits"]
+        values = array[:].tolist()
+        connection.send((values, array.store.cache_stats()["decoded_hits"] - before))
+        del array
+        gc.collect()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copy_that_is_sent_after_a_change_is_not_served_what_was_before(
+    kind: str, tmp_path: Path
+) -> None:
+    array = _array(kind, tmp_path)
+    values = list(range(8))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker: Any = context.Process(target=_answer, args=(theirs,), daemon=True)
+    worker.start()
+
+    def ask() -> Any:
+        ours.send_bytes(pickle.dumps(array))
+        assert ours.poll(60)
+        return ours.recv()
+
+    assert ask() == (values, 0)
+    assert ask() == (values, 2)
+    array[2] = values[2] = 50
+    assert ask()[0] == values
+    assert ask() == (values, 2)
+    if kind != "directory":
+        # What others write around the cache is seen once it is told to forget.
+        zarr.open_array(LocalStore(tmp_path / "source"))[2] = values[2] = 60
+        array.store.invalidate_sync()
+        assert ask()[0] == values
+    ours.send_bytes(b"")
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def test_store_in_place_of_one_that_nobody_has_goes_by_its_own_policy(tmp_path: Path) -> None:
+    array = _array("directory", tmp_path)
+    pickled = pickle.dumps(array)
+    del array
+    gc.collect()
+    hits(pickle.loads(pickled))
+    # A warning would be an error.
+    CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", eviction="adaptive")
+
+
 def test_xarray_reads_decoded_chunks() -> None:
     source = MemoryStore()
     xr.Dataset({"v": ("x", np.arange(8))}).to_zarr(

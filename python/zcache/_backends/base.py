@@ -301,14 +301,16 @@ class Backend(ABC):
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 
     def begin_change(self, prefix: str) -> Callable[[], None]:  # noqa: ARG002
-        """Have the places of other parts of the source, if they are known here, keep nothing of what changes.
+        """Count a change; have the places of other parts of the source, if they are known here, keep nothing of it.
 
         Returns
         -------
         callable
             To be called when the change has ended. Only the first call counts.
         """
-        return _nothing
+        count = self.shared.changes.count
+        count()
+        return count
 
     def forget_elsewhere(self, prefix: str) -> None:
         """Have them forget what is at and below a prefix."""
@@ -336,10 +338,6 @@ class Backend(ABC):
 
 
 def _ignore(_: object) -> None:
-    pass
-
-
-def _nothing() -> None:
     pass
 
 

@@ -23,6 +23,7 @@ from zcache._backends.store.place import StorePlace
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
 from zcache._index.shared import SharedIndex, find_or_make, keep_while_alive, live
+from zcache._runtime import lingering
 from zcache._runtime.buffers import own
 from zcache._source.describe import describe
 from zcache._source.location import (
@@ -81,7 +82,8 @@ def open_backend(
         try:
             return opening.open()
         except CacheOwnershipError:
-            # Stores that are only waiting to be collected, or for a step in the background, do not count.
+            # Stores that are only waiting for the next user, to be collected, or for a step in the background, do not count.
+            lingering.release()
             gc.collect()
             time.sleep(_PAUSE)
     return opening.open()
@@ -167,6 +169,7 @@ class _Opening:
         except CacheOwnershipError as error:
             if not shared.source_id.is_ephemeral:
                 raise
+            lingering.release()
             gc.collect()
             shared = find_or_make(key, self._new_directory)
             if shared.source_id != self.source_id:

@@ -89,6 +89,8 @@ class _Change:
     """
 
     def __init__(self, backend: SourceBackend, prefix: str) -> None:
+        self._count = backend.shared.changes.count
+        self._count()
         self._location, self._has_its_names = backend.location, backend.has_its_names
         self._prefix = prefix
         # Each index is told once; or, by two threads at a time, twice. It hears of the end as often.
@@ -101,6 +103,7 @@ class _Change:
         if scope is None or backend.shared in self._known:
             return
         self._known.add(backend.shared)
+        backend.shared.changes.count()
         backend.shared.handle.call_later(ignore, Index.invalidate, scope, True)
         self._told.append((weakref.ref(backend.shared), scope))
         # Another thread, or the garbage collector, may have ended it meanwhile.
@@ -111,6 +114,7 @@ class _Change:
         """Tell those that it has ended."""
         with _lock:
             _changes.discard(self)
+        self._count()
         self._tell_end()
 
     def _tell_end(self) -> None:
@@ -120,6 +124,7 @@ class _Change:
             except IndexError:
                 return
             if (one := shared()) is not None:
+                one.changes.count()
                 one.handle.call_later(ignore, Index.invalidate, scope, False)
                 one.handle.call_later(ignore, _drain_absences, scope)
 

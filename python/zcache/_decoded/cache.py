@@ -328,13 +328,18 @@ class DecodedCache:
         with self._lock:
             self._seconds += seconds
 
+    @property
+    def size(self) -> int:
+        """Bytes that are kept, and that are being decoded to be kept."""
+        return self._index.current_size
+
     def stats(self) -> dict[str, int | float]:
         """What `CacheStore.cache_stats` says of it."""
         hits, misses, *_ = self._index.stats()
         return {
             "decoded_hits": self._counted[0] + hits,
             "decoded_misses": self._counted[1] + misses,
-            "decoded_size": self._index.current_size,
+            "decoded_size": self.size,
             "decode_seconds": self._seconds,
         }
 

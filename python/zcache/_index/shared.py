@@ -11,6 +11,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
+from zcache._index.changes import Changes
+from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
@@ -68,6 +70,8 @@ class SharedIndex:
         Answers of the source to `list_dir`.
     place : object
         What the backends of this place share beside the index, such as the directory.
+    changes : Changes
+        Of the source, as far as this process has made them, or has heard of them from copies.
     users : WeakSet of Member
         Who uses the index in this process; that of a pool is used by way of all its sources.
     """
@@ -86,6 +90,7 @@ class SharedIndex:
         self.fills: Any = None
         self.place: Any = None
         self.listings: Any = None
+        self.changes = Changes()
         self.cache: weakref.ref[Store] | None = None
         self.location: Location | None = None
         self.key: Hashable = None
@@ -200,7 +205,8 @@ class _Asked:
 
 
 def _let_go() -> None:
-    """Stores that are only waiting to be collected, or for a step in the background, do not count."""
+    """Stores that are only waiting for the next user, to be collected, or for a step in the background, do not count."""
+    lingering.release()
     gc.collect()
     time.sleep(_PAUSE)
 

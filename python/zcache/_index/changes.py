@@ -1,0 +1,46 @@
+"""Which changes of a source a process knows of: by this copies that come from elsewhere are compared.
+
+A cache that no other process shares does not hear of the changes that those make. But who changes a source and then sends
+a copy of its store means the values of now.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TypeAlias
+
+Version: TypeAlias = "dict[bytes, int]"
+"""How many changes are known, by the process that has made them."""
+
+
+class Changes:
+    """Counts the changes of one source, as a vector clock."""
+
+    def __init__(self) -> None:
+        self._known: Version = {}
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Count by itself in a forked child."""
+        self._here = os.urandom(8)
+        # Reentrant: inside it the garbage collector may end a change.
+        self._lock = threading.RLock()
+
+    def count(self) -> None:
+        """Count the beginning of a change that is made here, or its end."""
+        with self._lock:
+            self._known[self._here] = self._known.get(self._here, 0) + 1
+
+    @property
+    def version(self) -> Version:
+        """What goes along with a copy."""
+        with self._lock:
+            return dict(self._known)
+
+    def meet(self, version: Version) -> bool:
+        """Note what a copy knows; whether that is something new."""
+        with self._lock:
+            new = {who: count for who, count in version.items() if count > self._known.get(who, 0)}
+            self._known.update(new)
+        return bool(new)

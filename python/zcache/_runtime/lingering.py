@@ -1,0 +1,141 @@
+"""What is kept for a while after its last user has gone, in case another one comes.
+
+Workers unpickle a store for each task, and drop it at its end: what it keeps in memory is of use to the next one.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from zcache._runtime.fork import at_fork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+LINGER: Final = 60.0
+"""Seconds for which something is kept without a user."""
+
+
+class Lease:
+    """Held by each user: as long as one is, what it is about is no business of this module."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Left(NamedTuple):
+    """What nobody uses: its bytes now, those that it may come to, and when it goes."""
+
+    what: Any
+    size: int
+    limit: float
+    until: float
+
+
+def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Lease:
+    """Have something live as long as anyone holds what is returned, and for `LINGER` seconds after that.
+
+    Together, things without users take no more bytes than the largest of them may: those go first that were left first.
+
+    Parameters
+    ----------
+    key : hashable
+        The same for all leases of this thing.
+    what : object
+        Must not refer to the lease.
+    size : callable
+        Bytes that it takes; nothing that takes none is kept.
+    limit : float
+        Bytes that it may take.
+    """
+    with _lock:
+        found = _leases.get(key)
+        if found is None:
+            found = _leases[key] = Lease()
+            weakref.finalize(found, _leave, key, what, size, limit).atexit = False
+        # Dropped here: `what` is the same.
+        _left.pop(key, None)
+    return found
+
+
+def release() -> None:
+    """Let go of all that nobody uses: it is in the way."""
+    with _lock:
+        gone = list(_left.values())
+        _left.clear()
+    # Outside the lock: the end of a store may take a while.
+    del gone
+
+
+def _leave(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> None:
+    with _lock:
+        if key in _leases:
+            return  # Another user has come meanwhile.
+        now = time.monotonic()
+        if bytes_now := size():
+            _left[key] = _Left(what, bytes_now, limit, now + LINGER)
+        gone = _take_gone(now)
+        _start()
+    del gone
+
+
+def _take_gone(now: float) -> list[_Left]:
+    """Those that go now. To be called under the lock."""
+    gone = []
+    total = sum(one.size for one in _left.values())
+    most = max((one.limit for one in _left.values()), default=0)
+    for key, one in list(_left.items()):
+        if one.until <= now or total > most:
+            gone.append(_left.pop(key))
+            total -= one.size
+    return gone
+
+
+def _start() -> None:
+    """See to it that what is kept goes in time. To be called under the lock."""
+    global _is_timed
+    if _left and not _is_timed:
+        # The garbage collector may be what has come here, and `threading` takes locks that are not reentrant. Where there
+        # is no thread, it goes when something else is left.
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(_expire, ())
+            _is_timed = True
+
+
+def _expire() -> None:
+    global _is_timed
+    while True:
+        with _lock:
+            now = time.monotonic()
+            gone = _take_gone(now)
+            if not _left:
+                _is_timed = False
+            pause = min((one.until for one in _left.values()), default=0) - now
+        del gone
+        if pause <= 0:
+            return
+        time.sleep(pause)
+
+
+# Reentrant: inside it the garbage collector may end a lease.
+_lock = threading.RLock()
+_leases: weakref.WeakValueDictionary[Hashable, Lease] = weakref.WeakValueDictionary()
+# In the order in which they were left.
+_left: dict[Hashable, _Left] = {}
+_is_timed = False
+
+
+def _after_fork() -> None:
+    global _lock, _is_timed
+    _lock = threading.RLock()
+    _is_timed = False
+    # Not here, where others are not ready yet for the end of a store.
+    for key, one in _left.items():
+        _left[key] = one._replace(until=0.0)
+
+
+at_fork(_after_fork)

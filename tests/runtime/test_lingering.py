@@ -1,0 +1,108 @@
+"""What nobody uses is kept for a while, within bounds, and goes in time."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import weakref
+from typing import Any
+
+import pytest
+
+from support import until
+from zcache._runtime import lingering
+from zcache._runtime.lingering import lease, release
+
+
+class Thing:
+    """What somebody uses."""
+
+    size = 1
+
+
+def use(key: str, *, size: int = 1, limit: int = 10) -> tuple[Any, weakref.ref[Thing]]:
+    """A lease of a new thing."""
+    thing = Thing()
+    thing.size = size
+    held = lease(key, thing, lambda: size, limit)
+    return held, weakref.ref(thing)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Any:
+    gc.collect()
+    release()
+    yield
+    release()
+
+
+def test_thing_outlives_its_last_user_and_the_next_one_has_it() -> None:
+    held, thing = use("a")
+    again = lease("a", thing(), lambda: 1, 10)
+    assert again is held
+    del held
+    assert not lingering._left
+    del again
+    assert thing() is not None
+    held = lease("a", thing(), lambda: 1, 10)
+    assert not lingering._left
+    del held
+    release()
+    assert thing() is None
+
+
+def test_things_without_users_take_no_more_than_the_largest_may() -> None:
+    held = {name: use(name, size=size) for name, size in {"a": 4, "b": 4, "c": 6}.items()}
+    things = {name: thing for name, (_, thing) in held.items()}
+    for name in "bac":
+        del held[name]
+    assert [name for name, thing in things.items() if thing() is not None] == ["a", "c"]
+    held["large"] = use("large", size=15, limit=20)
+    del held["large"]
+    assert [name for name, thing in things.items() if thing() is not None] == []
+
+
+def test_thing_that_takes_nothing_goes_with_its_user() -> None:
+    held, thing = use("a", size=0)
+    del held
+    assert thing() is None
+
+
+async def test_thing_goes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lingering, "LINGER", 0.01)
+    for _ in range(3):
+        held, thing = use("a")
+        del held
+        await until(lambda thing=thing: thing() is None)
+        await until(lambda: not lingering._is_timed)
+
+
+def test_user_in_a_cycle_leaves_it_where_the_garbage_collector_ends_it() -> None:
+    held, thing = use("a")
+    cycle: list[Any] = [held]
+    cycle.append(cycle)
+    del held, cycle
+    assert not lingering._left
+    gc.collect()
+    assert lingering._left
+    assert thing() is not None
+
+
+def test_forked_child_lets_go_of_what_its_parent_left() -> None:
+    held, thing = use("a")
+    del held
+    assert thing() is not None
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def child() -> None:
+        other, _ = use("b")
+        del other
+        theirs.send((thing() is None, list(lingering._left)))
+
+    process: Any = context.Process(target=child)
+    process.start()
+    assert ours.poll(60)
+    assert ours.recv() == (True, ["b"])
+    process.join(60)
+    assert thing() is not None
