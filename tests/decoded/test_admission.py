@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 from decoding import ROOM, check_decoded_quiet
 from zcache import CacheStore
 from zcache._decoded.admission import EVICTIONS, LARGE, SHARE, Admission
+from zcache._decoded.chunk import OVERHEAD
 from zcache.testing import StoreDouble
 
 CHUNKS = 4 * EVICTIONS
@@ -122,6 +123,21 @@ def test_admission_of_what_was_refused_lately() -> None:
     for n in range(3 * EVICTIONS):
         admission.admits(f"c{n}", 0)
     assert not admission.admits("a", 0)
+
+
+@pytest.mark.parametrize(("eviction", "least"), [("none", 0.5), ("adaptive", 0.49)])
+def test_loop_has_the_hits_that_the_policy_promises(eviction: str, least: float) -> None:
+    source = MemoryStore()
+    array = zarr.create_array(source, shape=(200, 250), chunks=(1, 250), dtype="f4")
+    array[:] = 1
+    store = CacheStore(source, eviction=eviction, decoded_size=100 * (1000 + OVERHEAD))
+    array = zarr.open_array(store)
+    hits = []
+    for _ in range(8):
+        for n in range(200):
+            array[n]
+        hits.append(store.cache_stats()["decoded_hits"])
+    assert hits[-1] - hits[3] >= least * 4 * 200
 
 
 def test_admission_of_few_bytes_goes_on_until_a_sixteenth_has_gone() -> None:

@@ -31,9 +31,12 @@ class Admission:
     ----------
     max_size : int
         Bytes that the cache holds at most.
+    is_open : bool, optional
+        Keep everything: the policy of eviction decides by itself, and has to see all that is read. Default is False.
     """
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(self, max_size: int, *, is_open: bool = False) -> None:
+        self._is_always_open = is_open
         self._enough = max_size // 16
         self._bytes = self._chunks = self._turn = 0
         # The latest names, and those before them.
@@ -63,7 +66,7 @@ class Admission:
     def _is_open(self) -> bool:
         """Whether everything is kept."""
         is_little = self._chunks < EVICTIONS and self._bytes < LARGE
-        return is_little or self._bytes < self._enough
+        return self._is_always_open or is_little or self._bytes < self._enough
 
     def admits(self, name: str, kept: int) -> bool:
         """Whether this chunk is kept beside so many others."""

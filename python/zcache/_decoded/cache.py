@@ -72,7 +72,7 @@ class DecodedCache:
         policy = {name: self._handle.limits[name] for name in ("eviction", "minimise")}
         self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
         self._values: dict[str, Kept] = {}
-        self._admission = Admission(self.max_size)
+        self._admission = Admission(self.max_size, is_open=policy["eviction"] == "adaptive")
         self.room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
         self.landing = Landing(self._index, self.room, self._lock, self.origins, self.now)
         self.outputs = Outputs(self.max_size // 32)
