@@ -173,6 +173,23 @@ fn is_current_while_newer_bytes_are_cached_is_false() {
 }
 
 #[test]
+fn stays_current_uses_nothing_and_says_the_same() {
+    let mut cache = heap();
+    let fresh = at(10, Some(100));
+    fill(&mut cache, KEY, ByteRange::Full, 5);
+    fill(&mut cache, "v/c/0/2", ByteRange::Full, 5);
+    let decode = begin(&mut cache, 6);
+    assert!(cache.stays_current(KEY, decode, 10, fresh).unwrap());
+    assert!(!cache.stays_current(KEY, decode, 4, fresh).unwrap());
+    let late = at(106, Some(100));
+    assert!(!cache.stays_current(KEY, decode, 10, late).unwrap());
+    // The other one was used later.
+    assert_eq!(cache.recency().unwrap().pop().unwrap().0, "v/c/0/2");
+    changes(&mut cache, 1);
+    assert!(!cache.stays_current(KEY, decode, 10, fresh).unwrap());
+}
+
+#[test]
 fn is_current_at_the_beginning_of_the_clock_is_true() {
     let mut cache = heap();
     fill(&mut cache, KEY, ByteRange::Full, 0);

@@ -220,6 +220,7 @@ class Cache:
         if handle.index.shared or not self.shared.changes.meet(version):
             return
         handle.call_later(ignore, Index.invalidate, "")
+        self.shared.changes.tell("")
         if self._is_in_memory and not self.backend.needs_loop:
             run_without_loop(self.writer.clear(io))
 

@@ -713,6 +713,11 @@ class Index:
         the full value counts as used, or, with `touch_ranges`, up to 1,024 ranges of it.
         """
 
+    def stay_current(
+        self, decoded: list[tuple[str, int, int, float, float | None]], now: float, /
+    ) -> list[bool]:
+        """`is_current` of many, each with its key, version, fetch time, end of its decode, and maximum age; no use counts."""
+
     def count_folders(self, size: int, /) -> None:
         """Count folders that were made or have grown, or, below 0, were removed."""
 

@@ -101,13 +101,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fresh: Freshness,
         touch_ranges: bool,
     ) -> Result<bool> {
-        // The cache would say that there is nothing.
-        if self.absences() != 0 && self.arena.find_absence(key)?.is_some() {
-            return Ok(false);
-        }
-        let current =
-            decode.version == self.version_of_decoded(key) && !fresh.is_stale(decode.fetched);
-        if !current {
+        if !self.is_unchanged(key, decode, fresh)? {
             return Ok(false);
         }
         self.read_planned(key, None);
@@ -123,6 +117,33 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.policy.touch(&mut self.arena, i)?;
         // Else the cache would serve other bytes, which were read since.
         Ok(self.arena.get(i)?.time() <= landed.max(1))
+    }
+
+    /// The same without a use of its bytes: whether it is worth its room.
+    pub fn stays_current(
+        &self,
+        key: &str,
+        decode: Decode,
+        landed: u64,
+        fresh: Freshness,
+    ) -> Result<bool> {
+        if !self.is_unchanged(key, decode, fresh)? {
+            return Ok(false);
+        }
+        let full = self.arena.find(key, ByteRange::Full)?;
+        Ok(match full.filter(|i| self.is_live(*i)) {
+            Some(i) => self.arena.get(i)?.time() <= landed.max(1),
+            None => true,
+        })
+    }
+
+    /// Whether the key has not been changed since a decode began, nor the bytes have expired.
+    fn is_unchanged(&self, key: &str, decode: Decode, fresh: Freshness) -> Result<bool> {
+        // The cache would say that there is nothing.
+        if self.absences() != 0 && self.arena.find_absence(key)?.is_some() {
+            return Ok(false);
+        }
+        Ok(decode.version == self.version_of_decoded(key) && !fresh.is_stale(decode.fetched))
     }
 
     fn version_of_decoded(&self, key: &str) -> u64 {

@@ -14,6 +14,8 @@ use crate::policy::{Minimise, PolicyKind};
 /// 3 suffix) and its numbers.
 pub(super) type RawSpan = Option<(u8, u64, u64)>;
 pub(super) type RawVictim = (u32, String);
+/// A decoded chunk: its key, version, fetch time, the end of its decode, and its maximum age.
+pub(super) type RawDecoded<'py> = (Bound<'py, PyString>, u64, u64, f64, Option<f64>);
 
 pub(super) fn span(raw: RawSpan) -> PyResult<ByteRange> {
     Ok(match raw {

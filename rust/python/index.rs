@@ -17,9 +17,9 @@ use super::ages::Ages;
 use super::backing::{Backing, Flight, after_fork, step};
 use super::backing::{shared, wait};
 use super::convert::{
-    RawAges, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit, known, limits,
-    millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims, span,
-    when_to_verify,
+    RawAges, RawDecoded, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit,
+    known, limits, millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims,
+    span, when_to_verify,
 };
 use super::counters::ReadCounters;
 use super::errors::{os_error, poisoned};
@@ -1216,6 +1216,30 @@ impl Index {
             fresh,
             touch_ranges
         ))
+    }
+
+    #[pyo3(signature = (decoded, now, /))]
+    fn stay_current(
+        &self,
+        py: Python<'_>,
+        decoded: Vec<RawDecoded<'_>>,
+        now: f64,
+    ) -> PyResult<Vec<bool>> {
+        let mut current = Vec::with_capacity(decoded.len());
+        // In steps, so that no one waits for long.
+        for some in decoded.chunks(BATCH) {
+            step!(self, py, |cache| {
+                for (key, version, fetched, landed, max_age) in some {
+                    let key = key.to_str().map(|key| self.whole(key)).unwrap_or_default();
+                    let (version, fetched) = (*version, *fetched);
+                    let decode = Decode { version, fetched };
+                    let (landed, fresh) = (millis(*landed), fresh(now, *max_age));
+                    current.push(cache.stays_current(&key, decode, landed, fresh)?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(current)
     }
 
     #[pyo3(signature = (size, /))]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -26,8 +27,9 @@ from zarr.storage import LocalStore, MemoryStore
 
 from decoding import ROOM, check_decoded, check_decoded_quiet
 from support import drained_sync, until
-from zcache import CacheStore
+from zcache import CacheStore, with_decoded_cache
 from zcache._backends.directory.layout import Layout
+from zcache._decoded import lapsed
 from zcache._decoded.chunk import OVERHEAD, Decoding, Decodings
 from zcache._decoded.origins import Origins
 from zcache.testing import FakeClock, StoreDouble, recency
@@ -975,6 +977,99 @@ def test_least_recently_used_chunks_go_first() -> None:
     for at in (0, 8, 12):
         array[at]
     assert decoded(store, "hits") == before + 3
+
+
+def _other(store: Any) -> Any:
+    """Another array, of as many chunks."""
+    array = zarr.create_array(store, name="w", shape=(16,), chunks=(4,), dtype="i4", fill_value=-1)
+    array[:] = np.arange(16)
+    return array
+
+
+CHANGES: dict[str, Any] = {
+    "delete": lambda store: sync(store.delete_dir("v")),
+    "delete chunks": lambda store: sync(store.delete_dir("v/c")),
+    "invalidate": lambda store: store.invalidate_sync("v"),
+    "clear the cache": lambda store: sync(store.clear_cache()),
+    "clear": lambda store: sync(store.clear()),
+}
+
+
+@shards
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_of_one_array", [False, True])
+def test_chunks_that_a_change_ends_take_no_room(
+    change: str, is_of_one_array: bool, more: dict[str, Any], tmp_path: Path
+) -> None:
+    if is_of_one_array:
+        array = with_decoded_cache(create(LocalStore(tmp_path), **more), 100_000)
+    else:
+        array = create(CacheStore(MemoryStore(), decoded_size=100_000), **more)
+    store: Any = array.store
+    other = _other(store)
+    for _ in range(2):
+        array[:], other[:]
+    assert decoded(store, "size") == 8 * ROOM
+    CHANGES[change](store)
+    assert decoded(store, "size") == (0 if change.startswith("clear") else 4 * ROOM)
+    check_decoded_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+@pytest.mark.parametrize("how", ["expire", "by others", "write"])
+def test_chunks_that_have_lapsed_go_before_all_others(
+    how: str, eviction: str, clock: FakeClock, tmp_path: Path
+) -> None:
+    source = MemoryStore()
+    create(source)
+    _other(source)
+    options: dict[str, Any] = {}
+    if how == "expire":
+        options = {"max_age_seconds": {"v/**": 10}, "clock": clock}
+    elif how == "by others":
+        options = {"cache_store": tmp_path / "cache"}
+    store = CacheStore(source, source_id="s", decoded_size=6 * ROOM, eviction=eviction, **options)
+    array, other = (zarr.open_array(store, path=path) for path in "vw")
+    for part in (array, slice(None)), (other, slice(8)), (array, slice(None)):
+        for _ in range(2):
+            part[0][part[1]]
+            store.drain_sync()
+    # Used least recently are those that are of use.
+    assert decoded(store, "size") == 6 * ROOM
+    if how == "expire":
+        clock.advance(20)
+    elif how == "write":
+        array[:] = 3
+    else:
+        process: Any = multiprocessing.get_context("fork").Process(
+            target=store.invalidate_sync, args=("v",)
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    other[8:]
+    hits = decoded(store, "hits")
+    other[:]
+    assert decoded(store, "hits") == hits + 4
+    check_decoded_quiet(store)
+
+
+def test_few_chunks_are_looked_at_each_time_room_is_needed(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lapsed, "STEP", 3)
+    source = MemoryStore()
+    create(source)
+    store = CacheStore(source, decoded_size=4 * ROOM, max_age_seconds=10, clock=clock)
+    cache: Any = store._decoded
+    array = zarr.open_array(store, path="v")
+    for _ in range(2):
+        array[:]
+    find = cache.room.lapsed.find
+    clock.advance(20)
+    assert [len(find(1)) for _ in range(6)] == [3, 1, 3, 1, 3, 1]
+    clock.advance(-20)
+    assert find(1) == []
 
 
 def test_larger_than_the_bound_is_not_kept(store: CacheStore) -> None:

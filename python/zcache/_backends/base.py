@@ -300,17 +300,17 @@ class Backend(ABC):
     def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 
-    def begin_change(self, prefix: str) -> Callable[[], None]:  # noqa: ARG002
-        """Count a change; have the places of other parts of the source, if they are known here, keep nothing of it.
+    def begin_change(self, prefix: str) -> Callable[[], None]:
+        """Count a change, and end decoded chunks of it; have the places of other parts of the source, if they are known here, keep nothing of it.
 
         Returns
         -------
         callable
             To be called when the change has ended. Only the first call counts.
         """
-        count = self.shared.changes.count
-        count()
-        return count
+        changes = self.shared.changes
+        changes.begin(prefix)
+        return changes.count
 
     def forget_elsewhere(self, prefix: str) -> None:
         """Have them forget what is at and below a prefix."""

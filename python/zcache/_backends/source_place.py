@@ -90,7 +90,7 @@ class _Change:
 
     def __init__(self, backend: SourceBackend, prefix: str) -> None:
         self._count = backend.shared.changes.count
-        self._count()
+        backend.shared.changes.begin(prefix)
         self._location, self._has_its_names = backend.location, backend.has_its_names
         self._prefix = prefix
         # Each index is told once; or, by two threads at a time, twice. It hears of the end as often.
@@ -103,8 +103,8 @@ class _Change:
         if scope is None or backend.shared in self._known:
             return
         self._known.add(backend.shared)
-        backend.shared.changes.count()
         backend.shared.handle.call_later(ignore, Index.invalidate, scope, True)
+        backend.shared.changes.begin(scope)
         self._told.append((weakref.ref(backend.shared), scope))
         # Another thread, or the garbage collector, may have ended it meanwhile.
         if self not in _changes:

@@ -15,6 +15,7 @@ from zcache._core import Index
 from zcache._decoded.admission import Admission
 from zcache._decoded.chunk import Decoding, Decodings
 from zcache._decoded.landing import Landing
+from zcache._decoded.lapsed import Lapsed
 from zcache._decoded.origins import Origins
 from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
@@ -64,6 +65,7 @@ class DecodedCache:
         self.token = ""
         self._start()
         handle.watch(self)
+        backend.shared.changes.watch(self)
         _live.add(self)
 
     def _start(self) -> None:
@@ -73,7 +75,10 @@ class DecodedCache:
         self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size, is_open=policy["eviction"] == "adaptive")
-        self.room = Room(self._index, self.max_size, self._values, self._lock, self._admission)
+        lapsed = Lapsed(self._values, self._lock, self.origins, self.now)
+        self.room = Room(
+            self._index, self.max_size, self._values, self._lock, self._admission, lapsed
+        )
         self.landing = Landing(self._index, self.room, self._lock, self.origins, self.now)
         self.outputs = Outputs(self.max_size // 32)
         # By their addresses. No lock, no set: the garbage collector may end a reader while they are listed.
@@ -322,6 +327,21 @@ class DecodedCache:
         self.room.give_back_unused()
         self.outputs.clear()
         self._admission.absent.clear()
+
+    def changes(self, prefix: str) -> None:
+        """Let go of what is at and below a prefix, which is being changed; what is being decoded of it now is not kept."""
+        index = self._index
+        if not self._values and index.in_flight == (0, 0):
+            return
+        if prefix.rpartition("/")[2].isdigit():
+            # One chunk, or a row of them: for that the index would look at all of the array.
+            self.room.lapsed.note()
+            return
+        for number in range(len(self._layouts)):
+            scope = f"{number}/{prefix}"
+            index.invalidate(scope)
+            while victims := index.drain_prefix(scope):
+                self.room.remove(victims)
 
     def count_seconds(self, seconds: float) -> None:
         """Count time that the wrapped pipeline took."""

@@ -21,6 +21,8 @@ class Origin:
 
     Attributes
     ----------
+    key : str
+        Of the bytes.
     version, fetched
         See `Index.begin_decodes`.
     is_dated : bool
@@ -35,11 +37,12 @@ class Origin:
         The read that has found it current.
     """
 
-    __slots__ = ("checked", "fetched", "is_dated", "landed", "stale", "touched", "version")
+    __slots__ = ("checked", "fetched", "is_dated", "key", "landed", "stale", "touched", "version")
 
     def __init__(
-        self, begun: float, stale: int, stamp: tuple[int, int], *, expires: bool = False
+        self, key: str, begun: float, stale: int, stamp: tuple[int, int], *, expires: bool = False
     ) -> None:
+        self.key = key
         self.version, self.fetched = stamp
         self.is_dated = not expires or self.fetched != 0
         self.stale = stale

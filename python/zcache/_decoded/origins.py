@@ -8,6 +8,8 @@ from zcache._decoded.chunk import Origin
 from zcache._index.handle import RETRYABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
     from zcache._core import Index
@@ -34,6 +36,7 @@ class Origins:
         self._backend = backend
         self._handle = backend.shared.handle
         self._age_of = ages.of
+        self._is_ageless = ages.is_ageless
         self._counters = counters
         self._index = self._handle.index
 
@@ -60,8 +63,8 @@ class Origins:
         except RETRYABLE:
             return [None] * len(keys)
         return [
-            None if stamp is None else Origin(now, stale, stamp, expires=age is not None)
-            for stamp, age in zip(stamps, ages, strict=True)
+            None if stamp is None else Origin(key, now, stale, stamp, expires=age is not None)
+            for key, stamp, age in zip(keys, stamps, ages, strict=True)
         ]
 
     def is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
@@ -89,6 +92,20 @@ class Origins:
             return self._index.is_in_flight(key)
         except RETRYABLE:
             return False
+
+    @property
+    def lapse_unheard(self) -> bool:
+        """Whether chunks may cease to be current without a change that this process makes, or is told of."""
+        return self._index.shared or not self._is_ageless
+
+    def stay_current(self, origins: Sequence[Origin], now: float) -> list[bool]:
+        """Whether what comes from each of them may be served, or the index does not say. No use of them counts."""
+        age_of = self._age_of
+        asked = [(o.key, o.version, o.fetched, o.landed, age_of(o.key)) for o in origins]
+        try:
+            return self._index.stay_current(asked, now)
+        except RETRYABLE:
+            return [True] * len(origins)
 
     def may_be_stale(self, origin: Origin) -> bool:
         """Whether values past their age have been read since, in place of an error of the source."""

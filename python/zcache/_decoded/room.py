@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zcache._core import Index
     from zcache._decoded.admission import Admission
     from zcache._decoded.chunk import Decoding, Decodings, Kept
+    from zcache._decoded.lapsed import Lapsed
     from zcache._decoded.layout import Array
 
 FILLS: Final = 2**12
@@ -36,6 +37,8 @@ class Room:
         Guards the values and their pins.
     admission : Admission
         Is told of evictions.
+    lapsed : Lapsed
+        Finds what goes first.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Room:
         values: dict[str, Kept],
         lock: threading.RLock,
         admission: Admission,
+        lapsed: Lapsed,
     ) -> None:
         self._index = index
         self._max_size = max_size
         self._values = values
         self._lock = lock
         self._admission = admission
+        self.lapsed = lapsed
         self._buffers = Buffers(max_size)
         # Bytes that are counted for what is in `values`, or about to be.
         self._size = 0
@@ -200,6 +205,10 @@ class Room:
         if not names:
             return []
         index = self._index
+        if len(names) * size > self._max_size - index.current_size:
+            for name in self.lapsed.find(len(names)):
+                self.remove(index.discard(name, None, 0.0))
+                index.recount_as_hit()  # No one has asked for it.
         held, victims = index.reserve_all(names, size, tickets, 0.0)
         while victims:
             dropped, failed = self._drop(victims, is_eviction=True)

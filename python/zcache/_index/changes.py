@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TypeAlias
+import weakref
+from typing import Protocol, TypeAlias
 
 Version: TypeAlias = "dict[bytes, int]"
 """How many changes are known, by the process that has made them."""
+
+
+class Watcher(Protocol):
+    """Who keeps something that changes end."""
+
+    def changes(self, prefix: str) -> None:
+        """Let go of what is at and below a prefix: it is being changed."""
 
 
 class Changes:
@@ -19,6 +27,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._known: Version = {}
+        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -27,8 +36,22 @@ class Changes:
         # Reentrant: inside it the garbage collector may end a change.
         self._lock = threading.RLock()
 
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` of changes that are made here."""
+        self._watchers.add(watcher)
+
+    def tell(self, prefix: str) -> None:
+        """Tell all who watch that what is at and below a prefix is being changed."""
+        for watcher in list(self._watchers):
+            watcher.changes(prefix)
+
+    def begin(self, prefix: str) -> None:
+        """Count the beginning of a change that is made here, and tell of it."""
+        self.count()
+        self.tell(prefix)
+
     def count(self) -> None:
-        """Count the beginning of a change that is made here, or its end."""
+        """Count the end of one."""
         with self._lock:
             self._known[self._here] = self._known.get(self._here, 0) + 1
 
