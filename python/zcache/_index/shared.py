@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import threading
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _BY_STRICTNESS: Final = ("never", "first", "always")
 _POLICY: Final = ("eviction", "minimise")
+_PACKAGE: Final = __name__.partition(".")[0]
 _TRIES: Final = 5
 """Times that it is looked whether those who use another policy are gone, ..."""
 _PAUSE: Final = 0.02
@@ -177,8 +179,17 @@ def choose_policy(handle: IndexHandle, users: Collection[Member], member: Member
         if tries:
             _let_go()
     message = _other_policy(handle.name, wanted, in_force)
-    # For the caller of the constructor of a store or a pool, which is as far away.
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warnings.warn(message, UserWarning, stacklevel=_level_of_user())
+
+
+def _level_of_user() -> int:
+    """How far above the caller of this the line is that made a store or a pool, by whatever way."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and (frame := frame.f_back) is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
+            break
+        level += 1
+    return level
 
 
 class _Asked:

@@ -55,6 +55,28 @@ def test_store_with_another_policy_than_that_of_its_pool_is_told(where: Path | N
         store_over(pool, "2", minimise="seconds")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pool: CachePool(pool.path, eviction="none"),
+        lambda pool: store_over(pool, "1", eviction="none"),
+        lambda pool: zcache.open(source_of(), cache=pool, source_id="1", eviction="none"),
+        lambda pool: zcache.open(source_of(), cache=pool.path, source_id="1", eviction="none"),
+    ],
+    ids=["pool", "store", "open", "open path"],
+)
+def test_warning_about_another_policy_is_about_the_line_of_the_user(
+    tmp_path: Path, make: Any
+) -> None:
+    pool = CachePool(tmp_path / "pool")
+    held = store_over(pool, "2", eviction="adaptive")
+    with pytest.warns(UserWarning, match="is in use with eviction='adaptive'") as told:
+        made = make(pool)
+    assert [warning.filename for warning in told] == [__file__]
+    assert made is not None
+    assert held.eviction == "adaptive"
+
+
 def test_pool_that_is_in_use_with_another_policy_says_so(tmp_path: Path) -> None:
     pool = CachePool(tmp_path / "pool")
     store = store_over(pool, "1", eviction="none")
