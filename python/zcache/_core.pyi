@@ -758,13 +758,13 @@ class Index:
         """
 
     def in_progress_below(self, prefix: str, /) -> list[_Victim]:
-        """What is being deleted of a key, or of all keys below it, by whoever has dropped it.
+        """What is being deleted of a key, or of all keys below it, by the one that has dropped it.
 
         To be deleted before the key is changed. Nothing is to be reported.
         """
 
     def spent_segments(self, limit: int, /) -> list[tuple[int, int]]:
-        """Cells and numbers of segments without values, whose files can be removed; nobody appends to them from now on."""
+        """Cells and numbers of segments without values, whose files can be removed; nothing is appended to them from now on."""
 
     def segments_removed(self, segments: list[tuple[int, int]], /) -> None:
         """The files of such segments are gone."""

@@ -599,7 +599,7 @@ class CacheStore(Store, KeepsDecoded):
 
         For those who know, such as a sampler at the beginning of an epoch. While the plan holds, its keys that are
         needed last go first when there is no room, and a value that is needed later than all that is there is not
-        taken in: nearly what Belady's optimal replacement would do. Nobody knows when a value in no plan is needed: it
+        taken in: nearly what Belady's optimal replacement would do. When a value in no plan is needed is not known: it
         is taken to be as far away as its last use lies back, so what is read all the time beside a plan stays. Which
         of those is compared, `eviction` says; under "none" too they make room. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
 

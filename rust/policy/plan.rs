@@ -19,7 +19,7 @@ pub const NEVER: u32 = u32::MAX;
 /// Reads until a key is needed.
 pub type Distance = i64;
 
-/// What stands for the next use of a key whose last one was at this position: later than all uses, the more so
+/// What stands for the next use of a key of which the last one was at this position: later than all uses, the more so
 /// the longer ago that was.
 fn over(last: u32) -> u32 {
     NEVER - 1 - last

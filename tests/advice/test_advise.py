@@ -138,7 +138,7 @@ def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
 
 @pytest.mark.parametrize("hot", [300, 40])
 def test_advice_once_the_work_has_changed_is_about_the_latest_requests(hot: int) -> None:
-    """Of few keys, whose first requests are forgotten."""
+    """Of few keys, the first requests of which are forgotten."""
     store = store_of(1000, max_size=500 * SIZE)
     rng = np.random.default_rng(4)
     keys = [*list(range(1000)) * 20, *rng.integers(0, hot, 140_000).tolist()]

@@ -318,7 +318,7 @@ def test_chunk_is_kept_whatever_the_clock_says(more: dict[str, Any], age: Any, n
     create(source, **more)
     store = CacheStore(source, max_age_seconds=age, clock=lambda: now, decoded_size=100_000)
     array = zarr.open_array(store, path="v")
-    # With shards, a chunk is kept whose bytes are there already.
+    # With shards, a chunk is kept if its bytes are there already.
     for _ in range(3):
         assert array[2] == 2
     assert decoded(store, "hits") == 2
@@ -426,7 +426,7 @@ register_pipeline(Together)
 async def reads_of_two(
     source: StoreDouble, blocked: str, more: dict[str, Any]
 ) -> tuple[Any, Gate, asyncio.Task[Any]]:
-    """An array whose bytes are cached, but for a value; the source does not answer one who reads all of it."""
+    """An array with its bytes cached, but for a value; the source does not answer one who reads all of it."""
     await asyncio.to_thread(create, source, **more)
     store = CacheStore(source, source_id="s", decoded_size=100_000)
     path = f"{Together.__module__}.Together"

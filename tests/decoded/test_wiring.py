@@ -314,7 +314,7 @@ def test_next_copy_sees_what_was_written_while_there_was_none(kind: str, tmp_pat
     gc.collect()
     hits(pickle.loads(pickled))
     gc.collect()
-    # By another store of this process, which the cache that nobody has must hear of.
+    # By another store of this process, which the cache that is not in use must hear of.
     if kind == "directory":
         other = zarr.open_array(CacheStore(source, cache_store=tmp_path / "cache"))
     elif kind == "one array":

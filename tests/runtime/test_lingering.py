@@ -1,4 +1,4 @@
-"""What nobody uses is kept for a while, within bounds, and goes in time."""
+"""What is not in use is kept for a while, within bounds, and goes in time."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def test_secrets_of_a_url_are_in_no_error(monkeypatch: pytest.MonkeyPatch, url: 
 
 def test_secrets_of_a_chain_that_cannot_be_read_are_in_no_error() -> None:
     pytest.importorskip("aiohttp")
-    # Nobody listens there. That is all that fsspec tells of it.
+    # Nothing listens there. That is all that fsspec tells of it.
     url = f"zip::http://me:{HUSH}@127.0.0.1:1/a.zip?token={HUSH}"
     with pytest.raises(
         NoSuchSourceError, match=r"cannot open 'zip::http://127.0.0.1:1/a.zip': "

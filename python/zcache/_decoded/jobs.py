@@ -31,7 +31,7 @@ COALESCES: Final = hasattr(Store, "get_ranges")
 MOST_BOXES: Final = 4
 """Boxes in which what is missing of a shard is asked for; one, of inner chunks of few elements."""
 FEW_ELEMENTS: Final = 2**12
-"""Elements of an inner chunk whose indices take less than another request."""
+"""Elements of an inner chunk, the indices of which take less than another request."""
 MOST_ELEMENTS: Final = 2**14
 """Elements of the largest inner chunk that is asked for by elements: of more, their indices take more than many requests."""
 

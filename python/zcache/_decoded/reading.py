@@ -27,7 +27,7 @@ PATIENCE: Final = 0.1
 PACE: Final = 2**22 / PATIENCE
 """Bytes that a slow codec decodes in a second: for as long as its own decode may take, a reader waits for that of others."""
 ON_ITS_WAY: Final = 1.0
-"""Seconds for which a reader waits for a chunk whose bytes are on their way from the source: its own read would join theirs."""
+"""Seconds for which a reader waits for a chunk the bytes of which are on their way from the source: its own read would join theirs."""
 
 
 class _Catcher(cpu.NDBuffer):
@@ -301,7 +301,7 @@ class Reading:
     async def _wait(self, decoding: Decoding, key: str) -> bool:
         """Wait for a chunk that another reader decodes; False if it cannot be awaited.
 
-        If that takes too long, it is given up for all who wait: a reader must not depend on what else another one reads.
+        If that takes too long, the decode is abandoned for all who wait: a reader must not depend on what else another one reads.
         """
         latest = self.loop.time() + self._patience * ON_ITS_WAY
         was_on_its_way = False

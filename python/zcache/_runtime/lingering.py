@@ -28,7 +28,7 @@ class Lease:
 
 
 class _Left(NamedTuple):
-    """What nobody uses: its bytes now, those that it may come to, and when it goes."""
+    """What is not in use: its bytes now, those that it may come to, and when it goes."""
 
     what: Any
     size: int
@@ -63,7 +63,7 @@ def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Le
 
 
 def release() -> None:
-    """Let go of all that nobody uses: it is in the way."""
+    """Drop all that is not in use: it is in the way."""
     with _lock:
         gone = list(_left.values())
         _left.clear()

@@ -1,4 +1,4 @@
-"""Segments without values: their files go with the last of these, whoever deletes it."""
+"""Segments without values: their files go with the last of these, by whichever process they are deleted."""
 
 from __future__ import annotations
 
