@@ -8,6 +8,9 @@ pub enum Error {
     /// The cells contradict each other. The index must be discarded and rebuilt: an index is
     /// disposable, a wrong answer is not. The text names the check that failed.
     Corrupt(&'static str),
+    /// The index is gone, or was left in the middle of a step: it must be rebuilt as well. What its steps have
+    /// said before was right, so the values that are there are no older than they told.
+    Lost(&'static str),
     /// The storage cannot grow: cell numbers or memory are used up. The index is unchanged; the
     /// caller leaves the value uncached.
     Full,
@@ -17,12 +20,21 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Corrupt(what) => write!(f, "corrupt index: {what}"),
+            Error::Lost(what) => write!(f, "lost index: {what}"),
             Error::Full => write!(f, "the index cannot grow any further"),
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+impl Error {
+    /// Whether the index cannot be used any more.
+    #[must_use]
+    pub fn is_fatal(self) -> bool {
+        self != Error::Full
+    }
+}
 
 /// Result of everything that reads or writes cells.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -307,10 +307,8 @@ proptest! {
         run.plan.damage.replace(damage);
         run.plan.fuse.set(fuse);
         for (call, pick) in damaged {
-            match run.call(call, pick) {
-                // A caller would discard the index; the test goes on.
-                Ok(()) | Err(Error::Corrupt(_) | Error::Full) => {}
-            }
+            // A caller would discard the index; the test goes on.
+            let _ = run.call(call, pick);
         }
     }
 }

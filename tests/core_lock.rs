@@ -65,7 +65,10 @@ fn step(index: &mut Index) -> Result<u64, StepError> {
 
 fn is_damaged<R: std::fmt::Debug>(answer: Result<R, StepError>) {
     assert!(
-        matches!(answer, Err(StepError::Failed(Error::Corrupt(_)))),
+        matches!(
+            answer,
+            Err(StepError::Failed(Error::Corrupt(_) | Error::Lost(_)))
+        ),
         "{answer:?}"
     );
 }

@@ -9,10 +9,11 @@ use std::thread::sleep;
 
 use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
 use zcache::disk::segments::{Got, SegmentFiles, ValueToWrite, scan, values_in};
+use zcache::error::Error;
 use zcache::key::ByteRange;
-use zcache::shared::{Locked, Mapped, SharedIndex};
+use zcache::shared::{Locked, Mapped, SharedIndex, StepError};
 
-use self::pool::{LIMITS, LONG, LRU, NOW, Pool, UNIT, contents, end, open};
+use self::pool::{LIMITS, LONG, LRU, NOW, Pool, UNIT, contents, end, open, rebuild};
 
 type Damage = fn(&Pool, u64);
 
@@ -230,6 +231,90 @@ fn death_at_each_step_leaves_nothing_uncounted() {
             end(pool);
         }
     }
+}
+
+/// Bytes of a cell of the index; the last one has the kind of what it is.
+const CELL: u64 = 56;
+
+fn damage_kind(pool: &Pool, cell: u64) {
+    let mut options = fs::OpenOptions::new();
+    let file = options.read(true).write(true);
+    let file = file.open(pool.root.join("index/cells")).unwrap();
+    let (mut byte, at) = ([0], cell * CELL + CELL - 1);
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+}
+
+fn restart(pool: &Pool) -> bool {
+    let Locked::Shared(lock, _) = &*pool.index else {
+        panic!("not shared")
+    };
+    lock.lock().unwrap().restart(7).unwrap()
+}
+
+/// A write returns that has found nothing, for the index is damaged; then the damage is found.
+#[test]
+fn pool_begins_empty_after_damage_also_where_who_has_found_it_dies() {
+    for dies in ["never", "before the restart", "before the rebuild", "in it"] {
+        let mut pool = Pool::new(&format!("evidence-{}", dies.replace(' ', "-")));
+        for n in 0..12 {
+            pool.fill(&format!("a/{n}"), 700 * n);
+        }
+        let (found, _) = pool.find("a/7", ByteRange::Full).unwrap();
+        damage_kind(&pool, u64::from(found.handle as u32));
+        let Locked::Shared(lock, _) = &*pool.index else {
+            panic!("not shared")
+        };
+        let failed = lock.lock().unwrap().step(sleep, |cache| cache.validate());
+        assert!(matches!(failed, Err(StepError::Failed(Error::Corrupt(_)))));
+        if dies != "before the restart" {
+            assert!(restart(&pool));
+        }
+        if dies == "in it" {
+            let (numbers, files) = (pool.segments(), &pool.files);
+            files.empty(numbers[0]).unwrap();
+        }
+        if dies == "never" {
+            rebuild(&mut lock.lock().unwrap(), &pool.files);
+        } else {
+            pool = pool.reopen();
+        }
+        assert_eq!(pool.keys(), [""; 0], "{dies}");
+        assert_eq!(pool.segments(), [0; 0], "{dies}");
+        // From then on an index that is lost is rebuilt.
+        pool.fill("a/0", 100);
+        let pool = pool.lose_index();
+        assert_eq!(pool.read("a/0"), Some(contents("a/0", 100)), "{dies}");
+        end(pool);
+    }
+}
+
+#[test]
+fn rebuild_that_began_before_damage_was_found_takes_nothing_in() {
+    let mut pool = Pool::new("overtaken-by-damage");
+    pool.fill("a/0", 100);
+    let found = scan(&pool.files, true).unwrap();
+    let Locked::Shared(lock, _) = &*pool.index else {
+        panic!("not shared")
+    };
+    let mut index = lock.lock().unwrap();
+    let corrupt = |_: &mut Cache<Mapped, u32>| Err::<(), _>(Error::Corrupt("a test"));
+    index.step(sleep, corrupt).unwrap_err();
+    assert!(index.restart(7).unwrap());
+    let adopt = |cache: &mut Cache<Mapped, u32>| {
+        found.adopt_segments(cache)?;
+        assert_eq!(found.adopt_values(cache, 0..10)?, []);
+        Ok(cache.len())
+    };
+    assert_eq!(index.step(sleep, adopt), Ok(0));
+    index.complete().unwrap();
+    let is_complete = |cache: &mut Cache<Mapped, u32>| Ok(cache.is_complete());
+    assert_eq!(index.step(sleep, is_complete), Ok(false));
+    rebuild(&mut index, &pool.files);
+    assert_eq!(index.step(sleep, is_complete), Ok(true));
+    drop(index);
+    assert_eq!(pool.segments(), [0; 0]);
+    end(pool);
 }
 
 fn die_after(index: &mut SharedIndex<u32>, files: &SegmentFiles, steps: usize) {

@@ -92,7 +92,10 @@ fn is_full(index: &mut Index, key: &str, size: u64) {
 
 fn is_damaged<R: std::fmt::Debug>(answer: Result<R, StepError>) {
     assert!(
-        matches!(answer, Err(StepError::Failed(Error::Corrupt(_)))),
+        matches!(
+            answer,
+            Err(StepError::Failed(Error::Corrupt(_) | Error::Lost(_)))
+        ),
         "{answer:?}"
     );
 }

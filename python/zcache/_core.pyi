@@ -748,6 +748,10 @@ class Index:
             If the file system refuses.
         """
 
+    @property
+    def begins_empty(self) -> bool:
+        """Whether the rebuild deletes what is in the pool, for the index was damaged and may have missed what was changed."""
+
     def adopt_segments(self, scan: SegmentScan, /) -> bool:
         """Add the segments that a scan has found, before `adopt_found`; False where others rebuild the index."""
 
@@ -810,8 +814,11 @@ class Index:
         A step alone looks only from time to time.
         """
 
-    def finish_rebuild(self) -> None:
-        """Say that everything that is in the cache store was adopted."""
+    def finish_rebuild(self, is_emptied: bool = False, /) -> None:
+        """Say that everything that is in the cache store was adopted, or, with `is_emptied`, deleted.
+
+        Without, it does nothing where `begins_empty`.
+        """
 
     def restart(self, seed: int, /) -> bool:
         """Empty an index that cannot be used; True asks the caller to rebuild it."""
@@ -958,6 +965,15 @@ class SegmentFiles:
 
     def values(self) -> list[tuple[str, int, int]]:
         """Name, bytes and fetch time in milliseconds of each value, valid or not yet.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+
+    def empty(self, number: int, /) -> None:
+        """Delete all values of a segment with its file, also for those who have it open.
 
         Raises
         ------

@@ -433,6 +433,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.storage.owns_rebuild()
     }
 
+    /// Whether its rebuild deletes the values that are there, for the index was damaged; see [`Peers::begins_empty`].
+    #[must_use]
+    pub fn begins_empty(&self) -> bool {
+        self.arena.storage.begins_empty()
+    }
+
     /// Whether the index lists everything that is in the cache store.
     #[must_use]
     pub fn is_complete(&self) -> bool {

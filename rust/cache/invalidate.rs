@@ -201,7 +201,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             header.reserved_bytes = header.reserved_bytes.saturating_sub(gone.reserved_bytes);
             if gone.promised_bytes != 0 {
                 // It may have written them after the scan, and they are not counted.
-                return Err(Error::Corrupt(
+                return Err(Error::Lost(
                     "a participant died that had not ended its writes",
                 ));
             }

@@ -116,6 +116,11 @@ pub trait Peers: Storage {
     fn owns_rebuild(&self) -> bool {
         true
     }
+    /// Whether the values that are there are no evidence of what the source holds: the index was damaged, and may have
+    /// missed what a write had to remove. So the index begins empty, and they are deleted.
+    fn begins_empty(&self) -> bool {
+        false
+    }
     /// Whether the index lists everything that is in the cache store.
     fn is_complete(&self) -> bool {
         true

@@ -129,7 +129,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         if let Err(error) = self.fill() {
             self.end_all(|| match error {
                 StepError::Busy => Ending::Busy,
-                StepError::Failed(Error::Corrupt(what)) => Ending::Corrupt(what),
+                StepError::Failed(Error::Corrupt(what) | Error::Lost(what)) => {
+                    Ending::Corrupt(what)
+                }
                 // Nothing has changed.
                 StepError::Failed(Error::Full) => {
                     Ending::Rejected(RejectReason::IndexFull.as_str())

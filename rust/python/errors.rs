@@ -19,7 +19,7 @@ pyo3::create_exception!(
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         match error {
-            Error::Corrupt(what) => CorruptIndexError::new_err(what),
+            Error::Corrupt(what) | Error::Lost(what) => CorruptIndexError::new_err(what),
             Error::Full => IndexFullError::new_err(error.to_string()),
         }
     }

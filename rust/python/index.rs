@@ -1047,6 +1047,11 @@ impl Index {
         step!(self, py, |cache| Ok(cache.owns_rebuild()))
     }
 
+    #[getter]
+    fn begins_empty(&self, py: Python<'_>) -> PyResult<bool> {
+        step!(self, py, |cache| Ok(cache.begins_empty()))
+    }
+
     /// Adds the segments that a scan of a pool has found; see the stub.
     #[pyo3(signature = (scan, /))]
     fn adopt_segments(&self, py: Python<'_>, scan: &SegmentScan) -> PyResult<bool> {
@@ -1138,7 +1143,7 @@ impl Index {
     fn mark_corrupt(&self, py: Python<'_>) -> PyResult<()> {
         match &*self.backing {
             Backing::Own(..) => Ok(()),
-            Backing::Shared(..) => step!(self, py, |_cache| Err(Error::Corrupt(
+            Backing::Shared(..) => step!(self, py, |_cache| Err(Error::Lost(
                 "a size that is not the one of its file"
             ))),
         }
@@ -1292,13 +1297,20 @@ impl Index {
         })
     }
 
-    fn finish_rebuild(&self, py: Python<'_>) -> PyResult<()> {
+    #[pyo3(signature = (is_emptied=false, /))]
+    fn finish_rebuild(&self, py: Python<'_>, is_emptied: bool) -> PyResult<()> {
         if let Backing::Own(lock, _) = &*self.backing {
             let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
             cache.arena.storage.complete();
             return Ok(());
         }
-        shared(&self.backing, py, (), |directory| directory.complete())?;
+        shared(&self.backing, py, (), |directory| {
+            if is_emptied {
+                directory.complete_empty()
+            } else {
+                directory.complete()
+            }
+        })?;
         Ok(())
     }
 

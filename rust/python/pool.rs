@@ -202,6 +202,12 @@ impl SegmentFiles {
         py.detach(|| self.0.remove(number)).map_err(os_error)
     }
 
+    /// Deletes all values of a segment, with its file.
+    #[pyo3(signature = (number, /))]
+    fn empty(&self, py: Python<'_>, number: u64) -> PyResult<()> {
+        py.detach(|| self.0.empty(number)).map_err(os_error)
+    }
+
     fn close(&self) {
         self.0.close();
     }

@@ -90,6 +90,11 @@ impl FileHeader {
             && self.cell_size == size_of::<Cell>() as u32
     }
 
+    /// Whether it is that of another version of this program, which is no damage.
+    pub(super) fn is_of_another_format(&self) -> bool {
+        self.magic == MAGIC && self.format != FORMAT
+    }
+
     /// Whether the numbers can be those of an index of this format.
     pub(super) fn is_plausible(&self) -> bool {
         self.is_known()

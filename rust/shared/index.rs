@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use super::former::{Former, FormerValue};
 use super::lock_files::{Locks, OpenError};
-use super::mapped::Mapped;
+use super::mapped::{DIED, FAULTED, Mapped};
+use crate::arena::Storage;
 use crate::cache::{Cache, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
@@ -122,7 +123,8 @@ impl<T: Clone> SharedIndex<T> {
         };
         let begun = index.begin_announcing(fresh, seed, unit, (kind, minimise), writes, promised);
         // Also of one that could not be opened.
-        let is_own = index.storage().end(begun.is_ok());
+        let outcome = begun.as_ref().map(drop).map_err(|_| DIED);
+        let is_own = index.storage().end(outcome);
         let fresh = begun?;
         if !is_own {
             return Err(OpenError::Busy);
@@ -142,6 +144,9 @@ impl<T: Clone> SharedIndex<T> {
     ) -> Result<bool, OpenError> {
         self.cache.choose_policy(kind, minimise);
         if self.storage().outdated {
+            if self.storage().has_places() && self.cache.validate().is_err() {
+                self.storage().set_damaged(true);
+            }
             // What is damaged is no evidence.
             self.former = Former::of(&self.cache).unwrap_or_default();
             self.storage().reset()?;
@@ -151,12 +156,15 @@ impl<T: Clone> SharedIndex<T> {
             self.storage().reset()?;
             fresh = true;
         }
-        if self.prepare(fresh, seed).is_err() {
+        if let Err(error) = self.prepare(fresh, seed) {
             let full = || OpenError::from(rustix::io::Errno::NOSPC);
             if fresh {
                 return Err(full());
             }
-            // The header is right, but what it leads to is damaged.
+            if matches!(error, Error::Corrupt(_)) {
+                // The header is right, but what it leads to is damaged.
+                self.storage().set_damaged(true);
+            }
             self.storage().reset()?;
             fresh = true;
             self.prepare(true, seed).map_err(|_| full())?;
@@ -198,11 +206,11 @@ impl<T: Clone> SharedIndex<T> {
             Ok(result) => self.end(result),
             Err(panic) => {
                 // What it has left is damage. The others need not wait for the end of this process to make it anew.
-                let _ = self.storage().end(false);
+                let _ = self.storage().end(Err(Error::Corrupt("a panic in a step")));
                 resume_unwind(panic)
             }
         };
-        if matches!(done, Err(StepError::Failed(Error::Corrupt(_)))) {
+        if matches!(done, Err(StepError::Failed(error)) if error.is_fatal()) {
             self.cache.forget_reservations(first);
         }
         done
@@ -222,7 +230,7 @@ impl<T: Clone> SharedIndex<T> {
             }
         }
         if self.storage().are_removed() {
-            return Err(Error::Corrupt("index file: removed").into());
+            return Err(Error::Lost("index file: removed").into());
         }
         let is_taken = self.storage().try_lock_or_take_over();
         self.storage().set_held(!is_taken);
@@ -245,16 +253,19 @@ impl<T: Clone> SharedIndex<T> {
     }
 
     pub(super) fn end<R>(&mut self, result: Result<R>) -> Result<R, StepError> {
-        let sound = !matches!(result, Err(Error::Corrupt(_))) && !self.storage().has_faulted();
-        if sound {
+        let outcome = match &result {
+            Err(error) if error.is_fatal() => Err(*error),
+            _ => Ok(()),
+        };
+        if outcome.is_ok() && !self.storage().has_faulted() {
             self.cache.tell_absences();
         }
-        if !self.storage().end(sound) {
-            return Err(Error::Corrupt("lock: taken over by another participant").into());
+        if !self.storage().end(outcome) {
+            return Err(Error::Lost("lock: taken over by another participant").into());
         }
         let result = result?;
         if self.storage().has_faulted() {
-            return Err(Error::Corrupt("index file: a page that cannot be read or written").into());
+            return Err(FAULTED.into());
         }
         Ok(result)
     }
@@ -279,11 +290,21 @@ impl<T: Clone> SharedIndex<T> {
         self.former.get(cache_key)
     }
 
-    /// Everything that is in the directory was adopted.
+    /// Everything that is in the directory was adopted. Comes to nothing where it had to be removed instead: see
+    /// [`Cache::begins_empty`].
     pub fn complete(&mut self) -> Result<(), StepError> {
+        self.complete_as(false)
+    }
+
+    /// Everything that was in the directory was removed.
+    pub fn complete_empty(&mut self) -> Result<(), StepError> {
+        self.complete_as(true)
+    }
+
+    fn complete_as(&mut self, is_emptied: bool) -> Result<(), StepError> {
         self.former = Former::default();
         self.step(std::thread::sleep, |cache| {
-            cache.arena.storage.complete();
+            cache.arena.storage.complete(is_emptied);
             Ok(())
         })
     }

@@ -46,6 +46,8 @@ struct Words {
     replaced: AtomicU64,
     /// Token of the participant that has taken each slot last.
     tokens: [AtomicU64; PARTICIPANTS],
+    /// Whether an index was found damaged, and what it may have failed to remove is there still.
+    damaged: AtomicU64,
 }
 const _: () = assert!(size_of::<Words>() <= LEN);
 const _: () = assert!(PARTICIPANTS < 1 << SLOT_BITS);
@@ -217,6 +219,18 @@ impl LockWord {
     pub(super) fn set_suspect(&self, is_so: bool) {
         self.words()
             .suspect
+            .store(u64::from(is_so), Ordering::Relaxed);
+    }
+
+    /// Whether an index was found damaged since all values were removed last.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.words().damaged.load(Ordering::Relaxed) != 0
+    }
+
+    /// See [`LockWord::is_damaged`]. The lock must be held.
+    pub(super) fn set_damaged(&self, is_so: bool) {
+        self.words()
+            .damaged
             .store(u64::from(is_so), Ordering::Relaxed);
     }
 

@@ -134,11 +134,12 @@ impl Mapped {
     ) -> Result<(Self, bool), OpenError> {
         let files = each(FILES.map(|name| open(&root.join(name))))?;
         let mut emptied = word.is_new() || word.is_suspect();
+        let mut is_hollowed = false;
         for file in &files {
             if is_hollow(file)? {
                 // To allocate all of it would fill the volume.
                 file.set_len(0)?;
-                emptied = true;
+                (emptied, is_hollowed) = (true, true);
             }
         }
         if files[HEAD].metadata()?.len() < DIRECTORY_AT as u64 {
@@ -160,8 +161,10 @@ impl Mapped {
         }
         let mut places = None;
         if with_places {
-            let (file, is_empty) = PlacesFile::open(root)?;
-            emptied |= is_empty;
+            let opened = PlacesFile::open(root)?;
+            emptied |= opened.is_empty;
+            is_hollowed |= opened.is_hollowed;
+            let file = opened.file;
             places = Some(file);
         }
         let maps = each(files.each_ref().map(Map::new))?;
@@ -201,6 +204,9 @@ impl Mapped {
             && mapped.remap(true).is_ok();
         mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(true).is_ok();
         if !sound && !mapped.outdated {
+            if is_hollowed || !emptied && mapped.looks_damaged() {
+                mapped.set_damaged(true);
+            }
             mapped.reset()?;
         }
         let mark = mark(&fstat(&mapped.lock)?);
@@ -425,17 +431,20 @@ impl Mapped {
             self.reopen_files().map_err(|_| REMOVED)?;
         }
         if self.has_faulted() {
-            return Err(NOT_MAPPED);
+            return Err(FAULTED);
         }
         if self.word.is_suspect() {
             return Err(DIED);
         }
         let header = self.file_header();
+        if header.is_of_another_format() {
+            return Err(Error::Lost("header: of another format"));
+        }
         if !header.is_plausible() {
             return Err(Error::Corrupt("header: not of this format"));
         }
         if header.dirty != 0 {
-            return Err(DIED);
+            return Err(if self.is_damaged() { DAMAGED } else { DIED });
         }
         if header.check != self.checksum() {
             return Err(Error::Corrupt("header: wrong checksum"));
@@ -470,6 +479,22 @@ impl Mapped {
         self.looked_at_files = None;
     }
 
+    /// Whether the files cannot have been left so by a participant that has ended its steps, or has died in one.
+    fn looks_damaged(&mut self) -> bool {
+        let header = self.file_header();
+        if header.is_of_another_format() {
+            return false;
+        }
+        if !header.is_plausible() {
+            return true;
+        }
+        // Within a step there is no checksum.
+        header.dirty == 0
+            && (header.check != self.checksum()
+                || !self.is_whole()
+                || matches!(self.remap(true), Err(Error::Corrupt(_))))
+    }
+
     /// Whether nothing of the header file was cut off: no system call tells.
     fn is_whole(&self) -> bool {
         self.slice::<u64>(HEAD, END_AT, 1) == [END]
@@ -481,17 +506,31 @@ impl Mapped {
             || self.places.as_ref().is_some_and(PlacesFile::has_faulted)
     }
 
-    /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark. False where the lock
-    /// was taken over from this participant meanwhile.
+    /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark, and says whether it has
+    /// found damage. False where the lock was taken over from this participant meanwhile.
     #[must_use]
-    pub fn end(&mut self, sound: bool) -> bool {
-        if sound {
+    pub fn end(&mut self, outcome: Result<()>) -> bool {
+        let has_faulted = self.has_faulted();
+        if has_faulted || matches!(outcome, Err(Error::Corrupt(_))) {
+            self.set_damaged(true);
+        } else if outcome.is_ok() {
             let check = self.checksum();
             let header = self.file_header_mut();
             header.check = check;
             header.dirty = 0;
         }
         self.word.release()
+    }
+
+    /// Whether the index, or one before it, was damaged, and what it may have missed is in the pool still. In a directory of
+    /// files the name of a value is its path, so there a write removes it whatever the index says.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.places.is_some() && self.word.is_damaged()
+    }
+
+    /// See [`Mapped::is_damaged`]. The lock must be held.
+    pub(super) fn set_damaged(&self, is_so: bool) {
+        self.word.set_damaged(is_so);
     }
 
     fn checksum(&self) -> u32 {
@@ -595,9 +634,13 @@ fn mark(lock: &Stat) -> [i64; 2] {
     [lock.st_mtime, lock.st_mtime_nsec as i64]
 }
 
-const REMOVED: Error = Error::Corrupt("index file: removed");
-const DIED: Error = Error::Corrupt("dirty mark: a participant died in a step");
-const NOT_MAPPED: Error = Error::Corrupt("index file: cannot be mapped");
+const REMOVED: Error = Error::Lost("index file: removed");
+pub(super) const DIED: Error = Error::Lost("dirty mark: a participant died in a step");
+const DAMAGED: Error = Error::Corrupt("dirty mark: a step has found damage");
+/// A page that could not be had is as good as a damaged one.
+pub(super) const FAULTED: Error =
+    Error::Corrupt("index file: a page that cannot be read or written");
+const NOT_MAPPED: Error = Error::Lost("index file: cannot be mapped");
 
 impl Storage for Mapped {
     fn header(&self) -> &Header {

@@ -46,9 +46,10 @@ impl Mapped {
         self.file_header_mut().add_participant(own_slot, fresh);
     }
 
-    /// Ends the rebuild, if this participant owns it.
-    pub fn complete(&mut self) {
-        if self.owns_rebuild() {
+    /// Ends the rebuild, if this participant owns it; not one that has taken in, or has left, values of a damaged index.
+    pub fn complete(&mut self, is_emptied: bool) {
+        if self.owns_rebuild() && (is_emptied || !self.begins_empty()) {
+            self.set_damaged(false);
             self.file_header_mut().rebuild_owner = 0;
         }
     }
@@ -141,6 +142,9 @@ impl Peers for Mapped {
     }
     fn owns_rebuild(&self) -> bool {
         self.rebuild_owner() == Some(self.own_slot)
+    }
+    fn begins_empty(&self) -> bool {
+        self.is_damaged()
     }
     fn is_complete(&self) -> bool {
         self.file_header().rebuild_owner == 0

@@ -24,23 +24,32 @@ pub(super) struct PlacesFile {
     map: Map,
 }
 
+/// The file as it was found when it was opened.
+#[derive(Debug)]
+pub(super) struct OpenedPlaces {
+    pub(super) file: PlacesFile,
+    pub(super) is_empty: bool,
+    /// Whether it was longer than what it held; see [`is_hollow`].
+    pub(super) is_hollowed: bool,
+}
+
 impl PlacesFile {
     fn over(file: File) -> io::Result<Self> {
         let map = Map::new(&file)?;
         Ok(PlacesFile { file, map })
     }
 
-    /// Opens it, or makes it. The flag says that it is empty.
-    pub(super) fn open(root: &Path) -> io::Result<(Self, bool)> {
+    /// Opens it, or makes it.
+    pub(super) fn open(root: &Path) -> io::Result<OpenedPlaces> {
         let file = open(&root.join(NAME))?;
-        let mut emptied = false;
-        if is_hollow(&file)? {
+        let is_hollowed = is_hollow(&file)?;
+        if is_hollowed {
             file.set_len(0)?;
-            emptied = true;
         }
+        let mut is_empty = false;
         match file.metadata()?.len() {
             0 => {
-                emptied = true;
+                is_empty = true;
                 extend(&file, 0, HEADER_LEN)?;
             }
             len => {
@@ -48,7 +57,11 @@ impl PlacesFile {
                 extend(&file, 0, len as usize)?;
             }
         }
-        Ok((Self::over(file)?, emptied))
+        Ok(OpenedPlaces {
+            file: Self::over(file)?,
+            is_empty,
+            is_hollowed,
+        })
     }
 
     /// Opens the one that is there under its name now.
@@ -83,10 +96,10 @@ impl PlacesFile {
         if !looks && wanted <= self.map.len() as u64 {
             return Ok(());
         }
-        let not_mapped = Error::Corrupt("index file: cannot be mapped");
+        let not_mapped = Error::Lost("index file: cannot be mapped");
         let status = fstat(&self.file).map_err(|_| not_mapped)?;
         if status.st_nlink == 0 {
-            return Err(Error::Corrupt("index file: removed"));
+            return Err(Error::Lost("index file: removed"));
         }
         let len = status.st_size as u64;
         if len < wanted {

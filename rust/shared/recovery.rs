@@ -84,12 +84,14 @@ impl<T: Clone> SharedIndex<T> {
     fn restart_locked(&mut self, seed: u64) -> Result<bool> {
         self.storage().look_at_files();
         // Another participant may have been faster.
-        if self.begin().is_ok() && !self.storage().is_rebuild_abandoned() {
-            return Ok(false);
+        match self.begin() {
+            Ok(()) if !self.storage().is_rebuild_abandoned() => return Ok(false),
+            Err(Error::Corrupt(_)) => self.storage().set_damaged(true),
+            _ => {}
         }
         // The maps may reach beyond the files now; they are not looked into before the next step.
         let reset = self.storage().reset();
-        reset.map_err(|_| Error::Corrupt("index file: cannot be emptied"))?;
+        reset.map_err(|_| Error::Lost("index file: cannot be emptied"))?;
         self.cache.reset();
         self.storage().register();
         let writes = self.cache.writes();
@@ -106,7 +108,7 @@ impl<T: Clone> SharedIndex<T> {
     /// [`StepError::Failed`] where a file was removed by which participants find each other.
     pub fn reap(&mut self) -> Result<(Vec<usize>, bool), StepError> {
         if self.storage().are_removed() {
-            return Err(Error::Corrupt("index file: removed").into());
+            return Err(Error::Lost("index file: removed").into());
         }
         self.step(std::thread::sleep, |cache| {
             let dead = cache.arena.storage.dead();

@@ -62,7 +62,14 @@ pub(crate) fn open(
     index
 }
 
+/// What `zcache._backends.pool.layout` does.
 pub(crate) fn rebuild(index: &mut SharedIndex<u32>, files: &SegmentFiles) {
+    if index.step(sleep, |cache| Ok(cache.begins_empty())).unwrap() {
+        for number in files.list().unwrap() {
+            files.empty(number).unwrap();
+        }
+        return index.complete_empty().unwrap();
+    }
     let found = scan(files, true).unwrap();
     let adopt = |cache: &mut Cache<Mapped, u32>| {
         found.adopt_segments(cache)?;

@@ -266,6 +266,21 @@ impl SegmentFiles {
         }
     }
 
+    /// Deletes all values of a segment with its file, also for those who have it open.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    pub fn empty(&self, number: u64) -> io::Result<()> {
+        match self.file(number, For::Change) {
+            Err(error) if is_elsewhere(&error) => {}
+            // What is no file of ours goes as it would otherwise.
+            Err(_) => return self.remove(number),
+            Ok(file) => file.set_len(0)?,
+        }
+        self.remove(number)
+    }
+
     /// Reads what a value has from `start` on into `into`; with `waits` false only from memory. `EAGAIN` is an
     /// answer then, and no error.
     ///

@@ -62,6 +62,9 @@ impl Found {
         &self,
         cache: &mut Cache<S, T, P>,
     ) -> Result<()> {
+        if cache.begins_empty() {
+            return Ok(());
+        }
         let known = cache.segment_cells()?;
         for segment in &self.segments {
             // Another scan may have been faster.
@@ -82,6 +85,10 @@ impl Found {
         cache: &mut Cache<S, T, P>,
         part: Range<usize>,
     ) -> Result<Vec<Placed>> {
+        if cache.begins_empty() {
+            // It was found damaged since the scan began.
+            return Ok(Vec::new());
+        }
         let checks = cache.limits().verify != Verify::Never;
         let cells = cache.segment_cells()?;
         let mut refused = Vec::new();
@@ -254,7 +261,11 @@ fn value_at(file: &File, len: u64, segment: u64, page: u32) -> io::Result<Option
         return Ok(None);
     }
     let mut bytes = [0; HEADER];
-    file.read_exact_at(&mut bytes, at)?;
+    match file.read_exact_at(&mut bytes, at) {
+        // It was emptied meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
     let Some(header) = ValueHeader::parse(&bytes) else {
         return Ok(None);
     };

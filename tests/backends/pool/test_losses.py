@@ -44,14 +44,42 @@ async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -
     await check_quiet(store)
 
 
-async def test_pool_whose_index_is_damaged_in_use_is_rebuilt(tmp_path: Path) -> None:
+async def test_pool_whose_index_is_damaged_in_use_begins_empty(tmp_path: Path) -> None:
     pool = pool_with_neighbours(tmp_path / "pool")
     store = neighbour(pool, NEIGHBOURS[0])
     flip(tmp_path / "pool/.zcache/index/head", 200, 3)
     await check_neighbour(store, NEIGHBOURS[0])
     await complete(store)
     await check_neighbour(store, NEIGHBOURS[0])
-    assert {info.name: info.entries for info in pool.sources()}[NEIGHBOURS[1]] == len(KEYS)
+    assert {info.name: info.entries for info in pool.sources()}[NEIGHBOURS[1]] == 0
+    await check_quiet(store)
+
+
+async def test_write_that_damage_hid_a_value_from_is_seen_by_all(tmp_path: Path) -> None:
+    keys = [f"k/{number}" for number in range(12)]
+    pool = CachePool(tmp_path / "pool")
+    sources = {name: source_of(**dict.fromkeys(keys, b"old")) for name in "ABC"}
+    stores = {
+        name: CacheStore(source, cache_store=pool, source_id=name)
+        for name, source in sources.items()
+    }
+    for store in stores.values():
+        for key in keys:
+            await read_through(store, key)
+    with (tmp_path / "pool/.zcache/index/cells").open("r+b") as cells:
+        cells.write(bytes(4096))
+    store = stores["A"]
+    for key in keys:
+        await store.set(key, buf(b"new"))
+    assert {await read(store, key) for key in keys} == {b"new"}
+    await complete(store)
+    assert {await read(store, key) for key in keys} == {b"new"}
+    # Whoever begins anew, by the headers of the values alone.
+    del pool, store, stores
+    await closed(tmp_path, "pool")
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    store = CacheStore(sources["A"], cache_store=CachePool(tmp_path / "pool"), source_id="A")
+    assert {await read_through(store, key) for key in keys} == {b"new"}
     await check_quiet(store)
 
 

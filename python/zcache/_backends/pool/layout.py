@@ -100,6 +100,9 @@ class SegmentScanner:
         handle = handle_of_now()
         if handle is None or not handle.call_opened(_owns_rebuild, timeout=None):
             return
+        if handle.call_opened(_begins_empty, timeout=None):
+            self._begin_empty(handle, numbers, why)
+            return
         found = self.files.scan(numbers, not self.only_looks)
         handle = handle_of_now()
         if handle is None or not handle.call_opened(Index.adopt_segments, found, timeout=None):
@@ -123,9 +126,23 @@ class SegmentScanner:
                 len(found),
                 found.size,
             )
+        self._finish(handle, is_emptied=False)
+
+    def _begin_empty(self, handle: IndexHandle, numbers: list[int], why: str) -> None:
+        """Delete all values: a damaged index may not have found what a write had to remove."""
+        for number in numbers:
+            self.files.empty(number)
+        logger.warning(
+            "the index of the pool %s was damaged (%s), so what is cached may be out of date. The pool begins empty.",
+            self._root,
+            why,
+        )
+        self._finish(handle, is_emptied=True)
+
+    def _finish(self, handle: IndexHandle, *, is_emptied: bool) -> None:
         unit = handle.limits.get("unit", 1)
         handle.call_opened(Index.count_folders, _FOLDERS * unit, timeout=None)
-        handle.call_opened(Index.finish_rebuild, timeout=None)
+        handle.call_opened(Index.finish_rebuild, is_emptied, timeout=None)
 
     @property
     def progress(self) -> int:
@@ -152,6 +169,10 @@ class SegmentScanner:
     def add_tombstones(self, names: Iterable[str]) -> None:
         """Have a rebuild ignore values that could not be deleted, named as victims are."""
         self.files.unseal(list(names))
+
+
+def _begins_empty(index: Index) -> bool:
+    return index.begins_empty
 
 
 def _owns_rebuild(index: Index) -> bool:
