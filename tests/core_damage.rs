@@ -10,7 +10,7 @@ use std::rc::Rc;
 use crate::faulty_storage::{Damage, Part, Plan, Vectors};
 use proptest::prelude::*;
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
-use zcache::error::{Error, Result};
+use zcache::error::Result;
 use zcache::key::ByteRange;
 
 /// Accesses to the storage that one operation needs at most: some visit the table once per cell.

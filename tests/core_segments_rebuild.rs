@@ -252,6 +252,67 @@ fn restart(pool: &Pool) -> bool {
     lock.lock().unwrap().restart(7).unwrap()
 }
 
+/// What is not found is damage, not an answer: of a key that is written, and of a prefix that is dropped.
+#[test]
+fn deletion_that_damage_hides_values_from_finds_the_damage() {
+    let zero = |pool: &Pool, name: &str, at: u64, len: usize| {
+        let path = pool.root.join("index").join(name);
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.write_all_at(&vec![0; len], at).unwrap();
+    };
+    // A name that does not fit into a cell, as the label of a source.
+    let label = "0123456789abcdef0123456789abcdef";
+    for (name, is_key) in [
+        ("texts", true),
+        ("texts", false),
+        ("table", true),
+        ("table", false),
+        ("cells", true),
+        ("cells", false),
+        ("places", true),
+        ("places", false),
+    ] {
+        let mut pool = Pool::new(&format!("hidden-{name}-{is_key}"));
+        for n in 0..12 {
+            pool.fill(&format!("{label}/k/{n}"), 100);
+        }
+        let (found, _) = pool.find(&format!("{label}/k/7"), ByteRange::Full).unwrap();
+        let cell = u64::from(found.handle as u32);
+        match name {
+            "texts" => zero(&pool, name, 0, 4096),
+            "table" => zero(&pool, name, 8, 4 * 4094),
+            "cells" => zero(&pool, name, cell * CELL, CELL as usize),
+            _ => zero(&pool, name, cell * 8, 8),
+        }
+        let Locked::Shared(lock, _) = &*pool.index else {
+            panic!("not shared")
+        };
+        // As another process, which has found no directory before.
+        let (mut other, fresh) =
+            SharedIndex::<u32>::open_pool(&pool.root.join("index"), LIMITS, 1, UNIT, LONG, LRU)
+                .unwrap();
+        assert!(!fresh);
+        let answer = if is_key {
+            other.step(sleep, |cache| cache.begin_write(&format!("{label}/k/7")))
+        } else {
+            // What is found goes first.
+            loop {
+                let victims = other.step(sleep, |cache| cache.drain_prefix(label));
+                if !victims.as_ref().is_ok_and(|found| !found.is_empty()) {
+                    break victims;
+                }
+            }
+        };
+        let is_damage = matches!(answer, Err(StepError::Failed(Error::Corrupt(_))));
+        assert!(is_damage, "{name} {is_key}: {answer:?}");
+        assert!(lock.lock().unwrap().restart(7).unwrap());
+        rebuild(&mut lock.lock().unwrap(), &pool.files);
+        assert_eq!(pool.keys(), [""; 0]);
+        drop(other);
+        end(pool);
+    }
+}
+
 /// A write returns that has found nothing, for the index is damaged; then the damage is found.
 #[test]
 fn pool_begins_empty_after_damage_also_where_who_has_found_it_dies() {

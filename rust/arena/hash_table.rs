@@ -134,6 +134,39 @@ impl<S: Storage> Arena<S> {
         Err(Error::Corrupt("hash table: segment without a free slot"))
     }
 
+    /// Checks that nothing with this hash, which was not found, is hidden by damage: a slot that was emptied or changed, or
+    /// a cell with another name than the one that it was entered by.
+    pub(crate) fn table_check_missing(&self, hash: u64) -> Result<()> {
+        let number = self.segment_of(hash)?;
+        let segment = self.segment(number)?;
+        let used = segment.iter().skip(META).filter(|slot| **slot != 0);
+        let [counted, shared, ..] = *segment;
+        if used.count() != counted as usize {
+            return Err(Error::Corrupt("hash table: count of a segment"));
+        }
+        let is_filled = |at: usize| segment.get(at).is_some_and(|slot| *slot != 0);
+        let mut at = home(hash);
+        while let Some(&found @ 1..) = segment.get(at) {
+            let of_cell = self.hash_of(found & CELL_MASK)?;
+            let is_of_segment = (of_cell ^ hash).leading_zeros() >= shared;
+            let mut before = home(of_cell);
+            while before != at && is_filled(before) {
+                before = next(before);
+            }
+            if slot(of_cell, found & CELL_MASK) != found || !is_of_segment || before != at {
+                return Err(Error::Corrupt("hash table: a cell in another's slot"));
+            }
+            if of_cell == hash {
+                return Err(Error::Corrupt("hash table: a cell that has lost its name"));
+            }
+            at = next(at);
+            if at == home(hash) {
+                return Err(Error::Corrupt("hash table: segment without a free slot"));
+            }
+        }
+        Ok(())
+    }
+
     /// Inserts a cell that is not in the table yet.
     pub(crate) fn table_insert(&mut self, hash: u64, cell: u32) -> Result<()> {
         loop {
@@ -204,7 +237,15 @@ impl<S: Storage> Arena<S> {
             .filter(|slot| **slot != 0)
         {
             let cell = found & CELL_MASK;
-            cells.push((self.hash_of(cell)?, cell));
+            let of_cell = self.hash_of(cell)?;
+            if slot(of_cell, cell) != found {
+                // It would be found again that was not, perhaps by the write that had to remove it.
+                return Err(Error::Corrupt("hash table: a cell in another's slot"));
+            }
+            cells.push((of_cell, cell));
+        }
+        if cells.len() != self.segment(number)?[0] as usize {
+            return Err(Error::Corrupt("hash table: count of a segment"));
         }
         let fresh = self.header().segments as usize;
         if fresh * SEGMENT > self.storage.slots().len() {

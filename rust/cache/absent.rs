@@ -12,12 +12,11 @@
 use super::cache::{BATCH, Cache, Found, Freshness, Tally, Victim};
 use super::entry::SKEW;
 use super::in_flight::{ClosedFlight, Ticket};
-use super::invalidate::is_below;
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{List, ROOT, State};
+use crate::arena::{Arena, Kind, List, ROOT, State};
 use crate::error::{Error, Result};
-use crate::key::{self, ByteRange};
+use crate::key::{self, ByteRange, is_below};
 use crate::policy::Eviction;
 
 /// Absences that an index holds at most, ...
@@ -239,7 +238,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         for &i in &found {
             self.remove_absence(i)?;
         }
-        Ok(found.len() >= BATCH)
+        let is_more = found.len() >= BATCH;
+        if !is_more && self.finds_by_index_alone() {
+            let is_absence = |arena: &Arena<S>, i| Ok(arena.get(i)?.kind()? == Kind::Absent);
+            self.arena.check_none_below(prefix, is_absence)?;
+        }
+        Ok(is_more)
     }
 
     /// Whether the source is known not to have a key.

@@ -6,12 +6,15 @@ use super::peers::Peers;
 use super::segments::OpenSegment;
 use crate::arena::{Arena, List, ROOT, State, Storage};
 use crate::error::{Error, Result};
-use crate::key::{self, ByteRange};
+use crate::key::{self, ByteRange, is_below};
 use crate::policy::Eviction;
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Drops what is known of a key: its entries, or that there is no such key.
     pub(super) fn drop_key(&mut self, key: &str) -> Result<Vec<Victim>> {
+        if self.finds_by_index_alone() {
+            self.arena.check_whole(key)?;
+        }
         self.drop_absence(key)?;
         let mut cells = Vec::new();
         cells.extend(self.arena.find(key, ByteRange::Full)?);
@@ -22,6 +25,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             );
         }
         self.drop_all(&cells)
+    }
+
+    /// Whether what the index does not find stays: nothing else says where the value of a key is. Then it has to be sure.
+    pub(super) fn finds_by_index_alone(&self) -> bool {
+        !S::EXCLUSIVE && self.arena.storage.has_places()
     }
 
     /// A write of this key begins: nothing that is cached of it is valid from now on.
@@ -105,9 +113,23 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// coordinates (`a/c/12`, or a number below numbers) looks at the other chunks of that array.
     pub fn drain_prefix(&mut self, prefix: &str) -> Result<Vec<Victim>> {
         let prefix = prefix.trim_end_matches('/');
+        let found = self.find_below(prefix)?;
+        if found.is_empty() && self.finds_by_index_alone() {
+            self.arena.check_none_below(prefix, is_live_entry)?;
+        }
+        let mut victims = Vec::new();
+        for i in found {
+            if is_live(&self.arena, i)? {
+                self.take(i, &mut victims)?;
+            }
+        }
+        Ok(victims)
+    }
+
+    /// Entries below a prefix that can be served, a batch or a few more at most.
+    fn find_below(&self, prefix: &str) -> Result<Vec<u32>> {
         if prefix.is_empty() {
-            let cells = self.arena.entries_below(ROOT, BATCH, is_live)?;
-            return self.drop_all(&cells);
+            return self.arena.entries_below(ROOT, BATCH, is_live);
         }
         let mut found = Vec::new();
         found.extend(self.arena.find(prefix, ByteRange::Full)?);
@@ -124,13 +146,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 })?);
             }
         }
-        let mut victims = Vec::new();
+        let mut live = Vec::with_capacity(found.len());
         for i in found {
             if is_live(&self.arena, i)? {
-                self.take(i, &mut victims)?;
+                live.push(i);
             }
         }
-        Ok(victims)
+        Ok(live)
     }
 
     /// In a forked child: what other threads of the parent had in progress never ends here.
@@ -273,13 +295,10 @@ fn not_in_progress<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
     ))
 }
 
-fn is_live<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
-    Ok(arena.get(i)?.state() == State::Live)
+fn is_live_entry<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(arena.get(i)?.is_entry() && is_live(arena, i)?)
 }
 
-pub(super) fn is_below(key: &str, prefix: &str) -> bool {
-    prefix.is_empty()
-        || key
-            .strip_prefix(prefix)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+fn is_live<S: Storage>(arena: &Arena<S>, i: u32) -> Result<bool> {
+    Ok(arena.get(i)?.state() == State::Live)
 }

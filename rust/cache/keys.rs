@@ -1,12 +1,11 @@
 //! The keys of which something is cached, a batch at a time.
 
 use super::cache::{BATCH, Cache, Freshness};
-use super::invalidate::is_below;
 use super::lookup::can_serve;
 use super::peers::Peers;
 use crate::arena::{Kind, ROOT, State};
 use crate::error::Result;
-use crate::key::ByteRange;
+use crate::key::{ByteRange, is_below};
 use crate::policy::Eviction;
 
 /// Cells that one step looks at, so that no step holds the lock for long.

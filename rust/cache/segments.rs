@@ -10,7 +10,7 @@ use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::reserve::Reservation;
 use crate::arena::{Cell, List, Place, State};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
 
@@ -278,6 +278,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Where the bytes of an entry are; `None` where it has a file of its own.
     pub fn placed(&self, i: u32) -> Result<Option<Placed>> {
         let Some(Place { segment, page }) = self.arena.place(i)? else {
+            if self.arena.storage.has_places() {
+                return Err(Error::Corrupt("place: missing"));
+            }
             return Ok(None);
         };
         let cell = self.arena.segment_cell(segment)?;
@@ -351,7 +354,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 continue;
             }
             let (key, range) = self.arena.name(i)?;
-            if super::invalidate::is_below(&key, prefix) {
+            if key::is_below(&key, prefix) {
                 victims.push(Victim {
                     cell: 0,
                     cache_key: range.cache_key(&key),

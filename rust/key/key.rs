@@ -151,6 +151,15 @@ pub fn above_tails_below(prefix: &str) -> impl Iterator<Item = String> {
     one.into_iter().chain(other)
 }
 
+/// Whether a key is a prefix or below it; each is below "".
+#[must_use]
+pub fn is_below(key: &str, prefix: &str) -> bool {
+    prefix.is_empty()
+        || key
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// The directories in the first half of [`split`], outermost first.
 pub fn directories(dirs: &str) -> impl Iterator<Item = &str> {
     dirs.split_inclusive('/')

@@ -18,7 +18,7 @@ use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
 use super::runs::VALID;
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
 use crate::error::Result;
-use crate::key::ByteRange;
+use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
 
 /// A value that was found.
@@ -375,10 +375,7 @@ pub fn values_in(files: &SegmentFiles, number: u64) -> io::Result<Vec<FoundValue
 pub fn delete_below(files: &SegmentFiles, prefix: &str, only_counts: bool) -> io::Result<usize> {
     let prefix = prefix.trim_end_matches('/');
     let is_below = |value: &FoundValue| {
-        ByteRange::parse(&value.name).is_some_and(|(key, _)| {
-            let rest = key.strip_prefix(prefix);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        })
+        ByteRange::parse(&value.name).is_some_and(|(key, _)| key::is_below(key, prefix))
     };
     let mut count = 0;
     for number in files.list()? {

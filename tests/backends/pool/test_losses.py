@@ -83,6 +83,36 @@ async def test_write_that_damage_hid_a_value_from_is_seen_by_all(tmp_path: Path)
     await check_quiet(store)
 
 
+@pytest.mark.parametrize("name", ["texts", "table", "cells", "places"])
+@pytest.mark.parametrize("how", ["forget", "invalidate", "clear_cache"])
+async def test_what_is_forgotten_is_gone_though_the_index_is_damaged(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    keys = [f"k/{number}" for number in range(12)]
+    pool = CachePool(tmp_path / "pool")
+    source = source_of(**dict.fromkeys(keys, b"old"))
+    store = CacheStore(source, cache_store=pool, source_id="A")
+    for key in keys:
+        await read_through(store, key)
+    with (tmp_path / "pool/.zcache/index" / name).open("r+b") as file:
+        # The table has two numbers of its own before the slots.
+        file.seek(8)
+        file.write(bytes(4096))
+    for key in keys:
+        await source.set(key, buf(b"new"))
+    if how == "forget":
+        pool.forget("A")
+    elif how == "invalidate":
+        await store.invalidate("")
+    else:
+        await store.clear_cache()
+    assert {await read(store, key) for key in keys} == {b"new"}
+    await complete(store)
+    await store.drain()
+    assert {await read(store, key) for key in keys} == {b"new"}
+    await check_quiet(store)
+
+
 @pytest.mark.parametrize("lost", [False, True])
 async def test_value_that_was_damaged_is_read_from_the_source(tmp_path: Path, lost: bool) -> None:
     values = {f"c/{n}": bytes([n + 1]) * 5000 for n in range(6)}

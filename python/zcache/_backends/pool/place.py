@@ -350,6 +350,9 @@ class DirectoryPool(Pool):
     def forget_values(self, name: str) -> None:
         """Delete all values of a source, and what is known of it, but for its name."""
         super().forget(name)
+        if not self.handle.call_blocking(_is_complete):
+            # A rebuild may have found them before.
+            self.directory.layout.scanner.remove_below(label_of(name))
         self.directory.remove_empty_segments()
         remove_listings(self.directory.layout.index_root, label_of(name))
 
@@ -382,6 +385,10 @@ def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
             for name in ended:
                 found.forget_values(name)
             found.directory.register.drop(ended)
+
+
+def _is_complete(index: Index) -> bool:
+    return index.is_complete
 
 
 def _is_alone_and_complete(index: Index) -> bool:
