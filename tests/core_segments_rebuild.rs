@@ -269,29 +269,32 @@ fn deletion_that_damage_hides_values_from_finds_the_damage() {
         ("table", false),
         ("cells", true),
         ("cells", false),
+        ("all cells", true),
+        ("all cells", false),
         ("places", true),
         ("places", false),
     ] {
-        let mut pool = Pool::new(&format!("hidden-{name}-{is_key}"));
+        let mut pool = Pool::new(&format!("hidden-{}-{is_key}", name.replace(' ', "-")));
         for n in 0..12 {
             pool.fill(&format!("{label}/k/{n}"), 100);
         }
         let (found, _) = pool.find(&format!("{label}/k/7"), ByteRange::Full).unwrap();
+        // As another process, which has found no directory before.
+        let (mut other, fresh) =
+            SharedIndex::<u32>::open_pool(&pool.root.join("index"), LIMITS, 1, UNIT, LONG, LRU)
+                .unwrap();
+        assert!(!fresh);
         let cell = u64::from(found.handle as u32);
         match name {
             "texts" => zero(&pool, name, 0, 4096),
             "table" => zero(&pool, name, 8, 4 * 4094),
+            "all cells" => zero(&pool, "cells", 0, 64 * CELL as usize),
             "cells" => zero(&pool, name, cell * CELL, CELL as usize),
             _ => zero(&pool, name, cell * 8, 8),
         }
         let Locked::Shared(lock, _) = &*pool.index else {
             panic!("not shared")
         };
-        // As another process, which has found no directory before.
-        let (mut other, fresh) =
-            SharedIndex::<u32>::open_pool(&pool.root.join("index"), LIMITS, 1, UNIT, LONG, LRU)
-                .unwrap();
-        assert!(!fresh);
         let answer = if is_key {
             other.step(sleep, |cache| cache.begin_write(&format!("{label}/k/7")))
         } else {

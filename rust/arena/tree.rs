@@ -274,6 +274,9 @@ impl<S: Storage> Arena<S> {
         prefix: &str,
         unwanted: impl Fn(&Self, u32) -> Result<bool>,
     ) -> Result<()> {
+        if self.get(ROOT)?.kind()? != Kind::Dir {
+            return Err(Error::Corrupt("tree: the root is no directory"));
+        }
         let (own, label) = packing::split(prefix);
         let tails: Vec<String> = key::above_tails_below(prefix).collect();
         let (mut dir, mut path) = (ROOT, 0);
@@ -329,6 +332,9 @@ impl<S: Storage> Arena<S> {
     /// The children of a directory or object that are absences, or those that are not: each its own, and as many as counted.
     pub(super) fn children_in(&self, parent: u32, of_absences: bool) -> Result<Vec<u32>> {
         let foreign = Error::Corrupt("tree: a child of another parent");
+        if !matches!(self.get(parent)?.kind()?, Kind::Dir | Kind::Object) {
+            return Err(Error::Corrupt("tree: a parent that is no directory"));
+        }
         let [mut at, counted] = self.get(parent)?.children(of_absences);
         let (mut before, mut found) = (0, Vec::new());
         while at != 0 {

@@ -320,7 +320,11 @@ class Writer:
         await self._lister.forget_below(io, "")
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")
-        await self._remove_unlisted(io, "")
+        if self.backend.removes_by_name and not self.backend.tells_by_name:
+            # Also what a damaged index hides.
+            await self.backend.remove_unlisted(io, "", begins=True)
+        else:
+            await self._remove_unlisted(io, "")
         self.backend.forget_elsewhere("")
         victims = await self.handle.call_shielded(
             io, self.backend.remove_later, Index.failed_deletes, 2**31

@@ -350,3 +350,20 @@ async def test_rebuild_of_an_index_that_was_given_up_is_made_up_for(
     store._cache.shared.place.recovery.come_back_now()
     await until(lambda: is_complete(store))
     assert len(stored_sizes(store)) == 5
+
+
+async def test_clear_cache_removes_what_a_damaged_index_hides(tmp_path: Path) -> None:
+    keys = [f"k/{number}" for number in range(12)]
+    source = MemoryStore()
+    for key in keys:
+        await source.set(key, buf(b"old"))
+    store = CacheStore(source, cache_store=LocalStore(tmp_path / "cache"), source_id="A")
+    for key in keys:
+        await read(store, key)
+    await store.drain()
+    with (tmp_path / "cache/.zcache/index/cells").open("r+b") as cells:
+        cells.write(bytes(4096))
+    for key in keys:
+        await source.set(key, buf(b"new"))
+    await store.clear_cache()
+    assert {await read(store, key) for key in keys} == {b"new"}
