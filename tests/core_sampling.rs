@@ -494,16 +494,16 @@ fn a_file_that_is_taken_away_in_use_costs_only_the_sample() {
     assert_eq!(sampled(&mut one), 0);
     read(&mut one, "a");
     assert_eq!(sampled(&mut one), 1);
-    // A folder in its place.
+    // A folder in its place makes way.
     fs::remove_file(&file).unwrap();
     fs::create_dir(&file).unwrap();
     read(&mut one, "a");
     assert_eq!(sampled(&mut one), 0);
     read(&mut one, "a");
-    assert_eq!(sampled(&mut one), 0);
+    assert_eq!(sampled(&mut one), 1);
     let mut third = open(&place.0);
     read(&mut third, "a");
-    assert_eq!(sampled(&mut third), 0);
+    assert_eq!(sampled(&mut third), 2);
 }
 
 #[test]

@@ -152,7 +152,11 @@ impl Ruled {
     /// Whether others should go for a newcomer. One that is turned away is remembered.
     pub(super) fn admits<E: Entries>(self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
         let Newcomer { hash, size, .. } = newcomer;
-        let faded = if newcomer.is_alone { size / FADE } else { 0 };
+        let faded = if newcomer.is_alone {
+            size.div_ceil(FADE)
+        } else {
+            0
+        };
         note_full(entries, faded);
         if self.fits_window(entries, size) && !self.is_window_spent(entries, newcomer)? {
             return Ok(true);
