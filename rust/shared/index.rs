@@ -13,7 +13,6 @@ use std::time::Duration;
 use super::former::{Former, FormerValue};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::{DIED, FAULTED, Mapped};
-use crate::arena::Storage;
 use crate::cache::{Cache, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
@@ -144,9 +143,6 @@ impl<T: Clone> SharedIndex<T> {
     ) -> Result<bool, OpenError> {
         self.cache.choose_policy(kind, minimise);
         if self.storage().outdated {
-            if self.storage().has_places() && self.cache.validate().is_err() {
-                self.storage().set_damaged(true);
-            }
             // What is damaged is no evidence.
             self.former = Former::of(&self.cache).unwrap_or_default();
             self.storage().reset()?;

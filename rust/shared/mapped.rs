@@ -204,7 +204,8 @@ impl Mapped {
             && mapped.remap(true).is_ok();
         mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(true).is_ok();
         if !sound && !mapped.outdated {
-            if is_hollowed || !emptied && mapped.looks_damaged() {
+            // What a loss of power has torn has hidden nothing from anyone.
+            if this_boot && (is_hollowed || !emptied && mapped.looks_damaged()) {
                 mapped.set_damaged(true);
             }
             mapped.reset()?;
