@@ -28,6 +28,7 @@ from zcache import (
     OptionValueError,
     replay,
 )
+from zcache._advice.advice import size_text
 from zcache._advice.advise import advise
 from zcache._advice.trace import complete
 from zcache.testing import set_block_size
@@ -82,6 +83,7 @@ def test_advice_of_few_keys_is_exact() -> None:
     # As the store itself has counted, where it has the present size.
     assert advice.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
     assert not curve.error.any()
+    assert not curve.source_bytes_error.any()
     # With all of them cached each is read once.
     assert curve.source_bytes[-1] == pytest.approx(sum(sizes[key] for key in set(keys)))
     assert advice.best_hit_ratio == pytest.approx(1 - len(set(keys)) / len(keys))
@@ -155,7 +157,9 @@ def test_advice_once_the_work_has_changed_is_about_the_latest_requests(hot: int)
     # It had been requested before, so it is not cold, but whether it had stayed no one knows.
     assert (advice.best_hit_ratio, advice.cold_share) == (1.0, 0.0)
     assert advice.curves["lru"].error[8] == pytest.approx(1 / 65_536)
+    assert advice.curves["lru"].source_bytes_error[8] == pytest.approx(SIZE)
     assert not advice.curves["lru"].error[-1]
+    assert not advice.curves["lru"].source_bytes_error[-1]
     least = lru_hits(keys, dict.fromkeys(range(1000), SIZE), 1000)
     before = lru_hits(keys[:-65_536], dict.fromkeys(range(1000), SIZE), 1000)
     at_least = store.advise(sizes=[1000]).curves["lru"].hit_ratio[0]
@@ -215,6 +219,46 @@ def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None
             off = np.abs(curve.hit_ratio - exact.curves[name].hit_ratio)
             holds.append((off <= curve.error + 1e-9).mean())
     assert np.mean(holds) > 0.86
+
+
+@pytest.mark.parametrize(("spread", "skew"), [(2.0, 0.9), (2.5, 0.7), (1.0, 0.8)])
+def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: float) -> None:
+    """A few keys have most of the bytes, and are in the sample or are not."""
+    count, draws, rate = 4000, 12_000, 0.4
+    weights = np.arange(1, count + 1) ** -skew
+    holds = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = np.minimum(10 + rng.lognormal(3, spread, count), 200_000).astype(np.uint64)
+        keys = rng.permutation(count)[rng.choice(count, draws, p=weights / weights.sum())]
+        bound = int(sizes.sum()) // 10
+        whole = complete(keys.astype(np.uint64), sizes[keys], np.zeros(draws, bool), 1)
+        exact = advise(whole, max_size=bound, policies=("lru", "none"))
+        taken = (rng.random(count) < rate)[keys]
+        sample = replace(
+            complete(whole.keys[taken], whole.sizes[taken], whole.hits[taken], 1),
+            rate=rate,
+            requests=float(draws),
+        )
+        advice = advise(sample, max_size=bound, policies=("lru", "none"))
+        assert " ± " in str(advice).splitlines()[3].rpartition("  ")[2]
+        for name, curve in advice.curves.items():
+            off = np.abs(curve.source_bytes - exact.curves[name].source_bytes)
+            assert not exact.curves[name].source_bytes_error.any()
+            holds.append((off <= curve.source_bytes_error).mean())
+    assert np.mean(holds) > 0.75
+
+
+def test_advice_source_bytes_show_their_band() -> None:
+    keys = np.tile(np.arange(200, dtype=np.uint64), 3)
+    whole = complete(keys, 100 + keys * 10, np.zeros(len(keys), bool), 1)
+    exact = advise(whole, max_size=10_000)
+    assert "±" not in str(exact)
+    advice = advise(replace(whole, rate=0.5, requests=1200.0), max_size=10_000)
+    own = advice.curves["lru"]
+    shown = f"{size_text(own.source_bytes[8])} ± {size_text(own.source_bytes_error[8])}"
+    assert shown in str(advice)
+    assert f"<td>{shown}</td>" in advice._repr_html_()
 
 
 def test_advice_without_a_bound_is_about_what_is_cached() -> None:

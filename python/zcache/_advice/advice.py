@@ -34,12 +34,15 @@ class Curve:
     error : array of float, shape (sizes,)
         Two standard deviations of `hit_ratio`, either way, because only some keys were looked at: the truth lay
         within 97 times of 100 in the benches. 0 where all were, unless `Advice.only_latest`.
+    source_bytes_error : array of float, shape (sizes,)
+        The same of `source_bytes`.
     """
 
     hit_ratio: NDArray[np.float64]
     source_requests: NDArray[np.float64]
     source_bytes: NDArray[np.float64]
     error: NDArray[np.float64]
+    source_bytes_error: NDArray[np.float64]
 
 
 def _none() -> Any:
@@ -255,7 +258,7 @@ class Advice:
                     f"{mark}{size_text(size)}",
                     *ratios,
                     f"{own.source_requests[at]:,.0f}",
-                    size_text(own.source_bytes[at]),
+                    _bytes(own, at),
                 ]
             )
         return head, rows
@@ -264,6 +267,11 @@ class Advice:
 def _ratio(curve: Curve, at: int) -> str:
     error = curve.error[at]
     return f"{curve.hit_ratio[at]:.2f}" + (f" ± {error:.2f}" if error >= 0.005 else "")
+
+
+def _bytes(curve: Curve, at: int) -> str:
+    found, error = curve.source_bytes[at], curve.source_bytes_error[at]
+    return size_text(found) + (f" ± {size_text(error)}" if error > 0.005 * found else "")
 
 
 def _band(curve: Curve) -> tuple[Any, Any]:

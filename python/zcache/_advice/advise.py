@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -148,8 +149,10 @@ def advise(
         ratios = found[:, 0]
         # Without what a float makes of a whole number.
         misses = np.round((1 - ratios) * trace.requests, 6)
-        error = np.minimum(found[:, 1] + estimator.scale_error(at.astype(float), ratios), 1.0)
-        curves[name] = Curve(ratios, misses, misses * found[:, 2], error)
+        missed = np.round(found[:, 2], 6)
+        scale_error = partial(estimator.scale_error, at.astype(float))
+        error = np.minimum(found[:, 1] + scale_error(ratios), 1.0)
+        curves[name] = Curve(ratios, misses, missed, error, found[:, 3] + scale_error(missed))
         now[name] = estimator.at(name, base)[:2]
     ratio = now[policy][0]
     # Of two that are alike, the one that is in use.

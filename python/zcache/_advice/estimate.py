@@ -54,6 +54,7 @@ class Estimator:
         costs = trace.costs()
         self._keys, self._sizes = self._key.astype(np.uint64).tobytes(), costs.tobytes()
         self._counted = np.arange(n) >= trace.former
+        self._bytes = trace.sizes.astype(float)
         self._all = self._per_key(self._counted)
         self._squares = float(np.square(self._all).sum())
         kept = float(self._all.sum())
@@ -65,7 +66,9 @@ class Estimator:
         # Of a key that was requested before all that is left, and since then not in the half that fills the
         # caches: no one knows which others were requested in between.
         before, seen = self._per_key(~self._counted), trace.seen_before[np.sort(first)]
-        self._guessed = float(((before == 1) & seen & (self._all > 0)).sum()) / self._total
+        guessed = (before == 1) & seen & (self._all > 0)
+        self._guessed = float(guessed.sum()) / self._total
+        self._guessed_bytes = float(trace.sizes[np.sort(first)][guessed].sum()) / trace.rate
         bytes_of_keys = costs[first].astype(float)
         whole = bytes_of_keys.sum()
         #: Relative standard deviation of the bytes of all sampled keys.
@@ -76,12 +79,16 @@ class Estimator:
         )
         self.footprint = whole / trace.rate
 
-    def _per_key(self, which: NDArray[np.bool_]) -> NDArray[np.float64]:
-        counts: Any = np.bincount(self._key[which], minlength=int(self._key.max(initial=-1)) + 1)
-        return np.asarray(counts, float)
+    def _per_key(
+        self, which: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Requests of each key; with weights the sum of those."""
+        chosen = None if weights is None else weights[which]
+        count = int(self._key.max(initial=-1)) + 1
+        return np.asarray(np.bincount(self._key[which], chosen, count), float)
 
-    def at(self, policy: str, size: float) -> tuple[float, float, float]:
-        """Hit ratio that a policy would have had, its deviation by chance, and bytes of a miss.
+    def at(self, policy: str, size: float) -> tuple[float, float, float, float]:
+        """What a policy would have had: its hit ratio and the bytes that it misses, each with its error by chance.
 
         Parameters
         ----------
@@ -92,19 +99,20 @@ class Estimator:
 
         Returns
         -------
-        hit_ratio, deviation : float
+        hit_ratio, error : float
             From 0 to 1.
-        missed : float
-            Bytes that a miss reads from the source, on average.
+        missed, missed_error : float
+            Bytes that the source sends.
         """
         capacity = min(round(size * self.trace.rate), 2**64 - 1)
         found = np.frombuffer(simulate(policy, capacity, self._keys, self._sizes), bool)
         hits = found & self._may_hit
-        ratio, deviation = self._ratio(hits)
+        ratio, error = self._ratio(hits)
+        missed, missed_error = self._missed_bytes(hits)
         if size < self.footprint:
-            deviation += self._guessed
-        missed = self.trace.sizes[self._counted & ~hits]
-        return ratio, deviation, float(missed.mean()) if len(missed) else 0.0
+            error += self._guessed
+            missed_error += self._guessed_bytes
+        return ratio, error, missed, missed_error
 
     def best(self) -> float:
         """Hit ratio of a cache without a bound."""
@@ -121,16 +129,21 @@ class Estimator:
         return np.maximum(*(np.abs(ratios - other) for other in beside))
 
     def _ratio(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
-        counted = hits & self._counted
-        by_key = self._per_key(counted)
-        slope = float((self._all * by_key).sum()) / self._squares if self._squares else 0.0
         # Keys with so many requests are hits at any size.
-        hit = float(by_key.sum()) + self._alike * slope + (self._missing - self._alike)
-        rest = by_key - slope * self._all
+        misses, error = self._of_all(self._per_key(self._counted & ~hits))
+        return min(max(1 - misses / self._total, 0.0), 1.0), error / self._total
+
+    def _missed_bytes(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
+        missed, error = self._of_all(self._per_key(self._counted & ~hits, self._bytes))
+        return max(missed, 0.0) / self.trace.rate, error / self.trace.rate
+
+    def _of_all(self, missed: NDArray[np.float64]) -> tuple[float, float]:
+        """The sum of what each sampled key has missed, with what the sample lacks of it, and the error of that."""
+        slope = float((self._all * missed).sum()) / self._squares if self._squares else 0.0
+        rest = missed - slope * self._all
         variance = (1 - self.trace.rate) * float(np.square(rest).sum())
-        variance += self._alike_variance * (1 - slope) ** 2
-        deviation = sqrt(variance) / self._total
-        return min(max(hit / self._total, 0.0), 1.0), _DEVIATIONS * deviation
+        variance += self._alike_variance * slope**2
+        return float(missed.sum()) + self._alike * slope, _DEVIATIONS * sqrt(variance)
 
 
 def _part_of_chance(missing: float, deviation: float) -> tuple[float, float]:
