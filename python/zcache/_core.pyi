@@ -204,12 +204,6 @@ class ReadCounters:
     negative_hits: int
 
     def __new__(cls) -> ReadCounters: ...
-    def count_negative_hit(self) -> None:
-        """Count a read that was answered by an absence."""
-
-    def count_hit(self) -> None:
-        """Count a read that was served by the cache."""
-
     def count_miss(self) -> None:
         """Count a read that was not."""
 
@@ -328,7 +322,10 @@ class Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
 
     def retract_request(self, key: str, raw: _Range, /) -> None:
-        """Take the last request of these bytes back out of the sample that was no hit: it is about no value."""
+        """Take the last request of these bytes back out of the sample that was no hit.
+
+        It is about no value, or is looked up once more.
+        """
 
     def sample(self) -> tuple[int, float, bool, int, bytes, bytes, bytes]:
         """The sampled requests of all views, and of all processes on a directory.

@@ -90,7 +90,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Takes back the last request of this key and range that was no hit: the source has no such
-    /// key.
+    /// key, or it is looked up once more.
     pub fn retract_sampled(&mut self, key: &str, range: ByteRange) {
         if S::EXCLUSIVE && self.own_sample.is_none() || !key::is_cacheable(key) {
             return;

@@ -54,14 +54,6 @@ impl ReadCounters {
         Self::read(&self.negative_hits)
     }
 
-    fn count_negative_hit(&self) {
-        self.count_negative();
-    }
-
-    fn count_hit(&self) {
-        self.count(true);
-    }
-
     fn count_miss(&self) {
         self.count(false);
     }

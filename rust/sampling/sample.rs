@@ -242,7 +242,8 @@ impl Sample {
         self.len = self.len.saturating_add(1).min(REQUESTS as u32);
     }
 
-    /// Takes a request back that was counted and was no hit, the last one of its key: it is about no value.
+    /// Takes a request back that was counted and was no hit, the last one of its key: it is about no value,
+    /// or is looked up once more.
     pub fn retract(&mut self, hash: u64) {
         self.requests = self.requests.saturating_sub(1);
         self.inverse = !self.requests;

@@ -95,6 +95,8 @@ class IndexHandle:
     open_first : callable or None
         Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
         that it may wait for the lock, and raises `IndexBusyError` after that.
+    unopened : Index or None
+        An empty one, which stood or stands in the place of the index until that is open.
     """
 
     take = staticmethod(_take)
@@ -110,6 +112,7 @@ class IndexHandle:
         # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
         self.recover: Callable[[Exception], None] | None = None
         self.open_first: Callable[[float], None] | None = None
+        self.unopened: Index | None = None
         self._when_open: list[Callable[[IndexHandle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
@@ -477,7 +480,8 @@ class IndexHandle:
     def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
         """Have the index opened in the background; until then nothing is cached."""
         with self._lock:
-            self.index = self.empty_index()
+            self.unopened = self.empty_index()
+            self.index = self.unopened
             self.open_first = open_first
             self._opening, self._opening_since = None, -math.inf
         return self._begin_opening()
@@ -556,7 +560,8 @@ class IndexHandle:
         self.deferred.clear()
         self._when_open.clear()
         if open_first is not None:
-            self.index = self.empty_index()
+            self.unopened = self.empty_index()
+            self.index = self.unopened
             self.open_first = open_first
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
-from zcache._core import Index, crc32c
+from zcache._core import Index, IndexBusyError, crc32c
 from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
@@ -76,6 +76,10 @@ class Hits:
 
     def use_index(self, index: Index) -> None:
         """Look keys up in this index from now on, and count in the counters of this cache."""
+        if index is self.handle.unopened:
+            # What stands there until it is open knows nothing of what is cached or sampled.
+            self._look_up_alone = self._look_up = _say_busy
+            return
         view = index.view(self._reads, self._sampling)
         self._look_up_alone = view.lookup
         self._look_up = self.backend.lookup_in(view)
@@ -210,17 +214,13 @@ class Hits:
             try:
                 hit = await self.handle.call(
                     io,
-                    Index.lookup,
+                    self._look_up_in,
                     *(key, byte_range, self.now(), self.ages.of(key), self.missing_ages(key)),
                 )
             except BaseException:
                 self._reads.count_miss()
                 raise
             self.hook.found(key, byte_range, hit)
-            if hit is ABSENT:
-                self._reads.count_negative_hit()
-            else:
-                (self._reads.count_miss if hit is None else self._reads.count_hit)()
         if hit is ABSENT:
             self.begin(io)
             return True, None
@@ -228,6 +228,11 @@ class Hits:
             return False, None
         value = await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
         return value is not None, value
+
+    def _look_up_in(self, index: Index, *asked: Any) -> Hit | None:
+        """What `get_nowait` would have found: counted and, if so asked, sampled."""
+        hit: Hit | None = index.view(self._reads, self._sampling).lookup(*asked)
+        return hit
 
     async def cached(
         self, io: IO, key: str, prototype: BufferPrototype, byte_range: ByteRange | None
@@ -391,6 +396,7 @@ class Hits:
     def retract_miss(self, key: str, byte_range: ByteRange | None) -> None:
         """Take a miss back, because the same read is looked up once more."""
         self._reads.retract_miss()
+        self._retract_request(key, byte_range)
         self.hook.retract(key, byte_range)
 
     def recount_as_hit(self) -> None:
@@ -410,10 +416,19 @@ class Hits:
         self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool = False
     ) -> None:
         """Tell of the bytes that a miss has brought after all; None where there is no such key."""
-        if size is None and self._sampling:
+        if size is None:
             # Reads of what the source does not have are no requests.
-            self.handle.call_later(ignore, Index.retract_request, key, byte_range)
+            self._retract_request(key, byte_range)
         self.hook.brought(key, byte_range, size, hit=hit)
+
+    def _retract_request(self, key: str, byte_range: ByteRange | None) -> None:
+        # Each look-up of this store has sampled one.
+        if self._sampling:
+            self.handle.call_later(ignore, Index.retract_request, key, byte_range)
+
+
+def _say_busy(*_: Any) -> Any:
+    raise IndexBusyError("the index is being opened")
 
 
 def _is_complete(index: Index) -> bool:

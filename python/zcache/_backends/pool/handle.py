@@ -70,6 +70,7 @@ class SourceHandle(IndexHandle):
         """See this index from now on; it knows no plan."""
         self.plan = None
         self.view = index.within(self._label, self._slices)
+        self.unopened = self.view if index is self._pool.unopened else None
         self.show(self.view)
 
     def show(self, index: Index) -> None:
