@@ -16,6 +16,10 @@ pub trait Entries {
     fn state_mut(&mut self) -> &mut PolicyState;
     /// Number of entries, and their bytes.
     fn totals(&self) -> (u64, u64);
+    /// Entries that there are at most, whatever their number is said to be.
+    fn most(&self) -> u64 {
+        self.totals().0
+    }
     /// Bytes of an entry.
     fn size(&self, entry: u32) -> Result<u64>;
     /// Hash of the name of an entry, the same for each entry of that name.
@@ -97,7 +101,7 @@ pub trait Entries {
 
     /// All entries of a list, the first one first.
     fn all_of(&self, list: List) -> Result<Vec<u32>> {
-        let (count, _) = self.totals();
+        let count = self.most();
         let mut all = Vec::new();
         let mut at = self.end(list, false)?.unwrap_or(0);
         while at != 0 {
@@ -123,6 +127,10 @@ impl<S: Storage> Entries for Arena<S> {
     fn totals(&self) -> (u64, u64) {
         let header = self.header();
         (header.live_entries, header.live_bytes)
+    }
+    fn most(&self) -> u64 {
+        let (count, _) = self.totals();
+        count.min(self.storage.cells().len() as u64)
     }
     fn size(&self, entry: u32) -> Result<u64> {
         self.get(entry)?.size()
