@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import os
@@ -90,7 +91,10 @@ def sizes_in(cache: Path) -> dict[str, int]:
     if (cache / SEGMENTS).exists():
         values = SegmentFiles(str(cache / SEGMENTS), holes=True).values()
         return {name: size for name, size, _ in values}
-    sizes = {name: (cache / name).stat().st_size for name in tree(cache)}
+    sizes = {}
+    for name in tree(cache):
+        with contextlib.suppress(FileNotFoundError):  # It was deleted meanwhile.
+            sizes[name] = (cache / name).stat().st_size
     ranges = ".zcache/ranges/"
     return {
         name: size
