@@ -20,7 +20,7 @@ use rustix::fs::{Stat, fstat};
 
 use super::guard::Map;
 use super::header::{
-    CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, boot, new_generation,
+    CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, PARTICIPANTS, boot, new_generation,
 };
 use super::lock_files::{
     Locks, OpenError, TRY_AGAIN, create, extend, extend_ahead, has_former_participant, is_alive,
@@ -204,8 +204,10 @@ impl Mapped {
             && mapped.remap(true).is_ok();
         mapped.outdated = clean && !this_boot && owner.is_none() && mapped.remap(true).is_ok();
         if !sound && !mapped.outdated {
-            // What a loss of power has torn has hidden nothing from anyone.
-            if this_boot && (is_hollowed || !emptied && mapped.looks_damaged()) {
+            // What was damaged while it was not in use, or torn by a loss of power, has hidden nothing from anyone.
+            let is_in_use = || (0..PARTICIPANTS).any(|n| n != own_slot && is_alive(root, n));
+            let is_damaged = is_hollowed || !emptied && mapped.looks_damaged();
+            if this_boot && is_damaged && is_in_use() {
                 mapped.set_damaged(true);
             }
             mapped.reset()?;

@@ -319,7 +319,9 @@ async def test_write_finds_index_damaged_counts_once(
         if not (asked := source.take()):
             break
     assert asked == {}
-    assert any("was rebuilt" in message for message in caplog.messages)
+    # A pool that was in use meanwhile may have missed a write.
+    said = ("was rebuilt", "The pool begins empty")
+    assert any(text in message for message in caplog.messages for text in said)
 
 
 def head_of(**changes: tuple[int, str, int]) -> list[Any]:
