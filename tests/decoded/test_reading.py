@@ -16,6 +16,7 @@ from zarr.storage import MemoryStore
 from zcache import CacheStore, DecodedCodecPipeline
 from zcache._decoded import jobs
 from zcache._decoded.chunk import OVERHEAD
+from zcache._decoded.jobs import COALESCES
 from zcache._decoded.layout import boxes_of, coords_in
 from zcache.testing import StoreDouble
 
@@ -395,10 +396,11 @@ def test_missing_chunks_are_decoded_in_one_call() -> None:
     inner.wrapped = Counting(**{k: getattr(inner.wrapped, k) for k in inner.wrapped.__dict__})
     array[2, 3]
     array[:16, :20]  # of four shards, in one of which an inner chunk is kept
-    # Of the shards by boxes and the one by elements, at once.
-    assert calls == [1, 1, 3]
+    # Of the shards by boxes and the one by elements, at once; or, before zarr 3.3, by two boxes.
+    asked = [1, 1, 3] if COALESCES else [1, 5]
+    assert calls == asked
     array[:16, :20]
-    assert calls == [1, 1, 3]
+    assert calls == asked
 
 
 def test_boxes_hold_what_they_are_made_of_and_no_more() -> None:

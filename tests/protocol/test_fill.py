@@ -498,6 +498,7 @@ async def test_removal_by_name_that_ends_late_takes_no_listed_value_out_of_the_b
     cache.heal()
     if stuck == "delete":
         await until(lambda: not (tmp_path / "cache/k").exists())
+        await until(lambda: stored_sizes(store) == {})
     else:
         # For ranges, and for what lies below.
         await until(lambda: cache.calls["list_prefix"] == 2 * removal.entered)
