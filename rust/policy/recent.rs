@@ -92,7 +92,10 @@ impl Recent {
     pub fn age_before(&self, key: &str) -> Option<u32> {
         let reads = self.known(self.hasher.hash_one(key));
         match reads.filter(|reads| reads.interval != UNKNOWN) {
-            Some(reads) => Some(self.now.wrapping_sub(reads.last) + reads.interval),
+            Some(reads) => {
+                let age = self.now.wrapping_sub(reads.last);
+                Some(age.saturating_add(reads.interval))
+            }
             None => self.age_of_new(),
         }
     }

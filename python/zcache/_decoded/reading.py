@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Array, Layout
 
-PATIENCE: Final = 0.1
+PATIENCE: Final = 1.0
 """Seconds for which a reader waits at least for what others decode."""
-PACE: Final = 2**22 / PATIENCE
+PACE: Final = 40 * 2**20
 """Bytes that a slow codec decodes in a second: for as long as its own decode may take, a reader waits for that of others."""
-ON_ITS_WAY: Final = 1.0
+ON_ITS_WAY: Final = 2.0
 """Seconds for which a reader waits for a chunk the bytes of which are on their way from the source: its own read would join theirs."""
 
 
