@@ -254,9 +254,13 @@ async def test_hit_pages_dropped_is_read_in_a_thread(
 ) -> None:
     """The kernel says of each file whether it would have to wait for the disk."""
     path = where / "cache" / KEYS[0]
-    if not drop_pages(path):
-        pytest.skip("the system keeps the pages")
-    assert await read(store, KEYS[0]) == VALUE
+    # To ask whether they are out begins to read them on some kernels, and at times that is done before the hit.
+    for _ in range(10):
+        if not drop_pages(path):
+            pytest.skip("the system keeps the pages")
+        assert await read(store, KEYS[0]) == VALUE
+        if thread_reads:
+            break
     assert thread_reads == KEYS[:1]
     assert await read(store, KEYS[0]) == VALUE
     assert thread_reads == KEYS[:1]
