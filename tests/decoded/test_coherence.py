@@ -1015,6 +1015,18 @@ def test_chunks_that_a_change_ends_take_no_room(
     check_decoded_quiet(store)
 
 
+def test_group_named_by_a_number_that_is_deleted_takes_its_chunks_along() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
+    array = zarr.create_array(store, name="2020/v", shape=(16,), chunks=(4,), dtype="i4")
+    array[:] = 1
+    for _ in range(2):
+        array[:]
+    assert decoded(store, "size") == 4 * ROOM
+    sync(store.delete_dir("2020"))
+    assert decoded(store, "size") == 0
+    check_decoded_quiet(store)
+
+
 @pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
 @pytest.mark.parametrize("how", ["expire", "by others", "write"])
 def test_chunks_that_have_lapsed_go_before_all_others(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import weakref
 from typing import Any
@@ -20,7 +21,7 @@ class Thing:
     size = 1
 
 
-def use(key: str, *, size: int = 1, limit: int = 10) -> tuple[Any, weakref.ref[Thing]]:
+def use(key: str, *, size: int = 1, limit: float = 10) -> tuple[Any, weakref.ref[Thing]]:
     """A lease of a new thing."""
     thing = Thing()
     thing.size = size
@@ -60,6 +61,13 @@ def test_things_without_users_take_no_more_than_the_largest_may() -> None:
     held["large"] = use("large", size=15, limit=20)
     del held["large"]
     assert [name for name, thing in things.items() if thing() is not None] == []
+
+
+def test_things_without_a_bound_take_no_more_than_the_largest_does() -> None:
+    held = {name: use(name, size=4, limit=math.inf) for name in "abc"}
+    things = [thing for _, thing in held.values()]
+    held.clear()
+    assert [thing() is not None for thing in things] == [False, False, True]
 
 
 def test_thing_that_takes_nothing_goes_with_its_user() -> None:

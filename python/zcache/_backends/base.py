@@ -300,8 +300,17 @@ class Backend(ABC):
     def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 
-    def begin_change(self, prefix: str) -> Callable[[], None]:
-        """Count a change, and end decoded chunks of it; have the places of other parts of the source, if they are known here, keep nothing of it.
+    def begin_change(self, prefix: str, *, is_key: bool = False) -> Callable[[], None]:
+        """Count a change, and end decoded chunks of it.
+
+        The places of other parts of the source, if they are known here, keep nothing of it either.
+
+        Parameters
+        ----------
+        prefix : str
+            What changes: all at and below it.
+        is_key : bool, optional
+            Whether it is one key. Default is False.
 
         Returns
         -------
@@ -309,7 +318,7 @@ class Backend(ABC):
             To be called when the change has ended. Only the first call counts.
         """
         changes = self.shared.changes
-        changes.begin(prefix)
+        changes.begin(prefix, is_key=is_key)
         return changes.count
 
     def forget_elsewhere(self, prefix: str) -> None:

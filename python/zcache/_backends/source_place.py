@@ -86,11 +86,14 @@ class _Change:
         Of that place, which knows of it.
     prefix : str
         What changes there.
+    is_key : bool
+        Whether that is one key.
     """
 
-    def __init__(self, backend: SourceBackend, prefix: str) -> None:
+    def __init__(self, backend: SourceBackend, prefix: str, *, is_key: bool) -> None:
         self._count = backend.shared.changes.count
-        backend.shared.changes.begin(prefix)
+        backend.shared.changes.begin(prefix, is_key=is_key)
+        self._is_key = is_key
         self._location, self._has_its_names = backend.location, backend.has_its_names
         self._prefix = prefix
         # Each index is told once; or, by two threads at a time, twice. It hears of the end as often.
@@ -104,7 +107,8 @@ class _Change:
             return
         self._known.add(backend.shared)
         backend.shared.handle.call_later(ignore, Index.invalidate, scope, True)
-        backend.shared.changes.begin(scope)
+        # Where names differ it may be any of its keys.
+        backend.shared.changes.begin(scope, is_key=self._is_key and scope != "")
         self._told.append((weakref.ref(backend.shared), scope))
         # Another thread, or the garbage collector, may have ended it meanwhile.
         if self not in _changes:
@@ -164,9 +168,9 @@ class SourceBackend(MemoryBackend):
         for change in changes:
             change.tell(self)
 
-    def begin_change(self, prefix: str) -> Callable[[], None]:
+    def begin_change(self, prefix: str, *, is_key: bool = False) -> Callable[[], None]:
         # docstring inherited
-        change = _Change(self, prefix)
+        change = _Change(self, prefix, is_key=is_key)
         with _lock:
             _changes.add(change)
             others = list(_backends)

@@ -328,13 +328,16 @@ class DecodedCache:
         self.outputs.clear()
         self._admission.absent.clear()
 
-    def changes(self, prefix: str) -> None:
-        """Let go of what is at and below a prefix, which is being changed; what is being decoded of it now is not kept."""
+    def changes(self, prefix: str, *, is_key: bool) -> None:
+        """Drop what is at and below a prefix, which is being changed; what is being decoded of it now is not kept.
+
+        What comes of one key is not current any more, and goes first when room is needed: to drop it, the index would look
+        at all of the array.
+        """
         index = self._index
         if not self._values and index.in_flight == (0, 0):
             return
-        if prefix.rpartition("/")[2].isdigit():
-            # One chunk, or a row of them: for that the index would look at all of the array.
+        if is_key:
             self.room.lapsed.note()
             return
         for number in range(len(self._layouts)):

@@ -18,8 +18,8 @@ Version: TypeAlias = "dict[bytes, int]"
 class Watcher(Protocol):
     """Who keeps something that changes end."""
 
-    def changes(self, prefix: str) -> None:
-        """Let go of what is at and below a prefix: it is being changed."""
+    def changes(self, prefix: str, *, is_key: bool) -> None:
+        """Drop what is at and below a prefix, which is being changed; of one key also later."""
 
 
 class Changes:
@@ -40,15 +40,15 @@ class Changes:
         """Tell `watcher` of changes that are made here."""
         self._watchers.add(watcher)
 
-    def tell(self, prefix: str) -> None:
-        """Tell all who watch that what is at and below a prefix is being changed."""
+    def tell(self, prefix: str, *, is_key: bool = False) -> None:
+        """Tell all who watch that a key is being changed, or all at and below a prefix."""
         for watcher in list(self._watchers):
-            watcher.changes(prefix)
+            watcher.changes(prefix, is_key=is_key)
 
-    def begin(self, prefix: str) -> None:
+    def begin(self, prefix: str, *, is_key: bool = False) -> None:
         """Count the beginning of a change that is made here, and tell of it."""
         self.count()
-        self.tell(prefix)
+        self.tell(prefix, is_key=is_key)
 
     def count(self) -> None:
         """Count the end of one."""

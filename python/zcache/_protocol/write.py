@@ -96,7 +96,7 @@ class Writer:
         try:
             victims = await handle.call(io, Index.begin_write, key, alone=True)
             begun = True
-            end_elsewhere = self.backend.begin_change(key)
+            end_elsewhere = self.backend.begin_change(key, is_key=True)
             await self.backend.remove_key(io, key, victims, begins=True)
             await self._remove_unlisted(io, key)
             await self._lister.forget(io, key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import math
 import threading
 import time
 import weakref
@@ -50,7 +51,7 @@ def lease(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> Le
     size : callable
         Bytes that it takes; nothing that takes none is kept.
     limit : float
-        Bytes that it may take.
+        Bytes that it may take. Infinite is no licence to keep others: it stands for those that it takes when it is left.
     """
     with _lock:
         found = _leases.get(key)
@@ -72,12 +73,14 @@ def release() -> None:
 
 
 def _leave(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> None:
+    bytes_now = size()
     with _lock:
         if key in _leases:
             return  # Another user has come meanwhile.
         now = time.monotonic()
-        if bytes_now := size():
-            _left[key] = _Left(what, bytes_now, limit, now + LINGER)
+        if bytes_now:
+            most = bytes_now if math.isinf(limit) else limit
+            _left[key] = _Left(what, bytes_now, most, now + LINGER)
         gone = _take_gone(now)
         _start()
     del gone

@@ -74,7 +74,7 @@ async def test_write_that_damage_hid_a_value_from_is_seen_by_all(tmp_path: Path)
     assert {await read(store, key) for key in keys} == {b"new"}
     await complete(store)
     assert {await read(store, key) for key in keys} == {b"new"}
-    # Whoever begins anew, by the headers of the values alone.
+    # One that begins anew, by the headers of the values alone.
     del pool, store, stores
     await closed(tmp_path, "pool")
     shutil.rmtree(tmp_path / "pool/.zcache/index")
