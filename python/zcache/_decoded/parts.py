@@ -140,8 +140,8 @@ class ShardPart(Part):
             view = np.expand_dims(view, self.output.drop_axes)
         return view if view.shape == shape else None
 
-    def look_up(self, hits: list[Kept]) -> bool:
-        """Copy out what is kept, which is pinned in `hits` then; whether that is all."""
+    def look_up(self, hits: list[Kept], *, is_missed: bool) -> bool:
+        """Copy out what is kept, unless nothing is, which is pinned in `hits` then; whether that is all."""
         output = self.output
         cache = output.cache
         key = self.item[0].path
@@ -149,7 +149,9 @@ class ShardPart(Part):
         stem = f"{self.layout.number}/{key}"
         names = self._names(stem, coords)
         found = []
-        for n, kept in cache.get_all(names, [key] * len(names), output.mark, output.now):
+        keys = [key] * len(names)
+        kept_of = () if is_missed else cache.get_all(names, keys, output.mark, output.now)
+        for n, kept in kept_of:
             hits.append(kept)
             found.append(n)
             self.place(coords[n], kept.array)

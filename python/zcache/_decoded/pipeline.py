@@ -19,6 +19,8 @@ from zarr.storage import StorePath
 
 from zcache._decoded.cache import decoded_of
 from zcache._decoded.layout import Layout, kind_of, layout_of
+from zcache._decoded.one import copy_one
+from zcache._decoded.parts import PRESENT
 from zcache._decoded.reading import Reading
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionValueError
@@ -149,12 +151,17 @@ class DecodedCodecPipeline(CodecPipeline):
                 del array
                 spec = batch[0][1]
                 layouts: Any = [self._layout(cache, spec)] * len(batch)
-                if any([item[1] is not spec for item in batch]):  # noqa: C419 - a generator is slower
+                if any([item[1] is not spec for item in batch[1:]]):  # noqa: C419 - a generator is slower
                     layouts = [self._layout(cache, item[1]) for item in batch]
                 if is_plain and None not in layouts:
                     target = cache.outputs.renew(out)
+                    copied = None
+                    if len(batch) == 1:
+                        copied = copy_one(cache, batch[0], layouts[0], target, drop_axes)
+                        if copied:
+                            return (PRESENT,)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
-                    return await reading.run(batch, layouts, out)
+                    return await reading.run(batch, layouts, out, is_missed=copied is False)
         return await self.wrapped.read(batch, out, drop_axes)
 
     def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:

@@ -88,10 +88,12 @@ class Reading:
         self._allowance = self._until = 0.0
         self._is_late = False
 
-    async def run(self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any) -> Any:
-        """Read a batch, and say which chunks were there."""
+    async def run(
+        self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any, *, is_missed: bool = False
+    ) -> Any:
+        """Read a batch, of which nothing may be kept, and say which chunks were there."""
         try:
-            self._look_up(batch, layouts)
+            self._look_up(batch, layouts, is_missed=is_missed)
             if self._shards or self._chunks:
                 self.cache.begins(self)
                 self._postpone()
@@ -111,7 +113,7 @@ class Reading:
             self._chunks.clear()
         return tuple(self.output.results)
 
-    def _look_up(self, batch: Sequence[Any], layouts: Sequence[Layout]) -> None:
+    def _look_up(self, batch: Sequence[Any], layouts: Sequence[Layout], *, is_missed: bool) -> None:
         """Copy out what is kept, and note what else is wanted."""
         output, cache = self.output, self.cache
         hits: list[Kept] = []
@@ -124,11 +126,11 @@ class Reading:
                     continue
                 shard = ShardPart(output, number, batch[number], layout)
                 shards.append(shard)
-                if shard.look_up(hits):
+                if shard.look_up(hits, is_missed=is_missed):
                     shards.pop()
             self._shards += shards
             for layout, numbers in chunks.items():
-                self._look_up_chunks(batch, layout, numbers, hits)
+                self._look_up_chunks(batch, layout, numbers, hits, is_missed=is_missed)
             # Once all are looked up: room for one must not be that of another one that is kept.
             for shard in shards:
                 shard.join()
@@ -136,7 +138,13 @@ class Reading:
             cache.unpin(*hits)
 
     def _look_up_chunks(
-        self, batch: Sequence[Any], layout: Layout, numbers: list[int], hits: list[Kept]
+        self,
+        batch: Sequence[Any],
+        layout: Layout,
+        numbers: list[int],
+        hits: list[Kept],
+        *,
+        is_missed: bool,
     ) -> None:
         """The same for the chunks of one layout."""
         output, target, drop_axes = self.output, self.output.target, self.output.drop_axes
@@ -144,7 +152,8 @@ class Reading:
         prefix = f"{layout.number}/"
         names = [prefix + key for key in keys]
         found = set()
-        for at, kept in self.cache.get_all(names, keys, output.mark, output.now):
+        kept_of = () if is_missed else self.cache.get_all(names, keys, output.mark, output.now)
+        for at, kept in kept_of:
             hits.append(kept)
             found.add(at)
             _, _, selection, place, _ = batch[numbers[at]]
