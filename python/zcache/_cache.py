@@ -8,11 +8,10 @@ import threading
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
 
-from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._backends.select import open_backend
 from zcache._core import Index
 from zcache._decoded import cache as decoded_chunks
@@ -25,6 +24,7 @@ from zcache._protocol.fill import FillQueue
 from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
+from zcache._protocol.sizes import Sizes
 from zcache._protocol.write import Writer
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.fork import at_fork
@@ -32,17 +32,16 @@ from zcache._runtime.lingering import lease
 from zcache._source.describe import describe
 from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
-from zcache._source.missing import MissingKeyErrors
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from zarr.abc.store import Store
 
-    from zcache._ages import Age
+    from zcache._cache_options import CacheOptions
     from zcache._index.changes import Version
     from zcache._runtime.io import IO
     from zcache._runtime.lingering import Lease
@@ -57,18 +56,10 @@ class Cache:
         Where values come from.
     cache : Store
         Where they are kept.
-    max_size, min_free_space, max_pending_size, decoded_size : int or None
-        Bytes; see `CacheStore`.
-    max_age, metadata_max_age : float, "infinity", mapping or None
-        Seconds; see `MaxAges`.
-    stale_if_error : float
-        Seconds; see `CacheStore`.
-    cache_missing, missing_max_age
-        See `CacheStore`.
+    options : CacheOptions
+        What the user chose.
     token : str, optional
         Of the original that this is a copy of.
-    offline, revalidate, verify, adopt, source_id, clock, eviction, minimise, sampling
-        See `CacheStore`.
 
     Attributes
     ----------
@@ -79,101 +70,59 @@ class Cache:
     """
 
     def __init__(
-        self,
-        source: Store,
-        cache: Store,
-        *,
-        max_size: int | None,
-        max_age: Age | Mapping[str, Age],
-        metadata_max_age: Age | None = None,
-        stale_if_error: float = 0,
-        offline: bool = False,
-        cache_missing: bool = True,
-        missing_max_age: Age = MISSING_MAX_AGE,
-        revalidate: Literal[False, True, "metadata"] = False,
-        token: str | None = None,
-        verify: str = "first",
-        adopt: bool = False,
-        source_id: str | None = None,
-        min_free_space: int | None = None,
-        max_pending_size: int | None = None,
-        clock: Callable[[], float] | None = None,
-        decoded_size: int | None = None,
-        sampling: bool = True,
-        eviction: str = "lru",
-        minimise: str = "requests",
+        self, source: Store, cache: Store, options: CacheOptions, *, token: str | None = None
     ) -> None:
         self.source = source
         self.cache = cache
+        self.options = options
         self.home = None if token else os.getpid()
-        self.max_size = max_size
-        self.ages = MaxAges(max_age, metadata_max_age)
-        self.stale_if_error = stale_if_error
-        self.offline = offline
-        self.cache_missing = cache_missing
-        self.missing_max_age = missing_max_age
-        self.revalidate = revalidate
-        self.verify = verify
-        self.eviction = eviction
-        self.minimise = minimise
-        self.min_free_space = min_free_space
-        self.max_pending_size = max_pending_size
-        self.clock = clock
-        self.sampling = sampling
         self.known_token = token
-        self.source_id = identify(source, source_id)
+        self.source_id = identify(source, options.source_id)
         slices = slices_like_python(innermost(source))
         limits = {
-            "max_size": max_size,
-            "max_age": self._longest_use(),
-            "verify": verify,
+            "max_size": options.max_size,
+            "max_age": options.longest_use,
+            "verify": options.verify,
             "slices_like_python": slices,
-            "eviction": eviction,
-            "minimise": minimise,
+            "eviction": options.eviction,
+            "minimise": options.minimise,
         }
         if self.source_id.is_ephemeral and outlives_process(innermost(cache)):
             say_unnamed(source, cache)
         self.backend = open_backend(
-            cache, source, self.source_id, adopt=adopt, limits=limits, clock=clock
+            cache, source, self.source_id, adopt=options.adopt, limits=limits, clock=options.clock
         )
         self.shared = self.backend.shared
         # What lies in a dict of this process is damaged by no disk.
-        self._member = Member({**limits, "verify": self.backend.verify or verify})
+        self._member = Member({**limits, "verify": self.backend.verify or options.verify})
         self.shared.join(self._member)
         self._make_queue()
-        missing_age = (
-            math.inf if missing_max_age == "infinity" or offline else float(missing_max_age)
-        )
-        ages = MaxAges("infinity") if offline else self.ages
         self.reader = Reader(
-            Hits(self.backend, ages, missing_age if cache_missing else 0.0, sampling=sampling),
-            offline=offline,
-            revalidate=revalidate,
-            validators=validators_of(source) if revalidate else None,
-            stale_if_error=stale_if_error,
+            Hits(self.backend, options.ages, options.missing_age, sampling=options.sampling),
+            offline=options.offline,
+            revalidate=options.revalidate,
+            validators=validators_of(source) if options.revalidate else None,
+            stale_if_error=options.stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,
-            times_source=minimise == "seconds",
+            times_source=options.minimise == "seconds",
         )
-        self.missing_key_errors = MissingKeyErrors()
-        self.lister = Lister(self.shared.listings, self.reader.stale, self.shared.breaker)
+        self.sizes = Sizes(self.reader)
+        self.lister = Lister(
+            self.shared.listings,
+            self.reader.stale,
+            self.shared.breaker,
+            offline=options.offline,
+        )
         self.writer = Writer(self.backend, self.lister, describe(source))
         self._own_decoded: weakref.WeakValueDictionary[str, DecodedCache] = (
             weakref.WeakValueDictionary()
         )
-        self.decoded = None if decoded_size is None else self.decoded_chunks(decoded_size)
+        size = options.decoded_size
+        self.decoded = None if size is None else self.decoded_chunks(size)
         # Others have used the cache store before.
         self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
         _caches.add(self)
-
-    def _longest_use(self) -> float | None:
-        """Seconds for which a value is of use to this store; None for always."""
-        longest = self.ages.longest
-        return (
-            None
-            if longest is None or self.offline or self.revalidate
-            else longest + self.stale_if_error
-        )
 
     def decoded_chunks(self, max_size: int) -> DecodedCache:
         """Room for decoded chunks, which arrays use that are opened from now on."""
@@ -199,7 +148,7 @@ class Cache:
         handle, is_in_memory = self.shared.handle, self._is_in_memory
         limit = 0.0 if decoded is None else decoded.max_size
         if is_in_memory:
-            limit += math.inf if self.max_size is None else self.max_size
+            limit += math.inf if self.options.max_size is None else self.options.max_size
 
         def size() -> int:
             encoded = handle.index.current_size if is_in_memory else 0
@@ -234,15 +183,16 @@ class Cache:
                 shared.fills = FillQueue(shared.handle, shared.breaker, filler)
                 _let_collect(shared.place, shared.fills)
             queue: FillQueue = shared.fills
-        if self.max_pending_size is not None:
-            sizes = (self.max_pending_size, queue.max_pending_size)
+        pending, free = self.options.max_pending_size, self.options.min_free_space
+        if pending is not None:
             # The smallest that was asked for.
-            queue.max_pending_size = min(sizes) if queue.is_set else self.max_pending_size
+            sizes = (pending, queue.max_pending_size)
+            queue.max_pending_size = min(sizes) if queue.is_set else pending
             queue.is_set = True
-        if self.min_free_space is not None:
+        if free is not None:
             place = shared.place
             place.filler.min_free_space = max(
-                self.min_free_space, getattr(place.filler, "min_free_space", None) or 0
+                free, getattr(place.filler, "min_free_space", None) or 0
             )
 
     @property
@@ -284,7 +234,7 @@ class Cache:
         try:
             return self.ask(Index.policy)  # type: ignore[no-any-return]
         except IndexLockTimeout:
-            return self.eviction, self.minimise
+            return self.options.eviction, self.options.minimise
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.

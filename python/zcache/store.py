@@ -8,6 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -26,6 +27,7 @@ from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
+from zcache._cache_options import CacheOptions
 from zcache._core import Index, is_cacheable_key
 from zcache._decoded.cache import KeepsDecoded
 from zcache._index.keys import CachedKeys
@@ -91,6 +93,7 @@ _OWN: Final = frozenset(
             "_io",
             "_is_open",
             "_lease",
+            "_options",
             "_read_only",
             "_reader",
             "_source",
@@ -296,40 +299,39 @@ class CacheStore(Store, KeepsDecoded):
             check_flag("read_only", read_only)
         if read_only is not None and read_only != store.read_only:
             store = store.with_read_only(read_only)
-        cache = Cache(
-            store,
-            cache_store,
-            max_size=parse_size(max_size, whole=partial(capacity_of, cache_store)),
-            max_age=parse_ages(max_age_seconds),
+        share_of = partial(capacity_of, cache_store)
+        options = CacheOptions(
+            max_size=parse_size(max_size, whole=share_of),
+            max_age_seconds=parse_ages(max_age_seconds),
             offline=parse_offline(offline),
             revalidate=check_revalidate(revalidate),
             stale_if_error=parse_seconds(stale_if_error, "stale_if_error"),
-            metadata_max_age=None
+            metadata_max_age_seconds=None
             if metadata_max_age_seconds is None
             else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
             cache_missing=cache_missing,
-            missing_max_age=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
+            missing_max_age_seconds=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
             verify=check_verify(verify),
             eviction=policy["eviction"] if eviction is None else check_eviction(eviction),
             minimise=policy["minimise"] if minimise is None else check_minimise(minimise),
             adopt=adopt,
             source_id=check_source_id(source_id),
-            min_free_space=parse_size(
-                min_free_space, "min_free_space", partial(capacity_of, cache_store)
-            ),
+            min_free_space=parse_size(min_free_space, "min_free_space", share_of),
             max_pending_size=parse_size(max_pending_size, "max_pending_size"),
             clock=check_clock(clock),
             decoded_size=parse_size(decoded_size, "decoded_size", memory),
             sampling=sampling,
         )
+        cache = Cache(store, cache_store, options)
         self._setup(store, cache, cache_set_data)
 
     def _setup(self, store: Store, cache: Cache, cache_set_data: bool) -> None:
         super().__init__(read_only=store.read_only)
         self._store = store
         self._cache = cache
+        self._options = cache.options
         # What is asked: nothing, where the store is offline.
-        self._source: Any = OfflineSource() if cache.offline else store
+        self._source: Any = OfflineSource() if self._options.offline else store
         self._decoded = cache.decoded
         self._lease: Lease | None = None
         self.cache_set_data = cache_set_data
@@ -367,7 +369,7 @@ class CacheStore(Store, KeepsDecoded):
     @property
     def max_size(self) -> int | None:
         """Bytes that the cache store holds at most; None for no bound."""
-        return self._cache.max_size
+        return self._options.max_size
 
     @property
     def eviction(self) -> str:
@@ -382,49 +384,49 @@ class CacheStore(Store, KeepsDecoded):
     @property
     def min_free_space(self) -> int | None:
         """Bytes of the volume of a cache directory that stay free; None for the default."""
-        return self._cache.min_free_space
+        return self._options.min_free_space
 
     @property
     def max_age_seconds(self) -> Age | dict[str, Age]:
         """Seconds after which a value is read from the source again, or "infinity"; or these by pattern."""
-        given = self._cache.ages.given
+        given = self._options.max_age_seconds
         return dict(given) if isinstance(given, Mapping) else given
 
     @property
     def metadata_max_age_seconds(self) -> Age | None:
         """The same for metadata documents; None where `max_age_seconds` says it."""
-        return self._cache.ages.metadata
+        return self._options.metadata_max_age_seconds
 
     @property
     def revalidate(self) -> Literal[False, True, "metadata"]:
         """Whether values that are too old are compared before they are read again, or those of metadata."""
-        return self._cache.revalidate
+        return self._options.revalidate
 
     @property
     def stale_if_error(self) -> Age:
         """Seconds past its age for which a value is served where the source raises, or "infinity"."""
-        seconds = self._cache.stale_if_error
+        seconds = self._options.stale_if_error
         return "infinity" if seconds == math.inf else seconds
 
     @property
     def offline(self) -> bool:
         """Whether the source is never asked."""
-        return self._cache.offline
+        return self._options.offline
 
     @property
     def cache_missing(self) -> bool:
         """Whether keys that the source does not have are remembered."""
-        return self._cache.cache_missing
+        return self._options.cache_missing
 
     @property
     def missing_max_age_seconds(self) -> Age:
         """Seconds for which they are at most, or "infinity"."""
-        return self._cache.missing_max_age
+        return self._options.missing_max_age_seconds
 
     @property
     def sampling(self) -> bool:
         """Whether the requests of this store are sampled, for `advise`."""
-        return self._cache.sampling
+        return self._options.sampling
 
     def cache_info(self) -> dict[str, Any]:
         """Describe the cache.
@@ -681,7 +683,7 @@ class CacheStore(Store, KeepsDecoded):
         parsed, named = parse_sizes(sizes), parse_policies(policies)
         size, _ = self._cache.ask(_size_and_entries)
         eviction, _ = self._cache.ask(Index.policy)
-        off = "" if self._cache.sampling else "this store was made with sampling=False"
+        off = "" if self._options.sampling else "this store was made with sampling=False"
         return advise(
             self._cache.ask(partial(sampled, header=self._cache.backend.value_header)),
             max_size=self._cache.ask(_bound),
@@ -784,15 +786,7 @@ class CacheStore(Store, KeepsDecoded):
         if not isinstance(other, CacheStore):
             return NotImplemented
         if self._cache is not other._cache and (
-            self.max_size != other.max_size
-            or self.max_age_seconds != other.max_age_seconds
-            or self.metadata_max_age_seconds != other.metadata_max_age_seconds
-            or self.stale_if_error != other.stale_if_error
-            or self.offline != other.offline
-            or self.cache_missing != other.cache_missing
-            or self.missing_max_age_seconds != other.missing_max_age_seconds
-            or self.revalidate != other.revalidate
-            or not same_cache(self._cache, other._cache)
+            self._options != other._options or not same_cache(self._cache, other._cache)
         ):
             return False
         return (
@@ -836,26 +830,8 @@ class CacheStore(Store, KeepsDecoded):
         return {
             "store": self._store,
             "cache": without_contents(kept),
-            "options": {
-                "max_size": cache.max_size,
-                "max_age": cache.ages.given,
-                "metadata_max_age": cache.ages.metadata,
-                "stale_if_error": cache.stale_if_error,
-                "offline": cache.offline,
-                "cache_missing": cache.cache_missing,
-                "missing_max_age": cache.missing_max_age,
-                "revalidate": cache.revalidate,
-                "verify": cache.verify,
-                "eviction": cache.eviction,
-                "minimise": cache.minimise,
-                # Also that of a source without a name: copies read the same data.
-                "source_id": cache.source_id.name,
-                "min_free_space": cache.min_free_space,
-                "max_pending_size": cache.max_pending_size,
-                "clock": cache.clock,
-                "decoded_size": None if cache.decoded is None else cache.decoded.max_size,
-                "sampling": cache.sampling,
-            },
+            # The name also of a source that has none: copies read the same data.
+            "options": replace(self._options, source_id=cache.source_id.name, adopt=False),
             "set": self.cache_set_data,
             "own_decoded": own,
             "token": cache.token,
@@ -872,12 +848,12 @@ class CacheStore(Store, KeepsDecoded):
             source = source_of_copy(cache, store)
             if source is None:
                 cache, token = None, uuid.uuid4().hex
-                if options["source_id"].startswith(EPHEMERAL):
-                    options["source_id"] = None
+                if options.source_id.startswith(EPHEMERAL):
+                    options = replace(options, source_id=None)
             else:
                 store = source
         if cache is None:
-            cache = _cache.find_or_add(Cache(store, state["cache"], token=token, **options))
+            cache = _cache.find_or_add(Cache(store, state["cache"], options, token=token))
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:
@@ -890,7 +866,7 @@ class CacheStore(Store, KeepsDecoded):
 
     async def _open(self) -> None:
         # The source first: where it cannot be opened, neither is this.
-        if not self._cache.offline:
+        if not self._options.offline:
             await self._store._ensure_open()
         await super()._open()
 
@@ -898,7 +874,7 @@ class CacheStore(Store, KeepsDecoded):
         # docstring inherited
         if not self._is_open:
             # Many may come here at once, and opening the source may suspend; `_open` is for one.
-            if not self._cache.offline:
+            if not self._options.offline:
                 await self._store._ensure_open()
             self._is_open = True
 
@@ -911,7 +887,7 @@ class CacheStore(Store, KeepsDecoded):
         fills = self._cache.shared.fills
         if fills is not None and fills.can_wait_here():
             run_without_loop(self._cache.drain(self._sync_io, CLOSE_TIMEOUT))
-        if not self._cache.offline:
+        if not self._options.offline:
             self._store.close()
         super().close()
 
@@ -1015,7 +991,7 @@ class CacheStore(Store, KeepsDecoded):
             prototype,
             requests,
             fetch,
-            trusts_absences=self._cache.offline or finds_none_in_many(self._store),
+            trusts_absences=self._options.offline or finds_none_in_many(self._store),
         )
         async with contextlib.aclosing(batch.run()) as groups:
             async for group in groups:
@@ -1144,50 +1120,19 @@ class CacheStore(Store, KeepsDecoded):
 
     async def exists(self, key: str) -> bool:
         # docstring inherited
-        size = await self._cached_size(key)
-        if size is not None:
-            return size is not ABSENT
-        try:
-            return bool(await self._source.exists(key))
-        except Exception as error:
-            size = await self._reader.stale.size(error, self._io, key)
-            if size is None:
-                raise
-            return size is not ABSENT
+        return await self._cache.sizes.exists(self._io, key)
 
     async def getsize(self, key: str) -> int:
         # docstring inherited
-        size = await self._cached_size(key)
-        if size is ABSENT:
-            return await self._cache.missing_key_errors.getsize(self._source, key)
-        if size is not None:
-            return size
-        try:
-            return int(await self._source.getsize(key))
-        except Exception as error:
-            size = await self._reader.stale.size(error, self._io, key)
-            if size is None:
-                raise
-            if size is ABSENT:
-                raise FileNotFoundError(key) from None
-            return size
+        return await self._cache.sizes.of(self._io, key)
 
     async def getsize_prefix(self, prefix: str) -> int:
         # docstring inherited
         if prefix and not prefix.endswith("/"):
             prefix += "/"
-
-        async def size_of(key: str) -> int:
-            if await self._cached_size(key) is ABSENT:
-                # It was listed now, so that it was missing before means nothing.
-                return int(await self._source.getsize(key))
-            return await self.getsize(key)
-
         keys = [(key,) async for key in self.list_prefix(prefix)]
+        size_of = partial(self._cache.sizes.of, self._io, is_listed=True)
         return sum(await concurrent_map(keys, size_of, limit=config.get("async.concurrency")))
-
-    async def _cached_size(self, key: str) -> int | Literal[False] | None:
-        return await self._reader.known_size(self._io, key) if is_cacheable_key(key) else None
 
     # ------------------------------------------------------------ writes
 
@@ -1242,7 +1187,7 @@ class CacheStore(Store, KeepsDecoded):
 
     def _check_may_write(self, key: str) -> None:
         self._check_writable()
-        if self._cache.offline:
+        if self._options.offline:
             raise no_change(key)
 
     def _check_sync(self, method: str) -> None:
@@ -1257,17 +1202,7 @@ class CacheStore(Store, KeepsDecoded):
 
     async def is_empty(self, prefix: str) -> bool:
         # docstring inherited
-        if self._cache.offline:
-            names = await self._cache.lister.remembered(self._io, prefix)
-            if names is not None:
-                return not names
-        try:
-            return bool(await self._source.is_empty(prefix))
-        except Exception as error:
-            names = await self._cache.lister.instead_of(error, self._io, prefix)
-            if names is None:
-                raise
-            return not names
+        return await self._cache.lister.is_empty(self._io, prefix)
 
     def list(self) -> AsyncIterator[str]:
         # docstring inherited
@@ -1279,10 +1214,7 @@ class CacheStore(Store, KeepsDecoded):
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
-        lister = self._cache.lister
-        if self._cache.offline:
-            return lister.list_dir_offline(self._io, prefix)
-        return lister.list_dir(self._io, prefix)
+        return self._cache.lister.list_dir(self._io, prefix)
 
 
 def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None]]:

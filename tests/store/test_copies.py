@@ -164,7 +164,7 @@ async def test_a_memory_behind_wrappers_travels_empty(source: LocalStore) -> Non
     for key in VALUES:
         await read_through(store, key)
     packed = pickle.dumps(store)
-    assert len(packed) - len(pickle.dumps(source)) < 1000
+    assert len(packed) - len(pickle.dumps(source)) < 1100
     assert len(inner._store_dict) == len(VALUES)
     assert pickle.loads(packed) == copy.copy(store) == store
     assert pickle.loads(packed).cache_info()["cached_keys"] == len(VALUES)

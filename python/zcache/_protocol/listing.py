@@ -35,14 +35,43 @@ class Lister:
         What is served in place of an error of the source.
     breaker : CircuitBreaker
         Of the cache store.
+    offline : bool
+        Whether the source is not asked.
     """
 
-    def __init__(self, listings: Listings, stale: StaleValues, breaker: CircuitBreaker) -> None:
+    def __init__(
+        self, listings: Listings, stale: StaleValues, breaker: CircuitBreaker, *, offline: bool
+    ) -> None:
         self._listings = listings
         self._breaker = breaker
         self._stale = stale
+        self._offline = offline
 
-    async def list_dir(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
+    async def is_empty(self, io: IO, prefix: str) -> bool:
+        """Whether there is nothing below a prefix: the answer of the source, or what it has answered before."""
+        if self._offline:
+            names = await self._remembered(io, prefix)
+            if names is not None:
+                return not names
+        try:
+            return bool(await io.source.is_empty(prefix))
+        except Exception as error:
+            names = await self._instead_of(error, io, prefix)
+            if names is None:
+                raise
+            return not names
+
+    def list_dir(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
+        """The names below a prefix: the answer of the source, or what it has answered before.
+
+        Raises
+        ------
+        OfflineError
+            Where neither is known.
+        """
+        return self._list_offline(io, prefix) if self._offline else self._list(io, prefix)
+
+    async def _list(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
         """Ask the source, and remember its answer once it is complete.
 
         Where the source raises an error, the rest of what it has answered before takes its place.
@@ -62,7 +91,7 @@ class Lister:
                 except StopAsyncIteration:
                     break
                 except Exception as error:
-                    known = await self.instead_of(error, io, prefix) if size <= LARGEST else None
+                    known = await self._instead_of(error, io, prefix) if size <= LARGEST else None
                     if known is None:
                         raise
                     given, keep = set(names), None
@@ -80,30 +109,23 @@ class Lister:
         if keep is not None and size <= LARGEST:
             await self._do(io, READ_TIMEOUT, partial(keep, names))
 
-    async def instead_of(self, error: Exception, io: IO, prefix: str) -> list[str] | None:
+    async def _instead_of(self, error: Exception, io: IO, prefix: str) -> list[str] | None:
         """What takes the place of this error of the source: its last answer, of any age; None for nothing."""
         if not self._stale.is_about(error):
             return None
-        names = await self.remembered(io, prefix)
+        names = await self._remembered(io, prefix)
         if names is not None:
             self._stale.note(error)
         return names
 
-    async def list_dir_offline(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
-        """What the source has answered before.
-
-        Raises
-        ------
-        OfflineError
-            Where that is not known.
-        """
-        names = await self.remembered(io, prefix)
+    async def _list_offline(self, io: IO, prefix: str) -> AsyncGenerator[str, None]:
+        names = await self._remembered(io, prefix)
         if names is None:
             raise no_listing(prefix)
         for name in names:
             yield name
 
-    async def remembered(self, io: IO, prefix: str) -> list[str] | None:
+    async def _remembered(self, io: IO, prefix: str) -> list[str] | None:
         """What the source has answered before; None where that is not known."""
         directory = prefix.rstrip("/")
         if not _can_be_kept(directory):
