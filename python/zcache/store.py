@@ -368,7 +368,7 @@ class CacheStore(Store, KeepsDecoded):
 
     @property
     def max_size(self) -> int | None:
-        """Bytes that the cache store holds at most; None for no bound."""
+        """Bytes that this store was given as the bound; None for none. `cache_info` has the one in force, which all who use the cache store share."""
         return self._options.max_size
 
     @property
@@ -436,7 +436,7 @@ class CacheStore(Store, KeepsDecoded):
         dict
             ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds, "infinity", or a
             dict of these by pattern),
-            ``max_size`` (bytes or None), ``current_size`` (bytes in the cache store, those with
+            ``max_size`` (bytes: the smallest that those who use the cache store asked for; None if none did), ``current_size`` (bytes in the cache store, those with
             a failed delete among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
             the number of entries that can be served; a full value is one entry, and each range
             that was read of a value that is not cached as a whole is one).
@@ -446,11 +446,11 @@ class CacheStore(Store, KeepsDecoded):
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        size, entries = self._cache.ask(_size_and_entries)
+        size, entries, bound = self._cache.ask(_size_entries_and_bound)
         return {
             "cache_store_type": type(self._cache_store).__name__,
             "max_age_seconds": self.max_age_seconds,
-            "max_size": self.max_size,
+            "max_size": bound,
             "current_size": size,
             "cache_set_data": self.cache_set_data,
             "tracked_keys": entries,
@@ -681,12 +681,12 @@ class CacheStore(Store, KeepsDecoded):
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         parsed, named = parse_sizes(sizes), parse_policies(policies)
-        size, _ = self._cache.ask(_size_and_entries)
+        size, _, bound = self._cache.ask(_size_entries_and_bound)
         eviction, _ = self._cache.ask(Index.policy)
         off = "" if self._options.sampling else "this store was made with sampling=False"
         return advise(
             self._cache.ask(partial(sampled, header=self._cache.backend.value_header)),
-            max_size=self._cache.ask(_bound),
+            max_size=bound,
             in_use=size,
             policy=eviction,
             sizes=parsed,
@@ -802,9 +802,10 @@ class CacheStore(Store, KeepsDecoded):
 
     def __repr__(self) -> str:
         try:
-            size, entries = self._cache.ask(_size_and_entries)
+            size, entries, bound = self._cache.ask(_size_entries_and_bound)
         except IndexLockTimeout:
             size = entries = "unknown"
+            bound = self.max_size
         options: dict[str, object] = {"max_age_seconds": self.max_age_seconds}
         if self.metadata_max_age_seconds is not None:
             options["metadata_max_age_seconds"] = self.metadata_max_age_seconds
@@ -816,7 +817,7 @@ class CacheStore(Store, KeepsDecoded):
         shown = "".join(f"{name}={value!r}, " for name, value in options.items())
         return (
             f"{type(self).__name__}(store={show(self._store)}, cache_store={show(self._cache_store)}, "
-            f"{shown}max_size={self.max_size!r}, "
+            f"{shown}max_size={bound!r}, "
             f"current_size={size}, cached_keys={entries})"
         )
 
@@ -1228,5 +1229,5 @@ def _bound(index: Index) -> int | None:
     return index.bound
 
 
-def _size_and_entries(index: Index) -> tuple[int, int]:
-    return index.current_size, len(index)
+def _size_entries_and_bound(index: Index) -> tuple[int, int, int | None]:
+    return index.current_size, len(index), index.bound

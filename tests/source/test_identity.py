@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.buffer.cpu import Buffer
 from zarr.experimental.cache_store import CacheStore as ZarrCacheStore
 from zarr.storage import (
@@ -28,6 +29,7 @@ from zarr.storage import (
 )
 from zarr.testing.store import LatencyStore
 
+from zcache import CachePool, CacheStore
 from zcache._source import identity
 from zcache._source.identity import EPHEMERAL, SourceId, identify, same_source, say_unnamed
 
@@ -416,6 +418,27 @@ async def test_identify_sessions_that_write_have_no_name(tmp_path: Path) -> None
     sessions[0].commit("changed")
     # From now on it is a snapshot like others.
     assert same(one, repo.readonly_session("main").store)
+
+
+async def test_identify_stores_of_one_session_are_one_source(tmp_path: Path) -> None:
+    """A session gives another store each time."""
+    session = local_repository(tmp_path / "a").writable_session("main")
+    one, other = session.store, session.store
+    assert one is not other
+    assert same(one, other)
+    name = identify(one).name
+    del one
+    gc.collect()
+    # It is known as long as one of its stores lives.
+    assert identify(session.store).name == identify(other).name == name
+    pool = CachePool()
+    writer, reader = (CacheStore(store, cache_store=pool) for store in (other, session.store))
+    assert reader == writer
+    for value in (GROUP % 1, GROUP % 2):
+        await writer.set("zarr.json", Buffer.from_bytes(value))
+        found = await reader.get("zarr.json", default_buffer_prototype())
+        assert found is not None
+        assert found.to_bytes() == value
 
 
 def test_identify_snapshots_with_virtual_chunks_have_no_name(tmp_path: Path) -> None:

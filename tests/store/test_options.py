@@ -14,7 +14,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
 from zarr.testing.store import LatencyStore
 
 from support import buf, check_quiet, read
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, cache_store_of, stored_sizes
 
@@ -421,6 +421,24 @@ def test_share_of_a_directory_is_one_of_its_whole_volume(tmp_path: Path) -> None
     assert store.min_free_space == int(whole * 0.125)
     copy = store.with_read_only(True)
     assert (copy.max_size, copy.min_free_space) == (store.max_size, store.min_free_space)
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool"])
+def test_cache_info_tells_the_bound_in_force(kind: str, tmp_path: Path) -> None:
+    source = MemoryStore()
+    place: Any = {
+        "memory": MemoryStore(),
+        "directory": tmp_path / "cache",
+        "pool": CachePool(tmp_path / "pool", max_size=10**6),
+    }[kind]
+    stores = [
+        CacheStore(source, cache_store=place, source_id="one", max_size=size)
+        for size in (None, 9 * 10**6, 10**6)
+    ]
+    assert [store.max_size for store in stores] == [None, 9 * 10**6, 10**6]
+    for store in stores:
+        assert store.cache_info()["max_size"] == 10**6
+        assert "max_size=1000000" in repr(store)
 
 
 def test_share_in_memory_is_one_of_what_the_process_may_use() -> None:

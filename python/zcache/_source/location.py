@@ -11,6 +11,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipS
 
 from zcache._source import endpoints
 from zcache._source.answers import UnnamedError, ask
+from zcache._source.sessions import number_of
 from zcache._source.urls import check_query, web_address, without_user
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def _held(store: Any) -> tuple[Hashable, ...]:
                 return "dict", id(filesystem.store), filesystem._strip_protocol(path).strip("/")
             return "filesystem", id(filesystem), path.rstrip("/")
     if (module, name) == ("icechunk.store", "IcechunkStore"):
-        return "session", id(store._store)
+        return "session", number_of(store)
     return "store", id(store)
 
 
