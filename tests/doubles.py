@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import weakref
 from collections import Counter, UserDict
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from support import PROTOTYPE, cut, until
+from zcache._runtime.registry import Registry
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -191,12 +191,12 @@ class DictStore(Store):
                 yield name
 
 
-_stores: weakref.WeakSet[DictStore] = weakref.WeakSet()
+_stores: Registry[DictStore] = Registry()
 
 
 def _after_fork() -> None:
     # A thread that stayed with the parent may hold a lock.
-    for store in list(_stores):
+    for store in _stores.snapshot():
         store._lock = threading.Lock()
 
 

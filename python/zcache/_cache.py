@@ -29,6 +29,7 @@ from zcache._protocol.write import Writer
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.fork import at_fork
 from zcache._runtime.lingering import lease
+from zcache._runtime.registry import Registry
 from zcache._source.describe import describe
 from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
@@ -274,7 +275,7 @@ def _let_collect(place: Any, queue: FillQueue) -> None:
 
 # Guards the making of tokens and queues; never held over anything that waits.
 _lock = threading.RLock()
-_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+_caches: Registry[Cache] = Registry()
 _by_token: weakref.WeakValueDictionary[str, Cache] = weakref.WeakValueDictionary()
 
 
@@ -299,7 +300,7 @@ def _after_fork() -> None:
         shared.breaker.after_fork()
         shared.changes.after_fork()
         shared.place.after_fork()
-    for cache in list(_caches):
+    for cache in _caches.snapshot():
         cache.backend.counters.after_fork()
         if cache.reader.revalidator is not None:
             cache.reader.revalidator.after_fork()

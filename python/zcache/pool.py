@@ -134,7 +134,7 @@ class CachePool:
     def _use(self, store: PoolStore | PoolMemoryStore) -> None:
         self._store = store
         self._pool: Pool = pool_of(store)
-        self._pool.objects[id(self)] = self
+        self._pool.objects.add(self)
 
     @property
     def path(self) -> str | None:

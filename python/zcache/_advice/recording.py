@@ -24,6 +24,7 @@ from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -363,16 +364,16 @@ class RequestWriter:
 
 
 # A thread that still writes keeps its own alive.
-_writers: weakref.WeakSet[RequestWriter] = weakref.WeakSet()
+_writers: Registry[RequestWriter] = Registry()
 
 
 def _after_fork() -> None:
-    for writer in list(_writers):
+    for writer in _writers.snapshot():
         writer.after_fork()
 
 
 def _at_exit() -> None:
-    for writer in list(_writers):
+    for writer in _writers.snapshot():
         writer.close()
 
 

@@ -16,6 +16,7 @@ from zcache._backends.memory import MemoryBackend
 from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 from zcache._source.identity import identify
 from zcache._source.location import innermost, layers, location_here, unwrapped
 
@@ -54,7 +55,7 @@ class SourcePlace(MemoryStore):
 # Reentrant: inside it the garbage collector may end a place.
 _lock = threading.RLock()
 _places: weakref.WeakValueDictionary[str, SourcePlace] = weakref.WeakValueDictionary()
-_backends: weakref.WeakSet[SourceBackend] = weakref.WeakSet()
+_backends: Registry[SourceBackend] = Registry()
 # Those that have not ended. One that is cut off may land at any time, and never ends.
 _changes: set[_Change] = set()
 
@@ -97,7 +98,7 @@ class _Change:
         self._location, self._has_its_names = backend.location, backend.has_its_names
         self._prefix = prefix
         # Each index is told once; or, by two threads at a time, twice. It hears of the end as often.
-        self._known: weakref.WeakSet[SharedIndex] = weakref.WeakSet([backend.shared])
+        self._known = Registry([backend.shared])
         self._told: list[tuple[weakref.ref[SharedIndex], str]] = []
 
     def tell(self, backend: SourceBackend) -> None:
@@ -173,7 +174,7 @@ class SourceBackend(MemoryBackend):
         change = _Change(self, prefix, is_key=is_key)
         with _lock:
             _changes.add(change)
-            others = list(_backends)
+            others = _backends.snapshot()
         for other in others:
             change.tell(other)
         return change.end

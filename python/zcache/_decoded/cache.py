@@ -20,6 +20,7 @@ from zcache._decoded.origins import Origins
 from zcache._decoded.outputs import Outputs
 from zcache._decoded.room import Room
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     import asyncio
@@ -406,11 +407,11 @@ def decoded_of(store: object) -> DecodedCache | None:
     return store._decoded  # type: ignore[attr-defined,no-any-return]
 
 
-_live: weakref.WeakSet[DecodedCache] = weakref.WeakSet()
+_live: Registry[DecodedCache] = Registry()
 
 
 def _after_fork() -> None:
-    for cache in list(_live):
+    for cache in _live.snapshot():
         cache.after_fork()
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from typing import Protocol, TypeAlias
+
+from zcache._runtime.registry import Registry
 
 Version: TypeAlias = "dict[bytes, int]"
 """How many changes are known, by the process that has made them."""
@@ -27,7 +28,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._known: Version = {}
-        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._watchers: Registry[Watcher] = Registry()
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -42,7 +43,7 @@ class Changes:
 
     def tell(self, prefix: str, *, is_key: bool = False) -> None:
         """Tell all who watch that a key is being changed, or all at and below a prefix."""
-        for watcher in list(self._watchers):
+        for watcher in self._watchers.snapshot():
             watcher.changes(prefix, is_key=is_key)
 
     def begin(self, prefix: str, *, is_key: bool = False) -> None:

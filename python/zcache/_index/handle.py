@@ -15,13 +15,13 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
+from zcache._runtime.registry import Registry
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -126,7 +126,7 @@ class IndexHandle:
         self.deferred: deque[Callable[[], None]] = deque()
         self.follows_plan = False
         self.plan: Plan | None = None
-        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._watchers: Registry[Watcher] = Registry()
         self._counted_before = (0, 0, 0, 0, 0)
 
     # ----------------------------------------------------- the index of now
@@ -148,7 +148,7 @@ class IndexHandle:
         """Put an index, or what stands before it, where callers find it."""
         with self._lock:
             self._index = index
-            for watcher in list(self._watchers):
+            for watcher in self._watchers.snapshot():
                 watcher.use_index(index)
 
     @property

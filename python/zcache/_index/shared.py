@@ -16,13 +16,14 @@ from zcache._index.changes import Changes
 from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 from zcache._source.describe import describe
 from zcache._source.identity import same_source
 from zcache._source.urls import redact
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
     from zarr.abc.store import Store
 
@@ -74,7 +75,7 @@ class SharedIndex:
         What the backends of this place share beside the index, such as the directory.
     changes : Changes
         Of the source, as far as this process has made them, or has heard of them from copies.
-    users : WeakSet of Member
+    users : Registry of Member
         Who uses the index in this process; that of a pool is used by way of all its sources.
     """
 
@@ -98,7 +99,7 @@ class SharedIndex:
         self.key: Hashable = None
         self._source = source
         self.source_id = source_id
-        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._members: Registry[Member] = Registry()
         self.users = self._members
 
     def join(self, member: Member) -> None:
@@ -118,7 +119,7 @@ class SharedIndex:
 
     def _set_limits(self) -> None:
         with _lock:
-            if not (members := list(self._members)):
+            if not (members := self._members.snapshot()):
                 return
             ages = [member.limits["max_age"] for member in members]
             age = None if None in ages else max(ages)
@@ -161,7 +162,7 @@ class Member:
         self.limits = limits
 
 
-def choose_policy(handle: IndexHandle, users: Collection[Member], member: Member) -> None:
+def choose_policy(handle: IndexHandle, users: Registry[Member], member: Member) -> None:
     """Go by the policy of a new member, unless others use the index; then the member is told."""
     wanted = in_force = _policy_of(member.limits)
     for tries in range(_TRIES, -1, -1):

@@ -7,10 +7,11 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -200,12 +201,12 @@ class Plan:
         return [rule for rule in taken if not rule.after], [rule for rule in taken if rule.after]
 
 
-_plans: weakref.WeakSet[Plan] = weakref.WeakSet()
+_plans: Registry[Plan] = Registry()
 
 
 def _after_fork() -> None:
     # A thread that stayed with the parent may hold a lock.
-    for plan in list(_plans):
+    for plan in _plans.snapshot():
         plan.lock = threading.Lock()
 
 

@@ -22,6 +22,7 @@ from zcache._backends.directory.stamp import InUseError, Stamp
 from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims, take_folder_bytes
 from zcache._index.handle import IndexHandle
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 from zcache.exceptions import CacheOwnershipError, IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -349,12 +350,12 @@ class CacheDirectory:
 
 
 # Those that are just being opened among them, of which a forked child knows nothing else.
-_directories: weakref.WeakSet[CacheDirectory] = weakref.WeakSet()
+_directories: Registry[CacheDirectory] = Registry()
 
 
 def _release_locks() -> None:
     """Close, in a forked child, the locks of all directories of its parent."""
-    for directory in list(_directories):
+    for directory in _directories.snapshot():
         directory.release_locks()
 
 

@@ -11,6 +11,7 @@ from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
 from zcache._core import Index
+from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -29,25 +30,28 @@ class Fillers:
 
     def __init__(self) -> None:
         self.reads_only = False
-        self.all: weakref.WeakSet[PoolFiller] = weakref.WeakSet()
+        self._all: Registry[PoolFiller] = Registry()
         self._index: Index | None = None
 
     def add(self, filler: PoolFiller) -> None:
         filler.reads_only = self.reads_only
-        self.all.add(filler)
-        if self._index is not None:
-            filler.start(self._index)
+        self._all.add(filler)
+        while (index := self._index) is not None:
+            filler.start(index)
+            # Another one may have come meanwhile, and this one have taken its place.
+            if index is self._index:
+                return
 
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""
         self._index = index
-        for filler in list(self.all):
+        for filler in self._all.snapshot():
             filler.start(index)
 
     def abandon(self) -> None:
         """Drop, in a forked child, the jobs of the parent."""
         self._index = None
-        for filler in list(self.all):
+        for filler in self._all.snapshot():
             filler.abandon()
 
 

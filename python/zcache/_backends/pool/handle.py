@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
+from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,7 @@ class SourceHandle(IndexHandle):
         self._label = label
         self._slices = bool(limits["slices_like_python"])
         self._keeper = keeper
-        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._watchers: Registry[Watcher] = Registry()
         self.name = pool.name
         self.own_limits = limits
         self.follows_plan = False
@@ -76,7 +77,7 @@ class SourceHandle(IndexHandle):
     def show(self, index: Index) -> None:
         """Put a view, or what stands before it, where callers find it."""
         self._index = index
-        for watcher in list(self._watchers):
+        for watcher in self._watchers.snapshot():
             watcher.use_index(index)
 
     @property

@@ -21,6 +21,7 @@ from zcache._backends.pool.register import label_of, note_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 from zcache._index.shared import Member, choose_policy
+from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache._source.identity import has_ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
@@ -59,10 +60,10 @@ class Pool:
         Whether it was opened to be read from only.
     clock : callable
         Seconds; what ages are counted by.
-    users : WeakSet of Member
+    users : Registry of Member
         Who uses any of its sources.
-    objects : WeakValueDictionary
-        Each `CachePool` of it, by its address.
+    objects : Registry of CachePool
+        Each that stands for it.
     names : dict
         What is noted of each source that this process has opened, by its label; see `note_of`.
     """
@@ -75,12 +76,12 @@ class Pool:
     def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
         self.clock = clock
-        # Those that stand for it, by their addresses: their options count as long as they are referred to.
-        self._stores: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        # Those that stand for it: their options count as long as they are referred to.
+        self._stores: Registry[PoolStore | PoolMemoryStore] = Registry()
         self._add(store)
-        self._sources: weakref.WeakSet[PoolSource] = weakref.WeakSet()
-        self.users: weakref.WeakSet[Member] = weakref.WeakSet()
-        self.objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._sources: Registry[PoolSource] = Registry()
+        self.users: Registry[Member] = Registry()
+        self.objects: Registry[Any] = Registry()
         self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()
         # Who uses the pool in order that it goes by one policy.
@@ -93,7 +94,7 @@ class Pool:
         self.go_by(store.options)
 
     def _add(self, store: PoolStore | PoolMemoryStore) -> None:
-        self._stores[id(store)] = store
+        self._stores.add(store)
         self._when_gone(store)
 
     def _when_gone(self, asks: object) -> None:
@@ -149,12 +150,12 @@ class Pool:
     @property
     def max_size(self) -> int | None:
         """Bytes that the pool holds at most."""
-        return _least([store.options.max_size for store in self._stores.values()])
+        return _least([store.options.max_size for store in self._stores.snapshot()])
 
     @property
     def min_free_space(self) -> int | None:
         """Bytes of the volume that stay free."""
-        found = [store.options.min_free_space for store in self._stores.values()]
+        found = [store.options.min_free_space for store in self._stores.snapshot()]
         return max((one for one in found if one is not None), default=None)
 
     def notes(self) -> dict[str, dict[str, Any]]:
@@ -220,7 +221,7 @@ class Pool:
         Their ages are no limit: a source that is not in use now, or in use by another process, may have greater ones.
         """
         with self._lock:
-            limits = [source.handle.own_limits for source in list(self._sources)]
+            limits = [source.handle.own_limits for source in self._sources.snapshot()]
             sizes = [self.max_size, *(one["max_size"] for one in limits)]
             verify = [one["verify"] for one in limits]
             before = self.handle.limits["max_size"]
@@ -279,7 +280,7 @@ class MemoryPool(Pool):
     def forget(self, name: str) -> None:
         super().forget(name)
         label = label_of(name)
-        for source in list(self._sources):
+        for source in self._sources.snapshot():
             if source.label == label:
                 source.listings.forget_below("")
 
