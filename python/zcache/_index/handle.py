@@ -97,6 +97,8 @@ class IndexHandle:
         that it may wait for the lock, and raises `IndexBusyError` after that.
     unopened : Index or None
         An empty one, which stood or stands in the place of the index until that is open.
+    lock : RLock
+        Held while the index is replaced; never over a step.
     """
 
     take = staticmethod(_take)
@@ -115,7 +117,7 @@ class IndexHandle:
         self.unopened: Index | None = None
         self._when_open: list[Callable[[IndexHandle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._resolution: Future[None] | None = None
         # When the lock was first found taken that is taken still, and when it was last found so.
         self._stuck_since = -math.inf
@@ -138,15 +140,16 @@ class IndexHandle:
 
     @index.setter
     def index(self, index: Index) -> None:
-        if index is not self._index:
-            # What was counted goes on: a rebuild or a fork is no new beginning for the stores over it.
-            self._counted_before = self.stats()
-            self.plan = None
-            self.show(index)
+        with self.lock:
+            if index is not self._index:
+                # What was counted goes on: a rebuild or a fork is no new beginning for the stores over it.
+                self._counted_before = self.stats()
+                self.plan = None
+                self.show(index)
 
     def show(self, index: Index) -> None:
         """Put an index, or what stands before it, where callers find it."""
-        with self._lock:
+        with self.lock:
             self._index = index
             for watcher in self._watchers.snapshot():
                 watcher.use_index(index)
@@ -158,7 +161,7 @@ class IndexHandle:
 
     def watch(self, watcher: Watcher) -> None:
         """Tell `watcher` the index of now, and each one that takes its place."""
-        with self._lock:
+        with self.lock:
             self._watchers.add(watcher)
             watcher.use_index(self._index)
 
@@ -369,7 +372,7 @@ class IndexHandle:
         That happens in one thread for all who wait; None where no thread can be started to wait. `last`
         says that it was recovered often enough.
         """
-        with self._lock:
+        with self.lock:
             now = time.monotonic()
             # Where no thread waits, none says when it is free: it was if no caller has asked for a while.
             known = self._resolution is not None or now - self._stuck_last < LOCK_TIMEOUT
@@ -410,7 +413,7 @@ class IndexHandle:
         except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
             self.abandon(failure)
         finally:
-            with self._lock:
+            with self.lock:
                 if self._resolution is done:
                     self._resolution = None
                 self._stuck_since = -math.inf
@@ -435,15 +438,16 @@ class IndexHandle:
     def abandon(self, failure: BaseException) -> None:
         """Do without the cache store, until it is `restore`d."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             is_known = not self.usable or now - self._said < _QUIET
             self.usable = False
             if self.index.shared:
                 self.lost = self.index
             self.index = self.empty_index()
+            if not is_known:
+                self._said = now
         if is_known:
             return
-        self._said = now
         logger.warning(
             "the index of the cache %s cannot be used any more (%s). The source serves every read, until it can "
             "be used again; what is written is removed from it for other processes.",
@@ -454,7 +458,7 @@ class IndexHandle:
 
     def restore(self, index: Index) -> None:
         """Use the cache store again, with this index."""
-        with self._lock:
+        with self.lock:
             counted, again = self.stats(), index.stats()
             self.show(index)
             # What it had counted before it was abandoned is part of both.
@@ -471,7 +475,7 @@ class IndexHandle:
 
     def when_open(self, then: Callable[[IndexHandle], object]) -> None:
         """Call `then` with this handle now, or once the index is open."""
-        with self._lock:
+        with self.lock:
             if self.open_first is not None:
                 self._when_open.append(then)
                 return
@@ -479,7 +483,7 @@ class IndexHandle:
 
     def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
         """Have the index opened in the background; until then nothing is cached."""
-        with self._lock:
+        with self.lock:
             self.unopened = self.empty_index()
             self.index = self.unopened
             self.open_first = open_first
@@ -502,7 +506,7 @@ class IndexHandle:
 
     def _begin_opening(self) -> Future[None] | None:
         """Open the index in one thread for all who wait, or here where none can be started."""
-        with self._lock:
+        with self.lock:
             if self.open_first is None or self._opening is not None:
                 return self._opening
             now = time.monotonic()
@@ -537,7 +541,7 @@ class IndexHandle:
             self.abandon(failure)
             self.open_first = None
         finally:
-            with self._lock:
+            with self.lock:
                 waiting = []
                 if self.open_first is None:
                     waiting, self._when_open = self._when_open, []
@@ -552,7 +556,7 @@ class IndexHandle:
 
     def after_fork(self, open_first: Callable[[float], None] | None) -> None:
         """Start over in a forked child; with `open_first`, the index is opened at its first use."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._resolution = self._opening = None
         self._stuck_since = self._stuck_last = -math.inf
         self._opening_since = self._opened_last = -math.inf

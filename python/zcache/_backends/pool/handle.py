@@ -76,9 +76,10 @@ class SourceHandle(IndexHandle):
 
     def show(self, index: Index) -> None:
         """Put a view, or what stands before it, where callers find it."""
-        self._index = index
-        for watcher in self._watchers.snapshot():
-            watcher.use_index(index)
+        with self._pool.lock:
+            self._index = index
+            for watcher in self._watchers.snapshot():
+                watcher.use_index(index)
 
     @property
     def index(self) -> Index:
@@ -126,8 +127,10 @@ class SourceHandle(IndexHandle):
 
     def watch(self, watcher: Watcher) -> None:
         """Tell `watcher` the index of now, and each one that takes its place."""
-        self._watchers.add(watcher)
-        watcher.use_index(self._index)
+        # Under which the pool tells all its sources of another one.
+        with self._pool.lock:
+            self._watchers.add(watcher)
+            watcher.use_index(self._index)
 
     def stats(self) -> tuple[int, int, int, int, int]:
         """Counters of the pool."""

@@ -1,0 +1,47 @@
+"""The index of now: who calls it directly, and what is kept to by it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from zarr.storage import MemoryStore
+
+from zcache import CachePool, CacheStore
+
+if TYPE_CHECKING:
+    from zcache._core import Index
+    from zcache._index.handle import IndexHandle
+
+
+class Watcher:
+    """Notes whether another index could be put in the place of one that it is being told of."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock = lock
+        self.is_told_alone: list[bool] = []
+
+    def use_index(self, _: Index) -> None:
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        thread.join()
+
+    def _look(self) -> None:
+        is_free = self._lock.acquire(blocking=False)
+        self.is_told_alone.append(not is_free)
+        if is_free:
+            self._lock.release()
+
+
+@pytest.mark.parametrize("kind", ["memory", "pool"])
+def test_watcher_is_told_of_no_index_that_another_replaces_meanwhile(kind: str) -> None:
+    pool = CachePool(max_size="1MB")
+    cache = pool if kind == "pool" else MemoryStore()
+    store = CacheStore(MemoryStore(), cache_store=cache, source_id="s", max_size=1000)
+    handle: IndexHandle = store._cache.shared.handle
+    whole = pool._pool.handle if kind == "pool" else handle
+    watcher = Watcher(whole.lock)
+    handle.watch(watcher)
+    whole.index = whole.empty_index()
+    assert watcher.is_told_alone == [True, True]
