@@ -184,17 +184,14 @@ class Cache:
                 shared.fills = FillQueue(shared.handle, shared.breaker, filler)
                 _let_collect(shared.place, shared.fills)
             queue: FillQueue = shared.fills
-        pending, free = self.options.max_pending_size, self.options.min_free_space
-        if pending is not None:
-            # The smallest that was asked for.
-            sizes = (pending, queue.max_pending_size)
-            queue.max_pending_size = min(sizes) if queue.is_set else pending
-            queue.is_set = True
-        if free is not None:
-            place = shared.place
-            place.filler.min_free_space = max(
-                free, getattr(place.filler, "min_free_space", None) or 0
-            )
+            # The strictest that was asked for: two stores may be made at a time.
+            pending, free = self.options.max_pending_size, self.options.min_free_space
+            if pending is not None:
+                sizes = (pending, queue.max_pending_size)
+                queue.max_pending_size = min(sizes) if queue.is_set else pending
+                queue.is_set = True
+            if free is not None:
+                filler.min_free_space = max(free, filler.min_free_space or 0)
 
     @property
     def token(self) -> str:

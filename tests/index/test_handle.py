@@ -45,3 +45,22 @@ def test_watcher_is_told_of_no_index_that_another_replaces_meanwhile(kind: str) 
     handle.watch(watcher)
     whole.index = whole.empty_index()
     assert watcher.is_told_alone == [True, True]
+
+
+def test_limits_that_change_while_they_are_handed_over_are_in_force() -> None:
+    told: list[int | None] = []
+
+    class Slow:
+        """An index; while it is told of its first limits another thread changes them."""
+
+        def set_limits(self, max_size: int | None, *_: object) -> None:
+            if not told:
+                handle.change_limits({"max_size": 5})
+                told.append(5)
+            told.append(max_size)
+
+    store = CacheStore(MemoryStore(), cache_store=MemoryStore(), source_id="s", max_size=1000)
+    handle: IndexHandle = store._cache.shared.handle
+    handle.take = lambda step, _: step(Slow())  # type: ignore[method-assign]
+    handle.apply_limits()
+    assert told == [5, 1000, 5]

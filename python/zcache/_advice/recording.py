@@ -219,7 +219,8 @@ class RequestWriter:
         if len(self._waiting) < MOST:
             self._waiting.append(request)
         else:
-            self.left_out += 1
+            with self._lock:
+                self.left_out += 1
 
     def _wait_for_size(
         self, key: str, byte_range: ByteRange | None, now: float, outdated: bool

@@ -26,6 +26,8 @@ class Counters:
     skipped : int
         Reads and writes for which the cache store was left alone, because it kept failing or another
         process kept the lock of its index.
+    owed : int
+        Deletes that go on without their callers now.
     """
 
     def __init__(self) -> None:
@@ -34,14 +36,18 @@ class Counters:
         self.damaged = 0
         self.skipped = 0
         self.stale = 0
+        self.owed = 0
         # `+=` alone loses some without the GIL. Reentrant: inside it the garbage collector may end a read.
         self._lock = threading.RLock()
 
-    def count(self, what: Literal["bypassed", "damaged", "skipped", "stale"]) -> None:
-        """Count one more."""
+    def count(
+        self, what: Literal["bypassed", "damaged", "skipped", "stale", "owed"], by: int = 1
+    ) -> None:
+        """Count one more, or so many."""
         with self._lock:
-            setattr(self, what, getattr(self, what) + 1)
+            setattr(self, what, getattr(self, what) + by)
 
     def after_fork(self) -> None:
-        """Start with a lock of our own."""
+        """Start with a lock of our own. What goes on does so in the parent."""
         self._lock = threading.RLock()
+        self.owed = 0

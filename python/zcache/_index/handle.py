@@ -26,7 +26,7 @@ from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from zcache._runtime.io import IO
 
@@ -98,7 +98,7 @@ class IndexHandle:
     unopened : Index or None
         An empty one, which stood or stands in the place of the index until that is open.
     lock : RLock
-        Held while the index is replaced; never over a step.
+        Held while the index or its limits are replaced; never over a step.
     """
 
     take = staticmethod(_take)
@@ -178,14 +178,23 @@ class IndexHandle:
 
     def note_policy(self, policy: dict[str, str]) -> None:
         """Have an index that is made or opened later go by this policy."""
-        self.limits = {**self.limits, **policy}
+        self.change_limits(policy)
+
+    def change_limits(self, limits: Mapping[str, Any]) -> None:
+        """Have these be in `limits`, in place of those that are there."""
+        with self.lock:
+            self.limits = {**self.limits, **limits}
 
     def apply_limits(self) -> None:
         """Have the index of now keep to `limits`."""
-        limits = self.limits
-        self.call_later(
-            ignore, Index.set_limits, limits["max_size"], limits["max_age"], limits["verify"]
-        )
+        self.call_later(ignore, self._set_limits)
+
+    def _set_limits(self, index: Index) -> None:
+        limits = None
+        # Another thread may have changed them meanwhile, and have been faster.
+        while limits is not self.limits:
+            limits = self.limits
+            index.set_limits(limits["max_size"], limits["max_age"], limits["verify"])
 
     # -------------------------------------------------------------- steps
 

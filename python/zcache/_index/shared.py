@@ -126,12 +126,7 @@ class SharedIndex:
             size = _least(members, "max_size")
             verify = max((m.limits["verify"] for m in members), key=_BY_STRICTNESS.index)
             before = self.handle.limits["max_size"]
-            self.handle.limits = {
-                **self.handle.limits,
-                "max_size": size,
-                "max_age": age,
-                "verify": verify,
-            }
+            self.handle.change_limits({"max_size": size, "max_age": age, "verify": verify})
         self.handle.apply_limits()
         enforce = getattr(self.place, "enforce_bound", None)
         if enforce is not None and size is not None and (before is None or size < before):

@@ -178,7 +178,8 @@ class FillQueue:
                     return False
         except (RuntimeError, OSError, ValueError) as error:
             if concerns_key(error):
-                self._refused.add((job.key, job.byte_range))
+                with self._lock:
+                    self._refused.add((job.key, job.byte_range))
             self.breaker.failed(error, "write")
             return False
 
@@ -254,7 +255,6 @@ class FillQueue:
         self._pending.clear()
         self.pending_size = 0
         self._stalled = False
-        _busy.discard(self)
 
 
 # Queues with pending fills, which live until those have ended.

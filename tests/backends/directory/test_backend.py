@@ -229,10 +229,10 @@ async def test_delete_that_a_cancelled_reader_leaves_is_counted_once(
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    owed = store._cache.backend._owed
+    owed = store._cache.backend.counters.owed
     go.set()
     await drained(store)
-    await until(lambda: store._cache.backend._owed == 0)
+    await until(lambda: store._cache.backend.counters.owed == 0)
     assert owed == 1
 
 

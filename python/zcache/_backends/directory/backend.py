@@ -51,8 +51,6 @@ class DirectoryBackend(Backend):
     """
 
     removes_by_name = True
-    # Deletes that go on without their callers.
-    _owed = 0
 
     def __init__(self, store: LocalStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)
@@ -103,7 +101,7 @@ class DirectoryBackend(Backend):
             # They stay, and this process serves them no more.
             self.remove_later(victims)
             return
-        if self._owed >= MOST_OWED:
+        if self.counters.owed >= MOST_OWED:
             self.remove_later(victims)
             return
         work = partial(self._remove_in_thread, victims)
@@ -121,7 +119,7 @@ class DirectoryBackend(Backend):
             outcome = [_as_os_error(error)] * len(victims)
         except BaseException:
             # Its caller was cancelled, and it goes on.
-            self._owed += 1
+            self.counters.count("owed")
             raise
         dropped, failed = self._sort(victims, outcome)
         if failed:
@@ -200,7 +198,7 @@ class DirectoryBackend(Backend):
 
     async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
         """Remove files by their names, and wait for that as long as they are removed."""
-        if self._owed >= MOST_OWED:
+        if self.counters.owed >= MOST_OWED:
             return
         timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
@@ -212,17 +210,17 @@ class DirectoryBackend(Backend):
         except OSError as error:
             self.breaker.failed(error, "delete")
         except BaseException:
-            self._owed += 1
+            self.counters.count("owed")
             raise
 
     def _unanswered(self, error: Exception, timeout: float) -> None:
-        self._owed += 1
+        self.counters.count("owed")
         # One that was not waited for may be answered yet.
         if timeout:
             self.breaker.failed(error, "delete")
 
     def _ended_late(self, _: object) -> None:
-        self._owed -= 1
+        self.counters.count("owed", -1)
 
     def _tell_and_remove(self, prefix: str, work: Callable[[], list[tuple[str, OSError]]]) -> None:
         """Tell others of a change without the index: nothing older is filled, nothing older is there.
@@ -293,7 +291,7 @@ class DirectoryBackend(Backend):
     def _removed_late(
         self, victims: Sequence[Victim], outcome: list[OSError | None] | BaseException
     ) -> None:
-        self._owed -= 1
+        self.counters.count("owed", -1)
         if isinstance(outcome, BaseException):
             self.remove_later(victims)
             return

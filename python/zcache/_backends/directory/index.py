@@ -108,7 +108,7 @@ class CacheDirectory:
         except OSError as error:
             self._read_from(error)
             return
-        self.handle.limits = self.layout.with_unit(self.handle.limits)
+        self.handle.change_limits(self.layout.own_limits())
         self._begin()
         self.enforce_bound()
 
@@ -315,7 +315,7 @@ class CacheDirectory:
         self.filler.reads_only = self.scanner.only_looks = True
         with contextlib.suppress(OSError):
             self.layout.note_block_size()
-        self.handle.limits = self.layout.with_unit(self.handle.limits)
+        self.handle.change_limits(self.layout.own_limits())
         self.handle.index = Index(**self.handle.limits, complete=False)
         work = self._rebuild.begin("it is only read from")
         if work is not None:

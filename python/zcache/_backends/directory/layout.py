@@ -154,9 +154,9 @@ class Layout:
 
     # ------------------------------------------------------------ the index
 
-    def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
-        """These limits of an index, counted in blocks of the volume."""
-        return {**limits, "unit": self._block_size}
+    def own_limits(self) -> dict[str, Any]:
+        """Limits of the index that come from the volume: it counts in blocks."""
+        return {"unit": self._block_size}
 
     def open_index(self, limits: dict[str, Any], until: float) -> tuple[Index, bool]:
         """Open the index, and say whether it is new.

@@ -124,7 +124,7 @@ class Recovery:
         lost = handle.lost
         try:
             layout.claim(adopt=False)
-            handle.limits = layout.with_unit(handle.limits)
+            handle.change_limits(layout.own_limits())
             if lost is None:
                 until = time.monotonic() + REBUILD_PATIENCE
                 index, is_new = layout.open_index(handle.limits, until)

@@ -9,7 +9,7 @@ from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
 from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from zcache._core import CorruptIndexError, Index, Plan
     from zcache._index.handle import T, Watcher
@@ -91,14 +91,15 @@ class SourceHandle(IndexHandle):
         self._pool.index = index
 
     @property
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:  # type: ignore[override]
         """What the source asks for, and what is the same for all of the pool."""
         of_pool = self._pool.limits
         return {**self.own_limits, **{name: of_pool[name] for name in _OF_POOL if name in of_pool}}
 
-    @limits.setter
-    def limits(self, limits: dict[str, Any]) -> None:
-        self.own_limits = limits
+    def change_limits(self, limits: Mapping[str, Any]) -> None:
+        """Have the source ask for these, in place of what it asked for."""
+        with self._pool.lock:
+            self.own_limits = {**self.own_limits, **limits}
 
     @property
     def usable(self) -> bool:  # type: ignore[override]

@@ -239,8 +239,8 @@ class PoolLayout(Layout):
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))
 
-    def with_unit(self, limits: dict[str, Any]) -> dict[str, Any]:
-        return {**super().with_unit(limits), "holes": self.holes}
+    def own_limits(self) -> dict[str, Any]:
+        return {**super().own_limits(), "holes": self.holes}
 
 
 def _for_group(mode: int) -> int:

@@ -226,11 +226,12 @@ class Pool:
             verify = [one["verify"] for one in limits]
             before = self.handle.limits["max_size"]
             size = _least(sizes)
-            self.handle.limits = {
-                **self.handle.limits,
-                "max_size": size,
-                "verify": max(verify, key=_BY_STRICTNESS.index, default="first"),
-            }
+            self.handle.change_limits(
+                {
+                    "max_size": size,
+                    "verify": max(verify, key=_BY_STRICTNESS.index, default="first"),
+                }
+            )
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
         if is_less:
@@ -245,8 +246,7 @@ class Pool:
 
     def note_policy(self, policy: dict[str, str]) -> None:
         """Go by this policy when the index is opened anew."""
-        with self._lock:
-            self.handle.note_policy(policy)
+        self.handle.note_policy(policy)
 
     def after_fork(self) -> None:
         """Start over in a forked child, once for all sources."""
