@@ -243,17 +243,15 @@ def install() -> None:
     zarr makes the pipeline of each array in `create_codec_pipeline`, from the class that is configured then.
     What it makes for such a store is wrapped; all else stays as it is, and so does the config.
     """
-    if hasattr(getattr(zarr_array, "create_codec_pipeline", None), "_zcache"):
+    if not hasattr(zarr_array, "create_codec_pipeline"):
+        logger.warning(
+            "this zarr makes codec pipelines in another way, so decoded_size has no effect by itself. Set "
+            'zarr.config.set({"codec_pipeline.path": "%s"}).',
+            _NAME,
+        )
         return
     with _lock:
-        make = getattr(zarr_array, "create_codec_pipeline", None)
-        if make is None:
-            logger.warning(
-                "this zarr makes codec pipelines in another way, so decoded_size has no effect by itself. Set "
-                'zarr.config.set({"codec_pipeline.path": "%s"}).',
-                _NAME,
-            )
-            return
+        make: Any = zarr_array.create_codec_pipeline
         if hasattr(make, "_zcache"):
             return
 

@@ -165,25 +165,13 @@ class CircuitBreaker:
     def failed(self, error: BaseException, operation: Operation = "read") -> None:
         """Note an operation that raised, or did not answer in time (`TimeoutError`)."""
         now = self.clock()
+        # However often: other keys may fare better.
+        is_of_key = operation != "list" and concerns_key(error)
         with self._lock:
             self.failures += 1
-            if operation != "list" and concerns_key(error):
-                # However often: other keys may fare better.
-                logger.debug(
-                    "the cache store %s cannot hold a key: %s", self._name, self._show(error)
-                )
-                return
-            failures = self.failing.setdefault(operation, _Failures())
-            failures.in_a_row += 1
-            failures.timed_out |= isinstance(error, TimeoutError)
-            self.reads_fail |= operation == "read"
-            # What was under way when the pause began, and fails now, is no news.
-            if failures.is_open:
-                failures.begin_pause(now)
-            warn = not self._warned and now >= self._quiet_until
-            if warn:
-                self._warned = True
-                self._quiet_until = now + QUIET
+            warn = not is_of_key and self._count(error, operation, now)
+        if is_of_key:
+            logger.debug("the cache store %s cannot hold a key: %s", self._name, self._show(error))
         if warn:
             logger.warning(
                 "the cache store %s failed: %s. The source serves all reads; the cache is used again "
@@ -192,6 +180,21 @@ class CircuitBreaker:
                 # As text: a log record is kept for long by some, and with it the frames of an exception.
                 self._show(error),
             )
+
+    def _count(self, error: BaseException, operation: Operation, now: float) -> bool:
+        """Count a failure, and say whether the log is to hear of it. To be called under the lock."""
+        failures = self.failing.setdefault(operation, _Failures())
+        failures.in_a_row += 1
+        failures.timed_out |= isinstance(error, TimeoutError)
+        self.reads_fail |= operation == "read"
+        # What was under way when the pause began, and fails now, is no news.
+        if failures.is_open:
+            failures.begin_pause(now)
+        if self._warned or now < self._quiet_until:
+            return False
+        self._warned = True
+        self._quiet_until = now + QUIET
+        return True
 
     def after_fork(self) -> None:
         """Start over in a forked child, to which nothing has failed yet; the count goes on."""
