@@ -64,3 +64,24 @@ def test_limits_that_change_while_they_are_handed_over_are_in_force() -> None:
     handle.take = lambda step, _: step(Slow())  # type: ignore[method-assign]
     handle.apply_limits()
     assert told == [5, 1000, 5]
+
+
+def test_what_waits_for_an_index_to_open_and_fails_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = CacheStore(MemoryStore(), cache_store=MemoryStore(), source_id="s", max_size=1000)
+    handle: IndexHandle = store._cache.shared.handle
+    told: list[object] = []
+    go = threading.Event()
+
+    def fail(_: object) -> None:
+        raise ValueError("it cannot be told")
+
+    opening = handle.open_later(lambda _: go.wait())
+    assert opening is not None
+    handle.when_open(fail)
+    handle.when_open(told.append)
+    go.set()
+    opening.result()
+    assert told == [handle]
+    assert "it cannot be told" in caplog.text

@@ -89,6 +89,26 @@ async def test_in_thread_cancelled_when_it_is_done_reports_once() -> None:
     assert outcomes == [7]
 
 
+def refuse(_: object) -> None:
+    raise OSError(5, "the index is gone")
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+async def test_report_of_a_detached_outcome_that_fails_is_logged(
+    is_over: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = asyncio.get_running_loop()
+    call = threads.ThreadCall(lambda: 7, loop.create_future(), threads._completions(loop))
+    if is_over:
+        call.run()
+        # It must not take the place of the cancellation that brings it here.
+        call.detach(refuse)
+    else:
+        call.detach(refuse)
+        call.run()
+    assert "the index is gone" in caplog.text
+
+
 async def test_in_thread_with_a_timeout_raises_and_reports_later() -> None:
     go, told = threading.Event(), threading.Event()
     outcomes: list[object] = []

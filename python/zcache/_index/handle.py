@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
+from zcache._runtime.coroutines import report
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
@@ -272,7 +273,7 @@ class IndexHandle:
         """Take a step now if that needs no waiting, else in the background; `then` gets its answer."""
         if self.deferred:
             self.take_deferred()
-        self._call_later(then, step, args, 0)
+        self._call_later(partial(report, then), step, args, 0)
 
     def _call_later(
         self, then: Callable[[T], object], step: Callable[..., T], args: Any, damages: int
@@ -557,8 +558,7 @@ class IndexHandle:
                 if self._opening is done:
                     self._opening = None
             for then in waiting:
-                with contextlib.suppress(Exception):
-                    then(self)
+                report(then, self)
             done.set_result(None)
 
     # -------------------------------------------------------------- forks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -12,6 +13,7 @@ from zcache._runtime.fork import at_fork
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+logger = logging.getLogger("zcache")
 T = TypeVar("T")
 
 
@@ -115,6 +117,17 @@ async def shield_to_completion(
         raise
 
 
+def report(to: Callable[[T], object] | None, outcome: T) -> None:
+    """Tell of an outcome that no caller waits for. What that raises is logged, and takes the place of no other error."""
+    if to is None:
+        return
+    try:
+        to(outcome)
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        # As text: a log record is kept for long by some, and with it the frames of an exception.
+        logger.warning("what had ended without its caller could not be taken note of: %r", error)
+
+
 class _Sent(Generic[T]):
     """Work that goes on without its caller."""
 
@@ -169,7 +182,7 @@ class _Sent(Generic[T]):
         # What ends in a forked child goes on in its parent.
         if not self._reported and self._process is _process:
             self._reported = True
-            self._on_detached_result(outcome)
+            report(self._on_detached_result, outcome)
 
 
 # The event loop itself keeps only weak references to its tasks.

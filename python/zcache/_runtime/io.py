@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from zarr.abc.store import SupportsSyncStore
 from zarr.storage import MemoryStore
 
-from zcache._runtime.coroutines import NoAnswerError, shield_to_completion, within
+from zcache._runtime.coroutines import NoAnswerError, report, shield_to_completion, within
 from zcache._runtime.threads import NoThreadError, in_thread, in_thread_sync
 
 if TYPE_CHECKING:
@@ -231,5 +231,5 @@ async def _change_now(
     except Exception:
         raise
     except BaseException as interrupt:
-        on_detached_result(interrupt)
+        report(on_detached_result, interrupt)
         raise

@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from zcache._runtime.coroutines import NoAnswerError
+from zcache._runtime.coroutines import NoAnswerError, report
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
@@ -181,8 +181,9 @@ def in_thread_sync(
         # The work may have ended since the caller stopped waiting; what it raised itself is no news.
         is_its_own = future.done() and future.exception() is error
         if on_detached_result is not None and not is_its_own:
-            tell = on_detached_result
-            future.add_done_callback(lambda f: tell(f.exception() or f.result()))
+            future.add_done_callback(
+                lambda f: report(on_detached_result, f.exception() or f.result())
+            )
         if isinstance(error, TimeoutError) and not is_its_own:
             raise NoAnswerError(timeout) from None
         raise
@@ -232,8 +233,7 @@ class ThreadCall(Generic[T]):
         if detached is None:
             self._completions.add(self)
         else:
-            with contextlib.suppress(Exception):
-                detached(self._outcome())
+            report(detached, self._outcome())
 
     def detach(self, on_detached_result: Callable[[T | BaseException], object] | None) -> None:
         """Take the result elsewhere: the coroutine does not wait for it any more."""
@@ -243,7 +243,7 @@ class ThreadCall(Generic[T]):
             if not self._over:
                 self._on_detached = on_detached_result
                 return
-        on_detached_result(self._outcome())
+        report(on_detached_result, self._outcome())
 
     def _outcome(self) -> Any:
         return self.result if self.error is None else self.error
