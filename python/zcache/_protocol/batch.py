@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.base import ABSENT, FillJob
 from zcache._byte_ranges import ByteRange, to_byte_range
 from zcache._core import Index, is_cacheable_key
-from zcache._index.handle import LOCK_TIMEOUT
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
 from zcache._runtime.coroutines import Passage, stop
@@ -343,10 +342,7 @@ class Batch:
             reader.counters.count("skipped")
         try:
             joined = await reader.handle.call(
-                self._io,
-                Index.join,
-                *(*asked, flight, now, left_alone, *ages),
-                timeout=LOCK_TIMEOUT,
+                self._io, Index.join, *(*asked, flight, now, left_alone, *ages)
             )
         except IndexLockTimeout:
             # Its miss was counted when it was looked up.

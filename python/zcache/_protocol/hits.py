@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, IndexBusyError, crc32c
-from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, IndexHandle, ignore
+from zcache._index.handle import RETRYABLE, IndexHandle, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import Array, freeze, snapshot, to_buffer
@@ -251,10 +251,7 @@ class Hits:
             return None
         try:
             return await self.handle.call(
-                io,
-                Index.peek,
-                *(key, None, self.now(), self.ages.of(key), self.missing_ages(key)),
-                timeout=LOCK_TIMEOUT,
+                io, Index.peek, *(key, None, self.now(), self.ages.of(key), self.missing_ages(key))
             )
         except IndexLockTimeout:
             return None
@@ -360,10 +357,7 @@ class Hits:
         intact = self.backend.intact_size(name)
         try:
             victims = await self.handle.call(
-                io,
-                Index.discard,
-                *(key, byte_range, self.now(), size, max_age),
-                timeout=LOCK_TIMEOUT,
+                io, Index.discard, *(key, byte_range, self.now(), size, max_age)
             )
         except IndexLockTimeout:
             return False  # The next read finds the same.
@@ -376,13 +370,13 @@ class Hits:
     async def wait_until_complete(self, io: IO) -> bool:
         """Wait until the index knows all that is cached, a minute at most; False where it does already."""
         with contextlib.suppress(IndexLockTimeout):
-            if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+            if await self.handle.call(io, _is_complete):
                 return False
         self.backend.begin(io)
         until = time.monotonic() + COMPLETE_TIMEOUT
         while time.monotonic() < until:
             with contextlib.suppress(IndexLockTimeout):
-                if await self.handle.call(io, _is_complete, timeout=LOCK_TIMEOUT):
+                if await self.handle.call(io, _is_complete):
                     break
             await io.pause(COMPLETE_PAUSE)
         return True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
-from zcache._index.handle import LOCK_TIMEOUT, RETRYABLE, ignore
+from zcache._index.handle import RETRYABLE, ignore
 from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
@@ -285,7 +285,7 @@ class Reader:
         if not counts or not await io.wait(other):
             # Its leader cannot go on: all who wait for it start over, and later readers do not join it.
             with contextlib.suppress(IndexLockTimeout):
-                await self.handle.call(io, Index.abort_flight, key, other, timeout=LOCK_TIMEOUT)
+                await self.handle.call(io, Index.abort_flight, key, other)
             other.abandon()
         if not counts or other.must_ask_again(prototype.buffer):
             return False, None
@@ -320,7 +320,6 @@ class Reader:
                 Index.join,
                 *(key, byte_range, flight, self.now(), left_alone),
                 *(self.ages.of(key), self.hits.missing_ages(key)),
-                timeout=LOCK_TIMEOUT,
             )
             is_answer, value = False, None
             if joined is None:

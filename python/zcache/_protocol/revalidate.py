@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import METADATA
 from zcache._core import Index
-from zcache._index.handle import LOCK_TIMEOUT, ignore
+from zcache._index.handle import ignore
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import IndexLockTimeout
@@ -136,9 +136,7 @@ class Revalidator:
         if not hits.breaker.allows():
             return None
         try:
-            return await hits.handle.call(
-                io, Index.validator, key, byte_range, timeout=LOCK_TIMEOUT
-            )
+            return await hits.handle.call(io, Index.validator, key, byte_range)
         except IndexLockTimeout:
             return None
 
@@ -176,10 +174,7 @@ class Revalidator:
         hits = self._hits
         try:
             hit: Any = await hits.handle.call(
-                io,
-                Index.refresh,
-                *(key, byte_range, ticket, validator, asked, hits.now()),
-                timeout=LOCK_TIMEOUT,
+                io, Index.refresh, *(key, byte_range, ticket, validator, asked, hits.now())
             )
         except IndexLockTimeout:
             return None

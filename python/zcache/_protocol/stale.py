@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._backends.base import ABSENT
 from zcache._core import Index, is_cacheable_key
-from zcache._index.handle import LOCK_TIMEOUT
 from zcache._runtime.fork import at_fork
 from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
@@ -135,7 +134,7 @@ class StaleValues:
         missing = (own + self._seconds if own else 0.0, self._longer(node))
         asked = (key, byte_range, hits.now(), max_age, missing)
         try:
-            return await hits.handle.call(io, step, *asked, timeout=LOCK_TIMEOUT)
+            return await hits.handle.call(io, step, *asked)
         except IndexLockTimeout:
             return None
 

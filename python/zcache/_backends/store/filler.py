@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from zcache._backends.base import Ended
 from zcache._backends.store.backend import names_of
 from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc32c
-from zcache._index.handle import LOCK_TIMEOUT, ignore
+from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError, OutcomeUnknown, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.threads import run_in_background
@@ -281,7 +281,7 @@ class _Fill:
         self._close_flight()
 
     def _step(self, late: Any, step: Any, *args: Any) -> Coroutine[Any, Any, Any]:
-        return self._handle.call_shielded(self._io, late, step, *args, timeout=LOCK_TIMEOUT)
+        return self._handle.call_shielded(self._io, late, step, *args)
 
     async def _run(self) -> bool:
         job, size = self._job, len(self._job.data)
@@ -289,10 +289,7 @@ class _Fill:
         # Before anything is reserved that a cancellation would have to give back.
         self._checksum = await self._io.aside(size, partial(crc32c, job.data))
         answer = await self._handle.call(
-            self._io,
-            Index.reserve,
-            *(job.key, job.byte_range, size, job.ticket, now()),
-            timeout=LOCK_TIMEOUT,
+            self._io, Index.reserve, *(job.key, job.byte_range, size, job.ticket, now())
         )
         while not isinstance(answer, Rejected):
             reservation = self._reservation = answer.reservation
