@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import inspect
 import logging
 import os
 import threading
-import time
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -24,6 +22,7 @@ from zcache._options import (
     parse_size,
     path_of_cache_store,
 )
+from zcache._runtime import lingering
 from zcache._runtime.capacity import memory, volume
 from zcache._runtime.fork import at_fork
 from zcache._source.opening import open_source, plain
@@ -42,8 +41,6 @@ DEFAULT_SHARE: Final = "20%"
 """What a pool may take of its volume or of the memory, unless an option says how much."""
 _PATIENCE: Final = 1.0
 """Seconds for which a pool that no store uses any more is waited for."""
-_LOOK_AGAIN: Final = 0.002
-"""Seconds between two looks."""
 
 _ELSEWHERE: Final = {
     "store": 'Give it as the first argument, as in zcache.open("s3://bucket/key")',
@@ -128,17 +125,14 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     # Before anything is made there.
     check_cache_store(source, place.store, f"{place.option}: {place.name!r}")
     size = parse_size(max_size, whole=place.capacity)
-    pool = _pool(place, size, adopt=adopt)
-    until = time.monotonic() + _PATIENCE
-    while (
-        size not in (None, pool.max_size)
-        and not (place.pool or pool.is_in_use)
-        and time.monotonic() < until
-    ):
+    for _ in lingering.looks(_PATIENCE):
+        place = _place(cache)
+        pool = _pool(place, size, adopt=adopt)
+        if size in (None, pool.max_size) or place.pool or pool.is_in_use:
+            break
         # Stores that were dropped have it until their last values are there.
         del pool, place
-        gc.collect()
-        time.sleep(_LOOK_AGAIN)
+    else:
         place = _place(cache)
         pool = _pool(place, size, adopt=adopt)
     if size is not None and size != pool.max_size:

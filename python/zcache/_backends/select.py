@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore, MemoryStore
 
@@ -78,21 +77,11 @@ def open_backend(
         If the cache store belongs to another source or user.
     """
     opening = _Opening(cache, source, source_id, adopt, limits, clock)
-    for _ in range(_TRIES):
-        try:
+    for _ in lingering.looks():
+        # One that is kept would keep the index that is in the way.
+        with contextlib.suppress(CacheOwnershipError):
             return opening.open()
-        except CacheOwnershipError:
-            # Stores that are only waiting for the next user, to be collected, or for a step in the background, do not count.
-            lingering.release()
-            gc.collect()
-            time.sleep(_PAUSE)
     return opening.open()
-
-
-_TRIES: Final = 5
-"""Times that a cache store of another source is looked at again, ..."""
-_PAUSE: Final = 0.02
-"""... after so many seconds."""
 
 
 class _Opening:
@@ -169,8 +158,7 @@ class _Opening:
         except CacheOwnershipError as error:
             if not shared.source_id.is_ephemeral:
                 raise
-            lingering.release()
-            gc.collect()
+            lingering.make_way()
             shared = find_or_make(key, self._new_directory)
             if shared.source_id != self.source_id:
                 # It ends with this process, so it is not worth an error; the log names the way out.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 import threading
-import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
 from zcache._index.changes import Changes
+from zcache._index.limits import strictest
 from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
@@ -23,7 +22,7 @@ from zcache._source.urls import redact
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable
 
     from zarr.abc.store import Store
 
@@ -31,13 +30,8 @@ if TYPE_CHECKING:
     from zcache._source.identity import SourceId
     from zcache._source.location import Location
 
-_BY_STRICTNESS: Final = ("never", "first", "always")
 _POLICY: Final = ("eviction", "minimise")
 _PACKAGE: Final = __name__.partition(".")[0]
-_TRIES: Final = 5
-"""Times that it is looked whether those who use another policy are gone, ..."""
-_PAUSE: Final = 0.02
-"""... after so many seconds."""
 logger = logging.getLogger("zcache")
 
 
@@ -123,10 +117,10 @@ class SharedIndex:
                 return
             ages = [member.limits["max_age"] for member in members]
             age = None if None in ages else max(ages)
-            size = _least(members, "max_size")
-            verify = max((m.limits["verify"] for m in members), key=_BY_STRICTNESS.index)
+            limits = strictest([member.limits for member in members])
+            size = limits["max_size"]
             before = self.handle.limits["max_size"]
-            self.handle.change_limits({"max_size": size, "max_age": age, "verify": verify})
+            self.handle.change_limits({**limits, "max_age": age})
         self.handle.apply_limits()
         enforce = getattr(self.place, "enforce_bound", None)
         if enforce is not None and size is not None and (before is None or size < before):
@@ -160,7 +154,7 @@ class Member:
 def choose_policy(handle: IndexHandle, users: Registry[Member], member: Member) -> None:
     """Go by the policy of a new member, unless others use the index; then the member is told."""
     wanted = in_force = _policy_of(member.limits)
-    for tries in range(_TRIES, -1, -1):
+    for _ in lingering.looks():
         in_force = _policy_of(handle.limits)
         if in_force == wanted or not users:
             # With what is wanted it is opened, if it is not yet.
@@ -172,8 +166,6 @@ def choose_policy(handle: IndexHandle, users: Registry[Member], member: Member) 
             handle.note_policy(dict(zip(_POLICY, in_force, strict=True)))
         if in_force == wanted:
             return
-        if tries:
-            _let_go()
     message = _other_policy(handle.name, wanted, in_force)
     warnings.warn(message, UserWarning, stacklevel=_level_of_user())
 
@@ -211,13 +203,6 @@ class _Asked:
         return self._answer or self._wanted
 
 
-def _let_go() -> None:
-    """Stores that are only waiting for the next user, to be collected, or for a step in the background, do not count."""
-    lingering.release()
-    gc.collect()
-    time.sleep(_PAUSE)
-
-
 def _policy(eviction: str, minimise: str) -> tuple[str, str]:
     # The others do not look at costs.
     return eviction, minimise if eviction == "adaptive" else "requests"
@@ -245,11 +230,6 @@ def _show(error: BaseException) -> str:
 
 def _named(source: Store, source_id: SourceId) -> str:
     return describe(source) if source_id.is_ephemeral else source_id.name
-
-
-def _least(members: Iterable[Member], limit: str) -> Any:
-    given = [member.limits[limit] for member in members]
-    return min((value for value in given if value is not None), default=None)
 
 
 # As long as they are in use; `_held` keeps those of dicts as long as their stores live.

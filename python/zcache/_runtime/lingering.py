@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import gc
 import math
 import threading
 import time
@@ -16,10 +17,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
 LINGER: Final = 60.0
 """Seconds for which something is kept without a user."""
+_LOOKS: Final = 5
+"""Times at least that it is looked again whether something is still in use, ..."""
+_PAUSE: Final = 0.02
+"""... after so many each time."""
 
 
 class Lease:
@@ -70,6 +75,27 @@ def release() -> None:
         _left.clear()
     # Outside the lock: the end of a store may take a while.
     del gone
+
+
+def make_way() -> None:
+    """Have go what only waits for the next user, or to be collected."""
+    release()
+    gc.collect()
+
+
+def looks(patience: float = 0.0) -> Iterator[None]:
+    """Look, and look again a few times, and for so many seconds: what only waits to go, or for a step in the background, does not count.
+
+    The caller must keep nothing of what it looks for from one look to the next.
+    """
+    until = time.monotonic() + patience
+    yield
+    left = _LOOKS
+    while left or time.monotonic() < until:
+        make_way()
+        time.sleep(_PAUSE)
+        left = max(0, left - 1)
+        yield
 
 
 def _leave(key: Hashable, what: Any, size: Callable[[], int], limit: float) -> None:

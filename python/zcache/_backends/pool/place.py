@@ -20,6 +20,7 @@ from zcache._backends.pool.listings import remove_listings
 from zcache._backends.pool.register import label_of, note_of
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
+from zcache._index.limits import least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
     from zcache._core import SegmentFiles
 
-_BY_STRICTNESS: Final = ("never", "first", "always")
 _LIMITS: Final[dict[str, Any]] = {
     "max_age": None,
     "slices_like_python": False,
@@ -150,7 +150,7 @@ class Pool:
     @property
     def max_size(self) -> int | None:
         """Bytes that the pool holds at most."""
-        return _least([store.options.max_size for store in self._stores.snapshot()])
+        return least([store.options.max_size for store in self._stores.snapshot()])
 
     @property
     def min_free_space(self) -> int | None:
@@ -221,17 +221,10 @@ class Pool:
         Their ages are no limit: a source that is not in use now, or in use by another process, may have greater ones.
         """
         with self._lock:
-            limits = [source.handle.own_limits for source in self._sources.snapshot()]
-            sizes = [self.max_size, *(one["max_size"] for one in limits)]
-            verify = [one["verify"] for one in limits]
+            limits = strictest([one.handle.own_limits for one in self._sources.snapshot()])
+            size = least([self.max_size, limits["max_size"]])
             before = self.handle.limits["max_size"]
-            size = _least(sizes)
-            self.handle.change_limits(
-                {
-                    "max_size": size,
-                    "verify": max(verify, key=_BY_STRICTNESS.index, default="first"),
-                }
-            )
+            self.handle.change_limits({**limits, "max_size": size})
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
         if is_less:
@@ -498,10 +491,6 @@ class _SourceScanner:
 
 def _excess(index: Index) -> int:
     return index.excess
-
-
-def _least(sizes: list[int | None]) -> int | None:
-    return min((size for size in sizes if size is not None), default=None)
 
 
 def _nothing() -> None:
