@@ -18,7 +18,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
 from zcache._runtime.coroutines import report
@@ -29,6 +29,7 @@ from zcache.exceptions import IndexLockTimeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from zcache._index.calls import Handle, Watcher
     from zcache._runtime.io import IO
 
 logger = logging.getLogger("zcache")
@@ -52,15 +53,8 @@ def ignore(_: object) -> None:
     """Do nothing about an outcome."""
 
 
-def _take(step: Callable[..., T], index: Index, *args: Any) -> T:
+def take(step: Callable[..., T], index: Index, *args: Any) -> T:
     return step(index, *args)
-
-
-class Watcher(Protocol):
-    """Who calls an index directly."""
-
-    def use_index(self, index: Index) -> None:
-        """Call this one from now on."""
 
 
 class IndexHandle:
@@ -102,7 +96,7 @@ class IndexHandle:
         Held while the index or its limits are replaced; never over a step.
     """
 
-    take = staticmethod(_take)
+    take = staticmethod(take)
     tells_steps = False
 
     def __init__(self, index: Index, name: str, limits: dict[str, Any]) -> None:
@@ -116,7 +110,7 @@ class IndexHandle:
         self.recover: Callable[[Exception], None] | None = None
         self.open_first: Callable[[float], None] | None = None
         self.unopened: Index | None = None
-        self._when_open: list[Callable[[IndexHandle], object]] = []
+        self._when_open: list[Callable[[Handle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
         self.lock = threading.RLock()
         self._resolution: Future[None] | None = None
@@ -483,7 +477,7 @@ class IndexHandle:
 
     # ------------------------------------------------------------- opening
 
-    def when_open(self, then: Callable[[IndexHandle], object]) -> None:
+    def when_open(self, then: Callable[[Handle], object]) -> None:
         """Call `then` with this handle now, or once the index is open."""
         with self.lock:
             if self.open_first is not None:

@@ -11,12 +11,12 @@ from zcache.exceptions import IndexLockTimeout
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from zcache._index.handle import IndexHandle
+    from zcache._index.calls import Handle
 
 logger = logging.getLogger("zcache")
 
 
-def follow(handle: IndexHandle, keys: Iterable[str]) -> int:
+def follow(handle: Handle, keys: Iterable[str]) -> int:
     """Have the index keep what is read soonest; see `CacheStore.will_read`. Returns the keys of the plan."""
     plan = Plan(keys)
     try:
@@ -32,7 +32,7 @@ def follow(handle: IndexHandle, keys: Iterable[str]) -> int:
     return len(plan)
 
 
-def look(handle: IndexHandle) -> None:
+def look(handle: Handle) -> None:
     """Tell the log once if the plan was wrong."""
     state = None if handle.plan is None else handle.plan.state
     if state == "followed":

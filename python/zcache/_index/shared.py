@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
-    from zcache._index.handle import IndexHandle
+    from zcache._index.calls import Handle
     from zcache._source.identity import SourceId
     from zcache._source.location import Location
 
@@ -40,7 +40,7 @@ class SharedIndex:
 
     Parameters
     ----------
-    handle : IndexHandle
+    handle : Handle
         The index.
     source : Store
         The source that the place holds values of.
@@ -75,7 +75,7 @@ class SharedIndex:
 
     def __init__(
         self,
-        handle: IndexHandle,
+        handle: Handle,
         source: Store,
         source_id: SourceId,
         clock: Callable[[], float],
@@ -151,7 +151,7 @@ class Member:
         self.limits = limits
 
 
-def choose_policy(handle: IndexHandle, users: Registry[Member], member: Member) -> None:
+def choose_policy(handle: Handle, users: Registry[Member], member: Member) -> None:
     """Go by the policy of a new member, unless others use the index; then the member is told."""
     wanted = in_force = _policy_of(member.limits)
     for _ in lingering.looks():
@@ -189,7 +189,7 @@ class _Asked:
         self._answer: tuple[str, str] | None = None
         self._is_late = False
 
-    def ask(self, handle: IndexHandle) -> None:
+    def ask(self, handle: Handle) -> None:
         handle.call_later(self._answered, Index.set_policy, *self._wanted)
 
     def _answered(self, in_force: tuple[str, str]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zcache._backends.base import Ended, Filler, FillJob
-    from zcache._index.handle import IndexHandle
+    from zcache._index.calls import Handle
     from zcache._runtime.circuit_breaker import CircuitBreaker
     from zcache._runtime.io import IO
 
@@ -76,7 +76,7 @@ class FillQueue:
 
     Parameters
     ----------
-    handle : IndexHandle
+    handle : Handle
         The index, which hears of values that it does not know.
     breaker : CircuitBreaker
         Hears how the fills end.
@@ -93,7 +93,7 @@ class FillQueue:
 
     def __init__(
         self,
-        handle: IndexHandle,
+        handle: Handle,
         breaker: CircuitBreaker,
         filler: Filler,
         max_pending_size: int = MAX_PENDING_SIZE,

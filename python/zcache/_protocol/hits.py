@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, IndexBusyError, crc32c
-from zcache._index.handle import RETRYABLE, IndexHandle, ignore
+from zcache._index.handle import RETRYABLE, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import Array, freeze, snapshot, to_buffer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend, Hit, TryRead
     from zcache._byte_ranges import ByteRange
+    from zcache._index.calls import Handle
     from zcache._runtime.io import IO
 
 COMPLETE_TIMEOUT: Final = 60.0
@@ -60,7 +61,7 @@ class Hits:
         self.backend = backend
         self._sampling = sampling
         self.hook = RequestHook()
-        self.handle: IndexHandle = backend.shared.handle
+        self.handle: Handle = backend.shared.handle
         self.breaker = backend.shared.breaker
         self.counters = backend.counters
         self._reads = self.counters.reads

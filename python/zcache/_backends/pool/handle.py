@@ -5,14 +5,16 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
+from zcache._index.handle import LOCK_TIMEOUT, take
 from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable, Mapping
 
     from zcache._core import CorruptIndexError, Index, Plan
-    from zcache._index.handle import T, Watcher
+    from zcache._index.calls import Handle, T, Watcher
+    from zcache._index.handle import IndexHandle
     from zcache._runtime.io import IO
 
 
@@ -29,7 +31,7 @@ class PoolLimits(Protocol):
         """Have the pool go by this policy."""
 
 
-class SourceHandle(IndexHandle):
+class SourceHandle:
     """Calls the steps of the index of a pool for one source: all keys are below its folder there.
 
     Waiting, recovery and opening are those of the pool, for they are about its one index.
@@ -51,7 +53,10 @@ class SourceHandle(IndexHandle):
         The index as the source sees it.
     """
 
+    take = staticmethod(take)
+    tells_steps = False
     view: Index
+    unopened: Index | None
 
     def __init__(
         self, pool: IndexHandle, label: str, limits: dict[str, Any], keeper: PoolLimits
@@ -86,12 +91,8 @@ class SourceHandle(IndexHandle):
         """The index of now."""
         return self._index
 
-    @index.setter
-    def index(self, index: Index) -> None:
-        self._pool.index = index
-
     @property
-    def limits(self) -> dict[str, Any]:  # type: ignore[override]
+    def limits(self) -> dict[str, Any]:
         """What the source asks for, and what is the same for all of the pool."""
         of_pool = self._pool.limits
         return {**self.own_limits, **{name: of_pool[name] for name in _OF_POOL if name in of_pool}}
@@ -102,22 +103,17 @@ class SourceHandle(IndexHandle):
             self.own_limits = {**self.own_limits, **limits}
 
     @property
-    def usable(self) -> bool:  # type: ignore[override]
+    def usable(self) -> bool:
         """Whether the pool can be used."""
         return self._pool.usable
 
     @property
-    def lost(self) -> Index | None:  # type: ignore[override]
-        """The index that was abandoned."""
-        return self._pool.lost
-
-    @property
-    def open_first(self) -> Callable[[float], None] | None:  # type: ignore[override]
+    def open_first(self) -> Callable[[float], None] | None:
         """Opens the index."""
         return self._pool.open_first
 
     @property
-    def deferred(self) -> Any:  # type: ignore[override]
+    def deferred(self) -> deque[Callable[[], None]]:
         """Steps without a waiter."""
         return self._pool.deferred
 
@@ -141,11 +137,11 @@ class SourceHandle(IndexHandle):
         """Have the pool go by this policy."""
         self._keeper.note_policy(policy)
 
-    def when_open(self, then: Callable[[IndexHandle], object]) -> None:
+    def when_open(self, then: Callable[[Handle], object]) -> None:
         """Call `then` with this handle now, or once the index of the pool is open."""
         this = weakref.ref(self)
 
-        def of_source(_: IndexHandle) -> None:
+        def of_source(_: Handle) -> None:
             if (handle := this()) is not None:
                 then(handle)
 
@@ -198,11 +194,6 @@ class SourceHandle(IndexHandle):
         self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
     ) -> T:
         return self._pool.call_blocking(self._step(step), *args, timeout=timeout)
-
-    def call_opened(
-        self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
-    ) -> T:
-        return self._pool.call_opened(self._step(step), *args, timeout=timeout)
 
     def resolve(self, error: CorruptIndexError) -> None:
         self._pool.resolve(error)

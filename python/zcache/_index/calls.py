@@ -1,0 +1,95 @@
+"""How the protocol and the backends see the index of a place: its own, or that of a pool as one source sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Callable, Mapping
+
+    from zcache._core import CorruptIndexError, Index, Plan
+    from zcache._runtime.io import IO
+
+T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """Who calls an index directly."""
+
+    def use_index(self, index: Index) -> None:
+        """Call this one from now on."""
+
+
+class Handle(Protocol):
+    """The index of one place, and the calls of its steps. `IndexHandle` says what each is."""
+
+    name: str
+    tells_steps: bool
+    follows_plan: bool
+    plan: Plan | None
+    unopened: Index | None
+
+    @property
+    def index(self) -> Index: ...
+
+    @property
+    def limits(self) -> dict[str, Any]: ...
+
+    @property
+    def usable(self) -> bool: ...
+
+    @property
+    def is_open(self) -> bool: ...
+
+    @property
+    def open_first(self) -> Callable[[float], None] | None: ...
+
+    @property
+    def deferred(self) -> deque[Callable[[], None]]: ...
+
+    def watch(self, watcher: Watcher) -> None: ...
+
+    def stats(self) -> tuple[int, int, int, int, int]: ...
+
+    def note_policy(self, policy: dict[str, str]) -> None: ...
+
+    def change_limits(self, limits: Mapping[str, Any]) -> None: ...
+
+    def apply_limits(self) -> None: ...
+
+    def when_open(self, then: Callable[[Handle], object]) -> None: ...
+
+    async def call(
+        self,
+        io: IO,
+        step: Callable[..., T],
+        *args: Any,
+        timeout: float = ...,  # noqa: ASYNC109
+        alone: bool = False,
+    ) -> T: ...
+
+    async def call_shielded(
+        self,
+        io: IO,
+        on_detached_result: Callable[[T], object],
+        step: Callable[..., T],
+        *args: Any,
+        timeout: float = ...,  # noqa: ASYNC109
+    ) -> T: ...
+
+    def call_later(
+        self, then: Callable[[T], object], step: Callable[..., T], *args: Any
+    ) -> None: ...
+
+    def take_deferred(self) -> None: ...
+
+    def call_blocking(
+        self, step: Callable[..., T], *args: Any, timeout: float | None = ...
+    ) -> T: ...
+
+    def resolve(self, error: CorruptIndexError) -> None: ...
+
+    def mark_corrupt(self) -> None: ...
+
+    def abandon(self, failure: BaseException) -> None: ...
