@@ -369,16 +369,20 @@ def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
     """Delete what can never be served again: values of sources that had a name only in a process that has ended."""
     if (found := pool()) is None:
         return
+    register = found.directory.register
     # First: a process that lives has the pool open before its sources are noted.
-    notes = found.directory.register.names().values()
+    notes = register.names().values()
     ended = [note["name"] for note in notes if not note["forgotten"] and has_ended(note["name"])]
     if not ended:
         return
     with contextlib.suppress(OSError, CacheUnreachableError, IndexLockTimeout):
-        if found.handle.call_blocking(_is_alone_and_complete):
-            for name in ended:
-                found.forget_values(name)
-            found.directory.register.drop(ended)
+        if not found.handle.call_blocking(_is_alone_and_complete):
+            return
+        for name in ended:
+            found.forget_values(name)
+        # What is left is about one file: the directory is free with its last store.
+        del found
+        register.drop(ended)
 
 
 def _is_complete(index: Index) -> bool:
