@@ -189,6 +189,26 @@ fn simulation_of_a_loop_of_uneven_sizes_adaptive_serves_what_fits() {
     }
 }
 
+/// Most values are chunks of 10 MiB, and the rest documents of 1 KiB.
+#[test]
+fn simulation_of_a_loop_of_chunks_and_documents_adaptive_serves_what_fits() {
+    let size = |key: u64| {
+        if hash(key).is_multiple_of(5) {
+            1 << 10
+        } else {
+            10 << 20
+        }
+    };
+    for first in (0..4).map(|n| n << 32) {
+        let trace = || passes(20_000, 6).map(|key| (key + first, size(key)));
+        let capacity = (0..20_000).map(size).sum::<u64>() * 3 / 10;
+        let [none, adaptive] = [PolicyKind::None, PolicyKind::Adaptive]
+            .map(|policy| misses_of(policy, capacity, trace()));
+        // LRU serves nothing.
+        assert!(adaptive < none + 0.08, "{adaptive} {none}");
+    }
+}
+
 #[test]
 fn simulation_of_large_values_read_once_adaptive_keeps_the_small_ones() {
     // 400 small values again and again, and after each pass one that needs the room of half of them.

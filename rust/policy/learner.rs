@@ -133,7 +133,14 @@ impl<'a> Learner<'a> {
     fn sample_fewer(&mut self) -> Result<()> {
         self.head.shift = (self.head.shift + 1).min(63);
         let shift = self.head.shift;
-        self.samples.retain(|key| is_sampled(key, shift))
+        self.samples.retain(|key| is_sampled(key, shift))?;
+        // What a simulation holds when it is full is half of what it was. Else it would see room where there is none, and
+        // compare nothing.
+        for n in 0..COUNT {
+            let (_, mut simulated) = self.samples.simulation(n)?;
+            simulated.state_mut().full_bytes /= 2;
+        }
+        Ok(())
     }
 
     /// Looks at one simulation, another one each time.
