@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import MemoryStore
 
@@ -42,10 +42,15 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import Store
 
+    from zcache._backends.base import Backend
     from zcache._cache_options import CacheOptions
     from zcache._index.changes import Version
     from zcache._runtime.io import IO
     from zcache._runtime.lingering import Lease
+
+
+_AT_ONCE: Final = 1000
+"""Values of which the sample is told in one step of the index."""
 
 
 class Cache:
@@ -243,6 +248,23 @@ class Cache:
             If another process holds its lock for longer.
         """
         return self.shared.handle.call_blocking(question)
+
+    def note_pending_sizes(self) -> None:
+        """Tell the sample how large the values are that are on their way to the cache store.
+
+        Raises
+        ------
+        IndexLockTimeout
+            If another process holds the lock of the index for longer than a second.
+        """
+        queue: FillQueue | None = self.shared.fills
+        pending: dict[Backend, list[tuple[str, Any, int]]] = {}
+        for job in [] if queue is None else queue.pending():
+            pending.setdefault(job.backend, []).append((job.key, job.byte_range, len(job.data)))
+        for backend, values in pending.items():
+            for first in range(0, len(values), _AT_ONCE):
+                some = values[first : first + _AT_ONCE]
+                backend.shared.handle.call_blocking(Index.note_sizes, some)
 
     async def drain(self, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused."""

@@ -321,6 +321,9 @@ class Index:
     def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
         """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
 
+    def note_sizes(self, values: list[tuple[str, _Range, int]], /) -> None:
+        """Tell the sample the bytes of values that are not in the cache store yet."""
+
     def retract_request(self, key: str, raw: _Range, /) -> None:
         """Take the last request of these bytes back out of the sample that was no hit.
 

@@ -683,6 +683,7 @@ class CacheStore(Store, KeepsDecoded):
         parsed, named = parse_sizes(sizes), parse_policies(policies)
         size, _, bound = self._cache.ask(_size_entries_and_bound)
         eviction, _ = self._cache.ask(Index.policy)
+        self._cache.note_pending_sizes()
         off = "" if self._options.sampling else "this store was made with sampling=False"
         return advise(
             self._cache.ask(partial(sampled, header=self._cache.backend.value_header)),

@@ -103,7 +103,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// A value of this key is about to be cached, or would be.
-    pub(super) fn note_sampled_size(&mut self, key: &str, range: ByteRange, size: u64) {
+    pub fn note_sampled_size(&mut self, key: &str, range: ByteRange, size: u64) {
         if S::EXCLUSIVE && self.own_sample.is_none() {
             return;
         }

@@ -938,6 +938,19 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (values, /))]
+    fn note_sizes(&self, py: Python<'_>, values: Vec<(String, RawSpan, u64)>) -> PyResult<()> {
+        let values = (values.iter())
+            .map(|(key, raw, size)| Ok((self.whole(key), span(*raw)?, *size)))
+            .collect::<PyResult<Vec<_>>>()?;
+        step!(self, py, |cache| {
+            for (key, span, size) in &values {
+                cache.note_sampled_size(key, *span, *size);
+            }
+            Ok(())
+        })
+    }
+
     fn stats(&self) -> (u64, u64, u64, u64, u64) {
         let stats = self.tally.stats();
         (

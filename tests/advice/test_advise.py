@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import sys
 from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -19,7 +20,7 @@ from zarr.storage import LocalStore, MemoryStore
 from agent import Agent
 from directories import open_store
 from pools import CACHES
-from support import buf, check_quiet, read_through, value_sync
+from support import buf, check_quiet, read, read_through, value_sync
 from zcache import (
     Advice,
     CachePool,
@@ -31,7 +32,7 @@ from zcache import (
 from zcache._advice.advice import size_text
 from zcache._advice.advise import advise
 from zcache._advice.trace import complete
-from zcache.testing import set_block_size
+from zcache.testing import StoreDouble, set_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,6 +88,42 @@ def test_advice_of_few_keys_is_exact() -> None:
     # With all of them cached each is read once.
     assert curve.source_bytes[-1] == pytest.approx(sum(sizes[key] for key in set(keys)))
     assert advice.best_hit_ratio == pytest.approx(1 - len(set(keys)) / len(keys))
+
+
+@pytest.mark.parametrize("is_pool", [False, True])
+async def test_advice_knows_the_sizes_of_pending_values(is_pool: bool, tmp_path: Path) -> None:
+    """A request had no size before its value was about to be written, and was left out."""
+    sizes = [int(size) for size in np.random.default_rng(1).integers(1, 200, 60)]
+    cache: Any = CachePool(tmp_path) if is_pool else StoreDouble(MemoryStore())
+    store = store_of(60, sizes, cache_store=cache, max_size=100_000, source_id="one")
+    with contextlib.ExitStack() as stack:
+        if is_pool:
+            filler = store._cache.shared.fills.filler
+            stack.enter_context(patch.object(filler, "submit", lambda io, job: None))
+        else:
+            gate = cache.block("set")
+            stack.callback(gate.release)
+        for key in [*range(60), *range(60)]:
+            assert await read(store, f"a/c/{key}") is not None
+        advice = store.advise()
+    assert advice.requests == 120
+    assert not advice.unsized_share
+    assert advice.curves["lru"].source_bytes[-1] == pytest.approx(sum(sizes))
+    assert not advice.curves["lru"].error.any()
+    if not is_pool:
+        assert await store.drain()
+
+
+def test_advice_allows_for_requests_of_unknown_size() -> None:
+    keys = np.arange(300, dtype=np.uint64) % np.uint64(100)
+    sizes = np.full(300, 10, np.uint64)
+    known = advise(complete(keys, sizes, np.zeros(300, bool), unit=1), max_size=500)
+    assert not known.curves["lru"].error.any()
+    sizes[::10] = np.uint64(2**64 - 1)
+    some = advise(complete(keys, sizes, np.zeros(300, bool), unit=1), max_size=500)
+    assert some.unsized_share == pytest.approx(0.1)
+    assert (some.curves["lru"].error >= 0.1).all()
+    assert "10.0% of all are left out" in str(some)
 
 
 def test_advice_about_a_loop_says_its_size_and_its_policy() -> None:

@@ -33,7 +33,7 @@ class Curve:
         Bytes that the source would have sent.
     error : array of float, shape (sizes,)
         Two standard deviations of `hit_ratio`, either way, because only some keys were looked at: the truth lay
-        within 97 times of 100 in the benches. 0 where all were, unless `Advice.only_latest`.
+        within 97 times of 100 in the benches. 0 where all were, unless `Advice.only_latest` or `Advice.unsized_share`.
     source_bytes_error : array of float, shape (sizes,)
         The same of `source_bytes`.
     """
@@ -69,6 +69,9 @@ class Advice:
         How many of them were looked at.
     sampling_rate : float
         Part of all keys that was looked at, above 0 and up to 1.
+    unsized_share : float
+        Part of all requests that is left out, 0 to 1, because the sizes of their values are not known: they did not
+        come, or another process has them on their way to the cache store.
     max_size : int
         Bytes: the present size. The bound, or, where there is none, what is cached. `sizes` follow from it or,
         where it is 0, from the bytes of all that was requested.
@@ -101,6 +104,7 @@ class Advice:
     only_latest: bool = False
     sampled_requests: int = 0
     sampling_rate: float = 1.0
+    unsized_share: float = 0.0
     max_size: int = 0
     is_bounded: bool = False
     policy: str = "lru"
@@ -218,6 +222,10 @@ class Advice:
         about = f"{self.requests:,} requests ({of})."
         if self.only_latest:
             about = f"The latest {about} Earlier ones are forgotten."
+        if self.unsized_share:
+            about += (
+                f" {self.unsized_share:.1%} of all are left out, for their sizes are not known."
+            )
         bound = "max_size" if self.is_bounded else "no max_size, and in use"
         told = [(f"{about} Now: {bound} {size}, {self.policy}, hit ratio {self.hit_ratio:.2f}.")]
         if self.smallest_size is None:

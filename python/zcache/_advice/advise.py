@@ -141,6 +141,8 @@ def advise(
         sizes = [min(max(1, round(middle * step)), MAX_BYTES) for step in _STEPS]
     # As numbers and not as floats, of which the greatest would be 2**64.
     at = np.array(sorted(set(sizes)), np.uint64)
+    # Each may have been a hit or not.
+    unsized = trace.unsized / (count + trace.unsized)
     curves: dict[str, Curve] = {}
     now: dict[str, tuple[float, float]] = {}
     # The present one is what all others are compared with, whether its curve is wanted or not.
@@ -151,8 +153,9 @@ def advise(
         misses = np.round((1 - ratios) * trace.requests, 6)
         missed = np.round(found[:, 2], 6)
         scale_error = partial(estimator.scale_error, at.astype(float))
-        error = np.minimum(found[:, 1] + scale_error(ratios), 1.0)
-        curves[name] = Curve(ratios, misses, missed, error, found[:, 3] + scale_error(missed))
+        error = np.minimum(found[:, 1] + scale_error(ratios) + unsized, 1.0)
+        missed_error = found[:, 3] + scale_error(missed) + missed * unsized / (1 - unsized)
+        curves[name] = Curve(ratios, misses, missed, error, missed_error)
         now[name] = estimator.at(name, base)[:2]
     ratio = now[policy][0]
     # Of two that are alike, the one that is in use.
@@ -163,6 +166,7 @@ def advise(
         only_latest=trace.has_slid,
         sampled_requests=count,
         sampling_rate=trace.rate,
+        unsized_share=unsized,
         max_size=base,
         is_bounded=max_size is not None,
         policy=policy,

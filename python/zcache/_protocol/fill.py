@@ -183,6 +183,11 @@ class FillQueue:
             self.breaker.failed(error, "write")
             return False
 
+    def pending(self) -> list[FillJob]:
+        """The values that are not in the cache store yet."""
+        with self._lock:
+            return list(self._pending.values())
+
     def collect(self) -> None:
         """Take note of what has ended."""
         for one in self.filler.collect():
