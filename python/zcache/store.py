@@ -446,7 +446,7 @@ class CacheStore(Store, KeepsDecoded):
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
-        size, entries, bound = self._cache.ask(_size_entries_and_bound)
+        size, entries, bound = self._size_entries_and_bound()
         return {
             "cache_store_type": type(self._cache_store).__name__,
             "max_age_seconds": self.max_age_seconds,
@@ -456,6 +456,12 @@ class CacheStore(Store, KeepsDecoded):
             "tracked_keys": entries,
             "cached_keys": entries,
         }
+
+    def _size_entries_and_bound(self) -> tuple[int, int, int | None]:
+        """What is cached, and the bound in force; where there is no index, or none of it, the one that was asked for."""
+        size, entries, bound = self._cache.ask(_size_entries_and_bound)
+        is_told = bound is not None and self._cache.shared.handle.usable
+        return size, entries, bound if is_told else self.max_size
 
     def cache_stats(self) -> dict[str, Any]:
         """Count what happened since the store was made. Waits for nothing.
@@ -681,7 +687,7 @@ class CacheStore(Store, KeepsDecoded):
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         parsed, named = parse_sizes(sizes), parse_policies(policies)
-        size, _, bound = self._cache.ask(_size_entries_and_bound)
+        size, _, bound = self._size_entries_and_bound()
         eviction, _ = self._cache.ask(Index.policy)
         self._cache.note_pending_sizes()
         off = "" if self._options.sampling else "this store was made with sampling=False"
@@ -802,11 +808,10 @@ class CacheStore(Store, KeepsDecoded):
         return f"cache://{show_address(self._store)}"
 
     def __repr__(self) -> str:
-        try:
-            size, entries, bound = self._cache.ask(_size_entries_and_bound)
-        except IndexLockTimeout:
-            size = entries = "unknown"
-            bound = self.max_size
+        told: tuple[object, ...] = "unknown", "unknown", self.max_size
+        with contextlib.suppress(IndexLockTimeout):
+            told = self._size_entries_and_bound()
+        size, entries, bound = told
         options: dict[str, object] = {"max_age_seconds": self.max_age_seconds}
         if self.metadata_max_age_seconds is not None:
             options["metadata_max_age_seconds"] = self.metadata_max_age_seconds
