@@ -92,6 +92,13 @@ async def test_offline_serves_what_is_cached_whatever_its_age_and_asks_nothing(
     await check_quiet(store)
 
 
+async def test_offline_write_says_what_to_do(source: StoreDouble, cache: Store | CachePool) -> None:
+    store = opened(source, cache, offline=True)
+    with pytest.raises(OfflineError, match=r"'k'.*Write through a store that is online") as caught:
+        await store.set("k", buf(b"1"))
+    assert "Ask for it" not in str(caught.value)
+
+
 async def test_offline_refuses_writes_and_keeps_what_is_cached(
     source: StoreDouble, cache: Store | CachePool
 ) -> None:

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-_WAY_OUT = (
-    "the store is offline, so its source is not asked. Ask for it once while it is online: with offline=False, and "
-    "without ZCACHE_OFFLINE in the environment."
-)
+_ONLINE = "with offline=False, and without ZCACHE_OFFLINE in the environment"
+_WAY_OUT = f"the store is offline, so its source is not asked. Ask for it once while it is online: {_ONLINE}."
 
 
 def miss(key: str) -> OfflineError:
@@ -32,7 +30,10 @@ def no_listing(directory: str) -> OfflineError:
 
 def no_change(key: str) -> OfflineError:
     """The error for a write or a delete."""
-    return OfflineError(f"{key!r} cannot be written or deleted: {_WAY_OUT}")
+    return OfflineError(
+        f"{key!r} cannot be written or deleted: the store is offline, so its source is not asked. Write through a store "
+        f"that is online: {_ONLINE}."
+    )
 
 
 class OfflineSource(Store):
