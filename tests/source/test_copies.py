@@ -34,6 +34,7 @@ class Cache:
     cache: Any = field(default_factory=MemoryStore)
     home: int | None = field(default_factory=os.getpid)
     token: str = ""
+    shared: object = field(default_factory=object)
 
     @property
     def source_id(self) -> SourceId:

@@ -28,6 +28,8 @@ class Original(Protocol):
         The process that it was made in; None if it arrived there as a copy.
     token : str
         The same for all copies of one cache.
+    shared : object
+        The same for all caches of one source and place in this process.
     """
 
     @property
@@ -40,6 +42,8 @@ class Original(Protocol):
     def home(self) -> int | None: ...
     @property
     def token(self) -> str: ...
+    @property
+    def shared(self) -> object: ...
 
 
 def without_contents(cache: Store) -> Store:
@@ -89,7 +93,7 @@ def _same_values(one: MemoryStore, other: MemoryStore) -> bool:
 
 def same_cache(one: Original, other: Original) -> bool:
     """Whether two caches are one, or would be if both were in one process."""
-    if one.token == other.token:
+    if one.token == other.token or one.shared is other.shared:
         return True
     mine, theirs = one.cache, other.cache
     if isinstance(mine, MemoryStore) and isinstance(theirs, MemoryStore):
