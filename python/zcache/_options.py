@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, Final, Literal
@@ -14,15 +15,17 @@ import numpy as np
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+from zcache._byte_ranges import is_encodable, is_plain
 from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
-from zcache._source.identity import EPHEMERAL
+from zcache._source.identity import EPHEMERAL, UNNAMED
 from zcache._source.location import innermost, outlives_process, overlaps
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAX_BYTES: Final = 2**64 - 1
 EVICTIONS: Final = ("lru", "none", "adaptive")
+VERIFIES: Final = ("first", "always", "never")
 MINIMISED: Final = ("requests", "bytes", "seconds")
 
 _UNITS: dict[str, int] = {
@@ -114,7 +117,7 @@ def _size_message(name: str, value: object) -> str:
     if name == "sizes":
         return (
             f"invalid {name}: {value!r}. Give whole numbers of bytes from 0 to 2**64 - 1, or text such as "
-            '"256MB" or "2 GiB". Shares such as "25%" are for max_size only.'
+            '"256MB" or "2 GiB". Shares such as "25%" are not taken here.'
         )
     if name == "size":
         return (
@@ -122,10 +125,9 @@ def _size_message(name: str, value: object) -> str:
             'as "256MB" or "2 GiB", or a share of memory such as "25%".'
         )
     none = "no bound" if name == "max_size" else "the default"
-    share = "" if name == "max_pending_size" else ', a share such as "25%"'
     return (
         f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-        f'as "256MB" or "2 GiB"{share}, or None for {none}.'
+        f'as "256MB" or "2 GiB", a share such as "25%", or None for {none}.'
     )
 
 
@@ -162,7 +164,7 @@ def parse_ages(
     ages: dict[str, float | Literal["infinity"]] = {}
     for pattern, age in value.items():
         kind = OptionValueError if isinstance(pattern, str) else OptionTypeError
-        if kind is OptionTypeError or not all(pattern.split("/")):
+        if kind is OptionTypeError or not (is_plain(pattern) and is_encodable(pattern)):
             raise kind(
                 f"invalid pattern in max_age_seconds: {pattern!r}. Give a glob pattern over whole keys, such "
                 'as "**/zarr.json" or "forecast/**" (`**` is any number of parts, `*` is within one part), '
@@ -221,6 +223,11 @@ def parse_seconds(value: object, name: str) -> float:
     return math.inf if seconds == "infinity" else seconds
 
 
+def parse_timeout(value: object) -> float:
+    """Convert how many seconds a call may take, to what the system can wait; see `parse_seconds`."""
+    return min(parse_seconds(value, "timeout"), threading.TIMEOUT_MAX)
+
+
 def _age_message(name: str, value: object) -> str:
     by_key = ""
     if name == "max_age_seconds":
@@ -232,9 +239,10 @@ def _age_message(name: str, value: object) -> str:
 
 
 def check_verify(verify: object) -> str:
-    if verify not in ("first", "always", "never"):
-        raise OptionValueError(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
-    return str(verify)
+    if isinstance(verify, str) and verify in VERIFIES:
+        return verify
+    kind = OptionValueError if isinstance(verify, str) else OptionTypeError
+    raise kind(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
 
 
 def check_eviction(eviction: object) -> str:
@@ -254,12 +262,12 @@ def check_minimise(minimise: object) -> str:
 def check_source_id(source_id: object) -> str | None:
     if source_id is None:
         return None
-    if isinstance(source_id, str) and source_id and not source_id.startswith(EPHEMERAL):
+    if isinstance(source_id, str) and source_id and not source_id.startswith((EPHEMERAL, UNNAMED)):
         return source_id
     kind = OptionValueError if isinstance(source_id, str) else OptionTypeError
     raise kind(
         f"invalid source_id: {source_id!r}. Give text that names the source, such as its URL, and does not "
-        f"begin with {EPHEMERAL!r}; or None."
+        f"begin with {EPHEMERAL!r} or {UNNAMED!r}; or None."
     )
 
 
@@ -326,7 +334,7 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
     Parameters
     ----------
     path : str or PathLike
-        The path.
+        The path, in which a ``~`` at the beginning is the home of a user.
     name : str, optional
         How the caller calls it, for the error.
 
@@ -344,16 +352,17 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
         raise OptionTypeError(f"invalid {name}: {text!r}. {advice}")
     if not text or "://" in text or "\0" in text:
         raise OptionValueError(f"invalid {name}: {redact(text)!r}. {advice}")
-    existing = os.path.abspath(text)
+    expanded = os.path.expanduser(text)
+    existing = os.path.abspath(expanded)
     while not os.path.lexists(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
     if os.path.exists(existing) and not os.path.isdir(existing):
-        where = "" if existing == os.path.abspath(text) else f", for {existing!r}"
+        where = "" if existing == os.path.abspath(expanded) else f", for {existing!r}"
         raise OptionValueError(
             f"invalid {name}: {text!r}{where} is a file. Give the path of a directory, which is made if "
             "need be."
         )
-    return text
+    return expanded
 
 
 def check_store(name: str, store: object) -> None:

@@ -49,6 +49,7 @@ from zcache._options import (
     parse_offline,
     parse_seconds,
     parse_size,
+    parse_timeout,
     path_of_cache_store,
 )
 from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from_ranges_sync
@@ -118,7 +119,7 @@ class CacheStore(Store, KeepsDecoded):
         The source: where values come from and writes go to.
     cache_store : Store, CachePool, str or PathLike, optional
         Where values are kept. It must be able to write and to delete, and belongs to zcache alone.
-        Default is a new `MemoryStore`. Give a path on a local disk, or a `LocalStore` on it, which is
+        Default is a new `MemoryStore`. Give a path on a local disk (``~`` is your home), or a `LocalStore` on it, which is
         the same, for a cache larger than memory.
     max_age_seconds : float, "infinity" or mapping of str to these, optional
         Seconds, from 0 on and fractions allowed, after which a value is read from the source again.
@@ -204,7 +205,7 @@ class CacheStore(Store, KeepsDecoded):
         zcache evicts before it writes, and writes nothing if that does not help. Default is None: 5 %
         of the volume, at most 1 GiB. Set it higher where others write to the volume in bursts.
     max_pending_size : int or str, optional
-        Bytes in memory, from 0 on and written as for `max_size`, that wait to be written to the cache
+        Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that wait to be written to the cache
         store; a single larger value is still taken. Default is None: 64 MiB. A reader that finds them
         used up waits while the cache store makes progress. Set it lower where memory is short, higher
         where a slow cache store has to take in bursts.
@@ -317,7 +318,7 @@ class CacheStore(Store, KeepsDecoded):
             adopt=adopt,
             source_id=check_source_id(source_id),
             min_free_space=parse_size(min_free_space, "min_free_space", share_of),
-            max_pending_size=parse_size(max_pending_size, "max_pending_size"),
+            max_pending_size=parse_size(max_pending_size, "max_pending_size", memory),
             clock=check_clock(clock),
             decoded_size=parse_size(decoded_size, "decoded_size", memory),
             sampling=sampling,
@@ -750,14 +751,14 @@ class CacheStore(Store, KeepsDecoded):
         }
         return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))
 
-    async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
+    async def drain(self, timeout: float | Literal["infinity"] = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.
 
         A cache store that has to be listed first is waited for as well.
 
         Parameters
         ----------
-        timeout : float, optional
+        timeout : float or "infinity", optional
             Seconds, from 0 on. Default is 60.
 
         Returns
@@ -767,12 +768,14 @@ class CacheStore(Store, KeepsDecoded):
 
         Raises
         ------
+        OptionTypeError, OptionValueError
+            If `timeout` is no such number.
         CacheOwnershipError
             If the listing has found that the cache store belongs to another source.
         """
-        return await self._cache.drain(self._io, timeout)
+        return await self._cache.drain(self._io, parse_timeout(timeout))
 
-    def drain_sync(self, timeout: float = DRAIN_TIMEOUT) -> bool:
+    def drain_sync(self, timeout: float | Literal["infinity"] = DRAIN_TIMEOUT) -> bool:
         """Wait for the same without an event loop; see `drain`.
 
         Raises
@@ -780,13 +783,14 @@ class CacheStore(Store, KeepsDecoded):
         RuntimeError
             If the event loop of this very thread fills the cache store: it cannot go on meanwhile.
         """
+        seconds = parse_timeout(timeout)
         fills = self._cache.shared.fills
         if fills is not None and not fills.can_wait_here():
             raise RuntimeError(
                 "drain_sync() was called in the event loop that fills the cache store. Use "
                 "`await store.drain()` there."
             )
-        return run_without_loop(self._cache.drain(self._sync_io, timeout))
+        return run_without_loop(self._cache.drain(self._sync_io, seconds))
 
     def __eq__(self, other: object) -> bool:
         """Whether both read the same source with the same bounds through the same cache store."""

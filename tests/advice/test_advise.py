@@ -477,7 +477,7 @@ def test_advice_about_other_policies_compares_with_the_present_one(policies: lis
         ({"sizes": True}, OptionTypeError, "sizes"),
         ({"sizes": b"ab"}, OptionTypeError, "sizes: b'ab'.*text, not bytes"),
         ({"sizes": [b"1KB"]}, OptionTypeError, "sizes: b'1KB'"),
-        ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are for max_size only'),
+        ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are not taken here'),
         ({"policies": ["fifo"]}, OptionValueError, "fifo"),
         ({"policies": []}, OptionValueError, "policies"),
         ({"policies": [3]}, OptionTypeError, "3"),

@@ -217,6 +217,8 @@ async def test_ages_travel_with_copies_and_tell_stores_apart(
         ({"": 5}, OptionValueError, ["pattern in max_age_seconds: ''", "**/zarr.json"]),
         ({"/a": 5}, OptionValueError, ["pattern in max_age_seconds: '/a'"]),
         ({"a/": 5}, OptionValueError, ["pattern in max_age_seconds: 'a/'"]),
+        ({"a/../b": 5}, OptionValueError, ["pattern in max_age_seconds: 'a/../b'"]),
+        ({"\udcff": 5}, OptionValueError, ["pattern in max_age_seconds: '\\udcff'"]),
         ({b"a": 5}, OptionTypeError, ["pattern in max_age_seconds: b'a'"]),
         ({1: 5}, OptionTypeError, ["pattern in max_age_seconds: 1"]),
         ([("a", 5)], OptionTypeError, ["max_age_seconds: [('a', 5)]", '{"**/zarr.json": 60}']),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
-from zcache import CacheStore, OptionTypeError, OptionValueError
+from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +36,24 @@ async def test_a_path_is_a_local_store_on_it(tmp_path: Path, kind: Callable[[Any
     same = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="s")
     assert same == store
     assert same.cache_info()["cached_keys"] == 1
+
+
+def test_a_path_may_begin_with_the_home_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    source = MemoryStore({"k": cpu.Buffer.from_bytes(b"value")})
+    store = CacheStore(source, cache_store="~/cache", source_id="s")
+    pool = CachePool("~/pool")
+    asyncio.run(store.get("k", default_buffer_prototype()))
+    assert store.drain_sync()
+    assert (tmp_path / "cache/k").read_bytes() == b"value"
+    assert pool.path == str(tmp_path / "pool")
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionValueError, match=f"'~/file/x', for '{tmp_path}/file' is a file"):
+        CachePool("~/file/x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "file", "pool"]
 
 
 @pytest.mark.parametrize("path", ["", "s3://user:secret@bucket/cache", "file:///tmp/cache"])

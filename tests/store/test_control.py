@@ -56,6 +56,7 @@ async def filled(source: Store, cache: Store, **options: Any) -> CacheStore:
         ("g/a", 1, ["g/b/c", "ga", "r", "z/c/1/2", "z/c/12/3"]),
         ("r", 3, ["g/a", "g/b/c", "ga", "z/c/1/2", "z/c/12/3"]),
         ("z/c/1", 1, ["g/a", "g/b/c", "ga", "r", "z/c/12/3"]),
+        ("\udcff", 0, ["g/a", "g/b/c", "ga", "r", "z/c/1/2", "z/c/12/3"]),
         ("none", 0, ["g/a", "g/b/c", "ga", "r", "z/c/1/2", "z/c/12/3"]),
         (".zcache", 0, ["g/a", "g/b/c", "ga", "r", "z/c/1/2", "z/c/12/3"]),
     ],
@@ -167,6 +168,7 @@ async def test_is_cached_of_a_value_on_its_way_is_false(source: StoreDouble) -> 
         ("z/c/1", ["z/c/1/2"]),
         ("r", ["r"]),
         ("none", []),
+        ("\udcff", []),
     ],
 )
 async def test_cached_keys_are_those_below_a_prefix(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 from decimal import Decimal
@@ -180,10 +181,14 @@ def test_flag_that_is_no_bool_raises(option: str, given: Any) -> None:
     ("option", "given", "error", "allowed"),
     [
         ("verify", "sometimes", OptionValueError, '"first", "always" or "never"'),
-        ("verify", None, OptionValueError, '"first", "always" or "never"'),
-        ("verify", True, OptionValueError, '"first", "always" or "never"'),
+        ("verify", None, OptionTypeError, '"first", "always" or "never"'),
+        ("verify", True, OptionTypeError, '"first", "always" or "never"'),
+        ("verify", [], OptionTypeError, '"first", "always" or "never"'),
+        ("verify", np.array(["first", "a"]), OptionTypeError, '"first", "always" or "never"'),
         ("source_id", "", OptionValueError, "text that names the source"),
         ("source_id", 5, OptionTypeError, "text that names the source"),
+        ("source_id", "unnamed:5", OptionValueError, "text that names the source"),
+        ("max_pending_size", "101%", OptionValueError, 'a share such as "25%"'),
         ("min_free_space", -1, OptionValueError, "bytes"),
         ("min_free_space", "some", OptionValueError, '"2 GiB"'),
         ("min_free_space", 1.5, OptionTypeError, "bytes"),
@@ -196,6 +201,33 @@ def test_option_without_a_meaning_raises(
     with pytest.raises(error) as caught:
         CacheStore(MemoryStore(), **{option: given})
     assert_helpful(caught.value, f"invalid {option}: {given!r}. Give", allowed)
+
+
+@pytest.mark.parametrize("given", [None, "5", -1, float("nan"), True, [5]], ids=shown)
+async def test_timeout_without_a_meaning_raises(given: Any) -> None:
+    store = CacheStore(MemoryStore(), cache_store=StoreDouble(MemoryStore()))
+    gate = StoreDouble(MemoryStore()).block("get")
+    advice = "Give seconds as a number from 0 on"
+    kind = OptionValueError if repr(given) in ("'5'", "-1", "nan") else OptionTypeError
+    for call in (store.drain_sync, gate.wait_entered):
+        with pytest.raises(kind) as caught:
+            call(timeout=given)
+        assert_helpful(caught.value, f"invalid timeout: {given!r}. {advice}")
+    for wait in (store.drain, gate.entered_async):
+        with pytest.raises(kind) as caught:
+            await wait(timeout=given)
+        assert_helpful(caught.value, f"invalid timeout: {given!r}. {advice}")
+
+
+@pytest.mark.parametrize("given", [0, 1e300, float("inf"), "infinity", np.float32(5)], ids=shown)
+@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+async def test_timeout_may_be_any_number_of_seconds(given: Any, kind: str, tmp_path: Path) -> None:
+    caches = {"memory": MemoryStore(), "directory": LocalStore(tmp_path)}
+    cache = caches.get(kind) or StoreDouble(MemoryStore())
+    store = CacheStore(MemoryStore({"k": buf(b"1")}), cache_store=cache, source_id="s")
+    await read(store, "k")
+    assert await store.drain(given) or given == 0
+    assert await asyncio.to_thread(store.drain_sync, given) or given == 0
 
 
 @pytest.mark.parametrize("given", [None, "s3://bucket", {}, MemoryStore])
@@ -450,7 +482,7 @@ def test_share_in_memory_is_one_of_what_the_process_may_use() -> None:
 
 @pytest.mark.parametrize("given", ["-1%", "101%", "%", "1e1%", "25 percent", "25%%"])
 def test_share_without_a_meaning_raises(given: str) -> None:
-    for name in ("max_size", "min_free_space"):
+    for name in ("max_size", "min_free_space", "max_pending_size"):
         options: Any = {name: given}
         with pytest.raises(OptionValueError) as caught:
             CacheStore(MemoryStore(), **options)
@@ -462,5 +494,5 @@ def test_share_of_what_has_no_size_raises() -> None:
     with pytest.raises(OptionValueError) as caught:
         CacheStore(MemoryStore(), cache_store=cache, max_size="25%")
     assert_helpful(caught.value, "invalid max_size: '25%'", "no local directory", "Give bytes")
-    with pytest.raises(OptionValueError, match="invalid max_pending_size"):
-        CacheStore(MemoryStore(), max_pending_size="25%")
+    # Of what waits in memory it is one of that.
+    assert CacheStore(MemoryStore(), cache_store=cache, max_pending_size="25%").max_size is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Self
 
+from zcache._byte_ranges import is_encodable
 from zcache._core import Index
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class CachedKeys:
         self._prefix = prefix
         self._keys: deque[str] = deque()
         self._cursor: tuple[int, int] | None = None
-        self._is_done = False
+        # No key that is cached has lone surrogates.
+        self._is_done = not is_encodable(prefix)
 
     def _args(self) -> tuple[str, float, float | None, Ages | None, tuple[int, int] | None]:
         ages = self._ages

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 EPHEMERAL: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
+UNNAMED: Final = "unnamed:"
+"""Beginning of what stands for a name that is not known any more."""
 
 _log = logging.getLogger("zcache")
 _KINDS: Final = (LocalStore, FsspecStore, ObjectStore)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from zcache._options import parse_timeout
 from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ class Gate:
         TimeoutError
             If they do not come.
         """
+        seconds = parse_timeout(timeout)
         with self._changed:
-            if not self._changed.wait_for(lambda: self.entered >= count, timeout):
+            if not self._changed.wait_for(lambda: self.entered >= count, seconds):
                 raise TimeoutError(f"{self.entered} operations came, not {count}")
 
     async def entered_async(self, count: int = 1, timeout: float = _LONGEST) -> None:  # noqa: ASYNC109 - as `wait_entered`
@@ -89,7 +91,7 @@ class Gate:
         TimeoutError
             If they do not come.
         """
-        end = time.monotonic() + timeout
+        end = time.monotonic() + parse_timeout(timeout)
         while self.entered < count:
             if time.monotonic() > end:
                 raise TimeoutError(f"{self.entered} operations came, not {count}")
