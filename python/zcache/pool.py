@@ -10,6 +10,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from zcache._backends.pool.options import PoolOptions
+from zcache._backends.pool.register import note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._options import (
@@ -38,9 +39,9 @@ class PoolSourceInfo(NamedTuple):
 
     Attributes
     ----------
-    name : str or None
-        Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given; None where
-        that is not known any more.
+    name : str
+        Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given. Where that is
+        not known any more, ``"unnamed:"`` and a number, by which they know it as well.
     source : str or None
         What it was when it was last opened: the classes of its store and where that keeps its values, without
         secrets, such as ``"FsspecStore(s3://bucket/era5.zarr)"``; None where that is not known.
@@ -52,7 +53,7 @@ class PoolSourceInfo(NamedTuple):
         Seconds since 1970 when a process has last opened it; None where that is not known.
     """
 
-    name: str | None
+    name: str
     source: str | None
     bytes: int
     entries: int
@@ -69,7 +70,7 @@ class CachePool:
     Parameters
     ----------
     path : str or PathLike, optional
-        Its directory, on a local disk, which belongs to zcache alone. Default is None: in memory of this process.
+        Its directory, on a local disk, which belongs to zcache alone; ``~`` is your home. Default is None: in memory of this process.
     max_size : int or str, optional
         Bytes that it holds at most, at every instant, written as for `CacheStore`: in a directory whole blocks,
         as ``du`` counts them, without the index. Where another pool or store asks for less, that is in force. Default is
@@ -212,11 +213,12 @@ class CachePool:
         notes = self._pool.notes()
         for label in {*held, *notes}:
             size, entries = held.get(label, (0, 0))
-            note = notes.get(label) or {}
+            note = notes.get(label) or note_of(stand_in(label))
             if entries or not note["forgotten"]:
-                name, source, used = (note.get(item) for item in ("name", "source", "used"))
-                infos.append(PoolSourceInfo(name, source, size, entries, used))
-        return sorted(infos, key=lambda info: (-info.bytes, info.name or ""))
+                infos.append(
+                    PoolSourceInfo(note["name"], note["source"], size, entries, note["used"])
+                )
+        return sorted(infos, key=lambda info: (-info.bytes, info.name))
 
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.

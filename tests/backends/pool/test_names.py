@@ -17,6 +17,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 import zcache
+from directories import closed
 from pools import source_of
 from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
@@ -205,6 +206,34 @@ def test_names_that_are_damaged_are_passed_by(tmp_path: Path, damage: str) -> No
     assert pool.cache_info()["current_size"] < 2**20
     check_invariants(stores[-1])
     pool.forget("q")
+
+
+async def test_source_that_has_lost_its_name_is_known_by_what_stands_for_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pool"
+    for name in ("a", "b"):
+        pool = CachePool(path)
+        store = CacheStore(source_of(k=name.encode()), cache_store=pool, source_id=name)
+        await read_through(store, "k")
+        del pool, store
+        await closed(tmp_path, "pool")
+    (path / ".zcache/index/sources").unlink()
+    pool = CachePool(path)
+    lost = {info.name: info for info in pool.sources()}
+    assert [(info.source, info.entries) for info in lost.values()] == [(None, 1), (None, 1)]
+    held = {}
+    for name in lost:
+        target = MemoryStore()
+        assert pool.export(name, target) == 1
+        held[target._store_dict["k"].to_bytes()] = name
+    assert held.keys() == {b"a", b"b"}
+    pool.forget(held[b"a"])
+    assert [info.name for info in pool.sources()] == [held[b"b"]]
+    # Its own name is known again when it is opened.
+    store = CacheStore(source_of(k=b"new"), cache_store=pool, source_id="a")
+    assert await read_through(store, "k") == b"new"
+    assert {info.name for info in pool.sources()} == {"a", held[b"b"]}
 
 
 NASTY = (

@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import make_way
+from zcache._source.identity import UNNAMED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,10 +35,22 @@ _FLAGS: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _BEGINNING: Final = b'{"name": '
 """How each line begins: millions of others are passed by in a moment."""
 
+_UNNAMED: Final = re.compile(f"{UNNAMED}([0-9a-f]{{32}})")
+
 
 def label_of(source: str) -> str:
-    """The folder of a source in the index of a pool: no table decides which source a value has."""
+    """The folder of a source in the index of a pool: no table decides which source a value has.
+
+    What stands for the name of one that has lost it has the label itself; see `stand_in`.
+    """
+    if (unnamed := _UNNAMED.fullmatch(source)) is not None:
+        return unnamed[1]
     return hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def stand_in(label: str) -> str:
+    """What stands for the name of a source of which only the label is known. No source is called so."""
+    return f"{UNNAMED}{label}"
 
 
 def note_of(name: str, source: str | None = None, used: float | None = None) -> dict[str, Any]:
