@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import threading
+import traceback
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -73,7 +74,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         fsspec's client where that is installed, and else by obstore. The source can be written to as well, but for a zip
         file; see `read_only` of `CacheStore`.
     cache : str, PathLike, CachePool or "memory", optional
-        Where values are kept: the directory of a pool, on a local disk, which is made if need be; a pool; or "memory" for the one that
+        Where values are kept: the directory of a pool, on a local disk (``~`` is your home), which is made if need be; a pool; or "memory" for the one that
         all who say so share in this process. All stores of a process over one directory share one pool. Default is None: the
         directory of ``$ZCACHE_DIR`` in the environment, else the user's cache directory, such as ``~/.cache/zcache``. Set it
         where that is small, or on a network file system.
@@ -114,6 +115,20 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     >>> int(zarr.open_array(store, mode="r")[0])
     42
     """
+    try:
+        return _open(url, cache, max_size, storage_options, options)
+    except BaseException as error:
+        _let_go_of(error)
+        raise
+
+
+def _open(
+    url: str | os.PathLike[str] | Store,
+    cache: str | os.PathLike[str] | CachePool | None,
+    max_size: int | str | None,
+    storage_options: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> CacheStore:
     _check_names(options)
     read_only, adopt = options.get("read_only"), options.get("adopt", False)
     if read_only is not None:
@@ -145,6 +160,13 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         # The policy is that of all its users; only who asks for another one is told so.
         options = {name: pool.handle.limits[name] for name in ("eviction", "minimise")} | options
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
+
+
+def _let_go_of(error: BaseException | None) -> None:
+    """Have an error keep nothing in use, such as the pool: a notebook keeps the last one."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _check_names(options: dict[str, Any]) -> None:
@@ -265,7 +287,7 @@ def _directory(cache: object) -> tuple[str, str]:
             "zcache.CacheStore(store, cache_store=...)."
         )
     # `..` is left to the system, which follows links before it.
-    return os.path.join(os.getcwd(), path_of_cache_store(os.path.expanduser(path), name)), name
+    return os.path.join(os.getcwd(), path_of_cache_store(path, name)), name
 
 
 def _say_default(place: _Place, bound: int | None) -> None:

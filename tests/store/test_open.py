@@ -445,6 +445,35 @@ async def test_bound_may_be_another_though_values_are_still_being_written(source
         del store
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_size": 10**7}, "is in use"), ({"verify": "sometimes"}, "verify")],
+)
+async def test_error_that_is_kept_keeps_no_pool_in_use(
+    source: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    store = zcache.open(source, max_size=10**6)
+    # As `sys.last_exc` does in a notebook.
+    with pytest.raises(OptionValueError, match=message) as kept:
+        zcache.open(source, **options)
+    del store
+    assert zcache.open(source, max_size=10**7).max_size == 10**7
+    del kept
+
+
+def test_stores_that_were_opened_alike_are_equal(source: Path, tmp_path: Path) -> None:
+    zarr.create_array(source / "array", shape=4, dtype="i4", fill_value=1)
+    stores = [zcache.open(source, max_size=10**6) for _ in range(2)]
+    assert stores[0] == stores[1]
+    arrays = [zarr.open_array(store, path="array", mode="r") for store in stores]
+    assert arrays[0] == arrays[1]
+    (tmp_path / "other").mkdir()
+    others = ({"max_age_seconds": 5}, {"cache": CachePool(tmp_path / "second")})
+    for options in others:
+        assert zcache.open(source, **options) != stores[0]  # type: ignore[arg-type]
+    assert zcache.open(tmp_path / "other") != stores[0]
+
+
 def test_bound_of_a_pool_that_had_none_is_set(source: Path, cache: Path) -> None:
     pool = CachePool(cache)
     store = zcache.open(source, max_size=10**6)
