@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
+from zcache._options import (
+    check_clock,
+    check_eviction,
+    check_flag,
+    check_minimise,
+    check_revalidate,
+    check_source_id,
+    check_verify,
+    parse_age,
+    parse_ages,
+    parse_offline,
+    parse_seconds,
+    parse_size,
+)
+from zcache._runtime.capacity import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,8 +34,8 @@ if TYPE_CHECKING:
 class CacheOptions:
     """What a user may choose, checked and converted; `CacheStore` says what each is.
 
-    Sizes are bytes. Two are equal where stores with them serve the same. A new option is a field here, a parameter of
-    `CacheStore`, and where users may ask for it a property of that.
+    Sizes are bytes. Two are equal where stores with them serve the same. A new option is a field here, a parser
+    in `_PARSERS`, a parameter of `CacheStore`, and where users may ask for it a property of that.
     """
 
     max_size: int | None = None
@@ -61,3 +77,60 @@ class CacheOptions:
         """Seconds for which a value is of use; None for always."""
         longest = None if self.revalidate else self.ages.longest
         return None if longest is None else longest + self.stale_if_error
+
+
+def _age(name: str) -> Callable[[object], Age]:
+    return partial(parse_age, name=name)
+
+
+def _flag(name: str) -> Callable[[object], object]:
+    def parse(value: object) -> object:
+        check_flag(name, value)
+        return value
+
+    return parse
+
+
+def _or_none(parse: Callable[[object], object]) -> Callable[[object], object]:
+    return lambda value: None if value is None else parse(value)
+
+
+_PARSERS: Final[dict[str, Callable[[object], object]]] = {
+    "max_age_seconds": parse_ages,
+    "metadata_max_age_seconds": _or_none(_age("metadata_max_age_seconds")),
+    "stale_if_error": partial(parse_seconds, name="stale_if_error"),
+    "offline": parse_offline,
+    "missing_max_age_seconds": _age("missing_max_age_seconds"),
+    "revalidate": check_revalidate,
+    "verify": check_verify,
+    "eviction": _or_none(check_eviction),
+    "minimise": _or_none(check_minimise),
+    "source_id": check_source_id,
+    "clock": check_clock,
+    "read_only": _or_none(_flag("read_only")),
+    **{name: _flag(name) for name in ("adopt", "cache_missing", "cache_set_data", "sampling")},
+}
+_OF_CACHE_STORE: Final = ("max_size", "min_free_space")
+_OF_MEMORY: Final = ("max_pending_size", "decoded_size")
+"""Sizes of which shares are of the cache store, and of memory."""
+
+
+def parse_options(whole: Callable[[], int], **given: Any) -> dict[str, Any]:
+    """Check and convert options of a `CacheStore`, any of them.
+
+    Parameters
+    ----------
+    whole : callable
+        Bytes of what shares of the cache store are of.
+    **given
+        The options.
+
+    Raises
+    ------
+    OptionTypeError, OptionValueError
+        If one is of the wrong type, or has no meaning.
+    """
+    parsers = dict(_PARSERS)
+    for names, size in ((_OF_CACHE_STORE, whole), (_OF_MEMORY, memory)):
+        parsers |= {name: partial(parse_size, name=name, whole=size) for name in names}
+    return {name: parsers[name](value) for name, value in given.items()}

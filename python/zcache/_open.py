@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._cache_options import parse_options
 from zcache._options import (
     capacity_of,
     check_cache_store,
-    check_flag,
     parse_offline,
     parse_size,
     path_of_cache_store,
@@ -131,15 +131,13 @@ def _open(
 ) -> CacheStore:
     _check_names(options)
     read_only, adopt = options.get("read_only"), options.get("adopt", False)
-    if read_only is not None:
-        check_flag("read_only", read_only)
-    check_flag("adopt", adopt)
-    may_be_new = read_only is False or parse_offline(options.get("offline"))
-    source = open_source(url, storage_options, read_only=read_only, must_exist=not may_be_new)
     place = _place(cache)
     # Before anything is made there.
-    check_cache_store(source, place.store, f"{place.option}: {place.name!r}")
+    parse_options(place.capacity, **options)
     size = parse_size(max_size, whole=place.capacity)
+    may_be_new = read_only is False or parse_offline(options.get("offline"))
+    source = open_source(url, storage_options, read_only=read_only, must_exist=not may_be_new)
+    check_cache_store(source, place.store, f"{place.option}: {place.name!r}")
     for _ in lingering.looks(_PATIENCE):
         place = _place(cache)
         pool = _pool(place, size, adopt=adopt)

@@ -27,7 +27,7 @@ from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._byte_ranges import to_byte_range
 from zcache._cache import Cache
-from zcache._cache_options import CacheOptions
+from zcache._cache_options import CacheOptions, parse_options
 from zcache._core import Index, is_cacheable_key
 from zcache._decoded.cache import KeepsDecoded
 from zcache._index.keys import CachedKeys
@@ -35,20 +35,9 @@ from zcache._index.plans import follow
 from zcache._options import (
     capacity_of,
     check_cache_store,
-    check_clock,
-    check_eviction,
     check_flag,
-    check_minimise,
     check_prefix,
-    check_revalidate,
-    check_source_id,
     check_store,
-    check_verify,
-    parse_age,
-    parse_ages,
-    parse_offline,
-    parse_seconds,
-    parse_size,
     parse_timeout,
     path_of_cache_store,
 )
@@ -292,38 +281,32 @@ class CacheStore(Store, KeepsDecoded):
         elif isinstance(cache_store, (str, os.PathLike)):
             cache_store = LocalStore(path_of_cache_store(cache_store))
         check_cache_store(store, cache_store)
-        check_flag("cache_missing", cache_missing)
-        check_flag("cache_set_data", cache_set_data)
-        check_flag("adopt", adopt)
-        check_flag("sampling", sampling)
-        if read_only is not None:
-            check_flag("read_only", read_only)
+        options = parse_options(
+            partial(capacity_of, cache_store),
+            max_size=max_size,
+            max_age_seconds=max_age_seconds,
+            metadata_max_age_seconds=metadata_max_age_seconds,
+            stale_if_error=stale_if_error,
+            offline=offline,
+            cache_missing=cache_missing,
+            missing_max_age_seconds=missing_max_age_seconds,
+            revalidate=revalidate,
+            verify=verify,
+            eviction=policy["eviction"] if eviction is None else eviction,
+            minimise=policy["minimise"] if minimise is None else minimise,
+            adopt=adopt,
+            source_id=source_id,
+            min_free_space=min_free_space,
+            max_pending_size=max_pending_size,
+            decoded_size=decoded_size,
+            sampling=sampling,
+            clock=clock,
+        )
+        # No options of what all copies share.
+        parse_options(memory, cache_set_data=cache_set_data, read_only=read_only)
         if read_only is not None and read_only != store.read_only:
             store = store.with_read_only(read_only)
-        share_of = partial(capacity_of, cache_store)
-        options = CacheOptions(
-            max_size=parse_size(max_size, whole=share_of),
-            max_age_seconds=parse_ages(max_age_seconds),
-            offline=parse_offline(offline),
-            revalidate=check_revalidate(revalidate),
-            stale_if_error=parse_seconds(stale_if_error, "stale_if_error"),
-            metadata_max_age_seconds=None
-            if metadata_max_age_seconds is None
-            else parse_age(metadata_max_age_seconds, "metadata_max_age_seconds"),
-            cache_missing=cache_missing,
-            missing_max_age_seconds=parse_age(missing_max_age_seconds, "missing_max_age_seconds"),
-            verify=check_verify(verify),
-            eviction=policy["eviction"] if eviction is None else check_eviction(eviction),
-            minimise=policy["minimise"] if minimise is None else check_minimise(minimise),
-            adopt=adopt,
-            source_id=check_source_id(source_id),
-            min_free_space=parse_size(min_free_space, "min_free_space", share_of),
-            max_pending_size=parse_size(max_pending_size, "max_pending_size", memory),
-            clock=check_clock(clock),
-            decoded_size=parse_size(decoded_size, "decoded_size", memory),
-            sampling=sampling,
-        )
-        cache = Cache(store, cache_store, options)
+        cache = Cache(store, cache_store, CacheOptions(**options))
         self._setup(store, cache, cache_set_data)
 
     def _setup(self, store: Store, cache: Cache, cache_set_data: bool) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import doctest
 import gc
 import importlib
+import inspect
 import logging
 import os
 import pickle
@@ -32,6 +33,7 @@ from zcache import (
     OptionTypeError,
     OptionValueError,
 )
+from zcache._cache_options import parse_options
 from zcache._runtime import capacity
 from zcache._source.identity import identify
 from zcache.testing import FakeClock, cache_store_of
@@ -344,7 +346,7 @@ def test_option_that_is_unknown_is_named(source: Path, cache: Path, name: str, a
 
 
 def test_option_without_a_meaning_is_refused_before_anything_is_made(
-    source: Path, cache: Path
+    source: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for options, message in (
         ({"max_size": -1}, "invalid max_size: -1"),
@@ -353,12 +355,37 @@ def test_option_without_a_meaning_is_refused_before_anything_is_made(
         ({"read_only": "yes"}, "invalid read_only: 'yes'"),
         ({"adopt": 1}, "invalid adopt: 1"),
         ({"offline": "no"}, "invalid offline: 'no'"),
+        ({"verify": "sometimes"}, "invalid verify: 'sometimes'"),
+        ({"eviction": "fifo"}, "invalid eviction: 'fifo'"),
+        ({"minimise": 1}, "invalid minimise: 1"),
+        ({"revalidate": None}, "invalid revalidate: None"),
+        ({"decoded_size": "lots"}, "invalid decoded_size: 'lots'"),
+        ({"min_free_space": -1}, "invalid min_free_space: -1"),
+        ({"max_pending_size": -1}, "invalid max_pending_size: -1"),
+        ({"max_age_seconds": {"": 1}}, "invalid pattern in max_age_seconds: ''"),
+        ({"metadata_max_age_seconds": "x"}, "invalid metadata_max_age_seconds: 'x'"),
+        ({"missing_max_age_seconds": "x"}, "invalid missing_max_age_seconds: 'x'"),
+        ({"stale_if_error": None}, "invalid stale_if_error: None"),
+        ({"source_id": ""}, "invalid source_id: ''"),
+        ({"clock": 3}, "invalid clock: 3"),
+        ({"cache_set_data": 1}, "invalid cache_set_data: 1"),
+        ({"cache_missing": 1}, "invalid cache_missing: 1"),
+        ({"sampling": 1}, "invalid sampling: 1"),
         ({"storage_options": {"key": "hush"}}, "invalid storage_options: 'key'"),
     ):
         with pytest.raises((OptionTypeError, OptionValueError), match=message) as it:
             zcache.open(source, **options)  # type: ignore[arg-type]
         assert "hush" not in str(it.value)
     assert not cache.exists()
+    assert said(caplog) == []
+
+
+def test_every_option_is_checked_before_anything_is_made() -> None:
+    own = {"store", "cache_store", "max_size"}
+    given = dict.fromkeys(set(inspect.signature(CacheStore).parameters) - own, object())
+    for name, value in given.items():
+        with pytest.raises(OptionTypeError, match=f"invalid {name}"):
+            parse_options(lambda: 1, **{name: value})
 
 
 # --------------------------------------------------------------------------------- bounds
