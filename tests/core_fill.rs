@@ -182,6 +182,7 @@ trait Steps {
     fn join(&mut self, key: &str) -> u64;
     fn begin_write(&mut self, key: &str);
     fn in_flight(&self) -> (usize, usize);
+    fn rejections(&self) -> u64;
     fn entries(&self) -> Vec<(String, u64, State)>;
     fn validate(&self);
 }
@@ -198,6 +199,9 @@ impl<S: Peers> Steps for Cache<S, u32> {
     }
     fn in_flight(&self) -> (usize, usize) {
         Cache::in_flight(self)
+    }
+    fn rejections(&self) -> u64 {
+        self.stats().rejections
     }
     fn entries(&self) -> Vec<(String, u64, State)> {
         let entries = Cache::entries(self).unwrap().into_iter();
@@ -347,6 +351,7 @@ fn fill_on_a_full_volume_evicts_and_is_rejected() {
     let report = dir.result(dir.submit("b", ticket, data(10), u64::MAX));
     rejected(&report, "no space on the volume");
     assert_eq!(report.deleted, 1);
+    dir.step(|index| assert_eq!(index.rejections(), 1));
     assert!(!dir.at("a").exists() && !dir.at("b").exists());
     assert_eq!(dir.size(), 0);
     dir.check();

@@ -1250,8 +1250,8 @@ def remove_key(root: str, key: str, /) -> list[tuple[str, OSError]]:
 def is_absent(root: str, key: str, /) -> bool:
     """Whether a cache directory holds nothing of a key, as far as that is known without waiting."""
 
-def volume_space(path: str, /) -> tuple[int, int]:
-    """Bytes that may still be written to a volume, and bytes of the whole volume."""
+def volume_space(path: str, /) -> tuple[int, int, int]:
+    """Bytes that may still be written to a volume, bytes of the whole volume, and those that stay free by default."""
 
 def write_tombstone(root: str, name: str, /) -> None:
     """Leave a tombstone for a value that is not valid any more but could not be deleted."""

@@ -1,6 +1,6 @@
 //! The end of a reservation: its entry is committed, or what was written is deleted.
 
-use super::cache::{Cache, Tally, Victim};
+use super::cache::{Cache, Victim};
 use super::in_flight::ClosedFlight;
 use super::peers::Peers;
 use super::reserve::Reservation;
@@ -57,7 +57,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.keep_validator(&reservation)?;
             Vec::new()
         } else {
-            Tally::add(&self.tally.rejections, 1);
+            self.count_rejected(1);
             self.unwrite(&reservation)?
         };
         let (key, ticket) = (reservation.key, reservation.ticket);

@@ -467,9 +467,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.rejected(reason)
     }
 
-    pub(super) fn rejected(&mut self, reason: RejectReason) -> Reserve {
-        Tally::add(&self.tally.rejections, 1);
+    /// Leaves a value uncached.
+    pub(crate) fn rejected(&self, reason: RejectReason) -> Reserve {
+        self.count_rejected(1);
         Reserve::Rejected(reason)
+    }
+
+    /// Counts values that are left uncached.
+    pub(crate) fn count_rejected(&self, count: u64) {
+        Tally::add(&self.tally.rejections, count);
     }
 
     /// Whether a file system could not hold this key beside those that are cached.

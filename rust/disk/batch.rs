@@ -127,16 +127,14 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
     pub(super) fn run(&mut self) {
         self.dir.values.take_folders();
         if let Err(error) = self.fill() {
-            self.end_all(|| match error {
-                StepError::Busy => Ending::Busy,
+            match error {
+                StepError::Busy => self.end_all(|| Ending::Busy),
                 StepError::Failed(Error::Corrupt(what) | Error::Lost(what)) => {
-                    Ending::Corrupt(what)
+                    self.end_all(|| Ending::Corrupt(what));
                 }
                 // Nothing has changed.
-                StepError::Failed(Error::Full) => {
-                    Ending::Rejected(RejectReason::IndexFull.as_str())
-                }
-            });
+                StepError::Failed(Error::Full) => self.reject_all(RejectReason::IndexFull.as_str()),
+            }
         }
         self.end();
         if self.failed_deletes && self.deferred.is_empty() {
@@ -219,7 +217,23 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         }
     }
 
-    pub(super) fn end_one(&mut self, number: usize, ending: Ending) {
+    /// Leaves the values of those that are under way uncached.
+    pub(super) fn reject_all(&mut self, reason: &'static str) {
+        let numbers: Vec<usize> = (self.progress.iter().enumerate())
+            .filter_map(|(number, one)| one.is_under_way().then_some(number))
+            .collect();
+        for number in numbers {
+            self.reject_one(number, reason);
+        }
+    }
+
+    /// Leaves a value uncached for a reason that the index does not know.
+    pub(super) fn reject_one(&mut self, number: usize, reason: &'static str) {
+        self.end_one(number, Ending::Rejected(reason));
+        self.deferred.push(Deferred::Rejected(1));
+    }
+
+    fn end_one(&mut self, number: usize, ending: Ending) {
         if let Some(one) = self.progress.get_mut(number) {
             one.ending = Some(ending);
         }
@@ -227,7 +241,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
 
     fn fill(&mut self) -> Result<(), StepError> {
         if has_neighbours(self.dir.mark()) {
-            self.end_all(|| Ending::Rejected(NEIGHBOURS));
+            self.reject_all(NEIGHBOURS);
             return Ok(());
         }
         let (mut answers, mut generation, slot) = self.reserve()?;
@@ -343,7 +357,7 @@ pub(super) fn with_place<S: Peers, T: Clone, P: Eviction>(
     answer: Result<Reserve>,
 ) -> Result<Answer> {
     let answer = match answer {
-        Err(Error::Full) => Reserve::Rejected(RejectReason::IndexFull),
+        Err(Error::Full) => cache.rejected(RejectReason::IndexFull),
         answer => answer?,
     };
     let placed = match answer {

@@ -40,6 +40,14 @@ pub struct Space {
     pub files: Option<(u64, u64)>,
 }
 
+impl Space {
+    /// Bytes of the volume that stay free by default.
+    #[must_use]
+    pub fn min_free(&self) -> u64 {
+        FREE_SPACE.min(self.total / FREE_PART)
+    }
+}
+
 /// How much room there is on the volume of a path.
 ///
 /// # Errors
@@ -186,7 +194,7 @@ impl CacheDir {
             return Ok(None);
         }
         let space = space(&self.root)?;
-        let min_free = min_free.unwrap_or_else(|| FREE_SPACE.min(space.total / FREE_PART));
+        let min_free = min_free.unwrap_or_else(|| space.min_free());
         let needed = min_free.saturating_add(size);
         let bytes = needed.saturating_sub(space.free);
         let inodes = space.files.is_some_and(|(free, total)| match files {

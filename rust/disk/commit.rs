@@ -33,7 +33,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         let mark = dir.mark();
         if has_neighbours(mark) {
             self.remove_uncommitted(written);
-            self.end_all(|| Ending::Rejected(NEIGHBOURS));
+            self.reject_all(NEIGHBOURS);
             return Ok(());
         }
         let done = self.with_retries(|index| {
@@ -66,7 +66,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             let Some(done) = done else {
                 // The index does not list these bytes, but counts them as granted.
                 lost.push(made.clone());
-                self.end_one(number, Ending::Rejected(SINCE_EMPTIED));
+                self.reject_one(number, SINCE_EMPTIED);
                 continue;
             };
             if let Some(one) = self.progress.get_mut(number) {

@@ -46,6 +46,8 @@ pub(super) enum Deferred {
     Folders(i64),
     /// A reservation ends; `gone` says that none of its bytes are left.
     Release { id: u64, gone: bool },
+    /// So many values were left uncached for a reason that the index does not know.
+    Rejected(u64),
     /// A flight is closed.
     Close { key: Box<str>, ticket: Ticket },
 }
@@ -99,6 +101,10 @@ fn apply_to<S: Peers, T: Clone, P: Eviction>(
                 (&[][..], &cells[..])
             };
             cache.deletes_done(dropped, failed)
+        }
+        Deferred::Rejected(count) => {
+            cache.count_rejected(*count);
+            Ok(())
         }
         Deferred::Close { key, ticket } => {
             closed.extend(cache.complete_flight(key, *ticket));

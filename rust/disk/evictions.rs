@@ -67,7 +67,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         for (number, answer) in answers {
             match answer {
                 Some(answer) => found.push((number, answer)),
-                None => self.end_one(number, Ending::Rejected(SINCE_EMPTIED)),
+                None => self.reject_one(number, SINCE_EMPTIED),
             }
         }
         Ok((found, generation))
@@ -116,7 +116,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             }
             self.drop_files(&victims, generation)?;
         }
-        self.end_all(|| Ending::Rejected(NO_SPACE));
+        self.reject_all(NO_SPACE);
         Ok(())
     }
 

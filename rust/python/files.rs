@@ -86,10 +86,10 @@ pub(super) fn recorded_size_and_checksum(path: PathBuf) -> Option<(u64, u32)> {
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
-pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64)> {
+pub(super) fn volume_space(path: PathBuf) -> PyResult<(u64, u64, u64)> {
     // Two microseconds; detaching and attaching can take longer.
     let space = disk::space(&path).map_err(os_error)?;
-    Ok((space.free, space.total))
+    Ok((space.free, space.total, space.min_free()))
 }
 
 #[pyfunction]

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from zarr.abc.store import RangeByteRequest
+from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed, open_store, reads, sizes_in, tree
-from support import buf, check_quiet, drained, fill, read, read_through, write
+from support import buf, check_quiet, drained, fill, read, read_through, until, write
+from zcache import CachePool, CacheStore
+from zcache._backends.directory.space import SpaceLog
 from zcache.testing import FakeClock, in_flight
 
 if TYPE_CHECKING:
@@ -86,6 +89,54 @@ async def test_min_free_space_more_than_there_is_empties_the_cache(tmp_path: Pat
     assert sizes_in(tmp_path / "cache") == {}
     assert await read_through(store, "c") == b"3"
     await check_quiet(store)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log has said of the space on a volume."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "min_free_space" in message]
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_values_without_space_are_counted_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    root = tmp_path / "cache"
+    for number in range(2):
+        cache = LocalStore(root) if kind == "directory" else CachePool(root)
+        # Also by the sources of one pool.
+        name = str(number) if kind == "pool" else "s"
+        source = MemoryStore({"a": buf(b"1"), "b": buf(b"2")})
+        store = CacheStore(source, cache_store=cache, source_id=name, min_free_space=2**60)
+        for key in ("a", "b", "b"):
+            await read(store, key)
+            assert await store.drain()
+        await store.set("c", buf(b"3"))
+        assert await store.drain()
+        stats = store.cache_stats()
+        assert (stats["refusals"], stats["cache_failures"], stats["hits"]) == (4, 0, 0)
+        await until(lambda: told(caplog))
+    (message,) = told(caplog)
+    assert f"cache directory {root} takes nothing in" in message
+    assert f"min_free_space={2**60:,}" in message
+    assert "Free some of the volume, or pass a smaller min_free_space=" in message
+
+
+async def test_space_that_has_gone_once_more_is_told_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = SpaceLog(str(tmp_path))
+    for count in (1, 2):
+        log.rejected(None)
+        log.rejected(None)
+        await until(lambda count=count: len(told(caplog)) == count)
+        log.filled()
+    default = min(2**30, shutil.disk_usage(tmp_path).total // 20)
+    assert all(f"min_free_space={default:,}" in message for message in told(caplog))
+    # Of a directory that is gone nothing is known.
+    log = SpaceLog(str(tmp_path / "gone"))
+    log._say(None)
+    assert len(told(caplog)) == 2
 
 
 @pytest.mark.slow

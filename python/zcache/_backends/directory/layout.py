@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from zcache._backends.directory import files
 from zcache._backends.directory.scan import Scanner
+from zcache._backends.directory.space import SpaceLog
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
 from zcache._backends.ownership import FORMAT
@@ -41,6 +42,8 @@ class Layout:
         Finds the values, whether or not the index knows them.
     temporary : TemporaryFiles
         The unfinished files.
+    space_log : SpaceLog
+        Says once that the volume is full.
     stamp : Stamp
         Says which source the directory belongs to; there once it is claimed.
     is_others : bool
@@ -69,6 +72,7 @@ class Layout:
         self.digest = hashlib.sha256((source or "").encode(errors="surrogatepass")).digest()[:8]
         self.scanner = Scanner(self.root, self.reserved, self.digest)
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
+        self.space_log = SpaceLog(self.root)
         self.is_others = self.is_read_only = False
         self.has_own_index = self.folds_names = False
         self.mode = 0o700
