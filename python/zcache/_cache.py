@@ -276,6 +276,13 @@ class Cache:
                 return False
             if listing.refusal is not None:
                 raise listing.refusal
+            # For what it has found.
+            self.backend.begin(io)
+        evicting = getattr(self.shared.place, "evicting", None)
+        if evicting is not None and not await io.until(
+            evicting, max(0.0, until - time.monotonic())
+        ):
+            return False
         queue: FillQueue | None = self.shared.fills
         return queue is None or await queue.drain(io, max(0.0, until - time.monotonic()))
 

@@ -145,7 +145,8 @@ class CacheStore(Store, KeepsDecoded):
         such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
         volume of a directory, and else of the memory, or of what the control group of the process may use
         of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
-        None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached.
+        None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached. What
+        stores with a larger one have left goes at once; where `cache_store` has its own methods only, from the first operation on.
     eviction : {"lru", "none", "adaptive"}, optional
         Which values go when there is no room for a new one. Default is None: that of the `CachePool`, if it was given
         one, else "lru": those that were used least recently. "none" keeps what came first, until it expires or is dropped: for

@@ -204,7 +204,10 @@ class _Opening:
         index.adopt([(0, len(value), name) for name, value in values.items()])
         handle = IndexHandle(index, describe(self.cache), {**self.limits, "flat_namespace": True})
         shared = self._new(handle, time.monotonic)
-        shared.place = StorePlace(handle, listing=None)
+        # A mapping of a user's own class may do anything, and so is used as any other store.
+        known = values if type(values) is dict else None
+        shared.place = StorePlace(handle, shared.clock, values=known)
+        shared.place.enforce_bound()
         return shared
 
     def _store(self) -> SharedIndex:
@@ -214,6 +217,6 @@ class _Opening:
         handle = IndexHandle(index, describe(self.cache), self.limits)
         shared = self._new(handle, time.monotonic)
         shared.place = StorePlace.of(
-            handle, self.source_id.name, adopt=self.adopt, listed=is_listed
+            handle, shared.clock, self.source_id.name, adopt=self.adopt, listed=is_listed
         )
         return shared

@@ -60,6 +60,7 @@ class StoreBackend(Backend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
+        self._place.keep_bound(io, self)
         # Of nothing the last byte is read: an entry with a damaged size would else go unnoticed, and stores
         # differ in what they make of an empty range.
         first, wanted = (start, size) if size or not total else (total - 1, 1)
@@ -235,6 +236,7 @@ class StoreBackend(Backend):
         listing: Listing | None = self._place.listing
         if listing is not None and not listing.begin(io, self.store, self.breaker):
             self.counters.count("skipped")
+        self._place.keep_bound(io, self)
 
     async def remove_unlisted(
         self,

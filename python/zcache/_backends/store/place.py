@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zcache._backends.store.bound import StoreBound, evict_from
 from zcache._backends.store.filler import StoreFiller
 from zcache._backends.store.listing import Listing
 from zcache._core import Index
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from zarr.core.buffer import Buffer
+
+    from zcache._backends.base import Backend
     from zcache._index.handle import IndexHandle
+    from zcache._runtime.io import IO
 
 
 class StorePlace:
@@ -21,23 +29,62 @@ class StorePlace:
         Carries out fills.
     listing : Listing or None
         Finds out what the store holds; None where that is known.
+    bound : StoreBound
+        Evicts what is above the bound, but for that of a dict.
     """
 
-    def __init__(self, handle: IndexHandle, listing: Listing | None) -> None:
+    def __init__(
+        self,
+        handle: IndexHandle,
+        clock: Callable[[], float],
+        listing: Listing | None = None,
+        values: dict[str, Buffer] | None = None,
+    ) -> None:
         self.handle = handle
         self.listing = listing
         self.filler = StoreFiller()
+        self.bound = StoreBound(handle, clock)
+        self._clock = clock
+        self._values = values
+        # More than was asked for may be found.
+        self.bound.is_due = listing is not None
 
     @classmethod
-    def of(cls, handle: IndexHandle, source: str, *, adopt: bool, listed: bool) -> StorePlace:
+    def of(
+        cls,
+        handle: IndexHandle,
+        clock: Callable[[], float],
+        source: str,
+        *,
+        adopt: bool,
+        listed: bool,
+    ) -> StorePlace:
         """A place with a store that has to be listed, or not."""
-        return cls(handle, Listing(handle, source, adopt=adopt) if listed else None)
+        return cls(handle, clock, Listing(handle, source, adopt=adopt) if listed else None)
+
+    def enforce_bound(self) -> None:
+        """Evict what is above the bound: of a dict at once, else from the next operation on."""
+        if self._values is None:
+            self.bound.is_due = True
+        else:
+            evict_from(self._values, self.handle, self._clock)
+
+    def keep_bound(self, io: IO, backend: Backend) -> None:
+        """Evict in the background what is above the bound, once it is known what there is."""
+        if self.bound.is_due and (self.listing is None or self.listing.has_ended()):
+            self.bound.begin(io, backend)
+
+    @property
+    def evicting(self) -> Future[None] | None:
+        """Done when that has ended; None where it does not go on now."""
+        return self.bound.under_way
 
     def after_fork(self) -> None:
         """Start over in a forked child."""
         handle = self.handle
         handle.after_fork(None)
         self.filler.after_fork()
+        self.bound.after_fork()
         if self.listing is None:
             if not handle.index.after_fork():
                 handle.index = Index(**handle.limits)
@@ -45,3 +92,4 @@ class StorePlace:
         # What is there by now is the parent's, so it is ours.
         handle.index = Index(**handle.limits, complete=False)
         self.listing = self.listing.again()
+        self.bound.is_due = True
