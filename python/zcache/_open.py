@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import os
+import sys
 import threading
 import traceback
 import weakref
@@ -115,10 +116,11 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     >>> int(zarr.open_array(store, mode="r")[0])
     42
     """
+    handled = sys.exception()
     try:
         return _open(url, cache, max_size, storage_options, options)
     except BaseException as error:
-        _let_go_of(error)
+        _let_go_of(error, handled)
         raise
 
 
@@ -160,9 +162,12 @@ def _open(
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
 
 
-def _let_go_of(error: BaseException | None) -> None:
-    """Have an error keep nothing in use, such as the pool: a notebook keeps the last one."""
-    while error is not None:
+def _let_go_of(error: BaseException | None, handled: BaseException | None) -> None:
+    """Have an error keep nothing in use, such as the pool: a notebook keeps the last one.
+
+    What the caller has `handled` before is the caller's.
+    """
+    while error is not None and error is not handled:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 

@@ -488,6 +488,27 @@ async def test_error_that_is_kept_keeps_no_pool_in_use(
     del kept
 
 
+def test_error_that_the_caller_handles_keeps_what_it_had(source: Path) -> None:
+    def fail() -> None:
+        mine = "of the caller"
+        raise KeyError(mine)
+
+    def use() -> None:
+        try:
+            fail()
+        except KeyError:
+            zcache.open(source, read_only="yes")
+
+    with pytest.raises(OptionTypeError) as caught:
+        use()
+    handled = caught.value.__context__
+    assert isinstance(handled, KeyError)
+    assert handled.__traceback__ is not None
+    assert handled.__traceback__.tb_next is not None
+    # Of `use`, and of what it has called.
+    assert handled.__traceback__.tb_next.tb_frame.f_locals == {"mine": "of the caller"}
+
+
 def test_stores_that_were_opened_alike_are_equal(source: Path, tmp_path: Path) -> None:
     zarr.create_array(source / "array", shape=4, dtype="i4", fill_value=1)
     stores = [zcache.open(source, max_size=10**6) for _ in range(2)]
