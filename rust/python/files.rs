@@ -80,8 +80,8 @@ pub(super) fn open_folder(py: Python<'_>, root: PathBuf, name: PathBuf) -> PyRes
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
-pub(super) fn recorded_size_and_checksum(path: PathBuf) -> Option<(u64, u32)> {
-    ownership::recorded(&path)
+pub(super) fn recorded_size_and_checksum(py: Python<'_>, path: PathBuf) -> Option<(u64, u32)> {
+    py.detach(|| ownership::recorded(&path))
 }
 
 #[pyfunction]
@@ -174,16 +174,17 @@ pub(super) fn file_holds(
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
-pub(super) fn read_record(path: PathBuf) -> Option<(u64, u32, bool, u64, [u8; 8])> {
-    let record = ownership::record_of(&path)?;
+pub(super) fn read_record(py: Python<'_>, path: PathBuf) -> Option<(u64, u32, bool, u64, [u8; 8])> {
+    let record = py.detach(|| ownership::record_of(&path))?;
     let (size, checksum) = (record.size, record.checksum);
     Some((size, checksum, record.sealed, record.fetched, record.source))
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
-pub(super) fn file_owner(path: PathBuf) -> PyResult<&'static str> {
-    let owner = ownership::owner(&path).map_err(|errno| os_error(errno.into()))?;
+pub(super) fn file_owner(py: Python<'_>, path: PathBuf) -> PyResult<&'static str> {
+    let owner = py.detach(|| ownership::owner(&path));
+    let owner = owner.map_err(|errno| os_error(errno.into()))?;
     Ok(match owner {
         ownership::Owner::Ours => "ours",
         ownership::Owner::Pending => "pending",

@@ -340,12 +340,19 @@ class Backend(ABC):
     def begin(self, io: IO) -> None:  # noqa: B027 - nothing to do by default
         """Do in the background what the cache store asks for by now; called at each miss and write."""
 
-    def recorded_size_and_checksum(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
-        """Length and CRC32C that a value should have, where they are kept beside it."""
+    async def recorded_size_and_checksum(
+        self,
+        io: IO,  # noqa: ARG002
+        name: str,  # noqa: ARG002
+    ) -> tuple[int, int] | None:
+        """Length and CRC32C that a value should have, where they are kept beside it.
+
+        It may raise as `read` does.
+        """
         return None
 
-    def intact_size(self, name: str) -> int | None:  # noqa: ARG002
-        """Length of a value, if it is the one that is recorded beside it."""
+    async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002
+        """Length of a value, if it is the one that is recorded beside it. It may raise as `read` does."""
         return None
 
 

@@ -304,6 +304,8 @@ class Hits:
         is_damaged = False
         try:
             value = await self.backend.read(io, name, prototype, total, first, wanted)
+            if value is not None and handle is not None:
+                value = await self._verify(io, prototype, value, hit)
         except Exception as error:  # noqa: BLE001 - whatever the cache store raises, the source serves
             self.breaker.failed(error)
             if isinstance(error, (TimeoutError, NoThreadError)):
@@ -312,12 +314,8 @@ class Hits:
                 return None
         else:
             self.breaker.succeeded()
-            if value is not None and handle is None:
-                return value
             if value is not None:
-                value = await self._verify(io, prototype, value, hit)
-                if value is not None:
-                    return value
+                return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
         if await self._discard(io, key, byte_range, name, total, max_age) and is_damaged:
@@ -338,7 +336,8 @@ class Hits:
         part, found = await io.aside(total, part_and_checksum)
         if checksum is None:
             # The index was rebuilt, and does not know it; perhaps it is recorded beside the value.
-            checksum = (self.backend.recorded_size_and_checksum(name) or (total, found))[1]
+            recorded = await self.backend.recorded_size_and_checksum(io, name)
+            checksum = found if recorded is None else recorded[1]
         if checksum != found:
             return None
         self.handle.call_later(ignore, Index.mark_verified, handle, found)
@@ -355,7 +354,11 @@ class Hits:
     ) -> bool:
         """Drop an entry of this size that cannot be served; whether it was still there."""
         self._reads.recount_as_miss()
-        intact = self.backend.intact_size(name)
+        intact = None
+        try:
+            intact = await self.backend.intact_size(io, name)
+        except Exception as error:  # noqa: BLE001 - as where it is read
+            self.breaker.failed(error)
         try:
             victims = await self.handle.call(
                 io, Index.discard, *(key, byte_range, self.now(), size, max_age)

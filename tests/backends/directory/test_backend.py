@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import stat
 import threading
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from directories import closed, open_store, reads, sizes_in, tree
+from directories import INDEX, closed, complete, open_store, reads, sizes_in, tree
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import backend
@@ -271,6 +272,43 @@ async def test_read_never_answers_the_source_serves(
         assert reads(source) >= 1  # Or a value that is on its way into the cache.
         # All but the first did not even ask.
         assert store.cache_stats()["cache_failures"] <= 2
+    finally:
+        go.set()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_record_beside_a_value_that_never_answers_the_source_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """It is asked for the checksum that the index does not know, and for the length of a damaged value."""
+    value = os.urandom(100)
+    store, _ = open_store(tmp_path)
+    await write(store, "a", value)
+    await drained(store)
+    if damaged:
+        path = tmp_path / "cache/a"
+        times = path.stat()
+        os.truncate(path, 50)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    else:
+        del store
+        await closed(tmp_path)
+        shutil.rmtree(tmp_path / "cache" / INDEX)
+        store, _ = open_store(tmp_path)
+        await complete(store)
+    go = threading.Event()
+    asked_in_loop: list[bool] = []
+
+    def hang(_: str) -> None:
+        asked_in_loop.append(threading.current_thread() is threading.main_thread())
+        if not asked_in_loop[-1]:
+            go.wait(60)
+
+    monkeypatch.setattr(backend, "recorded_size_and_checksum", hang)
+    try:
+        assert await asyncio.wait_for(read(store, "a"), 30) == value
+        assert asked_in_loop == [False]
+        assert not store._cache.backend.breaker.allows()
     finally:
         go.set()
 

@@ -339,17 +339,22 @@ class DirectoryBackend(Backend):
     def begin(self, io: IO) -> None:  # noqa: ARG002
         self._directory.recovery.reclaim_dead()
 
-    def recorded_size_and_checksum(self, name: str) -> tuple[int, int] | None:
-        return recorded_size_and_checksum(os.path.join(self._root, name))
-
-    def intact_size(self, name: str) -> int | None:
+    async def recorded_size_and_checksum(self, io: IO, name: str) -> tuple[int, int] | None:
         path = os.path.join(self._root, name)
-        recorded = recorded_size_and_checksum(path)
-        try:
-            size = os.stat(path).st_size
-        except OSError:
-            return None
-        return size if recorded is not None and recorded[0] == size else None
+        return await io.in_thread(lambda: recorded_size_and_checksum(path), timeout=READ_TIMEOUT)
+
+    async def intact_size(self, io: IO, name: str) -> int | None:
+        path = os.path.join(self._root, name)
+        return await io.in_thread(lambda: _intact_size(path), timeout=READ_TIMEOUT)
+
+
+def _intact_size(path: str) -> int | None:
+    recorded = recorded_size_and_checksum(path)
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        return None
+    return size if recorded is not None and recorded[0] == size else None
 
 
 def _as_os_error(error: Exception) -> OSError:

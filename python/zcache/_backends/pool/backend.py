@@ -101,13 +101,15 @@ class PoolBackend(DirectoryBackend):
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         return self._source.files.delete([name for _, name in victims])
 
-    def recorded_size_and_checksum(self, name: str) -> tuple[int, int] | None:
-        try:
-            return None if self._segments is None else self._segments.recorded(name)
-        except (IndexBusyError, CorruptIndexError):
+    async def recorded_size_and_checksum(self, io: IO, name: str) -> tuple[int, int] | None:
+        segments = self._segments
+        if segments is None:
             return None
+        with contextlib.suppress(IndexBusyError, CorruptIndexError):
+            return await io.in_thread(lambda: segments.recorded(name), timeout=READ_TIMEOUT)
+        return None
 
-    def intact_size(self, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
+    async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
         return None
 
 
