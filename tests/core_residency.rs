@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test may panic.
 
 use std::fs::{self, File};
+use std::mem::MaybeUninit;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
@@ -20,6 +21,15 @@ fn directory(name: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// What was read into memory that was filled before.
+#[allow(unsafe_code)]
+fn read_into(into: &[MaybeUninit<u8>]) -> Vec<u8> {
+    // SAFETY: All of it was.
+    into.iter()
+        .map(|byte| unsafe { byte.assume_init() })
+        .collect()
+}
+
 #[test]
 fn read_resident_pages_in_memory_are_read_and_others_are_not() {
     let Some(root) = directory("pages") else {
@@ -32,9 +42,9 @@ fn read_resident_pages_in_memory_are_read_and_others_are_not() {
     file.set_len(total).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; 2 * page], page as u64).unwrap();
     let read = |start: usize, size: usize| {
-        let mut into = vec![0; size];
+        let mut into = vec![MaybeUninit::new(0); size];
         let waited = read_resident(&path, &mut into, total, start as u64).unwrap();
-        waited.map(|_| into)
+        waited.map(|_| read_into(&into))
     };
     assert_eq!(read(page, 2 * page), Some(vec![7; 2 * page]));
     assert_eq!(read(page + 100, 1), Some(vec![7]));
@@ -52,7 +62,7 @@ fn read_resident_what_is_no_such_file_is_not_read() {
     };
     let path = root.join("value");
     fs::write(&path, [7; 100]).unwrap();
-    let mut into = [0; 10];
+    let mut into = [MaybeUninit::new(0); 10];
     assert!(read_resident(&path, &mut into, 100, 0).unwrap().is_some());
     for other in [99, 101] {
         assert!(read_resident(&path, &mut into, other, 0).unwrap().is_none());

@@ -28,10 +28,8 @@ fn fill_of_any_size_is_read_as_it_was_written() {
     let range = ByteRange::Range { start: 5, end: 9 };
     pool.fill_as("b/c/0/1", range, b"part".to_vec());
     let (_, placed) = pool.find("b/c/0/1", range).unwrap();
-    let mut bytes = [0; 2];
     let name = range.cache_key("b/c/0/1");
-    let got = pool.files.read(placed, &name, 1, &mut bytes, true).unwrap();
-    assert_eq!((got, &bytes), (Got::Bytes, b"ar"));
+    assert_eq!(pool.read_part(placed, &name, 1, 2, true).unwrap(), b"ar");
     end(pool);
 }
 
@@ -122,15 +120,13 @@ fn value_in_memory_is_read_without_waiting() {
         pool.fill("a/0", 20_000);
         let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
         for (start, size) in [(0, 20_000), (0, 10), (15_000, 5000)] {
-            let mut bytes = vec![0; size];
-            let read = |bytes: &mut [u8]| pool.files.read(placed, "a/0", start, bytes, false);
-            assert_eq!(read(&mut bytes).unwrap(), Got::Bytes, "{start} {size}");
+            let bytes = pool.read_part(placed, "a/0", start, size, false);
+            let bytes = bytes.expect("what is in memory");
             let from = start as usize;
             assert_eq!(bytes, contents("a/0", 20_000)[from..from + size]);
         }
         pool.files.delete(placed).unwrap();
-        let got = pool.files.read(placed, "a/0", 0, &mut [0; 10], false);
-        assert_ne!(got.unwrap(), Got::Bytes);
+        pool.read_part(placed, "a/0", 0, 10, false).unwrap_err();
         end(pool);
     }
 }
@@ -191,9 +187,8 @@ fn reader_that_is_overtaken_finds_out() {
     // The cell gets another entry.
     pool.fill("a/1", 20_000);
     assert!(!is_still(&pool));
-    let mut bytes = vec![0; 20_000];
-    let got = pool.files.read(placed, "a/0", 0, &mut bytes, true).unwrap();
-    assert_eq!(got, Got::Nothing);
+    let read = pool.read_part(placed, "a/0", 0, 20_000, true);
+    assert_eq!(read, Err(Got::Nothing));
     end(pool);
 }
 

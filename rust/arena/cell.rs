@@ -6,6 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::racing::{load_u8, load_u64};
 use crate::error::{Error, Result};
 use crate::key::packing::{INLINE, Packing};
 
@@ -95,6 +96,15 @@ const SIZE_BITS: u32 = 48;
 /// No entry has so many bytes.
 pub const TOO_LARGE: u64 = 1 << SIZE_BITS;
 
+fn state_in(bits: u8) -> State {
+    match bits >> 4 & 3 {
+        0 => State::Live,
+        1 => State::Writing,
+        2 => State::Deleting,
+        _ => State::DeleteFailed,
+    }
+}
+
 const WITH_VALIDATOR: u8 = 1 << 7;
 const VERIFIED: u8 = 1 << 6;
 const NO_CHECKSUM: u8 = 1 << 7;
@@ -135,12 +145,12 @@ impl Cell {
     /// State of an entry.
     #[must_use]
     pub fn state(&self) -> State {
-        match self.bits >> 4 & 3 {
-            0 => State::Live,
-            1 => State::Writing,
-            2 => State::Deleting,
-            _ => State::DeleteFailed,
-        }
+        state_in(self.bits)
+    }
+
+    /// The same, where another process may change it meanwhile.
+    pub(crate) fn state_now(&self) -> State {
+        state_in(load_u8(&self.bits))
     }
 
     /// Changes the state of an entry; an error where the cell is damaged.
@@ -187,6 +197,11 @@ impl Cell {
     #[must_use]
     pub fn hash(&self) -> u64 {
         self.size
+    }
+
+    /// The same, where another process may change it meanwhile.
+    pub(crate) fn hash_now(&self) -> u64 {
+        load_u64(&self.size)
     }
 
     /// Sets the hash of the path of a Dir or Object.

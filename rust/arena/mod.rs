@@ -6,6 +6,7 @@ mod hash_table;
 mod name;
 mod path_cache;
 mod places;
+pub(crate) mod racing;
 mod storage;
 mod strings;
 mod traverse;

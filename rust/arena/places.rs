@@ -5,6 +5,7 @@
 
 use super::arena::{Arena, List};
 use super::cell::{Cell, Kind};
+use super::racing::load_u64;
 use super::storage::Storage;
 use crate::error::{Error, Result};
 use crate::key::ODD;
@@ -59,11 +60,11 @@ impl Place {
 impl<S: Storage> Arena<S> {
     /// The word of an entry: equal words, and equal numbers of the segment, mean that the entry is the same, for no
     /// page of a segment is used twice. The cell of the segment is not enough: it may be another one's later. 0 means
-    /// that it has none.
+    /// that it has none. Another process may change it meanwhile.
     #[inline]
     pub(crate) fn place_word(&self, i: u32) -> u64 {
         let word = self.storage.places().get(i as usize);
-        word.copied().unwrap_or(0)
+        word.map_or(0, load_u64)
     }
 
     /// Sets it.
@@ -81,11 +82,12 @@ impl<S: Storage> Arena<S> {
         }
     }
 
-    /// Whether a word in the row of a cell names a place in the segment with this number.
+    /// Whether a word in the row of a cell names a place in the segment with this number. Another process may change
+    /// that meanwhile.
     pub(crate) fn is_in_segment(&self, word: u64, cell: u32, number: u64) -> bool {
         let place = Place::of(word, cell);
         let segment = place.and_then(|place| self.get(place.segment));
-        segment.is_ok_and(|segment| segment.segment_number() == number)
+        segment.is_ok_and(|segment| segment.hash_now() == number)
     }
 
     /// The cell of a segment.

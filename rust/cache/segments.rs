@@ -323,7 +323,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn is_still(&self, i: u32, word: u64, segment: u64) -> bool {
         let is_live = |state| state == State::Live;
         if !self.arena.storage.is_current()
-            || !self.arena.get(i).is_ok_and(|cell| is_live(cell.state()))
+            || !self
+                .arena
+                .get(i)
+                .is_ok_and(|cell| is_live(cell.state_now()))
         {
             return false;
         }

@@ -58,15 +58,15 @@ mod linux {
     }
 
     /// Reads into `into` what a regular file of `total` bytes has from `start` on, if all of it is in memory.
-    /// Returns how long that had to wait all the same; `None` where the file is another one, or the kernel
-    /// does not say.
+    /// Returns how long that had to wait all the same, and has written to all of `into` then; `None` where the
+    /// file is another one, or the kernel does not say.
     ///
     /// # Errors
     ///
     /// Where it cannot be opened or read; `EAGAIN` where to open it needs a disk.
     pub fn read_resident(
         path: &Path,
-        into: &mut [u8],
+        into: &mut [MaybeUninit<u8>],
         total: u64,
         start: u64,
     ) -> io::Result<Option<Duration>> {
@@ -77,7 +77,8 @@ mod linux {
         }
         let mut done = 0;
         while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match retry_on_intr(|| pread(&file, &mut *rest, start + done as u64))? {
+            let at = start + done as u64;
+            match retry_on_intr(|| pread(&file, &mut *rest, at).map(|(read, _)| read.len()))? {
                 0 => return Ok(None),
                 count => done += count,
             }
@@ -202,6 +203,7 @@ mod linux {
 #[cfg(not(target_os = "linux"))]
 mod other {
     use std::io;
+    use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
     use std::path::Path;
     use std::time::Duration;
@@ -217,7 +219,12 @@ mod other {
     /// # Errors
     ///
     /// None.
-    pub fn read_resident(_: &Path, _: &mut [u8], _: u64, _: u64) -> io::Result<Option<Duration>> {
+    pub fn read_resident(
+        _: &Path,
+        _: &mut [MaybeUninit<u8>],
+        _: u64,
+        _: u64,
+    ) -> io::Result<Option<Duration>> {
         Ok(None)
     }
 

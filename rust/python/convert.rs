@@ -1,6 +1,9 @@
 //! Values on their way between Python and the core.
 
-use pyo3::exceptions::PyValueError;
+use std::mem::MaybeUninit;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
@@ -73,6 +76,17 @@ pub(super) fn raw_entries(entries: Vec<(String, ByteRange, u64, State)>) -> Vec<
 pub(super) fn raw_recency(recency: Vec<(String, ByteRange)>) -> Vec<(String, RawSpan)> {
     let raw = |(key, span)| (key, raw_span(span));
     recency.into_iter().map(raw).collect()
+}
+
+/// The first bytes of a buffer that can be written to, whatever they are yet.
+#[allow(unsafe_code)]
+pub(super) fn room(into: &mut PyBuffer<u8>, size: usize) -> PyResult<&mut [MaybeUninit<u8>]> {
+    if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
+        return Err(PyBufferError::new_err("no room for the bytes"));
+    }
+    let start = into.buf_ptr().cast::<MaybeUninit<u8>>();
+    // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
+    Ok(unsafe { std::slice::from_raw_parts_mut(start, size) })
 }
 
 /// Seconds to whole milliseconds; NaN and negative times count as zero.

@@ -4,10 +4,9 @@ use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 
-use super::convert::millis;
+use super::convert::{millis, room};
 use super::errors::{exception, os_error};
 use crate::disk::{self, below, folders, ownership, removal, residency};
 use crate::shared;
@@ -20,39 +19,29 @@ pub(super) fn open_cached(path: &str) -> PyResult<i32> {
     Ok(file.into_raw_fd())
 }
 
-/// A file that Python has open.
+#[pyfunction]
+#[pyo3(signature = (file, /))]
 #[allow(unsafe_code)]
-fn borrowed<'a>(file: RawFd) -> PyResult<BorrowedFd<'a>> {
+pub(super) fn tells_residency(file: RawFd) -> PyResult<bool> {
     if file < 0 {
         return Err(os_error(rustix::io::Errno::BADF.into()));
     }
     // SAFETY: The caller keeps it open during the call. Of any other number the kernel says what it is.
-    Ok(unsafe { BorrowedFd::borrow_raw(file) })
-}
-
-#[pyfunction]
-#[pyo3(signature = (file, /))]
-pub(super) fn tells_residency(file: RawFd) -> PyResult<bool> {
-    Ok(residency::tells_residency(borrowed(file)?))
+    let file = unsafe { BorrowedFd::borrow_raw(file) };
+    Ok(residency::tells_residency(file))
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, into, total, start, size, /))]
-#[allow(unsafe_code)]
-#[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
 pub(super) fn read_resident(
     py: Python<'_>,
     path: &str,
-    into: PyBuffer<u8>,
+    mut into: PyBuffer<u8>,
     total: u64,
     start: u64,
     size: usize,
 ) -> PyResult<Option<f64>> {
-    if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
-        return Err(PyBufferError::new_err("no room for the bytes"));
-    }
-    // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
+    let bytes = room(&mut into, size)?;
     let waited = py.detach(|| residency::read_resident(Path::new(path), bytes, total, start));
     Ok(waited.map_err(os_error)?.map(|waited| waited.as_secs_f64()))
 }

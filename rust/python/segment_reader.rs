@@ -1,6 +1,7 @@
 //! Values of a pool on their way into arrays of Python: looked up, read, and compared.
 
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,12 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use numpy::npyffi::{NpyTypes, PY_ARRAY_API, get_type_object, npy_intp};
 use numpy::{Element, PyArray1, PyArrayDescrMethods, PyArrayMethods};
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::backing::step;
-use super::convert::{RawAges, RawSpan, fresh, hit, span};
+use super::convert::{RawAges, RawSpan, fresh, hit, room, span};
 use super::errors::{os_error, poisoned};
 use super::index::Index;
 use super::pool::{FoundPlace, SegmentFiles};
@@ -121,8 +121,9 @@ impl SegmentReader {
             range => Cow::Owned(range.cache_key(key)),
         };
         let array = new_array(py, size)?;
+        let start = array.data().cast::<MaybeUninit<u8>>();
         // SAFETY: It has this many bytes, one after the other, and is known here alone until all of them are read.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(array.data(), size) };
+        let bytes = unsafe { std::slice::from_raw_parts_mut(start, size) };
         let (files, start) = (&self.files, found.start);
         let mut read = || files.read(place.placed, &name, start, bytes, false);
         let got = if size >= DETACH_FROM {
@@ -236,30 +237,24 @@ impl SegmentReader {
     /// Reads into a buffer what a value of `total` bytes has from `start` on. False where that would have to wait;
     /// `None` where there is no such value.
     #[pyo3(signature = (name, into, total, start, size, waits, /))]
-    #[allow(unsafe_code)]
-    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
     #[allow(clippy::too_many_arguments)] // All that a read is about, for one call.
     fn read(
         &self,
         py: Python<'_>,
         name: &str,
-        into: PyBuffer<u8>,
+        mut into: PyBuffer<u8>,
         total: u64,
         start: u64,
         size: usize,
         waits: bool,
     ) -> PyResult<Option<bool>> {
-        if into.readonly() || !into.is_c_contiguous() || into.len_bytes() < size {
-            return Err(PyBufferError::new_err("no room for the bytes"));
-        }
+        let bytes = room(&mut into, size)?;
         let Some(in_header) = self.name_in_header(name) else {
             return Ok(None);
         };
         if start.checked_add(size as u64).is_none_or(|end| end > total) {
             return Ok(None);
         }
-        // SAFETY: The buffer has this many bytes, keeps them where they are, and belongs to the caller alone.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(into.buf_ptr().cast::<u8>(), size) };
         // Once more where it was moved meanwhile.
         for anew in [false, true] {
             let Some(found) = self.find(py, name, anew)? else {

@@ -49,10 +49,10 @@ impl Map {
     /// Maps all of a file.
     #[allow(unsafe_code)]
     pub(super) fn new(file: &File) -> io::Result<Map> {
-        // SAFETY: The file is changed by others while it is mapped, but only by holders of the same
-        // lock, and this process looks into the mapping only while it holds that lock. A process that
-        // ignores the lock can change numbers, which are never trusted; a file that was truncated is
-        // found by the check of its length at the beginning of each step, or by the handler.
+        // SAFETY: Other processes change the file while it is mapped. Those that hold the lock do so while this one does
+        // not look, but for the few numbers of `Cache::is_still`, which are loaded atomically (`arena::racing`). A
+        // process that ignores the lock can change numbers, which are never trusted. Pages of a file that was
+        // truncated are replaced by the handler.
         let mut bytes = unsafe { MmapMut::map_mut(file) }?;
         handler::install();
         let start = bytes.as_mut_ptr().expose_provenance();

@@ -8,6 +8,7 @@ use super::header::{HEADER_LEN, VERSIONS, new_generation};
 use super::lock_files::is_alive;
 use super::mapped::{HEAD, Mapped};
 use super::sample_file::SampleFile;
+use crate::arena::racing::load_u64;
 use crate::cache::{Participant, Peers, Version};
 use crate::error::Result;
 use crate::sampling::Sample;
@@ -135,7 +136,7 @@ impl Peers for Mapped {
         self.own_slot
     }
     fn is_current(&self) -> bool {
-        self.file_header().generation == self.generation
+        load_u64(&self.file_header().generation) == self.generation
     }
     fn check_place(&mut self) -> Result<()> {
         self.require_place()

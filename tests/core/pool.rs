@@ -216,9 +216,24 @@ impl Pool {
 
     pub(crate) fn read(&self, key: &str) -> Option<Vec<u8>> {
         let (found, placed) = self.find(key, ByteRange::Full)?;
-        let mut bytes = vec![0; found.size as usize];
-        let got = self.files.read(placed, key, 0, &mut bytes, true).unwrap();
-        (got == Got::Bytes).then_some(bytes)
+        self.read_part(placed, key, 0, found.size as usize, true)
+            .ok()
+    }
+
+    /// What a value has from `start` on, or why there is none of it.
+    pub(crate) fn read_part(
+        &self,
+        placed: Placed,
+        name: &str,
+        start: u64,
+        size: usize,
+        waits: bool,
+    ) -> Result<Vec<u8>, Got> {
+        let read = self.files.read_part(placed, name, start, size, waits);
+        match read.unwrap() {
+            (Got::Bytes, bytes) => Ok(bytes),
+            (got, _) => Err(got),
+        }
     }
 
     pub(crate) fn keys(&self) -> Vec<String> {

@@ -1,7 +1,8 @@
 //! What is asked of the file system about segments.
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -100,22 +101,44 @@ pub(super) fn write_slices(
 /// A file system or a kernel cannot read without waiting.
 pub(super) const UNSUPPORTED: Errno = Errno::OPNOTSUPP;
 
+/// Reads one after the other, in one call. That of `rustix` takes no memory that was not written to.
 #[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
 fn read_both(
     file: &File,
     at: u64,
     first: &mut [u8],
-    second: &mut [u8],
+    second: &mut [MaybeUninit<u8>],
     waits: bool,
 ) -> rustix::io::Result<usize> {
-    use rustix::io::ReadWriteFlags;
-    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
-    if waits {
-        return rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at));
-    }
-    match rustix::io::preadv2(file, &mut parts, at, ReadWriteFlags::NOWAIT) {
+    use std::os::fd::AsRawFd;
+    let part = |start: *mut libc::c_void, iov_len| libc::iovec {
+        iov_base: start,
+        iov_len,
+    };
+    let parts = [
+        part(first.as_mut_ptr().cast(), first.len()),
+        part(second.as_mut_ptr().cast(), second.len()),
+    ];
+    let (call, flags) = if waits {
+        (libc::SYS_preadv, 0)
+    } else {
+        (libc::SYS_preadv2, libc::RWF_NOWAIT)
+    };
+    // Where a word has 32 bits, the place is given in two.
+    let (low, high) = (at as libc::c_long, (at >> 32) as libc::c_long);
+    let read = || {
+        // SAFETY: The kernel writes into these two parts alone, at most what they hold, and reads nothing of them.
+        let count = unsafe {
+            let parts = (parts.as_ptr(), parts.len() as libc::c_long);
+            libc::syscall(call, file.as_raw_fd(), parts.0, parts.1, low, high, flags)
+        };
+        usize::try_from(count)
+            .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+    };
+    match rustix::io::retry_on_intr(read) {
         // Not on this file system, or not by this kernel.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Err(UNSUPPORTED),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) if !waits => Err(UNSUPPORTED),
         read => read,
     }
 }
@@ -125,23 +148,30 @@ fn read_both(
     file: &File,
     at: u64,
     first: &mut [u8],
-    second: &mut [u8],
+    second: &mut [MaybeUninit<u8>],
     waits: bool,
 ) -> rustix::io::Result<usize> {
+    use rustix::io::{pread, retry_on_intr};
     if !waits {
         return Err(UNSUPPORTED);
     }
-    let mut parts = [IoSliceMut::new(first), IoSliceMut::new(second)];
-    rustix::io::retry_on_intr(|| rustix::io::preadv(file, &mut parts, at))
+    let len = first.len();
+    let count = retry_on_intr(|| pread(file, &mut *first, at))?;
+    if count < len {
+        return Ok(count);
+    }
+    let at = at + len as u64;
+    let more = retry_on_intr(|| pread(file, &mut *second, at).map(|(read, _)| read.len()))?;
+    Ok(count + more)
 }
 
-/// Reads what a value has from `start` on, after its header.
+/// Reads what a value has from `start` on, after its header. With `Got::Bytes` all of `into` was written to.
 pub(super) fn read_from(
     file: &File,
     placed: Placed,
     name: &str,
     start: u64,
-    into: &mut [u8],
+    into: &mut [MaybeUninit<u8>],
     waits: bool,
 ) -> io::Result<Got> {
     let mut header = [0; HEADER];

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -192,8 +193,7 @@ impl SegmentFiles {
     /// Where the file system refuses, or the bytes are not those that the header tells.
     pub fn copy(&self, value: &FoundValue, to: Placed) -> io::Result<()> {
         let size = usize::try_from(value.placed.size).map_err(|_| Errno::FBIG)?;
-        let mut bytes = vec![0; size];
-        let got = self.read(value.placed, &value.name, 0, &mut bytes, true)?;
+        let (got, bytes) = self.read_part(value.placed, &value.name, 0, size, true)?;
         if got != Got::Bytes || crc32c::crc32c(&bytes) != value.checksum {
             return Err(Errno::IO.into());
         }
@@ -281,8 +281,8 @@ impl SegmentFiles {
         self.remove(number)
     }
 
-    /// Reads what a value has from `start` on into `into`; with `waits` false only from memory. `EAGAIN` is an
-    /// answer then, and no error.
+    /// Reads what a value has from `start` on into `into`, all of which was written to where it returns `Got::Bytes`;
+    /// with `waits` false only from memory. `EAGAIN` is an answer then, and no error.
     ///
     /// # Errors
     ///
@@ -292,7 +292,7 @@ impl SegmentFiles {
         placed: Placed,
         name: &str,
         start: u64,
-        into: &mut [u8],
+        into: &mut [MaybeUninit<u8>],
         waits: bool,
     ) -> io::Result<Got> {
         for purpose in [For::Read, For::Change] {
@@ -313,6 +313,30 @@ impl SegmentFiles {
         Ok(Got::Nothing)
     }
 
+    /// The same, of so many bytes; none where it does not return `Got::Bytes`.
+    ///
+    /// # Errors
+    ///
+    /// Where the file system refuses.
+    #[allow(unsafe_code)]
+    pub fn read_part(
+        &self,
+        placed: Placed,
+        name: &str,
+        start: u64,
+        size: usize,
+        waits: bool,
+    ) -> io::Result<(Got, Vec<u8>)> {
+        let mut bytes = Vec::with_capacity(size);
+        let room = bytes.spare_capacity_mut().get_mut(..size);
+        let got = self.read(placed, name, start, room.unwrap_or_default(), waits)?;
+        if got == Got::Bytes {
+            // SAFETY: There is room for so many, and all of them were read.
+            unsafe { bytes.set_len(size) };
+        }
+        Ok((got, bytes))
+    }
+
     /// Reads what is in memory.
     fn read_now(
         &self,
@@ -320,7 +344,7 @@ impl SegmentFiles {
         placed: Placed,
         name: &str,
         start: u64,
-        into: &mut [u8],
+        into: &mut [MaybeUninit<u8>],
     ) -> io::Result<Got> {
         if !self.resident.is_needed() {
             match read_from(file, placed, name, start, into, false) {
