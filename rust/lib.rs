@@ -17,7 +17,7 @@
 //! A [`cache::Cache`] is single-threaded data, and every operation is one step. Its owner puts it
 //! behind one lock ([`shared::Locked`]), takes the lock once per step, and never holds it over I/O,
 //! an await or a call into Python. Between processes, [`shared::SharedIndex`] does the same with a
-//! lock that the kernel releases when its holder dies.
+//! word in a file that all of them map; from a holder that has died it is taken over.
 //!
 //! # Memory
 //!

@@ -6,9 +6,9 @@
 //! for each participant is locked as long as that participant lives: the kernel releases it when its holder dies. The
 //! time of `lock` is set by those who change the source without the index.
 //!
-//! Nothing in the files is trusted. Each step checks the format, the lengths, the checksum of the
-//! header and the dirty mark; the numbers inside are checked as they are used. What does not fit
-//! means that the index is discarded and rebuilt from a scan of the directory.
+//! Nothing in the files is trusted. Each step checks the format, the checksum of the header and the dirty mark,
+//! and now and then the lengths; the numbers inside are checked as they are used. What does not fit means that the
+//! index is discarded and rebuilt from a scan of the directory.
 
 use std::fs::File;
 use std::io;

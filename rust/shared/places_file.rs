@@ -1,4 +1,4 @@
-//! The fifth file of the index of a pool: the places of its entries, a word for each cell.
+//! The sixth file of the index of a pool: the places of its entries, a word for each cell.
 
 use std::fs::File;
 use std::io;
