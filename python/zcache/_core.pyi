@@ -435,9 +435,6 @@ class Index:
         With `size` only if that is the size of the entry still.
         """
 
-    def count_miss(self) -> None:
-        """Count a request that went past the index."""
-
     def recount_as_miss(self) -> None:
         """Count a hit as a miss: it could not be used after all."""
 
@@ -633,10 +630,6 @@ class Index:
     @property
     def absences(self) -> int:
         """Keys that are remembered as missing, as of the last step; takes no lock."""
-
-    @property
-    def max_absences(self) -> int:
-        """Keys that may be remembered as missing."""
 
     def absent_keys(self) -> list[str]:
         """Keys that are remembered as missing, least recently used first."""

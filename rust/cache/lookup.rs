@@ -178,11 +178,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Tally::add(&self.tally.hits, 1);
     }
 
-    /// A request bypassed the index.
-    pub fn count_miss(&mut self) {
-        Tally::add(&self.tally.misses, 1);
-    }
-
     /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry
     /// could serve it, because the cache store is out of use. The flight replaces entries that are
     /// stale by `fresh`.

@@ -442,13 +442,6 @@ impl Index {
         Ok(raw_victims(victims))
     }
 
-    fn count_miss(&self, py: Python<'_>) -> PyResult<()> {
-        step!(self, py, |cache| {
-            cache.count_miss();
-            Ok(())
-        })
-    }
-
     #[pyo3(signature = (keys, /))]
     fn lookup_all(&self, py: Python<'_>, keys: Vec<Bound<'_, PyString>>) -> PyResult<Vec<usize>> {
         let mut found = Vec::new();
@@ -897,11 +890,6 @@ impl Index {
     fn absent_keys(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         let keys = step!(self, py, |cache| cache.absent_keys())?;
         Ok(self.own_keys(keys))
-    }
-
-    #[getter]
-    fn max_absences(&self, py: Python<'_>) -> PyResult<u64> {
-        step!(self, py, |cache| Ok(cache.max_absences()))
     }
 
     #[pyo3(signature = (prefix, now, max_age, ages=None, cursor=None, /))]
