@@ -13,7 +13,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
 use zcache::key::ByteRange;
 
 type Index = Cache<Heap, ()>;
@@ -54,13 +54,7 @@ fn keys(array: usize, count: usize) -> Vec<String> {
 }
 
 fn empty(max_size: u64) -> Index {
-    let limits = Limits {
-        max_size,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(max_size);
     Cache::new(Heap::default(), limits, 1).unwrap()
 }
 

@@ -50,13 +50,7 @@ const DOCUMENTS: [&str; 5] = ["zarr.json", ".zarray", ".zgroup", ".zattrs", ".zm
 const RANGE: ByteRange = ByteRange::Range { start: 0, end: 4 };
 
 fn limits(max_size: u64) -> Limits {
-    Limits {
-        max_size,
-        max_age: None,
-        slices_like_python: true,
-        flat_namespace: true,
-        verify: Verify::Never,
-    }
+    Limits::bounded(max_size)
 }
 
 #[derive(Clone, Debug)]

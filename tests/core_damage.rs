@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use crate::faulty_storage::{Damage, Part, Plan, Vectors};
 use proptest::prelude::*;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
 use zcache::error::Result;
 use zcache::key::ByteRange;
 
@@ -296,7 +296,7 @@ proptest! {
         damage in damage(),
         damaged in calls(60),
     ) {
-        let limits = Limits { max_size, max_age, slices_like_python: false, flat_namespace, verify: Verify::Never };
+        let limits = Limits { max_age, flat_namespace, ..Limits::bounded(max_size) };
         keys.extend(names);
         let mut run = Run::new(limits, keys, ranges);
         for (call, pick) in healthy {

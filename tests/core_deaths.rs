@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
-use zcache::cache::{AbsenceAges, Answer, Cache, Joined, Limits, Reserve, Ticket, Verify, Victim};
+use zcache::cache::{AbsenceAges, Answer, Cache, Joined, Limits, Reserve, Ticket, Victim};
 use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
 use zcache::disk::removal;
 use zcache::disk::value_file::{self, WrittenFile};
@@ -17,11 +17,8 @@ use zcache::key::ByteRange;
 use zcache::shared::{Mapped, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
-    max_size: 1000,
-    max_age: None,
-    slices_like_python: false,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1000)
 };
 const KEY: &str = "a/k";
 const FETCHED: i64 = 1_700_000_000_123 * MILLI;

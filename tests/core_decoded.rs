@@ -4,17 +4,14 @@ use std::thread::sleep;
 
 use crate::place::Place;
 use zcache::arena::Heap;
-use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve, Verify};
+use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve};
 use zcache::error::Result;
 use zcache::key::ByteRange;
 use zcache::shared::SharedIndex;
 
 const LIMITS: Limits = Limits {
-    max_size: 1_000_000,
-    max_age: None,
-    slices_like_python: false,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1_000_000)
 };
 const KEY: &str = "v/c/0/1";
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use zcache::arena::Heap;
 use zcache::arena::State;
-use zcache::cache::{Cache, Joined, Limits, Peers, Verify};
+use zcache::cache::{Cache, Joined, Limits, Peers};
 use zcache::disk::CacheDir;
 use zcache::disk::fill::{Ending, Fill, Report};
 use zcache::disk::ownership::SIGNATURE;
@@ -19,11 +19,8 @@ use zcache::shared::{HeldLock, Locked};
 use zcache::shared::{SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
-    max_size: 1000,
-    max_age: None,
-    slices_like_python: false,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1000)
 };
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(30);

@@ -21,11 +21,9 @@ use zcache::shared::{Mapped, SharedIndex, StepError};
 const BOUND: u64 = 500;
 const SIZE: usize = 100;
 const LIMITS: Limits = Limits {
-    max_size: BOUND,
-    max_age: None,
-    slices_like_python: true,
     flat_namespace: false,
     verify: Verify::First,
+    ..Limits::bounded(BOUND)
 };
 const FETCHED: i64 = 1_700_000_000_123 * MILLI;
 /// A plain name, chunks of an array, and a name that lies in the texts.

@@ -5,16 +5,10 @@ use std::rc::Rc;
 
 use crate::faulty_storage::{Plan, Refuse, Vectors};
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve};
 use zcache::key::ByteRange;
 
-const UNBOUNDED: Limits = Limits {
-    max_size: u64::MAX,
-    max_age: None,
-    slices_like_python: false,
-    flat_namespace: true,
-    verify: Verify::Never,
-};
+const UNBOUNDED: Limits = Limits::bounded(u64::MAX);
 
 /// A generator that needs no crate: the same numbers each time.
 struct Random(u64);

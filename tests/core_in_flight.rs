@@ -1,17 +1,11 @@
 //! Flights: which one a reader joins, and which numbers name them.
 
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, RejectReason, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, RejectReason, Reserve};
 use zcache::cache::{Flights, Ticket};
 use zcache::key::ByteRange;
 
-const LIMITS: Limits = Limits {
-    max_size: 100,
-    max_age: None,
-    slices_like_python: false,
-    flat_namespace: true,
-    verify: Verify::Never,
-};
+const LIMITS: Limits = Limits::bounded(100);
 
 fn cache() -> Cache<Heap, u32> {
     Cache::new(Heap::default(), LIMITS, 1).unwrap()

@@ -8,17 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{self, sleep};
 use std::time::Duration;
 
-use zcache::cache::{Joined, Limits, Reserve, Verify};
+use zcache::cache::{Joined, Limits, Reserve};
 use zcache::error::Error;
 use zcache::key::ByteRange;
 use zcache::shared::{HeldLock, OpenError, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
-    max_size: 1 << 20,
-    max_age: None,
-    slices_like_python: false,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1 << 20)
 };
 /// Where the file `owner` names the participant that is in a step.
 const OWNER: u64 = 8;

@@ -11,11 +11,9 @@ type Index = Cache<Heap, ()>;
 
 fn index(verify: Verify, flat_namespace: bool) -> Index {
     let limits = Limits {
-        max_size: 1000,
-        max_age: None,
-        slices_like_python: false,
         flat_namespace,
         verify,
+        ..Limits::bounded(1000)
     };
     Cache::new(Heap::default(), limits, 7).unwrap()
 }

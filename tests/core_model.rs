@@ -8,10 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use zcache::arena::Heap;
 use zcache::cache::ClosedFlight;
-use zcache::cache::{
-    Cache, Committed, Freshness, Joined, Limits, MAX_NAME, Reserve, Verify, Victim,
-};
-use zcache::key::ByteRange;
+use zcache::cache::{Cache, Committed, Freshness, Joined, Limits, MAX_NAME, Reserve, Victim};
+use zcache::key::{Asked, ByteRange};
 use zcache::policy::{Minimise, PolicyKind};
 
 /// One step. Keys, ranges and what is in progress are picked by index.
@@ -114,15 +112,19 @@ fn limits() -> impl Strategy<Value = Limits> {
         2 => Just(u64::MAX),
         1 => (0u64..100).prop_map(|n| u64::MAX - n),
     ];
-    (max_size, max_age(), any::<bool>(), any::<bool>()).prop_map(
-        |(max_size, max_age, slices_like_python, flat_namespace)| Limits {
-            max_size,
-            max_age,
-            slices_like_python,
-            flat_namespace,
-            verify: Verify::Never,
-        },
-    )
+    (max_size, max_age(), any::<bool>()).prop_map(|(max_size, max_age, flat_namespace)| Limits {
+        max_age,
+        flat_namespace,
+        ..Limits::bounded(max_size)
+    })
+}
+
+/// A request. Sources of both kinds share an index.
+fn asked(key: &str, range: ByteRange) -> Asked {
+    Asked {
+        range,
+        slices_like_python: key.len().is_multiple_of(2),
+    }
 }
 
 /// Victims that are still to be reported.
@@ -290,27 +292,29 @@ impl Run {
     }
 
     fn lookup(&mut self, key: &str, range: ByteRange) {
-        let peeked = self.cache.peek(key, range, self.fresh()).unwrap();
+        let asked = asked(key, range);
+        let peeked = self.cache.peek(key, asked, self.fresh()).unwrap();
         // The fast path, where it answers, agrees.
         let short = range == ByteRange::Full && self.tickets.len().is_multiple_of(2);
         let found = match short.then(|| self.cache.hit(key, self.fresh())).flatten() {
             Some(None) => None,
             Some(Some(size)) => peeked.filter(|found| found.size == size && found.range == range),
-            None => self.cache.lookup(key, range, self.fresh()).unwrap(),
+            None => self.cache.lookup(key, asked, self.fresh()).unwrap(),
         };
         assert_eq!(peeked, found);
-        self.model.check_found(key, range, self.now, found.as_ref());
+        self.model.check_found(key, asked, self.now, found.as_ref());
         let sighting = self.model.looked_up(key, found.as_ref());
         self.sightings.extend(sighting);
     }
 
     fn join(&mut self, key: &str, range: ByteRange, anyway: bool) {
-        let found = self.cache.peek(key, range, self.fresh()).unwrap();
-        self.model.check_found(key, range, self.now, found.as_ref());
+        let asked = asked(key, range);
+        let found = self.cache.peek(key, asked, self.fresh()).unwrap();
+        self.model.check_found(key, asked, self.now, found.as_ref());
         let payload = self.tickets.len() as u32;
         let joined = self
             .cache
-            .join(key, range, payload, self.fresh(), anyway)
+            .join(key, asked, payload, self.fresh(), anyway)
             .unwrap();
         let ready = found.is_some() && !anyway;
         self.model.joined(key, range, payload, ready, &joined);
@@ -534,13 +538,7 @@ proptest! {
 
 #[test]
 fn commit_closes_the_flight() {
-    let limits = Limits {
-        max_size: 20,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(20);
     let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), limits, 1).unwrap();
     for (payload, overtaken, joined) in [(7, false, false), (8, true, false), (9, false, true)] {
         let key = format!("a/{payload}");

@@ -1,20 +1,14 @@
 //! Plans of what will be read, under every policy: all books hold after each step, and the bound at each instant.
 
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, Plan, Policy, PolicyKind};
 
 type Tested = Cache<Heap, (), Policy>;
 
 fn cache(max_size: u64, kind: PolicyKind) -> Tested {
-    let limits = Limits {
-        max_size,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(max_size);
     let mut cache: Tested = Cache::new(Heap::default(), limits, 1).unwrap();
     cache.set_policy(kind, Minimise::Requests);
     cache

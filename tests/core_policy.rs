@@ -1,7 +1,7 @@
 //! The seam for eviction policies: a cache goes by whichever policy it has.
 
 use zcache::arena::{Heap, List};
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, Reserve};
 use zcache::error::Result;
 use zcache::key::ByteRange;
 use zcache::policy::{Entries, Eviction, Lru};
@@ -32,13 +32,7 @@ impl Eviction for Fifo {
 /// Fills three of the keys `a` to `d`, reads `a`, and fills the fourth; returns what is cached, next
 /// victim first.
 fn evict_one<P: Eviction>() -> Vec<String> {
-    let limits = Limits {
-        max_size: 3,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(3);
     let mut cache: Cache<Heap, (), P> = Cache::new(Heap::default(), limits, 1).unwrap();
     for key in ["a", "b", "c", "d"] {
         if key == "d" {

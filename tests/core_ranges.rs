@@ -6,8 +6,8 @@ use crate::keys;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
-use zcache::key::{ByteRange, select};
+use zcache::cache::{Cache, Joined, Limits, Reserve};
+use zcache::key::{Asked, ByteRange, select};
 
 /// What sources make of requests that select nothing, or count in ways of their own.
 #[derive(Clone, Copy, Debug)]
@@ -81,13 +81,7 @@ fn fill(cache: &mut Cache<Heap, ()>, range: ByteRange, size: u64) {
 /// A discarded hit drops its entry, but not the entry that has taken its place.
 #[test]
 fn discard_successor_of_entry_is_kept() {
-    let limits = Limits {
-        max_size: 100,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(100);
     let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
     fill(&mut cache, ByteRange::Full, 10);
     let old = cache.lookup("a/c/0", ByteRange::Full, 1).unwrap().unwrap();
@@ -127,7 +121,7 @@ proptest! {
     ) {
         let value: Vec<u8> = (0..len).collect();
         let slices_like_python = slices_like_python && matches!(source, Source::Python);
-        let limits = Limits { max_size: 1 << 20, max_age: None, slices_like_python, flat_namespace: true, verify: Verify::Never };
+        let limits = Limits::bounded(1 << 20);
         let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
         for &range in &held {
             if let Some(bytes) = source.read(&value, range) {
@@ -136,7 +130,7 @@ proptest! {
         }
         for &range in &asked {
             let due = source.read(&value, range);
-            let Some(found) = cache.peek("a/c/0", range, 1).unwrap() else {
+            let Some(found) = cache.peek("a/c/0", Asked { range, slices_like_python }, 1).unwrap() else {
                 let whole = held.contains(&ByteRange::Full);
                 prop_assert!(!whole || select(value.len() as u64, range, slices_like_python).is_none());
                 prop_assert!(!held.contains(&range) || due.is_none());
@@ -152,7 +146,7 @@ proptest! {
     /// Many flights of one key are found as few are.
     #[test]
     fn flights_of_one_key(steps in steps()) {
-        let limits = Limits { max_size: 0, max_age: None, slices_like_python: false, flat_namespace: true, verify: Verify::Never };
+        let limits = Limits::bounded(0);
         let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), limits, 0).unwrap();
         // Number of the range (the last is the full value), ticket, and whether it may be joined.
         let mut open: Vec<(u64, u64, bool)> = Vec::new();

@@ -1,7 +1,7 @@
 //! Validators: kept with their entry in one step, gone with it, and what they let start anew.
 
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, Reserve};
 use zcache::key::ByteRange;
 
 type Index = Cache<Heap, ()>;
@@ -9,13 +9,7 @@ type Index = Cache<Heap, ()>;
 const AGE: Option<u64> = Some(100);
 
 fn index(max_size: u64) -> Index {
-    let limits = Limits {
-        max_size,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(max_size);
     Cache::new(Heap::default(), limits, 7).unwrap()
 }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Found, Freshness, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Found, Freshness, Joined, Limits, Reserve, Victim};
 use zcache::key::{ByteRange, select};
 
 const KEYS: [&str; 6] = ["a/c/0", "a/c/1", "a/c/1/2", "a/zarr.json", "a", "b"];
@@ -527,7 +527,7 @@ proptest! {
         mut tasks in tasks(),
         schedule in prop::collection::vec((any::<usize>(), fates()), 0..400),
     ) {
-        let limits = Limits { max_size, max_age, slices_like_python: false, flat_namespace, verify: Verify::Never };
+        let limits = Limits { max_age, flat_namespace, ..Limits::bounded(max_size) };
         let mut world = World::new(limits);
         for (pick, fate) in schedule {
             let under_way = tasks.iter_mut().filter(|task| !matches!(task.stage, Stage::Done));

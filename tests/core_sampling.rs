@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use zcache::arena::Heap;
-use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve, Verify};
+use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve};
 use zcache::key::{ByteRange, hash_word};
 use zcache::sampling::{FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, UNKNOWN};
 use zcache::shared::SharedIndex;
@@ -289,11 +289,8 @@ proptest! {
 // ------------------------------------------------------------------------- in an index
 
 const LIMITS: Limits = Limits {
-    max_size: 1000,
-    max_age: None,
-    slices_like_python: true,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1000)
 };
 
 fn range(start: u64, end: u64) -> ByteRange {

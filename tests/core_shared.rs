@@ -6,17 +6,14 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use zcache::cache::{Joined, Limits, RejectReason, Reserve, Verify};
+use zcache::cache::{Joined, Limits, RejectReason, Reserve};
 use zcache::error::Error;
 use zcache::key::ByteRange;
 use zcache::shared::{HeldLock, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
-    max_size: 1000,
-    max_age: None,
-    slices_like_python: false,
     flat_namespace: false,
-    verify: Verify::Never,
+    ..Limits::bounded(1000)
 };
 
 type Index = SharedIndex<u32>;

@@ -18,7 +18,7 @@ use shuttle::sync::atomic::AtomicBool;
 use shuttle::sync::mpsc::{Sender, channel};
 use shuttle::thread;
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
 use zcache::key::{ByteRange, select};
 
 const A: &str = "x/c/0";
@@ -150,11 +150,8 @@ impl World {
             Heap::default()
         };
         let limits = Limits {
-            max_size,
-            max_age: None,
-            slices_like_python: false,
             flat_namespace: false,
-            verify: Verify::Never,
+            ..Limits::bounded(max_size)
         };
         let size = Some(10);
         let values = [A, B, META].map(|key| (key, Value { version: 1, size }));

@@ -6,17 +6,11 @@ use std::rc::Rc;
 
 use crate::faulty_storage::{Damage, Part, Plan, Refuse, Vectors};
 use zcache::arena::{Cell, Header, Heap};
-use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, Peers, RejectReason, Reserve};
 use zcache::error::{Error, Result};
 use zcache::key::{ByteRange, MAX_LABEL};
 
-const UNBOUNDED: Limits = Limits {
-    max_size: u64::MAX,
-    max_age: None,
-    slices_like_python: false,
-    flat_namespace: true,
-    verify: Verify::Never,
-};
+const UNBOUNDED: Limits = Limits::bounded(u64::MAX);
 
 /// Accesses to the storage that all steps of a test after some damage need at most.
 const PATIENCE: u64 = 100_000_000;

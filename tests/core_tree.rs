@@ -4,19 +4,13 @@
 use std::collections::BTreeSet;
 
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Verify};
+use zcache::cache::{Cache, Joined, Limits, Reserve};
 use zcache::key::ByteRange;
 
 type Index = Cache<Heap, ()>;
 
 fn index(max_size: u64) -> Index {
-    let limits = Limits {
-        max_size,
-        max_age: None,
-        slices_like_python: false,
-        flat_namespace: true,
-        verify: Verify::Never,
-    };
+    let limits = Limits::bounded(max_size);
     Cache::new(Heap::default(), limits, 7).unwrap()
 }
 

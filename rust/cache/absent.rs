@@ -16,7 +16,7 @@ use super::lookup::can_serve;
 use super::peers::Peers;
 use crate::arena::{Arena, Kind, List, ROOT, State};
 use crate::error::{Error, Result};
-use crate::key::{self, ByteRange, is_below};
+use crate::key::{self, Asked, ByteRange, is_below};
 use crate::policy::Eviction;
 
 /// Absences that an index holds at most, ...
@@ -294,12 +294,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn ask(
         &mut self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         fresh: impl Into<Freshness>,
         ages: Option<AbsenceAges>,
     ) -> Result<Answer<Found>> {
         let fresh = fresh.into();
-        if let Some(found) = self.peek(key, range, fresh)? {
+        if let Some(found) = self.peek(key, asked, fresh)? {
             self.policy.touch(&mut self.arena, found.handle as u32)?;
             Tally::add(&self.tally.hits, 1);
             self.read_planned(key, Some(found.handle as u32));

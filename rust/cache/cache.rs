@@ -31,13 +31,23 @@ pub struct Limits {
     /// Milliseconds after its fetch from which on an entry is of no use to any store, and the first to go
     /// when bytes are needed; `None` for never. What a look-up may serve is its own [`Freshness`].
     pub max_age: Option<u64>,
-    /// Whether a cached full value also answers requests that select none of its bytes or name
-    /// more than it has. Sources disagree about those, so only for a source known to slice so.
-    pub slices_like_python: bool,
     /// Whether the cache store can hold `a` beside `a/b`; a file system cannot.
     pub flat_namespace: bool,
     /// When to compare the bytes of an entry with its checksum.
     pub verify: Verify,
+}
+
+impl Limits {
+    /// So many bytes, of any age, in a namespace that is flat; checksums are compared where only they can tell.
+    #[must_use]
+    pub const fn bounded(max_size: u64) -> Self {
+        Limits {
+            max_size,
+            max_age: None,
+            flat_namespace: true,
+            verify: Verify::Never,
+        }
+    }
 }
 
 /// Which entries a look-up may serve: those that were fetched less than `max_age` before `now`.
@@ -323,11 +333,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.storage.set_bound(max_size);
         self.limits.max_age = max_age;
         self.limits.verify = verify;
-    }
-
-    /// Has look-ups slice as the source does that they are about; see [`Limits::slices_like_python`].
-    pub fn set_slices_like_python(&mut self, is_so: bool) {
-        self.limits.slices_like_python = is_so;
     }
 
     /// Bytes that the cache store may hold by now, and those that are reserved.

@@ -5,7 +5,7 @@ use super::in_flight::{ClosedFlight, Ticket};
 use super::peers::Peers;
 use crate::arena::{Cell, State};
 use crate::error::{Error, Result};
-use crate::key::{ByteRange, select, within};
+use crate::key::{Asked, ByteRange, select, within};
 use crate::policy::Eviction;
 
 /// What a reader that found nothing does next.
@@ -28,15 +28,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn peek(
         &self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         fresh: impl Into<Freshness>,
     ) -> Result<Option<Found>> {
-        let fresh = fresh.into();
+        let (asked, fresh) = (asked.into(), fresh.into());
+        let range = asked.range;
         if let Some(i) = self.arena.find(key, ByteRange::Full)? {
             let cell = self.arena.get(i)?;
             if can_serve(cell, fresh) {
                 let size = cell.size()?;
-                let selected = select(size, range, self.limits.slices_like_python);
+                let selected = select(size, range, asked.slices_like_python);
                 if let Some((start, length)) = selected {
                     return Ok(Some(found(i, cell, size, ByteRange::Full, start, length)));
                 }
@@ -140,10 +141,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn lookup(
         &mut self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         fresh: impl Into<Freshness>,
     ) -> Result<Option<Found>> {
-        let found = self.peek(key, range, fresh)?;
+        let found = self.peek(key, asked, fresh)?;
         match found {
             Some(found) => {
                 self.policy.touch(&mut self.arena, found.handle as u32)?;
@@ -184,15 +185,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn join(
         &mut self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         payload: T,
         fresh: impl Into<Freshness>,
         anyway: bool,
     ) -> Result<Joined<T>> {
-        let fresh = fresh.into();
-        if !anyway && self.peek(key, range, fresh)?.is_some() {
+        let (asked, fresh) = (asked.into(), fresh.into());
+        if !anyway && self.peek(key, asked, fresh)?.is_some() {
             return Ok(Joined::Ready);
         }
+        let range = asked.range;
         let version = self.version(key);
         Ok(match self.flights.join(key, range, version) {
             Some((range, payload)) => Joined::Follow(range, payload),

@@ -10,7 +10,7 @@ use super::peers::Peers;
 use super::reserve::Reservation;
 use crate::arena::{List, State};
 use crate::error::{Error, Result};
-use crate::key::ByteRange;
+use crate::key::{Asked, ByteRange};
 use crate::policy::Eviction;
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
@@ -36,8 +36,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The validator of the entry that would serve a request at any age, if it has one.
-    pub fn validator(&self, key: &str, range: ByteRange) -> Result<Option<String>> {
-        let Some(found) = self.peek(key, range, 0)? else {
+    pub fn validator(&self, key: &str, asked: impl Into<Asked>) -> Result<Option<String>> {
+        let Some(found) = self.peek(key, asked, 0)? else {
             return Ok(None);
         };
         let own = self.arena.validator(found.handle as u32)?;
@@ -50,12 +50,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn refresh(
         &mut self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         ticket: Ticket,
         validator: &str,
         fetched: u64,
         now: u64,
     ) -> Result<Option<Found>> {
+        let asked = asked.into();
         if self.valid_key(key, ticket).is_none() {
             return Ok(None);
         }
@@ -63,7 +64,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let own = self.arena.validator(found.handle as u32);
             own.map(|own| own == Some(validator.as_bytes()))
         };
-        match self.peek(key, range, now)? {
+        match self.peek(key, asked, now)? {
             Some(found) if same(&found)? => {}
             _ => return Ok(None),
         }
@@ -73,7 +74,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             cells.extend(self.arena.entries_below(object, BATCH, |_, _| Ok(true))?);
         }
         // Whatever is left out of the batch, this one is not.
-        cells.extend(self.peek(key, range, now)?.map(|found| found.handle as u32));
+        cells.extend(self.peek(key, asked, now)?.map(|found| found.handle as u32));
         for i in cells {
             if self.arena.validator(i)? == Some(validator.as_bytes()) {
                 self.date_anew(i, fetched, now)?;
@@ -81,7 +82,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         self.drop_older_absences(key, ticket)?;
         // Its handle has changed together with its time.
-        let found = self.peek(key, range, now)?;
+        let found = self.peek(key, asked, now)?;
         if let Some(found) = &found {
             self.policy.touch(&mut self.arena, found.handle as u32)?;
         }

@@ -13,5 +13,5 @@ pub use self::key::{
     MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word, is_below,
     is_cacheable, labels_fit, split,
 };
-pub use self::select::select;
 pub(crate) use self::select::within;
+pub use self::select::{Asked, select};

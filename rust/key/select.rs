@@ -2,6 +2,26 @@
 
 use super::ByteRange;
 
+/// What a request asks for, of a source that slices in its own way. A byte range alone is of one of which that is not
+/// known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// The byte range.
+    pub range: ByteRange,
+    /// Whether a cached full value also answers if none of its bytes are selected, or more are named than it
+    /// has. Sources disagree about those, so only for a source known to slice so.
+    pub slices_like_python: bool,
+}
+
+impl From<ByteRange> for Asked {
+    fn from(range: ByteRange) -> Self {
+        Asked {
+            range,
+            slices_like_python: false,
+        }
+    }
+}
+
 /// First byte and count of what `range` selects from a value of `size` bytes.
 ///
 /// `None` where sources disagree about the answer (nothing is selected, or more is asked for than

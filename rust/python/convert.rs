@@ -110,14 +110,12 @@ pub(super) fn age(seconds: f64) -> u64 {
 pub(super) fn limits(
     max_size: Option<u64>,
     max_age: Option<f64>,
-    slices_like_python: bool,
     flat_namespace: bool,
     verify: &str,
 ) -> PyResult<Limits> {
     Ok(Limits {
         max_size: max_size.unwrap_or(u64::MAX),
         max_age: max_age.map(age),
-        slices_like_python,
         flat_namespace,
         verify: when_to_verify(verify)?,
     })

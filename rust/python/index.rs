@@ -30,11 +30,11 @@ use super::reservation::{Abandoned, Committed, Many, Reservation};
 use super::sampling::sample;
 use crate::arena::Heap;
 use crate::cache::{
-    Answer, BATCH, Cache, Cursor, Decode, Found, Freshness, Joined, LiveEntry, Peers, Tally,
+    Answer, BATCH, Cache, Cursor, Decode, Found, Freshness, Joined, LiveEntry, Tally,
 };
 use crate::disk::segments;
 use crate::error::Error;
-use crate::key::ByteRange;
+use crate::key::{Asked, ByteRange};
 use crate::shared::SharedIndex;
 
 /// An index with its bounds, flights and reservations, behind one lock.
@@ -47,6 +47,8 @@ pub(super) struct Index {
     counters: Option<Py<ReadCounters>>,
     /// Whether its requests go into the sample.
     sampled: bool,
+    /// Whether the source of these keys slices as Python does.
+    slices_like_python: bool,
     /// Of a pool: the source that these keys have.
     pub(super) source: Option<Arc<Source>>,
 }
@@ -61,13 +63,14 @@ pub(super) struct Looked {
 }
 
 impl Index {
-    fn over(backing: Backing, tally: Arc<Tally>) -> Self {
+    fn over(backing: Backing, tally: Arc<Tally>, slices_like_python: bool) -> Self {
         Index {
             backing: Arc::new(backing),
             abandoned: Arc::default(),
             tally,
             counters: None,
             sampled: false,
+            slices_like_python,
             source: None,
         }
     }
@@ -110,11 +113,12 @@ impl Index {
         keys
     }
 
-    /// Looks up as the source slices.
+    /// What is asked for, as the source slices.
     #[inline]
-    fn enter<S: Peers>(&self, cache: &mut Cache<S, Flight>) {
-        if let Some(source) = &self.source {
-            cache.set_slices_like_python(source.slices_like_python);
+    fn asked(&self, range: ByteRange) -> Asked {
+        Asked {
+            range,
+            slices_like_python: self.slices_like_python,
         }
     }
 
@@ -128,8 +132,7 @@ impl Index {
         missing: Option<RawAges>,
     ) -> PyResult<Looked> {
         step!(self, py, |cache| {
-            self.enter(cache);
-            let answer = cache.ask(key, span, fresh, missing.map(absence_ages))?;
+            let answer = cache.ask(key, self.asked(span), fresh, missing.map(absence_ages))?;
             if self.sampled {
                 match answer {
                     Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
@@ -211,13 +214,7 @@ impl Index {
         holes: Option<bool>,
     ) -> PyResult<Self> {
         let (kind, minimise) = policy(eviction, minimise)?;
-        let limits = limits(
-            max_size,
-            max_age,
-            slices_like_python,
-            flat_namespace,
-            verify,
-        )?;
+        let limits = limits(max_size, max_age, flat_namespace, verify)?;
         let block = if complete {
             Heap::default()
         } else {
@@ -234,7 +231,7 @@ impl Index {
         cache.set_policy(kind, minimise);
         cache.set_one_value_a_segment(holes == Some(false));
         let tally = cache.tally();
-        Ok(Index::over(Backing::own(cache), tally))
+        Ok(Index::over(Backing::own(cache), tally, slices_like_python))
     }
 
     /// Opens the index of a cache directory; see the stub.
@@ -259,13 +256,7 @@ impl Index {
         holes: Option<bool>,
     ) -> PyResult<(Self, bool)> {
         let policy = policy(eviction, minimise)?;
-        let limits = limits(
-            max_size,
-            max_age,
-            slices_like_python,
-            flat_namespace,
-            verify,
-        )?;
+        let limits = limits(max_size, max_age, flat_namespace, verify)?;
         let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
         let open = || match holes {
             None => SharedIndex::open_with_policy(&root, limits, seed, unit, patience, policy),
@@ -279,7 +270,8 @@ impl Index {
         };
         let (directory, fresh) = py.detach(open)?;
         let tally = directory.tally();
-        Ok((Index::over(Backing::shared(directory), tally), fresh))
+        let index = Index::over(Backing::shared(directory), tally, slices_like_python);
+        Ok((index, fresh))
     }
 
     fn policy(&self, py: Python<'_>) -> PyResult<(&'static str, &'static str)> {
@@ -340,6 +332,7 @@ impl Index {
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
             sampled,
+            slices_like_python: self.slices_like_python,
             source: self.source.clone(),
         }
     }
@@ -355,7 +348,8 @@ impl Index {
                 .as_ref()
                 .map(|counters| counters.clone_ref(py)),
             sampled: self.sampled,
-            source: Some(Arc::new(Source::new(label, slices_like_python))),
+            slices_like_python,
+            source: Some(Arc::new(Source::new(label))),
         }
     }
 
@@ -403,8 +397,7 @@ impl Index {
         let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         let (found, is_absent) = step!(self, py, |cache| {
-            self.enter(cache);
-            let found = cache.peek(key, span, fresh)?;
+            let found = cache.peek(key, self.asked(span), fresh)?;
             Ok(match missing {
                 Some(ages) if found.is_none() => (
                     None,
@@ -433,8 +426,7 @@ impl Index {
         let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
         let victims = step!(self, py, |cache| {
-            self.enter(cache);
-            let found = cache.peek(key, span, fresh)?;
+            let found = cache.peek(key, self.asked(span), fresh)?;
             // An entry of another size may have taken its place.
             let same = found.filter(|found| size.is_none_or(|size| size == found.size));
             cache.discard(same.map_or(u64::MAX, |found| found.handle))
@@ -498,13 +490,12 @@ impl Index {
         // The caller holds a reference too, so dropping ours under the lock frees nothing.
         let kept = Flight(flight.clone().unbind());
         let joined = step!(self, py, |cache| {
-            self.enter(cache);
             if let Some(ages) = missing
                 && cache.knows_absent(key, fresh.now, absence_ages(ages))?
             {
                 Ok(Joined::Ready)
             } else {
-                cache.join(key, span, kept, fresh, anyway)
+                cache.join(key, self.asked(span), kept, fresh, anyway)
             }
         })?;
         match joined {
@@ -563,7 +554,7 @@ impl Index {
     fn validator(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<Option<String>> {
         let key = &*self.whole(key);
         let span = span(raw)?;
-        step!(self, py, |cache| cache.validator(key, span))
+        step!(self, py, |cache| cache.validator(key, self.asked(span)))
     }
 
     #[pyo3(signature = (key, raw, ticket, validator, fetched, now, /))]
@@ -582,8 +573,7 @@ impl Index {
         let own = key;
         let key = &*self.whole(own);
         let found = step!(self, py, |cache| {
-            self.enter(cache);
-            let found = cache.refresh(key, span, ticket, validator, fetched, now)?;
+            let found = cache.refresh(key, self.asked(span), ticket, validator, fetched, now)?;
             Ok(found.map(|found| (found, cache.must_verify(found.handle))))
         })?;
         found

@@ -18,7 +18,6 @@ use crate::key::ByteRange;
 pub(super) struct Source {
     /// Its label and a slash.
     pub(super) folder: Box<str>,
-    pub(super) slices_like_python: bool,
     /// What was looked up last: it is read next.
     last: Mutex<Option<Last>>,
 }
@@ -49,10 +48,9 @@ impl FoundPlace {
 }
 
 impl Source {
-    pub(super) fn new(label: &str, slices_like_python: bool) -> Self {
+    pub(super) fn new(label: &str) -> Self {
         Source {
             folder: format!("{label}/").into(),
-            slices_like_python,
             last: Mutex::default(),
         }
     }

@@ -22,11 +22,8 @@ use zcache::shared::{Locked, Mapped, SharedIndex};
 pub(crate) const UNIT: u64 = 4096;
 pub(crate) const BOUND: u64 = 100 * PAGE;
 pub(crate) const LIMITS: Limits = Limits {
-    max_size: BOUND,
-    max_age: None,
-    slices_like_python: true,
-    flat_namespace: true,
     verify: Verify::First,
+    ..Limits::bounded(BOUND)
 };
 pub(crate) const LRU: (PolicyKind, Minimise) = (PolicyKind::Lru, Minimise::Requests);
 pub(crate) const LONG: Duration = Duration::from_secs(30);

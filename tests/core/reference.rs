@@ -12,7 +12,7 @@ use zcache::cache::ClosedFlight;
 use zcache::cache::{
     BATCH, Committed, Found, Joined, Limits, RejectReason, Reserve, Stats, Victim,
 };
-use zcache::key::{self, ByteRange};
+use zcache::key::{self, Asked, ByteRange};
 use zcache::policy::PolicyKind;
 
 pub(crate) type Name = (String, ByteRange);
@@ -178,10 +178,11 @@ impl Model {
 
     /// Checks what a look-up found. `None` may be the right answer or a lost chance, so it is
     /// refused only where the documentation promises a find.
-    pub(crate) fn check_found(&self, key: &str, asked: ByteRange, now: u64, found: Option<&Found>) {
+    pub(crate) fn check_found(&self, key: &str, request: Asked, now: u64, found: Option<&Found>) {
+        let asked = request.range;
         let mut due = None;
         if let Some(entry) = self.fresh(key, ByteRange::Full, now) {
-            due = part_of_value(entry.size, asked, self.limits.slices_like_python)
+            due = part_of_value(entry.size, asked, request.slices_like_python)
                 .map(|part| (ByteRange::Full, part));
         }
         if due.is_none() && asked != ByteRange::Full {
