@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyException;
+use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
@@ -111,6 +111,16 @@ impl Index {
     fn own_keys(&self, mut keys: Vec<String>) -> Vec<String> {
         keys.retain_mut(|key| self.make_own(key));
         keys
+    }
+
+    /// Decoded chunks have an index of their own, so what takes many of them at once knows no sources.
+    fn require_own_keys(&self) -> PyResult<()> {
+        match &self.source {
+            None => Ok(()),
+            Some(_) => Err(PyValueError::new_err(
+                "many keys at once: not for the view that a source has of a pool",
+            )),
+        }
     }
 
     /// What is asked for, as the source slices.
@@ -436,6 +446,7 @@ impl Index {
 
     #[pyo3(signature = (keys, /))]
     fn lookup_all(&self, py: Python<'_>, keys: Vec<Bound<'_, PyString>>) -> PyResult<Vec<usize>> {
+        self.require_own_keys()?;
         let mut found = Vec::new();
         for (batch, some) in keys.chunks(BATCH).enumerate() {
             step!(self, py, |cache| {
@@ -514,6 +525,7 @@ impl Index {
         keys: Vec<Bound<'_, PyString>>,
         flight: Py<PyAny>,
     ) -> PyResult<Vec<Option<u64>>> {
+        self.require_own_keys()?;
         let mut tickets = Vec::with_capacity(keys.len());
         // In steps, so that no one waits for long.
         for some in keys.chunks(BATCH) {
@@ -603,6 +615,7 @@ impl Index {
         keys: Vec<Bound<'_, PyString>>,
         tickets: Vec<u64>,
     ) -> PyResult<()> {
+        self.require_own_keys()?;
         let keys = keys.iter().map(|key| key.to_str());
         let keys: Vec<&str> = keys.collect::<PyResult<_>>()?;
         let mut closed = Vec::with_capacity(keys.len());
@@ -689,6 +702,7 @@ impl Index {
         tickets: Vec<u64>,
         now: f64,
     ) -> PyResult<Many<Reservation>> {
+        self.require_own_keys()?;
         self.end_abandoned(py)?;
         self.reserve_many(py, &keys, size, &tickets, millis(now))
     }
@@ -702,6 +716,7 @@ impl Index {
         failed: Vec<u32>,
         now: f64,
     ) -> PyResult<Many<Py<Reservation>>> {
+        self.require_own_keys()?;
         self.advance_many(py, reservations, &dropped, &failed, millis(now))
     }
 
@@ -771,6 +786,7 @@ impl Index {
         reservations: Vec<Py<Reservation>>,
         now: f64,
     ) -> PyResult<(Vec<usize>, Vec<RawVictim>)> {
+        self.require_own_keys()?;
         self.commit_many(py, &reservations, millis(now))
     }
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import pytest
+
 from zcache._core import Granted, Index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAST = (1, 5, 50)
 """A range beyond the end of a value of three bytes."""
@@ -25,3 +32,21 @@ def test_each_source_of_a_pool_slices_in_its_own_way() -> None:
         assert python.peek("k", PAST, 0.0) == 0
         assert other.validator("k", PAST) is None
         assert other.peek("k", PAST, 0.0) is None
+
+
+def test_many_keys_at_once_are_refused_to_a_source() -> None:
+    """They would be those of the whole pool."""
+    pool = Index(max_size=1000, flat_namespace=True)
+    view = pool.within("a" * 8, True)
+    calls: list[Callable[[], object]] = [
+        lambda: view.lookup_all(["k"]),
+        lambda: view.lead_all(["k"], object()),
+        lambda: view.complete_flights(["k"], [1]),
+        lambda: view.reserve_all(["k"], 1, [1], 0.0),
+        lambda: view.advance_all([], [], [], 0.0),
+        lambda: view.commit_all([], 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="of a pool"):
+            call()
+    assert not pool.is_in_flight("k")
