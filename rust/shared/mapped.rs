@@ -18,17 +18,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Stat, fstat};
 
-use super::guard::Map;
 use super::header::{
-    CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, PARTICIPANTS, boot, new_generation,
+    CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, PARTICIPANTS, boot, new_generation,
 };
+use super::index_file::IndexFile;
 use super::lock_files::{
-    Locks, OpenError, TRY_AGAIN, create, extend, extend_ahead, has_former_participant, is_alive,
-    is_at, is_hollow, open, open_and_lock, open_existing, open_folder, remove, rename_over,
-    slot_file, take_slot, touch, unshare, unsuitable,
+    Locks, OpenError, TRY_AGAIN, has_former_participant, is_alive, is_at, open_and_lock,
+    open_folder, slot_file, take_slot, touch, unsuitable,
 };
 use super::lock_word::LockWord;
-use super::places_file::PlacesFile;
 use super::sample_file::SampleFile;
 use crate::arena::{Cell, Header, Storage};
 use crate::error::{Error, Result};
@@ -41,10 +39,9 @@ pub struct Mapped {
     word: Arc<LockWord>,
     /// Times that the files were replaced, as of those that are open.
     replaced: u64,
-    pub(super) files: [File; FILES.len()],
-    pub(super) maps: [Map; FILES.len()],
-    /// Of the index of a pool.
-    places: Option<PlacesFile>,
+    pub(super) files: [IndexFile; FILES.len()],
+    /// Of the index of a pool: a word for each cell.
+    places: Option<IndexFile>,
     pub(super) own_slot: usize,
     pub(super) bound: u64,
     pub(super) generation: u64,
@@ -73,6 +70,7 @@ const TABLE: usize = 1;
 const CELLS: usize = 2;
 const STRINGS: usize = 3;
 const HISTORY: usize = 4;
+const PLACES: &str = "places";
 
 impl Mapped {
     /// Opens the files below `root`, a directory that exists, waits for the lock and takes a slot,
@@ -132,42 +130,18 @@ impl Mapped {
         own_slot: usize,
         alive: File,
     ) -> Result<(Self, bool), OpenError> {
-        let files = each(FILES.map(|name| open(&root.join(name))))?;
         let mut emptied = word.is_new() || word.is_suspect();
         let mut is_hollowed = false;
-        for file in &files {
-            if is_hollow(file)? {
-                // To allocate all of it would fill the volume.
-                file.set_len(0)?;
-                (emptied, is_hollowed) = (true, true);
-            }
-        }
-        if files[HEAD].metadata()?.len() < DIRECTORY_AT as u64 {
-            extend(&files[HEAD], 0, DIRECTORY_AT)?;
-        }
-        for (n, file) in files.iter().enumerate() {
-            match file.metadata()?.len() as usize {
-                // An empty file cannot be mapped. Most indexes have no history.
-                0 => {
-                    emptied |= n != HISTORY;
-                    extend(file, 0, HEADER_LEN)?;
-                }
-                // A copy of the directory may have holes.
-                len => {
-                    unshare(file, len as u64);
-                    extend(file, 0, len)?;
-                }
-            }
-        }
-        let mut places = None;
-        if with_places {
-            let opened = PlacesFile::open(root)?;
-            emptied |= opened.is_empty;
+        let mut open = |name: &'static str| {
+            let opened = IndexFile::open(root, name, least_of(name))?;
+            // Most indexes have no history, and what is in the head tells by itself.
+            let may_be_empty = [FILES[HEAD], FILES[HISTORY]].contains(&name);
+            emptied |= opened.is_hollowed || opened.is_empty && !may_be_empty;
             is_hollowed |= opened.is_hollowed;
-            let file = opened.file;
-            places = Some(file);
-        }
-        let maps = each(files.each_ref().map(Map::new))?;
+            Ok::<_, io::Error>(opened.file)
+        };
+        let files = each(FILES.map(&mut open))?;
+        let places = with_places.then(|| open(PLACES)).transpose()?;
         let replaced = word.replaced();
         let mut mapped = Mapped {
             root: root.to_owned(),
@@ -175,7 +149,6 @@ impl Mapped {
             word,
             replaced,
             files,
-            maps,
             places,
             own_slot,
             bound,
@@ -241,24 +214,14 @@ impl Mapped {
         let made = self.make_files().or_else(|_| {
             // On a full volume the old ones go first.
             let folder = open_folder(&self.root)?;
-            for name in FILES {
-                remove(&folder, name);
-            }
-            if self.places.is_some() {
-                PlacesFile::remove(&self.root);
-            }
+            self.all().for_each(|file| file.remove(&folder));
             self.make_files()
         });
-        let files = made?;
-        let maps = each(files.each_ref().map(Map::new))?;
-        if self.places.is_some() {
-            self.places = Some(PlacesFile::make(&self.root)?);
-        }
+        let made = made?;
         self.outdate();
-        self.maps = maps;
-        self.files = files;
+        (self.files, self.places) = made;
         *self.file_header_mut() = FileHeader::fresh(self.own_slot);
-        self.slice_mut(HEAD, END_AT, 1).fill(END);
+        self.files[HEAD].slice_mut(END_AT, 1).fill(END);
         // Of those who live on.
         let kept = &mut self.file_header_mut().header.policy;
         (kept.kind, kept.minimise) = (policy.kind, policy.minimise);
@@ -267,12 +230,8 @@ impl Mapped {
             self.file_header_mut().add_participant(n, other);
         }
         // The first one says that a rebuild is due, so it goes first.
-        let folder = open_folder(&self.root)?;
-        for name in FILES {
-            rename_over(&folder, &new_name(name), name)?;
-        }
-        if self.places.is_some() {
-            PlacesFile::publish(&self.root)?;
+        for file in self.all() {
+            file.publish(&self.root)?;
         }
         self.word.count_replacement();
         self.replaced = self.word.replaced();
@@ -283,10 +242,9 @@ impl Mapped {
 
     /// Has others who look into the files that are replaced, without the lock, see that they are.
     fn outdate(&mut self) {
-        let mapped = self.maps[HEAD].len() as u64;
-        let is_whole = fstat(&self.files[HEAD]).is_ok_and(|status| status.st_size as u64 >= mapped);
+        let is_whole = self.files[HEAD].is_whole();
         // Also where nothing else in it is right: a reader may look only at the entry that it has found.
-        let header = self.maps[HEAD].get_mut(..size_of::<FileHeader>());
+        let header = self.files[HEAD].map.get_mut(..size_of::<FileHeader>());
         let header = bytemuck::try_from_bytes_mut::<FileHeader>(header.unwrap_or_default());
         if let (true, Ok(header)) = (is_whole, header) {
             header.generation = 0;
@@ -294,28 +252,28 @@ impl Mapped {
     }
 
     /// Makes empty files under names of their own.
-    fn make_files(&self) -> io::Result<[File; FILES.len()]> {
-        let folder = open_folder(&self.root)?;
-        let make = |name: &str| {
-            // Left by a participant that has died.
-            remove(&folder, &new_name(name));
-            let file = create(&self.root.join(new_name(name)))?;
-            let len = HEADER_LEN + if name == FILES[HEAD] { DIRECTORY_AT } else { 0 };
-            extend(&file, 0, len)?;
-            Ok::<_, io::Error>(file)
-        };
-        each(FILES.map(make))
+    fn make_files(&self) -> io::Result<Files> {
+        self.with_files(|name| IndexFile::make(&self.root, name, least_of(name)))
+    }
+
+    /// As many files as there are, each by its name.
+    fn with_files(
+        &self,
+        mut get: impl FnMut(&'static str) -> io::Result<IndexFile>,
+    ) -> io::Result<Files> {
+        let files = each(FILES.map(&mut get))?;
+        let places = self.places.is_some().then(|| get(PLACES));
+        Ok((files, places.transpose()?))
+    }
+
+    /// All files; the first one says whether a rebuild is due.
+    fn all(&self) -> impl Iterator<Item = &IndexFile> {
+        self.files.iter().chain(&self.places)
     }
 
     /// Takes the files that are there under the names of the index now.
     fn reopen_files(&mut self) -> io::Result<()> {
-        let files = each(FILES.map(|name| open_existing(&self.root.join(name))))?;
-        let maps = each(files.each_ref().map(Map::new))?;
-        if self.places.is_some() {
-            self.places = Some(PlacesFile::reopen(&self.root)?);
-        }
-        self.maps = maps;
-        self.files = files;
+        (self.files, self.places) = self.with_files(|name| IndexFile::reopen(&self.root, name))?;
         self.replaced = self.word.replaced();
         Ok(())
     }
@@ -370,8 +328,7 @@ impl Mapped {
         if now.duration_since(changed).is_ok_and(|age| age < OLD) {
             return Ok(());
         }
-        let places = self.places.iter().map(PlacesFile::file);
-        let files = self.files.iter().chain(places);
+        let files = self.all().map(|one| &one.file);
         for file in files.chain([&self.lock, &self.alive, self.word.file()]) {
             file.set_modified(now)?;
         }
@@ -500,13 +457,12 @@ impl Mapped {
 
     /// Whether nothing of the header file was cut off: no system call tells.
     fn is_whole(&self) -> bool {
-        self.slice::<u64>(HEAD, END_AT, 1) == [END]
+        self.files[HEAD].slice::<u64>(END_AT, 1) == [END]
     }
 
     /// Whether a page of the files could not be had; what was found in its place is not theirs.
     pub(super) fn has_faulted(&self) -> bool {
-        self.maps.iter().any(Map::has_faulted)
-            || self.places.as_ref().is_some_and(PlacesFile::has_faulted)
+        self.all().any(|file| file.map.has_faulted())
     }
 
     /// Ends what `begin` has begun and releases the lock. A step that failed leaves its dirty mark, and says whether it has
@@ -537,7 +493,7 @@ impl Mapped {
     }
 
     fn checksum(&self) -> u32 {
-        crc32c::crc32c(self.maps[HEAD].get(CHECKED).unwrap_or_default())
+        crc32c::crc32c(self.files[HEAD].map.get(CHECKED).unwrap_or_default())
     }
 
     /// Maps as much of the files as is in use. Only now and then (`looks`) it is seen whether others have cut off or
@@ -551,74 +507,27 @@ impl Mapped {
             header.cells.saturating_mul(size_of::<Cell>() as u64),
             header.strings.saturating_mul(4),
             header.history.saturating_mul(8),
+            header.cells.saturating_mul(8),
         ];
-        let parts = self.files.iter().zip(&mut self.maps).zip(wanted);
-        for (n, ((file, map_of), wanted)) in parts.enumerate() {
+        let files = self.files.iter_mut().chain(&mut self.places);
+        for (n, (file, wanted)) in files.zip(wanted).enumerate() {
             // Most indexes have no history; and one that is too short is caught where it is used.
-            if !(looks && n != HISTORY) && wanted <= map_of.len() as u64 {
-                continue;
-            }
-            let status = fstat(file).map_err(|_| NOT_MAPPED)?;
-            if status.st_nlink == 0 {
-                return Err(REMOVED);
-            }
-            let len = status.st_size as u64;
-            if len < wanted {
-                return Err(Error::Corrupt("index file: truncated"));
-            }
-            if len != map_of.len() as u64 {
-                *map_of = Map::new(file).map_err(|_| NOT_MAPPED)?;
-            }
+            file.remap(wanted, looks && n != HISTORY)?;
         }
-        let cells = self.file_header().cells;
-        match &mut self.places {
-            Some(places) => places.remap(cells, looks),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     pub(super) fn file_header(&self) -> &FileHeader {
-        let bytes = self.maps[HEAD].get(..size_of::<FileHeader>());
+        let bytes = self.files[HEAD].map.get(..size_of::<FileHeader>());
         bytemuck::try_from_bytes(bytes.unwrap_or_default())
             .unwrap_or_else(|_| FileHeader::missing())
     }
 
     #[allow(clippy::expect_used)]
     pub(super) fn file_header_mut(&mut self) -> &mut FileHeader {
-        let bytes = self.maps[HEAD].get_mut(..size_of::<FileHeader>());
+        let bytes = self.files[HEAD].map.get_mut(..size_of::<FileHeader>());
         // The file has `DIRECTORY_AT` bytes at least, or it would not have been mapped.
         bytemuck::try_from_bytes_mut(bytes.unwrap_or_default()).expect("a mapped header")
-    }
-
-    pub(super) fn slice<T: bytemuck::Pod>(&self, file: usize, from: usize, len: u64) -> &[T] {
-        let end = from.saturating_add((len as usize).saturating_mul(size_of::<T>()));
-        let bytes = self.maps.get(file).and_then(|map| map.get(from..end));
-        bytemuck::try_cast_slice(bytes.unwrap_or_default()).unwrap_or_default()
-    }
-
-    pub(super) fn slice_mut<T: bytemuck::Pod>(
-        &mut self,
-        file: usize,
-        from: usize,
-        len: u64,
-    ) -> &mut [T] {
-        let end = from.saturating_add((len as usize).saturating_mul(size_of::<T>()));
-        let bytes = self
-            .maps
-            .get_mut(file)
-            .and_then(|map| map.get_mut(from..end));
-        bytemuck::try_cast_slice_mut(bytes.unwrap_or_default()).unwrap_or_default()
-    }
-
-    fn grow(&mut self, which: usize, len: usize) -> Result<()> {
-        let (Some(file), Some(map_of)) = (self.files.get(which), self.maps.get_mut(which)) else {
-            return Err(Error::Full);
-        };
-        if len > map_of.len() {
-            extend_ahead(file, map_of.len(), len).map_err(|_| Error::Full)?;
-            *map_of = Map::new(file).map_err(|_| Error::Full)?;
-        }
-        Ok(())
     }
 }
 
@@ -628,8 +537,12 @@ fn each<T>(results: [io::Result<T>; FILES.len()]) -> io::Result<[T; FILES.len()]
     Ok([head?, table?, cells?, strings?, history?])
 }
 
-fn new_name(name: &str) -> String {
-    format!("{name}.new")
+/// The files of an index, and that of a pool.
+type Files = ([IndexFile; FILES.len()], Option<IndexFile>);
+
+/// Bytes that a file of this name has at least.
+fn least_of(name: &str) -> usize {
+    if name == FILES[HEAD] { DIRECTORY_AT } else { 0 }
 }
 
 /// What a process that cannot use the index changes of the lock file, to say that the source was changed.
@@ -637,13 +550,13 @@ fn mark(lock: &Stat) -> [i64; 2] {
     [lock.st_mtime, lock.st_mtime_nsec as i64]
 }
 
-const REMOVED: Error = Error::Lost("index file: removed");
+pub(super) const REMOVED: Error = Error::Lost("index file: removed");
 pub(super) const DIED: Error = Error::Lost("dirty mark: a participant died in a step");
 const DAMAGED: Error = Error::Corrupt("dirty mark: a step has found damage");
 /// A page that could not be had is as good as a damaged one.
 pub(super) const FAULTED: Error =
     Error::Corrupt("index file: a page that cannot be read or written");
-const NOT_MAPPED: Error = Error::Lost("index file: cannot be mapped");
+pub(super) const NOT_MAPPED: Error = Error::Lost("index file: cannot be mapped");
 
 impl Storage for Mapped {
     fn header(&self) -> &Header {
@@ -653,72 +566,77 @@ impl Storage for Mapped {
         &mut self.file_header_mut().header
     }
     fn cells(&self) -> &[Cell] {
-        self.slice(CELLS, 0, self.file_header().cells)
+        self.files[CELLS].slice(0, self.file_header().cells)
     }
     fn cells_mut(&mut self) -> &mut [Cell] {
-        self.slice_mut(CELLS, 0, self.file_header().cells)
+        let cells = self.file_header().cells;
+        self.files[CELLS].slice_mut(0, cells)
     }
     fn slots(&self) -> &[u32] {
-        self.slice(TABLE, 0, self.file_header().slots)
+        self.files[TABLE].slice(0, self.file_header().slots)
     }
     fn slots_mut(&mut self) -> &mut [u32] {
-        self.slice_mut(TABLE, 0, self.file_header().slots)
+        let slots = self.file_header().slots;
+        self.files[TABLE].slice_mut(0, slots)
     }
     fn directory(&self) -> &[u32] {
-        self.slice(HEAD, DIRECTORY_AT, self.file_header().directory)
+        self.files[HEAD].slice(DIRECTORY_AT, self.file_header().directory)
     }
     fn directory_mut(&mut self) -> &mut [u32] {
-        self.slice_mut(HEAD, DIRECTORY_AT, self.file_header().directory)
+        let directory = self.file_header().directory;
+        self.files[HEAD].slice_mut(DIRECTORY_AT, directory)
     }
     fn strings(&self) -> &[u32] {
-        self.slice(STRINGS, 0, self.file_header().strings)
+        self.files[STRINGS].slice(0, self.file_header().strings)
     }
     fn strings_mut(&mut self) -> &mut [u32] {
-        self.slice_mut(STRINGS, 0, self.file_header().strings)
+        let strings = self.file_header().strings;
+        self.files[STRINGS].slice_mut(0, strings)
     }
     fn has_places(&self) -> bool {
         self.places.is_some()
     }
     fn places(&self) -> &[u64] {
         let places = self.places.as_ref();
-        places.map_or(&[], |places| places.words(self.file_header().cells))
+        places.map_or(&[], |places| places.slice(0, self.file_header().cells))
     }
     fn places_mut(&mut self) -> &mut [u64] {
         let cells = self.file_header().cells;
         let places = self.places.as_mut();
-        places.map_or(&mut [], |places| places.words_mut(cells))
+        places.map_or(&mut [], |places| places.slice_mut(0, cells))
     }
     fn grow_cells(&mut self, len: usize) -> Result<()> {
         if let Some(places) = &mut self.places {
-            places.grow(len)?;
+            places.grow(len * size_of::<u64>())?;
         }
-        self.grow(CELLS, len * size_of::<Cell>())?;
+        self.files[CELLS].grow(len * size_of::<Cell>())?;
         self.file_header_mut().cells = len as u64;
         Ok(())
     }
     fn grow_slots(&mut self, len: usize) -> Result<()> {
-        self.grow(TABLE, len * 4)?;
+        self.files[TABLE].grow(len * 4)?;
         self.file_header_mut().slots = len as u64;
         Ok(())
     }
     fn grow_directory(&mut self, len: usize) -> Result<()> {
-        self.grow(HEAD, DIRECTORY_AT + len * 4)?;
+        self.files[HEAD].grow(DIRECTORY_AT + len * 4)?;
         self.file_header_mut().directory = len as u64;
         Ok(())
     }
     fn grow_strings(&mut self, len: usize) -> Result<()> {
-        self.grow(STRINGS, len * 4)?;
+        self.files[STRINGS].grow(len * 4)?;
         self.file_header_mut().strings = len as u64;
         Ok(())
     }
     fn history(&self) -> &[u64] {
-        self.slice(HISTORY, 0, self.file_header().history)
+        self.files[HISTORY].slice(0, self.file_header().history)
     }
     fn history_mut(&mut self) -> &mut [u64] {
-        self.slice_mut(HISTORY, 0, self.file_header().history)
+        let history = self.file_header().history;
+        self.files[HISTORY].slice_mut(0, history)
     }
     fn grow_history(&mut self, len: usize) -> Result<()> {
-        self.grow(HISTORY, len * 8)?;
+        self.files[HISTORY].grow(len * 8)?;
         self.file_header_mut().history = len as u64;
         Ok(())
     }

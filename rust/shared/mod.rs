@@ -6,13 +6,13 @@ mod guard;
 mod header;
 mod held;
 mod index;
+mod index_file;
 mod lock_files;
 mod lock_word;
 mod locked;
 mod mapped;
 mod neighbours;
 mod participants;
-mod places_file;
 mod recovery;
 mod sample_file;
 

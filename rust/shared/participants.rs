@@ -2,7 +2,6 @@
 //! each other.
 
 use bytemuck::Zeroable;
-use rustix::fs::fstat;
 
 use super::header::{HEADER_LEN, VERSIONS, new_generation};
 use super::lock_files::is_alive;
@@ -18,8 +17,7 @@ impl Mapped {
     /// unreadable.
     pub(super) fn living(&self) -> Vec<(usize, Participant)> {
         // Reading the mapping of a truncated file would be fatal.
-        let mapped = self.maps[HEAD].len() as u64;
-        let is_whole = fstat(&self.files[HEAD]).is_ok_and(|status| status.st_size as u64 >= mapped);
+        let is_whole = self.files[HEAD].is_whole();
         if !is_whole || !self.file_header().is_plausible() {
             return Vec::new();
         }
@@ -85,7 +83,7 @@ impl Peers for Mapped {
     }
     fn version(&self, key: u64) -> Version {
         let at = key as usize % VERSIONS;
-        let version = self.slice(HEAD, HEADER_LEN, VERSIONS as u64).get(at);
+        let version = self.files[HEAD].slice(HEADER_LEN, VERSIONS as u64).get(at);
         [version.copied().unwrap_or(0), self.file_header().epoch]
     }
     fn first_version(&self) -> Version {
@@ -95,7 +93,7 @@ impl Peers for Mapped {
         let header = self.file_header_mut();
         header.changes = header.changes.wrapping_add(1);
         let at = key as usize % VERSIONS;
-        let versions: &mut [u32] = self.slice_mut(HEAD, HEADER_LEN, VERSIONS as u64);
+        let versions: &mut [u32] = self.files[HEAD].slice_mut(HEADER_LEN, VERSIONS as u64);
         if let Some(version) = versions.get_mut(at) {
             *version = version.wrapping_add(1);
         }

@@ -1,0 +1,142 @@
+//! One file of the index, and its mapping.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::fstat;
+
+use super::guard::Map;
+use super::header::HEADER_LEN;
+use super::lock_files::{
+    create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, remove, rename_over,
+    unshare,
+};
+use super::mapped::{NOT_MAPPED, REMOVED};
+use crate::error::{Error, Result};
+
+/// A file of the index.
+#[derive(Debug)]
+pub(super) struct IndexFile {
+    name: &'static str,
+    pub(super) file: File,
+    pub(super) map: Map,
+}
+
+/// One as it was found when it was opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) file: IndexFile,
+    pub(super) is_empty: bool,
+    /// Whether it was longer than what it held; see [`is_hollow`].
+    pub(super) is_hollowed: bool,
+}
+
+impl IndexFile {
+    fn over(name: &'static str, file: File) -> io::Result<Self> {
+        let map = Map::new(&file)?;
+        Ok(IndexFile { name, file, map })
+    }
+
+    /// Opens the one of this name, or makes it; with `least` bytes at least.
+    pub(super) fn open(root: &Path, name: &'static str, least: usize) -> io::Result<Opened> {
+        let file = open(&root.join(name))?;
+        let is_hollowed = is_hollow(&file)?;
+        if is_hollowed {
+            // To allocate all of it would fill the volume.
+            file.set_len(0)?;
+        }
+        let len = file.metadata()?.len();
+        if len != 0 {
+            // A copy of the directory may have holes.
+            unshare(&file, len);
+        }
+        // An empty file cannot be mapped.
+        let wanted = if len == 0 { HEADER_LEN } else { len as usize };
+        extend(&file, 0, wanted.max(least))?;
+        Ok(Opened {
+            file: Self::over(name, file)?,
+            is_empty: len == 0,
+            is_hollowed,
+        })
+    }
+
+    /// Opens the one that is there under this name now.
+    pub(super) fn reopen(root: &Path, name: &'static str) -> io::Result<Self> {
+        Self::over(name, open_existing(&root.join(name))?)
+    }
+
+    /// Makes an empty one under a name of its own; see [`IndexFile::publish`].
+    pub(super) fn make(root: &Path, name: &'static str, least: usize) -> io::Result<Self> {
+        let new_name = new_name(name);
+        // Left by a participant that has died.
+        remove(&open_folder(root)?, &new_name);
+        let file = create(&root.join(new_name))?;
+        extend(&file, 0, HEADER_LEN + least)?;
+        Self::over(name, file)
+    }
+
+    /// Gives the one that was made its name.
+    pub(super) fn publish(&self, root: &Path) -> io::Result<()> {
+        rename_over(&open_folder(root)?, &new_name(self.name), self.name)
+    }
+
+    /// Removes the one that has its name: a full volume has no room for another.
+    pub(super) fn remove(&self, folder: &OwnedFd) {
+        remove(folder, self.name);
+    }
+
+    /// Maps as much as is in use; where that is mapped, the file is only looked at if asked for.
+    pub(super) fn remap(&mut self, wanted: u64, looks: bool) -> Result<()> {
+        if !looks && wanted <= self.map.len() as u64 {
+            return Ok(());
+        }
+        let status = fstat(&self.file).map_err(|_| NOT_MAPPED)?;
+        if status.st_nlink == 0 {
+            return Err(REMOVED);
+        }
+        let len = status.st_size as u64;
+        if len < wanted {
+            return Err(Error::Corrupt("index file: truncated"));
+        }
+        if len != self.map.len() as u64 {
+            self.map = Map::new(&self.file).map_err(|_| NOT_MAPPED)?;
+        }
+        Ok(())
+    }
+
+    /// Has room for so many bytes.
+    pub(super) fn grow(&mut self, len: usize) -> Result<()> {
+        let now = self.map.len();
+        if len > now {
+            extend_ahead(&self.file, now, len).map_err(|_| Error::Full)?;
+            self.map = Map::new(&self.file).map_err(|_| Error::Full)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all that is mapped is in the file still: to read what was cut off is a fault.
+    pub(super) fn is_whole(&self) -> bool {
+        let mapped = self.map.len() as u64;
+        fstat(&self.file).is_ok_and(|status| status.st_size as u64 >= mapped)
+    }
+
+    /// Numbers from a byte on; none where so many are not mapped.
+    pub(super) fn slice<T: bytemuck::Pod>(&self, from: usize, len: u64) -> &[T] {
+        let end = from.saturating_add((len as usize).saturating_mul(size_of::<T>()));
+        let bytes = self.map.get(from..end);
+        bytemuck::try_cast_slice(bytes.unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// The same, mutable.
+    pub(super) fn slice_mut<T: bytemuck::Pod>(&mut self, from: usize, len: u64) -> &mut [T] {
+        let end = from.saturating_add((len as usize).saturating_mul(size_of::<T>()));
+        let bytes = self.map.get_mut(from..end);
+        bytemuck::try_cast_slice_mut(bytes.unwrap_or_default()).unwrap_or_default()
+    }
+}
+
+fn new_name(name: &str) -> String {
+    format!("{name}.new")
+}
