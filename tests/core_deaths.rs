@@ -14,7 +14,7 @@ use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
 use zcache::disk::removal;
 use zcache::disk::value_file::{self, WrittenFile};
 use zcache::key::ByteRange;
-use zcache::shared::{Mapped, SharedIndex, StepError};
+use zcache::shared::{Mapped, Opening, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
     flat_namespace: false,
@@ -59,7 +59,8 @@ struct World {
 
 impl World {
     fn open(&mut self) -> SharedIndex<u32> {
-        let (mut index, fresh) = SharedIndex::open(&self.index_root(), LIMITS, 1).unwrap();
+        let (mut index, fresh) =
+            SharedIndex::open(&self.index_root(), &Opening::new(LIMITS, 1)).unwrap();
         if fresh {
             self.rebuild(&mut index);
         }

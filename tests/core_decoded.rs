@@ -7,7 +7,7 @@ use zcache::arena::Heap;
 use zcache::cache::{BATCH, Cache, Decode, Freshness, Joined, Limits, Peers, Reserve};
 use zcache::error::Result;
 use zcache::key::ByteRange;
-use zcache::shared::SharedIndex;
+use zcache::shared::{Opening, SharedIndex};
 
 const LIMITS: Limits = Limits {
     flat_namespace: false,
@@ -71,10 +71,11 @@ fn is_current_after_a_change_of_the_key_or_above_it_is_false() {
 #[test]
 fn is_current_after_a_change_by_another_participant_is_false() {
     let place = Place::new("decoded");
-    let (mut one, fresh) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
+    let (mut one, fresh) =
+        SharedIndex::<()>::open(&place.at("."), &Opening::new(LIMITS, 1)).unwrap();
     assert!(fresh);
     one.complete().unwrap();
-    let (mut other, _) = SharedIndex::<()>::open(&place.at("."), LIMITS, 1).unwrap();
+    let (mut other, _) = SharedIndex::<()>::open(&place.at("."), &Opening::new(LIMITS, 1)).unwrap();
     for change in 0..5 {
         let decode = one.step(sleep, |cache| Ok(begin(cache, 1))).unwrap();
         assert!(one.step(sleep, |cache| is_current(cache, decode)).unwrap());

@@ -15,8 +15,7 @@ use zcache::disk::fill::{Ending, Fill, Report};
 use zcache::disk::ownership::SIGNATURE;
 use zcache::disk::queue::Fills;
 use zcache::key::ByteRange;
-use zcache::shared::{HeldLock, Locked};
-use zcache::shared::{SharedIndex, StepError};
+use zcache::shared::{HeldLock, Locked, Opening, SharedIndex, StepError};
 
 const LIMITS: Limits = Limits {
     flat_namespace: false,
@@ -74,7 +73,8 @@ fn fill_of(key: &str, ticket: u64, data: Data, free: u64) -> Fill<Data> {
 }
 
 fn index_of(root: &Path) -> Arc<Locked<u32>> {
-    let (mut directory, fresh) = SharedIndex::open(&root.join(".zcache/index"), LIMITS, 1).unwrap();
+    let (mut directory, fresh) =
+        SharedIndex::open(&root.join(".zcache/index"), &Opening::new(LIMITS, 1)).unwrap();
     if fresh {
         directory.complete().unwrap();
     }

@@ -16,7 +16,7 @@ use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
 use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
 use zcache::disk::{removal, value_file};
 use zcache::key::ByteRange;
-use zcache::shared::{Mapped, SharedIndex, StepError};
+use zcache::shared::{Mapped, Opening, SharedIndex, StepError};
 
 const BOUND: u64 = 500;
 const SIZE: usize = 100;
@@ -56,7 +56,8 @@ impl World {
     }
 
     fn open(&mut self) -> (Index, bool) {
-        let (mut index, fresh) = SharedIndex::open(&self.index_root(), LIMITS, 1).unwrap();
+        let (mut index, fresh) =
+            SharedIndex::open(&self.index_root(), &Opening::new(LIMITS, 1)).unwrap();
         if fresh {
             self.rebuild(&mut index);
         }

@@ -11,7 +11,9 @@ use std::time::Duration;
 use zcache::cache::{Joined, Limits, Reserve};
 use zcache::error::Error;
 use zcache::key::ByteRange;
-use zcache::shared::{HeldLock, OpenError, SharedIndex, StepError};
+use zcache::shared::{HeldLock, OpenError, Opening, SharedIndex, StepError};
+
+use crate::place::is_damaged;
 
 const LIMITS: Limits = Limits {
     flat_namespace: false,
@@ -23,6 +25,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 type Index = SharedIndex<u32>;
 
+/// One that does not wait for the lock.
+fn impatient() -> Opening {
+    Opening {
+        patience: Duration::ZERO,
+        ..Opening::new(LIMITS, 1)
+    }
+}
+
 struct Dir(PathBuf);
 
 impl Dir {
@@ -33,7 +43,7 @@ impl Dir {
     }
 
     fn open(&self) -> Index {
-        let (mut index, fresh) = Index::open(&self.0, LIMITS, 1).unwrap();
+        let (mut index, fresh) = Index::open(&self.0, &Opening::new(LIMITS, 1)).unwrap();
         if fresh {
             index.complete().unwrap();
         }
@@ -58,16 +68,6 @@ impl Drop for Dir {
 
 fn step(index: &mut Index) -> Result<u64, StepError> {
     index.step(sleep, |cache| Ok(cache.len()))
-}
-
-fn is_damaged<R: std::fmt::Debug>(answer: Result<R, StepError>) {
-    assert!(
-        matches!(
-            answer,
-            Err(StepError::Failed(Error::Corrupt(_) | Error::Lost(_)))
-        ),
-        "{answer:?}"
-    );
 }
 
 fn is_busy(index: &mut Index) {
@@ -99,7 +99,7 @@ fn a_lock_that_is_held_keeps_all_out_until_it_is_released() {
     let held = dir.hold();
     is_busy(&mut one);
     is_busy(&mut other);
-    let late = Index::open_within(&dir.0, LIMITS, 1, 1, Duration::ZERO);
+    let late = Index::open(&dir.0, &impatient());
     assert!(matches!(late, Err(OpenError::Busy)));
     let second = HeldLock::take(&dir.0, Duration::ZERO);
     assert!(matches!(second, Err(OpenError::Busy)));
@@ -117,7 +117,7 @@ fn a_lock_on_the_file_that_tells_of_changes_stops_no_step() {
     file.try_lock().unwrap();
     step(&mut index).unwrap();
     // It is one opening at a time.
-    let late = Index::open_within(&dir.0, LIMITS, 1, 1, Duration::ZERO);
+    let late = Index::open(&dir.0, &impatient());
     assert!(matches!(late, Err(OpenError::Busy)));
     file.unlock().unwrap();
     step(&mut dir.open()).unwrap();
@@ -128,7 +128,7 @@ fn an_index_that_one_of_the_former_format_uses_is_left_to_it() {
     let dir = Dir::new("former");
     let slot = fs::File::create(dir.0.join("p3")).unwrap();
     slot.try_lock().unwrap();
-    let late = Index::open_within(&dir.0, LIMITS, 1, 1, Duration::ZERO);
+    let late = Index::open(&dir.0, &impatient());
     assert!(matches!(late, Err(OpenError::Busy)));
     slot.unlock().unwrap();
     let mut index = dir.open();
@@ -193,7 +193,7 @@ fn an_index_whose_last_user_died_in_a_step_is_new_when_it_is_opened() {
     let dir = Dir::new("last");
     fill(&mut dir.open(), "a");
     drop(dir.hold());
-    let (mut index, fresh) = Index::open(&dir.0, LIMITS, 1).unwrap();
+    let (mut index, fresh) = Index::open(&dir.0, &Opening::new(LIMITS, 1)).unwrap();
     assert!(fresh);
     index.complete().unwrap();
     assert_eq!(step(&mut index), Ok(0));
@@ -320,7 +320,7 @@ fn a_file_that_is_removed_or_cut_off_is_made_anew_for_all() {
             }
         }
         // It makes a new one, and must not work on files that others use with the old one.
-        let (mut third, fresh) = Index::open(&dir.0, LIMITS, 1).unwrap();
+        let (mut third, fresh) = Index::open(&dir.0, &Opening::new(LIMITS, 1)).unwrap();
         assert!(fresh, "{len:?}");
         third.complete().unwrap();
         fill(&mut third, "b");

@@ -9,7 +9,7 @@ use zcache::arena::Heap;
 use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve};
 use zcache::key::{ByteRange, hash_word};
 use zcache::sampling::{FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, UNKNOWN};
-use zcache::shared::SharedIndex;
+use zcache::shared::{Opening, SharedIndex};
 
 use crate::place::Place;
 
@@ -388,7 +388,7 @@ fn what_is_known_to_be_missing_is_no_request() {
 type Index = SharedIndex<u32>;
 
 fn open(root: &Path) -> Index {
-    let (mut index, fresh) = Index::open(root, LIMITS, 1).unwrap();
+    let (mut index, fresh) = Index::open(root, &Opening::new(LIMITS, 1)).unwrap();
     if fresh {
         index.complete().unwrap();
     }
@@ -434,7 +434,7 @@ fn participants_share_a_sample_which_outlives_them_and_a_rebuild() {
     let mut head = fs::read(place.at("head")).unwrap();
     head[8] = 9;
     fs::write(place.at("head"), head).unwrap();
-    let (mut index, fresh) = Index::open(&place.0, LIMITS, 99).unwrap();
+    let (mut index, fresh) = Index::open(&place.0, &Opening::new(LIMITS, 99)).unwrap();
     assert!(fresh);
     assert_eq!(sampled(&mut index), 3);
     read(&mut index, "a");

@@ -13,7 +13,7 @@ use zcache::error::Error;
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex, StepError};
 
-use self::pool::{LIMITS, LONG, LRU, NOW, Pool, UNIT, contents, end, open, rebuild};
+use self::pool::{LIMITS, NOW, Pool, contents, end, open, opening, rebuild};
 
 type Damage = fn(&Pool, u64);
 
@@ -281,8 +281,7 @@ fn deletion_that_damage_hides_values_from_finds_the_damage() {
         let (found, _) = pool.find(&format!("{label}/k/7"), ByteRange::Full).unwrap();
         // As another process, which has found no directory before.
         let (mut other, fresh) =
-            SharedIndex::<u32>::open_pool(&pool.root.join("index"), LIMITS, 1, UNIT, LONG, LRU)
-                .unwrap();
+            SharedIndex::<u32>::open(&pool.root.join("index"), &opening(LIMITS)).unwrap();
         assert!(!fresh);
         let cell = u64::from(found.handle as u32);
         match name {
@@ -496,8 +495,7 @@ fn two_scans_at_once_take_in_each_segment_once() {
     fs::remove_dir_all(root.join("index")).unwrap();
     fs::create_dir_all(root.join("index")).unwrap();
     let at = root.join("index");
-    let (mut index, fresh) =
-        SharedIndex::<u32>::open_pool(&at, LIMITS, 1, UNIT, LONG, LRU).unwrap();
+    let (mut index, fresh) = SharedIndex::<u32>::open(&at, &opening(LIMITS)).unwrap();
     assert!(fresh);
     let adopt = |cache: &mut Cache<Mapped, u32>| {
         // One without its segments takes nothing in, and gives nothing up.
@@ -622,7 +620,7 @@ fn flipped_bit_of_a_place_is_found_before_it_is_used() {
             places.write_all_at(&[byte[0] ^ mask], at).unwrap();
             let index_root = root.join("index");
             let (mut index, fresh) =
-                SharedIndex::<u32>::open_pool(&index_root, LIMITS, 1, UNIT, LONG, LRU).unwrap();
+                SharedIndex::<u32>::open(&index_root, &opening(LIMITS)).unwrap();
             assert!(!fresh);
             // Whatever would read or delete it finds the index damaged instead.
             let placed = index.step(sleep, |cache| cache.placed(cell));

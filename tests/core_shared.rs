@@ -7,9 +7,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use zcache::cache::{Joined, Limits, RejectReason, Reserve};
-use zcache::error::Error;
 use zcache::key::ByteRange;
-use zcache::shared::{HeldLock, SharedIndex, StepError};
+use zcache::shared::{HeldLock, Opening, SharedIndex, StepError};
+
+use crate::place::is_damaged;
 
 const LIMITS: Limits = Limits {
     flat_namespace: false,
@@ -29,7 +30,7 @@ impl Dir {
     }
 
     fn open(&self) -> Index {
-        let (mut index, fresh) = Index::open(&self.0, LIMITS, 1).unwrap();
+        let (mut index, fresh) = Index::open(&self.0, &Opening::new(LIMITS, 1)).unwrap();
         if fresh {
             index.complete().unwrap();
         }
@@ -85,16 +86,6 @@ fn granted(index: &mut Index, key: &str, size: u64) -> u64 {
 fn is_full(index: &mut Index, key: &str, size: u64) {
     let answer = reserve(index, key, size);
     assert_eq!(answer, Reserve::Rejected(RejectReason::NoSpace), "{key}");
-}
-
-fn is_damaged<R: std::fmt::Debug>(answer: Result<R, StepError>) {
-    assert!(
-        matches!(
-            answer,
-            Err(StepError::Failed(Error::Corrupt(_) | Error::Lost(_)))
-        ),
-        "{answer:?}"
-    );
 }
 
 /// Empties the index as one participant does that finds it damaged.
@@ -251,7 +242,7 @@ fn a_dead_participant_without_a_file_is_taken_over_from() {
         max_size: 10,
         ..LIMITS
     };
-    let (other, _) = Index::open(&dir.0, small, 1).unwrap();
+    let (other, _) = Index::open(&dir.0, &Opening::new(small, 1)).unwrap();
     granted(&mut one, "a", 10);
     is_full(&mut one, "b", 10);
     drop(other);
@@ -418,7 +409,7 @@ fn a_directory_of_files_that_were_put_back_since_is_not_remembered() {
     fs::remove_dir_all(&dir.0).unwrap();
     fs::create_dir(&dir.0).unwrap();
     copy_all(&copy, &dir);
-    let (mut other, fresh) = Index::open(&dir.0, LIMITS, 7).unwrap();
+    let (mut other, fresh) = Index::open(&dir.0, &Opening::new(LIMITS, 7)).unwrap();
     assert!(!fresh, "the files are sound");
     fill(&mut other, "e/f/0", 3);
     is_damaged(one.step(sleep, |cache| Ok(cache.len())));

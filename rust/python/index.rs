@@ -35,7 +35,7 @@ use crate::cache::{
 use crate::disk::segments;
 use crate::error::Error;
 use crate::key::{Asked, ByteRange};
-use crate::shared::SharedIndex;
+use crate::shared::{Opening, SharedIndex};
 
 /// An index with its bounds, flights and reservations, behind one lock.
 #[pyclass(frozen, module = "zcache._core")]
@@ -267,18 +267,17 @@ impl Index {
     ) -> PyResult<(Self, bool)> {
         let policy = policy(eviction, minimise)?;
         let limits = limits(max_size, max_age, flat_namespace, verify)?;
-        let patience = Duration::try_from_secs_f64(timeout).unwrap_or_default();
-        let open = || match holes {
-            None => SharedIndex::open_with_policy(&root, limits, seed, unit, patience, policy),
-            Some(holes) => {
-                let opened = SharedIndex::open_pool(&root, limits, seed, unit, patience, policy);
-                opened.map(|(mut index, fresh)| {
-                    index.set_one_value_a_segment(!holes);
-                    (index, fresh)
-                })
-            }
+        let opening = Opening {
+            unit,
+            patience: Duration::try_from_secs_f64(timeout).unwrap_or_default(),
+            policy,
+            with_places: holes.is_some(),
+            ..Opening::new(limits, seed)
         };
-        let (directory, fresh) = py.detach(open)?;
+        let (mut directory, fresh) = py.detach(|| SharedIndex::open(&root, &opening))?;
+        if let Some(holes) = holes {
+            directory.set_one_value_a_segment(!holes);
+        }
         let tally = directory.tally();
         let index = Index::over(Backing::shared(directory), tally, slices_like_python);
         Ok((index, fresh))

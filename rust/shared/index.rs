@@ -34,6 +34,38 @@ pub struct SharedIndex<T> {
     former: Former,
 }
 
+/// How an index is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    /// The bounds of this participant.
+    pub limits: Limits,
+    /// Of all hashes, if the index is new.
+    pub seed: u64,
+    /// Bytes of a block of the file system.
+    pub unit: u64,
+    /// Time that the lock is waited for.
+    pub patience: Duration,
+    /// In force unless others use the index with another one; see [`Cache::policy`].
+    pub policy: (PolicyKind, Minimise),
+    /// Whether the index is that of a pool, with values in segments.
+    pub with_places: bool,
+}
+
+impl Opening {
+    /// Of an index of files that are counted in bytes, as soon as the lock is free.
+    #[must_use]
+    pub fn new(limits: Limits, seed: u64) -> Self {
+        Opening {
+            limits,
+            seed,
+            unit: 1,
+            patience: Duration::MAX,
+            policy: Default::default(),
+            with_places: false,
+        }
+    }
+}
+
 /// Why a step could not be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StepError {
@@ -50,77 +82,36 @@ impl From<Error> for StepError {
 }
 
 impl<T: Clone> SharedIndex<T> {
-    /// Opens the index below `root`, a directory that exists. Waits for the lock.
+    /// Opens the index below `root`, a directory that exists.
     ///
     /// The flag says that the index is new: the caller scans the directory, passes what it finds to
     /// [`Cache::adopt`], and then calls [`SharedIndex::complete`].
-    pub fn open(root: &Path, limits: Limits, seed: u64) -> Result<(Self, bool), OpenError> {
-        Self::open_within(root, limits, seed, 1, Duration::MAX)
-    }
-
-    /// The same for a file system with blocks of `unit` bytes; waits for the lock no longer than
-    /// `patience`.
     ///
     /// # Errors
-    /// [`OpenError::Busy`] after that.
-    pub fn open_within(
-        root: &Path,
-        limits: Limits,
-        seed: u64,
-        unit: u64,
-        patience: Duration,
-    ) -> Result<(Self, bool), OpenError> {
-        let policy = (PolicyKind::default(), Minimise::default());
-        Self::open_with_policy(root, limits, seed, unit, patience, policy)
-    }
-
-    /// The same with a policy, which is in force unless others use the index with another one; see
-    /// [`Cache::policy`].
-    pub fn open_with_policy(
-        root: &Path,
-        limits: Limits,
-        seed: u64,
-        unit: u64,
-        patience: Duration,
-        policy: (PolicyKind, Minimise),
-    ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, policy, false, &[], 0)
-    }
-
-    /// The same for the index of a pool, with values in segments.
-    ///
-    /// # Errors
-    /// See [`SharedIndex::open_within`].
-    pub fn open_pool(
-        root: &Path,
-        limits: Limits,
-        seed: u64,
-        unit: u64,
-        patience: Duration,
-        policy: (PolicyKind, Minimise),
-    ) -> Result<(Self, bool), OpenError> {
-        Self::open_announcing(root, limits, seed, unit, patience, policy, true, &[], 0)
+    /// [`OpenError::Busy`] where the lock was not free in time.
+    pub fn open(root: &Path, opening: &Opening) -> Result<(Self, bool), OpenError> {
+        Self::open_announcing(root, opening, &[], 0)
     }
 
     /// The same; `writes` are announced before others can take a step, and bytes that are promised.
-    #[allow(clippy::too_many_arguments)] // All that an index is opened with.
     pub(super) fn open_announcing(
         root: &Path,
-        limits: Limits,
-        seed: u64,
-        unit: u64,
-        patience: Duration,
-        (kind, minimise): (PolicyKind, Minimise),
-        with_places: bool,
+        opening: &Opening,
         writes: &[u64],
         promised: u64,
     ) -> Result<(Self, bool), OpenError> {
+        let Opening {
+            limits,
+            patience,
+            with_places,
+            ..
+        } = *opening;
         let (storage, fresh) = Mapped::open(root, limits.max_size, patience, with_places)?;
         let mut index = SharedIndex {
             cache: Cache::over(storage, limits),
             former: Former::default(),
         };
-        let begun = index.begin_announcing(fresh, seed, unit, (kind, minimise), writes, promised);
+        let begun = index.begin_announcing(fresh, opening, writes, promised);
         // Also of one that could not be opened.
         let outcome = begun.as_ref().map(drop).map_err(|_| DIED);
         let is_own = index.storage().end(outcome);
@@ -135,12 +126,12 @@ impl<T: Clone> SharedIndex<T> {
     fn begin_announcing(
         &mut self,
         mut fresh: bool,
-        seed: u64,
-        unit: u64,
-        (kind, minimise): (PolicyKind, Minimise),
+        opening: &Opening,
         writes: &[u64],
         promised: u64,
     ) -> Result<bool, OpenError> {
+        let Opening { seed, unit, .. } = *opening;
+        let (kind, minimise) = opening.policy;
         self.cache.choose_policy(kind, minimise);
         if self.storage().outdated {
             // What is damaged is no evidence.

@@ -19,7 +19,7 @@ mod sample_file;
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;
 pub use self::held::HeldLock;
-pub use self::index::{SharedIndex, StepError};
+pub use self::index::{Opening, SharedIndex, StepError};
 pub use self::lock_files::{Locks, OpenError, make_way, make_way_at};
 pub use self::locked::Locked;
 pub use self::mapped::Mapped;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::index::{SharedIndex, StepError};
+use super::index::{Opening, SharedIndex, StepError};
 use super::lock_files::{OpenError, has_former_participant};
 use crate::arena::Storage;
 use crate::cache::Flights;
@@ -56,22 +56,16 @@ impl<T: Clone> SharedIndex<T> {
     fn reopen(&mut self, seed: u64) -> Result<bool, StepError> {
         let root = self.storage().root().to_owned();
         let writes = self.cache.writes();
-        let (limits, unit) = (self.cache.limits(), self.cache.unit());
-        let with_places = self.storage().has_places();
-        let policy = self.cache.wanted_policy();
+        let opening = Opening {
+            unit: self.cache.unit(),
+            patience: REOPEN_PATIENCE,
+            policy: self.cache.wanted_policy(),
+            with_places: self.storage().has_places(),
+            ..Opening::new(self.cache.limits(), seed)
+        };
         self.cache.reset();
         let promised = self.cache.promised();
-        let opened = Self::open_announcing(
-            &root,
-            limits,
-            seed,
-            unit,
-            REOPEN_PATIENCE,
-            policy,
-            with_places,
-            &writes,
-            promised,
-        );
+        let opened = Self::open_announcing(&root, &opening, &writes, promised);
         let (other, fresh) = opened.map_err(|error| match error {
             OpenError::Busy => StepError::Busy,
             _ => Error::Full.into(),

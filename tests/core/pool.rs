@@ -17,7 +17,7 @@ use zcache::disk::queue::Fills;
 use zcache::disk::segments::{Got, SegmentFiles, scan, values_in};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, PolicyKind};
-use zcache::shared::{Locked, Mapped, SharedIndex};
+use zcache::shared::{Locked, Mapped, Opening, SharedIndex};
 
 pub(crate) const UNIT: u64 = 4096;
 pub(crate) const BOUND: u64 = 100 * PAGE;
@@ -25,9 +25,19 @@ pub(crate) const LIMITS: Limits = Limits {
     verify: Verify::First,
     ..Limits::bounded(BOUND)
 };
-pub(crate) const LRU: (PolicyKind, Minimise) = (PolicyKind::Lru, Minimise::Requests);
 pub(crate) const LONG: Duration = Duration::from_secs(30);
 pub(crate) const NOW: u64 = 1_700_000_000_123;
+
+/// How the index of a pool is opened.
+pub(crate) fn opening(limits: Limits) -> Opening {
+    Opening {
+        unit: UNIT,
+        patience: LONG,
+        policy: (PolicyKind::Lru, Minimise::Requests),
+        with_places: true,
+        ..Opening::new(limits, 1)
+    }
+}
 
 /// A pool with one participant.
 pub(crate) struct Pool {
@@ -47,7 +57,7 @@ pub(crate) fn open(
     holes: bool,
 ) -> SharedIndex<u32> {
     let at = root.join("index");
-    let (mut index, fresh) = SharedIndex::open_pool(&at, limits, 1, UNIT, LONG, LRU).unwrap();
+    let (mut index, fresh) = SharedIndex::open(&at, &opening(limits)).unwrap();
     let one_each = |cache: &mut Cache<Mapped, u32>| {
         cache.set_one_value_a_segment(!holes);
         Ok(())
