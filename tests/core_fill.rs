@@ -340,10 +340,10 @@ fn fill_after_tmp_was_removed_makes_it() {
 
 #[test]
 fn fill_on_a_full_volume_evicts_and_is_rejected() {
-    let dir = Dir::new("volume");
-    filled(&dir.fill("a", 10));
-    // The volume was found to have ample space, for as long as nothing can fill it.
-    thread::sleep(Duration::from_millis(60));
+    let before = Dir::new("volume");
+    filled(&before.fill("a", 10));
+    // The volume was found to have ample space, for as long as nothing can fill it; another filler has not looked yet.
+    let dir = Dir::over(before.root.clone(), Arc::clone(&before.index));
     let ticket = dir.join("b");
     let report = dir.result(dir.submit("b", ticket, data(10), u64::MAX));
     rejected(&report, "no space on the volume");
@@ -546,9 +546,12 @@ fn on_idle_after_work_is_called_once() {
     assert_eq!(dir.fills.pending(), 0, "it is called when nothing is left");
     assert_eq!(dir.fills.pending_size(), 0);
     assert_eq!(dir.fills.completed(), 3);
-    thread::sleep(Duration::from_millis(150));
-    assert_eq!(dir.calls.load(Ordering::SeqCst), 1);
-    assert_eq!(dir.fills.collect().len(), 3);
+    // The next call is for more work.
+    let ticket = dir.join("d");
+    dir.submit("d", ticket, data(10), 0);
+    until(|| dir.calls.load(Ordering::SeqCst) > 1);
+    assert_eq!(dir.calls.load(Ordering::SeqCst), 2);
+    assert_eq!(dir.fills.collect().len(), 4);
 }
 
 #[test]
