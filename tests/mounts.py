@@ -86,3 +86,17 @@ def mounted(kind: str, where: Path) -> Iterator[Path]:
                 shutil.rmtree(path)
             return
     pytest.skip(f"no {kind} here: {refusal}")
+
+
+@contextlib.contextmanager
+def mounted_read_only(where: Path) -> Iterator[None]:
+    """A read-only bind mount of a directory on itself."""
+    for arguments in (["--bind", where, where], ["-o", "remount,ro,bind", where]):
+        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+        if done.returncode:
+            subprocess.run(["umount", "-l", where], capture_output=True, check=False)
+            pytest.skip(f"no mounts here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)

@@ -86,7 +86,8 @@ class CachePool:
         Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
         no other user. Each user of the group gives it, and so trusts the owner of the directory.
     read_only : bool, optional
-        Only serve what is there. Default is False. Set it for a pool that others fill.
+        Only serve what is there, and write nothing, also where there is no pool yet. What others add later is looked for
+        at misses, once a second at most. Default is False. Set it for a pool that others fill.
 
     Raises
     ------

@@ -561,7 +561,7 @@ class CacheStore(Store, KeepsDecoded):
         OptionTypeError
             A `TypeError`: the prefix is no text.
         IndexLockTimeout, CacheUnreachableError
-            If other processes that use the cache directory cannot be told.
+            If other processes that use the cache directory cannot be told, or it is only read from.
         """
         return await self._writer.invalidate(self._io, check_prefix(prefix))
 
@@ -582,7 +582,13 @@ class CacheStore(Store, KeepsDecoded):
         return run_without_loop(self._writer.invalidate(self._sync_io, prefix))
 
     async def clear_cache(self) -> None:
-        """Empty the cache. The source stays as it is, and so does what zcache did not write."""
+        """Empty the cache. The source stays as it is, and so does what zcache did not write.
+
+        Raises
+        ------
+        CacheUnreachableError
+            An `OSError`: the cache directory is only read from.
+        """
         await self._writer.clear(self._io)
         if self._decoded is not None:
             self._decoded.clear()

@@ -324,6 +324,15 @@ class Backend(ABC):
         changes.begin(prefix, is_key=is_key)
         return changes.count
 
+    def check_drops(self) -> None:  # noqa: B027 - nothing to do by default
+        """See that what is cached can be dropped, for all who read it.
+
+        Raises
+        ------
+        CacheUnreachableError
+            If it is only read from here.
+        """
+
     def forget_elsewhere(self, prefix: str) -> None:
         """Have them forget what is at and below a prefix."""
         self.begin_change(prefix)()

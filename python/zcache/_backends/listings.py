@@ -114,16 +114,21 @@ class DirectoryListings(Listings):
         The folder of the index.
     source : str
         Name of the source.
+    only_reads : bool, optional
+        Whether no answer is added. Default is False.
     """
 
     may_wait = True
 
-    def __init__(self, index_root: str, source: str) -> None:
+    def __init__(self, index_root: str, source: str, *, only_reads: bool = False) -> None:
+        self._only_reads = only_reads
         self._root = index_root
         self._mark = os.path.join(index_root, _MARK)
         self._source = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
 
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
+        if self._only_reads:
+            return None
         path = self._path(directory)
         try:
             if not os.path.lexists(path) and len(self._files()) >= MOST:

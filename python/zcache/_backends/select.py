@@ -185,7 +185,10 @@ class _Opening:
         )
         shared = self._new(directory.handle, time.time)
         shared.place = directory
-        shared.listings = DirectoryListings(directory.layout.index_root, self.source_id.name)
+        layout = directory.layout
+        shared.listings = DirectoryListings(
+            layout.index_root, self.source_id.name, only_reads=layout.is_read_only
+        )
         return shared
 
     def _memory(self, kept: MemoryStore) -> SharedIndex:

@@ -307,6 +307,7 @@ class Writer:
 
     async def invalidate(self, io: IO, prefix: str) -> int:
         """Forget what is cached at and below a prefix; how many entries. The source stays as it is."""
+        self.backend.check_drops()
         scope = _scope(prefix)
         await self._lister.forget_below(io, prefix)
         if scope is None:
@@ -317,6 +318,7 @@ class Writer:
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
+        self.backend.check_drops()
         await self._lister.forget_below(io, "")
         await self.handle.call(io, Index.invalidate, "", alone=True)
         await self.drain_prefix(io, "")

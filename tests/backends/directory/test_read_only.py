@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+from mounts import mounted_read_only
 from support import buf, read
 from zcache import CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(10)}
@@ -38,20 +37,6 @@ def contents(where: Path) -> dict[str, tuple[int, bytes]]:
     """All files with their times, but for the one that tells others of changes by its time."""
     found = [path for path in where.rglob("*") if path.is_file() and path.name != "lock"]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
-
-
-@contextlib.contextmanager
-def mounted_read_only(where: Path) -> Iterator[None]:
-    """A read-only bind mount of a directory on itself."""
-    for arguments in (["--bind", where, where], ["-o", "remount,ro,bind", where]):
-        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
-        if done.returncode:
-            subprocess.run(["umount", "-l", where], capture_output=True, check=False)
-            pytest.skip(f"no mounts here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", where], check=True)
 
 
 async def check_served(store: CacheStore, behind: StoreDouble) -> None:
@@ -78,7 +63,8 @@ async def check_served(store: CacheStore, behind: StoreDouble) -> None:
     assert await read(store, "b") == b"new"
     await store.delete("b")
     assert await read(store, "b") is None
-    await store.clear_cache()
+    with pytest.raises(CacheUnreachableError, match="is only read from"):
+        await store.clear_cache()
     assert await read(store, "a/c/3") == VALUES["a/c/3"]
     assert store.drain_sync()
 

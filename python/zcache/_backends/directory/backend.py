@@ -97,7 +97,7 @@ class DirectoryBackend(Backend):
 
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
         handle = self.shared.handle
-        if self.filler is not None and self.filler.reads_only:
+        if self._directory.layout.is_read_only:
             # They stay, and this process serves them no more.
             self.remove_later(victims)
             return
@@ -150,6 +150,10 @@ class DirectoryBackend(Backend):
             return
         await self._remove_by_name(io, key, lambda: remove_key(self._root, key), begins=begins)
 
+    def check_drops(self) -> None:
+        if self._directory.layout.is_read_only:
+            raise self._directory.reading.refusal("nothing in it can be dropped")
+
     def tell_later(self, prefix: str) -> None:
         if not self.tells_by_name or self._leaves_alone():
             return
@@ -173,6 +177,7 @@ class DirectoryBackend(Backend):
         self, io: IO, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
     ) -> None:
         if self._leaves_alone():
+            self._directory.note_change(prefix)
             return
         tells = self.tells_by_name
         if not self.shared.handle.usable:
@@ -194,7 +199,11 @@ class DirectoryBackend(Backend):
             except NoThreadError:
                 remove()
         except (TimeoutError, OSError) as error:
+            if begins:
+                # The index has dropped what stays.
+                self._directory.reading.look_anew()
             self._could_not_tell(error, begins=begins)
+        self._directory.note_change(prefix)
 
     async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
         """Remove files by their names, and wait for that as long as they are removed."""

@@ -16,6 +16,7 @@ from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._backends.directory.layout import Layout
+from zcache._backends.directory.reading import Reading
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
@@ -38,6 +39,8 @@ _TAKES_NOTHING: Final = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ETXTBSY}
 )
 """What a file system says that takes nothing, but may be read from."""
+_CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+"""After which of these nothing can be deleted either; from a full volume it can."""
 _LOOK_AGAIN: Final = 0.005
 """Seconds between two looks whether an index is complete."""
 
@@ -70,6 +73,8 @@ class CacheDirectory:
         What is kept beside the values.
     scanner : Scanner
         Finds the values, whether or not the index knows them.
+    reading : Reading
+        Serves it where it is only read from.
     recovery : Recovery
         Brings the index back into use.
     filler : DirectoryFiller
@@ -101,7 +106,7 @@ class CacheDirectory:
         self.layout.mode = mode
         self.layout.is_read_only = read_only
         if read_only:
-            self._read_from(OSError(errno.EROFS, "it was given as read-only"))
+            self._read_as_asked()
             return
         try:
             self.layout.claim(adopt=adopt)
@@ -148,7 +153,8 @@ class CacheDirectory:
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
         self.filler = self._make_filler(clock)
         self._rebuild = Rebuild(self.layout, self.handle)
-        self.recovery = Recovery(self.layout, self.handle, self.filler, self._rebuild)
+        self.reading = Reading(self.layout, self.handle, self.filler)
+        self.recovery = Recovery(self.layout, self.handle, self.filler, self._rebuild, self.reading)
         this = weakref.ref(self)
         self._bound = Bound(
             self.handle,
@@ -171,6 +177,10 @@ class CacheDirectory:
 
     def note_deletes(self, emptied: bool) -> None:
         """Do what is due once the index has heard of deletes; `emptied` is its answer."""
+
+    def note_change(self, prefix: str) -> None:
+        """Note that this process changes the source at and below a prefix."""
+        self.reading.note_change(prefix)
 
     def after_evictions(self) -> None:
         """Do what is due after evictions, in a thread that may wait."""
@@ -306,20 +316,27 @@ class CacheDirectory:
             self.layout.is_others = owner not in (None, self.layout.source)
             self.handle.abandon(error)
             return
+        self.layout.is_read_only = error.errno in _CANNOT_DELETE
         logger.warning(
             "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached. "
             "The order and the counters are those of this process alone.",
             self.root,
             error,
         )
-        self.filler.reads_only = self.scanner.only_looks = True
-        with contextlib.suppress(OSError):
-            self.layout.note_block_size()
-        self.handle.change_limits(self.layout.own_limits())
-        self.handle.index = Index(**self.handle.limits, complete=False)
-        work = self._rebuild.begin("it is only read from")
-        if work is not None:
-            self._rebuild.wait(work, REBUILD_PATIENCE)
+        self.reading.why = f"{error}. Open it where it can be written to, by a user who may."
+        self.reading.open()
+
+    def _read_as_asked(self) -> None:
+        """Serve what a directory holds that was given as read-only, and what others put there later."""
+        self.reading.why = "it was opened with read_only=True. Open it without that, as a user who may write to it."
+        # What is no cache, or one of another kind, is refused.
+        if Stamp.source_of(self.root, self.layout.form) is None:
+            logger.warning(
+                "there is no cache in %s yet, and as it was given as read-only none is made. The source serves every "
+                "read, until others have filled it.",
+                self.root,
+            )
+        self.reading.open()
 
     # ---------------------------------------------------------------- forks
 
@@ -335,9 +352,16 @@ class CacheDirectory:
         self.release_locks()
         handle.lost = None
         self.filler.abandon()
+        self.reading.after_fork()
         handle.after_fork(self._open_first if handle.usable else None)
+        if not handle.usable:
+            # That of the parent takes no step here: each would be waited for.
+            handle.index = handle.empty_index()
 
     def _open_first(self, patience: float) -> None:
+        if self.filler.reads_only:
+            self.reading.open()
+            return
         try:
             self._open(time.monotonic() + patience)
         except CacheOwnershipError as error:

@@ -14,8 +14,9 @@ from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.space import SpaceLog
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
-from zcache._backends.ownership import FORMAT
+from zcache._backends.ownership import FORMAT, other_source
 from zcache._core import Index, make_way
+from zcache.exceptions import CacheOwnershipError
 
 BLOCK_SIZE: int | None = None
 """Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
@@ -49,7 +50,7 @@ class Layout:
     is_others : bool
         Whether it is, by now, the cache of another source.
     is_read_only : bool
-        Whether it was given as read-only: then no value in it is removed.
+        Whether nothing in it is removed: it was given as read-only, or cannot be written to.
     has_own_index : bool
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
@@ -109,13 +110,29 @@ class Layout:
             If it does not tell.
         """
         unit = BLOCK_SIZE
-        if unit is None:
+        if unit is None and self.is_read_only:
+            unit = os.statvfs(self.root).f_frsize
+        elif unit is None:
             try:
                 unit = files.block_size(self.temporary.path)
             except OSError:
                 # A volume that is full, say, or read-only.
                 unit = os.statvfs(self.root).f_frsize
         self._block_size = unit
+
+    def is_of_source(self) -> bool:
+        """Whether the directory is a cache of the source by now; it stays as it is, also where there is none.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If it belongs to another source.
+        """
+        owner = Stamp.source_of(self.root, self.form)
+        if owner is not None and owner != self.source:
+            where = f"directory {self.root}"
+            raise CacheOwnershipError(other_source(where, owner, self.source or ""))
+        return owner is not None
 
     def trusts_owner(self) -> bool:
         """Whether the directory may be another user's."""
@@ -189,8 +206,9 @@ class Layout:
         """
         lock = self.lock_path
         try:
-            with contextlib.suppress(OSError):
-                make_way(lock)
+            if not self.is_read_only:
+                with contextlib.suppress(OSError):
+                    make_way(lock)
             before = os.lstat(lock).st_mtime_ns
             try:
                 now = time.time_ns()

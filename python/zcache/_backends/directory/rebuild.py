@@ -61,8 +61,7 @@ class Rebuild:
             self._work = None
         else:
             return self._work
-        # There is no stamp where the directory is only read from.
-        if not scanner.only_looks and (self._layout.stamp.is_foreign or self._layout.is_empty()):
+        if self._layout.stamp.is_foreign or self._layout.is_empty():
             self.here(why)
         return None
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.directory.filler import DirectoryFiller
     from zcache._backends.directory.layout import Layout
+    from zcache._backends.directory.reading import Reading
     from zcache._backends.directory.rebuild import Rebuild
     from zcache._index.handle import IndexHandle
 
@@ -48,6 +49,8 @@ class Recovery:
         Carries out fills.
     rebuild : Rebuild
         Fills an empty index.
+    reading : Reading
+        Serves a directory that is only read from; then all there is to do is to look again.
 
     Attributes
     ----------
@@ -56,12 +59,18 @@ class Recovery:
     """
 
     def __init__(
-        self, layout: Layout, handle: IndexHandle, filler: DirectoryFiller, rebuild: Rebuild
+        self,
+        layout: Layout,
+        handle: IndexHandle,
+        filler: DirectoryFiller,
+        rebuild: Rebuild,
+        reading: Reading,
     ) -> None:
         self._layout = layout
         self._handle = handle
         self._filler = filler
         self._rebuild = rebuild
+        self._reading = reading
         self._last_reclaim = self._last_try = 0.0
         self.on_reclaimed: Callable[[], object] = _nothing
         # The handle must not keep alive what keeps it alive.
@@ -109,6 +118,9 @@ class Recovery:
 
     def come_back(self) -> None:
         """Try in the background to use the directory again, at most once in `RECLAIM_EVERY` seconds."""
+        if self._filler.reads_only:
+            self._reading.look_again()
+            return
         now = time.monotonic()
         unused = self._handle.usable or self._layout.source is None
         if unused or now - self._last_try < RECLAIM_EVERY:
@@ -120,6 +132,9 @@ class Recovery:
 
     def come_back_now(self) -> None:
         """Use the directory again, if that is possible."""
+        if self._filler.reads_only:
+            self._reading.look()
+            return
         layout, handle = self._layout, self._handle
         lost = handle.lost
         try:
@@ -150,7 +165,7 @@ class Recovery:
     def reclaim_dead(self) -> None:
         """Take over from processes that have died, at most once in `RECLAIM_EVERY` seconds."""
         handle = self._handle
-        if not handle.usable:
+        if self._filler.reads_only or not handle.usable:
             self.come_back()
             return
         now = time.monotonic()
@@ -158,7 +173,7 @@ class Recovery:
             return
         self._last_reclaim = now
         index = handle.index
-        is_shared = index.shared and not self._filler.reads_only
+        is_shared = index.shared
         # Where the directory itself is gone, the step finds out.
         with contextlib.suppress(OSError):
             if is_shared:

@@ -90,6 +90,21 @@ class Scanner:
         finally:
             self._scans -= 1
 
+    def state(self) -> object:
+        """Something else whenever values have come or gone; looks at each file.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses.
+        """
+        finder = files.Finder(self._root, self._source)
+        finder.only_looks = True
+        state = hash((frozenset(self._notes(DROPPED)), frozenset(self._notes(MISSING).items())))
+        for value in finder.find():
+            state ^= hash(value)
+        return state
+
     def outdate(self) -> None:
         """Have scans that are on their way enter nothing more: the index is emptied."""
         self._newest += 1

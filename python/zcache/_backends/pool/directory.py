@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,16 +21,26 @@ if TYPE_CHECKING:
 
 _AT_ONCE: Final = 64
 """Segments that are removed between two steps of the index."""
-_CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class Fillers:
     """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
 
     def __init__(self) -> None:
-        self.reads_only = False
+        self._reads_only = False
         self._all: Registry[PoolFiller] = Registry()
         self._index: Index | None = None
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the pool is only read from."""
+        return self._reads_only
+
+    @reads_only.setter
+    def reads_only(self, reads_only: bool) -> None:
+        self._reads_only = reads_only
+        for filler in self._all.snapshot():
+            filler.reads_only = reads_only
 
     def add(self, filler: PoolFiller) -> None:
         filler.reads_only = self.reads_only
@@ -116,11 +125,6 @@ class PoolDirectory(CacheDirectory):
         if counted is None:
             return []
         return [number for number, size in held.items() if size > counted.get(number, 0)]
-
-    def _read_from(self, error: OSError) -> None:
-        # Nothing can be deleted from segments that cannot be written to; those of a full volume can be.
-        self.layout.is_read_only |= error.errno in _CANNOT_DELETE
-        super()._read_from(error)
 
     @property
     def register(self) -> Register:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import stat
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory import files
@@ -30,6 +31,8 @@ _SEGMENT: Final = re.compile("[0-9a-f]{16}")
 _BLOCK: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system has."""
 _BATCH: Final = 4096
+_TICK: Final = 100_000_000
+"""Nanoseconds; all clocks of file systems go on within them."""
 _FOLDERS: Final = 8
 """Blocks of the folders of a pool and of its stamp, beside index and segments."""
 
@@ -63,6 +66,19 @@ class SegmentScanner:
                     status = entry.stat(follow_symlinks=False)
                     held[int(entry.name, 16)] = _BLOCK * status.st_blocks
         return held
+
+    def state(self) -> object:
+        """Something else whenever values have come or gone; see `Scanner.state`."""
+        found, newest = set(), 0
+        now = time.time_ns()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._segments) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+                    found.add((entry.name, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+        # What comes within the tick of the last change may not show: then the next look is to find another state.
+        return (frozenset(found), now if newest > now - _TICK else 0)
 
     def give_back_unlisted(self, handle: IndexHandle, numbers: list[int]) -> None:
         """Give back what these segments hold beside the values that the index lists.

@@ -20,10 +20,14 @@ class SourceListings(DirectoryListings):
         Of the source.
     source : str
         Its name.
+    only_reads : bool, optional
+        Whether no answer is added. Default is False.
     """
 
-    def __init__(self, index_root: str, label: str, source: str) -> None:
-        super().__init__(os.path.join(index_root, label), source)
+    def __init__(
+        self, index_root: str, label: str, source: str, *, only_reads: bool = False
+    ) -> None:
+        super().__init__(os.path.join(index_root, label), source, only_reads=only_reads)
 
     def _open(self, path: str) -> int:
         try:

@@ -173,9 +173,10 @@ class Pool:
         # It may not be open yet.
         self.handle.call_blocking(len)
         if not self.handle.usable:
+            may = "read it" if self.read_only else "read and write it"
             raise CacheUnreachableError(
                 f"the index of the pool in {self.handle.name} cannot be used, so nothing in it can be forgotten or "
-                "exported; the log says why. Open it as a user who may read and write it."
+                f"exported; the log says why. Open it as a user who may {may}."
             )
 
     def forget(self, name: str) -> None:
@@ -321,6 +322,14 @@ class DirectoryPool(Pool):
             return None
         return array if reader.recorded(key) == (size, crc32c(array.tobytes())) else None
 
+    def check_usable(self) -> None:
+        super().check_usable()
+        if self.read_only and not self.directory.layout.is_of_source():
+            raise CacheUnreachableError(
+                f"there is no pool in {self.directory.root} yet, and read_only=True makes none, so there is nothing "
+                "to export. Give the path of a pool that others have filled."
+            )
+
     def notes(self) -> dict[str, dict[str, Any]]:
         # There is no room for the names of all, but what this process has opened it knows.
         return {**self.names, **self.directory.register.names()}
@@ -334,10 +343,7 @@ class DirectoryPool(Pool):
     def forget(self, name: str) -> None:
         directory = self.directory
         if directory.filler.reads_only:
-            raise CacheUnreachableError(
-                f"the pool {directory.root} is only read from, so nothing in it can be forgotten. Open it "
-                "where it can be written to, without read_only=True."
-            )
+            raise directory.reading.refusal("nothing in it can be forgotten")
         self.forget_values(name)
         directory.register.forget(name)
 
@@ -455,6 +461,15 @@ class PoolSource:
     def wait_for_bound(self) -> None:
         """Wait until what is above the bound of the pool is evicted, some seconds at most."""
         self.pool.wait_for_bound()
+
+    @property
+    def reading(self) -> Any:
+        """Serves it where it is only read from."""
+        return self._directory.reading
+
+    def note_change(self, prefix: str) -> None:
+        """Note that this process changes the source at and below a prefix."""
+        self._directory.note_change(f"{self.label}/{prefix}".rstrip("/"))
 
     def note_deletes(self, emptied: bool) -> None:
         """Do what is due once the index has heard of deletes; see `CacheDirectory`."""

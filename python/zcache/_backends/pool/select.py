@@ -133,7 +133,9 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
         shared.listings = source.listings = MemoryListings()
         return shared
     layout = directory.layout
-    shared.listings = source.listings = SourceListings(layout.index_root, source.label, name)
+    shared.listings = source.listings = SourceListings(
+        layout.index_root, source.label, name, only_reads=layout.is_read_only
+    )
     if not directory.filler.reads_only and directory.handle.usable:
         directory.register.add(pool.names[source.label])
     return shared

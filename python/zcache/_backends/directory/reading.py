@@ -1,0 +1,170 @@
+"""How a directory is served that is only read from: by an index of this process's own, in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Final
+
+from zcache._backends.directory.rebuild import REBUILD_PATIENCE
+from zcache._core import Index
+from zcache._index.handle import IndexHandle
+from zcache._runtime.threads import run_in_background
+from zcache.exceptions import CacheUnreachableError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from zcache._backends.directory.filler import DirectoryFiller
+    from zcache._backends.directory.layout import Layout
+
+logger = logging.getLogger("zcache")
+
+LOOK_EVERY: Final = 1.0
+"""Seconds between two looks for what others have added, ..."""
+_SHARE: Final = 20
+"""... and not before so many times as long has passed as the last one took."""
+_MOST_CHANGES: Final = 1000
+"""Changes of the source by this process after which it looks no more, for each of them has to be remembered."""
+
+
+class Reading:
+    """Serves what a directory holds, and changes nothing in it, not even where it is missing.
+
+    What others add, and what they move, is found by a scan. Each one fills an index of its own, which then takes the
+    place of the last one; nothing is lost by that, for such an index evicts nothing.
+
+    Parameters
+    ----------
+    layout : Layout
+        The directory.
+    handle : IndexHandle
+        Its index.
+    filler : DirectoryFiller
+        Begins no job from now on.
+
+    Attributes
+    ----------
+    why : str
+        Why it is only read from, and how to change that, for people.
+    """
+
+    def __init__(self, layout: Layout, handle: IndexHandle, filler: DirectoryFiller) -> None:
+        self._layout = layout
+        self._handle = handle
+        self._filler = filler
+        self.why = ""
+        # What this process has changed: what is found of it may be older than the change.
+        self._changed: set[str] = set()
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the thread that looks is the parent's."""
+        # Reentrant: inside it the garbage collector may end a change.
+        self._lock = threading.RLock()
+        self._work: Future[None] | None = None
+        self._state: object = None
+        self._next = 0.0
+
+    def open(self) -> None:
+        """Begin with what is there, within `REBUILD_PATIENCE` or else in the background."""
+        handle = self._handle
+        self._filler.reads_only = self._layout.scanner.only_looks = True
+        handle.index = Index(**handle.limits, complete=False)
+        self._state = None
+        self._next = 0.0
+        self.look_again()
+        if self._work is not None:
+            wait([self._work], REBUILD_PATIENCE)
+
+    def look_again(self) -> None:
+        """Look in the background for what others have added, unless it is too early for that."""
+        with self._lock:
+            is_looking = self._work is not None and not self._work.done()
+            if is_looking or time.monotonic() < self._next:
+                return
+            this = weakref.ref(self)
+            with contextlib.suppress(RuntimeError):  # No thread now; the next miss tries again.
+                self._work = run_in_background(lambda: _look(this()))
+
+    def look(self) -> None:
+        """Serve what is there now."""
+        begun = time.monotonic()
+        try:
+            self._look()
+        except ValueError as error:
+            self._layout.note_owner(error)
+            if self._handle.usable:
+                self._handle.abandon(error)
+        except OSError as error:
+            if self._state is None:
+                self._handle.abandon(error)
+            else:
+                logger.debug("the cache %s cannot be looked through: %r", self._layout.root, error)
+        finally:
+            ended = time.monotonic()
+            self._next = ended + max(LOOK_EVERY, _SHARE * (ended - begun))
+
+    def _look(self) -> None:
+        layout, handle = self._layout, self._handle
+        if len(self._changed) > _MOST_CHANGES:
+            return
+        is_there = layout.is_of_source()
+        # Before the scan: what comes during it is another state.
+        state = layout.scanner.state() if is_there else ()
+        if state == self._state and handle.usable:
+            return
+        with contextlib.suppress(OSError):
+            layout.note_block_size()
+        handle.change_limits(layout.own_limits())
+        limits = handle.limits
+        index = Index(**limits, complete=False)
+        found = IndexHandle(index, handle.name, limits)
+        if is_there:
+            layout.scanner.rebuild(lambda: found, "it is only read from")
+        else:
+            index.finish_rebuild()
+        if not index.is_complete:
+            return  # Another look was faster.
+        # What a change that is noted after this has to drop, its end drops from this index.
+        with self._lock:
+            for prefix in self._changed:
+                _drop(index, prefix)
+            if handle.usable:
+                handle.index = index
+            else:
+                handle.restore(index)
+            layout.is_others = False
+        self._state = state
+        handle.apply_limits()
+
+    def look_anew(self) -> None:
+        """Have the next look take in what has been there all the time, too."""
+        self._state = object()
+
+    def note_change(self, prefix: str) -> None:
+        """Take in nothing any more of what this process changes in the source, from before the change."""
+        if self._filler.reads_only:
+            with self._lock:
+                self._changed.add(prefix)
+
+    def refusal(self, what: str) -> CacheUnreachableError:
+        """The error for what cannot be done here."""
+        return CacheUnreachableError(
+            f"the cache {self._layout.root} is only read from, so {what}: {self.why}"
+        )
+
+
+def _drop(index: Index, prefix: str) -> None:
+    index.invalidate(prefix)
+    while victims := index.drain_prefix(prefix):
+        index.confirm_deletes([cell for cell, _ in victims], [])
+
+
+def _look(reading: Reading | None) -> None:
+    if reading is not None:
+        reading.look()
