@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from zcache._backends.base import Backend
     from zcache._cache_options import CacheOptions
     from zcache._index.changes import Version
+    from zcache._index.place import Place
     from zcache._runtime.io import IO
     from zcache._runtime.lingering import Lease
 
@@ -270,33 +271,21 @@ class Cache:
         """Wait until all that was read or written before is in the cache store, or was refused."""
         until = time.monotonic() + timeout
         self.backend.begin(io)
-        listing = getattr(self.shared.place, "listing", None)
-        if listing is not None and listing.done is not None:
-            if not await io.until(listing.done, timeout):
-                return False
-            if listing.refusal is not None:
-                raise listing.refusal
-            # For what it has found.
-            self.backend.begin(io)
-        evicting = getattr(self.shared.place, "evicting", None)
-        if evicting is not None and not await io.until(
-            evicting, max(0.0, until - time.monotonic())
-        ):
+        if not await self.shared.place.settle(io, self.backend, until):
             return False
         queue: FillQueue | None = self.shared.fills
         return queue is None or await queue.drain(io, max(0.0, until - time.monotonic()))
 
 
-def _let_collect(place: Any, queue: FillQueue) -> None:
+def _let_collect(place: Place, queue: FillQueue) -> None:
     """Have the queue take note of what has ended while no reader comes."""
-    if hasattr(place, "on_idle"):
-        reference = weakref.ref(queue)
+    reference = weakref.ref(queue)
 
-        def collect() -> None:
-            if (found := reference()) is not None:
-                found.collect()
+    def collect() -> None:
+        if (found := reference()) is not None:
+            found.collect()
 
-        place.on_idle = collect
+    place.on_idle = collect
 
 
 # Guards the making of tokens and queues; never held over anything that waits.

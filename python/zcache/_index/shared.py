@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._core import Index
 from zcache._index.changes import Changes
 from zcache._index.limits import strictest
+from zcache._index.place import Place
 from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
@@ -65,8 +66,8 @@ class SharedIndex:
         Where that keeps its values.
     listings : Listings
         Answers of the source to `list_dir`.
-    place : object
-        What the backends of this place share beside the index, such as the directory.
+    place : Place
+        What the backends of this place share beside the index.
     changes : Changes
         Of the source, as far as this process has made them, or has heard of them from copies.
     users : Registry of Member
@@ -85,7 +86,7 @@ class SharedIndex:
         self.clock = clock
         self.breaker = CircuitBreaker(handle.name, breaker_clock, _show)
         self.fills: Any = None
-        self.place: Any = None
+        self.place = Place()
         self.listings: Any = None
         self.changes = Changes()
         self.cache: weakref.ref[Store] | None = None
@@ -105,10 +106,8 @@ class SharedIndex:
         self._members.add(member)
         self.users.add(member)
         self._set_limits()
-        wait = getattr(self.place, "wait_for_bound", None)
-        if wait is not None:
-            # Its bound is kept from its beginning.
-            wait()
+        # Its bound is kept from its beginning.
+        self.place.wait_for_bound()
         weakref.finalize(member, self._set_limits).atexit = False
 
     def _set_limits(self) -> None:
@@ -122,9 +121,8 @@ class SharedIndex:
             before = self.handle.limits["max_size"]
             self.handle.change_limits({**limits, "max_age": age})
         self.handle.apply_limits()
-        enforce = getattr(self.place, "enforce_bound", None)
-        if enforce is not None and size is not None and (before is None or size < before):
-            enforce()
+        if size is not None and (before is None or size < before):
+            self.place.enforce_bound()
 
     def check_source(self, cache: Store, source: Store, source_id: SourceId) -> None:
         """See that it is the index of this source.

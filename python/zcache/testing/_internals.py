@@ -131,7 +131,8 @@ def raw_entries(
 
 
 def _pool_usage(store: CacheStore, root: str) -> int | None:
-    if store._cache.shared.place.pool.handle.limits.get("unit", 1) <= 1:
+    place: Any = store._cache.shared.place
+    if place.pool.handle.limits.get("unit", 1) <= 1:
         return None
     usage = 0
     for folder, folders, names in os.walk(root):

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend
 from zcache._backends.directory.files import read_value
@@ -54,7 +54,7 @@ class DirectoryBackend(Backend):
 
     def __init__(self, store: LocalStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)
-        self._directory: CacheDirectory = shared.place
+        self._directory = cast("CacheDirectory", shared.place)
         self._root = self._directory.root
         self._page_cache = PageCacheReader(self._root) if is_supported() else None
         self.try_read = self._page_cache

@@ -22,6 +22,7 @@ from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
 from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims, take_folder_bytes
 from zcache._index.handle import IndexHandle
+from zcache._index.place import Place
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
 from zcache.exceptions import CacheOwnershipError, IndexLockTimeout
@@ -45,7 +46,7 @@ _LOOK_AGAIN: Final = 0.005
 """Seconds between two looks whether an index is complete."""
 
 
-class CacheDirectory:
+class CacheDirectory(Place):
     """A directory that holds a cache: its stamp, its temporary files, and the index in it.
 
     Parameters
@@ -79,8 +80,6 @@ class CacheDirectory:
         Brings the index back into use.
     filler : DirectoryFiller
         Carries out fills.
-    on_idle : callable
-        Called when fills have ended; set by the owner of the queue.
 
     Raises
     ------
@@ -118,12 +117,12 @@ class CacheDirectory:
         self.enforce_bound()
 
     def enforce_bound(self) -> None:
-        """Evict in the background what is above the bound, also where nothing is filled."""
+        # docstring inherited. In the background, also where nothing is filled.
         if not self.filler.reads_only:
             self._bound.enforce()
 
     def wait_for_bound(self) -> None:
-        """Wait until that is done, some seconds at most."""
+        # docstring inherited
         self._bound.wait()
 
     @classmethod
@@ -146,7 +145,6 @@ class CacheDirectory:
         self.layout = self.layout_of(root, source)
         self.root = self.layout.root
         self.scanner = self.layout.scanner
-        self.on_idle: Callable[[], object] = _nothing
         self._clock = clock
         # Until it is opened.
         empty = Index(**{**limits, "max_size": 0})
@@ -384,10 +382,6 @@ def _release_locks() -> None:
 
 
 at_fork(_release_locks)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _remove(directory: CacheDirectory | None, names: list[str], known: Any) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._backends.base import Victim
-    from zcache._backends.pool.place import PoolSource
+    from zcache._backends.pool.source import PoolSource
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
     from zcache._core import SegmentReader
     from zcache._index.shared import SharedIndex
@@ -36,8 +36,7 @@ class PoolBackend(DirectoryBackend):
 
     def __init__(self, store: PoolStore, shared: SharedIndex) -> None:
         Backend.__init__(self, store, shared)
-        source: PoolSource = shared.place
-        self._source = source
+        self._source = source = cast("PoolSource", shared.place)
         self._directory = source  # type: ignore[assignment]
         self._root = source.root
         self._segments: SegmentReader | None = None

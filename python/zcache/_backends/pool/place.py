@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from zcache._backends.pool.directory import PoolDirectory
-from zcache._backends.pool.filler import PoolFiller
-from zcache._backends.pool.handle import SourceHandle
 from zcache._backends.pool.layout import POOL_SOURCE
 from zcache._backends.pool.listings import remove_listings
 from zcache._backends.pool.register import label_of, note_of
+from zcache._backends.pool.source import PoolSource
+from zcache._backends.store.bound import evict_from
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import least, strictest
@@ -30,10 +30,8 @@ from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from zcache._backends.listings import Listings
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-    from zcache._core import SegmentFiles
 
 _LIMITS: Final[dict[str, Any]] = {
     "max_age": None,
@@ -279,11 +277,7 @@ class MemoryPool(Pool):
                 source.listings.forget_below("")
 
     def _enforce_bound(self) -> None:
-        call = self.handle.call_blocking
-        while excess := call(_excess):
-            if not (victims := call(Index.evict, excess, self.clock())):
-                return
-            self._delete(victims)
+        evict_from(self._values, self.handle, self.clock)
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
         for _, name in victims:
@@ -397,125 +391,3 @@ def _is_complete(index: Index) -> bool:
 
 def _is_alone_and_complete(index: Index) -> bool:
     return index.is_alone and index.is_complete
-
-
-class PoolSource:
-    """What the backends of one source of a pool share beside its view of the index.
-
-    Attributes
-    ----------
-    handle : SourceHandle
-        The index as the source sees it.
-    filler : PoolFiller or None
-        Carries out fills; None in memory.
-    clock : callable
-        Seconds; what ages are counted by.
-    listings : Listings
-        Answers of the source to `list_dir`.
-    on_idle : callable
-        Called when fills have ended; set by the owner of the queue.
-    """
-
-    listings: Listings
-
-    def __init__(
-        self, pool: Pool, name: str, limits: dict[str, Any], clock: Callable[[], float]
-    ) -> None:
-        self.pool = pool
-        self.clock = clock
-        self.label = label_of(name)
-        self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
-        self.on_idle: Callable[[], object] = _nothing
-        self.filler: PoolFiller | None = None
-        directory = pool.directory
-        if directory is None:
-            return
-        self._directory = directory
-        this = weakref.ref(self)
-        self.filler = PoolFiller(directory.layout, self.label, clock, lambda: _became_idle(this()))
-        self.filler.min_free_space = pool.min_free_space
-        directory.filler.add(self.filler)
-        self.scanner = _SourceScanner(directory, self.label)
-
-    @property
-    def root(self) -> str:
-        """The directory of the pool."""
-        return str(self._directory.root)
-
-    @property
-    def layout(self) -> Any:
-        """What is kept in it."""
-        return self._directory.layout
-
-    @property
-    def recovery(self) -> Any:
-        """Brings its index back into use."""
-        return self._directory.recovery
-
-    @property
-    def files(self) -> SegmentFiles:
-        """Its segments."""
-        found: SegmentFiles = self._directory.layout.scanner.files
-        return found
-
-    def wait_for_bound(self) -> None:
-        """Wait until what is above the bound of the pool is evicted, some seconds at most."""
-        self.pool.wait_for_bound()
-
-    @property
-    def reading(self) -> Any:
-        """Serves it where it is only read from."""
-        return self._directory.reading
-
-    def note_change(self, prefix: str) -> None:
-        """Note that this process changes the source at and below a prefix."""
-        self._directory.note_change(f"{self.label}/{prefix}".rstrip("/"))
-
-    def note_deletes(self, emptied: bool) -> None:
-        """Do what is due once the index has heard of deletes; see `CacheDirectory`."""
-        self._directory.note_deletes(emptied)
-
-    def after_fork(self) -> None:
-        """Start over in a forked child."""
-        self.pool.after_fork()
-
-
-class _SourceScanner:
-    """Finds the values of one source of a pool, whether or not the index knows them."""
-
-    def __init__(self, directory: PoolDirectory, label: str) -> None:
-        self._scanner = directory.layout.scanner
-        self._label = label
-
-    @property
-    def only_looks(self) -> bool:
-        return bool(self._scanner.only_looks)
-
-    @property
-    def progress(self) -> int:
-        return int(self._scanner.progress)
-
-    def _whole(self, prefix: str) -> str:
-        return f"{self._label}/{prefix}".rstrip("/")
-
-    def remove_below(self, prefix: str) -> None:
-        self._scanner.remove_below(self._whole(prefix))
-
-    def names_below(self, prefix: str) -> Any:
-        return self._scanner.names_below(self._whole(prefix))
-
-    def add_tombstones(self, names: Any) -> None:
-        self._scanner.add_tombstones(names)
-
-
-def _excess(index: Index) -> int:
-    return index.excess
-
-
-def _nothing() -> None:
-    pass
-
-
-def _became_idle(source: PoolSource | None) -> None:
-    if source is not None:
-        source.on_idle()

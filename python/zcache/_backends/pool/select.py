@@ -6,13 +6,13 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zcache._backends.directory import files
 from zcache._backends.listings import MemoryListings
 from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
 from zcache._backends.pool.listings import SourceListings
-from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool, PoolSource
+from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._index.shared import SharedIndex, find_or_make
 from zcache._runtime.fork import at_fork
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._backends.base import Backend
+    from zcache._backends.pool.source import PoolSource
     from zcache._source.identity import SourceId
 
 
@@ -115,7 +116,7 @@ def open_pool(opening: Opening) -> Backend:
     name = opening.source_id.name
     key = ("pool", pool.key, name)
     shared = find_or_make(key, lambda: _new(pool, opening, name))
-    source: PoolSource = shared.place
+    source = cast("PoolSource", shared.place)
     if pool.directory is None:
         return MemoryPoolBackend(store, shared, source.label)
     return PoolBackend(store, shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
@@ -48,8 +48,8 @@ class StoreBackend(Backend):
         kept = innermost(store)
         self.outlives_process = outlives_process(kept)
         self._shows_partial_values = self.outlives_process and shows_partial_values(kept)
-        self._place = shared.place
-        self.filler = shared.place.filler
+        self._place = cast("Any", shared.place)
+        self.filler = self._place.filler
 
     @property
     def needs_loop(self) -> bool:

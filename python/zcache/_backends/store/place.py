@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from zcache._backends.store.bound import StoreBound, evict_from
 from zcache._backends.store.filler import StoreFiller
 from zcache._backends.store.listing import Listing
 from zcache._core import Index
+from zcache._index.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from zarr.core.buffer import Buffer
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from zcache._runtime.io import IO
 
 
-class StorePlace:
+class StorePlace(Place):
     """The filler of a place, and its listing where there is one.
 
     Attributes
@@ -63,7 +64,7 @@ class StorePlace:
         return cls(handle, clock, Listing(handle, source, adopt=adopt) if listed else None)
 
     def enforce_bound(self) -> None:
-        """Evict what is above the bound: of a dict at once, else from the next operation on."""
+        # docstring inherited. Of a dict at once, else from the next operation on.
         if self._values is None:
             self.bound.is_due = True
         else:
@@ -74,13 +75,21 @@ class StorePlace:
         if self.bound.is_due and (self.listing is None or self.listing.has_ended()):
             self.bound.begin(io, backend)
 
-    @property
-    def evicting(self) -> Future[None] | None:
-        """Done when that has ended; None where it does not go on now."""
-        return self.bound.under_way
+    async def settle(self, io: IO, backend: Backend, until: float) -> bool:
+        # docstring inherited
+        listing = self.listing
+        if listing is not None and listing.done is not None:
+            if not await io.until(listing.done, max(0.0, until - time.monotonic())):
+                return False
+            if listing.refusal is not None:
+                raise listing.refusal
+            # For what it has found.
+            self.keep_bound(io, backend)
+        evicting = self.bound.under_way
+        return evicting is None or await io.until(evicting, max(0.0, until - time.monotonic()))
 
     def after_fork(self) -> None:
-        """Start over in a forked child."""
+        # docstring inherited
         handle = self.handle
         handle.after_fork(None)
         self.filler.after_fork()
