@@ -121,6 +121,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         return _open(url, cache, max_size, storage_options, options)
     except BaseException as error:
         _let_go_of(error, handled)
+        # This frame stays in the error.
+        del url, cache, storage_options, options
         raise
 
 

@@ -476,13 +476,14 @@ async def test_bound_may_be_another_though_values_are_still_being_written(source
     ("options", "message"),
     [({"max_size": 10**7}, "is in use"), ({"verify": "sometimes"}, "verify")],
 )
+@pytest.mark.parametrize("is_given", [False, True])
 async def test_error_that_is_kept_keeps_no_pool_in_use(
-    source: Path, tmp_path: Path, options: dict[str, Any], message: str
+    source: Path, cache: Path, options: dict[str, Any], message: str, is_given: bool
 ) -> None:
     store = zcache.open(source, max_size=10**6)
     # As `sys.last_exc` does in a notebook.
     with pytest.raises(OptionValueError, match=message) as kept:
-        zcache.open(source, **options)
+        zcache.open(source, cache=CachePool(cache, max_size=10**6) if is_given else None, **options)
     del store
     assert zcache.open(source, max_size=10**7).max_size == 10**7
     del kept
