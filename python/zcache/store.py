@@ -466,7 +466,8 @@ class CacheStore(Store, KeepsDecoded):
             remembered as missing, those among them that are too old to be answered so, as far as this process has looked), ``expirations`` (evictions of stale
             entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
             ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits with bytes that were
-            gone, of another length or against their checksum), ``stale_hits`` (values, sizes and listings that
+            gone, of another length or against their checksum; not in a directory that is only read from, where
+            others may have evicted them), ``stale_hits`` (values, sizes and listings that
             were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
             which it was left alone, because it kept failing or its index was locked). ``evictions``,

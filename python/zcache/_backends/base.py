@@ -224,6 +224,11 @@ class Backend(ABC):
         return True
 
     @property
+    def hears_of_evictions(self) -> bool:
+        """Whether a value that is not as the index knows it is damaged: else others may have evicted it."""
+        return True
+
+    @property
     def remembers_absences(self) -> bool:
         """Whether all who write through this cache store end what is remembered as missing here."""
         return True

@@ -318,7 +318,8 @@ class Hits:
                 return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
-        if await self._discard(io, key, byte_range, name, total, max_age) and is_damaged:
+        is_known = await self._discard(io, key, byte_range, name, total, max_age)
+        if is_known and is_damaged and self.backend.hears_of_evictions:
             self.counters.count("damaged")
         return None
 

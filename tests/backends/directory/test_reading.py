@@ -257,6 +257,19 @@ async def test_what_others_add_later_is_served(kind: str, tmp_path: Path) -> Non
     assert everything_in(where) == before
 
 
+async def test_what_others_evict_is_not_damaged(kind: str, tmp_path: Path) -> None:
+    where = tmp_path / "cache"
+    behind = source()
+    await fill_in(kind, where, behind)
+    store = open_store(kind, where, behind, read_only=True)
+    await check_values(store)
+    writer = open_store(kind, where, behind)
+    await writer.invalidate()
+    await drained(writer)
+    await check_values(store)
+    assert store.cache_stats()["damaged"] == 0
+
+
 async def test_look_where_nothing_has_changed_keeps_the_index(kind: str, tmp_path: Path) -> None:
     await fill_in(kind, tmp_path)
     store = open_store(kind, tmp_path, read_only=True)

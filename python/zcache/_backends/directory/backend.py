@@ -80,6 +80,10 @@ class DirectoryBackend(Backend):
         return True
 
     @property
+    def hears_of_evictions(self) -> bool:
+        return self.index.shared
+
+    @property
     def remembers_absences(self) -> bool:
         # Who has an index of his own tells others of a write by its file alone, and an absence has none.
         return self.index.shared
