@@ -2,10 +2,12 @@
 
     PYTHONPATH=python python benches/policies.py [--sized] [--seed N] [NAME ...]
     PYTHONPATH=python python benches/policies.py --wide [--sizes equal,lognormal,documents] [--seed N] [NAME ...]
+    PYTHONPATH=python python benches/policies.py --held-out [--sizes ...] [--seed N] [NAME ...]
 
 Prints the miss ratio of the last nine tenths of each trace, at several sizes of the cache. `--wide` takes many more
 traces (`trace_kinds.py`), and prints for each kind how far "adaptive" is behind the best published policy and behind
-LRU. Needs libcachesim (`pip install libcachesim`) and takes two minutes, or ten. See docs/eviction.md for what it shows.
+LRU; `--held-out` does so for kinds that "adaptive" was not made with (`held_out.py`). Needs libcachesim (`pip install
+libcachesim`) and takes two minutes, or ten. See docs/eviction.md for what it shows.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from typing import TYPE_CHECKING
 import libcachesim
 import numpy as np
 
+import held_out
 import trace_kinds
 import traces
 from traces import Keys
 from zcache._core import simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from trace_kinds import Make
 
 PUBLISHED = {
     "Belady": libcachesim.Belady,
@@ -142,11 +147,14 @@ def distances(keys: Keys, sizes: Keys, *, sized: bool) -> list[tuple[float, floa
     return found
 
 
-def compare_widely(names: list[str], sizes: list[str], seed: int) -> None:
-    """Print one line for each kind of trace and of sizes."""
+def compare_widely(
+    kinds: Mapping[str, Mapping[str, Make]], names: list[str], sizes: list[str], seed: int
+) -> None:
+    """Print one line for each kind of trace and of sizes, and one for all."""
     print("| trace | sizes | cases | mean behind | worst | at | above 0.02 | worst behind LRU |")
     print("|---|---|---|---|---|---|---|---|")
-    for kind, shapes in trace_kinds.KINDS.items():
+    all_found = []
+    for kind, shapes in kinds.items():
         if names and kind not in names:
             continue
         for name in sizes:
@@ -156,15 +164,27 @@ def compare_widely(names: list[str], sizes: list[str], seed: int) -> None:
                 made = trace_kinds.SIZES[name](keys, seed)
                 for behind, behind_lru, where in distances(keys, made, sized=name != "equal"):
                     found.append((behind, behind_lru, f"{shape}, {where}"))
+            all_found += found
             worst = max(found)
-            mean = np.mean([max(behind, 0.0) for behind, _, _ in found])
-            above = sum(behind > 0.02 for behind, _, _ in found)
             behind_lru = max(behind for _, behind, _ in found)
             print(
-                f"| {kind} | {name} | {len(found)} | {mean:.4f} | {worst[0]:+.3f} | {worst[2]} | {above} "
-                f"| {behind_lru:+.3f} |",
+                f"| {kind} | {name} | {len(found)} | {_mean(found):.4f} | {worst[0]:+.3f} | {worst[2]} "
+                f"| {_above(found)} | {behind_lru:+.3f} |",
                 flush=True,
             )
+    above_lru = sum(behind_lru > 0.01 for _, behind_lru, _ in all_found)
+    print(
+        f"\nof {len(all_found)} cases {_above(all_found)} are more than 0.02 behind the best published policy, "
+        f"{_mean(all_found):.4f} in the mean of all, and {above_lru} more than 0.01 behind LRU"
+    )
+
+
+def _mean(found: list[tuple[float, float, str]]) -> float:
+    return float(np.mean([max(behind, 0.0) for behind, _, _ in found]))
+
+
+def _above(found: list[tuple[float, float, str]]) -> int:
+    return sum(behind > 0.02 for behind, _, _ in found)
 
 
 def main() -> None:
@@ -174,10 +194,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sized", action="store_true", help="values of different sizes")
     parser.add_argument("--wide", action="store_true", help="many more traces")
-    parser.add_argument("--sizes", default="equal", help="kinds of sizes for --wide")
+    parser.add_argument(
+        "--held-out", action="store_true", help='traces that "adaptive" was not made with'
+    )
+    parser.add_argument("--sizes", default="equal", help="kinds of sizes for --wide, --held-out")
     options = parser.parse_args()
-    if options.wide:
-        compare_widely(options.names, options.sizes.split(","), options.seed)
+    kinds = held_out.KINDS if options.held_out else trace_kinds.KINDS if options.wide else KINDS
+    unknown = sorted(set(options.names) - set(kinds))
+    if unknown:
+        parser.error(f"no such trace: {', '.join(unknown)}; give {', '.join(kinds)}")
+    if options.held_out or options.wide:
+        compare_widely(kinds, options.names, options.sizes.split(","), options.seed)
         return
     print("| trace | size |", " | ".join([*PUBLISHED, *OURS]), "| behind |")
     print("|---|---|" + "---|" * (len(PUBLISHED) + len(OURS) + 1))

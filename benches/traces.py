@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 Keys = NDArray[np.int64]
 
@@ -173,15 +173,18 @@ def points(requests: int = 200_000, sites: int = 1500, steps: int = 12, *, seed:
 def interleaved(*traces: Keys, seed: int = 0) -> Keys:
     """Readers at the same time, each with keys of its own."""
     random = np.random.default_rng(seed)
-    shifted, offset = [], 0
-    for trace in traces:
-        shifted.append(trace + offset)
-        offset += int(trace.max()) + 1
     order = np.repeat(np.arange(len(traces)), [len(trace) for trace in traces])
     random.shuffle(order)
+    return merged(order, traces)
+
+
+def merged(order: Keys, traces: Sequence[Keys]) -> Keys:
+    """The requests of readers with keys of their own; `order` says for each whose it is."""
     mixed = np.empty(len(order), np.int64)
-    for n, trace in enumerate(shifted):
-        mixed[order == n] = trace
+    offset = 0
+    for n, trace in enumerate(traces):
+        mixed[order == n] = trace + offset
+        offset += int(trace.max()) + 1
     return mixed
 
 
