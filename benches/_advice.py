@@ -129,6 +129,11 @@ def _accuracies(part: int, seed: int) -> Iterator[Row]:
         for sizes, known in (
             (np.full(count, 100), "all of 100 B"),
             (np.clip(np.exp(drawn), 1, 5000).astype(np.int64), "lognormal sizes"),
+            # Metadata beside chunks: all of the documents take about as much as one chunk.
+            (
+                np.where(drawn < np.quantile(drawn, 0.2), 1, 20_000).astype(np.int64),
+                "a fifth documents of 1 B beside chunks",
+            ),
         ):
             yield _accuracy(f"advice, {kind}, {known}", keys, sizes)
 
