@@ -150,8 +150,8 @@ class CacheStore(Store, KeepsDecoded):
     eviction : {"lru", "none", "adaptive"}, optional
         Which values go when there is no room for a new one. Default is None: that of the `CachePool`, if it was given
         one, else "lru": those that were used least recently. "none" keeps what came first, until it expires or is dropped: for
-        data that is read in whole passes, the share of it that fits. "adaptive" finds out which of several rules serves
-        most of the traffic, and follows when that changes: set it where passes over more than `max_size` are
+        data that is read in whole passes, the share of it that fits. "adaptive" goes by the one of several rules that
+        has served most of a sample of the traffic lately: set it where passes over more than `max_size` are
         read (training, animations), or where you do not know. All stores over one cache store go by one policy: while
         others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
         goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
