@@ -5,6 +5,8 @@
 //! (`lock_py_attached`). Threads without an interpreter take the lock as well (see
 //! [`crate::disk`]), and need none while they hold it.
 
+use std::sync::{Mutex, MutexGuard};
+
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
@@ -68,11 +70,17 @@ pub(super) fn wait(backing: &Backing, py: Python<'_>) -> PyResult<()> {
         Locked::Own(..) => Ok(()),
         Locked::Shared(..) if backing.is_disowned() => Ok(()),
         Locked::Shared(lock, _) => {
-            let wait = lock.lock_py_attached(py).map_err(poisoned)?.waiter();
+            let wait = self::lock(lock, py)?.waiter();
             py.detach(wait);
             Ok(())
         }
     }
+}
+
+/// Takes the lock; a thread that waits for it is detached meanwhile.
+#[inline]
+pub(super) fn lock<'a, T>(lock: &'a Mutex<T>, py: Python<'_>) -> PyResult<MutexGuard<'a, T>> {
+    lock.lock_py_attached(py).map_err(poisoned)
 }
 
 /// Takes one step of the index: `work` sees the cache, whatever is behind it.
@@ -81,18 +89,18 @@ macro_rules! step {
         match &*$self.backing {
             _ if $self.backing.is_disowned() => Err($crate::python::errors::busy()),
             $crate::shared::Locked::Own(lock, _) => {
-                let mut guard = lock.lock_py_attached($py).map_err(poisoned)?;
+                let mut guard = $crate::python::backing::lock(lock, $py)?;
                 let $cache = &mut *guard;
-                let result: Result<_, Error> = $work;
+                let result: $crate::error::Result<_> = $work;
                 drop(guard);
-                result.map_err(PyErr::from)
+                result.map_err(::pyo3::PyErr::from)
             }
             $crate::shared::Locked::Shared(lock, _) => {
-                let mut guard = lock.lock_py_attached($py).map_err(poisoned)?;
+                let mut guard = $crate::python::backing::lock(lock, $py)?;
                 let relax = |pause| $py.detach(|| std::thread::sleep(pause));
                 let result = guard.step(relax, |$cache| $work);
                 drop(guard);
-                result.map_err(PyErr::from)
+                result.map_err(::pyo3::PyErr::from)
             }
         }
     };

@@ -10,19 +10,18 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
 use super::ages::Ages;
+use super::backing::{self, shared, wait};
 use super::backing::{Backing, Flight, after_fork, step};
-use super::backing::{shared, wait};
 use super::convert::{
     RawAges, RawDecoded, RawEntry, RawSpan, RawVictim, absence_ages, absent, age, fresh, hit,
     known, limits, millis, policy, policy_names, raw_entries, raw_recency, raw_span, raw_victims,
     span, when_to_verify,
 };
 use super::counters::ReadCounters;
-use super::errors::{os_error, poisoned};
+use super::errors::os_error;
 use super::memory::Fill;
 use super::plan::Plan;
 use super::pool::{FoundPlace, SegmentFiles, SegmentScan, Source, place_name};
@@ -379,7 +378,7 @@ impl Index {
             && let Backing::Own(lock, _) = &*self.backing
             && !self.backing.is_disowned()
         {
-            let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
+            let mut cache = backing::lock(lock, py)?;
             let hit = cache.hit_sampled(key, fresh, self.sampled);
             drop(cache);
             if let Some(answer) = hit {
@@ -1306,7 +1305,7 @@ impl Index {
     #[pyo3(signature = (is_emptied=false, /))]
     fn finish_rebuild(&self, py: Python<'_>, is_emptied: bool) -> PyResult<()> {
         if let Backing::Own(lock, _) = &*self.backing {
-            let mut cache = lock.lock_py_attached(py).map_err(poisoned)?;
+            let mut cache = backing::lock(lock, py)?;
             cache.arena.storage.complete();
             return Ok(());
         }

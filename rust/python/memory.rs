@@ -4,14 +4,11 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
 use super::backing::{Backing, step};
 use super::checksum;
-use super::errors::poisoned;
 use crate::cache::{Committed, Reserve, Verify, Victim};
-use crate::error::Error;
 use crate::key::ByteRange;
 
 /// Batches of victims after which other threads may run, and for how long: a thread that detaches for

@@ -7,15 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::PyString;
 
 use super::backing::step;
 use super::convert::{RawVictim, known, raw_victims};
-use super::errors::poisoned;
 use super::index::Index;
 use crate::cache::{BATCH, Reserve};
-use crate::error::Error;
 use crate::key::ByteRange;
 
 /// Reservations that were dropped before their end. They are ended in a later step, because the

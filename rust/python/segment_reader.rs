@@ -10,16 +10,14 @@ use numpy::npyffi::{NpyTypes, PY_ARRAY_API, get_type_object, npy_intp};
 use numpy::{Element, PyArray1, PyArrayDescrMethods, PyArrayMethods};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 
-use super::backing::step;
+use super::backing::{self, step};
 use super::convert::{RawAges, RawSpan, fresh, hit, room, span};
-use super::errors::{os_error, poisoned};
+use super::errors::os_error;
 use super::index::Index;
 use super::pool::{FoundPlace, SegmentFiles};
 use crate::cache::{Answer, Found};
 use crate::disk::segments::{self, Got};
-use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::shared::Locked;
 
@@ -92,11 +90,11 @@ impl SegmentReader {
         match &*index.backing {
             _ if index.backing.is_disowned() => Ok(false),
             Locked::Own(lock, _) => {
-                let cache = lock.lock_py_attached(py).map_err(poisoned)?;
+                let cache = backing::lock(lock, py)?;
                 Ok(cache.is_still(found.cell, found.word, found.placed.segment))
             }
             Locked::Shared(lock, _) => {
-                let index = lock.lock_py_attached(py).map_err(poisoned)?;
+                let index = backing::lock(lock, py)?;
                 let cache = index.cache();
                 Ok(cache.is_still(found.cell, found.word, found.placed.segment))
             }
