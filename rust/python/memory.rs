@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use pyo3::exceptions::PyKeyError;
+use pyo3::exceptions::{PyException, PyKeyError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
 use super::backing::{Backing, step};
 use super::checksum;
+use super::convert::{RawSpan, millis, span};
+use super::index::Index;
 use crate::cache::{Committed, Reserve, Verify, Victim};
 use crate::key::ByteRange;
 
@@ -16,19 +18,59 @@ use crate::key::ByteRange;
 const BATCHES: u32 = 8;
 const PAUSE: Duration = Duration::from_micros(100);
 
+#[pymethods]
+impl Index {
+    #[pyo3(signature = (values, key, raw, data, value, ticket, now, fetched=None, /))]
+    #[allow(clippy::too_many_arguments)] // All that a fill is about, for one call.
+    fn fill_memory(
+        &self,
+        values: &Bound<'_, PyDict>,
+        key: &Bound<'_, PyString>,
+        raw: RawSpan,
+        data: &Bound<'_, PyBytes>,
+        value: &Bound<'_, PyAny>,
+        ticket: u64,
+        now: f64,
+        fetched: Option<f64>,
+    ) -> PyResult<Option<bool>> {
+        let whole = match &self.source {
+            Some(_) => PyString::new(values.py(), &self.whole(key.to_str()?)),
+            None => key.clone(),
+        };
+        let fill = Fill {
+            backing: &self.backing,
+            values,
+            key: &whole,
+            range: span(raw)?,
+            data,
+            ticket,
+            now: millis(now),
+            fetched: millis(fetched.unwrap_or(now)),
+        };
+        if self.end_abandoned(values.py()).is_err() {
+            return Ok(None);
+        }
+        match fill.run(value) {
+            // Out of memory, for example: the owner of the flight ends the rest.
+            Err(error) if error.is_instance_of::<PyException>(values.py()) => Ok(None),
+            kept => kept,
+        }
+    }
+}
+
 /// What a fill in memory is about.
-pub(super) struct Fill<'a, 'py> {
-    pub(super) backing: &'a Backing,
+struct Fill<'a, 'py> {
+    backing: &'a Backing,
     /// What the cache store holds, by name.
-    pub(super) values: &'a Bound<'py, PyDict>,
-    pub(super) key: &'a Bound<'py, PyString>,
-    pub(super) range: ByteRange,
-    pub(super) data: &'a Bound<'py, PyBytes>,
-    pub(super) ticket: u64,
+    values: &'a Bound<'py, PyDict>,
+    key: &'a Bound<'py, PyString>,
+    range: ByteRange,
+    data: &'a Bound<'py, PyBytes>,
+    ticket: u64,
     /// Milliseconds.
-    pub(super) now: u64,
+    now: u64,
     /// Milliseconds; its age counts from then.
-    pub(super) fetched: u64,
+    fetched: u64,
 }
 
 impl Fill<'_, '_> {
@@ -36,7 +78,7 @@ impl Fill<'_, '_> {
     /// `None` where the value stays uncached, and its flight open.
     ///
     /// The lock is not held while the dict changes: dropping a value may run Python code.
-    pub(super) fn run(&self, value: &Bound<'_, PyAny>) -> PyResult<Option<bool>> {
+    fn run(&self, value: &Bound<'_, PyAny>) -> PyResult<Option<bool>> {
         let py = self.values.py();
         let key = self.key.to_str()?;
         let data = self.data.as_bytes();

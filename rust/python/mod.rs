@@ -2,20 +2,31 @@
 
 mod ages;
 mod backing;
+mod contents;
 mod convert;
 mod counters;
+mod decoded;
+mod deletes;
 mod errors;
 mod files;
 mod fill;
+mod flights;
 mod held;
 mod index;
+mod limits;
+mod lookups;
 mod memory;
+mod participants;
 mod plan;
 mod pool;
+mod rebuild;
 mod reservation;
+mod reserve;
 mod sampling;
 mod segment_reader;
 mod simulation;
+mod validators;
+mod writes;
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;

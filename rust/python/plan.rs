@@ -6,7 +6,10 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyBytes, PyString};
 
+use super::backing::step;
 use super::errors::poisoned;
+use super::index::Index;
+use crate::cache::Cursor;
 use crate::policy;
 
 /// Keys after which other threads may run, and signals are looked at.
@@ -75,6 +78,34 @@ impl Plan {
             policy::Course::Done => "done",
             policy::Course::Wrong => "wrong",
         })
+    }
+}
+
+#[pymethods]
+impl Index {
+    #[pyo3(signature = (plan, /))]
+    fn set_plan(&self, py: Python<'_>, plan: &Plan) -> PyResult<Cursor> {
+        // Freed without the lock.
+        let (_before, first) = step!(self, py, |cache| {
+            // Not before the lock is held: a step that was not taken is taken again.
+            let before = match plan.take(py) {
+                Ok(plan) => {
+                    let folder = self.folder();
+                    match plan {
+                        Some(plan) => cache.set_plan(plan.within(folder)),
+                        None => cache.forget_plan(folder),
+                    }
+                }
+                Err(_) => None,
+            };
+            Ok((before, cache.first_keys()))
+        })?;
+        Ok(first)
+    }
+
+    #[pyo3(signature = (cursor, /))]
+    fn match_plan(&self, py: Python<'_>, cursor: Cursor) -> PyResult<Option<Cursor>> {
+        step!(self, py, |cache| cache.match_plan(cursor))
     }
 }
 

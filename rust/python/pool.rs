@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::backing::Flight;
+use super::backing::{Flight, step};
 use super::errors::{exception, os_error};
+use super::index::Index;
 use crate::cache::{Cache, Peers, Placed};
 use crate::disk::segments::{self, Found};
 use crate::error::Result;
@@ -231,5 +232,46 @@ impl SegmentScan {
     fn size(&self) -> u64 {
         let sizes = |found: &Found| found.values.iter().map(|value| value.placed.size).sum();
         sizes(&self.found())
+    }
+}
+
+#[pymethods]
+impl Index {
+    /// Each segment: its number, and the most bytes that its file takes; see the stub.
+    fn segment_sizes(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64)>> {
+        step!(self, py, |cache| cache.segment_sizes())
+    }
+
+    /// Gives back what these segments hold beside the entries; see the stub.
+    #[pyo3(signature = (files, numbers, /))]
+    #[allow(clippy::needless_pass_by_value)] // What PyO3 extracts.
+    fn give_back_unlisted(
+        &self,
+        py: Python<'_>,
+        files: &SegmentFiles,
+        numbers: Vec<u64>,
+    ) -> PyResult<()> {
+        let placed = step!(self, py, |cache| cache.placed_in(&numbers))?;
+        let files = files.files();
+        py.detach(|| segments::keep_only(&files, &numbers, &placed))
+            .map_err(os_error)
+    }
+
+    #[pyo3(signature = (limit, /))]
+    fn spent_segments(&self, py: Python<'_>, limit: usize) -> PyResult<Vec<(u32, u64)>> {
+        step!(self, py, |cache| {
+            cache.close_empty_segments()?;
+            cache.spent_segments(limit)
+        })
+    }
+
+    #[pyo3(signature = (segments, /))]
+    fn segments_removed(&self, py: Python<'_>, segments: Vec<(u32, u64)>) -> PyResult<()> {
+        step!(self, py, |cache| {
+            for &(cell, number) in &segments {
+                cache.segment_removed(cell, number)?;
+            }
+            Ok(())
+        })
     }
 }

@@ -1,17 +1,46 @@
-//! Samples of requests on their way to Python.
+//! The sample of the requests: what goes into it, and its way to Python.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use super::backing::step;
+use super::convert::{RawSpan, span};
+use super::index::Index;
 use crate::sampling::{Sample, Trace, UNKNOWN};
+
+#[pymethods]
+impl Index {
+    fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (copy, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, copy, unit)
+    }
+
+    #[pyo3(signature = (key, raw, /))]
+    fn retract_request(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<()> {
+        let (key, span) = (&*self.whole(key), span(raw)?);
+        step!(self, py, |cache| {
+            cache.retract_sampled(key, span);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (values, /))]
+    fn note_sizes(&self, py: Python<'_>, values: Vec<(String, RawSpan, u64)>) -> PyResult<()> {
+        let values = (values.iter())
+            .map(|(key, raw, size)| Ok((self.whole(key), span(*raw)?, *size)))
+            .collect::<PyResult<Vec<_>>>()?;
+        step!(self, py, |cache| {
+            for (key, span, size) in &values {
+                cache.note_sampled_size(key, *span, *size);
+            }
+            Ok(())
+        })
+    }
+}
 
 /// Requests, rate, whether it has slid, unit; then keys, sizes (the greatest number where one is not
 /// known) and flags, as numbers in native byte order.
-pub(super) fn sample(
-    py: Python<'_>,
-    copy: Option<Box<Sample>>,
-    unit: u64,
-) -> PyResult<Bound<'_, PyTuple>> {
+fn sample(py: Python<'_>, copy: Option<Box<Sample>>, unit: u64) -> PyResult<Bound<'_, PyTuple>> {
     let trace = py.detach(|| copy.map_or_else(Trace::default, |copy| copy.trace()));
     let known = |size: u64| if size == UNKNOWN { u64::MAX } else { size };
     let sizes: Vec<u64> = trace.sizes.into_iter().map(known).collect();

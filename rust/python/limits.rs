@@ -1,0 +1,69 @@
+//! The limits of an index, its eviction policy, and what counts against the bound.
+
+use pyo3::prelude::*;
+
+use super::backing::step;
+use super::convert::{age, policy, policy_names, when_to_verify};
+use super::index::Index;
+
+#[pymethods]
+impl Index {
+    #[pyo3(signature = (max_size, max_age, verify, /))]
+    fn set_limits(
+        &self,
+        py: Python<'_>,
+        max_size: Option<u64>,
+        max_age: Option<f64>,
+        verify: &str,
+    ) -> PyResult<()> {
+        let verify = when_to_verify(verify)?;
+        step!(self, py, |cache| {
+            cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
+            Ok(())
+        })
+    }
+
+    #[getter]
+    fn bound(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        let bound = step!(self, py, |cache| Ok(cache.bound()))?;
+        Ok(Some(bound).filter(|bound| *bound != u64::MAX))
+    }
+
+    #[getter]
+    fn excess(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| cache.excess())
+    }
+
+    #[pyo3(signature = (size, /))]
+    fn count_folders(&self, py: Python<'_>, size: i64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.count_folders(size);
+            Ok(())
+        })
+    }
+
+    fn policy(&self, py: Python<'_>) -> PyResult<(&'static str, &'static str)> {
+        let policy = step!(self, py, |cache| Ok(cache.policy()))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (eviction, minimise, /))]
+    fn set_policy(
+        &self,
+        py: Python<'_>,
+        eviction: &str,
+        minimise: &str,
+    ) -> PyResult<(&'static str, &'static str)> {
+        let (kind, minimise) = policy(eviction, minimise)?;
+        let policy = step!(self, py, |cache| Ok(cache.set_policy(kind, minimise)))?;
+        Ok(policy_names(policy))
+    }
+
+    #[pyo3(signature = (size, seconds, /))]
+    fn note_seconds(&self, py: Python<'_>, size: u64, seconds: f64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.note_seconds(size, seconds);
+            Ok(())
+        })
+    }
+}

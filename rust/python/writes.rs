@@ -1,0 +1,74 @@
+//! Writes and deletes of the source, and what is not valid any more because of them.
+
+use pyo3::prelude::*;
+
+use super::backing::{Flight, step};
+use super::convert::{RawVictim, raw_victims};
+use super::index::Index;
+
+#[pymethods]
+impl Index {
+    #[pyo3(signature = (key, /))]
+    fn begin_write(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
+        let victims = step!(self, py, |cache| cache.begin_write(key))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (key, ok, flight=None, /))]
+    fn end_write(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        ok: bool,
+        flight: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<(Vec<RawVictim>, Option<u64>)> {
+        let key = &*self.whole(key);
+        // The caller holds a reference too, so dropping ours under the lock frees nothing.
+        let payload = flight
+            .as_ref()
+            .map(|flight| Flight(flight.clone().unbind()));
+        let (victims, ticket) = step!(self, py, |cache| cache.end_write(key, ok, payload))?;
+        Ok((raw_victims(victims), ticket))
+    }
+
+    #[pyo3(signature = (key, /))]
+    fn drop_missing(&self, py: Python<'_>, key: &str) -> PyResult<Vec<RawVictim>> {
+        let key = &*self.whole(key);
+        let victims = step!(self, py, |cache| cache.drop_missing(key))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (prefix, begins=None, /))]
+    fn invalidate(&self, py: Python<'_>, prefix: &str, begins: Option<bool>) -> PyResult<()> {
+        let prefix = &*self.below(prefix);
+        step!(self, py, |cache| {
+            // First what may fail: a step that is repeated must not count twice.
+            if let Some(begins) = begins {
+                cache.prefix_change(prefix, begins)?;
+            }
+            cache.invalidate_prefix(prefix);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn drain_prefix(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let prefix = &*self.below(prefix);
+        let victims = step!(self, py, |cache| cache.drain_prefix(prefix))?;
+        Ok(raw_victims(victims))
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn drain_absences(&self, py: Python<'_>, prefix: &str) -> PyResult<bool> {
+        let prefix = &*self.below(prefix);
+        step!(self, py, |cache| cache.drain_absences(prefix))
+    }
+
+    #[pyo3(signature = (prefix, /))]
+    fn in_progress_below(&self, py: Python<'_>, prefix: &str) -> PyResult<Vec<RawVictim>> {
+        let prefix = &*self.below(prefix);
+        let victims = step!(self, py, |cache| cache.in_progress_below(prefix))?;
+        Ok(raw_victims(victims))
+    }
+}
