@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +236,59 @@ def test_a_reader_that_is_collected_ends_its_flight(source: GatedStore, store: C
             del steps, task, loop
             gc.collect()
         assert in_flight(store) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@pytest.mark.parametrize("is_invalidated", [False, True])
+@pytest.mark.parametrize("way", ["get", "get_partial_values", "set"])
+def test_a_loop_that_is_dropped_with_reads_under_way_is_collected(
+    store: CacheStore,
+    source: GatedStore,
+    way: str,
+    is_invalidated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The index holds flights, which do not hold the loop: what was to end them goes with it."""
+
+    async def use() -> None:
+        if way == "get":
+            await read(store, "k")
+        elif way == "set":
+            await store.set("k", buf(VALUE))
+        else:
+            await store.get_partial_values(PROTOTYPE, [("k", None), ("other", None)])
+
+    def abandon() -> weakref.ref[asyncio.AbstractEventLoop]:
+        async def for_ever(*_: object, **__: object) -> None:
+            entered.set()
+            await asyncio.sleep(3600)  # The loop holds what waits for this.
+
+        async def give_up() -> None:
+            task = asyncio.ensure_future(use())
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            await entered.wait()
+
+        entered = asyncio.Event()
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # asyncio says that its tasks are pending.
+        with monkeypatch.context() as patch:
+            for operation in ("get", "get_partial_values", "set"):
+                patch.setattr(source, operation, for_ever)
+            loop.run_until_complete(give_up())
+        return weakref.ref(loop)
+
+    # Python says itself of an asynchronous generator that it is closed while it runs.
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    loop = abandon()
+    if is_invalidated:
+        store.invalidate_sync("k")
+        store.invalidate_sync("other")
+    gc.collect()
+    assert loop() is None
+    # Python 3.11 does not run the end of an asynchronous generator that is collected while it waits.
+    if way != "get_partial_values" or sys.version_info >= (3, 13):
+        assert in_flight(store) == (0, 0)
+    assert asyncio.run(read(store, "other")) == VALUE[::-1]
 
 
 def test_stores_that_call_back() -> None:

@@ -158,9 +158,9 @@ class DecodedCache:
         None
             It cannot be kept: decode it for yourself.
         """
-        index = self._index
+        index, reference = self._index, weakref.ref(loop)
         for _ in range(2):
-            decoding = Decoding(loop, name, origin)
+            decoding = Decoding(reference, name, origin)
             answer: Any = index.join(name, None, decoding, 0.0, True)
             if isinstance(answer, int) and not isinstance(answer, bool):
                 return self._lead(decoding, answer, size)
@@ -170,7 +170,7 @@ class DecodedCache:
             if (passed := other.take_passed(name)) is not None:
                 index.complete_flight(name, passed)
                 continue
-            if other.loop.is_closed():
+            if other.is_cut_off:
                 # Its reader cannot end it while it is referred to, perhaps by those who wait for it.
                 if isinstance(other, Decodings):
                     self.landing.commit(other)
@@ -196,7 +196,8 @@ class DecodedCache:
 
     def join_all(self, decodings: Decodings, size: int) -> dict[str, Decoding]:
         """`join` for many chunks of one size. Returns those for which the caller waits."""
-        index, names = self._index, list(decodings.sources)
+        index, names, loop = self._index, list(decodings.sources), decodings.loop
+        assert loop is not None  # The caller runs in it.
         followed: dict[str, Decoding] = {}
         try:
             tickets = index.lead_all(names, decodings)
@@ -205,7 +206,7 @@ class DecodedCache:
             for name, ticket in zip(names, tickets, strict=True) if led is not names else ():
                 if ticket is not None:
                     continue
-                joined = self.join(name, *decodings.sources[name], size, decodings.loop)
+                joined = self.join(name, *decodings.sources[name], size, loop)
                 if joined is not None:
                     (decodings.single if joined[0] else followed)[name] = joined[1]
             self.room.admit_all(decodings, led, size)
@@ -312,7 +313,7 @@ class DecodedCache:
                 decoding.waiting -= 1
         if kept is not None:
             self.unpin(kept)
-        elif decoding.loop.is_closed():
+        elif decoding.is_cut_off:
             self.give_up(decoding)
 
     def count_followed(self) -> None:

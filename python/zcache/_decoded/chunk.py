@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zcache._protocol.single_flight import Flight
+from zcache._protocol.single_flight import Flight, Led
 
 if TYPE_CHECKING:
     import asyncio
 
     from zcache._decoded.layout import Array
+    from zcache._protocol.single_flight import LoopReference
 
 OVERHEAD: Final = 768
 """Bytes that are counted for a kept chunk beside its elements: its objects, its name and its cell of the index take 400 to
@@ -103,7 +105,6 @@ class Decoding(Flight):
         Whether that was done for it, because those who wait have waited long enough: they start over.
     """
 
-    loop: asyncio.AbstractEventLoop
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
@@ -113,8 +114,8 @@ class Decoding(Flight):
     is_overdue = False
     begun = True
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, name: str, origin: Origin) -> None:
-        self.loop = loop
+    def __init__(self, loop: LoopReference, name: str, origin: Origin) -> None:
+        self._loop = loop
         self.name = name
         self.origin = origin
 
@@ -137,7 +138,7 @@ class Decoding(Flight):
             self._wake_all()
 
 
-class Decodings:
+class Decodings(Led):
     """Chunks of one size that one reader decodes.
 
     A chunk has a `Decoding` once it is to be kept, or another reader waits for it. Most have none while nothing is read
@@ -164,14 +165,15 @@ class Decodings:
         Those that are kept, and are committed together; None once that is done.
     """
 
-    __slots__ = ("landed", "late", "loop", "passed", "single", "sources", "tickets")
+    __slots__ = ("_loop", "landed", "late", "passed", "single", "sources", "tickets")
 
+    _loop: LoopReference
     landed: list[Decoding] | None
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sources: dict[str, tuple[str, Origin]]
     ) -> None:
-        self.loop = loop
+        self._loop = weakref.ref(loop)
         self.sources = sources
         # Others may come before the tickets are known.
         self.tickets = dict.fromkeys(sources, 0)
@@ -206,7 +208,7 @@ class Decodings:
         """The decode of one chunk, from now on by itself; None where it has ended."""
         decoding = self.single.get(name)
         if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
-            decoding = self.single[name] = Decoding(self.loop, name, self.sources[name][1])
+            decoding = self.single[name] = Decoding(self._loop, name, self.sources[name][1])
             decoding.ticket = ticket
         return decoding
 
@@ -215,7 +217,7 @@ class Decodings:
         found = []
         for name in names:
             if name in self.tickets and name not in self.single:
-                decoding = self.single[name] = Decoding(self.loop, name, self.sources[name][1])
+                decoding = self.single[name] = Decoding(self._loop, name, self.sources[name][1])
                 decoding.ticket = self.tickets.pop(name)
                 found.append(decoding)
             elif (one := self.of(name)) is not None:

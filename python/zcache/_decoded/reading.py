@@ -302,8 +302,8 @@ class Reading:
                     part.is_absent = False
                 continue
             self.cache.leave(decoding)
-            if not ended:
-                self.cache.give_up_loop(decoding.loop)
+            if not ended and (loop := decoding.loop) is not None:
+                self.cache.give_up_loop(loop)
             lost.append(decoding)
         return lost
 
@@ -325,7 +325,7 @@ class Reading:
                 self._is_late = not (is_on_its_way or was_on_its_way)
                 self._until, was_on_its_way = now + self._allowance, is_on_its_way
         if not decoding.done:
-            if not decoding.loop.is_running():
+            if (loop := decoding.loop) is None or not loop.is_running():
                 return False
             decoding.is_overdue = True
             self.cache.give_up(decoding)

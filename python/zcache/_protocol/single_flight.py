@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -28,9 +29,30 @@ LONGEST: Final = 30.0
 """Seconds that a thread waits at most for a coroutine: what else that waits for is unknown."""
 
 Waiter: TypeAlias = "threading.Event | asyncio.Future[None]"
+LoopReference: TypeAlias = "weakref.ref[asyncio.AbstractEventLoop]"
 
 
-class Flight:
+class Led:
+    """What a leader is to end, perhaps in an event loop."""
+
+    __slots__ = ()
+
+    # Weak: an index holds this, a loop its tasks, and the task of the leader ends this. So what is abandoned together with
+    # its loop goes with it.
+    _loop: LoopReference | None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of the leader; None where it has none, or that is gone."""
+        return None if self._loop is None else self._loop()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the leader cannot go on: its event loop is closed, or gone."""
+        return self._loop is not None and ((loop := self._loop()) is None or loop.is_closed())
+
+
+class Flight(Led):
     """One source read, its leader, and those who wait for it.
 
     It ends once, in one of three ways: delivered (bytes, or None for a missing key), failed (the
@@ -59,13 +81,15 @@ class Flight:
     kind: type[Buffer] | None = None
     # Of a leader without an event loop: the number of its thread.
     _thread: int | None = None
+    _loop = None
     _waiters: deque[Waiter] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None, fetched: float = 0.0) -> None:
-        self.loop = loop
         self.fetched = fetched
         if loop is None:
             self._thread = threading.get_ident()
+        else:
+            self._loop = weakref.ref(loop)
 
     def deliver(self, data: bytes | None) -> None:
         """End with the value."""
@@ -101,7 +125,7 @@ class Flight:
             # That there was no such key is the index's to remember.
             is_young = max_age is None or 0 <= now - self.fetched < max_age
             return is_young and self.data is not None
-        return self.loop is None or not self.loop.is_closed()
+        return not self.is_cut_off
 
     def _wake_all(self) -> None:
         waiters = self._waiters
@@ -142,16 +166,17 @@ class Flight:
                 return self.done
             await waiter
             return True
-        if self.loop is not None and self.loop.is_closed():
+        if self.is_cut_off:
             return self.done
         pulse: threading.Event | None = None
         while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
             if self.done or not self.begun:
                 return self.done
-            if self.loop is not None:
-                if not self.loop.is_running() or not (pulse is None or pulse.is_set()):
+            if self._loop is not None:
+                leaders = self._loop()
+                if leaders is None or not leaders.is_running():
                     return self.done
-                if (pulse := _pulse(self.loop)) is None:
+                if not (pulse is None or pulse.is_set()) or (pulse := _pulse(leaders)) is None:
                     return self.done
         return True
 
@@ -168,8 +193,7 @@ class Flight:
         waiter = threading.Event()
         if not self._enlist(waiter):
             return True
-        loop = self.loop
-        if loop is None:
+        if self._loop is None:
             if self._thread == threading.get_ident():
                 return self.done  # It came here from inside its own read.
             # Its leader is a thread, which depends on no event loop.
@@ -177,7 +201,8 @@ class Flight:
                 if self.done or not self.begun:
                     return self.done
             return True
-        if loop is asyncio._get_running_loop():
+        loop = self._loop()
+        if loop is None or loop is asyncio._get_running_loop():
             return self.done
         pool: Any = getattr(loop, "_default_executor", None)
         belongs = threading.current_thread() in getattr(pool, "_threads", ())
