@@ -542,7 +542,7 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
 
 
 @pytest.mark.parametrize("more", [{}, {"shards": (8,)}], ids=["chunks", "shards"])
-def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
+def test_reader_in_an_event_loop_that_stops_is_waited_for_once(
     monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     source = StoreDouble(MemoryStore())
@@ -559,12 +559,16 @@ def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
 
     monkeypatch.setattr("zcache._protocol.single_flight.PATIENCE", 0.05)
     reading = loop.run_until_complete(begin())
-    gate.release()
+    runner = threading.Thread(target=loop.run_forever)
+    runner.start()
     waits = []
 
     async def wait(decoding: Decoding, wait: Any = Decoding.wait) -> bool:
         if not decoding.done:
             waits.append(decoding)
+            loop.call_soon_threadsafe(loop.stop)
+            await asyncio.to_thread(runner.join)
+            gate.release()
         return bool(await wait(decoding))
 
     monkeypatch.setattr(Decoding, "wait", wait)
@@ -580,6 +584,47 @@ def test_reader_in_an_event_loop_that_has_stopped_is_waited_for_once(
     np.testing.assert_array_equal(found, np.arange(16))
     loop.close()
     check_decoded_quiet(store)
+
+
+@shards
+@pytest.mark.parametrize("change", ["none", "write", "write a chunk", "invalidate", "clear"])
+def test_event_loop_that_has_stopped_keeps_no_room(change: str, more: dict[str, Any]) -> None:
+    source = StoreDouble(MemoryStore())
+    create(source, **more)
+    _other(source)
+    store = CacheStore(source, source_id="s", decoded_size=4 * ROOM)
+    array, other = (zarr.open_array(store, path=path) for path in "vw")
+    loop = asyncio.new_event_loop()
+    gate = source.block("get")
+
+    async def begin() -> asyncio.Task[Any]:
+        reading = asyncio.ensure_future(array._async_array.getitem(slice(None)))
+        await until(lambda: gate.entered)
+        return reading
+
+    reading = loop.run_until_complete(begin())
+    assert decoded(store, "size") == 4 * ROOM
+    gate.release()
+    wanted = other if change == "none" else array
+    expected = np.arange(16)
+    if change.startswith("write"):
+        where = slice(4) if change.endswith("chunk") else slice(16)
+        array[where] = expected[where] = 7
+    elif change == "invalidate":
+        store.invalidate_sync("v")
+    elif change == "clear":
+        sync(store.clear_cache())
+        assert decoded(store, "size") == 0
+    for _ in range(2):
+        np.testing.assert_array_equal(wanted[:], expected)
+    assert decoded(store, "hits") == 4
+    check_decoded_quiet(store)
+    # It goes on: nothing that it brings is kept, nor comes in place of what is.
+    loop.run_until_complete(reading)
+    loop.close()
+    check_decoded_quiet(store)
+    np.testing.assert_array_equal(wanted[:], expected)
+    assert decoded(store, "hits") == 8
 
 
 def test_error_of_the_source_reaches_each_reader_and_keeps_nothing() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zcache._backends.base import Backend
     from zcache._decoded.chunk import Kept, Leader, Origin
     from zcache._index.counters import Counters
+    from zcache._protocol.single_flight import LoopReference
 
 
 class DecodedCache:
@@ -84,6 +85,8 @@ class DecodedCache:
         self.outputs = Outputs(self.max_size // 32)
         # By their addresses. No lock, no set: the garbage collector may end a reader while they are listed.
         self._readings: dict[int, weakref.ref[Leader]] = {}
+        # In which they were begun, but for those that have been found not to run since.
+        self._loops: set[LoopReference] = set()
         self.origins.use_index(self._handle.index)
 
     def use_index(self, index: Index) -> None:
@@ -158,6 +161,7 @@ class DecodedCache:
         None
             It cannot be kept: decode it for yourself.
         """
+        self.give_up_stopped()
         index, reference = self._index, weakref.ref(loop)
         for _ in range(2):
             decoding = Decoding(reference, name, origin)
@@ -196,6 +200,7 @@ class DecodedCache:
 
     def join_all(self, decodings: Decodings, size: int) -> dict[str, Decoding]:
         """`join` for many chunks of one size. Returns those for which the caller waits."""
+        self.give_up_stopped()
         index, names, loop = self._index, list(decodings.sources), decodings.loop
         assert loop is not None  # The caller runs in it.
         followed: dict[str, Decoding] = {}
@@ -281,10 +286,26 @@ class DecodedCache:
     def begins(self, reading: Leader) -> None:
         """Note a read that decodes, or waits for who does, until it `ends`."""
         self._readings[id(reading)] = weakref.ref(reading)
+        with self._lock:
+            self._loops.add(weakref.ref(reading.loop))
 
     def ends(self, reading: Leader) -> None:
         """Say that all decodes of a read have ended."""
         self._readings.pop(id(reading), None)
+
+    def give_up_stopped(self) -> None:
+        """End all that is decoded in event loops that do not run: some are never run again, and would keep its room."""
+        if not self._loops:
+            return
+        with self._lock:
+            stopped = [
+                one for one in self._loops if (loop := one()) is None or not loop.is_running()
+            ]
+            self._loops.difference_update(stopped)
+        for one in stopped:
+            # What was decoded in one that is gone has ended with it.
+            if (loop := one()) is not None:
+                self.give_up_loop(loop)
 
     def give_up_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """End all that is decoded in an event loop that does not go on: no one waits for any of it once more."""
@@ -322,6 +343,7 @@ class DecodedCache:
 
     def clear(self) -> None:
         """Let go of everything, and of its memory; what is being decoded now is not kept."""
+        self.give_up_stopped()
         index = self._index
         index.invalidate("")
         while victims := index.drain_prefix(""):
