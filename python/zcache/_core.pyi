@@ -611,7 +611,7 @@ class Index:
         """
 
     def drop_missing(self, key: str, /) -> list[_Victim]:
-        """Drop a key that the source does not have."""
+        """Drop a key that the source does not have. Counts no request."""
 
     def invalidate(self, prefix: str, begins: bool | None = None, /) -> None:
         """Make void the flights and writes below a prefix ("" is everything).

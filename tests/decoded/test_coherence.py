@@ -1111,6 +1111,16 @@ def test_chunks_that_have_lapsed_go_before_all_others(
     check_decoded_quiet(store)
 
 
+def test_chunks_that_have_lapsed_count_neither_hits_nor_misses_as_they_go() -> None:
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
+    array = create(store)
+    # Each is read once, and then written.
+    for begin in range(0, 16, 4):
+        array[begin]
+        array[begin : begin + 4] = 3
+    assert (decoded(store, "hits"), decoded(store, "misses")) == (0, 4)
+
+
 def test_few_chunks_are_looked_at_each_time_room_is_needed(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,8 +207,8 @@ class Room:
         index = self._index
         if len(names) * size > self._max_size - index.current_size:
             for name in self.lapsed.find(len(names)):
-                self.remove(index.discard(name, None, 0.0))
-                index.recount_as_hit()  # No one has asked for it.
+                # No one has asked for it: this counts neither a hit nor a miss.
+                self.remove(index.drop_missing(name))
         held, victims = index.reserve_all(names, size, tickets, 0.0)
         while victims:
             dropped, failed = self._drop(victims, is_eviction=True)
