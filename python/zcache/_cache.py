@@ -101,9 +101,17 @@ class Cache:
         )
         self.shared = self.backend.shared
         # What lies in a dict of this process is damaged by no disk.
-        self._member = Member({**limits, "verify": self.backend.verify or options.verify})
-        self.shared.join(self._member)
+        self._member = Member(
+            {
+                **limits,
+                "verify": self.backend.verify or options.verify,
+                "max_pending_size": options.max_pending_size,
+                "min_free_space": options.min_free_space,
+            }
+        )
+        # Before it joins, so that its limits are those of the queue as well.
         self._make_queue()
+        self.shared.join(self._member)
         self.reader = Reader(
             Hits(self.backend, options.ages, options.missing_age, sampling=options.sampling),
             offline=options.offline,
@@ -189,15 +197,6 @@ class Cache:
             if shared.fills is None:
                 shared.fills = FillQueue(shared.handle, shared.breaker, filler)
                 _let_collect(shared.place, shared.fills)
-            queue: FillQueue = shared.fills
-            # The strictest that was asked for: two stores may be made at a time.
-            pending, free = self.options.max_pending_size, self.options.min_free_space
-            if pending is not None:
-                sizes = (pending, queue.max_pending_size)
-                queue.max_pending_size = min(sizes) if queue.is_set else pending
-                queue.is_set = True
-            if free is not None:
-                filler.min_free_space = max(free, filler.min_free_space or 0)
 
     @property
     def token(self) -> str:

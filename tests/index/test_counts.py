@@ -9,8 +9,9 @@ import pytest
 from zarr.storage import LocalStore, MemoryStore
 
 from races import NoticedLock, meet
-from zcache import CacheStore, _cache
+from zcache import CacheStore
 from zcache._advice import recording
+from zcache._index import shared as shared_indexes
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def test_the_strictest_bound_of_two_stores_that_are_made_at_once_is_in_force(
     strict, lax = (1 << 20, 5 << 20) if is_pending else (4096, 1)
     for step in itertools.count():
         lock = NoticedLock()
-        monkeypatch.setattr(_cache, "_lock", lock)
+        monkeypatch.setattr(shared_indexes, "_lock", lock)
         source = MemoryStore()
         cache: Any = StoreDouble(MemoryStore()) if is_pending else LocalStore(tmp_path / f"{step}")
         kept: list[CacheStore] = []
@@ -35,7 +36,7 @@ def test_the_strictest_bound_of_two_stores_that_are_made_at_once_is_in_force(
             kept.append(CacheStore(source, cache_store=cache, source_id="s", **{option: size}))
 
         make(lax)
-        inside = ("_make_queue",)
+        inside = ("_set_limits",)
         if not meet(lambda: make(lax), lambda: make(strict), lock, at=step, inside=inside):
             break
         shared = kept[0]._cache.shared

@@ -32,6 +32,8 @@ from zcache.testing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zarr.abc.store import Store
 
 
@@ -126,6 +128,74 @@ async def test_limits_of_a_store_that_is_gone_are_in_force_no_more(
     assert await read_through(store, "a") == bytes(20)
     assert source.take() == {}
     await check_quiet(store)
+
+
+@pytest.mark.parametrize("make", [LocalStore, CachePool, lambda _: StoreDouble(MemoryStore())])
+def test_pending_fills_are_bound_by_the_stores_that_live(
+    make: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    source, cache = MemoryStore(), make(tmp_path / "cache")
+
+    def opened(size: int | None) -> CacheStore:
+        return CacheStore(source, cache_store=cache, source_id="s", max_pending_size=size)
+
+    lax = opened(100 << 20)
+    queue = lax._cache.shared.fills
+    assert queue.max_pending_size == 100 << 20
+    strict = opened(1)
+    assert queue.max_pending_size == 1
+    del strict
+    gc.collect()
+    assert queue.max_pending_size == 100 << 20
+    other = opened(None)
+    del lax
+    gc.collect()
+    assert queue.max_pending_size == 64 << 20
+    del other
+
+
+@pytest.mark.parametrize("make", [LocalStore, CachePool])
+def test_space_is_left_free_for_the_stores_that_live(
+    make: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    source, cache = MemoryStore(), make(tmp_path / "cache")
+
+    def opened(size: int | None) -> CacheStore:
+        return CacheStore(source, cache_store=cache, source_id="s", min_free_space=size)
+
+    lax = opened(10)
+    filler = lax._cache.shared.fills.filler
+    strict = opened(20)
+    assert filler.min_free_space == 20
+    del strict
+    gc.collect()
+    assert filler.min_free_space == 10
+    other = opened(None)
+    del lax
+    gc.collect()
+    assert filler.min_free_space is None
+    del other
+
+
+def test_free_space_of_a_pool_is_the_most_that_those_who_use_it_ask_for(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+
+    def opened(name: str, free: int | None = None) -> CacheStore:
+        cache = CachePool(path)
+        return CacheStore(MemoryStore(), cache_store=cache, source_id=name, min_free_space=free)
+
+    store = opened("one", 10)
+    filler = store._cache.shared.fills.filler
+    assert filler.min_free_space == 10
+    pool = CachePool(path, min_free_space=30)
+    other = opened("two", 20)
+    assert {filler.min_free_space, other._cache.shared.fills.filler.min_free_space} == {30}
+    del pool
+    gc.collect()
+    assert {filler.min_free_space, other._cache.shared.fills.filler.min_free_space} == {20}
+    del other
+    gc.collect()
+    assert filler.min_free_space == 10
 
 
 def test_a_cache_in_memory_of_another_source_is_refused() -> None:

@@ -120,12 +120,9 @@ class Filler(Protocol):
     ----------
     reads_only : bool
         Whether the cache store takes nothing, so that no job is begun.
-    min_free_space : int or None
-        Bytes of the volume that stay free, where there is a volume.
     """
 
     reads_only: bool
-    min_free_space: int | None
 
     def submit(self, io: IO, job: FillJob) -> None:
         """Begin a job, or put it behind others; it always ends, and its flight with it.

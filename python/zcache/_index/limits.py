@@ -15,8 +15,13 @@ def least(sizes: Iterable[int | None]) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
+def greatest(sizes: Iterable[int | None]) -> int | None:
+    """The largest of these sizes, of which None asks for nothing."""
+    return max((size for size in sizes if size is not None), default=None)
+
+
 def strictest(limits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of these limits the smallest size, and the way to verify that verifies most."""
+    """Of these limits of an index the smallest size, and the way to verify that verifies most."""
     return {
         "max_size": least(one["max_size"] for one in limits),
         "verify": max((one["verify"] for one in limits), key=_BY_STRICTNESS.index, default="first"),

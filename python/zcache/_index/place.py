@@ -27,6 +27,9 @@ class Place:
     def wait_for_bound(self) -> None:
         """Wait until that is done, some seconds at most."""
 
+    def keep_free(self, size: int | None) -> None:
+        """Have so many bytes of its volume stay free, where it has one; None for the default."""
+
     async def settle(self, io: IO, backend: Any, until: float) -> bool:  # noqa: ARG002 - of those that list
         """Wait until it is known what is there, and all above the bound has gone.
 

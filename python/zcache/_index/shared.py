@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index
 from zcache._index.changes import Changes
-from zcache._index.limits import strictest
+from zcache._index.limits import greatest, least, strictest
 from zcache._index.place import Place
 from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
@@ -114,12 +114,16 @@ class SharedIndex:
         with _lock:
             if not (members := self._members.snapshot()):
                 return
-            ages = [member.limits["max_age"] for member in members]
+            asked = [member.limits for member in members]
+            ages = [one["max_age"] for one in asked]
             age = None if None in ages else max(ages)
-            limits = strictest([member.limits for member in members])
+            limits = strictest(asked)
             size = limits["max_size"]
             before = self.handle.limits["max_size"]
             self.handle.change_limits({**limits, "max_age": age})
+            if self.fills is not None:
+                self.fills.set_bound(least(one["max_pending_size"] for one in asked))
+            self.place.keep_free(greatest(one["min_free_space"] for one in asked))
         self.handle.apply_limits()
         if size is not None and (before is None or size < before):
             self.place.enforce_bound()

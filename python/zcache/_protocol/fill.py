@@ -82,11 +82,11 @@ class FillQueue:
         Hears how the fills end.
     filler : Filler
         Carries them out.
-    max_pending_size : int
-        Bytes. One value is always taken, however large it is.
 
     Attributes
     ----------
+    max_pending_size : int
+        Bytes. One value is always taken, however large it is.
     pending_size : int
         Bytes of values that are not in the cache store yet.
     """
@@ -96,14 +96,11 @@ class FillQueue:
         handle: Handle,
         breaker: CircuitBreaker,
         filler: Filler,
-        max_pending_size: int = MAX_PENDING_SIZE,
     ) -> None:
         self._handle = handle
         self.breaker = breaker
         self.filler = filler
-        self.max_pending_size = max_pending_size
-        # Whether a store has asked for that bound.
-        self.is_set = False
+        self.set_bound(None)
         self.pending_size = 0
         self._pending: dict[int, FillJob] = {}
         self._refused = _RefusedKeys(breaker.clock)
@@ -112,6 +109,10 @@ class FillQueue:
         self._stalled = False
         # Guards the counts. Reentrant: inside it the garbage collector may end a reader.
         self._lock = threading.RLock()
+
+    def set_bound(self, max_pending_size: int | None) -> None:
+        """Take no more than so many bytes from now on; None for `MAX_PENDING_SIZE`."""
+        self.max_pending_size = MAX_PENDING_SIZE if max_pending_size is None else max_pending_size
 
     def offer(self, io: IO, job: FillJob) -> bool:
         """Take a value if there is room for it, without waiting.

@@ -125,6 +125,10 @@ class CacheDirectory(Place):
         # docstring inherited
         self._bound.wait()
 
+    def keep_free(self, size: int | None) -> None:
+        # docstring inherited
+        self.filler.min_free_space = size
+
     @classmethod
     def unopened(
         cls, root: os.PathLike[str] | str, limits: dict[str, Any], clock: Callable[[], float]

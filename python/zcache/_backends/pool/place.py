@@ -20,7 +20,7 @@ from zcache._backends.pool.source import PoolSource
 from zcache._backends.store.bound import evict_from
 from zcache._core import Index, SegmentReader, crc32c
 from zcache._index.handle import IndexHandle
-from zcache._index.limits import least, strictest
+from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
@@ -150,12 +150,6 @@ class Pool:
         """Bytes that the pool holds at most."""
         return least([store.options.max_size for store in self._stores.snapshot()])
 
-    @property
-    def min_free_space(self) -> int | None:
-        """Bytes of the volume that stay free."""
-        found = [store.options.min_free_space for store in self._stores.snapshot()]
-        return max((one for one in found if one is not None), default=None)
-
     def notes(self) -> dict[str, dict[str, Any]]:
         """What is known of each source, by its label."""
         return dict(self.names)
@@ -215,15 +209,25 @@ class Pool:
         raise NotImplementedError
 
     def apply_limits(self) -> None:
-        """Keep to the limits of all sources: each is bound by the smallest size.
+        """Keep to the limits of all sources and stores: each is bound by the smallest size, and leaves the most space free.
 
         Their ages are no limit: a source that is not in use now, or in use by another process, may have greater ones.
         """
         with self._lock:
-            limits = strictest([one.handle.own_limits for one in self._sources.snapshot()])
+            sources = self._sources.snapshot()
+            limits = strictest([one.handle.own_limits for one in sources])
             size = least([self.max_size, limits["max_size"]])
             before = self.handle.limits["max_size"]
             self.handle.change_limits({**limits, "max_size": size})
+            free = greatest(
+                [
+                    *(store.options.min_free_space for store in self._stores.snapshot()),
+                    *(source.min_free_space for source in sources),
+                ]
+            )
+            for source in sources:
+                if source.filler is not None:
+                    source.filler.min_free_space = free
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
         if is_less:

@@ -25,10 +25,6 @@ class SharedPool(PoolLimits, Protocol):
     handle: IndexHandle
     directory: PoolDirectory | None
 
-    @property
-    def min_free_space(self) -> int | None:
-        """Bytes of the volume that stay free."""
-
     def wait_for_bound(self) -> None:
         """Wait until what is above the bound is evicted, some seconds at most."""
 
@@ -47,6 +43,8 @@ class PoolSource(Place):
         Carries out fills; None in memory.
     clock : callable
         Seconds; what ages are counted by.
+    min_free_space : int or None
+        Bytes of the volume that its stores ask for to stay free.
     listings : Listings
         Answers of the source to `list_dir`.
     """
@@ -57,6 +55,7 @@ class PoolSource(Place):
         self, pool: SharedPool, name: str, limits: dict[str, Any], clock: Callable[[], float]
     ) -> None:
         self.pool = pool
+        self.min_free_space: int | None = None
         self.clock = clock
         self.label = label_of(name)
         self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
@@ -67,7 +66,6 @@ class PoolSource(Place):
         self._directory = directory
         this = weakref.ref(self)
         self.filler = PoolFiller(directory.layout, self.label, clock, lambda: _became_idle(this()))
-        self.filler.min_free_space = pool.min_free_space
         directory.filler.add(self.filler)
         self.scanner = _SourceScanner(directory, self.label)
 
@@ -95,6 +93,10 @@ class PoolSource(Place):
     def wait_for_bound(self) -> None:
         # docstring inherited
         self.pool.wait_for_bound()
+
+    def keep_free(self, size: int | None) -> None:
+        # docstring inherited. The pool looks at that of all its sources when it is told of their limits.
+        self.min_free_space = size
 
     @property
     def reading(self) -> Any:

@@ -44,7 +44,6 @@ class StoreFiller:
 
     def __init__(self) -> None:
         self.reads_only = False
-        self.min_free_space: int | None = None
         self._waiting: deque[FillJob] = deque()
         self._ended: deque[Ended] = deque()
         self.completed = 0
