@@ -274,6 +274,21 @@ def test_read_of_an_array_without_axes(pipeline: str, zarr_format: int) -> None:
     assert counts(store) == (1, 2)
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("dtype", ["S5", "U5", ">i4", ">M8[s]"])
+def test_array_without_axes_is_kept_whatever_its_type(
+    pipeline: str, dtype: str, zarr_format: int
+) -> None:
+    store = decoded_store()
+    options = {"dtype": dtype, "fill_value": None, "zarr_format": zarr_format}
+    array = create(store, shape=(), chunks=(), **options)
+    value = np.array(7, "i4").astype(dtype)
+    for _ in range(2):
+        array[()] = value
+        assert [array[()], array[()]] == [value, value]
+    assert counts(store) == (2, 2)
+
+
 @pytest.mark.skipif(not hasattr(zarr.config, "get") or not HAS_FUSED, reason="since zarr 3.4")
 def test_read_of_chunks_of_many_sizes(pipeline: str) -> None:
     store = decoded_store()

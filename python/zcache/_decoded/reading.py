@@ -43,7 +43,9 @@ class _Catcher(cpu.NDBuffer):
     def __setitem__(self, key: Any, value: Any) -> None:
         job = self._jobs[key]
         if isinstance(value, cpu.NDBuffer):
-            job.arrived(value.as_numpy_array())
+            array = value.as_numpy_array()
+            # Out of an array without axes zarr takes a scalar, and of text that is only as long as its value.
+            job.arrived(array if array.ndim else array.astype(job.part.layout.dtype, copy=False))
         else:
             job.is_missing(value)
 
