@@ -205,6 +205,7 @@ class CachePool:
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
+        self._pool.forget_ended()
         held: dict[str, list[int]] = {}
         for key, _, size in self._pool.live():
             of_source = held.setdefault(key.partition("/")[0], [0, 0])

@@ -25,7 +25,7 @@ from zcache._source.location import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterable
 
 EPHEMERAL: Final = "process:"
 """Beginning of the name of a source that ends with its process."""
@@ -149,12 +149,11 @@ def _ephemeral_name(store: Any) -> str:
     return _entry(store).name
 
 
-def has_ended(name: str) -> bool:
-    """Whether this is the name of a source in another process, or of one that is gone: no store has it again."""
-    if not name.startswith(EPHEMERAL):
-        return False
+def ended(names: Iterable[str]) -> list[str]:
+    """Those that name a source in another process, or one that is gone: no store has them again."""
     with _lock:
-        return all(entry.name != name for entry in _known.values())
+        known = {entry.name for entry in _known.values()}
+    return [name for name in names if name.startswith(EPHEMERAL) and name not in known]
 
 
 def _forget(key: tuple[Hashable, ...], entry: _Ephemeral, holder: int) -> None:

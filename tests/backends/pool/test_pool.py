@@ -130,6 +130,52 @@ async def test_source_without_a_name_is_another_one_each_time(where: Path | None
     assert again.cache_stats()["hits"] == 1
 
 
+async def test_source_that_is_gone_leaves_nothing_in_a_pool_in_memory() -> None:
+    pool = CachePool()
+    kept = source_of(k=b"kept")
+    for _ in range(3):
+        for source in (kept, source_of(k=b"gone")):
+            await read_through(CacheStore(source, cache_store=pool), "k")
+        del source
+        gc.collect()
+        # Asked for, or when another source comes, whichever is first.
+        assert len(pool.sources()) == 1
+        assert pool.cache_info()["entries"] == 1
+    for _ in range(3):
+        store = CacheStore(source_of(k=b"gone"), cache_store=pool)
+        await read_through(store, "k")
+        gc.collect()
+        assert len(pool._pool.names) <= 3
+    # One that lives is served from the pool, though no store over it did.
+    store = CacheStore(kept, cache_store=pool)
+    assert await read(store, "k") == b"kept"
+    assert store.cache_stats()["hits"] == 1
+    await check_quiet(store)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_child_that_was_forked_keeps_what_its_stores_have_in_a_pool_in_memory() -> None:
+    pool = CachePool()
+    store = CacheStore(MemoryStore(), cache_store=pool)
+    store.set_sync("k", buf(b"1"))
+
+    def in_child() -> bool:
+        held = pool.cache_info()["entries"]
+        other = CacheStore(MemoryStore(), cache_store=pool)
+        other.set_sync("k", buf(b"2"))
+        return pool.cache_info()["entries"] == held + 1
+
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if in_child() else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 async def test_listing_of_a_source_has_its_own_keys_only(where: Path | None) -> None:
     pool = pool_with_neighbours(where)
     store = CacheStore(source_of(mine=b"1"), cache_store=pool, source_id="mine")

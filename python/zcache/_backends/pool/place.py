@@ -24,7 +24,7 @@ from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
-from zcache._source.identity import has_ended
+from zcache._source.identity import ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -133,9 +133,10 @@ class Pool:
         clock: Callable[[], float] | None = None,
     ) -> PoolSource:
         """One source, as a place of its own, with ages by this clock."""
+        self.forget_ended()
         source = PoolSource(self, name, limits, clock or self.clock)
-        self.names[source.label] = note_of(name, text, time.time())
         self._sources.add(source)
+        self.names[source.label] = note_of(name, text, time.time())
         self._when_gone(source)
         return source
 
@@ -183,6 +184,9 @@ class Pool:
         self.check_usable()
         if label in self.names:
             self.names[label] = {**self.names[label], "forgotten": True}
+
+    def forget_ended(self) -> None:
+        """Forget sources that no store can have again; one in a directory is rid of them when it is opened."""
 
     def live(self, name: str | None = None) -> Iterator[tuple[str, bool, int]]:
         """Each entry that can be served, of one source or of all: key, whether it is the full value, and bytes.
@@ -280,6 +284,16 @@ class MemoryPool(Pool):
             if source.label == label:
                 source.listings.forget_below("")
 
+    def forget_ended(self) -> None:
+        # docstring inherited. A name from before a fork is not known any more, but may be in use.
+        notes = self.names.copy().items()
+        in_use = {source.label for source in self._sources.snapshot()}
+        gone = ended([note["name"] for label, note in notes if label not in in_use])
+        with contextlib.suppress(CacheUnreachableError, IndexLockTimeout):
+            for name in gone:
+                self.forget(name)
+                self.names.pop(label_of(name), None)
+
     def _enforce_bound(self) -> None:
         evict_from(self._values, self.handle, self.clock)
 
@@ -376,17 +390,17 @@ def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
     register = found.directory.register
     # First: a process that lives has the pool open before its sources are noted.
     notes = register.names().values()
-    ended = [note["name"] for note in notes if not note["forgotten"] and has_ended(note["name"])]
-    if not ended:
+    gone = ended([note["name"] for note in notes if not note["forgotten"]])
+    if not gone:
         return
     with contextlib.suppress(OSError, CacheUnreachableError, IndexLockTimeout):
         if not found.handle.call_blocking(_is_alone_and_complete):
             return
-        for name in ended:
+        for name in gone:
             found.forget_values(name)
         # What is left is about one file: the directory is free with its last store.
         del found
-        register.drop(ended)
+        register.drop(gone)
 
 
 def _is_complete(index: Index) -> bool:
