@@ -21,8 +21,9 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 from directories import flip, is_in_use
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
 from support import buf, check_quiet, fill, read, read_through
-from zcache import CachePool, CacheStore
+from zcache import CacheOwnershipError, CachePool, CacheStore
 from zcache._index import shared
+from zcache._runtime import lingering
 from zcache.testing import (
     FakeClock,
     StoreDouble,
@@ -373,9 +374,35 @@ async def test_the_index_of_a_dict_outlives_the_store_that_it_was_made_for() -> 
     assert await read(two, "k") == b"new!"
     del two, three, second
     gc.collect()
-    # Without a store over it, the dict is one that was not filled by zcache.
-    with pytest.raises(ValueError, match="adopt=True"):
+    # Without a store over it, nothing is known of what the dict holds.
+    with pytest.raises(ValueError, match=r"does not know what that is.* adopt=True") as refused:
         CacheStore(source, cache_store=MemoryStore(values))
+    assert "not filled by zcache" not in str(refused.value)
+    four = CacheStore(source, cache_store=MemoryStore(values), adopt=True)
+    assert await read(four, "k") == b"new!"
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+def test_what_would_be_refused_again_is_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    caches: dict[str, Callable[[], Any]] = {
+        "memory": lambda: MemoryStore({"k": buf(b"mine")}),
+        "directory": lambda: LocalStore(tmp_path),
+    }
+    waits: list[None] = []
+    monkeypatch.setattr(lingering, "make_way", lambda: waits.append(None))
+    with pytest.raises(CacheOwnershipError, match="is not empty"):
+        CacheStore(MemoryStore(), cache_store=caches[kind](), source_id="s")
+    assert not waits
+    # What is in use may go.
+    cache = MemoryStore()
+    used = CacheStore(MemoryStore(), cache_store=cache)
+    with pytest.raises(CacheOwnershipError, match="holds the cache of"):
+        CacheStore(MemoryStore(), cache_store=cache)
+    assert waits
+    del used
 
 
 def test_stores_inside_each_other_are_two_sources(tmp_path: Path) -> None:

@@ -79,12 +79,23 @@ def open_backend(
     opening = _Opening(cache, source, source_id, adopt, limits, clock)
     for _ in lingering.looks():
         # One that is kept would keep the index that is in the way.
-        with contextlib.suppress(CacheOwnershipError):
+        try:
             return opening.open()
+        except CacheOwnershipError:
+            if not opening.has_met_another:
+                raise
     return opening.open()
 
 
 class _Opening:
+    """One opening of a cache store.
+
+    Attributes
+    ----------
+    has_met_another : bool
+        Whether it was refused because of an index of this process, which may go.
+    """
+
     def __init__(
         self,
         cache: Any,
@@ -100,6 +111,7 @@ class _Opening:
         self.adopt = adopt
         self.limits = limits
         self.clock = clock
+        self.has_met_another = False
 
     def open(self) -> Backend:
         cache = self.cache
@@ -122,7 +134,7 @@ class _Opening:
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], SharedIndex]) -> SharedIndex:
         shared = find_or_make(key, make)
-        shared.check_source(self.cache, self.source, self.source_id)
+        self._check(shared)
         here = location_here(self.cache)
         with contextlib.suppress(
             TypeError
@@ -134,8 +146,15 @@ class _Opening:
             if other is shared or other.location is None or other.cache is None:
                 continue
             if other.location.overlaps(here) and other.cache() is not None:
-                other.check_source(self.cache, self.source, self.source_id)
+                self._check(other)
         return shared
+
+    def _check(self, shared: SharedIndex) -> None:
+        try:
+            shared.check_source(self.cache, self.source, self.source_id)
+        except CacheOwnershipError:
+            self.has_met_another = True
+            raise
 
     def _new(self, handle: IndexHandle, clock: Clock) -> SharedIndex:
         shared = SharedIndex(
@@ -154,7 +173,7 @@ class _Opening:
         key = ("directory", root, self.cache.read_only)
         shared = find_or_make(key, self._new_directory)
         try:
-            shared.check_source(self.cache, self.source, self.source_id)
+            self._check(shared)
         except CacheOwnershipError as error:
             if not shared.source_id.is_ephemeral:
                 raise
@@ -196,9 +215,10 @@ class _Opening:
         if values and not self.adopt:
             first = next(iter(values))
             raise CacheOwnershipError(
-                f"cache_store={describe(self.cache)} is not empty and was not filled by zcache (it holds "
-                f"{first!r}, for instance). Give an empty one; or pass adopt=True if all that it holds is "
-                f"a cache of {describe(self.source)}, which zcache may serve and delete."
+                f"cache_store={describe(self.cache)} is not empty (it holds {first!r}, for instance), and zcache "
+                "does not know what that is: it remembers its own values only as long as the MemoryStore lives that they "
+                "were put into. Give an empty one; or pass adopt=True if all that it holds is a cache of "
+                f"{describe(self.source)}, which zcache may serve and delete."
             )
         index = Index(**self.limits, flat_namespace=True)
         for value in values.values():
