@@ -189,3 +189,15 @@ fn insert_deep_key_takes_linear_time() {
     cache.validate().unwrap();
     assert!(cache.entries().unwrap().is_empty());
 }
+
+#[test]
+fn count_folders_removal_told_before_the_making_is_not_lost() {
+    let mut cache: Cache<Heap, ()> = Cache::new(Heap::default(), UNBOUNDED, 0).unwrap();
+    cache.set_unit(4096);
+    cache.count_folders(-8192);
+    assert_eq!(cache.current_size(), 0);
+    cache.count_folders(8192);
+    assert_eq!(cache.current_size(), 0);
+    cache.count_folders(4096);
+    assert_eq!(cache.current_size(), 4096);
+}

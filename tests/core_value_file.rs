@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::UNIX_EPOCH;
 
+use zcache::disk::folders;
 use zcache::disk::ownership::{self, PENDING, SIGNATURE};
 use zcache::disk::removal;
 use zcache::disk::value_file::{self, WriteError, WrittenFile};
@@ -140,4 +143,35 @@ fn publish_taken_name_is_left_alone() {
     assert!(value_file::publish(&place.0, &place.at("1"), Path::new("file/below")).is_err());
     assert_eq!(fs::read(place.at("theirs")).unwrap(), b"theirs");
     assert_eq!(fs::read(place.at("1")).unwrap(), b"ours", "still there");
+}
+
+/// Bytes of the blocks of all folders of a directory.
+fn folder_bytes(folder: &Path) -> i64 {
+    let below = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let below = below.filter(|entry| entry.file_type().unwrap().is_dir());
+    let below: i64 = below.map(|entry| folder_bytes(&entry.path())).sum();
+    below + i64::try_from(fs::metadata(folder).unwrap().blocks()).unwrap() * 512
+}
+
+#[test]
+fn write_value_folder_that_others_remove_meanwhile_is_counted() {
+    const WRITES: usize = 20_000;
+    let place = Place::new("made-and-removed");
+    fs::create_dir(place.at("tmp")).unwrap();
+    let (before, is_done) = (folder_bytes(&place.0), AtomicBool::new(false));
+    let grown: i64 = thread::scope(|scope| {
+        let remover = scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                removal::remove_below(&place.0, Path::new("a/b/c")).unwrap();
+            }
+            folders::take_folders()
+        });
+        for _ in 0..WRITES {
+            // It may give up: the folder goes again each time.
+            let _ = write(&place, "a/b/c", b"");
+        }
+        is_done.store(true, Ordering::Relaxed);
+        remover.join().unwrap() + folders::take_folders()
+    });
+    assert_eq!(folder_bytes(&place.0), before + grown);
 }

@@ -48,8 +48,9 @@ pub struct PolicyState {
 pub struct Header {
     /// Bytes of a block of the cache store: a value takes whole ones. 0 and 1 are the same.
     pub unit: u64,
-    /// Bytes of the folders of the cache store.
-    pub folder_bytes: u64,
+    /// Bytes of the folders of the cache store, by what was told of them: below 0 while of one that was made and removed
+    /// only the removal was told. Never clamped, or that would be lost.
+    pub folder_bytes: i64,
     /// Bytes that the cache store holds for zcache, or may hold: entries in every state.
     pub used_bytes: u64,
     /// Bytes of the `Live` entries.
@@ -123,7 +124,13 @@ impl Header {
     /// Bytes that are in use.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
-        self.used_bytes.saturating_add(self.folder_bytes)
+        self.used_bytes.saturating_add(self.held_by_folders())
+    }
+
+    /// Those of folders.
+    #[must_use]
+    pub fn held_by_folders(&self) -> u64 {
+        u64::try_from(self.folder_bytes).unwrap_or(0)
     }
 }
 

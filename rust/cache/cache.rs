@@ -296,11 +296,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Counts folders that were made or grew, or, below 0, were removed; nothing where bytes count.
     pub fn count_folders(&mut self, bytes: i64) {
+        let is_complete = self.is_complete();
         let header = self.arena.header_mut();
         if header.unit <= 1 {
             return;
         }
-        header.folder_bytes = header.folder_bytes.saturating_add_signed(bytes);
+        let sum = header.folder_bytes.saturating_add(bytes);
+        // What is removed while a rebuild has not counted the folders yet was never in the sum.
+        header.folder_bytes = if is_complete { sum } else { sum.max(0) };
     }
 
     /// Bytes above the bound, less those that are being deleted already.

@@ -215,7 +215,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let header = self.arena.header();
         header
-            .folder_bytes
+            .held_by_folders()
             .checked_div(header.entries)
             .unwrap_or_default()
     }

@@ -230,7 +230,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             if header.unit > 1 && header.value_header == 0 {
                 // Of this it may have made folders; the next rebuild counts what is there.
                 let folders = &mut header.folder_bytes;
-                *folders = folders.saturating_add(gone.reserved_bytes);
+                *folders = folders.saturating_add_unsigned(gone.reserved_bytes);
             }
             if gone.is_writing() {
                 // What was read during its writes may be older than what they have written.

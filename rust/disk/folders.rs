@@ -1,7 +1,13 @@
 //! Folders of a cache directory: made for a value, removed with the last one, and counted by their blocks.
+//!
+//! **Who makes a folder counts it, and who removes it counts that**, each once, for the system lets one of all threads and
+//! processes succeed in each. So the one who makes it counts it also where it is gone before it was looked at. By how much a
+//! folder has grown two processes may both count, and one that dies has counted what it removed as still there; so
+//! the sum is never less than what is there, and a rebuild corrects it. The sum may be below 0 for a moment, where
+//! the removal is told first: what was made and not told yet is covered by a reservation.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -13,6 +19,9 @@ use super::below::{At, FOLDER, Place, Root, names_in, open_in};
 
 /// Time between two looks whether another thread has changed its folder: about as long as that takes.
 const PAUSE: Duration = Duration::from_micros(20);
+
+/// Times that a folder is made again while others remove empty ones.
+const TRIES: u32 = 64;
 
 /// Folders that stay when they are empty.
 const STAY: &str = ".zcache";
@@ -97,25 +106,46 @@ fn remove_folder(at: At<'_>) -> rustix::io::Result<()> {
 pub(super) fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
     let mut above = Root::open(root)?.open_below(Path::new(""), FOLDER)?;
     for part in folder {
-        let at = At {
+        above = open_or_make(At {
             folder: above.as_fd(),
             name: Path::new(part),
-        };
-        let below = match open_in(at.folder, at.name, false) {
-            Err(Errno::NOENT) => {
-                let mode = Mode::from_raw_mode(at.mode_of_folder()? | 0o700);
-                match change_in(at, |at| mkdirat(at.folder, at.name, mode)) {
-                    Ok(()) => count_folders(at.status().map_or(0, |status| blocks(&status))),
-                    Err(Errno::EXIST) => {}
-                    Err(error) => return Err(error.into()),
-                }
-                open_in(at.folder, at.name, false)
-            }
-            opened => opened,
-        };
-        above = below?;
+        })?;
     }
     Ok(())
+}
+
+/// Opens a folder, and makes it where there is none.
+fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
+    let mut made = 0i64;
+    let mut opened = open_in(at.folder, at.name, false);
+    for _ in 0..TRIES {
+        if !matches!(opened, Err(Errno::NOENT)) {
+            break;
+        }
+        let mode = at.mode_of_folder()? | 0o700;
+        match change_in(at, |at| {
+            mkdirat(at.folder, at.name, Mode::from_raw_mode(mode))
+        }) {
+            Ok(()) => made += 1,
+            Err(Errno::EXIST) => {}
+            Err(error) => {
+                opened = Err(error);
+                break;
+            }
+        }
+        opened = open_in(at.folder, at.name, false);
+    }
+    if made > 0 {
+        // Those that are gone again were as empty as the last one. Where that is gone as well, so is the folder that
+        // it was in, which was empty too.
+        let status = opened.as_ref().map_or_else(|_| fstat(at.folder), fstat);
+        count_folders(
+            status
+                .map_or(0, |status| blocks(&status))
+                .saturating_mul(made),
+        );
+    }
+    opened
 }
 
 /// Removes a folder that holds nothing but empty folders. Whether it is gone.
