@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -14,10 +15,12 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed, usage
 from support import buf, read, until
 from zcache import CacheStore
+from zcache._backends.directory.bound import Bound
+from zcache._core import Index, write_tombstone
 from zcache.testing import check_invariants_async, set_block_size, stored_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 BOUND = 400_000
@@ -152,3 +155,30 @@ async def test_several_processes_keep_the_bound(tmp_path: Path) -> None:
         await asyncio.sleep(0.01)
     assert [process.wait() for process in processes] == [0, 0]
     assert 0 < max(highest, usage(tmp_path)) <= BOUND
+
+
+def test_bound_tells_of_folders_that_have_grown_before_it_frees_victims(tmp_path: Path) -> None:
+    """A victim without a file leaves a mark, which takes the room of the victim."""
+    told: list[str] = []
+
+    class Handle:
+        """The index of a directory with one victim, of which the file is gone."""
+
+        def call_blocking(self, step: Callable[..., object], *_: object) -> object:
+            answers = {Index.evict: [(1, "a/1")], Index.expected: [None]}
+            return answers.get(step, (4096, True))
+
+        def call_later(self, _: object, step: Callable[..., object], *args: object) -> None:
+            told.append(f"{step.__name__} {args[0]}")
+
+    def remove(names: list[str], known: list[None]) -> list[None]:
+        write_tombstone(str(tmp_path), names[0])
+        return known
+
+    evicted, _ = Bound(Handle(), lambda: 1.0, remove, lambda: None).evict_excess()  # type: ignore[arg-type]
+    assert evicted
+    grown = sum(
+        os.lstat(tmp_path / name).st_blocks * 512 for name in (".zcache", ".zcache/dropped")
+    )
+    expected = ["confirm_deletes [1]"]
+    assert told == ([f"count_folders {grown}", *expected] if grown else expected)

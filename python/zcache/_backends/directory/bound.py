@@ -97,9 +97,10 @@ class Bound:
         outcome = self._remove([name for _, name in victims], known)
         failed = [cell for cell, error in zip(cells, outcome, strict=True) if error]
         gone = [cell for cell, error in zip(cells, outcome, strict=True) if not error]
-        handle.call_later(ignore, Index.confirm_deletes, gone, failed)
+        # First: the victims count until their deletes are confirmed, and so leave room for the folder of marks.
         if folders := take_folder_bytes():
             handle.call_later(ignore, Index.count_folders, folders)
+        handle.call_later(ignore, Index.confirm_deletes, gone, failed)
         self._after()
         # What cannot be deleted now is tried again by the next fill.
         return bool(gone), bool(gone)
