@@ -2,8 +2,8 @@
 //!
 //! **Who makes a folder counts it, and who removes it counts that**, each once, for the system lets one of all threads and
 //! processes succeed in each. So the one who makes it counts it also where it is gone before it was looked at. By how much a
-//! folder has grown two processes may both count, and one that dies has counted what it removed as still there; so
-//! the sum is never less than what is there, and a rebuild corrects it. The sum may be below 0 for a moment, where
+//! folder has grown two processes may both count, and one that dies has counted what it removed as still there; both
+//! are too much, and a rebuild corrects them. The sum may be below 0 for a moment, where
 //! the removal is told first: what was made and not told yet is covered by a reservation.
 
 use std::io;
