@@ -192,8 +192,9 @@ class CacheStore(Store, KeepsDecoded):
         several names.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
-        zcache evicts before it writes, and writes nothing if that does not help. Default is None: 5 %
-        of the volume, at most 1 GiB. Set it higher where others write to the volume in bursts.
+        zcache evicts before it writes. Where all that is cached would not make room, it is kept, and nothing
+        is added until there is room. Default is None: 5 % of the volume, at most 1 GiB. Set it higher where
+        others write to the volume in bursts.
     max_pending_size : int or str, optional
         Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that wait to be written to the cache
         store; a single larger value is still taken. Default is None: 64 MiB. A reader that finds them

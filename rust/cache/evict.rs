@@ -35,6 +35,22 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(victims)
     }
 
+    /// Whether a volume can win so many bytes and inodes by evictions.
+    pub fn can_free(&self, bytes: u64, inodes: u64) -> Result<bool> {
+        let header = self.arena.header();
+        let (mut held, mut files) = (header.held_bytes(), header.entries);
+        for i in self.arena.list_cells(List::InProgress)? {
+            let cell = self.arena.get(i)?;
+            held = held.saturating_sub(header.cost(cell.size()?));
+            files = files.saturating_sub(1);
+        }
+        if self.arena.storage.has_places() {
+            // A value of a pool has no inode.
+            files = 0;
+        }
+        Ok(bytes <= held && inodes <= files)
+    }
+
     /// Reports the outcome of deletes that no reservation waits for.
     pub fn deletes_done(&mut self, deleted: &[u32], failed: &[u32]) -> Result<()> {
         for &i in deleted {

@@ -80,8 +80,8 @@ pub(super) enum NewFiles {
 pub(super) struct Missing {
     /// Bytes to free.
     pub bytes: u64,
-    /// Whether it runs out of inodes.
-    pub inodes: bool,
+    /// Inodes to free.
+    pub inodes: u64,
 }
 
 /// Where the files of a cache directory are.
@@ -197,12 +197,15 @@ impl CacheDir {
         let min_free = min_free.unwrap_or_else(|| space.min_free());
         let needed = min_free.saturating_add(size);
         let bytes = needed.saturating_sub(space.free);
-        let inodes = space.files.is_some_and(|(free, total)| match files {
-            NewFiles::None => false,
-            NewFiles::Segments => free < FILES_PER_FILL,
-            NewFiles::Values => free < FREE_FILES.min(total / FREE_FILES_PART).max(FILES_PER_FILL),
+        let inodes = space.files.map_or(0, |(free, total)| {
+            let needed = match files {
+                NewFiles::None => 0,
+                NewFiles::Segments => FILES_PER_FILL,
+                NewFiles::Values => FREE_FILES.min(total / FREE_FILES_PART).max(FILES_PER_FILL),
+            };
+            needed.saturating_sub(free)
         });
-        if bytes == 0 && !inodes {
+        if bytes == 0 && inodes == 0 {
             let many_files = space.files.is_none_or(|(free, _)| free > 10 * FREE_FILES);
             if space.free - needed > AMPLE && many_files {
                 self.note_ample_space();

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::thread;
 
 use super::batch::{Answers, Batch, ROUNDS, SINCE_EMPTIED, Waiting, with_place};
-use super::cache_dir::NewFiles;
 use super::commit::SEGMENTS;
 use super::deferred::{Deferred, POISONED, apply, apply_all, step};
 use super::fill::{Ending, Fill};
@@ -73,7 +72,7 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         Ok((found, generation))
     }
 
-    /// Evicts until the volume has space for the values, where that helps.
+    /// Evicts until the volume has space for the values; nothing where all that is cached would not be enough.
     pub(super) fn make_space(&mut self) -> Result<(), StepError> {
         let under_way = || self.progress.iter().zip(self.fills);
         let under_way = || under_way().filter(|(one, _)| one.is_under_way());
@@ -98,15 +97,17 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
             };
             let (victims, generation) = self.with_retries(|index| {
                 step!(index, |cache| {
-                    let mut victims = cache.evict(missing.bytes, now)?;
-                    // A value of a pool has none.
-                    while missing.inodes && files == NewFiles::Values && victims.len() < FEWER_FILES
-                    {
-                        let more = cache.evict(1, now)?;
-                        if more.is_empty() {
-                            break;
+                    let mut victims = Vec::new();
+                    // What others have filled the volume with stays: all that is cached would go for nothing.
+                    if cache.can_free(missing.bytes, missing.inodes)? {
+                        victims = cache.evict(missing.bytes, now)?;
+                        while missing.inodes > 0 && victims.len() < FEWER_FILES {
+                            let more = cache.evict(1, now)?;
+                            if more.is_empty() {
+                                break;
+                            }
+                            victims.extend(more);
                         }
-                        victims.extend(more);
                     }
                     Ok((victims, cache.generation()))
                 })
