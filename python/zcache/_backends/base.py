@@ -124,6 +124,10 @@ class Filler(Protocol):
 
     reads_only: bool
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the cache store takes nothing for want of room: what is not begun is a refusal."""
+
     def submit(self, io: IO, job: FillJob) -> None:
         """Begin a job, or put it behind others; it always ends, and its flight with it.
 

@@ -171,6 +171,12 @@ class IndexHandle:
             before[4] + now[4],
         )
 
+    def count_refusal(self) -> None:
+        """Count a value that the index was not asked to take."""
+        with self.lock:
+            *others, refusals = self._counted_before
+            self._counted_before = (*others, refusals + 1)  # type: ignore[assignment]
+
     def note_policy(self, policy: dict[str, str]) -> None:
         """Have an index that is made or opened later go by this policy."""
         self.change_limits(policy)

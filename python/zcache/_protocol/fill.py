@@ -161,6 +161,8 @@ class FillQueue:
                 # Where reads are left alone as well, this one was counted before.
                 job.backend.counters.count("skipped")
             return False
+        if self.filler.is_full:
+            self._handle.count_refusal()
         if self.filler.reads_only or (job.key, job.byte_range) in self._refused:
             return False
         try:

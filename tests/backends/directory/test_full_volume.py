@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import resource
+import shutil
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,121 @@ async def test_full_volume_at_the_opening_is_read_from(
     store = open_store(where, behind)
     assert await read(store, "a/c/1") == b"new"
     assert await read(store, "a/c/2") is None
+
+
+@pytest.mark.parametrize("lose", ["index", "tmp"])
+@pytest.mark.parametrize("what", ["space", "inodes"])
+async def test_volume_that_was_full_at_the_opening_is_filled_once_it_is_not(
+    small: Path, what: str, lose: str, *, is_pool: bool
+) -> None:
+    where = small / "cache"
+    await warmed(where)
+    await closed(small)
+    shutil.rmtree(where / ".zcache" / lose)
+    fill_up(small, what)
+    behind = source()
+    store = open_store(where, behind)
+    await behind.inner.set("b", buf(b"more"))
+    for _ in range(2):
+        assert await read(store, "b") == b"more"
+        assert await store.drain()
+    assert not store.is_cached("b")
+    assert store.cache_stats()["refusals"] == 2
+    await store.set("a/c/1", buf(b"new"))
+    empty(small)
+    await until_cached(store, "b")
+    assert await read(store, "a/c/1") == b"new"
+    assert await store.drain()
+    if is_pool:
+        assert [info.name for info in CachePool(where).sources()] == ["source"]
+    del store
+    await closed(small)
+    store = open_store(where, behind)
+    behind.take()
+    assert await read(store, "a/c/1") == b"new"
+    assert await read(store, "b") == b"more"
+    assert behind.take() == {}
+
+
+async def test_new_directory_without_inodes_is_filled_once_there_are_some(small: Path) -> None:
+    """There are enough for the stamp, not for the index."""
+    fill_up(small, "inodes")
+    for number in range(8):
+        (small / f"fill-{number}").unlink()
+    store = open_store(small / "cache", source())
+    assert await read(store, "a/c/1") == VALUES["a/c/1"]
+    assert await store.drain()
+    assert not store.is_cached("a/c/1")
+    assert store.cache_stats()["refusals"] == 1
+    empty(small)
+    await until_cached(store, "a/c/1")
+
+
+async def test_child_of_who_has_found_the_volume_full_fills_it_once_it_is_not(small: Path) -> None:
+    where = small / "cache"
+    await warmed(where)
+    await closed(small)
+    shutil.rmtree(where / ".zcache/index")
+    fill_up(small, "space")
+    behind = source()
+    store = open_store(where, behind)
+    await behind.inner.set("b", buf(b"more"))
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            fresh = threading.Thread(target=lambda: asyncio.run(child_fills(small, store)))
+            fresh.start()
+            fresh.join()
+            code = 0 if store.is_cached("b") else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0  # noqa: ASYNC222
+    await until_cached(store, "b")
+
+
+async def child_fills(small: Path, store: CacheStore) -> None:
+    empty(small)
+    await until_cached(store, "b")
+
+
+def empty(volume: Path) -> None:
+    for path in volume.glob("fill-*"):
+        path.unlink()
+
+
+async def until_cached(store: CacheStore, key: str) -> None:
+    async with asyncio.timeout(20):
+        while not store.is_cached(key):
+            await read(store, key)
+            assert await store.drain()
+
+
+@pytest.mark.parametrize("what", ["space", "inodes"])
+async def test_what_is_cached_is_kept_where_all_of_it_would_not_make_room(
+    small: Path, what: str, *, is_pool: bool
+) -> None:
+    behind = source()
+    cache = cache_at(small / "cache")
+    store = CacheStore(behind, cache_store=cache, source_id="source", min_free_space=2**18)
+    kept = list(VALUES)[:4]
+    for key in kept:
+        await read(store, key)
+    assert await store.drain()
+    fill_up(small, what)
+    await read(store, "a/c/7")
+    assert await store.drain()
+    # A value of a pool needs no inode.
+    is_taken = is_pool and what == "inodes"
+    assert store.is_cached("a/c/7") == is_taken
+    counts = store.cache_stats()
+    assert (counts["evictions"], counts["refusals"]) == (0, not is_taken)
+    behind.take()
+    for key in kept:
+        assert await read(store, key) == VALUES[key]
+    assert behind.take() == {}
+    empty(small)
+    await until_cached(store, "a/c/7")
 
 
 # ------------------------------------------------------- descriptors and threads

@@ -69,6 +69,11 @@ class DirectoryFiller:
         self._unlisted: Future[object] | None = None
         self._is_shared = False
 
+    @property
+    def is_full(self) -> bool:
+        # docstring inherited
+        return self.reads_only and not self._layout.is_read_only
+
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""
         layout = self._layout

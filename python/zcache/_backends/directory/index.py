@@ -41,7 +41,7 @@ _TAKES_NOTHING: Final = frozenset(
 )
 """What a file system says that takes nothing, but may be read from."""
 _CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-"""After which of these nothing can be deleted either; from a full volume it can."""
+"""After which of these nothing can be deleted either. From a full volume it can, and it is used again once it is not."""
 _LOOK_AGAIN: Final = 0.005
 """Seconds between two looks whether an index is complete."""
 
@@ -246,8 +246,7 @@ class CacheDirectory(Place):
             except OSError as failure:
                 self.handle.abandon(failure)
                 return
-        if not self.filler.reads_only:
-            self.filler.start(self.handle.index)
+        self.filler.start(self.handle.index)
 
     def _open_alone(self, until: float) -> None:
         layout, handle = self.layout, self.handle
@@ -301,7 +300,7 @@ class CacheDirectory(Place):
             "in memory: other processes have bounds of their own, what it writes is cached when it is read "
             "next, nothing is while others share an index there, and what it knows ends with it.",
             self.root,
-            error,
+            str(error),
         )
         self.handle.index = Index(**self.handle.limits, complete=False)
         self.layout.has_own_index = True
@@ -320,10 +319,12 @@ class CacheDirectory(Place):
             return
         self.layout.is_read_only = error.errno in _CANNOT_DELETE
         logger.warning(
-            "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached. "
+            "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached%s. "
             "The order and the counters are those of this process alone.",
             self.root,
-            error,
+            # As text: some keep log records, and an exception keeps its frames, and with them the directory.
+            str(error),
+            "" if self.layout.is_read_only else ", until that is over",
         )
         self.reading.why = f"{error}. Open it where it can be written to, by a user who may."
         self.reading.open()

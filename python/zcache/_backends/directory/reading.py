@@ -17,6 +17,7 @@ from zcache._runtime.threads import run_in_background
 from zcache.exceptions import CacheUnreachableError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from zcache._backends.directory.filler import DirectoryFiller
@@ -33,7 +34,9 @@ _MOST_CHANGES: Final = 1000
 
 
 class Reading:
-    """Serves what a directory holds, and changes nothing in it, not even where it is missing.
+    """Serves what a directory holds that takes nothing, and adds nothing to it.
+
+    Where it may be written to, only its volume was full: then each look tries first to use it again.
 
     What others add, and what they move, is found by a scan. Each one fills an index of its own, which then takes the
     place of the last one; nothing is lost by that, for such an index evicts nothing.
@@ -51,6 +54,8 @@ class Reading:
     ----------
     why : str
         Why it is only read from, and how to change that, for people.
+    use_again : callable
+        Uses the directory as others do, where that is possible by now; whether it is.
     """
 
     def __init__(self, layout: Layout, handle: IndexHandle, filler: DirectoryFiller) -> None:
@@ -58,6 +63,7 @@ class Reading:
         self._handle = handle
         self._filler = filler
         self.why = ""
+        self.use_again: Callable[[], bool] = _cannot
         # What this process has changed: what is found of it may be older than the change.
         self._changed: set[str] = set()
         self.after_fork()
@@ -81,8 +87,14 @@ class Reading:
         if self._work is not None:
             wait([self._work], REBUILD_PATIENCE)
 
+    def end(self) -> None:
+        """Leave the directory to an index that takes values in."""
+        with self._lock:
+            self._changed.clear()
+            self._filler.reads_only = self._layout.scanner.only_looks = False
+
     def look_again(self) -> None:
-        """Look in the background for what others have added, unless it is too early for that."""
+        """Look in the background for what others have added, and for room, unless it is too early for that."""
         with self._lock:
             is_looking = self._work is not None and not self._work.done()
             if is_looking or time.monotonic() < self._next:
@@ -93,6 +105,9 @@ class Reading:
 
     def look(self) -> None:
         """Serve what is there now."""
+        # Not at the opening, which has just tried that.
+        if self._next and not self._layout.is_read_only and self.use_again():
+            return
         begun = time.monotonic()
         try:
             self._look()
@@ -157,6 +172,10 @@ class Reading:
         return CacheUnreachableError(
             f"the cache {self._layout.root} is only read from, so {what}: {self.why}"
         )
+
+
+def _cannot() -> bool:
+    return False
 
 
 def _drop(index: Index, prefix: str) -> None:

@@ -50,12 +50,14 @@ class Recovery:
     rebuild : Rebuild
         Fills an empty index.
     reading : Reading
-        Serves a directory that is only read from; then all there is to do is to look again.
+        Serves a directory that is only read from, and tries itself to use it again.
 
     Attributes
     ----------
     on_reclaimed : callable
         Called when participants that have died were found.
+    on_restored : callable
+        Called when the directory is used again.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Recovery:
         self._reading = reading
         self._last_reclaim = self._last_try = 0.0
         self.on_reclaimed: Callable[[], object] = _nothing
-        # The handle must not keep alive what keeps it alive.
+        self.on_restored: Callable[[], object] = _nothing
+        # These must not keep alive what keeps them alive.
         this = weakref.ref(self)
+        reading.use_again = lambda: _use_again(this())
         handle.recover = lambda error: _recover(this(), error)
 
     def start_over(self, why: str) -> None:
@@ -134,7 +138,11 @@ class Recovery:
         """Use the directory again, if that is possible."""
         if self._filler.reads_only:
             self._reading.look()
-            return
+        else:
+            self.use_again()
+
+    def use_again(self) -> bool:
+        """Claim the directory and join its index; whether that is possible."""
         layout, handle = self._layout, self._handle
         lost = handle.lost
         try:
@@ -153,14 +161,17 @@ class Recovery:
         except (OSError, RuntimeError, ValueError) as error:
             layout.note_owner(error)
             logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)
-            return
+            return False
         layout.is_others = False
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
+        self._reading.end()
         handle.apply_limits()
         if is_new:
             self._rebuild.begin_watched("it was not used for a while")
+        self.on_restored()
+        return True
 
     def reclaim_dead(self) -> None:
         """Take over from processes that have died, at most once in `RECLAIM_EVERY` seconds."""
@@ -209,3 +220,7 @@ def _recover(recovery: Recovery | None, error: Exception) -> None:
 def _come_back(recovery: Recovery | None) -> None:
     if recovery is not None:
         recovery.come_back_now()
+
+
+def _use_again(recovery: Recovery | None) -> bool:
+    return recovery is not None and recovery.use_again()

@@ -133,6 +133,10 @@ class SourceHandle:
         """Counters of the pool."""
         return self._pool.stats()
 
+    def count_refusal(self) -> None:
+        """Count a value that the index was not asked to take."""
+        self._pool.count_refusal()
+
     def note_policy(self, policy: dict[str, str]) -> None:
         """Have the pool go by this policy."""
         self._keeper.note_policy(policy)

@@ -322,9 +322,11 @@ class DirectoryPool(Pool):
             mode=store.options.mode,
         )
         self.handle = self.directory.handle
+        this = weakref.ref(self)
+        self.directory.recovery.on_restored = lambda: _note_names(this())
         if not self.directory.filler.reads_only:
             with contextlib.suppress(NoThreadError):
-                run_in_background(partial(_forget_ended, weakref.ref(self)))
+                run_in_background(partial(_forget_ended, this))
 
     def read(self, name: str, key: str, size: int) -> Any:
         view = self.handle.index.within(label_of(name), True)
@@ -381,6 +383,13 @@ class DirectoryPool(Pool):
 def _apply_limits(pool: Callable[[], Pool | None]) -> None:
     if (found := pool()) is not None:
         found.apply_limits()
+
+
+def _note_names(pool: DirectoryPool | None) -> None:
+    """Note the sources that were opened while nothing could be, and those of which the note was lost."""
+    if pool is not None:
+        for note in list(pool.names.values()):
+            pool.directory.register.add(note)
 
 
 def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:

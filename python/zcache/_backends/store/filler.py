@@ -43,7 +43,7 @@ class StoreFiller:
     """
 
     def __init__(self) -> None:
-        self.reads_only = False
+        self.reads_only = self.is_full = False
         self._waiting: deque[FillJob] = deque()
         self._ended: deque[Ended] = deque()
         self.completed = 0
