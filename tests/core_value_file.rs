@@ -167,7 +167,7 @@ fn write_value_folder_that_others_remove_meanwhile_is_counted() {
             folders::take_folders()
         });
         for _ in 0..WRITES {
-            // It may give up: the folder goes again each time.
+            // It may stop short: the folder goes again each time.
             let _ = write(&place, "a/b/c", b"");
         }
         is_done.store(true, Ordering::Relaxed);

@@ -40,7 +40,7 @@ class Place:
         backend : Backend
             Of the same.
         until : float
-            Time of the monotonic clock, in seconds, at which it gives up.
+            Time of the monotonic clock, in seconds, until which it waits.
 
         Returns
         -------
