@@ -133,4 +133,8 @@ def parse_options(whole: Callable[[], int], **given: Any) -> dict[str, Any]:
     parsers = dict(_PARSERS)
     for names, size in ((_OF_CACHE_STORE, whole), (_OF_MEMORY, memory)):
         parsers |= {name: partial(parse_size, name=name, whole=size) for name in names}
-    return {name: parsers[name](value) for name, value in given.items()}
+    parsed = {}
+    # No comprehension: in Python 3.11 its frame keeps what it refers to, also once an error is cleared.
+    for name, value in given.items():
+        parsed[name] = parsers[name](value)
+    return parsed
