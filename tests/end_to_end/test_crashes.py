@@ -50,8 +50,15 @@ def test_pool_process_killed_at_each_system_call_of_fills_together_stays_right(
 ) -> None:
     if (why := tracing.why_not()) is not None:
         pytest.skip(why)
-    deaths = play("together", tmp_path, pool=True)["deaths"]
-    assert deaths.keys() >= POOL_FILL
+    met: set[str] = set()
+    # The calls of two threads come in another order each time, so one of them may be missed.
+    for again in range(4):
+        place = tmp_path / str(again)
+        place.mkdir()
+        met |= play("together", place, pool=True)["deaths"].keys()
+        if met >= POOL_FILL:
+            break
+    assert met >= POOL_FILL
 
 
 @pytest.mark.slow
