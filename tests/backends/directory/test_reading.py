@@ -217,9 +217,10 @@ def test_child_that_is_forked_while_the_cache_is_not_used_waits_for_nothing(
 
     async def use() -> None:
         await check_values(store)
-        # Who finds the lock of the index taken raises this.
-        assert store.cache_info()["cached_keys"] in (0, len(VALUES))
+        # Who finds the lock of the index taken raises this. A look may be on its way.
+        assert store.cache_info()["cached_keys"] in range(len(VALUES) + 1)
         place_of(store).recovery.come_back_now()
+        await until(lambda: is_complete_now(store))
         assert await is_served(store)
 
     in_child(use)
