@@ -306,6 +306,21 @@ class Backend(ABC):
             cells = [cell for cell, _ in victims]
             self.shared.handle.call_later(_ignore, _confirm_failed, cells)
 
+    def sort(
+        self, victims: Sequence[Victim], outcome: Sequence[BaseException | None]
+    ) -> tuple[list[int], list[int]]:
+        """Cells of those that are gone, and of those that may not be; the circuit breaker hears how it went."""
+        dropped, failed = [], []
+        for (cell, _), error in zip(victims, outcome, strict=True):
+            if error is None:
+                dropped.append(cell)
+            else:
+                failed.append(cell)
+                self.breaker.failed(error, "delete")
+        if not failed:
+            self.breaker.succeeded("delete")
+        return dropped, failed
+
     def tell_later(self, prefix: str) -> None:  # noqa: B027 - nothing to do by default
         """Tell others in the background that a change below a prefix has ended, where `tells_by_name`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zcache._protocol.single_flight import Flight, Led
+from zcache._protocol.single_flight import Flight, HasLeader
 
 if TYPE_CHECKING:
     import asyncio
@@ -138,7 +138,7 @@ class Decoding(Flight):
             self._wake_all()
 
 
-class Decodings(Led):
+class Decodings(HasLeader):
     """Chunks of one size that one reader decodes.
 
     A chunk has a `Decoding` once it is to be kept, or another reader waits for it. Most have none while nothing is read

@@ -141,7 +141,7 @@ class ShardPart(Part):
         return view if view.shape == shape else None
 
     def look_up(self, hits: list[Kept], *, is_missed: bool) -> bool:
-        """Copy out what is kept, unless nothing is, which is pinned in `hits` then; whether that is all."""
+        """Copy out what is kept, which is pinned in `hits` then; whether that is all. With `is_missed` nothing is."""
         output = self.output
         cache = output.cache
         key = self.item[0].path
@@ -150,8 +150,8 @@ class ShardPart(Part):
         names = self._names(stem, coords)
         found = []
         keys = [key] * len(names)
-        kept_of = () if is_missed else cache.get_all(names, keys, output.mark, output.now)
-        for n, kept in kept_of:
+        hit = () if is_missed else cache.get_all(names, keys, output.mark, output.now)
+        for n, kept in hit:
             hits.append(kept)
             found.append(n)
             self.place(coords[n], kept.array)

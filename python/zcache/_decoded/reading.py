@@ -93,7 +93,7 @@ class Reading:
     async def run(
         self, batch: Sequence[Any], layouts: Sequence[Layout], out: Any, *, is_missed: bool = False
     ) -> Any:
-        """Read a batch, of which nothing may be kept, and say which chunks were there."""
+        """Read a batch, and say which chunks were there; with `is_missed` the cache was asked, and has none of it."""
         try:
             self._look_up(batch, layouts, is_missed=is_missed)
             if self._shards or self._chunks:
@@ -154,8 +154,8 @@ class Reading:
         prefix = f"{layout.number}/"
         names = [prefix + key for key in keys]
         found = set()
-        kept_of = () if is_missed else self.cache.get_all(names, keys, output.mark, output.now)
-        for at, kept in kept_of:
+        hit = () if is_missed else self.cache.get_all(names, keys, output.mark, output.now)
+        for at, kept in hit:
             hits.append(kept)
             found.add(at)
             _, _, selection, place, _ = batch[numbers[at]]

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def is_complete(index: Index) -> bool:
+    """A step: whether the index knows all that is cached."""
+    return index.is_complete
+
+
 class Watcher(Protocol):
     """Who calls an index directly."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, IndexBusyError, crc32c
+from zcache._index.calls import is_complete
 from zcache._index.handle import RETRYABLE, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
@@ -318,8 +319,8 @@ class Hits:
                 return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
-        is_known = await self._discard(io, key, byte_range, name, total, max_age)
-        if is_known and is_damaged and self.backend.hears_of_evictions:
+        was_there = await self._discard(io, key, byte_range, name, total, max_age)
+        if was_there and is_damaged and self.backend.hears_of_evictions:
             self.counters.count("damaged")
         return None
 
@@ -375,13 +376,13 @@ class Hits:
     async def wait_until_complete(self, io: IO) -> bool:
         """Wait until the index knows all that is cached, a minute at most; False where it does already."""
         with contextlib.suppress(IndexLockTimeout):
-            if await self.handle.call(io, _is_complete):
+            if await self.handle.call(io, is_complete):
                 return False
         self.backend.begin(io)
         until = time.monotonic() + COMPLETE_TIMEOUT
         while time.monotonic() < until:
             with contextlib.suppress(IndexLockTimeout):
-                if await self.handle.call(io, _is_complete):
+                if await self.handle.call(io, is_complete):
                     break
             await io.pause(COMPLETE_PAUSE)
         return True
@@ -428,10 +429,6 @@ class Hits:
 
 def _say_busy(*_: Any) -> Any:
     raise IndexBusyError("the index is being opened")
-
-
-def _is_complete(index: Index) -> bool:
-    return index.is_complete
 
 
 def _least(seconds: float, age: float | None) -> float:

@@ -32,8 +32,8 @@ Waiter: TypeAlias = "threading.Event | asyncio.Future[None]"
 LoopReference: TypeAlias = "weakref.ref[asyncio.AbstractEventLoop]"
 
 
-class Led:
-    """What a leader is to end, perhaps in an event loop."""
+class HasLeader:
+    """Something that a leader has begun and is to end, perhaps in an event loop."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ class Led:
         return self._loop is not None and ((loop := self._loop()) is None or loop.is_closed())
 
 
-class Flight(Led):
+class Flight(HasLeader):
     """One source read, its leader, and those who wait for it.
 
     It ends once, in one of three ways: delivered (bytes, or None for a missing key), failed (the

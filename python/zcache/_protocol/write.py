@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.base import FillJob
 from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved
 from zcache._core import Index, is_cacheable_key
+from zcache._index.calls import is_complete
 from zcache._index.handle import ignore
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import to_cpu_buffer
@@ -172,10 +173,10 @@ class Writer:
         if not self.handle.usable:
             return
         try:
-            is_complete = await self.handle.call(io, _is_complete)
+            knows_all = await self.handle.call(io, is_complete)
         except IndexLockTimeout:
-            is_complete = False
-        if not is_complete:
+            knows_all = False
+        if not knows_all:
             await self.backend.remove_unlisted(io, prefix)
 
     async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -352,7 +353,3 @@ def _has_nothing_cached(prefix: str) -> bool:
     return is_reserved(prefix) or any(
         part != RESERVED and not is_cacheable_key(part) for part in parts
     )
-
-
-def _is_complete(index: Index) -> bool:
-    return index.is_complete

@@ -15,8 +15,8 @@ class Registry(Generic[T]):
     """A set of objects that it does not keep alive; they are the same if they are one object.
 
     Any thread may add to it while others go through it, which a `weakref.WeakSet` does not allow. It has no lock: each
-    step is one of a dict, which neither a thread nor a fork sees half done. While a lock was held, the garbage collector
-    could end objects that wait for locks of their own.
+    step is one of a dict, which neither a thread nor a fork sees half done. Inside a lock the garbage collector could end
+    objects that wait for locks of their own.
 
     Parameters
     ----------

@@ -125,7 +125,7 @@ class DirectoryBackend(Backend):
             # Its caller was cancelled, and it goes on.
             self.counters.count("owed")
             raise
-        dropped, failed = self._sort(victims, outcome)
+        dropped, failed = self.sort(victims, outcome)
         if failed:
             names = _names(victims, failed)
             with contextlib.suppress(TimeoutError, NoThreadError):
@@ -156,7 +156,7 @@ class DirectoryBackend(Backend):
 
     def check_drops(self) -> None:
         if self._directory.layout.is_read_only:
-            raise self._directory.reading.refusal("nothing in it can be dropped")
+            raise self._directory.private_index.refusal("nothing in it can be dropped")
 
     def tell_later(self, prefix: str) -> None:
         if not self.tells_by_name or self._leaves_alone():
@@ -205,7 +205,7 @@ class DirectoryBackend(Backend):
         except (TimeoutError, OSError) as error:
             if begins:
                 # The index has dropped what stays.
-                self._directory.reading.look_anew()
+                self._directory.private_index.look_anew()
             self._could_not_tell(error, begins=begins)
         self._directory.note_change(prefix)
 
@@ -308,25 +308,11 @@ class DirectoryBackend(Backend):
         if isinstance(outcome, BaseException):
             self.remove_later(victims)
             return
-        dropped, failed = self._sort(victims, outcome)
+        dropped, failed = self.sort(victims, outcome)
         if failed:
             self._directory.scanner.add_tombstones(_names(victims, failed))
         then = self._directory.note_deletes
         self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
-
-    def _sort(
-        self, victims: Sequence[Victim], outcome: Sequence[OSError | None]
-    ) -> tuple[list[int], list[int]]:
-        dropped, failed = [], []
-        for (cell, _), error in zip(victims, outcome, strict=True):
-            if error is None:
-                dropped.append(cell)
-            else:
-                failed.append(cell)
-                self.breaker.failed(error, "delete")
-        if not failed:
-            self.breaker.succeeded("delete")
-        return dropped, failed
 
     async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool | None = None) -> None:
         if begins is not None:

@@ -16,11 +16,12 @@ from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._backends.directory.layout import Layout
-from zcache._backends.directory.reading import Reading
+from zcache._backends.directory.private_index import PrivateIndex
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
 from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims, take_folder_bytes
+from zcache._index.calls import is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.place import Place
 from zcache._runtime.fork import at_fork
@@ -74,7 +75,7 @@ class CacheDirectory(Place):
         What is kept beside the values.
     scanner : Scanner
         Finds the values, whether or not the index knows them.
-    reading : Reading
+    private_index : PrivateIndex
         Serves it where it is only read from.
     recovery : Recovery
         Brings the index back into use.
@@ -155,8 +156,10 @@ class CacheDirectory(Place):
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
         self.filler = self._make_filler(clock)
         self._rebuild = Rebuild(self.layout, self.handle)
-        self.reading = Reading(self.layout, self.handle, self.filler)
-        self.recovery = Recovery(self.layout, self.handle, self.filler, self._rebuild, self.reading)
+        self.private_index = PrivateIndex(self.layout, self.handle, self.filler)
+        self.recovery = Recovery(
+            self.layout, self.handle, self.filler, self._rebuild, self.private_index
+        )
         this = weakref.ref(self)
         self._bound = Bound(
             self.handle,
@@ -182,7 +185,7 @@ class CacheDirectory(Place):
 
     def note_change(self, prefix: str) -> None:
         """Note that this process changes the source at and below a prefix."""
-        self.reading.note_change(prefix)
+        self.private_index.note_change(prefix)
 
     def after_evictions(self) -> None:
         """Do what is due after evictions, in a thread that may wait."""
@@ -269,7 +272,7 @@ class CacheDirectory(Place):
         elif layout.stamp.has_adopted and not is_new:
             # It lists nothing of what was signed just now.
             handle.mark_corrupt()
-            while not handle.call_opened(_is_complete) and time.monotonic() < until:
+            while not handle.call_opened(is_complete) and time.monotonic() < until:
                 time.sleep(_LOOK_AGAIN)
         layout.stamp.has_adopted = False
 
@@ -326,12 +329,12 @@ class CacheDirectory(Place):
             str(error),
             "" if self.layout.is_read_only else ", until that is over",
         )
-        self.reading.why = f"{error}. Open it where it can be written to, by a user who may."
-        self.reading.open()
+        self.private_index.why = f"{error}. Open it where it can be written to, by a user who may."
+        self.private_index.open()
 
     def _read_as_asked(self) -> None:
         """Serve what a directory holds that was given as read-only, and what others put there later."""
-        self.reading.why = "it was opened with read_only=True. Open it without that, as a user who may write to it."
+        self.private_index.why = "it was opened with read_only=True. Open it without that, as a user who may write to it."
         # What is no cache, or one of another kind, is refused.
         if Stamp.source_of(self.root, self.layout.form) is None:
             logger.warning(
@@ -339,7 +342,7 @@ class CacheDirectory(Place):
                 "read, until others have filled it.",
                 self.root,
             )
-        self.reading.open()
+        self.private_index.open()
 
     # ---------------------------------------------------------------- forks
 
@@ -355,7 +358,7 @@ class CacheDirectory(Place):
         self.release_locks()
         handle.lost = None
         self.filler.abandon()
-        self.reading.after_fork()
+        self.private_index.after_fork()
         handle.after_fork(self._open_first if handle.usable else None)
         if not handle.usable:
             # That of the parent takes no step here: each would be waited for.
@@ -363,7 +366,7 @@ class CacheDirectory(Place):
 
     def _open_first(self, patience: float) -> None:
         if self.filler.reads_only:
-            self.reading.open()
+            self.private_index.open()
             return
         try:
             self._open(time.monotonic() + patience)
@@ -410,10 +413,6 @@ def _remove_unlisted(directory: CacheDirectory | None) -> None:
 def _became_idle(directory: CacheDirectory | None) -> None:
     if directory is not None:
         directory.on_idle()
-
-
-def _is_complete(index: Index) -> bool:
-    return index.is_complete
 
 
 def _is_alone(index: Index) -> bool:

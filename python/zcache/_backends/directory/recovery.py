@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.directory.filler import DirectoryFiller
     from zcache._backends.directory.layout import Layout
-    from zcache._backends.directory.reading import Reading
+    from zcache._backends.directory.private_index import PrivateIndex
     from zcache._backends.directory.rebuild import Rebuild
     from zcache._index.handle import IndexHandle
 
@@ -49,7 +49,7 @@ class Recovery:
         Carries out fills.
     rebuild : Rebuild
         Fills an empty index.
-    reading : Reading
+    private_index : PrivateIndex
         Serves a directory that is only read from, and tries itself to use it again.
 
     Attributes
@@ -66,19 +66,19 @@ class Recovery:
         handle: IndexHandle,
         filler: DirectoryFiller,
         rebuild: Rebuild,
-        reading: Reading,
+        private_index: PrivateIndex,
     ) -> None:
         self._layout = layout
         self._handle = handle
         self._filler = filler
         self._rebuild = rebuild
-        self._reading = reading
+        self._private_index = private_index
         self._last_reclaim = self._last_try = 0.0
         self.on_reclaimed: Callable[[], object] = _nothing
         self.on_restored: Callable[[], object] = _nothing
         # These must not keep alive what keeps them alive.
         this = weakref.ref(self)
-        reading.use_again = lambda: _use_again(this())
+        private_index.use_again = lambda: _use_again(this())
         handle.recover = lambda error: _recover(this(), error)
 
     def start_over(self, why: str) -> None:
@@ -123,7 +123,7 @@ class Recovery:
     def come_back(self) -> None:
         """Try in the background to use the directory again, at most once in `RECLAIM_EVERY` seconds."""
         if self._filler.reads_only:
-            self._reading.look_again()
+            self._private_index.look_again()
             return
         now = time.monotonic()
         unused = self._handle.usable or self._layout.source is None
@@ -137,7 +137,7 @@ class Recovery:
     def come_back_now(self) -> None:
         """Use the directory again, if that is possible."""
         if self._filler.reads_only:
-            self._reading.look()
+            self._private_index.look()
         else:
             self.use_again()
 
@@ -166,7 +166,7 @@ class Recovery:
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
-        self._reading.end()
+        self._private_index.end()
         handle.apply_limits()
         if is_new:
             self._rebuild.begin_watched("it was not used for a while")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from functools import partial
 from typing import Final
 
@@ -28,7 +27,6 @@ class SpaceLog:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._lock = threading.Lock()
         self._has_said = False
 
     def filled(self) -> None:
@@ -37,10 +35,10 @@ class SpaceLog:
 
     def rejected(self, min_free_space: int | None) -> None:
         """Note that one was not, so that so many bytes stay free; None for the default."""
-        with self._lock:
-            if self._has_said:
-                return
-            self._has_said = True
+        # No lock, which a forked child might inherit: two threads at once may both say it.
+        if self._has_said:
+            return
+        self._has_said = True
         # A reader takes note of what has ended; it does not wait for the volume.
         with contextlib.suppress(RuntimeError):
             run_in_background(partial(self._say, min_free_space))

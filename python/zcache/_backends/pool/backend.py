@@ -13,6 +13,7 @@ from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.reader import PagesInMemory
 from zcache._core import VALUE_HEADER, CorruptIndexError, Index, IndexBusyError
+from zcache._index.calls import is_complete
 from zcache._runtime.buffers import to_buffer
 from zcache.exceptions import IndexLockTimeout
 
@@ -91,10 +92,10 @@ class PoolBackend(DirectoryBackend):
             return
         # An index that is complete knows of all values: there is no need to read all headers.
         await self._remove_in_progress(io, prefix)
-        is_complete = False
+        knows_all = False
         with contextlib.suppress(IndexLockTimeout):
-            is_complete = await self.shared.handle.call(io, _is_complete)
-        if not is_complete:
+            knows_all = await self.shared.handle.call(io, is_complete)
+        if not knows_all:
             await super().remove_unlisted(io, prefix)
 
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
@@ -110,10 +111,6 @@ class PoolBackend(DirectoryBackend):
 
     async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
         return None
-
-
-def _is_complete(index: Index) -> bool:
-    return index.is_complete
 
 
 class MemoryPoolBackend(MemoryBackend):

@@ -19,6 +19,7 @@ from zcache._backends.pool.register import label_of, note_of
 from zcache._backends.pool.source import PoolSource
 from zcache._backends.store.bound import evict_from
 from zcache._core import Index, SegmentReader, crc32c
+from zcache._index.calls import is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
@@ -357,14 +358,14 @@ class DirectoryPool(Pool):
     def forget(self, name: str) -> None:
         directory = self.directory
         if directory.filler.reads_only:
-            raise directory.reading.refusal("nothing in it can be forgotten")
+            raise directory.private_index.refusal("nothing in it can be forgotten")
         self.forget_values(name)
         directory.register.forget(name)
 
     def forget_values(self, name: str) -> None:
         """Delete all values of a source, and what is known of it, but for its name."""
         super().forget(name)
-        if not self.handle.call_blocking(_is_complete):
+        if not self.handle.call_blocking(is_complete):
             # A rebuild may have found them before.
             self.directory.layout.scanner.remove_below(label_of(name))
         self.directory.remove_empty_segments()
@@ -410,10 +411,6 @@ def _forget_ended(pool: Callable[[], DirectoryPool | None]) -> None:
         # What is left is about one file: the directory is free with its last store.
         del found
         register.drop(gone)
-
-
-def _is_complete(index: Index) -> bool:
-    return index.is_complete
 
 
 def _is_alone_and_complete(index: Index) -> bool:

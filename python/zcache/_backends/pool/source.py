@@ -99,9 +99,9 @@ class PoolSource(Place):
         self.min_free_space = size
 
     @property
-    def reading(self) -> Any:
+    def private_index(self) -> Any:
         """Serves it where it is only read from."""
-        return self._directory.reading
+        return self._directory.private_index
 
     def note_change(self, prefix: str) -> None:
         """Note that this process changes the source at and below a prefix."""

@@ -195,19 +195,6 @@ class StoreBackend(Backend):
         dropped, failed = self.sort(victims, outcome)
         self.shared.handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
 
-    def sort(self, victims: Sequence[Victim], outcome: Outcome) -> tuple[list[int], list[int]]:
-        """Cells of those that are gone, and of those that may not be."""
-        dropped, failed = [], []
-        for (cell, _), error in zip(victims, outcome, strict=True):
-            if error is None:
-                dropped.append(cell)
-            else:
-                failed.append(cell)
-                self.breaker.failed(error, "delete")
-        if not failed:
-            self.breaker.succeeded("delete")
-        return dropped, failed
-
     async def add_tombstones(self, io: IO, names: Sequence[str]) -> None:
         """Leave tombstones for values that are not valid any more but could not be deleted."""
         for name in names if self.outlives_process else ():

@@ -13,7 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 from mounts import mounted_read_only
 from support import buf, drained, listed, read, until
 from zcache import CachePool, CacheStore, CacheUnreachableError
-from zcache._backends.directory import reading
+from zcache._backends.directory import private_index
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ async def test_read_your_writes_whatever_others_fill_meanwhile(
         place_of(store).recovery.come_back_now()
     assert await is_served(store)
     # Each is remembered, so there is an end.
-    monkeypatch.setattr(reading, "_MOST_CHANGES", 0)
+    monkeypatch.setattr(private_index, "_MOST_CHANGES", 0)
     await writer.set("a/c/1", buf(b"elsewhere"))
     await drained(writer)
     place_of(store).recovery.come_back_now()

@@ -33,7 +33,7 @@ _MOST_CHANGES: Final = 1000
 """Changes of the source by this process after which it looks no more, for each of them has to be remembered."""
 
 
-class Reading:
+class PrivateIndex:
     """Serves what a directory holds that takes nothing, and adds nothing to it.
 
     Where it may be written to, only its volume was full: then each look tries first to use it again.
@@ -184,6 +184,6 @@ def _drop(index: Index, prefix: str) -> None:
         index.confirm_deletes([cell for cell, _ in victims], [])
 
 
-def _look(reading: Reading | None) -> None:
-    if reading is not None:
-        reading.look()
+def _look(private_index: PrivateIndex | None) -> None:
+    if private_index is not None:
+        private_index.look()
