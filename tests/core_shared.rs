@@ -275,6 +275,25 @@ fn a_directory_that_was_moved_is_not_believed() {
 }
 
 #[test]
+fn a_directory_that_was_moved_goes_on_in_its_new_place() {
+    let dir = Dir::new("left");
+    let elsewhere = Dir::new("goes-on");
+    let mut one = dir.open();
+    granted(&mut one, "a", 10);
+    fs::remove_dir(&elsewhere.0).unwrap();
+    fs::rename(&dir.0, &elsewhere.0).unwrap();
+    let mut other = elsewhere.open();
+    let ticket = join(&mut other, "b");
+    // It finds that out in the middle of a step.
+    is_damaged(one.step(sleep, |cache| cache.begin_write("a")));
+    drop(one);
+    let answer = other.step(sleep, |cache| {
+        cache.reserve("b", ByteRange::Full, 1, ticket, 1)
+    });
+    assert!(matches!(answer.unwrap(), Reserve::Granted(_)));
+}
+
+#[test]
 fn who_has_no_index_ends_the_fills_of_others() {
     let dir = Dir::new("mark");
     let mut one = dir.open();

@@ -320,6 +320,16 @@ impl Mapped {
         Ok(())
     }
 
+    /// The same within a step, before it changes anything. Where others find other files, these are left as they are:
+    /// a directory that was moved is in use in its new place.
+    pub(super) fn require_place_or_leave(&mut self) -> Result<()> {
+        let found = self.require_place();
+        if found.is_err() && !self.has_faulted() {
+            self.set_whole();
+        }
+        found
+    }
+
     /// Notes that the files are in use: a purge by age takes what has not changed for long.
     pub(super) fn keep_young(&mut self) -> io::Result<()> {
         let now = SystemTime::now();
@@ -473,12 +483,17 @@ impl Mapped {
         if has_faulted || matches!(outcome, Err(Error::Corrupt(_))) {
             self.set_damaged(true);
         } else if outcome.is_ok() {
-            let check = self.checksum();
-            let header = self.file_header_mut();
-            header.check = check;
-            header.dirty = 0;
+            self.set_whole();
         }
         self.word.release()
+    }
+
+    /// Takes back the dirty mark: who dies from now on leaves a sound index.
+    fn set_whole(&mut self) {
+        let check = self.checksum();
+        let header = self.file_header_mut();
+        header.check = check;
+        header.dirty = 0;
     }
 
     /// Whether the index, or one before it, was damaged, and what it may have missed is in the pool still. In a directory of

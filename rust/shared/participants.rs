@@ -137,7 +137,7 @@ impl Peers for Mapped {
         load_u64(&self.file_header().generation) == self.generation
     }
     fn check_place(&mut self) -> Result<()> {
-        self.require_place()
+        self.require_place_or_leave()
     }
     fn owns_rebuild(&self) -> bool {
         self.rebuild_owner() == Some(self.own_slot)

@@ -167,7 +167,9 @@ async def test_pool_stays_the_same_when_its_link_leads_elsewhere(tmp_path: Path)
     await check_one(other, CachePool(tmp_path / "two"))
 
 
-async def test_pool_that_was_renamed_is_warm_in_its_new_place(tmp_path: Path) -> None:
+async def test_pool_that_was_renamed_is_warm_in_its_new_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A process that has it open goes on in its old place, with another pool that is empty at first."""
     pool = pool_with_neighbours(tmp_path / "pool")
     store = neighbour(pool, NEIGHBOURS[0])
@@ -187,6 +189,8 @@ async def test_pool_that_was_renamed_is_warm_in_its_new_place(tmp_path: Path) ->
     await check_quiet(store)
     await check_one(CachePool(tmp_path / "pool"), pool)
     await check_one(CachePool(tmp_path / "renamed"), again)
+    # Who leaves it is no reason to doubt its index.
+    assert not [record for record in caplog.messages if "was rebuilt" in record]
 
 
 # ---------------------------------------------------------------------------- bytes and blocks
