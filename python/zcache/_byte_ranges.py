@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
+from zcache.exceptions import OptionTypeError
+
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
 
@@ -16,6 +18,15 @@ ByteRange: TypeAlias = tuple[int, int, int]
 """A byte request for the index: kind (1 range, 2 offset, 3 suffix) and its numbers."""
 
 _LIMIT = 2**63
+_REQUESTS = (RangeByteRequest, OffsetByteRequest, SuffixByteRequest)
+
+
+def check_byte_range(request: object) -> None:
+    if request is not None and not isinstance(request, _REQUESTS):
+        raise OptionTypeError(
+            f"invalid byte_range: {request!r}. Give one of zarr.abc.store, such as RangeByteRequest(0, 100), or None "
+            "for the full value."
+        )
 
 
 def to_byte_range(request: ByteRequest | None) -> ByteRange | None:

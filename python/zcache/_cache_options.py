@@ -79,40 +79,44 @@ class CacheOptions:
         return None if longest is None else longest + self.stale_if_error
 
 
-def _age(name: str) -> Callable[[object], Age]:
-    return partial(parse_age, name=name)
+def _age(name: str, none: str) -> Callable[[object], Age]:
+    return partial(parse_age, name=name, none=none)
 
 
-def _flag(name: str) -> Callable[[object], object]:
+def _flag(name: str, none: str = "") -> Callable[[object], object]:
     def parse(value: object) -> object:
-        check_flag(name, value)
+        check_flag(name, value, none)
         return value
 
     return parse
 
 
-def _or_none(parse: Callable[[object], object]) -> Callable[[object], object]:
-    return lambda value: None if value is None else parse(value)
+def _or_none(
+    parse: Callable[[object], object], default: object = None
+) -> Callable[[object], object]:
+    return lambda value: default if value is None else parse(value)
 
 
 _PARSERS: Final[dict[str, Callable[[object], object]]] = {
     "max_age_seconds": parse_ages,
-    "metadata_max_age_seconds": _or_none(_age("metadata_max_age_seconds")),
+    "metadata_max_age_seconds": _or_none(_age("metadata_max_age_seconds", "max_age_seconds")),
     "stale_if_error": partial(parse_seconds, name="stale_if_error"),
     "offline": parse_offline,
-    "missing_max_age_seconds": _age("missing_max_age_seconds"),
+    "missing_max_age_seconds": _or_none(
+        _age("missing_max_age_seconds", "the default"), MISSING_MAX_AGE
+    ),
     "revalidate": check_revalidate,
     "verify": check_verify,
     "eviction": _or_none(check_eviction),
     "minimise": _or_none(check_minimise),
     "source_id": check_source_id,
     "clock": check_clock,
-    "read_only": _or_none(_flag("read_only")),
+    "read_only": _or_none(_flag("read_only", "the mode of the source")),
     **{name: _flag(name) for name in ("adopt", "cache_missing", "cache_set_data", "sampling")},
 }
-_OF_CACHE_STORE: Final = ("max_size", "min_free_space")
-_OF_MEMORY: Final = ("max_pending_size", "decoded_size")
-"""Sizes of which shares are of the cache store, and of memory."""
+_OF_CACHE_STORE: Final = {"max_size": "no bound", "min_free_space": "the default"}
+_OF_MEMORY: Final = {"max_pending_size": "the default", "decoded_size": "no decoded chunks"}
+"""Sizes of which shares are of the cache store, and of memory; and what None means."""
 
 
 def parse_options(whole: Callable[[], int], **given: Any) -> dict[str, Any]:
@@ -131,8 +135,9 @@ def parse_options(whole: Callable[[], int], **given: Any) -> dict[str, Any]:
         If one is of the wrong type, or has no meaning.
     """
     parsers = dict(_PARSERS)
-    for names, size in ((_OF_CACHE_STORE, whole), (_OF_MEMORY, memory)):
-        parsers |= {name: partial(parse_size, name=name, whole=size) for name in names}
+    for sizes, of in ((_OF_CACHE_STORE, whole), (_OF_MEMORY, memory)):
+        for name, none in sizes.items():
+            parsers[name] = partial(parse_size, name=name, whole=of, none=none)
     parsed = {}
     # No comprehension: in Python 3.11 its frame keeps what it refers to, also once an error is cleared.
     for name, value in given.items():

@@ -71,7 +71,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     ----------
     url : str, PathLike or Store
         The source, as zarr can open it: a URL (``s3://``, ``gs://``, ``az://``, ``https://``, ``memory://``, a chain such as
-        ``simplecache::s3://``), a directory or a zip file on a local disk, with or without ``file://``; or a store. A URL is read by
+        ``simplecache::s3://``), a directory or a zip file on a local disk, with or without ``file://``; or a store, a `StorePath` of
+        one without a path, or a mapping of ``fsspec.get_mapper``. A URL is read by
         fsspec's client where that is installed, and else by obstore. The source can be written to as well, but for a zip
         file; see `read_only` of `CacheStore`.
     cache : str, PathLike, CachePool or "memory", optional
@@ -138,7 +139,9 @@ def _open(
     place = _place(cache)
     # Before anything is made there.
     parse_options(place.capacity, **options)
-    size = parse_size(max_size, whole=place.capacity)
+    size = parse_size(
+        max_size, whole=place.capacity, none=f"the bound that the pool has, else {DEFAULT_SHARE}"
+    )
     may_be_new = read_only is False or parse_offline(options.get("offline"))
     source = open_source(url, storage_options, read_only=read_only, must_exist=not may_be_new)
     check_cache_store(source, place.store, f"{place.option}: {place.name!r}")

@@ -39,7 +39,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE | re
 
 
 def parse_size(
-    value: object, name: str = "max_size", whole: Callable[[], int] | None = None
+    value: object,
+    name: str = "max_size",
+    whole: Callable[[], int] | None = None,
+    none: str = "no bound",
 ) -> int | None:
     """Convert a size to bytes.
 
@@ -47,11 +50,13 @@ def parse_size(
     ----------
     value : int, float, str or None
         Bytes from 0 to 2**64 - 1, also as a float without a fraction, such as ``1e9``; or a number and a unit, such as ``"256MB"`` (10**6 bytes each) or
-        ``"2 GiB"`` (2**30 bytes each), in any case; or, with `whole`, a share such as ``"25%"``; or None for no bound.
+        ``"2 GiB"`` (2**30 bytes each), in any case; or, with `whole`, a share such as ``"25%"``; or None.
     name : str
         How the caller calls it, for the error.
     whole : callable, optional
         Bytes of what shares are of; asked for a share only. Default is None: shares are refused.
+    none : str, optional
+        What None means, for the error; empty where the caller takes no None. Default is "no bound".
 
     Raises
     ------
@@ -62,31 +67,32 @@ def parse_size(
     """
     if value is None:
         return None
+    message = _size_message(name, value, takes_shares=whole is not None, none=none)
     size: int
     if isinstance(value, str):
         share = None if whole is None else _SHARE.fullmatch(value)
         if share is not None and whole is not None:
-            size = _parse_share(share[1], name, value, whole)
+            size = _parse_share(share[1], whole, message)
         else:
-            size = _parse_size_text(value, name)
+            size = _parse_size_text(value, message)
     else:
         if isinstance(value, bool):
-            raise OptionTypeError(_size_message(name, value))
+            raise OptionTypeError(message)
         if isinstance(value, (float, np.floating)) and float(value).is_integer():
             value = int(value)
         try:
             size = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
-            raise OptionTypeError(_size_message(name, value)) from None
+            raise OptionTypeError(message) from None
     if not 0 <= size <= MAX_BYTES:
-        raise OptionValueError(_size_message(name, value))
+        raise OptionValueError(message)
     return size
 
 
-def _parse_size_text(text: str, name: str) -> int:
+def _parse_size_text(text: str, message: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
-        raise OptionValueError(_size_message(name, text))
+        raise OptionValueError(message)
     whole, _, fraction = match[1].partition(".")
     unit = _UNITS[match[2].lower()]
     # Whole numbers throughout: a float would round a bound of petabytes.
@@ -94,41 +100,31 @@ def _parse_size_text(text: str, name: str) -> int:
     try:
         size, rest = divmod(int(whole + fraction) * unit, scale)
     except ValueError:  # Python reads no number of thousands of digits.
-        raise OptionValueError(_size_message(name, text)) from None
+        raise OptionValueError(message) from None
     if rest and unit == 1:
-        raise OptionValueError(_size_message(name, text))
+        raise OptionValueError(message)
     return size
 
 
-def _parse_share(number: str, name: str, value: object, whole: Callable[[], int]) -> int:
+def _parse_share(number: str, whole: Callable[[], int], message: str) -> int:
     percent = float(number)
     if percent > 100:
-        raise OptionValueError(_size_message(name, value))
+        raise OptionValueError(message)
     try:
         return int(whole() * percent / 100)
     except OSError as error:
+        invalid = message.partition(" Give ")[0]
         raise OptionValueError(
-            f"invalid {name}: {value!r}. What it is a share of cannot be told ({error}). Give bytes, or text "
-            'such as "2 GiB".'
+            f'{invalid} What it is a share of cannot be told ({error}). Give bytes, or text such as "2 GiB".'
         ) from error
 
 
-def _size_message(name: str, value: object) -> str:
-    if name == "sizes":
-        return (
-            f"invalid {name}: {value!r}. Give whole numbers of bytes from 0 to 2**64 - 1, or text such as "
-            '"256MB" or "2 GiB". Shares such as "25%" are not taken here.'
-        )
-    if name == "size":
-        return (
-            f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-            'as "256MB" or "2 GiB", or a share of memory such as "25%".'
-        )
-    none = "no bound" if name == "max_size" else "the default"
-    return (
-        f"invalid {name}: {value!r}. Give a whole number of bytes from 0 to 2**64 - 1, text such "
-        f'as "256MB" or "2 GiB", a share such as "25%", or None for {none}.'
-    )
+def _size_message(name: str, value: object, *, takes_shares: bool, none: str) -> str:
+    forms = ["a whole number of bytes from 0 to 2**64 - 1", 'text such as "256MB" or "2 GiB"']
+    forms += ['a share such as "25%"'] if takes_shares else []
+    forms += [f"None for {none}"] if none else []
+    no_shares = "" if takes_shares else ' Shares such as "25%" are not taken here.'
+    return f"invalid {name}: {value!r}. Give {', '.join(forms[:-1])}, or {forms[-1]}.{no_shares}"
 
 
 def capacity_of(cache: Store) -> int:
@@ -174,7 +170,9 @@ def parse_ages(
     return ages
 
 
-def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["infinity"]:
+def parse_age(
+    value: object, name: str = "max_age_seconds", none: str = ""
+) -> float | Literal["infinity"]:
     """Convert a maximum age to seconds, or to "infinity".
 
     Parameters
@@ -184,6 +182,8 @@ def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["
         mean that nothing ever expires.
     name : str
         How the caller calls it, for the error.
+    none : str, optional
+        What None means, for the error, where that is something else and the caller takes it. Default is empty.
 
     Raises
     ------
@@ -194,17 +194,18 @@ def parse_age(value: object, name: str = "max_age_seconds") -> float | Literal["
     """
     if value is None or (isinstance(value, str) and value == "infinity"):
         return "infinity"
+    message = _age_message(name, value, none)
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        raise OptionTypeError(_age_message(name, value))
+        raise OptionTypeError(message)
     number: Any = value
     try:
         age = math.nan if isinstance(number, str) else float(number)
     except TypeError:  # numpy's time spans call themselves integers
-        raise OptionTypeError(_age_message(name, value)) from None
+        raise OptionTypeError(message) from None
     except OverflowError:
-        raise OptionValueError(_age_message(name, value)) from None
+        raise OptionValueError(message) from None
     if math.isnan(age) or age < 0:
-        raise OptionValueError(_age_message(name, value))
+        raise OptionValueError(message)
     if math.isinf(age):
         return "infinity"
     # Without what a class of a user's own makes of comparisons.
@@ -228,13 +229,16 @@ def parse_timeout(value: object) -> float:
     return min(parse_seconds(value, "timeout"), threading.TIMEOUT_MAX)
 
 
-def _age_message(name: str, value: object) -> str:
+def _age_message(name: str, value: object, none: str) -> str:
     by_key = ""
     if name == "max_age_seconds":
         by_key = ' For ages by kind of key give a mapping, such as {"**/zarr.json": 60}.'
+    never = f'"infinity" for entries that never expire, or None for {none}'
+    if not none:
+        never = 'or "infinity" or None for entries that never expire'
     return (
-        f"invalid {name}: {value!r}. Give seconds as a number from 0 on (0 keeps nothing "
-        f'fresh), or "infinity" or None for entries that never expire.{by_key}'
+        f"invalid {name}: {value!r}. Give seconds as a number from 0 on (0 keeps nothing fresh), "
+        f"{never}.{by_key}"
     )
 
 
@@ -292,8 +296,13 @@ def parse_offline(value: object) -> bool:
     """Whether a store is offline: as it is told, or as the environment says now."""
     if value is None:
         return os.environ.get("ZCACHE_OFFLINE", "0") not in ("", "0")
-    check_flag("offline", value)
+    check_flag("offline", value, none="what ZCACHE_OFFLINE says")
     return bool(value)
+
+
+def check_key(key: object) -> None:
+    if not isinstance(key, str):
+        raise OptionTypeError(f'invalid key: {key!r}. Give text, such as "temperature/c/0/0".')
 
 
 def check_prefix(prefix: object) -> str:
@@ -304,9 +313,10 @@ def check_prefix(prefix: object) -> str:
     return prefix
 
 
-def check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object, none: str = "") -> None:
     if not isinstance(value, bool):
-        raise OptionTypeError(f"invalid {name}: {value!r}. Give True or False.")
+        forms = f"True, False, or None for {none}" if none else "True or False"
+        raise OptionTypeError(f"invalid {name}: {value!r}. Give {forms}.")
 
 
 def parse_mode(value: object) -> int:
@@ -320,10 +330,12 @@ def parse_mode(value: object) -> int:
     if value is None:
         return 0o700
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionTypeError(f"invalid mode: {value!r}; give permissions such as 0o770")
+        raise OptionTypeError(
+            f"invalid mode: {value!r}. Give permissions such as 0o770, or None for 0o700."
+        )
     if not 0 <= value <= 0o7777 or value & 0o700 != 0o700:
         raise OptionValueError(
-            f"invalid mode: {value:#o}; give permissions that leave its owner all rights, such as 0o770"
+            f"invalid mode: {value:#o}. Give permissions that leave its owner all rights, such as 0o770."
         )
     return value
 
@@ -365,12 +377,20 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
     return expanded
 
 
-def check_store(name: str, store: object) -> None:
+_INSTEAD: Final = {
+    "store": "such as zarr.storage.LocalStore(path) or zarr.storage.FsspecStore.from_url(url), or give the URL or path "
+    "to zcache.open",
+    "cache_store": "such as zarr.storage.LocalStore(path) or zarr.storage.MemoryStore(), the path of a directory, or a "
+    "zcache.CachePool",
+}
+
+
+def check_store(name: str, store: object, instead: str = "") -> None:
     if not isinstance(store, Store):
-        raise OptionTypeError(
-            f"invalid {name}: {type(store).__name__}. Give a zarr.abc.store.Store, such as "
-            "zarr.storage.LocalStore(path) or zarr.storage.FsspecStore.from_url(url)."
-        )
+        text = os.fspath(store) if isinstance(store, os.PathLike) else store
+        shown = repr(redact(text)) if isinstance(text, str) else type(store).__name__
+        instead = instead or _INSTEAD[name]
+        raise OptionTypeError(f"invalid {name}: {shown}. Give a zarr.abc.store.Store, {instead}.")
 
 
 def check_cache_store(source: Store, cache: Store, given: str | None = None) -> None:
@@ -403,7 +423,7 @@ def check_cache_store(source: Store, cache: Store, given: str | None = None) -> 
 
 def check_export(target: object, pool: Store) -> None:
     """See that a store can take what a pool holds, and that this does not land in the pool."""
-    check_store("store", target)
+    check_store("store", target, "such as zarr.storage.LocalStore(path)")
     if overlaps(target, pool) or _is_cached_in(target, pool):
         raise OptionValueError(
             f"invalid store: {describe(target)} is that of the pool {describe(pool)}, or is read through it, or one "

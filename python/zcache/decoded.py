@@ -59,7 +59,7 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
         raise OptionTypeError(
             f"invalid array: {type(array).__name__}. Give a zarr.Array or a zarr.AsyncArray."
         )
-    parsed = parse_size(size, "size", memory)
+    parsed = parse_size(size, "size", memory, none="")
     if parsed is None:
         raise OptionTypeError('invalid size: None. Give bytes, or text such as "2 GiB".')
     path = inner.store_path

@@ -126,7 +126,7 @@ class CachePool:
         whole = partial(capacity_of, store)
         store.options = PoolOptions(
             parse_size(max_size, whole=whole),
-            parse_size(min_free_space, "min_free_space", whole),
+            parse_size(min_free_space, "min_free_space", whole, none="the default"),
             parse_mode(mode),
             None if eviction is None else check_eviction(eviction),
             None if minimise is None else check_minimise(minimise),

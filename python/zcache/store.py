@@ -25,7 +25,7 @@ from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
-from zcache._byte_ranges import to_byte_range
+from zcache._byte_ranges import check_byte_range, to_byte_range
 from zcache._cache import Cache
 from zcache._cache_options import CacheOptions, parse_options
 from zcache._core import Index, is_cacheable_key
@@ -36,6 +36,7 @@ from zcache._options import (
     capacity_of,
     check_cache_store,
     check_flag,
+    check_key,
     check_prefix,
     check_store,
     parse_timeout,
@@ -166,7 +167,7 @@ class CacheStore(Store, KeepsDecoded):
         it to False where others add keys to the source that must be seen at once.
     missing_max_age_seconds : float or "infinity", optional
         Seconds, from 0 on and fractions allowed, for which that is remembered; not longer than the maximum
-        age of a value of that key. Default is 300. Set it lower where others add chunks that must be seen
+        age of a value of that key. Default is 300, also where None is given. Set it lower where others add chunks that must be seen
         soon, and to "infinity" for data that no one changes. One key for each 256 bytes of `max_size` is
         remembered, at least 1,024 and at most 2**20, the most recently used; each takes about 64 bytes in
         the index, and none of `max_size`.
@@ -507,9 +508,13 @@ class CacheStore(Store, KeepsDecoded):
 
         Raises
         ------
+        OptionTypeError
+            `key` is no text, or `byte_range` no request of zarr's.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
+        check_key(key)
+        check_byte_range(byte_range)
         try:
             parsed = to_byte_range(byte_range)
         except ValueError:
@@ -823,6 +828,10 @@ class CacheStore(Store, KeepsDecoded):
             f"current_size={size}, cached_keys={entries})"
         )
 
+    def __dask_tokenize__(self) -> Any:
+        # What is read through it is what the source has: the cache makes no other dataset of it.
+        return type(self).__qualname__, self._cache.source_id.name, self.read_only
+
     def __getstate__(self) -> dict[str, Any]:
         cache = self._cache
         decoded, own = self._decoded, None
@@ -896,6 +905,7 @@ class CacheStore(Store, KeepsDecoded):
 
     def with_read_only(self, read_only: bool = False) -> CacheStore:
         """A store over the source with this setting, which shares cache, index and counters."""
+        check_flag("read_only", read_only)
         return self._derive(self._store.with_read_only(read_only))
 
     @property
@@ -1131,7 +1141,7 @@ class CacheStore(Store, KeepsDecoded):
 
     async def getsize_prefix(self, prefix: str) -> int:
         # docstring inherited
-        if prefix and not prefix.endswith("/"):
+        if check_prefix(prefix) and not prefix.endswith("/"):
             prefix += "/"
         keys = [(key,) async for key in self.list_prefix(prefix)]
         size_of = partial(self._cache.sizes.of, self._io, is_listed=True)
@@ -1189,6 +1199,7 @@ class CacheStore(Store, KeepsDecoded):
         await self._writer.change(self._io, "", self._source.clear)
 
     def _check_may_write(self, key: str) -> None:
+        check_key(key)
         self._check_writable()
         if self._options.offline:
             raise no_change(key)

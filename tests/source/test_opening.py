@@ -10,7 +10,14 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
+from zarr.storage import (
+    FsspecStore,
+    LocalStore,
+    MemoryStore,
+    ObjectStore,
+    StorePath,
+    ZipStore,
+)
 
 from support import read
 from zcache import MissingClientError, NoSuchSourceError, OptionTypeError, OptionValueError
@@ -176,6 +183,15 @@ def test_store_is_taken_as_it_is(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- by a client
+
+
+async def test_what_stands_for_a_store_is_that_store(folder: Path) -> None:
+    store = LocalStore(folder)
+    assert open_source(StorePath(store)) is store
+    with pytest.raises(OptionValueError, match="a StorePath to 'sub/array'"):
+        open_source(StorePath(store, "sub/array"))
+    mapping = importlib.import_module("fsspec").get_mapper(f"file://{folder}")
+    assert await read(open_source(mapping), "k") == b"value"
 
 
 async def test_url_of_memory_is_what_zarr_finds_there() -> None:

@@ -9,11 +9,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, check_quiet, fill, listed, read, read_through, sizes_of
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import (
     StoreDouble,
     cache_store_of,
@@ -120,6 +121,43 @@ async def test_text() -> None:
 
     assert repr(Mine(source)).startswith("Mine(store=")
     assert "max_age_seconds='infinity', max_size=None, " in repr(Mine(source))
+
+
+def test_text_of_a_store_of_ones_own_is_not_shown() -> None:
+    """It may have a secret that nothing tells from other text."""
+
+    class Mine(MemoryStore):
+        def __repr__(self) -> str:
+            return "Mine(token='hush')"
+
+        __str__ = __repr__
+
+    for source in (Mine(), StoreDouble(Mine())):
+        for text in (repr, str):
+            shown = text(CacheStore(source))
+            assert "Mine" in shown
+            assert "hush" not in shown
+
+
+async def test_equal_stores_have_one_token_of_dask(tmp_path: Path) -> None:
+    """Else dask takes one dataset for two, and computes it twice."""
+    tokenize = pytest.importorskip("dask.base").tokenize
+    path = tmp_path / "data.zarr"
+    zarr.create_array(LocalStore(path), shape=4, dtype="i4")
+
+    def opened(**options: Any) -> CacheStore:
+        return CacheStore(LocalStore(path), **options)
+
+    token = tokenize(opened())
+    pool = CachePool(tmp_path / "pool")
+    for store in (opened(cache_store=pool, max_age_seconds=60), opened(decoded_size="1 MiB")):
+        assert tokenize(store) == token
+        assert tokenize(pickle.loads(pickle.dumps(store))) == token
+        zarr.open_array(store, mode="r+")[:] = 1
+        assert tokenize(store) == token
+    other = CacheStore(LocalStore(tmp_path / "other.zarr"))
+    assert tokenize(other) != token
+    assert tokenize(opened().with_read_only(True)) == tokenize(opened(read_only=True))
 
 
 def test_options_of_freshness_are_shown() -> None:

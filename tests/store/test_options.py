@@ -7,21 +7,22 @@ import inspect
 import os
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
 from zarr.testing.store import LatencyStore
 
+import zcache
 from support import buf, check_quiet, read
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, cache_store_of, stored_sizes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from zarr.abc.store import Store
 
 SIZES: list[tuple[object, int | None]] = [
@@ -174,7 +175,9 @@ def test_flag_that_is_no_bool_raises(option: str, given: Any) -> None:
         return
     with pytest.raises(OptionTypeError) as caught:
         CacheStore(MemoryStore(), **{option: given})
-    assert_helpful(caught.value, f"invalid {option}: {given!r}. Give True or False.")
+    allowed = "True, False, or None for the mode of the source"
+    allowed = allowed if option == "read_only" else "True or False"
+    assert_helpful(caught.value, f"invalid {option}: {given!r}. Give {allowed}.")
 
 
 @pytest.mark.parametrize(
@@ -230,14 +233,25 @@ async def test_timeout_may_be_any_number_of_seconds(given: Any, kind: str, tmp_p
     assert await asyncio.to_thread(store.drain_sync, given) or given == 0
 
 
-@pytest.mark.parametrize("given", [None, "s3://bucket", {}, MemoryStore])
+@pytest.mark.parametrize("given", [None, {}, MemoryStore])
 def test_store_that_is_none_raises(given: Any) -> None:
     with pytest.raises(OptionTypeError) as caught:
         CacheStore(given)
-    # Its type only: a text or an object of the user's own may hold a secret.
+    # Its type only: an object of the user's own may hold a secret.
     assert_helpful(
         caught.value, f"invalid store: {type(given).__name__}. Give a zarr.abc.store.Store"
     )
+
+
+def test_url_or_path_instead_of_a_store_is_named_without_its_secrets() -> None:
+    for given, shown in {
+        "s3://me:hush@bucket/key?sig=hush": "s3://bucket/key",
+        Path("/data/era5.zarr"): "/data/era5.zarr",
+    }.items():
+        with pytest.raises(OptionTypeError) as caught:
+            CacheStore(given)  # type: ignore[arg-type]
+        assert_helpful(caught.value, f"invalid store: '{shown}'", "to zcache.open")
+        assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [{}, 5, MemoryStore])
@@ -248,6 +262,54 @@ def test_cache_store_that_is_none_raises(given: Any) -> None:
     assert_helpful(
         caught.value, f"invalid cache_store: {type(given).__name__}. Give a zarr.abc.store.Store"
     )
+
+
+def test_message_tells_what_none_means() -> None:
+    for options, none in (
+        ({"max_age_seconds": -1}, '"infinity" or None for entries that never expire'),
+        ({"metadata_max_age_seconds": True}, "None for max_age_seconds."),
+        ({"missing_max_age_seconds": "x"}, "None for the default."),
+        ({"max_size": -1}, "None for no bound."),
+        ({"min_free_space": -1}, "None for the default."),
+        ({"decoded_size": -1}, "None for no decoded chunks."),
+        ({"offline": 3}, "True, False, or None for what ZCACHE_OFFLINE says."),
+    ):
+        with pytest.raises((OptionTypeError, OptionValueError)) as caught:
+            CacheStore(MemoryStore(), **options)  # type: ignore[arg-type]
+        assert_helpful(caught.value, none)
+    with pytest.raises(OptionValueError) as caught:
+        zcache.open("memory://", cache="memory", max_size=-1)
+    assert_helpful(caught.value, "None for the bound that the pool has, else 20%.")
+    for options in ({"metadata_max_age_seconds": None}, {"missing_max_age_seconds": None}):
+        store = CacheStore(MemoryStore(), max_age_seconds=60, **options)  # type: ignore[arg-type]
+        assert (store.metadata_max_age_seconds, store.missing_max_age_seconds) == (None, 300)
+
+
+async def test_key_or_range_that_is_none_raises() -> None:
+    store = CacheStore(MemoryStore({"k": buf(b"12345")}))
+    await read(store, "k")
+    for key in (None, 5, b"k"):
+        given: Any = key
+        for act in (
+            lambda given=given: store.set(given, buf(b"1")),
+            lambda given=given: store.delete(given),
+            lambda given=given: store.delete_dir(given),
+        ):
+            with pytest.raises(OptionTypeError) as caught:
+                await act()
+            assert_helpful(caught.value, f"invalid key: {given!r}. Give text")
+        with pytest.raises(OptionTypeError, match="invalid key"):
+            store.is_cached(given)
+        with pytest.raises(OptionTypeError, match="invalid prefix"):
+            await store.getsize_prefix(given)
+    for part in (5, (0, 4), slice(0, 4)):
+        with pytest.raises(OptionTypeError) as caught:
+            store.is_cached("k", part)  # type: ignore[arg-type]
+        assert_helpful(caught.value, f"invalid byte_range: {part!r}. Give one of zarr.abc.store")
+    with pytest.raises(OptionTypeError, match="invalid read_only: 'no'"):
+        store.with_read_only("no")  # type: ignore[arg-type]
+    assert await read(store, "k") == b"12345"
+    assert store.is_cached("k", RangeByteRequest(0, 2))
 
 
 def assert_helpful(error: Exception, *parts: str) -> None:

@@ -65,7 +65,7 @@ def parse_sizes(sizes: object) -> list[int] | None:
         return None
     is_one = isinstance(sizes, (int, float, str, np.number))
     given: list[Any] = [sizes] if is_one else _listed("sizes", sizes)
-    parsed = [parse_size(size, "sizes") for size in given]
+    parsed = [parse_size(size, "sizes", none="") for size in given]
     if not parsed or None in parsed:
         raise OptionValueError(
             f'invalid sizes: {sizes!r}. Give a list of bytes, or of text such as "2 GiB".'

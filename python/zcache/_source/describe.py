@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import FsspecStore
 
 from zcache._source.answers import ask
 from zcache._source.location import bucket_of, innermost, layers, location_of
 from zcache._source.urls import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def describe(store: Any) -> str:
@@ -45,16 +48,34 @@ def _rest(store: Any) -> str | None:
     return redact(path if "://" in path else f"{protocol}://{path}")
 
 
+_KNOWN: Final = frozenset({"zarr", "zcache"})
+"""Packages of which the texts of stores show no secret, but what is in a URL. What those of others show is not known."""
+
+
 def show(store: Any) -> str:
-    """The text of a store as its users know it, without secrets; its description where it has none."""
-    text = ask(lambda: repr(store))
-    return _without_secrets(text, store) if isinstance(text, str) else describe(store)
+    """The text of a store of zarr's as its users know it, without secrets; of any other its description."""
+    return _shown(store, repr)
 
 
 def show_address(store: Any) -> str:
     """The same of the address of a store."""
-    text = ask(lambda: str(store))
+    return _shown(store, str)
+
+
+def _shown(store: Any, show: Callable[[Any], str]) -> str:
+    is_known = all(_has_known_text(type(layer)) for layer in layers(store))
+    text = ask(lambda: show(store)) if is_known else None
     return _without_secrets(text, store) if isinstance(text, str) else describe(store)
+
+
+def _has_known_text(kind: type) -> bool:
+    for name in ("__repr__", "__str__"):
+        method = getattr(kind, name)
+        # That of `object` has no module, and shows an address or what `repr` shows.
+        package = getattr(method, "__module__", "").partition(".")[0]
+        if package not in _KNOWN and method is not getattr(object, name):
+            return False
+    return True
 
 
 def _without_secrets(text: str, store: Any) -> str:

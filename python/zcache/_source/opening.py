@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
+from zcache._source.location import kind_of
 from zcache._source.urls import redact, secrets_in
 from zcache.exceptions import (
     MissingClientError,
@@ -50,7 +51,7 @@ def open_source(
     ----------
     url : str, PathLike or Store
         What zarr can open: a URL of fsspec or a chain of them, a local path with or without ``file://``, a zip
-        file on a local disk; or a store, which is returned as it is. What lies on a local disk is a `LocalStore` or
+        file on a local disk; or a store, which is returned as it is, an `FSMap`, or a `StorePath` without a path. What lies on a local disk is a `LocalStore` or
         a `ZipStore`. Else fsspec's client is used where it is installed, and obstore where that is missing.
     storage_options : mapping of str, optional
         Options of that client. Default is None: none.
@@ -72,6 +73,7 @@ def open_source(
         storage_options = {**url.storage_options, **(storage_options or {})}  # type: ignore[attr-defined,dict-item]
         url = str(url)
     options = _check_storage_options(storage_options)
+    url = _store_in(url)
     if isinstance(url, Store):
         _refuse_options(options, type(url).__name__)
         return url
@@ -87,6 +89,20 @@ def open_source(
         return _open_remote(text, options)
     _refuse_options(options, "a local path")
     return _open_path(path, read_only=read_only, must_exist=must_exist)
+
+
+def _store_in(url: object) -> object:
+    """The store that some objects of zarr and fsspec stand for; anything else as it is."""
+    if kind_of(url) == ("fsspec.mapping", "FSMap"):
+        return FsspecStore.from_mapper(url)
+    if not isinstance(url, StorePath):
+        return url
+    if url.path:
+        raise OptionValueError(
+            f"invalid url: a StorePath to {url.path!r}. Give its store, as zcache.open(url.store), and the path to "
+            "zarr or xarray, such as zarr.open(store, path=...)."
+        )
+    return url.store
 
 
 def _local_path(text: str, *, is_given: bool) -> str | None:
