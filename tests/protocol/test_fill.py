@@ -164,6 +164,20 @@ async def test_get_of_a_pending_value_asks_the_source_no_more(
     assert (stats["misses"], stats["hits"]) == (1, 7)
 
 
+async def test_pending_value_from_the_future_is_not_served(cache: StoreDouble) -> None:
+    """A clock was set back: how old it is is not known."""
+    seconds = 1000.0
+    source = StoreDouble(MemoryStore({"k": buf(VALUE)}))
+    store = CacheStore(source, cache_store=cache, max_age_seconds=10, clock=lambda: seconds)
+    cache.block("set")
+    assert await read(store, "k") == VALUE
+    assert await read(store, "k") == VALUE
+    assert source.take() == {"get": 1}
+    seconds = 900.0
+    assert await read(store, "k") == VALUE
+    assert source.take() == {"get": 1}
+
+
 @pytest.mark.parametrize("first", ["task", "thread"])
 def test_followers_of_a_read_have_its_value_before_the_cache_store(
     store: CacheStore, source: StoreDouble, cache: StoreDouble, first: str

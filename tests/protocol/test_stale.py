@@ -280,6 +280,33 @@ async def test_stale_listing_goes_on_where_the_source_stops(
         await names_in(store, "a")
 
 
+async def test_listing_that_is_too_long_to_be_compared_raises(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    """What was given already is not known any more, and would come twice."""
+    store = opened(source, cache, clock)
+    await fill(store, **{"a/x": b"1", "a/y": b"2"})
+    assert await names_in(store, "a") == ["x", "y"]
+    for n in range(400):
+        await source.inner.set(f"a/{n:0200}", buf(b"3"))
+    source.fail("list_dir", OSError("down"), after=True)
+    with pytest.raises(OSError, match="down"):
+        await names_in(store, "a")
+
+
+async def test_absence_is_not_served_in_place_of_an_error_by_who_remembers_none(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    remembers = opened(source, cache, clock)
+    assert await read(remembers, "a") is None
+    store = opened(source, cache, clock, cache_missing=False)
+    source.fail("*", OSError("down"))
+    clock.advance(11)
+    assert await read(remembers, "a") is None
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+
+
 class Answering(BaseHTTPRequestHandler):
     """Answers each request with the status that its server has."""
 
