@@ -24,7 +24,7 @@ import held_out
 import trace_kinds
 import traces
 from traces import Keys
-from zcache._core import simulate
+from zcache._core import POLICIES, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ PUBLISHED = {
     "ARC": libcachesim.ARC,
     "2Q": libcachesim.TwoQ,
 }
-OURS = ("lru", "none", "adaptive")
+OURS = POLICIES
 LEARNING = 0.1
 """Part of a trace that does not count."""
 

@@ -64,7 +64,7 @@ fn bound_holds_in_blocks_while_values_come_and_go() {
 
 #[test]
 fn bound_holds_in_blocks_under_each_policy_and_a_plan() {
-    for kind in [PolicyKind::Lru, PolicyKind::None, PolicyKind::Adaptive] {
+    for kind in PolicyKind::ALL {
         let mut pool = Pool::new(&format!("policy-{kind:?}"));
         pool.step(|cache| Ok(cache.set_policy(kind, Minimise::Bytes)));
         let mut seed = 1u64;

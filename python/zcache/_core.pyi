@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, Self, TypeAlias, final
 
 __all__ = [
+    "MINIMISED",
     "PENDING",
+    "POLICIES",
     "SIGNATURE",
     "VALUE_HEADER",
     "Ages",
@@ -64,6 +66,10 @@ __all__ = [
 ]
 
 __version__: Final[str]
+POLICIES: Final[tuple[str, ...]]
+"""Names of the policies of eviction."""
+MINIMISED: Final[tuple[str, ...]]
+"""What the adaptive one may make least of."""
 SIGNATURE: Final[int]
 """Nanoseconds below the millisecond in the modification time of each file that zcache wrote."""
 PENDING: Final[int]

@@ -16,6 +16,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from zcache._byte_ranges import is_encodable, is_plain
+from zcache._core import MINIMISED, POLICIES
 from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL, UNNAMED
@@ -24,9 +25,7 @@ from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAX_BYTES: Final = 2**64 - 1
-EVICTIONS: Final = ("lru", "none", "adaptive")
 VERIFIES: Final = ("first", "always", "never")
-MINIMISED: Final = ("requests", "bytes", "seconds")
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -243,24 +242,28 @@ def _age_message(name: str, value: object, none: str) -> str:
 
 
 def check_verify(verify: object) -> str:
-    if isinstance(verify, str) and verify in VERIFIES:
-        return verify
-    kind = OptionValueError if isinstance(verify, str) else OptionTypeError
-    raise kind(f'invalid verify: {verify!r}. Give "first", "always" or "never".')
+    return _check_choice("verify", verify, VERIFIES)
 
 
 def check_eviction(eviction: object) -> str:
-    if isinstance(eviction, str) and eviction in EVICTIONS:
-        return eviction
-    kind = OptionValueError if isinstance(eviction, str) else OptionTypeError
-    raise kind(f'invalid eviction: {eviction!r}. Give "lru", "none" or "adaptive".')
+    return _check_choice("eviction", eviction, POLICIES)
 
 
 def check_minimise(minimise: object) -> str:
-    if isinstance(minimise, str) and minimise in MINIMISED:
-        return minimise
-    kind = OptionValueError if isinstance(minimise, str) else OptionTypeError
-    raise kind(f'invalid minimise: {minimise!r}. Give "requests", "bytes" or "seconds".')
+    return _check_choice("minimise", minimise, MINIMISED)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in choices:
+        return value
+    kind = OptionValueError if isinstance(value, str) else OptionTypeError
+    raise kind(f"invalid {name}: {value!r}. Give {listed(choices, 'or')}.")
+
+
+def listed(choices: tuple[str, ...], last: str) -> str:
+    """What a user may give, for an error: the last one after this word."""
+    *others, final = [f'"{choice}"' for choice in choices]
+    return f"{', '.join(others)} {last} {final}"
 
 
 def check_source_id(source_id: object) -> str | None:

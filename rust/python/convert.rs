@@ -125,12 +125,14 @@ pub(super) fn limits(
 pub(super) fn policy(eviction: &str, minimise: &str) -> PyResult<(PolicyKind, Minimise)> {
     let kind = PolicyKind::of(eviction).ok_or_else(|| {
         PyValueError::new_err(format!(
-            "eviction={eviction:?} is none of \"lru\", \"none\" and \"adaptive\""
+            "eviction={eviction:?} is none of {:?}",
+            PolicyKind::ALL.map(PolicyKind::as_str)
         ))
     })?;
     let minimise = Minimise::of(minimise).ok_or_else(|| {
         PyValueError::new_err(format!(
-            "minimise={minimise:?} is none of \"requests\", \"bytes\" and \"seconds\""
+            "minimise={minimise:?} is none of {:?}",
+            Minimise::ALL.map(Minimise::as_str)
         ))
     })?;
     Ok((kind, minimise))

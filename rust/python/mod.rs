@@ -29,11 +29,12 @@ mod validators;
 mod writes;
 
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyString, PyTuple};
 
 use self::convert::{RawSpan, known, span};
 use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
 use crate::key;
+use crate::policy::{Minimise, PolicyKind};
 
 #[pyfunction]
 #[pyo3(signature = (key, raw, /))]
@@ -75,6 +76,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("IndexFullError", module.py().get_type::<IndexFullError>())?;
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    let policies = PolicyKind::ALL.map(PolicyKind::as_str);
+    module.add("POLICIES", PyTuple::new(module.py(), policies)?)?;
+    let minimised = Minimise::ALL.map(Minimise::as_str);
+    module.add("MINIMISED", PyTuple::new(module.py(), minimised)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<ages::Ages>()?;
     module.add_class::<plan::Plan>()?;

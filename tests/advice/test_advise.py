@@ -32,6 +32,7 @@ from zcache import (
 from zcache._advice.advice import size_text
 from zcache._advice.advise import advise
 from zcache._advice.trace import complete
+from zcache._core import POLICIES
 from zcache.testing import StoreDouble, set_block_size
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def test_advice_smallest_size_where_nothing_can_be_had_is_none_at_all() -> None:
     assert store.advise().smallest_size == 0
 
 
-@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_advice_compares_with_the_policy_in_force(eviction: Any) -> None:
     store = store_of(200, max_size=100 * SIZE, eviction=eviction)
     for _ in range(10):

@@ -29,6 +29,7 @@ from decoding import ROOM, check_decoded, check_decoded_quiet
 from support import drained_sync, until
 from zcache import CacheStore, with_decoded_cache
 from zcache._backends.directory.layout import Layout
+from zcache._core import POLICIES
 from zcache._decoded import lapsed
 from zcache._decoded.chunk import OVERHEAD, Decoding, Decodings
 from zcache._decoded.origins import Origins
@@ -1072,7 +1073,7 @@ def test_group_named_by_a_number_that_is_deleted_takes_its_chunks_along() -> Non
     check_decoded_quiet(store)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("how", ["expire", "by others", "write"])
 def test_chunks_that_have_lapsed_go_before_all_others(
     how: str, eviction: str, clock: FakeClock, tmp_path: Path

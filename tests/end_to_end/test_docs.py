@@ -63,9 +63,10 @@ def sessions_of(document: Path) -> dict[str, list[Block]]:
     return sessions
 
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 SESSIONS = [
     pytest.param(blocks, id=f"{document.name}-{name}".rstrip("-"))
-    for document in (README, DOCUMENTED, SEED)
+    for document in (README, DOCUMENTED, SEED, *DOCS)
     for name, blocks in sessions_of(document).items()
 ]
 
@@ -101,6 +102,13 @@ def test_readme_has_code_that_runs() -> None:
     assert len(blocks) == README.read_text(encoding="utf-8").count("```python")
     assert any(block.reason is None for block in blocks)
     assert all(block.reason for block in blocks if block.reason is not None)
+
+
+@pytest.mark.parametrize("document", [README, *DOCS], ids=lambda path: path.name)
+def test_document_blocks_are_python(document: Path) -> None:
+    """Also those that are not run."""
+    for block in blocks_of(document):
+        compile("\n" * (block.line - 1) + block.code, str(document), "exec")
 
 
 def test_readme_begins_with_opening_a_url() -> None:

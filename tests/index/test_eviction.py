@@ -20,6 +20,7 @@ from doubles import SyncDictStore
 from pools import CACHES
 from support import buf, check_quiet, fill, read, read_through, until, value_sync
 from zcache import CachePool, CacheStore
+from zcache._core import POLICIES
 from zcache._decoded.chunk import OVERHEAD
 from zcache.testing import FakeClock, StoreDouble, check_index, set_block_size, stored_sizes
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
-
-EVICTIONS = ("lru", "none", "adaptive")
 
 
 @pytest.fixture(params=CACHES)
@@ -142,7 +141,7 @@ async def test_epochs_in_memory_adaptive_serves_what_fits(share: float, is_shuff
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_any_policy_keeps_bound_and_books(cache: Store | CachePool, eviction: Any) -> None:
     rng = np.random.default_rng(1)
     source = MemoryStore()

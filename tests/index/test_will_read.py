@@ -22,6 +22,7 @@ from directories import open_store
 from pools import CACHES
 from support import buf, check_quiet, fill, read, read_through, threads, until, value_sync
 from zcache import CachePool, CacheStore, OptionTypeError
+from zcache._core import POLICIES
 from zcache.testing import StoreDouble, check_index, entries, stored_sizes
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 SIZE = 10
 COUNT = 100
-EVICTIONS = ("lru", "none", "adaptive")
 
 
 @pytest.fixture(params=CACHES)
@@ -99,7 +99,7 @@ def plan_of(store: CacheStore) -> str | None:
 # ------------------------------------------------------------------------------- near Belady
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("share", [10, 50, 90])
 @pytest.mark.parametrize("work", [loops, shuffled])
 async def test_plan_of_epochs_is_served_as_belady_would(
@@ -113,7 +113,7 @@ async def test_plan_of_epochs_is_served_as_belady_would(
     assert plan_of(store) == "done"
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_plan_on_a_directory_is_served_as_belady_would(tmp_path: Path, eviction: str) -> None:
     order = shuffled(3)
     cache = LocalStore(tmp_path / "cache")
@@ -124,7 +124,7 @@ async def test_plan_on_a_directory_is_served_as_belady_would(tmp_path: Path, evi
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_plan_of_each_epoch_alone_serves_the_share_that_fits(
     cache: Store | CachePool, eviction: str
 ) -> None:
@@ -163,7 +163,7 @@ async def test_ranges_of_a_planned_key_stay_with_it() -> None:
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_reads_that_leave_out_what_others_read_follow_the_plan(eviction: str) -> None:
     order = shuffled(8, 400)
     mine = order[::4]
@@ -178,7 +178,7 @@ async def test_reads_that_leave_out_what_others_read_follow_the_plan(eviction: s
 # ----------------------------------------------------------------- beside what is in no plan
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("plan", ["each epoch", "all epochs"])
 async def test_hot_keys_beside_a_plan_stay(
     cache: Store | CachePool, plan: str, eviction: str
@@ -203,7 +203,7 @@ async def test_hot_keys_beside_a_plan_stay(
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_key_that_becomes_hot_beside_a_plan_comes_in_and_goes_again(eviction: str) -> None:
     order = shuffled(6)
     store = CacheStore(source_of(COUNT + 2), max_size=30 * SIZE, eviction=eviction)
@@ -221,7 +221,7 @@ async def test_key_that_becomes_hot_beside_a_plan_comes_in_and_goes_again(evicti
 # --------------------------------------------------------------------------------- dropped
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("wrong", ["other keys", "another order"])
 async def test_plan_that_is_wrong_is_dropped_and_costs_nothing_then(
     wrong: str, eviction: str, caplog: pytest.LogCaptureFixture

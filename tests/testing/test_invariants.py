@@ -184,3 +184,9 @@ async def test_recorded_steps_are_told_in_their_order(store: CacheStore) -> None
     seen = len(told)
     await read(store, "b")
     assert len(told) == seen
+
+
+def test_what_is_no_cache_store_is_named() -> None:
+    for check in (check_index, check_invariants):
+        with pytest.raises(TypeError, match="invalid store: MemoryStore"):
+            check(MemoryStore())  # type: ignore[arg-type]

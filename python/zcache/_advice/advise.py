@@ -10,7 +10,8 @@ import numpy as np
 
 from zcache._advice.advice import Advice, Curve
 from zcache._advice.estimate import Estimator
-from zcache._options import MAX_BYTES, parse_size
+from zcache._core import POLICIES
+from zcache._options import MAX_BYTES, listed, parse_size
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from zcache._advice.trace import Trace
 
-POLICIES: Final = ("lru", "none", "adaptive")
-"""Policies that can be simulated."""
 FEWEST: Final = 100
 """Requests below which nothing is said."""
 GOOD: Final = 0.9
@@ -45,10 +44,12 @@ def parse_policies(policies: object) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or name not in POLICIES:
             kind = OptionValueError if isinstance(name, str) else OptionTypeError
-            raise kind(f'invalid policies: {name!r}. Give any of "lru", "none" and "adaptive".')
+            raise kind(
+                f"invalid policies: {name!r}. Give a list of any of {listed(POLICIES, 'and')}."
+            )
     if not names:
         raise OptionValueError(
-            'invalid policies: none given. Give any of "lru", "none", "adaptive".'
+            f"invalid policies: none given. Give a list of any of {listed(POLICIES, 'and')}."
         )
     return tuple(dict.fromkeys(names))
 
@@ -79,13 +80,13 @@ def _listed(name: str, values: object) -> list[Any]:
     try:
         each = iter(values)  # type: ignore[call-overload]
     except TypeError:
-        raise OptionTypeError(f"invalid {name}: {values!r}. Give a list.") from None
-    listed = list(islice(each, _MOST + 1))
-    if len(listed) > _MOST:
+        raise OptionTypeError(f"invalid {name}: {values!r}. Give a list of them.") from None
+    found = list(islice(each, _MOST + 1))
+    if len(found) > _MOST:
         raise OptionValueError(
             f"invalid {name}: {values!r:.200} gives more than {_MOST:,}. Each is simulated: give fewer."
         )
-    return listed
+    return found
 
 
 def advise(

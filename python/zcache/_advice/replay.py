@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import numpy as np
 
-from zcache._advice.advise import POLICIES, advise, parse_policies, parse_sizes
+from zcache._advice.advise import advise, parse_policies, parse_sizes
 from zcache._advice.file_format import COLUMNS, HEAD, LONGEST_LINE, MAGIC, path_of_recording
 from zcache._advice.trace import UNKNOWN, Trace, complete
+from zcache._core import POLICIES
 from zcache._options import MAX_BYTES
 from zcache.exceptions import RecordingError
 

@@ -8,6 +8,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from zcache.store import CacheStore
 from zcache.testing._doubles import StoreDouble
 from zcache.testing._internals import (
     RANGES,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from zarr.abc.store import Store
-
-    from zcache.store import CacheStore
 
 _ATTEMPTS: Final = 20
 """How often the cache store is looked at while others keep changing it."""
@@ -129,6 +128,8 @@ def check_index(store: CacheStore) -> None:
     InvariantError
         If it does not; it says what differs.
     """
+    if not isinstance(store, CacheStore):
+        raise TypeError(f"invalid store: {type(store).__name__}. Give a zcache.CacheStore.")
     try:
         validate(store)
     except Exception as error:

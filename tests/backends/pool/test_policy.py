@@ -12,6 +12,7 @@ import zcache
 from pools import source_of
 from support import check_quiet, fill
 from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
+from zcache._core import POLICIES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,7 @@ def store_over(pool: CachePool, name: str, **options: Any) -> CacheStore:
     return CacheStore(source_of(), cache_store=pool, source_id=name, **options)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "none", "adaptive"])
+@pytest.mark.parametrize("eviction", POLICIES)
 async def test_stores_over_a_pool_go_by_its_policy(where: Path | None, eviction: Any) -> None:
     pool = CachePool(where, max_size=100, eviction=eviction)
     with warnings.catch_warnings():
