@@ -9,7 +9,9 @@ from zcache.exceptions import CacheOwnershipError
 
 FORMAT: Final = 1
 """Format of what zcache keeps in a cache store."""
-POOL_FORMAT: Final = "pool 1"
+_POOL: Final = "pool "
+"""Beginning of the format of a pool, whichever."""
+POOL_FORMAT: Final = f"{_POOL}1"
 """Format of a pool."""
 
 
@@ -46,19 +48,28 @@ def parse_stamp(
         raise CacheOwnershipError(
             f"the stamp of the cache {where} cannot be read. {way_out}, or give another one."
         )
-    if POOL_FORMAT in (stamp["zcache"], form) and stamp["zcache"] != form:
+    found = stamp["zcache"]
+    is_pool = isinstance(found, str) and found.startswith(_POOL)
+    read = POOL_FORMAT if is_pool else FORMAT
+    # First: where no other way of opening it helps, none is named.
+    if found != read:
+        has = (
+            f"is a pool of format {found.removeprefix(_POOL)}"
+            if is_pool
+            else f"has format {found!r}"
+        )
+        raise CacheOwnershipError(
+            f"the cache {where} {has}, this zcache reads format {str(read).removeprefix(_POOL)}. Use "
+            "the version of zcache that made it, or give another one."
+        )
+    if read != form:
         one, other = (
-            ("is no pool", "cache_store=path")
-            if form == POOL_FORMAT
-            else ("is a pool", "cache_store=zcache.CachePool(path)")
+            ("is a pool", "cache_store=zcache.CachePool(path)")
+            if is_pool
+            else ("is no pool", "cache_store=path")
         )
         raise CacheOwnershipError(
             f"the cache {where} {one}. Use it by {other}, or give another one."
-        )
-    if stamp["zcache"] != form:
-        raise CacheOwnershipError(
-            f"the cache {where} has format {stamp['zcache']!r}, this zcache reads format {FORMAT}. Use "
-            "the version of zcache that made it, or give another one."
         )
     if stamp.get("listed", False) is not listed:
         other = "a zarr.storage.LocalStore itself" if listed else "a store of another class"

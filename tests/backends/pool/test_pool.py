@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import pickle
 import shutil
@@ -38,6 +39,7 @@ from zcache import (
     OptionTypeError,
     OptionValueError,
 )
+from zcache._backends.ownership import FORMAT
 from zcache._core import Index
 from zcache.testing import (
     FakeClock,
@@ -615,6 +617,29 @@ def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
         CacheOwnershipError, match=r"is a pool. Use it by cache_store=zcache.CachePool"
     ):
         CacheStore(source, cache_store=tmp_path / "pool", source_id="a pool")
+
+
+@pytest.mark.parametrize("asked", ["directory", "pool"])
+@pytest.mark.parametrize(
+    ("made", "found", "read"),
+    [
+        (2, "has format 2", FORMAT),
+        (0, "has format 0", FORMAT),
+        ("pool 2", "is a pool of format 2", 1),
+        ("pool 0", "is a pool of format 0", 1),
+    ],
+)
+def test_cache_of_another_format_is_refused_with_both_numbers(
+    tmp_path: Path, made: object, found: str, read: int, asked: str
+) -> None:
+    CachePool(tmp_path)
+    for name in ("stamp.json", "index/stamp.json"):
+        (tmp_path / ".zcache" / name).write_text(json.dumps({"zcache": made, "source": "a pool"}))
+    cache = Path if asked == "directory" else CachePool
+    with pytest.raises(
+        CacheOwnershipError, match=f"{found}, this zcache reads format {read}. Use the version"
+    ):
+        CacheStore(MemoryStore(), cache_store=cache(tmp_path), source_id="a pool", adopt=True)
 
 
 @pytest.mark.parametrize("kind", ["directory", "pool"])
