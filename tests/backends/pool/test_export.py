@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +16,22 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 from directories import closed
 from pools import KEYS, NEIGHBOURS, pool_with_neighbours
 from support import buf, read_through, threads, until
-from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
+from zcache import (
+    CachePool,
+    CacheStore,
+    CacheUnreachableError,
+    IndexLockTimeout,
+    OptionTypeError,
+    OptionValueError,
+)
+from zcache.testing import hold_index_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from zarr.abc.store import Store
+
+    from zcache._core import HeldLock
 
 DATA = np.arange(40).reshape(4, 10)
 
@@ -209,3 +221,57 @@ def test_export_into_what_is_cached_in_the_pool_is_refused(where: Path | None) -
         with pytest.raises(OptionValueError, match="invalid store: "):
             pool.export(NEIGHBOURS[0], store)
     assert pool.export(NEIGHBOURS[0], CacheStore(MemoryStore())) == len(KEYS)
+
+
+class TakesTheLock(WrapperStore[Any]):
+    """A store; when it gets its first value, the lock of a pool is taken, until it is released."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        super().__init__(store)
+        self._path = path
+        self.lock: HeldLock | None = None
+
+    async def set(self, key: str, value: Any) -> None:
+        if self.lock is None:
+            self.lock = hold_index_lock(self._path)
+            self.has_taken(self.lock)
+        await super().set(key, value)
+
+    def has_taken(self, lock: HeldLock) -> None:
+        """Nothing more."""
+
+
+def test_export_waits_for_the_lock_of_the_index(tmp_path: Path) -> None:
+    class TakesItForAMoment(TakesTheLock):
+        def has_taken(self, lock: HeldLock) -> None:
+            threading.Timer(0.2, lock.release).start()
+
+    pool, inner = pool_with_neighbours(tmp_path), MemoryStore()
+    assert pool.export(NEIGHBOURS[0], TakesItForAMoment(inner, tmp_path)) == len(KEYS)
+    assert sorted(inner._store_dict) == sorted(KEYS)
+
+
+@pytest.mark.slow
+def test_export_where_the_lock_is_held_says_so(tmp_path: Path) -> None:
+    pool, target = pool_with_neighbours(tmp_path), TakesTheLock(MemoryStore(), tmp_path)
+    with pytest.raises(IndexLockTimeout):
+        pool.export(NEIGHBOURS[0], target)
+    assert target.lock is not None
+    assert target.lock.release()
+    assert pool.export(NEIGHBOURS[0], MemoryStore()) == len(KEYS)
+
+
+def test_export_of_what_cannot_be_read_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def read(self, *_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    pool = pool_with_neighbours(tmp_path)
+    monkeypatch.setattr("zcache._backends.pool.place.SegmentReader", Broken)
+    with pytest.raises(CacheUnreachableError, match=r"the value of '.*Input/output error"):
+        pool.export(NEIGHBOURS[0], MemoryStore())

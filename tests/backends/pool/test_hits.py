@@ -7,6 +7,7 @@ import csv
 import gzip
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from zarr.storage import MemoryStore
 
 from support import PROTOTYPE, buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore
-from zcache.testing import StoreDouble, record_steps
+from zcache.testing import StoreDouble, hold_index_lock, record_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from zcache.testing import Step
 
 VALUE = np.random.default_rng(0).bytes(3 * 4096 + 100)
 REQUESTS = [
@@ -127,6 +130,32 @@ async def test_steps_of_a_pool_can_be_recorded(tmp_path: Path) -> None:
     assert [step.name for step in steps] == ["lookup"]
     assert await read(store, "a/c/0") == VALUE
     assert source.take()["get"] == 0
+
+
+async def test_hit_waits_for_a_lock_that_was_taken_since_it_was_looked_up(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore({key: buf(VALUE) for key in ("a/c/0", "a/c/1")}))
+    store = open_store(tmp_path, source)
+    for _ in range(2):
+        await read_through(store, "a/c/0")
+        await read_through(store, "a/c/1")
+    source.take()
+    held: list[threading.Timer] = []
+
+    def hold(step: Step) -> None:
+        if step.name == "lookup" and step.args[0] == "a/c/0" and not held:
+            # Where the last value is, a view of the index knows by itself.
+            store.get_sync("a/c/1")
+            lock = hold_index_lock(tmp_path / "pool")
+            held.append(threading.Timer(0.2, lock.release))
+            held[0].start()
+
+    with record_steps(store, hold):
+        assert await read(store, "a/c/0") == VALUE
+    (release,) = held
+    release.join()
+    assert sum(source.take().values()) == 0
+    assert store.cache_stats()["cache_failures"] == 0
+    await check_quiet(store)
 
 
 LITTLE_MEMORY = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from zcache._backends.base import READ_TIMEOUT, Backend
 from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.reader import PagesInMemory
-from zcache._core import VALUE_HEADER, CorruptIndexError, Index, IndexBusyError
+from zcache._core import VALUE_HEADER, CorruptIndexError, Index
 from zcache._index.calls import is_complete
 from zcache._runtime.buffers import to_buffer
 from zcache.exceptions import IndexLockTimeout
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from zcache._core import SegmentReader
     from zcache._index.shared import SharedIndex
     from zcache._runtime.io import IO
+
+T = TypeVar("T")
 
 
 class PoolBackend(DirectoryBackend):
@@ -59,15 +61,32 @@ class PoolBackend(DirectoryBackend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
-        segments = self._segments
+        array = np.empty(size, "u1")
+        is_read = await self._in_segments(
+            io, lambda segments: segments.read(name, array, total, start, size, True)
+        )
+        return to_buffer(array, prototype) if is_read else None
 
-        def read_value() -> Buffer | None:
-            array = np.empty(size, "u1")
-            if segments is None or not segments.read(name, array, total, start, size, True):
-                return None
-            return to_buffer(array, prototype)
+    async def _in_segments(self, io: IO, read: Callable[[SegmentReader], T]) -> T | None:
+        """Read something from the segments, in a thread. The index says where, so it is a step of that.
 
-        return await io.in_thread(read_value, timeout=READ_TIMEOUT)
+        Raises
+        ------
+        OSError
+            If the file system refuses, or the index is damaged.
+        """
+
+        def step(_: Index) -> T | None:
+            # Of the index of now: it was put here together with that.
+            segments = self._segments
+            try:
+                return None if segments is None else read(segments)
+            except CorruptIndexError as error:
+                # No reader waits for its recovery, which the step begins that drops this entry.
+                raise OSError(str(error)) from None
+
+        call = partial(self.shared.handle.call_blocking, step)
+        return await io.in_thread(call, timeout=READ_TIMEOUT)
 
     async def remove_key(
         self, io: IO, key: str, victims: Sequence[Victim], *, begins: bool
@@ -102,12 +121,7 @@ class PoolBackend(DirectoryBackend):
         return self._source.files.delete([name for _, name in victims])
 
     async def recorded_size_and_checksum(self, io: IO, name: str) -> tuple[int, int] | None:
-        segments = self._segments
-        if segments is None:
-            return None
-        with contextlib.suppress(IndexBusyError, CorruptIndexError):
-            return await io.in_thread(lambda: segments.recorded(name), timeout=READ_TIMEOUT)
-        return None
+        return await self._in_segments(io, lambda segments: segments.recorded(name))
 
     async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
         return None

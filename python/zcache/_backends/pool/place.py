@@ -207,7 +207,13 @@ class Pool:
                 return
 
     def read(self, name: str, key: str, size: int) -> Any:
-        """The bytes of a full value, as an array; None where it is gone or damaged."""
+        """The bytes of a full value, as an array; None where it is gone or damaged.
+
+        Raises
+        ------
+        CacheUnreachableError
+            If the file system refuses.
+        """
         raise NotImplementedError
 
     def _delete(self, victims: list[tuple[int, str]]) -> None:
@@ -330,12 +336,23 @@ class DirectoryPool(Pool):
                 run_in_background(partial(_forget_ended, this))
 
     def read(self, name: str, key: str, size: int) -> Any:
-        view = self.handle.index.within(label_of(name), True)
-        reader = SegmentReader(view, self.directory.layout.scanner.files)
-        array = np.empty(size, "u1")
-        if not reader.read(key, array, size, 0, size, True):
-            return None
-        return array if reader.recorded(key) == (size, crc32c(array.tobytes())) else None
+        files, array = self.directory.layout.scanner.files, np.empty(size, "u1")
+
+        def is_read(index: Index) -> bool:
+            reader = SegmentReader(index.within(label_of(name), True), files)
+            if not reader.read(key, array, size, 0, size, True):
+                return False
+            return reader.recorded(key) == (size, crc32c(array.tobytes()))
+
+        try:
+            return array if self.handle.call_blocking(is_read) else None
+        except IndexLockTimeout:
+            raise
+        except OSError as error:
+            raise CacheUnreachableError(
+                f"the value of {key!r} in the pool {self.directory.root} cannot be read ({error}). Try again where that "
+                "may pass; else drop it by `invalidate` of a store over this source."
+            ) from error
 
     def check_usable(self) -> None:
         super().check_usable()
