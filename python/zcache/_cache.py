@@ -304,6 +304,11 @@ def find_or_add(cache: Cache) -> Cache:
         return _by_token.setdefault(cache.known_token or "", cache)
 
 
+def open_sources() -> list[tuple[str, Store]]:
+    """Name and source of each store of this process."""
+    return [(cache.source_id.name, cache.source) for cache in _caches.snapshot()]
+
+
 def _after_fork() -> None:
     """Make everything usable in a forked child."""
     global _lock

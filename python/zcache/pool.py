@@ -10,9 +10,10 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from zcache._backends.pool.options import PoolOptions
-from zcache._backends.pool.register import note_of, stand_in
+from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+from zcache._cache import open_sources
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -23,7 +24,11 @@ from zcache._options import (
     parse_size,
     path_of_cache_store,
 )
-from zcache.exceptions import OptionTypeError
+from zcache._runtime.coroutines import is_loop_of_zarr
+from zcache._source.describe import describe
+from zcache._source.identity import identify
+from zcache._source.location import innermost, location_here
+from zcache.exceptions import OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
     import os
@@ -198,7 +203,8 @@ class CachePool:
     def sources(self) -> list[PoolSourceInfo]:
         """What it holds of each source, that of most bytes first.
 
-        Takes time in proportion to the number of all entries, and holds up no reader.
+        Takes time in proportion to the number of all entries, and holds up no reader; in an event loop use
+        ``await asyncio.to_thread(pool.sources)``.
 
         Raises
         ------
@@ -225,7 +231,8 @@ class CachePool:
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.
 
-        `sources` leaves it out until it has values again.
+        `sources` leaves it out until it has values again. Takes time in proportion to its values; in an event loop use
+        ``await asyncio.to_thread(pool.forget, name)``.
 
         Parameters
         ----------
@@ -238,6 +245,8 @@ class CachePool:
             `name` is no text.
         CacheUnreachableError
             An `OSError`: the pool is only read from, or its index cannot be used.
+        OSError
+            If the file system refuses.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
@@ -247,14 +256,18 @@ class CachePool:
     def export(self, name: str, store: Store) -> int:
         """Write all full values of a source to another store, where they can be read as Zarr.
 
-        What of the source is cached in part only is left out: ranges, and what was never read.
+        What of the source is cached in part only is left out: ranges, and what was never read. How old a value is does
+        not matter, for a pool does not know the ages of its stores: what is too old for them is written as well.
+
+        It needs the event loop of zarr, and blocks its caller until all is written: in an event loop use
+        ``await asyncio.to_thread(pool.export, name, store)``.
 
         Parameters
         ----------
         name : str
             Its name, as `sources` tells it.
         store : Store
-            Where to, outside the pool; what it has under the same keys is replaced.
+            Where to, outside the pool, and not the source itself; what it has under the same keys is replaced.
 
         Returns
         -------
@@ -266,15 +279,24 @@ class CachePool:
         OptionTypeError
             `name` is no text, or `store` is no store.
         OptionValueError
-            `store` is that of the pool, or is read through it, or one of them is inside the other.
+            `store` is that of the pool, or is read through it, or one of them is inside the other; or it is the source
+            itself. One that was given a `source_id` is known by its stores that are open in this process.
+        RuntimeError
+            It is called in the event loop of zarr.
         CacheUnreachableError
-            An `OSError`: the index, which knows what there is, cannot be used.
+            An `OSError`: the index, which knows what there is, cannot be used, or a value cannot be read.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         _check_name(name)
         directory = self._pool.directory
         check_export(store, self._store if directory is None else LocalStore(directory.root))
+        _check_other_source(store, name)
+        if is_loop_of_zarr():
+            raise RuntimeError(
+                "export() was called in the event loop of zarr, which it needs itself. Use "
+                "`await asyncio.to_thread(pool.export, name, store)` there."
+            )
         buffer = default_buffer_prototype().buffer
 
         async def write() -> int:
@@ -296,6 +318,22 @@ def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise OptionTypeError(
             f"invalid name: {name!r}. Give that of a source, as CachePool.sources() tells it."
+        )
+
+
+def _check_other_source(store: Store, name: str) -> None:
+    """See that a store is not the source of this name: what is cached of it may be older than what it has."""
+    label = label_of(name)
+    target = innermost(store)
+    is_source = label_of(identify(target).name) == label or any(
+        location_here(source) == location_here(target)
+        for called, source in open_sources()
+        if label_of(called) == label
+    )
+    if is_source:
+        raise OptionValueError(
+            f"invalid store: {describe(store)} is the source {name!r} itself, which may have newer values than the pool. "
+            "Give another store."
         )
 
 

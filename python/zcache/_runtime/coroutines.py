@@ -8,6 +8,8 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import zarr.core.sync
+
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ def run_without_loop(steps: Coroutine[Any, Any, T]) -> T:
         return end.value  # type: ignore[no-any-return]
     steps.close()
     raise RuntimeError("a synchronous call had to wait for an event loop")
+
+
+def is_loop_of_zarr() -> bool:
+    """Whether this is called in the event loop of zarr, where `zarr.core.sync.sync` can wait for nothing."""
+    here = asyncio._get_running_loop()
+    return here is not None and here is zarr.core.sync.loop[0]
 
 
 async def guarded(work: Awaitable[T]) -> T:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import zarr
 from zarr.abc.store import RangeByteRequest
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import closed
 from pools import KEYS, NEIGHBOURS, pool_with_neighbours
-from support import buf, read_through, threads, until
+from support import PROTOTYPE, buf, read_through, threads, until
 from zcache import (
     CachePool,
     CacheStore,
@@ -24,7 +25,8 @@ from zcache import (
     OptionTypeError,
     OptionValueError,
 )
-from zcache.testing import hold_index_lock
+from zcache._backends.pool.register import label_of, stand_in
+from zcache.testing import FakeClock, hold_index_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -275,3 +277,67 @@ def test_export_of_what_cannot_be_read_names_it(
     monkeypatch.setattr("zcache._backends.pool.place.SegmentReader", Broken)
     with pytest.raises(CacheUnreachableError, match=r"the value of '.*Input/output error"):
         pool.export(NEIGHBOURS[0], MemoryStore())
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_export_into_the_source_itself_is_refused(
+    where: Path | None, tmp_path: Path, kind: str
+) -> None:
+    pool = CachePool(where)
+    source = LocalStore(tmp_path / "source") if kind == "local" else MemoryStore()
+    asyncio.run(source.set("k", buf(b"old")))
+    stores = [CacheStore(source, cache_store=pool, source_id=name) for name in (None, "given")]
+    for store in stores:
+        assert store.get_sync("k") is not None
+        store.drain_sync()
+    asyncio.run(source.set("k", buf(b"new")))
+    names = [info.name for info in pool.sources()]
+    assert len(names) == 2
+    for name in names:
+        for target in (source, WrapperStore(source), CacheStore(source), Failing(source)):
+            with pytest.raises(OptionValueError, match=r"is the source .* itself"):
+                pool.export(name, target)
+        assert pool.export(name, MemoryStore()) == 1
+    assert sync(source.get("k", PROTOTYPE)).to_bytes() == b"new"
+
+
+def test_export_into_the_source_is_refused_by_its_name_alone(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path / "source")
+    asyncio.run(source.set("k", buf(b"old")))
+    name = f"file://{tmp_path}/source"
+
+    def use() -> None:
+        store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"))
+        assert store.get_sync("k") is not None
+        store.drain_sync()
+
+    use()
+    pool = CachePool(tmp_path / "pool")
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    for called in (name, stand_in(label_of(name))):
+        for path in ("source", "link"):
+            with pytest.raises(OptionValueError, match=r"is the source .* itself"):
+                pool.export(called, LocalStore(tmp_path / path))
+        assert pool.export(called, LocalStore(tmp_path / "target")) == 1
+
+
+def test_export_writes_what_is_too_old_for_its_store(where: Path | None) -> None:
+    pool, clock = CachePool(where), FakeClock()
+    source = MemoryStore({"k": buf(b"old")})
+    store = CacheStore(source, cache_store=pool, source_id="s", max_age_seconds=1, clock=clock)
+    assert store.get_sync("k") is not None
+    store.drain_sync()
+    clock.advance(2)
+    assert not store.is_cached("k")
+    assert pool.export("s", MemoryStore()) == 1
+
+
+def test_export_in_the_event_loop_of_zarr_names_the_way_out(where: Path | None) -> None:
+    pool = pool_with_neighbours(where)
+
+    async def export() -> int:
+        with pytest.raises(RuntimeError, match=r"await asyncio\.to_thread\(pool\.export"):
+            pool.export(NEIGHBOURS[0], MemoryStore())
+        return await asyncio.to_thread(pool.export, NEIGHBOURS[0], MemoryStore())
+
+    assert sync(export()) == len(KEYS)
