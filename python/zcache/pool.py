@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -14,6 +15,7 @@ from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._cache import open_sources
+from zcache._index.calls import is_complete
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -228,6 +230,19 @@ class CachePool:
                 )
         return sorted(infos, key=lambda info: (-info.bytes, info.name))
 
+    def _check_known(self, name: str) -> None:
+        pool = self._pool
+        notes = pool.notes()
+        if label_of(name) in notes or any(True for _ in pool.live(name)):
+            return
+        if not pool.handle.call_blocking(is_complete):
+            return  # A rebuild may find values of it.
+        near = difflib.get_close_matches(name, [note["name"] for note in notes.values()], 1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise OptionValueError(
+            f"invalid name: {name!r:.300} is no source of the pool. {_NAME}{meant}"
+        )
+
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.
 
@@ -241,8 +256,8 @@ class CachePool:
 
         Raises
         ------
-        OptionTypeError
-            `name` is no text.
+        OptionTypeError, OptionValueError
+            `name` is no text, or the pool has never had such a source.
         CacheUnreachableError
             An `OSError`: the pool is only read from, or its index cannot be used.
         OSError
@@ -251,6 +266,8 @@ class CachePool:
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
         _check_name(name)
+        self._pool.check_may_forget()
+        self._check_known(name)
         self._pool.forget(name)
 
     def export(self, name: str, store: Store) -> int:
@@ -279,7 +296,7 @@ class CachePool:
         OptionTypeError
             `name` is no text, or `store` is no store.
         OptionValueError
-            `store` is that of the pool, or is read through it, or one of them is inside the other; or it is the source
+            The pool has never had a source of this name; or `store` is that of the pool, or is read through it, or one of them is inside the other; or it is the source
             itself. One that was given a `source_id` is known by its stores that are open in this process.
         RuntimeError
             It is called in the event loop of zarr.
@@ -297,10 +314,11 @@ class CachePool:
                 "export() was called in the event loop of zarr, which it needs itself. Use "
                 "`await asyncio.to_thread(pool.export, name, store)` there."
             )
+        self._pool.check_usable()
+        self._check_known(name)
         buffer = default_buffer_prototype().buffer
 
         async def write() -> int:
-            self._pool.check_usable()
             await store._ensure_open()
             count = 0
             for key, is_full, size in self._pool.live(name):
@@ -314,11 +332,12 @@ class CachePool:
         return sync(write())
 
 
+_NAME: Final = "Give that of a source, as CachePool.sources() tells it."
+
+
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
-        raise OptionTypeError(
-            f"invalid name: {name!r}. Give that of a source, as CachePool.sources() tells it."
-        )
+        raise OptionTypeError(f"invalid name: {name!r}. {_NAME}")
 
 
 def _check_other_source(store: Store, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import closed
 from pools import KEYS, NEIGHBOURS, pool_with_neighbours
-from support import PROTOTYPE, buf, read_through, threads, until
+from support import PROTOTYPE, buf, read, read_through, threads, until
 from zcache import (
     CachePool,
     CacheStore,
@@ -80,8 +81,7 @@ def test_export_writes_what_is_cached_as_zarr(where: Path | None, tmp_path: Path
     with ZipStore(tmp_path / "target.zip", mode="w") as archive:
         assert pool.export("mine", archive) == 8
     check_exported(ZipStore(tmp_path / "target.zip", mode="r"))
-    assert pool.export("unknown", LocalStore(tmp_path / "target")) == 0
-    with pytest.raises(OptionTypeError, match="invalid store: str"):
+    with pytest.raises(OptionTypeError, match="invalid store: 'somewhere'"):
         pool.export("mine", "somewhere")  # type: ignore[arg-type]
 
 
@@ -341,3 +341,24 @@ def test_export_in_the_event_loop_of_zarr_names_the_way_out(where: Path | None) 
         return await asyncio.to_thread(pool.export, NEIGHBOURS[0], MemoryStore())
 
     assert sync(export()) == len(KEYS)
+
+
+@pytest.mark.parametrize("kind", ["pool", "memory pool"])
+async def test_name_that_no_source_has_is_refused(kind: str, tmp_path: Path) -> None:
+    """A slip must not look as if a source was forgotten."""
+    pool = CachePool(tmp_path / "pool") if kind == "pool" else CachePool()
+    store = CacheStore(
+        MemoryStore({"k": buf(b"1")}), cache_store=pool, source_id="s3://b/era5.zarr"
+    )
+    await read(store, "k")
+    await store.drain()
+    for act in (pool.forget, partial(pool.export, store=MemoryStore())):
+        with pytest.raises(OptionValueError) as caught:
+            await asyncio.to_thread(act, "s3://b/era5.zar")
+        assert "'s3://b/era5.zar' is no source of the pool" in str(caught.value)
+        assert "Did you mean 's3://b/era5.zarr'?" in str(caught.value)
+    assert store.is_cached("k")
+    for _ in range(2):  # One that is forgotten may be forgotten again.
+        await asyncio.to_thread(pool.forget, "s3://b/era5.zarr")
+    assert not store.is_cached("k")
+    assert await asyncio.to_thread(pool.export, "s3://b/era5.zarr", MemoryStore()) == 0

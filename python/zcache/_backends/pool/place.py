@@ -173,6 +173,10 @@ class Pool:
                 f"exported; the log says why. Open it as a user who may {may}."
             )
 
+    def check_may_forget(self) -> None:
+        """See that values may be deleted; see `check_usable`."""
+        self.check_usable()
+
     def forget(self, name: str) -> None:
         """Delete all values of a source."""
         self.check_usable()
@@ -372,12 +376,16 @@ class DirectoryPool(Pool):
     def wait_for_bound(self) -> None:
         self.directory.wait_for_bound()
 
-    def forget(self, name: str) -> None:
+    def check_may_forget(self) -> None:
+        # docstring inherited
         directory = self.directory
         if directory.filler.reads_only:
             raise directory.private_index.refusal("nothing in it can be forgotten")
+        super().check_may_forget()
+
+    def forget(self, name: str) -> None:
         self.forget_values(name)
-        directory.register.forget(name)
+        self.directory.register.forget(name)
 
     def forget_values(self, name: str) -> None:
         """Delete all values of a source, and what is known of it, but for its name."""
