@@ -12,13 +12,14 @@
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::ptr::null_mut;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use memmap2::MmapMut;
 
-/// Mappings that are watched at once: those of more than all participants that one index has.
-const MAPPINGS: usize = 2048;
+/// Mappings that one part of the list has places for.
+const PLACES: usize = 1024;
 
 #[derive(Debug)]
 struct Watched {
@@ -28,13 +29,57 @@ struct Watched {
     has_faulted: AtomicBool,
 }
 
-static WATCHED: [Watched; MAPPINGS] = [const {
-    Watched {
-        start: AtomicUsize::new(0),
-        end: AtomicUsize::new(0),
-        has_faulted: AtomicBool::new(false),
+/// A part of the list of all mappings. None is ever freed, so the handler may walk them at any instant.
+#[derive(Debug)]
+struct Part {
+    places: [Watched; PLACES],
+    /// Null, or the next part.
+    next: AtomicPtr<Part>,
+}
+
+static FIRST: Part = Part::new();
+
+impl Part {
+    const fn new() -> Self {
+        Part {
+            places: [const {
+                Watched {
+                    start: AtomicUsize::new(0),
+                    end: AtomicUsize::new(0),
+                    has_faulted: AtomicBool::new(false),
+                }
+            }; PLACES],
+            next: AtomicPtr::new(null_mut()),
+        }
     }
-}; MAPPINGS];
+
+    #[allow(unsafe_code)]
+    fn next(&self) -> Option<&'static Part> {
+        // SAFETY: It is null, or points to a part that was complete before it was stored, and is never freed.
+        unsafe { self.next.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// The next part, which is made if there is none. Without a mutex: a child that is forked meanwhile would never get it.
+    #[allow(unsafe_code)]
+    fn next_or_new(&self) -> &'static Part {
+        if let Some(next) = self.next() {
+            return next;
+        }
+        let new = Box::into_raw(Box::new(Part::new()));
+        let (taken, found) = (Ordering::AcqRel, Ordering::Acquire);
+        match self.next.compare_exchange(null_mut(), new, taken, found) {
+            // SAFETY: From now on it is in the list, and is never freed.
+            Ok(_) => unsafe { &*new },
+            Err(found) => {
+                // SAFETY: No other thread has seen the new one; the one that was found is never freed.
+                unsafe {
+                    drop(Box::from_raw(new));
+                    &*found
+                }
+            }
+        }
+    }
+}
 
 /// A mapped file that does not end the process.
 #[derive(Debug)]
@@ -42,7 +87,7 @@ pub(super) struct Map {
     bytes: MmapMut,
     /// Address of the first byte.
     start: usize,
-    watched: Option<&'static Watched>,
+    watched: &'static Watched,
 }
 
 impl Map {
@@ -71,31 +116,36 @@ impl Map {
 
     /// Whether a page of it could not be had.
     pub(super) fn has_faulted(&self) -> bool {
-        self.watched
-            .is_some_and(|watched| watched.has_faulted.load(Ordering::Relaxed))
+        self.watched.has_faulted.load(Ordering::Relaxed)
     }
 }
 
-fn watch(bytes: &MmapMut) -> Option<&'static Watched> {
+fn watch(bytes: &MmapMut) -> &'static Watched {
     let start = bytes.as_ptr() as usize;
-    let free = |watched: &&Watched| {
-        let taken = watched
-            .start
-            .compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed);
-        taken.is_ok()
+    let takes = |watched: &&Watched| {
+        let (taken, other) = (Ordering::AcqRel, Ordering::Relaxed);
+        // To look first is cheaper by far where most places are in use.
+        watched.start.load(Ordering::Relaxed) == 0
+            && watched
+                .start
+                .compare_exchange(0, start, taken, other)
+                .is_ok()
     };
-    let watched = WATCHED.iter().find(free)?;
-    watched.has_faulted.store(false, Ordering::Relaxed);
-    watched.end.store(start + bytes.len(), Ordering::Release);
-    Some(watched)
+    let mut part = &FIRST;
+    loop {
+        if let Some(watched) = part.places.iter().find(takes) {
+            watched.has_faulted.store(false, Ordering::Relaxed);
+            watched.end.store(start + bytes.len(), Ordering::Release);
+            return watched;
+        }
+        part = part.next_or_new();
+    }
 }
 
 impl Drop for Map {
     fn drop(&mut self) {
-        if let Some(watched) = self.watched {
-            watched.end.store(0, Ordering::Release);
-            watched.start.store(0, Ordering::Release);
-        }
+        self.watched.end.store(0, Ordering::Release);
+        self.watched.start.store(0, Ordering::Release);
     }
 }
 
@@ -121,7 +171,7 @@ mod handler {
 
     use libc::{SIGBUS, c_int, c_void, sigaction, siginfo_t};
 
-    use super::{AtomicUsize, Once, Ordering, WATCHED};
+    use super::{AtomicUsize, FIRST, Once, Ordering, Part};
 
     static PAGE: AtomicUsize = AtomicUsize::new(4096);
     static BEFORE: OnceLock<sigaction> = OnceLock::new();
@@ -154,7 +204,8 @@ mod handler {
     extern "C" fn on_fault(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
         // SAFETY: With `SA_SIGINFO` the kernel passes a valid `siginfo_t`.
         let address = unsafe { (*info).si_addr() } as usize;
-        for watched in &WATCHED {
+        let parts = std::iter::successors(Some(&FIRST), |part| Part::next(part));
+        for watched in parts.flat_map(|part| &part.places) {
             let start = watched.start.load(Ordering::Acquire);
             if start == 0 || address < start || address >= watched.end.load(Ordering::Acquire) {
                 continue;
@@ -201,5 +252,25 @@ mod handler {
                 handler(signal);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Map, PLACES};
+    use std::fs::{self, File};
+
+    #[test]
+    fn mapping_beyond_every_earlier_one_outlives_a_truncated_file() {
+        let path = std::env::temp_dir().join(format!("zcache-guard-{}", std::process::id()));
+        fs::write(&path, [1; 4096]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let maps: Vec<Map> = (0..3 * PLACES).map(|_| Map::new(&file).unwrap()).collect();
+        let (last, others) = maps.split_last().unwrap();
+        file.set_len(0).unwrap();
+        assert_eq!(last.first(), Some(&0));
+        assert!(last.has_faulted());
+        assert!(!others.iter().any(Map::has_faulted));
     }
 }
