@@ -581,6 +581,24 @@ fn queue_that_is_dropped_does_what_it_has() {
 }
 
 #[test]
+fn unfinished_file_of_a_process_with_the_same_number_is_in_no_fills_way() {
+    let dir = Dir::new("same-number");
+    let process = std::process::id();
+    let others: Vec<PathBuf> = (0..1000)
+        .map(|n| dir.at(&format!(".zcache/tmp/s0-{process}-{n}")))
+        .collect();
+    others
+        .iter()
+        .for_each(|path| fs::write(path, "theirs").unwrap());
+    filled(&dir.fill("a", 10));
+    for path in others {
+        assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
+        fs::remove_file(path).unwrap();
+    }
+    dir.check();
+}
+
+#[test]
 fn queue_without_work_keeps_no_index_in_use() {
     let mut dir = Dir::new("let-go");
     for n in 0..200 {

@@ -1,16 +1,17 @@
 //! Segments of a pool: what is appended, read and deleted, and what the bound counts.
 
+use crate::place::Place;
 use crate::pool;
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
 use zcache::cache::{Limits, PAGE};
 use zcache::disk::fill::Ending;
-use zcache::disk::segments::{Got, delete_below, scan, walk};
+use zcache::disk::segments::{Got, can_punch, delete_below, scan, walk};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, Plan, PolicyKind};
 use zcache::shared::{Locked, SharedIndex};
@@ -269,6 +270,18 @@ fn name_without_room_in_a_header_stays_uncached() {
         "{ending:?}"
     );
     end(pool);
+}
+
+#[test]
+fn trial_whether_holes_can_be_made_leaves_files_of_others_alone() {
+    let place = Place::new("trial");
+    let others = place.at(&format!("trial-{}", std::process::id()));
+    fs::write(&others, "mine").unwrap();
+    for _ in 0..3 {
+        can_punch(&place.0).unwrap();
+        assert_eq!(fs::read_to_string(&others).unwrap(), "mine");
+        assert_eq!(fs::read_dir(&place.0).unwrap().count(), 1);
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::below::At;
 use super::ownership::SourceDigest;
 use super::segments::SegmentFiles;
 use super::values::Values;
-use crate::shared::{Neighbours, neighbours};
+use crate::shared::{Neighbours, neighbours, new_generation};
 
 /// Bytes of a volume that stay free by default, ...
 const FREE_SPACE: u64 = 1 << 30;
@@ -92,6 +92,8 @@ pub struct CacheDir {
     pub(super) values: Values,
     pub(super) source: SourceDigest,
     opened: Instant,
+    /// In the names of its unfinished files: two processes may have one number, in containers say.
+    own: u64,
     /// Milliseconds after `opened` until which the volume has ample space.
     ample_until: AtomicU64,
     /// The lock file of an index that this process does not use.
@@ -118,6 +120,7 @@ impl CacheDir {
             values: Values::Files,
             source: SourceDigest::default(),
             opened: Instant::now(),
+            own: new_generation(),
             ample_until: AtomicU64::new(0),
             marked: None,
             seen: Mutex::new(None),
@@ -165,10 +168,11 @@ impl CacheDir {
     pub(super) fn unfinished(&self, slot: Option<usize>) -> PathBuf {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        let process = std::process::id();
+        // A forked child has the rest of its parent.
+        let (process, own) = (std::process::id(), self.own);
         self.tmp.join(match slot {
-            Some(slot) => format!("s{slot}-{process}-{number}"),
-            None => format!("own-{process}-{number}"),
+            Some(slot) => format!("s{slot}-{process}-{own:016x}-{number}"),
+            None => format!("own-{process}-{own:016x}-{number}"),
         })
     }
 

@@ -237,13 +237,13 @@ fn write_note(root: &Path, folder: &str, name: &str) -> io::Result<OwnedFd> {
     make_folders(root, Path::new(folder))?;
     let name = Path::new(folder).join(name);
     let place = Place::find(root, &name)?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let mut file = None;
     change_in(place.at(), |at| {
         file = Some(openat(
             at.folder,
             at.name,
-            flags,
+            flags | OFlags::CLOEXEC,
             Mode::from_raw_mode(0o666),
         )?);
         Ok(())

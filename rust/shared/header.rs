@@ -208,7 +208,7 @@ pub(super) fn boot() -> [u64; 5] {
 }
 
 /// A number that no earlier index of this directory has had.
-pub(super) fn new_generation() -> u64 {
+pub(crate) fn new_generation() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let nanos = since.map_or(1, |passed| passed.as_nanos() as u64);
     (nanos ^ u64::from(std::process::id()) << 44).max(1)

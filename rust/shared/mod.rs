@@ -18,6 +18,7 @@ mod sample_file;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;
+pub(crate) use self::header::new_generation;
 pub use self::held::HeldLock;
 pub use self::index::{Opening, SharedIndex, StepError};
 pub use self::lock_files::{Locks, OpenError, make_way, make_way_at};

@@ -13,6 +13,7 @@ use super::files::Got;
 use super::format::{HEADER, ValueHeader};
 use crate::cache::{PAGE, Placed};
 use crate::disk::below::is;
+use crate::shared::new_generation;
 
 /// Whether files in a folder can have holes that give their blocks back.
 ///
@@ -20,17 +21,37 @@ use crate::disk::below::is;
 ///
 /// Where the folder takes no file.
 pub fn can_punch(folder: &Path) -> io::Result<bool> {
-    let path = folder.join(format!("trial-{}", std::process::id()));
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = File::from(open(&path, flags, Mode::from_raw_mode(0o600))?);
+    let file = unnamed(folder)?;
     let tried = file
         .write_all_at(&[1; 2 * PAGE as usize], 0)
         .and_then(|()| punch(&file, 0, PAGE));
-    std::fs::remove_file(&path)?;
     match tried {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// A new file in a folder, without a name: no other process finds it, and nothing is left of it after a crash.
+fn unnamed(folder: &Path) -> io::Result<File> {
+    let mode = Mode::from_raw_mode(0o600);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    #[cfg(target_os = "linux")]
+    if let Ok(file) = open(folder, flags | OFlags::TMPFILE, mode) {
+        return Ok(file.into());
+    }
+    // Not on this file system: its name is removed before anything is written.
+    let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    loop {
+        let path = folder.join(format!("trial-{:016x}", new_generation()));
+        match open(&path, flags, mode) {
+            Err(Errno::EXIST) => {}
+            opened => {
+                let file = opened?;
+                std::fs::remove_file(&path)?;
+                return Ok(file.into());
+            }
+        }
     }
 }
 
