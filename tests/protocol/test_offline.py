@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import subprocess
 import sys
@@ -317,6 +318,26 @@ async def test_offline_listing_of_another_source_or_damaged_is_not_answered(
             await names_in(store, "a")
     path.write_bytes(good)
     assert await names_in(store, "a") == ["x"]
+
+
+@pytest.mark.parametrize("name", ["listings", "listing-"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+async def test_listing_is_kept_in_no_file_of_others(
+    source: StoreDouble, tmp_path: Path, name: str, kind: str
+) -> None:
+    online = opened(source, LocalStore(tmp_path / "cache"))
+    await fill(online, **{"a/x": b"1"})
+    await names_in(online, "a")
+    [path] = (tmp_path / "cache" / ".zcache" / "index").glob(f"{name}*")
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(path)
+    for _ in range(2):
+        assert await names_in(online, "a") == ["x"]
+        await fill(online, **{"a/x": b"2"})
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # ------------------------------------------------------------------------------ datasets

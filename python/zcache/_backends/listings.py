@@ -28,6 +28,7 @@ _LEVELS: Final = 16
 """Parts of a directory that the name of its file has one by one."""
 _MARK: Final = "listings"
 """An empty file that is there while there may be answers."""
+_FLAGS: Final = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Listings(ABC):
@@ -136,7 +137,7 @@ class DirectoryListings(Listings):
             # Kept open: what is written to it is no one's once others have taken it away.
             kept = _Kept(self._open(path))
             # After that: who does not see the mark has ended before the source is asked.
-            os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, self._mode()))
+            os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | _FLAGS, self._mode()))
         except OSError:
             return None  # Read-only, or full: then it is not remembered.
 
@@ -155,7 +156,7 @@ class DirectoryListings(Listings):
         return keep
 
     def _open(self, path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | _FLAGS
         try:
             return os.open(path, flags, self._mode())
         except PermissionError:
@@ -164,7 +165,7 @@ class DirectoryListings(Listings):
 
     def get(self, directory: str) -> list[str] | None:
         try:
-            file = os.open(self._path(directory), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = os.open(self._path(directory), os.O_RDONLY | _FLAGS)
             try:
                 data = os.read(file, LARGEST + 9)
             finally:

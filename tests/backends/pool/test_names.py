@@ -103,6 +103,19 @@ def test_names_that_many_note_at_once_are_all_kept(tmp_path: Path) -> None:
     assert not any(found["forgotten"] for found in register.names().values())
 
 
+def test_names_are_written_anew_whatever_has_the_unfinished_name(tmp_path: Path) -> None:
+    register = Register(str(tmp_path))
+    theirs, unfinished = tmp_path / "theirs", tmp_path / "sources.new"
+    theirs.write_text("mine")
+    unfinished.hardlink_to(theirs)
+    for name in ("a", "b"):
+        register.add(note_of(name))
+    register.drop(["a"])
+    assert [found["name"] for found in register.names().values()] == ["b"]
+    assert not unfinished.exists()
+    assert theirs.read_text() == "mine"
+
+
 def test_names_that_were_forgotten_are_the_first_to_go(tmp_path: Path) -> None:
     register = Register(str(tmp_path), max_size=16 * PAGE)
     names = [f"{n} {'x' * 1000}" for n in range(9)]

@@ -131,12 +131,13 @@ class Register:
             if len(line) <= room:
                 found.append(line)
                 room -= len(line)
-        # Of one name: what a process leaves that is killed here, the next one writes over.
+        # Of one name: what a process leaves that is killed here, another user's too, the next one removes.
         unfinished = f"{self._path}.new"
         make_way(unfinished)
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
         with open(file, "wb") as lines:
-            _check_regular(file)
             lines.write(b"".join(reversed(found)))
         self._open_to_group(unfinished)
         os.replace(unfinished, self._path)
