@@ -1,7 +1,8 @@
 //! Keys: which ones may be cached, how they are split and hashed, and the names of their ranges.
 
 use zcache::key::{
-    ByteRange, MAX_LABEL, RangeLabel, above_tails_below, hash, hash_word, is_cacheable, split,
+    ByteRange, MAX_KEY, MAX_LABEL, RangeLabel, above_tails_below, hash, hash_word, is_cacheable,
+    split,
 };
 
 /// An odd number with mixed bits: 2^64 divided by the golden ratio.
@@ -57,6 +58,14 @@ fn is_cacheable_finds_suspicious_parts_at_every_position() {
             }
         }
     }
+}
+
+#[test]
+fn is_cacheable_refuses_a_key_that_is_longer_than_any_path() {
+    let longest = "a/".repeat(MAX_KEY / 2 - 1) + "bc";
+    assert_eq!(longest.len(), MAX_KEY);
+    assert!(is_cacheable(&longest));
+    assert!(!is_cacheable(&format!("{longest}d")));
 }
 
 #[test]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
+from zcache._core import MAX_KEY
 from zcache.exceptions import OptionTypeError
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ def is_reserved(key: str) -> bool:
 def is_plain(key: str) -> bool:
     """Whether a key names no other place than it seems to."""
     return not {"", ".", ".."} & set(key.split("/"))
+
+
+def is_too_long(key: str) -> bool:
+    """Whether neither a key that is text nor any key below it can be cached."""
+    return len(key.encode()) > MAX_KEY
 
 
 def is_encodable(key: str) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, Self, TypeAlias, final
 
 __all__ = [
+    "MAX_KEY",
     "MINIMISED",
     "PENDING",
     "POLICIES",
@@ -75,6 +76,7 @@ SIGNATURE: Final[int]
 PENDING: Final[int]
 """The same as long as the value is not committed."""
 VALUE_HEADER: Final[int]
+MAX_KEY: Final[int]
 """Bytes that stand before each value in a segment of a pool."""
 
 _Range: TypeAlias = tuple[int, int, int] | None

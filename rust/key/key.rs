@@ -20,14 +20,21 @@ pub const RESERVED: &str = ".zcache/";
 /// not cached: no Zarr hierarchy in use has them, and storing them took a second string layout.
 pub const MAX_LABEL: usize = 128;
 
+/// Bytes of the longest key that is cached: no file system takes a longer path. Steps of an index do something for each
+/// folder above a key, and with the whole of its path.
+pub const MAX_KEY: usize = 4096;
+
 /// Whether a cache may hold this key: a plain relative path, so that it names one value and only
-/// one key names it; outside the reserved prefix; and with parts that fit into the index.
+/// one key names it; outside the reserved prefix; and no longer, nor with longer parts, than fits into the index.
 #[must_use]
 pub fn is_cacheable(key: &str) -> bool {
     let bytes = key.as_bytes();
     let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
         return false;
     };
+    if bytes.len() > MAX_KEY {
+        return false;
+    }
     let (mut suspicious, mut has_nul) = (false, *first == 0);
     let mut check = |window: &[u8; WINDOW + 1]| {
         let (a, b) = check_window(window);

@@ -10,8 +10,8 @@ pub use self::byte_range::{ByteRange, RangeLabel};
 pub use self::glob::Glob;
 pub(crate) use self::key::ODD;
 pub use self::key::{
-    MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word, is_below,
-    is_cacheable, labels_fit, split,
+    MAX_KEY, MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word,
+    is_below, is_cacheable, labels_fit, split,
 };
 pub(crate) use self::select::within;
 pub use self::select::{Asked, select};

@@ -75,6 +75,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     )?;
     module.add("IndexFullError", module.py().get_type::<IndexFullError>())?;
     module.add("IndexBusyError", module.py().get_type::<IndexBusyError>())?;
+    module.add("MAX_KEY", key::MAX_KEY)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     let policies = PolicyKind::ALL.map(PolicyKind::as_str);
     module.add("POLICIES", PyTuple::new(module.py(), policies)?)?;

@@ -27,7 +27,7 @@ from support import (
     until,
     write,
 )
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache.testing import FakeClock, check_invariants_async
 
 if TYPE_CHECKING:
@@ -472,6 +472,7 @@ NAMES = {
     "long_name": "n" * 300,
     "long_for_a_suffix": "n" * 240,
     "long_path": "/".join(["d" * 100] * 60),
+    "many_parts": "d/" * 500_000 + "x",
     "parent": "../escape",
     "parent_inside": "x/../../escape",
     "only_parent": "..",
@@ -546,6 +547,44 @@ async def test_key_that_a_store_cannot_hold_takes_no_room(name: str, tmp_path: P
             assert await read_through(store, key) == value
     assert store.cache_info()["current_size"] == store.cache_info()["cached_keys"] == 1
     assert store.cache_stats()["cache_skips"] == 0
+
+
+@pytest.mark.parametrize("kind", ["dict", "store", "directory", "pool", "pool_in_memory"])
+@pytest.mark.parametrize("length", [4097, 1_000_001], ids=["limit", "far"])
+async def test_key_that_is_longer_than_any_path_is_never_cached(
+    kind: str, length: int, tmp_path: Path
+) -> None:
+    key = "d/" * (length // 2) + "x"
+    source = DictStore({"plain": b"p", key: b"value"})
+    cache_store = {
+        "dict": lambda: None,
+        "store": DictStore,
+        "directory": lambda: LocalStore(tmp_path),
+        "pool": lambda: CachePool(tmp_path),
+        "pool_in_memory": lambda: CachePool(max_size=2**20),
+    }[kind]()
+    store = CacheStore(source, cache_store=cache_store, source_id="s", cache_missing=True)
+    await drained(store)
+    assert await read_through(store, "plain") == b"p"
+    for value in (b"value", b"new"):
+        for request in (*REQUESTS, *REQUESTS):
+            assert await read_through(store, key, request) == await read(source, key, request)
+        [found] = await store.get_partial_values(PROTOTYPE, [(key, None)])
+        assert found is not None
+        assert found.to_bytes() == value
+        assert await store.exists(key)
+        assert [name async for name in store.list_dir(key[:-2])] == ["x"]
+        assert [name async for name in store.list_prefix(key[:-1])] == [key]
+        await write(store, key, b"new")
+    assert await store.invalidate(key[:-2]) == 0
+    await store.delete(key)
+    assert await read_through(store, key) is None
+    await write(store, key, b"again")
+    await store.delete_dir(key[:-2])
+    assert source.values.keys() == {"plain"}
+    await drained(store)
+    assert list(store.cached_keys()) == ["plain"]
+    await check_invariants_async(store)
 
 
 @pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a")])

@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import crc32c, is_absent
+from zcache._core import MAX_KEY, crc32c, is_absent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -236,7 +236,8 @@ def _levels(directory: str) -> str:
 
 
 def _above(key: str) -> list[str]:
-    """The directories that a key is in, the root among them."""
+    """The directories that a key is in, the root among them; no answer is kept for one that is longer than any key."""
+    key = key[: MAX_KEY + 1]
     found = []
     while key:
         key = key.rpartition("/")[0]

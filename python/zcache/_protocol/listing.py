@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT
 from zcache._backends.listings import LARGEST
-from zcache._byte_ranges import is_encodable, is_plain
+from zcache._byte_ranges import is_encodable, is_plain, is_too_long
 from zcache._index.handle import ignore
 from zcache._runtime.threads import NoThreadError
 from zcache._source.offline import no_listing
@@ -169,4 +169,5 @@ class Lister:
 
 
 def _can_be_kept(directory: str) -> bool:
-    return not directory or (is_plain(directory) and is_encodable(directory))
+    is_text = is_plain(directory) and is_encodable(directory)
+    return not directory or (is_text and not is_too_long(directory))

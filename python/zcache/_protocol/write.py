@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import FillJob
-from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved
+from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved, is_too_long
 from zcache._core import Index, is_cacheable_key
 from zcache._index.calls import is_complete
 from zcache._index.handle import ignore
@@ -349,7 +349,7 @@ def _scope(prefix: str) -> str | None:
 
 def _has_nothing_cached(prefix: str) -> bool:
     """Whether neither a plain key nor any key below it can be cached: one part is too long, say."""
+    if is_reserved(prefix) or is_too_long(prefix):
+        return True
     parts = prefix.split("/")
-    return is_reserved(prefix) or any(
-        part != RESERVED and not is_cacheable_key(part) for part in parts
-    )
+    return any(part != RESERVED and not is_cacheable_key(part) for part in parts)
