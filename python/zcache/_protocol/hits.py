@@ -10,6 +10,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from zarr.core.buffer import default_buffer_prototype
+
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, IndexBusyError, crc32c
@@ -252,11 +254,27 @@ class Hits:
             self.counters.count("skipped")
             return None
         try:
-            return await self.handle.call(
+            size = await self.handle.call(
                 io, Index.peek, *(key, None, self.now(), self.ages.of(key), self.missing_ages(key))
             )
         except IndexLockTimeout:
             return None
+        if size is None or size is ABSENT or await self._is_there(io, key, size):
+            return size
+        self.begin(io)
+        return None
+
+    async def _is_there(self, io: IO, key: str, size: int) -> bool:
+        """Whether the cache store has a value that the index lists, where others may have dropped it unheard."""
+        if self.backend.hears_of_evictions:
+            return True
+        try:
+            # Nothing of it, which takes what a read of it takes.
+            value = await self.backend.read(io, key, default_buffer_prototype(), size, 0, 0)
+        except Exception as error:  # noqa: BLE001 - whatever the cache store raises, the source tells
+            self.breaker.failed(error)
+            return False
+        return value is not None
 
     async def is_ruled_out(self, io: IO, key: str) -> bool:
         """Whether a cached document of a node says that it has no document of this key.
