@@ -504,7 +504,8 @@ class CacheStore(Store, KeepsDecoded):
         -------
         bool
             False also for a value that is too old to be served, for one that is still on its way into the
-            cache store (see `drain`), and for a key that is only known to be missing.
+            cache store (see `drain`), and for a key that is only known to be missing. Of a cache that is only
+            read from, what others have dropped may count until a read misses it.
 
         Raises
         ------
@@ -537,7 +538,8 @@ class CacheStore(Store, KeepsDecoded):
         CachedKeys
             An iterator over keys, for ``for`` and for ``async for``, in no order. It takes them from the
             index a batch at a time, as they are then. Each key that is cached all the time comes once,
-            whatever happens to others meanwhile; one that goes and comes back may come twice.
+            whatever happens to others meanwhile; one that goes and comes back may come twice. Of a
+            cache that is only read from they are those of its last look at what others have added.
 
         Raises
         ------

@@ -84,6 +84,11 @@ impl SegmentReader {
         Ok(found.map(|(cell, word, placed)| FoundPlace { cell, word, placed }))
     }
 
+    /// Whether no other process tells this index what it does.
+    fn is_alone(&self) -> bool {
+        matches!(&*self.index.get().backing, Locked::Own(..))
+    }
+
     /// Whether the entry is still the same, so that what was read is its value.
     fn is_still(&self, py: Python<'_>, found: &FoundPlace) -> PyResult<bool> {
         let index = self.index.get();
@@ -123,7 +128,8 @@ impl SegmentReader {
         // SAFETY: It has this many bytes, one after the other, and is known here alone until all of them are read.
         let bytes = unsafe { std::slice::from_raw_parts_mut(start, size) };
         let (files, start) = (&self.files, found.start);
-        let mut read = || files.read(place.placed, &name, start, bytes, false);
+        let is_alone = self.is_alone();
+        let mut read = || files.read(place.placed, &name, start, bytes, false, is_alone);
         let got = if size >= DETACH_FROM {
             py.detach(read)
         } else {
@@ -253,6 +259,7 @@ impl SegmentReader {
         if start.checked_add(size as u64).is_none_or(|end| end > total) {
             return Ok(None);
         }
+        let is_alone = self.is_alone();
         // Once more where it was moved meanwhile.
         for anew in [false, true] {
             let Some(found) = self.find(py, name, anew)? else {
@@ -263,7 +270,7 @@ impl SegmentReader {
             }
             let mut read = || {
                 let files = &self.files;
-                files.read(found.placed, &in_header, start, bytes, waits)
+                files.read(found.placed, &in_header, start, bytes, waits, is_alone)
             };
             let got = if waits || size >= DETACH_FROM {
                 py.detach(read)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, lstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
 use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular};
@@ -56,6 +56,8 @@ struct Opened {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum For {
     Read,
+    /// Only the file that lies at its path: what others did to the pool shows nowhere else.
+    ReadAtPath,
     /// Not a file that has lost its name: what others see is another one by now, or none.
     Change,
     /// The same; it is made if there is none.
@@ -66,6 +68,11 @@ pub(super) enum For {
 
 fn name_of(number: u64) -> String {
     format!("{number:016x}")
+}
+
+/// Whether a file has not been removed.
+fn has_name(file: &File) -> bool {
+    fstat(file).is_ok_and(|status| status.st_nlink != 0)
 }
 
 fn number_of(name: &Path) -> Option<u64> {
@@ -112,11 +119,20 @@ impl SegmentFiles {
         let mut opened = self.opened();
         opened.uses += 1;
         let uses = opened.uses;
-        if let Some((file, used)) = opened.files.get_mut(&number)
-            && (purpose == For::Read || fstat(&*file).is_ok_and(|status| status.st_nlink != 0))
-        {
-            *used = uses;
-            return Ok(Arc::clone(file));
+        if let Some((file, used)) = opened.files.get_mut(&number) {
+            let is_good = match purpose {
+                For::Read => true,
+                For::ReadAtPath => self.is_at_path(number, file),
+                For::Change | For::Append { .. } => has_name(file),
+            };
+            if is_good {
+                *used = uses;
+                return Ok(Arc::clone(file));
+            }
+        }
+        if purpose == For::ReadAtPath {
+            // The folder may have been moved away.
+            opened.folder = None;
         }
         let file = Arc::new(self.open_file(&mut opened, number, purpose)?);
         if opened.files.len() >= OPEN {
@@ -128,6 +144,13 @@ impl SegmentFiles {
         }
         opened.files.insert(number, (Arc::clone(&file), uses));
         Ok(file)
+    }
+
+    fn is_at_path(&self, number: u64, file: &File) -> bool {
+        let (Ok(own), Ok(there)) = (fstat(file), lstat(self.root.join(name_of(number)))) else {
+            return false;
+        };
+        (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
     }
 
     fn open_file(&self, opened: &mut Opened, number: u64, purpose: For) -> io::Result<File> {
@@ -282,7 +305,8 @@ impl SegmentFiles {
     }
 
     /// Reads what a value has from `start` on into `into`, all of which was written to where it returns `Got::Bytes`;
-    /// with `waits` false only from memory. `EAGAIN` is an answer then, and no error.
+    /// with `waits` false only from memory. `EAGAIN` is an answer then, and no error. With `is_alone` no one tells the index
+    /// of the caller what others do, so only what lies at the path of the pool is read.
     ///
     /// # Errors
     ///
@@ -294,8 +318,14 @@ impl SegmentFiles {
         start: u64,
         into: &mut [MaybeUninit<u8>],
         waits: bool,
+        is_alone: bool,
     ) -> io::Result<Got> {
-        for purpose in [For::Read, For::Change] {
+        let purposes: &[For] = if is_alone {
+            &[For::ReadAtPath]
+        } else {
+            &[For::Read, For::Change]
+        };
+        for &purpose in purposes {
             let file = match self.file(placed.segment, purpose) {
                 Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
                 file => file?,
@@ -306,7 +336,7 @@ impl SegmentFiles {
                 self.read_now(&file, placed, name, start, into)?
             };
             // Another file may have its name by now.
-            if got != Got::Nothing || fstat(&*file).is_ok_and(|status| status.st_nlink != 0) {
+            if got != Got::Nothing || has_name(&file) {
                 return Ok(got);
             }
         }
@@ -329,7 +359,7 @@ impl SegmentFiles {
     ) -> io::Result<(Got, Vec<u8>)> {
         let mut bytes = Vec::with_capacity(size);
         let room = bytes.spare_capacity_mut().get_mut(..size);
-        let got = self.read(placed, name, start, room.unwrap_or_default(), waits)?;
+        let got = self.read(placed, name, start, room.unwrap_or_default(), waits, false)?;
         if got == Got::Bytes {
             // SAFETY: There is room for so many, and all of them were read.
             unsafe { bytes.set_len(size) };

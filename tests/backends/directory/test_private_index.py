@@ -8,12 +8,15 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from mounts import mounted_read_only
 from support import buf, drained, listed, read, until
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache._backends.directory import private_index
+from zcache._backends.pool import layout
+from zcache._core import SegmentFiles
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -317,6 +320,78 @@ async def test_read_your_writes_whatever_others_fill_meanwhile(
     place_of(store).recovery.come_back_now()
     assert await read(store, "k") == b"new"
     assert await read(store, "a/c/1") == b"elsewhere"
+
+
+LOSSES = ["nothing", "all", ".zcache", ".zcache/index", ".zcache/segments", "moved"]
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+@pytest.mark.parametrize("holes", [True, False])
+async def test_write_of_others_is_seen_at_once_whatever_was_removed(
+    kind: str, holes: bool, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of what was removed are in files that are open still, and those who write know these no more."""
+    if not holes:
+        monkeypatch.setattr(layout, "SegmentFiles", WithoutHoles)
+    where = tmp_path / "cache"
+    behind = source()
+    writer = await fill_in(kind, where, behind)
+    store = open_store(kind, where, behind, read_only=True)
+    assert await is_served(store)
+    if lost == "moved":
+        where.rename(tmp_path / "moved")
+    elif lost != "nothing":
+        shutil.rmtree(where if lost == "all" else where / lost, ignore_errors=True)
+    await writer.set("a/c/0", buf(bytes(1000)[::-1]))
+    await writer.set("a/c/1", buf(b"new".ljust(1000)))
+    await writer.delete("a/c/2")
+    for _ in range(2):
+        assert await read(store, "a/c/1") == b"new".ljust(1000)
+        assert await read(store, "a/c/1", RangeByteRequest(1, 4)) == b"ew "
+        assert await read(store, "a/c/2") is None
+        await drained(writer)
+        assert (await read(writer, "a/c/1"), await read(writer, "a/c/2")) == (
+            b"new".ljust(1000),
+            None,
+        )
+    assert store.cache_stats()["damaged"] == 0
+    place_of(store).recovery.come_back_now()
+    misses = store.cache_stats()["misses"]
+    assert await read(store, "a/c/1") == b"new".ljust(1000)
+    # What a writer has, its reader has: after a loss it may go on without caching for a moment.
+    if writer.is_cached("a/c/1"):
+        assert store.cache_stats()["misses"] == misses
+
+
+class WithoutHoles:
+    """The segments of a file system that cannot punch holes."""
+
+    def __new__(cls, root: str, **_: Any) -> Any:
+        return SegmentFiles(root, holes=False)
+
+    @staticmethod
+    def can_punch(_: str) -> bool:
+        return False
+
+
+async def test_sizes_are_those_that_others_have_written(kind: str, tmp_path: Path) -> None:
+    behind = source()
+    writer = await fill_in(kind, tmp_path, behind)
+    store = open_store(kind, tmp_path, behind, read_only=True)
+    assert await is_served(store)
+    await writer.delete("a/c/0")
+    await writer.set("a/c/1", buf(b"longer" * 1000))
+    await drained(writer)
+    assert not await store.exists("a/c/0")
+    with pytest.raises(FileNotFoundError):
+        await store.getsize("a/c/0")
+    assert await store.exists("a/c/1")
+    assert await store.getsize("a/c/1") == 6000
+    assert await store.getsize_prefix("a") == 6000 + 6 * 1000
+    # What is as it was needs no source.
+    before = behind.calls
+    assert await store.getsize("a/c/2") == 1000
+    assert behind.calls == before
 
 
 # ------------------------------------------------------------------- what is said of it
