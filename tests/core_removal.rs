@@ -32,6 +32,22 @@ fn remove_file_of_others_is_left_alone() {
 }
 
 #[test]
+fn remove_key_takes_its_ranges_wherever_it_lies() {
+    for key in ["a", "b/a", "b/c/a"] {
+        let place = Place::new("ranges");
+        let other = format!(".zcache/ranges/{key}b@1-2");
+        for name in [&format!(".zcache/ranges/{key}@1-2"), &other] {
+            let path = place.at(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            value_file::create(&path, b"1", FETCHED + SIGNATURE, [0; 8]).unwrap();
+        }
+        assert!(removal::remove_key(&place.0, key).is_empty());
+        assert!(!place.at(&format!(".zcache/ranges/{key}@1-2")).exists());
+        assert!(place.at(&other).exists());
+    }
+}
+
+#[test]
 fn write_tombstone_name_is_its_digest() {
     let place = Place::new("tombstone");
     removal::write_tombstone(&place.0, "a/c/0").unwrap();

@@ -150,8 +150,11 @@ pub fn remove_known(root: &Path, name: &Path, known: Option<(u64, u32)>) -> io::
 
 /// The name of the directory of a key's ranges, and what their file names begin with.
 fn ranges_of(key: &str) -> (PathBuf, String) {
-    let (above, tail) = key.rsplit_once('/').unwrap_or(("", key));
-    (Path::new(RANGES).join(above), format!("{tail}@"))
+    match key.rsplit_once('/') {
+        Some((above, tail)) => (Path::new(RANGES).join(above), format!("{tail}@")),
+        // To join nothing would add a slash.
+        None => (PathBuf::from(RANGES), format!("{key}@")),
+    }
 }
 
 /// Removes what is stored of a key, its ranges included, whether or not an index lists it. Returns
