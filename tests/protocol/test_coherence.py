@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import pickle
@@ -225,6 +226,63 @@ async def test_write_that_fails_leaves_nothing_stale(
     await same_as_source(store, source, *SOURCE, "n")
     await drained(store)
     assert in_flight(store) == (0, 0)
+
+
+REMOVALS = {
+    "set": lambda store: store.set("a", buf(NEW)),
+    "set_below": lambda store: store.set("g/a", buf(NEW)),
+    "delete": lambda store: store.delete("a"),
+    "delete_dir": lambda store: store.delete_dir("g"),
+    "clear": lambda store: store.clear(),
+    "invalidate": lambda store: store.invalidate("g"),
+    "clear_cache": lambda store: store.clear_cache(),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", REMOVALS)
+async def test_what_is_filled_before_a_removal_by_name_is_not_listed_without_its_file(
+    name: str, fails: bool, cache: Store | CachePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(GatedStore):
+        armed = False
+
+        async def after(self, operation: str, key: str, result: object) -> None:
+            if self.armed and operation not in ("get", "exists", "getsize"):
+                raise BrokenError
+
+    source = Failing(SOURCE)
+    store = CacheStore(source, cache_store=cache)
+    backend = store._cache.backend
+    removes = 0
+
+    def fills_before(method: str) -> None:
+        remove = getattr(backend, method)
+
+        async def removed(*args: Any, **options: Any) -> None:
+            nonlocal removes
+            removes += 1
+            source.armed = False
+            for key in SOURCE:
+                for request in RANGES[1:]:
+                    await read(store, key, request)
+            await drained(store)
+            source.armed = fails
+            await remove(*args, **options)
+
+        monkeypatch.setattr(backend, method, removed)
+
+    fills_before("remove_key")
+    fills_before("remove_unlisted")
+    source.armed = fails
+    with contextlib.suppress(BrokenError):
+        await REMOVALS[name](store)
+    source.armed = False
+    assert removes or not backend.removes_by_name
+    await drained(store)
+    await check_invariants_async(store)
+    await same_as_source(store, source, *SOURCE)
+    assert store.cache_stats()["damaged"] == 0
 
 
 @pytest.mark.parametrize("name", [name for name in GATED if not name.endswith("sync")])

@@ -25,7 +25,7 @@ from zcache._runtime.coroutines import OutcomeUnknown
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from zcache._backends.base import Backend, Victim
     from zcache._protocol.listing import Lister
@@ -105,21 +105,24 @@ class Writer:
             try:
                 await io.change(work, self._unless_unknown(late))
             except Exception:
+                changing = False
                 end_elsewhere()
                 await self._lister.forget(io, key)
                 if not ended:
+                    await self.backend.remove_key(io, key, (), begins=False)
                     ended = True
                     # Its end is told later, then, and the key stays uncached until that.
                     with contextlib.suppress(IndexLockTimeout):
                         victims, _ = await handle.call_shielded(
                             io, lost, Index.end_write, key, False
                         )
-                        await self.backend.remove_key(io, key, victims, begins=False)
+                        if victims:
+                            await self.backend.remove(io, victims)
                 raise
             changing = False
             end_elsewhere()
-            if self.backend.tells_by_name:
-                await self.backend.remove_key(io, key, (), begins=False)
+            # Before its end is told, for until then nothing is filled that this would remove.
+            await self.backend.remove_key(io, key, (), begins=False)
             # A caller that is cancelled while it waits has ended it all the same. Once too often would be
             # the end of another write.
             ended = True
@@ -133,10 +136,7 @@ class Writer:
                 # The source has it. Its end is told later, and the key stays uncached until that.
                 return
             await self._lister.forget(io, key)
-            if ticket is None:
-                # Another write, or the index was emptied meanwhile and did not know of this one.
-                await self.backend.remove_key(io, key, victims, begins=False)
-            elif victims:
+            if victims:
                 await self.backend.remove(io, victims)
             if ticket is not None and data is not None and not self.backend.tells_by_name:
                 is_handed_over = await self._fill(io, key, data, ticket, flight.fetched)
@@ -214,10 +214,16 @@ class Writer:
             end_elsewhere()
             # It was emptied before the change, and nothing was filled since: the rest may come later.
             with contextlib.suppress(IndexLockTimeout):
+                try:
+                    # Before the end is told, as in `write`.
+                    await self._remove_below(io, prefix, begins=False)
+                except BaseException as interrupt:
+                    late(interrupt)
+                    raise
                 await handle.call_shielded(
                     io, lambda _: self._drain_later(prefix), Index.invalidate, prefix, False
                 )
-                await self._remove_below(io, prefix, begins=False)
+                await self.drain_prefix(io, prefix)
 
         try:
             await io.change(work, self._unless_unknown(late))
@@ -306,6 +312,18 @@ class Writer:
             self.handle.call_later(take, step, prefix)
         is_running = False
 
+    @contextlib.asynccontextmanager
+    async def _unfilled(self, io: IO, prefix: str) -> AsyncIterator[None]:
+        """Invalidate what is at and below a prefix, to be removed.
+
+        Nothing is filled there before this ends, so no newer value goes by its name.
+        """
+        await self.handle.call(io, Index.invalidate, prefix, True, alone=True)
+        try:
+            yield
+        finally:
+            self.handle.call_later(ignore, Index.invalidate, prefix, False)
+
     async def invalidate(self, io: IO, prefix: str) -> int:
         """Forget what is cached at and below a prefix; how many entries. The source stays as it is."""
         self.backend.check_drops()
@@ -313,22 +331,22 @@ class Writer:
         await self._lister.forget_below(io, prefix)
         if scope is None:
             return 0
-        await self.handle.call(io, Index.invalidate, scope, alone=True)
-        self.backend.forget_elsewhere(scope)
-        return await self._remove_below(io, scope, begins=True)
+        async with self._unfilled(io, scope):
+            self.backend.forget_elsewhere(scope)
+            return await self._remove_below(io, scope, begins=True)
 
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
         self.backend.check_drops()
         await self._lister.forget_below(io, "")
-        await self.handle.call(io, Index.invalidate, "", alone=True)
-        await self.drain_prefix(io, "")
-        if self.backend.removes_by_name and not self.backend.tells_by_name:
-            # Also what a damaged index hides.
-            await self.backend.remove_unlisted(io, "", begins=True)
-        else:
-            await self._remove_unlisted(io, "")
-        self.backend.forget_elsewhere("")
+        async with self._unfilled(io, ""):
+            await self.drain_prefix(io, "")
+            if self.backend.removes_by_name and not self.backend.tells_by_name:
+                # Also what a damaged index hides.
+                await self.backend.remove_unlisted(io, "", begins=True)
+            else:
+                await self._remove_unlisted(io, "")
+            self.backend.forget_elsewhere("")
         victims = await self.handle.call_shielded(
             io, self.backend.remove_later, Index.failed_deletes, 2**31
         )
