@@ -429,18 +429,18 @@ class Index:
         False says that the source has no such key; only with `missing`.
         """
 
-    def discard(
-        self,
-        key: str,
-        raw: _Range,
-        now: float,
-        size: int | None = None,
-        max_age: float | None = None,
-        /,
-    ) -> list[_Victim]:
+    def handle_of(
+        self, key: str, raw: _Range, size: int | None, now: float, max_age: float | None = None, /
+    ) -> int | None:
+        """What names the entry that would be served, for `discard`; None where there is none.
+
+        With `size` only if that is the size of the entry. Counts and changes nothing.
+        """
+
+    def discard(self, handle: int, /) -> list[_Victim]:
         """Drop an entry whose bytes were not what they should be, and recount its hit as a miss.
 
-        With `size` only if that is the size of the entry still.
+        Not one that has taken its place.
         """
 
     def recount_as_miss(self) -> None:

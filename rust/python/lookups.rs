@@ -177,24 +177,26 @@ impl Index {
         Ok(length.transpose()?.map(Bound::into_any))
     }
 
-    #[pyo3(signature = (key, raw, now, size=None, max_age=None, /))]
-    fn discard(
+    #[pyo3(signature = (key, raw, size, now, max_age=None, /))]
+    fn handle_of(
         &self,
         py: Python<'_>,
         key: &str,
         raw: RawSpan,
-        now: f64,
         size: Option<u64>,
+        now: f64,
         max_age: Option<f64>,
-    ) -> PyResult<Vec<RawVictim>> {
+    ) -> PyResult<Option<u64>> {
         let key = &*self.whole(key);
         let (span, fresh) = (span(raw)?, fresh(now, max_age));
-        let victims = step!(self, py, |cache| {
-            let found = cache.peek(key, self.asked(span), fresh)?;
-            // An entry of another size may have taken its place.
-            let same = found.filter(|found| size.is_none_or(|size| size == found.size));
-            cache.discard(same.map_or(u64::MAX, |found| found.handle))
-        })?;
+        let found = step!(self, py, |cache| cache.peek(key, self.asked(span), fresh))?;
+        let found = found.filter(|found| size.is_none_or(|size| size == found.size));
+        Ok(found.map(|found| found.handle))
+    }
+
+    #[pyo3(signature = (handle, /))]
+    fn discard(&self, py: Python<'_>, handle: u64) -> PyResult<Vec<RawVictim>> {
+        let victims = step!(self, py, |cache| cache.discard(handle))?;
         Ok(raw_victims(victims))
     }
 

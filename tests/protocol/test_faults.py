@@ -239,6 +239,52 @@ async def test_value_that_vanished_or_changed_its_length_is_read_anew(
         assert await read_through(store, key) == source.values[key]
 
 
+@pytest.mark.parametrize("verify", ["first", "always"])
+@pytest.mark.parametrize("kind", ["directory", "pool", "another"])
+@pytest.mark.parametrize("sizes", [(300, 300, 300), (300, 900, 300)])
+async def test_read_that_was_overtaken_drops_no_newer_value(
+    sizes: tuple[int, ...], kind: str, verify: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache: Any = {"directory": LocalStore, "pool": CachePool}.get(kind, lambda _: SyncDictStore())
+    store = CacheStore(
+        SyncDictStore(), cache_store=cache(tmp_path / "cache"), source_id="source", verify=verify
+    )
+    backend, hits = store._cache.backend, store._hits
+    values = [bytes([n]) * size for n, size in enumerate(sizes)]
+    await write_through(store, values[0])
+    # Only what has to wait can be overtaken.
+    monkeypatch.setattr(hits, "_try_read", None)
+    monkeypatch.setattr(hits, "_look_up", hits._look_up_alone)
+    read_value, intact_size = backend.read, backend.intact_size
+
+    async def overtaken(*args: Any) -> Any:
+        monkeypatch.setattr(backend, "read", read_value)
+        await write_through(store, values[1])
+        return None
+
+    async def again(*args: Any) -> int | None:
+        size = await intact_size(*args)
+        await write_through(store, values[2])
+        return size
+
+    monkeypatch.setattr(backend, "read", overtaken)
+    monkeypatch.setattr(backend, "intact_size", again)
+    index = backend.index
+    assert await read(store, "k") in values[1:]
+    assert backend.index is index
+    assert store.is_cached("k")
+    assert store.cache_stats()["damaged"] == 0
+    await check_invariants_async(store)
+
+
+async def write_through(store: CacheStore, value: bytes) -> None:
+    await write(store, "k", value)
+    await drained(store)
+    # What tells two values of one size is the millisecond of their fetch.
+    now = store._hits.now()
+    await until(lambda: store._hits.now() > now + 0.001)
+
+
 class Confused(SyncDictStore):
     """Gives something else for each value."""
 

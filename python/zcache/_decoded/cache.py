@@ -137,10 +137,11 @@ class DecodedCache:
             self._admission.hit()
             return kept
         self.unpin(kept)
-        if is_current is None:
+        entry = None if is_current is None else index.handle_of(name, None, None, 0.0)
+        if entry is None:
             index.recount_as_miss()
         else:
-            self.room.remove(index.discard(name, None, 0.0))
+            self.room.remove(index.discard(entry))
         return None
 
     def unpin(self, *copied: Kept) -> None:

@@ -320,6 +320,13 @@ class Hits:
             value = try_read and self._try_read_part(try_read, prototype, known)
             if value is not None:
                 return value
+        # The entry that this read may drop: one that is there before it, and not what takes its place meanwhile.
+        entry = handle
+        if entry is None:
+            with contextlib.suppress(IndexLockTimeout):
+                entry = await self.handle.call(
+                    io, Index.handle_of, *(key, byte_range, total, self.now(), max_age), timeout=0.0
+                )
         is_damaged = False
         try:
             value = await self.backend.read(io, name, prototype, total, first, wanted)
@@ -337,7 +344,7 @@ class Hits:
                 return value
             is_damaged = True
         # One that was evicted since the index was asked is no damaged one.
-        was_there = await self._discard(io, key, byte_range, name, total, max_age)
+        was_there = await self._discard(io, name, total, entry)
         if was_there and is_damaged and self.backend.hears_of_evictions:
             self.counters.count("damaged")
         return None
@@ -363,26 +370,18 @@ class Hits:
         self.handle.call_later(ignore, Index.mark_verified, handle, found)
         return value if size == total else prototype.buffer.from_bytes(part)
 
-    async def _discard(
-        self,
-        io: IO,
-        key: str,
-        byte_range: ByteRange | None,
-        name: str,
-        size: int,
-        max_age: float | None,
-    ) -> bool:
+    async def _discard(self, io: IO, name: str, size: int, entry: int | None) -> bool:
         """Drop an entry of this size that cannot be served; whether it was still there."""
         self._reads.recount_as_miss()
+        if entry is None:
+            return False  # Gone before, or the next read finds the same.
         intact = None
         try:
             intact = await self.backend.intact_size(io, name)
         except Exception as error:  # noqa: BLE001 - as where it is read
             self.breaker.failed(error)
         try:
-            victims = await self.handle.call(
-                io, Index.discard, *(key, byte_range, self.now(), size, max_age)
-            )
+            victims = await self.handle.call(io, Index.discard, entry)
         except IndexLockTimeout:
             return False  # The next read finds the same.
         if victims:
