@@ -22,7 +22,7 @@ from zarr.storage import LocalStore
 from directories import complete
 from support import check_quiet, read
 from zcache import CacheStore
-from zcache._backends.directory import files, rebuild
+from zcache._backends.directory import files, layout, rebuild
 from zcache._backends.directory.scan import Scanner
 from zcache._core import CorruptIndexError
 from zcache.testing import is_complete
@@ -57,6 +57,34 @@ async def read_all(store: CacheStore) -> list[bytes | None]:
     found = [await read(store, key) for key in KEYS]
     await store.drain(timeout=5)
     return found
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, UnicodeError, MemoryError, RecursionError, KeyError]
+)
+@pytest.mark.parametrize("thread", [True, False])
+def test_rebuild_that_fails_in_any_way_costs_no_opening_and_no_read(
+    where: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+    thread: bool,
+) -> None:
+    def fail(*args: object) -> None:
+        raise error("a fault")
+
+    def none(work: object) -> None:
+        raise RuntimeError("no thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scanner, "rebuild", fail)
+        if not thread:
+            patched.setattr(rebuild, "run_in_background", none)
+            patched.setattr(layout.Layout, "is_empty", lambda self: True)
+        store = open_store(where)
+        assert asyncio.run(read_all(store)) == VALUES
+        assert "cannot be used any more" in caplog.text
+        assert store.cache_info()["cached_keys"] == 0
 
 
 NEVER_READY = """

@@ -49,6 +49,42 @@ def test_walk_finds_values_and_ranges_and_nothing_else(tmp_path: Path) -> None:
     assert owner(str(tmp_path / "of-another")) == "foreign"
 
 
+@pytest.mark.parametrize("signature", [5, SIGNATURE, PENDING])
+def test_walk_name_that_is_no_text_is_of_others(tmp_path: Path, signature: int) -> None:
+    for name in (b"name\xe9", b"a/name\xe9/0"):
+        try:
+            make(tmp_path / os.fsdecode(name), 3, signature=signature)
+        except OSError as error:
+            pytest.skip(f"no such names here: {error}")
+    finder = Finder(str(tmp_path), bytes(8))
+    finder.formerly = pytest.fail
+    assert list(finder.find()) == []
+    assert finder.foreign == 2
+    assert (tmp_path / os.fsdecode(b"name\xe9")).exists()
+
+
+@pytest.mark.parametrize("name", [b"name\xe9", b"a/name\xe9", b".zcache/ranges/name\xe9"])
+async def test_rebuild_beside_a_name_that_is_no_text_takes_all_values_in(
+    tmp_path: Path, name: bytes
+) -> None:
+    await fill(open_store(tmp_path)[0], **{"a/0": b"1", "b": b"2"})
+    await closed(tmp_path)
+    path = tmp_path / "cache" / os.fsdecode(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.write_text("theirs")
+    except OSError as error:
+        pytest.skip(f"no such names here: {error}")
+    shutil.rmtree(tmp_path / "cache" / INDEX)
+    store, source = open_store(tmp_path)
+    assert [await read(store, key) for key in ("a/0", "b")] == [b"1", b"2"]
+    assert reads(source) == 0
+    await store.delete_dir("a")
+    await store.clear_cache()
+    assert path.read_text() == "theirs"
+    await check_quiet(store)
+
+
 def test_walk_below_a_prefix_finds_only_what_is_below(tmp_path: Path) -> None:
     for name in ("a/c/0", "a/c/1", "ab/c/0"):
         make(tmp_path / name, 1)

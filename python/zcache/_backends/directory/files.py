@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from zcache._byte_ranges import is_encodable
 from zcache._core import (
     PENDING,
     SIGNATURE,
@@ -341,7 +342,8 @@ class Finder:
             status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             return None
-        if not stat.S_ISREG(status.st_mode):
+        # No key has a name that is no text, whatever else may seem to prove it.
+        if not stat.S_ISREG(status.st_mode) or not is_encodable(name):
             self.foreign += not is_tolerated(entry.name)
             return None
         path = os.path.join(self._root, name)

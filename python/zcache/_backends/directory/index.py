@@ -240,15 +240,20 @@ class CacheDirectory(Place):
             # By another source without a name: that is not worth an error, for both end with their process.
             self.handle.abandon(error)
             return
+        except (CacheOwnershipError, IndexBusyError):
+            raise
         except OSError as error:
             if error.errno not in _CANNOT_SHARE or isinstance(error, IndexFullError):
                 self._read_from(error)
                 return
             try:
                 self._keep_to_ourselves(error)
-            except OSError as failure:
+            except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
                 self.handle.abandon(failure)
                 return
+        except Exception as failure:  # noqa: BLE001 - the same
+            self.handle.abandon(failure)
+            return
         self.filler.start(self.handle.index)
 
     def _open_alone(self, until: float) -> None:
@@ -373,9 +378,6 @@ class CacheDirectory(Place):
         except CacheOwnershipError as error:
             self.layout.note_owner(error)
             raise
-        except ValueError as error:  # It is another source's by now.
-            self.layout.note_owner(error)
-            self.handle.abandon(error)
         self.handle.apply_limits()
 
 

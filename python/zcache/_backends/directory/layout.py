@@ -166,7 +166,7 @@ class Layout:
     def note_owner(self, failure: Exception) -> None:
         """Note whether the directory is the cache of another source, which is left alone."""
         stamp = os.path.join(self.reserved, "stamp.json")
-        self.is_others = isinstance(failure, ValueError) and os.path.lexists(stamp)
+        self.is_others = isinstance(failure, CacheOwnershipError) and os.path.lexists(stamp)
 
     def is_empty(self) -> bool:
         """Whether there are no values."""

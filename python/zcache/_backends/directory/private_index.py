@@ -14,7 +14,7 @@ from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
 from zcache._runtime.threads import run_in_background
-from zcache.exceptions import CacheUnreachableError
+from zcache.exceptions import CacheOwnershipError, CacheUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,11 +111,11 @@ class PrivateIndex:
         begun = time.monotonic()
         try:
             self._look()
-        except ValueError as error:
+        except CacheOwnershipError as error:
             self._layout.note_owner(error)
             if self._handle.usable:
                 self._handle.abandon(error)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - reads must go on, whatever it is
             if self._state is None:
                 self._handle.abandon(error)
             else:

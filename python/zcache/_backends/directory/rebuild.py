@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Final
@@ -10,6 +11,8 @@ from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
 from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zcache._backends.directory.layout import Layout
     from zcache._core import Index
 
@@ -50,7 +53,7 @@ class Rebuild:
     def begin(self, why: str) -> Future[None] | None:
         """Fill the index in the background.
 
-        None where no thread can be started: `Recovery` tries again, unless there is so little to scan that it was
+        None where no thread can be started: `Recovery` tries again, unless there is so little to scan that it is
         done here.
         """
         self.why = why
@@ -59,11 +62,10 @@ class Rebuild:
             self._work = run_in_background(lambda: scanner.rebuild(lambda: _usable(handle()), why))
         except RuntimeError:  # No thread, or the process is about to end.
             self._work = None
-        else:
-            return self._work
-        if self._layout.stamp.is_foreign or self._layout.is_empty():
-            self.here(why)
-        return None
+            with contextlib.suppress(OSError):
+                if self._layout.stamp.is_foreign or self._layout.is_empty():
+                    self._work = _done(lambda: self.here(why))
+        return self._work
 
     def begin_watched(self, why: str) -> None:
         """Fill the index in the background, and do without the directory where that fails."""
@@ -101,6 +103,18 @@ class Rebuild:
                 found.abandon(failure)
 
         work.add_done_callback(ended)
+
+
+def _done(work: Callable[[], None]) -> Future[None]:
+    """Do it here; what it raises is raised where the future is asked."""
+    future: Future[None] = Future()
+    try:
+        work()
+    except Exception as failure:  # noqa: BLE001
+        future.set_exception(failure)
+    else:
+        future.set_result(None)
+    return future
 
 
 def _usable(handle: IndexHandle | None) -> IndexHandle | None:

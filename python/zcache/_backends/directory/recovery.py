@@ -100,7 +100,9 @@ class Recovery:
             layout.check()
             layout.note_doubt()
             if layout.stamp.is_foreign:
-                raise ValueError(f"the directory {layout.root} belongs to another source now")  # noqa: TRY301
+                raise CacheOwnershipError(
+                    f"the directory {layout.root} belongs to another source now"
+                )
         except OSError as failure:
             if failure.errno in _MOMENTARY:
                 time.sleep(_MOMENT)

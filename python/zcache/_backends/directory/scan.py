@@ -18,7 +18,6 @@ from zcache._backends.tombstones import (
     with_mark,
     with_tombstone,
 )
-from zcache._byte_ranges import is_encodable
 from zcache._core import Index, is_cacheable_key, take_folder_bytes, write_tombstone
 from zcache._index.handle import ignore
 
@@ -163,7 +162,7 @@ class Scanner:
         """
         finder = files.Finder(self._root, self._source)
         finder.only_looks = True
-        names = (name for _, _, name in finder.find() if is_encodable(name))
+        names = (name for _, _, name in finder.find())
         removed = 0
         take_folder_bytes()
         while batch := list(islice(names, _BATCH)):
@@ -189,7 +188,7 @@ class Scanner:
         found = []
         for value in sorted(finder.find()):
             name = value[2]
-            if is_encodable(name) and is_cacheable_key(key_of(name)):
+            if is_cacheable_key(key_of(name)):
                 if not self.folds_names or files.fold(name) == name:
                     found.append(value)
             elif not self.only_looks:
