@@ -184,7 +184,7 @@ class CacheStore(Store, KeepsDecoded):
         in a cache directory after a loss of power.
     adopt : bool, optional
         Take over what a cache store holds that was not made by zcache: it may then be served, and
-        evicted. Default is False: such a store is refused.
+        evicted; or use another user's directory. Default is False: such a store is refused.
     source_id : str, optional
         Name of the source, for a cache that outlives the process. Default is None: the URL or path and
         the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`; every other store is

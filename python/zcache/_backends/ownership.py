@@ -103,12 +103,12 @@ def other_source(where: str, other: str, source: str) -> str:
 
 def other_user(where: str, user: int, form: int | str) -> str:
     """Say that a directory is another user's."""
-    way_out = (
-        "mode=0o770 if it is for a group of yours, and you trust its owner"
+    ways_out = (
+        "mode=0o770 if it is for a group of yours, or read_only=True to only read it"
         if form == POOL_FORMAT
-        else "adopt=True if you trust him"
+        else "adopt=True, or a LocalStore with read_only=True to only read it"
     )
     return (
         f"the cache directory {where} is another user's (uid {user}), who may read and change what is cached in "
-        f"it. Give one of your own, or pass {way_out}."
+        f"it. Give one of your own; or, if you trust him, pass {ways_out}."
     )

@@ -12,6 +12,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from support import buf, read
 from zcache import CacheOwnershipError, CacheStore
+from zcache._backends.directory.layout import Layout
 from zcache.testing import StoreDouble, stored_sizes
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ async def test_directory_of_another_user_is_refused_unless_adopted(tmp_path: Pat
     with pytest.raises(CacheOwnershipError, match="another user"):
         open_store(tmp_path)
     await check_read(open_store(tmp_path, adopt=True))
+    # What a process has adopted it uses again after it could not.
+    found = Layout(tmp_path, "source")
+    found.claim(adopt=True)
+    found.claim(adopt=False)
 
 
 @pytest.mark.parametrize(("mode", "others"), [(None, 0), (0o700, 0), (0o755, 0o055)])

@@ -13,7 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from mounts import mounted_read_only
 from support import buf, read
-from zcache import CacheStore, CacheUnreachableError
+from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def source() -> StoreDouble:
     return StoreDouble(MemoryStore({key: buf(value) for key, value in VALUES.items()}))
 
 
-async def warmed(where: Path) -> None:
-    store = CacheStore(source(), cache_store=LocalStore(where), source_id="source")
+async def warmed(where: Path, kind: str = "directory") -> None:
+    cache = CachePool(where) if kind == "pool" else LocalStore(where)
+    store = CacheStore(source(), cache_store=cache, source_id="source")
     for key in VALUES:
         await read(store, key)
     assert store.drain_sync()
@@ -165,11 +166,16 @@ _AS_SOMEBODY = """
 import asyncio, os, sys, time
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
-from zcache import CacheStore, CacheUnreachableError
+from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, is_complete
 os.setgid(65534); os.setuid(65534)
 source = StoreDouble(MemoryStore({f"a/c/{n}": cpu.Buffer.from_bytes(bytes([n]) * 1000) for n in range(10)}))
-store = CacheStore(source, cache_store=LocalStore(sys.argv[1]), source_id="source")
+where, read_only, adopt = sys.argv[1], "read_only" in sys.argv, "adopt" in sys.argv
+if "pool" in sys.argv:
+    cache = CachePool(where, read_only=read_only)
+else:
+    cache = LocalStore(where, read_only=read_only)
+store = CacheStore(source, cache_store=cache, source_id="source", adopt=adopt)
 while not is_complete(store):
     time.sleep(0.01)
 async def main():
@@ -198,14 +204,37 @@ def open_to_all(where: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-async def test_another_users_directory(tmp_path: Path) -> None:
+def as_somebody(where: Path, *how: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    where = tmp_path / "cache"
-    await warmed(where)
     open_to_all(where)
     before = contents(where)
-    command = [sys.executable, "-c", _AS_SOMEBODY, str(where)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: ASYNC221
-    assert done.stdout.strip() == "0", done.stderr
+    command = [sys.executable, "-c", _AS_SOMEBODY, str(where), *how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert contents(where) == before
+    return done
+
+
+async def test_directory_of_root_is_read_by_others(tmp_path: Path) -> None:
+    await warmed(tmp_path / "cache")
+    done = as_somebody(tmp_path / "cache")
+    assert done.stdout.strip() == "0", done.stderr
+
+
+@pytest.mark.parametrize("how", ["read_only", "adopt"])
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_another_users_directory_is_read_only_where_that_is_asked_for(
+    tmp_path: Path, kind: str, how: str
+) -> None:
+    where = tmp_path / "cache"
+    await warmed(where, kind)
+    for path in (where, *where.rglob("*")):
+        os.chown(path, 54321, 54321)
+    refused = as_somebody(where, kind)
+    assert "CacheOwnershipError" in refused.stderr
+    assert "another user's (uid 54321)" in refused.stderr
+    assert "read_only=True" in refused.stderr
+    if (kind, how) == ("pool", "adopt"):
+        return  # A pool is not adopted.
+    done = as_somebody(where, kind, how)
+    assert done.stdout.strip() == "0", done.stderr

@@ -129,3 +129,16 @@ def test_stamp_claimed_by_many_at_once_has_one_owner(tmp_path: Path) -> None:
     assert len(errors) == 7
     assert names_in(where / ".zcache") == ["index", "stamp.json"]
     assert names_in(where / ".zcache/index") == ["stamp.json"]
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff"])
+def test_stamp_copy_that_cannot_be_read_is_written_anew(tmp_path: Path, text: bytes) -> None:
+    open_stamp(tmp_path)
+    copy = tmp_path / ".zcache/index/stamp.json"
+    whole = copy.read_bytes()
+    copy.write_bytes(text)
+    open_stamp(tmp_path)
+    assert copy.read_bytes() == whole
+    (tmp_path / ".zcache/stamp.json").write_bytes(text)
+    open_stamp(tmp_path)
+    assert source_in(tmp_path) == "one"

@@ -66,7 +66,7 @@ class Stamp:
     form : int or str, optional
         Format of what is kept. Default is that of a directory of files.
     trusts_owner : bool, optional
-        Whether it may be another user's. Default is only where it is adopted.
+        Whether it may be another user's. Default is False: only where it is adopted.
 
     Attributes
     ----------
@@ -183,10 +183,9 @@ class Stamp:
                     os.utime(path, follow_symlinks=False)
 
     def _check_owner(self) -> None:
-        """Refuse a directory that another user may have made to be written to, or read from, by this one."""
+        """Refuse a directory of another user, who may change what is cached in it; one given as read-only has no stamp here."""
         status = os.stat(self.root)
-        own = status.st_uid in (os.geteuid(), 0)
-        if own or self._trusts_owner or not os.access(self.root, os.W_OK):
+        if status.st_uid in (os.geteuid(), 0) or self._trusts_owner:
             return
         raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._form))
 
@@ -291,9 +290,10 @@ class Stamp:
             os.unlink(self._copy)
 
     def _keep_copy(self, stamp: dict[str, Any]) -> None:
-        """Have a copy of the stamp beside the index, where that can be."""
+        """Have a copy of the stamp beside the index that can be read, where that can be."""
         with contextlib.suppress(OSError):
-            if os.path.lexists(self._copy):
+            copy = _read_small(self._copy)
+            if copy is not None and is_stamp(copy):
                 return
             os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
