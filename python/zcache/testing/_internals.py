@@ -102,15 +102,18 @@ def disk_usage(store: CacheStore) -> int | None:
     root = directory_root(cache)
     if root is None or store._cache.shared.handle.limits.get("unit", 1) <= 1:
         return None
-    values = 0
-    for folder, folders, names in os.walk(root):
-        if folder == root and ".zcache" in folders:
-            folders.remove(".zcache")
-        for name in names:
-            path = os.path.join(folder, name)
-            if is_ours(path):
-                values += os.lstat(path).st_blocks * 512
-    return values + count_folders(root)
+    size, values = 0, []
+    for top in (root, os.path.join(root, RANGES)):
+        for folder, folders, names in os.walk(top):
+            if folder == root and ".zcache" in folders:
+                folders.remove(".zcache")
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if is_ours(path):
+                        size += os.lstat(path).st_blocks * 512
+                        values.append(os.path.relpath(path, root))
+    return size + count_folders(root, values)
 
 
 def raw_entries(

@@ -32,14 +32,13 @@ from zcache._core import (
     open_folder,
     open_value,
     read_record,
-    remove_empty_folder,
     remove_files,
     sign_file,
 )
 from zcache._runtime.buffers import to_buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from zarr.core.buffer import Buffer, BufferPrototype
 
@@ -50,6 +49,8 @@ _PART: Final = 2**20
 """Bytes that are read at once where a copy is made of them."""
 _BLOCK: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system has."""
+_OWN_FOLDERS: Final = (".zcache", ".zcache/tmp", ".zcache/dropped", ".zcache/missing")
+"""Folders of zcache's own that count, whatever they hold."""
 _UNKNOWN_SOURCE: Final = bytes(8)
 _NOTHING_THERE: Final = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ELOOP, errno.EXDEV}
@@ -145,19 +146,6 @@ def remove_value(root: str, name: str) -> None:
         raise error
 
 
-def remove_empty_folders(root: str) -> None:
-    """Remove the folders in a cache directory that hold nothing but empty folders."""
-    for above in ("", ".zcache/ranges"):
-        with contextlib.suppress(OSError), listed(root, above) as entries:
-            inside = list(entries)
-            for entry in inside:
-                # Such as .zcache itself; others are the system's.
-                if entry.name.startswith(".") or entry.name in TOLERATED:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    remove_empty_folder(root, f"{above}/{entry.name}".lstrip("/"))
-
-
 @contextlib.contextmanager
 def listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
     """What is in a folder of a cache directory; a link or a mount leads nowhere."""
@@ -204,22 +192,26 @@ def _read_at(file: int, into: memoryview, start: int) -> int:
     return len(part)
 
 
-def count_folders(root: str) -> int:
-    """Bytes of all folders of a cache directory, and of zcache's own files that the index does not list.
+def count_folders(root: str, values: Iterable[str]) -> int:
+    """Bytes of the folders that hold values of these names, and of what else zcache keeps in a cache directory.
 
-    The files of the index count as nothing: they are kept beside the bound.
+    Other folders are others', or empty: neither counts. The files of the index count as nothing: they are kept
+    beside the bound.
     """
-    reserved = os.path.join(root, ".zcache")
+    counted = {"", *_OWN_FOLDERS}
+    for value in values:
+        above = os.path.dirname(value)
+        while above not in counted:
+            counted.add(above)
+            above = os.path.dirname(above)
+    with contextlib.suppress(OSError), listed(root, ".zcache") as entries:
+        counted.update(
+            f".zcache/{entry.name}" for entry in entries if not entry.is_dir(follow_symlinks=False)
+        )
     total = 0
-    for directory, folders, names in os.walk(root):
+    for name in counted:
         with contextlib.suppress(OSError):
-            total += os.lstat(directory).st_blocks * _BLOCK
-        if directory != reserved:
-            continue
-        folders[:] = [name for name in folders if name != "index"]
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(directory, name)).st_blocks * _BLOCK
+            total += os.lstat(os.path.join(root, name)).st_blocks * _BLOCK
     return total
 
 

@@ -117,9 +117,6 @@ class Scanner:
         self.strict = False
         if finder.foreign:
             self.say_in_the_way(finder.foreign)
-        # What an eviction has left behind where its process died before it went.
-        if not self.only_looks:
-            files.remove_empty_folders(self._root)
         for start in range(0, len(found), _BATCH):
             batch = found[start : start + _BATCH]
             handle = handle_of_now()
@@ -144,7 +141,7 @@ class Scanner:
         if (handle := handle_of_now()) is None:
             return
         if handle.limits.get("unit", 1) > 1:
-            folders = files.count_folders(self._root)
+            folders = files.count_folders(self._root, (name for _, _, name in found))
             handle.call_opened(Index.count_folders, folders, timeout=None)
         handle.call_opened(Index.finish_rebuild, timeout=None)
         while self._removed:
@@ -228,7 +225,6 @@ class Scanner:
         if prefix:
             # Also one that was never valid.
             files.remove_value(self._root, prefix)
-        files.remove_empty_folders(self._root)
 
     def names_below(self, prefix: str) -> Iterator[str]:
         """Names of all values that are stored of a key and of all keys below it."""
