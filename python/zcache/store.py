@@ -42,11 +42,17 @@ from zcache._options import (
     parse_timeout,
     path_of_cache_store,
 )
-from zcache._protocol.batch import Batch, from_partial_values, from_ranges, from_ranges_sync
+from zcache._protocol.batch import (
+    CANCEL_TIMEOUT,
+    Batch,
+    from_partial_values,
+    from_ranges,
+    from_ranges_sync,
+)
 from zcache._protocol.fill import CLOSE_TIMEOUT, DRAIN_TIMEOUT
 from zcache._runtime.buffers import snapshot
 from zcache._runtime.capacity import memory
-from zcache._runtime.coroutines import run_without_loop
+from zcache._runtime.coroutines import Handover, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show, show_address
@@ -62,6 +68,7 @@ if TYPE_CHECKING:
         AsyncIterator,
         Awaitable,
         Callable,
+        Coroutine,
         Iterable,
         Sequence,
     )
@@ -71,7 +78,7 @@ if TYPE_CHECKING:
 
     from zcache._advice.advice import Advice
     from zcache._ages import Age
-    from zcache._protocol.batch import Fetch, Group, Request
+    from zcache._protocol.batch import Group, Put, Request
     from zcache._runtime.lingering import Lease
 
 
@@ -1008,10 +1015,12 @@ class CacheStore(Store, KeepsDecoded):
             fetch,
             trusts_absences=self._options.offline or finds_none_in_many(self._store),
         )
-        async with contextlib.aclosing(batch.run()) as groups:
-            async for group in groups:
-                for number, value in group:
-                    values[number] = value
+
+        def take(group: Group) -> None:
+            for number, value in group:
+                values[number] = value
+
+        await batch.run(take)
         return values
 
     async def get_ranges(
@@ -1057,11 +1066,24 @@ class CacheStore(Store, KeepsDecoded):
         requests: list[Request] = [(key, byte_range) for byte_range in byte_ranges]
 
         fetch = from_ranges(self._source, prototype, requests, given)
-        # Closed with this one, so that no flight stays open until the garbage collector comes.
-        async with contextlib.aclosing(
-            self._ranges(self._io, prototype, requests, fetch)
-        ) as groups:
+        batch = Batch(self._reader, self._io, prototype, requests, fetch)
+        if batch.has_invalid_range:
+            # The source joins ranges, and gives to this one what it makes of all of them.
+            batch.count_bypassed(len(requests))
+            bring: Callable[[Put], Coroutine[Any, Any, None]] = partial(
+                fetch, list(range(len(requests)))
+            )
+        else:
+            if ready := batch.look_up():
+                await _raise_if_missing(ready, requests, prototype)
+                yield ready
+            if batch.is_over:
+                return
+            bring = batch.bring
+        # Others wait for what this brings, so it goes on even while its caller does something else.
+        async with Handover(bring, CANCEL_TIMEOUT) as groups:
             async for group in groups:
+                await _raise_if_missing(group, requests, prototype)
                 yield group
 
     def get_ranges_sync(
@@ -1086,30 +1108,19 @@ class CacheStore(Store, KeepsDecoded):
         options = {"max_gap_bytes": max_gap_bytes, "max_coalesced_bytes": max_coalesced_bytes}
         fetch = from_ranges_sync(self._source, prototype, requests, options)
 
-        async def collect() -> list[tuple[int, Buffer | None]]:
-            groups = self._ranges(self._sync_io, prototype, requests, fetch)
-            return [item async for group in groups for item in group]
+        batch = Batch(self._reader, self._sync_io, prototype, requests, fetch)
+        found: list[tuple[int, Buffer | None]] = []
 
-        return run_without_loop(collect())
+        async def collect() -> None:
+            if batch.has_invalid_range:
+                batch.count_bypassed(len(requests))
+                await fetch(list(range(len(requests))), found.extend)
+            else:
+                await batch.run(found.extend)
+            await _raise_if_missing(found, requests, prototype, sync=True)
 
-    async def _ranges(
-        self, io: IO, prototype: BufferPrototype, requests: list[Request], fetch: Fetch
-    ) -> AsyncGenerator[Group, None]:
-        batch = Batch(self._reader, io, prototype, requests, fetch)
-        if batch.has_invalid_range:
-            # The source joins ranges, and gives to this one what it makes of all of them.
-            batch.count_bypassed(len(requests))
-            groups = fetch(list(range(len(requests))))
-        else:
-            groups = batch.run()
-        async with contextlib.aclosing(groups):
-            async for group in groups:
-                if any(value is None for _, value in group):
-                    ranges = [byte_range for _, byte_range in requests]
-                    await raise_for_ranges(
-                        requests[0][0], ranges, prototype, sync=io.loop() is None
-                    )
-                yield group
+        run_without_loop(collect())
+        return found
 
     async def _get_many(
         self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
@@ -1231,6 +1242,15 @@ class CacheStore(Store, KeepsDecoded):
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
         return self._cache.lister.list_dir(self._io, prefix)
+
+
+async def _raise_if_missing(
+    found: Group, requests: list[Request], prototype: BufferPrototype, *, sync: bool = False
+) -> None:
+    """Raise what the source raises for ranges of a missing key, if this is one."""
+    if any(value is None for _, value in found):
+        ranges = [byte_range for _, byte_range in requests]
+        await raise_for_ranges(requests[0][0], ranges, prototype, sync=sync)
 
 
 def _later(work: Callable[..., None], *args: Any) -> Callable[[], Awaitable[None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
@@ -14,10 +15,11 @@ import pytest
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.storage import LocalStore, WrapperStore
 
-from doubles import GatedStore, SyncDictStore, reached
-from support import PROTOTYPE, buf, read, threads, value_sync
+from doubles import DictStore, GatedStore, SyncDictStore, reached
+from support import PROTOTYPE, buf, read, threads, until, value_sync
 from zcache import CacheStore
 from zcache._protocol import single_flight
+from zcache._protocol.fill import FillQueue
 from zcache.testing import in_flight
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
 VALUE = bytes(range(100))
+RANGES = [RangeByteRequest(0, 10), RangeByteRequest(50, 60)]
+HANGS = 30.0
+"""Seconds after which something is said to hang: far more than any time limit of zcache."""
 
 
 @pytest.fixture
@@ -402,3 +407,164 @@ def test_a_write_of_a_closed_loop_that_lands_later() -> None:
     assert value_sync(store, "other") == b"1"
     assert store.cache_info()["cached_keys"] == 1
     task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------- a source that ends a call by itself
+
+
+async def outcome(store: Any, way: str) -> Any:
+    """What comes of two ranges: an error is told by its kind, one of a group by those of all."""
+
+    def told(error: BaseException) -> Any:
+        if isinstance(error, BaseExceptionGroup):
+            return type(error), error.message, [told(one) for one in error.exceptions]
+        return type(error), str(error)
+
+    async def get() -> list[bytes]:
+        if way == "get_partial_values":
+            values = await store.get_partial_values(PROTOTYPE, [("k", one) for one in RANGES])
+        else:
+            # Not joined, as ranges that lie near each other are.
+            groups = store.get_ranges("k", RANGES, prototype=PROTOTYPE, max_gap_bytes=0)
+            values = [value for group in [group async for group in groups] for _, value in group]
+        return [value.to_bytes() for value in values]
+
+    task = asyncio.ensure_future(get())
+    done, _ = await asyncio.wait([task], timeout=HANGS)
+    if not done:
+        task.cancel()
+        return "it hangs"
+    try:
+        return task.result()
+    except BaseException as error:  # noqa: BLE001 - it is what is asked for
+        return told(error)
+
+
+async def check_ends_as(source: Any, store: CacheStore, way: str) -> None:
+    """What the source raises is raised, those who wait read for themselves, and so does the next call."""
+    first = asyncio.ensure_future(outcome(store, way))
+    await until(lambda: in_flight(store)[0] == len(RANGES))
+    followers = [asyncio.ensure_future(read(store, "k", one)) for one in RANGES]
+    await asyncio.sleep(0)
+    source.begins.set()
+    assert await first == await outcome(source, way)
+    source.fails = False
+    for one, follower in zip(RANGES, followers, strict=True):
+        with contextlib.suppress(ConnectionResetError, asyncio.CancelledError):
+            assert await asyncio.wait_for(follower, HANGS) == VALUE[one.start : one.end]
+    assert await outcome(store, way) == [VALUE[one.start : one.end] for one in RANGES]
+    await store.drain()
+    assert in_flight(store) == (0, 0)
+
+
+class Parting(DictStore):
+    """A source of which one range of two fails, by zarr's own `get_ranges` in the middle of the work on the other."""
+
+    fails = True
+
+    def __init__(self) -> None:
+        super().__init__({"k": VALUE})
+        self.begins, self.goes_on, self.has_failed = (asyncio.Event() for _ in range(3))
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        await self.begins.wait()
+        if self.fails and byte_range == RANGES[1]:
+            await self.goes_on.wait()
+            self.has_failed.set()
+            raise ConnectionResetError("the network")
+        return await super().get(key, prototype, byte_range)
+
+
+@pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="zarr before 3.3 has no get_ranges")
+async def test_a_range_that_fails_while_another_one_is_taken_in_ends_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The `TaskGroup` in which zarr reads ranges then cancels the task that iterates over them."""
+    source = Parting()
+    store = CacheStore(source, cache_store=GatedStore())
+    put = FillQueue.put
+
+    async def put_late(*args: Any) -> bool:
+        source.goes_on.set()
+        await source.has_failed.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return await put(*args)
+
+    monkeypatch.setattr(FillQueue, "put", put_late)
+    await check_ends_as(source, store, "get_ranges")
+
+
+class Ending(DictStore):
+    """A source of which the calls for many values end in a way of their own."""
+
+    fails = True
+
+    def __init__(self, end: str) -> None:
+        super().__init__({"k": VALUE})
+        self._end = end
+        self.begins = asyncio.Event()
+
+    async def _fail(self) -> None:
+        if self._end == "cancels its task":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        if self._end == "cancelled":
+            raise asyncio.CancelledError
+        if self._end == "group":
+            raise BaseExceptionGroup("one of two", [asyncio.CancelledError()])
+        raise ConnectionResetError("the network")
+
+    async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+        await self.begins.wait()
+        if self.fails:
+            await self._fail()
+        return [await self.get(key, prototype, one) for key, one in key_ranges]
+
+    async def get_ranges(self, key: str, byte_ranges: Any, *, prototype: Any, **_: Any) -> Any:
+        await self.begins.wait()
+        for number, byte_range in enumerate(byte_ranges):
+            if self.fails and number:
+                await self._fail()
+            yield [(number, await self.get(key, prototype, byte_range))]
+
+
+@pytest.mark.parametrize("way", ["get_partial_values", "get_ranges"])
+@pytest.mark.parametrize("end", ["error", "group", "cancelled", "cancels its task"])
+async def test_a_source_that_ends_a_call_in_any_way_ends_it_here(end: str, way: str) -> None:
+    source = Ending(end)
+    await check_ends_as(source, CacheStore(source), way)
+
+
+async def test_a_source_that_fails_while_the_caller_does_something_else_lets_others_read() -> None:
+    source = Ending("error")
+    source.begins.set()
+    store = CacheStore(source)
+    groups: Any = store.get_ranges("k", RANGES, prototype=PROTOTYPE)
+    assert [at for at, _ in await anext(groups)] == [0]
+    # Its caller has one group, and asks for no other one.
+    assert await asyncio.wait_for(read(store, "k", RANGES[1]), HANGS) == VALUE[50:60]
+    with pytest.raises(ConnectionResetError):
+        await anext(groups)
+    assert in_flight(store) == (0, 0)
+
+
+def test_a_loop_that_ends_with_ranges_left_open_says_nothing() -> None:
+    """It closes all generators at once, and each may have another one below it."""
+    said: list[Any] = []
+    kept: list[Any] = []
+
+    async def begin() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        kept.append(store.get_ranges("k", RANGES, prototype=PROTOTYPE))
+        await anext(kept[0])
+
+    source = Ending("error")
+    source.fails = False
+    source.begins.set()
+    store = CacheStore(source)
+    asyncio.run(begin())
+    assert said == []
+    assert in_flight(store) == (0, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,12 +11,12 @@ from zcache._byte_ranges import ByteRange, to_byte_range
 from zcache._core import Index, is_cacheable_key
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
-from zcache._runtime.coroutines import Passage, stop
+from zcache._runtime.coroutines import Handover
 from zcache._source.missing import says_missing
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -28,15 +27,18 @@ if TYPE_CHECKING:
 
     Request = tuple[str, ByteRequest | None]
     Group = Sequence[tuple[int, Buffer | None]]
-    Fetch = Callable[[list[int]], AsyncGenerator[Group, None]]
+    Put = Callable[[Group], None]
+    Fetch = Callable[[list[int], Put], Coroutine[Any, Any, None]]
 
 
-_CANCEL_TIMEOUT: Final = 1.0
+CANCEL_TIMEOUT: Final = 1.0
 """Seconds that the end of a call waits for a source that was cancelled."""
 
 
 class Batch:
     """One call for several requests.
+
+    It hands over groups of request number and value (None for a missing key), as they come.
 
     Parameters
     ----------
@@ -49,8 +51,7 @@ class Batch:
     requests : sequence of (str, ByteRequest or None)
         Keys and ranges.
     fetch : callable
-        Asks the source for the requests with these numbers, in one call, and yields groups of number
-        and value as they come.
+        Asks the source for the requests with these numbers, in one call, and hands over groups as they come.
     trusts_absences : bool, optional
         Whether keys that are remembered as missing are answered without the source. Default is True.
 
@@ -80,6 +81,8 @@ class Batch:
         self.has_invalid_range = False
         # What each request is for the index; None where the source has to answer it.
         self._asked = [self._parse(*request) for request in requests]
+        self._missing: list[int] = []
+        self._slow: list[tuple[int, Any]] = []
         self._leads: dict[int, tuple[int, Flight]] = {}
         self._waits: list[tuple[int, Any]] = []
         self._direct: list[int] = []
@@ -94,39 +97,15 @@ class Batch:
             return None
         return (key, byte_range) if is_cacheable_key(key) else None
 
-    async def run(self) -> AsyncGenerator[Group, None]:
-        """Yield groups of request number and value (None for a missing key), as they come."""
-        reader = self._reader
-        ready, missing, slow = self._look_up()
-        values = await self._io.gather([partial(self._serve, *one) for one in slow])
-        for (number, _), (is_answer, value) in zip(slow, values, strict=True):
-            if is_answer:
-                ready.append((number, value))
-            else:
-                missing.append(number)
-        if ready:
-            yield ready
-        if reader.offline and (found := await self._look_offline(missing)):
-            yield found
-        if missing or self._direct:
-            async with contextlib.aclosing(self._bring(missing)) as groups:
-                async for group in groups:
-                    yield group
-        for number, joined in self._waits:
-            key, request = self._requests[number]
-            value = await reader.fetch(
-                self._io, key, self._prototype, request, to_byte_range(request), joined
-            )
-            yield [(number, value)]
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to be brought."""
+        return not (self._missing or self._slow or self._direct)
 
-    def _look_up(
-        self,
-    ) -> tuple[list[tuple[int, Buffer | None]], list[int], list[tuple[int, Any]]]:
-        """What is there at once, what is not cached, and hits that have to wait for their bytes."""
+    def look_up(self) -> Group:
+        """What is there at once; for the others see `bring`."""
         reader = self._reader
         ready: list[tuple[int, Buffer | None]] = []
-        missing: list[int] = []
-        slow: list[tuple[int, Any]] = []
         for number, asked in enumerate(self._asked):
             if asked is None:
                 self.count_bypassed(1)
@@ -139,10 +118,43 @@ class Batch:
             elif value is not None or hit is ABSENT:
                 ready.append((number, value))
             elif hit is None:
-                missing.append(number)
+                self._missing.append(number)
             else:
-                slow.append((number, hit))
-        return ready, missing, slow
+                self._slow.append((number, hit))
+        return ready
+
+    async def bring(self, put: Put) -> None:
+        """Hand over what was not there at once."""
+        values = await self._io.gather([partial(self._serve, *one) for one in self._slow])
+        found: list[tuple[int, Buffer | None]] = []
+        for (number, _), (is_answer, value) in zip(self._slow, values, strict=True):
+            if is_answer:
+                found.append((number, value))
+            else:
+                self._missing.append(number)
+        if found:
+            put(found)
+        if self._reader.offline and (found := await self._look_offline(self._missing)):
+            put(found)
+        if self._missing or self._direct:
+            try:
+                await self._lead(self._missing, put)
+            finally:
+                # Who waits for what did not come asks for it.
+                self._close_all()
+        for number, joined in self._waits:
+            key, request = self._requests[number]
+            value = await self._reader.fetch(
+                self._io, key, self._prototype, request, to_byte_range(request), joined
+            )
+            put([(number, value)])
+
+    async def run(self, put: Put) -> None:
+        """Hand over all, to a caller that does nothing else meanwhile."""
+        if ready := self.look_up():
+            put(ready)
+        if not self.is_over:
+            await self.bring(put)
 
     async def _look_offline(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
         """What is there by now of what was missing, or cannot be there at all, which is taken out."""
@@ -172,37 +184,30 @@ class Batch:
         except IndexLockTimeout:
             return False, None
 
-    async def _bring(self, missing: list[int]) -> AsyncGenerator[Group, None]:
+    async def _lead(self, missing: list[int], put: Put) -> None:
         """Ask the source, in one call, for what no other reader reads already."""
         reader = self._reader
+        backend = reader.backend
+        # What others read already may have begun before a change that the index does not know of.
+        if backend.tells_by_name and not await backend.hear_of_changes(self._io):
+            for _ in missing:
+                reader.counters.count("skipped")
+            self._direct.extend(missing)
+            missing = []
+        for number in missing:
+            await self._join(number)
+        if reader.revalidator is not None and (same := await self._unchanged(reader.revalidator)):
+            put(same)
+        wanted = sorted([*self._leads, *self._direct])
+        if not wanted:
+            return
         try:
-            backend = reader.backend
-            # What others read already may have begun before a change that the index does not know of.
-            if backend.tells_by_name and not await backend.hear_of_changes(self._io):
-                for _ in missing:
-                    reader.counters.count("skipped")
-                self._direct.extend(missing)
-                missing = []
-            for number in missing:
-                await self._join(number)
-            if reader.revalidator is not None:
-                same = await self._unchanged(reader.revalidator)
-                if same:
-                    yield same
-            wanted = sorted([*self._leads, *self._direct])
-            try:
-                async with contextlib.aclosing(self._from_source(wanted)) as groups:
-                    async for group in groups:
-                        yield group
-            except Exception as error:
-                if served := await self._stale_instead_of(error):
-                    yield served
-                if not served or len(served) < len(self._leads) + len(self._direct):
-                    raise
-        finally:
-            # Who waits for what did not come asks for it.
-            for number in list(self._leads):
-                self._close(number)
+            await self._read(wanted, put)
+        except Exception as error:
+            if served := await self._stale_instead_of(error):
+                put(served)
+            if not served or len(served) < len(self._leads) + len(self._direct):
+                raise
 
     async def _unchanged(self, revalidator: Revalidator) -> Group:
         """What is too old but still the same; notes which validators the others have before they are read.
@@ -259,25 +264,31 @@ class Batch:
                 keys.setdefault(asked[0], []).append(number)
         return keys
 
-    async def _from_source(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
-        if not wanted:
-            return
-        if self._io.loop() is None:
-            async with contextlib.aclosing(self._fetched(wanted)) as fetched:
-                async for group in fetched:
-                    yield group
-            return
-        # In a task of its own: others wait for what this call brings, so it must go on even while its
-        # caller does something else.
-        groups: Passage[Group | BaseException | None] = Passage()
-        task = asyncio.ensure_future(self._read(wanted, groups))
+    async def _read(self, wanted: list[int], put: Put) -> None:
+        """Hand what the source brings to all who wait for it."""
         try:
-            while (found := await groups.get()) is not None:
-                if isinstance(found, BaseException):
-                    raise found
-                yield found
-        finally:
-            await stop(task, _CANCEL_TIMEOUT)
+            await self._ask(wanted, put)
+        except BaseExceptionGroup as error:
+            # So says `get_ranges` that there is no such key.
+            if says_missing(error):
+                await self._deliver([(number, None) for number in list(self._leads)])
+            raise
+
+    async def _ask(self, wanted: list[int], put: Put) -> None:
+        if self._io.loop() is None:
+            groups: list[Group] = []
+            await self._fetch(wanted, groups.append)
+            for group in groups:
+                put(await self._deliver(group))
+            return
+        async with Handover(partial(self._fetch, wanted), CANCEL_TIMEOUT) as brought:
+            try:
+                async for group in brought:
+                    put(await self._deliver(group))
+            except asyncio.CancelledError:
+                # Before the source is waited for: who waits for this need not.
+                self._close_all()
+                raise
 
     async def _stale_instead_of(self, error: Exception) -> list[tuple[int, Buffer | None]]:
         """What is still cached of the requests that the source has not answered."""
@@ -294,35 +305,6 @@ class Batch:
             if is_answer:
                 served.append((number, value))
         return served
-
-    async def _fetched(self, wanted: list[int]) -> AsyncGenerator[Group, None]:
-        """What the source brings, delivered to all who wait for it."""
-        async with contextlib.aclosing(self._fetch(wanted)) as groups:
-            try:
-                async for group in groups:
-                    yield await self._deliver(group)
-            except BaseExceptionGroup as error:
-                # So says `get_ranges` that there is no such key.
-                if says_missing(error):
-                    await self._deliver([(number, None) for number in list(self._leads)])
-                raise
-
-    async def _read(self, wanted: list[int], groups: Passage[Group | BaseException | None]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            async with contextlib.aclosing(self._fetched(wanted)) as fetched:
-                async for group in fetched:
-                    groups.put(group)
-        except asyncio.CancelledError as cancelled:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            groups.put(cancelled)  # The source has cancelled itself.
-        except Exception as error:  # noqa: BLE001 - it is raised where the groups are asked for
-            if not loop.is_closed():  # Else the garbage collector ends it, and there is no reader.
-                groups.put(error)
-        else:
-            groups.put(None)
 
     def count_bypassed(self, count: int) -> None:
         """Count requests that the cache never answers."""
@@ -396,6 +378,10 @@ class Batch:
                 self._close(number)
         return group
 
+    def _close_all(self) -> None:
+        for number in list(self._leads):
+            self._close(number)
+
     def _close(self, number: int) -> None:
         ticket, flight = self._leads.pop(number)
         # Closed first: woken readers would else join it again.
@@ -408,10 +394,10 @@ def from_partial_values(
 ) -> Fetch:
     """Ask a source for requests of any keys."""
 
-    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+    async def fetch(numbers: list[int], put: Put) -> None:
         asked = [requests[number] for number in numbers]
         found = await source.get_partial_values(prototype, asked)
-        yield list(zip(numbers, found, strict=True))
+        put(list(zip(numbers, found, strict=True)))
 
     return fetch
 
@@ -423,11 +409,12 @@ def from_ranges(
     if not hasattr(source, "get_ranges"):  # zarr before 3.3
         return from_partial_values(source, prototype, requests)
 
-    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+    async def fetch(numbers: list[int], put: Put) -> None:
         key = requests[0][0]
         asked = [requests[number][1] for number in numbers]
+        # Nothing is awaited in between: its `TaskGroup` may cancel the task while it is suspended.
         async for group in source.get_ranges(key, asked, prototype=prototype, **options):
-            yield [(numbers[at], value) for at, value in group]
+            put([(numbers[at], value) for at, value in group])
 
     return fetch
 
@@ -437,14 +424,14 @@ def from_ranges_sync(
 ) -> Fetch:
     """Ask a source for ranges of one key without an event loop."""
 
-    async def fetch(numbers: list[int]) -> AsyncGenerator[Group, None]:
+    async def fetch(numbers: list[int], put: Put) -> None:
         key = requests[0][0]
         asked = [requests[number][1] for number in numbers]
         if not hasattr(source, "get_ranges_sync"):  # zarr before 3.4
             values = [source.get_sync(key, prototype=prototype, byte_range=r) for r in asked]
-            yield list(zip(numbers, values, strict=True))
+            put(list(zip(numbers, values, strict=True)))
             return
         found = source.get_ranges_sync(key, asked, prototype=prototype, **options)
-        yield [(numbers[at], value) for at, value in found]
+        put([(numbers[at], value) for at, value in found])
 
     return fetch

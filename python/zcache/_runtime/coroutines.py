@@ -14,6 +14,7 @@ from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Self
 
 logger = logging.getLogger("zcache")
 T = TypeVar("T")
@@ -211,31 +212,74 @@ def _forget(task: asyncio.Task[Any]) -> None:
         task.exception()  # Its error was reported, or is of no interest any more.
 
 
-class Passage(Generic[T]):
-    """A queue from one task to another of the same event loop.
+class Handover(Generic[T]):
+    """What some work hands over, item by item, as it comes; the work has a task of its own.
 
-    With one of asyncio's, a reader cannot be collected once its event loop is closed: it cancels what it waits for.
+    It goes on while its caller does something else. However it ends, its caller gets all items, and then its error.
+    What cancels its task, as a `TaskGroup` does that is left open by a generator, cancels nothing else.
+
+    With a queue of asyncio's, a reader cannot be collected once its event loop is closed: it cancels what it waits for.
+
+    Parameters
+    ----------
+    work : callable
+        Takes a function that it calls with each item.
+    seconds : float
+        How long the end of the block waits for work that was not done, and is cancelled.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]], seconds: float
+    ) -> None:
+        self._work = work
+        self._seconds = seconds
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: T) -> None:
-        """Add an item."""
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.ensure_future(self._run())
+        self._task.add_done_callback(self._wake)
+        return self
 
-    async def get(self) -> T:
-        """Wait for the next item."""
+    async def __aexit__(self, *_: object) -> None:
+        task = self._task
+        # Its error has the frames of those who asked for items, and so this.
+        del self._task
+        if not task.done():
+            await _stop(task, self._seconds)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
         while not self._items:
+            if self._task.done():
+                self._task.result()
+                raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._items.popleft()
 
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await self._work(self._put)
+        except Exception:
+            if not loop.is_closed():  # Else the garbage collector ends it, and there is no caller.
+                raise
 
-async def stop(task: asyncio.Task[Any], seconds: float) -> None:
+    def _put(self, item: T) -> None:
+        self._items.append(item)
+        self._wake()
+
+    def _wake(self, ended: asyncio.Task[None] | None = None) -> None:
+        if ended is not None and not ended.cancelled():
+            ended.exception()  # Else asyncio complains where no caller asks any more.
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def _stop(task: asyncio.Task[Any], seconds: float) -> None:
     """Cancel a task and wait for its end, for so many seconds at most, if its event loop is the one that runs."""
     loop = task.get_loop()
     if loop is asyncio._get_running_loop():
