@@ -330,6 +330,28 @@ async def test_cache_store_that_raises_cancelled_error_cancels_no_caller(operati
     await check_invariants_async(store)
 
 
+async def test_cache_store_that_cancels_its_own_task_cancels_no_reader() -> None:
+    """As a cancel scope of another library may, which no one has asked to."""
+
+    class Cancelling(DictStore):
+        cancels = False
+
+        async def get(self, *args: Any) -> Any:
+            task = asyncio.current_task()
+            if self.cancels and task is not None:
+                task.cancel()
+                await asyncio.sleep(0)
+            return await super().get(*args)
+
+    cache = Cancelling()
+    store = CacheStore(DictStore(SOURCE), cache_store=cache)
+    await all_read(store)
+    cache.cancels = True
+    await all_read(store)
+    assert store.cache_stats()["cache_failures"] > 0
+    await check_invariants_async(store)
+
+
 async def test_source_and_cache_store_that_both_fail_raise_the_sources_error(
     pause: FakeClock,
 ) -> None:

@@ -81,11 +81,14 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
         task.cancel()
         _keep_until_done(task)
         raise NoAnswerError(seconds)
+    if task.cancelled():
+        # By itself, for here it was waited for.
+        raise RuntimeError("the cache store has cancelled itself")
     return task.result()
 
 
 async def _awaited(work: Awaitable[T]) -> T:
-    return await guarded(work)
+    return await work
 
 
 class OutcomeUnknown(asyncio.CancelledError):
