@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +15,7 @@ from doubles import SyncDictStore
 from support import PROTOTYPE
 from zcache import CacheStore
 from zcache._runtime import turns
-from zcache._runtime.turns import BUDGET, FEWEST, Turns
+from zcache._runtime.turns import BUDGET, FEWEST, ReadTurns, Turns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,3 +130,75 @@ async def test_synchronous_read_inside_an_event_loop_waits_for_no_turn(
         assert value.to_bytes() == b"value"
     values = await asyncio.gather(*(store.get(key, PROTOTYPE) for key in source.values))
     assert all(value is not None and value.to_bytes() == b"value" for value in values)
+
+
+def test_a_loop_that_goes_on_after_another_had_its_turn_lets_in_all_who_wait() -> None:
+    """One is kept, as by a test session, and another one comes for each call."""
+    turns = Turns()
+    done: list[int] = []
+
+    async def piece(number: int) -> None:
+        if not turns.begins():
+            await turns.wait()
+        work()
+        done.append(number)
+
+    async def begin() -> list[asyncio.Task[None]]:
+        tasks = [asyncio.ensure_future(piece(number)) for number in range(100)]
+        await asyncio.sleep(0)
+        return tasks
+
+    kept, other = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        tasks = kept.run_until_complete(begin())
+        assert len(done) < 100
+        other.run_until_complete(piece(-1))
+        kept.run_until_complete(asyncio.wait_for(asyncio.gather(*tasks), 30))
+        done.remove(-1)
+        assert done == list(range(100))
+    finally:
+        kept.close()
+        other.close()
+
+
+def test_reads_of_a_loop_go_on_after_another_had_its_turn() -> None:
+    reads = ReadTurns(10)
+
+    async def read() -> None:
+        if not reads.begins(8):
+            await reads.wait(8)
+
+    async def begin() -> list[asyncio.Task[None]]:
+        tasks = [asyncio.ensure_future(read()) for _ in range(4)]
+        await asyncio.sleep(0)
+        return tasks
+
+    kept, other = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        tasks = kept.run_until_complete(begin())
+        other.run_until_complete(read())
+        kept.run_until_complete(asyncio.wait_for(asyncio.gather(*tasks), 30))
+    finally:
+        kept.close()
+        other.close()
+
+
+def test_a_loop_that_was_closed_is_not_kept_by_those_who_wait() -> None:
+    turns = Turns()
+    loop = asyncio.new_event_loop()
+
+    async def leave() -> None:
+        for _ in range(3 * FEWEST):
+            turns.begins()
+            work()
+        task = asyncio.ensure_future(turns.wait())
+        await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+
+    loop.run_until_complete(leave())
+    reference = weakref.ref(loop)
+    loop.close()
+    del loop
+    gc.collect()
+    assert reference() is None
