@@ -329,8 +329,8 @@ class CacheStore(Store, KeepsDecoded):
         self._decoded = cache.decoded
         self._lease: Lease | None = None
         self.cache_set_data = cache_set_data
-        self._io = IO(self._source)
-        self._sync_io = SyncIO(self._source)
+        self._io = IO(self._source, cache.shared.threads)
+        self._sync_io = SyncIO(self._source, cache.shared.threads)
         self._reader, self._hits = cache.reader, cache.reader.hits
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.

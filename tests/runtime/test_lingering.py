@@ -82,7 +82,7 @@ async def test_thing_goes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         held, thing = use("a")
         del held
         await until(lambda thing=thing: thing() is None)
-        await until(lambda: not lingering._is_timed)
+        await until(lambda: lingering._timer() is None)
 
 
 def test_user_in_a_cycle_leaves_it_where_the_garbage_collector_ends_it() -> None:

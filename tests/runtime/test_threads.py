@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
+import multiprocessing
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support import until
 from zcache._runtime import threads
-from zcache._runtime.threads import THREADS, in_thread, in_thread_sync, run_in_background
+from zcache._runtime.threads import THREADS, Threads, in_thread, in_thread_sync, run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
 LONG = 30.0
 
@@ -301,3 +305,136 @@ async def test_in_thread_keeps_nothing_of_what_is_done(fails: bool) -> None:
     # The traceback of an error has its frames.
     assert seen == [not fails]
     call.future.cancel()
+
+
+def begun(some: Threads, count: int) -> tuple[threading.Event, list[Future[bool]]]:
+    """So many calls that are under way until the event."""
+    go, at_work = threading.Event(), threading.Semaphore(0)
+
+    def work() -> bool:
+        at_work.release()
+        return go.wait(LONG)
+
+    calls = [run_in_background(work, some) for _ in range(count)]
+    assert all(at_work.acquire(timeout=LONG) for _ in calls)
+    return go, calls
+
+
+async def test_call_that_has_not_begun_at_its_timeout_never_does() -> None:
+    some = Threads(1)
+    go, calls = begun(some, 1)
+    ran: list[str] = []
+    with pytest.raises(TimeoutError):
+        await in_thread(lambda: ran.append("read"), None, 0.01, threads=some)
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(
+            in_thread_sync, lambda: ran.append("read"), None, 0.01, threads=some
+        )
+    # Of this one the end is to be known.
+    with pytest.raises(TimeoutError):
+        await in_thread(lambda: ran.append("delete"), lambda _: None, 0.01, threads=some)
+    go.set()
+    await in_thread(lambda: ran.append("last"), threads=some)
+    assert calls[0].result(LONG)
+    assert ran == ["delete", "last"]
+
+
+async def test_threads_of_one_place_that_hang_stop_no_other() -> None:
+    hang, other = Threads(2), Threads(2)
+    go, calls = begun(hang, 2)
+    with pytest.raises(TimeoutError):
+        await in_thread(lambda: 1, None, 0.01, threads=hang)
+    assert await asyncio.wait_for(in_thread(lambda: 1, threads=other), LONG) == 1
+    assert await asyncio.wait_for(in_thread(lambda: 1), LONG) == 1
+    go.set()
+    assert all(call.result(LONG) for call in calls)
+
+
+def test_work_in_the_background_waits_for_calls_however_much_there_is() -> None:
+    some, together = Threads(1), threading.Barrier(2 * THREADS)
+
+    def work() -> int:
+        together.wait(LONG)
+        return in_thread_sync(lambda: 1, None, LONG, threads=some)
+
+    works = [run_in_background(work) for _ in range(2 * THREADS)]
+    assert [one.result(LONG) for one in works] == [1] * 2 * THREADS
+
+
+async def test_threads_end_that_have_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "IDLE", 0.01)
+    some = Threads(3)
+    go, calls = begun(some, 3)
+    lives = [life() for life in some._lives]
+    assert len(lives) == 3
+    assert None not in lives
+    del lives
+    go.set()
+    assert all(call.result(LONG) for call in calls)
+    await until(lambda: not some._lives)
+    # And others come.
+    assert await in_thread(lambda: 1, threads=some) == 1
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, count: int) -> list[None]:
+    """Have so many of the next threads die before their first line, as they do for want of memory."""
+    start, died = _thread.start_new_thread, list[None]()
+
+    def die(*_: object) -> None:
+        pass
+
+    def start_dying(run: Callable[..., object], args: tuple[Any, ...]) -> int:
+        if len(died) < count:
+            died.append(None)
+            run = die
+        return start(run, args)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start_dying)
+    return died
+
+
+def test_call_of_a_thread_that_died_at_its_start_is_run_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died = dying(monkeypatch, 1)
+    assert run_in_background(lambda: 1, Threads(1)).result(LONG) == 1
+    assert died
+
+
+def test_threads_that_died_at_their_start_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    died = dying(monkeypatch, 2)
+    some = Threads(1)
+    first = run_in_background(lambda: 1, some)
+    while len(died) < 2 or any(life() for life in some._lives):
+        time.sleep(0.001)
+    assert run_in_background(lambda: 2, some).result(LONG) == 2
+    assert first.result(LONG) == 1
+
+
+def test_forked_child_has_threads_of_its_own() -> None:
+    some = Threads(1)
+    go, calls = begun(some, 1)
+    waiting = run_in_background(lambda: 1, some)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process: Any = context.Process(
+        target=lambda: theirs.send(in_thread_sync(lambda: 2, None, LONG, threads=some))
+    )
+    process.start()
+    assert ours.poll(LONG)
+    assert ours.recv() == 2
+    process.join(LONG)
+    go.set()
+    assert calls[0].result(LONG)
+    assert waiting.result(LONG) == 1
+
+
+def test_call_that_ends_after_its_loop_was_closed_does_not_keep_it() -> None:
+    loop = asyncio.new_event_loop()
+    call = threads.ThreadCall(lambda: 1, loop.create_future(), threads._completions(loop))
+    reference = weakref.ref(loop)
+    loop.close()
+    call.run()
+    del loop, call
+    gc.collect()
+    assert reference() is None

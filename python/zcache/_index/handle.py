@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
 from zcache._runtime.coroutines import report
 from zcache._runtime.registry import Registry
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.threads import NoThreadError, Threads, run_in_background
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ class IndexHandle:
         # When the lock was first found taken that is taken still, and when it was last found so.
         self._stuck_since = -math.inf
         self._stuck_last = -math.inf
+        # One resolves and one opens, which may wait for the other: none that serves anything else.
+        self._threads = Threads(2)
         self._opening: Future[None] | None = None
         self._opening_since = -math.inf
         self._opened_last = -math.inf
@@ -396,20 +398,21 @@ class IndexHandle:
             done: Future[None] = Future()
             # Before the thread runs, which takes it away.
             self._resolution = done
-            # Not one of the pool, which serves reads, and a daemon: the process ends without it.
-            thread = threading.Thread(
-                target=self._resolve_in_thread, args=(error, done, last), daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError:
-                self._resolution = None
-            else:
-                return done
+        try:
+            run_in_background(partial(self._resolve_in_thread, error, done, last), self._threads)
+        except NoThreadError:
+            pass
+        else:
+            return done
         if last or isinstance(error, CorruptIndexError):
             # That is work, and no wait for others.
             self._resolve_in_thread(error, done, last)
             return done
+        with self.lock:
+            if self._resolution is done:
+                self._resolution = None
+        # Others who wait for it by now look again.
+        done.set_result(None)
         return None
 
     def _resolve_in_thread(self, error: Exception, done: Future[None], last: bool) -> None:
@@ -527,13 +530,12 @@ class IndexHandle:
             self._opened_last = now
             done: Future[None] = Future()
             self._opening = done
-            thread = threading.Thread(target=self._open_now, args=(done, LOCK_TIMEOUT), daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                pass
-            else:
-                return done
+        try:
+            run_in_background(partial(self._open_now, done, LOCK_TIMEOUT), self._threads)
+        except NoThreadError:
+            pass
+        else:
+            return done
         self._open_now(done, 0.0)
         return None
 

@@ -17,6 +17,7 @@ from zcache._runtime import lingering
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
+from zcache._runtime.threads import THREADS, Threads
 from zcache._source.describe import describe
 from zcache._source.identity import same_source
 from zcache._source.urls import redact
@@ -72,6 +73,8 @@ class SharedIndex:
         Of the source, as far as this process has made them, or has heard of them from copies.
     users : Registry of Member
         Who uses the index in this process; that of a pool is used by way of all its sources.
+    threads : Threads
+        Run what waits for the place; those of a pool are of all its sources.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class SharedIndex:
         self.source_id = source_id
         self._members: Registry[Member] = Registry()
         self.users = self._members
+        self.threads = Threads(THREADS)
 
     def join(self, member: Member) -> None:
         """Use it as well; the strictest limits are in force, so that none is exceeded.

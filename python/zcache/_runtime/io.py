@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._runtime.threads import Threads
+
     class Waitable(Protocol):
         """What can be waited for from an event loop and from a thread."""
 
@@ -41,12 +43,21 @@ _ASIDE_IN_A_SECOND: Final = 2**28
 
 
 class IO:
-    """From an event loop."""
+    """From an event loop.
 
-    __slots__ = ("source",)
+    Parameters
+    ----------
+    source : Store
+        The source.
+    threads : Threads, optional
+        Run what waits for the cache store. Default is None: those of no place.
+    """
 
-    def __init__(self, source: Store) -> None:
+    __slots__ = ("source", "threads")
+
+    def __init__(self, source: Store, threads: Threads | None = None) -> None:
         self.source: Any = source
+        self.threads = threads
 
     loop: Callable[[], asyncio.AbstractEventLoop | None] = staticmethod(asyncio.get_running_loop)
     """The event loop that a read depends on; called for each miss."""
@@ -90,7 +101,7 @@ class IO:
         progress: Callable[[], int] | None = None,
     ) -> T:
         """Do what may block out of the way of the event loop; see `in_thread`."""
-        return await in_thread(work, on_detached_result, timeout, progress)
+        return await in_thread(work, on_detached_result, timeout, progress, self.threads)
 
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """Do what only computes with so many bytes out of the way of the event loop, if they are many.
@@ -100,7 +111,7 @@ class IO:
         if size < ASIDE:
             return work()
         try:
-            return await self.in_thread(work, timeout=max(1.0, size / _ASIDE_IN_A_SECOND))
+            return await in_thread(work, None, max(1.0, size / _ASIDE_IN_A_SECOND), None)
         except (NoThreadError, NoAnswerError):
             return work()
 
@@ -186,7 +197,10 @@ class SyncIO(IO):
         if on_detached_result is None or timeout is None:
             return work()
         # What may go on without its caller.
-        return in_thread_sync(work, on_detached_result, timeout, progress)
+        return in_thread_sync(work, on_detached_result, timeout, progress, self.threads)
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:  # noqa: ARG002
+        return work()
 
     async def call(
         self,
@@ -194,7 +208,7 @@ class SyncIO(IO):
         coroutine: Callable[[], Awaitable[T]],  # noqa: ARG002
         blocking: Callable[[], T],
     ) -> T:
-        return in_thread_sync(blocking, None, timeout)
+        return in_thread_sync(blocking, None, timeout, threads=self.threads)
 
     async def send(
         self,
@@ -203,7 +217,7 @@ class SyncIO(IO):
         blocking: Callable[[], T],
         on_detached_result: Callable[[T | BaseException], None],
     ) -> T:
-        return in_thread_sync(blocking, on_detached_result, timeout)
+        return in_thread_sync(blocking, on_detached_result, timeout, threads=self.threads)
 
     async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
         return [await work() for work in works]

@@ -5,7 +5,6 @@ Workers unpickle a store for each task, and drop it at its end: what it keeps in
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import gc
 import math
@@ -15,6 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zcache._runtime.fork import at_fork
+from zcache._runtime.threads import Life, NoThreadError, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -126,23 +126,22 @@ def _take_gone(now: float) -> list[_Left]:
 
 def _start() -> None:
     """See to it that what is kept goes in time. To be called under the lock."""
-    global _is_timed
-    if _left and not _is_timed:
-        # The garbage collector may be what has come here, and `threading` takes locks that are not reentrant. Where there
-        # is no thread, it goes when something else is left.
-        with contextlib.suppress(RuntimeError):
-            _thread.start_new_thread(_expire, ())
-            _is_timed = True
+    global _timer
+    if _left and _timer() is None:
+        # Where there is no thread, it goes when something else is left.
+        with contextlib.suppress(NoThreadError):
+            start_thread(life := Life(), _expire)
+            _timer = weakref.ref(life)
 
 
-def _expire() -> None:
-    global _is_timed
+def _expire(_: Life) -> None:
+    global _timer
     while True:
         with _lock:
             now = time.monotonic()
             gone = _take_gone(now)
             if not _left:
-                _is_timed = False
+                _timer = _nothing
             pause = min((one.until for one in _left.values()), default=0) - now
         del gone
         if pause <= 0:
@@ -150,18 +149,23 @@ def _expire() -> None:
         time.sleep(pause)
 
 
+def _nothing() -> None:
+    pass
+
+
 # Reentrant: inside it the garbage collector may end a lease.
 _lock = threading.RLock()
 _leases: weakref.WeakValueDictionary[Hashable, Lease] = weakref.WeakValueDictionary()
 # In the order in which they were left.
 _left: dict[Hashable, _Left] = {}
-_is_timed = False
+# What lives as long as the thread does that drops them.
+_timer: Callable[[], Life | None] = _nothing
 
 
 def _after_fork() -> None:
-    global _lock, _is_timed
+    global _lock, _timer
     _lock = threading.RLock()
-    _is_timed = False
+    _timer = _nothing
     # Not here, where others are not ready yet for the end of a store.
     for key, one in _left.items():
         _left[key] = one._replace(until=0.0)

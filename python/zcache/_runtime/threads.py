@@ -2,10 +2,14 @@
 
 They are not the event loop's own threads, so they neither wait for those nor end with the loop. They
 are daemons, so a file system that never answers cannot keep the process from ending.
+
+Each place has `Threads` of its own, so that one that hangs stops no other, and work in the background has others still. A
+call in a thread of a place waits for no other thread; work in the background may wait for such calls.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import threading
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from zcache._runtime.coroutines import NoAnswerError, report
 from zcache._runtime.fork import at_fork
+from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,22 +28,61 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 THREADS: Final = 8
-"""Threads that read, delete and scan: as many requests as one disk serves well at once."""
+"""Threads of one place that read, delete and write: as many requests as one disk serves well at once."""
+BACKGROUND: Final = 64
+"""Works in the background at once. A place has one of each kind."""
+IDLE: Final = 10.0
+"""Seconds after which a thread ends that has nothing to do."""
 
 
 class NoThreadError(RuntimeError):
     """There is no thread, and the system lets none be started."""
 
 
-class _Pool:
-    """Threads that run what they are given, in order."""
+class Life:
+    """Held by a thread as long as it lives, also if that ends before its first line; see `start_thread`."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    __slots__ = ("__weakref__",)
+
+
+def start_thread(life: Life, run: Callable[[Life], object]) -> None:
+    """Start a thread without waiting for it.
+
+    `threading.Thread` waits until it runs: for ever, where it dies at its start for want of memory.
+
+    Raises
+    ------
+    NoThreadError
+        If none can be started.
+    """
+    try:
+        _thread.start_new_thread(run, (life,))
+    except (RuntimeError, MemoryError) as error:
+        raise NoThreadError(str(error)) from error
+
+
+class Threads:
+    """Threads that run what they are given, in order. They are started when they are needed, and end when they are not.
+
+    Parameters
+    ----------
+    most : int
+        How many there are at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.after_fork()
+        _all_threads.add(self)
+
+    def after_fork(self) -> None:
+        """Start over in a forked child: the parent's threads have stayed with it."""
         self._calls: deque[Callable[[], None]] = deque()
         # Reentrant: inside it the garbage collector may end a coroutine that starts another call.
         self._changed = threading.Condition(threading.RLock())
-        self._threads = self._idle = 0
+        self._idle = 0
+        # Those that were not seen to end. One may have died without a word.
+        self._lives: list[weakref.ref[Life]] = []
 
     def submit(self, call: Callable[[], None]) -> None:
         """Run `call`, which must not raise.
@@ -48,39 +92,91 @@ class _Pool:
         NoThreadError
             If there is no thread and none can be started. The call is not run then.
         """
+        life = None
         with self._changed:
-            if self._idle <= len(self._calls) and self._threads < self._size:
-                try:
-                    self._start()
-                except RuntimeError as error:
-                    if not self._threads:
-                        raise NoThreadError(str(error)) from error
+            if self._idle <= len(self._calls):
+                life = self._new_life(self._died)
             self._calls.append(call)
             self._changed.notify()
+        if life is None:
+            return
+        try:
+            start_thread(life, self._run)
+        except NoThreadError:
+            if not self._end(life) and self.withdraw(call):
+                raise
 
-    def _start(self) -> None:
-        threading.Thread(target=self._run, name="zcache-io", daemon=True).start()
-        self._threads += 1
+    def withdraw(self, call: Callable[[], None]) -> bool:
+        """Take back a call, unless it has begun; whether that is so."""
+        with self._changed:
+            try:
+                self._calls.remove(call)
+            except ValueError:
+                return False
+        return True
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._idle += 1
-                while not self._calls:
-                    self._changed.wait()
-                self._idle -= 1
-                call = self._calls.popleft()
+    def _new_life(self, died: Callable[[weakref.ref[Life]], None] | None) -> Life | None:
+        """That of one more thread, unless there are enough. To be called under the lock."""
+        lives = [one for one in self._lives if one() is not None]
+        life = Life() if len(lives) < self._most else None
+        if life is not None:
+            lives.append(weakref.ref(life, died))
+        self._lives = lives
+        return life
+
+    def _end(self, life: Life) -> int:
+        """Count a thread no more; how many others there are."""
+        with self._changed:
+            self._lives = [one for one in self._lives if one() not in (None, life)]
+            return len(self._lives)
+
+    def _died(self, _: object) -> None:
+        """A thread has ended. If it has done so before its first line, what waits for it needs another one."""
+        with self._changed:
+            if not self._calls or any(one() is not None for one in self._lives):
+                return
+            # Not for ever: where there is no memory, the next call tries again.
+            life = self._new_life(None)
+        if life is not None:
+            with contextlib.suppress(NoThreadError):
+                start_thread(life, self._run)
+
+    def _run(self, life: Life) -> None:
+        while (call := self._next(life)) is not None:
             call()
             del call
 
+    def _next(self, life: Life) -> Callable[[], None] | None:
+        """What is to be run next; None where the thread ends, for there was nothing for a while."""
+        with self._changed:
+            self._idle += 1
+            try:
+                while not self._calls:
+                    if not self._changed.wait(IDLE) and not self._calls:
+                        self._end(life)
+                        return None
+            finally:
+                self._idle -= 1
+            return self._calls.popleft()
 
-_pool = _Pool(THREADS)
+
+# Those that start over in a forked child.
+_all_threads: Registry[Threads] = Registry()
+_computing = Threads(THREADS)
+_background = Threads(BACKGROUND)
 
 
-def run_in_background(work: Callable[[], T]) -> Future[T]:
+def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> Future[T]:
     """Run `work` in a thread without waiting for it.
 
     Once the future is done the thread keeps nothing of `work`.
+
+    Parameters
+    ----------
+    work : callable
+        Takes nothing; may block.
+    threads : Threads, optional
+        Which run it. Default is None: those of the process for work that may wait for calls in other threads.
 
     Raises
     ------
@@ -88,6 +184,11 @@ def run_in_background(work: Callable[[], T]) -> Future[T]:
         If no thread can be started.
     """
     future: Future[T] = Future()
+    (_background if threads is None else threads).submit(_call(work, future))
+    return future
+
+
+def _call(work: Callable[[], T], future: Future[T]) -> Callable[[], None]:
     left = [work]
 
     def call() -> None:
@@ -98,8 +199,7 @@ def run_in_background(work: Callable[[], T]) -> Future[T]:
         else:
             future.set_result(result)
 
-    _pool.submit(call)
-    return future
+    return call
 
 
 async def in_thread(
@@ -107,6 +207,7 @@ async def in_thread(
     on_detached_result: Callable[[T | BaseException], object] | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - the work goes on, which no cancel scope can say
     progress: Callable[[], int] | None = None,
+    threads: Threads | None = None,
 ) -> T:
     """Run `work` in a thread, out of the way of the event loop.
 
@@ -115,24 +216,28 @@ async def in_thread(
     work : callable
         Takes nothing; may block.
     on_detached_result : callable, optional
-        Is given the result or the error of `work` if the caller does not wait for it any more.
+        Is given the result or the error of `work` if the caller does not wait for it any more. Without it, work that has
+        not begun by then never does.
     timeout : float, optional
         Seconds that the caller waits. Default is None: as long as it takes.
     progress : callable, optional
         Gives a number that grows as the work gets on; the caller waits again after `timeout` where it has grown.
+    threads : Threads, optional
+        Which run it. Default is None: those of the process for what only computes.
 
     Raises
     ------
     NoAnswerError
-        After `timeout`; the work goes on.
+        After `timeout`; what has begun goes on.
     NoThreadError
         If no thread can be started.
     """
+    threads = _computing if threads is None else threads
     loop = asyncio.get_running_loop()
     completions = _completions(loop)
     completions.rearm()
     call = ThreadCall(work, loop.create_future(), completions)
-    _pool.submit(call.run)
+    threads.submit(call.run)
     try:
         if timeout is not None:
             await _within(call.future, timeout, progress)
@@ -140,6 +245,8 @@ async def in_thread(
     except BaseException as error:
         # A cancellation may come when the result is back already, before this coroutine has its turn.
         if error is not call.error:
+            if on_detached_result is None:
+                threads.withdraw(call.run)
             call.detach(on_detached_result)
         # Else the event loop complains of an error that came too late.
         if not call.future.cancel() and not call.future.cancelled():
@@ -166,9 +273,13 @@ def in_thread_sync(
     on_detached_result: Callable[[T | BaseException], object] | None = None,
     timeout: float | None = None,
     progress: Callable[[], int] | None = None,
+    threads: Threads | None = None,
 ) -> T:
     """Run `work` in a thread for a caller that blocks; see `in_thread`."""
-    future = run_in_background(work)
+    threads = _computing if threads is None else threads
+    future: Future[T] = Future()
+    call = _call(work, future)
+    threads.submit(call)
     try:
         seen = None if progress is None else progress()
         while progress is not None and not wait((future,), timeout).done:
@@ -180,7 +291,9 @@ def in_thread_sync(
     except BaseException as error:
         # The work may have ended since the caller stopped waiting; what it raised itself is no news.
         is_its_own = future.done() and future.exception() is error
-        if on_detached_result is not None and not is_its_own:
+        if on_detached_result is None:
+            threads.withdraw(call)
+        elif not is_its_own:
             future.add_done_callback(
                 lambda f: report(on_detached_result, f.exception() or f.result())
             )
@@ -264,10 +377,12 @@ class _LoopCompletions:
             return
         self._woken = True
         loop = self._loop()
-        # A closed loop has no waiters left.
-        with contextlib.suppress(RuntimeError):
+        try:
             if loop is not None:
                 loop.call_soon_threadsafe(self._collect)
+        except RuntimeError:
+            # A closed loop has no waiters left, and what is done would keep it.
+            self._done.clear()
 
     def rearm(self) -> None:
         """Have the next call that is done wake the loop; to be called in its thread before a call begins.
@@ -299,7 +414,7 @@ class _LoopCompletions:
                 loop.call_soon(self._collect)
 
 
-# Guards the table below; reentrant like the lock of the pool.
+# Guards the table below; reentrant like the lock of the threads.
 _lock = threading.RLock()
 _all_completions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopCompletions] = (
     weakref.WeakKeyDictionary()
@@ -316,9 +431,10 @@ def _completions(loop: asyncio.AbstractEventLoop) -> _LoopCompletions:
 
 def _after_fork() -> None:
     """Start with threads and locks of our own: the parent's have stayed with it."""
-    global _pool, _lock, _all_completions
+    global _lock, _all_completions
     _lock = threading.RLock()
-    _pool = _Pool(THREADS)
+    for threads in _all_threads.snapshot():
+        threads.after_fork()
     _all_completions = weakref.WeakKeyDictionary()
 
 

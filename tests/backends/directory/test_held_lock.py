@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import fcntl
@@ -81,13 +82,14 @@ def read(store: CacheStore, key: str) -> bytes | None:
 
 @pytest.fixture
 def without_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def start(_: threading.Thread) -> None:
+    def start(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     def refuse() -> None:
-        # One without threads of earlier calls.
-        monkeypatch.setattr(threads, "_pool", type(threads._pool)(threads.THREADS))
-        monkeypatch.setattr(threading.Thread, "start", start)
+        # Without threads of earlier calls.
+        for some in threads._all_threads.snapshot():
+            some.after_fork()
+        monkeypatch.setattr(_thread, "start_new_thread", start)
 
     return refuse
 

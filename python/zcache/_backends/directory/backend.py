@@ -169,7 +169,7 @@ class DirectoryBackend(Backend):
                 self._could_not_tell(error, begins=False)
 
         try:
-            run_in_background(tell)
+            run_in_background(tell, self.shared.threads)
         except RuntimeError:  # No thread now.
             tell()
 

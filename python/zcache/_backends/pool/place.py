@@ -24,7 +24,7 @@ from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
-from zcache._runtime.threads import NoThreadError, run_in_background
+from zcache._runtime.threads import THREADS, NoThreadError, Threads, run_in_background
 from zcache._source.identity import ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
@@ -61,6 +61,8 @@ class Pool:
         Seconds; what ages are counted by.
     users : Registry of Member
         Who uses any of its sources.
+    threads : Threads
+        Run what waits for the pool.
     objects : Registry of CachePool
         Each that stands for it.
     names : dict
@@ -80,6 +82,7 @@ class Pool:
         self._add(store)
         self._sources: Registry[PoolSource] = Registry()
         self.users: Registry[Member] = Registry()
+        self.threads = Threads(THREADS)
         self.objects: Registry[Any] = Registry()
         self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()

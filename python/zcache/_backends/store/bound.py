@@ -56,10 +56,10 @@ class StoreBound:
             if self._loop is not None:
                 self._task = self._loop.create_task(self._run(io, backend, done))
             elif is_sync(backend.store):
-                work = partial(self._run, SyncIO(io.source), backend, done)
+                work = partial(self._run, SyncIO(io.source, io.threads), backend, done)
                 run_in_background(lambda: run_without_loop(work()))
             else:
-                work = partial(self._run, IO(io.source), backend, done)
+                work = partial(self._run, IO(io.source, io.threads), backend, done)
                 run_in_background(lambda: asyncio.run(work()))
         except RuntimeError:  # No thread now; the next operation begins it.
             done.set_result(None)

@@ -132,13 +132,12 @@ class StoreFiller:
             raise
 
     def _run_in_thread(self, io: IO) -> None:
-        source: Any = io.source
         with self._lock:
             store = self._waiting[0].backend.store if self._waiting else None
         if store is not None and is_sync(store):
-            run_without_loop(self._run(SyncIO(source), None))
+            run_without_loop(self._run(SyncIO(io.source, io.threads), None))
         else:
-            asyncio.run(self._run(IO(source), None))
+            asyncio.run(self._run(IO(io.source, io.threads), None))
 
     def _stop(self, loop: asyncio.AbstractEventLoop | None, count: int = 1) -> None:
         with self._lock:
