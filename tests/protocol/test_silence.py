@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.storage import LocalStore, MemoryStore
@@ -13,16 +15,22 @@ from zarr.storage import LocalStore, MemoryStore
 from doubles import DictStore, GatedStore, reached
 from support import (
     buf,
+    listed,
     read,
     read_through,
     until,
 )
 from zcache import CacheStore
+from zcache._index.handle import ignore
+from zcache._runtime.threads import THREADS
 from zcache.testing import (
     FakeClock,
     StoreDouble,
     in_flight,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VALUE = bytes(range(100))
 SOURCE = {f"{n}": bytes([n]) * 100 for n in range(20)}
@@ -172,3 +180,49 @@ def test_hit_that_is_collected_with_its_event_loop_ends_quietly(
     del reader, loop
     gc.collect()
     assert [one.exc_value for one in said] == []
+
+
+async def test_listing_that_the_cache_store_never_answers_opens_the_circuit_breaker(
+    tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = DictStore({"a/b": VALUE, "a/c": VALUE})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source", clock=clock)
+    assert await listed(store.list_dir("a")) == ["b", "c"]
+    for file in (tmp_path / ".zcache/index").glob("listing-*"):
+        file.unlink()
+        os.mkfifo(file)
+    for _ in range(5):
+        assert await listed(store.list_dir("a")) == ["b", "c"]
+    assert store.cache_stats()["cache_failures"] == 1
+    assert caplog.text.count("no answer within") == 1
+    # Reads go on.
+    for _ in range(2):
+        assert await read(store, "a/b") == VALUE
+        await store.drain()
+    assert store.cache_stats()["hits"] == 1
+    # It is tried again.
+    for file in (tmp_path / ".zcache/index").glob("listing-*"):
+        os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))
+        file.unlink()
+    clock.advance(2)
+    caplog.set_level("INFO", "zcache")
+    assert await listed(store.list_dir("a")) == ["b", "c"]
+    assert "works again" in caplog.text
+
+
+async def test_cache_directory_that_never_answers_stops_no_other(tmp_path: Path) -> None:
+    large = bytes(5 * 2**20)  # Threads read it.
+    source = DictStore({"k": large})
+    hangs, store = (
+        CacheStore(source, cache_store=LocalStore(tmp_path / name), source_id="source")
+        for name in "ab"
+    )
+    await read_through(store, "k")
+    go = threading.Event()
+    for _ in range(2 * THREADS):
+        with pytest.raises(TimeoutError):
+            await hangs._io.in_thread(go.wait, ignore, 0.0)
+    asked = source.counts["get"]
+    assert await read(store, "k") == large
+    assert source.counts["get"] == asked
+    go.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,7 +78,7 @@ class Lister:
         directory = prefix.rstrip("/")
         keep: Any = None
         if _can_be_kept(directory):
-            keep = await self._do(io, READ_TIMEOUT, partial(self._listings.begin, directory))
+            keep = await self._do(io, partial(self._listings.begin, directory))
         names: list[str] = []
         size = 0
         source: Any = None
@@ -107,7 +106,7 @@ class Lister:
             if hasattr(source, "aclose"):
                 await source.aclose()
         if keep is not None and size <= LARGEST:
-            await self._do(io, READ_TIMEOUT, partial(keep, names))
+            await self._do(io, partial(keep, names))
 
     async def _instead_of(self, error: Exception, io: IO, prefix: str) -> list[str] | None:
         """What takes the place of this error of the source: its last answer, of any age; None for nothing."""
@@ -130,7 +129,7 @@ class Lister:
         directory = prefix.rstrip("/")
         if not _can_be_kept(directory):
             return None
-        return await self._do(io, READ_TIMEOUT, partial(self._listings.get, directory))
+        return await self._do(io, partial(self._listings.get, directory))
 
     async def forget(self, io: IO, key: str) -> None:
         """Forget what a write of this key, which begins or has ended, may change."""
@@ -160,12 +159,21 @@ class Lister:
         except OSError as error:
             self._breaker.failed(error, "delete")
 
-    async def _do(self, io: IO, timeout: float, work: Callable[[], T]) -> T | None:  # noqa: ASYNC109
+    async def _do(self, io: IO, work: Callable[[], T]) -> T | None:
+        """Do what makes a listing remembered, or tells what is; None where the cache store does not let it."""
         if not self._listings.may_wait:
             return work()
-        with contextlib.suppress(OSError, NoThreadError):  # TimeoutError is an OSError
-            return await io.in_thread(work, None, timeout)
-        return None
+        if not self._breaker.allows("list"):
+            return None
+        try:
+            found = await io.in_thread(work, None, READ_TIMEOUT)
+        except NoThreadError:  # That says nothing of the cache store.
+            return None
+        except OSError as error:  # TimeoutError is one.
+            self._breaker.failed(error, "list")
+            return None
+        self._breaker.succeeded("list")
+        return found
 
 
 def _can_be_kept(directory: str) -> bool:
