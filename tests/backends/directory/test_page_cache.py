@@ -26,7 +26,7 @@ from zcache import CacheStore
 from zcache._backends.directory import backend, page_cache
 from zcache._backends.directory.page_cache import PageCacheReader
 from zcache._core import Index, open_cached, read_resident, tells_residency
-from zcache._runtime.turns import ReadTurns
+from zcache._runtime.turns import ReadTurns, _ReadTurn
 from zcache.testing import FakeClock
 
 if TYPE_CHECKING:
@@ -460,7 +460,7 @@ async def test_pages_missing_are_asked_for_once_in_a_turn(
 
 def test_turn_never_ended_is_over_with_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = ReadTurns(1)
-    monkeypatch.setattr(turn, "_end", lambda loop: None)
+    monkeypatch.setattr(_ReadTurn, "_end", lambda _, loop: None)
 
     async def ask() -> tuple[bool, bool]:
         before = turn.is_cold
