@@ -168,17 +168,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(Some(i));
             }
         }
-        // What the plan will read is its business.
-        if !has_to_be
-            && !need.is_planned
-            && let Some(candidate) = newcomer
-        {
+        if !has_to_be && let Some(candidate) = newcomer {
             let is_admitted = match candidate.is_admitted {
                 Some(known) => known,
                 None => self.policy.admits(&mut self.arena, candidate.newcomer)?,
             };
             candidate.is_admitted = Some(is_admitted);
-            if !is_admitted {
+            // What the plan will read is its business.
+            if !is_admitted && !need.is_planned {
                 return Ok(None);
             }
         }

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use super::cache::{BATCH, Cache};
 use super::keys::Cursor;
 use super::peers::Peers;
-use crate::arena::{ROOT, State};
+use crate::arena::{List, ROOT, State};
 use crate::error::Result;
 use crate::policy::{Course, Distance, Entries, Eviction, NEVER, Plan, Recent};
 
@@ -319,8 +319,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// The first entry of a key in no plan, in the order of the policy, and when it is needed. Those of plans that
-    /// come before it move to the other end, so that they are passed over once.
+    /// Of the keys in no plan what is needed last, and when: the first one of each list is compared. Where that is as late,
+    /// it is the one of the list that the policy goes on with.
     fn first_unplanned(&mut self) -> Result<Option<(Distance, u32)>> {
         let live = self.arena.header().live_entries;
         let Some(planned) = self.planned.as_deref() else {
@@ -330,27 +330,44 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         }
         let passes = planned.passes;
-        let mut found = None;
+        let Some(next) = self.choice(true)? else {
+            return Ok(None);
+        };
+        let lists = match self.arena.list_of(next)? {
+            List::Main => [List::Main, List::Recency],
+            _ => [List::Recency, List::Main],
+        };
+        let mut last: Option<(Distance, u32)> = None;
+        for list in lists {
+            let found = self.first_unplanned_of(list, passes)?;
+            if found.map(|found| found.0) > last.map(|last| last.0) {
+                last = found;
+            }
+        }
+        if let Some(planned) = self.planned.as_deref_mut() {
+            planned.passes = match last {
+                Some(_) => PASSES,
+                None => (passes / 2).max(FEW_PASSES),
+            };
+        }
+        Ok(last)
+    }
+
+    /// The first entry in a list of a key in no plan. Those of plans that come before it move to the other end, so that
+    /// they are passed over once.
+    fn first_unplanned_of(&mut self, list: List, passes: u32) -> Result<Option<(Distance, u32)>> {
         for _ in 0..passes {
-            let Some(i) = self.choice(true)? else {
+            let Some(i) = self.policy.first_of(&mut self.arena, list)? else {
                 break;
             };
             if !self.is_in_plan(i)? {
-                found = Some(i);
-                break;
+                let key = self.arena.name(i)?.0;
+                let planned = self.planned.as_deref();
+                return Ok(planned.map(|planned| (planned.unplanned(&key), i)));
             }
             self.pass_over(i)?;
         }
-        let key = found.map(|i| self.arena.name(i)).transpose()?;
-        let Some(planned) = self.planned.as_deref_mut() else {
-            return Ok(None);
-        };
-        planned.passes = match found {
-            Some(_) => PASSES,
-            None => (passes / 2).max(FEW_PASSES),
-        };
-        let need = key.map(|(key, _)| planned.unplanned(&key));
-        Ok(need.zip(found))
+        Ok(None)
     }
 
     fn pass_over(&mut self, i: u32) -> Result<()> {

@@ -301,6 +301,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             freed = freed.saturating_add(self.take(i, &mut victims)?);
         }
         if victims.is_empty() {
+            let newcomer = reservation.candidate.newcomer;
+            self.policy.turn_away(&mut self.arena, newcomer)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
         Ok(Self::await_evictions(id, reservation, victims))

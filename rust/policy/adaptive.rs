@@ -147,9 +147,12 @@ impl Eviction for Adaptive {
 
     fn admits<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
         self.0.flush(entries, touch)?;
-        if ruled(entries).admits(entries, newcomer)? {
-            return Ok(true);
-        }
+        ruled(entries).admits(entries, newcomer)
+    }
+
+    fn turn_away<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<()> {
+        self.0.flush(entries, touch)?;
+        ruled(entries).turn_away(entries, newcomer.hash)?;
         let state = entries.state_mut();
         state.filled_at = state.uses;
         if learner(entries).is_some_and(|learner| learner.samples(newcomer.hash)) {
@@ -160,12 +163,17 @@ impl Eviction for Adaptive {
             };
             learn(entries, request);
         }
-        Ok(false)
+        Ok(())
     }
 
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         self.0.flush(entries, touch)?;
         ruled(entries).victim(entries)
+    }
+
+    fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
+        self.0.flush(entries, touch)?;
+        entries.end(list, false)
     }
 
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {

@@ -5,6 +5,7 @@ use super::entries::Entries;
 use super::lru::Lru;
 use super::none::NoEviction;
 use super::policy::{Eviction, Newcomer};
+use crate::arena::List;
 use crate::error::Result;
 
 /// An eviction policy.
@@ -148,11 +149,17 @@ impl Eviction for Policy {
     fn admits<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
         each!(self, policy => policy.admits(entries, newcomer))
     }
+    fn turn_away<E: Entries>(&mut self, entries: &mut E, newcomer: Newcomer) -> Result<()> {
+        each!(self, policy => policy.turn_away(entries, newcomer))
+    }
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         each!(self, policy => policy.victim(entries))
     }
     fn least<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         each!(self, policy => policy.least(entries))
+    }
+    fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
+        each!(self, policy => policy.first_of(entries, list))
     }
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
         each!(self, policy => policy.order(entries))

@@ -190,7 +190,11 @@ impl<'a> Learner<'a> {
             room: wanted.saturating_sub(capacity),
             is_alone: true,
         };
-        if size > capacity || wanted > capacity && !ruled.admits(&mut simulated, newcomer)? {
+        if size > capacity {
+            return Ok((false, simulated.totals().0));
+        }
+        if wanted > capacity && !ruled.admits(&mut simulated, newcomer)? {
+            ruled.turn_away(&mut simulated, newcomer.hash)?;
             return Ok((false, simulated.totals().0));
         }
         let mut gone = Vec::new();

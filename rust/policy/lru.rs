@@ -42,6 +42,11 @@ impl Eviction for Lru {
         }
     }
 
+    fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
+        self.0.flush(entries, move_to_end)?;
+        entries.end(list, false)
+    }
+
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
         let mut order = entries.all_of(List::Main)?;
         order.extend(entries.all_of(List::Recency)?);

@@ -36,6 +36,11 @@ impl Eviction for NoEviction {
         }
     }
 
+    /// The last one that came.
+    fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
+        entries.end(list, list == List::Recency)
+    }
+
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
         let mut order = entries.all_of(List::Recency)?;
         order.reverse();

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 
 use super::entries::Entries;
+use crate::arena::List;
 use crate::error::Result;
 
 /// A value that would come in, if there were room.
@@ -35,10 +36,14 @@ pub trait Eviction: Debug + Default {
     /// An entry is about to be `Live` no longer.
     fn remove<E: Entries>(&mut self, entries: &mut E, entry: u32) -> Result<()>;
 
-    /// Whether others should go for a newcomer; asked once, where there is no room for it. One that is turned
-    /// away stays uncached.
+    /// Whether others should go for a newcomer; asked once, where there is no room for it.
     fn admits<E: Entries>(&mut self, _entries: &mut E, _newcomer: Newcomer) -> Result<bool> {
         Ok(true)
+    }
+
+    /// A newcomer stays uncached because nothing goes for it, whoever decided that.
+    fn turn_away<E: Entries>(&mut self, _entries: &mut E, _newcomer: Newcomer) -> Result<()> {
+        Ok(())
     }
 
     /// The entry that should go next, so that a new one can come in; `None` where all that are there should
@@ -48,6 +53,11 @@ pub trait Eviction: Debug + Default {
     /// The same where bytes have to go whatever they are; `None` only where there are no entries.
     fn least<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         self.victim(entries)
+    }
+
+    /// The entry of one list that a plan looks at first: the one that was used least recently, where uses are noted.
+    fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
+        entries.end(list, false)
     }
 
     /// All entries, the next victim first; for tests and tools.

@@ -149,7 +149,7 @@ impl Ruled {
         window as u64
     }
 
-    /// Whether others should go for a newcomer. One that is turned away is remembered.
+    /// Whether others should go for a newcomer.
     pub(super) fn admits<E: Entries>(self, entries: &mut E, newcomer: Newcomer) -> Result<bool> {
         let Newcomer { hash, size, .. } = newcomer;
         let faded = if newcomer.is_alone {
@@ -163,16 +163,20 @@ impl Ruled {
         }
         let halvings = entries.state().halvings;
         let uses = self.ghosts(entries).get(hash, halvings).saturating_add(1);
-        if self.is_renewing(entries) || is_admitted(entries, uses, size, size.max(newcomer.room))? {
-            return Ok(true);
-        }
+        Ok(self.is_renewing(entries) || is_admitted(entries, uses, size, size.max(newcomer.room))?)
+    }
+
+    /// A newcomer stays out; that it was asked for is remembered.
+    pub(super) fn turn_away<E: Entries>(self, entries: &mut E, hash: u64) -> Result<()> {
+        let halvings = entries.state().halvings;
+        let uses = self.ghosts(entries).get(hash, halvings).saturating_add(1);
         let words = entries.history_mut().get_mut(self.ghosts_at..);
         Ghosts::put(words.unwrap_or_default(), hash, uses, halvings);
         if uses == 1 {
             count_new(entries)?;
         }
         self.count_use(entries);
-        Ok(false)
+        Ok(())
     }
 
     /// An entry was used.

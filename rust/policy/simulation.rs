@@ -57,6 +57,7 @@ impl Simulation {
             is_alone: true,
         };
         if !has_room(&keys, size, self.capacity) && !self.policy.admits(&mut keys, newcomer)? {
+            self.policy.turn_away(&mut keys, newcomer)?;
             return Ok(false);
         }
         while !has_room(&keys, size, self.capacity) {

@@ -240,6 +240,19 @@ async def test_plan_that_is_wrong_is_dropped_and_costs_nothing_then(
     await check_quiet(stores[1])
 
 
+async def test_what_adaptive_learns_while_a_plan_holds_serves_once_it_has_ended(
+    cache: Store | CachePool,
+) -> None:
+    order = shuffled(5)
+    store = CacheStore(source_of(), cache_store=cache, max_size=50 * SIZE, eviction="adaptive")
+    store.will_read(keys_of(order))
+    await hits_of(store, order)
+    assert plan_of(store) == "done"
+    # LRU, which it begins with, has none.
+    assert await hits_of(store, loops(3)) >= 120
+    await check_quiet(store)
+
+
 async def test_few_other_reads_do_not_drop_a_plan() -> None:
     store = CacheStore(source_of(), max_size=50 * SIZE)
     order = shuffled(4)
