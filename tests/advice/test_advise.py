@@ -367,6 +367,41 @@ def test_advice_counts_what_a_value_takes_on_disk(tmp_path: Path, kind: str, siz
         assert advice.curves["lru"].hit_ratio == pytest.approx([0, 2 / 3])
 
 
+@pytest.mark.parametrize("policy", ["lru", "none"])
+@pytest.mark.parametrize("kind", ["local", "pool"])
+def test_advice_band_on_disk_holds_what_values_take_beside(
+    tmp_path: Path, kind: str, policy: Any
+) -> None:
+    rng = np.random.default_rng(1)
+    keys = [f"a/c/{n // 10}/{n % 10}" for n in range(200)]
+    source = MemoryStore(
+        {
+            key: buf(bytes(int(size)))
+            for key, size in zip(keys, rng.lognormal(8, 1, 200), strict=True)
+        }
+    )
+    order = [keys[int(n)] for n in 200 * rng.random(800) ** 2]
+    sizes = [250_000, 500_000, 1_000_000]
+    found = []
+    before = set_block_size(4096)
+    try:
+        for size in sizes:
+            cache = CACHES[kind](tmp_path / str(size))
+            store = CacheStore(
+                source, cache_store=cache, max_size=size, eviction=policy, source_id="here"
+            )
+            for key in order:
+                assert value_sync(store, key) is not None
+                assert store.drain_sync()
+            found.append(store.cache_stats()["hit_rate"])
+            if size == sizes[1]:
+                curve = store.advise(sizes=sizes).curves[policy]
+    finally:
+        set_block_size(before)
+    assert (np.abs(curve.hit_ratio - found) <= curve.error + 0.005).all()
+    assert (curve.error > 0).all()
+
+
 def test_advice_about_a_pool_counts_the_header_of_each_value(tmp_path: Path) -> None:
     """Which takes another block for the large ones only."""
     source = MemoryStore({f"a/c/{n}": buf(bytes(4000 if n < 40 else 10)) for n in range(80)})

@@ -33,8 +33,9 @@ class Curve:
         Bytes that the source would have sent.
     error : array of float, shape (sizes,)
         Two standard deviations of `hit_ratio`, either way, because only some keys were looked at: the truth lay
-        within 97 times of 100 in the benches, 92 where documents lie beside chunks. 0 where all were, unless
-        `Advice.only_latest` or `Advice.unsized_share`.
+        within 97 times of 100 in the benches, 92 where documents lie beside chunks. In directories and pools on
+        disk what is not known of the room that values take beside their bytes is added. 0 in memory where all keys
+        were looked at, unless `Advice.only_latest` or `Advice.unsized_share`.
     source_bytes_error : array of float, shape (sizes,)
         The same of `source_bytes`.
     """

@@ -154,8 +154,10 @@ def advise(
         misses = np.round((1 - ratios) * trace.requests, 6)
         missed = np.round(found[:, 2], 6)
         scale_error = partial(estimator.scale_error, at.astype(float))
-        error = np.minimum(found[:, 1] + scale_error(ratios) + unsized, 1.0)
+        room = np.array([estimator.room_error(name, size, base) for size in at.tolist()])
+        error = np.minimum(found[:, 1] + scale_error(ratios) + unsized + room[:, 0], 1.0)
         missed_error = found[:, 3] + scale_error(missed) + missed * unsized / (1 - unsized)
+        missed_error += room[:, 1]
         curves[name] = Curve(ratios, misses, missed, error, missed_error)
         now[name] = estimator.at(name, base)[:2]
     ratio = now[policy][0]

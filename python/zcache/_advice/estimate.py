@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import exp, pi, sqrt
+from dataclasses import replace
+from math import exp, log2, pi, sqrt
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,6 +21,12 @@ _HOT: Final = 0.02
 """How likely it is that requests are missing for another reason than chance: the density of their number in standard
 deviations, which may be any. With less, bands of traces with a key of 1 or 2 % of all requests hold the truth less
 often; with more, those of loops are wider (docs/advice.md)."""
+_BESIDE_OFF: Final = 0.25
+"""Part by which the bytes beside values may be off at the present size, and as much more with each doubling or halving."""
+_KEPT_FREE: Final = 8
+"""Blocks that may be kept free for the next value: of its folders, and by which those may grow."""
+_LEARNED: Final = 2
+"""By how many times that counts more where what is kept follows from what was kept before."""
 
 
 class Estimator:
@@ -52,7 +59,7 @@ class Estimator:
         is_cold = is_first & ~trace.seen_before
         self._may_hit = ~is_cold & ~trace.outdated
         costs = trace.costs()
-        self._keys, self._sizes = self._key.astype(np.uint64).tobytes(), costs.tobytes()
+        self._keys, self._costs = self._key.astype(np.uint64).tobytes(), costs.tobytes()
         self._counted = np.arange(n) >= trace.former
         self._bytes = trace.sizes.astype(float)
         self._all = self._per_key(self._counted)
@@ -104,15 +111,42 @@ class Estimator:
         missed, missed_error : float
             Bytes that the source sends.
         """
-        capacity = min(round(size * self.trace.rate), 2**64 - 1)
-        found = np.frombuffer(simulate(policy, capacity, self._keys, self._sizes), bool)
-        hits = found & self._may_hit
+        hits = self._hits(policy, size, self._costs)
         ratio, error = self._ratio(hits)
         missed, missed_error = self._missed_bytes(hits)
         if size < self.footprint:
             error += self._guessed
             missed_error += self._guessed_bytes
         return ratio, error, missed, missed_error
+
+    def _hits(self, policy: str, size: float, costs: bytes) -> NDArray[np.bool_]:
+        capacity = min(round(size * self.trace.rate), 2**64 - 1)
+        found = np.frombuffer(simulate(policy, capacity, self._keys, costs), bool)
+        return np.asarray(found & self._may_hit, bool)
+
+    def room_error(self, policy: str, size: int, present: int) -> tuple[float, float]:
+        """How far hit ratio and missed bytes may be off for what values take beside their own blocks.
+
+        That is known as a mean at the present size. It changes as values come and go, and with the size; and some
+        blocks are kept free for the folders of the next value.
+        """
+        trace = self.trace
+        if trace.unit <= 1 or not size:
+            return 0.0, 0.0
+        off = min(1.0, _BESIDE_OFF * (1 + abs(log2(size / max(present, 1)))))
+        ratio, missed = self._told(self._hits(policy, size, self._costs))
+        ratio_error = missed_error = 0.0
+        for by, kept in ((-off, 0), (0, _KEPT_FREE // 2), (off, _KEPT_FREE)):
+            costs = replace(trace, beside=round(trace.beside * (1 + by))).costs().tobytes()
+            hits = self._hits(policy, max(size - kept * trace.unit, 0), costs)
+            other, other_missed = self._told(hits)
+            ratio_error = max(ratio_error, abs(other - ratio))
+            missed_error = max(missed_error, abs(other_missed - missed))
+        times = _LEARNED if policy == "adaptive" else 1
+        return times * ratio_error, times * missed_error
+
+    def _told(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
+        return self._ratio(hits)[0], self._missed_bytes(hits)[0]
 
     def best(self) -> float:
         """Hit ratio of a cache without a bound."""
