@@ -158,6 +158,21 @@ def test_advice_smallest_size_is_looked_for_below_all_sizes(bound: int) -> None:
         assert 200 * SIZE <= advice.smallest_size <= 200 * SIZE * 1.02
 
 
+@pytest.mark.parametrize("seed", [484, 571, 659])
+@pytest.mark.parametrize("policy", ["lru", "none", "adaptive"])
+def test_advice_smallest_size_has_what_it_promises(policy: str, seed: int) -> None:
+    """Also where a byte more has less, as "none" has it with values of many sizes."""
+    rng = np.random.default_rng(seed)
+    each = np.where(rng.random(3000) < 0.2, 1, rng.lognormal(6, 2, 3000) + 1).astype(np.uint64)
+    keys = rng.integers(0, 3000, 200)
+    trace = complete(keys.astype(np.uint64), each[keys], np.zeros(200, bool), unit=1)
+    whole = int(each[np.unique(keys)].sum())
+    advice = advise(trace, max_size=whole, policy=policy, policies=(policy,))
+    assert advice.smallest_size is not None
+    there = advise(trace, max_size=advice.smallest_size, policy=policy, policies=(policy,))
+    assert there.hit_ratio >= 0.9 * advice.best_hit_ratio - 1e-9
+
+
 def test_advice_smallest_size_where_nothing_can_be_had_is_none_at_all() -> None:
     store = store_of(200, max_size=100 * SIZE)
     read_keys(store, range(200))

@@ -90,8 +90,9 @@ class Advice:
     best_hit_ratio : float
         What a cache without a bound would have; the rest is cold, or was too old to be served.
     smallest_size : int or None
-        Bytes, within 2 %, with which the present policy has 90 % of `best_hit_ratio`; None if that takes more
-        than all of `sizes`.
+        Bytes with which the present policy has 90 % of `best_hit_ratio`: the least, within 2 %, where its hit ratio
+        only rises with the size; else a few bytes more or less may have fewer hits. None if none of `sizes` has so
+        much.
     best_policy : str
         Of the present policy and those asked for, the one with the highest hit ratio at `max_size`.
     best_policy_gain : float
@@ -237,8 +238,8 @@ class Advice:
             )
         else:
             told.append(
-                f"{size_text(self.smallest_size)} are the least with which {self.policy} has 90 % of what can be "
-                f"had (a hit ratio of {self.best_hit_ratio:.2f})."
+                f"With {size_text(self.smallest_size)}, {self.policy} has 90 % of what can be had (a hit ratio of "
+                f"{self.best_hit_ratio:.2f})."
             )
         if not self.curves.keys() - {self.policy}:
             told.append("It was compared with no other policy.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import islice
+from math import isqrt
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -189,22 +190,24 @@ def advise(
 def _smallest(
     estimator: Estimator, policy: str, sizes: Any, ratios: Any, wanted: float
 ) -> int | None:
-    """The smallest size with this hit ratio, within 2 %; None if it is above all that were looked at."""
+    """The smallest size with this hit ratio, within 2 %; None if it is above all that were looked at.
+
+    It is one that was simulated: where a curve also falls, the next byte may make a difference.
+    """
     enough = np.flatnonzero(ratios >= wanted - 1e-9)
     if not len(enough):
         return None
-    found = int(sizes[enough[0]])
     # Below the smallest of them it may be enough as well.
-    low, high = float(sizes[enough[0] - 1]) if enough[0] else 0.0, float(found)
+    low, high = int(sizes[enough[0] - 1]) if enough[0] else 0, int(sizes[enough[0]])
     if low == 0 and (high == 0 or estimator.at(policy, 0)[0] >= wanted - 1e-9):
         return 0
-    halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1.0))))
+    halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1))))
     for _ in range(_BISECTIONS + int(np.ceil(halvings))):
         if high - low <= 1:
             break
-        middle = (max(low, 1.0) * high) ** 0.5
+        middle = max(isqrt(max(low, 1) * high), low + 1)
         if estimator.at(policy, middle)[0] >= wanted - 1e-9:
             high = middle
         else:
             low = middle
-    return min(found, int(np.ceil(high)))
+    return high
