@@ -7,6 +7,7 @@ caller reads it as a miss.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from zcache._runtime.io import IO
 
 COMPLETE_TIMEOUT: Final = 60.0
-"""Seconds that a read waits, where the source is not asked, for the index to know all that is cached; ..."""
+"""Seconds that reads wait, where the source is not asked, for the index to know all that is cached; ..."""
 COMPLETE_PAUSE: Final = 0.02
 """... and between two looks."""
 
@@ -75,6 +76,8 @@ class Hits:
         self.missing_max_age = missing_max_age
         self._missing_ages = (_least(missing_max_age, ages.single), ages.single)
         self._try_read = backend.try_read
+        # When it was first waited for that the index knows all that is cached.
+        self._incomplete_since = math.inf
         self._begin = backend.begin if backend.works_in_background else None
         self.handle.watch(self)
 
@@ -391,16 +394,23 @@ class Hits:
         return bool(victims)
 
     async def wait_until_complete(self, io: IO) -> bool:
-        """Wait until the index knows all that is cached, a minute at most; False where it does already."""
+        """Wait until the index knows all that is cached; False where it does already.
+
+        A minute at most, counted from the first who waits, and not for a listing that has failed.
+        """
         with contextlib.suppress(IndexLockTimeout):
             if await self.handle.call(io, is_complete):
+                self._incomplete_since = math.inf
                 return False
         self.backend.begin(io)
-        until = time.monotonic() + COMPLETE_TIMEOUT
-        while time.monotonic() < until:
+        self._incomplete_since = min(self._incomplete_since, time.monotonic())
+        while time.monotonic() < self._incomplete_since + COMPLETE_TIMEOUT:
             with contextlib.suppress(IndexLockTimeout):
                 if await self.handle.call(io, is_complete):
+                    self._incomplete_since = math.inf
                     break
+            if self.breaker.is_open("list"):
+                break
             await io.pause(COMPLETE_PAUSE)
         return True
 

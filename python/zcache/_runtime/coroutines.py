@@ -57,17 +57,19 @@ async def guarded(work: Awaitable[T]) -> T:
         raise RuntimeError("the cache store has cancelled itself") from error
 
 
-async def within(seconds: float, work: Awaitable[T]) -> T:
-    """Await `work` for at most so many seconds, also if it ignores cancellation.
+async def within(seconds: float, work: Awaitable[T], progress: Callable[[], int] = lambda: 0) -> T:
+    """Await `work` for at most so many seconds without `progress`, also if it ignores cancellation.
 
     Raises
     ------
     NoAnswerError
         After that; the work is cancelled but not waited for.
     """
-    task = asyncio.ensure_future(_awaited(work))
+    task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait((task,), timeout=seconds)
+        done, before = False, -1
+        while not done and before != (before := progress()):
+            done = bool((await asyncio.wait((task,), timeout=seconds))[0])
     except GeneratorExit:
         # The garbage collector ends it: mostly once its event loop is closed, where nothing can be cancelled.
         with contextlib.suppress(RuntimeError):
@@ -85,10 +87,6 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
         # By itself, for here it was waited for.
         raise RuntimeError("the cache store has cancelled itself")
     return task.result()
-
-
-async def _awaited(work: Awaitable[T]) -> T:
-    return await work
 
 
 class OutcomeUnknown(asyncio.CancelledError):

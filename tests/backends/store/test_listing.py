@@ -10,7 +10,7 @@ import pytest
 
 from doubles import FaultyStore, SyncDictStore
 from support import buf, read, read_through, until, value_sync
-from zcache import CacheStore
+from zcache import CacheStore, OfflineError
 from zcache.testing import FakeClock, check_invariants_async
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ async def test_listing_many_reads_at_once_make_one(source: SyncDictStore) -> Non
     found = await asyncio.gather(*[read(store, key) for key in SOURCE for _ in range(20)])
     assert found == [value for value in SOURCE.values() for _ in range(20)]
     await until(lambda: store.cache_stats()["cache_failures"])
-    assert cache.counts["list"] == store.cache_stats()["cache_failures"] == 1
+    assert cache.counts.total() == store.cache_stats()["cache_failures"] == 1
 
 
 async def test_a_listed_store_of_another_source_is_refused_by_drain(
@@ -262,3 +262,128 @@ def copy_of(cache: Remote) -> Remote:
     other = Remote()
     other.values = dict(cache.values)
     return other
+
+
+class Silent(Remote):
+    """Its listing yields nothing, or names of values that are not there, and never ends."""
+
+    hangs: str | None = None
+    made = 0
+
+    async def getsize(self, key: str) -> int:
+        if key.startswith("gone/"):
+            raise FileNotFoundError(key)
+        return await super().getsize(key)
+
+    async def list(self) -> AsyncIterator[str]:
+        if self.hangs == "at once":
+            await asyncio.Event().wait()
+        while self.hangs:
+            self.made += 1
+            yield f"gone/{self.made}"
+            await asyncio.sleep(0)
+        async for key in super().list():
+            yield key
+
+
+@pytest.mark.parametrize("hangs", ["at once", "never ends"])
+async def test_listing_without_progress_is_counted_and_tried_again(
+    source: SyncDictStore,
+    hangs: str,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zcache._backends.store.listing.LIST_TIMEOUT", 0.05)
+    cache = Silent()
+    cache.hangs = hangs
+    store = make(source, cache, clock=clock, adopt=True)
+
+    async def fails() -> None:
+        before = store.cache_stats()["cache_failures"]
+        for key, value in SOURCE.items():
+            assert await read(store, key) == value
+        await until(lambda: store.cache_stats()["cache_failures"] > before)
+
+    await fails()
+    clock.advance(1.01)
+    await fails()
+    assert len(caplog.records) == 1
+    assert "no answer" in caplog.text
+    cache.hangs = None
+    clock.advance(100)
+    for _ in range(3):
+        for key, value in SOURCE.items():
+            assert await read_through(store, key) == value
+    assert store.cache_stats()["hits"] > 0
+    await check_invariants_async(store)
+
+
+async def test_listing_that_never_ends_keeps_few_names(source: SyncDictStore) -> None:
+    class Name(str):
+        __slots__ = ()
+        kept = 0
+
+        def __init__(self, _: str) -> None:
+            Name.kept += 1
+
+        def __del__(self) -> None:
+            Name.kept -= 1
+
+    class Endless(Silent):
+        most = 0
+
+        async def list(self) -> AsyncIterator[str]:
+            while self.hangs:
+                self.made += 1
+                self.most = max(self.most, Name.kept)
+                yield Name(f"gone/{self.made}")
+                await asyncio.sleep(0)
+
+    cache = Endless()
+    cache.hangs = "never ends"
+    store = make(source, cache, adopt=True)
+    await read(store, "1")
+    await until(lambda: cache.made > 3000)
+    cache.hangs = None
+    await settled(store)
+    assert cache.most < 1000
+
+
+async def test_listing_of_many_values_takes_all_in(source: SyncDictStore) -> None:
+    cache = await filled(source)
+    cache.values.update({f"more/{number}": b"12345" for number in range(1000)})
+    store = make(source, cache)
+    await read(store, "1")
+    await settled(store)
+    assert store.cache_info()["cached_keys"] == len(SOURCE) + 1000
+    await check_invariants_async(store)
+
+
+async def test_offline_read_waits_for_no_listing_that_fails(
+    source: SyncDictStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcache._backends.store.listing.LIST_TIMEOUT", 0.05)
+    monkeypatch.setattr("zcache._protocol.hits.COMPLETE_TIMEOUT", 3600)
+    cache = Silent()
+    cache.hangs = "at once"
+    store = make(source, cache, offline=True)
+    for key in SOURCE:
+        with pytest.raises(OfflineError):
+            await asyncio.wait_for(read(store, key), 30)
+
+
+async def test_offline_reads_wait_once_for_a_listing(
+    source: SyncDictStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcache._protocol.hits.COMPLETE_TIMEOUT", 0.05)
+    cache = Silent()
+    cache.hangs = "at once"
+    store = make(source, cache, offline=True)
+    with pytest.raises(OfflineError):
+        await read(store, "1")
+    # Who waits now does so for very long.
+    monkeypatch.setattr("zcache._protocol.hits.COMPLETE_PAUSE", 3600)
+    for key in SOURCE:
+        with pytest.raises(OfflineError):
+            await asyncio.wait_for(read(store, key), 30)

@@ -21,7 +21,7 @@ from zcache._backends.ownership import FORMAT, not_ours, other_source, parse_sta
 from zcache._backends.tombstones import DROPPED, RANGES, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable, is_reserved
 from zcache._runtime.buffers import to_cpu_buffer
-from zcache._runtime.coroutines import guarded
+from zcache._runtime.coroutines import NoAnswerError, within
 from zcache._runtime.threads import run_in_background
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
@@ -29,6 +29,8 @@ from zcache._source.location import innermost
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from zarr.abc.store import Store
 
     from zcache._core import Index
@@ -41,6 +43,13 @@ logger = logging.getLogger("zcache")
 STAMP: Final = ".zcache/stamp.json"
 WRITING: Final = ".zcache/writing/"
 """Names of values that are being written, in a store that shows half a value."""
+LIST_TIMEOUT: Final = 30.0
+"""Seconds without progress after which a listing counts as failed; twice as long at each further try.
+
+Some stores yield their first name when they know the last one.
+"""
+_PORTION: Final = 256
+"""Names that are taken in together."""
 _AT_ONCE: Final = 32
 """Sizes that are asked for at the same time."""
 _MOST_CHANGES: Final = 10_000
@@ -66,6 +75,9 @@ class Listing:
         # Reentrant: while it is held the garbage collector may end an operation.
         self._lock = threading.RLock()
         self._is_listed = False
+        self._patience = LIST_TIMEOUT
+        # Values that were found, or deleted: what counts as progress.
+        self._seen = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self.done: Future[None] | None = None
@@ -127,12 +139,14 @@ class Listing:
 
     async def _list(self, cache: Store, breaker: CircuitBreaker, done: Future[None]) -> None:
         try:
-            await guarded(self._take_in(cache))
+            await within(self._patience, self._take_in(cache), lambda: self._seen)
         except CacheOwnershipError as refusal:
             self.refusal = refusal
             self._handle.usable = False
             logger.warning("the cache store is not used: %s", refusal)
         except Exception as error:  # noqa: BLE001 - the cache store's, and none of the user's
+            if isinstance(error, NoAnswerError):
+                self._patience *= 2
             breaker.failed(error, "list")
         else:
             breaker.succeeded("list")
@@ -145,28 +159,31 @@ class Listing:
 
         A listing does not tell when a value was written, so each is stale as soon as anything can be.
         """
-        names = [name async for name in cache.list()]
-        values = [name for name in names if _is_value(name)]
+        where = f"cache_store={describe(cache)}"
         # What a store in memory holds ends with it, so a stamp would tell nothing.
-        if not isinstance(innermost(cache), MemoryStore):
-            values = await self._check(cache, values)
-        elif values and not self._adopt:
-            raise CacheOwnershipError(
-                not_ours(f"cache_store={describe(cache)}", values[0], self._source)
-            )
-        limit = asyncio.Semaphore(_AT_ONCE)
-
-        async def size(name: str) -> tuple[int, int, str] | None:
-            async with limit:
-                try:
-                    return 0, await cache.getsize(name), name
-                except FileNotFoundError:
-                    return None
-
-        found = await asyncio.gather(*map(size, values))
+        in_memory = isinstance(innermost(cache), MemoryStore)
+        stamp = None if in_memory else await self._read_stamp(cache, where)
+        is_ours = stamp is not None and stamp["source"] == self._source
         index = self._handle.index
-        index.adopt([value for value in found if value is not None])
-        await self._drop_marked(cache, index, names, values)
+        marks: list[str] = []
+        left: list[str] = []
+        async for names in _portions(cache):
+            marks += [name for name in names if name.startswith((DROPPED, WRITING))]
+            values = [name for name in names if _is_value(name)]
+            if stamp is not None and not is_ours:
+                left += values
+            elif is_ours or self._adopt or not values:
+                await self._enter(cache, index, values)
+            else:
+                raise CacheOwnershipError(not_ours(where, values[0], self._source))
+        # What a source has left that ended with its process is of no use to any other.
+        for name in left:
+            await cache.delete(name)
+            self._seen += 1
+        if not (is_ours or in_memory):
+            data = json.dumps({"zcache": FORMAT, "source": self._source, "listed": True}).encode()
+            await cache.set(STAMP, to_cpu_buffer(data))
+        await self._drop_marked(cache, index, marks)
         # From here on without a suspension: a change is either noted before or finds its entry.
         with self._lock:
             victims = self._outdated(index)
@@ -174,6 +191,23 @@ class Listing:
             self._is_listed = True
         if victims:
             await self._delete(cache, index, victims)
+
+    async def _enter(self, cache: Store, index: Index, values: list[str]) -> None:
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def size(name: str) -> tuple[int, int, str] | None:
+            async with limit:
+                try:
+                    found = await cache.getsize(name)
+                except FileNotFoundError:
+                    return None
+                self._seen += 1
+                return 0, found, name
+
+        found = await asyncio.gather(*map(size, values))
+        # One that was told to end, and did not, may be overtaken.
+        if not self._is_listed:
+            index.adopt([value for value in found if value is not None])
 
     def _outdated(self, index: Index) -> list[tuple[int, str]]:
         prefixes = [""] if "" in self._changed else sorted(self._changed)
@@ -190,17 +224,20 @@ class Listing:
             for cell, name in victims:
                 await cache.delete(name)
                 dropped.append(cell)
+                self._seen += 1
         finally:
             gone = set(dropped)
             index.confirm_deletes(dropped, [cell for cell, _ in victims if cell not in gone])
 
-    async def _drop_marked(
-        self, cache: Store, index: Index, names: list[str], values: list[str]
-    ) -> None:
+    async def _drop_marked(self, cache: Store, index: Index, marks: list[str]) -> None:
         """Delete what has a tombstone or was never finished. What stays keeps its mark and counts."""
-        marks = [name for name in names if name.startswith((DROPPED, WRITING))]
+        if not marks:
+            return
+        marked: list[str] = []
+        async for names in _portions(cache):
+            marked += with_tombstone(marks, filter(_is_value, names))
         stays: set[str] = set()
-        for name in with_tombstone(marks, values):
+        for name in marked:
             for cell, victim in index.drop_missing(key_of(name)):
                 try:
                     await cache.delete(victim)
@@ -209,33 +246,41 @@ class Listing:
                     index.confirm_deletes([], [cell])
                 else:
                     index.confirm_deletes([cell], [])
+                self._seen += 1
         for name in marks:
             if name.rpartition("/")[2] not in stays:
                 with contextlib.suppress(Exception):
                     await cache.delete(name)
+                self._seen += 1
 
-    async def _check(self, cache: Store, values: list[str]) -> list[str]:
-        """See which source owns the store, and make it this source's if none does; what it then holds."""
-        where = f"cache_store={describe(cache)}"
+    async def _read_stamp(self, cache: Store, where: str) -> dict[str, Any] | None:
+        """The stamp of the store, if it has one: this source's, or that of one that has ended.
+
+        Raises
+        ------
+        CacheOwnershipError
+            If it is another source's.
+        """
         text = await cache.get(STAMP, default_buffer_prototype())
-        stamp: dict[str, Any] | None = None
-        if text is not None:
-            stamp = parse_stamp(text.to_bytes(), where, adopt=self._adopt, listed=True)
-        if stamp is not None and stamp["source"] == self._source:
-            return values
-        if stamp is None:
-            if values and not self._adopt:
-                raise CacheOwnershipError(not_ours(where, values[0], self._source))
-        elif not str(stamp["source"]).startswith(EPHEMERAL):
-            raise CacheOwnershipError(other_source(where, stamp["source"], self._source))
-        else:
-            # What a source has left that ended with its process is of no use to any other.
-            for name in values:
-                await cache.delete(name)
-            values = []
-        data = json.dumps({"zcache": FORMAT, "source": self._source, "listed": True}).encode()
-        await cache.set(STAMP, to_cpu_buffer(data))
-        return values
+        if text is None:
+            return None
+        stamp = parse_stamp(text.to_bytes(), where, adopt=self._adopt, listed=True)
+        source = self._source if stamp is None else stamp["source"]
+        if source != self._source and not str(source).startswith(EPHEMERAL):
+            raise CacheOwnershipError(other_source(where, source, self._source))
+        return stamp
+
+
+async def _portions(cache: Store) -> AsyncIterator[list[str]]:
+    """All names in a store, some at a time."""
+    portion: list[str] = []
+    async for name in cache.list():
+        portion.append(name)
+        if len(portion) == _PORTION:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 def _is_value(name: str) -> bool:
