@@ -479,7 +479,8 @@ class CacheStore(Store, KeepsDecoded):
             others may have evicted them), ``stale_hits`` (values, sizes and listings that
             were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
             cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
-            which it was left alone, because it kept failing or its index was locked). ``evictions``,
+            which it was left alone, because it kept failing or its index was locked, and fills that were cut off
+            with their event loop). ``evictions``,
             ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
             over the cache. Of decoded chunks, which are inner chunks where there are shards: ``decoded_hits``
             and ``decoded_misses`` (chunks that were kept, or were being decoded for another reader, and that

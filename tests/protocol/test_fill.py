@@ -27,6 +27,7 @@ from support import (
     quiet,
     read,
     read_through,
+    sizes_of,
     threads,
     until,
     value_sync,
@@ -796,6 +797,46 @@ def test_an_event_loop_that_closes_in_the_middle_of_a_fill_leaves_its_key_usable
     assert in_flight(store).flights == 0
     assert value_sync(store, "k0") == VALUE
     assert stored_sizes(store)["k0"] == len(VALUE)
+
+
+@pytest.mark.parametrize("way", ["time", "clear_cache"])
+def test_fills_that_were_cut_off_give_their_room_back(
+    source: StoreDouble,
+    cache: StoreDouble,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+) -> None:
+    store = CacheStore(source, cache_store=cache, clock=clock, max_size=3 * len(VALUE))
+
+    async def cut_off(key: str) -> None:
+        gate = cache.block("set", times=1)
+        assert await read(store, key) == VALUE
+        await gate.entered_async()
+
+    for number in range(3):
+        asyncio.run(cut_off(f"k{number}"))
+    assert store.cache_info()["current_size"] == 3 * len(VALUE), "it may land still"
+    assert store.cache_stats()["cache_skips"] == 3
+    assert len(caplog.records) == 1
+    assert "store.drain()" in caplog.text
+    # One lands after all.
+    asyncio.run(cache.inner.set("k0", buf(VALUE)))
+
+    async def reads() -> None:
+        if way == "clear_cache":
+            await store.clear_cache()
+        else:
+            clock.advance(31)
+        for _ in range(2):
+            for number in range(3, 6):
+                assert await read_through(store, f"k{number}") == VALUE
+
+    asyncio.run(reads())
+    check_quiet_sync(store)
+    assert set(stored_sizes(store)) == {"k3", "k4", "k5"}
+    assert set(sizes_of(cache)) == {"k3", "k4", "k5"}
+    assert len(caplog.records) == 1
 
 
 # ------------------------------------------------------------------------------------ ages

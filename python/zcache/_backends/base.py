@@ -306,6 +306,9 @@ class Backend(ABC):
             cells = [cell for cell, _ in victims]
             self.shared.handle.call_later(_ignore, _confirm_failed, cells)
 
+    def release_unknown(self) -> None:  # noqa: B027 - nothing to do by default
+        """Leave to a later delete what may have been written, or not."""
+
     def sort(
         self, victims: Sequence[Victim], outcome: Sequence[BaseException | None]
     ) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ class Counters:
         Hits that were too old, in place of what the source did not give.
     skipped : int
         Reads and writes for which the cache store was left alone, because it kept failing or another
-        process kept the lock of its index.
+        process kept the lock of its index; and fills that were cut off with their event loop.
     owed : int
         Deletes that go on without their callers now.
     """

@@ -347,6 +347,7 @@ class Writer:
             else:
                 await self._remove_unlisted(io, "")
             self.backend.forget_elsewhere("")
+        self.backend.release_unknown()
         victims = await self.handle.call_shielded(
             io, self.backend.remove_later, Index.failed_deletes, 2**31
         )

@@ -188,6 +188,9 @@ class StoreBackend(Backend):
         if failed and self.breaker.allows("write"):
             await self.add_tombstones(io, names_of(victims, failed))
 
+    def release_unknown(self) -> None:
+        self._place.filler.release_unknown()
+
     def _removed_late(self, victims: Sequence[Victim], outcome: Outcome | BaseException) -> None:
         if isinstance(outcome, BaseException):
             self.remove_later(victims)

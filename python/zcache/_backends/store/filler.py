@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from zcache._backends.base import Ended
+from zcache._backends.base import WRITE_TIMEOUT, Ended
 from zcache._backends.store.backend import names_of
+from zcache._backends.store.unknown_writes import UnknownWrites
 from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc32c
 from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError, OutcomeUnknown, run_without_loop
@@ -55,8 +57,8 @@ class StoreFiller:
         self._moved: Future[None] = Future()
         # Reentrant: inside it the garbage collector may end a task.
         self._lock = threading.RLock()
-        # Room of writes that were cut off and may still land: kept for good.
-        self._unknown: list[Reservation] = []
+        # Writes that were cut off, and may still land.
+        self._unknown = UnknownWrites()
 
     def after_fork(self) -> None:
         """Drop, in a forked child, the jobs of the parent, and let its tasks be."""
@@ -66,6 +68,11 @@ class StoreFiller:
         self._running, self._tasks, self._active = {}, set(), {}
         self._moved = Future()
         self.completed = 0
+        self._unknown = UnknownWrites()
+
+    def release_unknown(self) -> None:
+        """Leave to later deletes what was cut off in the middle of a write, if ever so lately."""
+        self._unknown.release(math.inf)
 
     # --------------------------------------------------------------- queue
 
@@ -164,6 +171,7 @@ class StoreFiller:
                 self._stop(loop)
 
     async def _carry_out(self, io: IO, job: FillJob) -> None:
+        self._unknown.release(job.backend.breaker.clock() - WRITE_TIMEOUT)
         fill = _Fill(io, job, self._unknown, partial(self._cut_off, job))
         self._active[job] = (asyncio._get_running_loop(), fill)
         try:
@@ -230,7 +238,7 @@ class _Fill:
         self,
         io: IO,
         job: FillJob,
-        unknown: list[Reservation],
+        unknown: UnknownWrites,
         on_cut_off: Callable[..., None],
     ) -> None:
         self._io = io
@@ -275,7 +283,7 @@ class _Fill:
     def cut_off(self) -> None:
         """End what never goes on: what it has begun in the cache store may still take effect."""
         if self._reservation is not None:
-            self._unknown.append(self._reservation)
+            self._unknown.add(self._backend, self._reservation)
         self._close_flight()
 
     def _step(self, late: Any, step: Any, *args: Any) -> Coroutine[Any, Any, Any]:
@@ -365,6 +373,7 @@ class _Fill:
         committed: Committed | None = await self._step(
             self._committed_late, Index.commit, reservation, self._checksum, now(), job.fetched
         )
+        self._reservation = None
         if committed is None:
             # The index was emptied meanwhile, and knows nothing of these bytes.
             await self._delete_uncounted()
@@ -380,8 +389,7 @@ class _Fill:
         handle, backend, job = self._handle, self._backend, self._job
         now = backend.shared.clock
         if isinstance(outcome, OutcomeUnknown):
-            # Until it lands, if ever, it has its room, and nothing else is written in its place.
-            self._unknown.append(reservation)
+            self._unknown.add(backend, reservation)
             self._ended_late()
         elif isinstance(outcome, BaseException):
             is_failure = isinstance(outcome, Exception)
