@@ -13,7 +13,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from directories import tree
-from support import buf, check_quiet, quiet, read_through, write
+from support import buf, check_quiet, quiet, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.tombstones import key_of, tombstone, with_tombstone
 from zcache.testing import StoreDouble
@@ -250,6 +250,26 @@ async def test_listed_store_value_written_in_part_is_never_served(tmp_path: Path
     assert await read_through(store, "k") == b"0123456789"
     assert marks_of(tmp_path, WRITING) == set()
     assert (tmp_path / "cache/k").read_bytes() == b"0123456789"
+
+
+async def test_listed_store_no_change_waits_for_all_tombstones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = StoreDouble(remote(tmp_path))
+    store = await over(tmp_path, cache)
+    keys = {f"d/{number}" for number in range(20)}
+    for key in keys:
+        await write(store, key, b"0123456789")
+    monkeypatch.setattr("zcache._backends.store.backend.DELETE_TIMEOUT", 0.05)
+    cache.fail("delete", OSError(5, "no"))
+    cache.delay("set", 0.02)
+    await store.delete_dir("d")
+    assert len(marks_of(tmp_path, DROPPED)) < len(keys)
+    # They are written all the same.
+    await until(lambda: len(marks_of(tmp_path, DROPPED)) == len(keys))
+    for key in keys:
+        assert await read_through(store, key) is None
+    cache.heal()
 
 
 async def test_listed_store_value_is_marked_while_it_is_written(

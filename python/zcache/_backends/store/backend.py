@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -174,6 +176,7 @@ class StoreBackend(Backend):
             return
         confirm = self.shared.handle.call_shielded
         timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
+        until = time.monotonic() + timeout
         try:
             outcome = await self.delete(io, victims, partial(self._removed_late, victims), timeout)
         except NoAnswerError as error:
@@ -186,7 +189,7 @@ class StoreBackend(Backend):
         dropped, failed = self.sort(victims, outcome)
         await confirm(io, ignore, Index.confirm_deletes, dropped, failed)
         if failed and self.breaker.allows("write"):
-            await self.add_tombstones(io, names_of(victims, failed))
+            await self.add_tombstones(io, names_of(victims, failed), until)
 
     def release_unknown(self) -> None:
         self._place.filler.release_unknown()
@@ -198,27 +201,51 @@ class StoreBackend(Backend):
         dropped, failed = self.sort(victims, outcome)
         self.shared.handle.call_later(ignore, Index.confirm_deletes, dropped, failed)
 
-    async def add_tombstones(self, io: IO, names: Sequence[str]) -> None:
-        """Leave tombstones for values that are not valid any more but could not be deleted."""
-        for name in names if self.outlives_process else ():
+    async def add_tombstones(self, io: IO, names: Sequence[str], until: float = math.inf) -> None:
+        """Leave tombstones for values that are not valid any more but could not be deleted.
+
+        Waits for all of them together for `DELETE_TIMEOUT`, and no longer than `until` on the monotonic clock; those
+        that are not written by then are written without it.
+        """
+        if not self.outlives_process:
+            return
+        timeout = min(DELETE_TIMEOUT, max(0.0, until - time.monotonic()))
+        written: list[str] = []
+        try:
+            await io.send(
+                timeout,
+                partial(self._bury, names, written),
+                partial(self._bury_sync, names, written),
+                ignore,
+            )
+        except NoAnswerError as error:
+            if timeout and not written:
+                self.breaker.failed(error, "write")
+        except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+            self.breaker.failed(error, "write")
+
+    async def _bury(self, names: Sequence[str], written: list[str]) -> None:
+        for name in names:
+            if not self.breaker.allows("write"):
+                return
             # If that fails as well, it cannot be told.
             try:
-                await io.send(
-                    DELETE_TIMEOUT,
-                    partial(self._bury, name),
-                    partial(self.store.set_sync, tombstone(name), to_cpu_buffer(b""))
-                    if io.loop() is None
-                    else _nothing,
-                    ignore,
-                )
-            except NoAnswerError as error:
-                self.breaker.failed(error, "write")
-                return
+                await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
             except Exception as error:  # noqa: BLE001 - a cache store may raise anything
                 self.breaker.failed(error, "write")
+            else:
+                written.append(name)
 
-    async def _bury(self, name: str) -> None:
-        await guarded(self.store.set(tombstone(name), to_cpu_buffer(b"")))
+    def _bury_sync(self, names: Sequence[str], written: list[str]) -> None:
+        for name in names:
+            if not self.breaker.allows("write"):
+                return
+            try:
+                self.store.set_sync(tombstone(name), to_cpu_buffer(b""))
+            except Exception as error:  # noqa: BLE001 - a cache store may raise anything
+                self.breaker.failed(error, "write")
+            else:
+                written.append(name)
 
     # -------------------------------------------------------------- listing
 
