@@ -339,6 +339,26 @@ fn fill_after_tmp_was_removed_makes_it() {
 }
 
 #[test]
+fn fill_with_unfinished_bytes_that_stay_keeps_their_room_until_they_go() {
+    let dir = Dir::new("left");
+    // Whatever its unfinished name is, a folder has it: that is neither made nor unlinked.
+    let (process, tmp) = (std::process::id(), dir.at(".zcache/tmp"));
+    for number in 0..2000 {
+        fs::create_dir(tmp.join(format!("s1-{process}-{number}"))).unwrap();
+        fs::create_dir(tmp.join(format!("s0-{process}-{number}"))).unwrap();
+    }
+    let report = dir.fill("a", 600);
+    assert!(matches!(report.ending, Ending::Failed(_)), "{report:?}");
+    assert_eq!(report.delete_errors.len(), 1, "{report:?}");
+    dir.step(|index| index.validate());
+    rejected(&dir.fill("b", 500), "no space");
+    fs::remove_dir_all(&tmp).unwrap();
+    filled(&dir.fill("b", 500));
+    filled(&dir.fill("a", 500));
+    dir.check();
+}
+
+#[test]
 fn fill_on_a_full_volume_evicts_nothing_where_that_does_not_help() {
     let before = Dir::new("volume");
     filled(&before.fill("a", 10));

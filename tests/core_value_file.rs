@@ -34,6 +34,7 @@ fn value_file_published_and_sealed_is_valid() {
     value_file::publish(&place.0, &unfinished, Path::new("a/b/c")).unwrap();
     assert!(!unfinished.exists());
     assert_eq!(fs::read(&path).unwrap(), b"123456789");
+    assert_eq!(fs::metadata(&path).unwrap().nlink(), 1);
     if let Some(noted) = ownership::recorded(&path) {
         assert_eq!(noted, (9, made.checksum));
     }

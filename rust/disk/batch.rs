@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::cache_dir::CacheDir;
+use super::cache_dir::{CacheDir, Leftover};
 use super::deferred::{Deferred, POISONED, apply_all, step};
 use super::fill::{Ending, Fill, Report};
 use super::marks::has_neighbours;
-use super::value_file::WriteError;
+use super::value_file::{WriteError, discard};
 use super::values::{NewValue, Written};
 use crate::cache::{Cache, ClosedFlight, Peers, Placed, RejectReason, Reserve, Victim};
 use crate::error::{Error, Result};
@@ -126,6 +126,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
     /// Runs it.
     pub(super) fn run(&mut self) {
         self.dir.values.take_folders();
+        self.remove_left();
         if let Err(error) = self.fill() {
             match error {
                 StepError::Busy => self.end_all(|| Ending::Busy),
@@ -163,13 +164,17 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
                 });
             }
         }
+        self.apply_deferred();
+    }
+
+    /// Makes the updates that could not be made yet. What cannot be made now either is made later, in this order: a
+    /// reservation ends after the deletes that it waits for.
+    fn apply_deferred(&mut self) {
         let (mut deferred, mut closed) = (
             std::mem::take(&mut self.deferred),
             std::mem::take(&mut self.closed),
         );
         if !deferred.is_empty() {
-            // What cannot be made now is made later, in this order: a reservation ends after the deletes that it
-            // waits for.
             let _ = self.with_retries(|index| apply_all(index, &mut deferred, &mut closed));
         }
         (self.deferred, self.closed) = (deferred, closed);
@@ -304,6 +309,37 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         waiting
     }
 
+    /// Removes what is left of a value under its unfinished name; where that fails, its room stays taken.
+    fn discard(&mut self, number: usize, value: &NewValue<'_>) {
+        if value.placed.is_some() {
+            return;
+        }
+        if let Err(error) = discard(value.root, &value.unfinished)
+            && let Some(one) = self.progress.get_mut(number)
+            && let Some(reservation) = one.reservation.take()
+        {
+            self.delete_errors.push(error);
+            self.dir.note_left(Leftover {
+                unfinished: value.unfinished.clone(),
+                reservation,
+                gone: one.gone,
+            });
+        }
+    }
+
+    /// Gives back the room of unfinished files that can be removed by now.
+    fn remove_left(&mut self) {
+        for Leftover {
+            reservation: id,
+            gone,
+            ..
+        } in self.dir.remove_left()
+        {
+            self.deferred.push(Deferred::Release { id, gone });
+        }
+        self.apply_deferred();
+    }
+
     /// Writes the values; their numbers, and the names of those that are written.
     fn write(&mut self, slot: Option<usize>) -> Vec<NewlyWritten> {
         let mut numbers = Vec::with_capacity(self.fills.len());
@@ -342,6 +378,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
                     };
                     let cleared = self.dir.values.clear(value);
                     self.note_removed(number, value.name, value.placed, cleared);
+                    self.discard(number, value);
                     self.end_one(number, ending);
                 }
             }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
@@ -11,6 +11,7 @@ use rustix::fs::statvfs;
 use super::below::At;
 use super::ownership::SourceDigest;
 use super::segments::SegmentFiles;
+use super::value_file::discard;
 use super::values::Values;
 use crate::shared::{Neighbours, neighbours, new_generation};
 
@@ -99,6 +100,17 @@ pub struct CacheDir {
     /// The lock file of an index that this process does not use.
     marked: Option<PathBuf>,
     seen: Mutex<Option<Mark>>,
+    /// Unfinished files that could not be removed.
+    left: Mutex<Vec<Leftover>>,
+}
+
+/// An unfinished file that could not be removed. Its reservation has not ended, so its bytes are counted.
+#[derive(Debug)]
+pub(super) struct Leftover {
+    pub(super) unfinished: PathBuf,
+    pub(super) reservation: u64,
+    /// Whether nothing is left of the value but this.
+    pub(super) gone: bool,
 }
 
 /// What others change, who share no index with this process, as they change the source.
@@ -124,6 +136,7 @@ impl CacheDir {
             ample_until: AtomicU64::new(0),
             marked: None,
             seen: Mutex::new(None),
+            left: Mutex::new(Vec::new()),
         }
     }
 
@@ -174,6 +187,25 @@ impl CacheDir {
             Some(slot) => format!("s{slot}-{process}-{own:016x}-{number}"),
             None => format!("own-{process}-{own:016x}-{number}"),
         })
+    }
+
+    /// Notes an unfinished file that could not be removed.
+    pub(super) fn note_left(&self, leftover: Leftover) {
+        self.left().push(leftover);
+    }
+
+    /// Removes unfinished files that could not be removed before; those that are gone now.
+    pub(super) fn remove_left(&self) -> Vec<Leftover> {
+        // Not under its lock, for that is I/O.
+        let left = std::mem::take(&mut *self.left());
+        let (gone, left) =
+            (left.into_iter()).partition(|one| discard(&self.root, &one.unfinished).is_ok());
+        self.left().extend::<Vec<_>>(left);
+        gone
+    }
+
+    fn left(&self) -> MutexGuard<'_, Vec<Leftover>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn has_ample_space(&self) -> bool {

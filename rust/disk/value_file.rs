@@ -109,23 +109,6 @@ pub fn create<'a>(
     Ok(made)
 }
 
-/// Moves a file to a name that is free.
-fn move_to(from: At<'_>, to: At<'_>) -> rustix::io::Result<()> {
-    let flags = RenameFlags::NOREPLACE;
-    match renameat_with(from.folder, from.name, to.folder, to.name, flags) {
-        // Not here either: an empty file takes the name, and is replaced.
-        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {
-            to.create(Mode::from_raw_mode(0o600))?;
-            let moved = renameat(from.folder, from.name, to.folder, to.name);
-            if moved.is_err() {
-                let _ = to.unlink();
-            }
-            moved
-        }
-        moved => moved,
-    }
-}
-
 /// Gives an unfinished file a name in a cache directory that is free, and makes the folders above it.
 ///
 /// # Errors
@@ -161,23 +144,62 @@ fn publish_below<'n>(
 }
 
 /// Gives an unfinished file another name that is free, instead of its own.
+///
+/// Never both: a file with two names gives no room back where one of them is removed.
 fn give_name(unfinished: At<'_>, at: At<'_>) -> rustix::io::Result<()> {
-    let flags = AtFlags::empty();
-    match linkat(
-        unfinished.folder,
-        unfinished.name,
-        at.folder,
-        at.name,
-        flags,
+    let (from, to) = (unfinished, at);
+    match renameat_with(
+        from.folder,
+        from.name,
+        to.folder,
+        to.name,
+        RenameFlags::NOREPLACE,
     ) {
-        // No links here, or not to this file.
-        Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => move_to(unfinished, at),
+        // Not here.
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {}
+        moved => return moved,
+    }
+    match linkat(from.folder, from.name, to.folder, to.name, AtFlags::empty()) {
+        // No links either, or not to this file: an empty file takes the name, and is replaced.
+        Err(Errno::PERM | Errno::NOTSUP | Errno::MLINK | Errno::NOSYS) => {
+            to.create(Mode::from_raw_mode(0o600))?;
+            let moved = renameat(from.folder, from.name, to.folder, to.name);
+            if moved.is_err() {
+                let _ = to.unlink();
+            }
+            moved
+        }
         linked => {
             linked?;
-            // Where that fails, the clean-up of unfinished files removes it.
-            let _ = unfinished.unlink();
-            Ok(())
+            let removed = remove_unfinished(from);
+            if removed.is_err() {
+                let _ = to.unlink();
+            }
+            removed
         }
+    }
+}
+
+/// Removes an unfinished file, if it is there.
+fn remove_unfinished(file: At<'_>) -> rustix::io::Result<()> {
+    match file.unlink() {
+        // A volume that is only read refuses before it looks.
+        Err(_) if matches!(file.status(), Err(Errno::NOENT)) => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Removes what there may be of a value under its unfinished name.
+///
+/// # Errors
+///
+/// Where the file system refuses: then its bytes are there still.
+pub fn discard(root: &Path, unfinished: &Path) -> io::Result<()> {
+    let below = unfinished.strip_prefix(root).map_err(|_| Errno::XDEV)?;
+    match Place::find(root, below) {
+        // No folder of ours: nothing was written there.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => Ok(()),
+        place => Ok(remove_unfinished(place?.at())?),
     }
 }
 
@@ -210,7 +232,7 @@ impl From<Errno> for WriteError {
 /// # Errors
 ///
 /// See [`WriteError`]; `ELOOP` or `EXDEV` where a link or a mount leads out of the directory: no scan would
-/// find the file there. The unfinished name is gone then.
+/// find the file there. What is left under the unfinished name is the caller's to [`discard`].
 pub fn write_value(
     root: &Path,
     name: &Path,
