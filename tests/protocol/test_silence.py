@@ -20,6 +20,7 @@ from support import (
     until,
 )
 from zcache import CacheStore
+from zcache._backends import base
 from zcache._backends.listings import DirectoryListings
 from zcache._index.handle import ignore
 from zcache._runtime.threads import THREADS
@@ -180,6 +181,32 @@ def test_hit_that_is_collected_with_its_event_loop_ends_quietly(
     del reader, loop
     gc.collect()
     assert [one.exc_value for one in said] == []
+
+
+class SlowStore(DictStore):
+    """Takes a moment for each read."""
+
+    async def get(self, *args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await super().get(*args, **options)
+
+
+async def test_large_value_has_the_time_that_its_bytes_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a slow disk does not read in a second would never be served."""
+    monkeypatch.setattr(base, "READ_TIMEOUT", 0.02)
+    monkeypatch.setattr(base, "READ_RATE", 2**14)
+    values = {"large": bytes(2**20), "small": VALUE}
+    source = DictStore(values)
+    store = CacheStore(source, cache_store=SlowStore())
+    for key in values:
+        await read_through(store, key)
+    asked = source.counts["get"]
+    assert await read(store, "large") == values["large"]
+    assert source.counts["get"] == asked
+    assert await read(store, "small") == VALUE
+    assert source.counts["get"] == asked + 1
 
 
 async def test_listing_that_the_cache_store_never_answers_opens_the_circuit_breaker(

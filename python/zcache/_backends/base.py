@@ -34,11 +34,18 @@ ABSENT: Final = False
 BUSY: Final = -1
 """Stands for a hit or miss that is not known yet: the lock of the index was taken."""
 READ_TIMEOUT: Final = 1.0
-"""Seconds within which the cache store has to answer a hit; then the source serves it."""
+"""Seconds within which the cache store has to answer a hit, beside what its bytes take; then the source serves it."""
+READ_RATE: Final = 2**26
+"""Bytes that it has to read in each further second: the first hit of a process reads all of a value, however large."""
 DELETE_TIMEOUT: Final = 1.0
 """Seconds that a write or delete waits for the cache store to drop what is outdated."""
 WRITE_TIMEOUT: Final = 30.0
 """Seconds that one value may take to be written before that counts as a failure."""
+
+
+def read_timeout(size: int) -> float:
+    """Seconds within which the cache store has to answer a hit of so many bytes."""
+    return READ_TIMEOUT + size / READ_RATE
 
 
 class FillJob:

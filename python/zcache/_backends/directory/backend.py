@@ -9,7 +9,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend
+from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, read_timeout
 from zcache._backends.directory.files import read_value
 from zcache._backends.directory.page_cache import PageCacheReader, is_supported
 from zcache._core import (
@@ -93,7 +93,8 @@ class DirectoryBackend(Backend):
     ) -> Buffer | None:
         root = self._root
         return await io.in_thread(
-            lambda: read_value(root, name, prototype, total, start, size), timeout=READ_TIMEOUT
+            lambda: read_value(root, name, prototype, total, start, size),
+            timeout=read_timeout(size),
         )
 
     async def turn(self, size: int) -> TryRead | None:

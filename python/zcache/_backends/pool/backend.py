@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from zcache._backends.base import READ_TIMEOUT, Backend
+from zcache._backends.base import Backend, read_timeout
 from zcache._backends.directory.backend import DirectoryBackend
 from zcache._backends.memory import MemoryBackend
 from zcache._backends.pool.reader import PagesInMemory
@@ -63,12 +63,12 @@ class PoolBackend(DirectoryBackend):
     ) -> Buffer | None:
         array = np.empty(size, "u1")
         is_read = await self._in_segments(
-            io, lambda segments: segments.read(name, array, total, start, size, True)
+            io, size, lambda segments: segments.read(name, array, total, start, size, True)
         )
         return to_buffer(array, prototype) if is_read else None
 
-    async def _in_segments(self, io: IO, read: Callable[[SegmentReader], T]) -> T | None:
-        """Read something from the segments, in a thread. The index says where, so it is a step of that.
+    async def _in_segments(self, io: IO, size: int, read: Callable[[SegmentReader], T]) -> T | None:
+        """Read so many bytes from the segments, in a thread. The index says where, so it is a step of that.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class PoolBackend(DirectoryBackend):
                 raise OSError(str(error)) from None
 
         call = partial(self.shared.handle.call_blocking, step)
-        return await io.in_thread(call, timeout=READ_TIMEOUT)
+        return await io.in_thread(call, timeout=read_timeout(size))
 
     async def remove_key(
         self, io: IO, key: str, victims: Sequence[Victim], *, begins: bool
@@ -121,7 +121,7 @@ class PoolBackend(DirectoryBackend):
         return self._source.files.delete([name for _, name in victims])
 
     async def recorded_size_and_checksum(self, io: IO, name: str) -> tuple[int, int] | None:
-        return await self._in_segments(io, lambda segments: segments.recorded(name))
+        return await self._in_segments(io, 0, lambda segments: segments.recorded(name))
 
     async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002 - a header that is not right is none
         return None

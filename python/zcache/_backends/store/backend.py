@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
 
-from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT, Backend
+from zcache._backends.base import DELETE_TIMEOUT, WRITE_TIMEOUT, Backend, read_timeout
 from zcache._backends.store.listing import WRITING, Listing
 from zcache._backends.tombstones import RANGES, key_of, tombstone
 from zcache._byte_ranges import ByteRange, to_request
@@ -75,7 +75,7 @@ class StoreBackend(Backend):
         request = to_request(part)
         store = self.store
         found = await io.call(
-            READ_TIMEOUT,
+            read_timeout(wanted),
             lambda: store.get(name, prototype, request),
             lambda: store.get_sync(name, prototype=prototype, byte_range=request),
         )
