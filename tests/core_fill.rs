@@ -340,13 +340,19 @@ fn fill_after_tmp_was_removed_makes_it() {
 
 #[test]
 fn fill_with_unfinished_bytes_that_stay_keeps_their_room_until_they_go() {
-    let dir = Dir::new("left");
+    let mut dir = Dir::new("left");
+    let tmp = dir.at(".zcache/tmp");
+    let files = CacheDir::new(dir.root.clone(), tmp.clone());
     // Whatever its unfinished name is, a folder has it: that is neither made nor unlinked.
-    let (process, tmp) = (std::process::id(), dir.at(".zcache/tmp"));
-    for number in 0..2000 {
-        fs::create_dir(tmp.join(format!("s1-{process}-{number}"))).unwrap();
-        fs::create_dir(tmp.join(format!("s0-{process}-{number}"))).unwrap();
+    for slot in 0..2 {
+        let name = files.unfinished(Some(slot));
+        let (stem, number) = name.to_str().unwrap().rsplit_once('-').unwrap();
+        let first: u64 = number.parse().unwrap();
+        for number in first..first + 100 {
+            fs::create_dir(format!("{stem}-{number}")).unwrap();
+        }
     }
+    dir.fills = Fills::new(Arc::clone(&dir.index), files, 2, Box::new(drop));
     let report = dir.fill("a", 600);
     assert!(matches!(report.ending, Ending::Failed(_)), "{report:?}");
     assert_eq!(report.delete_errors.len(), 1, "{report:?}");

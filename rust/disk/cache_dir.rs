@@ -178,7 +178,8 @@ impl CacheDir {
     }
 
     /// A name that no other file has, of the participant with this slot.
-    pub(super) fn unfinished(&self, slot: Option<usize>) -> PathBuf {
+    #[must_use]
+    pub fn unfinished(&self, slot: Option<usize>) -> PathBuf {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         // A forked child has the rest of its parent.
