@@ -35,6 +35,8 @@ from zcache.testing import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import pytest
+
 # As the fixture `block_size` has it, for processes that a test starts.
 set_block_size(1)
 
@@ -249,3 +251,8 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What zcache has logged. asyncio may speak of tasks that earlier tests have left."""
+    return [record.getMessage() for record in caplog.records if record.name == "zcache"]
