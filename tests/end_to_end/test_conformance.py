@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import pytest
 from zarr.core.buffer import Buffer, cpu
-from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
+from zarr.storage import (
+    FsspecStore,
+    LocalStore,
+    LoggingStore,
+    MemoryStore,
+    ObjectStore,
+    WrapperStore,
+)
 from zarr.testing.store import LatencyStore, StoreTests
 
 from doubles import WatchedStore
@@ -187,6 +194,41 @@ class TestMemoryWrapped(CacheStoreTests):
 
     def make_cache(self, path: Path) -> Store:
         return WatchedStore(MemoryStore())
+
+
+class TestObjectLocal(CacheStoreTests):
+    """A source that another library reads, by coroutines only."""
+
+    skips: ClassVar[dict[str, str]] = {
+        name: "the source has coroutines only"
+        for name in dir(StoreTests)
+        if name.startswith("test_") and "sync" in name
+    }
+    path: Path
+
+    def make_source(self, path: Path) -> Store:
+        self.path = path
+        return ObjectStore(pytest.importorskip("obstore.store").LocalStore(prefix=str(path)))
+
+    def make_cache(self, path: Path) -> Any:
+        return LocalStore(path)
+
+    async def set(self, store: CacheStore, key: str, value: Buffer) -> None:
+        path = self.path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(value.to_bytes())
+
+    async def get(self, store: CacheStore, key: str) -> Buffer:
+        return buf((self.path / key).read_bytes())
+
+
+class TestFsspecPool(TestObjectLocal):
+    def make_source(self, path: Path) -> Store:
+        self.path = path
+        return FsspecStore.from_url(f"file://{path}", storage_options={"auto_mkdir": True})
+
+    def make_cache(self, path: Path) -> Any:
+        return pool_with_neighbours(path)
 
 
 class TestNoRoom(CacheStoreTests):
