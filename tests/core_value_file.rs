@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use zcache::disk::folders;
 use zcache::disk::ownership::{self, PENDING, SIGNATURE};
@@ -163,7 +163,7 @@ fn write_value_folder_that_others_remove_meanwhile_is_counted() {
     let grown: i64 = thread::scope(|scope| {
         let remover = scope.spawn(|| {
             while !is_done.load(Ordering::Relaxed) {
-                removal::remove_value(&place.0, Path::new("a/b/c")).unwrap();
+                removal::remove_below(&place.0, Path::new("a/b/c")).unwrap();
             }
             folders::take_folders()
         });
@@ -175,68 +175,4 @@ fn write_value_folder_that_others_remove_meanwhile_is_counted() {
         remover.join().unwrap() + folders::take_folders()
     });
     assert_eq!(folder_bytes(&place.0), before + grown);
-}
-
-/// Lets the folders of a name seem to be as they are for long.
-fn settle(place: &Place, name: &str) {
-    let long_ago = SystemTime::now() - Duration::from_secs(3600);
-    for above in Path::new(name).ancestors().skip(1) {
-        let folder = fs::File::open(place.0.join(above)).unwrap();
-        folder.set_modified(long_ago).unwrap();
-    }
-}
-
-#[test]
-fn write_value_folders_that_are_found_empty_count_from_then_on() {
-    let place = Place::new("found");
-    for name in ["tmp", "a/b/c", "d", "e/theirs"] {
-        fs::create_dir_all(place.at(name)).unwrap();
-    }
-    for name in ["a/b/c/1", "d/2", "e/3"] {
-        settle(&place, name);
-    }
-    let of_others = folder_bytes(&place.at("e")) + folder_bytes(&place.at("tmp"));
-    let own =
-        |place: &Place| i64::try_from(fs::metadata(&place.0).unwrap().blocks()).unwrap() * 512;
-    let before = own(&place);
-    for name in ["a/b/c/1", "d/f/2", "e/3", "a/b/c/4"] {
-        write(&place, name, b"").unwrap();
-    }
-    let grown = folders::take_folders();
-    assert_eq!(before + grown, folder_bytes(&place.0) - of_others);
-    for name in ["a/b/c/1", "d/f/2", "e/3", "a/b/c/4"] {
-        removal::remove_below(&place.0, Path::new(name)).unwrap();
-    }
-    assert_eq!(folders::take_folders(), -grown);
-    assert!(!place.at("a").exists() && !place.at("d").exists());
-    assert!(place.at("e/theirs").exists());
-}
-
-#[test]
-fn remove_below_without_a_value_leaves_empty_folders() {
-    let place = Place::new("empty");
-    fs::create_dir_all(place.at("a/b")).unwrap();
-    for name in ["a/b/c", "a/b", "a/d/e"] {
-        removal::remove_below(&place.0, Path::new(name)).unwrap();
-        assert!(removal::remove_key(&place.0, name).is_empty());
-    }
-    assert!(place.at("a/b").exists());
-    assert_eq!(folders::take_folders(), 0);
-    // One that others have taken away has left its folders.
-    removal::remove_value(&place.0, Path::new("a/b/c")).unwrap();
-    assert!(!place.at("a").exists());
-}
-
-#[test]
-fn write_value_empty_folder_of_its_name_stays() {
-    let place = Place::new("in-the-way");
-    for name in ["tmp", "a/b"] {
-        fs::create_dir_all(place.at(name)).unwrap();
-    }
-    let refused = write(&place, "a", b"ours");
-    assert!(
-        matches!(&refused, Err(WriteError::Io(error)) if error.kind() == ErrorKind::AlreadyExists),
-        "{refused:?}"
-    );
-    assert!(place.at("a/b").exists());
 }

@@ -53,6 +53,7 @@ __all__ = [
     "read_record",
     "read_resident",
     "recorded_size_and_checksum",
+    "remove_empty_folder",
     "remove_files",
     "remove_key",
     "remove_victims",
@@ -1240,6 +1241,9 @@ def take_folder_bytes() -> int:
 
 def sign_file(root: str, name: str, fetched: int, /) -> None:
     """Say that a file in a cache directory is a value of zcache's, fetched at this time in milliseconds since 1970."""
+
+def remove_empty_folder(root: str, name: str, /) -> bool:
+    """Remove a folder in a cache directory that holds nothing but empty folders. Whether it is gone."""
 
 def remove_key(root: str, key: str, /) -> list[tuple[str, OSError]]:
     """Remove what a cache directory holds of a key, ranges included; names that stayed, and why."""

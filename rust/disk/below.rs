@@ -88,7 +88,7 @@ const READ: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK);
 
 /// To list a folder, ...
-pub(super) const LIST: OFlags = OFlags::RDONLY
+const LIST: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
@@ -207,11 +207,12 @@ pub fn open_value(root: &Path, name: &Path) -> io::Result<OwnedFd> {
     Ok(Root::open(root)?.open_below(name, READ)?)
 }
 
-/// Opens a folder in one that is open.
-pub(super) fn open_in(folder: impl AsFd, name: &Path) -> Result<OwnedFd> {
-    match beneath(folder.as_fd(), name, FOLDER) {
+/// Opens a folder in one that is open, to list it or not.
+pub(super) fn open_in(folder: impl AsFd, name: &Path, lists: bool) -> Result<OwnedFd> {
+    let flags = if lists { LIST } else { FOLDER };
+    match beneath(folder.as_fd(), name, flags) {
         // One name leads nowhere else but by a link, which is not followed.
-        Err(error) if is_unknown(error) => openat(folder, name, FOLDER, Mode::empty()),
+        Err(error) if is_unknown(error) => openat(folder, name, flags, Mode::empty()),
         opened => opened,
     }
 }

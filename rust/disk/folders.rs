@@ -5,34 +5,23 @@
 //! folder has grown two processes may both count, and one that dies has counted what it removed as still there; both
 //! are too much, and a rebuild corrects them. The sum may be below 0 for a moment, where
 //! the removal is told first: what was made and not told yet is covered by a reservation.
-//!
-//! So a folder is zcache's, and counts, while a value lies in it or below, no matter who made it. One that is empty is
-//! neither counted nor removed, and counts once a value comes into it. Only where others have made a folder just
-//! before that, or have emptied one of theirs that has a value in it, its blocks are missing from the books when it goes.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use rustix::fs::{
-    AtFlags, Dir, Mode, Stat, Timespec, Timestamps, UTIME_NOW, fstat, futimens, mkdirat, unlinkat,
-};
+use rustix::fs::{AtFlags, Mode, Stat, fstat, mkdirat, unlinkat};
 use rustix::io::Errno;
 
-use super::below::{At, FOLDER, LIST, Root, open_in};
+use super::below::{At, FOLDER, Place, Root, names_in, open_in};
 
 /// Time between two looks whether another thread has changed its folder: about as long as that takes.
 const PAUSE: Duration = Duration::from_micros(20);
 
 /// Times that a folder is made again while others remove empty ones.
 const TRIES: u32 = 64;
-
-/// Time after which an empty folder is none that another process has just made or emptied: the next call of each puts
-/// something into it, or removes it.
-const SETTLED: Duration = Duration::from_secs(2);
 
 /// Folders that stay when they are empty.
 const STAY: &str = ".zcache";
@@ -128,7 +117,7 @@ pub(super) fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
 /// Opens a folder, and makes it where there is none.
 fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
     let mut made = 0i64;
-    let mut opened = open_in(at.folder, at.name);
+    let mut opened = open_in(at.folder, at.name, false);
     for _ in 0..TRIES {
         if !matches!(opened, Err(Errno::NOENT)) {
             break;
@@ -144,7 +133,7 @@ fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
                 break;
             }
         }
-        opened = open_in(at.folder, at.name);
+        opened = open_in(at.folder, at.name, false);
     }
     if made > 0 {
         // Those that are gone again were as empty as the last one. Where that is gone as well, so is the folder that
@@ -159,76 +148,33 @@ fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
     opened
 }
 
-/// Counts the folders above a name that hold nothing else: others have made those, or a death has left them, and from now
-/// on they are zcache's. What a fill or an eviction is at work in at this moment is young, and counted already.
-pub(super) fn count_found(root: &Root<'_>, name: &Path) {
-    let mut below = name;
-    while let Some(above) = below.parent() {
-        if above.as_os_str().is_empty() || above == Path::new(STAY) {
-            return;
-        }
-        match root.open_below(above, FOLDER) {
-            Ok(folder) if is_settled(&folder) => {
-                if !take_over(root, above, below) {
-                    return;
-                }
-            }
-            // It will be made.
-            Err(Errno::NOENT) => {}
-            _ => return,
-        }
-        below = above;
-    }
-}
-
-/// Counts a folder that holds nothing but what may be `below`. Whether it was so.
-fn take_over(root: &Root<'_>, name: &Path, below: &Path) -> bool {
-    let Ok(folder) = root.open_below(name, LIST) else {
-        return false;
-    };
-    let _one_at_a_time = OneAtATime::begin();
-    if !is_settled(&folder) || !holds_at_most(&folder, below) {
+/// Removes a folder that holds nothing but empty folders. Whether it is gone.
+pub(super) fn remove_empty_at(at: At<'_>) -> bool {
+    if !at.is_folder() {
         return false;
     }
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: UTIME_NOW,
-    };
-    let times = Timestamps {
-        last_access: now,
-        last_modification: now,
-    };
-    // So that no other thread counts it as well.
-    let Ok(status) = futimens(&folder, &times).and_then(|()| fstat(&folder)) else {
-        return false;
-    };
-    count_folders(blocks(&status));
-    true
-}
-
-/// Whether nothing was made or removed in a folder for a while.
-fn is_settled(folder: &OwnedFd) -> bool {
-    let Ok(status) = fstat(folder) else {
-        return false;
-    };
-    let changed = u64::try_from(status.st_mtime).map_or(UNIX_EPOCH, |seconds| {
-        UNIX_EPOCH + Duration::from_secs(seconds)
+    let found = open_in(at.folder, at.name, true).and_then(|folder| {
+        let names = names_in(&folder)?;
+        Ok((folder, names))
     });
-    SystemTime::now()
-        .duration_since(changed)
-        .is_ok_and(|age| age > SETTLED)
+    let Ok((folder, names)) = found else {
+        return false;
+    };
+    let mut all_gone = true;
+    for name in &names {
+        all_gone &= remove_empty_at(At {
+            folder: folder.as_fd(),
+            name,
+        });
+    }
+    all_gone && remove_folder(at).is_ok()
 }
 
-fn holds_at_most(folder: &OwnedFd, below: &Path) -> bool {
-    let own = below.file_name().map_or(&[][..], OsStrExt::as_bytes);
-    Dir::read_from(folder).is_ok_and(|mut entries| {
-        entries.all(|entry| {
-            entry.is_ok_and(|entry| {
-                let name = entry.file_name().to_bytes();
-                name == b"." || name == b".." || name == own
-            })
-        })
-    })
+/// Removes the folder of this name in a cache directory if it holds nothing but empty folders. Whether it is
+/// gone.
+#[must_use]
+pub fn remove_empty(root: &Path, name: &Path) -> bool {
+    Place::find(root, name).is_ok_and(|place| remove_empty_at(place.at()))
 }
 
 /// Removes the folders above a name that are empty.

@@ -78,50 +78,44 @@ pub enum Was {
     Foreign,
 }
 
-/// Removes what there may be under this name in a cache directory, and with it the folders above that are empty
+/// Removes the value of this name from a cache directory, and the folders above it that are empty
 /// then. A file that zcache did not write stays, and is no error.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
 pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
-    remove_and_prune(root, name, |was| was == Was::Value).map(drop)
+    remove_value(root, name).map(drop)
 }
 
-/// Removes a value that should be there, and the folders above it that are empty then, also where others have removed it.
-/// Says what was there.
+/// The same; says what was there.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
 pub fn remove_value(root: &Path, name: &Path) -> io::Result<Was> {
-    remove_and_prune(root, name, |was| was != Was::Foreign)
-}
-
-fn remove_and_prune(root: &Path, name: &Path, prunes: fn(Was) -> bool) -> io::Result<Was> {
     let root = match Root::open(root) {
         Ok(root) => root,
         Err(error) => return nothing(error),
     };
-    let was = remove_only(&root, name)?;
-    if prunes(was) {
-        prune(&root, name);
-    }
-    Ok(was)
-}
-
-fn remove_only(root: &Root<'_>, name: &Path) -> io::Result<Was> {
     let place = match root.find(name) {
         Ok(place) => place,
-        Err(error) => return nothing(error),
+        Err(error) => {
+            if !leads_elsewhere(error) {
+                prune(&root, name);
+            }
+            return nothing(error);
+        }
     };
-    match remove_owned(place.at(), &[Owner::Ours, Owner::Pending]) {
-        Ok(true) => Ok(Was::Value),
+    let was = match remove_owned(place.at(), &[Owner::Ours, Owner::Pending]) {
+        Ok(true) => Was::Value,
         // A folder is no value.
-        Ok(false) if place.at().is_folder() => Ok(Was::Nothing),
-        Ok(false) => Ok(Was::Foreign),
-        Err(error) => nothing(error),
-    }
+        Ok(false) if place.at().is_folder() => return Ok(Was::Nothing),
+        Ok(false) => return Ok(Was::Foreign),
+        Err(error) => nothing(error)?,
+    };
+    prune(&root, name);
+    Ok(was)
 }
 
 /// That nothing is there, if an error says so.

@@ -11,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::below::{At, Place, Root, is, open_value};
-use super::folders::{change_in, count_found, make_folders, prune};
+use super::folders::{change_in, make_folders, prune, remove_empty_at};
 use super::ownership::{
     MILLI, Owner, PENDING, Record, SIGNATURE, SourceDigest, modified, owner, set_modified,
     write_record,
@@ -125,7 +125,6 @@ fn publish_below<'n>(
     name: &'n Path,
 ) -> io::Result<Place<'n>> {
     let mut tries = 0;
-    count_found(root, name);
     loop {
         let published = root.find(name).and_then(|place| {
             change_in(place.at(), |at| give_name(unfinished, at))?;
@@ -295,7 +294,7 @@ impl Value<'_> {
         match publish() {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let place = self.root.find(self.name)?;
-                if !remove_pending(place.at())? {
+                if !remove_pending(place.at())? && !remove_empty_at(place.at()) {
                     let ours = owner(place.at())? != Owner::Foreign;
                     return Err(if ours {
                         WriteError::Unlisted

@@ -127,8 +127,7 @@ impl Values {
     pub(super) fn clear(&self, value: &NewValue<'_>) -> io::Result<()> {
         match (self, value.placed) {
             (Values::Segments(files), Some(placed)) => files.delete(placed),
-            // With the folders that were made for it.
-            _ => removal::remove_value(value.root, Path::new(value.name)).map(drop),
+            _ => removal::remove_below(value.root, Path::new(value.name)),
         }
     }
 

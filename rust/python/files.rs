@@ -194,6 +194,12 @@ pub(super) fn sign_file(
 }
 
 #[pyfunction]
+#[pyo3(signature = (root, name, /))]
+pub(super) fn remove_empty_folder(py: Python<'_>, root: PathBuf, name: PathBuf) -> bool {
+    py.detach(|| folders::remove_empty(&root, &name))
+}
+
+#[pyfunction]
 pub(super) fn take_folder_bytes() -> i64 {
     folders::take_folders()
 }

@@ -114,6 +114,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::remove_key, module)?)?;
         module.add_function(wrap_pyfunction!(files::is_absent, module)?)?;
         module.add_function(wrap_pyfunction!(files::write_tombstone, module)?)?;
+        module.add_function(wrap_pyfunction!(files::remove_empty_folder, module)?)?;
         module.add_function(wrap_pyfunction!(files::read_record, module)?)?;
         module.add_function(wrap_pyfunction!(files::file_holds, module)?)?;
         module.add_function(wrap_pyfunction!(files::take_folder_bytes, module)?)?;

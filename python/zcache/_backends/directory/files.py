@@ -32,6 +32,7 @@ from zcache._core import (
     open_folder,
     open_value,
     read_record,
+    remove_empty_folder,
     remove_files,
     sign_file,
 )
@@ -146,6 +147,19 @@ def remove_value(root: str, name: str) -> None:
         raise error
 
 
+def remove_empty_folders(root: str) -> None:
+    """Remove the folders in a cache directory that hold nothing but empty folders."""
+    for above in ("", ".zcache/ranges"):
+        with contextlib.suppress(OSError), listed(root, above) as entries:
+            inside = list(entries)
+            for entry in inside:
+                # Such as .zcache itself; others are the system's.
+                if entry.name.startswith(".") or entry.name in TOLERATED:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    remove_empty_folder(root, f"{above}/{entry.name}".lstrip("/"))
+
+
 @contextlib.contextmanager
 def listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
     """What is in a folder of a cache directory; a link or a mount leads nowhere."""
@@ -195,8 +209,7 @@ def _read_at(file: int, into: memoryview, start: int) -> int:
 def count_folders(root: str, values: Iterable[str]) -> int:
     """Bytes of the folders that hold values of these names, and of what else zcache keeps in a cache directory.
 
-    Other folders are others', or empty: neither counts. The files of the index count as nothing: they are kept
-    beside the bound.
+    Other folders are others'. The files of the index count as nothing: they are kept beside the bound.
     """
     counted = {"", *_OWN_FOLDERS}
     for value in values:

@@ -117,6 +117,9 @@ class Scanner:
         self.strict = False
         if finder.foreign:
             self.say_in_the_way(finder.foreign)
+        # What an eviction has left behind where its process died before it went.
+        if not self.only_looks:
+            files.remove_empty_folders(self._root)
         for start in range(0, len(found), _BATCH):
             batch = found[start : start + _BATCH]
             handle = handle_of_now()
