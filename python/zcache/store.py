@@ -25,6 +25,7 @@ from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
+from zcache._backends.ownership import trust, trusted_root
 from zcache._byte_ranges import check_byte_range, to_byte_range
 from zcache._cache import Cache
 from zcache._cache_options import CacheOptions, parse_options
@@ -856,6 +857,7 @@ class CacheStore(Store, KeepsDecoded):
             "options": replace(self._options, source_id=cache.source_id.name, adopt=False),
             "set": self.cache_set_data,
             "own_decoded": own,
+            "trusted": trusted_root(kept),
             "token": cache.token,
             "open": self._is_open,
             "more": self._of_subclass(),
@@ -865,6 +867,8 @@ class CacheStore(Store, KeepsDecoded):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         store, token, options = state["store"], state["token"], state["options"]
+        if (trusted := state["trusted"]) is not None:
+            trust(trusted)
         cache = _cache.find(token)
         if cache is not None:
             source = source_of_copy(cache, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Final
 
 from zcache.exceptions import CacheOwnershipError
@@ -13,6 +14,25 @@ _POOL: Final = "pool "
 """Beginning of the format of a pool, whichever."""
 POOL_FORMAT: Final = f"{_POOL}1"
 """Format of a pool."""
+_trusted: Final[set[str]] = set()
+"""Directories that this process was told to adopt, or who has sent it a store over one: another user may own them."""
+
+
+def trust(root: str) -> None:
+    """Use a directory from now on, whoever owns it."""
+    _trusted.add(root)
+
+
+def is_trusted(root: str) -> bool:
+    """Whether it was said that another user may own a directory."""
+    return root in _trusted
+
+
+def trusted_root(cache: Any) -> str | None:
+    """The directory of a cache store, if it is trusted, for copies in other processes."""
+    root = getattr(cache, "root", None)
+    path = os.path.realpath(root) if isinstance(root, (str, os.PathLike)) else None
+    return path if path in _trusted else None
 
 
 def is_stamp(text: bytes) -> bool:

@@ -18,7 +18,7 @@ use super::resident::Resident;
 use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
-use crate::disk::below::{FOLDER, names_in, open_folder};
+use crate::disk::below::{FOLDER, names_in, open_cached, open_folder};
 use crate::shared::make_way;
 
 /// Segments that one process has open at most.
@@ -320,6 +320,14 @@ impl SegmentFiles {
         waits: bool,
         is_alone: bool,
     ) -> io::Result<Got> {
+        if is_alone && !waits {
+            // Where to look for the path has to be waited for, who waits does so.
+            let path = self.root.join(name_of(placed.segment));
+            return match open_cached(&path) {
+                Ok(file) => self.read_now(&File::from(file), placed, name, start, into),
+                Err(_) => Ok(Got::NotNow),
+            };
+        }
         let purposes: &[For] = if is_alone {
             &[For::ReadAtPath]
         } else {

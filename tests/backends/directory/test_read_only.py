@@ -163,7 +163,7 @@ async def test_read_only_volume(tmp_path: Path, lose: str | None) -> None:
 
 
 _AS_SOMEBODY = """
-import asyncio, os, sys, time
+import asyncio, os, pickle, subprocess, sys, time
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 from zcache import CachePool, CacheStore, CacheUnreachableError
@@ -192,6 +192,12 @@ async def main():
     assert not await source.inner.exists("b")
 asyncio.run(main())
 print(source.calls["get"])
+if adopt:
+    # A worker gets what its parent may use.
+    copy = CacheStore(MemoryStore(), cache_store=cache, source_id="source", adopt=True)
+    taken = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).is_cached('a/c/5'))"
+    done = subprocess.run([sys.executable, "-c", taken], input=pickle.dumps(copy), check=True, capture_output=True)
+    assert done.stdout.strip() == b"True", done.stdout
 """
 
 
@@ -238,3 +244,4 @@ async def test_another_users_directory_is_read_only_where_that_is_asked_for(
         return  # A pool is not adopted.
     done = as_somebody(where, kind, how)
     assert done.stdout.strip() == "0", done.stderr
+    assert done.returncode == 0, done.stderr

@@ -77,7 +77,6 @@ class Layout:
         self.is_others = self.is_read_only = False
         self.has_own_index = self.folds_names = False
         self.mode = 0o700
-        self._is_adopted = False
         self._block_size = 1
 
     def claim(self, *, adopt: bool) -> None:
@@ -90,8 +89,6 @@ class Layout:
         OSError
             If it cannot be used.
         """
-        # Also when the directory is used again later.
-        self._is_adopted |= adopt
         self.stamp = Stamp(
             self.root,
             self.reserved,
@@ -138,8 +135,8 @@ class Layout:
         return owner is not None
 
     def trusts_owner(self) -> bool:
-        """Whether the directory may be another user's."""
-        return self._is_adopted
+        """Whether the directory may be another user's, though no one has said so."""
+        return False
 
     def check(self) -> None:
         """See once more which source owns the directory: others may have taken it over or removed it.

@@ -22,10 +22,12 @@ from zcache._backends.directory import files
 from zcache._backends.ownership import (
     FORMAT,
     is_stamp,
+    is_trusted,
     not_ours,
     other_source,
     other_user,
     parse_stamp,
+    trust,
 )
 from zcache._core import IndexBusyError, make_way
 from zcache._source.identity import EPHEMERAL
@@ -105,7 +107,10 @@ class Stamp:
         self.paths = self._path, self._copy
         self._identity: tuple[int, int] | None = None
         self.is_doubtful = self.has_adopted = False
-        self._trusts_owner = adopt or trusts_owner
+        if adopt:
+            # Also when it is used again later.
+            trust(root)
+        self._trusts_owner = trusts_owner or is_trusted(root)
         self.source = source
         self.is_foreign = False
         self.check(adopt=adopt)
