@@ -221,6 +221,11 @@ class Backend(ABC):
         """Whether the index knows of each change that is made through this cache store."""
         return self.shared.handle.usable
 
+    @property
+    def completes(self) -> bool:
+        """Whether something is at work, or may be, that has the index know all that is cached."""
+        return True
+
     async def hear_of_changes(self, io: IO) -> bool:  # noqa: ARG002 - where nothing is told by name
         """Have the index know of each change that has ended, where `tells_by_name`.
 

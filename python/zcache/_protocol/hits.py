@@ -396,7 +396,7 @@ class Hits:
     async def wait_until_complete(self, io: IO) -> bool:
         """Wait until the index knows all that is cached; False where it does already.
 
-        A minute at most, counted from the first who waits, and not for a listing that has failed.
+        A minute at most, counted from the first who waits, and only while something is at work on it.
         """
         with contextlib.suppress(IndexLockTimeout):
             if await self.handle.call(io, is_complete):
@@ -409,7 +409,9 @@ class Hits:
                 if await self.handle.call(io, is_complete):
                     self._incomplete_since = math.inf
                     break
-            if self.breaker.is_open("list"):
+            if not self.backend.completes:
+                # The next try has a minute of its own.
+                self._incomplete_since = math.inf
                 break
             await io.pause(COMPLETE_PAUSE)
         return True

@@ -129,11 +129,6 @@ class CircuitBreaker:
         failures = self.failing.get(operation)
         return failures is None or not failures.is_open or self.clock() >= failures.open_until
 
-    def is_open(self, operation: Operation) -> bool:
-        """Whether this kind of operation fails, whether or not it may be tried again by now."""
-        failures = self.failing.get(operation)
-        return failures is not None and failures.is_open
-
     def patience(self, operation: Operation, seconds: float) -> float:
         """How long to wait for an operation that goes on without its caller: `seconds`, or 0 where none was answered lately.
 

@@ -29,10 +29,12 @@ T = TypeVar("T")
 
 THREADS: Final = 8
 """Threads of one place that read, delete and write: as many requests as one disk serves well at once."""
-BACKGROUND: Final = 64
-"""Works in the background at once. A place has one of each kind."""
+BACKGROUND: Final = 256
+"""Works in the background at once. A place has one of each kind, so that many places have to hang before others wait."""
 IDLE: Final = 10.0
-"""Seconds after which a thread ends that has nothing to do."""
+"""Seconds after which a thread ends that has nothing to do, ..."""
+SPARE: Final = 16
+"""... and how many of the process wait for that; others end at once."""
 
 
 class NoThreadError(RuntimeError):
@@ -152,14 +154,25 @@ class Threads:
             self._idle += 1
             try:
                 while not self._calls:
-                    if not self._changed.wait(IDLE) and not self._calls:
+                    if not self._wait() and not self._calls:
                         self._end(life)
                         return None
             finally:
                 self._idle -= 1
             return self._calls.popleft()
 
+    def _wait(self) -> bool:
+        """Wait for a call, unless enough others do so; whether one may have come."""
+        spare = _spare
+        if not spare.acquire(blocking=False):
+            return False
+        try:
+            return self._changed.wait(IDLE)
+        finally:
+            spare.release()
 
+
+_spare = threading.Semaphore(SPARE)
 # Those that start over in a forked child.
 _all_threads: Registry[Threads] = Registry()
 _computing = Threads(THREADS)
@@ -431,8 +444,9 @@ def _completions(loop: asyncio.AbstractEventLoop) -> _LoopCompletions:
 
 def _after_fork() -> None:
     """Start with threads and locks of our own: the parent's have stayed with it."""
-    global _lock, _all_completions
+    global _lock, _all_completions, _spare
     _lock = threading.RLock()
+    _spare = threading.Semaphore(SPARE)
     for threads in _all_threads.snapshot():
         threads.after_fork()
     _all_completions = weakref.WeakKeyDictionary()

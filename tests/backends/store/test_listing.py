@@ -11,6 +11,8 @@ import pytest
 from doubles import FaultyStore, SyncDictStore
 from support import buf, read, read_through, said, until, value_sync
 from zcache import CacheStore, OfflineError
+from zcache._backends.store.listing import WRITING
+from zcache._backends.tombstones import DROPPED, tombstone
 from zcache.testing import FakeClock, check_invariants_async
 
 if TYPE_CHECKING:
@@ -387,3 +389,44 @@ async def test_offline_reads_wait_once_for_a_listing(
     for key in SOURCE:
         with pytest.raises(OfflineError):
             await asyncio.wait_for(read(store, key), 30)
+
+
+class Stalling(Remote):
+    """Lists in the order of names, and stops before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = asyncio.Event()
+
+    async def list(self) -> AsyncIterator[str]:
+        names = sorted(self.values)
+        for name in names:
+            if name == names[-1]:
+                await self.goes_on.wait()
+            yield name
+
+
+@pytest.mark.parametrize("mark", [DROPPED, WRITING])
+async def test_listing_under_way_serves_nothing_that_is_marked(mark: str) -> None:
+    """What could not be deleted, or was never finished, is not valid before the listing has ended either."""
+    values = {f"d/{n:04}": b"0123456789" for n in range(600)}
+    source, before = SyncDictStore(values), Remote()
+    store = make(source, before)
+    await settled(store)
+    for key in values:
+        await read_through(store, key)
+    cache = Stalling()
+    cache.values = dict(before.values)
+    cache.values[mark + tombstone("d/0000").rpartition("/")[2]] = b""
+    source.values["d/0000"] = b"9876543210"
+    again = make(source, cache)
+    await read(again, "d/0001")
+    await until(lambda: again.cache_info()["cached_keys"] > 400)
+    for _ in range(3):
+        assert await read(again, "d/0000") == b"9876543210"
+    cache.goes_on.set()
+    assert await again.drain()
+    assert await read_through(again, "d/0000") == b"9876543210"
+    assert cache.values["d/0000"] == b"9876543210"
+    assert not [name for name in cache.values if name.startswith(mark)]
+    await check_invariants_async(again)

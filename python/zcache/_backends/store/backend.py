@@ -249,6 +249,12 @@ class StoreBackend(Backend):
 
     # -------------------------------------------------------------- listing
 
+    @property
+    def completes(self) -> bool:
+        # docstring inherited
+        listing: Listing | None = self._place.listing
+        return listing is None or listing.is_under_way()
+
     def begin(self, io: IO) -> None:
         listing: Listing | None = self._place.listing
         if listing is not None and not listing.begin(io, self.store, self.breaker):

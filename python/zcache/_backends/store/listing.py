@@ -91,6 +91,10 @@ class Listing:
         """Whether the index knows all that is stored."""
         return self._is_listed
 
+    def is_under_way(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.done is not None and not self.done.done()
+
     def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> bool:
         """List the store in the background, unless that is done or under way.
 
@@ -102,7 +106,7 @@ class Listing:
         if self._is_listed or self.refusal is not None:
             return True
         with self._lock:
-            if self.done is not None and not self.done.done() and not self._is_stuck():
+            if self.is_under_way() and not self._is_stuck():
                 return True
             if not breaker.allows("list"):
                 return False
@@ -165,15 +169,17 @@ class Listing:
         stamp = None if in_memory else await self._read_stamp(cache, where)
         is_ours = stamp is not None and stamp["source"] == self._source
         index = self._handle.index
-        marks: list[str] = []
+        # First, for what is marked must not be served, not even until the listing has ended.
+        marks = [name for mark in (DROPPED, WRITING) async for name in cache.list_prefix(mark)]
+        marked: set[str] = set()
         left: list[str] = []
         async for names in _portions(cache):
-            marks += [name for name in names if name.startswith((DROPPED, WRITING))]
             values = [name for name in names if _is_value(name)]
             if stamp is not None and not is_ours:
                 left += values
             elif is_ours or self._adopt or not values:
-                await self._enter(cache, index, values)
+                marked.update(map(key_of, with_tombstone(marks, values)))
+                await self._enter(cache, index, values, marked)
             else:
                 raise CacheOwnershipError(not_ours(where, values[0], self._source))
         # What a source has left that ended with its process is of no use to any other.
@@ -186,13 +192,14 @@ class Listing:
         await self._drop_marked(cache, index, marks)
         # From here on without a suspension: a change is either noted before or finds its entry.
         with self._lock:
-            victims = self._outdated(index)
+            outdated = self._outdated(index)
             index.finish_rebuild()
             self._is_listed = True
-        if victims:
-            await self._delete(cache, index, victims)
+        if outdated:
+            await self._delete(cache, index, outdated)
 
-    async def _enter(self, cache: Store, index: Index, values: list[str]) -> None:
+    async def _enter(self, cache: Store, index: Index, values: list[str], marked: set[str]) -> None:
+        """Take values in; those of marked keys as what could not be deleted."""
         limit = asyncio.Semaphore(_AT_ONCE)
 
         async def size(name: str) -> tuple[int, int, str] | None:
@@ -206,8 +213,12 @@ class Listing:
 
         found = await asyncio.gather(*map(size, values))
         # One that was told to end, and did not, may be overtaken.
-        if not self._is_listed:
-            index.adopt([value for value in found if value is not None])
+        if self._is_listed:
+            return
+        index.adopt([value for value in found if value is not None])
+        # Without a suspension since: no reader finds them.
+        for key in marked.intersection(map(key_of, values)):
+            index.confirm_deletes([], [cell for cell, _ in index.drop_missing(key)])
 
     def _outdated(self, index: Index) -> list[tuple[int, str]]:
         prefixes = [""] if "" in self._changed else sorted(self._changed)
@@ -231,22 +242,16 @@ class Listing:
 
     async def _drop_marked(self, cache: Store, index: Index, marks: list[str]) -> None:
         """Delete what has a tombstone or was never finished. What stays keeps its mark and counts."""
-        if not marks:
-            return
-        marked: list[str] = []
-        async for names in _portions(cache):
-            marked += with_tombstone(marks, filter(_is_value, names))
         stays: set[str] = set()
-        for name in marked:
-            for cell, victim in index.drop_missing(key_of(name)):
-                try:
-                    await cache.delete(victim)
-                except Exception:  # noqa: BLE001 - whatever the cache store raises, it is tried again
-                    stays.add(tombstone(victim).rpartition("/")[2])
-                    index.confirm_deletes([], [cell])
-                else:
-                    index.confirm_deletes([cell], [])
-                self._seen += 1
+        for cell, name in index.failed_deletes(2**31) if marks else ():
+            try:
+                await cache.delete(name)
+            except Exception:  # noqa: BLE001 - whatever the cache store raises, it is tried again
+                stays.add(tombstone(name).rpartition("/")[2])
+                index.confirm_deletes([], [cell])
+            else:
+                index.confirm_deletes([cell], [])
+            self._seen += 1
         for name in marks:
             if name.rpartition("/")[2] not in stays:
                 with contextlib.suppress(Exception):
