@@ -76,8 +76,9 @@ SIGNATURE: Final[int]
 PENDING: Final[int]
 """The same as long as the value is not committed."""
 VALUE_HEADER: Final[int]
-MAX_KEY: Final[int]
 """Bytes that stand before each value in a segment of a pool."""
+MAX_KEY: Final[int]
+"""Bytes of the longest key that is cached."""
 
 _Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]

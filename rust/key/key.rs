@@ -20,9 +20,9 @@ pub const RESERVED: &str = ".zcache/";
 /// not cached: no Zarr hierarchy in use has them, and storing them took a second string layout.
 pub const MAX_LABEL: usize = 128;
 
-/// Bytes of the longest key that is cached: no file system takes a longer path. Steps of an index do something for each
-/// folder above a key, and with the whole of its path.
-pub const MAX_KEY: usize = 4096;
+/// Bytes of the longest key that is cached. A path has at most 4,095, and a range has a folder, and its numbers, beside the
+/// key.
+pub const MAX_KEY: usize = 4000;
 
 /// Whether a cache may hold this key: a plain relative path, so that it names one value and only
 /// one key names it; outside the reserved prefix; and no longer, nor with longer parts, than fits into the index.

@@ -618,7 +618,7 @@ async def test_key_that_a_store_cannot_hold_takes_no_room(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["dict", "store", "directory", "pool", "pool_in_memory"])
-@pytest.mark.parametrize("length", [4097, 1_000_001], ids=["limit", "far"])
+@pytest.mark.parametrize("length", [4001, 1_000_001], ids=["limit", "far"])
 async def test_key_that_is_longer_than_any_path_is_never_cached(
     kind: str, length: int, tmp_path: Path
 ) -> None:
@@ -653,6 +653,21 @@ async def test_key_that_is_longer_than_any_path_is_never_cached(
     await drained(store)
     assert list(store.cached_keys()) == ["plain"]
     await check_invariants_async(store)
+
+
+async def test_key_of_the_longest_length_is_served_with_its_ranges(tmp_path: Path) -> None:
+    key = "d/" * 1999 + "xy"
+    source = DictStore({key: b"value"})
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="s")
+    ranges = [RangeByteRequest(0, 4), RangeByteRequest(1_000_000_000, 2_000_000_000), None]
+    for request in ranges:
+        assert await read_through(store, key, request) == await read(source, key, request)
+    asked = source.counts["get"]
+    for request in (ranges[0], ranges[2]):
+        assert await read(store, key, request) == (b"valu" if request else b"value")
+    assert source.counts["get"] == asked
+    assert store.cache_stats()["cache_failures"] == 0
+    assert await store.invalidate() >= 2
 
 
 @pytest.mark.parametrize("order", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a")])
