@@ -664,7 +664,7 @@ async def test_key_of_the_longest_length_is_served_with_its_ranges(tmp_path: Pat
         assert await read_through(store, key, request) == await read(source, key, request)
     asked = source.counts["get"]
     for request in (ranges[0], ranges[2]):
-        assert await read(store, key, request) == (b"valu" if request else b"value")
+        assert await read(store, key, request) == (b"value"[:4] if request else b"value")
     assert source.counts["get"] == asked
     assert store.cache_stats()["cache_failures"] == 0
     assert await store.invalidate() >= 2

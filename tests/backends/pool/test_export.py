@@ -354,8 +354,8 @@ async def test_name_that_no_source_has_is_refused(kind: str, tmp_path: Path) -> 
     await store.drain()
     for act in (pool.forget, partial(pool.export, store=MemoryStore())):
         with pytest.raises(OptionValueError) as caught:
-            await asyncio.to_thread(act, "s3://b/era5.zar")
-        assert "'s3://b/era5.zar' is no source of the pool" in str(caught.value)
+            await asyncio.to_thread(act, "s3://b/era6.zarr")
+        assert "'s3://b/era6.zarr' is no source of the pool" in str(caught.value)
         assert "Did you mean 's3://b/era5.zarr'?" in str(caught.value)
     assert store.is_cached("k")
     for _ in range(2):  # One that is forgotten may be forgotten again.
