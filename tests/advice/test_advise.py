@@ -534,7 +534,7 @@ def test_advice_about_other_policies_compares_with_the_present_one(policies: lis
         ({"policies": [3]}, OptionTypeError, "3"),
         ({"policies": 3}, OptionTypeError, "policies"),
         ({"policies": b"lru"}, OptionTypeError, "policies: b'lru'.*text, not bytes"),
-        ({"policies": [["lru"]]}, OptionTypeError, "policies: .'lru'.\\. Give any of"),
+        ({"policies": [["lru"]]}, OptionTypeError, "policies: .'lru'.\\. Give a list of any of"),
     ],
 )
 def test_advice_bad_options_are_named(
