@@ -41,7 +41,7 @@ pub trait Eviction: Debug + Default {
         Ok(true)
     }
 
-    /// A newcomer stays uncached because nothing goes for it, whoever decided that.
+    /// A newcomer stays uncached, for nothing goes for it: this policy has decided that, or a plan.
     fn turn_away<E: Entries>(&mut self, _entries: &mut E, _newcomer: Newcomer) -> Result<()> {
         Ok(())
     }

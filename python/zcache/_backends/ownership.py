@@ -19,7 +19,7 @@ _trusted: Final[set[str]] = set()
 
 
 def trust(root: str) -> None:
-    """Use a directory from now on, whoever owns it."""
+    """Use a directory from now on, also where another user owns it."""
     _trusted.add(root)
 
 

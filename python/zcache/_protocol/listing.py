@@ -167,7 +167,7 @@ class Lister:
             return None
         try:
             found = await io.in_thread(work, None, READ_TIMEOUT)
-        except NoThreadError:  # That says nothing of the cache store.
+        except NoThreadError:  # That is no fault of the cache store.
             return None
         except OSError as error:  # TimeoutError is one.
             self._breaker.failed(error, "list")

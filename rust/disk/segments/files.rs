@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, lstat, mkdir, open, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
 use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular};
@@ -18,7 +18,7 @@ use super::resident::Resident;
 use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
-use crate::disk::below::{FOLDER, names_in, open_cached, open_folder};
+use crate::disk::below::{FOLDER, names_in, open_cached, open_folder, open_value};
 use crate::shared::make_way;
 
 /// Segments that one process has open at most.
@@ -56,8 +56,6 @@ struct Opened {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum For {
     Read,
-    /// Only the file that lies at its path: what others did to the pool shows nowhere else.
-    ReadAtPath,
     /// Not a file that has lost its name: what others see is another one by now, or none.
     Change,
     /// The same; it is made if there is none.
@@ -122,17 +120,12 @@ impl SegmentFiles {
         if let Some((file, used)) = opened.files.get_mut(&number) {
             let is_good = match purpose {
                 For::Read => true,
-                For::ReadAtPath => self.is_at_path(number, file),
                 For::Change | For::Append { .. } => has_name(file),
             };
             if is_good {
                 *used = uses;
                 return Ok(Arc::clone(file));
             }
-        }
-        if purpose == For::ReadAtPath {
-            // The folder may have been moved away.
-            opened.folder = None;
         }
         let file = Arc::new(self.open_file(&mut opened, number, purpose)?);
         if opened.files.len() >= OPEN {
@@ -144,13 +137,6 @@ impl SegmentFiles {
         }
         opened.files.insert(number, (Arc::clone(&file), uses));
         Ok(file)
-    }
-
-    fn is_at_path(&self, number: u64, file: &File) -> bool {
-        let (Ok(own), Ok(there)) = (fstat(file), lstat(self.root.join(name_of(number)))) else {
-            return false;
-        };
-        (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
     }
 
     fn open_file(&self, opened: &mut Opened, number: u64, purpose: For) -> io::Result<File> {
@@ -320,20 +306,23 @@ impl SegmentFiles {
         waits: bool,
         is_alone: bool,
     ) -> io::Result<Got> {
-        if is_alone && !waits {
-            // Where to look for the path has to be waited for, who waits does so.
-            let path = self.root.join(name_of(placed.segment));
-            return match open_cached(&path) {
-                Ok(file) => self.read_now(&File::from(file), placed, name, start, into),
-                Err(_) => Ok(Got::NotNow),
+        if is_alone {
+            let segment = name_of(placed.segment);
+            if !waits {
+                return match open_cached(&self.root.join(segment)) {
+                    Ok(file) => self.read_now(&File::from(file), placed, name, start, into),
+                    // Who waits looks for it.
+                    Err(_) => Ok(Got::NotNow),
+                };
+            }
+            let file = open_value(&self.root, Path::new(&segment));
+            return match file.and_then(|file| regular(file.into())) {
+                Ok(file) => read_from(&file, placed, name, start, into, true),
+                Err(error) if is_elsewhere(&error) => Ok(Got::Nothing),
+                Err(error) => Err(error),
             };
         }
-        let purposes: &[For] = if is_alone {
-            &[For::ReadAtPath]
-        } else {
-            &[For::Read, For::Change]
-        };
-        for &purpose in purposes {
+        for purpose in [For::Read, For::Change] {
             let file = match self.file(placed.segment, purpose) {
                 Err(error) if is_elsewhere(&error) => return Ok(Got::Nothing),
                 file => file?,

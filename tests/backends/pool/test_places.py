@@ -189,7 +189,7 @@ async def test_pool_that_was_renamed_is_warm_in_its_new_place(
     await check_quiet(store)
     await check_one(CachePool(tmp_path / "pool"), pool)
     await check_one(CachePool(tmp_path / "renamed"), again)
-    # Who leaves it is no reason to doubt its index.
+    # That a process leaves it is no reason to rebuild its index.
     assert not [record for record in caplog.messages if "was rebuilt" in record]
 
 
