@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import csv
 import gc
@@ -12,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -446,15 +448,49 @@ async def test_recording_that_is_dropped_ends(path: Path, monkeypatch: pytest.Mo
     store = CacheStore(source_of(3))
     recorder = store.record(path)
     await read(store, "a/c/0")
-    thread = recorder._writer._thread
+    has_stopped = recorder._writer._has_stopped
     del recorder
     gc.collect()
     await read(store, "a/c/1")
-    await until(lambda: not thread.is_alive())
+    await until(has_stopped.is_set)
     assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
     with store.record(path.parent / "other"):
         await read(store, "a/c/2")
     assert [row["key"] for row in rows_of(path.parent / "other")] == ["a/c/2"]
+
+
+def test_recording_of_which_the_thread_died_at_its_start_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = _thread.start_new_thread
+
+    def start_dying(_: object, args: tuple[Any, ...], *more: Any) -> int:
+        return start(lambda *_: None, args, *more)
+
+    # As for want of memory; `threading.Thread` would wait for it for ever.
+    monkeypatch.setattr(_thread, "start_new_thread", start_dying)
+    monkeypatch.setattr(threading, "_start_new_thread", start_dying, raising=False)
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        value_sync(store, "a/c/0")
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
+
+
+def test_recording_without_a_thread_is_refused_and_leaves_no_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    store = CacheStore(source_of(1))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        store.record(path)
+    assert not path.exists()
+    monkeypatch.undo()
+    with store.record(path):
+        value_sync(store, "a/c/0")
+    assert len(rows_of(path)) == 1
 
 
 def test_recording_that_is_closed_is_not_entered_again(path: Path) -> None:

@@ -25,6 +25,7 @@ from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
+from zcache._runtime.threads import Life, start_thread
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class RequestWriter:
         self._lock = threading.RLock()
         self.left_out = 0
         self._begun = time.perf_counter()
-        self._is_ended = threading.Event()
+        self._is_ended, self._has_stopped = threading.Event(), threading.Event()
         self._is_dropped = False
         self._process = os.getpid()
         try:
@@ -169,10 +170,7 @@ class RequestWriter:
             self._about = {**about, "anonymous": anonymous}
             self._append(self._head(0))
             hits.hook.attach(self, hits)
-            self._thread = threading.Thread(
-                target=self._write_on, name="zcache recording", daemon=True
-            )
-            self._thread.start()
+            self._start()
         except BaseException as error:
             hits.hook.detach(self, hits)
             self._file.close()
@@ -183,12 +181,29 @@ class RequestWriter:
             raise
         _writers.add(self)
 
+    def _start(self) -> None:
+        """Have a thread write; `_has_stopped` is set once it has ended."""
+        life = Life()
+        # Also where that is before its first line.
+        weakref.finalize(life, self._has_stopped.set).atexit = False
+        start_thread(life, self._run)
+
+    def _run(self, _: Life) -> None:
+        try:
+            self._write_on()
+        finally:
+            self._has_stopped.set()
+
     def close(self) -> None:
         """See `Recording.close`."""
         self._hits.hook.detach(self, self._hits)
         self._is_ended.set()
-        if self._process == os.getpid():
-            self._thread.join()
+        if self._process != os.getpid():
+            return
+        self._has_stopped.wait()
+        with self._lock:
+            if not self._file.closed:
+                self._write_on()
 
     def drop(self) -> None:
         """End it soon, without a lock and without waiting: the garbage collector calls it anywhere."""
