@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import traceback
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -27,6 +26,7 @@ from zcache._options import (
 from zcache._runtime import lingering
 from zcache._runtime.capacity import memory, volume
 from zcache._runtime.fork import at_fork
+from zcache._runtime.tracebacks import let_go_of
 from zcache._source.opening import open_source, plain
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.pool import CachePool
@@ -121,7 +121,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     try:
         return _open(url, cache, max_size, storage_options, options)
     except BaseException as error:
-        _let_go_of(error, handled)
+        let_go_of(error, handled)
         # This frame stays in the error.
         del url, cache, storage_options, options
         raise
@@ -165,16 +165,6 @@ def _open(
         # The policy is that of all its users; only who asks for another one is told so.
         options = {name: pool.handle.limits[name] for name in ("eviction", "minimise")} | options
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
-
-
-def _let_go_of(error: BaseException | None, handled: BaseException | None) -> None:
-    """Have an error keep nothing in use, such as the pool: a notebook keeps the last one.
-
-    What the caller has `handled` before is the caller's.
-    """
-    while error is not None and error is not handled:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def _check_names(options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from zcache._options import (
     path_of_cache_store,
 )
 from zcache._runtime.coroutines import is_loop_of_zarr
+from zcache._runtime.tracebacks import let_go_of
 from zcache._source.describe import describe
 from zcache._source.identity import identify
 from zcache._source.location import innermost, location_here
@@ -138,7 +140,14 @@ class CachePool:
             None if eviction is None else check_eviction(eviction),
             None if minimise is None else check_minimise(minimise),
         )
-        self._use(store)
+        handled = sys.exception()
+        try:
+            self._use(store)
+        except BaseException as error:
+            let_go_of(error, handled)
+            # This frame stays in the error.
+            del self, store, whole
+            raise
 
     def _use(self, store: PoolStore | PoolMemoryStore) -> None:
         self._store = store

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,6 +56,7 @@ from zcache._runtime.buffers import snapshot
 from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import Handover, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.tracebacks import let_go_of
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show, show_address
 from zcache._source.identity import EPHEMERAL
@@ -282,43 +284,38 @@ class CacheStore(Store, KeepsDecoded):
         sampling: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        check_store("store", store)
-        policy = {"eviction": "lru", "minimise": "requests"}
-        if cache_store is None:
-            cache_store = MemoryStore()
-        elif isinstance(cache_store, CachePool):
-            policy = cache_store._pool.policy()
-            cache_store = cache_store._store
-        elif isinstance(cache_store, (str, os.PathLike)):
-            cache_store = LocalStore(path_of_cache_store(cache_store))
-        check_cache_store(store, cache_store)
-        options = parse_options(
-            partial(capacity_of, cache_store),
-            max_size=max_size,
-            max_age_seconds=max_age_seconds,
-            metadata_max_age_seconds=metadata_max_age_seconds,
-            stale_if_error=stale_if_error,
-            offline=offline,
-            cache_missing=cache_missing,
-            missing_max_age_seconds=missing_max_age_seconds,
-            revalidate=revalidate,
-            verify=verify,
-            eviction=policy["eviction"] if eviction is None else eviction,
-            minimise=policy["minimise"] if minimise is None else minimise,
-            adopt=adopt,
-            source_id=source_id,
-            min_free_space=min_free_space,
-            max_pending_size=max_pending_size,
-            decoded_size=decoded_size,
-            sampling=sampling,
-            clock=clock,
-        )
-        # No options of what all copies share.
-        parse_options(memory, cache_set_data=cache_set_data, read_only=read_only)
-        if read_only is not None and read_only != store.read_only:
-            store = store.with_read_only(read_only)
-        cache = Cache(store, cache_store, CacheOptions(**options))
-        self._setup(store, cache, cache_set_data)
+        handled, cache = sys.exception(), None
+        try:
+            cache = _open_cache(
+                store,
+                cache_store,
+                cache_set_data=cache_set_data,
+                read_only=read_only,
+                max_size=max_size,
+                max_age_seconds=max_age_seconds,
+                metadata_max_age_seconds=metadata_max_age_seconds,
+                stale_if_error=stale_if_error,
+                offline=offline,
+                cache_missing=cache_missing,
+                missing_max_age_seconds=missing_max_age_seconds,
+                revalidate=revalidate,
+                verify=verify,
+                eviction=eviction,
+                minimise=minimise,
+                adopt=adopt,
+                source_id=source_id,
+                min_free_space=min_free_space,
+                max_pending_size=max_pending_size,
+                decoded_size=decoded_size,
+                sampling=sampling,
+                clock=clock,
+            )
+            self._setup(cache.source, cache, cache_set_data)
+        except BaseException as error:
+            let_go_of(error, handled)
+            # This frame stays in the error.
+            del self, cache_store, cache
+            raise
 
     def _setup(self, store: Store, cache: Cache, cache_set_data: bool) -> None:
         super().__init__(read_only=store.read_only)
@@ -1247,6 +1244,36 @@ class CacheStore(Store, KeepsDecoded):
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
         return self._cache.lister.list_dir(self._io, prefix)
+
+
+def _open_cache(
+    store: Store,
+    cache_store: Store | CachePool | str | os.PathLike[str] | None,
+    *,
+    cache_set_data: object,
+    read_only: bool | None,
+    **given: Any,
+) -> Cache:
+    """The cache of a new store, with these options; see `CacheStore`."""
+    check_store("store", store)
+    policy = {"eviction": "lru", "minimise": "requests"}
+    if cache_store is None:
+        cache_store = MemoryStore()
+    elif isinstance(cache_store, CachePool):
+        policy = cache_store._pool.policy()
+        cache_store = cache_store._store
+    elif isinstance(cache_store, (str, os.PathLike)):
+        cache_store = LocalStore(path_of_cache_store(cache_store))
+    check_cache_store(store, cache_store)
+    for name, choice in policy.items():
+        if given[name] is None:
+            given[name] = choice
+    options = parse_options(partial(capacity_of, cache_store), **given)
+    # No options of what all copies share.
+    parse_options(memory, cache_set_data=cache_set_data, read_only=read_only)
+    if read_only is not None and read_only != store.read_only:
+        store = store.with_read_only(read_only)
+    return Cache(store, cache_store, CacheOptions(**options))
 
 
 async def _raise_if_missing(

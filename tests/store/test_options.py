@@ -17,6 +17,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
 from zarr.testing.store import LatencyStore
 
 import zcache
+from directories import closed
 from support import buf, check_quiet, read
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
@@ -558,3 +559,49 @@ def test_share_of_what_has_no_size_raises() -> None:
     assert_helpful(caught.value, "invalid max_size: '25%'", "no local directory", "Give bytes")
     # Of what waits in memory it is one of that.
     assert CacheStore(MemoryStore(), cache_store=cache, max_pending_size="25%").max_size is None
+
+
+# ------------------------------------------------------- what errors keep
+
+
+class Refusing(MemoryStore):
+    """A source of a user's own class that fails while it is being opened."""
+
+    def with_read_only(self, read_only: bool = False) -> Any:
+        raise RuntimeError("not now")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"verify": "sometimes"}, OptionValueError),
+        ({"decoded_size": "much"}, OptionValueError),
+        ({"read_only": True}, RuntimeError),
+        # A warning that is an error comes once the pool is open for the source.
+        ({"eviction": "lru"}, UserWarning),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("error")
+async def test_error_that_is_kept_keeps_no_pool_in_use(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception]
+) -> None:
+    # As `sys.last_exc` does in a notebook.
+    with pytest.raises(error) as kept:
+        CacheStore(
+            Refusing(),
+            cache_store=CachePool(tmp_path / "cache", max_size=10**6, eviction="adaptive"),
+            source_id="source",
+            **options,
+        )
+    await closed(tmp_path)
+    del kept
+
+
+@pytest.mark.filterwarnings("error")
+def test_error_of_a_pool_that_is_kept_keeps_no_bound_in_force(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path, max_size=10**6, eviction="none")
+    with pytest.raises(UserWarning, match="is in use with") as kept:
+        CachePool(tmp_path, max_size=10**5, eviction="adaptive")
+    assert pool.cache_info()["max_size"] == 10**6
+    del kept

@@ -1,0 +1,22 @@
+"""What errors keep alive by the frames in their tracebacks."""
+
+from __future__ import annotations
+
+import traceback
+
+
+def let_go_of(error: BaseException | None, handled: BaseException | None) -> None:
+    """Have an error keep nothing in use, such as a pool: a notebook keeps the last one.
+
+    For an ``except`` block. The frame that this is called from stays in the error, and so deletes by itself what it holds.
+
+    Parameters
+    ----------
+    error : BaseException
+        The error.
+    handled : BaseException or None
+        What the caller was handling before, which is the caller's and stays as it is.
+    """
+    while error is not None and error is not handled:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
