@@ -9,7 +9,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -104,6 +104,7 @@ _OWN: Final = frozenset(
     }
 )
 """Attributes of a `CacheStore` itself."""
+_OPTIONS: Final = frozenset(option.name for option in fields(CacheOptions))
 
 
 class CacheStore(Store, KeepsDecoded):
@@ -333,6 +334,21 @@ class CacheStore(Store, KeepsDecoded):
         self._writer = cache.writer
         # Asked anew only where the answer was no: a protocol check costs more than a hit.
         self._syncable = is_sync(store) and is_sync(cache.cache)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            if name in _OPTIONS:
+                raise AttributeError(
+                    f"{name} cannot be set, for all copies of a store share it. Make a new store in the place of this one: "
+                    f"CacheStore(store, cache_store=..., {name}={value!r:.100})."
+                ) from None
+            if name == "read_only":
+                raise AttributeError(
+                    f"read_only cannot be set. Use store.with_read_only({value!r:.100})."
+                ) from None
+            raise
 
     def _derive(self, store: Store) -> CacheStore:
         derived = type(self).__new__(type(self))

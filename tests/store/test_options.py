@@ -605,3 +605,48 @@ def test_error_of_a_pool_that_is_kept_keeps_no_bound_in_force(tmp_path: Path) ->
         CachePool(tmp_path, max_size=10**5, eviction="adaptive")
     assert pool.cache_info()["max_size"] == 10**6
     del kept
+
+
+# ---------------------------------------- attributes of the replaced class
+
+
+def data_of(replaced: type[CacheStore]) -> tuple[Any, dict[str, Any]]:
+    """A store of the replaced class, and its public attributes that are no methods."""
+    store = replaced(MemoryStore(), cache_store=MemoryStore(), max_age_seconds=60, max_size=10**6)
+    names = {*dir(store), *inspect.get_annotations(replaced)}
+    found = {name: getattr(store, name) for name in names if not name.startswith("_")}
+    return store, {name: value for name, value in found.items() if not callable(value)}
+
+
+def test_attributes_of_the_replaced_class_mean_the_same(replaced: type[CacheStore]) -> None:
+    ours = CacheStore(MemoryStore(), cache_store=MemoryStore(), max_age_seconds=60, max_size=10**6)
+    _, data = data_of(replaced)
+    assert {"max_age_seconds", "max_size", "cache_set_data"} <= set(data)
+    assert {name: getattr(ours, name) for name in data} == data
+
+
+def test_attribute_of_the_replaced_class_is_set_or_says_what_to_do(
+    replaced: type[CacheStore],
+) -> None:
+    theirs, data = data_of(replaced)
+    ours = CacheStore(MemoryStore(), cache_store=MemoryStore(), max_age_seconds=60, max_size=10**6)
+    set_ones = set()
+    for name, value in data.items():
+        other = not value if isinstance(value, bool) else 7
+        try:
+            setattr(theirs, name, other)
+        except AttributeError:
+            continue
+        try:
+            setattr(ours, name, other)
+        except AttributeError as error:
+            assert_helpful(
+                error, f"{name} cannot be set", f"CacheStore(store, cache_store=..., {name}=7)"
+            )
+            assert getattr(ours, name) == value
+        else:
+            assert getattr(ours, name) == other
+            set_ones.add(name)
+    assert set_ones == {"cache_set_data"}
+    with pytest.raises(AttributeError, match=r"read_only.*with_read_only\(True\)"):
+        ours.read_only = True  # type: ignore[misc]
