@@ -206,7 +206,7 @@ class _Opening:
         shared.place = directory
         layout = directory.layout
         shared.listings = DirectoryListings(
-            layout.index_root, self.source_id.name, only_reads=layout.is_read_only
+            layout.index_root, self.source_id.name, only_reads=self.cache.read_only
         )
         return shared
 

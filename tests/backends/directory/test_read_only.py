@@ -6,18 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+from directories import closed
 from mounts import mounted_read_only
-from support import buf, read
+from pools import within_bound
+from support import TESTS, buf, listed, read
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(10)}
 
@@ -32,6 +32,17 @@ async def warmed(where: Path, kind: str = "directory") -> None:
     for key in VALUES:
         await read(store, key)
     assert store.drain_sync()
+
+
+def opened(where: Path, kind: str, behind: StoreDouble, **options: Any) -> CacheStore:
+    cache = CachePool(where) if kind == "pool" else LocalStore(where)
+    return CacheStore(behind, cache_store=cache, source_id="source", **options)
+
+
+async def until_cached(store: CacheStore, key: str) -> None:
+    while not store.is_cached(key):
+        await read(store, key)
+        assert await store.drain()
 
 
 def contents(where: Path) -> dict[str, tuple[int, bytes]]:
@@ -160,6 +171,127 @@ async def test_read_only_volume(tmp_path: Path, lose: str | None) -> None:
         store = CacheStore(behind, cache_store=LocalStore(where), source_id="source")
         await check_served(store, behind)
         assert contents(where) == before
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_volume_that_has_become_writable_is_filled(tmp_path: Path, kind: str) -> None:
+    where = tmp_path / "cache"
+    await warmed(where, kind)
+    await closed(tmp_path)
+    behind = source()
+    await behind.inner.set("b", buf(b"more"))
+    with mounted_read_only(where):
+        store = opened(where, kind, behind, max_size=5 * 4096)
+        assert await read(store, "a/c/1") == VALUES["a/c/1"]
+        assert await read(store, "b") == b"more"
+        assert await store.drain()
+        assert not store.is_cached("b")
+        assert await listed(store.list_dir("a/c")) == sorted(f"{n}" for n in range(10))
+        # What others may have filled in from before it is dropped once they can be told.
+        await store.set("b", buf(b"new"))
+    await until_cached(store, "b")
+    assert await read(store, "b") == b"new"
+    await store.set("a/c/1", buf(b"new"))
+    within_bound(store)
+    assert await listed(store.list_dir("a/c")) == sorted(f"{n}" for n in range(10))
+    await check_invariants_async(store)
+    del store
+    await closed(tmp_path)
+    behind.take()
+    store = opened(where, kind, behind, offline=True)
+    assert await read(store, "b") == b"new"
+    assert await listed(store.list_dir("a/c")) == sorted(f"{n}" for n in range(10))
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
+    tmp_path: Path, kind: str
+) -> None:
+    """Another process writes to the same directory through another mount."""
+    where, again = tmp_path / "cache", tmp_path / "again"
+    await warmed(where, kind)
+    await closed(tmp_path)
+    again.mkdir()
+    behind = source()
+    with mounted_read_only(where):
+        store = opened(where, kind, behind)
+        assert await read(store, "a/c/1") == VALUES["a/c/1"]
+        await store.set("b", buf(b"new"))
+    # It was read before that, and is filled after it.
+    code = _FILL_OLD.format(tests=str(TESTS), where=str(where), kind=kind)
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: ASYNC221
+    await until_cached(store, "b")
+    assert await read(store, "b") == b"new"
+
+
+_FILL_OLD = """
+import sys
+sys.path.insert(0, {tests!r})
+from zarr.storage import LocalStore, MemoryStore
+from support import buf, value_sync
+from zcache import CachePool, CacheStore
+cache = (CachePool if {kind!r} == "pool" else LocalStore)({where!r})
+store = CacheStore(MemoryStore({{"b": buf(b"old")}}), cache_store=cache, source_id="source")
+assert value_sync(store, "b") == b"old"
+assert store.drain_sync() and store.is_cached("b")
+"""
+
+
+_MENDED = """
+import asyncio, os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_read_only import *
+where, kind = Path({where!r}), {kind!r}
+# Root may write anywhere.
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+
+def permit(mode):
+    for path in (where, *where.rglob("*")):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+async def main():
+    await warmed(where, kind)
+    await closed(where.parent)
+    permit(0o555)
+    behind = source()
+    await behind.inner.set("b", buf(b"more"))
+    store = opened(where, kind, behind)
+    for key, value in VALUES.items():
+        assert await read(store, key) == value
+    assert behind.calls["get"] == 0
+    assert await read(store, "b") == b"more"
+    assert await store.drain()
+    assert not store.is_cached("b")
+    permit(0o755)
+    await until_cached(store, "b")
+    await store.set("a/c/1", buf(b"new"))
+    assert await read(store, "a/c/1") == b"new"
+    if kind == "pool":
+        assert [info.name for info in CachePool(where).sources()] == ["source"]
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+def test_directory_of_which_the_permissions_were_mended_is_filled(
+    tmp_path: Path, kind: str
+) -> None:
+    where = tmp_path / "home" / "cache"
+    where.parent.mkdir()
+    where.parent.chmod(0o777)
+    for above in where.parent.parents:
+        if not above.stat().st_mode & 0o001:
+            above.chmod(above.stat().st_mode | 0o011)
+    here = f"{TESTS}:{Path(__file__).parent}"
+    code = _MENDED.format(tests=str(TESTS), where=str(where), kind=kind)
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{here}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
 
 
 _AS_SOMEBODY = """

@@ -42,7 +42,7 @@ _TAKES_NOTHING: Final = frozenset(
 )
 """What a file system says that takes nothing, but may be read from."""
 _CANNOT_DELETE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-"""After which of these nothing can be deleted either. From a full volume it can, and it is used again once it is not."""
+"""After which of these nothing can be deleted either. From a full volume it can."""
 _LOOK_AGAIN: Final = 0.005
 """Seconds between two looks whether an index is complete."""
 
@@ -161,6 +161,7 @@ class CacheDirectory(Place):
             self.layout, self.handle, self.filler, self._rebuild, self.private_index
         )
         this = weakref.ref(self)
+        self.recovery.on_restored = lambda: _enforce_bound(this())
         self._bound = Bound(
             self.handle,
             clock,
@@ -319,7 +320,7 @@ class CacheDirectory(Place):
         self._rebuild.here("it cannot be shared")
 
     def _read_from(self, error: OSError) -> None:
-        """Serve what a directory holds that takes nothing: an image, say, or another user's."""
+        """Serve what a directory holds that takes nothing now: an image, say, or another user's."""
         owner = Stamp.source_of(self.root, self.layout.form)
         if error.errno not in _TAKES_NOTHING or owner != self.layout.source:
             self.layout.is_others = owner not in (None, self.layout.source)
@@ -327,18 +328,18 @@ class CacheDirectory(Place):
             return
         self.layout.is_read_only = error.errno in _CANNOT_DELETE
         logger.warning(
-            "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached%s. "
-            "The order and the counters are those of this process alone.",
+            "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached, until that is "
+            "over. The order and the counters are those of this process alone.",
             self.root,
             # As text: some keep log records, and an exception keeps its frames, and with them the directory.
             str(error),
-            "" if self.layout.is_read_only else ", until that is over",
         )
         self.private_index.why = f"{error}. Open it where it can be written to, by a user who may."
         self.private_index.open()
 
     def _read_as_asked(self) -> None:
         """Serve what a directory holds that was given as read-only, and what others put there later."""
+        self.private_index.is_asked_for = True
         self.private_index.why = "it was opened with read_only=True. Open it without that, as a user who may write to it."
         # What is no cache, or one of another kind, is refused.
         if Stamp.source_of(self.root, self.layout.form) is None:
@@ -410,6 +411,11 @@ def _remove_unlisted(directory: CacheDirectory | None) -> None:
         # Where that fails, the next value that is in the way begins again.
         with contextlib.suppress(IndexLockTimeout, OSError):
             directory.scanner.remove_unlisted(directory.handle)
+
+
+def _enforce_bound(directory: CacheDirectory | None) -> None:
+    if directory is not None:
+        directory.enforce_bound()
 
 
 def _became_idle(directory: CacheDirectory | None) -> None:

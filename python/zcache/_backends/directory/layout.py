@@ -50,7 +50,7 @@ class Layout:
     is_others : bool
         Whether it is, by now, the cache of another source.
     is_read_only : bool
-        Whether nothing in it is removed: it was given as read-only, or cannot be written to.
+        Whether nothing in it is removed: it was given as read-only, or cannot be written to now.
     has_own_index : bool
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
@@ -101,8 +101,8 @@ class Layout:
         self.note_block_size()
         self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
 
-    def note_block_size(self) -> None:
-        """See in what the volume gives out space.
+    def note_block_size(self, *, only_looks: bool = False) -> None:
+        """See in what the volume gives out space; where `only_looks`, by nothing that is written to it.
 
         Raises
         ------
@@ -110,7 +110,7 @@ class Layout:
             If it does not tell.
         """
         unit = BLOCK_SIZE
-        if unit is None and self.is_read_only:
+        if unit is None and only_looks:
             unit = os.statvfs(self.root).f_frsize
         elif unit is None:
             try:

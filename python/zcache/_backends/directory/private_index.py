@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -36,7 +37,8 @@ _MOST_CHANGES: Final = 1000
 class PrivateIndex:
     """Serves what a directory holds that takes nothing, and adds nothing to it.
 
-    Where it may be written to, only its volume was full: then each look tries first to use it again.
+    Unless that was asked for, it may be over: the volume has room again, or permissions were mended. So each look tries
+    first to use it as others do.
 
     What others add, and what they move, is found by a scan. Each one fills an index of its own, which then takes the
     place of the last one; nothing is lost by that, for such an index evicts nothing.
@@ -54,6 +56,8 @@ class PrivateIndex:
     ----------
     why : str
         Why it is only read from, and how to change that, for people.
+    is_asked_for : bool
+        Whether it is read from only because the user has said so.
     use_again : callable
         Uses the directory as others do, where that is possible by now; whether it is.
     """
@@ -63,6 +67,7 @@ class PrivateIndex:
         self._handle = handle
         self._filler = filler
         self.why = ""
+        self.is_asked_for = False
         self.use_again: Callable[[], bool] = _cannot
         # What this process has changed: what is found of it may be older than the change.
         self._changed: set[str] = set()
@@ -92,6 +97,26 @@ class PrivateIndex:
         with self._lock:
             self._changed.clear()
             self._filler.reads_only = self._layout.scanner.only_looks = False
+            self._layout.is_read_only = False
+
+    def tell_changes(self, index: Index) -> None:
+        """Tell who shares an index of what this process has changed while no one could be told.
+
+        Raises
+        ------
+        OSError
+            If the file system refuses, or there is too much to tell.
+        """
+        if not self._layout.is_read_only:
+            return  # Each was told at once.
+        with self._lock:
+            changed = list(self._changed)
+        if len(changed) > _MOST_CHANGES:
+            raise OSError(errno.EBUSY, "this process has changed too much of the source meanwhile")
+        for prefix in changed:
+            index.invalidate(prefix)
+            self._layout.scanner.remove_below(prefix)
+            _drop(index, prefix)
 
     def look_again(self) -> None:
         """Look in the background for what others have added, and for room, unless it is too early for that."""
@@ -106,7 +131,7 @@ class PrivateIndex:
     def look(self) -> None:
         """Serve what is there now."""
         # Not at the opening, which has just tried that.
-        if self._next and not self._layout.is_read_only and self.use_again():
+        if self._next and not self.is_asked_for and self.use_again():
             return
         begun = time.monotonic()
         try:
@@ -134,7 +159,7 @@ class PrivateIndex:
         if state == self._state and handle.usable:
             return
         with contextlib.suppress(OSError):
-            layout.note_block_size()
+            layout.note_block_size(only_looks=layout.is_read_only)
         handle.change_limits(layout.own_limits())
         limits = handle.limits
         index = Index(**limits, complete=False)
@@ -182,6 +207,8 @@ def _drop(index: Index, prefix: str) -> None:
     index.invalidate(prefix)
     while victims := index.drain_prefix(prefix):
         index.confirm_deletes([cell for cell, _ in victims], [])
+    while index.drain_absences(prefix):
+        pass
 
 
 def _look(private_index: PrivateIndex | None) -> None:

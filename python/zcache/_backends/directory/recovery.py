@@ -160,6 +160,7 @@ class Recovery:
             layout.note_doubt()
             if layout.stamp.is_foreign:
                 raise CacheOwnershipError("another source has it")
+            self._private_index.tell_changes(index)
         except (OSError, RuntimeError, ValueError) as error:
             layout.note_owner(error)
             logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)

@@ -229,8 +229,8 @@ class PoolLayout(Layout):
         # Keys are no names of files here.
         self.folds_names = self.scanner.folds_names = False
 
-    def note_block_size(self) -> None:
-        super().note_block_size()
+    def note_block_size(self, *, only_looks: bool = False) -> None:
+        super().note_block_size(only_looks=only_looks)
         if self._block_size > 1:
             # Values take whole pages, also where the blocks of the volume are smaller.
             self._block_size = max(self._block_size, _PAGE)

@@ -135,7 +135,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
         return shared
     layout = directory.layout
     shared.listings = source.listings = SourceListings(
-        layout.index_root, source.label, name, only_reads=layout.is_read_only
+        layout.index_root, source.label, name, only_reads=pool.read_only
     )
     if not directory.filler.reads_only and directory.handle.usable:
         directory.register.add(pool.names[source.label])
