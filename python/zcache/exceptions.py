@@ -6,6 +6,7 @@ __all__ = [
     "CacheOwnershipError",
     "CacheUnreachableError",
     "IndexLockTimeout",
+    "IndexRebuildTimeout",
     "MissingClientError",
     "NoSuchSourceError",
     "OfflineError",
@@ -23,6 +24,10 @@ class ZcacheError(Exception):
 
 class IndexLockTimeout(ZcacheError, TimeoutError):  # noqa: N818 - named like the builtin that it is
     """Another process holds the lock of the index, and does not go on."""
+
+
+class IndexRebuildTimeout(ZcacheError, TimeoutError):  # noqa: N818 - the same
+    """The index is being rebuilt, so not all that is cached is known yet."""
 
 
 class OptionTypeError(ZcacheError, TypeError):

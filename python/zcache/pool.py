@@ -16,7 +16,6 @@ from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._cache import open_sources
-from zcache._index.calls import is_complete
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -215,14 +214,19 @@ class CachePool:
         """What it holds of each source, that of most bytes first.
 
         Takes time in proportion to the number of all entries, and holds up no reader; in an event loop use
-        ``await asyncio.to_thread(pool.sources)``.
+        ``await asyncio.to_thread(pool.sources)``. A rebuild of the index is waited for.
 
         Raises
         ------
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
+        IndexRebuildTimeout
+            A `TimeoutError`: the index is being rebuilt, and that takes more than a minute from now.
         """
         self._pool.forget_ended()
+        return self._pool.while_complete(self._sources)
+
+    def _sources(self) -> list[PoolSourceInfo]:
         held: dict[str, list[int]] = {}
         for key, _, size in self._pool.live():
             of_source = held.setdefault(key.partition("/")[0], [0, 0])
@@ -244,8 +248,6 @@ class CachePool:
         notes = pool.notes()
         if label_of(name) in notes or any(True for _ in pool.live(name)):
             return
-        if not pool.handle.call_blocking(is_complete):
-            return  # A rebuild may find values of it.
         near = difflib.get_close_matches(name, [note["name"] for note in notes.values()], 1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise OptionValueError(
@@ -256,7 +258,7 @@ class CachePool:
         """Delete all values of a source; stores over it fill it anew.
 
         `sources` leaves it out until it has values again. Takes time in proportion to its values; in an event loop use
-        ``await asyncio.to_thread(pool.forget, name)``.
+        ``await asyncio.to_thread(pool.forget, name)``. A rebuild of the index is waited for, so that all of them are found.
 
         Parameters
         ----------
@@ -273,10 +275,12 @@ class CachePool:
             If the file system refuses.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
+        IndexRebuildTimeout
+            A `TimeoutError`: the index is being rebuilt, and that takes more than a minute from now.
         """
         _check_name(name)
         self._pool.check_may_forget()
-        self._check_known(name)
+        self._pool.while_complete(partial(self._check_known, name))
         self._pool.forget(name)
 
     def export(self, name: str, store: Store) -> int:
@@ -286,7 +290,7 @@ class CachePool:
         not matter, for a pool does not know the ages of its stores: what is too old for them is written as well.
 
         It needs the event loop of zarr, and blocks its caller until all is written: in an event loop use
-        ``await asyncio.to_thread(pool.export, name, store)``.
+        ``await asyncio.to_thread(pool.export, name, store)``. A rebuild of the index is waited for first.
 
         Parameters
         ----------
@@ -313,6 +317,8 @@ class CachePool:
             An `OSError`: the index, which knows what there is, cannot be used, or a value cannot be read.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
+        IndexRebuildTimeout
+            A `TimeoutError`: the index is being rebuilt, and that takes more than a minute from now.
         """
         _check_name(name)
         directory = self._pool.directory
@@ -324,7 +330,7 @@ class CachePool:
                 "`await asyncio.to_thread(pool.export, name, store)` there."
             )
         self._pool.check_usable()
-        self._check_known(name)
+        self._pool.while_complete(partial(self._check_known, name))
         buffer = default_buffer_prototype().buffer
 
         async def write() -> int:
@@ -338,7 +344,7 @@ class CachePool:
             self._pool.check_usable()
             return count
 
-        return sync(write())
+        return self._pool.while_complete(lambda: sync(write()))
 
 
 _NAME: Final = "Give that of a source, as CachePool.sources() tells it."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections import deque
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from zcache._runtime.io import IO
 
 T = TypeVar("T")
+
+COMPLETE_TIMEOUT: Final = 60.0
+"""Seconds that those wait at most who need all that is cached, while the index does not know it yet."""
 
 
 def is_complete(index: Index) -> bool:

@@ -16,7 +16,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._core import Index, IndexBusyError, crc32c
-from zcache._index.calls import is_complete
+from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import RETRYABLE, ignore
 from zcache._index.plans import look
 from zcache._protocol.recorder import RequestHook
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from zcache._index.calls import Handle
     from zcache._runtime.io import IO
 
-COMPLETE_TIMEOUT: Final = 60.0
-"""Seconds that reads wait, where the source is not asked, for the index to know all that is cached; ..."""
 COMPLETE_PAUSE: Final = 0.02
-"""... and between two looks."""
+"""Seconds between two looks whether the index knows all that is cached, where the source is not asked."""
 
 
 class Hits:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from typing import TYPE_CHECKING
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
+from zarr.storage import MemoryStore
 
 from directories import closed, complete, flip
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import buf, check_quiet, read, read_through
-from zcache import CachePool, CacheStore
+from zcache import CachePool, CacheStore, IndexRebuildTimeout, OptionValueError
 from zcache._backends.pool.layout import SegmentScanner
 from zcache._core import SegmentFiles
 from zcache.testing import check_invariants, entries, set_block_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PAGE = 4096
@@ -250,3 +257,94 @@ async def test_scan_that_is_outdated_leaves_segments_that_others_have_begun(tmp_
     assert begun.exists()
     assert await read(store, "a") == b"value"
     assert store.cache_stats()["hits"] == 1
+
+
+@pytest.fixture(params=["before the scan", "after the scan"])
+def held_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The next rebuild stops there until `go` is set."""
+    go, at_work = threading.Event(), threading.Event()
+    rebuild, last = SegmentScanner.rebuild, 1 + (request.param == "after the scan")
+
+    def hold(self: SegmentScanner, handle_of_now: Callable[[], Any], why: str) -> None:
+        looks = 0
+
+        def held() -> Any:
+            nonlocal looks
+            looks += 1
+            if looks == last:
+                at_work.set()
+                assert go.wait(60)
+            return handle_of_now()
+
+        rebuild(self, held, why)
+
+    monkeypatch.setattr(SegmentScanner, "rebuild", hold)
+    monkeypatch.setattr("zcache._backends.directory.index.REBUILD_PATIENCE", 0.05)
+    yield SimpleNamespace(go=go, at_work=at_work)
+    go.set()
+
+
+async def reopened(path: Path, held_up: Any) -> CachePool:
+    """A pool of which the index is being rebuilt."""
+    pool = pool_with_neighbours(path)
+    del pool
+    await closed(path.parent, path.name)
+    shutil.rmtree(path / ".zcache/index")
+    held_up.go.clear()
+    held_up.at_work.clear()
+    pool = CachePool(path)
+    assert held_up.at_work.wait(60)
+    return pool
+
+
+async def test_forget_sources_and_export_wait_for_a_rebuild(tmp_path: Path, held_up: Any) -> None:
+    held_up.go.set()
+    pool = await reopened(tmp_path / "pool", held_up)
+    gone, kept = NEIGHBOURS
+    target = MemoryStore()
+    with ThreadPoolExecutor() as workers:
+        told = workers.submit(pool.sources)
+        written = workers.submit(pool.export, kept, target)
+        unknown = workers.submit(pool.forget, "none")
+        forgotten = workers.submit(pool.forget, gone)
+        calls = told, written, unknown, forgotten
+        assert not any(call.done() for call in calls)
+        held_up.go.set()
+        assert written.result(60) == len(KEYS)
+        assert isinstance(unknown.exception(60), OptionValueError)
+        forgotten.result(60)
+        # Before the one was forgotten or after it; their names were beside the index.
+        assert {info.entries for info in told.result(60)} <= {len(KEYS), 0}
+        assert any(info.entries for info in told.result())
+    assert [info.entries for info in pool.sources()] == [len(KEYS)]
+    await check_neighbour(CacheStore(source_of(), cache_store=pool, source_id=kept), kept)
+    store = CacheStore(source_of(), cache_store=pool, source_id=gone)
+    assert await read(store, KEYS[0]) is None
+    await check_quiet(store)
+    # Nor by the next one.
+    del pool, store, calls, told, written, unknown, forgotten
+    await closed(tmp_path, "pool")
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    pool = CachePool(tmp_path / "pool")
+    assert [info.entries for info in pool.sources()] == [len(KEYS)]
+
+
+async def test_forget_sources_and_export_name_a_rebuild_that_takes_too_long(
+    tmp_path: Path, held_up: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_up.go.set()
+    pool = await reopened(tmp_path / "pool", held_up)
+    monkeypatch.setattr("zcache._backends.pool.place.COMPLETE_TIMEOUT", 0.05)
+    name = NEIGHBOURS[0]
+    for call in (
+        pool.sources,
+        partial(pool.forget, name),
+        partial(pool.export, name, MemoryStore()),
+    ):
+        with pytest.raises(
+            IndexRebuildTimeout, match=r"pool.*being rebuilt after 0\.05 s.*try again"
+        ):
+            await asyncio.to_thread(call)
+    monkeypatch.undo()
+    held_up.go.set()
+    assert [info.entries for info in pool.sources()] == [len(KEYS)] * 2

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -19,14 +19,14 @@ from zcache._backends.pool.register import label_of, note_of
 from zcache._backends.pool.source import PoolSource
 from zcache._backends.store.bound import evict_from
 from zcache._core import Index, SegmentReader, crc32c
-from zcache._index.calls import is_complete
+from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import THREADS, NoThreadError, Threads, run_in_background
 from zcache._source.identity import ended
-from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
+from zcache.exceptions import CacheUnreachableError, IndexLockTimeout, IndexRebuildTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 
+T = TypeVar("T")
+
+_LOOK_AGAIN: Final = 0.005
+"""Seconds between two looks whether an index is complete."""
 _LIMITS: Final[dict[str, Any]] = {
     "max_age": None,
     "slices_like_python": False,
@@ -175,6 +179,33 @@ class Pool:
                 f"the index of the pool in {self.handle.name} cannot be used, so nothing in it can be forgotten or "
                 f"exported; the log says why. Open it as a user who may {may}."
             )
+
+    def while_complete(self, work: Callable[[], T]) -> T:
+        """Do this while the index knows all values; from its beginning, where a rebuild begins meanwhile.
+
+        Raises
+        ------
+        IndexRebuildTimeout
+            If that is not so within `COMPLETE_TIMEOUT`.
+        """
+        until = time.monotonic() + COMPLETE_TIMEOUT
+        while True:
+            self._wait_until_complete(until)
+            done = work()
+            if self.handle.call_blocking(is_complete):
+                return done
+
+    def _wait_until_complete(self, until: float) -> None:
+        while not self.handle.call_blocking(is_complete):
+            if time.monotonic() >= until:
+                raise IndexRebuildTimeout(
+                    f"the index of the pool in {self.handle.name} is still being rebuilt after {COMPLETE_TIMEOUT:g} s, so "
+                    "not all of its values are known. That goes on: try again later."
+                )
+            if self.directory is not None:
+                # Who rebuilds it may have died.
+                self.directory.recovery.reclaim_dead()
+            time.sleep(_LOOK_AGAIN)
 
     def check_may_forget(self) -> None:
         """See that values may be deleted; see `check_usable`."""
@@ -337,7 +368,7 @@ class DirectoryPool(Pool):
         )
         self.handle = self.directory.handle
         this = weakref.ref(self)
-        self.directory.recovery.on_restored = lambda: _note_names(this())
+        self.directory.recovery.on_restored = lambda: _restored(this())
         if not self.directory.filler.reads_only:
             with contextlib.suppress(NoThreadError):
                 run_in_background(partial(_forget_ended, this))
@@ -392,10 +423,7 @@ class DirectoryPool(Pool):
 
     def forget_values(self, name: str) -> None:
         """Delete all values of a source, and what is known of it, but for its name."""
-        super().forget(name)
-        if not self.handle.call_blocking(is_complete):
-            # A rebuild may have found them before.
-            self.directory.layout.scanner.remove_below(label_of(name))
+        self.while_complete(partial(super().forget, name))
         self.directory.remove_empty_segments()
         remove_listings(self.directory.layout.index_root, label_of(name))
 
@@ -414,9 +442,10 @@ def _apply_limits(pool: Callable[[], Pool | None]) -> None:
         found.apply_limits()
 
 
-def _note_names(pool: DirectoryPool | None) -> None:
+def _restored(pool: DirectoryPool | None) -> None:
     """Note the sources that were opened while nothing could be, and those of which the note was lost."""
     if pool is not None:
+        pool.directory.enforce_bound()
         for note in list(pool.names.values()):
             pool.directory.register.add(note)
 
