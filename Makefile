@@ -82,6 +82,7 @@ check: dev ## format, lint, types, spelling and the fast tests on one Python: be
 	.venvs/dev/bin/ruff check $(PY_SOURCES)
 	$(CARGO) fmt --check
 	$(WITH_DEV_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets --features python -- -D warnings
+	CARGO='$(CARGO)' '$(PYTHON)' scripts/notices.py --check
 	.venvs/dev/bin/codespell
 	$(call section,types)
 	.venvs/dev/bin/mypy --strict python/zcache
@@ -142,6 +143,7 @@ env-newest:
 rust-lint: env-build
 	$(call section,rustfmt$(comma) clippy$(comma) rustdoc)
 	$(CARGO) fmt --check
+	CARGO='$(CARGO)' '$(PYTHON)' scripts/notices.py --check
 	$(WITHOUT_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets -- -D warnings
 	$(WITH_PYTHON) $(CARGO) clippy $(LOCKED) --quiet --all-targets --features python -- -D warnings
 	$(WITHOUT_PYTHON) RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(LOCKED) --quiet --no-deps --document-private-items

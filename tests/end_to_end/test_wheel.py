@@ -71,6 +71,13 @@ def test_wheel_tag_is_stable_abi_and_manylinux_2_17(wheel: zipfile.ZipFile) -> N
         assert re.search(r"[-.]manylinux_2_17_[a-z0-9_]+\.whl$", name)
 
 
+def test_wheel_has_the_licenses_of_what_is_compiled_in(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("/THIRD_PARTY_LICENSES"))
+    assert wheel.read(name) == (ROOT / "THIRD_PARTY_LICENSES").read_bytes()
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    assert b"\nLicense-File: THIRD_PARTY_LICENSES\n" in wheel.read(metadata)
+
+
 def test_wheel_asks_for_no_symbol_of_a_newer_system(wheel: zipfile.ZipFile) -> None:
     if not is_for_linux(wheel):
         pytest.skip("this wheel is for a system without glibc")
