@@ -97,7 +97,6 @@ class PrivateIndex:
         with self._lock:
             self._changed.clear()
             self._filler.reads_only = self._layout.scanner.only_looks = False
-            self._layout.is_read_only = False
 
     def tell_changes(self, index: Index) -> None:
         """Tell who shares an index of what this process has changed while no one could be told.

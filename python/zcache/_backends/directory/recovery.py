@@ -165,7 +165,8 @@ class Recovery:
             layout.note_owner(error)
             logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)
             return False
-        layout.is_others = False
+        # Before the index is used, for what that drops has to be deleted.
+        layout.is_others = layout.is_read_only = False
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
