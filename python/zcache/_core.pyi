@@ -82,6 +82,7 @@ MAX_KEY: Final[int]
 
 _Range: TypeAlias = tuple[int, int, int] | None
 _Victim: TypeAlias = tuple[int, str]
+_Hit: TypeAlias = int | tuple[str, int, int, int, int, int | None, bool]
 _AbsenceAges: TypeAlias = tuple[float, float | None]
 """Seconds below which an absence counts; and, if it is that of a metadata document, the age below which another
 document of its node has to be cached (None for any)."""
@@ -327,8 +328,13 @@ class Index:
     def match_plan(self, cursor: tuple[int, int], /) -> tuple[int, int] | None:
         """Find entries of the plan from a cursor on, a batch; returns where to go on, None at the end."""
 
-    def view(self, counters: ReadCounters, sampled: bool = False, /) -> Index:
-        """The same index, whose lookups count in `counters` as well, and go into its sample if so asked."""
+    def view(
+        self, counters: ReadCounters, sampled: bool = False, tells_entries: bool = False, /
+    ) -> Index:
+        """The same index, whose lookups count in `counters` as well, and go into its sample if so asked.
+
+        With `tells_entries` each hit is told with the handle of its entry.
+        """
 
     def note_sizes(self, values: list[tuple[str, _Range, int]], /) -> None:
         """Tell the sample the bytes of values that are not in the cache store yet."""
@@ -402,15 +408,15 @@ class Index:
         max_age: float | None = None,
         missing: _AbsenceAges | None = None,
         /,
-    ) -> int | tuple[str, int, int, int, int | None, int | None] | Literal[False] | None:
+    ) -> _Hit | Literal[False] | None:
         """Find what serves a request and is younger than `max_age` seconds; None counts as a miss.
 
         False says that the source has no such key, by an absence of the ages `missing`. Without that argument
         it says that there is an absence, of whatever age, and nothing was counted: then ask again with it.
 
-        A whole value that needs no check is only its size. Anything else is name, size of the entry, first
-        byte and number of bytes in it, and, where the bytes have to be compared with their checksum, a handle
-        for `mark_verified` and the CRC32C if it is known.
+        A whole value that needs no check is only its size, unless this view tells entries. Anything else is name,
+        size of the entry, first byte and number of bytes in it, a handle for `mark_verified` and `discard`, the
+        CRC32C if it is known, and whether the bytes have to be compared with it.
         """
 
     def lookup_all(self, keys: list[str], /) -> list[int]:
@@ -494,11 +500,11 @@ class Index:
         fetched: float,
         now: float,
         /,
-    ) -> int | tuple[str, int, int, int, int | None, int | None] | None:
+    ) -> _Hit | None:
         """Say that the source had this validator at `fetched`: the age of what has the same counts from then.
 
-        Returns what serves the request, as `lookup` does, without counting it. None where that has another
-        validator, or a write has made the ticket void.
+        Returns what serves the request with its entry, as `lookup` does, without counting it. None where that has
+        another validator, or a write has made the ticket void.
         """
 
     def is_in_flight(self, key: str, /) -> bool:

@@ -161,20 +161,21 @@ pub(super) fn hit<'py>(
     asked: ByteRange,
     found: &Found,
     verify: bool,
+    tells_entry: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
-    if asked == ByteRange::Full && !verify {
+    if asked == ByteRange::Full && !verify && !tells_entry {
         // The common case on the hot path: one small integer.
         return Ok(found.size.into_pyobject(py)?.into_any());
     }
     let name = found.range.cache_key(key);
-    let handle = verify.then_some(found.handle);
     let hit = (
         name,
         found.size,
         found.start,
         found.length,
-        handle,
+        found.handle,
         found.checksum,
+        verify,
     );
     Ok(hit.into_pyobject(py)?.into_any())
 }

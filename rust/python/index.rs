@@ -33,6 +33,8 @@ pub(super) struct Index {
     pub(super) counters: Option<Py<ReadCounters>>,
     /// Whether its requests go into the sample.
     pub(super) sampled: bool,
+    /// Whether each hit is told with its entry.
+    pub(super) tells_entries: bool,
     /// Whether the source of these keys slices as Python does.
     slices_like_python: bool,
     /// Of a pool: the source that these keys have.
@@ -47,6 +49,7 @@ impl Index {
             tally,
             counters: None,
             sampled: false,
+            tells_entries: false,
             slices_like_python,
             source: None,
         }
@@ -194,14 +197,15 @@ impl Index {
         Ok((index, fresh))
     }
 
-    #[pyo3(signature = (counters, sampled=false, /))]
-    fn view(&self, counters: Py<ReadCounters>, sampled: bool) -> Self {
+    #[pyo3(signature = (counters, sampled=false, tells_entries=false, /))]
+    fn view(&self, counters: Py<ReadCounters>, sampled: bool, tells_entries: bool) -> Self {
         Index {
             backing: Arc::clone(&self.backing),
             abandoned: Arc::clone(&self.abandoned),
             tally: Arc::clone(&self.tally),
             counters: Some(counters),
             sampled,
+            tells_entries,
             slices_like_python: self.slices_like_python,
             source: self.source.clone(),
         }
@@ -218,6 +222,7 @@ impl Index {
                 .as_ref()
                 .map(|counters| counters.clone_ref(py)),
             sampled: self.sampled,
+            tells_entries: self.tells_entries,
             slices_like_python,
             source: Some(Arc::new(Source::new(label))),
         }

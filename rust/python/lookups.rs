@@ -69,7 +69,7 @@ impl Index {
                 if let Some(source) = &self.source {
                     source.remember(key, found.range, looked.place);
                 }
-                hit(py, key, span, found, looked.verify).map(Some)
+                hit(py, key, span, found, looked.verify, self.tells_entries).map(Some)
             }
             Answer::Unknown => {
                 self.count(false);
@@ -109,6 +109,7 @@ impl Index {
         let own = key;
         let key = &*self.whole(own);
         if raw.is_none()
+            && !self.tells_entries
             && let Backing::Own(lock, _) = &*self.backing
             && !self.backing.is_disowned()
         {

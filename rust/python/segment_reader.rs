@@ -232,7 +232,7 @@ impl SegmentReader {
             if asked == ByteRange::Full {
                 return Ok(Some(array));
             }
-            let told = hit(py, key, asked, found, false)?;
+            let told = hit(py, key, asked, found, false, index.tells_entries)?;
             return Ok(Some((array, told).into_pyobject(py)?.into_any()));
         }
         index.tell(py, key, asked, &looked)

@@ -50,7 +50,7 @@ impl Index {
             Ok(found.map(|found| (found, cache.must_verify(found.handle))))
         })?;
         found
-            .map(|(found, verify)| hit(py, own, span, &found, verify))
+            .map(|(found, verify)| hit(py, own, span, &found, verify, true))
             .transpose()
     }
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Victim = tuple[int, str]
     TryRead = Callable[[str, BufferPrototype, int, int, int], Buffer | None]
     FillNow = Callable[[str, ByteRange | None, bytes, Buffer, int, float], bool | None]
-    Hit = int | tuple[str, int, int, int, int | None, int | None]
+    Hit = int | tuple[str, int, int, int, int | None, int | None, bool]
 
 ABSENT: Final = False
 """Stands for a hit: the source has no such key."""
@@ -259,6 +259,11 @@ class Backend(ABC):
     try_read: TryRead | None = None
     """Reads `size` bytes from `start` on of the value `name` of `total` bytes without waiting; None
     where that is not possible. Takes name, prototype, total, start and size."""
+
+    @property
+    def asks_for_entries(self) -> bool:
+        """Whether a look-up is to tell the entry of each hit as well, which takes longer: what has to be waited for may be gone."""
+        return self.try_read is None
 
     @abstractmethod
     async def read(

@@ -85,9 +85,12 @@ class Hits:
             # What stands there until it is open knows nothing of what is cached or sampled.
             self._look_up_alone = self._look_up = _say_busy
             return
-        view = index.view(self._reads, self._sampling)
+        view = self._view(index)
         self._look_up_alone = view.lookup
         self._look_up = self.backend.lookup_in(view)
+
+    def _view(self, index: Index) -> Index:
+        return index.view(self._reads, self._sampling, self.backend.asks_for_entries)
 
     def begin(self, io: IO) -> None:
         """Do what the cache store asks for by now; called by reads that are no hits."""
@@ -187,8 +190,8 @@ class Hits:
         self, try_read: TryRead, prototype: BufferPrototype, hit: Any
     ) -> Buffer | None:
         """Read what is a part of a value, or was not verified yet, without waiting."""
-        name, total, start, size, handle, checksum = hit
-        if handle is None:
+        name, total, start, size, handle, checksum, must_verify = hit
+        if not must_verify:
             return try_read(name, prototype, total, start, size)
         value = None if checksum is None else try_read(name, prototype, total, 0, total)
         if value is None:
@@ -231,12 +234,12 @@ class Hits:
             return True, None
         if hit is None:
             return False, None
-        value = await self.serve_found(io, key, prototype, byte_range, hit, self.ages.of(key))
+        value = await self.serve_found(io, key, prototype, hit)
         return value is not None, value
 
     def _look_up_in(self, index: Index, *asked: Any) -> Hit | None:
         """What `get_nowait` would have found: counted and, if so asked, sampled."""
-        hit: Hit | None = index.view(self._reads, self._sampling).lookup(*asked)
+        hit: Hit | None = self._view(index).lookup(*asked)
         return hit
 
     async def cached(
@@ -297,41 +300,34 @@ class Hits:
         io: IO,
         key: str,
         prototype: BufferPrototype,
-        byte_range: ByteRange | None,
         hit: Hit,
-        max_age: float | None,
     ) -> Buffer | None:
-        """Read a hit from the cache store; None where that fails, upon which the entry is gone.
-
-        `max_age` are the seconds with which it was found.
-        """
+        """Read a hit from the cache store; None where that fails, upon which the entry is gone."""
         if not self.breaker.allows():
             # Counted as skipped where the source is asked.
             self._reads.recount_as_miss()
             return None
         if isinstance(hit, int):
-            name, total, start, size, handle, checksum = key, hit, 0, hit, None, None
-        else:
-            name, total, start, size, handle, checksum = hit
-        # Bytes that are not verified yet are read as a whole, for the checksum is of the whole.
-        first, wanted = (start, size) if handle is None else (0, total)
-        if self._try_read is not None and io.loop() is not None:
-            try_read = await self.backend.turn(wanted)
-            known = (name, total, start, size, handle, checksum)
-            value = try_read and self._try_read_part(try_read, prototype, known)
-            if value is not None:
-                return value
-        # The entry that this read may drop: one that is there before it, and not what takes its place meanwhile.
-        entry = handle
-        if entry is None:
+            # Most of such hits are read on the spot, which needs no more.
+            entry = None
             with contextlib.suppress(IndexLockTimeout):
                 entry = await self.handle.call(
-                    io, Index.handle_of, *(key, byte_range, total, self.now(), max_age), timeout=0.0
+                    io, Index.handle_of, key, None, hit, self.now(), timeout=0.0
                 )
+            hit = (key, hit, 0, hit, entry, None, False)
+        # The entry that this read may drop: one that was there before it, and not what takes its place meanwhile.
+        name, total, start, size, entry, _, must_verify = hit
+        # Bytes that are not verified yet are read as a whole, for the checksum is of the whole.
+        first, wanted = (0, total) if must_verify else (start, size)
+        if self._try_read is not None and io.loop() is not None:
+            try_read = await self.backend.turn(wanted)
+            value = try_read and self._try_read_part(try_read, prototype, hit)
+            if value is not None:
+                return value
         is_damaged = False
         try:
             value = await self.backend.read(io, name, prototype, total, first, wanted)
-            if value is not None and handle is not None:
+            if value is not None and must_verify:
                 value = await self._verify(io, prototype, value, hit)
         except Exception as error:  # noqa: BLE001 - whatever the cache store raises, the source serves
             self.breaker.failed(error)
@@ -351,11 +347,10 @@ class Hits:
         return None
 
     async def _verify(
-        self, io: IO, prototype: BufferPrototype, value: Buffer, hit: Hit
+        self, io: IO, prototype: BufferPrototype, value: Buffer, hit: Any
     ) -> Buffer | None:
         """What was asked for of a whole value, if its checksum is right."""
-        assert not isinstance(hit, int)
-        name, total, start, size, handle, checksum = hit
+        name, total, start, size, handle, checksum, _ = hit
 
         def part_and_checksum() -> tuple[bytes, int]:
             data = snapshot(value)

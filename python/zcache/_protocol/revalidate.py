@@ -182,7 +182,7 @@ class Revalidator:
             return None
         # What could not be read is counted as a miss again.
         hits.recount_as_hit()
-        return await hits.serve_found(io, key, prototype, byte_range, hit, None)
+        return await hits.serve_found(io, key, prototype, hit)
 
 
 # Guards the comparisons under way; never held while anything waits.

@@ -92,7 +92,7 @@ class StaleValues:
             return True, None
         # What could not be read is counted as a miss again.
         hits.recount_as_hit()
-        value = await hits.serve_found(io, key, prototype, byte_range, found, max_age)
+        value = await hits.serve_found(io, key, prototype, found)
         if value is not None:
             hits.brought(key, byte_range, len(value), hit=True)
             self.note(error)

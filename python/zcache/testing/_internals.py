@@ -288,8 +288,8 @@ class _Intercepted:
     def __len__(self) -> int:
         return len(self.intercepted_index)
 
-    def view(self, counters: Any, sampled: bool = False) -> _Intercepted:
-        return _Intercepted(self.intercepted_index.view(counters, sampled), self._then)
+    def view(self, *args: Any) -> _Intercepted:
+        return _Intercepted(self.intercepted_index.view(*args), self._then)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.intercepted_index, name)

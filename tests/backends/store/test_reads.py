@@ -23,6 +23,7 @@ from zcache._protocol import hits as protocol
 from zcache._runtime import io
 from zcache._runtime.coroutines import NoAnswerError
 from zcache._runtime.threads import NoThreadError
+from zcache.testing import FakeClock, record_steps, stored_sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,45 @@ class Counting(SyncDictStore):
         found = super().do_get(*args)
         self.given.append(0 if found is None else len(found))
         return found
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=["whole", "range", "to the end"])
+async def test_hit_is_one_step_of_the_index(request_: ByteRequest | None) -> None:
+    store = CacheStore(MemoryStore({"a/c/0": buf(VALUE)}), cache_store=DictStore())
+    for _ in range(2):
+        await read_through(store, "a/c/0")
+    with record_steps(store) as steps:
+        assert await read(store, "a/c/0", request_) == expected(request_)
+    assert [step.name for step in steps] == ["lookup"]
+
+
+async def test_value_filled_anew_while_it_is_read_is_not_dropped() -> None:
+    class Evicting(DictStore):
+        """Another value of the same length takes the place of one that is read, and nothing is found."""
+
+        during: Any = None
+
+        async def get(self, *args: Any, **kwargs: Any) -> Any:
+            during, self.during = self.during, None
+            if during is None:
+                return await super().get(*args, **kwargs)
+            await during()
+            return None
+
+    cache, clock = Evicting(), FakeClock()
+    store = CacheStore(MemoryStore({"a/c/0": buf(VALUE)}), cache_store=cache, clock=clock)
+    for _ in range(2):
+        await read_through(store, "a/c/0")
+
+    async def fill_anew() -> None:
+        clock.advance(1.0)
+        await store.set("a/c/0", buf(VALUE[::-1]))
+        assert await store.drain()
+
+    cache.during = fill_anew
+    assert await read(store, "a/c/0") == VALUE[::-1]
+    assert store.cache_stats()["damaged"] == 0
+    assert set(stored_sizes(store)) == {"a/c/0"}
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=["whole", "range", "to the end"])

@@ -53,6 +53,11 @@ class PoolBackend(DirectoryBackend):
         source = self._source
         self._segments = self._pages.use(source.handle.view, source.files)
 
+    @property
+    def asks_for_entries(self) -> bool:
+        # What is read where it is looked up is told as its bytes.
+        return True
+
     def lookup_in(self, index: Any) -> Callable[..., Any]:
         if self.shared.handle.tells_steps:
             return super().lookup_in(index)
