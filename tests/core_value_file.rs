@@ -155,6 +155,45 @@ fn folder_bytes(folder: &Path) -> i64 {
 }
 
 #[test]
+fn write_value_that_fails_removes_the_folders_that_it_made_and_no_others() {
+    let place = Place::new("failed-write");
+    fs::create_dir_all(place.at("tmp")).unwrap();
+    fs::create_dir_all(place.at("theirs/empty")).unwrap();
+    folders::take_folders();
+    let before = folder_bytes(&place.0);
+    let too_long = "x".repeat(300);
+    for name in [
+        format!("theirs/empty/{too_long}"),
+        format!("theirs/empty/new/{too_long}"),
+        format!("theirs/new/{too_long}/k"),
+        format!("new/{too_long}"),
+    ] {
+        write(&place, &name, b"data").unwrap_err();
+        removal::remove_below(&place.0, Path::new(&name)).unwrap();
+        assert!(place.at("theirs/empty").exists(), "{name}");
+        assert!(!place.at("theirs/empty/new").exists(), "{name}");
+        assert!(!place.at("theirs/new").exists(), "{name}");
+        assert!(!place.at("new").exists(), "{name}");
+        let grown = folder_bytes(&place.0) - before;
+        assert_eq!(folders::take_folders(), grown, "{name}");
+        assert_eq!(grown, 0, "{name}");
+    }
+}
+
+#[test]
+fn remove_below_of_no_value_leaves_the_empty_folders_of_others() {
+    let place = Place::new("nothing-to-remove");
+    fs::create_dir_all(place.at("theirs")).unwrap();
+    folders::take_folders();
+    for name in ["theirs/k", "theirs/no/k"] {
+        removal::remove_below(&place.0, Path::new(name)).unwrap();
+        assert!(removal::remove_key(&place.0, name).is_empty());
+        assert!(place.at("theirs").exists(), "{name}");
+    }
+    assert_eq!(folders::take_folders(), 0);
+}
+
+#[test]
 fn write_value_folder_that_others_remove_meanwhile_is_counted() {
     const WRITES: usize = 20_000;
     let place = Place::new("made-and-removed");
@@ -163,7 +202,7 @@ fn write_value_folder_that_others_remove_meanwhile_is_counted() {
     let grown: i64 = thread::scope(|scope| {
         let remover = scope.spawn(|| {
             while !is_done.load(Ordering::Relaxed) {
-                removal::remove_below(&place.0, Path::new("a/b/c")).unwrap();
+                removal::remove_value(&place.0, Path::new("a/b/c")).unwrap();
             }
             folders::take_folders()
         });

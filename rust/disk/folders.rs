@@ -102,29 +102,35 @@ fn remove_folder(at: At<'_>) -> rustix::io::Result<()> {
 }
 
 /// Makes a folder of a cache directory and those above it, each with the permissions of the one that it is
-/// made in.
-pub(super) fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
+/// made in. `there` becomes the number of those that were there, where it made any that is higher up.
+pub(super) fn make_folders(root: &Path, folder: &Path, there: &mut usize) -> io::Result<()> {
     let mut above = Root::open(root)?.open_below(Path::new(""), FOLDER)?;
-    for part in folder {
-        above = open_or_make(At {
+    for (n, part) in folder.iter().enumerate() {
+        let (opened, is_new) = open_or_make(At {
             folder: above.as_fd(),
             name: Path::new(part),
-        })?;
+        });
+        if is_new {
+            *there = n.min(*there);
+        }
+        above = opened?;
     }
     Ok(())
 }
 
-/// Opens a folder, and makes it where there is none.
-fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
+/// Opens a folder, and makes it where there is none. And whether it was made.
+fn open_or_make(at: At<'_>) -> (rustix::io::Result<OwnedFd>, bool) {
     let mut made = 0i64;
     let mut opened = open_in(at.folder, at.name, false);
     for _ in 0..TRIES {
         if !matches!(opened, Err(Errno::NOENT)) {
             break;
         }
-        let mode = at.mode_of_folder()? | 0o700;
-        match change_in(at, |at| {
-            mkdirat(at.folder, at.name, Mode::from_raw_mode(mode))
+        let mode = at.mode_of_folder().map(|mode| mode | 0o700);
+        match mode.and_then(|mode| {
+            change_in(at, |at| {
+                mkdirat(at.folder, at.name, Mode::from_raw_mode(mode))
+            })
         }) {
             Ok(()) => made += 1,
             Err(Errno::EXIST) => {}
@@ -145,7 +151,7 @@ fn open_or_make(at: At<'_>) -> rustix::io::Result<OwnedFd> {
                 .saturating_mul(made),
         );
     }
-    opened
+    (opened, made > 0)
 }
 
 /// Removes a folder that holds nothing but empty folders. Whether it is gone.
@@ -179,8 +185,13 @@ pub fn remove_empty(root: &Path, name: &Path) -> bool {
 
 /// Removes the folders above a name that are empty.
 pub(super) fn prune(root: &Root<'_>, name: &Path) {
+    prune_to(root, name, 0);
+}
+
+/// The same without the first `kept` of them.
+pub(super) fn prune_to(root: &Root<'_>, name: &Path, kept: usize) {
     for above in name.ancestors().skip(1) {
-        if above.as_os_str().is_empty() || above == Path::new(STAY) {
+        if above.iter().count() <= kept || above == Path::new(STAY) {
             return;
         }
         let removed = root.find(above).and_then(|place| remove_folder(place.at()));

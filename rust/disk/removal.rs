@@ -78,22 +78,27 @@ pub enum Was {
     Foreign,
 }
 
-/// Removes the value of this name from a cache directory, and the folders above it that are empty
-/// then. A file that zcache did not write stays, and is no error.
+/// Removes what there may be of a value of this name in a cache directory, and the folders above it that are empty
+/// then: not those of others that were empty before. A file that zcache did not write stays, and is no error.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
 pub fn remove_below(root: &Path, name: &Path) -> io::Result<()> {
-    remove_value(root, name).map(drop)
+    remove_named(root, name, false).map(drop)
 }
 
-/// The same; says what was there.
+/// Removes a value that the index lists, so that the folders above it were made or filled for it: they go if they are
+/// empty, also where others have moved the value away. Says what was there.
 ///
 /// # Errors
 ///
 /// Where the file system refuses.
 pub fn remove_value(root: &Path, name: &Path) -> io::Result<Was> {
+    remove_named(root, name, true)
+}
+
+fn remove_named(root: &Path, name: &Path, is_listed: bool) -> io::Result<Was> {
     let root = match Root::open(root) {
         Ok(root) => root,
         Err(error) => return nothing(error),
@@ -101,7 +106,7 @@ pub fn remove_value(root: &Path, name: &Path) -> io::Result<Was> {
     let place = match root.find(name) {
         Ok(place) => place,
         Err(error) => {
-            if !leads_elsewhere(error) {
+            if is_listed && !leads_elsewhere(error) {
                 prune(&root, name);
             }
             return nothing(error);
@@ -114,7 +119,9 @@ pub fn remove_value(root: &Path, name: &Path) -> io::Result<Was> {
         Ok(false) => return Ok(Was::Foreign),
         Err(error) => nothing(error)?,
     };
-    prune(&root, name);
+    if is_listed || was == Was::Value {
+        prune(&root, name);
+    }
     Ok(was)
 }
 
@@ -237,7 +244,7 @@ fn digest(name: &str) -> String {
 
 /// An empty file in a folder of the directory.
 fn write_note(root: &Path, folder: &str, name: &str) -> io::Result<OwnedFd> {
-    make_folders(root, Path::new(folder))?;
+    make_folders(root, Path::new(folder), &mut 0)?;
     let name = Path::new(folder).join(name);
     let place = Place::find(root, &name)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK;

@@ -11,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::below::{At, Place, Root, is, open_value};
-use super::folders::{change_in, make_folders, prune, remove_empty_at};
+use super::folders::{change_in, make_folders, prune, prune_to, remove_empty_at};
 use super::ownership::{
     MILLI, Owner, PENDING, Record, SIGNATURE, SourceDigest, modified, owner, set_modified,
     write_record,
@@ -124,6 +124,23 @@ fn publish_below<'n>(
     unfinished: At<'_>,
     name: &'n Path,
 ) -> io::Result<Place<'n>> {
+    let mut there = usize::MAX;
+    let published = publish_in_folders(root, path, unfinished, name, &mut there);
+    if published.is_err() {
+        // What was made for it, and not what others have put there.
+        prune_to(root, name, there);
+    }
+    published
+}
+
+/// The same; tells which folders there were before.
+fn publish_in_folders<'n>(
+    root: &Root<'_>,
+    path: &Path,
+    unfinished: At<'_>,
+    name: &'n Path,
+    there: &mut usize,
+) -> io::Result<Place<'n>> {
     let mut tries = 0;
     loop {
         let published = root.find(name).and_then(|place| {
@@ -134,7 +151,10 @@ fn publish_below<'n>(
             Err(Errno::NOENT) if tries < TRIES => tries += 1,
             published => return Ok(published?),
         }
-        match name.parent().map(|folder| make_folders(path, folder)) {
+        match name
+            .parent()
+            .map(|folder| make_folders(path, folder, there))
+        {
             // Another process has removed one that was empty, while this made the next.
             Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
