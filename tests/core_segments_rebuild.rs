@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 
 use zcache::cache::{BeginMove, Cache, Joined, PAGE, Placed, Reserve};
-use zcache::disk::segments::{Got, SegmentFiles, ValueToWrite, scan, values_in};
+use zcache::disk::segments::{Got, SegmentFiles, SegmentHeader, ValueToWrite, scan, values_in};
 use zcache::error::Error;
 use zcache::key::ByteRange;
 use zcache::shared::{Locked, Mapped, SharedIndex, StepError};
@@ -548,6 +548,59 @@ fn value_that_could_not_be_deleted_is_ignored_by_a_rebuild() {
     assert_eq!(pool.keys(), ["a/1"]);
     assert!(pool.held() <= pool.counted());
     end(pool);
+}
+
+#[test]
+fn segment_that_others_have_put_there_is_replaced_by_who_makes_it() {
+    let junk = vec![7; 40 * PAGE as usize];
+    for (n, maker) in [None, Some(1), Some(0)].into_iter().enumerate() {
+        let mut pool = Pool::new(&format!("put-there-{n}"));
+        pool.fill("a/0", 5000);
+        let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+        let number = placed.segment + 1;
+        let mut theirs = junk.clone();
+        if let Some(maker) = maker {
+            let header = SegmentHeader {
+                number,
+                capacity: placed.capacity,
+                maker,
+            };
+            let header = header.to_bytes();
+            theirs[..header.len()].copy_from_slice(&header);
+        }
+        fs::write(pool.segment(number), theirs).unwrap();
+        // As a copy of the pool would find it.
+        assert!(
+            pool.files
+                .header(Placed {
+                    segment: number,
+                    ..placed
+                })
+                .is_none()
+        );
+        let mut last = 0;
+        while pool
+            .find(&format!("a/{last}"), ByteRange::Full)
+            .unwrap()
+            .1
+            .segment
+            != number
+        {
+            last += 1;
+            pool.fill(&format!("a/{last}"), 5000);
+        }
+        assert!(pool.held() <= pool.counted(), "{n}");
+        pool.files.close();
+        pool.fill("a/last", 5000);
+        assert_eq!(
+            pool.find("a/last", ByteRange::Full).unwrap().1.segment,
+            number
+        );
+        for key in [format!("a/{last}"), "a/last".to_owned()] {
+            assert_eq!(pool.read(&key), Some(contents(&key, 5000)), "{n}");
+        }
+        end(pool);
+    }
 }
 
 #[test]

@@ -7,19 +7,19 @@ use std::mem::MaybeUninit;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
 use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular};
-use super::format::{HEADER, SegmentHeader, ValueHeader};
+use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
 use super::resident::Resident;
 use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, names_in, open_cached, open_folder, open_value};
-use crate::shared::make_way;
+use crate::shared::{make_way, new_generation};
 
 /// Segments that one process has open at most.
 const OPEN: usize = 128;
@@ -48,8 +48,16 @@ pub struct SegmentFiles {
 #[derive(Debug, Default)]
 struct Opened {
     folder: Option<Arc<File>>,
-    files: HashMap<u64, (Arc<File>, u64)>,
+    files: HashMap<u64, OpenFile>,
     uses: u64,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    file: Arc<File>,
+    /// Whether it was opened to append to it, so that this process has made it.
+    is_own: bool,
+    used: u64,
 }
 
 /// What a segment is opened for.
@@ -58,7 +66,7 @@ pub(super) enum For {
     Read,
     /// Not a file that has lost its name: what others see is another one by now, or none.
     Change,
-    /// The same; it is made if there is none.
+    /// The same. It is made, in the place of what others have put there, unless it is this process that has made it.
     Append {
         capacity: u32,
     },
@@ -66,6 +74,21 @@ pub(super) enum For {
 
 fn name_of(number: u64) -> String {
     format!("{number:016x}")
+}
+
+/// Names this process in the segments that it makes.
+fn maker() -> u64 {
+    static MAKER: OnceLock<u64> = OnceLock::new();
+    *MAKER.get_or_init(new_generation)
+}
+
+/// The header of a segment; `None` where there is none.
+pub(super) fn header_of(file: &File) -> io::Result<Option<SegmentHeader>> {
+    let mut header = [0; SEGMENT_HEADER];
+    match file.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        read => read.map(|()| SegmentHeader::parse(&header)),
+    }
 }
 
 /// Whether a file has not been removed.
@@ -117,25 +140,31 @@ impl SegmentFiles {
         let mut opened = self.opened();
         opened.uses += 1;
         let uses = opened.uses;
-        if let Some((file, used)) = opened.files.get_mut(&number) {
+        if let Some(found) = opened.files.get_mut(&number) {
             let is_good = match purpose {
                 For::Read => true,
-                For::Change | For::Append { .. } => has_name(file),
+                For::Change => has_name(&found.file),
+                For::Append { .. } => found.is_own && has_name(&found.file),
             };
             if is_good {
-                *used = uses;
-                return Ok(Arc::clone(file));
+                found.used = uses;
+                return Ok(Arc::clone(&found.file));
             }
         }
         let file = Arc::new(self.open_file(&mut opened, number, purpose)?);
         if opened.files.len() >= OPEN {
             // The half that was not used for longest.
-            let mut times: Vec<u64> = opened.files.values().map(|(_, used)| *used).collect();
+            let mut times: Vec<u64> = opened.files.values().map(|one| one.used).collect();
             times.sort_unstable();
             let oldest = times.get(OPEN / 2).copied().unwrap_or(0);
-            opened.files.retain(|_, (_, used)| *used > oldest);
+            opened.files.retain(|_, one| one.used > oldest);
         }
-        opened.files.insert(number, (Arc::clone(&file), uses));
+        let one = OpenFile {
+            file: Arc::clone(&file),
+            is_own: matches!(purpose, For::Append { .. }),
+            used: uses,
+        };
+        opened.files.insert(number, one);
         Ok(file)
     }
 
@@ -180,13 +209,31 @@ impl SegmentFiles {
         };
         // Others may read a segment where they may read the folder.
         let mode = Mode::from_raw_mode(fstat(&folder)?.st_mode & 0o666);
-        let file = regular(openat(&folder, &name, flags | OFlags::CREATE, mode)?.into())?;
-        if file.metadata()?.len() == 0 {
-            let header = SegmentHeader { number, capacity };
-            // Whatever the umask says: a pool may belong to a group.
-            let _ = rustix::fs::fchmod(&file, mode);
-            file.write_all_at(&header.to_bytes(), 0)?;
-        }
+        let header = SegmentHeader {
+            number,
+            capacity,
+            maker: maker(),
+        };
+        let create = || {
+            let flags = flags | OFlags::CREATE | OFlags::EXCL;
+            openat(&folder, &name, flags, mode).map(File::from)
+        };
+        let file = match create() {
+            Err(Errno::EXIST) => {
+                let file = regular(openat(&folder, &name, flags, Mode::empty())?.into())?;
+                if header_of(&file)? == Some(header) {
+                    return Ok(file);
+                }
+                // Others have put it there, such as a copy of the pool that has gone on. What it holds is counted nowhere.
+                drop(file);
+                unlinkat(&folder, &name, AtFlags::empty())?;
+                create()?
+            }
+            made => made?,
+        };
+        // Whatever the umask says: a pool may belong to a group.
+        let _ = rustix::fs::fchmod(&file, mode);
+        file.write_all_at(&header.to_bytes(), 0)?;
         Ok(file)
     }
 

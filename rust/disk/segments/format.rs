@@ -32,6 +32,8 @@ pub struct SegmentHeader {
     pub number: u64,
     /// Pages in which values may begin.
     pub capacity: u32,
+    /// Names the process that has made its file, and alone appends to it.
+    pub maker: u64,
 }
 
 /// The header of a value.
@@ -107,6 +109,7 @@ impl SegmentHeader {
         writer.put(&FORMAT.to_le_bytes());
         writer.put(&self.number.to_le_bytes());
         writer.put(&self.capacity.to_le_bytes());
+        writer.put(&self.maker.to_le_bytes());
         seal(&mut bytes);
         bytes
     }
@@ -121,6 +124,7 @@ impl SegmentHeader {
         Some(SegmentHeader {
             number: reader.u64()?,
             capacity: reader.u32()?,
+            maker: reader.u64()?,
         })
     }
 }
@@ -219,6 +223,7 @@ mod tests {
         let segment = SegmentHeader {
             number: 9,
             capacity: 16,
+            maker: 5,
         };
         assert_eq!(SegmentHeader::parse(&segment.to_bytes()), Some(segment));
     }

@@ -13,8 +13,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::calls::{is_elsewhere, punch};
-use super::files::{SegmentFiles, VALUES_AT};
-use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
+use super::files::{SegmentFiles, VALUES_AT, header_of};
+use super::format::{HEADER, ValueHeader};
 use super::runs::VALID;
 use crate::cache::{Cache, FIRST_PAGE, MAP_AT, PAGE, Peers, Placed, Verify};
 use crate::error::Result;
@@ -210,13 +210,7 @@ fn scan_segment(
 ) -> io::Result<Option<(FoundSegment, Vec<FoundValue>)>> {
     let file = files.open_to_scan(number)?;
     let len = file.metadata()?.len();
-    let mut header = [0; SEGMENT_HEADER];
-    if len < SEGMENT_HEADER as u64 {
-        return Ok(None);
-    }
-    file.read_exact_at(&mut header, 0)?;
-    let Some(header) = SegmentHeader::parse(&header).filter(|header| header.number == number)
-    else {
+    let Some(header) = header_of(&file)?.filter(|header| header.number == number) else {
         return Ok(None);
     };
     // No value begins behind the end of the file, and no map is longer than its pages.
