@@ -471,3 +471,35 @@ fn a_file_that_is_truncated_in_a_step_ends_the_step_alone() {
         }
     }
 }
+
+#[test]
+fn folders_removed_before_a_rebuild_counted_are_not_taken_from_its_sum() {
+    let dir = Dir::new("folder-sum");
+    let opening = Opening {
+        unit: 4096,
+        ..Opening::new(LIMITS, 1)
+    };
+    let (mut index, fresh) = Index::open(&dir.0, &opening).unwrap();
+    assert!(fresh);
+    let sum = |index: &mut Index| index.step(sleep, |cache| Ok(cache.folder_sum())).unwrap();
+    let count = |index: &mut Index, sum: Option<u64>, bytes: i64| {
+        let step = index.step(sleep, |cache| {
+            cache.count_folders_since(sum, bytes);
+            Ok(cache.current_size())
+        });
+        step.unwrap()
+    };
+    let while_it_walks = sum(&mut index);
+    assert_eq!(count(&mut index, None, 8192), 8192);
+    index.complete().unwrap();
+    let of_the_rebuild = sum(&mut index);
+    assert_eq!(count(&mut index, None, -4096), 8192);
+    assert_eq!(count(&mut index, Some(while_it_walks), -4096), 8192);
+    assert_eq!(count(&mut index, Some(of_the_rebuild), -4096), 4096);
+    // What was made counts, whether or not the rebuild has found it.
+    assert_eq!(count(&mut index, Some(while_it_walks), 4096), 8192);
+    // After the next one as well.
+    dir.die_in_a_step();
+    let mut index = dir.open();
+    assert_ne!(sum(&mut index), of_the_rebuild);
+}

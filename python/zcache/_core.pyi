@@ -729,6 +729,12 @@ class Index:
     def count_folders(self, size: int, /) -> None:
         """Count folders that were made or have grown, or, below 0, were removed."""
 
+    def folder_sum(self) -> int:
+        """Names the sum of the folders of now: a rebuild makes another one."""
+
+    def count_folders_since(self, folder_sum: int | None, size: int, /) -> None:
+        """`count_folders` of what was done while there was this sum. What was removed from another one is in none."""
+
     @property
     def bound(self) -> int | None:
         """The least bound of all processes that use the index, in bytes; None where none has any."""

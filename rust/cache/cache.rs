@@ -294,6 +294,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.header().unit == unit
     }
 
+    /// Which sum of the folders there is now: a rebuild makes another one. See [`Cache::count_folders_since`].
+    #[must_use]
+    pub fn folder_sum(&self) -> u64 {
+        let [_, generation] = self.arena.storage.first_version();
+        u64::from(generation) << 1 | u64::from(self.is_complete())
+    }
+
+    /// Counts folders that were changed while there was this sum. What was removed from another one is not in this one:
+    /// the rebuild has not found it.
+    pub fn count_folders_since(&mut self, sum: Option<u64>, bytes: i64) {
+        if bytes > 0 || sum == Some(self.folder_sum()) {
+            self.count_folders(bytes);
+        }
+    }
+
     /// Counts folders that were made or grew, or, below 0, were removed; nothing where bytes count.
     pub fn count_folders(&mut self, bytes: i64) {
         let is_complete = self.is_complete();

@@ -100,6 +100,8 @@ pub(super) struct Batch<'a, T, D> {
     pub(super) delete_errors: Vec<io::Error>,
     /// Updates that could not be made yet.
     pub(super) deferred: Vec<Deferred>,
+    /// In which sum of the folders what it makes and removes belongs.
+    pub(super) folder_sum: Option<u64>,
     /// Flights that were closed; the caller drops their payloads.
     pub(super) closed: Vec<ClosedFlight<T>>,
 }
@@ -119,6 +121,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
             deleted: 0,
             delete_errors: Vec::new(),
             deferred: Vec::new(),
+            folder_sum: None,
             closed: Vec::new(),
         }
     }
@@ -126,6 +129,10 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
     /// Runs it.
     pub(super) fn run(&mut self) {
         self.dir.values.take_folders();
+        if self.dir.values.segments().is_none() {
+            let sum = |index: &Locked<T>| step!(index, |cache| Ok(cache.folder_sum()));
+            self.folder_sum = self.with_retries(sum).ok();
+        }
         self.remove_left();
         if let Err(error) = self.fill() {
             match error {

@@ -42,8 +42,8 @@ pub(super) enum Deferred {
         dropped: Vec<u32>,
         failed: Vec<u32>,
     },
-    /// Bytes by which folders have grown, or, below 0, shrunk.
-    Folders(i64),
+    /// Bytes by which folders have grown, or, below 0, shrunk, since there was this sum of them.
+    Folders { sum: Option<u64>, bytes: i64 },
     /// A reservation ends; `gone` says that none of its bytes are left.
     Release { id: u64, gone: bool },
     /// So many values were left uncached for a reason that the index does not know.
@@ -88,8 +88,8 @@ fn apply_to<S: Peers, T: Clone, P: Eviction>(
             dropped,
             failed,
         } => cache.deletes_done_since(*generation, dropped, failed),
-        Deferred::Folders(bytes) => {
-            cache.count_folders(*bytes);
+        Deferred::Folders { sum, bytes } => {
+            cache.count_folders_since(*sum, *bytes);
             Ok(())
         }
         Deferred::Release { id, gone } => {

@@ -127,7 +127,8 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         if bytes == 0 {
             return;
         }
-        let update = Deferred::Folders(bytes);
+        let sum = self.folder_sum;
+        let update = Deferred::Folders { sum, bytes };
         if self
             .with_retries(|index| apply(index, &update, &mut Vec::new()))
             .is_err()

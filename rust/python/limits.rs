@@ -34,10 +34,22 @@ impl Index {
         step!(self, py, |cache| cache.excess())
     }
 
+    fn folder_sum(&self, py: Python<'_>) -> PyResult<u64> {
+        step!(self, py, |cache| Ok(cache.folder_sum()))
+    }
+
     #[pyo3(signature = (size, /))]
     fn count_folders(&self, py: Python<'_>, size: i64) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.count_folders(size);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (sum, size, /))]
+    fn count_folders_since(&self, py: Python<'_>, sum: Option<u64>, size: i64) -> PyResult<()> {
+        step!(self, py, |cache| {
+            cache.count_folders_since(sum, size);
             Ok(())
         })
     }

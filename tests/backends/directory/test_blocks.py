@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed, usage
 from support import buf, read, until
 from zcache import CacheStore
+from zcache._backends.directory import backend
 from zcache._backends.directory.bound import Bound
 from zcache._core import Index, write_tombstone
 from zcache.testing import check_invariants_async, set_block_size, stored_sizes
@@ -157,9 +159,39 @@ async def test_several_processes_keep_the_bound(tmp_path: Path) -> None:
     assert 0 < max(highest, usage(tmp_path)) <= BOUND
 
 
+async def test_write_of_what_is_not_cached_leaves_empty_folders_of_others(tmp_path: Path) -> None:
+    source = MemoryStore({"a/c/0": buf(b"value")})
+    store = open_store(tmp_path, source, cache_set_data=False)
+    await read(store, "a/c/0")
+    assert store.drain_sync()
+    (tmp_path / "theirs/empty").mkdir(parents=True)
+    before = store.cache_info()["current_size"]
+    await store.set("theirs/empty/k", buf(b"new"))
+    await store.delete("theirs/k")
+    assert (tmp_path / "theirs/empty").is_dir()
+    assert store.cache_info()["current_size"] == before
+
+
+async def test_folder_of_tombstones_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = MemoryStore({"a/c/0": buf(b"value")})
+    store = open_store(tmp_path, source, cache_set_data=False)
+    await read(store, "a/c/0")
+    assert store.drain_sync()
+    before = store.cache_info()["current_size"]
+
+    def refuse(_: str, names: list[str], *__: object) -> list[OSError]:
+        return [OSError(errno.EIO, "refused") for _ in names]
+
+    monkeypatch.setattr(backend, "remove_victims", refuse)
+    monkeypatch.setattr(backend, "is_absent", lambda *_: True)
+    await store.set("a/c/0", buf(b"new"))
+    folder = (tmp_path / ".zcache/dropped").lstat().st_blocks * 512
+    assert store.cache_info()["current_size"] == before + folder
+
+
 def test_bound_tells_of_folders_that_have_grown_before_it_frees_victims(tmp_path: Path) -> None:
     """A victim without a file leaves a mark, which takes the room of the victim."""
-    told: list[str] = []
+    told: list[object] = []
 
     class Handle:
         """The index of a directory with one victim, of which the file is gone."""
@@ -168,8 +200,15 @@ def test_bound_tells_of_folders_that_have_grown_before_it_frees_victims(tmp_path
             answers = {Index.evict: [(1, "a/1")], Index.expected: [None]}
             return answers.get(step, (4096, True))
 
+        @property
+        def index(self) -> Handle:
+            return self
+
+        def folder_sum(self) -> int:
+            return 1
+
         def call_later(self, _: object, step: Callable[..., object], *args: object) -> None:
-            told.append(f"{step.__name__} {args[0]}")
+            told.append((step, *args))
 
     def remove(names: list[str], known: list[None]) -> list[None]:
         write_tombstone(str(tmp_path), names[0])
@@ -180,5 +219,5 @@ def test_bound_tells_of_folders_that_have_grown_before_it_frees_victims(tmp_path
     grown = sum(
         os.lstat(tmp_path / name).st_blocks * 512 for name in (".zcache", ".zcache/dropped")
     )
-    expected = ["confirm_deletes [1]"]
-    assert told == ([f"count_folders {grown}", *expected] if grown else expected)
+    expected = [(Index.confirm_deletes, [1], [])]
+    assert told == ([(Index.count_folders_since, 1, grown), *expected] if grown else expected)

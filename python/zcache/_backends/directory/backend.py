@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, read_timeout
 from zcache._backends.directory.files import read_value
+from zcache._backends.directory.folders import counted
 from zcache._backends.directory.page_cache import PageCacheReader, is_supported
 from zcache._core import (
     Index,
@@ -18,7 +19,6 @@ from zcache._core import (
     recorded_size_and_checksum,
     remove_key,
     remove_victims,
-    take_folder_bytes,
 )
 from zcache._index.handle import RETRYABLE, ignore
 from zcache._runtime.coroutines import NoAnswerError
@@ -131,7 +131,7 @@ class DirectoryBackend(Backend):
             names = _names(victims, failed)
             with contextlib.suppress(TimeoutError, NoThreadError):
                 await io.in_thread(
-                    lambda: self._directory.scanner.add_tombstones(names),
+                    lambda: self._add_tombstones(names),
                     ignore,
                     timeout=DELETE_TIMEOUT,
                 )
@@ -193,7 +193,7 @@ class DirectoryBackend(Backend):
                 self._tell_and_remove(prefix, work)
             else:
                 names = [name for name, _ in self._remove_counted(work)]
-                self._directory.scanner.add_tombstones(names)
+                self._add_tombstones(names)
 
         if not tells:
             await self._remove_unasked(io, remove)
@@ -257,10 +257,8 @@ class DirectoryBackend(Backend):
     def _remove_counted(
         self, work: Callable[[], list[tuple[str, OSError]]]
     ) -> list[tuple[str, OSError]]:
-        take_folder_bytes()
-        failed = work()
-        if folders := take_folder_bytes():
-            self.shared.handle.call_later(ignore, Index.count_folders, folders)
+        with counted(self.shared.handle):
+            failed = work()
         if not self._directory.scanner.only_looks:
             for _, error in failed:
                 self.breaker.failed(error, "delete")
@@ -282,7 +280,10 @@ class DirectoryBackend(Backend):
 
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         names = [name for _, name in victims]
-        take_folder_bytes()
+        with counted(self.shared.handle):
+            return self._remove_known(names, victims)
+
+    def _remove_known(self, names: list[str], victims: Sequence[Victim]) -> list[OSError | None]:
         now = self.shared.clock()
         outcome = remove_victims(self._root, names, [None] * len(names), now)
         doubtful = [n for n, error in enumerate(outcome) if error and error.errno == errno.EEXIST]
@@ -298,9 +299,11 @@ class DirectoryBackend(Backend):
                 outcome[n] = error
             if any(again):
                 self._directory.scanner.say_in_the_way()
-        if folders := take_folder_bytes():
-            self.shared.handle.call_later(ignore, Index.count_folders, folders)
         return outcome
+
+    def _add_tombstones(self, names: Sequence[str]) -> None:
+        with counted(self.shared.handle):
+            self._directory.scanner.add_tombstones(names)
 
     def _removed_late(
         self, victims: Sequence[Victim], outcome: list[OSError | None] | BaseException
@@ -311,7 +314,7 @@ class DirectoryBackend(Backend):
             return
         dropped, failed = self.sort(victims, outcome)
         if failed:
-            self._directory.scanner.add_tombstones(_names(victims, failed))
+            self._add_tombstones(_names(victims, failed))
         then = self._directory.note_deletes
         self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
 

@@ -7,7 +7,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index, take_folder_bytes
+from zcache._backends.directory.folders import counted
+from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
@@ -91,15 +92,13 @@ class Bound:
         victims = handle.call_blocking(Index.evict, excess, self._clock())
         if not victims:
             return False, not is_complete
-        take_folder_bytes()
         cells = [cell for cell, _ in victims]
         known = handle.call_blocking(Index.expected, cells)
-        outcome = self._remove([name for _, name in victims], known)
+        # They are told first: the victims count until their deletes are confirmed, and so leave room for the folder of marks.
+        with counted(handle):
+            outcome = self._remove([name for _, name in victims], known)
         failed = [cell for cell, error in zip(cells, outcome, strict=True) if error]
         gone = [cell for cell, error in zip(cells, outcome, strict=True) if not error]
-        # First: the victims count until their deletes are confirmed, and so leave room for the folder of marks.
-        if folders := take_folder_bytes():
-            handle.call_later(ignore, Index.count_folders, folders)
         handle.call_later(ignore, Index.confirm_deletes, gone, failed)
         self._after()
         # What cannot be deleted now is tried again by the next fill.

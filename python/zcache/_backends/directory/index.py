@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
+from zcache._backends.directory.folders import counted
 from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.private_index import PrivateIndex
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE, Rebuild
 from zcache._backends.directory.recovery import Recovery
 from zcache._backends.directory.stamp import InUseError, Stamp
-from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims, take_folder_bytes
+from zcache._core import Index, IndexBusyError, IndexFullError, remove_victims
 from zcache._index.calls import is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.place import Place
@@ -291,17 +292,16 @@ class CacheDirectory(Place):
 
     def _empty(self) -> None:
         call = self.handle.call_opened
-        take_folder_bytes()
-        call(Index.invalidate, "", timeout=None)
-        while victims := call(Index.drain_prefix, "", timeout=None):
-            for _, name in victims:
-                files.remove_value(self.root, name)
-            call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
-        while call(Index.drain_absences, "", timeout=None):
-            pass
-        # And what the index does not know.
-        self.scanner.remove_below("")
-        call(Index.count_folders, take_folder_bytes(), timeout=None)
+        with counted(self.handle):
+            call(Index.invalidate, "", timeout=None)
+            while victims := call(Index.drain_prefix, "", timeout=None):
+                for _, name in victims:
+                    files.remove_value(self.root, name)
+                call(Index.confirm_deletes, [cell for cell, _ in victims], [], timeout=None)
+            while call(Index.drain_absences, "", timeout=None):
+                pass
+            # And what the index does not know.
+            self.scanner.remove_below("")
 
     def _keep_to_ourselves(self, error: OSError) -> None:
         logger.warning(

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.directory import files
+from zcache._backends.directory.folders import counted
 from zcache._backends.tombstones import (
     DROPPED,
     MISSING,
@@ -18,8 +19,7 @@ from zcache._backends.tombstones import (
     with_mark,
     with_tombstone,
 )
-from zcache._core import Index, is_cacheable_key, take_folder_bytes, write_tombstone
-from zcache._index.handle import ignore
+from zcache._core import Index, is_cacheable_key, write_tombstone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -164,17 +164,15 @@ class Scanner:
         finder.only_looks = True
         names = (name for _, _, name in finder.find())
         removed = 0
-        take_folder_bytes()
-        while batch := list(islice(names, _BATCH)):
-            listed = handle.call_blocking(Index.are_listed, batch)
-            if listed is None:
-                break
-            for name, is_listed in zip(batch, listed, strict=True):
-                if not is_listed:
-                    self._remove_quietly(name)
-                    removed += 1
-        if folders := take_folder_bytes():
-            handle.call_later(ignore, Index.count_folders, folders)
+        with counted(handle):
+            while batch := list(islice(names, _BATCH)):
+                listed = handle.call_blocking(Index.are_listed, batch)
+                if listed is None:
+                    break
+                for name, is_listed in zip(batch, listed, strict=True):
+                    if not is_listed:
+                        self._remove_quietly(name)
+                        removed += 1
         if removed:
             logger.warning(
                 "the cache directory %s had %d values that its index does not list, such as those of a folder "
