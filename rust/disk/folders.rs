@@ -196,7 +196,8 @@ pub(super) fn prune_to(root: &Root<'_>, name: &Path, kept: usize) {
         }
         let removed = root.find(above).and_then(|place| remove_folder(place.at()));
         match removed {
-            Ok(()) | Err(Errno::NOENT) => {}
+            // Gone, or no folder can have such a name.
+            Ok(()) | Err(Errno::NOENT | Errno::NAMETOOLONG | Errno::INVAL | Errno::ILSEQ) => {}
             // It holds something, or that cannot be known.
             Err(_) => return,
         }
