@@ -101,7 +101,7 @@ class Buffers:
         except OSError:  # There may only be so many.
             return np.empty(size, "u1")
         start, self._used = self._used, self._used + step
-        slab.pieces[_pages(start, size)] += 1
+        slab.count(start, size, 1)
         return self._array[start : start + size]
 
 
@@ -130,31 +130,32 @@ class _Slab(mmap.mmap):
     A page goes back to the system once no piece that lies in it is left: the rest may be in use for long.
     """
 
-    # By page.
-    pieces: Array
+    # By page: how many begin there, and how many end there. The pages between these two are of one piece.
+    ends: bytearray
     address: int
 
+    def count(self, start: int, size: int, change: int) -> None:
+        """Note a piece, or that it is gone."""
+        self.ends[start // mmap.PAGESIZE] += change
+        self.ends[(start + size - 1) // mmap.PAGESIZE] += change
+
     def release(self, start: int, size: int) -> None:
-        """Give these bytes back to the system, but for pages in which pieces lie."""
-        pages = _pages(start, size)
-        # Only the first and the last one may be those of others.
-        unused = np.flatnonzero(self.pieces[pages] == 0)
-        if len(unused):
-            first, last = int(unused[0]), int(unused[-1])
-            where = (pages.start + first) * mmap.PAGESIZE
+        """Give these bytes, in which no piece lies, back to the system, but for pages in which others lie."""
+        first, last = start // mmap.PAGESIZE, (start + size - 1) // mmap.PAGESIZE
+        if size and self.ends[first]:
+            first += 1
+        if first <= last and self.ends[last]:
+            last -= 1
+        if first <= last:
             length = (last - first + 1) * mmap.PAGESIZE
-            self.madvise(mmap.MADV_DONTNEED, where, length)
+            self.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, length)
 
 
 def _slab(size: int) -> _Slab:
     slab = mapped(size, _Slab)
-    slab.pieces = np.zeros(-(-size // mmap.PAGESIZE), "u2")
+    slab.ends = bytearray(-(-size // mmap.PAGESIZE))
     slab.address = np.frombuffer(slab, "u1").__array_interface__["data"][0]
     return slab
-
-
-def _pages(start: int, size: int) -> slice:
-    return slice(start // mmap.PAGESIZE, (start + size - 1) // mmap.PAGESIZE + 1)
 
 
 def _release(piece: Array) -> None:
@@ -164,5 +165,5 @@ def _release(piece: Array) -> None:
     slab = getattr(slab, "obj", slab)
     if isinstance(slab, _Slab):
         start = piece.__array_interface__["data"][0] - slab.address
-        slab.pieces[_pages(start, piece.nbytes)] -= 1
+        slab.count(start, piece.nbytes, -1)
         slab.release(start, piece.nbytes)
