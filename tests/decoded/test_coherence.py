@@ -466,8 +466,8 @@ async def test_reader_waits_for_a_chunk_whose_bytes_are_on_their_way(
 ) -> None:
     asked: list[bool] = []
 
-    def is_on_its_way(origins: Origins, key: str, ask: Any = Origins.is_on_its_way) -> bool:
-        asked.append(ask(origins, key))
+    def is_on_its_way(origins: Origins, origin: Any, ask: Any = Origins.is_on_its_way) -> bool:
+        asked.append(ask(origins, origin))
         if len(asked) == 3:
             gate.release()
         # However slow the machine is then.
@@ -516,13 +516,13 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
     origin, names = cache.origins.begin(["a"], 0.0)[0], ["a/0", "a/1"]
     loop, other = asyncio.get_running_loop(), asyncio.new_event_loop()
     if is_one:
-        dead = [cache.join(name, "a", origin, 16, other)[1] for name in names]
+        dead = [cache.join(name, origin, 16, other)[1] for name in names]
     else:
-        decodings = Decodings(other, dict.fromkeys(names, ("a", origin)))
+        decodings = Decodings(other, dict.fromkeys(names, origin))
         assert cache.join_all(decodings, 16) == {}
         dead = [decodings.single[name] for name in names]
     assert decoded(store, "size") == 2 * ROOM
-    leads, following = cache.join("a/0", "a", origin, 16, loop)
+    leads, following = cache.join("a/0", origin, 16, loop)
     assert not leads
     other.close()
     assert not await following.wait()
@@ -530,7 +530,7 @@ async def test_chunk_is_decoded_anew_whose_reader_was_in_an_event_loop_that_is_c
     cache.leave(following)
     assert decoded(store, "size") == ROOM
     for name in names:
-        leads, decoding = cache.join(name, "a", origin, 16, loop)
+        leads, decoding = cache.join(name, origin, 16, loop)
         assert leads
         assert decoding not in dead
         cache.landing.land([(decoding, np.arange(4, dtype="i4"), None)])
@@ -691,13 +691,13 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     array[:8]
     cache: Any = store._decoded
     name = "0/v/c/0"
-    kept = cache.get(name, "v/c/0", object(), cache.now())
+    kept = cache.get(name, object(), cache.now())
     array[4:8]
     # It has been used before the other one.
     array[8:12]
     assert name in cache._values
     assert decoded(store, "size") == 2 * ROOM
-    cache.unpin(kept)
+    cache.room.unpin(kept)
     assert name not in cache._values
     array[:]
     check_decoded_quiet(store)
@@ -741,7 +741,7 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
-    _, leading = cache.join("a/0", "a", origin, 16, loop)
+    _, leading = cache.join("a/0", origin, 16, loop)
     index = cache._index
 
     class Slow:
@@ -754,12 +754,12 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
             cache._index = index
             joined = index.join(*args)
             cache.landing.land([(leading, np.arange(4, dtype="i4"), None)])
-            _, other = cache.join("b/0", "b", cache.origins.begin(["b"], 0.0)[0], 16, loop)
+            _, other = cache.join("b/0", cache.origins.begin(["b"], 0.0)[0], 16, loop)
             cache.landing.land([(other, np.zeros(4, dtype="i4"), None)])
             return joined
 
     cache._index = Slow()
-    leads, decoding = cache.join("a/0", "a", origin, 16, loop)
+    leads, decoding = cache.join("a/0", origin, 16, loop)
     assert leads
     assert decoding is not leading
     cache.give_up(decoding)
@@ -774,7 +774,7 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
     cache: Any = store._decoded
     loop = asyncio.get_running_loop()
     index, origin = cache._index, cache.origins.begin(["a"], 0.0)[0]
-    _, theirs = cache.join("a/3", "a", origin, 16, loop)
+    _, theirs = cache.join("a/3", origin, 16, loop)
     if not is_kept:
         cache._admission.admitted = lambda names, kept: []
     early: list[Any] = []
@@ -788,13 +788,13 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
         def lead_all(self, *args: Any) -> Any:
             cache._index = index
             tickets = index.lead_all(*args)
-            early.append(cache.join("a/1", "a", origin, 16, loop))
+            early.append(cache.join("a/1", origin, 16, loop))
             return tickets
 
     cache._index = Slow()
-    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(4)})
+    decodings = Decodings(loop, {f"a/{n}": origin for n in range(4)})
     assert cache.join_all(decodings, 16) == {"a/3": theirs}
-    late = cache.join("a/2", "a", origin, 16, loop)
+    late = cache.join("a/2", origin, 16, loop)
     assert not early[0][0]
     assert not late[0]
     assert early[0][1] is decodings.single["a/1"]
@@ -803,7 +803,7 @@ async def test_reader_joins_one_of_many_chunks_that_another_one_begins_to_decode
     for decoding in decodings.single.values():
         cache.landing.land([(decoding, np.arange(4, dtype="i4"), None)])
     # Who comes now finds what is kept, or begins anew.
-    leads, again = cache.join("a/0", "a", origin, 16, loop)
+    leads, again = cache.join("a/0", origin, 16, loop)
     assert leads
     cache.give_up(again)
     for _, decoding in (*early, late):
@@ -821,13 +821,13 @@ async def test_chunk_that_was_passed_over_is_decoded_anew_while_its_reader_goes_
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
     cache._admission.admitted = lambda names, kept: []
-    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    decodings = Decodings(loop, {f"a/{n}": origin for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
     assert decodings.pass_over("a/0")
-    leads, anew = cache.join("a/0", "a", origin, 16, loop)
+    leads, anew = cache.join("a/0", origin, 16, loop)
     assert leads
     cache.give_up_all(decodings)
-    assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
+    assert cache.join("a/0", origin, 16, loop) == (False, anew)
     cache.landing.land([(anew, np.arange(4, dtype="i4"), None)])
     assert anew.kept.array[3] == 3
     cache.leave(anew)
@@ -840,15 +840,15 @@ async def test_chunk_is_decoded_anew_that_a_thread_was_passing_over_as_its_reade
     loop = asyncio.get_running_loop()
     origin = cache.origins.begin(["a"], 0.0)[0]
     cache._admission.admitted = lambda names, kept: []
-    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    decodings = Decodings(loop, {f"a/{n}": origin for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
     # The thread stands in the middle of `Decodings.pass_over`.
     ticket = decodings.tickets.pop("a/0")
     cache.give_up_all(decodings)
-    leads, anew = cache.join("a/0", "a", origin, 16, loop)
+    leads, anew = cache.join("a/0", origin, 16, loop)
     assert leads
     decodings.passed["a/0"] = ticket
-    assert cache.join("a/0", "a", origin, 16, loop) == (False, anew)
+    assert cache.join("a/0", origin, 16, loop) == (False, anew)
     cache.landing.land([(anew, np.arange(4, dtype="i4"), None)])
     assert anew.kept.array[3] == 3
     cache.leave(anew)
@@ -861,10 +861,10 @@ async def _landed() -> tuple[CacheStore, Any, Decodings, Callable[[str], Any]]:
     cache: Any = store._decoded
     (origin,) = cache.origins.begin(["a"], 0.0)
     loop = asyncio.get_running_loop()
-    decodings = Decodings(loop, {f"a/{n}": ("a", origin) for n in range(2)})
+    decodings = Decodings(loop, {f"a/{n}": origin for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
     cache.landing.land([(decodings.single["a/0"], np.arange(4, dtype="i4"), None)], decodings)
-    return store, cache, decodings, lambda name: cache.join(name, "a", origin, 16, loop)
+    return store, cache, decodings, lambda name: cache.join(name, origin, 16, loop)
 
 
 async def test_chunk_is_served_before_the_rest_of_its_read_is_there() -> None:
@@ -873,11 +873,11 @@ async def test_chunk_is_served_before_the_rest_of_its_read_is_there() -> None:
     assert not leads
     assert await decoding.wait()
     assert decoding.kept.array[3] == 3
-    assert cache.get("a/0", "a", object(), 0.0) is None
+    assert cache.get("a/0", object(), 0.0) is None
     cache.give_up_all(decodings)
-    found = cache.get("a/0", "a", object(), 0.0)
+    found = cache.get("a/0", object(), 0.0)
     assert found is decoding.kept
-    cache.unpin(found, found)
+    cache.room.unpin(found, found)
     assert decoded(store, "size") == ROOM
     check_decoded_quiet(store)
 
@@ -912,16 +912,16 @@ async def test_chunk_is_found_that_had_landed_when_the_event_loop_of_its_reader_
     cache: Any = store._decoded
     (origin,) = cache.origins.begin(["a"], 0.0)
     other = asyncio.new_event_loop()
-    decodings = Decodings(other, {f"a/{n}": ("a", origin) for n in range(2)})
+    decodings = Decodings(other, {f"a/{n}": origin for n in range(2)})
     assert cache.join_all(decodings, 16) == {}
     cache.landing.land([(decodings.single["a/0"], np.arange(4, dtype="i4"), None)], decodings)
     other.close()
-    leads, decoding = cache.join("a/0", "a", origin, 16, asyncio.get_running_loop())
+    leads, decoding = cache.join("a/0", origin, 16, asyncio.get_running_loop())
     assert leads
     cache.give_up(decoding)
-    found = cache.get("a/0", "a", object(), 0.0)
+    found = cache.get("a/0", object(), 0.0)
     assert found.array[3] == 3
-    cache.unpin(found)
+    cache.room.unpin(found)
     cache.give_up_all(decodings)
     check_decoded_quiet(store)
 
@@ -932,7 +932,7 @@ async def test_chunk_gets_no_late_room_once_its_reader_has_gone() -> None:
     cache: Any = store._decoded
     origin = cache.origins.begin(["a"], 0.0)[0]
     names = [f"a/{n}" for n in range(3)]
-    decodings = Decodings(asyncio.get_running_loop(), dict.fromkeys(names, ("a", origin)))
+    decodings = Decodings(asyncio.get_running_loop(), dict.fromkeys(names, origin))
     assert cache.join_all(decodings, 16) == {}
     assert decoded(store, "size") == 2 * ROOM
     cache.room.postpone(decodings)
@@ -951,7 +951,7 @@ async def test_reader_does_not_join_a_decode_of_bytes_that_have_expired(clock: F
     loop = asyncio.get_running_loop()
 
     def join() -> Any:
-        return cache.join("v/c/0/0", "v/c/0", cache.origins.begin(["v/c/0"], clock())[0], 16, loop)
+        return cache.join("v/c/0/0", cache.origins.begin(["v/c/0"], clock())[0], 16, loop)
 
     leads, leading = join()
     assert leads
@@ -978,7 +978,7 @@ async def test_reader_of_bytes_on_their_way_joins_a_decode_but_begins_none(
     key, index = "v/c/0", store._cache.shared.handle.index
 
     def join(name: str) -> Any:
-        return cache.join(name, key, cache.origins.begin([key], clock())[0], 16, loop)
+        return cache.join(name, cache.origins.begin([key], clock())[0], 16, loop)
 
     leads, leading = join("v/c/0/0")
     assert leads

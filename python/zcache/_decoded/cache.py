@@ -24,7 +24,7 @@ from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
@@ -99,58 +99,45 @@ class DecodedCache:
         with self._lock:
             return self._layouts.setdefault(layout, len(self._layouts))
 
-    def get(self, name: str, key: str, reader: object, now: float) -> Kept | None:
+    def get(self, name: str, reader: object, now: float) -> Kept | None:
         """A chunk that is kept and current, to be unpinned once it is copied. Counts a hit or a miss.
 
         `reader` stands for one read: of an origin that it has found current it does not ask again.
         """
-        return None if self._index.lookup(name) is None else self._take(name, key, reader, now)
+        return None if self._index.lookup(name) is None else self._take(name, reader, now)
 
-    def get_all(
-        self, names: list[str], keys: list[str], reader: object, now: float
-    ) -> Iterable[tuple[int, Kept]]:
+    def get_all(self, names: list[str], reader: object, now: float) -> Iterator[tuple[int, Kept]]:
         """`get` of many chunks: the positions of those that are kept, with these."""
-        if len(names) == 1:
-            kept = self.get(names[0], keys[0], reader, now)
-            return [] if kept is None else [(0, kept)]
-        return self._take_all(names, keys, reader, now)
-
-    def _take_all(
-        self, names: list[str], keys: list[str], reader: object, now: float
-    ) -> Iterator[tuple[int, Kept]]:
         for at in self._index.lookup_all(names):
-            kept = self._take(names[at], keys[at], reader, now)
+            kept = self._take(names[at], reader, now)
             if kept is not None:
                 yield at, kept
 
-    def _take(self, name: str, key: str, reader: object, now: float) -> Kept | None:
+    def _take(self, name: str, reader: object, now: float) -> Kept | None:
         """Pin a chunk that the index has found, if it is current."""
         index = self._index
-        if (kept := self.room.pinned(name)) is None:
-            index.recount_as_miss()
-            return None
-        origin = kept.origin
-        was_checked = origin.checked is reader
-        is_current = was_checked or self.origins.is_current(key, origin, origin.landed, now)
-        if is_current:
-            origin.checked = reader
-            self._admission.hit()
-            return kept
-        self.unpin(kept)
-        entry = None if is_current is None else index.handle_of(name, None, None, 0.0)
-        if entry is None:
-            index.recount_as_miss()
-        else:
-            self.room.remove(index.discard(entry))
+        # It may be evicted until it is pinned.
+        kept = self._values.get(name)
+        if kept is not None:
+            origin = kept.origin
+            if origin.checked is not reader:
+                is_current = self.origins.is_current(origin, origin.landed, now)
+                if not is_current:
+                    entry = None if is_current is None else index.handle_of(name, None, None, 0.0)
+                    if entry is None:
+                        index.recount_as_miss()
+                    else:
+                        self.room.remove(index.discard(entry))
+                    return None
+                origin.checked = reader
+                self._admission.hit()
+            if self.room.pin(kept):
+                return kept
+        index.recount_as_miss()
         return None
 
-    def unpin(self, *copied: Kept) -> None:
-        """Say that chunks are copied."""
-        if self.room.unpin(copied):
-            self.room.remove(self._index.failed_deletes(1024))
-
     def join(
-        self, name: str, key: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
+        self, name: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
     ) -> tuple[bool, Decoding] | None:
         """Decode a chunk for all who want it, or wait for who does, if that would be current now.
 
@@ -187,7 +174,7 @@ class DecodedCache:
                 index.abort_flight(name, other)
                 continue
             now = self.now()
-            is_current = self.origins.is_current(key, one.origin, now, now)
+            is_current = self.origins.is_current(one.origin, now, now)
             if is_current is None or not one.origin.is_dated:
                 return None
             if not is_current:
@@ -202,7 +189,7 @@ class DecodedCache:
     def join_all(self, decodings: Decodings, size: int) -> dict[str, Decoding]:
         """`join` for many chunks of one size. Returns those for which the caller waits."""
         self.give_up_stopped()
-        index, names, loop = self._index, list(decodings.sources), decodings.loop
+        index, names, loop = self._index, list(decodings.origins), decodings.loop
         assert loop is not None  # The caller runs in it.
         followed: dict[str, Decoding] = {}
         try:
@@ -212,7 +199,7 @@ class DecodedCache:
             for name, ticket in zip(names, tickets, strict=True) if led is not names else ():
                 if ticket is not None:
                     continue
-                joined = self.join(name, *decodings.sources[name], size, loop)
+                joined = self.join(name, decodings.origins[name], size, loop)
                 if joined is not None:
                     (decodings.single if joined[0] else followed)[name] = joined[1]
             self.room.admit_all(decodings, led, size)
@@ -334,7 +321,7 @@ class DecodedCache:
             if kept is None:
                 decoding.waiting -= 1
         if kept is not None:
-            self.unpin(kept)
+            self.room.unpin(kept)
         elif decoding.is_cut_off:
             self.give_up(decoding)
 
@@ -421,9 +408,9 @@ def decoded_of(store: object) -> DecodedCache | None:
     that reads or writes in another way, be it by a method of its own, of a mixin or of another base.
     """
     kind = type(store)
-    if not issubclass(kind, KeepsDecoded):
-        return None
     if KeepsDecoded not in kind.__bases__:
+        if not issubclass(kind, KeepsDecoded):
+            return None
         usual = next(base for base in kind.__mro__ if KeepsDecoded in base.__bases__)
         # Each time: a method may be assigned to a class at any time.
         if any(getattr(kind, n, None) is not getattr(usual, n, None) for n in _ACCESS):

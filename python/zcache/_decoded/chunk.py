@@ -27,6 +27,8 @@ class Origin:
         Of the bytes.
     version, fetched
         See `Index.begin_decodes`.
+    max_age : float or None
+        Seconds for which its chunks may be served; None for any time.
     is_dated : bool
         Whether it can be said when its chunks expire: else they must not be kept, nor handed to others.
     stale : int
@@ -39,14 +41,23 @@ class Origin:
         The read that has found it current.
     """
 
-    __slots__ = ("checked", "fetched", "is_dated", "key", "landed", "stale", "touched", "version")
+    __slots__ = (
+        *("checked", "fetched", "is_dated", "key", "landed", "max_age", "stale", "touched"),
+        "version",
+    )
 
     def __init__(
-        self, key: str, begun: float, stale: int, stamp: tuple[int, int], *, expires: bool = False
+        self,
+        key: str,
+        begun: float,
+        stale: int,
+        stamp: tuple[int, int],
+        max_age: float | None = None,
     ) -> None:
         self.key = key
         self.version, self.fetched = stamp
-        self.is_dated = not expires or self.fetched != 0
+        self.max_age = max_age
+        self.is_dated = max_age is None or self.fetched != 0
         self.stale = stale
         self.landed = self.touched = begun
         self.checked: object = None
@@ -148,8 +159,8 @@ class Decodings(HasLeader):
     ----------
     loop : AbstractEventLoop
         Of the reader.
-    sources : dict of str to (str, Origin)
-        Key and origin of the bytes of each chunk, by its name.
+    origins : dict of str to Origin
+        Of the bytes of each chunk, by its name.
 
     Attributes
     ----------
@@ -165,18 +176,16 @@ class Decodings(HasLeader):
         Those that are kept, and are committed together; None once that is done.
     """
 
-    __slots__ = ("_loop", "landed", "late", "passed", "single", "sources", "tickets")
+    __slots__ = ("_loop", "landed", "late", "origins", "passed", "single", "tickets")
 
     _loop: LoopReference
     landed: list[Decoding] | None
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, sources: dict[str, tuple[str, Origin]]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, origins: dict[str, Origin]) -> None:
         self._loop = weakref.ref(loop)
-        self.sources = sources
+        self.origins = origins
         # Others may come before the tickets are known.
-        self.tickets = dict.fromkeys(sources, 0)
+        self.tickets = dict.fromkeys(origins, 0)
         self.passed: dict[str, int] = {}
         self.single: dict[str, Decoding] = {}
         self.late: set[str] = set()
@@ -185,7 +194,7 @@ class Decodings(HasLeader):
     @property
     def is_dated(self) -> bool:
         """See `Origin`: either all of them are, or none."""
-        return next(iter(self.sources.values()))[1].is_dated
+        return next(iter(self.origins.values())).is_dated
 
     def lead(self, names: list[str], tickets: list[int | None]) -> list[str]:
         """Note the tickets of the flights that it leads. Returns the names of these; others lead the rest."""
@@ -208,7 +217,7 @@ class Decodings(HasLeader):
         """The decode of one chunk, from now on by itself; None where it has ended."""
         decoding = self.single.get(name)
         if decoding is None and (ticket := self.tickets.pop(name, None)) is not None:
-            decoding = self.single[name] = Decoding(self._loop, name, self.sources[name][1])
+            decoding = self.single[name] = Decoding(self._loop, name, self.origins[name])
             decoding.ticket = ticket
         return decoding
 
@@ -217,7 +226,7 @@ class Decodings(HasLeader):
         found = []
         for name in names:
             if name in self.tickets and name not in self.single:
-                decoding = self.single[name] = Decoding(self._loop, name, self.sources[name][1])
+                decoding = self.single[name] = Decoding(self._loop, name, self.origins[name])
                 decoding.ticket = self.tickets.pop(name)
                 found.append(decoding)
             elif (one := self.of(name)) is not None:

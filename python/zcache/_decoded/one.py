@@ -32,11 +32,11 @@ def copy_one(
         for ((at, _, _),) in axes:
             name = f"{name}/{at}"
         selection = tuple([wanted for ((_, wanted, _),) in axes])
-    kept = cache.get(name, key, object(), cache.now())
+    kept = cache.get(name, object(), cache.now())
     if kept is None:
         return False
     try:
         scatter(target, place, kept.array, selection, drop_axes)
     finally:
-        cache.unpin(kept)
+        cache.room.unpin(kept)
     return True

@@ -56,29 +56,29 @@ class Origins:
 
     def begin(self, keys: list[str], now: float) -> list[Origin | None]:
         """Where bytes come from that are read from now on; None where their chunks must not be kept."""
-        stale, age_of = self._counters.stale, self._age_of
-        ages = [age_of(key) for key in keys]
+        stale = self._counters.stale
+        ages = [self._age_of(key) for key in keys]
         try:
             stamps = self._index.begin_decodes(keys, now, ages)
         except RETRYABLE:
             return [None] * len(keys)
         return [
-            None if stamp is None else Origin(key, now, stale, stamp, expires=age is not None)
+            None if stamp is None else Origin(key, now, stale, stamp, age)
             for key, stamp, age in zip(keys, stamps, ages, strict=True)
         ]
 
-    def is_current(self, key: str, origin: Origin, landed: float, now: float) -> bool | None:
+    def is_current(self, origin: Origin, landed: float, now: float) -> bool | None:
         """Whether what comes from there may be served; None where the index does not say."""
         touch = not 0 <= now - origin.touched < TOUCH
         try:
             is_current = self._index.is_current(
-                key,
+                origin.key,
                 origin.version,
                 origin.fetched,
                 landed,
                 touch,
                 now,
-                self._age_of(key),
+                origin.max_age,
             )
         except RETRYABLE:
             return None
@@ -86,10 +86,10 @@ class Origins:
             origin.touched = now
         return is_current
 
-    def is_on_its_way(self, key: str) -> bool:
-        """Whether bytes of a key are being read from the source."""
+    def is_on_its_way(self, origin: Origin) -> bool:
+        """Whether bytes are being read from the source that may come from there."""
         try:
-            return self._index.is_in_flight(key)
+            return self._index.is_in_flight(origin.key)
         except RETRYABLE:
             return False
 
@@ -100,8 +100,7 @@ class Origins:
 
     def stay_current(self, origins: Sequence[Origin], now: float) -> list[bool]:
         """Whether what comes from each of them may be served, or the index does not say. No use of them counts."""
-        age_of = self._age_of
-        asked = [(o.key, o.version, o.fetched, o.landed, age_of(o.key)) for o in origins]
+        asked = [(o.key, o.version, o.fetched, o.landed, o.max_age) for o in origins]
         try:
             return self._index.stay_current(asked, now)
         except RETRYABLE:

@@ -60,7 +60,7 @@ class Output:
         try:
             part.place(at, kept.array)
         finally:
-            self.cache.unpin(kept)
+            self.cache.room.unpin(kept)
 
 
 class Part:
@@ -149,8 +149,7 @@ class ShardPart(Part):
         stem = f"{self.layout.number}/{key}"
         names = self._names(stem, coords)
         found = []
-        keys = [key] * len(names)
-        hit = () if is_missed else cache.get_all(names, keys, output.mark, output.now)
+        hit = () if is_missed else cache.get_all(names, output.mark, output.now)
         for n, kept in hit:
             hits.append(kept)
             found.append(n)
@@ -184,7 +183,7 @@ class ShardPart(Part):
         (origin,) = output.cache.origins.begin([key], output.now)
         if origin is None:
             return
-        self.decodings = Decodings(output.loop, dict.fromkeys(names, (key, origin)))
+        self.decodings = Decodings(output.loop, dict.fromkeys(names, origin))
         followed = output.cache.join_all(self.decodings, self.layout.size)
         if not origin.is_dated:
             output.cache.give_up_all(self.decodings)

@@ -150,14 +150,16 @@ class DecodedCodecPipeline(CodecPipeline):
                 # For what looks whether another reference to it exists.
                 del array
                 spec = batch[0][1]
-                layouts: Any = [self._layout(cache, spec)] * len(batch)
-                if any([item[1] is not spec for item in batch[1:]]):  # noqa: C419 - a generator is slower
+                layout = self._layout(cache, spec)
+                layouts: Any = [layout] * len(batch)
+                if len(batch) > 1 and any([item[1] is not spec for item in batch]):  # noqa: C419 - a generator is slower
                     layouts = [self._layout(cache, item[1]) for item in batch]
-                if is_plain and None not in layouts:
+                    is_plain = is_plain and None not in layouts
+                if is_plain and layout is not None:
                     target = cache.outputs.renew(out)
                     copied = None
                     if len(batch) == 1:
-                        copied = copy_one(cache, batch[0], layouts[0], target, drop_axes)
+                        copied = copy_one(cache, batch[0], layout, target, drop_axes)
                         if copied:
                             return (PRESENT,)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))

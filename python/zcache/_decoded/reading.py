@@ -104,16 +104,21 @@ class Reading:
                     self.cache.landing.commit(many)
                 await self._take_followed(out)
         finally:
-            for part in self._parts():
-                if part.followed:
-                    part.leave()
-            for decodings in self.led():
-                self.cache.give_up_all(decodings)
-            self.cache.ends(self)
-            # Nothing here keeps the output any longer.
-            self._shards.clear()
-            self._chunks.clear()
+            if self._shards or self._chunks:
+                self._end()
         return tuple(self.output.results)
+
+    def _end(self) -> None:
+        """Do without what has not ended."""
+        for part in self._parts():
+            if part.followed:
+                part.leave()
+        for decodings in self.led():
+            self.cache.give_up_all(decodings)
+        self.cache.ends(self)
+        # Nothing here keeps the output any longer.
+        self._shards.clear()
+        self._chunks.clear()
 
     def _look_up(self, batch: Sequence[Any], layouts: Sequence[Layout], *, is_missed: bool) -> None:
         """Copy out what is kept, and note what else is wanted."""
@@ -137,7 +142,7 @@ class Reading:
             for shard in shards:
                 shard.join()
         finally:
-            cache.unpin(*hits)
+            cache.room.unpin(*hits)
 
     def _look_up_chunks(
         self,
@@ -150,11 +155,10 @@ class Reading:
     ) -> None:
         """The same for the chunks of one layout."""
         output, target, drop_axes = self.output, self.output.target, self.output.drop_axes
-        keys = [batch[n][0].path for n in numbers]
         prefix = f"{layout.number}/"
-        names = [prefix + key for key in keys]
+        names = [prefix + batch[n][0].path for n in numbers]
         found = set()
-        hit = () if is_missed else self.cache.get_all(names, keys, output.mark, output.now)
+        hit = () if is_missed else self.cache.get_all(names, output.mark, output.now)
         for at, kept in hit:
             hits.append(kept)
             found.add(at)
@@ -295,7 +299,7 @@ class Reading:
         lost: list[Decoding] = []
         while part.followed:
             at, decoding = next(iter(part.followed.items()))
-            ended = decoding.done or await self._wait(decoding, part.item[0].path)
+            ended = decoding.done or await self._wait(decoding)
             del part.followed[at]
             if ended and (kept := decoding.kept) is not None:
                 self.output.copy(part, at, kept)
@@ -309,7 +313,7 @@ class Reading:
             lost.append(decoding)
         return lost
 
-    async def _wait(self, decoding: Decoding, key: str) -> bool:
+    async def _wait(self, decoding: Decoding) -> bool:
         """Wait for a chunk that another reader decodes; False if it cannot be awaited.
 
         If that takes too long, the decode is abandoned for all who wait: a reader must not depend on what else another one reads.
@@ -322,7 +326,7 @@ class Reading:
                     return await decoding.wait()
             except TimeoutError:
                 now = self.loop.time()
-                is_on_its_way = now < latest and self.cache.origins.is_on_its_way(key)
+                is_on_its_way = now < latest and self.cache.origins.is_on_its_way(decoding.origin)
                 # Those that come after it are not waited for either.
                 self._is_late = not (is_on_its_way or was_on_its_way)
                 self._until, was_on_its_way = now + self._allowance, is_on_its_way

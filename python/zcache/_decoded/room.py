@@ -9,7 +9,7 @@ from zcache._decoded.chunk import OVERHEAD
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from zcache._core import Index
     from zcache._decoded.admission import Admission
@@ -63,21 +63,15 @@ class Room:
         self._pinned = 0
         self._fills, self._most_fills = 0, max_size // FILLS
 
-    def pinned(self, name: str) -> Kept | None:
-        """A chunk that is kept, to be copied from."""
+    def pin(self, kept: Kept, times: int = 1) -> bool:
+        """Say that a chunk is copied from; False if it is gone."""
         with self._lock:
-            kept = self._values.get(name)
-            if kept is not None:
-                if not kept.pins:
-                    self._pinned += kept.size
-                kept.pins += 1
-        return kept
-
-    def pin(self, kept: Kept, times: int = 1) -> None:
-        """Say that a chunk is copied from. To be called under the lock."""
-        if not kept.pins:
-            self._pinned += kept.size
-        kept.pins += times
+            if kept.is_gone:
+                return False
+            if not kept.pins:
+                self._pinned += kept.size
+            kept.pins += times
+        return True
 
     def follow(self, decoding: Decoding) -> bool:
         """Count one more who waits for a chunk, or pin what it has come to; False if that is gone.
@@ -85,16 +79,13 @@ class Room:
         To be called under the lock.
         """
         kept = decoding.kept
-        if kept is None:
-            decoding.waiting += 1
-        elif kept.is_gone:
-            return False
-        else:
-            self.pin(kept)
+        if kept is not None:
+            return self.pin(kept)
+        decoding.waiting += 1
         return True
 
-    def unpin(self, copied: Iterable[Kept]) -> bool:
-        """Say that one of those who copied from each of them has; whether chunks are to be evicted that could not be."""
+    def unpin(self, *copied: Kept) -> None:
+        """Say that one of those who copied from each of these chunks has. What was to be evicted meanwhile goes."""
         is_due = False
         with self._lock:
             for kept in copied:
@@ -102,7 +93,8 @@ class Room:
                 if not kept.pins:
                     self._pinned -= kept.size
                     is_due |= kept.is_condemned
-        return is_due
+        if is_due:
+            self.remove(self._index.failed_deletes(1024))
 
     def admit_all(self, decodings: Decodings, names: list[str], size: int) -> None:
         """Decide which of these chunks are kept, and make room for them before they are decoded."""

@@ -81,21 +81,21 @@ def join_chunks(parts: Sequence[WholeChunk], size: int) -> Decoding | Decodings 
     output = parts[0].output
     cache = output.cache
     keys = [part.item[0].path for part in parts]
-    sources = {}
-    for part, key, origin in zip(parts, keys, cache.origins.begin(keys, output.now), strict=True):
+    origins = {}
+    for part, origin in zip(parts, cache.origins.begin(keys, output.now), strict=True):
         if origin is None:
             continue
         if origin.is_dated and len(parts) > 1:
-            sources[part.name] = key, origin
-        elif (joined := cache.join(part.name, key, origin, size, output.loop)) is not None:
+            origins[part.name] = origin
+        elif (joined := cache.join(part.name, origin, size, output.loop)) is not None:
             leads, decoding = joined
             if leads:  # So it is the only one, for one that is not dated leads never.
                 part.decodings = decoding
                 return decoding
             part.followed = {(): decoding}
-    if not sources:
+    if not origins:
         return None
-    decodings = Decodings(output.loop, sources)
+    decodings = Decodings(output.loop, origins)
     followed = cache.join_all(decodings, size)
     for part in parts:
         part.decodings = decodings
