@@ -62,8 +62,8 @@ class Landing:
         with self._lock:
             # Of the others the reader has gone, and a thread of the pipeline goes on.
             arrived = [one for one in arrived if not one[0].is_ended]
-            for decoding, *_ in arrived:
-                decoding.is_ended = True
+            for one in arrived:
+                one[0].is_ended = True
         landed: list[Decoding] = []
         is_committed = False
         try:
@@ -83,35 +83,31 @@ class Landing:
                 for decoding, *_ in arrived:
                     if decoding not in closing:
                         self._index.complete_flight(decoding.name, decoding.ticket)
-            for decoding, *_ in arrived:
-                decoding.end()
+            for one in arrived:
+                one[0].end()
 
     def _keep(self, arrived: Sequence[tuple[Decoding, Array, Array | None]]) -> list[Decoding]:
         """Copy what is kept, or waited for. Returns those that are kept, to be committed."""
         room, now = self._room, self._now()
-        claimed = []
-        count = 0
         latest, is_stale = None, False
-        for decoding, array, fill in arrived:
-            origin = decoding.origin
-            if origin is not latest:
-                # Inner chunks of a shard have the same one.
-                latest, is_stale = origin, self._origins.may_be_stale(origin)
-                origin.landed = max(origin.landed, now)
-            reservation = room.claim(decoding, array.nbytes, fill, is_stale=is_stale)
-            if reservation is not None or decoding.waiting:
-                claimed.append((decoding, array, fill, reservation))
-                count += fill is None and reservation is not None
-        memory = room.memory(arrived[0][1].nbytes, count) if count else []
         landed: list[Decoding] = []
-        found, used = [], 0
+        found, taken = [], []
         try:
-            for decoding, array, fill, reservation in claimed:
-                if fill is not None or reservation is None:
-                    kept = Kept(array if fill is None else fill, decoding.origin, None)
+            for decoding, array, fill in arrived:
+                origin = decoding.origin
+                if origin is not latest:
+                    # Inner chunks of a shard have the same one.
+                    latest, is_stale = origin, self._origins.may_be_stale(origin)
+                    origin.landed = max(origin.landed, now)
+                reservation = room.claim(decoding, array.nbytes, fill, is_stale=is_stale)
+                if fill is None and reservation is not None:
+                    memory = room.memory(array.nbytes)
+                    taken.append(memory)
+                    kept = Kept(copy_into(memory, array), origin, memory)
+                elif reservation is not None or decoding.waiting:
+                    kept = Kept(array if fill is None else fill, origin, None)
                 else:
-                    kept = Kept(copy_into(memory[used], array), decoding.origin, memory[used])
-                    used += 1
+                    continue
                 found.append((decoding, kept, reservation))
             with self._lock:
                 for decoding, kept, reservation in found:
@@ -124,7 +120,7 @@ class Landing:
                 room.put(landed)
         except BaseException:
             if not landed:
-                room.give_back_memory(memory)
+                room.give_back_memory(taken)
             raise
         return landed
 

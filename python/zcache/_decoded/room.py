@@ -212,18 +212,12 @@ class Room:
         if reservation is not None:
             self.remove(self._index.release(reservation))
 
-    def memory(self, size: int, count: int) -> list[Array]:
-        """Memory for so many chunks that have reservations, to be `put`."""
+    def memory(self, size: int) -> Array:
+        """Memory for a chunk that has a reservation, to be `put`."""
         with self._lock:
-            found: list[Array] = []
-            try:
-                for _ in range(count):
-                    found.append(self._buffers.take(size, self._max_size - self._size))
-                    self._size += size + OVERHEAD
-            except BaseException:
-                self.give_back_memory(found)
-                raise
-        return found
+            memory = self._buffers.take(size, self._max_size - self._size)
+            self._size += size + OVERHEAD
+        return memory
 
     def give_back_memory(self, unused: Sequence[Array]) -> None:
         """Say that nothing is put into this memory."""
