@@ -271,6 +271,17 @@ class DecodedCache:
             if not decoding.is_ended:
                 self.give_up(decoding)
 
+    def give_up_absent(self, decodings: Decoding | Decodings, names: list[str]) -> None:
+        """`give_up` for some of these decodes, because the store has no such chunks."""
+        self._admission.note_absent(names)
+        if isinstance(decodings, Decoding):
+            self.give_up(decodings)
+            return
+        self.pass_over(decodings, names)
+        for name in names if decodings.single else ():
+            if (decoding := decodings.single.get(name)) is not None:
+                self.give_up(decoding)
+
     def begins(self, reading: Leader) -> None:
         """Note a read that decodes, or waits for who does, until it `ends`."""
         self._readings[id(reading)] = weakref.ref(reading)
@@ -302,17 +313,6 @@ class DecodedCache:
             if reading is not None and reading.loop is loop:
                 for decodings in reading.led():
                     self.give_up_all(decodings)
-
-    def are_absent(self, decodings: Decoding | Decodings, names: list[str]) -> None:
-        """The same for some of them, because the store has no such chunks."""
-        self._admission.note_absent(names)
-        if isinstance(decodings, Decoding):
-            self.give_up(decodings)
-            return
-        self.pass_over(decodings, names)
-        for name in names if decodings.single else ():
-            if (decoding := decodings.single.get(name)) is not None:
-                self.give_up(decoding)
 
     def leave(self, decoding: Decoding) -> None:
         """Do without what another reader decodes."""

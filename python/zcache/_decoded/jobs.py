@@ -45,8 +45,8 @@ class Job(Protocol):
         What the read wants.
     selection : tuple
         Which part of the chunk or shard.
-    shape : tuple of int or None
-        Of that part; None where it is not plain.
+    shape : tuple of int
+        Of that part.
     """
 
     @property
@@ -56,40 +56,31 @@ class Job(Protocol):
     def selection(self) -> Any: ...
 
     @property
-    def shape(self) -> Coords | None: ...
+    def shape(self) -> Coords: ...
 
     def arrived(self, array: Array) -> None:
         """Take in what was decoded."""
 
-    def is_missing(self, fill: Any) -> None:
+    def was_missing(self, fill: Any) -> None:
         """Take in that it is not there."""
-
-    def was_read(self, *, is_missing: bool) -> None:
-        """It is in the output already."""
 
 
 class AsAsked:
     """A part of a shard that no one keeps."""
 
-    shape = None
-
     def __init__(self, part: ShardPart) -> None:
         self.part = part
         self.selection = part.item[2]
+        # It goes to the output at once.
+        part.scratch = None
 
     def arrived(self, array: Array) -> None:
         output = self.part.output
         scatter(output.target, self.part.item[3], array, ..., output.drop_axes)
         self.part.is_absent = False
-        self.part.scratch = None
 
-    def is_missing(self, fill: Any) -> None:
+    def was_missing(self, fill: Any) -> None:
         self.part.output.target[self.part.item[3]] = fill
-        self.part.scratch = None
-
-    def was_read(self, *, is_missing: bool) -> None:
-        self.part.is_absent = is_missing
-        self.part.scratch = None
 
 
 class InnerChunks:
@@ -167,15 +158,12 @@ class InnerChunks:
         decoded = part.among(single, None if self._is_all else self._coords)
         part.land([(one, self._chunk(array, at)) for at, one in decoded], decodings)
 
-    def is_missing(self, fill: Any) -> None:
+    def was_missing(self, fill: Any) -> None:
         part, coords = self.part, list(self._coords)
         for at in coords:
             part.fill(at, fill)
         if part.decodings is not None:
-            part.output.cache.are_absent(part.decodings, part.names(coords))
-
-    def was_read(self, *, is_missing: bool) -> None:
-        """Nothing: it is never read into the output at once."""
+            part.output.cache.give_up_absent(part.decodings, part.names(coords))
 
 
 class ScatteredChunks(InnerChunks):
@@ -197,7 +185,7 @@ class ScatteredChunks(InnerChunks):
         return found
 
 
-def jobs_of(part: ShardPart) -> list[Job]:
+def jobs_of(part: ShardPart) -> Sequence[Job | AsAsked]:
     """What is to be asked of the wrapped pipeline for one shard.
 
     Each job reads the index of the shard and its chunks by itself. So what would take many boxes is asked for by elements,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer import cpu
 
 from zcache._decoded.chunk import Decodings
-from zcache._decoded.jobs import jobs_of
+from zcache._decoded.jobs import AsAsked, jobs_of
 from zcache._decoded.layout import scatter
 from zcache._decoded.parts import Output, ShardPart
 from zcache._decoded.whole import WholeChunk, join_chunks
@@ -36,7 +36,7 @@ class _Catcher(cpu.NDBuffer):
     So each decoded chunk is copied out as soon as it is there, and kept without a copy.
     """
 
-    def __init__(self, target: Any, jobs: Sequence[Job]) -> None:
+    def __init__(self, target: Any, jobs: Sequence[Job | AsAsked]) -> None:
         super().__init__(target)
         self._jobs = jobs
 
@@ -47,7 +47,7 @@ class _Catcher(cpu.NDBuffer):
             # Out of an array without axes zarr takes a scalar, and of text that is only as long as its value.
             job.arrived(array if array.ndim else array.astype(job.part.layout.dtype, copy=False))
         else:
-            job.is_missing(value)
+            job.was_missing(value)
 
 
 class Reading:
@@ -200,7 +200,7 @@ class Reading:
         return [one for one in self.led() if isinstance(one, Decodings)]
 
     async def _decode(self, out: Any) -> None:
-        jobs: list[Job] = [job for shard in self._shards for job in jobs_of(shard)]
+        jobs: list[Job | AsAsked] = [job for shard in self._shards for job in jobs_of(shard)]
         jobs += [chunk for chunk in self._chunks if not chunk.followed]
         if not jobs:
             return
@@ -217,19 +217,26 @@ class Reading:
             await self._decode_elsewhere(items, jobs, out)
         self.cache.count_seconds(time.perf_counter() - begun)
 
-    async def _decode_elsewhere(self, items: Sequence[Any], jobs: Sequence[Job], out: Any) -> None:
+    async def _decode_elsewhere(
+        self, items: Sequence[Any], jobs: Sequence[Job | AsAsked], out: Any
+    ) -> None:
         """The same with a pipeline that may write into the memory of its output.
 
         It gets memory for whole chunks, one below the other, from which those that are kept are copied.
         """
-        found: Sequence[Any] = ()
-        pairs = list(zip(items, jobs, strict=True))
-        if asked := [(item, job) for item, job in pairs if job.shape is None]:
-            wanted = [(*item[:3], job.part.item[3], item[4]) for item, job in asked]
-            found = await self.pipeline.read(wanted, out, self.output.drop_axes) or ()
-            for n, (_, job) in enumerate(asked):
-                job.was_read(is_missing=bool(found) and found[n]["status"] == "missing")
-        stacks = _stacks([pair for pair in pairs if pair[1].shape is not None])
+        asked = []
+        pairs: list[tuple[Any, Job]] = []
+        for item, job in zip(items, jobs, strict=True):
+            if isinstance(job, AsAsked):
+                asked.append((*item[:3], job.part.item[3], item[4]))
+            else:
+                pairs.append((item, job))
+        if asked:
+            parts = [job.part for job in jobs if isinstance(job, AsAsked)]
+            found: Any = await self.pipeline.read(asked, out, self.output.drop_axes) or ()
+            for n, part in enumerate(parts):
+                part.is_absent = bool(found) and found[n]["status"] == "missing"
+        stacks = _stacks(pairs)
         if len(stacks) == 1:
             await self._decode_stack(stacks[0])
             return
@@ -264,7 +271,7 @@ class Reading:
             # Where it does not say what was there, nothing but the fill value is not kept.
             only_fill = job.part.layout.only_fill(chunk) is not None
             if found[n]["status"] == "missing" if found else only_fill:
-                job.is_missing(chunk.flat[0])
+                job.was_missing(chunk.flat[0])
             else:
                 job.arrived(chunk)
 
@@ -364,5 +371,5 @@ def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
     """Those that can lie in one array: all of as many axes, unless they have none."""
     stacks: dict[int, list[tuple[Any, Job]]] = {}
     for number, pair in enumerate(pairs):
-        stacks.setdefault(len(pair[1].shape or ()) or -number, []).append(pair)
+        stacks.setdefault(len(pair[1].shape) or -number, []).append(pair)
     return list(stacks.values())

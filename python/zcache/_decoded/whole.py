@@ -65,15 +65,12 @@ class WholeChunk(Part):
         if (decoding := output.cache.one(decodings, self.name)) is not None:
             self.land([(decoding, array)], decodings)
 
-    def is_missing(self, fill: Any) -> None:
+    def was_missing(self, fill: Any) -> None:
         """The store has no such chunk."""
         self.output.target[self.item[3]] = fill
         self.output.results[self.number] = MISSING
         if self.decodings is not None:
-            self.output.cache.are_absent(self.decodings, [self.name])
-
-    def was_read(self, *, is_missing: bool) -> None:
-        """Nothing: a whole chunk is never read into the output at once."""
+            self.output.cache.give_up_absent(self.decodings, [self.name])
 
 
 def join_chunks(parts: Sequence[WholeChunk], size: int) -> Decoding | Decodings | None:
