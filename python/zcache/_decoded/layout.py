@@ -95,21 +95,22 @@ class Layout:
             return None
         axes: list[list[AxisPart]] = []
         for wanted, n, size in zip(selection, inner, self._shard, strict=True):
-            if (
-                type(wanted) is not slice
-                and isinstance(wanted, (int, np.integer))
-                and 0 <= wanted < size
-            ):
+            if type(wanted) is not slice:
+                if not isinstance(wanted, (int, np.integer)) or not 0 <= wanted < size:
+                    return None
                 at = int(wanted) // n
                 axes.append([(at, int(wanted) - at * n, None)])
                 continue
-            if type(wanted) is not slice or wanted.step not in (None, 1):
+            start, stop, step = wanted.indices(size)
+            if step != 1 or start >= stop:
                 return None
-            start, stop, _ = wanted.indices(size)
-            if start >= stop:
-                return None
+            begin = start // n
+            if stop <= (begin + 1) * n:
+                within = slice(start - begin * n, stop - begin * n)
+                axes.append([(begin, within, slice(0, stop - start))])
+                continue
             parts: list[AxisPart] = []
-            for at in range(start // n, -(-stop // n)):
+            for at in range(begin, -(-stop // n)):
                 first, last = max(start, at * n), min(stop, at * n + n)
                 parts.append(
                     (at, slice(first - at * n, last - at * n), slice(first - start, last - start))

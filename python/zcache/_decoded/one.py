@@ -27,11 +27,16 @@ def copy_one(
     name = f"{layout.number}/{key}"
     if layout.inner is not None:
         axes = None if drop_axes or not is_basic(place) else layout.axes_of(selection)
-        if axes is None or max(map(len, axes), default=1) > 1:
+        if axes is None:
             return None
-        for ((at, _, _),) in axes:
+        part = []
+        for axis in axes:
+            if len(axis) > 1:
+                return None
+            at, wanted, _ = axis[0]
             name = f"{name}/{at}"
-        selection = tuple([wanted for ((_, wanted, _),) in axes])
+            part.append(wanted)
+        selection = tuple(part)
     kept = cache.get(name, object(), cache.now())
     if kept is None:
         return False
