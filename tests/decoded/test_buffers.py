@@ -67,6 +67,16 @@ def test_pieces_of_many_sizes_lie_side_by_side() -> None:
     assert all((piece == n).all() for n, piece in enumerate(pieces))
 
 
+def test_slab_that_is_full_is_kept_whole() -> None:
+    buffers = Buffers(MAX)
+    pieces = [buffers.take(2**20, MAX) for _ in range(SLAB // 2**20)]
+    for piece in pieces:
+        piece[:] = 7
+    buffers.clear()
+    assert buffers.take(2**20, MAX).base is not pieces[0].base
+    assert all((piece == 7).all() for piece in pieces)
+
+
 @pytest.mark.parametrize("size", [1024, 3000, 5000])
 def test_one_small_piece_in_use_keeps_no_more_than_its_pages(size: int) -> None:
     buffers = Buffers(MAX)

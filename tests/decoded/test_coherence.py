@@ -685,6 +685,29 @@ def test_bound_holds_at_every_instant_over_many_threads(pipeline: str) -> None:
     check_decoded_quiet(store)
 
 
+def test_chunk_that_is_evicted_while_it_is_looked_at_is_a_miss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
+    array = create(store)
+    array[:4]
+    cache: Any = store._decoded
+
+    def is_current(origins: Origins, *args: Any, ask: Any = Origins.is_current) -> Any:
+        current = ask(origins, *args)
+        # Another reader needs its room.
+        cache.clear()
+        return current
+
+    hits, misses = decoded(store, "hits"), decoded(store, "misses")
+    with monkeypatch.context() as patched:
+        patched.setattr(Origins, "is_current", is_current)
+        assert cache.get("0/v/c/0", object(), cache.now()) is None
+    assert (decoded(store, "hits"), decoded(store, "misses")) == (hits, misses + 1)
+    assert decoded(store, "size") == 0
+    check_decoded_quiet(store)
+
+
 def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
     store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     array = create(store)
