@@ -61,7 +61,7 @@ class DecodedCodecPipeline(CodecPipeline):
         self.wrapped = wrapped
         self._codecs = tuple(codecs)
         self._layouts: tuple[DecodedCache | None, dict[Any, tuple[Any, Layout | None]]] = None, {}
-        self._latest: tuple[DecodedCache, ArraySpec, Any, Layout | None] | None = None
+        self._latest: tuple[DecodedCache, Any, tuple[Any, ...], Layout | None] | None = None
         self._has_shards = any(isinstance(codec, ShardingCodec) for codec in self._codecs)
 
     @classmethod
@@ -167,29 +167,31 @@ class DecodedCodecPipeline(CodecPipeline):
         return await self.wrapped.read(batch, out, drop_axes)
 
     def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:
-        # Threads come here at once; each looks at one tuple, so none gets the layouts of another cache.
-        latest = self._latest
         # What is in a shard, zarr decodes by the pipeline that is configured when it is read.
         inner = get_pipeline_class() if self._has_shards else None
         if inner is DecodedCodecPipeline:
             inner = _wrapped_class()
-        if latest is not None and latest[0] is cache and latest[1] is spec and latest[2] is inner:
-            # Of a regular grid all chunks have the same one.
+        dtype = spec.dtype
+        what = (spec.shape, spec.config.order, spec.prototype.nd_buffer, inner)
+        # Threads come here at once; each looks at one tuple, so none gets the layouts of another cache.
+        latest = self._latest
+        if latest is not None and latest[0] is cache and latest[1] is dtype and latest[2] == what:
+            # Of a regular grid all chunks have the same one. zarr makes a specification for each read.
             return latest[3]
         owner, layouts = self._layouts
         if owner is not cache:
             layouts = {}
             self._layouts = cache, layouts
         kinds = [kind_of(kind) for kind in (type(self.wrapped), inner) if kind is not None]
-        key = (id(spec.dtype), spec.shape, spec.config.order, spec.prototype.nd_buffer, *kinds)
+        key = (id(dtype), *what[:-1], *kinds)
         found = layouts.get(key)
         if found is None:
             layout = layout_of(self._codecs, spec, kinds)
             if layout is not None:
                 layout.number = cache.number_of(layout.name)
             # The data type is kept, so that no other has its address.
-            found = layouts[key] = spec.dtype, layout
-        self._latest = cache, spec, inner, found[1]
+            found = layouts[key] = dtype, layout
+        self._latest = cache, dtype, what, found[1]
         return found[1]
 
 
