@@ -339,6 +339,14 @@ class Index:
     def note_sizes(self, values: list[tuple[str, _Range, int]], /) -> None:
         """Tell the sample the bytes of values that are not in the cache store yet."""
 
+    def settle_request(
+        self, key: str, raw: _Range, entry: _Range, size: int, is_hit: bool, /
+    ) -> None:
+        """Say that the last request of these bytes that was no hit is one of another entry, or a hit after all.
+
+        What was read for others has served it, an entry of `size` bytes.
+        """
+
     def retract_request(self, key: str, raw: _Range, /) -> None:
         """Take the last request of these bytes back out of the sample that was no hit.
 

@@ -54,10 +54,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Nothing but a comparison is done for a key that is not sampled.
     #[inline]
     pub(super) fn sample_hit(&mut self, hash: u64, size: u64) {
+        self.sample_served(hash, size, HIT);
+    }
+
+    #[inline]
+    fn sample_served(&mut self, hash: u64, size: u64, flags: u16) {
         if let Some(sample) = self.sample_mut() {
             sample.count();
             if sample.has(hash) {
-                sample.push(hash, Some(size), HIT);
+                sample.push(hash, Some(size), flags);
             }
         }
     }
@@ -99,6 +104,25 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             && let Some(sample) = self.sample_mut()
         {
             sample.retract(hash);
+        }
+    }
+
+    /// The last request of this key and range that was no hit is one of another entry, or a hit after all: what was
+    /// read for others has served it, an entry of `size` bytes.
+    pub fn settle_sampled(
+        &mut self,
+        key: &str,
+        range: ByteRange,
+        entry: ByteRange,
+        size: u64,
+        is_hit: bool,
+    ) {
+        if !key::is_cacheable(key) {
+            return;
+        }
+        self.retract_sampled(key, range);
+        if let Some(hash) = self.sampled_hash(key, entry) {
+            self.sample_served(hash, size, if is_hit { HIT } else { 0 });
         }
     }
 

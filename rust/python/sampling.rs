@@ -24,6 +24,23 @@ impl Index {
         })
     }
 
+    #[pyo3(signature = (key, raw, entry, size, is_hit, /))]
+    fn settle_request(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        raw: RawSpan,
+        entry: RawSpan,
+        size: u64,
+        is_hit: bool,
+    ) -> PyResult<()> {
+        let (key, span, entry) = (&*self.whole(key), span(raw)?, span(entry)?);
+        step!(self, py, |cache| {
+            cache.settle_sampled(key, span, entry, size, is_hit);
+            Ok(())
+        })
+    }
+
     #[pyo3(signature = (values, /))]
     fn note_sizes(&self, py: Python<'_>, values: Vec<(String, RawSpan, u64)>) -> PyResult<()> {
         let values = (values.iter())

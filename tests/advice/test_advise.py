@@ -469,11 +469,23 @@ def test_advice_after_little_traffic_says_so() -> None:
         advice.plot()
 
 
-def test_advice_where_no_size_is_known_says_so(tmp_path: Path) -> None:
+def test_advice_beside_a_cache_that_takes_nothing_knows_all_sizes(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     cache = LocalStore(tmp_path / "cache", read_only=True)
-    store = store_of(20, cache_store=cache)
+    store = store_of(20, cache_store=cache, max_size=1000)
     read_keys(store, list(range(20)) * 10)
+    advice = store.advise()
+    # What the cache store does not take has its size as well.
+    assert (advice.requests, advice.unsized_share) == (200, 0.0)
+
+
+def test_advice_where_no_size_is_known_says_so() -> None:
+    source = StoreDouble(MemoryStore({"a": buf(b"value")}))
+    source.fail("get", OSError("unreachable"))
+    store = CacheStore(source, max_size=1000)
+    for _ in range(200):
+        with pytest.raises(OSError, match="unreachable"):
+            value_sync(store, "a")
     advice = store.advise()
     assert not advice
     assert "0 of at least 100 requests are known so far, and 200 without their sizes" in str(advice)

@@ -306,7 +306,8 @@ def test_recording_of_threads_and_loops_loses_nothing(path: Path) -> None:
     assert len(rows) == 1500
     assert {row["size"] for row in rows} == {"100"}
     stats = store.cache_stats()
-    assert stats["total_requests"] == 1500
+    hits = sum(row["hit"] == "1" for row in rows)
+    assert (stats["hits"], stats["misses"]) == (hits, 1500 - hits)
     assert replay(path).requests == 1500
 
 
@@ -319,9 +320,59 @@ def test_recording_of_a_reader_who_looks_again_tells_of_it_once(path: Path) -> N
             hook.found("a/c/0", None, None)
         hook.brought("a/c/0", None, 100)
         hook.retract("a/c/0", None)
-        hook.found("a/c/0", None, 100)
+        hook.found("a/c/0", None, 100, served=True)
         assert value_sync(store, "a/c/0") == bytes(100)
     assert [row["key"] for row in rows_of(path)] == ["a/c/0"] * 3
+
+
+@pytest.mark.parametrize("byte_range", [None, RangeByteRequest(0, 7)])
+async def test_recording_of_a_value_on_its_way_into_the_cache_store_has_hits(
+    path: Path, byte_range: RangeByteRequest | None
+) -> None:
+    cache = StoreDouble(MemoryStore())
+    store = CacheStore(source_of(1), cache_store=cache)
+    gate = cache.block("set")
+    with store.record(path):
+        await read(store, "a/c/0")
+        await gate.entered_async()
+        await read(store, "a/c/0", byte_range)
+        await store.get_partial_values(PROTOTYPE, [("a/c/0", byte_range)] * 2)
+        gate.release()
+        await store.drain()
+    stats = store.cache_stats()
+    assert (stats["hits"], stats["misses"]) == (3, 1)
+    rows = rows_of(path)
+    assert [row["hit"] for row in rows] == ["0", "1", "1", "1"]
+    # All of the entry that has served them.
+    assert {(row["entry_range"], row["entry_size"]) for row in rows} == {("", "100")}
+
+
+async def test_recording_of_a_hit_that_the_cache_store_cannot_serve_is_a_miss(path: Path) -> None:
+    cache = StoreDouble(MemoryStore())
+    store = CacheStore(source_of(2), cache_store=cache)
+    await read_through(store, "a/c/0")
+    await read_through(store, "a/c/1")
+    with store.record(path):
+        await read(store, "a/c/1")
+        cache.fail("get", OSError("broken"), times=1)
+        await read(store, "a/c/0")
+    assert brief(rows_of(path)) == [("a/c/1", "", "100", "1"), ("a/c/0", "", "100", "0")]
+    stats = store.cache_stats()
+    assert (stats["hits"], stats["misses"]) == (1, 3)
+
+
+def test_recording_of_two_who_miss_a_value_tells_of_each_what_it_came_to(
+    path: Path,
+) -> None:
+    """Two miss a value. What the one has read is on its way into the cache when the other one joins."""
+    store = CacheStore(source_of(1))
+    with store.record(path):
+        hook = store._cache.reader.hits.hook
+        for _ in range(2):
+            hook.found("a/c/0", None, None)
+        hook.brought("a/c/0", None, 100)
+        hook.brought("a/c/0", None, 100, hit=True)
+    assert sorted(row["hit"] for row in rows_of(path)) == ["0", "1"]
 
 
 def test_recording_that_cannot_keep_up_says_how_many_it_lacks(

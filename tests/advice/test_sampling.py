@@ -7,6 +7,7 @@ import os
 import pickle
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
@@ -18,6 +19,7 @@ from support import PROTOTYPE, buf, check_quiet, drained, read, read_through, th
 from zcache import CacheStore, OptionTypeError
 from zcache._advice.trace import Trace, sampled
 from zcache._backends.base import BUSY
+from zcache._core import Index
 from zcache.testing import FakeClock, StoreDouble
 from zcache.testing._internals import ask
 
@@ -109,6 +111,42 @@ async def test_ranges_are_requests_of_what_serves_them() -> None:
     assert trace.keys[0] == trace.keys[2]
     assert trace.keys[3] == trace.keys[4]
     assert len(set(trace.keys)) == 3
+
+
+async def test_range_that_the_read_of_the_whole_value_serves_is_a_request_of_that() -> None:
+    source = StoreDouble(source_of(1))
+    store = CacheStore(source)
+    gate = source.block("get", times=1)
+    whole = asyncio.create_task(read(store, "a/c/0"))
+    await gate.entered_async()
+    part = asyncio.create_task(read(store, "a/c/0", RangeByteRequest(0, 7)))
+    wanted: list[tuple[str, ByteRequest | None]] = [("a/c/0", SuffixByteRequest(9))]
+    batch = asyncio.create_task(store.get_partial_values(PROTOTYPE, wanted))
+    await asyncio.sleep(0)
+    gate.release()
+    await asyncio.gather(whole, part, batch)
+    requests, *_, sizes, _ = ask(store, Index.sample)
+    assert requests == 3
+    assert list(np.frombuffer(sizes, np.uint64)) == [100] * 3
+    assert len(set(trace_of(store).keys)) == 1
+
+
+async def test_read_of_a_value_on_its_way_into_the_cache_store_is_a_hit() -> None:
+    cache = StoreDouble(MemoryStore())
+    store = CacheStore(source_of(1), cache_store=cache)
+    gate = cache.block("set")
+    await read(store, "a/c/0")
+    await gate.entered_async()
+    await read(store, "a/c/0")
+    await read(store, "a/c/0", RangeByteRequest(0, 7))
+    await store.get_partial_values(PROTOTYPE, [("a/c/0", None)])
+    gate.release()
+    await drained(store)
+    trace = trace_of(store)
+    assert list(trace.hits) == [False, True, True, True]
+    assert list(trace.sizes) == [100] * 4
+    stats = store.cache_stats()
+    assert (stats["hits"], stats["misses"]) == (3, 1)
 
 
 async def test_values_that_are_too_large_or_not_cached_have_their_size() -> None:

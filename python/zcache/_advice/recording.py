@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from zcache._advice.file_format import COLUMNS, FORMAT, HEAD, path_of_recording
 from zcache._advice.trace import sampled
@@ -45,15 +45,23 @@ PAUSE: Final = 1.0
 MOST: Final = 1_000_000
 """Requests that wait to be written at most; those for which there is no room are left out."""
 MOST_PENDING: Final = 100_000
-"""Misses that wait for their size at most."""
+"""Requests that wait for what they come to at most."""
 _BESIDE_DIGITS: Final = 12
 """Room in the first line for a number that is known when the recording ends."""
 _AT_ONCE: Final = 500
 """Lines that are made while no other thread runs."""
 
-# Time, key, range, bytes (None where they are not known), whether it was a hit; for a hit also the name of the
-# entry and its bytes, for a miss whether what is cached was too old.
+# Time, key, range, bytes (None where they are not known), whether it was a hit; the name and the bytes of the entry, where
+# that is not what was asked for; for a miss whether what is cached was too old.
 _Request = tuple[float, str, "ByteRange | None", int | None, bool, str | None, int | None, bool]
+
+
+class _Look(NamedTuple):
+    """A request that was looked up: when, what was found, and whether what is cached was too old."""
+
+    at: float
+    hit: Hit | None
+    outdated: bool
 
 
 class Recording:
@@ -147,11 +155,9 @@ class RequestWriter:
         self.path = path_of_recording(path)
         self._secret = secrets.token_bytes(32) if anonymous else None
         self._waiting: deque[_Request] = deque()
-        # Misses, by key and range, until their size is known: when, and whether what is cached was too old.
-        self._pending: dict[tuple[str, ByteRange | None], list[tuple[float, bool]]] = {}
+        # Requests, by key and range, until it is known what they come to.
+        self._pending: dict[tuple[str, ByteRange | None], list[_Look]] = {}
         self._pending_count = 0
-        # How many requests of a key and range were told of before their second look.
-        self._written: dict[tuple[str, ByteRange | None], int] = {}
         self._lock = threading.RLock()
         self.left_out = 0
         self._begun = time.perf_counter()
@@ -217,18 +223,26 @@ class RequestWriter:
 
     # ------------------------------------------------------ what readers call
 
-    def looked_up(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
-        """A request was looked up: what the index has found, or None."""
-        now = time.perf_counter() - self._begun
-        if self._written and self._is_written(key, byte_range):
-            return
-        if hit is None:
-            if is_cacheable_key(key):
-                self._wait_for_size(key, byte_range, now, self._hits.is_outdated(key, byte_range))
-        elif isinstance(hit, int):
-            self._put((now, key, byte_range, hit, True, None, None, False))
+    def looked_up(
+        self, key: str, byte_range: ByteRange | None, hit: Hit | None, *, served: bool
+    ) -> None:
+        """A request was looked up: what the index has found, or None; and whether that was served at once."""
+        look = _Look(time.perf_counter() - self._begun, hit, outdated=False)
+        if served:
+            self._put_hit(key, byte_range, look)
+        elif hit is not None:
+            self._wait(key, byte_range, look)
+        elif is_cacheable_key(key):
+            outdated = self._hits.is_outdated(key, byte_range)
+            self._wait(key, byte_range, look._replace(outdated=outdated))
+
+    def _put_hit(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
+        hit = look.hit
+        assert hit is not None
+        if isinstance(hit, int):
+            self._put((look.at, key, byte_range, hit, True, None, None, False))
         else:
-            self._put((now, key, byte_range, hit[3], True, hit[0], hit[1], False))
+            self._put((look.at, key, byte_range, hit[3], True, hit[0], hit[1], False))
 
     def _put(self, request: _Request) -> None:
         if len(self._waiting) < MOST:
@@ -237,62 +251,69 @@ class RequestWriter:
             with self._lock:
                 self.left_out += 1
 
-    def _wait_for_size(
-        self, key: str, byte_range: ByteRange | None, now: float, outdated: bool
-    ) -> None:
+    def _wait(self, key: str, byte_range: ByteRange | None, look: _Look) -> None:
         with self._lock:
             if self._pending_count >= MOST_PENDING:
                 self._give_up_pending()
-            self._pending.setdefault((key, byte_range), []).append((now, outdated))
+            self._pending.setdefault((key, byte_range), []).append(look)
             self._pending_count += 1
 
+    def _take(self, key: str, byte_range: ByteRange | None, *, found: bool) -> _Look | None:
+        """Take out the last of these requests that has found something, or nothing: each reader tells of its own."""
+        asked = key, byte_range
+        with self._lock:
+            looks = self._pending.get(asked, [])
+            for number in reversed(range(len(looks))):
+                if (looks[number].hit is not None) is found:
+                    look = looks.pop(number)
+                    self._pending_count -= 1
+                    if not looks:
+                        del self._pending[asked]
+                    return look
+        return None
+
+    def read(self, key: str, byte_range: ByteRange | None, *, served: bool) -> None:
+        """What was found was read; where it could not be served, the request is a miss."""
+        look = self._take(key, byte_range, found=True)
+        if look is not None and served:
+            self._put_hit(key, byte_range, look)
+        elif look is not None:
+            self._wait(key, byte_range, look._replace(hit=None))
+
     def brought(
-        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        size: int | None,
+        *,
+        hit: bool,
+        entry: tuple[str, int] | None,
     ) -> None:
-        """What was missed has come, from the cache after all if it is a `hit`.
+        """What one reader missed has come, from the cache after all if it is a `hit`.
 
         None stands for a key that the source does not have: that is no request.
         """
-        with self._lock:
-            times = self._pending.pop((key, byte_range), ())
-            self._pending_count -= len(times)
-        if size is not None:
-            for at, outdated in times:
-                self._put((at, key, byte_range, size, hit, None, None, outdated))
+        look = self._take(key, byte_range, found=False)
+        if look is not None and size is not None:
+            self._put(
+                (look.at, key, byte_range, size, hit, *(entry or (None, None)), look.outdated)
+            )
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
         """A miss is looked up once more."""
-        asked = key, byte_range
-        with self._lock:
-            times = self._pending.get(asked)
-            if times:
-                times.pop()
-                self._pending_count -= 1
-                if not times:
-                    del self._pending[asked]
-                return
-            # The one that has brought it has told of this request as well.
-            if len(self._written) >= MOST_PENDING:
-                self._written.clear()
-            self._written[asked] = self._written.get(asked, 0) + 1
-
-    def _is_written(self, key: str, byte_range: ByteRange | None) -> bool:
-        """Whether this is the second look of a request that was told of meanwhile."""
-        asked = key, byte_range
-        with self._lock:
-            count = self._written.pop(asked, 0)
-            if count > 1:
-                self._written[asked] = count - 1
-        return count > 0
+        self._take(key, byte_range, found=False)
 
     def _give_up_pending(self) -> None:
-        """Write misses without their size, which the source did not bring."""
+        """Write what has come to nothing yet: hits, and misses without their size."""
         with self._lock:
             pending, self._pending = self._pending, {}
             self._pending_count = 0
-        for (key, byte_range), times in pending.items():
-            for at, outdated in times:
-                self._put((at, key, byte_range, None, False, None, None, outdated))
+        for (key, byte_range), looks in pending.items():
+            for look in looks:
+                if look.hit is not None:
+                    self._put_hit(key, byte_range, look)
+                else:
+                    self._put((look.at, key, byte_range, None, False, None, None, look.outdated))
 
     # ------------------------------------------------------------ the writer
 

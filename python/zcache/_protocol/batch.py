@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.base import ABSENT, FillJob
 from zcache._byte_ranges import ByteRange, to_byte_range
 from zcache._core import Index, is_cacheable_key
+from zcache._protocol.read import Joined
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import freeze, to_cpu_buffer
 from zcache._runtime.coroutines import Handover
@@ -84,7 +85,7 @@ class Batch:
         self._missing: list[int] = []
         self._slow: list[tuple[int, Any]] = []
         self._leads: dict[int, tuple[int, Flight]] = {}
-        self._waits: list[tuple[int, Any]] = []
+        self._waits: list[tuple[int, Joined | None]] = []
         self._direct: list[int] = []
         # Validators of the keys, from before they are read.
         self._checks: dict[str, Check] = {}
@@ -336,12 +337,12 @@ class Batch:
             flight.begun = True
             return
         # Another read brings it, or has brought it; perhaps this very call, for a duplicate.
-        if isinstance(joined, tuple) and (pending := joined[1]).done:
-            if pending.may_be_joined(now, ages[0]):
-                reader.hits.recount_as_hit()
-            else:
-                joined = None
-        self._waits.append((number, joined))
+        known = None
+        if isinstance(joined, tuple):
+            whole, other = joined
+            if not other.done or other.may_be_joined(now, ages[0]):
+                known = Joined(whole, other, other.done)
+        self._waits.append((number, known))
 
     async def _deliver(self, group: Group) -> Group:
         """Hand what has come to all who wait for it, and over to the cache."""

@@ -15,7 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from zcache._core import end_calls
+from zcache._core import Index, end_calls
+from zcache._index.handle import ignore
 from zcache._runtime.circuit_breaker import concerns_key
 from zcache._runtime.fork import at_fork
 
@@ -154,6 +155,14 @@ class FillQueue:
             False where it goes without caching: the cache store is left alone, has made no progress for
             `STALL_TIMEOUT`, or cannot begin.
         """
+        is_taken = await self._put(io, job)
+        if not is_taken:
+            # What the cache store takes tells the sample its size when it gets room.
+            handle, value = job.backend.shared.handle, (job.key, job.byte_range, len(job.data))
+            handle.call_later(ignore, Index.note_sizes, [value])
+        return is_taken
+
+    async def _put(self, io: IO, job: FillJob) -> bool:
         allows = self.breaker.allows
         # Without deletes no room can be made: to try would cost entries that are still good.
         if not (self._handle.usable and allows("write") and allows("delete")):

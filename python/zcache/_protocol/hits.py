@@ -227,6 +227,7 @@ class Hits:
                 )
             except BaseException:
                 self._reads.count_miss()
+                self.hook.found(key, byte_range, None)
                 raise
             self.hook.found(key, byte_range, hit)
         if hit is ABSENT:
@@ -235,6 +236,7 @@ class Hits:
         if hit is None:
             return False, None
         value = await self.serve_found(io, key, prototype, hit)
+        self.hook.read(key, byte_range, served=value is not None)
         return value is not None, value
 
     def _look_up_in(self, index: Index, *asked: Any) -> Hit | None:
@@ -422,8 +424,29 @@ class Hits:
         self.hook.retract(key, byte_range)
 
     def recount_as_hit(self) -> None:
-        """Count a miss as a hit: a value on its way into the cache store has served it."""
+        """Count a miss as a hit: the cache has served it after all."""
         self._reads.recount_as_hit()
+
+    def followed(
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        size: int,
+        whole: ByteRange | None,
+        total: int,
+        *,
+        hit: bool,
+    ) -> None:
+        """Tell of a miss that the read of another has served, or a value on its way into the cache store: a `hit`.
+
+        That read was one of `whole`, of `total` bytes, so this is a request of the same entry.
+        """
+        if hit:
+            self.recount_as_hit()
+        if self._sampling and (hit or whole != byte_range):
+            self.handle.call_later(ignore, Index.settle_request, key, byte_range, whole, total, hit)
+        entry = (key, total) if whole is None else None
+        self.hook.brought(key, byte_range, size, hit=hit, entry=entry)
 
     def recount_as_negative_hit(self, key: str, byte_range: ByteRange | None) -> None:
         """Count a miss as a negative hit: an absence has answered it after all."""

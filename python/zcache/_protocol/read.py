@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from zcache._protocol.hits import Hits
     from zcache._runtime.io import IO
     from zcache._source.validators import Validators
+
+
+class Joined(NamedTuple):
+    """A flight that was joined, what it brings, and whether it had brought that: on its way into the cache store."""
+
+    whole: ByteRange | None
+    flight: Flight
+    is_pending: bool
 
 
 class Reader:
@@ -134,12 +142,11 @@ class Reader:
         prototype: BufferPrototype,
         request: ByteRequest | None,
         byte_range: ByteRange | None,
-        joined: tuple[ByteRange | None, Flight] | None = None,
+        joined: Joined | None = None,
     ) -> Awaitable[Buffer | None]:
         """Read what is not cached: from the source, or together with others who read it already.
 
-        `joined` is a flight that was joined before, and what it brings. The answer is to be awaited at
-        once, for it may be the leader that others wait for.
+        `joined` is a flight that was joined before. The answer is to be awaited at once, for it may be the leader that others wait for.
         """
         if self.offline:
             return self._fetch_offline(io, key, prototype, byte_range)
@@ -199,9 +206,10 @@ class Reader:
         prototype: BufferPrototype,
         request: ByteRequest | None,
         byte_range: ByteRange | None,
-        joined: tuple[ByteRange | None, Flight] | None,
+        joined: Joined | None,
     ) -> Awaitable[Buffer | None]:
-        answer: Any = joined
+        answer: Any = joined and joined[:2]
+        was_pending = None if joined is None else joined.is_pending
         handle = self.handle
         if joined is None and handle.open_first is None:
             if handle.deferred:
@@ -222,7 +230,7 @@ class Reader:
                 if answer.__class__ is int:
                     # One coroutine less where no other reader waits, which is nearly always.
                     return self._lead(io, key, prototype, request, byte_range, answer, flight)
-        return self._share(io, key, prototype, request, byte_range, answer, joined is not None)
+        return self._share(io, key, prototype, request, byte_range, answer, was_pending)
 
     async def _share(
         self,
@@ -232,13 +240,13 @@ class Reader:
         request: ByteRequest | None,
         byte_range: ByteRange | None,
         joined: Any,
-        before: bool,
+        was_pending: bool | None,
     ) -> Buffer | None:
         """Go on with what `join` has answered; None where it is to be asked (again).
 
-        `before` says that the flight was joined before, so its end is an answer in any case.
+        A flight that was joined before is an answer in any case; `was_pending` says what it was then, else None.
         """
-        has_heard = before or not self.backend.tells_by_name
+        has_heard = was_pending is not None or not self.backend.tells_by_name
         while True:
             flight = Flight(io.loop(), self.now())
             if joined is None:
@@ -262,11 +270,11 @@ class Reader:
                 has_heard = True
                 continue
             is_answer, value = await self._follow(
-                io, key, prototype, request, byte_range, whole, other, before
+                io, key, prototype, request, byte_range, whole, other, was_pending
             )
             if is_answer:
                 return value
-            before = False
+            was_pending = None
 
     async def _follow(
         self,
@@ -277,11 +285,12 @@ class Reader:
         byte_range: ByteRange | None,
         whole: ByteRange | None,
         other: Flight,
-        before: bool,
+        was_pending: bool | None,
     ) -> tuple[bool, Buffer | None]:
         """Wait for a flight that brings `whole`; whether that gave an answer, and the answer."""
+        before = was_pending is not None
         counts = before or other.may_be_joined(self.now(), self.ages.of(key))
-        is_pending = other.done and not before
+        is_pending = other.done if was_pending is None else was_pending
         if not counts or not await io.wait(other):
             # Its leader cannot go on: all who wait for it start over, and later readers do not join it.
             with contextlib.suppress(IndexLockTimeout):
@@ -298,10 +307,8 @@ class Reader:
         part = self._part(other.data, whole, byte_range)
         if part is None:
             return True, await io.read(key, prototype, request)
-        if is_pending:
-            # On its way into the cache store: served by the cache, not by the source.
-            self.hits.recount_as_hit()
-        self.hits.brought(key, byte_range, len(part), hit=is_pending)
+        # What is on its way into the cache store is served by the cache, not by the source.
+        self.hits.followed(key, byte_range, len(part), whole, len(other.data), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
 
     async def _join(

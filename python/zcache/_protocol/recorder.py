@@ -16,13 +16,27 @@ if TYPE_CHECKING:
 class Recorder(Protocol):
     """Takes down requests. Nothing here raises or waits."""
 
-    def looked_up(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
-        """A request was looked up: what the index has found, or None."""
+    def looked_up(
+        self, key: str, byte_range: ByteRange | None, hit: Hit | None, *, served: bool
+    ) -> None:
+        """A request was looked up: what the index has found, or None; and whether that was served at once."""
+
+    def read(self, key: str, byte_range: ByteRange | None, *, served: bool) -> None:
+        """What was found was read; where it could not be served, the request is a miss."""
 
     def brought(
-        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        size: int | None,
+        *,
+        hit: bool,
+        entry: tuple[str, int] | None,
     ) -> None:
-        """What was missed has come, from the cache after all if it is a `hit`; None for no such key."""
+        """What one reader missed has come, from the cache after all if it is a `hit`; None for no such key.
+
+        `entry` are the name and the bytes of what it is a part of, where that is another entry.
+        """
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
         """A miss is looked up once more."""
@@ -69,7 +83,7 @@ class RequestHook:
             key: str, prototype: BufferPrototype, byte_range: ByteRange | None
         ) -> tuple[Buffer | None, Hit | None]:
             value, hit = look_up(key, prototype, byte_range)
-            self.found(key, byte_range, hit)
+            self.found(key, byte_range, hit, served=value is not None)
             return value, hit
 
         # In the place of the method, so that a hit that is not recorded does not ask whether it is.
@@ -81,17 +95,30 @@ class RequestHook:
             vars(hits).pop("get_nowait", None)
             self.recorder = None
 
-    def found(self, key: str, byte_range: ByteRange | None, hit: Hit | None) -> None:
-        """Tell what the index has found."""
+    def found(
+        self, key: str, byte_range: ByteRange | None, hit: Hit | None, *, served: bool = False
+    ) -> None:
+        """Tell what the index has found, and whether that was served at once."""
         if (recorder := self.recorder) is not None and hit is not BUSY and hit is not ABSENT:
-            recorder.looked_up(key, byte_range, hit)
+            recorder.looked_up(key, byte_range, hit, served=served)
+
+    def read(self, key: str, byte_range: ByteRange | None, *, served: bool) -> None:
+        """Tell whether what was found could be served."""
+        if (recorder := self.recorder) is not None:
+            recorder.read(key, byte_range, served=served)
 
     def brought(
-        self, key: str, byte_range: ByteRange | None, size: int | None, *, hit: bool = False
+        self,
+        key: str,
+        byte_range: ByteRange | None,
+        size: int | None,
+        *,
+        hit: bool = False,
+        entry: tuple[str, int] | None = None,
     ) -> None:
         """Tell of the bytes that a miss has brought after all; None where there is no such key."""
         if (recorder := self.recorder) is not None:
-            recorder.brought(key, byte_range, size, hit=hit)
+            recorder.brought(key, byte_range, size, hit=hit, entry=entry)
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
         """Tell that a miss is looked up once more."""
