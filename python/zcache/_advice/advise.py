@@ -155,7 +155,8 @@ def advise(
         misses = np.round((1 - ratios) * trace.requests, 6)
         missed = np.round(found[:, 2], 6)
         scale_error = partial(estimator.scale_error, at.astype(float))
-        room = np.array([estimator.room_error(name, size, base) for size in at.tolist()])
+        known = zip(at.tolist(), ratios.tolist(), found[:, 2].tolist(), strict=True)
+        room = np.array([estimator.room_error(name, size, base, *told) for size, *told in known])
         error = np.minimum(found[:, 1] + scale_error(ratios) + unsized + room[:, 0], 1.0)
         missed_error = found[:, 3] + scale_error(missed) + missed * unsized / (1 - unsized)
         missed_error += room[:, 1]

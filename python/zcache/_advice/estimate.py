@@ -124,7 +124,9 @@ class Estimator:
         found = np.frombuffer(simulate(policy, capacity, self._keys, costs), bool)
         return np.asarray(found & self._may_hit, bool)
 
-    def room_error(self, policy: str, size: int, present: int) -> tuple[float, float]:
+    def room_error(
+        self, policy: str, size: int, present: int, ratio: float, missed: float
+    ) -> tuple[float, float]:
         """How far hit ratio and missed bytes may be off for what values take beside their own blocks.
 
         That is known as a mean at the present size. It changes as values come and go, and with the size; and some
@@ -134,19 +136,15 @@ class Estimator:
         if trace.unit <= 1 or not size:
             return 0.0, 0.0
         off = min(1.0, _BESIDE_OFF * (1 + abs(log2(size / max(present, 1)))))
-        ratio, missed = self._told(self._hits(policy, size, self._costs))
         ratio_error = missed_error = 0.0
         for by, kept in ((-off, 0), (0, _KEPT_FREE // 2), (off, _KEPT_FREE)):
             costs = replace(trace, beside=round(trace.beside * (1 + by))).costs().tobytes()
             hits = self._hits(policy, max(size - kept * trace.unit, 0), costs)
-            other, other_missed = self._told(hits)
+            other, other_missed = self._ratio(hits)[0], self._missed_bytes(hits)[0]
             ratio_error = max(ratio_error, abs(other - ratio))
             missed_error = max(missed_error, abs(other_missed - missed))
         times = _LEARNED if policy == "adaptive" else 1
         return times * ratio_error, times * missed_error
-
-    def _told(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
-        return self._ratio(hits)[0], self._missed_bytes(hits)[0]
 
     def best(self) -> float:
         """Hit ratio of a cache without a bound."""
