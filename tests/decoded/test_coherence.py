@@ -88,8 +88,9 @@ def test_read_after_any_change_through_the_store_sees_it(
             np.testing.assert_array_equal(opened[:], values)
 
     same()
-    other[3] = values[3] = 100
-    same()
+    for at, value in [(14, 101), (3, 100)]:
+        other[at] = values[at] = value
+        same()
     chunks = [key for key in sync(_keys(store)) if key.startswith("v/c/")]
     before = sync(store._store.get(chunks[0], _PROTOTYPE))
     assert before is not None
@@ -325,7 +326,8 @@ def test_chunk_is_kept_whatever_the_clock_says(more: dict[str, Any], age: Any, n
     assert decoded(store, "hits") == 2
 
 
-def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
+@pytest.mark.parametrize("was_missing", [False, True])
+def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock, was_missing: bool) -> None:
     source = StoreDouble(MemoryStore())
     create(source)
     store = CacheStore(
@@ -337,13 +339,23 @@ def test_chunk_of_a_value_past_its_age_is_not_kept(clock: FakeClock) -> None:
         decoded_size=100_000,
     )
     array = zarr.open_array(store, path="v")
-    assert array[2] == 2
+    if was_missing:
+        # Such a chunk has no room before it is there.
+        value = sync(source.get("v/c/0", _PROTOTYPE))
+        sync(source.delete("v/c/0"))
+        assert array[2] == -1
+        clock.advance(20)
+        sync(source.set("v/c/0", value))
+        sync(store.get("v/c/0", _PROTOTYPE))
+    else:
+        assert array[2] == 2
     clock.advance(20)
     zarr.open_array(source, path="v")[2] = 50
     source.fail("get", OSError("unreachable"), times=1)
     assert array[2] == 2
     assert store.cache_stats()["stale_hits"] == 1
     assert array[2] == 50
+    check_decoded_quiet(store)
 
 
 def test_chunk_whose_bytes_were_read_anew_is_decoded_anew(clock: FakeClock) -> None:
@@ -504,6 +516,40 @@ async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancell
     with pytest.raises(asyncio.CancelledError):
         await leader
     check_decoded_quiet(store)
+
+
+@shards
+def test_reader_that_is_cut_off_as_it_begins_to_decode_leaves_nothing_under_way(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
+    array = create(store, **more)
+
+    def lead(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decodings, "lead", lead)
+        with pytest.raises(MemoryError):
+            array[:]
+    check_decoded_quiet(store)
+    np.testing.assert_array_equal(array[:], np.arange(16))
+
+
+@shards
+@pytest.mark.usefixtures("patient")
+async def test_reader_that_is_cancelled_while_it_waits_keeps_no_chunk_in_use(
+    more: dict[str, Any],
+) -> None:
+    array, gate, leader = await reads_of_two(StoreDouble(MemoryStore()), "v/c/1", more)
+    follower = asyncio.create_task(array.getitem(slice(8, 16)))
+    await until(lambda: decoded(array.store, "misses") > 4)
+    follower.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await follower
+    gate.release()
+    assert (await leader).tolist() == list(range(16))
+    check_decoded_quiet(array.store)
 
 
 @pytest.mark.parametrize("is_one", [True, False])
@@ -731,10 +777,14 @@ def test_chunk_that_is_copied_from_counts_until_it_is_copied() -> None:
 def test_read_of_more_than_there_is_room_for_keeps_what_it_has_found(more: dict[str, Any]) -> None:
     store = CacheStore(MemoryStore(), decoded_size=2 * ROOM)
     array = create(store, **more)
+    cache: Any = store._decoded
+    kept: set[str] = set()
     for found in (0, 0, 2, 4):
         assert decoded(store, "hits") == found
         np.testing.assert_array_equal(array[:], np.arange(16))
         assert decoded(store, "size") == 2 * ROOM
+        kept = kept or set(cache._values)
+        assert set(cache._values) == kept
     # Each chunk takes the place of others nevertheless.
     for at in range(0, 16, 4):
         array[at : at + 4]

@@ -175,7 +175,7 @@ class DecodedCache:
                 continue
             now = self.now()
             is_current = self.origins.is_current(one.origin, now, now)
-            if is_current is None or not one.origin.is_dated:
+            if is_current is None:
                 return None
             if not is_current:
                 index.invalidate(name)  # It began before a change, or has expired.

@@ -124,8 +124,6 @@ class Room:
 
     def admit(self, decoding: Decoding, size: int) -> bool:
         """Make room for a chunk before it is decoded; whether it is kept."""
-        if not decoding.origin.is_dated:
-            return False
         # One that the store had not lately takes no room before it is there.
         is_absent = decoding.name in self._admission.absent
         if not is_absent:
