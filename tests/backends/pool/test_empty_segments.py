@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.storage import MemoryStore
@@ -105,6 +106,32 @@ def test_segments_of_others_go_with_their_last_values(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     for end in (*ready, *begin):
         os.close(end)
+
+
+class Refusing:
+    """Stands before segments that cannot be removed."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def remove(self, _: int) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+async def test_segments_that_cannot_be_removed_go_with_the_next_ones(tmp_path: Path) -> None:
+    pool, store = await filled(tmp_path)
+    scanner: Any = pool._pool.directory.layout.scanner  # type: ignore[union-attr]
+    scanner.files = Refusing(scanner.files)
+    pool.forget("s")
+    assert segments(tmp_path)
+    scanner.files = scanner.files.inner
+    await fill(store, again=b"value")
+    await store.clear_cache()
+    await until(lambda: not segments(tmp_path))
+    await check_quiet(store)
 
 
 async def test_segments_without_values_go_when_the_pool_is_opened(tmp_path: Path) -> None:

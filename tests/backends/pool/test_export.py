@@ -15,7 +15,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
-from directories import closed
+from directories import SEGMENTS, closed
 from pools import KEYS, NEIGHBOURS, pool_with_neighbours
 from support import PROTOTYPE, buf, read, read_through, threads, until
 from zcache import (
@@ -27,6 +27,7 @@ from zcache import (
     OptionValueError,
 )
 from zcache._backends.pool.register import label_of, stand_in
+from zcache._core import VALUE_HEADER
 from zcache.testing import FakeClock, hold_index_lock
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from zcache._core import HeldLock
 
+PAGE, FIRST_PAGE = 4096, 65
+"""Bytes of a page of a segment; the one at which values begin."""
 DATA = np.arange(40).reshape(4, 10)
 
 
@@ -138,6 +141,18 @@ def test_export_leaves_out_ranges_and_what_is_gone(where: Path | None) -> None:
     assert {key: value.to_bytes() for key, value in target._store_dict.items()} == {
         "full": b"full" * 10
     }
+
+
+def test_export_leaves_out_what_is_damaged(tmp_path: Path) -> None:
+    pool = pool_with_neighbours(tmp_path)
+    for segment in (tmp_path / SEGMENTS).iterdir():
+        with segment.open("r+b") as file:
+            # The first byte of the first value, after its header.
+            file.seek(FIRST_PAGE * PAGE + VALUE_HEADER)
+            file.write(b"?")
+    target = MemoryStore()
+    assert pool.export(NEIGHBOURS[0], target) == len(KEYS) - 1
+    assert KEYS[0] not in target._store_dict
 
 
 class Failing(WrapperStore[Any]):

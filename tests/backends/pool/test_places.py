@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import pickle
 import subprocess
@@ -134,6 +135,19 @@ async def test_directory_by_another_path_is_the_same_pool(
         second = CachePool(other, max_size="1 GiB")
         assert second.cache_info()["max_size"] == 2**20
         await check_one(first, second)
+
+
+def test_pool_is_the_same_though_one_that_is_only_read_was_opened_by_another_path(
+    tmp_path: Path,
+) -> None:
+    CachePool(tmp_path / "pool")
+    with mounted_again(tmp_path / "pool", tmp_path / "mounted") as other:
+        reads = CachePool(other, read_only=True)
+        pool = CachePool(tmp_path / "pool")
+        assert pool != reads
+        del reads
+        gc.collect()
+        assert CachePool(tmp_path / "pool") == pool
 
 
 async def test_pool_stays_the_same_when_its_process_goes_to_another_folder(

@@ -243,6 +243,23 @@ async def test_forget_drops_one_source(where: Path | None) -> None:
     assert held == dict.fromkeys(NEIGHBOURS, len(KEYS))
 
 
+async def test_forget_drops_what_is_known_to_be_missing_and_what_was_listed(
+    where: Path | None,
+) -> None:
+    pool, source = CachePool(where), source_of(**{"g/a": b"1"})
+    store = CacheStore(source, cache_store=pool, source_id="mine")
+    assert await read(store, "g/b") is None
+    assert [name async for name in store.list_dir("g")] == ["a"]
+    await source.set("g/b", buf(b"2"))
+    pool.forget("mine")
+    offline = CacheStore(source, cache_store=pool, source_id="mine", offline=True)
+    with pytest.raises(OfflineError):
+        [name async for name in offline.list_dir("g")]
+    with pytest.raises(OfflineError):
+        await read(offline, "g/b")
+    assert await read(store, "g/b") == b"2"
+
+
 async def test_sources_without_a_store_are_told_by_name(where: Path | None) -> None:
     pool = pool_with_neighbours(where)
     gc.collect()
