@@ -380,6 +380,41 @@ fn rebuild_that_began_before_damage_was_found_takes_nothing_in() {
     end(pool);
 }
 
+#[test]
+fn segment_of_a_participant_that_has_died_goes_with_its_last_value() {
+    let pool = Pool::new("dead-owner");
+    {
+        let mut dying = open(&pool.root, &pool.files, LIMITS, true);
+        die_after(&mut dying, &pool.files, 5);
+    }
+    let Locked::Shared(lock, _) = &*pool.index else {
+        panic!("not shared")
+    };
+    lock.lock().unwrap().reap().unwrap();
+    let (_, placed) = pool.find("b/0", ByteRange::Full).unwrap();
+    let victims = pool.step(|cache| cache.drop_missing("b/0"));
+    pool.delete(&victims);
+    let spent = pool.step(|cache| cache.spent_segments(10));
+    let numbers: Vec<u64> = spent.iter().map(|(_, number)| *number).collect();
+    assert_eq!(numbers, [placed.segment]);
+    end(pool);
+}
+
+#[test]
+fn value_that_was_damaged_is_not_moved() {
+    let mut pool = Pool::new("damaged-move");
+    pool.fill("a/0", 5000);
+    let (_, from) = pool.find("a/0", ByteRange::Full).unwrap();
+    let value = values_in(&pool.files, from.segment).unwrap().remove(0);
+    let segment = pool.segment(from.segment);
+    let file = fs::File::options().write(true).open(segment).unwrap();
+    file.write_all_at(b"?", from.start() + 1000).unwrap();
+    // Its copy would have a checksum that is right.
+    let page = from.page + 10;
+    assert!(pool.files.copy(&value, Placed { page, ..from }).is_err());
+    end(pool);
+}
+
 fn die_after(index: &mut SharedIndex<u32>, files: &SegmentFiles, steps: usize) {
     let (key, range) = ("b/0", ByteRange::Full);
     let ticket = match index
@@ -503,6 +538,8 @@ fn two_scans_at_once_take_in_each_segment_once() {
         for part in [0..20, 10..30] {
             found.adopt_segments(cache)?;
             again.adopt_segments(cache)?;
+            // Their values come later.
+            assert_eq!(cache.spent_segments(10)?, []);
             assert_eq!(found.adopt_values(cache, part.clone())?, []);
             assert_eq!(again.adopt_values(cache, part)?, []);
         }

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from zarr.abc.store import RangeByteRequest
@@ -18,6 +18,7 @@ from directories import closed, complete, flip
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore, IndexRebuildTimeout, OptionValueError
+from zcache._backends.pool import layout
 from zcache._backends.pool.layout import SegmentScanner
 from zcache._core import SegmentFiles
 from zcache.testing import check_invariants, entries, set_block_size
@@ -348,3 +349,21 @@ async def test_forget_sources_and_export_name_a_rebuild_that_takes_too_long(
     monkeypatch.undo()
     held_up.go.set()
     assert [info.entries for info in pool.sources()] == [len(KEYS)] * 2
+
+
+def test_scan_leaves_segments_that_were_begun_after_it_was_asked_about(tmp_path: Path) -> None:
+    """Then another index may have been made: this scan does not know what it holds."""
+    begun = tmp_path / f"{1:016x}"
+
+    class Asked:
+        limits: ClassVar[dict[str, int]] = {}
+
+        def call_opened(self, step: object, *_: object, timeout: object) -> bool | None:
+            if step is not layout._owns_rebuild:
+                return None
+            begun.write_bytes(bytes(PAGE))
+            return True
+
+    handle: Any = Asked()
+    SegmentScanner(str(tmp_path), str(tmp_path)).rebuild(lambda: handle, "it was lost")
+    assert begun.exists()
