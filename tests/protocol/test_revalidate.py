@@ -186,6 +186,27 @@ async def test_revalidate_many_readers_compare_once(
     await check_quiet(store)
 
 
+async def test_revalidate_reader_that_is_cancelled_leaves_the_comparison_to_the_next(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    await source.inner.set("a", buf(b"12345"))
+    store = opened(source, cache, clock)
+    for part in PARTS[1:3]:
+        assert await read_through(store, "a", part) is not None
+    clock.advance(10)
+    gate = source.block("validator", times=1)
+    first, second = [asyncio.ensure_future(read(store, "a", part)) for part in PARTS[1:3]]
+    await gate.entered_async()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert await asyncio.wait_for(second, 60) == b"345"
+    gate.release()
+    await check_quiet(store)
+
+
 async def test_revalidate_one_comparison_dates_all_parts_of_a_key(
     source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:

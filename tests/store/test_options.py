@@ -540,6 +540,7 @@ def test_share_in_memory_is_one_of_what_the_process_may_use() -> None:
     store = CacheStore(MemoryStore(), max_size="50%")
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < store.cache_info()["max_size"] <= physical // 2
+    assert CacheStore(MemoryStore(), max_size="100%").max_size is not None
     assert CacheStore(MemoryStore(), max_size="0%").max_size == 0
 
 
