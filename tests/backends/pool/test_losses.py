@@ -20,7 +20,8 @@ from support import buf, check_quiet, read, read_through
 from zcache import CachePool, CacheStore, IndexRebuildTimeout, OptionValueError
 from zcache._backends.pool import layout
 from zcache._backends.pool.layout import SegmentScanner
-from zcache._core import SegmentFiles
+from zcache._backends.pool.register import label_of
+from zcache._core import Index, SegmentFiles
 from zcache.testing import check_invariants, entries, set_block_size
 
 if TYPE_CHECKING:
@@ -242,6 +243,30 @@ async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how
     for name in NEIGHBOURS:
         await check_neighbour(CacheStore(source_of(), cache_store=pool, source_id=name), name)
     await check_quiet(store)
+
+
+@pytest.mark.parametrize("how", ["forget", "invalidate"])
+async def test_value_that_the_index_does_not_know_yet_is_dropped_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    pool, label = pool_with_neighbours(tmp_path / "pool"), label_of("mine")
+    store = CacheStore(source_of(**{"g/a": b"value"}), cache_store=pool, source_id="mine")
+    assert await read_through(store, "g/a") == b"value"
+    call = pool._pool.handle.call_blocking
+    files = pool._pool.directory.layout.scanner.files  # type: ignore[union-attr]
+    # As while a rebuild goes on.
+    victims = call(Index.drop_missing, f"{label}/g/a")
+    call(Index.confirm_deletes, [cell for cell, _ in victims], [])
+    for module in ("place", "backend"):
+        monkeypatch.setattr(f"zcache._backends.pool.{module}.is_complete", lambda _: False)
+    assert files.delete_below(label, True) == 1
+    if how == "forget":
+        pool.forget("mine")
+    else:
+        await store.invalidate("g")
+    assert files.delete_below(label, True) == 0
+    for name in NEIGHBOURS:
+        assert files.delete_below(label_of(name), True) == len(KEYS)
 
 
 async def test_scan_that_is_outdated_leaves_segments_that_others_have_begun(tmp_path: Path) -> None:
