@@ -1068,6 +1068,19 @@ async def test_drain_keeps_nothing_of_a_fill_that_ends_between_two_looks(
     assert not store._cache.shared.fills.filler._jobs
 
 
+async def test_value_that_the_cache_store_cannot_begin_with_takes_no_room_in_the_queue(
+    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store = CacheStore(source, cache_store=LocalStore(tmp_path), source_id="source")
+    monkeypatch.setattr(DirectoryFiller, "submit", submit)
+    assert await read(store, "k") == VALUE
+    queue: FillQueue = store._cache.shared.fills
+    assert (queue.pending(), queue.pending_size) == ([], 0)
+
+
 @pytest.mark.parametrize("lost", ["results", "notes"])
 async def test_offer_after_an_interrupt_took_what_was_collected_has_its_room(
     tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch, lost: str

@@ -124,3 +124,14 @@ async def test_source_without_a_name_leaves_no_values_behind(tmp_path: Path) -> 
     store = CacheStore(source, cache_store=pool)
     await read(store, "c/0")
     assert (store.cache_stats()["hits"], pool.cache_info()["entries"]) == (1, 5)
+
+
+def test_forked_child_opens_segments_for_itself(tmp_path: Path) -> None:
+    """A thread of the parent may hold the lock of those that it has open."""
+    pool = CachePool(tmp_path)
+    scanner = pool._pool.directory.layout.scanner  # type: ignore[union-attr]
+    files = scanner.files
+    child = os.fork()
+    if not child:
+        os._exit(scanner.files is files)
+    assert os.waitpid(child, 0)[1] == 0
