@@ -686,12 +686,12 @@ def test_directory_with_files_of_others_is_refused(tmp_path: Path) -> None:
 
 
 def test_stamp_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    CachePool(tmp_path)
-    gc.collect()
+    CachePool(tmp_path / "pool")
+    asyncio.run(closed(tmp_path, "pool"))
     for stamp in tmp_path.rglob("stamp*"):
         stamp.write_text("half a st")
     with pytest.raises(CacheOwnershipError, match=r"cannot be read. Remove it") as refused:
-        CachePool(tmp_path)
+        CachePool(tmp_path / "pool")
     assert "adopt" not in str(refused.value)
 
 
