@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zcache._source.answers import UnnamedError
 from zcache._source.urls import redact, secrets_in, server, without_user
@@ -18,10 +20,43 @@ from zcache._source.urls import redact, secrets_in, server, without_user
         ("no URL? me@here", "no URL? me@here"),
         ("bucket 'me:hush@b/a@1', Fs(me:hu/sh@b)", "bucket 'b/a@1', Fs(b)"),
         ("zip::file:///a:b@c 127.0.0.1:9000/a@b", "zip::file:///a:b@c 127.0.0.1:9000/a@b"),
+        ("zip://a::https://me:hush@node/x.zip", "zip://a::https://node/x.zip"),
+        ("zip://a?hush::s3://me:hush@b/a#hush::file", "zip://a::s3://b/a"),
+        ("s3://me:hu::sh@b/a", "s3://b/a"),
+        ("zip://a/x::me:hush@b/a", "zip://a/x::b/a"),
+        ("http://me:hu?sh@node/a?hush and http://me:hu#sh@node", "http://node/a and http://node"),
+        ("http://node/a?mail=me@hush http://node?hush@b", "http://node/a http://node"),
+        ("https://proxy/https://me:hush@node/a", "https://proxy/https://node/a"),
+        ("/data/s3:/me:hush@b/a", "/data/s3:/b/a"),
     ],
 )
 def test_redact_strips_what_may_be_secret(text: str, shown: str) -> None:
     assert redact(text) == shown
+
+
+_USERS = st.sampled_from(
+    ["", "hush@", "me:hush@", "me:hu/sh@", "me:hu?sh@", "me:hu#sh@", "me:hu::sh@"]
+)
+_PLACES = st.sampled_from(["node", "node:80", "[::1]:80", "", "a/b", "node/x.zip", "/a"])
+_QUERIES = st.sampled_from(["", "?hush", "?sig=hush&se=1", "#hush", "?a=hush@hush#hush"])
+_SCHEMES = st.sampled_from(["zip", "s3", "https", "HTTP", "git+ssh"])
+_LINKS = st.one_of(
+    st.tuples(_SCHEMES, st.just("://"), _USERS, _PLACES, _QUERIES),
+    st.tuples(st.sampled_from(["simplecache", "zip"])),
+)
+
+
+@given(st.lists(_LINKS, max_size=4), st.tuples(_SCHEMES, st.just("://"), _USERS, _PLACES, _QUERIES))
+def test_redact_strips_each_link_of_a_chain(
+    links: list[tuple[str, ...]], last: tuple[str, ...]
+) -> None:
+    links = [*links, last]
+    url = "::".join("".join(link) for link in links)
+    shown = "::".join("".join(link[:2] + link[3:4]) for link in links)
+    assert redact(url) == shown
+    assert redact(f"OSError('at {url}')") == f"OSError('at {shown}')"
+    users = {link[2].removesuffix("@") for link in links if len(link) > 1}
+    assert users - {""} <= {*secrets_in(url)}
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,7 @@ def test_store_that_is_none_raises(given: Any) -> None:
 def test_url_or_path_instead_of_a_store_is_named_without_its_secrets() -> None:
     for given, shown in {
         "s3://me:hush@bucket/key?sig=hush": "s3://bucket/key",
+        "zip://a::s3://me:hush@bucket/key": "zip://a::s3://bucket/key",
         Path("/data/era5.zarr"): "/data/era5.zarr",
     }.items():
         with pytest.raises(OptionTypeError) as caught:

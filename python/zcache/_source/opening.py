@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
 from zcache._source.location import kind_of
-from zcache._source.urls import redact, secrets_in
+from zcache._source.urls import links, redact, scheme_of, secrets_in
 from zcache.exceptions import (
     MissingClientError,
     NoSuchSourceError,
@@ -166,30 +166,35 @@ def _names(options: dict[str, Any]) -> str:
 def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
     # It is the same wherever the process goes later. `..` is left to the system, which follows links before it.
     path = os.path.join(os.getcwd(), os.path.expanduser(path))
+    # A URL that is misspelt is a path as well.
+    shown = redact(path)
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
         raise OptionValueError(
-            f"invalid url: {path!r} ({error}). Give a path that the system knows."
+            f"invalid url: {shown!r} ({error}). Give a path that the system knows."
         ) from None
     except (FileNotFoundError, NotADirectoryError):
         if must_exist:
             raise NoSuchSourceError(
-                f"invalid url: there is nothing at {path!r}. Give the path of a Zarr store, a URL with its scheme, "
+                f"invalid url: there is nothing at {shown!r}. Give the path of a Zarr store, a URL with its scheme, "
                 "such as s3://bucket/key, or read_only=False to write a new store there."
             ) from None
         is_archive = path.lower().endswith(".zip") and read_only is not False
         return ZipStore(path, mode="r") if is_archive else LocalStore(path)
+    except OSError as error:
+        error.filename = shown
+        raise
     if stat.S_ISDIR(mode):
         return LocalStore(path)
     if not stat.S_ISREG(mode) or not _is_archive(path):
         raise OptionValueError(
-            f"invalid url: {path!r} is neither a directory nor a zip file. Give the directory of the Zarr store "
+            f"invalid url: {shown!r} is neither a directory nor a zip file. Give the directory of the Zarr store "
             "that it belongs to, or a zip file."
         )
     if read_only is False:
         raise OptionValueError(
-            f"invalid read_only: False, but {path!r} is a zip file, which is opened for reading. Leave read_only out, "
+            f"invalid read_only: False, but {shown!r} is a zip file, which is opened for reading. Leave read_only out, "
             'or give zarr.storage.ZipStore(path, mode="a").'
         )
     return _open_archive(path)
@@ -234,9 +239,8 @@ def _open_remote(url: str, options: dict[str, Any]) -> Store:
 
 def _schemes(url: str) -> Iterator[str]:
     """The schemes of a chain of URLs."""
-    for link in url.split("::"):
-        scheme = link.partition("://")[0]
-        if scheme and "/" not in scheme:
+    for link in links(url):
+        if (scheme := scheme_of(link)) is not None:
             yield scheme
 
 

@@ -11,12 +11,15 @@ from zcache._source.answers import UnnamedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_SCHEME: Final = "[a-z][a-z0-9+.-]*"
+_LINK: Final = rf"::(?={_SCHEME}(?:://|::))"
+"""What is between two links of a chain; one elsewhere is of an address or a password."""
 _URL: Final = re.compile(
-    r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<rest>[^\s'"<>`]*)"""
+    rf"""(?P<scheme>\b{_SCHEME}://)(?P<rest>(?:(?!{_LINK}|/{_SCHEME}://)[^\s'"<>`])*)"""
     r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/][^\s'"<>`@:]*@[^\s'"<>`]*)""",
     re.IGNORECASE,
 )
-"""A URL; or what some clients make of one with a password: it without its scheme."""
+"""A URL, up to the next one of a chain or of a proxy's; or what some clients make of one with a password: it without its scheme."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
 _SHORTEST: Final = 4
 """Characters of a parameter that may be a secret."""
@@ -40,13 +43,27 @@ def redact(text: str) -> str:
     text : str
         What is to be shown, such as an error of a library.
     """
+    return _URL.sub(_shown, text)
 
-    def shown(url: re.Match[str]) -> str:
-        if url["scheme"] is None:
-            return without_user(url["place"])
-        return url["scheme"] + without_user(_QUERY.sub("", url["rest"]))
 
-    return _URL.sub(shown, text)
+def _shown(url: re.Match[str]) -> str:
+    if url["scheme"] is None:
+        return without_user(url["place"])
+    _, place, _ = _parts(url["rest"])
+    # What has no scheme is a path for a client, and so may be anything.
+    path, sign, more = place.partition("::")
+    return url["scheme"] + path + sign + redact(more)
+
+
+def links(url: str) -> list[str]:
+    """The URLs of a chain; of them some are schemes only."""
+    return re.split(_LINK, url, flags=re.IGNORECASE)
+
+
+def scheme_of(link: str) -> str | None:
+    """The scheme of a URL, if it is one."""
+    found = re.match(rf"({_SCHEME})(://|::|$)", link, re.IGNORECASE)
+    return None if found is None else found[1]
 
 
 def without_user(rest: str) -> str:
@@ -56,26 +73,39 @@ def without_user(rest: str) -> str:
 
 def _user_end(rest: str) -> int:
     """How many characters of what follows the scheme of a URL are user information, with its sign."""
-    authority, slash, path = rest.partition("/")
+    authority = rest.partition("/")[0]
     if "@" in authority:
         return authority.rindex("@") + 1
-    # A password may have an unescaped slash; what comes before it is no port then, and no name of Amazon's.
+    # A password may have an unescaped slash.
+    return rest.rfind("@") + 1 if _is_user(authority) else 0
+
+
+def _is_user(authority: str) -> bool:
+    """Whether what is written as host and port cannot be that, nor a name of Amazon's."""
     port = authority.rpartition(":")[2] if ":" in authority else ""
-    is_user = port and not port.isdigit() and not authority.endswith("]")
-    if "@" in path and is_user and not authority.startswith("arn:"):
-        return len(authority + slash) + path.rindex("@") + 1
-    return 0
+    is_port = not port or port.isdigit() or authority.endswith("]")
+    return not (is_port or authority.startswith("arn:"))
+
+
+def _parts(rest: str) -> tuple[str, str, str]:
+    """User information, place, and query with the fragment, of what follows the scheme of a URL."""
+    place = _QUERY.sub("", rest)
+    end = _user_end(place)
+    if not end and _is_user(place.partition("/")[0]) and "@" in rest:
+        # A password may have their signs.
+        first, _, more = rest.partition("@")
+        user, place, query = _parts(more)
+        return f"{first}@{user}".removesuffix("@"), place, query
+    return place[:end].removesuffix("@"), place[end:], rest[len(place) :]
 
 
 def secrets_in(url: str) -> Iterator[str]:
     """What of a URL, or a chain of them, no text may show: as it is written, and as a client reads it."""
-    for link in url.split("::"):
-        rest = link.partition("://")[2]
-        place, _, query = rest.partition("?")
-        user = place[: _user_end(place)].removesuffix("@")
+    for link in links(url):
+        user, _, query = _parts(link.partition("://")[2] or link)
         for secret in (user, user.partition(":")[2]):
             yield from {secret, unquote(secret)} - {""}
-        for value in re.split("[&=#]", query)[1:]:
+        for value in re.split("[?&=#]", query)[2:]:
             # A shorter one is in many a word.
             yield from {each for each in (value, unquote(value)) if len(each) >= _SHORTEST}
 
