@@ -146,12 +146,14 @@ class Cache:
 
     def own_decoded_chunks(self, max_size: int, token: str) -> DecodedCache:
         """Room that only copies of one store have, as this token says."""
-        with _lock:
-            found = self._own_decoded.get(token)
-            if found is None:
-                found = self._own_decoded[token] = self.decoded_chunks(max_size)
-                found.token = token
-            return found
+        found = self._own_decoded.get(token)
+        if found is None:
+            made = self.decoded_chunks(max_size)
+            made.token = token
+            with _lock:
+                # Another thread may have been faster.
+                found = self._own_decoded.setdefault(token, made)
+        return found
 
     def lease(self, decoded: DecodedCache | None) -> Lease | None:
         """What copies hold that were unpickled here, so that what is kept in memory outlives them for a while.
@@ -201,9 +203,10 @@ class Cache:
     @property
     def token(self) -> str:
         """Names this cache, so that copies that meet again in one process are one."""
+        new = uuid.uuid4().hex if self.known_token is None else ""
         with _lock:
             if self.known_token is None:
-                self.known_token = uuid.uuid4().hex
+                self.known_token = new
             _by_token[self.known_token] = self
             return self.known_token
 

@@ -184,7 +184,7 @@ def _check_names(options: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------- pools
 
-# Guards the choice of a bound for a pool that several threads open at once.
+# Guards the choice of a bound for a pool that several threads open at once; never held over anything that waits.
 _lock = threading.RLock()
 _in_memory: weakref.ref[PoolMemoryStore] | None = None
 _said: set[str] = set()
@@ -243,18 +243,22 @@ def _pool(place: _Place, size: int | None, *, adopt: bool) -> Pool:
     """
     if place.pool is not None:
         return place.pool
-    with _lock:
-        # Joins one that is open, as it is.
-        pool = pool_of(place.store, adopt=adopt)
-        if pool.max_size is None:
-            bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
-            place.store.options = PoolOptions(bound)
+    # Joins one that is open, as it is.
+    pool = pool_of(place.store, adopt=adopt)
+    while pool.max_size is None:
+        bound = parse_size(DEFAULT_SHARE, whole=place.capacity) if size is None else size
+        with _lock:
+            # Another thread may have been faster.
+            is_first = pool.max_size is None
+            if is_first:
+                place.store.options = PoolOptions(bound)
+        if is_first:
             pool.apply_limits()
             if size is None and pool.takes_values:
                 _say_default(place, bound)
-        # With it to other processes.
-        place.store.options = PoolOptions(pool.max_size)
-        return pool
+    # With it to other processes.
+    place.store.options = PoolOptions(pool.max_size)
+    return pool
 
 
 def _memory_store() -> PoolMemoryStore:
@@ -291,8 +295,10 @@ def _directory(cache: object) -> tuple[str, str]:
 def _say_default(place: _Place, bound: int | None) -> None:
     """Log once for each pool and process how large it may become, where no option says it."""
     key = os.path.realpath(place.name) if isinstance(place.store, PoolStore) else ""
-    if key not in _said:
+    with _lock:
+        is_said = key in _said
         _said.add(key)
+    if not is_said:
         _log.warning(
             "the cache in %s may grow to %s bytes, 20 %% of %s: pass max_size= for another bound",
             place.name,

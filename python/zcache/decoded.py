@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
@@ -13,8 +11,8 @@ from zarr.storage import StorePath
 from zcache._backends.source_place import place_of
 from zcache._decoded.pipeline import rewrapped
 from zcache._options import parse_size
+from zcache._runtime.apart import OneForEach
 from zcache._runtime.capacity import memory
-from zcache._runtime.fork import at_fork
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
 
@@ -82,27 +80,16 @@ def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
     return found  # type: ignore[no-any-return]
 
 
-# Reentrant, for inside it the garbage collector may end what takes it.
-_lock = threading.RLock()
 # By the address of the source, which each of them keeps alive.
-_stores: weakref.WeakValueDictionary[int, CacheStore] = weakref.WeakValueDictionary()
+_stores: OneForEach[CacheStore] = OneForEach()
 
 
 def _over(source: Store) -> CacheStore:
     """The store over this one that keeps no bytes. All that goes through it voids what is decoded."""
-    with _lock:
-        found = _stores.get(id(source))
-        if found is None:
-            place = place_of(source)
-            found = _stores[id(source)] = CacheStore(source, cache_store=place, max_size=0)
-        found._is_open = source._is_open
-        return found
 
+    def make() -> CacheStore:
+        return CacheStore(source, cache_store=place_of(source), max_size=0)
 
-def _after_fork() -> None:
-    # A thread of the parent may have held it.
-    global _lock
-    _lock = threading.RLock()
-
-
-at_fork(_after_fork)
+    found = _stores.find_or_make(id(source), make)
+    found._is_open = source._is_open
+    return found

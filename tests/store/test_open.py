@@ -7,12 +7,15 @@ import doctest
 import gc
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import types
+import warnings
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +37,13 @@ from zcache import (
     OptionValueError,
 )
 from zcache._cache_options import parse_options
+from zcache._decoded import pipeline as install_module
 from zcache._runtime import capacity
 from zcache._source.identity import identify
 from zcache.testing import FakeClock, cache_store_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 OPEN = importlib.import_module("zcache._open")
@@ -671,6 +676,67 @@ def test_threads_that_want_different_bounds_get_one(source: Path) -> None:
     for error in found:
         if isinstance(error, OptionValueError):
             assert f"max_size={stores[0].max_size}" in str(error)
+
+
+def open_with_other_policies(path: Path) -> list[CachePool]:
+    """Two pools, the second of which is told that it is of the first one's policy."""
+    return [CachePool(path, eviction="lru"), CachePool(path, eviction="none")]
+
+
+OPENINGS: dict[str, Callable[[Path], object]] = {
+    "open": lambda path: zcache.open("memory://one", cache=path),
+    "open in memory": lambda path: zcache.open(path.parent / "source", cache="memory"),
+    "pool": open_with_other_policies,
+    "pool that is read": lambda path: CachePool(path, read_only=True),
+    "pool that cannot be made": lambda path: CachePool(f"/proc/{path.name}"),
+    "directory": lambda path: CacheStore(MemoryStore(), cache_store=path),
+    "directory that cannot be made": lambda path: CacheStore(
+        MemoryStore(), cache_store=f"/proc/x{path.name}"
+    ),
+    "decoded": lambda _: zcache.with_decoded_cache(array_in_memory(), 1000),
+    "decoded by token": lambda _: pickle.loads(
+        pickle.dumps(zcache.with_decoded_cache(array_in_memory(), 1000).store)
+    ),
+}
+
+
+def array_in_memory() -> Any:
+    return zarr.create_array(MemoryStore(), shape=4, dtype="i4")
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_code_of_others_that_waits_for_another_opening_is_not_waited_for(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opening: str,
+) -> None:
+    me, count, told = threading.get_ident(), itertools.count(), []
+
+    def open_others() -> None:
+        for each, make in OPENINGS.items():
+            make(tmp_path / f"{each} {next(count)}")
+
+    def wait_for_others(*_: object, **__: object) -> bool:
+        if threading.get_ident() == me:
+            # No thread of a pool, which the end of the process would wait for.
+            thread = threading.Thread(target=open_others, daemon=True)
+            thread.start()
+            thread.join(60)
+            told.append(not thread.is_alive())
+        return True
+
+    # Whatever logs or warns calls what its user has put there.
+    logger = logging.getLogger("zcache")
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    monkeypatch.setattr(logger, "filters", [wait_for_others])
+    monkeypatch.setattr(install_module, "zarr_array", types.SimpleNamespace())
+    monkeypatch.setattr(warnings, "showwarning", wait_for_others)
+    warnings.simplefilter("always")
+    opened = OPENINGS[opening](tmp_path / "cache")
+    assert told
+    assert all(told)
+    del opened
 
 
 @pytest.mark.parametrize("where", ["directory", "memory"])

@@ -478,6 +478,9 @@ class IndexHandle:
             before = [all_of - its for all_of, its in zip(counted, again, strict=True)]
             self._counted_before = (before[0], before[1], before[2], before[3], before[4])
             self.lost, self.usable = None, True
+
+    def say_restored(self) -> None:
+        """Log it, without a lock: a handler of the log may do anything."""
         logger.info("the index of the cache %s is used again", self.name)
 
     def empty_index(self) -> Index:

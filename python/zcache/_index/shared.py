@@ -14,6 +14,7 @@ from zcache._index.changes import Changes
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.place import Place
 from zcache._runtime import lingering
+from zcache._runtime.apart import OneForEach
 from zcache._runtime.circuit_breaker import CircuitBreaker
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
@@ -239,35 +240,26 @@ def _named(source: Store, source_id: SourceId) -> str:
 
 
 # As long as they are in use; `_held` keeps those of dicts as long as their stores live.
-_shared: weakref.WeakValueDictionary[Hashable, SharedIndex] = weakref.WeakValueDictionary()
+_shared: OneForEach[SharedIndex] = OneForEach()
 _held: dict[Hashable, tuple[list[weakref.ref[Any]], SharedIndex]] = {}
 # Reentrant: inside it the garbage collector may end a store.
 _lock = threading.RLock()
-# While one index is made, which may take as long as it takes to open a directory.
-_making: dict[Hashable, threading.RLock] = {}
 
 
 def find_or_make(key: Hashable, make: Callable[[], SharedIndex]) -> SharedIndex:
     """The index of a place, which `make` makes if this process has none yet."""
-    with _lock:
-        making = _making.setdefault(key, threading.RLock())
-    with making:
-        with _lock:
-            shared = _shared.get(key)
-        if shared is None:
-            shared = make()
-            shared.key = key
-            with _lock:
-                _shared[key] = shared
-        with _lock:
-            _making.pop(key, None)
+
+    def make_one() -> SharedIndex:
+        shared = make()
+        shared.key = key
         return shared
+
+    return _shared.find_or_make(key, make_one)
 
 
 def live() -> list[SharedIndex]:
     """All indexes of this process."""
-    with _lock:
-        return list(_shared.values())
+    return _shared.snapshot()
 
 
 def keep_while_alive(shared: SharedIndex, holder: Any) -> None:
@@ -289,10 +281,9 @@ def _release(key: Hashable) -> None:
 
 
 def _after_fork() -> None:
-    """Start with locks of our own: the thread that held the parent's may not exist here."""
-    global _lock, _making
+    """Start with a lock of our own: the thread that held the parent's may not exist here."""
+    global _lock
     _lock = threading.RLock()
-    _making = {}
 
 
 at_fork(_after_fork)

@@ -60,10 +60,10 @@ class _RefusedKeys:
             return False
         return self._clock() < found[0]
 
-    def add(self, value: tuple[str, object]) -> None:
+    def add(self, value: tuple[str, object], now: float) -> None:
         _, pause = self._until.pop(value, (0.0, KEY_PAUSE / 2))
         pause = min(2 * pause, LONGEST_KEY_PAUSE)
-        self._until[value] = (self._clock() + pause, pause)
+        self._until[value] = (now + pause, pause)
         if len(self._until) > REMEMBERED_KEYS:
             self._until.pop(next(iter(self._until)), None)
 
@@ -190,8 +190,9 @@ class FillQueue:
                     return False
         except (RuntimeError, OSError, ValueError) as error:
             if concerns_key(error):
+                now = self.breaker.clock()
                 with self._lock:
-                    self._refused.add((job.key, job.byte_range))
+                    self._refused.add((job.key, job.byte_range), now)
             self.breaker.failed(error, "write")
             return False
 
@@ -207,11 +208,14 @@ class FillQueue:
 
     def _note(self, ended: Ended) -> None:
         self._forget(ended.job)
+        value = (ended.job.key, ended.job.byte_range)
+        is_refused = any(what == "write" and concerns_key(e) for e, what in ended.failures)
+        # A user's own clock may do anything.
+        now = self.breaker.clock() if is_refused else 0.0
         with self._lock:
             self._stalled = False
-            value = (ended.job.key, ended.job.byte_range)
-            if any(what == "write" and concerns_key(e) for e, what in ended.failures):
-                self._refused.add(value)
+            if is_refused:
+                self._refused.add(value, now)
             elif ended.written:
                 self._refused.discard(value)
         for error, operation in ended.failures:

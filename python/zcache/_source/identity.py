@@ -131,9 +131,9 @@ _known: dict[tuple[Hashable, ...], _Ephemeral] = {}
 def _entry(store: Any) -> _Ephemeral:
     """What is known of a source without wrappers that has no name."""
     # A dict knows no weak references: its address is good as long as one of its stores lives.
-    key, holder = held_by(store), id(store)
+    key, holder, new = held_by(store), id(store), _Ephemeral()
     with _lock:
-        entry = _known.get(key) or _Ephemeral()
+        entry = _known.get(key, new)
         if holder not in entry.holders:
             try:
                 weakref.finalize(store, _forget, key, entry, holder).atexit = False
@@ -185,9 +185,11 @@ def say_unnamed(store: Any, cache: Any) -> None:
     """
     inner = unwrapped(store)
     level = logging.WARNING if outlives_process(cache) else logging.INFO
+    entry = _entry(inner)
+    if not _log.isEnabledFor(level):
+        return
     with _lock:
-        entry = _entry(inner)
-        if entry.said or not _log.isEnabledFor(level):
+        if entry.said:
             return
         entry.said = True
     _log.log(

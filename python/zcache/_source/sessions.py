@@ -21,16 +21,21 @@ _stores: list[tuple[weakref.ref[Any], int]] = []
 
 def number_of(store: Any) -> int:
     """A number that the stores of one session have in common, as long as one of them lives, and no others."""
-    with _lock:
-        living = [(one, number) for ref, number in _stores if (one := ref()) is not None]
+    global _stores
+    while True:
+        known = _stores
+        living = [(one, number) for ref, number in known if (one := ref()) is not None]
         for one, number in living:
             if one is store:
                 return number
+        # Without the lock: it is icechunk that compares them.
         found = next((number for one, number in living if one == store), None)
-        if found is None:
-            found = next(_numbers)
-        _stores[:] = [(weakref.ref(one), number) for one, number in (*living, (store, found))]
-        return found
+        with _lock:
+            # Another thread may have added a store of the same session.
+            if _stores is known:
+                number = next(_numbers) if found is None else found
+                _stores = [(weakref.ref(one), n) for one, n in (*living, (store, number))]
+                return number
 
 
 def _after_fork() -> None:

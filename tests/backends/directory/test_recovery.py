@@ -17,6 +17,7 @@ from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
 from zcache._backends.directory.recovery import Recovery
 from zcache._index import shared
+from zcache._runtime.apart import OneForEach
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import SyncIO
 from zcache.testing import is_complete, stored_sizes, without_shared_index
@@ -62,12 +63,11 @@ def both(tmp_path: Path, source: MemoryStore) -> tuple[CacheStore, CacheStore]:
 
 def forget_that_it_is_shared(root: Path, source: Store) -> CacheStore:
     """A store of the same process that is a participant of its own, like one in another process."""
-    kept = dict(shared._shared)
-    shared._shared.clear()
+    kept, shared._shared = shared._shared, OneForEach()
     try:
         return participant(root, source)
     finally:
-        shared._shared.update(kept)
+        shared._shared = kept
 
 
 def handle_of(store: CacheStore) -> Any:

@@ -99,15 +99,17 @@ class DirectoryFiller:
         if self._layout.folds_names and fold(job.key) != job.key:
             # Another key may have the same file.
             raise ValueError(f"the volume does not tell {job.key!r} from {fold(job.key)!r}")
+        # A user's own clock may do anything.
+        name, now = self._name(job.key), self._clock()
         with self._lock:
             number = fills.submit(
-                self._name(job.key),
+                name,
                 job.byte_range,
                 job.data,
                 job.ticket,
                 job.fetched,
                 self.min_free_space,
-                self._clock(),
+                now,
             )
             self._jobs[number] = job
 

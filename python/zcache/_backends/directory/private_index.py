@@ -173,11 +173,14 @@ class PrivateIndex:
         with self._lock:
             for prefix in self._changed:
                 _drop(index, prefix)
-            if handle.usable:
-                handle.index = index
-            else:
+            is_back = not handle.usable
+            if is_back:
                 handle.restore(index)
+            else:
+                handle.index = index
             layout.is_others = False
+        if is_back:
+            handle.say_restored()
         self._state = state
         handle.apply_limits()
 

@@ -170,6 +170,7 @@ class Recovery:
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
+        handle.say_restored()
         self._private_index.end()
         handle.apply_limits()
         if is_new:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zcache._backends.directory import files
@@ -15,6 +13,7 @@ from zcache._backends.pool.listings import SourceListings
 from zcache._backends.pool.place import DirectoryPool, MemoryPool, Pool
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._index.shared import SharedIndex, find_or_make
+from zcache._runtime.apart import OneForEach
 from zcache._runtime.fork import at_fork
 from zcache._source.describe import describe
 
@@ -39,9 +38,7 @@ class Opening(Protocol):
     clock: Callable[[], float] | None
 
 
-# As long as they are in use.
-_pools: weakref.WeakValueDictionary[Hashable, Pool] = weakref.WeakValueDictionary()
-_lock = threading.RLock()
+_pools: OneForEach[Pool] = OneForEach()
 
 
 def pool_of(
@@ -59,48 +56,55 @@ def pool_of(
     CacheOwnershipError
         If the directory is no pool, or another user's.
     """
-    with _lock:
-        if store.pool is not None:
-            found: Pool = store.pool
-            return found
-        key = _key(store)
-        pool = _pools.get(key)
-        if pool is None:
-            if isinstance(store, PoolStore):
-                pool = DirectoryPool(store, adopt=adopt, clock=clock or time.time)
-            else:
-                pool = MemoryPool(store, clock or time.monotonic)
-            pool.key = key
-            pool.go_by(store.options)
-            _pools[key] = pool
-        else:
-            pool.join(store)
-        # In memory its values live as long as the store does.
-        store.pool = pool
+    if store.pool is not None:
+        found: Pool = store.pool
+        return found
+    own = _own_key(store)
+    identity = None
+    with _pools.making(own):
+        if isinstance(store, PoolStore):
+            identity = files.identity(str(store.root))
+        # One that is mounted in two places is one directory. Always in this order.
+        with _pools.making(("identity", identity or own)):
+            pool = _find(store, own, identity)
+            is_new = pool is None
+            if pool is None:
+                if isinstance(store, PoolStore):
+                    pool = DirectoryPool(store, adopt=adopt, clock=clock or time.time)
+                else:
+                    pool = MemoryPool(store, clock or time.monotonic)
+                pool.key = own
+                pool.go_by(store.options)
+                _pools.add(own, pool)
+    if not is_new:
+        pool.join(store)
+    # In memory its values live as long as the store does.
+    store.pool = pool
     pool.wait_for_bound()
     return pool
 
 
-def _key(store: PoolStore | PoolMemoryStore) -> Hashable:
-    if not isinstance(store, PoolStore):
-        return ("dict", id(store._store_dict))
-    path = os.path.realpath(store.root)
-    own: Hashable = ("directory", path, store.read_only)
-    identity = files.identity(path)
-    with _lock:
-        # The same path may lead to another directory by now, which the pool takes up.
-        if own in _pools or identity is None:
-            return own
-        # One that is mounted in two places is one directory.
-        for pool in list(_pools.values()):
-            directory = pool.directory
-            if (
-                directory is not None
-                and pool.read_only is store.read_only
-                and files.identity(directory.root) == identity
-            ):
-                return ("directory", directory.root, store.read_only)
-    return own
+def _own_key(store: PoolStore | PoolMemoryStore) -> Hashable:
+    if isinstance(store, PoolStore):
+        return ("directory", os.path.realpath(store.root), store.read_only)
+    return ("dict", id(store._store_dict))
+
+
+def _find(store: PoolStore | PoolMemoryStore, own: Hashable, identity: object) -> Pool | None:
+    """The pool that is in use and that this stands for."""
+    # The same path may lead to another directory by now, which the pool takes up.
+    found = _pools.get(own)
+    if identity is None or found is not None:
+        return found
+    for pool in _pools.snapshot():
+        directory = pool.directory
+        if (
+            directory is not None
+            and pool.read_only is store.read_only
+            and files.identity(directory.root) == identity
+        ):
+            return pool
+    return None
 
 
 def open_pool(opening: Opening) -> Backend:
@@ -143,9 +147,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
 
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()
-    for pool in list(_pools.values()):
+    for pool in _pools.snapshot():
         pool.after_fork()
 
 

@@ -105,14 +105,17 @@ class Listing:
         """
         if self._is_listed or self.refusal is not None:
             return True
+        # A user's own clock may do anything.
+        is_allowed = breaker.allows("list")
+        loop = io.loop()
         with self._lock:
             if self.is_under_way() and not self._is_stuck():
                 return True
-            if not breaker.allows("list"):
+            if not is_allowed:
                 return False
             done: Future[None] = Future()
             self.done = done
-            self._loop = io.loop()
+            self._loop = loop
         work = partial(self._list, cache, breaker, done)
         try:
             if self._loop is None:

@@ -1,0 +1,72 @@
+"""What is made once for each key, with no lock that others need."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+
+from support import threads
+from zcache._runtime.apart import OneForEach
+
+
+class Thing:
+    """What can be referred to weakly."""
+
+
+def test_what_is_being_made_holds_up_no_other() -> None:
+    each: OneForEach[Thing] = OneForEach()
+    is_made = threading.Event()
+
+    def make_slowly() -> Thing:
+        # While it is made another thread makes another one, and looks at all.
+        assert is_made.wait(60)
+        return Thing()
+
+    def make_other() -> Thing:
+        other = each.find_or_make("other", Thing)
+        assert each.snapshot() == [other]
+        is_made.set()
+        return other
+
+    with threads(lambda: each.find_or_make("one", make_slowly), make_other) as made:
+        pass
+    assert sorted(map(id, each.snapshot())) == sorted(map(id, made))
+
+
+def test_who_asks_for_what_is_being_made_gets_it() -> None:
+    each: OneForEach[Thing] = OneForEach()
+    ready = threading.Barrier(8)
+
+    def find() -> Thing:
+        ready.wait()
+        return each.find_or_make("one", Thing)
+
+    with threads(*[find] * 8) as made:
+        pass
+    assert len(set(map(id, made))) == 1
+    assert each.get("one") is made[0]
+
+
+def test_what_could_not_be_made_is_made_by_the_next() -> None:
+    each: OneForEach[Thing] = OneForEach()
+
+    def fail() -> Thing:
+        raise OSError("not now")
+
+    with pytest.raises(OSError, match="not now"):
+        each.find_or_make("one", fail)
+    assert each.get("one") is None
+    assert each.get("one") is not each.find_or_make("one", Thing)
+
+
+def test_what_is_not_in_use_is_forgotten_with_its_lock() -> None:
+    each: OneForEach[Thing] = OneForEach()
+    made = each.find_or_make("one", Thing)
+    assert each.find_or_make("one", Thing) is made
+    del made
+    gc.collect()
+    assert each.get("one") is None
+    assert each.snapshot() == []
+    assert not each._making
