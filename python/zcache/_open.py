@@ -107,7 +107,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     MissingClientError
         An `ImportError`: the package is not installed that reads such URLs.
     CacheOwnershipError
-        A `ValueError`: `cache` is a directory with something else in it, or another user's.
+        A `ValueError`: `cache` is a directory with something else in it, or another user's. To read from a pool to which you
+        may not write, give ``cache=CachePool(path, read_only=True)``: `read_only` is about the source.
 
     Examples
     --------

@@ -759,6 +759,29 @@ def test_child_that_was_forked_opens_too(source: Path, cache: Path, where: str) 
     assert asyncio.run(read_through(store, "k")) == b"value of k"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory of another user")
+def test_pool_of_another_user_is_refused_with_ways_out_that_lead_out(
+    source: Path, cache: Path
+) -> None:
+    zcache.open(source, cache=cache)
+    gc.collect()
+    os.chown(cache, 54321, os.getegid())
+    ways_out = {
+        "CachePool(path, mode=0o770)": lambda: CachePool(cache, mode=0o770),
+        "CachePool(path, read_only=True)": lambda: CachePool(cache, read_only=True),
+        "zcache.open(..., adopt=True)": lambda: zcache.open(source, cache=cache, adopt=True),
+    }
+    for wrong in (lambda: zcache.open(source, cache=cache), lambda: CachePool(cache)):
+        with pytest.raises(CacheOwnershipError, match="another user's") as refused:
+            wrong()
+        assert all(way in str(refused.value) for way in ways_out)
+    for way in ways_out.values():
+        found = way()
+        if isinstance(found, CachePool):
+            found = zcache.open(source, cache=found, max_size=found.max_size)
+        assert asyncio.run(read(found, "k")) == b"value of k"
+
+
 def test_directory_that_cannot_be_made_is_said_and_the_source_serves(
     source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

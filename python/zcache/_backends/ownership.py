@@ -123,12 +123,14 @@ def other_source(where: str, other: str, source: str) -> str:
 
 def other_user(where: str, user: int, form: int | str) -> str:
     """Say that a directory is another user's."""
+    # Of a pool they fit whoever opens it, `zcache.open` or `CachePool`.
     ways_out = (
-        "mode=0o770 if it is for a group of yours, or read_only=True to only read it"
+        "give CachePool(path, mode=0o770) if it is for a group of yours, CachePool(path, read_only=True) to only read it, or "
+        "zcache.open(..., adopt=True)"
         if form == POOL_FORMAT
-        else "adopt=True, or a LocalStore with read_only=True to only read it"
+        else "pass adopt=True, or a LocalStore with read_only=True to only read it"
     )
     return (
         f"the cache directory {where} is another user's (uid {user}), who may read and change what is cached in "
-        f"it. Give one of your own; or, if you trust him, pass {ways_out}."
+        f"it. Give one of your own; or, if you trust him, {ways_out}."
     )
