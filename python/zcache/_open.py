@@ -65,7 +65,9 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
 ) -> CacheStore:
     """Open a URL through a cache that all datasets share.
 
-    May be called from any thread, within a running event loop or without one, and reads nothing from the source yet.
+    May be called from any thread, within a running event loop or without one. It reads nothing from the source yet, but for the
+    table of contents of an archive, or the references of ``reference::``: its caller waits for them. In an event loop use
+    ``await asyncio.to_thread(zcache.open, url)`` for those.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def open_source(
     read_only: bool | None = None,
     must_exist: bool = True,
 ) -> Store:
-    """Make the store that a URL or a path stands for; nothing is read from it yet, and no event loop is needed.
+    """Make the store that a URL or a path stands for; no event loop is needed. Only of archives, and of references, is anything read yet.
 
     Parameters
     ----------
