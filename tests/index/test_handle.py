@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,7 +78,7 @@ def test_what_waits_for_an_index_to_open_and_fails_is_logged(
     def fail(_: object) -> None:
         raise ValueError("it cannot be told")
 
-    opening = handle.open_later(lambda _: go.wait())
+    opening = handle.open_later(lambda _: go.wait(), time.monotonic())
     assert opening is not None
     handle.when_open(fail)
     handle.when_open(told.append)

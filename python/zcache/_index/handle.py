@@ -497,13 +497,16 @@ class IndexHandle:
                 return
         then(self)
 
-    def open_later(self, open_first: Callable[[float], None]) -> Future[None] | None:
-        """Have the index opened in the background; until then nothing is cached."""
+    def open_later(self, open_first: Callable[[float], None], since: float) -> Future[None] | None:
+        """Have the index opened in the background; until then nothing is cached.
+
+        Who waits for it does so as if the wait had begun at the time `since`, on the clock of `time.monotonic`.
+        """
         with self.lock:
             self.unopened = self.empty_index()
             self.index = self.unopened
             self.open_first = open_first
-            self._opening, self._opening_since = None, -math.inf
+            self._opening, self._opening_since = None, since
         return self._begin_opening()
 
     async def _wait_until_open(self, io: IO, timeout: float, alone: bool) -> None:  # noqa: ASYNC109

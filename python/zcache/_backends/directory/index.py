@@ -196,7 +196,8 @@ class CacheDirectory(Place):
 
     def _begin(self) -> None:
         """Open the index, within `REBUILD_PATIENCE` or else in the background."""
-        until = time.monotonic() + REBUILD_PATIENCE
+        begun = time.monotonic()
+        until = begun + REBUILD_PATIENCE
         if not self.layout.stamp.is_foreign:
             try:
                 self._open(until)
@@ -220,7 +221,7 @@ class CacheDirectory(Place):
                 refused.append(interrupt)
                 raise RuntimeError("the opening was interrupted") from interrupt
 
-        opening = self.handle.open_later(open_first)
+        opening = self.handle.open_later(open_first, begun)
         if opening is not None:
             wait([opening], max(0.0, until - time.monotonic()))
         if refused:
