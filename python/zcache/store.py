@@ -920,8 +920,9 @@ class CacheStore(Store, KeepsDecoded):
     def close(self) -> None:
         """Close the source, once pending fills have reached the cache store (5 seconds at most).
 
-        The cache store stays open: copies of this store may share it. Fills that are carried out by the
-        event loop that this is called in go on after it; `await store.drain()` waits for them.
+        The cache store stays open: copies of this store may share it. Fills that take longer go on after it, until the
+        process ends, and so do those that are carried out by the event loop that this is called in; `await store.drain()`
+        waits for them.
         """
         fills = self._cache.shared.fills
         if fills is not None and fills.can_wait_here():

@@ -601,6 +601,21 @@ def test_close_drains(tmp_path: Path, kind: str, how: str) -> None:
     assert in_flight(store) == (0, 0)
 
 
+def test_close_leaves_a_fill_that_takes_longer_to_end_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zcache.store.CLOSE_TIMEOUT", 0.01)
+    cache = StoreDouble(MemoryStore())
+    gate = cache.block("set")
+    store = CacheStore(SyncDictStore({"k": VALUE}), cache_store=cache)
+    assert value_sync(store, "k") == VALUE
+    store.close()
+    assert in_flight(store) != (0, 0)
+    gate.release()
+    assert store.drain_sync()
+    assert stored_sizes(store) == {"k": len(VALUE)}
+
+
 async def test_close_in_the_event_loop_that_fills_returns_and_the_fill_goes_on(
     store: CacheStore, cache: StoreDouble
 ) -> None:
