@@ -254,7 +254,7 @@ fn write_note(root: &Path, folder: &str, name: &str) -> io::Result<OwnedFd> {
             at.folder,
             at.name,
             flags | OFlags::CLOEXEC,
-            Mode::from_raw_mode(0o666),
+            Mode::from_raw_mode(at.mode_of_folder()? & 0o666),
         )?);
         Ok(())
     })?;

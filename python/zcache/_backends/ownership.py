@@ -123,7 +123,7 @@ def other_source(where: str, other: str, source: str) -> str:
 
 def other_user(where: str, user: int, form: int | str) -> str:
     """Say that a directory is another user's."""
-    # Of a pool they fit whoever opens it, `zcache.open` or `CachePool`.
+    # Of a pool they fit each call that opens it, `zcache.open` or `CachePool`.
     ways_out = (
         "give CachePool(path, mode=0o770) if it is for a group of yours, CachePool(path, read_only=True) to only read it, or "
         "zcache.open(..., adopt=True)"

@@ -23,6 +23,7 @@ from support import buf, check_quiet, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
+from zcache._core import write_tombstone
 from zcache.testing import without_shared_index
 
 if TYPE_CHECKING:
@@ -293,6 +294,32 @@ async def test_files_new_have_the_umask_of_the_process(
     for name in ("a", ".zcache/stamp.json", ".zcache/index/cells", ".zcache/index/lock"):
         assert stat.S_IMODE((tmp_path / "cache" / name).stat().st_mode) == mode
     assert stat.S_IMODE((tmp_path / "cache/.zcache").stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+@pytest.mark.parametrize("mode", [None, 0o700, 0o750, 0o755])
+async def test_files_have_no_permissions_that_their_directory_has_not(
+    tmp_path: Path, umask: int, mode: int | None
+) -> None:
+    before = os.umask(umask)
+    try:
+        # One that zcache makes is for its user alone.
+        if mode is not None:
+            (tmp_path / "cache").mkdir()
+            (tmp_path / "cache").chmod(mode)
+        store = open_store(tmp_path)
+        await fill(store, **{"a/b": b"1"})
+        assert [key async for key in store.list_dir("a")] == ["b"]
+        # What cannot be deleted has a file that says so.
+        write_tombstone(str(tmp_path / "cache"), "a/b")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "cache").rglob("*"):
+        given = stat.S_IMODE(path.stat().st_mode)
+        allowed = 0o700 if mode is None else mode
+        assert given & ~(allowed if path.is_dir() else allowed & 0o666) == 0, path
+    stamp = (tmp_path / "cache/.zcache/stamp.json").stat()
+    assert stat.S_IMODE(stamp.st_mode) == allowed & 0o666
 
 
 OTHER_USER = """

@@ -82,10 +82,18 @@ def is_tolerated(name: str) -> bool:
     return name in TOLERATED or name.startswith(_TOLERATED_BEGINNINGS)
 
 
-def open_to_group(path: str, root: str) -> None:
-    """Let the group read a file that may write to a directory, whatever the umask says."""
-    if os.stat(root).st_mode & stat.S_IWGRP and not os.stat(path).st_mode & stat.S_IRGRP:
-        os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IRGRP)
+def mode_of_files(root: str) -> int:
+    """Permissions of the files in a directory: those that it has itself, but for that to go into it."""
+    return 0o600 | os.stat(root).st_mode & 0o066
+
+
+def open_as_directory(path: str, root: str) -> None:
+    """Have those use a file who may use its directory, whatever the umask says."""
+    mode = mode_of_files(root)
+    if stat.S_IMODE(os.stat(path).st_mode) != mode:
+        # Some file systems know no permissions.
+        with contextlib.suppress(OSError):
+            os.chmod(path, mode)
 
 
 def make_folders(path: str) -> None:

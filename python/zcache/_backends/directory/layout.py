@@ -223,7 +223,7 @@ class Layout:
             # A process that shares an index makes it anew, and begins with what is there then.
             if self.has_own_index:
                 self.make_folders()
-                os.close(os.open(lock, _NEW, 0o666))
+                os.close(os.open(lock, _NEW, files.mode_of_files(self.root)))
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise

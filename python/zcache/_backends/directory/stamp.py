@@ -271,7 +271,7 @@ class Stamp:
             file.flush()
             # Once per directory: an empty stamp after a loss of power would lock its owner out.
             os.fsync(file.fileno())
-        files.open_to_group(unfinished, self.root)
+        files.open_as_directory(unfinished, self.root)
         if replace:
             # It must not outlive a stamp of another source.
             self._remove_copy()
@@ -303,7 +303,7 @@ class Stamp:
             os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
             Path(unfinished).write_text(json.dumps(stamp), encoding="utf-8")
-            files.open_to_group(unfinished, self.root)
+            files.open_as_directory(unfinished, self.root)
             os.replace(unfinished, self._copy)
 
     def _adopt(self) -> bool:
@@ -373,7 +373,11 @@ class Stamp:
             yield
             return
         path = os.path.join(self._reserved, "take-over")
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        file = os.open(
+            path,
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            files.mode_of_files(self.root),
+        )
         try:
             while True:
                 try:
