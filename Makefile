@@ -37,6 +37,7 @@ WITH_DEV_PYTHON := PYO3_PYTHON='$(CURDIR)/.venvs/dev/bin/python'
 WITHOUT_PYTHON := PYO3_PYTHON=the-core-needs-no-python
 
 # A glob, because ruff fails on a directory that does not exist.
+TYPED := python/zcache tests/typed_usage.py
 PY_SOURCES := $(wildcard python tests benches examples scripts)
 RUST_BENCHES := $(basename $(notdir $(wildcard benches/*.rs)))
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
@@ -85,7 +86,7 @@ check: dev ## format, lint, types, spelling and the fast tests on one Python: be
 	CARGO='$(CARGO)' '$(PYTHON)' scripts/notices.py --check
 	.venvs/dev/bin/codespell
 	$(call section,types)
-	.venvs/dev/bin/mypy --strict python/zcache
+	.venvs/dev/bin/mypy --strict $(TYPED)
 	$(call section,fast tests)
 ifeq ($(NEXTEST),yes)
 	$(WITHOUT_PYTHON) $(CARGO) nextest run $(LOCKED) --lib --bins --tests --status-level fail --cargo-quiet -- $(LONG_RUST)
@@ -167,7 +168,7 @@ python-lint: env-both
 	.venvs/base/bin/ruff format --check $(PY_SOURCES)
 	.venvs/base/bin/codespell
 	$(call in_each_env,mypy and stubtest,\
-	  $$python -m mypy --strict python/zcache && $$python -m mypy.stubtest zcache._core)
+	  $$python -m mypy --strict $(TYPED) && $$python -m mypy.stubtest zcache._core)
 
 # Of a test with three or more parameters run so many cases that each two of their values meet; `make soak` runs all.
 # Long runs of what is alike on each Python take place on the newest one. The older one runs six cases of each test.

@@ -14,6 +14,7 @@ from zcache._advice.recording import Recording
 from zcache._advice.replay import replay
 from zcache._core import __version__
 from zcache._decoded.pipeline import DecodedCodecPipeline
+from zcache._index.keys import CachedKeys
 from zcache._open import open  # noqa: A004 - called `zcache.open`, like `zarr.open`
 from zcache.decoded import with_decoded_cache
 from zcache.exceptions import (
@@ -39,6 +40,7 @@ __all__ = [
     "CachePool",
     "CacheStore",
     "CacheUnreachableError",
+    "CachedKeys",
     "Curve",
     "DecodedCodecPipeline",
     "IndexLockTimeout",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from zcache._core import Ages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zcache._types import Age
+
 MISSING_MAX_AGE: Final = 300
 """Seconds for which a key is remembered as missing, unless `missing_max_age_seconds` says otherwise."""
-
-Age: TypeAlias = "float | Literal['infinity']"
-"""Seconds, or "infinity"."""
 
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 """Last parts of the keys of metadata documents."""

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from zcache._index.place import Place
     from zcache._runtime.io import IO
     from zcache._runtime.lingering import Lease
+    from zcache._types import Minimised, Policy
 
 
 _AT_ONCE: Final = 1000
@@ -235,7 +236,7 @@ class Cache:
             **(decoded_chunks.NOTHING if decoded is None else decoded.stats()),
         }
 
-    def policy(self) -> tuple[str, str]:
+    def policy(self) -> tuple[Policy, Minimised]:
         """The policy in force and what it minimises; the wanted ones while the index does not answer."""
         try:
             return self.ask(Index.policy)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
 from zcache._options import (
@@ -27,7 +27,7 @@ from zcache._runtime.capacity import memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from zcache._ages import Age
+    from zcache._types import Age, Minimised, Policy, Revalidate, Verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class CacheOptions:
     offline: bool = False
     cache_missing: bool = True
     missing_max_age_seconds: Age = MISSING_MAX_AGE
-    revalidate: Literal[False, True, "metadata"] = False
-    verify: str = field(default="first", compare=False)
-    eviction: str = field(default="lru", compare=False)
-    minimise: str = field(default="requests", compare=False)
+    revalidate: Revalidate = False
+    verify: Verify = field(default="first", compare=False)
+    eviction: Policy = field(default="lru", compare=False)
+    minimise: Minimised = field(default="requests", compare=False)
     adopt: bool = field(default=False, compare=False)
     source_id: str | None = field(default=None, compare=False)
     min_free_space: int | None = field(default=None, compare=False)

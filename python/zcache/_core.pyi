@@ -13,6 +13,8 @@ longer than a step takes, and `CorruptIndexError` if the index cannot be used; n
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, Self, TypeAlias, final
 
+from zcache._types import Minimised, Policy
+
 __all__ = [
     "MAX_KEY",
     "MINIMISED",
@@ -67,9 +69,9 @@ __all__ = [
 ]
 
 __version__: Final[str]
-POLICIES: Final[tuple[str, ...]]
+POLICIES: Final[tuple[Policy, ...]]
 """Names of the policies of eviction."""
-MINIMISED: Final[tuple[str, ...]]
+MINIMISED: Final[tuple[Minimised, ...]]
 """What the adaptive one may make least of."""
 SIGNATURE: Final[int]
 """Nanoseconds below the millisecond in the modification time of each file that zcache wrote."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack
 
 from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from zarr.abc.store import Store
+    from zarr.storage import StorePath
 
     from zcache._backends.pool.place import Pool
+    from zcache._types import Size, StoreOptions
 
 DEFAULT_SHARE: Final = "20%"
 """What a pool may take of its volume or of the memory, unless an option says how much."""
@@ -56,12 +58,12 @@ _log = logging.getLogger("zcache")
 
 
 def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
-    url: str | os.PathLike[str] | Store,
+    url: str | os.PathLike[str] | Store | StorePath,
     *,
     cache: str | os.PathLike[str] | CachePool | None = None,
-    max_size: int | str | None = None,
+    max_size: Size | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[StoreOptions],
 ) -> CacheStore:
     """Open a URL through a cache that all datasets share.
 
@@ -122,7 +124,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     """
     handled = sys.exception()
     try:
-        return _open(url, cache, max_size, storage_options, options)
+        return _open(url, cache, max_size, storage_options, {**options})
     except BaseException as error:
         let_go_of(error, handled)
         # This frame stays in the error.
@@ -131,9 +133,9 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
 
 
 def _open(
-    url: str | os.PathLike[str] | Store,
+    url: str | os.PathLike[str] | Store | StorePath,
     cache: str | os.PathLike[str] | CachePool | None,
-    max_size: int | str | None,
+    max_size: Size | None,
     storage_options: Mapping[str, Any] | None,
     options: dict[str, Any],
 ) -> CacheStore:

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from zarr.abc.store import Store
@@ -23,6 +23,9 @@ from zcache._source.identity import EPHEMERAL, UNNAMED
 from zcache._source.location import innermost, outlives_process, overlaps
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from zcache._types import Age, Revalidate
 
 MAX_BYTES: Final = 2**64 - 1
 VERIFIES: Final = ("first", "always", "never")
@@ -144,7 +147,7 @@ def capacity_of(cache: Store) -> int:
 
 def parse_ages(
     value: object,
-) -> float | Literal["infinity"] | dict[str, float | Literal["infinity"]]:
+) -> Age | dict[str, Age]:
     """Convert a maximum age, or a mapping from glob patterns to ages; see `parse_age`.
 
     Raises
@@ -156,7 +159,7 @@ def parse_ages(
     """
     if not isinstance(value, Mapping):
         return parse_age(value)
-    ages: dict[str, float | Literal["infinity"]] = {}
+    ages: dict[str, Age] = {}
     for pattern, age in value.items():
         kind = OptionValueError if isinstance(pattern, str) else OptionTypeError
         if kind is OptionTypeError or not (is_plain(pattern) and is_encodable(pattern)):
@@ -169,9 +172,7 @@ def parse_ages(
     return ages
 
 
-def parse_age(
-    value: object, name: str = "max_age_seconds", none: str = ""
-) -> float | Literal["infinity"]:
+def parse_age(value: object, name: str = "max_age_seconds", none: str = "") -> Age:
     """Convert a maximum age to seconds, or to "infinity".
 
     Parameters
@@ -286,7 +287,7 @@ def check_clock(clock: Any) -> Any:
     return clock
 
 
-def check_revalidate(value: object) -> Literal[False, True, "metadata"]:
+def check_revalidate(value: object) -> Revalidate:
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value == "metadata":

@@ -19,10 +19,12 @@ from zcache.store import CacheStore
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-AnyArray = TypeVar("AnyArray")
+    from zcache._types import Size
+
+AnyArray = TypeVar("AnyArray", bound="Array[Any] | AsyncArray[Any]")
 
 
-def with_decoded_cache(array: AnyArray, size: int | str) -> AnyArray:
+def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     """The same array, with its decoded chunks kept in the memory of this process.
 
     Parameters

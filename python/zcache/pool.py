@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.pool.place import Pool
     from zcache._core import Index
+    from zcache._types import Minimised, Policy, Size
 
 
 class PoolSourceInfo(NamedTuple):
@@ -118,10 +119,10 @@ class CachePool:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        max_size: int | str | None = None,
-        min_free_space: int | str | None = None,
-        eviction: Literal["lru", "none", "adaptive"] | None = None,
-        minimise: Literal["requests", "bytes", "seconds"] | None = None,
+        max_size: Size | None = None,
+        min_free_space: Size | None = None,
+        eviction: Policy | None = None,
+        minimise: Minimised | None = None,
         mode: int | None = None,
         read_only: bool = False,
     ) -> None:

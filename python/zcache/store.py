@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
@@ -80,9 +80,9 @@ if TYPE_CHECKING:
     from zarr.core.buffer import BufferPrototype
 
     from zcache._advice.advice import Advice
-    from zcache._ages import Age
     from zcache._protocol.batch import Group, Put, Request
     from zcache._runtime.lingering import Lease
+    from zcache._types import Age, Minimised, Policy, Revalidate, Size, Verify
 
 
 _OWN: Final = frozenset(
@@ -261,27 +261,24 @@ class CacheStore(Store, KeepsDecoded):
         store: Store,
         *,
         cache_store: Store | CachePool | str | os.PathLike[str] | None = None,
-        max_age_seconds: float
-        | Literal["infinity"]
-        | Mapping[str, float | Literal["infinity"] | None]
-        | None = "infinity",
-        max_size: int | str | None = None,
+        max_age_seconds: Age | Mapping[str, Age | None] | None = "infinity",
+        max_size: Size | None = None,
         cache_set_data: bool = True,
-        eviction: Literal["lru", "none", "adaptive"] | None = None,
-        minimise: Literal["requests", "bytes", "seconds"] | None = None,
-        metadata_max_age_seconds: float | Literal["infinity"] | None = None,
-        stale_if_error: float | Literal["infinity"] = 0,
+        eviction: Policy | None = None,
+        minimise: Minimised | None = None,
+        metadata_max_age_seconds: Age | None = None,
+        stale_if_error: Age = 0,
         offline: bool | None = None,
         cache_missing: bool = True,
-        missing_max_age_seconds: float | Literal["infinity"] | None = MISSING_MAX_AGE,
-        revalidate: Literal[False, True, "metadata"] = False,
+        missing_max_age_seconds: Age | None = MISSING_MAX_AGE,
+        revalidate: Revalidate = False,
         read_only: bool | None = None,
-        verify: Literal["first", "always", "never"] = "first",
+        verify: Verify = "first",
         adopt: bool = False,
         source_id: str | None = None,
-        min_free_space: int | str | None = None,
-        max_pending_size: int | str | None = None,
-        decoded_size: int | str | None = None,
+        min_free_space: Size | None = None,
+        max_pending_size: Size | None = None,
+        decoded_size: Size | None = None,
         sampling: bool = True,
         clock: Callable[[], float] | None = None,
     ) -> None:
@@ -350,14 +347,14 @@ class CacheStore(Store, KeepsDecoded):
                 ) from None
             raise
 
-    def _derive(self, store: Store) -> CacheStore:
+    def _derive(self, store: Store) -> Self:
         derived = type(self).__new__(type(self))
         vars(derived).update(self._of_subclass())
         derived._setup(store, self._cache, self.cache_set_data)
         derived._decoded, derived._lease = self._decoded, self._lease
         return derived
 
-    def _with_decoded_size(self, size: int) -> CacheStore:
+    def _with_decoded_size(self, size: int) -> Self:
         """A store that shares all with this one but keeps decoded chunks of its own."""
         derived = self._derive(self._store)
         derived._is_open = self._is_open
@@ -380,12 +377,12 @@ class CacheStore(Store, KeepsDecoded):
         return self._options.max_size
 
     @property
-    def eviction(self) -> str:
+    def eviction(self) -> Policy:
         """The policy that is in force: what was asked for, or that of those who used the cache store already."""
         return self._cache.policy()[0]
 
     @property
-    def minimise(self) -> str:
+    def minimise(self) -> Minimised:
         """What the policy in force makes least."""
         return self._cache.policy()[1]
 
@@ -406,7 +403,7 @@ class CacheStore(Store, KeepsDecoded):
         return self._options.metadata_max_age_seconds
 
     @property
-    def revalidate(self) -> Literal[False, True, "metadata"]:
+    def revalidate(self) -> Revalidate:
         """Whether values that are too old are compared before they are read again, or those of metadata."""
         return self._options.revalidate
 
@@ -676,7 +673,7 @@ class CacheStore(Store, KeepsDecoded):
     def advise(
         self,
         *,
-        sizes: Iterable[int | str] | None = None,
+        sizes: Iterable[Size] | None = None,
         policies: Iterable[str] | None = None,
     ) -> Advice:
         """Say how large the cache should be, and which policy suits it, from the requests so far.
@@ -772,7 +769,7 @@ class CacheStore(Store, KeepsDecoded):
         }
         return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))
 
-    async def drain(self, timeout: float | Literal["infinity"] = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
+    async def drain(self, timeout: Age = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
         """Wait until all that was read or written before is in the cache store, or was refused.
 
         A cache store that has to be listed first is waited for as well.
@@ -796,7 +793,7 @@ class CacheStore(Store, KeepsDecoded):
         """
         return await self._cache.drain(self._io, parse_timeout(timeout))
 
-    def drain_sync(self, timeout: float | Literal["infinity"] = DRAIN_TIMEOUT) -> bool:
+    def drain_sync(self, timeout: Age = DRAIN_TIMEOUT) -> bool:
         """Wait for the same without an event loop; see `drain`.
 
         Raises
@@ -931,7 +928,7 @@ class CacheStore(Store, KeepsDecoded):
             self._store.close()
         super().close()
 
-    def with_read_only(self, read_only: bool = False) -> CacheStore:
+    def with_read_only(self, read_only: bool = False) -> Self:
         """A store over the source with this setting, which shares cache, index and counters."""
         check_flag("read_only", read_only)
         return self._derive(self._store.with_read_only(read_only))

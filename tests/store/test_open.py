@@ -40,6 +40,7 @@ from zcache._cache_options import parse_options
 from zcache._decoded import pipeline as install_module
 from zcache._runtime import capacity
 from zcache._source.identity import identify
+from zcache._types import StoreOptions
 from zcache.testing import FakeClock, cache_store_of
 
 if TYPE_CHECKING:
@@ -391,6 +392,14 @@ def test_every_option_is_checked_before_anything_is_made() -> None:
     for name, value in given.items():
         with pytest.raises(OptionTypeError, match=f"invalid {name}"):
             parse_options(lambda: 1, **{name: value})
+
+
+def test_options_have_the_types_that_the_store_has() -> None:
+    own = {"store", "cache_store", "max_size"}
+    theirs = inspect.signature(CacheStore).parameters
+    assert {name: kind.__forward_arg__ for name, kind in StoreOptions.__annotations__.items()} == {
+        name: theirs[name].annotation for name in theirs if name not in own
+    }
 
 
 # --------------------------------------------------------------------------------- bounds

@@ -14,6 +14,8 @@ from zcache.exceptions import OptionTypeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from zcache._types import Policy
+
 _LABEL: Final = 1 / 9
 """Room of a turned label, as a part of the axis."""
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -110,13 +112,13 @@ class Advice:
     unsized_share: float = 0.0
     max_size: int = 0
     is_bounded: bool = False
-    policy: str = "lru"
+    policy: Policy = "lru"
     hit_ratio: float = 0.0
     sizes: NDArray[np.uint64] = field(default_factory=_none)
     curves: dict[str, Curve] = field(default_factory=dict)
     best_hit_ratio: float = 0.0
     smallest_size: int | None = None
-    best_policy: str = "lru"
+    best_policy: Policy = "lru"
     best_policy_gain: float = 0.0
     cold_share: float = 0.0
 

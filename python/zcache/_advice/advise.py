@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zcache._advice.trace import Trace
+    from zcache._types import Policy
 
 FEWEST: Final = 100
 """Requests below which nothing is said."""
@@ -31,7 +32,7 @@ _MOST: Final = 10_000
 """Sizes, or policies, that may be asked for at once."""
 
 
-def parse_policies(policies: object) -> tuple[str, ...]:
+def parse_policies(policies: object) -> tuple[Policy, ...]:
     """The policies to simulate, each once.
 
     Raises
@@ -95,9 +96,9 @@ def advise(
     *,
     max_size: int | None,
     in_use: int | None = None,
-    policy: str = "lru",
+    policy: Policy = "lru",
     sizes: Iterable[int] | None = None,
-    policies: tuple[str, ...] = POLICIES,
+    policies: tuple[Policy, ...] = POLICIES,
     nothing: str = "",
 ) -> Advice:
     """Say what these requests would have come to.
@@ -146,7 +147,7 @@ def advise(
     # Each may have been a hit or not.
     unsized = trace.unsized / (count + trace.unsized)
     curves: dict[str, Curve] = {}
-    now: dict[str, tuple[float, float]] = {}
+    now: dict[Policy, tuple[float, float]] = {}
     # The present one is what all others are compared with, whether its curve is wanted or not.
     for name in dict.fromkeys([*policies, policy]):
         found = np.array([estimator.at(name, size) for size in at.tolist()])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from zcache._advice.advice import Advice
+    from zcache._types import Policy, Size
 
 _LARGEST_VALUE: Final = 2**47
 """Bytes of the largest value that a process has room for in its addresses."""
@@ -35,7 +36,7 @@ _LARGEST_BLOCK: Final = 2**30
 def replay(
     path: str | os.PathLike[str],
     *,
-    sizes: Iterable[int | str] | None = None,
+    sizes: Iterable[Size] | None = None,
     policies: Iterable[str] | None = None,
 ) -> Advice:
     """Simulate recorded requests, all of them, with other sizes and policies.
@@ -70,7 +71,7 @@ def replay(
     return advise(trace, max_size=max_size, policy=policy, sizes=parsed, policies=named)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, str]:
+def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, Policy]:
     """The requests of a file, in the order of their times, and the bound and the policy of the store."""
     name = path_of_recording(path)
     try:
@@ -122,7 +123,7 @@ def _lines(file: TextIO) -> Iterator[str]:
         yield line
 
 
-def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
+def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
     head = file.readline(LONGEST_LINE)
     if not head.startswith(MAGIC):
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
@@ -170,7 +171,7 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, str]:
     return trace, max_size, policy
 
 
-def _described(about: Any, number: str) -> tuple[int | None, list[int], str]:
+def _described(about: Any, number: str) -> tuple[int | None, list[int], Policy]:
     """The bound, the bytes of a block, before and beside a value, and the policy that the first line names."""
     if not isinstance(about, dict):
         raise ValueError("its first line has no JSON object")  # noqa: TRY004 - of the file, not of an argument
