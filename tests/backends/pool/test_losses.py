@@ -245,9 +245,8 @@ async def test_value_that_cannot_be_deleted_never_comes_back(tmp_path: Path, how
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("how", ["forget", "invalidate"])
 async def test_value_that_the_index_does_not_know_yet_is_dropped_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, label = pool_with_neighbours(tmp_path / "pool"), label_of("mine")
     store = CacheStore(source_of(**{"g/a": b"value"}), cache_store=pool, source_id="mine")
@@ -257,13 +256,9 @@ async def test_value_that_the_index_does_not_know_yet_is_dropped_by_its_name(
     # As while a rebuild goes on.
     victims = call(Index.drop_missing, f"{label}/g/a")
     call(Index.confirm_deletes, [cell for cell, _ in victims], [])
-    for module in ("place", "backend"):
-        monkeypatch.setattr(f"zcache._backends.pool.{module}.is_complete", lambda _: False)
+    monkeypatch.setattr("zcache._backends.pool.backend.is_complete", lambda _: False)
     assert files.delete_below(label, True) == 1
-    if how == "forget":
-        pool.forget("mine")
-    else:
-        await store.invalidate("g")
+    await store.invalidate("g")
     assert files.delete_below(label, True) == 0
     for name in NEIGHBOURS:
         assert files.delete_below(label_of(name), True) == len(KEYS)
