@@ -8,12 +8,24 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from pools import POOLS, within_bound
-from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through, said
+from support import (
+    PROTOTYPE,
+    buf,
+    check_quiet,
+    drained,
+    drained_sync,
+    fill,
+    read,
+    read_through,
+    said,
+)
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, entries
@@ -303,6 +315,81 @@ async def test_absence_is_not_served_in_place_of_an_error_by_who_remembers_none(
     source.fail("*", OSError("down"))
     clock.advance(11)
     assert await read(remembers, "a") is None
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a")
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_age_seconds": 0},
+        {"max_age_seconds": 0, "revalidate": True},
+        {"max_age_seconds": "infinity", "metadata_max_age_seconds": 0},
+        {"max_age_seconds": {"**/zarr.json": 0, "**/.z*": 0}},
+        {"missing_max_age_seconds": 0},
+        {"cache_missing": False},
+    ],
+)
+def test_stale_dataset_of_any_age_opens_while_the_source_raises(
+    source: StoreDouble,
+    cache: Store | CachePool,
+    clock: FakeClock,
+    options: dict[str, Any],
+    zarr_format: Any,
+) -> None:
+    made = zarr.create_group(source.inner, zarr_format=zarr_format, attributes={"title": "t"})
+    array = made.create_array("x", shape=(4,), chunks=(2,), dtype="i4", attributes={"unit": "m"})
+    array[:] = np.arange(4)
+    store = opened(source, cache, clock, **options)
+
+    def look() -> list[Any]:
+        group: Any = zarr.open(store, mode="r")
+        return [dict(group.attrs), group["x"][:].tolist(), dict(group["x"].attrs)]
+
+    expected = look()
+    drained_sync(store)
+    clock.advance(15)
+    source.fail("*", OSError("down"))
+    assert look() == expected
+    assert store.cache_stats()["stale_hits"] > 0
+    clock.advance(20)
+    if options.get("max_age_seconds") != "infinity":
+        with pytest.raises(OSError, match="down"):
+            look()
+
+
+async def test_stale_document_says_which_others_of_its_node_are_missing(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock, max_age_seconds=0, cache_missing=False)
+    await fill(store, **{"a/zarr.json": b"{}", "b/.zgroup": b"{}"})
+    source.fail("*", OSError("down"))
+    clock.advance(19)
+    for key in ("a/.zgroup", "a/.zarray", "a/.zattrs", "a/.zmetadata", "b/zarr.json"):
+        assert await read(store, key) is None
+        assert not await store.exists(key)
+    assert store.cache_stats()["negative_hits"] == 5
+    assert store.cache_stats()["stale_hits"] == 10
+    for key in ("b/.zattrs", "a/c/0"):
+        with pytest.raises(OSError, match="down"):
+            await read(store, key)
+    clock.advance(1)
+    with pytest.raises(OSError, match="down"):
+        await read(store, "a/.zgroup")
+    await check_quiet(store)
+
+
+async def test_stale_absence_beside_an_age_of_0_is_served_in_place_of_an_error(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    store = opened(source, cache, clock, max_age_seconds=0)
+    assert await read(store, "a") is None
+    await drained(store)
+    source.fail("*", OSError("down"))
+    clock.advance(19)
+    assert await read(store, "a") is None
+    clock.advance(1)
     with pytest.raises(OSError, match="down"):
         await read(store, "a")
 

@@ -83,9 +83,11 @@ class StaleValues:
         if not self._may_replace(error, key):
             return False, None
         hits, max_age = self._hits, self._max_age(key)
-        found = await self._ask(io, Index.lookup, key, byte_range, max_age)
+        found = await self._ask(io, Index.lookup, key, byte_range)
         if found is None:
-            return False, None
+            if not await hits.is_ruled_out(io, key, self._size):
+                return False, None
+            found = ABSENT
         if found is ABSENT:
             hits.recount_as_negative_hit(key, byte_range)
             self.note(error)
@@ -102,9 +104,9 @@ class StaleValues:
         """Bytes of a stale value that is cached as a whole, or `ABSENT`, in place of this error of the source."""
         if not self._may_replace(error, key):
             return None
-        size: int | Literal[False] | None = await self._ask(
-            io, Index.peek, key, None, self._max_age(key)
-        )
+        size = await self._size(io, key)
+        if size is None and await self._hits.is_ruled_out(io, key, self._size):
+            size = ABSENT
         if size is not None:
             self.note(error)
         return size
@@ -114,11 +116,7 @@ class StaleValues:
         return bool(self) and not _says_missing(error)
 
     def _may_replace(self, error: Exception, key: str) -> bool:
-        if not self.is_about(error) or not self._hits.breaker.allows():
-            return False
-        # What is of any age is never stale.
-        ages = self._hits.ages.of(key), self._hits.missing_ages(key)[0]
-        return is_cacheable_key(key) and ages != (None, math.inf)
+        return self.is_about(error) and self._hits.breaker.allows() and is_cacheable_key(key)
 
     def _max_age(self, key: str) -> float | None:
         return self._longer(self._hits.ages.of(key))
@@ -126,13 +124,16 @@ class StaleValues:
     def _longer(self, age: float | None) -> float | None:
         return None if age is None or self._seconds == math.inf else age + self._seconds
 
-    async def _ask(
-        self, io: IO, step: Any, key: str, byte_range: ByteRange | None, max_age: float | None
-    ) -> Any:
+    async def _size(self, io: IO, key: str) -> int | Literal[False] | None:
+        size: int | Literal[False] | None = await self._ask(io, Index.peek, key, None)
+        return size
+
+    async def _ask(self, io: IO, step: Any, key: str, byte_range: ByteRange | None) -> Any:
         hits = self._hits
         own, node = hits.missing_ages(key)
-        missing = (own + self._seconds if own else 0.0, self._longer(node))
-        asked = (key, byte_range, hits.now(), max_age, missing)
+        # An age of 0 says that nothing is fresh; who remembers no absence has none to be stale.
+        own = own + self._seconds if hits.missing_max_age else 0.0
+        asked = (key, byte_range, hits.now(), self._max_age(key), (own, self._longer(node)))
         try:
             return await hits.handle.call(io, step, *asked)
         except IndexLockTimeout:
