@@ -121,7 +121,7 @@ fn string_bytes(name: &str) -> u64 {
 
 #[test]
 fn string_takes_its_length_in_words() {
-    for (length, bytes) in [(8, 0), (9, 12), (20, 20), (64, 64), (65, 68), (128, 128)] {
+    for (length, bytes) in [(8, 0), (9, 12), (20, 20), (64, 64), (65, 68), (255, 256)] {
         let name = "~".repeat(length);
         assert_eq!(string_bytes(&name), bytes, "{length} bytes");
     }
@@ -330,7 +330,7 @@ fn damaged_positions_and_lengths_are_errors() {
     // Cell 1 is the root, and the first name is in cell 2.
     let label = (2 * size_of::<Cell>() + offset_of!(Cell, label)) / 4;
     // Word 0, the name, and 13 characters that were freed.
-    let used = 1 + 32 + 4;
+    let used = 1 + 64 + 4;
     for (at, number) in [
         (label, 0),
         (label, used),

@@ -6,7 +6,7 @@ use super::cell::Cell;
 use crate::error::{Error, Result};
 
 /// Words of the longest string; each length has its own list of free strings.
-pub const STRING_SIZES: usize = 32;
+pub const STRING_SIZES: usize = 64;
 
 /// What an eviction policy keeps beside its lists.
 #[repr(C)]
@@ -44,7 +44,7 @@ pub struct PolicyState {
 /// The numbers that belong to the whole index. Lists are (first, last); the first is the next one
 /// to be taken.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Header {
     /// Bytes of a block of the cache store: a value takes whole ones. 0 and 1 are the same.
     pub unit: u64,
@@ -104,6 +104,12 @@ pub struct Header {
     pub strings_used: u32,
     /// First free string of one word, of two words, and so on, or 0.
     pub free_strings: [u32; STRING_SIZES],
+}
+
+impl Default for Header {
+    fn default() -> Self {
+        Self::zeroed()
+    }
 }
 
 impl Header {

@@ -1,6 +1,6 @@
 //! The string arena: labels that do not fit into their cells.
 //!
-//! A string is 1 to 32 words (128 bytes), without any header: its position and length are in its
+//! A string is 1 to 64 words (256 bytes), without any header: its position and length are in its
 //! cell. A freed string goes to the free list of its size, linked through its first word. Free
 //! strings are not joined, and split only when memory runs out, because evicted names mostly make
 //! room for names of the same length. Word 0 is never used, so 0 means "none".
@@ -13,7 +13,7 @@ use crate::key::MAX_LABEL;
 use crate::key::packing::Label;
 
 const WORD: usize = size_of::<u32>();
-const _: () = assert!(MAX_LABEL == STRING_SIZES * WORD);
+const _: () = assert!(MAX_LABEL.div_ceil(WORD) == STRING_SIZES);
 
 /// Words by which the arena grows at least: 16 KiB.
 const GROWTH: usize = 4096;

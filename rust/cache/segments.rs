@@ -125,10 +125,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// Whether a header has room for this name.
+    /// Whether a file system takes this name of an entry and, in a pool, a header has room for it.
     pub(super) fn name_fits(&self, key: &str, range: ByteRange) -> bool {
-        !self.arena.storage.has_places()
-            || key.len() <= MAX_NAME && range.cache_key(key).len() <= MAX_NAME
+        let longest = if self.arena.storage.has_places() {
+            MAX_NAME
+        } else {
+            usize::MAX
+        };
+        if range == ByteRange::Full {
+            return key.len() <= longest;
+        }
+        let name = range.cache_key(key);
+        let last = name.rsplit('/').next().unwrap_or_default();
+        name.len() <= longest && last.len() <= key::MAX_LABEL
     }
 
     /// The segment for a reservation that is granted now; `None` where values have files of their own.

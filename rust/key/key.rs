@@ -16,9 +16,9 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// Prefix in the cache store that is reserved for zcache itself.
 pub const RESERVED: &str = ".zcache/";
 
-/// Bytes of the longest directory name or tail that the index stores. Keys with a longer one are
-/// not cached: no Zarr hierarchy in use has them, and storing them took a second string layout.
-pub const MAX_LABEL: usize = 128;
+/// Bytes of the longest directory name or tail that the index stores: no file system takes a longer name. Keys with a
+/// longer one are not cached.
+pub const MAX_LABEL: usize = 255;
 
 /// Bytes of the longest key that is cached. A path has at most 4,095, and a range has a folder, and its numbers, beside the
 /// key.

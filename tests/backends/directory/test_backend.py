@@ -34,7 +34,7 @@ async def test_directory_is_readable_as_zarr(tmp_path: Path) -> None:
 async def test_keys_that_file_systems_treat_specially_are_cached(tmp_path: Path) -> None:
     where = tmp_path / "naïve dir %41 'quoted'"
     where.mkdir()
-    keys = ["ü/c/0", "sp ace/%2F", "a@1-2", "c/0", "dot.ted/.zgroup", "-", "~", "x" * 128]
+    keys = ["ü/c/0", "sp ace/%2F", "a@1-2", "c/0", "dot.ted/.zgroup", "-", "~", "x" * 255]
     behind = MemoryStore()
     for _ in range(2):
         store, _ = open_store(where, behind)
@@ -46,7 +46,7 @@ async def test_keys_that_file_systems_treat_specially_are_cached(tmp_path: Path)
     assert store.cache_info()["cached_keys"] == len(keys)
 
 
-@pytest.mark.parametrize("key", ["x" * 129, "a/" + "x" * 200 + "/c/0", ".zcache/a", "a/\0"])
+@pytest.mark.parametrize("key", ["x" * 256, "a/" + "x" * 300 + "/c/0", ".zcache/a", "a/\0"])
 @pytest.mark.parametrize("what", ["set", "delete", "delete_dir"])
 async def test_write_to_a_key_that_is_never_cached_leaves_all_others_cached(
     tmp_path: Path, key: str, what: str
@@ -60,6 +60,22 @@ async def test_write_to_a_key_that_is_never_cached_leaves_all_others_cached(
     else:
         await (store.delete(key) if what == "delete" else store.delete_dir(key))
     assert entries(store) == before
+    await check_quiet(store)
+
+
+async def test_range_without_a_name_that_a_file_system_takes_stays_uncached(tmp_path: Path) -> None:
+    source = StoreDouble(MemoryStore())
+    store = CacheStore(source, cache_store=tmp_path / "cache", source_id="s")
+    for length, cached in ((251, True), (252, False)):
+        key = "x" * length
+        await source.inner.set(key, buf(b"123"))
+        for _ in range(2):
+            assert await read_through(store, key, RangeByteRequest(0, 1)) == b"1"
+        assert store.is_cached(key, RangeByteRequest(0, 1)) == cached
+    stats = store.cache_stats()
+    assert (stats["refusals"], stats["bypassed"], stats["cache_failures"]) == (2, 0, 0)
+    assert await read_through(store, key) == b"123"
+    assert store.is_cached(key)
     await check_quiet(store)
 
 

@@ -25,6 +25,7 @@ from zcache import (
     IndexLockTimeout,
     OptionTypeError,
     OptionValueError,
+    UsageError,
 )
 from zcache._backends.pool.register import label_of, stand_in
 from zcache._core import VALUE_HEADER
@@ -351,7 +352,7 @@ def test_export_in_the_event_loop_of_zarr_names_the_way_out(where: Path | None) 
     pool = pool_with_neighbours(where)
 
     async def export() -> int:
-        with pytest.raises(RuntimeError, match=r"await asyncio\.to_thread\(pool\.export"):
+        with pytest.raises(UsageError, match=r"await asyncio\.to_thread\(pool\.export"):
             pool.export(NEIGHBOURS[0], MemoryStore())
         return await asyncio.to_thread(pool.export, NEIGHBOURS[0], MemoryStore())
 

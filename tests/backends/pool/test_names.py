@@ -255,7 +255,7 @@ NASTY = (
     *("\ud800", "\udc00", "\ud800\udc00", "\U00010000", "a\udfff"),
     *(".zcache", ".zcache/segments/0", ".zcache/ranges/a", "zarr.json", label_of("a")),
     *(f"{label_of('a')}/a", f"../{label_of('A')}/a", f".zcache/ranges/{label_of('a')}/a"),
-    *("x" * 2**20, "x" * 2**20 + "y", "x/" * 2**14 + "x", "x" * 127, "x" * 128, "x" * 129),
+    *("x" * 2**20, "x" * 2**20 + "y", "x/" * 2**14 + "x", "x" * 128, "x" * 255, "x" * 256),
 )
 ANY = st.integers(0, len(NASTY) - 1) | st.text(st.characters(), max_size=12)
 """Names of sources, and keys, as hostile as they come; a number stands for one of `NASTY`."""
