@@ -100,6 +100,41 @@ async def test_offline_write_says_what_to_do(source: StoreDouble, cache: Store |
     assert "Ask for it" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["../x", "/x", ".zcache/x", "x" * 256, "x/" * 2500 + "x"])
+async def test_offline_read_of_what_is_never_cached_says_so(
+    source: StoreDouble, cache: Store | CachePool, key: str
+) -> None:
+    store = opened(source, cache, offline=True)
+    part = RangeByteRequest(0, 1)
+    reads: list[Any] = [
+        store.get(key, PROTOTYPE),
+        store.get("a", PROTOTYPE, RangeByteRequest(3, 2)),
+        store.exists(key),
+        store.getsize(key),
+        store.get_partial_values(PROTOTYPE, [(key, part)]),
+    ]
+    for one in reads:
+        with pytest.raises(OfflineError, match=r"never cached.*offline=False") as caught:
+            await one
+        assert "Ask for it" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+async def test_offline_listing_that_is_never_remembered_says_so(
+    source: StoreDouble, cache: Store | CachePool
+) -> None:
+    store = opened(source, cache, offline=True)
+    for names in (store.list(), store.list_prefix("a")):
+        with pytest.raises(OfflineError, match="list_dir alone") as caught:
+            [name async for name in names]
+        assert "Ask for it" not in str(caught.value)
+    with pytest.raises(OfflineError, match="list_dir alone"):
+        await store.getsize_prefix("a")
+    for change in (store.clear(), store.delete_dir("")):
+        with pytest.raises(OfflineError, match=r"^nothing can be written or deleted"):
+            await change
+
+
 async def test_offline_refuses_writes_and_keeps_what_is_cached(
     source: StoreDouble, cache: Store | CachePool
 ) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from zarr.abc.store import Store
 
+from zcache._byte_ranges import to_byte_range
+from zcache._core import is_cacheable_key
 from zcache.exceptions import OfflineError
 
 if TYPE_CHECKING:
@@ -15,24 +17,47 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
 _ONLINE = "with offline=False, and without ZCACHE_OFFLINE in the environment"
-_WAY_OUT = f"the store is offline, so its source is not asked. Ask for it once while it is online: {_ONLINE}."
+_OFFLINE = "the store is offline, so its source is not asked"
+_ASK_ONCE = f"{_OFFLINE}. Ask for it once while it is online: {_ONLINE}."
+_USE_ANOTHER = f"{_OFFLINE}. Use a store that is online: {_ONLINE}."
+_SHOWN = 100
+"""Characters of a key that is never cached: it may be very long."""
 
 
-def miss(key: str) -> OfflineError:
+def miss(key: str, byte_range: ByteRequest | None = None) -> OfflineError:
     """The error for a key of which nothing is cached that could serve a request."""
-    return OfflineError(f"{key!r} is not in the cache, and {_WAY_OUT}")
+    if not is_cacheable_key(key):
+        shown = repr(key[:_SHOWN]) + ("..." if len(key) > _SHOWN else "")
+        return OfflineError(
+            f"{shown} is a key that is never cached (docs/freshness.md lists these), and {_USE_ANOTHER}"
+        )
+    try:
+        to_byte_range(byte_range)
+    except ValueError:
+        return OfflineError(
+            f"{byte_range!r} of {key!r} is a request that is never cached, and {_USE_ANOTHER}"
+        )
+    return OfflineError(f"{key!r} is not in the cache, and {_ASK_ONCE}")
 
 
 def no_listing(directory: str) -> OfflineError:
     """The error for a listing that is not remembered."""
-    return OfflineError(f"the listing of {directory!r} is not remembered, and {_WAY_OUT}")
+    return OfflineError(f"the listing of {directory!r} is not remembered, and {_ASK_ONCE}")
+
+
+def no_walk(prefix: str) -> OfflineError:
+    """The error for a listing of all that lies below a prefix, however deep: none is ever remembered."""
+    return OfflineError(
+        f"what lies below {prefix!r}, however deep, only the source knows: the cache remembers answers of list_dir alone. And "
+        f"{_USE_ANOTHER}"
+    )
 
 
 def no_change(key: str) -> OfflineError:
-    """The error for a write or a delete."""
+    """The error for a write or a delete; the key is "" for one of everything."""
+    what = f"{key!r} cannot" if key else "nothing can"
     return OfflineError(
-        f"{key!r} cannot be written or deleted: the store is offline, so its source is not asked. Write through a store "
-        f"that is online: {_ONLINE}."
+        f"{what} be written or deleted: {_OFFLINE}. Write through a store that is online: {_ONLINE}."
     )
 
 
@@ -55,13 +80,13 @@ class OfflineSource(Store):
         self,
         key: str,
         prototype: BufferPrototype | None = None,  # noqa: ARG002
-        byte_range: ByteRequest | None = None,  # noqa: ARG002
+        byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        raise miss(key)
+        raise miss(key, byte_range)
 
-    def get_sync(self, key: str, **_: Any) -> NoReturn:
+    def get_sync(self, key: str, *, byte_range: ByteRequest | None = None, **_: Any) -> NoReturn:
         """As `get`."""
-        raise miss(key)
+        raise miss(key, byte_range)
 
     async def get_partial_values(
         self,
@@ -94,10 +119,10 @@ class OfflineSource(Store):
         raise no_change(key)
 
     def list(self) -> AsyncIterator[str]:
-        return _Refusal(no_listing(""))
+        return _Refusal(no_walk(""))
 
     def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        return _Refusal(no_listing(prefix))
+        return _Refusal(no_walk(prefix))
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         return _Refusal(no_listing(prefix))
