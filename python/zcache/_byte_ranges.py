@@ -22,6 +22,19 @@ _LIMIT = 2**63
 _REQUESTS = (RangeByteRequest, OffsetByteRequest, SuffixByteRequest)
 
 
+def check_key(key: object) -> None:
+    if not isinstance(key, str):
+        raise OptionTypeError(f'invalid key: {key!r}. Give text, such as "temperature/c/0/0".')
+
+
+def check_prefix(prefix: object) -> str:
+    if not isinstance(prefix, str):
+        raise OptionTypeError(
+            f'invalid prefix: {prefix!r}. Give a key or a directory as text, or "" for everything.'
+        )
+    return prefix
+
+
 def check_byte_range(request: object) -> None:
     if request is not None and not isinstance(request, _REQUESTS):
         raise OptionTypeError(

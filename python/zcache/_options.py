@@ -304,19 +304,6 @@ def parse_offline(value: object) -> bool:
     return bool(value)
 
 
-def check_key(key: object) -> None:
-    if not isinstance(key, str):
-        raise OptionTypeError(f'invalid key: {key!r}. Give text, such as "temperature/c/0/0".')
-
-
-def check_prefix(prefix: object) -> str:
-    if not isinstance(prefix, str):
-        raise OptionTypeError(
-            f'invalid prefix: {prefix!r}. Give a key or a directory as text, or "" for everything.'
-        )
-    return prefix
-
-
 def check_flag(name: str, value: object, none: str = "") -> None:
     if not isinstance(value, bool):
         forms = f"True, False, or None for {none}" if none else "True or False"

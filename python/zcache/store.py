@@ -27,7 +27,7 @@ from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._backends.ownership import trust, trusted_root
-from zcache._byte_ranges import check_byte_range, to_byte_range
+from zcache._byte_ranges import check_byte_range, check_key, check_prefix, to_byte_range
 from zcache._cache import Cache
 from zcache._cache_options import CacheOptions, parse_options
 from zcache._core import Index, is_cacheable_key
@@ -38,8 +38,6 @@ from zcache._options import (
     capacity_of,
     check_cache_store,
     check_flag,
-    check_key,
-    check_prefix,
     check_store,
     parse_timeout,
     path_of_cache_store,
@@ -1162,10 +1160,12 @@ class CacheStore(Store, KeepsDecoded):
 
     async def exists(self, key: str) -> bool:
         # docstring inherited
+        check_key(key)
         return await self._cache.sizes.exists(self._io, key)
 
     async def getsize(self, key: str) -> int:
         # docstring inherited
+        check_key(key)
         return await self._cache.sizes.of(self._io, key)
 
     async def getsize_prefix(self, prefix: str) -> int:
@@ -1245,7 +1245,7 @@ class CacheStore(Store, KeepsDecoded):
 
     async def is_empty(self, prefix: str) -> bool:
         # docstring inherited
-        return await self._cache.lister.is_empty(self._io, prefix)
+        return await self._cache.lister.is_empty(self._io, check_prefix(prefix))
 
     def list(self) -> AsyncIterator[str]:
         # docstring inherited
@@ -1253,11 +1253,11 @@ class CacheStore(Store, KeepsDecoded):
 
     def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
-        return cast("AsyncIterator[str]", self._source.list_prefix(prefix))
+        return cast("AsyncIterator[str]", self._source.list_prefix(check_prefix(prefix)))
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
         # docstring inherited
-        return self._cache.lister.list_dir(self._io, prefix)
+        return self._cache.lister.list_dir(self._io, check_prefix(prefix))
 
 
 def _open_cache(

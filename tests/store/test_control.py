@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -233,3 +234,44 @@ async def test_prefix_that_is_no_text_raises(prefix: Any) -> None:
         store.invalidate_sync(prefix)
     with pytest.raises(OptionTypeError, match="invalid prefix"):
         store.cached_keys(prefix)
+    for listing in (store.list_prefix, store.list_dir):
+        with pytest.raises(OptionTypeError, match="invalid prefix"):
+            listing(prefix)
+    with pytest.raises(OptionTypeError, match="invalid prefix"):
+        await store.is_empty(prefix)
+    with pytest.raises(OptionTypeError, match="invalid prefix"):
+        await store.getsize_prefix(prefix)
+
+
+@pytest.mark.parametrize("key", [None, 1, b"a"])
+@pytest.mark.parametrize("ages", [{}, {"max_age_seconds": 60}, {"max_age_seconds": {"a": 60}}])
+@pytest.mark.parametrize("kind", ["memory", "directory"])
+async def test_key_that_is_no_text_raises(
+    key: Any, ages: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    store = CacheStore(
+        MemoryStore(), cache_store=tmp_path / "cache" if kind == "directory" else None, **ages
+    )
+    # The first one finds an index that is not open yet.
+    for _ in range(2):
+        with pytest.raises(OptionTypeError, match=f"invalid key: {key!r}. Give text"):
+            await store.get(key, PROTOTYPE)
+        await store.get("b", PROTOTYPE)
+    part = RangeByteRequest(0, 1)
+    calls: list[Any] = [
+        lambda: store.get(key, PROTOTYPE, part),
+        lambda: store.exists(key),
+        lambda: store.getsize(key),
+        lambda: store.get_partial_values(PROTOTYPE, [(key, part)]),
+        lambda: store.set(key, buf(b"1")),
+        lambda: store.delete(key),
+    ]
+    if hasattr(store, "get_sync"):
+        calls += [partial(asyncio.to_thread, store.get_sync, key)]
+    if hasattr(Store, "get_ranges"):
+        calls += [lambda: anext(store.get_ranges(key, [part], prototype=PROTOTYPE))]
+    for call in calls:
+        with pytest.raises(OptionTypeError, match="invalid key"):
+            await call()
+    with pytest.raises(OptionTypeError, match="invalid key"):
+        store.is_cached(key)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.base import ABSENT, FillJob
-from zcache._byte_ranges import ByteRange, to_byte_range
+from zcache._byte_ranges import ByteRange, check_key, to_byte_range
 from zcache._core import Index, is_cacheable_key
 from zcache._protocol.read import Joined
 from zcache._protocol.single_flight import Flight
@@ -96,7 +96,11 @@ class Batch:
         except ValueError:
             self.has_invalid_range = True
             return None
-        return (key, byte_range) if is_cacheable_key(key) else None
+        try:
+            return (key, byte_range) if is_cacheable_key(key) else None
+        except TypeError:
+            check_key(key)
+            raise
 
     @property
     def is_over(self) -> bool:
@@ -217,7 +221,7 @@ class Batch:
         """
         same: list[tuple[int, Buffer | None]] = []
 
-        async def check_key(key: str, numbers: list[int]) -> None:
+        async def check_one(key: str, numbers: list[int]) -> None:
             for number in numbers:
                 asked, (ticket, flight) = self._asked[number], self._leads[number]
                 assert asked is not None
@@ -237,7 +241,7 @@ class Batch:
 
         keys = self._by_key(list(self._leads))
         await self._io.gather(
-            [partial(check_key, *one) for one in keys.items() if revalidator.applies(one[0])]
+            [partial(check_one, *one) for one in keys.items() if revalidator.applies(one[0])]
         )
         return same
 

@@ -15,6 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
+from zcache._byte_ranges import check_key
 from zcache._core import Index, IndexBusyError, crc32c
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import RETRYABLE, ignore
@@ -179,6 +180,10 @@ class Hits:
         except UnicodeEncodeError:
             self._reads.count_miss()
             return None, None
+        except TypeError:
+            # Here, for to ask it of each key would take longer.
+            check_key(key)
+            raise
         if hit is None or (try_read := self._try_read) is None or reads_fail:
             return None, hit
         if hit.__class__ is int:
@@ -221,6 +226,7 @@ class Hits:
             If the index does not answer: then without it.
         """
         if hit is BUSY:
+            check_key(key)
             try:
                 hit = await self.handle.call(
                     io,
