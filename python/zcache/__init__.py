@@ -28,7 +28,9 @@ from zcache.exceptions import (
     OptionTypeError,
     OptionValueError,
     RecordingError,
+    RecordingExistsError,
     SyncNotSupportedError,
+    UsageError,
     ZcacheError,
 )
 from zcache.pool import CachePool, PoolSourceInfo
@@ -53,7 +55,9 @@ __all__ = [
     "PoolSourceInfo",
     "Recording",
     "RecordingError",
+    "RecordingExistsError",
     "SyncNotSupportedError",
+    "UsageError",
     "ZcacheError",
     "__version__",
     "open",

@@ -13,7 +13,9 @@ __all__ = [
     "OptionTypeError",
     "OptionValueError",
     "RecordingError",
+    "RecordingExistsError",
     "SyncNotSupportedError",
+    "UsageError",
     "ZcacheError",
 ]
 
@@ -43,7 +45,7 @@ class NoSuchSourceError(OptionValueError, FileNotFoundError):
 
 
 class MissingClientError(ZcacheError, ImportError):
-    """A package is not installed without which a URL cannot be opened."""
+    """A package is not installed: a client that can open a URL, or matplotlib."""
 
 
 class CacheOwnershipError(ZcacheError, ValueError):
@@ -64,3 +66,11 @@ class SyncNotSupportedError(ZcacheError, TypeError):
 
 class RecordingError(ZcacheError, ValueError):
     """A file of recorded requests is damaged, or is none."""
+
+
+class RecordingExistsError(ZcacheError, FileExistsError):
+    """There is a file already where requests are to be recorded."""
+
+
+class UsageError(ZcacheError, RuntimeError):
+    """A method was called where it cannot do its work, such as one that waits in the event loop that it waits for."""

@@ -31,7 +31,7 @@ from zcache._runtime.tracebacks import let_go_of
 from zcache._source.describe import describe
 from zcache._source.identity import identify
 from zcache._source.location import innermost, location_here
-from zcache.exceptions import OptionTypeError, OptionValueError
+from zcache.exceptions import OptionTypeError, OptionValueError, UsageError
 
 if TYPE_CHECKING:
     import os
@@ -312,8 +312,8 @@ class CachePool:
         OptionValueError
             The pool has never had a source of this name; or `store` is that of the pool, or is read through it, or one of them is inside the other; or it is the source
             itself. One that was given a `source_id` is known by its stores that are open in this process.
-        RuntimeError
-            It is called in the event loop of zarr.
+        UsageError
+            A `RuntimeError`: it is called in the event loop of zarr.
         CacheUnreachableError
             An `OSError`: the index, which knows what there is, cannot be used, or a value cannot be read.
         IndexLockTimeout
@@ -326,7 +326,7 @@ class CachePool:
         check_export(store, self._store if directory is None else LocalStore(directory.root))
         _check_other_source(store, name)
         if is_loop_of_zarr():
-            raise RuntimeError(
+            raise UsageError(
                 "export() was called in the event loop of zarr, which it needs itself. Use "
                 "`await asyncio.to_thread(pool.export, name, store)` there."
             )

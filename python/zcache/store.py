@@ -60,7 +60,7 @@ from zcache._source.describe import show, show_address
 from zcache._source.identity import EPHEMERAL
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
-from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError
+from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError, UsageError
 from zcache.pool import CachePool
 
 if TYPE_CHECKING:
@@ -746,14 +746,14 @@ class CacheStore(Store, KeepsDecoded):
 
         Raises
         ------
-        FileExistsError
-            If there is such a file.
+        RecordingExistsError
+            A `FileExistsError`: there is such a file.
         OSError
             If it cannot be made.
         OptionTypeError, OptionValueError
             If `anonymous` is no bool, or no file can have such a path.
-        RuntimeError
-            If this store, or a copy of it, is being recorded already.
+        UsageError
+            A `RuntimeError`: this store, or a copy of it, is being recorded already.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
@@ -796,13 +796,13 @@ class CacheStore(Store, KeepsDecoded):
 
         Raises
         ------
-        RuntimeError
-            If the event loop of this very thread fills the cache store: it cannot go on meanwhile.
+        UsageError
+            A `RuntimeError`: the event loop of this very thread fills the cache store: it cannot go on meanwhile.
         """
         seconds = parse_timeout(timeout)
         fills = self._cache.shared.fills
         if fills is not None and not fills.can_wait_here():
-            raise RuntimeError(
+            raise UsageError(
                 "drain_sync() was called in the event loop that fills the cache store. Use "
                 "`await store.drain()` there."
             )

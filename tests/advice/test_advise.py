@@ -25,8 +25,10 @@ from zcache import (
     Advice,
     CachePool,
     CacheStore,
+    MissingClientError,
     OptionTypeError,
     OptionValueError,
+    UsageError,
     replay,
 )
 from zcache._advice.advice import size_text
@@ -465,7 +467,7 @@ def test_advice_after_little_traffic_says_so() -> None:
     assert repr(advice).startswith("Advice(reason=")
     assert "too little traffic" in advice._repr_html_()
     assert not len(advice.sizes)
-    with pytest.raises(ValueError, match="too little traffic"):
+    with pytest.raises(UsageError, match="too little traffic"):
         advice.plot()
 
 
@@ -725,5 +727,5 @@ def test_plot_without_matplotlib_names_the_way_out(
     advice: Advice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"zarr-zcache\[plot\]"):
+    with pytest.raises(MissingClientError, match=r"zarr-zcache\[plot\]"):
         advice.plot()

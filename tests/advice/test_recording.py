@@ -34,7 +34,14 @@ from support import (
     until,
     value_sync,
 )
-from zcache import CacheStore, OptionTypeError, OptionValueError, replay
+from zcache import (
+    CacheStore,
+    OptionTypeError,
+    OptionValueError,
+    RecordingExistsError,
+    UsageError,
+    replay,
+)
 from zcache._advice import recording
 from zcache.testing import StoreDouble
 
@@ -153,7 +160,7 @@ async def test_recording_takes_keys_of_any_text(path: Path) -> None:
 def test_recording_overwrites_nothing(path: Path) -> None:
     path.write_text("mine")
     store = CacheStore(source_of(1))
-    with pytest.raises(FileExistsError, match=r"requests\.csv\.gz.*another path"):
+    with pytest.raises(RecordingExistsError, match=r"requests\.csv\.gz.*another path"):
         store.record(path)
     assert path.read_text() == "mine"
     with pytest.raises(FileNotFoundError):
@@ -197,7 +204,7 @@ def test_recording_that_finds_no_room_names_its_file_and_leaves_none(path: Path)
 async def test_recording_one_at_a_time(path: Path) -> None:
     store = CacheStore(source_of(1))
     with store.record(path):
-        with pytest.raises(RuntimeError, match="being recorded already"):
+        with pytest.raises(UsageError, match="being recorded already"):
             store.with_read_only(True).record(path.parent / "other")
         assert not (path.parent / "other").exists()
         await read(store, "a/c/0")
@@ -550,7 +557,7 @@ def test_recording_that_is_closed_is_not_entered_again(path: Path) -> None:
         with recorder:
             value_sync(store, "a/c/0")
         with (
-            pytest.raises(RuntimeError, match=r"requests\.csv\.gz' is closed.*store\.record"),
+            pytest.raises(UsageError, match=r"requests\.csv\.gz' is closed.*store\.record"),
             recorder,
         ):
             pass

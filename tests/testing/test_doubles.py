@@ -12,7 +12,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore
 from support import PROTOTYPE, buf, listed, read, threads, value_sync
-from zcache import CacheStore
+from zcache import CacheStore, OptionValueError
 from zcache.testing import FakeClock, Request, StoreDouble
 
 
@@ -192,3 +192,11 @@ async def test_clock_of_a_store_is_what_it_counts_ages_by(double: StoreDouble) -
     clock.set(5000)
     assert clock() == 5000.0
     assert pickle.loads(pickle.dumps(clock))() == 5000.0
+
+
+@pytest.mark.parametrize("what", ["fail", "delay", "block", "hang"])
+def test_double_told_of_an_unknown_operation_raises(what: str) -> None:
+    double = StoreDouble(MemoryStore())
+    more = {"fail": (OSError(),), "delay": (1.0,)}.get(what, ())
+    with pytest.raises(OptionValueError, match=r"invalid operation: 'gett'.*get_ranges"):
+        getattr(double, what)("gett", *more)

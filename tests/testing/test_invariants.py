@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +15,12 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore
 from support import buf, drained, fill, quiet, read, read_through, threads
-from zcache import CacheStore
+from zcache import CacheStore, UsageError
 from zcache.testing import (
     Entry,
     InvariantError,
     StoreDouble,
+    _invariants,
     cache_store_of,
     check_index,
     check_invariants,
@@ -190,3 +192,18 @@ def test_what_is_no_cache_store_is_named() -> None:
     for check in (check_index, check_invariants):
         with pytest.raises(TypeError, match="invalid store: MemoryStore"):
             check(MemoryStore())  # type: ignore[arg-type]
+
+
+async def test_invariants_of_an_index_that_always_changes_raise(
+    store: CacheStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = _invariants._snapshot
+    sizes = itertools.count()
+    monkeypatch.setattr(
+        _invariants, "_snapshot", lambda of: look(of)._replace(current_size=next(sizes))
+    )
+    with pytest.raises(UsageError, match="check_index"):
+        check_invariants(store)
+    with pytest.raises(UsageError, match="check_index"):
+        await check_invariants_async(store)
+    check_index(store)

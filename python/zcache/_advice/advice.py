@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from zcache._advice.drawing import least_above_zero, places, svg, with_room
-from zcache.exceptions import OptionTypeError
+from zcache.exceptions import MissingClientError, OptionTypeError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,15 +175,15 @@ class Advice:
 
         Raises
         ------
-        ImportError
-            If a new figure is asked for and there is no matplotlib.
+        MissingClientError
+            An `ImportError`: if a new figure is asked for and there is no matplotlib.
         OptionTypeError
             A `TypeError`: `ax` are no axes.
-        ValueError
-            If there is no advice.
+        UsageError
+            A `RuntimeError`: there is no advice.
         """
         if self.reason:
-            raise ValueError(f"there is nothing to plot: {self.reason}")
+            raise UsageError(f"there is nothing to plot: {self.reason}")
         if ax is not None and not hasattr(ax, "fill_between"):
             raise OptionTypeError(
                 f"invalid ax: {ax!r}. Give matplotlib's Axes, such as plt.gca(), or None for a new figure."
@@ -192,7 +192,7 @@ class Advice:
             try:
                 from matplotlib import pyplot as plt  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - an extra
             except ImportError as error:
-                raise ImportError(
+                raise MissingClientError(
                     "Advice.plot() needs matplotlib: pip install 'zarr-zcache[plot]'. Without it, print "
                     "the advice, or show it in a notebook."
                 ) from error

@@ -26,7 +26,7 @@ from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import Life, start_thread
-from zcache.exceptions import IndexLockTimeout
+from zcache.exceptions import IndexLockTimeout, RecordingExistsError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,7 +84,7 @@ class Recording:
 
     def __enter__(self) -> Self:
         if self._is_closed:
-            raise RuntimeError(
+            raise UsageError(
                 f"the recording {self._writer.path!r} is closed. Begin another: `with store.record(path):`, with "
                 "the path of a file that does not exist."
             )
@@ -135,7 +135,7 @@ class RequestWriter:
 
     Raises
     ------
-    FileExistsError
+    RecordingExistsError
         If there is such a file.
     OSError
         If it cannot be made.
@@ -168,7 +168,7 @@ class RequestWriter:
             # Without a buffer: what could not be written is not tried again.
             self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
         except FileExistsError:
-            raise FileExistsError(
+            raise RecordingExistsError(
                 f"{self.path!r} exists already, and a recording overwrites nothing. Give another path, or "
                 "remove the file."
             ) from None

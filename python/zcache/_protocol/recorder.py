@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from zcache._backends.base import ABSENT, BUSY
+from zcache.exceptions import UsageError
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -68,11 +69,11 @@ class RequestHook:
 
         Raises
         ------
-        RuntimeError
+        UsageError
             If another recorder is told already.
         """
         if self.recorder is not None:
-            raise RuntimeError(
+            raise UsageError(
                 "the requests of this store, or of a copy of it, are being recorded already. End that "
                 "recording first, or have another store over the same cache recorded."
             )

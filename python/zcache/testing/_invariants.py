@@ -8,6 +8,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from zcache.exceptions import UsageError
 from zcache.store import CacheStore
 from zcache.testing._doubles import StoreDouble
 from zcache.testing._internals import (
@@ -34,6 +35,10 @@ _ATTEMPTS: Final = 20
 """How often the cache store is looked at while others keep changing it."""
 _SHOWN: Final = 5
 """Names that an error shows of each difference."""
+_CHANGES: Final = (
+    f"the index has changed between each of {_ATTEMPTS} looks, so it could not be compared with the cache store. Call "
+    "check_index while others use the cache."
+)
 
 
 class InvariantError(AssertionError):
@@ -69,6 +74,8 @@ def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None
     ------
     InvariantError
         If they do not agree; it says what differs.
+    UsageError
+        The index has changed between each two looks, so nothing could be compared.
     """
     check_index(store)
     before = _snapshot(store)
@@ -80,6 +87,7 @@ def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None
             _check_stored(after, found, usage)
             return
         before = after
+    raise UsageError(_CHANGES)
 
 
 async def check_invariants_async(
@@ -100,6 +108,8 @@ async def check_invariants_async(
     ------
     InvariantError
         If they do not agree; it says what differs.
+    UsageError
+        The index has changed between each two looks, so nothing could be compared.
     """
     check_index(store)
     before = _snapshot(store)
@@ -111,6 +121,7 @@ async def check_invariants_async(
             _check_stored(after, found, usage)
             return
         before = after
+    raise UsageError(_CHANGES)
 
 
 def check_index(store: CacheStore) -> None:

@@ -13,9 +13,34 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from zcache._options import parse_timeout
 from zcache._runtime.registry import Registry
+from zcache.exceptions import OptionValueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+OPERATIONS: Final = (
+    *(
+        "get",
+        "get_partial_values",
+        "get_ranges",
+        "set",
+        "set_if_not_exists",
+        "delete",
+        "delete_dir",
+    ),
+    *(
+        "clear",
+        "exists",
+        "getsize",
+        "getsize_prefix",
+        "is_empty",
+        "list",
+        "list_prefix",
+        "list_dir",
+    ),
+    "validator",
+)
+"""Names of what a store does; that of a synchronous method is the same."""
 
 _LONGEST: Final = 60.0
 """Seconds that a test waits for an operation which never comes."""
@@ -143,6 +168,12 @@ class Rule:
     error: BaseException | type[BaseException] | Callable[[], BaseException] | None = None
     seconds: float = 0.0
     gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        if self.operation not in (*OPERATIONS, "*"):
+            raise OptionValueError(
+                f"invalid operation: {self.operation!r}. Give one of {', '.join(OPERATIONS)}, or '*' for each."
+            )
 
     def takes(self, request: Request) -> bool:
         return self.operation in (request.operation, "*") and self.key in (request.key, None)
