@@ -155,7 +155,7 @@ def parse_ages(
     TypeError
         For a pattern that is no text.
     ValueError
-        For a pattern that no key can match.
+        For a pattern with a part that no key has: an empty one, ``.`` or ``..``. Whether one matches anything is not asked.
     """
     if not isinstance(value, Mapping):
         return parse_age(value)

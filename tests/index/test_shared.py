@@ -399,7 +399,7 @@ def test_what_would_be_refused_again_is_not_looked_at_again(
     # What is in use may go.
     cache = MemoryStore()
     used = CacheStore(MemoryStore(), cache_store=cache)
-    with pytest.raises(CacheOwnershipError, match="holds the cache of"):
+    with pytest.raises(CacheOwnershipError, match="holds the cache of another MemoryStore"):
         CacheStore(MemoryStore(), cache_store=cache)
     assert waits
     del used
