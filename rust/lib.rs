@@ -27,7 +27,7 @@
 //!       + 4.6 to 9.2 × the same number                                 hash table
 //!       + labels of more than 8 bytes, in words of 4                   strings
 //!       + 8 × the same number, in a pool                               places
-//!       + 2 to 4 × entries + 559,000, with the adaptive policy         history
+//!       + 4 to 8 × entries + 559,000, with the adaptive policy         history
 //! ```
 //!
 //! A [sample](sampling::Sample) of the requests takes up to 0.72 MB more.

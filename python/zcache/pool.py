@@ -57,7 +57,7 @@ class PoolSourceInfo(NamedTuple):
     bytes : int
         Bytes of its values.
     entries : int
-        Its values that can be served, full ones and ranges.
+        Its values, full ones and ranges, those among them that are too old to be served.
     last_used : float or None
         Seconds since 1970 when a process has last opened it; None where that is not known.
     """
@@ -188,8 +188,8 @@ class CachePool:
         -------
         dict
             ``max_size`` (bytes or None: the bound in force, the least that any pool or store over it asks for, in this process or
-            another; of a pool that is only read from its own), ``current_size`` (bytes that count towards it: blocks in a
-            directory), ``value_size`` (bytes of the values alone), ``entries``.
+            another; of a pool that is only read from its own), ``current_size`` (bytes that count towards it: on a disk the most
+            that its files may take, in whole blocks and with room for their maps and holes, so more than ``du`` shows), ``value_size`` (bytes of the values alone), ``entries``.
 
         Raises
         ------

@@ -216,8 +216,8 @@ class CacheStore(Store, KeepsDecoded):
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
     sampling : bool, optional
         Whether the requests of this store and its copies go into the sample from which `advise` tells how large
-        the cache should be. Default is True. It takes up to 0.8 MB of memory or, for a directory, of its
-        disk, and 2 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
+        the cache should be. Default is True. It takes up to 0.72 MB of memory or, for a directory, of its
+        disk, and 1 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
         as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
         Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
@@ -440,8 +440,8 @@ class CacheStore(Store, KeepsDecoded):
             ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds, "infinity", or a
             dict of these by pattern),
             ``max_size`` (bytes: the smallest that those who use the cache store asked for; None if none did), ``current_size`` (bytes in the cache store, those with
-            a failed delete among them), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
-            the number of entries that can be served; a full value is one entry, and each range
+            a failed delete among them; on a disk the most that its files may take, see `CachePool.cache_info`), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
+            the number of entries, those among them that are too old to be served: a full value is one entry, and each range
             that was read of a value that is not cached as a whole is one).
 
         Raises
@@ -482,8 +482,8 @@ class CacheStore(Store, KeepsDecoded):
             by requests, 0.0 where there were none); then ``negative_hits`` (reads that were answered because
             the key was known to be missing: neither hits nor misses), ``missing_keys`` (keys that are
             remembered as missing, those among them that are too old to be answered so, as far as this process has looked), ``expirations`` (evictions of stale
-            entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room),
-            ``bypassed`` (reads of keys that are never cached), ``damaged`` (hits with bytes that were
+            entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room, or a name that the cache store cannot
+            take), ``bypassed`` (reads of what no cache takes: docs/freshness.md has the list), ``damaged`` (hits with bytes that were
             gone, of another length or against their checksum; not in a directory that is only read from, where
             others may have evicted them), ``stale_hits`` (values, sizes and listings that
             were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
