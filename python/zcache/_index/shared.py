@@ -143,9 +143,9 @@ class SharedIndex:
         """
         if not same_source((self._source, self.source_id), (source, source_id)):
             held, asked = _named(self._source, self.source_id), _named(source, source_id)
-            whose = f"another {held}" if held == asked else f"{held}, not of {asked}"
+            owner = f"another {held}" if held == asked else f"{held}, not of {asked}"
             raise CacheOwnershipError(
-                f"cache_store={describe(cache)} holds the cache of {whose}. Give each source a cache store of its own, "
+                f"cache_store={describe(cache)} holds the cache of {owner}. Give each source a cache store of its own, "
                 "or a CachePool for all of them; or, if both are the same data, pass the same source_id= to both."
             )
 
