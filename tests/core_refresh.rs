@@ -2,7 +2,7 @@
 
 use zcache::arena::Heap;
 use zcache::cache::{Cache, Joined, Limits, Reserve};
-use zcache::key::ByteRange;
+use zcache::key::{ByteRange, MAX_LABEL};
 
 type Index = Cache<Heap, ()>;
 
@@ -56,15 +56,12 @@ fn validator_is_kept_with_its_entry_and_replaced_with_it() {
     fill(&mut index, "a", ByteRange::Full, None, 201);
     assert_eq!(index.validator("a", ByteRange::Full).unwrap(), None);
     assert_eq!(index.validator("b", ByteRange::Full).unwrap(), None);
-    // Longer than any label.
-    fill(
-        &mut index,
-        "a",
-        ByteRange::Full,
-        Some(&"x".repeat(200)),
-        301,
-    );
-    assert_eq!(index.validator("a", ByteRange::Full).unwrap(), None);
+    for (now, length, fits) in [(301, MAX_LABEL, true), (501, MAX_LABEL + 1, false)] {
+        let validator = "x".repeat(length);
+        fill(&mut index, "a", ByteRange::Full, Some(&validator), now);
+        let held = index.validator("a", ByteRange::Full).unwrap();
+        assert_eq!(held, fits.then_some(validator));
+    }
 }
 
 #[test]

@@ -76,10 +76,10 @@ impl<S: Storage> Arena<S> {
             cell.set_label_len(packing, bytes.len() as u8);
             return Ok(());
         }
-        let words = bytes.len().div_ceil(WORD);
-        if words > STRING_SIZES {
+        if bytes.len() > MAX_LABEL {
             return Err(Error::Full);
         }
+        let words = bytes.len().div_ceil(WORD);
         let at = self.take_string(words)?;
         let string = self.words_mut(at, words)?;
         string.fill(0);

@@ -367,8 +367,11 @@ impl Model {
             e.state == State::DeleteFailed || e.state == State::Live && is_older(e, now, max_age)
         });
         let (dirs, tail) = key::split(&name.0);
-        let too_long = |part: &str| part.len() > 128;
-        let reason = if too_long(tail) || dirs.split('/').any(too_long) {
+        let too_long = |part: &str| part.len() > 255;
+        let cache_key = name.1.cache_key(&name.0);
+        let file = cache_key.rsplit('/').next().unwrap_or_default();
+        let has_no_name = name.1 != ByteRange::Full && too_long(file);
+        let reason = if has_no_name || too_long(tail) || dirs.split('/').any(too_long) {
             Some(RejectReason::KeyTooLong)
         } else if self.is_too_large(size) && !outdated {
             Some(RejectReason::TooLarge)
