@@ -82,7 +82,7 @@ class StaleValues:
         """
         if not self._may_replace(error, key):
             return False, None
-        hits, max_age = self._hits, self._max_age(key)
+        hits = self._hits
         found = await self._ask(io, Index.lookup, key, byte_range)
         if found is None:
             if not await hits.is_ruled_out(io, key, self._size):
