@@ -36,6 +36,8 @@ enum Step {
     /// ... until this.
     EndChange(Index),
     Orphans(usize),
+    /// Make room that no reservation asks for.
+    Evict(u64),
     /// Report victims that no reservation waits for.
     Settled(usize, u64),
     Discard(Index),
@@ -67,6 +69,7 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| BeginChange(k, c, n)),
         2 => i().prop_map(EndChange),
         3 => (0usize..4).prop_map(Orphans),
+        3 => size().prop_map(Evict),
         6 => (1usize..6, bits()).prop_map(|(n, b)| Settled(n, b)),
         3 => i().prop_map(Discard),
         1 => Just(Fork),
@@ -258,6 +261,11 @@ impl Run {
                 let victims = self.cache.retry_failed(*limit).unwrap();
                 self.pending.extend(self.note(&victims));
                 self.model.retried(*limit, &victims);
+            }
+            Step::Evict(size) => {
+                let victims = self.cache.evict(*size, self.now).unwrap();
+                self.pending.extend(self.note(&victims));
+                self.model.made_room(*size, self.now, &victims);
             }
             Step::Settled(count, bits) => {
                 let count = (*count).min(self.pending.len());

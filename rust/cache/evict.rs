@@ -26,11 +26,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let Some(i) = self.next_victim(now, true, true, Need::UNKNOWN, None)? else {
                 break;
             };
-            Tally::add(
-                &self.tally.evictions,
-                u64::from(self.arena.get(i)?.state() == State::Live),
-            );
-            freed = freed.saturating_add(self.take(i, &mut victims)?);
+            freed = freed.saturating_add(self.evict_one(i, now, &mut victims)?);
         }
         Ok(victims)
     }
@@ -180,6 +176,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
         }
         self.least_needed(need, has_to_be)
+    }
+
+    /// Takes an entry whose bytes are needed, and counts it: an eviction, and an expiration too where it was stale.
+    /// A failed delete that is tried again was counted before.
+    pub(super) fn evict_one(&mut self, i: u32, now: u64, victims: &mut Vec<Victim>) -> Result<u64> {
+        let cell = self.arena.get(i)?;
+        if cell.state() == State::Live {
+            let stale = self.is_useless(cell, now);
+            Tally::add(&self.tally.evictions, 1);
+            Tally::add(&self.tally.expirations, u64::from(stale));
+        }
+        self.take(i, victims)
     }
 
     /// Makes an entry a victim and returns the bytes that its delete is likely to free, or 0 where it is in

@@ -292,13 +292,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let Some(i) = self.next_victim(now, failed, is_above, need, candidate)? else {
                 break;
             };
-            let cell = self.arena.get(i)?;
-            if cell.state() == State::Live {
-                let stale = self.is_useless(cell, now);
-                Tally::add(&self.tally.evictions, 1);
-                Tally::add(&self.tally.expirations, u64::from(stale));
-            }
-            freed = freed.saturating_add(self.take(i, &mut victims)?);
+            freed = freed.saturating_add(self.evict_one(i, now, &mut victims)?);
         }
         if victims.is_empty() {
             let newcomer = reservation.candidate.newcomer;

@@ -14,7 +14,17 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import WatchedDict, WatchedStore
-from support import PROTOTYPE, buf, check_quiet, check_quiet_sync, fill, read, read_through, write
+from support import (
+    PROTOTYPE,
+    buf,
+    check_quiet,
+    check_quiet_sync,
+    fill,
+    read,
+    read_through,
+    until,
+    write,
+)
 from zcache import CacheStore
 from zcache.testing import FakeClock, StoreDouble, recency, stored_sizes
 
@@ -332,6 +342,23 @@ async def test_expired_entry_is_evicted_before_live_ones(cache: Store, clock: Fa
     stats = store.cache_stats()
     assert (stats["evictions"], stats["expirations"]) == (2, 1)
     await check_quiet(store)
+
+
+async def test_expired_entries_that_a_smaller_bound_evicts_count_as_expirations(
+    cache: Store, clock: FakeClock
+) -> None:
+    source = MemoryStore()
+    store = CacheStore(source, cache_store=cache, max_age_seconds=10, clock=clock)
+    await fill(store, a=bytes(10), b=bytes(10))
+    clock.advance(6)
+    await fill(store, c=bytes(10), d=bytes(10))
+    clock.advance(5)
+    smaller = CacheStore(source, cache_store=cache, max_size=10, max_age_seconds=10, clock=clock)
+    await read(smaller, "d")  # In a store of another class the first operation sees the bound.
+    await until(lambda: stored_sizes(store) == {"d": 10})
+    stats = store.cache_stats()
+    assert (stats["evictions"], stats["expirations"]) == (3, 2)
+    await check_quiet(smaller)
 
 
 async def test_expired_entry_frees_its_size_though_the_new_value_is_too_large(
