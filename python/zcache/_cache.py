@@ -137,7 +137,8 @@ class Cache:
         size = options.decoded_size
         self.decoded = None if size is None else self.decoded_chunks(size)
         # Others have used the cache store before.
-        self._before = (*self.shared.handle.stats(), self.shared.breaker.failures)
+        self._stats_before = self.shared.handle.stats()
+        self._failures_before = self.shared.breaker.failures
         _caches.add(self)
 
     def decoded_chunks(self, max_size: int) -> DecodedCache:
@@ -218,20 +219,19 @@ class Cache:
         those of the cache store, for which all who use it in this process share the responsibility.
         """
         counters = self.backend.counters
-        before = self._before
-        _, _, evictions, expirations, refusals = self.shared.handle.stats()
+        stats = self.shared.handle.stats() - self._stats_before
         return {
             "hits": counters.reads.hits,
             "misses": counters.reads.misses,
             "negative_hits": counters.reads.negative_hits,
             "missing_keys": self.shared.handle.index.absences,
-            "evictions": evictions - before[2],
-            "expirations": expirations - before[3],
-            "refusals": refusals - before[4],
+            "evictions": stats.evictions,
+            "expirations": stats.expirations,
+            "refusals": stats.refusals,
             "bypassed": counters.bypassed,
             "damaged": counters.damaged,
             "stale_hits": counters.stale,
-            "cache_failures": self.shared.breaker.failures - before[5],
+            "cache_failures": self.shared.breaker.failures - self._failures_before,
             "cache_skips": counters.skipped,
             **(decoded_chunks.NOTHING if decoded is None else decoded.stats()),
         }

@@ -40,6 +40,7 @@ __all__ = [
     "SegmentFiles",
     "SegmentReader",
     "SegmentScan",
+    "Stats",
     "__version__",
     "cache_key",
     "crc32c",
@@ -233,6 +234,39 @@ class ReadCounters:
 
     def recount_as_hit(self) -> None:
         """Say that what was counted as a miss was served after all."""
+
+@final
+class Stats:
+    """The counters of an index, as of one moment.
+
+    Parameters
+    ----------
+    refusals : int, optional
+        The only ones that are counted elsewhere too. Default is 0; so are the other counters.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Requests that the index answered, and those that it did not.
+    evictions : int
+        Entries that had to go because bytes were needed.
+    expirations : int
+        Those of them that were stale.
+    refusals : int
+        Values that were left uncached.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    expirations: int
+    refusals: int
+
+    def __new__(cls, *, refusals: int = 0) -> Stats: ...
+    def __add__(self, other: Stats, /) -> Stats: ...
+    def __sub__(self, other: Stats, /) -> Stats: ...
+    def __radd__(self, other: Stats, /) -> Stats: ...
+    def __rsub__(self, other: Stats, /) -> Stats: ...
 
 @final
 class Index:
@@ -674,8 +708,8 @@ class Index:
         That is None at the end. A key that stays cached comes exactly once.
         """
 
-    def stats(self) -> tuple[int, int, int, int, int]:
-        """Hits, misses, evictions, expirations and rejections since the index was opened; takes no lock."""
+    def stats(self) -> Stats:
+        """What was counted since the index was opened; takes no lock."""
 
     def entries(self) -> list[tuple[str, _Range, int, str]]:
         """Key, byte range, size and state of each entry."""

@@ -208,8 +208,12 @@ class CachePool:
 
     def cache_stats(self) -> dict[str, int]:
         """Count what this process has done with the pool: ``evictions``, ``expirations``, ``refusals``."""
-        _, _, evictions, expirations, refusals = self._pool.handle.stats()
-        return {"evictions": evictions, "expirations": expirations, "refusals": refusals}
+        stats = self._pool.handle.stats()
+        return {
+            "evictions": stats.evictions,
+            "expirations": stats.expirations,
+            "refusals": stats.refusals,
+        }
 
     def sources(self) -> list[PoolSourceInfo]:
         """What it holds of each source, that of most bytes first.

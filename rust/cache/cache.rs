@@ -1,6 +1,7 @@
 //! The cache as its callers see it: its bounds, its counters, and the types of its answers.
 
 use std::collections::HashMap;
+use std::ops::{Add, Sub};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -189,6 +190,35 @@ pub struct Stats {
     pub expirations: u64,
     /// Values that were left uncached.
     pub rejections: u64,
+}
+
+impl Stats {
+    fn each(self, other: Self, with: impl Fn(u64, u64) -> u64) -> Self {
+        Stats {
+            hits: with(self.hits, other.hits),
+            misses: with(self.misses, other.misses),
+            evictions: with(self.evictions, other.evictions),
+            expirations: with(self.expirations, other.expirations),
+            rejections: with(self.rejections, other.rejections),
+        }
+    }
+}
+
+impl Add for Stats {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        self.each(other, u64::wrapping_add)
+    }
+}
+
+/// Wraps where more is taken away, so that what is added afterwards gives the right sum.
+impl Sub for Stats {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        self.each(other, u64::wrapping_sub)
+    }
 }
 
 /// An index with its bounds, flights and reservations.

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use super::ages::Ages;
 use super::backing::step;
 use super::convert::{RawEntry, RawSpan, fresh, raw_entries, raw_recency};
+use super::counters::Stats;
 use super::index::Index;
 use crate::cache::{Cursor, LiveEntry};
 
@@ -31,15 +32,8 @@ impl Index {
         step!(self, py, |cache| Ok(cache.memory()))
     }
 
-    fn stats(&self) -> (u64, u64, u64, u64, u64) {
-        let stats = self.tally.stats();
-        (
-            stats.hits,
-            stats.misses,
-            stats.evictions,
-            stats.expirations,
-            stats.rejections,
-        )
+    fn stats(&self) -> Stats {
+        Stats(self.tally.stats())
     }
 
     #[getter]

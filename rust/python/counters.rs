@@ -1,8 +1,10 @@
-//! What the reads of one store came to. Counted without any lock, and so known without one.
+//! What the reads of one store came to, and what an index has counted. Both are known without any lock.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use pyo3::prelude::*;
+
+use crate::cache;
 
 /// Hits and misses of one store, whichever index has answered.
 ///
@@ -80,5 +82,55 @@ impl ReadCounters {
     fn recount_as_hit(&self) {
         self.misses.fetch_sub(1, Ordering::Relaxed);
         self.count(true);
+    }
+}
+
+/// The counters of an index, as of one moment.
+#[pyclass(frozen, module = "zcache._core")]
+#[derive(Debug)]
+pub(super) struct Stats(pub(super) cache::Stats);
+
+#[pymethods]
+impl Stats {
+    #[new]
+    #[pyo3(signature = (*, refusals=0))]
+    fn new(refusals: u64) -> Self {
+        Stats(cache::Stats {
+            rejections: refusals,
+            ..cache::Stats::default()
+        })
+    }
+
+    #[getter]
+    fn hits(&self) -> u64 {
+        self.0.hits
+    }
+
+    #[getter]
+    fn misses(&self) -> u64 {
+        self.0.misses
+    }
+
+    #[getter]
+    fn evictions(&self) -> u64 {
+        self.0.evictions
+    }
+
+    #[getter]
+    fn expirations(&self) -> u64 {
+        self.0.expirations
+    }
+
+    #[getter]
+    fn refusals(&self) -> u64 {
+        self.0.rejections
+    }
+
+    fn __add__(&self, other: &Self) -> Self {
+        Stats(self.0 + other.0)
+    }
+
+    fn __sub__(&self, other: &Self) -> Self {
+        Stats(self.0 - other.0)
     }
 }

@@ -85,6 +85,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ages::Ages>()?;
     module.add_class::<plan::Plan>()?;
     module.add_class::<counters::ReadCounters>()?;
+    module.add_class::<counters::Stats>()?;
     module.add_class::<reservation::Reservation>()?;
     module.add_class::<reservation::Granted>()?;
     module.add_class::<reservation::NeedsEviction>()?;

@@ -40,7 +40,7 @@ def read_once(array: Any, first: int, last: int) -> None:
 
 
 def evictions(array: Any) -> int:
-    found: int = array.store._decoded._index.stats()[2]
+    found: int = array.store._decoded._index.stats().evictions
     return found
 
 

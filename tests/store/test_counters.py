@@ -12,7 +12,7 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from zcache import CacheStore
-from zcache._core import CorruptIndexError
+from zcache._core import CorruptIndexError, Stats
 from zcache.testing import FakeClock, StoreDouble
 
 if TYPE_CHECKING:
@@ -168,3 +168,8 @@ async def test_a_second_store_reports_no_failures_of_before(tmp_path: Path) -> N
     assert store.cache_stats()["cache_failures"] == 1
     other = CacheStore(shared, cache_store=cache, source_id="s")
     assert other.cache_stats()["cache_failures"] == 0
+
+
+def test_each_counter_of_an_index_is_one_of_a_store() -> None:
+    counted = {name for name in vars(Stats) if not name.startswith("_")}
+    assert counted <= CacheStore(MemoryStore()).cache_stats().keys()

@@ -11,7 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index
+from zcache._core import Index, Stats
 from zcache._decoded.admission import Admission
 from zcache._decoded.chunk import Decoding, Decodings
 from zcache._decoded.landing import Landing
@@ -61,7 +61,7 @@ class DecodedCache:
         self._handle = handle = backend.shared.handle
         self._seconds = 0.0
         self._layouts: dict[str, int] = {}
-        self._counted = (0, 0)
+        self._counted = Stats()
         self.keeps: object = None  # lives as long as this
         # Where only copies of one store have it: by this they find it in their process.
         self.token = ""
@@ -370,18 +370,17 @@ class DecodedCache:
 
     def stats(self) -> dict[str, int | float]:
         """What `CacheStore.cache_stats` says of it."""
-        hits, misses, *_ = self._index.stats()
+        stats = self._counted + self._index.stats()
         return {
-            "decoded_hits": self._counted[0] + hits,
-            "decoded_misses": self._counted[1] + misses,
+            "decoded_hits": stats.hits,
+            "decoded_misses": stats.misses,
             "decoded_size": self.size,
             "decode_seconds": self._seconds,
         }
 
     def after_fork(self) -> None:
         """Start empty in a forked child: what the parent decodes now never ends here."""
-        hits, misses, *_ = self._index.stats()
-        self._counted = (self._counted[0] + hits, self._counted[1] + misses)
+        self._counted += self._index.stats()
         self._start()
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable, Mapping
 
-    from zcache._core import CorruptIndexError, Index, Plan
+    from zcache._core import CorruptIndexError, Index, Plan, Stats
     from zcache._runtime.io import IO
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Handle(Protocol):
 
     def watch(self, watcher: Watcher) -> None: ...
 
-    def stats(self) -> tuple[int, int, int, int, int]: ...
+    def stats(self) -> Stats: ...
 
     def count_refusal(self) -> None: ...
 

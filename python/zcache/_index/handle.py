@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan
+from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan, Stats
 from zcache._runtime.coroutines import report
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, Threads, run_in_background
@@ -126,7 +126,7 @@ class IndexHandle:
         self.follows_plan = False
         self.plan: Plan | None = None
         self._watchers: Registry[Watcher] = Registry()
-        self._counted_before = (0, 0, 0, 0, 0)
+        self._counted_before = Stats()
 
     # ----------------------------------------------------- the index of now
 
@@ -162,22 +162,14 @@ class IndexHandle:
             self._watchers.add(watcher)
             watcher.use_index(self._index)
 
-    def stats(self) -> tuple[int, int, int, int, int]:
+    def stats(self) -> Stats:
         """See `Index.stats`; counted on where another index has taken the place of one. Needs no lock."""
-        before, now = self._counted_before, self._index.stats()
-        return (
-            before[0] + now[0],
-            before[1] + now[1],
-            before[2] + now[2],
-            before[3] + now[3],
-            before[4] + now[4],
-        )
+        return self._counted_before + self._index.stats()
 
     def count_refusal(self) -> None:
         """Count a value that the index was not asked to take."""
         with self.lock:
-            *others, refusals = self._counted_before
-            self._counted_before = (*others, refusals + 1)  # type: ignore[assignment]
+            self._counted_before += Stats(refusals=1)
 
     def note_policy(self, policy: dict[str, str]) -> None:
         """Have an index that is made or opened later go by this policy."""
@@ -472,11 +464,10 @@ class IndexHandle:
     def restore(self, index: Index) -> None:
         """Use the cache store again, with this index."""
         with self.lock:
-            counted, again = self.stats(), index.stats()
-            self.show(index)
             # What it had counted before it was abandoned is part of both.
-            before = [all_of - its for all_of, its in zip(counted, again, strict=True)]
-            self._counted_before = (before[0], before[1], before[2], before[3], before[4])
+            before = self.stats() - index.stats()
+            self.show(index)
+            self._counted_before = before
             self.lost, self.usable = None, True
 
     def say_restored(self) -> None:

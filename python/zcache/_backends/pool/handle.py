@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable, Mapping
 
-    from zcache._core import CorruptIndexError, Index, Plan
+    from zcache._core import CorruptIndexError, Index, Plan, Stats
     from zcache._index.calls import Handle, T, Watcher
     from zcache._index.handle import IndexHandle
     from zcache._runtime.io import IO
@@ -129,7 +129,7 @@ class SourceHandle:
             self._watchers.add(watcher)
             watcher.use_index(self._index)
 
-    def stats(self) -> tuple[int, int, int, int, int]:
+    def stats(self) -> Stats:
         """Counters of the pool."""
         return self._pool.stats()
 
