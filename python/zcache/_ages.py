@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from zcache import _core
 from zcache._core import Ages
 
 if TYPE_CHECKING:
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 MISSING_MAX_AGE: Final = 300
 """Seconds for which a key is remembered as missing, unless `missing_max_age_seconds` says otherwise."""
 
-METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+METADATA: Final = _core.METADATA
 """Last parts of the keys of metadata documents."""
-NODES: Final = METADATA[:3]
+NODES: Final = _core.NODES
 """Those of them without which there is no node."""
 
 

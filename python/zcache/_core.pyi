@@ -17,7 +17,9 @@ from zcache._types import Minimised, Policy
 
 __all__ = [
     "MAX_KEY",
+    "METADATA",
     "MINIMISED",
+    "NODES",
     "PENDING",
     "POLICIES",
     "SIGNATURE",
@@ -74,6 +76,10 @@ POLICIES: Final[tuple[Policy, ...]]
 """Names of the policies of eviction."""
 MINIMISED: Final[tuple[Minimised, ...]]
 """What the adaptive one may make least of."""
+NODES: Final[tuple[str, ...]]
+"""Last parts of the keys of metadata documents that make a node, in both formats of Zarr."""
+METADATA: Final[tuple[str, ...]]
+"""Those of all metadata documents; begins with `NODES`."""
 SIGNATURE: Final[int]
 """Nanoseconds below the millisecond in the modification time of each file that zcache wrote."""
 PENDING: Final[int]

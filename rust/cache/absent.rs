@@ -26,10 +26,10 @@ pub const BOUND_PER_ABSENCE: u64 = 256;
 /// ... but so many in any case, unless nothing is cached at all.
 pub const FEW_ABSENCES: u64 = 1024;
 
-/// Documents of the metadata of a node, in both formats of Zarr.
-const DOCUMENTS: [&str; 5] = ["zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"];
-/// Those of them without which there is no node.
-const NODES: [&str; 3] = ["zarr.json", ".zarray", ".zgroup"];
+/// Metadata documents that make a node, in both formats of Zarr, ...
+pub const NODES: [&str; 3] = ["zarr.json", ".zarray", ".zgroup"];
+/// ... and those that a node may have besides.
+pub const BESIDES: [&str; 2] = [".zattrs", ".zmetadata"];
 
 /// Which absences a look-up believes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,7 +189,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(());
         }
         let made = self.flights.absences_made(key, ticket).unwrap_or(u64::MAX);
-        for other in DOCUMENTS.into_iter().filter(|other| !NODES.contains(other)) {
+        for other in BESIDES {
             if let Some(i) = self.arena.find_absence(&format!("{node}{other}"))?
                 && self.arena.get(i)?.absence_number() <= made
             {
@@ -272,7 +272,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Whether the absence of a key can be believed, or an entry shows that its node is there.
     fn is_vouched_for(&self, key: &str, fresh: Freshness) -> Result<bool> {
         let (node, name) = split_document(key);
-        if !DOCUMENTS.contains(&name) {
+        if !NODES.contains(&name) && !BESIDES.contains(&name) {
             return Ok(true);
         }
         for other in NODES.into_iter().filter(|other| *other != name) {

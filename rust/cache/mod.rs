@@ -26,7 +26,9 @@ mod sampled;
 mod segments;
 mod verified;
 
-pub use self::absent::{AbsenceAges, Answer, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES};
+pub use self::absent::{
+    AbsenceAges, Answer, BESIDES, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES, NODES,
+};
 pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
 pub use self::commit::Committed;
 pub use self::decoded::Decode;

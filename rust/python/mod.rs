@@ -33,6 +33,7 @@ use pyo3::types::{PyString, PyTuple};
 
 use self::convert::{RawSpan, known, span};
 use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
+use crate::cache::{BESIDES, NODES};
 use crate::key;
 use crate::policy::{Minimise, PolicyKind};
 
@@ -81,6 +82,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("POLICIES", PyTuple::new(module.py(), policies)?)?;
     let minimised = Minimise::ALL.map(Minimise::as_str);
     module.add("MINIMISED", PyTuple::new(module.py(), minimised)?)?;
+    module.add("NODES", PyTuple::new(module.py(), NODES)?)?;
+    let documents: Vec<_> = NODES.iter().chain(&BESIDES).collect();
+    module.add("METADATA", PyTuple::new(module.py(), documents)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<ages::Ages>()?;
     module.add_class::<plan::Plan>()?;
