@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._ages import MISSING_MAX_AGE, MaxAges
+from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY
 from zcache._options import (
     check_clock,
     check_eviction,
@@ -47,8 +48,8 @@ class CacheOptions:
     missing_max_age_seconds: Age = MISSING_MAX_AGE
     revalidate: Revalidate = False
     verify: Verify = field(default="first", compare=False)
-    eviction: Policy = field(default="lru", compare=False)
-    minimise: Minimised = field(default="requests", compare=False)
+    eviction: Policy = field(default=DEFAULT_POLICY, compare=False)
+    minimise: Minimised = field(default=DEFAULT_MINIMISED, compare=False)
     adopt: bool = field(default=False, compare=False)
     source_id: str | None = field(default=None, compare=False)
     min_free_space: int | None = field(default=None, compare=False)

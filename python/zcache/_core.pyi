@@ -16,6 +16,8 @@ from typing import Any, Final, Literal, Self, TypeAlias, final
 from zcache._types import Minimised, Policy
 
 __all__ = [
+    "DEFAULT_MINIMISED",
+    "DEFAULT_POLICY",
     "MAX_KEY",
     "METADATA",
     "MINIMISED",
@@ -76,6 +78,10 @@ POLICIES: Final[tuple[Policy, ...]]
 """Names of the policies of eviction."""
 MINIMISED: Final[tuple[Minimised, ...]]
 """What the adaptive one may make least of."""
+DEFAULT_POLICY: Final[Policy]
+"""The one of an index that was given none."""
+DEFAULT_MINIMISED: Final[Minimised]
+"""What that one makes least of, unless it is told."""
 NODES: Final[tuple[str, ...]]
 """Last parts of the keys of metadata documents that make a node, in both formats of Zarr."""
 METADATA: Final[tuple[str, ...]]
@@ -301,9 +307,9 @@ class Index:
         folders count as well; see `count_folders`. An index in a directory that counts in another unit is
         emptied.
     eviction : {"lru", "none", "adaptive"}, optional
-        Which entries go when bytes are needed. Default is "lru".
+        Which entries go when bytes are needed. Default is `DEFAULT_POLICY`.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" makes least of. Default is "requests".
+        What "adaptive" makes least of. Default is `DEFAULT_MINIMISED`.
     holes : bool, optional
         Of a pool: whether its segments can have holes; where not, each value has a segment of its own.
         Default is None: each value has a file of its own.
@@ -320,8 +326,8 @@ class Index:
         seed: int | None = None,
         complete: bool = True,
         unit: int = 1,
-        eviction: str = "lru",
-        minimise: str = "requests",
+        eviction: str = ...,
+        minimise: str = ...,
         holes: bool | None = None,
     ) -> Index: ...
     @staticmethod
@@ -337,8 +343,8 @@ class Index:
         seed: int = 0,
         unit: int = 1,
         timeout: float = 1.0,
-        eviction: str = "lru",
-        minimise: str = "requests",
+        eviction: str = ...,
+        minimise: str = ...,
         holes: bool | None = None,
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.

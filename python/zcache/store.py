@@ -30,7 +30,7 @@ from zcache._backends.ownership import trust, trusted_root
 from zcache._byte_ranges import check_byte_range, check_key, check_prefix, to_byte_range
 from zcache._cache import Cache
 from zcache._cache_options import CacheOptions, parse_options
-from zcache._core import Index, is_cacheable_key
+from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, is_cacheable_key
 from zcache._decoded.cache import KeepsDecoded
 from zcache._index.keys import CachedKeys
 from zcache._index.plans import follow
@@ -1270,7 +1270,7 @@ def _open_cache(
 ) -> Cache:
     """The cache of a new store, with these options; see `CacheStore`."""
     check_store("store", store)
-    policy = {"eviction": "lru", "minimise": "requests"}
+    policy: dict[str, str] = {"eviction": DEFAULT_POLICY, "minimise": DEFAULT_MINIMISED}
     if cache_store is None:
         cache_store = MemoryStore()
     elif isinstance(cache_store, CachePool):

@@ -21,6 +21,7 @@ use super::reservation::Abandoned;
 use crate::arena::Heap;
 use crate::cache::{Cache, Tally};
 use crate::key::{Asked, ByteRange};
+use crate::policy::{Minimise, PolicyKind};
 use crate::shared::{Opening, SharedIndex};
 
 /// An index with its bounds, flights and reservations, behind one lock.
@@ -121,8 +122,9 @@ impl Index {
 impl Index {
     #[new]
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
-                        verify="never", seed=None, complete=true, unit=1, eviction="lru",
-                        minimise="requests", holes=None))]
+                        verify="never", seed=None, complete=true, unit=1,
+                        eviction=PolicyKind::default().as_str(), minimise=Minimise::default().as_str(),
+                        holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -162,7 +164,8 @@ impl Index {
     #[staticmethod]
     #[pyo3(signature = (root, /, *, max_size=None, max_age=None, slices_like_python=false,
                         flat_namespace=false, verify="never", seed=0, unit=1, timeout=1.0,
-                        eviction="lru", minimise="requests", holes=None))]
+                        eviction=PolicyKind::default().as_str(), minimise=Minimise::default().as_str(),
+                        holes=None))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn open(
         py: Python<'_>,

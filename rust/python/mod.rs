@@ -82,6 +82,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("POLICIES", PyTuple::new(module.py(), policies)?)?;
     let minimised = Minimise::ALL.map(Minimise::as_str);
     module.add("MINIMISED", PyTuple::new(module.py(), minimised)?)?;
+    module.add("DEFAULT_POLICY", PolicyKind::default().as_str())?;
+    module.add("DEFAULT_MINIMISED", Minimise::default().as_str())?;
     module.add("NODES", PyTuple::new(module.py(), NODES)?)?;
     let documents: Vec<_> = NODES.iter().chain(&BESIDES).collect();
     module.add("METADATA", PyTuple::new(module.py(), documents)?)?;

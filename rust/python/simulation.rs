@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::convert::policy;
-use crate::policy::{PolicyKind, Simulation};
+use crate::policy::{Minimise, PolicyKind, Simulation};
 
 /// Which requests a cache would have served; see the stub.
 #[pyfunction]
@@ -17,7 +17,7 @@ pub(super) fn simulate<'py>(
     keys: &[u8],
     sizes: &[u8],
 ) -> PyResult<Bound<'py, PyBytes>> {
-    let (kind, _) = policy(eviction, "requests")?;
+    let (kind, _) = policy(eviction, Minimise::default().as_str())?;
     if keys.len() != sizes.len() {
         return Err(PyValueError::new_err(format!(
             "{} bytes of keys, but {} bytes of sizes: give one size for each key",

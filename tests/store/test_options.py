@@ -8,7 +8,7 @@ import os
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ import zcache
 from directories import closed
 from support import buf, check_quiet, read
 from zcache import CachePool, CacheStore
+from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, MINIMISED, POLICIES
+from zcache._types import Minimised, Policy
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, cache_store_of, stored_sizes
 
@@ -652,3 +654,33 @@ def test_attribute_of_the_replaced_class_is_set_or_says_what_to_do(
     assert set_ones == {"cache_set_data"}
     with pytest.raises(AttributeError, match=r"read_only.*with_read_only\(True\)"):
         ours.read_only = True  # type: ignore[misc]
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.parametrize(
+    ("literal", "names", "default", "places"),
+    [
+        (
+            Policy,
+            POLICIES,
+            DEFAULT_POLICY,
+            [
+                CacheStore.__doc__,
+                CachePool.__doc__,
+                CacheStore.advise.__doc__,
+                zcache.replay.__doc__,
+            ],
+        ),
+        (Minimised, MINIMISED, DEFAULT_MINIMISED, [CacheStore.__doc__, CachePool.__doc__]),
+    ],
+    ids=["eviction", "minimise"],
+)
+def test_each_policy_has_its_literal_and_is_named_wherever_they_are_listed(
+    literal: Any, names: tuple[str, ...], default: str, places: list[str]
+) -> None:
+    assert get_args(literal) == names
+    assert default in names
+    for text in (*places, README.read_text(encoding="utf-8")):
+        assert [name for name in names if f'"{name}"' not in text] == []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from zcache._advice.drawing import least_above_zero, places, svg, with_room
+from zcache._core import DEFAULT_POLICY
 from zcache.exceptions import MissingClientError, OptionTypeError, UsageError
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ class Advice:
     unsized_share: float = 0.0
     max_size: int = 0
     is_bounded: bool = False
-    policy: Policy = "lru"
+    policy: Policy = DEFAULT_POLICY
     hit_ratio: float = 0.0
     sizes: NDArray[np.uint64] = field(default_factory=_none)
     curves: dict[str, Curve] = field(default_factory=dict)
     best_hit_ratio: float = 0.0
     smallest_size: int | None = None
-    best_policy: Policy = "lru"
+    best_policy: Policy = DEFAULT_POLICY
     best_policy_gain: float = 0.0
     cold_share: float = 0.0
 

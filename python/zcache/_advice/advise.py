@@ -11,7 +11,7 @@ import numpy as np
 
 from zcache._advice.advice import Advice, Curve
 from zcache._advice.estimate import Estimator
-from zcache._core import POLICIES
+from zcache._core import DEFAULT_POLICY, POLICIES
 from zcache._options import MAX_BYTES, listed, parse_size
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -96,7 +96,7 @@ def advise(
     *,
     max_size: int | None,
     in_use: int | None = None,
-    policy: Policy = "lru",
+    policy: Policy = DEFAULT_POLICY,
     sizes: Iterable[int] | None = None,
     policies: tuple[Policy, ...] = POLICIES,
     nothing: str = "",
@@ -112,7 +112,7 @@ def advise(
     in_use : int, optional
         Bytes that are cached, which take its place there. Default is None: those of all that was requested.
     policy : str, optional
-        The present policy. Default is "lru".
+        The present policy. Default is that of a cache that was given none.
     sizes : iterable of int, optional
         Bytes, ascending. Default is None: from 1/16 to 16 times the present size or, where that is 0, the bytes
         of all that was requested.

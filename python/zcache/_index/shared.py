@@ -9,7 +9,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index
+from zcache._core import DEFAULT_MINIMISED, Index
 from zcache._index.changes import Changes
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.place import Place
@@ -213,7 +213,7 @@ class _Asked:
 
 def _policy(eviction: str, minimise: str) -> tuple[str, str]:
     # The others do not look at costs.
-    return eviction, minimise if eviction == "adaptive" else "requests"
+    return eviction, minimise if eviction == "adaptive" else DEFAULT_MINIMISED
 
 
 def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:

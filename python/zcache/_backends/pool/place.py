@@ -18,7 +18,7 @@ from zcache._backends.pool.listings import remove_listings
 from zcache._backends.pool.register import label_of, note_of
 from zcache._backends.pool.source import PoolSource
 from zcache._backends.store.bound import evict_from
-from zcache._core import Index, SegmentReader, crc32c
+from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, SegmentReader, crc32c
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
@@ -43,8 +43,8 @@ _LIMITS: Final[dict[str, Any]] = {
     "slices_like_python": False,
     "flat_namespace": True,
     "verify": "first",
-    "eviction": "lru",
-    "minimise": "requests",
+    "eviction": DEFAULT_POLICY,
+    "minimise": DEFAULT_MINIMISED,
 }
 
 
@@ -114,7 +114,10 @@ class Pool:
         """
         if options.eviction is None and options.minimise is None:
             return
-        wanted = {"eviction": options.eviction or "lru", "minimise": options.minimise or "requests"}
+        wanted = {
+            "eviction": options.eviction or DEFAULT_POLICY,
+            "minimise": options.minimise or DEFAULT_MINIMISED,
+        }
         member = Member(wanted)
         choose_policy(self.handle, self.users, member)
         if self._policy is None and all(
