@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from zcache._index.counters import Counters
+from zcache._index.handle import ignore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -321,7 +322,7 @@ class Backend(ABC):
         """Leave bytes to a later delete: they stay counted until then."""
         if victims:
             cells = [cell for cell, _ in victims]
-            self.shared.handle.call_later(_ignore, _confirm_failed, cells)
+            self.shared.handle.call_later(ignore, _confirm_failed, cells)
 
     def release_unknown(self) -> None:  # noqa: B027 - nothing to do by default
         """Leave to a later delete what may have been written, or not."""
@@ -404,10 +405,6 @@ class Backend(ABC):
     async def intact_size(self, io: IO, name: str) -> int | None:  # noqa: ARG002
         """Length of a value, if it is the one that is recorded beside it. It may raise as `read` does."""
         return None
-
-
-def _ignore(_: object) -> None:
-    pass
 
 
 def _confirm_failed(index: Index, cells: list[int]) -> None:

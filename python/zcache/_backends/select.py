@@ -1,4 +1,4 @@
-"""Which backend a cache store gets. The one place that asks of which kind it is."""
+"""Which backend a cache store gets: by its class a pool, a directory, memory, or any other store."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ _QUIET: Final = 60.0
 """Seconds in which it is said once that an index cannot be used."""
 
 
-def ignore(_: object) -> None:
-    """Do nothing about an outcome."""
+def ignore(*_: object) -> None:
+    """Do nothing about an outcome, or an event."""
 
 
 def take(step: Callable[..., T], index: Index, *args: Any) -> T:

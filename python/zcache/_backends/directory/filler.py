@@ -12,6 +12,7 @@ from zcache._backends.base import Ended
 from zcache._backends.directory.files import fold
 from zcache._backends.directory.space import NO_SPACE
 from zcache._core import DirectoryFills
+from zcache._index.handle import ignore
 from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class DirectoryFiller:
         self.min_free_space: int | None = None
         self.reads_only = False
         self._moved: Future[bool] | None = None
-        self.on_unlisted: Callable[[], object] = _nothing
+        self.on_unlisted: Callable[[], object] = ignore
         self._unlisted: Future[object] | None = None
         self._is_shared = False
 
@@ -205,7 +206,3 @@ def _met_foreign(result: FillResult) -> bool:
     """Whether a fill has met a file that is not zcache's."""
     errors = [*result.delete_errors, result.error]
     return any(isinstance(e, OSError) and e.errno == errno.EEXIST for e in errors)
-
-
-def _nothing() -> None:
-    pass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from zcache._backends.directory.layout import new_seed
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import CorruptIndexError
+from zcache._index.handle import ignore
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import CacheOwnershipError
 
@@ -74,8 +75,8 @@ class Recovery:
         self._rebuild = rebuild
         self._private_index = private_index
         self._last_reclaim = self._last_try = 0.0
-        self.on_reclaimed: Callable[[], object] = _nothing
-        self.on_restored: Callable[[], object] = _nothing
+        self.on_reclaimed: Callable[[], object] = ignore
+        self.on_restored: Callable[[], object] = ignore
         # These must not keep alive what keeps them alive.
         this = weakref.ref(self)
         private_index.use_again = lambda: _use_again(this())
@@ -211,10 +212,6 @@ class Recovery:
         elif rebuild_owner_died:
             # In a thread, for that reads and makes files.
             handle.resolve(CorruptIndexError("the process that rebuilt it has died"))
-
-
-def _nothing() -> None:
-    pass
 
 
 def _recover(recovery: Recovery | None, error: Exception) -> None:

@@ -62,7 +62,8 @@ class Pool:
     read_only : bool
         Whether it was opened to be read from only.
     clock : callable
-        Seconds; what ages are counted by.
+        Seconds; what ages are counted by, unless a source has a clock of its own: in memory `time.monotonic`,
+        in a directory `time.time`, for other processes go by them too.
     users : Registry of Member
         Who uses any of its sources.
     threads : Threads

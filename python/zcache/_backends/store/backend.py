@@ -278,9 +278,7 @@ class StoreBackend(Backend):
             return
         timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
-            await io.send(
-                timeout, partial(self._remove_unlisted, listing, prefix), _nothing, ignore
-            )
+            await io.send(timeout, partial(self._remove_unlisted, listing, prefix), ignore, ignore)
         except NoAnswerError as error:
             if timeout:
                 self.breaker.failed(error, "delete")
@@ -315,7 +313,3 @@ def names_of(victims: Sequence[Victim], cells: Sequence[int]) -> list[str]:
     """Names of the values in these cells."""
     wanted = set(cells)
     return [name for cell, name in victims if cell in wanted]
-
-
-def _nothing() -> None:
-    pass
