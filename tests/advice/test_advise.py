@@ -543,7 +543,7 @@ def test_advice_about_other_policies_compares_with_the_present_one(policies: lis
         ({"sizes": b"ab"}, OptionTypeError, "sizes: b'ab'.*text, not bytes"),
         ({"sizes": [b"1KB"]}, OptionTypeError, "sizes: b'1KB'"),
         ({"sizes": ["25%"]}, OptionValueError, '25%.*Shares such as "25%" are not taken here'),
-        ({"policies": ["fifo"]}, OptionValueError, "fifo"),
+        ({"policies": ["no policy"]}, OptionValueError, "no policy"),
         ({"policies": []}, OptionValueError, "policies"),
         ({"policies": [3]}, OptionTypeError, "3"),
         ({"policies": 3}, OptionTypeError, "policies"),

@@ -185,7 +185,7 @@ GOOD = {
                 ("value_header", None),
                 ("beside_value", -1),
                 ("beside_value", 1e3),
-                ("eviction", "fifo"),
+                ("eviction", "no policy"),
                 ("eviction", None),
                 ("eviction", ["lru"]),
             ]

@@ -252,8 +252,8 @@ async def test_decoded_chunks_go_by_the_same_policy() -> None:
 
 def test_bad_policies_are_told_by_name() -> None:
     for option in ("eviction", "minimise"):
-        with pytest.raises(ValueError, match=f"invalid {option}: 'fifo'"):
-            CacheStore(MemoryStore(), **{option: "fifo"})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"invalid {option}: 'no policy'"):
+            CacheStore(MemoryStore(), **{option: "no policy"})  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=f"invalid {option}: 3"):
             CacheStore(MemoryStore(), **{option: 3})  # type: ignore[arg-type]
 

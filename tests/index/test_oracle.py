@@ -61,7 +61,7 @@ def test_adaptive_is_close_to_lru_or_better(name: str) -> None:
 
 
 def test_simulate_bad_input_is_told() -> None:
-    with pytest.raises(ValueError, match=r"eviction=.*fifo"):
-        simulate("fifo", 1, b"", b"")
+    with pytest.raises(ValueError, match=r"eviction=.*no policy"):
+        simulate("no policy", 1, b"", b"")
     with pytest.raises(ValueError, match="one size for each key"):
         simulate("lru", 1, bytes(16), bytes(8))

@@ -362,7 +362,7 @@ def test_option_without_a_meaning_is_refused_before_anything_is_made(
         ({"adopt": 1}, "invalid adopt: 1"),
         ({"offline": "no"}, "invalid offline: 'no'"),
         ({"verify": "sometimes"}, "invalid verify: 'sometimes'"),
-        ({"eviction": "fifo"}, "invalid eviction: 'fifo'"),
+        ({"eviction": "no policy"}, "invalid eviction: 'no policy'"),
         ({"minimise": 1}, "invalid minimise: 1"),
         ({"revalidate": None}, "invalid revalidate: None"),
         ({"decoded_size": "lots"}, "invalid decoded_size: 'lots'"),

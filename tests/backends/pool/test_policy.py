@@ -100,8 +100,8 @@ def test_pool_without_a_policy_goes_by_that_of_its_stores(where: Path | None) ->
 
 
 def test_policy_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionValueError, match="invalid eviction: 'fifo'"):
-        CachePool(tmp_path / "pool", eviction="fifo")  # type: ignore[arg-type]
+    with pytest.raises(OptionValueError, match="invalid eviction: 'no policy'"):
+        CachePool(tmp_path / "pool", eviction="no policy")  # type: ignore[arg-type]
     with pytest.raises(OptionTypeError, match="invalid minimise: 3"):
         CachePool(tmp_path / "pool", minimise=3)  # type: ignore[arg-type]
     with pytest.raises(OptionTypeError, match="invalid read_only: 1"):
