@@ -23,6 +23,7 @@ from zarr.storage import LocalStore, LoggingStore, MemoryStore, WrapperStore
 from doubles import DictStore, GatedStore, SyncDictStore
 from support import buf, check_quiet_sync, drained, read, read_through, said
 from zcache import CacheStore
+from zcache.store import _OWN
 from zcache.testing import in_flight, stored_sizes
 
 if TYPE_CHECKING:
@@ -203,6 +204,12 @@ async def test_views_and_settings_travel(source: LocalStore) -> None:
     assert not again.cache_set_data
     assert again.cache_info() == store.cache_info()
     assert await read(again, "1") == VALUES["1"]
+
+
+def test_attributes_of_a_store_itself_go_to_no_copy_as_those_of_a_subclass() -> None:
+    store = CacheStore(MemoryStore())
+    for each in (store, store.with_read_only(True), pickle.loads(pickle.dumps(store))):
+        assert vars(each).keys() == _OWN
 
 
 def test_a_hundred_tasks_are_one_cache(source: LocalStore, cache: Store) -> None:
