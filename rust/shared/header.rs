@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const FORMAT: u32 = 19;
+const INDEX_FORMAT: u32 = 19;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -85,14 +85,14 @@ impl FileHeader {
     /// Whether it is one of this format.
     pub(super) fn is_known(&self) -> bool {
         self.magic == MAGIC
-            && self.format == FORMAT
+            && self.format == INDEX_FORMAT
             && self.byte_order == BYTE_ORDER
             && self.cell_size == size_of::<Cell>() as u32
     }
 
     /// Whether it is that of another version of this program, which is no damage.
     pub(super) fn is_of_another_format(&self) -> bool {
-        self.magic == MAGIC && self.format != FORMAT
+        self.magic == MAGIC && self.format != INDEX_FORMAT
     }
 
     /// Whether the numbers can be those of an index of this format.
@@ -114,7 +114,7 @@ impl FileHeader {
         let generation = new_generation();
         FileHeader {
             magic: MAGIC,
-            format: FORMAT,
+            format: INDEX_FORMAT,
             byte_order: BYTE_ORDER,
             cell_size: size_of::<Cell>() as u32,
             dirty: own_slot as u32 + 1,

@@ -13,11 +13,11 @@ from typing import Final
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAGIC: Final = "# zcache requests, format "
-FORMAT: Final = "2"
-HEAD: Final = f"{MAGIC}{FORMAT}: "
+RECORDING_FORMAT: Final = "2"
+HEAD: Final = f"{MAGIC}{RECORDING_FORMAT}: "
 """What a file begins with; JSON follows."""
 _FIRST: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
-COLUMNS: Final = {"1": _FIRST, FORMAT: (*_FIRST, "outdated")}
+COLUMNS: Final = {"1": _FIRST, RECORDING_FORMAT: (*_FIRST, "outdated")}
 """Of each format that can be read."""
 LONGEST_LINE: Final = 2**20
 """Characters of a line at most: no key that is cached makes one as long."""

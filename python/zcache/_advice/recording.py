@@ -19,7 +19,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from zcache._advice.file_format import COLUMNS, FORMAT, HEAD, path_of_recording
+from zcache._advice.file_format import COLUMNS, HEAD, RECORDING_FORMAT, path_of_recording
 from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
@@ -371,7 +371,7 @@ class RequestWriter:
         """The first member of the file, of one length, so that it can be written again in its place."""
         shown = json.dumps({**self._about, "beside_value": beside})
         room = len(json.dumps({**self._about, "beside_value": 0})) + _BESIDE_DIGITS
-        text = f"{HEAD}{shown:<{room}}\r\n{','.join(COLUMNS[FORMAT])}\r\n"
+        text = f"{HEAD}{shown:<{room}}\r\n{','.join(COLUMNS[RECORDING_FORMAT])}\r\n"
         return gzip.compress(text.encode(), 0)
 
     def _note_what_is_beside(self) -> None:

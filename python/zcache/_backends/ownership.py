@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from enum import Enum
 from typing import Any, Final
 
 from zcache.exceptions import CacheOwnershipError
 
-FORMAT: Final = 1
-"""Format of what zcache keeps in a cache store."""
+STAMP_FORMAT: Final = 1
+"""Format of what zcache keeps in a cache store, as its stamp says, ..."""
+POOL_STAMP_FORMAT: Final = 1
+"""... and of what it keeps in a pool."""
 _POOL: Final = "pool "
-"""Beginning of the format of a pool, whichever."""
-POOL_FORMAT: Final = f"{_POOL}1"
-"""Format of a pool."""
+"""What stands before the format in the stamp of a pool."""
+
+
+class Kind(Enum):
+    """Kinds of caches, by what their stamps say."""
+
+    DIRECTORY = STAMP_FORMAT
+    """Values in files or keys of their own: a directory, or another store."""
+    POOL = f"{_POOL}{POOL_STAMP_FORMAT}"
+    """Values of many sources in segments."""
+
+
 _trusted: Final[set[str]] = set()
 """Directories that this process was told to adopt, or who has sent it a store over one: another user may own them."""
 
@@ -44,13 +56,19 @@ def is_stamp(text: bytes) -> bool:
     return isinstance(stamp, dict) and {"zcache", "source"} <= stamp.keys()
 
 
+def stamp_text(kind: Kind, source: str, *, listed: bool = False) -> str:
+    """The contents of a stamp, which `parse_stamp` reads."""
+    stamp = {"zcache": kind.value, "source": source}
+    return json.dumps({**stamp, "listed": True} if listed else stamp)
+
+
 def parse_stamp(
-    text: bytes, where: str, *, adopt: bool, listed: bool, form: int | str = FORMAT
-) -> dict[str, Any] | None:
-    """Read a stamp; None for one that cannot be read, if it may be replaced.
+    text: bytes, where: str, *, adopt: bool, listed: bool, kind: Kind = Kind.DIRECTORY
+) -> str | None:
+    """The source that a stamp names; None for one that cannot be read, if it may be replaced.
 
     `listed` says that the index is made from a listing of the store, not kept in a directory: the two
-    would know nothing of each other. `form` is the format that is expected.
+    would know nothing of each other. `kind` is what is expected.
 
     Raises
     ------
@@ -64,25 +82,25 @@ def parse_stamp(
     if not isinstance(stamp, dict) or not {"zcache", "source"} <= stamp.keys():
         if adopt:
             return None
-        way_out = "Remove it" if form == POOL_FORMAT else "Pass adopt=True to take it over"
+        way_out = "Remove it" if kind is Kind.POOL else "Pass adopt=True to take it over"
         raise CacheOwnershipError(
             f"the stamp of the cache {where} cannot be read. {way_out}, or give another one."
         )
     found = stamp["zcache"]
     is_pool = isinstance(found, str) and found.startswith(_POOL)
-    read = POOL_FORMAT if is_pool else FORMAT
+    read, number = (Kind.POOL, POOL_STAMP_FORMAT) if is_pool else (Kind.DIRECTORY, STAMP_FORMAT)
     # First: where no other way of opening it helps, none is named.
-    if found != read:
+    if found != read.value:
         has = (
             f"is a pool of format {found.removeprefix(_POOL)}"
             if is_pool
             else f"has format {found!r}"
         )
         raise CacheOwnershipError(
-            f"the cache {where} {has}, this zcache reads format {str(read).removeprefix(_POOL)}. Use "
+            f"the cache {where} {has}, this zcache reads format {number}. Use "
             "the version of zcache that made it, or give another one."
         )
-    if read != form:
+    if read is not kind:
         one, other = (
             ("is a pool", "cache_store=zcache.CachePool(path)")
             if is_pool
@@ -97,14 +115,14 @@ def parse_stamp(
             f"the cache {where} was made through {other}, and keeps its books in another way. Use it "
             "through that, or give another one."
         )
-    return stamp
+    return str(stamp["source"])
 
 
-def not_ours(where: str, example: str, source: str, form: int | str = FORMAT) -> str:
+def not_ours(where: str, example: str, source: str, kind: Kind = Kind.DIRECTORY) -> str:
     """Say that a place is not empty. What a pool holds cannot be adopted: it would be no pool."""
     way_out = (
         "."
-        if form == POOL_FORMAT
+        if kind is Kind.POOL
         else f"; or pass adopt=True if all that it holds is a cache of {source}, which zcache may serve and delete."
     )
     return (
@@ -121,13 +139,13 @@ def other_source(where: str, other: str, source: str) -> str:
     )
 
 
-def other_user(where: str, user: int, form: int | str) -> str:
+def other_user(where: str, user: int, kind: Kind) -> str:
     """Say that a directory is another user's."""
     # Of a pool they fit each call that opens it, `zcache.open` or `CachePool`.
     ways_out = (
         "give CachePool(path, mode=0o770) if it is for a group of yours, CachePool(path, read_only=True) to only read it, or "
         "zcache.open(..., adopt=True)"
-        if form == POOL_FORMAT
+        if kind is Kind.POOL
         else "pass adopt=True, or a LocalStore with read_only=True to only read it"
     )
     return (

@@ -13,7 +13,7 @@ use crate::cache::{MAX_NAME, Placed, VALUE_HEADER};
 const SEGMENT_MAGIC: [u8; 8] = *b"zcache\nS";
 const VALUE_MAGIC: [u8; 8] = *b"zcache\nV";
 /// Changes with every change of the layout.
-const FORMAT: u32 = 1;
+const SEGMENT_FORMAT: u32 = 1;
 
 /// Bytes of the header of a segment.
 pub(super) const SEGMENT_HEADER: usize = 64;
@@ -106,7 +106,7 @@ impl SegmentHeader {
         let mut writer = Writer(&mut bytes);
         writer.put(&SEGMENT_MAGIC);
         writer.put(&[0; 4]);
-        writer.put(&FORMAT.to_le_bytes());
+        writer.put(&SEGMENT_FORMAT.to_le_bytes());
         writer.put(&self.number.to_le_bytes());
         writer.put(&self.capacity.to_le_bytes());
         writer.put(&self.maker.to_le_bytes());
@@ -118,7 +118,7 @@ impl SegmentHeader {
     #[must_use]
     pub fn parse(bytes: &[u8; SEGMENT_HEADER]) -> Option<Self> {
         let mut reader = open(bytes, &SEGMENT_MAGIC)?;
-        if reader.u32()? != FORMAT {
+        if reader.u32()? != SEGMENT_FORMAT {
             return None;
         }
         Some(SegmentHeader {

@@ -39,7 +39,7 @@ from zcache import (
     OptionTypeError,
     OptionValueError,
 )
-from zcache._backends.ownership import FORMAT
+from zcache._backends.ownership import POOL_STAMP_FORMAT, STAMP_FORMAT
 from zcache._core import Index
 from zcache.testing import (
     FakeClock,
@@ -640,10 +640,16 @@ def test_cache_directory_is_no_pool_and_the_reverse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "found", "read"),
     [
-        (2, "has format 2", FORMAT),
-        (0, "has format 0", FORMAT),
-        ("pool 2", "is a pool of format 2", 1),
-        ("pool 0", "is a pool of format 0", 1),
+        case
+        for by in (1, -1)
+        for case in (
+            (STAMP_FORMAT + by, f"has format {STAMP_FORMAT + by}", STAMP_FORMAT),
+            (
+                f"pool {POOL_STAMP_FORMAT + by}",
+                f"is a pool of format {POOL_STAMP_FORMAT + by}",
+                POOL_STAMP_FORMAT,
+            ),
+        )
     ],
 )
 def test_cache_of_another_format_is_refused_with_both_numbers(

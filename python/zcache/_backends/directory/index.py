@@ -322,7 +322,7 @@ class CacheDirectory(Place):
 
     def _read_from(self, error: OSError) -> None:
         """Serve what a directory holds that takes nothing now: an image, say, or another user's."""
-        owner = Stamp.source_of(self.root, self.layout.form)
+        owner = Stamp.source_of(self.root, self.layout.kind)
         if error.errno not in _TAKES_NOTHING or owner != self.layout.source:
             self.layout.is_others = owner not in (None, self.layout.source)
             self.handle.abandon(error)
@@ -343,7 +343,7 @@ class CacheDirectory(Place):
         self.private_index.is_asked_for = True
         self.private_index.why = "it was opened with read_only=True. Open it without that, as a user who may write to it."
         # What is no cache, or one of another kind, is refused.
-        if Stamp.source_of(self.root, self.layout.form) is None:
+        if Stamp.source_of(self.root, self.layout.kind) is None:
             logger.warning(
                 "there is no cache in %s yet, and as it was given as read-only none is made. The source serves every "
                 "read, until others have filled it.",

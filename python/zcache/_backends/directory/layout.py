@@ -7,14 +7,14 @@ import errno
 import hashlib
 import os
 import time
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from zcache._backends.directory import files
 from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.space import SpaceLog
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
-from zcache._backends.ownership import FORMAT, other_source
+from zcache._backends.ownership import Kind, other_source
 from zcache._core import Index, make_way
 from zcache.exceptions import CacheOwnershipError
 
@@ -60,8 +60,8 @@ class Layout:
     """
 
     stamp: Stamp
-    form: Any = FORMAT
-    """Format of what is kept, as the stamp says."""
+    kind: ClassVar[Kind] = Kind.DIRECTORY
+    """What the stamp says it is."""
 
     def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
         # Without links, which are not followed below it.
@@ -94,7 +94,7 @@ class Layout:
             self.reserved,
             self.source or "",
             adopt=adopt,
-            form=self.form,
+            kind=self.kind,
             trusts_owner=self.trusts_owner(),
         )
         self.make_folders()
@@ -128,7 +128,7 @@ class Layout:
         CacheOwnershipError
             If it belongs to another source.
         """
-        owner = Stamp.source_of(self.root, self.form)
+        owner = Stamp.source_of(self.root, self.kind)
         if owner is not None and owner != self.source:
             where = f"directory {self.root}"
             raise CacheOwnershipError(other_source(where, owner, self.source or ""))

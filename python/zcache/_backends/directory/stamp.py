@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import stat
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from zcache._backends.directory import files
 from zcache._backends.ownership import (
-    FORMAT,
+    Kind,
     is_stamp,
     is_trusted,
     not_ours,
     other_source,
     other_user,
     parse_stamp,
+    stamp_text,
     trust,
 )
 from zcache._core import IndexBusyError, make_way
@@ -65,8 +65,8 @@ class Stamp:
         Name of the source.
     adopt : bool
         Whether to take over what is there already.
-    form : int or str, optional
-        Format of what is kept. Default is that of a directory of files.
+    kind : Kind, optional
+        What it is. Default is a directory of files.
     trusts_owner : bool, optional
         Whether it may be another user's. Default is False: only where it is adopted.
 
@@ -96,11 +96,11 @@ class Stamp:
         source: str,
         *,
         adopt: bool,
-        form: int | str = FORMAT,
+        kind: Kind = Kind.DIRECTORY,
         trusts_owner: bool = False,
     ) -> None:
         self.root = root
-        self._form = form
+        self._kind = kind
         self._reserved = reserved
         self._path = os.path.join(reserved, "stamp.json")
         self._copy = os.path.join(reserved, "index", "stamp.json")
@@ -116,7 +116,7 @@ class Stamp:
         self.check(adopt=adopt)
 
     @staticmethod
-    def source_of(root: str, form: int | str = FORMAT) -> str | None:
+    def source_of(root: str, kind: Kind = Kind.DIRECTORY) -> str | None:
         """Name of the source of a cache directory, which stays as it is; None where that is unknown."""
         reserved = os.path.join(root, ".zcache")
         for path in (
@@ -129,8 +129,7 @@ class Stamp:
                 continue
             if text is not None and is_stamp(text):
                 where = f"directory {root}"
-                stamp = parse_stamp(text, where, adopt=False, listed=False, form=form)
-                return None if stamp is None else str(stamp["source"])
+                return parse_stamp(text, where, adopt=False, listed=False, kind=kind)
         return None
 
     def check(self, *, adopt: bool) -> None:
@@ -150,19 +149,17 @@ class Stamp:
         for path in self.paths:
             with contextlib.suppress(OSError):
                 make_way(path)
-        stamp = self._read(adopt)
-        if stamp is None:
-            stamp = self._claim(adopt)
-        elif adopt and stamp["source"] == self.source:
+        owner = self._read(adopt)
+        if owner is None:
+            owner = self._claim(adopt)
+        elif adopt and owner == self.source:
             self.has_adopted = self._adopt()
         # What a source has left that ended with its process is of no use to any other.
-        self.is_foreign = stamp["source"] != self.source
-        if self.is_foreign and not str(stamp["source"]).startswith(EPHEMERAL):
-            raise CacheOwnershipError(
-                other_source(f"directory {self.root}", stamp["source"], self.source)
-            )
+        self.is_foreign = owner != self.source
+        if self.is_foreign and not owner.startswith(EPHEMERAL):
+            raise CacheOwnershipError(other_source(f"directory {self.root}", owner, self.source))
         self._identity = files.identity(self.root)
-        self._keep_copy(stamp)
+        self._keep_copy(owner)
 
     def keep(self) -> None:
         """Put back, in a directory in use, what a purge has taken of the stamp; and keep it young.
@@ -192,37 +189,37 @@ class Stamp:
         status = os.stat(self.root)
         if status.st_uid in (os.geteuid(), 0) or self._trusts_owner:
             return
-        raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._form))
+        raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._kind))
 
-    def _read(self, adopt: bool) -> dict[str, Any] | None:
-        """The stamp, or its copy where that is all there is; None where there is neither."""
+    def _read(self, adopt: bool) -> str | None:
+        """The source by the stamp, or by its copy where that is all there is; None where there is neither."""
         where = f"directory {self.root}"
         text = _read_small(self._path)
         if text is None or not is_stamp(text):
             copy = _read_small(self._copy)
             if copy is not None and is_stamp(copy):
-                stamp = parse_stamp(copy, where, adopt=adopt, listed=False, form=self._form)
-                if stamp is not None:
+                owner = parse_stamp(copy, where, adopt=adopt, listed=False, kind=self._kind)
+                if owner is not None:
                     with contextlib.suppress(OSError):
-                        self._write(stamp["source"], replace=text is not None)
-                return stamp
+                        self._write(owner, replace=text is not None)
+                return owner
         if text is None:
             return None
-        stamp = parse_stamp(text, where, adopt=adopt, listed=False, form=self._form)
-        if stamp is None:
+        owner = parse_stamp(text, where, adopt=adopt, listed=False, kind=self._kind)
+        if owner is None:
             os.unlink(self._path)
-        return stamp
+        return owner
 
-    def _claim(self, adopt: bool) -> dict[str, Any]:
+    def _claim(self, adopt: bool) -> str:
         was_cache = os.path.lexists(self._reserved)
         ours, foreign = self._survey()
         if adopt:
             self.has_adopted = self._adopt()
         elif foreign is not None and not (ours and was_cache):
-            if (stamp := self._read(adopt)) is not None:
-                return stamp  # Another process was first, and these are its values.
+            if (owner := self._read(adopt)) is not None:
+                return owner  # Another process was first, and these are its values.
             where = f"directory {self.root}"
-            raise CacheOwnershipError(not_ours(where, foreign, self.source, self._form))
+            raise CacheOwnershipError(not_ours(where, foreign, self.source, self._kind))
         elif ours:
             logger.warning(
                 "the stamp of the cache directory %s has gone, so what it holds is taken in again as far as "
@@ -262,12 +259,12 @@ class Stamp:
                     return ours, foreign
         return ours, foreign
 
-    def _write(self, source: str, *, replace: bool) -> dict[str, Any]:
-        stamp = {"zcache": self._form, "source": source}
+    def _write(self, source: str, *, replace: bool) -> str:
+        """Stamp the directory with a source; returns that, or the one of a process that was first."""
         os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(stamp, file)
+            file.write(stamp_text(self._kind, source))
             file.flush()
             # Once per directory: an empty stamp after a loss of power would lock its owner out.
             os.fsync(file.fileno())
@@ -281,20 +278,21 @@ class Stamp:
                 _link(unfinished, self._path)
             except FileExistsError:
                 # Another process was first; its stamp counts.
-                return self._read(adopt=False) or stamp
+                owner = self._read(adopt=False)
+                return source if owner is None else owner
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(unfinished)
             # A process that is not the first must leave the copy of the first: this one belonged to no stamp.
             self._remove_copy()
-        self._keep_copy(stamp)
-        return stamp
+        self._keep_copy(source)
+        return source
 
     def _remove_copy(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._copy)
 
-    def _keep_copy(self, stamp: dict[str, Any]) -> None:
+    def _keep_copy(self, source: str) -> None:
         """Have a copy of the stamp beside the index that can be read, where that can be."""
         with contextlib.suppress(OSError):
             copy = _read_small(self._copy)
@@ -302,7 +300,7 @@ class Stamp:
                 return
             os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
-            Path(unfinished).write_text(json.dumps(stamp), encoding="utf-8")
+            Path(unfinished).write_text(stamp_text(self._kind, source), encoding="utf-8")
             files.open_as_directory(unfinished, self.root)
             os.replace(unfinished, self._copy)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
 from zcache._backends.directory.stamp import check_above
-from zcache._backends.ownership import POOL_FORMAT
+from zcache._backends.ownership import Kind
 from zcache._core import Index, SegmentFiles
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _owns_rebuild(index: Index) -> bool:
 class PoolLayout(Layout):
     """The folders of a pool, its stamp, and the files of its index and its segments."""
 
-    form = POOL_FORMAT
+    kind = Kind.POOL
 
     def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
         super().__init__(root, source)

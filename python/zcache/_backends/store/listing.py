@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import threading
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from zcache._backends.ownership import FORMAT, not_ours, other_source, parse_stamp
+from zcache._backends.ownership import Kind, not_ours, other_source, parse_stamp, stamp_text
 from zcache._backends.tombstones import DROPPED, RANGES, key_of, tombstone, with_tombstone
 from zcache._byte_ranges import is_encodable, is_reserved
 from zcache._runtime.buffers import to_cpu_buffer
@@ -169,8 +168,8 @@ class Listing:
         where = f"cache_store={describe(cache)}"
         # What a store in memory holds ends with it, so a stamp would tell nothing.
         in_memory = isinstance(innermost(cache), MemoryStore)
-        stamp = None if in_memory else await self._read_stamp(cache, where)
-        is_ours = stamp is not None and stamp["source"] == self._source
+        owner = None if in_memory else await self._read_stamp(cache, where)
+        is_ours = owner == self._source
         index = self._handle.index
         # First, for what is marked must not be served, not even until the listing has ended.
         marks = [name for mark in (DROPPED, WRITING) async for name in cache.list_prefix(mark)]
@@ -178,7 +177,7 @@ class Listing:
         left: list[str] = []
         async for names in _portions(cache):
             values = [name for name in names if _is_value(name)]
-            if stamp is not None and not is_ours:
+            if owner is not None and not is_ours:
                 left += values
             elif is_ours or self._adopt or not values:
                 marked.update(map(key_of, with_tombstone(marks, values)))
@@ -190,8 +189,8 @@ class Listing:
             await cache.delete(name)
             self._seen += 1
         if not (is_ours or in_memory):
-            data = json.dumps({"zcache": FORMAT, "source": self._source, "listed": True}).encode()
-            await cache.set(STAMP, to_cpu_buffer(data))
+            text = stamp_text(Kind.DIRECTORY, self._source, listed=True)
+            await cache.set(STAMP, to_cpu_buffer(text.encode()))
         await self._drop_marked(cache, index, marks)
         # From here on without a suspension: a change is either noted before or finds its entry.
         with self._lock:
@@ -261,8 +260,8 @@ class Listing:
                     await cache.delete(name)
                 self._seen += 1
 
-    async def _read_stamp(self, cache: Store, where: str) -> dict[str, Any] | None:
-        """The stamp of the store, if it has one: this source's, or that of one that has ended.
+    async def _read_stamp(self, cache: Store, where: str) -> str | None:
+        """Which source the store is stamped with, if any: this one, or one that has ended.
 
         Raises
         ------
@@ -272,11 +271,10 @@ class Listing:
         text = await cache.get(STAMP, default_buffer_prototype())
         if text is None:
             return None
-        stamp = parse_stamp(text.to_bytes(), where, adopt=self._adopt, listed=True)
-        source = self._source if stamp is None else stamp["source"]
-        if source != self._source and not str(source).startswith(EPHEMERAL):
-            raise CacheOwnershipError(other_source(where, source, self._source))
-        return stamp
+        owner = parse_stamp(text.to_bytes(), where, adopt=self._adopt, listed=True)
+        if owner not in (None, self._source) and not owner.startswith(EPHEMERAL):
+            raise CacheOwnershipError(other_source(where, owner, self._source))
+        return owner
 
 
 async def _portions(cache: Store) -> AsyncIterator[list[str]]:
