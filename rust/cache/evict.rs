@@ -178,7 +178,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.least_needed(need, has_to_be)
     }
 
-    /// Takes an entry whose bytes are needed, and counts it: an eviction, and an expiration too where it was stale.
+    /// Takes an entry for the sake of its bytes, and counts it: an eviction, and an expiration too where it was stale.
     /// A failed delete that is tried again was counted before.
     pub(super) fn evict_one(&mut self, i: u32, now: u64, victims: &mut Vec<Victim>) -> Result<u64> {
         let cell = self.arena.get(i)?;

@@ -46,10 +46,15 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (sum, size, /))]
-    fn count_folders_since(&self, py: Python<'_>, sum: Option<u64>, size: i64) -> PyResult<()> {
+    #[pyo3(signature = (folder_sum, size, /))]
+    fn count_folders_since(
+        &self,
+        py: Python<'_>,
+        folder_sum: Option<u64>,
+        size: i64,
+    ) -> PyResult<()> {
         step!(self, py, |cache| {
-            cache.count_folders_since(sum, size);
+            cache.count_folders_since(folder_sum, size);
             Ok(())
         })
     }

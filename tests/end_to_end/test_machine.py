@@ -11,6 +11,7 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,7 +25,7 @@ from schedules import Op, Scenario, SourceError, World
 from zcache.testing import FakeClock, in_flight
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
 KEYS = ["a", "b", "a/x", "g/a", "g/b", "g/h/c"]
 START = {key: key.encode() * 3 for key in KEYS[:4]}
@@ -79,6 +80,15 @@ cache_errors = st.sampled_from(
     ]
 )
 when = st.sampled_from(["before", "after"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_time_limit() -> Iterator[None]:
+    """Here what is held goes on when a rule says so, which on a loaded machine may be after a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zcache._backends.base.READ_TIMEOUT", 3600)
+        patch.setattr("zcache._backends.store.backend.DELETE_TIMEOUT", 3600)
+        yield
 
 
 class Machine(RuleBasedStateMachine):

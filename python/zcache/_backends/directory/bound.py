@@ -75,9 +75,7 @@ class Bound:
 
     def wait(self) -> None:
         """Wait until the bound is kept, or nothing can be evicted now: `BOUND_PATIENCE` seconds at most."""
-        # An index that has been waited for in vain is not waited for again.
-        if self.handle.is_open:
-            self._kept.wait(BOUND_PATIENCE)
+        self._kept.wait(BOUND_PATIENCE)
 
     def evict_excess(self) -> tuple[bool, bool]:
         """Evict a batch; whether anything was, and whether there may be more.
