@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::former::{Former, FormerValue};
+use super::index_file::{FAULTED, REMOVED};
 use super::lock_files::{Locks, OpenError};
-use super::mapped::{DIED, FAULTED, Mapped};
+use super::mapped::Mapped;
+use super::step::DIED;
 use crate::cache::{Cache, Limits, Peers, Tally};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
@@ -217,7 +219,7 @@ impl<T: Clone> SharedIndex<T> {
             }
         }
         if self.storage().are_removed() {
-            return Err(Error::Lost("index file: removed").into());
+            return Err(REMOVED.into());
         }
         let is_taken = self.storage().try_lock_or_take_over();
         self.storage().set_held(!is_taken);

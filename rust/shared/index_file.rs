@@ -13,8 +13,13 @@ use super::lock_files::{
     create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, remove, rename_over,
     unshare,
 };
-use super::mapped::{NOT_MAPPED, REMOVED};
 use crate::error::{Error, Result};
+
+pub(super) const REMOVED: Error = Error::Lost("index file: removed");
+pub(super) const NOT_MAPPED: Error = Error::Lost("index file: cannot be mapped");
+/// A page that could not be had is as good as a damaged one.
+pub(super) const FAULTED: Error =
+    Error::Corrupt("index file: a page that cannot be read or written");
 
 /// A file of the index.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
 //! An index that several processes share: files that they map, a lock around each step, and the
 //! list of participants.
 
+mod files;
 mod former;
 mod guard;
 mod header;
@@ -15,6 +16,7 @@ mod neighbours;
 mod participants;
 mod recovery;
 mod sample_file;
+mod step;
 
 pub use self::former::FormerValue;
 pub use self::header::PARTICIPANTS;

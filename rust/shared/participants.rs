@@ -3,9 +3,9 @@
 
 use bytemuck::Zeroable;
 
-use super::header::{HEADER_LEN, VERSIONS, new_generation};
+use super::header::{VERSIONS, new_generation};
 use super::lock_files::is_alive;
-use super::mapped::{HEAD, Mapped};
+use super::mapped::Mapped;
 use super::sample_file::SampleFile;
 use crate::arena::racing::load_u64;
 use crate::cache::{Participant, Peers, Version};
@@ -17,7 +17,7 @@ impl Mapped {
     /// unreadable.
     pub(super) fn living(&self) -> Vec<(usize, Participant)> {
         // Reading the mapping of a truncated file would be fatal.
-        let is_whole = self.files[HEAD].is_whole();
+        let is_whole = self.files.head.is_whole();
         if !is_whole || !self.file_header().is_plausible() {
             return Vec::new();
         }
@@ -83,7 +83,7 @@ impl Peers for Mapped {
     }
     fn version(&self, key: u64) -> Version {
         let at = key as usize % VERSIONS;
-        let version = self.files[HEAD].slice(HEADER_LEN, VERSIONS as u64).get(at);
+        let version = self.files.versions().get(at);
         [version.copied().unwrap_or(0), self.file_header().epoch]
     }
     fn first_version(&self) -> Version {
@@ -93,8 +93,7 @@ impl Peers for Mapped {
         let header = self.file_header_mut();
         header.changes = header.changes.wrapping_add(1);
         let at = key as usize % VERSIONS;
-        let versions: &mut [u32] = self.files[HEAD].slice_mut(HEADER_LEN, VERSIONS as u64);
-        if let Some(version) = versions.get_mut(at) {
+        if let Some(version) = self.files.versions_mut().get_mut(at) {
             *version = version.wrapping_add(1);
         }
     }
