@@ -1,0 +1,120 @@
+//! Whether the tree is sound where a step relies on it: what is looked at is in proportion to that part.
+
+use super::{CYCLE, hash};
+use crate::arena::arena::{Arena, ROOT};
+use crate::arena::cell::Kind;
+use crate::arena::storage::Storage;
+use crate::error::{Error, Result};
+use crate::key;
+use crate::key::packing::{self, Label};
+
+impl<S: Storage> Arena<S> {
+    /// Checks that damage hides nothing of a key that is about to be changed: what is not found is not there, and the ranges
+    /// that are found are all that there are.
+    pub(crate) fn check_whole(&self, key: &str) -> Result<()> {
+        let (dirs, label) = packing::split(key);
+        let above = self.dir_hash(dirs);
+        for kind in [Kind::Value, Kind::Object, Kind::Absent] {
+            match self.locate(dirs, &label, kind)?.found {
+                Some(object) if kind == Kind::Object => drop(self.children_in(object, false)?),
+                Some(_) => {}
+                None => self.table_check_missing(hash(&label, above, kind))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that nothing that is `unwanted` is at or below a prefix, by the tree alone: what the hash table has lost
+    /// is found as well, and a directory that has lost its name is damage. Looks at what lies beside each directory of the
+    /// prefix.
+    pub(crate) fn check_none_below(
+        &self,
+        prefix: &str,
+        unwanted: impl Fn(&Self, u32) -> Result<bool>,
+    ) -> Result<()> {
+        if self.get(ROOT)?.kind()? != Kind::Dir {
+            return Err(Error::Corrupt("tree: the root is no directory"));
+        }
+        let (own, label) = packing::split(prefix);
+        let tails: Vec<String> = key::above_tails_below(prefix).collect();
+        let (mut dir, mut path) = (ROOT, 0);
+        while path < prefix.len() {
+            let (above, rest) = prefix.split_at_checked(path).unwrap_or_default();
+            let name = rest.split('/').next().unwrap_or(rest);
+            let mut below = None;
+            for child in self.children(dir)? {
+                if self.get(child)?.kind()? == Kind::Dir {
+                    let found = Label::Raw(self.label(child)?);
+                    if self.hash_below(dir, Kind::Dir, &found)? != self.get(child)?.hash() {
+                        return Err(Error::Corrupt("tree: a directory that has lost its name"));
+                    }
+                    if found.bytes() == name.as_bytes() {
+                        below = Some(child);
+                    }
+                } else if above == own && self.label_is(child, &label)?
+                    || tails.iter().any(|tails| tails == above)
+                        && key::is_below(&self.name(child)?.0, prefix)
+                {
+                    self.check_none_in(child, &unwanted)?;
+                }
+            }
+            let Some(found) = below else { return Ok(()) };
+            (dir, path) = (found, path + name.len() + 1);
+        }
+        self.check_none_in(dir, &unwanted)
+    }
+
+    /// The same of a cell and all below it.
+    fn check_none_in(&self, top: u32, unwanted: impl Fn(&Self, u32) -> Result<bool>) -> Result<()> {
+        let (mut todo, mut steps) = (vec![top], self.storage.cells().len());
+        while let Some(i) = todo.pop() {
+            steps = steps.checked_sub(1).ok_or(CYCLE)?;
+            if matches!(self.get(i)?.kind()?, Kind::Dir | Kind::Object) {
+                todo.extend(self.children(i)?);
+            } else if unwanted(self, i)? {
+                return Err(Error::Corrupt("tree: an entry that was not found"));
+            }
+        }
+        Ok(())
+    }
+
+    /// All children of a directory or object, absences among them.
+    fn children(&self, parent: u32) -> Result<Vec<u32>> {
+        let mut all = self.children_in(parent, false)?;
+        if self.get(parent)?.kind()? == Kind::Dir {
+            all.extend(self.children_in(parent, true)?);
+        }
+        Ok(all)
+    }
+
+    /// The children of a directory or object that are absences, or those that are not: each its own, and as many as counted.
+    pub(in crate::arena) fn children_in(&self, parent: u32, of_absences: bool) -> Result<Vec<u32>> {
+        let foreign = Error::Corrupt("tree: a child of another parent");
+        if !matches!(self.get(parent)?.kind()?, Kind::Dir | Kind::Object) {
+            return Err(Error::Corrupt("tree: a parent that is no directory"));
+        }
+        let [mut at, counted] = self.get(parent)?.children(of_absences);
+        let (mut before, mut found) = (0, Vec::new());
+        while at != 0 {
+            let cell = self.get(at)?;
+            let is_child = match cell.kind()? {
+                Kind::Absent => of_absences,
+                Kind::Dir | Kind::Object => !of_absences,
+                _ => cell.is_entry() && !of_absences,
+            };
+            if !is_child || cell.parent != parent || cell.left != before {
+                return Err(foreign);
+            }
+            if found.len() >= counted as usize {
+                return Err(Error::Corrupt("tree: more children than counted"));
+            }
+            found.push(at);
+            (before, at) = (at, cell.right);
+        }
+        if found.len() == counted as usize {
+            Ok(found)
+        } else {
+            Err(Error::Corrupt("tree: count of children"))
+        }
+    }
+}
