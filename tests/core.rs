@@ -34,6 +34,7 @@ mod core_lock;
 mod core_lookup;
 mod core_model;
 mod core_plan;
+mod core_plan_positions;
 mod core_policy;
 mod core_ranges;
 mod core_refresh;

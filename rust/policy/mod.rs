@@ -12,6 +12,7 @@ mod learner;
 mod lru;
 mod none;
 mod plan;
+mod planned_entries;
 mod policy;
 mod progress;
 mod recent;
