@@ -1,6 +1,6 @@
 //! The seam for eviction policies: a cache goes by whichever policy it has.
 
-use zcache::arena::{Heap, List};
+use zcache::arena::{End, Heap, List};
 use zcache::cache::{Cache, Joined, Limits, Reserve};
 use zcache::error::Result;
 use zcache::key::ByteRange;
@@ -21,7 +21,7 @@ impl Eviction for Fifo {
         entries.leave(entry)
     }
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
-        entries.end(List::Recency, false)
+        entries.end(List::Recency, End::First)
     }
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {
         entries.all_of(List::Recency)

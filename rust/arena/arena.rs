@@ -52,6 +52,35 @@ pub enum List {
     Segments,
 }
 
+/// An end of a list, or the direction towards it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The least recent, or the next to go.
+    First,
+    /// The most recent, or the last to go.
+    Last,
+}
+
+impl End {
+    /// The other one.
+    #[inline]
+    pub(crate) fn other(self) -> End {
+        match self {
+            End::First => End::Last,
+            End::Last => End::First,
+        }
+    }
+
+    /// This one of the two.
+    #[inline]
+    pub(crate) fn of<T>(self, [first, last]: [T; 2]) -> T {
+        match self {
+            End::First => first,
+            End::Last => last,
+        }
+    }
+}
+
 impl<S: Storage> Arena<S> {
     /// An arena over this memory, as it is.
     pub fn new(storage: S) -> Self {
@@ -178,9 +207,8 @@ impl<S: Storage> Arena<S> {
 
     /// First or last cell of a list. An error where the cell does not belong there: a caller that
     /// drains a list relies on each cell being another one.
-    pub fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
-        let [first, last] = self.list(list);
-        let i = if at_last { last } else { first };
+    pub fn end(&self, list: List, end: End) -> Result<Option<u32>> {
+        let i = end.of(self.list(list));
         if i == 0 {
             return Ok(None);
         }
@@ -191,24 +219,24 @@ impl<S: Storage> Arena<S> {
         }
     }
 
-    /// The neighbour of `i` towards the first (`false`) or the last (`true`) cell.
-    pub fn neighbour(&self, list: List, i: u32, towards_last: bool) -> Result<u32> {
+    /// The neighbour of `i` towards the first or the last cell.
+    pub fn neighbour(&self, list: List, i: u32, towards: End) -> Result<u32> {
         let cell = self.get(i)?;
-        Ok(match (list, towards_last) {
-            (List::FetchTime, false) => cell.earlier,
-            (List::FetchTime, true) => cell.later,
-            (_, false) => cell.older & LINK,
-            (_, true) => cell.newer & LINK,
+        Ok(match (list, towards) {
+            (List::FetchTime, End::First) => cell.earlier,
+            (List::FetchTime, End::Last) => cell.later,
+            (_, End::First) => cell.older & LINK,
+            (_, End::Last) => cell.newer & LINK,
         })
     }
 
-    fn set_neighbour(&mut self, list: List, i: u32, towards_last: bool, to: u32) -> Result<()> {
+    fn set_neighbour(&mut self, list: List, i: u32, towards: End, to: u32) -> Result<()> {
         let cell = self.get_mut(i)?;
-        match (list, towards_last) {
-            (List::FetchTime, false) => cell.earlier = to,
-            (List::FetchTime, true) => cell.later = to,
-            (_, false) => cell.older = cell.older & !LINK | to & LINK,
-            (_, true) => cell.newer = cell.newer & !LINK | to & LINK,
+        match (list, towards) {
+            (List::FetchTime, End::First) => cell.earlier = to,
+            (List::FetchTime, End::Last) => cell.later = to,
+            (_, End::First) => cell.older = cell.older & !LINK | to & LINK,
+            (_, End::Last) => cell.newer = cell.newer & !LINK | to & LINK,
         }
         Ok(())
     }
@@ -231,44 +259,43 @@ impl<S: Storage> Arena<S> {
     }
 
     /// Links a cell at one end of `list`. It must not be in a list that uses the same links.
-    pub fn link(&mut self, list: List, i: u32, at_last: bool) -> Result<()> {
-        let end = usize::from(at_last);
-        let beside = std::mem::replace(self.ends(list).get_mut(end).ok_or(TWO_ENDS)?, i);
-        self.set_neighbour(list, i, at_last, 0)?;
-        self.set_neighbour(list, i, !at_last, beside)?;
+    pub fn link(&mut self, list: List, i: u32, end: End) -> Result<()> {
+        let beside = std::mem::replace(end.of(self.ends(list).each_mut()), i);
+        self.set_neighbour(list, i, end, 0)?;
+        self.set_neighbour(list, i, end.other(), beside)?;
         if beside == 0 {
-            *self.ends(list).get_mut(1 - end).ok_or(TWO_ENDS)? = i;
+            *end.other().of(self.ends(list).each_mut()) = i;
             Ok(())
         } else {
-            self.set_neighbour(list, beside, at_last, i)
+            self.set_neighbour(list, beside, end, i)
         }
     }
 
     /// Links a cell behind another one of `list`. It must not be in a list that uses the same links.
     pub fn link_behind(&mut self, list: List, i: u32, before: u32) -> Result<()> {
-        let after = self.neighbour(list, before, true)?;
+        let after = self.neighbour(list, before, End::Last)?;
         if after == 0 {
-            return self.link(list, i, true);
+            return self.link(list, i, End::Last);
         }
-        self.set_neighbour(list, i, false, before)?;
-        self.set_neighbour(list, i, true, after)?;
-        self.set_neighbour(list, before, true, i)?;
-        self.set_neighbour(list, after, false, i)
+        self.set_neighbour(list, i, End::First, before)?;
+        self.set_neighbour(list, i, End::Last, after)?;
+        self.set_neighbour(list, before, End::Last, i)?;
+        self.set_neighbour(list, after, End::First, i)
     }
 
     /// Unlinks a cell from `list`.
     pub fn unlink(&mut self, list: List, i: u32) -> Result<()> {
-        let before = self.neighbour(list, i, false)?;
-        let after = self.neighbour(list, i, true)?;
+        let before = self.neighbour(list, i, End::First)?;
+        let after = self.neighbour(list, i, End::Last)?;
         if before == 0 {
             self.ends(list)[0] = after;
         } else {
-            self.set_neighbour(list, before, true, after)?;
+            self.set_neighbour(list, before, End::Last, after)?;
         }
         if after == 0 {
             self.ends(list)[1] = before;
         } else {
-            self.set_neighbour(list, after, false, before)?;
+            self.set_neighbour(list, after, End::First, before)?;
         }
         Ok(())
     }
@@ -289,7 +316,6 @@ impl List {
     }
 }
 
-const TWO_ENDS: Error = Error::Corrupt("a list has two ends");
 pub(crate) const WRONG_STATE: Error = Error::Corrupt("list: entry in the wrong state");
 
 /// A counter beyond its type; only a damaged index gets there.

@@ -15,7 +15,7 @@ mod validate;
 pub(crate) mod validator;
 
 pub(crate) use self::arena::OVERFLOW;
-pub use self::arena::{Arena, IN_MAIN, List, MAX_CELLS, ROOT};
+pub use self::arena::{Arena, End, IN_MAIN, List, MAX_CELLS, ROOT};
 pub use self::cell::{Cell, Kind, STORED, State, TOO_LARGE};
 pub(crate) use self::hash_table::SEGMENT;
 pub use self::places::MAX_PAGES;

@@ -3,7 +3,7 @@
 //! Only storage with [`Storage::has_places`] has them: one word for each cell, in an array of their own, so
 //! that an index of files takes no more room.
 
-use super::arena::{Arena, List};
+use super::arena::{Arena, End, List};
 use super::cell::{Cell, Kind};
 use super::racing::load_u64;
 use super::storage::Storage;
@@ -110,7 +110,7 @@ impl<S: Storage> Arena<S> {
     pub(crate) fn add_segment(&mut self, number: u64, capacity: u32, owner: u32) -> Result<u32> {
         self.ensure(1)?;
         let i = self.alloc(Cell::segment(number, capacity, owner))?;
-        self.link(List::Segments, i, true)?;
+        self.link(List::Segments, i, End::Last)?;
         Ok(i)
     }
 

@@ -1,7 +1,7 @@
 //! Traversal of the tree below a directory, and of a list. Each is bounded, because a damaged file
 //! may hold cycles.
 
-use super::arena::{Arena, List};
+use super::arena::{Arena, End, List};
 use super::cell::Kind;
 use super::storage::Storage;
 use super::tree::{CYCLE, EMPTY};
@@ -136,7 +136,7 @@ impl<S: Storage> Arena<S> {
                 return Err(Error::Corrupt("list: cycle"));
             }
             cells.push(at);
-            at = self.neighbour(list, at, true)?;
+            at = self.neighbour(list, at, End::Last)?;
         }
         Ok(cells)
     }

@@ -1,6 +1,6 @@
 //! Validation: every counter, list and table recomputed from the cells.
 
-use super::arena::{Arena, IN_MAIN, List, OVERFLOW, ROOT, WRONG_STATE};
+use super::arena::{Arena, End, IN_MAIN, List, OVERFLOW, ROOT, WRONG_STATE};
 use super::cell::{Kind, State};
 use super::hash_table::SEGMENT;
 use super::storage::{STRING_SIZES, Storage};
@@ -248,7 +248,7 @@ impl<S: Storage> Arena<S> {
                     return Err(WRONG_STATE);
                 }
                 check(
-                    self.neighbour(list, i, false)? == before,
+                    self.neighbour(list, i, End::First)? == before,
                     "list: broken back link",
                 )?;
                 if matches!(list, List::Recency | List::Main) {

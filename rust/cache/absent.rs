@@ -14,7 +14,7 @@ use super::entry::SKEW;
 use super::in_flight::{ClosedFlight, Ticket};
 use super::lookup::can_serve;
 use super::peers::Peers;
-use crate::arena::{Arena, Kind, List, ROOT, State};
+use crate::arena::{Arena, End, Kind, List, ROOT, State};
 use crate::error::{Error, Result};
 use crate::key::{self, Asked, ByteRange, is_below};
 use crate::policy::Eviction;
@@ -119,7 +119,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             if self.absences() < most {
                 break;
             }
-            match self.arena.end(List::Absences, false)? {
+            match self.arena.end(List::Absences, End::First)? {
                 Some(i) => self.remove_absence(i)?,
                 None => return Ok(()),
             }
@@ -142,7 +142,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         cell.set_time(fetched.max(1));
         cell.set_absence_number(number);
         cell.later = epoch;
-        self.arena.link(List::Absences, i, true)?;
+        self.arena.link(List::Absences, i, End::Last)?;
         self.tell_absences();
         Ok(())
     }
@@ -210,7 +210,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let prefix = prefix.trim_end_matches('/');
         if prefix.is_empty() {
             for _ in 0..BATCH {
-                match self.arena.end(List::Absences, false)? {
+                match self.arena.end(List::Absences, End::First)? {
                     Some(i) => self.remove_absence(i)?,
                     None => return Ok(false),
                 }
@@ -312,7 +312,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             if self.knows_absent(key, fresh.now, ages)? {
                 if self.arena.list(List::Absences)[1] != i {
                     self.arena.unlink(List::Absences, i)?;
-                    self.arena.link(List::Absences, i, true)?;
+                    self.arena.link(List::Absences, i, End::Last)?;
                 }
                 return Ok(Answer::Absent);
             }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::cache::Cache;
 use super::peers::Peers;
 use super::segments::{FIRST_PAGE, pages_of};
-use crate::arena::{List, MAX_PAGES, Place};
+use crate::arena::{End, List, MAX_PAGES, Place};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -59,7 +59,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             cache.arena.set_place_word(i, place.word(i))?;
             if was_spent {
                 cache.arena.unlink(List::Segments, segment)?;
-                cache.arena.link(List::Segments, segment, true)?;
+                cache.arena.link(List::Segments, segment, End::Last)?;
             }
             Ok(())
         })

@@ -17,7 +17,7 @@
 
 use super::cache::Cache;
 use super::peers::Peers;
-use crate::arena::{Kind, List, OVERFLOW, State, TOO_LARGE};
+use crate::arena::{End, Kind, List, OVERFLOW, State, TOO_LARGE};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -106,19 +106,19 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 _ => self.arena.get(before)?.time(),
             };
             if time > fetched {
-                before = self.arena.neighbour(List::FetchTime, before, false)?;
+                before = self.arena.neighbour(List::FetchTime, before, End::First)?;
                 continue;
             }
             let cell = self.arena.get_mut(i)?;
             cell.set_time(fetched);
             // Unknown times are at the front, those that do not fit into a cell included.
             return match (before, cell.time()) {
-                (0, _) | (_, 0) => self.arena.link(List::FetchTime, i, false),
+                (0, _) | (_, 0) => self.arena.link(List::FetchTime, i, End::First),
                 _ => self.arena.link_behind(List::FetchTime, i, before),
             };
         }
         self.arena.get_mut(i)?.set_time(0);
-        self.arena.link(List::FetchTime, i, false)
+        self.arena.link(List::FetchTime, i, End::First)
     }
 
     /// After the clock was set back, the age of entries that were fetched "later" than now is
@@ -138,13 +138,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn undate(&mut self, i: u32) -> Result<()> {
         self.arena.unlink(List::FetchTime, i)?;
         self.arena.get_mut(i)?.set_time(0);
-        self.arena.link(List::FetchTime, i, false)
+        self.arena.link(List::FetchTime, i, End::First)
     }
 
     /// Notes that this participant is writing or deleting the bytes of an entry.
     fn link_in_progress(&mut self, i: u32) -> Result<()> {
         let owner = self.arena.storage.own_slot() as u32 + 1;
-        self.arena.link(List::InProgress, i, true)?;
+        self.arena.link(List::InProgress, i, End::Last)?;
         self.arena.get_mut(i)?.earlier = owner;
         Ok(())
     }
@@ -188,7 +188,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         self.arena.unlink(List::InProgress, i)?;
         self.arena.get_mut(i)?.set_state(State::DeleteFailed)?;
-        self.arena.link(List::DeleteFailed, i, true)
+        self.arena.link(List::DeleteFailed, i, End::Last)
     }
 
     /// The bytes of a `Deleting` entry are gone.

@@ -4,7 +4,7 @@ use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
 use super::planned::Need;
 use super::reserve::{RejectReason, Reserve};
-use crate::arena::{List, State};
+use crate::arena::{End, List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::{Eviction, Newcomer};
@@ -134,7 +134,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn retry_failed(&mut self, limit: usize) -> Result<Vec<Victim>> {
         let mut victims = Vec::new();
         while victims.len() < limit {
-            let Some(i) = self.arena.end(List::DeleteFailed, false)? else {
+            let Some(i) = self.arena.end(List::DeleteFailed, End::First)? else {
                 break;
             };
             self.take(i, &mut victims)?;
@@ -153,12 +153,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         need: Need,
         newcomer: Option<&mut Candidate>,
     ) -> Result<Option<u32>> {
-        if failed && let Some(i) = self.arena.end(List::DeleteFailed, false)? {
+        if failed && let Some(i) = self.arena.end(List::DeleteFailed, End::First)? {
             return Ok(Some(i));
         }
         // The useless are at the ends: those too old at one, those from the future at the other.
-        for at_last in [false, true] {
-            if let Some(i) = self.arena.end(List::FetchTime, at_last)?
+        for end in [End::First, End::Last] {
+            if let Some(i) = self.arena.end(List::FetchTime, end)?
                 && self.is_useless(self.arena.get(i)?, now)
             {
                 return Ok(Some(i));

@@ -10,7 +10,7 @@
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::segments::{FEW, LOOKED_AT, Placed};
-use crate::arena::{List, State};
+use crate::arena::{End, List, State};
 use crate::error::Result;
 use crate::key::ByteRange;
 use crate::policy::Eviction;
@@ -57,7 +57,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 found += 1;
                 last = Some(cell.segment_number());
             }
-            at = self.arena.neighbour(List::Segments, at, true)?;
+            at = self.arena.neighbour(List::Segments, at, End::Last)?;
         }
         Ok(last.filter(|_| found > FEW))
     }

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use super::cache::{BATCH, Cache};
 use super::keys::Cursor;
 use super::peers::Peers;
-use crate::arena::{List, ROOT, State};
+use crate::arena::{End, List, ROOT, State};
 use crate::error::Result;
 use crate::policy::{Course, Distance, Entries, Eviction, NEVER, Plan, Recent};
 
@@ -285,7 +285,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let victim = goes.then_some(last.1);
         if let Some((_, i)) = other
             && victim != Some(i)
-            && Entries::neighbour(&self.arena, i, true)? == 0
+            && Entries::neighbour(&self.arena, i, End::Last)? == 0
         {
             // The policy does not order by use, so another may be needed later: that is looked at next.
             self.pass_over(i)?;
@@ -372,12 +372,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     fn pass_over(&mut self, i: u32) -> Result<()> {
         let list = self.arena.list_of(i)?;
-        if Entries::neighbour(&self.arena, i, true)? != 0 {
+        if Entries::neighbour(&self.arena, i, End::Last)? != 0 {
             return self.arena.move_to(i, list);
         }
         // The policy goes from the last one.
         Entries::unlink(&mut self.arena, list, i)?;
-        Entries::link(&mut self.arena, list, i, false)
+        Entries::link(&mut self.arena, list, i, End::First)
     }
 
     /// Whether the plan agrees with the entries; for tests.

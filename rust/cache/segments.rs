@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::cache::{Cache, Victim};
 use super::peers::Peers;
 use super::reserve::Reservation;
-use crate::arena::{Cell, List, Place, State};
+use crate::arena::{Cell, End, List, Place, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::Eviction;
@@ -246,7 +246,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let cell = self.arena.segment_cell(i)?;
         if cell.is_spent_segment() || cell.is_sparse_segment() {
             self.arena.unlink(List::Segments, i)?;
-            self.arena.link(List::Segments, i, false)?;
+            self.arena.link(List::Segments, i, End::First)?;
         }
         Ok(())
     }
@@ -261,7 +261,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.arena.set_place_word(i, place.word(i))?;
         if was_spent {
             self.arena.unlink(List::Segments, segment)?;
-            self.arena.link(List::Segments, segment, true)?;
+            self.arena.link(List::Segments, segment, End::Last)?;
         }
         Ok(())
     }
@@ -418,7 +418,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 found.push((at, cell.segment_number()));
             }
             left -= 1;
-            at = self.arena.neighbour(List::Segments, at, true)?;
+            at = self.arena.neighbour(List::Segments, at, End::Last)?;
         }
         Ok(found)
     }

@@ -6,7 +6,7 @@ use super::ghosts::Ghosts;
 use super::learner::{Learner, Request, WORDS};
 use super::policy::{Eviction, Newcomer};
 use super::rule::{RULES, Ruled, is_sampled};
-use crate::arena::List;
+use crate::arena::{End, List};
 use crate::error::{Error, Result};
 
 /// Words of the ghosts at least: 4,096 of them.
@@ -173,7 +173,7 @@ impl Eviction for Adaptive {
 
     fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
         self.0.flush(entries, touch)?;
-        entries.end(list, false)
+        entries.end(list, End::First)
     }
 
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {

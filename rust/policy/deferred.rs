@@ -1,6 +1,7 @@
 //! Touches that are applied together.
 
 use super::entries::Entries;
+use crate::arena::End;
 use crate::error::Result;
 
 /// How many. Moving an entry writes to two neighbours that are in no cache of the processor; many such misses
@@ -46,8 +47,11 @@ impl Deferred {
         // Independent reads of all neighbours, so that the misses overlap.
         let mut read = 0;
         for &i in &self.0 {
-            let [older, newer] = [entries.neighbour(i, false)?, entries.neighbour(i, true)?];
-            read ^= entries.neighbour(older, true)? ^ entries.neighbour(newer, false)?;
+            let [older, newer] = [
+                entries.neighbour(i, End::First)?,
+                entries.neighbour(i, End::Last)?,
+            ];
+            read ^= entries.neighbour(older, End::Last)? ^ entries.neighbour(newer, End::First)?;
         }
         std::hint::black_box(read);
         let mut touched = std::mem::take(&mut self.0);

@@ -1,6 +1,6 @@
 //! What a policy sees of the entries: two lists, and a note of each entry.
 
-use crate::arena::{Arena, IN_MAIN, List, PolicyState, Storage};
+use crate::arena::{Arena, End, IN_MAIN, List, PolicyState, Storage};
 use crate::error::{Error, Result};
 
 /// Entries with the links, sizes and notes that policies need: those of an index, or the keys of a simulation.
@@ -29,11 +29,11 @@ pub trait Entries {
     /// Sets the same.
     fn set_note(&mut self, entry: u32, note: u8) -> Result<()>;
     /// The first or last entry of a list.
-    fn end(&self, list: List, at_last: bool) -> Result<Option<u32>>;
+    fn end(&self, list: List, end: End) -> Result<Option<u32>>;
     /// The entry beside another one of the same list, or 0.
-    fn neighbour(&self, entry: u32, towards_last: bool) -> Result<u32>;
+    fn neighbour(&self, entry: u32, towards: End) -> Result<u32>;
     /// Links an entry at one end of a list.
-    fn link(&mut self, list: List, entry: u32, at_last: bool) -> Result<()>;
+    fn link(&mut self, list: List, entry: u32, end: End) -> Result<()>;
     /// Unlinks an entry from its list.
     fn unlink(&mut self, list: List, entry: u32) -> Result<()>;
     /// What the policy remembers of keys, whether they have entries or not.
@@ -55,7 +55,7 @@ pub trait Entries {
 
     /// Puts an entry that is in no list at the end of the recency list.
     fn enter(&mut self, entry: u32, note: u8) -> Result<()> {
-        self.link(List::Recency, entry, true)?;
+        self.link(List::Recency, entry, End::Last)?;
         self.set_note(entry, note & !IN_MAIN)
     }
 
@@ -73,11 +73,11 @@ pub trait Entries {
     #[inline]
     fn move_to(&mut self, entry: u32, list: List) -> Result<()> {
         let from = self.list_of(entry)?;
-        if from == list && self.neighbour(entry, true)? == 0 {
+        if from == list && self.neighbour(entry, End::Last)? == 0 {
             return Ok(());
         }
         self.unlink(from, entry)?;
-        self.link(list, entry, true)?;
+        self.link(list, entry, End::Last)?;
         if from == list {
             return Ok(());
         }
@@ -103,13 +103,13 @@ pub trait Entries {
     fn all_of(&self, list: List) -> Result<Vec<u32>> {
         let count = self.most();
         let mut all = Vec::new();
-        let mut at = self.end(list, false)?.unwrap_or(0);
+        let mut at = self.end(list, End::First)?.unwrap_or(0);
         while at != 0 {
             if all.len() as u64 > count {
                 return Err(Error::Corrupt("list: cycle"));
             }
             all.push(at);
-            at = self.neighbour(at, true)?;
+            at = self.neighbour(at, End::Last)?;
         }
         Ok(all)
     }
@@ -146,16 +146,16 @@ impl<S: Storage> Entries for Arena<S> {
     fn set_note(&mut self, entry: u32, note: u8) -> Result<()> {
         Arena::set_note(self, entry, note)
     }
-    fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
-        Arena::end(self, list, at_last)
+    fn end(&self, list: List, end: End) -> Result<Option<u32>> {
+        Arena::end(self, list, end)
     }
     #[inline]
-    fn neighbour(&self, entry: u32, towards_last: bool) -> Result<u32> {
-        Arena::neighbour(self, List::Recency, entry, towards_last)
+    fn neighbour(&self, entry: u32, towards: End) -> Result<u32> {
+        Arena::neighbour(self, List::Recency, entry, towards)
     }
     #[inline]
-    fn link(&mut self, list: List, entry: u32, at_last: bool) -> Result<()> {
-        Arena::link(self, list, entry, at_last)
+    fn link(&mut self, list: List, entry: u32, end: End) -> Result<()> {
+        Arena::link(self, list, entry, end)
     }
     #[inline]
     fn unlink(&mut self, list: List, entry: u32) -> Result<()> {

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
 use super::table::Table;
-use crate::arena::{List, PolicyState};
+use crate::arena::{End, List, PolicyState};
 use crate::error::{Error, Result};
 
 /// One key, 24 bytes.
@@ -175,7 +175,7 @@ impl<'a> Keys<'a> {
             let mut before = 0;
             for i in self.all_of(list)? {
                 let is_sound = self.list_of(i)? == list
-                    && self.neighbour(i, false)? == before
+                    && self.neighbour(i, End::First)? == before
                     && self.find(self.node(i)?.key)? == Some(i);
                 if !is_sound {
                     return Err(CORRUPT);
@@ -183,7 +183,7 @@ impl<'a> Keys<'a> {
                 before = i;
                 *seen = (seen.0 + 1, seen.1 + self.size(i)?);
             }
-            if self.end(list, true)?.unwrap_or(0) != before {
+            if self.end(list, End::Last)?.unwrap_or(0) != before {
                 return Err(CORRUPT);
             }
         }
@@ -203,13 +203,9 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn set_neighbour(&mut self, i: u32, towards_last: bool, to: u32) -> Result<()> {
+    fn set_neighbour(&mut self, i: u32, towards: End, to: u32) -> Result<()> {
         let node = self.node_mut(i)?;
-        if towards_last {
-            node.newer = to;
-        } else {
-            node.older = to;
-        }
+        *towards.of([&mut node.older, &mut node.newer]) = to;
         Ok(())
     }
 }
@@ -240,41 +236,37 @@ impl Entries for Keys<'_> {
         node.size = node.size >> NOTE_BITS << NOTE_BITS | u64::from(note);
         Ok(())
     }
-    fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
-        let [first, last] = match list {
+    fn end(&self, list: List, end: End) -> Result<Option<u32>> {
+        let i = end.of(match list {
             List::Recency => self.head.recency,
             List::Main => self.head.main,
             _ => return Err(CORRUPT),
-        };
-        let i = if at_last { last } else { first };
+        });
         Ok((i != 0).then_some(i))
     }
-    fn neighbour(&self, entry: u32, towards_last: bool) -> Result<u32> {
+    fn neighbour(&self, entry: u32, towards: End) -> Result<u32> {
         let node = self.node(entry)?;
-        Ok(if towards_last { node.newer } else { node.older })
+        Ok(towards.of([node.older, node.newer]))
     }
-    fn link(&mut self, list: List, entry: u32, at_last: bool) -> Result<()> {
-        let ends = self.ends(list)?;
-        let end = if at_last { &mut ends[1] } else { &mut ends[0] };
-        let beside = std::mem::replace(end, entry);
-        self.set_neighbour(entry, at_last, 0)?;
-        self.set_neighbour(entry, !at_last, beside)?;
+    fn link(&mut self, list: List, entry: u32, end: End) -> Result<()> {
+        let beside = std::mem::replace(end.of(self.ends(list)?.each_mut()), entry);
+        self.set_neighbour(entry, end, 0)?;
+        self.set_neighbour(entry, end.other(), beside)?;
         if beside != 0 {
-            return self.set_neighbour(beside, at_last, entry);
+            return self.set_neighbour(beside, end, entry);
         }
-        let ends = self.ends(list)?;
-        *if at_last { &mut ends[0] } else { &mut ends[1] } = entry;
+        *end.other().of(self.ends(list)?.each_mut()) = entry;
         Ok(())
     }
     fn unlink(&mut self, list: List, entry: u32) -> Result<()> {
         let Node { older, newer, .. } = *self.node(entry)?;
         match older {
             0 => self.ends(list)?[0] = newer,
-            _ => self.set_neighbour(older, true, newer)?,
+            _ => self.set_neighbour(older, End::Last, newer)?,
         }
         match newer {
             0 => self.ends(list)?[1] = older,
-            _ => self.set_neighbour(newer, false, older)?,
+            _ => self.set_neighbour(newer, End::First, older)?,
         }
         Ok(())
     }

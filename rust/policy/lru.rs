@@ -3,7 +3,7 @@
 use super::deferred::Deferred;
 use super::entries::Entries;
 use super::policy::Eviction;
-use crate::arena::List;
+use crate::arena::{End, List};
 use crate::error::Result;
 
 /// The recency list is in the order of use; a touch moves an entry to its end.
@@ -36,15 +36,15 @@ impl Eviction for Lru {
 
     fn victim<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
         self.0.flush(entries, move_to_end)?;
-        match entries.end(List::Main, false)? {
+        match entries.end(List::Main, End::First)? {
             Some(left) => Ok(Some(left)),
-            None => entries.end(List::Recency, false),
+            None => entries.end(List::Recency, End::First),
         }
     }
 
     fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
         self.0.flush(entries, move_to_end)?;
-        entries.end(list, false)
+        entries.end(list, End::First)
     }
 
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {

@@ -2,7 +2,7 @@
 
 use super::entries::Entries;
 use super::policy::Eviction;
-use crate::arena::List;
+use crate::arena::{End, List};
 use crate::error::Result;
 
 /// The recency list is in the order of arrival, and reads change nothing. Nothing makes room for a new entry;
@@ -29,16 +29,20 @@ impl Eviction for NoEviction {
     }
 
     fn least<E: Entries>(&mut self, entries: &mut E) -> Result<Option<u32>> {
-        match entries.end(List::Recency, true)? {
+        match entries.end(List::Recency, End::Last)? {
             Some(last) => Ok(Some(last)),
             // Left there by another policy.
-            None => entries.end(List::Main, false),
+            None => entries.end(List::Main, End::First),
         }
     }
 
     /// The last one that came.
     fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
-        entries.end(list, list == List::Recency)
+        let end = match list {
+            List::Recency => End::Last,
+            _ => End::First,
+        };
+        entries.end(list, end)
     }
 
     fn order<E: Entries>(&self, entries: &E) -> Result<Vec<u32>> {

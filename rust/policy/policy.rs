@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use super::entries::Entries;
-use crate::arena::List;
+use crate::arena::{End, List};
 use crate::error::Result;
 
 /// A value that would come in, if there were room.
@@ -57,7 +57,7 @@ pub trait Eviction: Debug + Default {
 
     /// The entry of one list that a plan looks at first: the one that was used least recently, where uses are noted.
     fn first_of<E: Entries>(&mut self, entries: &mut E, list: List) -> Result<Option<u32>> {
-        entries.end(list, false)
+        entries.end(list, End::First)
     }
 
     /// All entries, the next victim first; for tests and tools.

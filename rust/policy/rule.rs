@@ -21,7 +21,7 @@ use super::entries::Entries;
 use super::ghosts::{Frequency, Ghosts};
 use super::kind::Minimise;
 use super::policy::Newcomer;
-use crate::arena::{IN_MAIN, List, PolicyState};
+use crate::arena::{End, IN_MAIN, List, PolicyState};
 use crate::error::Result;
 
 /// Entries that one step moves from the window to the main list, so that no step holds the lock for long.
@@ -139,7 +139,7 @@ impl Ruled {
     fn is_window_spent<E: Entries>(self, entries: &E, newcomer: Newcomer) -> Result<bool> {
         let (_, bytes) = entries.totals();
         let window = bytes.saturating_sub(entries.state().main_bytes);
-        let has_main = || Ok(entries.end(List::Main, false)?.is_some());
+        let has_main = || Ok(entries.end(List::Main, End::First)?.is_some());
         Ok(!self.is_lru() && window < newcomer.room && has_main()?)
     }
 
@@ -197,7 +197,7 @@ impl Ruled {
             MAKES_UP_FOR
         } else {
             // Several reads in a row are one.
-            u64::from(entries.neighbour(entry, true)? != 0)
+            u64::from(entries.neighbour(entry, End::Last)? != 0)
         };
         let state = entries.state_mut();
         state.new_keys = state.new_keys.saturating_sub(known);
@@ -225,8 +225,8 @@ impl Ruled {
         // Not of what is there now: some may have gone already for the same newcomer.
         let bytes = note_full(entries, 0);
         for _ in 0..MOVES {
-            let main = entries.end(List::Main, false)?;
-            let Some(newcomer) = entries.end(List::Recency, false)? else {
+            let main = entries.end(List::Main, End::First)?;
+            let Some(newcomer) = entries.end(List::Recency, End::First)? else {
                 return Ok(main);
             };
             if self.is_lru() || main.is_some() && self.is_renewing(entries) {
@@ -250,7 +250,7 @@ impl Ruled {
         }
         // The rule is new, and most entries are still in the window. What came last goes, and what may be needed
         // next stays.
-        entries.end(List::Recency, true)
+        entries.end(List::Recency, End::Last)
     }
 
     #[inline]
@@ -274,7 +274,7 @@ fn renews_after<E: Entries>(entries: &E) -> u64 {
 
 /// A key has come that was not used lately. With an empty main list there is nothing to renew.
 fn count_new<E: Entries>(entries: &mut E) -> Result<()> {
-    let is_empty = entries.end(List::Main, false)?.is_none();
+    let is_empty = entries.end(List::Main, End::First)?.is_none();
     let most = 2 * renews_after(entries);
     let state = entries.state_mut();
     state.new_keys = if is_empty {
@@ -313,7 +313,7 @@ fn frequency<E: Entries>(entries: &E, entry: u32) -> Result<u8> {
 fn is_admitted<E: Entries>(entries: &mut E, uses: u8, size: u64, missing: u64) -> Result<bool> {
     let lead = uses.saturating_sub(LEAD);
     let (mut freed, mut passed, mut none_stays) = (0u64, 0, true);
-    let mut at = entries.end(List::Main, false)?;
+    let mut at = entries.end(List::Main, End::First)?;
     for _ in 0..MOVES {
         let Some(rival) = at.filter(|_| freed < missing) else {
             break;
@@ -326,14 +326,14 @@ fn is_admitted<E: Entries>(entries: &mut E, uses: u8, size: u64, missing: u64) -
                 .saturating_mul(cost)
                 .saturating_mul(u128::from(other.max(1)))
         };
-        let next = entries.neighbour(rival, true)?;
+        let next = entries.neighbour(rival, End::Last)?;
         at = (next != 0).then_some(next);
         if worth(lead, size, rival_size) > worth(rival_uses, rival_size, size) {
             freed = freed.saturating_add(rival_size);
             if !none_stays {
                 // It goes before those that were passed over.
                 entries.unlink(List::Main, rival)?;
-                entries.link(List::Main, rival, false)?;
+                entries.link(List::Main, rival, End::First)?;
             }
             continue;
         }

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
-use crate::arena::{List, PolicyState};
+use crate::arena::{End, List, PolicyState};
 use crate::error::{Error, Result};
 
 /// What the learner's memory is found to be where its numbers cannot be.
@@ -93,14 +93,10 @@ impl Simulated<'_> {
         }
     }
 
-    fn set_neighbour(&mut self, i: u32, towards_last: bool, to: u32) -> Result<()> {
+    fn set_neighbour(&mut self, i: u32, towards: End, to: u32) -> Result<()> {
         let to = to as u16;
         let link = self.get_mut(i)?;
-        if towards_last {
-            link.newer = to;
-        } else {
-            link.older = to;
-        }
+        *towards.of([&mut link.older, &mut link.newer]) = to;
         Ok(())
     }
 
@@ -110,7 +106,7 @@ impl Simulated<'_> {
             let mut before = 0;
             for i in self.all_of(list)? {
                 let is_sound = self.list_of(i)? == list
-                    && self.neighbour(i, false)? == before
+                    && self.neighbour(i, End::First)? == before
                     && self.holds(i)?;
                 if !is_sound {
                     return Err(CORRUPT);
@@ -120,7 +116,7 @@ impl Simulated<'_> {
                 main_bytes += if list == List::Main { self.size(i)? } else { 0 };
                 *holders.get_mut(i as usize).ok_or(CORRUPT)? += 1;
             }
-            if self.end(list, true)?.unwrap_or(0) != before {
+            if self.end(list, End::Last)?.unwrap_or(0) != before {
                 return Err(CORRUPT);
             }
         }
@@ -161,49 +157,41 @@ impl Entries for Simulated<'_> {
         self.get_mut(entry)?.note = u16::from(note);
         Ok(())
     }
-    fn end(&self, list: List, at_last: bool) -> Result<Option<u32>> {
-        let [first, last] = match list {
+    fn end(&self, list: List, end: End) -> Result<Option<u32>> {
+        let i = end.of(match list {
             List::Main => self.head.main,
             _ => self.head.recency,
-        };
-        let i = if at_last { last } else { first };
+        });
         Ok((i != 0).then_some(i))
     }
-    fn neighbour(&self, entry: u32, towards_last: bool) -> Result<u32> {
+    fn neighbour(&self, entry: u32, towards: End) -> Result<u32> {
         let link = self.get(entry)?;
-        Ok(u32::from(if towards_last {
-            link.newer
-        } else {
-            link.older
-        }))
+        Ok(u32::from(towards.of([link.older, link.newer])))
     }
-    fn link(&mut self, list: List, entry: u32, at_last: bool) -> Result<()> {
-        let [first, last] = self.ends(list);
-        let (end, other) = if at_last {
-            (last, first)
-        } else {
-            (first, last)
-        };
-        let beside = std::mem::replace(end, entry);
+    fn link(&mut self, list: List, entry: u32, end: End) -> Result<()> {
+        let beside = std::mem::replace(end.of(self.ends(list).each_mut()), entry);
         if beside == 0 {
-            *other = entry;
+            *end.other().of(self.ends(list).each_mut()) = entry;
         }
-        self.set_neighbour(entry, at_last, 0)?;
-        self.set_neighbour(entry, !at_last, beside)?;
+        self.set_neighbour(entry, end, 0)?;
+        self.set_neighbour(entry, end.other(), beside)?;
         if beside != 0 {
-            self.set_neighbour(beside, at_last, entry)?;
+            self.set_neighbour(beside, end, entry)?;
         }
         Ok(())
     }
     fn unlink(&mut self, list: List, entry: u32) -> Result<()> {
-        let [older, newer] = [self.neighbour(entry, false)?, self.neighbour(entry, true)?];
+        let [older, newer] = [
+            self.neighbour(entry, End::First)?,
+            self.neighbour(entry, End::Last)?,
+        ];
         match older {
             0 => self.ends(list)[0] = newer,
-            _ => self.set_neighbour(older, true, newer)?,
+            _ => self.set_neighbour(older, End::Last, newer)?,
         }
         match newer {
             0 => self.ends(list)[1] = older,
-            _ => self.set_neighbour(newer, false, older)?,
+            _ => self.set_neighbour(newer, End::First, older)?,
         }
         Ok(())
     }
