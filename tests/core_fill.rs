@@ -203,7 +203,7 @@ impl<S: Peers> Steps for Cache<S, u32> {
     fn entries(&self) -> Vec<(String, u64, State)> {
         let entries = Cache::entries(self).unwrap().into_iter();
         entries
-            .map(|(key, span, size, state)| (span.cache_key(&key), size, state))
+            .map(|one| (one.range.cache_key(&one.key), one.size, one.state))
             .collect()
     }
     fn validate(&self) {

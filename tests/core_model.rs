@@ -465,7 +465,10 @@ impl Run {
             self.cache.segment_removed(cell, number).unwrap();
         }
         self.cache.validate().unwrap();
-        let mut entries = self.cache.entries().unwrap();
+        let entries = self.cache.entries().unwrap().into_iter();
+        let mut entries: Vec<_> = entries
+            .map(|one| (one.key, one.range, one.size, one.state))
+            .collect();
         entries.sort_by(|one, other| (&one.0, one.1).cmp(&(&other.0, other.1)));
         assert_eq!(entries, self.model.entries());
         let mut order = self.cache.recency().unwrap();

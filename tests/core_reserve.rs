@@ -163,8 +163,8 @@ impl World {
         let bound = self.cache.limits().max_size;
         assert!(held <= bound, "{held} bytes of {bound}");
         let mut counted = BTreeMap::new();
-        for (key, range, size, _) in self.cache.entries().unwrap() {
-            counted.insert(range.cache_key(&key), size);
+        for entry in self.cache.entries().unwrap() {
+            counted.insert(entry.range.cache_key(&entry.key), entry.size);
         }
         for (name, (size, _)) in &self.store {
             assert_eq!(counted.get(name), Some(size), "{name} is not counted");

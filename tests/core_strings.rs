@@ -76,7 +76,7 @@ fn labels_of_every_length_are_found_after_reuse() {
     cache.validate().unwrap();
     let held = |cache: &Cache<Heap, ()>| {
         let entries = cache.entries().unwrap();
-        let mut held: Vec<String> = entries.into_iter().map(|entry| entry.0).collect();
+        let mut held: Vec<String> = entries.into_iter().map(|entry| entry.key).collect();
         held.sort();
         held
     };

@@ -16,7 +16,7 @@ fn index(max_size: u64) -> Index {
 
 fn held(index: &Index) -> BTreeSet<String> {
     let entries = index.entries().unwrap();
-    entries.into_iter().map(|entry| entry.0).collect()
+    entries.into_iter().map(|entry| entry.key).collect()
 }
 
 /// Keys of numbers as images have them, of every depth, with metadata and ranges between them.

@@ -15,7 +15,7 @@ use super::planned::Planned;
 use super::reserve::Reservation;
 use super::segments::{OpenSegment, Placed, VALUE_HEADER};
 use super::verified::VerifiedSet;
-use crate::arena::{Arena, Cell, List, ROOT, State};
+use crate::arena::{Arena, Cell, List, State};
 use crate::error::{Error, Result};
 use crate::key::{self, ByteRange};
 use crate::policy::{Eviction, Minimise, Policy};
@@ -508,26 +508,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[must_use]
     pub fn slot(&self) -> Option<usize> {
         (!S::EXCLUSIVE).then(|| self.arena.storage.own_slot())
-    }
-
-    /// Entries in every state with their bytes, for tests and tools.
-    pub fn entries(&self) -> Result<Vec<(String, ByteRange, u64, State)>> {
-        let all = self
-            .arena
-            .entries_below(ROOT, usize::MAX, |_, _| Ok(true))?;
-        let mut entries = Vec::with_capacity(all.len());
-        for i in all {
-            let (key, range) = self.arena.name(i)?;
-            let cell = self.arena.get(i)?;
-            entries.push((key, range, cell.size()?, cell.state()));
-        }
-        Ok(entries)
-    }
-
-    /// Keys and ranges in the order of the eviction policy, next victim first.
-    pub fn recency(&self) -> Result<Vec<(String, ByteRange)>> {
-        let order = self.policy.order(&self.arena)?;
-        order.into_iter().map(|i| self.arena.name(i)).collect()
     }
 
     /// Open flights, and reservations that are not committed.

@@ -1,4 +1,4 @@
-//! The keys of which something is cached, a batch at a time.
+//! What is cached: entries, and the keys of which there are some.
 
 use super::cache::{BATCH, Cache, Freshness};
 use super::lookup::can_serve;
@@ -15,8 +15,18 @@ const LOOKED_AT: u32 = 4 * BATCH as u32;
 /// its cell, so a walk meets each key that stays, whatever else changes meanwhile.
 pub type Cursor = (u32, u32);
 
-/// An entry that can be served: its key, whether it is the full value, and its bytes.
-pub type LiveEntry = (String, bool, u64);
+/// An entry as the index lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Of the value.
+    pub key: String,
+    /// What it holds.
+    pub range: ByteRange,
+    /// Bytes of it.
+    pub size: u64,
+    /// Only a live one can be served.
+    pub state: State,
+}
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Bytes of all entries that can be served.
@@ -31,6 +41,35 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(false);
         };
         Ok(self.arena.find(key, range)?.is_some())
+    }
+
+    /// Entries in every state with their bytes, for tests and tools.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        let all = self
+            .arena
+            .entries_below(ROOT, usize::MAX, |_, _| Ok(true))?;
+        let mut entries = Vec::with_capacity(all.len());
+        for i in all {
+            entries.push(self.entry(i)?);
+        }
+        Ok(entries)
+    }
+
+    fn entry(&self, i: u32) -> Result<Entry> {
+        let (key, range) = self.arena.name(i)?;
+        let cell = self.arena.get(i)?;
+        Ok(Entry {
+            key,
+            range,
+            size: cell.size()?,
+            state: cell.state(),
+        })
+    }
+
+    /// Keys and ranges in the order of the eviction policy, next victim first.
+    pub fn recency(&self) -> Result<Vec<(String, ByteRange)>> {
+        let order = self.policy.order(&self.arena)?;
+        order.into_iter().map(|i| self.arena.name(i)).collect()
     }
 
     /// The beginning of a walk over what is cached now.
@@ -65,17 +104,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok((keys, (at < end).then_some((at, end))))
     }
 
-    /// Entries that can be served, a batch: key, whether it is the full value, and bytes; and where to go on.
-    pub fn next_live(&self, (from, end): Cursor) -> Result<(Vec<LiveEntry>, Option<Cursor>)> {
+    /// Entries that can be served, a batch; and where to go on.
+    pub fn next_live(&self, (from, end): Cursor) -> Result<(Vec<Entry>, Option<Cursor>)> {
         let end = end.min(self.arena.header().cells_used);
         let stop = end.min(from.saturating_add(BATCH as u32));
         let mut found = Vec::new();
         for at in from.max(ROOT)..stop {
             let cell = self.arena.get(at)?;
             if cell.is_entry() && cell.state() == State::Live {
-                let size = cell.size()?;
-                let (key, range) = self.arena.name(at)?;
-                found.push((key, range == ByteRange::Full, size));
+                found.push(self.entry(at)?);
             }
         }
         Ok((found, (stop < end).then_some((stop, end))))

@@ -7,7 +7,11 @@ use super::backing::step;
 use super::convert::{RawEntry, RawSpan, fresh, raw_entries, raw_recency};
 use super::counters::Stats;
 use super::index::Index;
-use crate::cache::{Cursor, LiveEntry};
+use crate::cache::{Cursor, Entry};
+use crate::key::ByteRange;
+
+/// Key, whether it is the full value, and bytes.
+type LiveEntry = (String, bool, u64);
 
 #[pymethods]
 impl Index {
@@ -43,7 +47,7 @@ impl Index {
 
     fn entries(&self, py: Python<'_>) -> PyResult<Vec<RawEntry>> {
         let mut entries = step!(self, py, |cache| cache.entries())?;
-        entries.retain_mut(|entry| self.make_own(&mut entry.0));
+        entries.retain_mut(|entry| self.make_own(&mut entry.key));
         Ok(raw_entries(entries))
     }
 
@@ -63,8 +67,9 @@ impl Index {
             let cursor = cursor.unwrap_or_else(|| cache.first_keys());
             cache.next_live(cursor)
         })?;
-        found.retain_mut(|entry| self.make_own(&mut entry.0));
-        Ok((found, cursor))
+        found.retain_mut(|entry| self.make_own(&mut entry.key));
+        let raw = |one: Entry| (one.key, one.range == ByteRange::Full, one.size);
+        Ok((found.into_iter().map(raw).collect(), cursor))
     }
 
     #[pyo3(signature = (prefix, now, max_age, ages=None, cursor=None, /))]

@@ -9,7 +9,7 @@ use pyo3::types::PyString;
 
 use super::pool::place_name;
 use crate::arena::State;
-use crate::cache::{AbsenceAges, Found, Freshness, Limits, Verify, Victim};
+use crate::cache::{AbsenceAges, Entry, Found, Freshness, Limits, Verify, Victim};
 use crate::key::{self, ByteRange};
 use crate::policy::{Minimise, PolicyKind};
 
@@ -62,14 +62,14 @@ pub(super) fn raw_victims(victims: Vec<Victim>) -> Vec<RawVictim> {
 /// Key, span, bytes and state.
 pub(super) type RawEntry = (String, RawSpan, u64, &'static str);
 
-pub(super) fn raw_entries(entries: Vec<(String, ByteRange, u64, State)>) -> Vec<RawEntry> {
+pub(super) fn raw_entries(entries: Vec<Entry>) -> Vec<RawEntry> {
     let state = |state| match state {
         State::Live => "present",
         State::Writing => "writing",
         State::Deleting => "dropping",
         State::DeleteFailed => "orphan",
     };
-    let raw = |(key, span, size, of)| (key, raw_span(span), size, state(of));
+    let raw = |one: Entry| (one.key, raw_span(one.range), one.size, state(one.state));
     entries.into_iter().map(raw).collect()
 }
 

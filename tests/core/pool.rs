@@ -245,8 +245,10 @@ impl Pool {
 
     pub(crate) fn keys(&self) -> Vec<String> {
         let entries = self.step(|cache| cache.entries());
-        let live = entries.into_iter().filter(|entry| entry.3 == State::Live);
-        live.map(|entry| entry.0).collect()
+        let live = entries
+            .into_iter()
+            .filter(|entry| entry.state == State::Live);
+        live.map(|entry| entry.key).collect()
     }
 
     /// What `du` says of the segments.
