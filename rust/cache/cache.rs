@@ -528,7 +528,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let storage = &self.arena.storage;
         let header = self.arena.header();
         // In a shared index each participant knows its own part only.
-        let own = storage.participants().get(storage.own_slot());
+        let own = storage.own();
         let counted = own.map_or(header.reserved_bytes, |own| own.reserved_bytes);
         if reserved != Some(counted) {
             return Err(Error::Corrupt("reserved bytes"));

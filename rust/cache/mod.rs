@@ -20,6 +20,7 @@ mod lookup;
 mod moves;
 mod peers;
 mod planned;
+mod promises;
 mod refresh;
 mod reserve;
 mod sampled;

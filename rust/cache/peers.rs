@@ -104,6 +104,15 @@ pub trait Peers: Storage {
     fn own_slot(&self) -> usize {
         0
     }
+    /// What this participant tells the others of itself; `None` where the index is not shared.
+    fn own(&self) -> Option<&Participant> {
+        self.participants().get(self.own_slot())
+    }
+    /// The same, mutable.
+    fn own_mut(&mut self) -> Option<&mut Participant> {
+        let own = self.own_slot();
+        self.participants_mut().get_mut(own)
+    }
     /// Checks that others who open the cache store find the same storage.
     fn check_place(&mut self) -> Result<()> {
         Ok(())

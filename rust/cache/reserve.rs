@@ -359,51 +359,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Notes that this participant writes more, or fewer, bytes of entries.
     pub(super) fn change_writing(&mut self, change: impl Fn(u64) -> u64) {
-        let storage = &mut self.arena.storage;
-        let own = storage.own_slot();
-        if let Some(participant) = storage.participants_mut().get_mut(own) {
-            participant.writing_bytes = change(participant.writing_bytes);
-        }
-    }
-
-    /// The index was emptied: what was granted may still be written.
-    pub(super) fn promise_all(&mut self) {
-        for (id, reservation) in self.reservations.iter_mut() {
-            let bytes = match reservation.cell {
-                0 => reservation.reserved,
-                // The upper bound, with the folders that it may make.
-                _ => reservation.cost,
-            };
-            self.promises.insert(*id, bytes);
-        }
-        self.reservations.clear();
-    }
-
-    /// Tells the others what may still be written.
-    pub(crate) fn tell_promises(&mut self) {
-        let bytes = self.promised();
-        self.tell_promised(bytes);
-    }
-
-    pub(crate) fn tell_promised(&mut self, bytes: u64) {
-        let storage = &mut self.arena.storage;
-        let own = storage.own_slot();
-        if let Some(participant) = storage.participants_mut().get_mut(own) {
-            participant.promised_bytes = bytes;
-        }
-    }
-
-    /// Bytes that may still be written without an entry.
-    pub(crate) fn promised(&self) -> u64 {
-        self.promises
-            .values()
-            .fold(0, |sum, bytes| sum.saturating_add(*bytes))
-    }
-
-    /// Nothing of what was granted before the index was emptied is written any more.
-    pub(super) fn keep_promise(&mut self, id: u64) {
-        if self.promises.remove(&id).is_some() {
-            self.tell_promises();
+        if let Some(own) = self.arena.storage.own_mut() {
+            own.writing_bytes = change(own.writing_bytes);
         }
     }
 
@@ -411,9 +368,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let storage = &mut self.arena.storage;
         let header = storage.header_mut();
         header.reserved_bytes = change(header.reserved_bytes);
-        let own = storage.own_slot();
-        if let Some(participant) = storage.participants_mut().get_mut(own) {
-            participant.reserved_bytes = change(participant.reserved_bytes);
+        if let Some(own) = storage.own_mut() {
+            own.reserved_bytes = change(own.reserved_bytes);
         }
     }
 

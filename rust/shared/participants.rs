@@ -122,11 +122,10 @@ impl Peers for Mapped {
     }
     fn set_bound(&mut self, bound: u64) {
         self.bound = bound;
-        let own_slot = self.own_slot;
-        if let Some(participant) = self.participants_mut().get_mut(own_slot)
-            && participant.live != 0
+        if let Some(own) = self.own_mut()
+            && own.live != 0
         {
-            participant.bound = bound;
+            own.bound = bound;
         }
     }
     fn own_slot(&self) -> usize {
