@@ -33,6 +33,7 @@ from zcache.testing import (
 )
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Iterator
 
     import pytest
@@ -253,6 +254,11 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """What zcache has logged. asyncio may speak of tasks that earlier tests have left."""
-    return [record.getMessage() for record in caplog.records if record.name == "zcache"]
+    return [record for record in caplog.records if record.name == "zcache"]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages of zcache in the log."""
+    return [record.getMessage() for record in logged(caplog)]

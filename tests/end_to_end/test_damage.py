@@ -31,7 +31,7 @@ from directories import (
     sizes_in,
 )
 from pools import cache_at
-from support import buf, drained, read, read_through, said
+from support import buf, drained, logged, read, read_through, said
 from zcache import CacheStore
 from zcache._core import PENDING, SIGNATURE
 from zcache.testing import StoreDouble, check_invariants
@@ -216,7 +216,7 @@ async def test_index_file_cut_off_is_rebuilt_with_one_line(
         os.truncate(path, max(length, 0))
         caplog.clear()
         store, _source = open_damaged(where)
-        rebuilt = [record for record in caplog.records if "was rebuilt" in record.message]
+        rebuilt = [record for record in logged(caplog) if "was rebuilt" in record.message]
         # One line; none where what was cut off was not in use.
         assert len(said(caplog)) == len(rebuilt) <= 1
         # What "adaptive" has learned is learned anew.
@@ -243,7 +243,7 @@ async def test_index_size_not_that_of_its_file_is_rebuilt_once(
     assert await read(store, key) == value(key)
     await drained(store)
     await complete(store)
-    assert ["a size that is not" in message for message in caplog.messages] == [True]
+    assert ["a size that is not" in message for message in said(caplog)] == [True]
     await check(store)
     del store
     await closed(where)
@@ -320,8 +320,8 @@ async def test_write_finds_index_damaged_counts_once(
             break
     assert asked == {}
     # A pool that was in use meanwhile may have missed a write.
-    said = ("was rebuilt", "The pool begins empty")
-    assert any(text in message for message in caplog.messages for text in said)
+    outcomes = ("was rebuilt", "The pool begins empty")
+    assert any(text in message for message in said(caplog) for text in outcomes)
 
 
 def head_of(**changes: tuple[int, str, int]) -> list[Any]:
@@ -356,7 +356,7 @@ async def test_index_of_another_format_or_owner_is_rebuilt(
         file.seek(offset)
         file.write(after)
     store, _source = open_damaged(where)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert "was rebuilt" in caplog.text
     await check(store)
 
@@ -371,7 +371,7 @@ async def test_index_of_the_first_format_keeps_the_values(
         head.seek(16)
         head.write(struct.pack("=I", 1))
     store, source = open_damaged(where)
-    assert ["was rebuilt" in message for message in caplog.messages] == [True]
+    assert ["was rebuilt" in message for message in said(caplog)] == [True]
     for key in KEYS[3:]:
         assert await read(store, key) == value(key)
     assert reads(source) == 0
@@ -443,7 +443,7 @@ async def test_anything_in_place_of_a_file_makes_way(
     store, source = open_damaged(where)
     await complete(store)
     assert await keeps(store, source)
-    assert not [message for message in caplog.messages if "was rebuilt" not in message]
+    assert not [message for message in said(caplog) if "was rebuilt" not in message]
     assert stat.S_ISREG(path.lstat().st_mode)
     aside = list(path.parent.glob("aside-*/notes"))
     assert [notes.read_text() for notes in aside] == ["mine"] * (kind == "full folder")

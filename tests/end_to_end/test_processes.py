@@ -442,4 +442,4 @@ def test_directory_removed_while_in_use_is_made_anew_and_shared(
         assert asyncio.run(read(store, "b")) == b"b" * 60
         check_quiet_sync(store)
         later("check")
-    assert all("cannot be used" not in message for message in caplog.messages)
+    assert all("cannot be used" not in message for message in said(caplog))

@@ -18,7 +18,7 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed
 from doubles import SyncDictStore
 from pools import CACHES
-from support import buf, check_quiet, fill, read, read_through, until, value_sync
+from support import buf, check_quiet, fill, read, read_through, said, until, value_sync
 from zcache import CachePool, CacheStore
 from zcache._core import POLICIES
 from zcache._decoded.chunk import OVERHEAD
@@ -331,7 +331,7 @@ def test_another_policy_is_told_by_the_log_where_the_index_answers_later(
 
         def is_told() -> bool:
             assert value_sync(store, "k") == b"value"
-            return any("is in use with eviction='adaptive'" in text for text in caplog.messages)
+            return any("is in use with eviction='adaptive'" in text for text in said(caplog))
 
         asyncio.run(until(is_told))
         assert store.eviction == "adaptive"

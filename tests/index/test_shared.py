@@ -20,7 +20,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from directories import flip, is_in_use
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
-from support import buf, check_quiet, fill, read, read_through
+from support import buf, check_quiet, fill, logged, read, read_through
 from zcache import CacheOwnershipError, CachePool, CacheStore
 from zcache._index import shared
 from zcache._runtime import lingering
@@ -215,7 +215,7 @@ def test_a_directory_of_another_unnamed_source_is_not_used(
     assert sync(read_through(first, "k")) == b"1"
     caplog.clear()
     other = CacheStore(MemoryStore({"k": buf(b"2")}), cache_store=cache)
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) <= 2
+    assert len([record for record in logged(caplog) if record.levelname == "WARNING"]) <= 2
     for _ in range(2):
         assert sync(read_through(other, "k")) == b"2"
         assert sync(read_through(first, "k")) == b"1"

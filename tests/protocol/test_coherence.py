@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
 from pools import POOLS
-from support import PROTOTYPE, buf, drained, drained_sync, read, read_through, until, write
+from support import PROTOTYPE, buf, drained, drained_sync, logged, read, read_through, until, write
 from zcache import CachePool, CacheStore
 from zcache.testing import check_invariants_async, entries, in_flight
 
@@ -410,7 +410,7 @@ def test_write_whose_loop_ended_leaves_nothing_stale(
         asyncio.run(same_as_source(store, source, *SOURCE, "n"))
         asyncio.run(store.set("elsewhere", buf(NEW)))
         drained_sync(store)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelname for record in logged(caplog)] == ["WARNING"]
     # What it was not about is cached as ever.
     asked = source.counts["get"]
     if name != "clear":

@@ -22,6 +22,7 @@ from support import (
     check_same,
     drained,
     largest_file,
+    logged,
     read,
     read_through,
     until,
@@ -151,7 +152,7 @@ async def test_cache_store_that_raises_any_error_costs_no_read(
             await read_through(store, "2")
             await read_through(store, "2")
             assert store.cache_stats()["hits"] > before
-    assert {record.levelno for record in caplog.records} <= {logging.DEBUG, 20, logging.WARNING}
+    assert {record.levelno for record in logged(caplog)} <= {logging.DEBUG, 20, logging.WARNING}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -397,7 +398,7 @@ async def test_circuit_breaker_logs_repeated_failures_once(
         pause.advance(5)
         await store.clear_cache()
         await all_read(store)
-        said = [record.levelno for record in caplog.records]
+        said = [record.levelno for record in logged(caplog)]
         assert said == [logging.WARNING, logging.INFO], at
 
 
@@ -410,7 +411,7 @@ async def test_circuit_breaker_opens_on_repeated_failures_and_probes(
     cache.plan = lambda *_: OSError(errno.EIO, "gone: s3://me:hush@bucket/k?sig=hush")
 
     def warnings() -> int:
-        return sum(record.levelno == logging.WARNING for record in caplog.records)
+        return sum(record.levelno == logging.WARNING for record in logged(caplog))
 
     async def attempts() -> int:
         before = cache.counts.total()
@@ -420,7 +421,7 @@ async def test_circuit_breaker_opens_on_repeated_failures_and_probes(
 
     assert 0 < await attempts() < 3 * len(SOURCE)
     assert warnings() == 1
-    assert "the cache store FaultyStore failed: " in caplog.records[0].getMessage()
+    assert "the cache store FaultyStore failed: " in logged(caplog)[0].getMessage()
     assert "gone: s3://bucket/k" in caplog.text
     assert "hush" not in caplog.text
     # Now it is left alone, then tried again; each time it fails it is left alone for longer.
@@ -440,11 +441,11 @@ async def test_circuit_breaker_opens_on_repeated_failures_and_probes(
     pause.advance(61)
     assert await attempts() > 0
     assert store.cache_stats()["hits"] > 0
-    assert caplog.records[-1].levelno == logging.INFO
+    assert logged(caplog)[-1].levelno == logging.INFO
     cache.plan = lambda *_: OSError(errno.EIO, "gone again")
     await attempts()
     assert warnings() == 2
-    for record in caplog.records:
+    for record in logged(caplog):
         assert record.name == "zcache"
 
 
@@ -466,7 +467,7 @@ async def test_circuit_breaker_opens_for_one_kind_of_operation(
             await all_read(store)
         attempts.append(cache.counts[operation] - before)
     assert sum(attempts[1:]) == 0 < attempts[0] < 20
-    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+    assert sum(record.levelno == logging.WARNING for record in logged(caplog)) == 1
     assert store.cache_stats()["cache_skips"] > 0
     hits = store.cache_stats()["hits"]
     await all_read(store)
@@ -491,7 +492,7 @@ async def test_circuit_breaker_stays_closed_when_every_key_is_refused(
     for key in source.values:
         assert await read_through(store, key) == b"x"
     assert store.cache_stats()["cache_skips"] == 0
-    assert sum(record.levelno == logging.WARNING for record in caplog.records) <= 1
+    assert sum(record.levelno == logging.WARNING for record in logged(caplog)) <= 1
     cache.plan = lambda *_: None
     pause.advance(100)
     await check_same(store, source, cache)

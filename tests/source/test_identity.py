@@ -29,6 +29,7 @@ from zarr.storage import (
 )
 from zarr.testing.store import LatencyStore
 
+from support import logged
 from zcache import CachePool, CacheStore
 from zcache._source import identity
 from zcache._source.identity import EPHEMERAL, SourceId, identify, same_source, say_unnamed
@@ -540,7 +541,7 @@ def test_say_unnamed_says_it_once_for_each_source(
     one, other = Terse(), LoggingStore(MemoryStore(), log_level="ERROR")
     for store in (one, one, WrapperStore(one), other, other):
         say_unnamed(store, LocalStore(tmp_path))
-    found = [record for record in caplog.records if record.name == "zcache"]
+    found = logged(caplog)
     assert [record.getMessage() for record in found] == [
         f"source {kind} has no name outside this process, so a persistent cache starts cold: pass "
         "source_id= to keep it warm"
@@ -554,7 +555,7 @@ def test_say_unnamed_of_a_cache_in_memory_is_for_information(
 ) -> None:
     caplog.set_level(logging.INFO, "zcache")
     say_unnamed(Terse(), MemoryStore())
-    assert [record.levelname for record in caplog.records if record.name == "zcache"] == ["INFO"]
+    assert [record.levelname for record in logged(caplog)] == ["INFO"]
 
 
 def test_say_unnamed_shows_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

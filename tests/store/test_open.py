@@ -27,7 +27,19 @@ from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 import zcache
 from directories import closed
-from support import TESTS, buf, check_quiet, drained, read, read_through, threads, value_sync, write
+from support import (
+    TESTS,
+    buf,
+    check_quiet,
+    drained,
+    logged,
+    read,
+    read_through,
+    said,
+    threads,
+    value_sync,
+    write,
+)
 from zcache import (
     CacheOwnershipError,
     CachePool,
@@ -74,9 +86,9 @@ def place_of(store: CacheStore) -> str | None:
     return str(kept.root) if isinstance(kept, LocalStore) else None
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def said_of_bounds(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log has said about bounds."""
-    messages = [record.getMessage() for record in caplog.records if record.name == "zcache"]
+    messages = said(caplog)
     return [message for message in messages if "may grow" in message]
 
 
@@ -383,7 +395,7 @@ def test_option_without_a_meaning_is_refused_before_anything_is_made(
             zcache.open(source, **options)  # type: ignore[arg-type]
         assert "hush" not in str(it.value)
     assert not cache.exists()
-    assert said(caplog) == []
+    assert said_of_bounds(caplog) == []
 
 
 def test_every_option_is_checked_before_anything_is_made() -> None:
@@ -415,13 +427,13 @@ def test_bound_is_a_fifth_of_the_volume_by_default_and_said_once(
         assert store.max_size == pytest.approx(expected, abs=1)
         assert store.cache_info()["max_size"] == store.max_size
     assert CachePool(cache).cache_info()["max_size"] == store.max_size
-    (line,) = said(caplog)
+    (line,) = said_of_bounds(caplog)
     assert line == (
         f"the cache in {cache} may grow to {store.max_size:,} bytes, 20 % of its volume: pass "
         "max_size= for another bound"
     )
     zcache.open(source, cache=cache.parent / "other")
-    assert len(said(caplog)) == 2
+    assert len(said_of_bounds(caplog)) == 2
 
 
 def test_bound_in_memory_is_a_fifth_of_what_the_process_may_use(
@@ -431,7 +443,7 @@ def test_bound_in_memory_is_a_fifth_of_what_the_process_may_use(
     store = zcache.open(source, cache="memory")
     assert store.max_size == 2 * 10**8
     zcache.open(source, cache="memory")
-    (line,) = said(caplog)
+    (line,) = said_of_bounds(caplog)
     assert line == (
         "the cache in memory may grow to 200,000,000 bytes, 20 % of the memory that this process may use: "
         "pass max_size= for another bound"
@@ -447,7 +459,7 @@ def test_bound_that_is_given_is_in_force_and_not_said(
     assert store.max_size == 256 * 10**6
     assert zcache.open(source, cache=place).max_size == 256 * 10**6
     assert zcache.open(source, cache=place, max_size=256 * 10**6).max_size == 256 * 10**6
-    assert said(caplog) == []
+    assert said_of_bounds(caplog) == []
     for other in ("1GB", 5, "1 %"):
         with pytest.raises(
             OptionValueError, match=f"invalid max_size: {other!r}.*=256000000. Leave"
@@ -467,7 +479,7 @@ def test_bound_of_a_pool_is_that_of_the_pool(
         with pytest.raises(OptionValueError, match=rf"{other}, .*max_size=1000000.*CachePool\("):
             zcache.open(source, cache=pool, max_size=other)
     assert pool.cache_info()["max_size"] == 10**6
-    assert said(caplog) == []
+    assert said_of_bounds(caplog) == []
 
 
 async def test_bound_may_be_another_once_the_pool_is_closed(source: Path, tmp_path: Path) -> None:
@@ -649,7 +661,7 @@ def test_threads_that_open_at_once_share_one_pool(
     asyncio.run(drained(stores[0]))
     assert all(store.is_cached("k") for store in stores)
     assert len({store.max_size for store in stores}) == 1
-    assert len(said(caplog)) == 1
+    assert len(said_of_bounds(caplog)) == 1
 
 
 def test_threads_that_open_an_archive_at_once(tmp_path: Path) -> None:
@@ -797,7 +809,7 @@ def test_directory_that_cannot_be_made_is_said_and_the_source_serves(
     caplog.set_level(logging.WARNING, "zcache")
     store = zcache.open(source, cache="/proc/zcache", max_size=10**6)
     assert asyncio.run(read_through(store, "k")) == b"value of k"
-    assert any("/proc/zcache" in record.getMessage() for record in caplog.records)
+    assert any("/proc/zcache" in record.getMessage() for record in logged(caplog))
 
 
 @pytest.mark.parametrize("cache", ["loop/pool", "x" * 300, "a/" * 2500])
@@ -816,7 +828,7 @@ def test_directory_that_cannot_be_reached_is_said_and_the_source_serves(
     for store in stores:
         assert asyncio.run(read_through(store, "k")) == b"value of k"
         assert not store.is_cached("k")
-    assert any(str(path) in record.getMessage() for record in caplog.records)
+    assert any(str(path) in record.getMessage() for record in logged(caplog))
     assert not (tmp_path / "a").exists()
 
 
@@ -849,5 +861,5 @@ def test_default_bound_is_said_of_a_pool_that_takes_values_only(
     monkeypatch.setenv("ZCACHE_DIR", "/proc/zcache")
     store = zcache.open(source)
     assert "cannot be used any more" in caplog.text
-    assert not said(caplog)
+    assert not said_of_bounds(caplog)
     del store

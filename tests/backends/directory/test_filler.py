@@ -15,7 +15,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed, open_store, reads, sizes_in, tree
-from support import buf, check_quiet, drained, fill, read, read_through, said, until, write
+from support import buf, check_quiet, drained, fill, logged, read, read_through, said, until, write
 from zcache import CachePool, CacheStore
 from zcache._backends.directory.space import SpaceLog
 from zcache.testing import FakeClock, in_flight
@@ -94,7 +94,7 @@ async def test_min_free_space_more_than_there_is_keeps_the_cache(tmp_path: Path)
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log has said of the space on a volume."""
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in logged(caplog)]
     return [message for message in messages if "min_free_space" in message]
 
 
@@ -251,7 +251,7 @@ async def test_file_system_keeps_whole_seconds_nothing_is_written(
     assert [name for name in tree(coarse_volume) if not name.startswith(".zcache/")] == []
     assert tree(coarse_volume / ".zcache/tmp") == set()
     assert store.cache_info()["current_size"] == 0
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert "nanosecond" in caplog.text
 
 

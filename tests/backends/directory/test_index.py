@@ -16,7 +16,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 
 from crashes import as_if_inside, child, wait
 from directories import INDEX, INDEX_FILES, closed, complete, open_store, reads, sizes_in
-from support import buf, check_quiet, drained, fill, read, read_through, until, write
+from support import buf, check_quiet, drained, fill, logged, read, read_through, until, write
 from zcache._backends.directory import files, index
 from zcache._core import Index
 from zcache.testing import (
@@ -137,7 +137,7 @@ async def test_rebuild_orders_values_by_their_fetch(
     await closed(tmp_path)
     shutil.rmtree(tmp_path / "cache" / INDEX)
     store, source = open_store(tmp_path, clock=clock)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert "4 values, 40 bytes" in caplog.text
     assert [key for key, _ in recency(store)] == ["a/c/2", "a/c/0", "a/c/1", "b"]
     assert await read(store, "a/c/1") == bytes(10)
@@ -341,7 +341,7 @@ async def test_directory_not_writable_the_source_serves(
     await store.delete("a")
     assert await read(store, "a") is None
     assert reads(source) == 4
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert (tmp_path / "cache").read_bytes() == b"not a directory"
 
 

@@ -19,7 +19,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import tree
-from support import buf, check_quiet, fill, read, read_through, until, write
+from support import buf, check_quiet, fill, logged, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
@@ -399,7 +399,7 @@ def test_directory_cannot_be_made_the_source_serves(
     asyncio.run(fill(store, a=b"1", empty=b""))
     assert asyncio.run(read(store, "a")) == b"1"
     assert asyncio.run(read(store, "empty")) == b""
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert (tmp_path / "cache").read_bytes() == b"a file"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
-from support import buf, read
+from support import buf, logged, read
 from zcache import CacheOwnershipError, CacheStore
 from zcache._core import crc32c
 from zcache.testing import StoreDouble, check_invariants_async, stored_sizes
@@ -181,7 +181,7 @@ async def test_nothing_helps_says_so_once_and_adopt_cures(
         store = open_store(tmp_path, behind)
         assert await reads(store, behind) == len(VALUES)
         assert await reads(store, behind) == len(VALUES)
-    (said,) = [r.message for r in caplog.records if "adopt=True" in r.message]
+    (said,) = [r.message for r in logged(caplog) if "adopt=True" in r.message]
     assert f"{len(VALUES)} files" in said
     assert len(files_of_values(tmp_path)) == len(VALUES)
     del store

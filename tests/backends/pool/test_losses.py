@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore
 
 from directories import closed, complete, flip
 from pools import KEYS, NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
-from support import buf, check_quiet, read, read_through
+from support import buf, check_quiet, read, read_through, said
 from zcache import CachePool, CacheStore, IndexRebuildTimeout, OptionValueError
 from zcache._backends.pool import layout
 from zcache._backends.pool.layout import SegmentScanner
@@ -204,7 +204,7 @@ async def test_segments_of_an_older_copy_are_no_more_than_the_index_lists(
     shutil.rmtree(segments)
     shutil.copytree(tmp_path / "old", segments)
     store = await use()
-    assert ["held more than its index lists" in message for message in caplog.messages] == [True]
+    assert ["held more than its index lists" in message for message in said(caplog)] == [True]
     held = sum(512 * segment.stat().st_blocks for segment in segments.iterdir())
     assert held <= store.cache_info()["current_size"] <= bound
     for n in range(60):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from doubles import FaultyStore, SyncDictStore
-from support import buf, read, read_through, said, until, value_sync
+from support import buf, logged, read, read_through, said, until, value_sync
 from zcache import CacheStore, OfflineError
 from zcache._backends.store.listing import WRITING
 from zcache._backends.tombstones import DROPPED, tombstone
@@ -115,7 +115,7 @@ async def test_listing_fails_is_tried_again_after_a_pause(
     stats = store.cache_stats()
     assert stats["cache_failures"] in (2, FAILURES_TO_OPEN + 1)  # After a time-out at once.
     assert stats["cache_skips"] > 0
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert held(cache) == ({} if operation == "set" else SOURCE)
     cache.plan = lambda *_: None
     clock.advance(100)
@@ -256,7 +256,7 @@ async def test_a_listed_store_of_another_source_is_refused_by_drain(
         await store.drain()
     assert await read(store, "0") == b"another's"
     assert store.cache_info()["cached_keys"] == 0
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
 
 
 def copy_of(cache: Remote) -> Remote:

@@ -12,7 +12,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from support import buf, check_quiet, drained, drained_sync, fill, read, read_through, write
+from support import buf, check_quiet, drained, drained_sync, fill, logged, read, read_through, write
 from zcache import CacheStore
 from zcache.exceptions import CacheOwnershipError
 from zcache.testing import StoreDouble, is_complete, stored_sizes
@@ -107,7 +107,7 @@ async def test_stamp_of_another_source_the_cache_store_is_not_used(
         await store.drain()
     await store.set("a", buf(b"3"))
     assert await read(store, "a") == b"3"
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in logged(caplog)] == [logging.WARNING]
     assert (tmp_path / "elsewhere/a").read_bytes() == b"1"
 
 
@@ -150,7 +150,7 @@ async def test_listing_fails_the_source_serves(
         assert await read_through(store, "a") == b"1"
     assert source.calls["get"] == 10
     assert stored_sizes(store) == {}
-    assert len(caplog.records) <= 1
+    assert len(logged(caplog)) <= 1
 
 
 async def test_store_in_memory_wrapped_twice_belongs_to_one_source() -> None:
