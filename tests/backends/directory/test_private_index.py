@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -85,6 +86,8 @@ def in_child(work: Callable[[], Awaitable[object]]) -> None:
         try:
             asyncio.run(work())  # type: ignore[arg-type]
             code = 0
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent's report shows it
+            traceback.print_exc()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
