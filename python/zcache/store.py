@@ -437,12 +437,14 @@ class CacheStore(Store, KeepsDecoded):
         Returns
         -------
         dict
-            ``cache_store_type`` (name of the class), ``max_age_seconds`` (seconds, "infinity", or a
-            dict of these by pattern),
-            ``max_size`` (bytes: the smallest that those who use the cache store asked for; None if none did), ``current_size`` (bytes in the cache store, those with
-            a failed delete among them; on a disk the most that its files may take, see `CachePool.cache_info`), ``cache_set_data``, ``tracked_keys`` and ``cached_keys`` (both
-            the number of entries, those among them that are too old to be served: a full value is one entry, and each range
-            that was read of a value that is not cached as a whole is one).
+            - ``cache_store_type``: name of the class.
+            - ``max_age_seconds``: seconds, "infinity", or a dict of these by pattern.
+            - ``max_size``: bytes, the smallest that those who use the cache store asked for; None if none did.
+            - ``current_size``: bytes in the cache store, those with a failed delete among them; on a disk the most that its
+              files may take, see `CachePool.cache_info`.
+            - ``cache_set_data``: the option.
+            - ``tracked_keys``, ``cached_keys``: both the number of entries, with those that are too old to be served. A full
+              value is one entry, and so is each range that was read of a value that is not cached as a whole.
 
         Raises
         ------
@@ -477,25 +479,38 @@ class CacheStore(Store, KeepsDecoded):
         Returns
         -------
         dict
-            ``hits`` (reads served by the cache: by its store, or by a value on its way there), ``misses``
-            (reads that were not), ``evictions`` (entries removed to make room), ``total_requests`` (hits and misses), ``hit_rate`` (hits
-            by requests, 0.0 where there were none); then ``negative_hits`` (reads that were answered because
-            the key was known to be missing: neither hits nor misses), ``missing_keys`` (keys that are
-            remembered as missing, those among them that are too old to be answered so, as far as this process has looked), ``expirations`` (evictions of stale
-            entries), ``refusals`` (values left uncached: too large, overtaken by a write, no room, or a name that the cache store cannot
-            take), ``bypassed`` (reads of what no cache takes: docs/freshness.md has the list), ``damaged`` (hits with bytes that were
-            gone, of another length or against their checksum; not in a directory that is only read from, where
-            others may have evicted them), ``stale_hits`` (values, sizes and listings that
-            were too old, because the source raised an error; see `stale_if_error`), ``cache_failures`` (operations of the
-            cache store that raised or did not answer in time), ``cache_skips`` (reads and writes for
-            which it was left alone, because it kept failing or its index was locked, and fills that were cut off
-            with their event loop). ``evictions``,
-            ``expirations``, ``refusals`` and ``cache_failures`` are those of all stores of this process
-            over the cache. Of decoded chunks, which are inner chunks where there are shards: ``decoded_hits``
-            and ``decoded_misses`` (chunks that were kept, or were being decoded for another reader, and that
-            were not), ``decoded_size`` (bytes that are kept now, and that are being decoded to be kept, with 768
-            beside the elements of each chunk),
-            ``decode_seconds`` (time in the wrapped codec pipeline, which reads and decodes what is missing).
+            Reads of this store:
+
+            - ``hits``: served by the cache, by its store or by a value on its way there.
+            - ``misses``: all others.
+            - ``total_requests``: hits and misses.
+            - ``hit_rate``: hits by requests; 0.0 where there were none.
+            - ``negative_hits``: answered because the key was known to be missing; neither hits nor misses.
+            - ``missing_keys``: keys that are remembered as missing, with those that are too old to be answered so, as far
+              as this process has looked.
+            - ``bypassed``: of what no cache takes; docs/freshness.md has the list.
+            - ``damaged``: hits with bytes that were gone, of another length or against their checksum; not in a
+              directory that is only read from, where others may have evicted them.
+            - ``stale_hits``: values, sizes and listings that were too old, because the source raised an error
+              (`stale_if_error`).
+            - ``cache_skips``: reads and writes for which the cache store was left alone, because it kept failing or its
+              index was locked, and fills that were cut off with their event loop.
+
+            The cache store, for all stores of this process over it:
+
+            - ``evictions``: entries removed to make room.
+            - ``expirations``: evictions of stale entries.
+            - ``refusals``: values left uncached: too large, overtaken by a write, no room, or a name that the cache store
+              cannot take.
+            - ``cache_failures``: operations that raised or did not answer in time.
+
+            Decoded chunks, which are inner chunks where there are shards:
+
+            - ``decoded_hits``: chunks that were kept, or were being decoded for another reader.
+            - ``decoded_misses``: chunks that were not.
+            - ``decoded_size``: bytes that are kept now, or are being decoded to be kept, with 768 beside the elements
+              of each chunk.
+            - ``decode_seconds``: time in the wrapped codec pipeline, which reads and decodes what is missing.
         """
         counts = self._cache.stats(self._decoded)
         total = counts["hits"] + counts["misses"]
