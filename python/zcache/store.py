@@ -648,8 +648,8 @@ class CacheStore(Store, KeepsDecoded):
         side by side; what is needed last is told by the reads that each source has until then. Other processes, forked children and copies that are unpickled
         elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
 
-        Reads may overtake each other, and leave keys out, by a sixteenth of the different keys (4,096 at most; from 128 to
-        512 different keys by 32; by a quarter of fewer). Several reads of a key in a row, such as of ranges,
+        Reads may overtake each other, and leave keys out, within a window: a sixteenth of the different keys, at least 32
+        and at most 4,096; with fewer than 128 keys, a quarter of them. Several reads of a key in a row, such as of ranges,
         count as one. Once more than about two thirds of the reads are elsewhere for a while (32 to 1,024
         reads; docs/eviction.md counts them), the plan is dropped, with a line in the log at level DEBUG, and
         `eviction` alone decides again. So it does when all was read.
