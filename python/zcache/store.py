@@ -331,19 +331,19 @@ class CacheStore(Store, KeepsDecoded):
         self._syncable = is_sync(store) and is_sync(cache.cache)
 
     def __setattr__(self, name: str, value: object) -> None:
-        try:
-            super().__setattr__(name, value)
-        except AttributeError:
+        own = getattr(CacheStore, name, None)
+        # A subclass may have what it likes under the name of an option that is no attribute here.
+        if getattr(type(self), name, None) is own and (own or type(self) is CacheStore):
             if name in _OPTIONS:
                 raise AttributeError(
                     f"{name} cannot be set, for all copies of a store share it. Make a new store in the place of this one: "
                     f"CacheStore(store, cache_store=..., {name}={value!r:.100})."
-                ) from None
+                )
             if name == "read_only":
                 raise AttributeError(
                     f"read_only cannot be set. Use store.with_read_only({value!r:.100})."
-                ) from None
-            raise
+                )
+        super().__setattr__(name, value)
 
     def _derive(self, store: Store) -> Self:
         derived = type(self).__new__(type(self))

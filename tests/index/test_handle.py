@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from zarr.storage import MemoryStore
 
-from zcache import CachePool, CacheStore
+from zcache import CachePool, CacheStore, IndexLockTimeout
 
 if TYPE_CHECKING:
     from zcache._core import Index
     from zcache._index.handle import IndexHandle
+
+HANGS = 30.0
+"""Seconds after which something hangs."""
 
 
 class Watcher:
@@ -86,3 +89,26 @@ def test_what_waits_for_an_index_to_open_and_fails_is_logged(
     opening.result()
     assert told == [handle]
     assert "it cannot be told" in caplog.text
+
+
+def test_an_index_that_was_waited_for_in_vain_is_not_waited_for_again() -> None:
+    store = CacheStore(MemoryStore(), cache_store=MemoryStore(), source_id="s", max_size=1000)
+    handle: IndexHandle = store._cache.shared.handle
+    go = threading.Event()
+    # As when a constructor has waited for as long as any step may.
+    opening = handle.open_later(lambda _: go.wait(), time.monotonic() - 10 * HANGS)
+    assert opening is not None
+    outcome: list[Exception] = []
+
+    def take_step() -> None:
+        try:
+            handle.call_blocking(lambda _: None, timeout=10 * HANGS)
+        except IndexLockTimeout as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=take_step, daemon=True)
+    thread.start()
+    thread.join(HANGS)
+    assert outcome
+    go.set()
+    opening.result()

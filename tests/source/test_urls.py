@@ -21,7 +21,17 @@ from zcache._source.urls import redact, secrets_in, server, without_user
         ("bucket 'me:hush@b/a@1', Fs(me:hu/sh@b)", "bucket 'b/a@1', Fs(b)"),
         ("zip::file:///a:b@c 127.0.0.1:9000/a@b", "zip::file:///a:b@c 127.0.0.1:9000/a@b"),
         ("zip://a::https://me:hush@node/x.zip", "zip://a::https://node/x.zip"),
-        ("zip://a?hush::s3://me:hush@b/a#hush::file", "zip://a::s3://b/a"),
+        ("zip://a?hush::s3://me:hush@b/a#hush::file", "zip://a"),
+        ("zip://a::s3://me:hush@b/a#hush::file", "zip://a::s3://b/a"),
+        ("https://a/p?to=/https://b/y&token=hush x", "https://a/p x"),
+        ("https://a/x?u=c::https://b/y&sig=hush", "https://a/x"),
+        ("https://a/x#f::s3://b/y&sig=hush, s3://me:hush@b", "https://a/x s3://b"),
+        (
+            "none of http://me:hush@[fe80::1]:1,http://me:hush@b",
+            "none of http://[fe80::1]:1,http://b",
+        ),
+        ("http://me:hu?sh@a/x::s3://me:hu?sh@b/y?hush", "http://a/x::s3://b/y"),
+        ("http://me:hu?sh@a/http://me:hu?sh@b/y?hush", "http://a/http://b/y"),
         ("s3://me:hu::sh@b/a", "s3://b/a"),
         ("zip://a/x::me:hush@b/a", "zip://a/x::b/a"),
         ("http://me:hu?sh@node/a?hush and http://me:hu#sh@node", "http://node/a and http://node"),
@@ -52,7 +62,9 @@ def test_redact_strips_each_link_of_a_chain(
 ) -> None:
     links = [*links, last]
     url = "::".join("".join(link) for link in links)
-    shown = "::".join("".join(link[:2] + link[3:4]) for link in links)
+    # What follows a query may be a part of it.
+    last_shown = next((n for n, link in enumerate(links) if any(link[4:])), len(links))
+    shown = "::".join("".join(link[:2] + link[3:4]) for link in links[: last_shown + 1])
     assert redact(url) == shown
     assert redact(f"OSError('at {url}')") == f"OSError('at {shown}')"
     users = {link[2].removesuffix("@") for link in links if len(link) > 1}
@@ -96,6 +108,20 @@ def test_server_with_credentials_in_its_query_is_named_without_them() -> None:
 )
 def test_without_user_leaves_keys_as_they_are(place: str, shown: str) -> None:
     assert without_user(place) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["http://[fe80::0]:1/x,", "http://u:x?@:x", "?@:x", "a.", "::", "zip://a::", "a::b:c@"]
+)
+def test_redact_takes_any_text(text: str) -> None:
+    """Also where there is no end of it: it is for errors of others."""
+    for many in (text * 20_000, "http://u:x" + text * 20_000):
+        assert len(redact(many)) < 20_000
+        list(secrets_in(many))
+
+
+def test_secrets_behind_a_query_are_found() -> None:
+    assert "hush" in {*secrets_in("https://a/x?u=c::https://b/y&sig=hush")}
 
 
 def test_secrets_in_a_chain_are_found_as_they_are_written_and_read() -> None:

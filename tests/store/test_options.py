@@ -684,3 +684,30 @@ def test_each_policy_has_its_literal_and_is_named_wherever_they_are_listed(
     assert default in names
     for text in (*places, README.read_text(encoding="utf-8")):
         assert [name for name in names if f'"{name}"' not in text] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["verify", "clock", "source_id", "decoded_size", "adopt", "offline"]
+)
+def test_option_that_is_set_says_what_to_do(name: str) -> None:
+    store = CacheStore(MemoryStore(), cache_store=MemoryStore())
+    with pytest.raises(AttributeError, match=rf"{name} cannot be set.*{name}=1"):
+        setattr(store, name, 1)
+
+
+def test_subclass_may_have_attributes_with_names_of_options() -> None:
+    class Mine(CacheStore):
+        @property
+        def offline(self) -> bool:
+            return False
+
+        @offline.setter
+        def offline(self, value: bool) -> None:
+            raise AttributeError("mine")
+
+    store = Mine(MemoryStore(), cache_store=MemoryStore())
+    store.verify = "what I like"  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^mine$"):
+        store.offline = True  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="max_size cannot be set"):
+        store.max_size = 1  # type: ignore[misc]

@@ -26,8 +26,6 @@ from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from zcache._ages import MaxAges
@@ -290,21 +288,19 @@ class Hits:
             return False
         return value is not None
 
-    async def is_ruled_out(
-        self, io: IO, key: str, size_of: Callable[[IO, str], Awaitable[int | None]] | None = None
-    ) -> bool:
+    async def is_ruled_out(self, io: IO, key: str) -> bool:
         """Whether a cached document of a node says that it has no document of this key.
 
-        A node has one of those that make it real. Without ``.zmetadata`` it reads the same, and beside
-        ``zarr.json``, which holds the attributes, there is no ``.zattrs``. What is cached is what
-        `size_of` says; None for `cached_size`.
+        A node has one of those that make it real, as a rule. Without ``.zmetadata`` it reads the same, and beside
+        ``zarr.json``, which holds the attributes, there is no ``.zattrs``. Only where nothing can be written: one that is
+        in both formats would lose what is not cached.
         """
         node, slash, name = key.rpartition("/")
         if name not in METADATA:
             return False
         others = NODES[:1] if name == ".zattrs" else [other for other in NODES if other != name]
         for other in others:
-            if await (size_of or self.cached_size)(io, f"{node}{slash}{other}"):
+            if await self.cached_size(io, f"{node}{slash}{other}"):
                 return True
         return False
 

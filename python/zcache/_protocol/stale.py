@@ -85,9 +85,7 @@ class StaleValues:
         hits = self._hits
         found = await self._ask(io, Index.lookup, key, byte_range)
         if found is None:
-            if not await hits.is_ruled_out(io, key, self._size):
-                return False, None
-            found = ABSENT
+            return False, None
         if found is ABSENT:
             hits.recount_as_negative_hit(key, byte_range)
             self.note(error)
@@ -104,9 +102,7 @@ class StaleValues:
         """Bytes of a stale value that is cached as a whole, or `ABSENT`, in place of this error of the source."""
         if not self._may_replace(error, key):
             return None
-        size = await self._size(io, key)
-        if size is None and await self._hits.is_ruled_out(io, key, self._size):
-            size = ABSENT
+        size: int | Literal[False] | None = await self._ask(io, Index.peek, key, None)
         if size is not None:
             self.note(error)
         return size
@@ -123,10 +119,6 @@ class StaleValues:
 
     def _longer(self, age: float | None) -> float | None:
         return None if age is None or self._seconds == math.inf else age + self._seconds
-
-    async def _size(self, io: IO, key: str) -> int | Literal[False] | None:
-        size: int | Literal[False] | None = await self._ask(io, Index.peek, key, None)
-        return size
 
     async def _ask(self, io: IO, step: Any, key: str, byte_range: ByteRange | None) -> Any:
         hits = self._hits

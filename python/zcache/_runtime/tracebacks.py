@@ -17,6 +17,13 @@ def let_go_of(error: BaseException | None, handled: BaseException | None) -> Non
     handled : BaseException or None
         What the caller was handling before, which is the caller's and stays as it is.
     """
-    while error is not None and error is not handled:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+    waiting, seen = [error], {id(handled)}
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        waiting += [one.__context__, one.__cause__]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions

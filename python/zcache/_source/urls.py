@@ -11,15 +11,22 @@ from zcache._source.answers import UnnamedError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_RUN: Final = "[a-z0-9+.-]"
 _SCHEME: Final = "[a-z][a-z0-9+.-]*"
 _LINK: Final = rf"::(?={_SCHEME}(?:://|::))"
 """What is between two links of a chain; one elsewhere is of an address or a password."""
+_NEXT: Final = re.compile(rf"{_LINK}|[/,;](?={_SCHEME}://)", re.IGNORECASE)
+"""Where another URL begins in what follows a scheme: the next one of a chain, of a proxy's, or of a list."""
+_SPLIT: Final = re.compile(rf"::|[/,;](?={_SCHEME}://)", re.IGNORECASE)
+"""Where another one may begin."""
 _URL: Final = re.compile(
-    rf"""(?P<scheme>\b{_SCHEME}://)(?P<rest>(?:(?!{_LINK}|/{_SCHEME}://)[^\s'"<>`])*)"""
+    rf"""(?P<scheme>(?<!{_RUN}){_RUN}+://)(?P<rest>(?:(?!{_LINK}|[/,;]{_SCHEME}://)[^\s'"<>`?#])*(?:[?#][^\s'"<>`]*)?)"""
     r"""|(?P<place>(?<![^\s'"<>`@:/(\[{,=])[^\s'"<>`@:/(\[{,=]+:[^\s'"<>`@:/][^\s'"<>`@:]*@[^\s'"<>`]*)""",
     re.IGNORECASE,
 )
-"""A URL, up to the next one of a chain or of a proxy's; or what some clients make of one with a password: it without its scheme."""
+"""A URL, with all that follows its query, or up to the next one; or what some clients make of one with a password: it without its scheme."""
+_MOST: Final = 16_384
+"""Characters of a text that are looked at; what is longer is cut off."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
 _SHORTEST: Final = 4
 """Characters of a parameter that may be a secret."""
@@ -36,23 +43,31 @@ _SAS: Final = re.compile("s(ig|v|r|t|e|p|s|rt|pr|ip|dd|es|kt|ke|ks|kv|koid|ktid|
 
 
 def redact(text: str) -> str:
-    """Strip user information, query and fragment of every URL in a text.
+    """Strip user information, query and fragment of every URL in a text, and all that follows these two in it.
 
     Parameters
     ----------
     text : str
         What is to be shown, such as an error of a library.
     """
-    return _URL.sub(_shown, text)
-
-
-def _shown(url: re.Match[str]) -> str:
-    if url["scheme"] is None:
-        return without_user(url["place"])
-    _, place, _ = _parts(url["rest"])
-    # What has no scheme is a path for a client, and so may be anything.
-    path, sign, more = place.partition("::")
-    return url["scheme"] + path + sign + redact(more)
+    shown, text = [], text if len(text) <= _MOST else f"{text[:_MOST]}..."
+    while (url := _URL.search(text)) is not None:
+        shown.append(text[: url.start()])
+        text = text[url.end() :]
+        if url["scheme"] is None:
+            shown.append(without_user(url["place"]))
+            continue
+        _, place, query = _parts(url["rest"])
+        shown.append(url["scheme"])
+        if _NEXT.search(place):
+            # The query is that of another URL.
+            place += query
+        # What has no scheme is a path for a client, and so may be anything.
+        split = _SPLIT.search(place)
+        end = len(place) if split is None else split.end()
+        shown.append(place[:end])
+        text = place[end:] + text
+    return "".join([*shown, text])
 
 
 def links(url: str) -> list[str]:
@@ -89,19 +104,23 @@ def _is_user(authority: str) -> bool:
 
 def _parts(rest: str) -> tuple[str, str, str]:
     """User information, place, and query with the fragment, of what follows the scheme of a URL."""
-    place = _QUERY.sub("", rest)
-    end = _user_end(place)
-    if not end and _is_user(place.partition("/")[0]) and "@" in rest:
+    users = []
+    while True:
+        place = _QUERY.sub("", rest)
+        end = _user_end(place)
+        if end or "@" not in rest or not _is_user(place.partition("/")[0]):
+            break
         # A password may have their signs.
-        first, _, more = rest.partition("@")
-        user, place, query = _parts(more)
-        return f"{first}@{user}".removesuffix("@"), place, query
-    return place[:end].removesuffix("@"), place[end:], rest[len(place) :]
+        user, _, rest = rest.partition("@")
+        users.append(user)
+    user = "@".join([*users, place[:end].removesuffix("@")]).removesuffix("@")
+    return user, place[end:], rest[len(place) :]
 
 
 def secrets_in(url: str) -> Iterator[str]:
     """What of a URL, or a chain of them, no text may show: as it is written, and as a client reads it."""
-    for link in links(url):
+    # What follows a query is a part of it for some clients, and another link for others.
+    for link in dict.fromkeys([*links(url), url]):
         user, _, query = _parts(link.partition("://")[2] or link)
         for secret in (user, user.partition(":")[2]):
             yield from {secret, unquote(secret)} - {""}

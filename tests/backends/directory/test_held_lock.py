@@ -22,7 +22,6 @@ from directories import complete
 from pools import cache_at
 from support import said
 from zcache import CacheStore, IndexLockTimeout
-from zcache._backends.directory import bound
 from zcache._runtime import threads
 from zcache.testing import StoreDouble, check_invariants, hold_index_lock
 
@@ -204,21 +203,6 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
     assert source.take()["get"] == 0
     asyncio.run(store.set("k", cpu.Buffer.from_bytes(b"new")))
     assert read(store, "k") == b"new"
-
-
-@pytest.mark.slow
-def test_a_constructor_waits_for_no_bound_of_an_index_that_is_not_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leave_warm(tmp_path)
-    is_over = threading.Event()
-    monkeypatch.setattr(bound, "_enforce", lambda *_: is_over.wait(2 * GUARD))
-    monkeypatch.setattr(bound, "BOUND_PATIENCE", 2 * GUARD)
-    with hold_index_lock(tmp_path):
-        try:
-            in_time(lambda: open_store(tmp_path, MemoryStore(), max_size=1000))
-        finally:
-            is_over.set()
 
 
 # A pool is no source's.

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -406,3 +407,23 @@ def test_fork_frames_hold_the_index_of_the_parent_its_lock_is_let_go(tmp_path: P
         assert wait([worker]) == [0]
         for file in (told, tell, stay):
             os.close(file)
+
+
+async def test_child_that_is_forked_while_a_bound_is_enforced_waits_for_no_thread_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = open_store(tmp_path)
+    monkeypatch.setattr("zcache._backends.directory.bound.BOUND_PATIENCE", 3600)
+    # As while a thread of this process evicts.
+    store._cache.shared.place._bound._kept = threading.Event()
+    process = os.fork()
+    if not process:
+        # Ends it, if it hangs.
+        signal.alarm(60)
+        code = 1
+        try:
+            open_store(tmp_path)
+            code = 0
+        finally:
+            os._exit(code)
+    assert (await asyncio.to_thread(os.waitpid, process, 0))[1] == 0

@@ -204,10 +204,12 @@ async def test_volume_that_has_become_writable_is_filled(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("most", [0, 1000])
 async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process writes to the same directory through another mount."""
+    """Another process writes to the same directory through another mount; more than `most` changes are told as one."""
+    monkeypatch.setattr("zcache._backends.directory.private_index._MOST_CHANGES", most)
     where, again = tmp_path / "cache", tmp_path / "again"
     await warmed(where, kind)
     await closed(tmp_path)

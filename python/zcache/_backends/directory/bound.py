@@ -73,6 +73,11 @@ class Bound:
         except RuntimeError:  # No thread now; the next fill does it.
             kept.set()
 
+    def after_fork(self) -> None:
+        """Wait for no thread of the parent."""
+        self._kept = threading.Event()
+        self._kept.set()
+
     def wait(self) -> None:
         """Wait until the bound is kept, or nothing can be evicted now: `BOUND_PATIENCE` seconds at most."""
         self._kept.wait(BOUND_PATIENCE)

@@ -366,6 +366,7 @@ class CacheDirectory(Place):
         handle.lost = None
         self.filler.abandon()
         self.private_index.after_fork()
+        self._bound.after_fork()
         handle.after_fork(self._open_first if handle.usable else None)
         if not handle.usable:
             # That of the parent takes no step here: each would be waited for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import threading
 import time
@@ -104,14 +103,14 @@ class PrivateIndex:
         Raises
         ------
         OSError
-            If the file system refuses, or there is too much to tell.
+            If the file system refuses.
         """
         if not self._layout.is_read_only:
             return  # Each was told at once.
         with self._lock:
             changed = list(self._changed)
         if len(changed) > _MOST_CHANGES:
-            raise OSError(errno.EBUSY, "this process has changed too much of the source meanwhile")
+            changed = [""]
         for prefix in changed:
             index.invalidate(prefix)
             self._layout.scanner.remove_below(prefix)
