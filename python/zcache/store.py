@@ -984,6 +984,7 @@ class CacheStore(Store, KeepsDecoded):
         try:
             parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
+            check_key(key)
             self._hits.count_miss()
             return await self._reader.bypass(self._io, key, prototype, byte_range)
         # A hit that needs no waiting ends here: no other coroutine, and one call into the index.
@@ -1019,6 +1020,7 @@ class CacheStore(Store, KeepsDecoded):
         try:
             parsed = None if byte_range is None else to_byte_range(byte_range)
         except ValueError:
+            check_key(key)
             self._hits.count_miss()
             return run_without_loop(self._reader.bypass(io, key, prototype, byte_range))
         value, hit = self._hits.get_nowait(key, prototype, parsed)

@@ -349,19 +349,31 @@ def test_what_a_user_gets_is_a_copy(pipeline: str) -> None:
     np.testing.assert_array_equal(array[:], np.arange(17 * 23).reshape(17, 23))
 
 
-def test_buffers_of_another_kind_pass_through() -> None:
+@pytest.mark.parametrize("kind", ["buffer", "nd_buffer"])
+def test_buffers_of_another_kind_pass_through(kind: str) -> None:
     from zarr.core.buffer import BufferPrototype, cpu
 
-    class OtherBuffer(cpu.NDBuffer):
+    class OtherBuffer(cpu.Buffer):
+        pass
+
+    class OtherNDBuffer(cpu.NDBuffer):
         pass
 
     store = decoded_store()
     array = create(store)
     array[:] = 3
-    other = BufferPrototype(buffer=cpu.Buffer, nd_buffer=OtherBuffer)
+    other = BufferPrototype(
+        buffer=OtherBuffer if kind == "buffer" else cpu.Buffer,
+        nd_buffer=OtherNDBuffer if kind == "nd_buffer" else cpu.NDBuffer,
+    )
     for _ in range(2):
         assert (array.get_basic_selection(..., prototype=other) == 3).all()
     assert counts(store) == (0, 0)
+    # Other reads of the array are kept all the same.
+    for _ in range(2):
+        assert (array[:] == 3).all()
+    hits, misses = counts(store)
+    assert hits == misses > 0
 
 
 @pytest.mark.parametrize("most", [16, 0], ids=["small", "large"])

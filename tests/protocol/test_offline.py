@@ -112,7 +112,11 @@ async def test_offline_read_of_what_is_never_cached_says_so(
         store.exists(key),
         store.getsize(key),
         store.get_partial_values(PROTOTYPE, [(key, part)]),
+        store.get_partial_values(PROTOTYPE, [("a", part), ("a", RangeByteRequest(3, 2))]),
     ]
+    if hasattr(store, "get_ranges"):
+        ranges = [part, RangeByteRequest(3, 2)]
+        reads += [anext(store.get_ranges("a", ranges, prototype=PROTOTYPE))]
     for one in reads:
         with pytest.raises(OfflineError, match=r"never cached.*offline=False") as caught:
             await one

@@ -260,6 +260,7 @@ async def test_key_that_is_no_text_raises(
     part = RangeByteRequest(0, 1)
     calls: list[Any] = [
         lambda: store.get(key, PROTOTYPE, part),
+        lambda: store.get(key, PROTOTYPE, RangeByteRequest(3, 2)),
         lambda: store.exists(key),
         lambda: store.getsize(key),
         lambda: store.get_partial_values(PROTOTYPE, [(key, part)]),

@@ -172,7 +172,8 @@ class DecodedCodecPipeline(CodecPipeline):
         if inner is DecodedCodecPipeline:
             inner = _wrapped_class()
         dtype = spec.dtype
-        what = (spec.shape, spec.config.order, spec.prototype.nd_buffer, inner)
+        prototype = spec.prototype
+        what = (spec.shape, spec.config.order, prototype.nd_buffer, prototype.buffer, inner)
         # Threads come here at once; each looks at one tuple, so none gets the layouts of another cache.
         latest = self._latest
         if latest is not None and latest[0] is cache and latest[1] is dtype and latest[2] == what:

@@ -31,13 +31,30 @@ def miss(key: str, byte_range: ByteRequest | None = None) -> OfflineError:
         return OfflineError(
             f"{shown} is a key that is never cached (docs/freshness.md lists these), and {_USE_ANOTHER}"
         )
-    try:
-        to_byte_range(byte_range)
-    except ValueError:
+    if _is_never_cached(byte_range):
         return OfflineError(
             f"{byte_range!r} of {key!r} is a request that is never cached, and {_USE_ANOTHER}"
         )
     return OfflineError(f"{key!r} is not in the cache, and {_ASK_ONCE}")
+
+
+def _is_never_cached(byte_range: ByteRequest | None) -> bool:
+    try:
+        to_byte_range(byte_range)
+    except ValueError:
+        return True
+    return False
+
+
+def _miss_of_many(requests: Iterable[tuple[str, ByteRequest | None]]) -> OfflineError:
+    """`miss` for the first of these that can never be served, or else for the first one."""
+    many = list(requests) or [("", None)]
+    return miss(
+        *next(
+            (one for one in many if not is_cacheable_key(one[0]) or _is_never_cached(one[1])),
+            many[0],
+        )
+    )
 
 
 def no_listing(directory: str) -> OfflineError:
@@ -93,15 +110,19 @@ class OfflineSource(Store):
         prototype: BufferPrototype,  # noqa: ARG002
         key_ranges: Iterable[tuple[str, ByteRequest | None]],
     ) -> list[Buffer | None]:
-        raise miss(next((key for key, _ in key_ranges), ""))
+        raise _miss_of_many(key_ranges)
 
-    def get_ranges(self, key: str, *_: Any, **__: Any) -> AsyncIterator[Any]:
+    def get_ranges(
+        self, key: str, byte_ranges: Iterable[ByteRequest | None], **_: Any
+    ) -> AsyncIterator[Any]:
         """As `get`."""
-        return _Refusal(miss(key))
+        return _Refusal(_miss_of_many((key, one) for one in byte_ranges))
 
-    def get_ranges_sync(self, key: str, *_: Any, **__: Any) -> NoReturn:
+    def get_ranges_sync(
+        self, key: str, byte_ranges: Iterable[ByteRequest | None], **_: Any
+    ) -> NoReturn:
         """As `get`."""
-        raise miss(key)
+        raise _miss_of_many((key, one) for one in byte_ranges)
 
     async def exists(self, key: str) -> bool:
         raise miss(key)
