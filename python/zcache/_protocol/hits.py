@@ -179,7 +179,7 @@ class Hits:
             self._reads.count_miss()
             return None, None
         except TypeError:
-            # Here, for to ask it of each key would take longer.
+            # Only here: a look at each key beforehand would make every hit dearer.
             check_key(key)
             raise
         if hit is None or (try_read := self._try_read) is None or reads_fail:

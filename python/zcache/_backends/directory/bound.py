@@ -99,7 +99,7 @@ class Bound:
             return False, not is_complete
         cells = [cell for cell, _ in victims]
         known = handle.call_blocking(Index.expected, cells)
-        # They are told first: the victims count until their deletes are confirmed, and so leave room for the folder of marks.
+        # Folders are told before deletes are confirmed: until then the victims count, which leaves room for the folder of marks.
         with counted(handle):
             outcome = self._remove([name for _, name in victims], known)
         failed = [cell for cell, error in zip(cells, outcome, strict=True) if error]
