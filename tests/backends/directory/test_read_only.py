@@ -226,6 +226,30 @@ async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
     assert await read(store, "b") == b"new"
 
 
+async def test_change_while_a_volume_is_taken_up_again_is_told_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "cache"
+    await warmed(where, "directory")
+    await closed(tmp_path)
+    behind = source()
+    await behind.inner.set("b", buf(b"more"))
+    with mounted_read_only(where):
+        store = opened(where, "directory", behind)
+        assert await read(store, "a/c/1") == VALUES["a/c/1"]
+    shared = store._cache.shared
+    restore = shared.handle.restore
+
+    def change_and_restore(index: Any) -> None:
+        shared.place.private_index.note_change("a/c/1")
+        restore(index)
+
+    monkeypatch.setattr(shared.handle, "restore", change_and_restore)
+    await until_cached(store, "b")
+    assert store.is_cached("a/c/2")
+    assert not store.is_cached("a/c/1")
+
+
 _FILL_OLD = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -70,6 +70,8 @@ class PrivateIndex:
         self.use_again: Callable[[], bool] = _cannot
         # What this process has changed: what is found of it may be older than the change.
         self._changed: set[str] = set()
+        # Those of them of which others were told.
+        self._told: set[str] = set()
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -95,26 +97,29 @@ class PrivateIndex:
         """Leave the directory to an index that takes values in."""
         with self._lock:
             self._changed.clear()
+            self._told.clear()
             self._filler.reads_only = self._layout.scanner.only_looks = False
 
     def tell_changes(self, index: Index) -> None:
-        """Tell who shares an index of what this process has changed while no one could be told.
+        """Tell who shares an index of what this process has changed, since the last call, while no one could be told.
 
         Raises
         ------
         OSError
             If the file system refuses.
         """
-        if not self._layout.is_read_only:
-            return  # Each was told at once.
         with self._lock:
-            changed = list(self._changed)
-        if len(changed) > _MOST_CHANGES:
-            changed = [""]
-        for prefix in changed:
-            index.invalidate(prefix)
-            self._layout.scanner.remove_below(prefix)
-            _drop(index, prefix)
+            changed = self._changed - self._told
+            self._told |= changed
+        try:
+            for prefix in changed if len(changed) <= _MOST_CHANGES else [""]:
+                index.invalidate(prefix)
+                self._layout.scanner.remove_below(prefix)
+                _drop(index, prefix)
+        except BaseException:
+            with self._lock:
+                self._told -= changed
+            raise
 
     def look_again(self) -> None:
         """Look in the background for what others have added, and for room, unless it is too early for that."""
@@ -192,6 +197,7 @@ class PrivateIndex:
         if self._filler.reads_only:
             with self._lock:
                 self._changed.add(prefix)
+                self._told.discard(prefix)
 
     def refusal(self, what: str) -> CacheUnreachableError:
         """The error for what cannot be done here."""

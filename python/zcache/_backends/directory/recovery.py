@@ -148,6 +148,8 @@ class Recovery:
         """Claim the directory and join its index; whether that is possible."""
         layout, handle = self._layout, self._handle
         lost = handle.lost
+        # Of what was changed where files could be removed, others were told at once.
+        has_to_tell = layout.is_read_only
         try:
             layout.claim(adopt=False)
             handle.change_limits(layout.own_limits())
@@ -161,7 +163,8 @@ class Recovery:
             layout.note_doubt()
             if layout.stamp.is_foreign:
                 raise CacheOwnershipError("another source has it")
-            self._private_index.tell_changes(index)
+            if has_to_tell:
+                self._private_index.tell_changes(index)
         except (OSError, RuntimeError, ValueError) as error:
             layout.note_owner(error)
             logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)
@@ -171,6 +174,10 @@ class Recovery:
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
+        if has_to_tell:
+            # Of what was changed meanwhile; from now on each change tells by itself.
+            with contextlib.suppress(OSError):
+                self._private_index.tell_changes(index)
         handle.say_restored()
         self._private_index.end()
         handle.apply_limits()
