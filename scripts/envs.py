@@ -63,7 +63,10 @@ EDITABLE_INPUTS = tuple(
 ZIG = "ziglang>=0.17,<0.18"
 USES_ZIG = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
-EXTRAS = {"base": ("test", "lint", "bench", "demo", "examples"), "demo": ("demo",)}
+EXTRAS = {
+    "base": ("test", "lint", "bench", "demo", "examples", "clients"),
+    "demo": ("demo",),
+}
 EXTRAS["newest"] = EXTRAS["dev"] = EXTRAS["base"]
 
 # Printed by a candidate interpreter about itself: its path is the real one behind a pyenv shim or a
