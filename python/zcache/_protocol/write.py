@@ -73,7 +73,7 @@ class Writer:
             return
         self.backend.begin(io)
         handle = self.handle
-        begun = changing = ended = is_handed_over = False
+        begun = tried = changing = ended = is_handed_over = False
         blocking = io.loop() is None
         ticket: int | None = None
         end_elsewhere: Callable[[], None] | None = None
@@ -86,7 +86,8 @@ class Writer:
             handle.call_later(lost, Index.end_write, key, False)
             if end_elsewhere is not None:
                 end_elsewhere()
-            self.backend.tell_later(key)
+            if tried:
+                self.backend.tell_later(key)
 
         def lost(outcome: tuple[list[Victim], int | None]) -> None:
             victims, ticket = outcome
@@ -101,7 +102,7 @@ class Writer:
             await self.backend.remove_key(io, key, victims, begins=True)
             await self._remove_unlisted(io, key)
             await self._lister.forget(io, key)
-            changing = True
+            tried = changing = True
             try:
                 await io.change(work, self._unless_unknown(late))
             except Exception:
@@ -193,14 +194,15 @@ class Writer:
             await io.change(work, lambda _: None)
             return
         prefix, handle = scope, self.handle
-        ended = False
+        tried = ended = False
 
         def late(_: BaseException | None) -> None:
             nonlocal ended
             ended = True
             self._drain_later(prefix, begins=False)
             end_elsewhere()
-            self.backend.tell_later(prefix)
+            if tried:
+                self.backend.tell_later(prefix)
 
         await handle.call(io, Index.invalidate, prefix, True, alone=True)
         end_elsewhere = self.backend.begin_change(prefix)
@@ -225,6 +227,7 @@ class Writer:
                 )
                 await self.drain_prefix(io, prefix)
 
+        tried = True
         try:
             await io.change(work, self._unless_unknown(late))
         except Exception:

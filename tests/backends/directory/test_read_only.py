@@ -132,6 +132,51 @@ async def test_beside_a_writable_store_of_the_same_process(tmp_path: Path, first
     await check_invariants_async(writer)
 
 
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("deletes", [False, True])
+async def test_old_value_that_others_cache_during_a_change_goes_at_its_end(
+    tmp_path: Path, kind: str, deletes: bool
+) -> None:
+    """It was not there when the change began, and nothing else would remove it."""
+    where = tmp_path / "cache"
+    await warmed(where, kind)
+    behind = source()
+    await behind.inner.set("b", buf(b"old"))
+    writer = opened(where, kind, behind)
+    cache: Any = (
+        CachePool(where, read_only=True) if kind == "pool" else LocalStore(where, read_only=True)
+    )
+
+    class ReadMeanwhile(StoreDouble):
+        async def set(self, key: str, value: Any) -> None:
+            await self.look(key)
+            await super().set(key, value)
+
+        async def delete(self, key: str) -> None:
+            await self.look(key)
+            await super().delete(key)
+
+        async def look(self, key: str) -> None:
+            assert await read(writer, key) == b"old"
+            assert await writer.drain()
+            assert writer.is_cached(key)
+
+    reader = CacheStore(ReadMeanwhile(behind.inner), cache_store=cache, source_id="source")
+    before = {name: found for name, found in contents(where).items() if "/index" not in name}
+    if deletes:
+        await reader.delete("b")
+    else:
+        await reader.set("b", buf(b"new"))
+    expected = None if deletes else b"new"
+    assert [await read(store, "b") for store in (writer, reader)] == [expected] * 2
+    assert await writer.drain()
+    # All else is as it was.
+    for key, value in VALUES.items():
+        assert await read(reader, key) == value
+    assert before.items() <= contents(where).items() or kind == "pool"
+    await check_invariants_async(writer)
+
+
 async def test_damaged_value_is_not_served_even_without_verify(tmp_path: Path) -> None:
     await warmed(tmp_path)
     path = tmp_path / "a/c/3"

@@ -165,7 +165,7 @@ class DirectoryBackend(Backend):
 
         def tell() -> None:
             try:
-                self._tell_and_remove(prefix, lambda: self._remove_below(prefix))
+                self._tell_and_remove(prefix, lambda: self._remove_below(prefix), begins=False)
             except OSError as error:
                 self._could_not_tell(error, begins=False)
 
@@ -190,7 +190,7 @@ class DirectoryBackend(Backend):
 
         def remove() -> None:
             if tells:
-                self._tell_and_remove(prefix, work)
+                self._tell_and_remove(prefix, work, begins=begins)
             else:
                 names = [name for name, _ in self._remove_counted(work)]
                 self._add_tombstones(names)
@@ -236,8 +236,13 @@ class DirectoryBackend(Backend):
     def _ended_late(self, _: object) -> None:
         self.counters.count("owed", -1)
 
-    def _tell_and_remove(self, prefix: str, work: Callable[[], list[tuple[str, OSError]]]) -> None:
+    def _tell_and_remove(
+        self, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
+    ) -> None:
         """Tell others of a change without the index: nothing older is filled, nothing older is there.
+
+        In a directory that is only read from no change begins of what is there. What is there once it has ended came
+        meanwhile: another process read the old value before the source had the new one.
 
         Raises
         ------
@@ -247,7 +252,7 @@ class DirectoryBackend(Backend):
         # First, so that nothing that is older is filled afterwards.
         self._directory.layout.tell_others()
         self._directory.filler.note_marks()
-        if self._directory.layout.is_read_only:
+        if begins and self._directory.layout.is_read_only:
             for name in self._directory.scanner.names_below(prefix):
                 raise OSError(errno.EROFS, "it is read-only", name)
             return
