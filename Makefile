@@ -117,6 +117,12 @@ soak: env-newest ## long random runs with faults and kills, and all cases of all
 	$(call section,all cases of all tests)
 	.venvs/newest/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ONCE_MORE)
 
+.PHONY: torch
+torch: ## the tests of the loader with the real PyTorch; downloads 5 GB
+	@'$(PYTHON)' scripts/envs.py torch
+	$(call section,loader)
+	.venvs/torch/bin/python -m pytest tests/examples -k pytorch $(ARGS)
+
 .PHONY: wheel
 wheel: ## one abi3 wheel in dist/, on Linux for glibc 2.17 and later
 	@'$(PYTHON)' scripts/envs.py wheel

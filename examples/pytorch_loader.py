@@ -12,6 +12,7 @@ PyTorch is used where it is installed; else a small stand-in for its ``DataLoade
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -92,7 +93,8 @@ def loader_of(store: CacheStore, *, shuffle: bool = False) -> DataLoader:
         Samples(store),
         batch_size=4,
         shuffle=shuffle,
-        num_workers=WORKERS,
+        # PyTorch warns of more than there are processors.
+        num_workers=min(WORKERS, os.cpu_count() or 1),
         multiprocessing_context=context(),
         persistent_workers=True,
     )

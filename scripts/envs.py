@@ -7,6 +7,7 @@
     base    every extra and the wheel, on the interpreter that runs this script
     newest  the same on the newest CPython found; a link to `base` where that is as new
     demo    the extra `demo` alone and the wheel, on the newest CPython: shows that it is complete
+    torch   the extras `test` and `torch` (5 GB) and the wheel, on the newest CPython
     dev     every extra, maturin and an editable build, on the newest CPython: for daily work
 
 A target that is up to date costs nothing. Content decides whether a target is stale, not time
@@ -66,6 +67,7 @@ USES_ZIG = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 EXTRAS = {
     "base": ("test", "lint", "bench", "demo", "examples", "clients"),
     "demo": ("demo",),
+    "torch": ("test", "torch"),
 }
 EXTRAS["newest"] = EXTRAS["dev"] = EXTRAS["base"]
 
@@ -364,7 +366,7 @@ def editable(python: Path) -> None:
 
 
 def main(targets: list[str]) -> None:
-    known = ("build", "wheel", "base", "newest", "demo", "dev")
+    known = ("build", "wheel", "base", "newest", "demo", "torch", "dev")
     if not targets or not set(targets) <= set(known):
         raise EnvsError(f"usage: envs.py TARGET..., where a target is one of {', '.join(known)}")
     here = probe(sys.executable)
@@ -380,7 +382,7 @@ def main(targets: list[str]) -> None:
 
     top = None
     for target in targets:
-        if target in {"newest", "demo", "dev"}:
+        if target in {"newest", "demo", "torch", "dev"}:
             top = top or newest(here) or here
         if target == "build":
             environment("build", here)

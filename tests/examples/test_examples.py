@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TIMEOUT_SECONDS = 100
+TIMEOUT_SECONDS = 170
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
