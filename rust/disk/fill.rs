@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::cache::Ticket;
 use crate::key::ByteRange;
+use crate::sampling;
 
 /// A value to be cached.
 #[derive(Debug)]
@@ -35,10 +36,9 @@ impl<D> Fill<D> {
             .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
     }
 
-    /// Whether two fills can be parts of one batch.
-    pub(super) fn goes_with(&self, other: &Self) -> bool {
-        let is_same = self.range == other.range && self.key == other.key;
-        !is_same && self.min_free_space == other.min_free_space
+    /// Stands for the value that it is about. Two values that share one by chance only wait for each other.
+    pub(super) fn name(&self) -> u64 {
+        sampling::hash(&self.key, self.range, 0)
     }
 }
 

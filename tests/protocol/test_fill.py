@@ -922,6 +922,42 @@ async def test_a_pending_value_that_is_too_old_is_not_served(
     assert await read(store, "k") == b"newer"
 
 
+@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
+async def test_fill_beside_one_of_the_same_key_that_is_void_is_done_after_it(
+    tmp_path: Path, clock: FakeClock, kind: str
+) -> None:
+    """Where nothing is fresh, each reader voids the fill of the one before."""
+    # It takes a while to write.
+    source = StoreDouble(MemoryStore({"k": buf(bytes(2**25))}))
+    store = CacheStore(
+        source, cache_store=made(kind, tmp_path), max_age_seconds=0, clock=clock, source_id="s"
+    )
+    await store.get("k", PROTOTYPE)
+    await until(lambda: in_flight(store)[1] != 0 or stored_sizes(store))
+    await source.inner.set("k", buf(b"newer"))
+    assert await read(store, "k") == b"newer"
+    await check_quiet(store)
+    assert stored_sizes(store)["k"] == len(b"newer")
+
+
+async def test_fill_beside_one_of_the_same_key_that_is_being_written_waits_for_it(
+    source: StoreDouble, cache: StoreDouble, clock: FakeClock
+) -> None:
+    store = CacheStore(source, cache_store=cache, max_age_seconds=0, clock=clock)
+    gate = cache.block("set", key="k")
+    assert await read(store, "k") == VALUE
+    await gate.entered_async()
+    for value in (b"1", b"22", b"333"):
+        await source.inner.set("k", buf(value))
+        assert await read(store, "k") == value
+    # One that is about another key does not.
+    assert await read(store, "k0") == VALUE
+    await until(lambda: "k0" in stored_sizes(store))
+    gate.release()
+    await check_quiet(store)
+    assert stored_sizes(store)["k"] == 3
+
+
 # ------------------------------------------------------------------------------- streaming
 
 

@@ -1,8 +1,10 @@
 //! What is known of the fills of a queue, and what of it is seen without the lock.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use foldhash::fast::RandomState;
 
 use crate::cache::ClosedFlight;
 use crate::disk::deferred::Deferred;
@@ -31,6 +33,9 @@ pub(super) struct State<T, D> {
     pub(super) index: Option<Arc<Locked<T>>>,
     pub(super) next: u64,
     pub(super) jobs: VecDeque<(u64, Fill<D>)>,
+    /// The names of the fills that threads have taken. Those of one name are done one after the other, as they came:
+    /// the index refuses a value of which another one is being written.
+    pub(super) under_way: HashSet<u64, RandomState>,
     /// Threads, and those of them that wait for work.
     pub(super) live: usize,
     pub(super) idle: usize,
@@ -62,6 +67,7 @@ impl<T, D> State<T, D> {
             index: None,
             next: 0,
             jobs: VecDeque::new(),
+            under_way: HashSet::default(),
             live: 0,
             idle: 0,
             gathering: false,
@@ -78,6 +84,18 @@ impl<T, D> State<T, D> {
             deferred: Vec::new(),
             leftovers: Leftovers::default(),
         }
+    }
+
+    /// The place of the first fill that waits for no other one, from this place on.
+    pub(super) fn next_from(&self, place: usize) -> Option<usize> {
+        let mut rest = self.jobs.iter().skip(place);
+        let found = rest.position(|(_, fill)| !self.under_way.contains(&fill.name()));
+        Some(place + found?)
+    }
+
+    /// Whether there is a fill for a thread to take.
+    pub(super) fn has_work(&self) -> bool {
+        !self.gathering && self.next_from(0).is_some()
     }
 }
 

@@ -4,7 +4,6 @@
 //! there is work, end when there has been none for a while, and need no interpreter: bytes and payloads
 //! that only an attached thread may drop are kept until such a thread calls.
 
-use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,11 +109,11 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
     fn next_jobs(self: &Arc<Self>) -> Option<Jobs<D>> {
         let mut state = self.state();
         loop {
-            if !state.gathering && !state.jobs.is_empty() {
+            if state.has_work() {
                 state = self.gather(state);
-                let jobs = self.take_batch(&mut state.jobs);
+                let jobs = self.take_batch(&mut state);
                 // What does not go with these waits for no disk that may hang.
-                if !state.jobs.is_empty() {
+                if state.has_work() {
                     if state.idle > 0 {
                         self.work.notify_one();
                     } else {
@@ -139,7 +138,7 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
             let (again, waited) = woken.unwrap_or_else(PoisonError::into_inner);
             state = again;
             state.idle -= 1;
-            if !waited.timed_out() || !state.gathering && !state.jobs.is_empty() {
+            if !waited.timed_out() || state.has_work() {
                 continue;
             }
             if !quiet && !has_deferred {
@@ -174,25 +173,28 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
     }
 
     /// Takes fills that can be done at once.
-    fn take_batch(&self, jobs: &mut VecDeque<(u64, Fill<D>)>) -> Jobs<D> {
+    fn take_batch(&self, state: &mut State<T, D>) -> Jobs<D> {
         let most = self.dir.values.most_at_once();
         let (mut numbers, mut fills) = (
             Vec::with_capacity(most),
             Vec::<Fill<D>>::with_capacity(most),
         );
-        let mut size = 0u64;
-        while let Some((_, next)) = jobs.front() {
-            size = size.saturating_add(next.size());
-            let fits = fills.len() < most && size <= LARGE;
-            let goes_with_all = fills.iter().all(|fill| fill.goes_with(next));
-            if !(fills.is_empty() || fits && goes_with_all) {
-                break;
-            }
-            let Some((number, fill)) = jobs.pop_front() else {
+        let (mut size, mut place) = (0u64, 0);
+        while let Some(next) = state.next_from(place) {
+            place = next;
+            let Some((number, fill)) = state.jobs.get(place) else {
                 break;
             };
-            numbers.push(number);
-            fills.push(fill);
+            size = size.saturating_add(fill.size());
+            let fits = fills.len() < most && size <= LARGE;
+            let goes_with_all =
+                |first: &Fill<D>| fits && first.min_free_space == fill.min_free_space;
+            if !fills.first().is_none_or(goes_with_all) {
+                break;
+            }
+            numbers.push(*number);
+            state.under_way.insert(fill.name());
+            fills.extend(state.jobs.remove(place).map(|(_, fill)| fill));
         }
         Jobs { numbers, fills }
     }
@@ -231,6 +233,9 @@ impl<T: Clone + Send + 'static, D: AsRef<[u8]> + Send + 'static> Shared<T, D> {
         let count = fills.len();
         let mut urgent = false;
         let mut state = self.state();
+        for fill in &fills {
+            state.under_way.remove(&fill.name());
+        }
         for (number, report) in reports.take(count) {
             urgent |= report.ending.is_urgent();
             state.results.push((number, report));

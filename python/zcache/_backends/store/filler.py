@@ -40,8 +40,9 @@ _parents: list[object] = []
 class StoreFiller:
     """Carries out jobs where their readers are: by tasks of an event loop, or by one thread.
 
-    A job that outlives its event loop is carried out by the next loop or thread that submits,
-    drains or ends; only what was cut off in the middle of a write is dropped.
+    Jobs of one name are carried out one after the other, as they came: the index refuses a value of which
+    another one is being written. A job that outlives its event loop is carried out by the next loop or thread
+    that submits, drains or ends; only what was cut off in the middle of a write is dropped.
     """
 
     def __init__(self) -> None:
@@ -159,22 +160,31 @@ class StoreFiller:
         try:
             while True:
                 with self._lock:
-                    if not self._waiting:
+                    begun = self._begin(io)
+                    if begun is None:
                         # Under the same lock: the next job finds that another task has to be started.
                         self._stop(loop)
                         is_over = True
                         break
-                    job = self._waiting.popleft()
-                await self._carry_out(io, job)
+                await self._carry_out(*begun)
         finally:
             if not is_over:
                 self._stop(loop)
 
-    async def _carry_out(self, io: IO, job: FillJob) -> None:
-        self._unknown.release(job.backend.breaker.clock() - WRITE_TIMEOUT)
-        fill = _Fill(io, job, self._unknown, partial(self._cut_off, job))
-        self._active[job] = (asyncio._get_running_loop(), fill)
+    def _begin(self, io: IO) -> tuple[FillJob, _Fill] | None:
+        """Begin with the first job that waits for no other one, if there is one. To be called under the lock."""
+        names = {(job.key, job.byte_range) for job in self._active}
+        for job in self._waiting:
+            if (job.key, job.byte_range) not in names:
+                fill = _Fill(io, job, self._unknown, partial(self._cut_off, job))
+                self._waiting.remove(job)
+                self._active[job] = (asyncio._get_running_loop(), fill)
+                return job, fill
+        return None
+
+    async def _carry_out(self, job: FillJob, fill: _Fill) -> None:
         try:
+            self._unknown.release(job.backend.breaker.clock() - WRITE_TIMEOUT)
             ended = await fill.run()
         except Exception as error:  # noqa: BLE001 - the value stays uncached
             ended = Ended(job, failures=[(error, "write")])
