@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore
 from directories import closed
 from mounts import mounted_read_only
 from pools import within_bound
-from support import TESTS, buf, listed, read
+from support import TESTS, buf, listed, read, said
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
 
@@ -269,6 +269,24 @@ async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
     subprocess.run([sys.executable, "-c", code], check=True)  # noqa: ASYNC221
     await until_cached(store, "b")
     assert await read(store, "b") == b"new"
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+async def test_change_of_which_a_read_only_mount_lets_no_one_be_told_is_logged_once(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = tmp_path / "cache"
+    await warmed(where, kind)
+    await closed(tmp_path)
+    with mounted_read_only(where):
+        store = opened(where, kind, source())
+        assert await read(store, "a/c/1") == VALUES["a/c/1"]
+        caplog.clear()
+        for key in ("b", "c"):
+            await store.set(key, buf(b"new"))
+        del store
+    (message,) = said(caplog)
+    assert "no other process is told that this one changes the source" in message
 
 
 async def test_change_while_a_volume_is_taken_up_again_is_told_as_well(

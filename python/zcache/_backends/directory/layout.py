@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import time
 from typing import Any, ClassVar, Final
@@ -17,6 +18,8 @@ from zcache._backends.directory.temporary import TemporaryFiles
 from zcache._backends.ownership import Kind, other_source
 from zcache._core import Index, make_way
 from zcache.exceptions import CacheOwnershipError
+
+logger = logging.getLogger("zcache")
 
 BLOCK_SIZE: int | None = None
 """Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
@@ -76,6 +79,7 @@ class Layout:
         self.space_log = SpaceLog(self.root)
         self.is_others = self.is_read_only = False
         self.has_own_index = self.folds_names = False
+        self._is_silent = False
         self.mode = 0o700
         self._block_size = 1
 
@@ -227,7 +231,19 @@ class Layout:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            # Where nothing can be written, only what is there already can be served.
+            # Who cannot write to it either serves what is there already, and takes nothing in.
+            self._say_silent()
+
+    def _say_silent(self) -> None:
+        if not self._is_silent:
+            self._is_silent = True
+            logger.warning(
+                "the cache directory %s is on a volume that is mounted read-only here, so no other process is told that "
+                "this one changes the source, until it can be written to. One that can write to it, through another mount, "
+                "may cache what it has read before such a change, and serve that: have it clear its cache, or write "
+                "where the volume is writable.",
+                self.root,
+            )
 
 
 def new_seed() -> int:
