@@ -136,17 +136,17 @@ fn request_that_is_taken_back_was_none() {
         sample.push(hash(1), size, flags);
     }
     request(&mut sample, 2);
-    sample.retract(hash(1));
+    sample.retract(hash(1), false);
     let trace = sample.trace();
     assert_eq!(
         (trace.requests, &trace.flags[..]),
         (4, &[0, HIT, 0, HIT][..])
     );
-    sample.retract(hash(1));
-    sample.retract(hash(1));
+    sample.retract(hash(1), false);
+    sample.retract(hash(1), false);
     // A hit is never taken back, nor what was counted and is not there.
-    sample.retract(hash(1));
-    sample.retract(hash(3));
+    sample.retract(hash(1), false);
+    sample.retract(hash(3), false);
     let trace = sample.trace();
     assert_eq!((trace.requests, &trace.flags[..]), (2, &[HIT, HIT][..]));
     // Its first request is the first that is left.
@@ -234,7 +234,7 @@ proptest! {
         for key in keys {
             request(&mut sample, key);
             sample.note_size(hash(key), 9);
-            sample.retract(hash(key + 1));
+            sample.retract(hash(key + 1), false);
         }
         let trace = sample.trace();
         prop_assert_eq!(trace.keys.len(), trace.sizes.len());
@@ -366,6 +366,27 @@ fn requests_of_an_index_are_about_the_entry_that_serves_them() {
     ask!(cache, "a/c/0", ByteRange::Full, late);
     assert_eq!(cache.hit_sampled("a/c/1", late, true), Some(None));
     assert_eq!(cache.sampled().0.unwrap().trace().flags[6..], [OUTDATED, 0]);
+}
+
+#[test]
+fn hit_that_could_not_be_served_is_a_request_for_the_source() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+    let fresh = Freshness {
+        now: 10,
+        max_age: Some(100),
+    };
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
+    for part in [ByteRange::Full, range(3, 9)] {
+        ask!(cache, "a/c/0", part, fresh);
+        cache.miss_sampled("a/c/0", part, ByteRange::Full);
+    }
+    // What is looked up once more is none at all.
+    cache.retract_sampled("a/c/0", range(3, 9));
+    ask!(cache, "a/c/0", range(3, 9), fresh);
+    let trace = cache.sampled().0.unwrap().trace();
+    assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, HIT][..]));
+    assert!(trace.keys.iter().all(|key| *key == trace.keys[0]));
 }
 
 #[test]

@@ -401,6 +401,9 @@ class Index:
         It is about no value, or is looked up once more.
         """
 
+    def miss_request(self, key: str, raw: _Range, name: str, /) -> None:
+        """Say that the last request that the entry of this name has served is none: the source is asked for these bytes."""
+
     def sample(self) -> tuple[int, float, bool, int, bytes, bytes, bytes]:
         """The sampled requests of all views, and of all processes on a directory.
 

@@ -97,13 +97,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Takes back the last request of this key and range that was no hit: the source has no such
     /// key, or it is looked up once more.
     pub fn retract_sampled(&mut self, key: &str, range: ByteRange) {
+        self.retract_last(key, range, false);
+    }
+
+    fn retract_last(&mut self, key: &str, range: ByteRange, is_hit: bool) {
         if S::EXCLUSIVE && self.own_sample.is_none() || !key::is_cacheable(key) {
             return;
         }
         if let Some(hash) = self.sampled_hash(key, range)
             && let Some(sample) = self.sample_mut()
         {
-            sample.retract(hash);
+            sample.retract(hash, is_hit);
         }
     }
 
@@ -124,6 +128,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(hash) = self.sampled_hash(key, entry) {
             self.sample_served(hash, size, if is_hit { HIT } else { 0 });
         }
+    }
+
+    /// The last request of this key that the entry of this range has served was none: that could not be read, so
+    /// it is one of `range` for the source.
+    pub fn miss_sampled(&mut self, key: &str, range: ByteRange, entry: ByteRange) {
+        self.retract_last(key, entry, true);
+        self.sample(key, range, None, 0);
     }
 
     /// A value of this key is about to be cached, or would be.

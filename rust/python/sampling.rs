@@ -6,6 +6,7 @@ use pyo3::types::{PyBytes, PyTuple};
 use super::backing::step;
 use super::convert::{RawSpan, span};
 use super::index::Index;
+use crate::key::ByteRange;
 use crate::sampling::{Sample, Trace, UNKNOWN};
 
 #[pymethods]
@@ -37,6 +38,16 @@ impl Index {
         let (key, span, entry) = (&*self.whole(key), span(raw)?, span(entry)?);
         step!(self, py, |cache| {
             cache.settle_sampled(key, span, entry, size, is_hit);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (key, raw, name, /))]
+    fn miss_request(&self, py: Python<'_>, key: &str, raw: RawSpan, name: &str) -> PyResult<()> {
+        let (key, span) = (&*self.whole(key), span(raw)?);
+        let entry = ByteRange::parse(name).map_or(span, |(_, range)| range);
+        step!(self, py, |cache| {
+            cache.miss_sampled(key, span, entry);
             Ok(())
         })
     }

@@ -242,9 +242,9 @@ impl Sample {
         self.len = self.len.saturating_add(1).min(REQUESTS as u32);
     }
 
-    /// Takes a request back that was counted and was no hit, the last one of its key: it is about no value,
-    /// or is looked up once more.
-    pub fn retract(&mut self, hash: u64) {
+    /// Takes a request back that was counted, the last one of its key that was a hit, or none: it is about no value,
+    /// is looked up once more, or could not be served.
+    pub fn retract(&mut self, hash: u64, is_hit: bool) {
         self.requests = self.requests.saturating_sub(1);
         self.inverse = !self.requests;
         let Some(number) = self.find(hash).filter(|_| self.has(hash)) else {
@@ -253,7 +253,7 @@ impl Sample {
         let len = u64::from(self.len).min(REQUESTS as u64);
         for place in (self.end.saturating_sub(len)..self.end).rev() {
             if let Some(request) = self.ring.get_mut(place as usize % REQUESTS)
-                && (*request & NUMBER, *request & HIT) == (number, 0)
+                && (*request & NUMBER, *request & HIT != 0) == (number, is_hit)
             {
                 *request |= RETRACTED;
                 if let Some(known) = self.known.get_mut(usize::from(number))

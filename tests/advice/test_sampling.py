@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import gzip
 import os
 import pickle
 from typing import TYPE_CHECKING
@@ -15,7 +17,18 @@ from zarr.storage import LocalStore, MemoryStore
 from agent import Agent
 from directories import INDEX, closed, complete, open_store
 from pools import CACHES
-from support import PROTOTYPE, buf, check_quiet, drained, read, read_through, threads, value_sync
+from support import (
+    PROTOTYPE,
+    buf,
+    check_quiet,
+    drained,
+    files_below,
+    is_value,
+    read,
+    read_through,
+    threads,
+    value_sync,
+)
 from zcache import CacheStore, OptionTypeError
 from zcache._advice.trace import Trace, sampled
 from zcache._backends.base import BUSY
@@ -236,6 +249,34 @@ async def test_read_that_finds_the_index_busy_is_sampled(tmp_path: Path, kind: s
     assert (list(trace.hits), trace.requests) == ([False, True, False], 3)
     stats = store.cache_stats()
     assert (stats["hits"], stats["misses"]) == (1, 3)
+
+
+@pytest.mark.parametrize("byte_range", [None, RangeByteRequest(3, 9)])
+@pytest.mark.parametrize("kind", ["local", "store"])
+async def test_hit_that_cannot_be_served_is_sampled_as_a_miss(
+    tmp_path: Path, kind: str, byte_range: ByteRequest | None
+) -> None:
+    """As it is counted and recorded."""
+    cache = LocalStore(tmp_path / "cache") if kind == "local" else StoreDouble(MemoryStore())
+    store = CacheStore(source_of(2), cache_store=cache, source_id="here")
+    with store.record(tmp_path / "requests"):
+        for _ in range(2):
+            await read_through(store, "a/c/0", byte_range)
+        for path in files_below(tmp_path / "cache"):
+            if is_value(str(path.relative_to(tmp_path / "cache"))):
+                path.unlink()
+        if isinstance(cache, StoreDouble):
+            await cache.inner.clear()
+        await read_through(store, "a/c/0", byte_range)
+        await read_through(store, "a/c/0", byte_range)
+    trace = trace_of(store)
+    assert (list(trace.hits), trace.requests) == ([False, True, False, True], 4)
+    assert len(set(trace.keys)) == 1
+    stats = store.cache_stats()
+    assert (stats["hits"], stats["misses"]) == (2, 2)
+    with gzip.open(tmp_path / "requests", "rt") as file:
+        file.readline()
+        assert [row["hit"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
 
 
 async def test_each_store_says_whether_its_own_requests_are_sampled() -> None:

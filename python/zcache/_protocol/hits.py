@@ -242,6 +242,9 @@ class Hits:
         if hit is None:
             return False, None
         value = await self.serve_found(io, key, prototype, hit)
+        if value is None and self._sampling:
+            name = key if isinstance(hit, int) else hit[0]
+            self.handle.call_later(ignore, Index.miss_request, key, byte_range, name)
         self.hook.read(key, byte_range, served=value is not None)
         return value is not None, value
 
