@@ -220,10 +220,11 @@ impl Cell {
         self.size = number;
     }
 
-    /// Tells this entry from a later one in the same cell.
+    /// Tells this entry from a later one in the same cell, also from one that was fetched in the same millisecond and has
+    /// other bytes.
     #[must_use]
     pub fn fingerprint(&self) -> u64 {
-        self.time() ^ self.size.rotate_left(16)
+        self.time() ^ self.size.rotate_left(16) ^ u64::from(self.checksum)
     }
 
     /// Bytes of `label` in use, or [`STORED`].

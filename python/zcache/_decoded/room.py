@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._decoded.buffers import Buffers
@@ -62,6 +63,8 @@ class Room:
         # Bytes of what is pinned.
         self._pinned = 0
         self._fills, self._most_fills = 0, max_size // FILLS
+        # In place of times, for these have no age: so a chunk is told from a later one of its name and size.
+        self._numbers = itertools.count(1)
 
     def pin(self, kept: Kept, times: int = 1) -> bool:
         """Say that a chunk is copied from; False if it is gone."""
@@ -239,7 +242,8 @@ class Room:
 
     def commit(self, landed: Sequence[Decoding]) -> None:
         """Have chunks that are kept be found from now on; closes their flights."""
-        unknown, victims = self._index.commit_all([one.reservation for one in landed], 0.0)
+        reservations, number = [one.reservation for one in landed], float(next(self._numbers))
+        unknown, victims = self._index.commit_all(reservations, number)
         for at in unknown:
             one = landed[at]
             self._index.complete_flight(one.name, one.ticket)
