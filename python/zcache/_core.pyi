@@ -258,8 +258,6 @@ class Stats:
 
     Attributes
     ----------
-    hits, misses : int
-        Requests that the index answered, and those that it did not.
     evictions : int
         Entries that had to go because bytes were needed.
     expirations : int
@@ -268,8 +266,6 @@ class Stats:
         Values that were left uncached.
     """
 
-    hits: int
-    misses: int
     evictions: int
     expirations: int
     refusals: int
@@ -504,16 +500,7 @@ class Index:
         """
 
     def discard(self, handle: int, /) -> list[_Victim]:
-        """Drop an entry whose bytes were not what they should be, and recount its hit as a miss.
-
-        Not one that has taken its place.
-        """
-
-    def recount_as_miss(self) -> None:
-        """Count a hit as a miss: it could not be used after all."""
-
-    def recount_as_hit(self) -> None:
-        """Count a miss as a hit: it was served by a fill that is pending."""
+        """Drop an entry whose bytes were not what they should be; not one that has taken its place."""
 
     def join(
         self,

@@ -9,7 +9,7 @@
 //! while another one shows that there is a node, and that of attributes only if it was learned after the
 //! source was last asked for that one: see [`Cache::knows_absent`] and [`Cache::drop_older_absences`].
 
-use super::cache::{BATCH, Cache, Found, Freshness, Tally, Victim};
+use super::cache::{BATCH, Cache, Found, Freshness, Victim};
 use super::entry::SKEW;
 use super::in_flight::{ClosedFlight, Ticket};
 use super::lookup::can_serve;
@@ -47,7 +47,7 @@ pub enum Answer<F> {
     Found(F),
     /// The source has no such key.
     Absent,
-    /// There is an absence, and its greatest age was not given. Nothing was counted: ask again.
+    /// There is an absence, and its greatest age was not given: ask again.
     PerhapsAbsent,
     /// Only the source can tell.
     Unknown,
@@ -288,8 +288,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(false)
     }
 
-    /// Finds what serves a request, touches it, and counts it as [`Cache::lookup`] does; an absence is
-    /// neither a hit nor a miss. Where `ages` are not given, the answer may be
+    /// Finds what serves a request, and touches it. Where `ages` are not given, the answer may be
     /// [`Answer::PerhapsAbsent`].
     pub fn ask(
         &mut self,
@@ -301,7 +300,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let fresh = fresh.into();
         if let Some(found) = self.peek(key, asked, fresh)? {
             self.policy.touch(&mut self.arena, found.handle as u32)?;
-            Tally::add(&self.tally.hits, 1);
             self.read_planned(key, Some(found.handle as u32));
             return Ok(Answer::Found(found));
         }
@@ -317,7 +315,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 return Ok(Answer::Absent);
             }
         }
-        Tally::add(&self.tally.misses, 1);
         self.read_planned(key, None);
         Ok(Answer::Unknown)
     }

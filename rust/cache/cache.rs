@@ -138,8 +138,6 @@ pub struct Found {
 /// Only the holder of the lock counts, so an addition is a load and a store.
 #[derive(Debug, Default)]
 pub struct Tally {
-    pub(super) hits: AtomicU64,
-    pub(super) misses: AtomicU64,
     pub(super) evictions: AtomicU64,
     pub(super) expirations: AtomicU64,
     pub(super) rejections: AtomicU64,
@@ -152,8 +150,6 @@ impl Tally {
     #[must_use]
     pub fn stats(&self) -> Stats {
         Stats {
-            hits: self.hits.load(Ordering::Relaxed),
-            misses: self.misses.load(Ordering::Relaxed),
             evictions: self.evictions.load(Ordering::Relaxed),
             expirations: self.expirations.load(Ordering::Relaxed),
             rejections: self.rejections.load(Ordering::Relaxed),
@@ -170,20 +166,11 @@ impl Tally {
         let sum = counter.load(Ordering::Relaxed).saturating_add(count);
         counter.store(sum, Ordering::Relaxed);
     }
-
-    pub(super) fn take_one(counter: &AtomicU64) {
-        let rest = counter.load(Ordering::Relaxed).saturating_sub(1);
-        counter.store(rest, Ordering::Relaxed);
-    }
 }
 
 /// Counters since the process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Requests served from the cache store.
-    pub hits: u64,
-    /// Requests that were not.
-    pub misses: u64,
     /// Entries removed because bytes were needed.
     pub evictions: u64,
     /// Those of them that were stale.
@@ -195,8 +182,6 @@ pub struct Stats {
 impl Stats {
     fn each(self, other: Self, with: impl Fn(u64, u64) -> u64) -> Self {
         Stats {
-            hits: with(self.hits, other.hits),
-            misses: with(self.misses, other.misses),
             evictions: with(self.evictions, other.evictions),
             expirations: with(self.expirations, other.expirations),
             rejections: with(self.rejections, other.rejections),

@@ -1,6 +1,6 @@
 //! Lookups: what serves a request, and who reads the source.
 
-use super::cache::{Cache, Found, Freshness, Tally, Verify, Victim};
+use super::cache::{Cache, Found, Freshness, Verify, Victim};
 use super::in_flight::{ClosedFlight, Ticket};
 use super::peers::Peers;
 use crate::arena::{Cell, State};
@@ -79,7 +79,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// The fast path for a full value that is served as it is: its size, or `Some(None)` for a
-    /// miss. Counts the hit or miss and touches the entry. `None` where only [`Cache::lookup`] can
+    /// miss. Touches the entry. `None` where only [`Cache::lookup`] can
     /// tell.
     ///
     /// This takes half of the instructions of a general lookup, so the processor can start on the
@@ -115,7 +115,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             if self.absences() != 0 {
                 return None;
             }
-            Tally::add(&self.tally.misses, 1);
             self.read_planned(key, None);
             if sampled {
                 self.sample(key, ByteRange::Full, None, fresh);
@@ -128,7 +127,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         let size = cell.size().ok()?;
         self.policy.touch(&mut self.arena, i).ok()?;
-        Tally::add(&self.tally.hits, 1);
         self.read_planned(key, Some(i));
         if sampled {
             self.sample_hit(hash, size);
@@ -136,7 +134,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Some(Some((i, size)))
     }
 
-    /// Finds an entry that holds what is asked for, touches it, and counts a hit or a miss.
+    /// Finds an entry that holds what is asked for, and touches it.
     #[inline]
     pub fn lookup(
         &mut self,
@@ -145,38 +143,21 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         fresh: impl Into<Freshness>,
     ) -> Result<Option<Found>> {
         let found = self.peek(key, asked, fresh)?;
-        match found {
-            Some(found) => {
-                self.policy.touch(&mut self.arena, found.handle as u32)?;
-                Tally::add(&self.tally.hits, 1);
-            }
-            None => Tally::add(&self.tally.misses, 1),
+        if let Some(found) = found {
+            self.policy.touch(&mut self.arena, found.handle as u32)?;
         }
         self.read_planned(key, found.map(|found| found.handle as u32));
         Ok(found)
     }
 
     /// The bytes of a hit were missing, short or damaged. The entry is dropped if it is still the
-    /// same one, and the request counts as a miss.
+    /// same one.
     pub fn discard(&mut self, at: u64) -> Result<Vec<Victim>> {
-        self.recount_as_miss();
         let i = at as u32;
         match self.arena.get(i) {
             Ok(cell) if is_same(cell, i, at) => self.drop_all(&[i]),
             _ => Ok(Vec::new()),
         }
-    }
-
-    /// A hit could not be used after all; the request counts as a miss.
-    pub fn recount_as_miss(&mut self) {
-        Tally::take_one(&self.tally.hits);
-        Tally::add(&self.tally.misses, 1);
-    }
-
-    /// A miss was served by a pending fill; the request counts as a hit.
-    pub fn recount_as_hit(&mut self) {
-        Tally::take_one(&self.tally.misses);
-        Tally::add(&self.tally.hits, 1);
     }
 
     /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry

@@ -102,16 +102,6 @@ impl Stats {
     }
 
     #[getter]
-    fn hits(&self) -> u64 {
-        self.0.hits
-    }
-
-    #[getter]
-    fn misses(&self) -> u64 {
-        self.0.misses
-    }
-
-    #[getter]
     fn evictions(&self) -> u64 {
         self.0.evictions
     }

@@ -139,6 +139,7 @@ impl Index {
                         Some(size) => size.is_some(),
                         None => cache.lookup(key, ByteRange::Full, 0)?.is_some(),
                     };
+                    self.count(is_there);
                     if is_there {
                         found.push(batch * BATCH + at);
                     }
@@ -205,20 +206,6 @@ impl Index {
     fn mark_verified(&self, py: Python<'_>, handle: u64, checksum: u32) -> PyResult<()> {
         step!(self, py, |cache| {
             cache.verified(handle, checksum);
-            Ok(())
-        })
-    }
-
-    fn recount_as_miss(&self, py: Python<'_>) -> PyResult<()> {
-        step!(self, py, |cache| {
-            cache.recount_as_miss();
-            Ok(())
-        })
-    }
-
-    fn recount_as_hit(&self, py: Python<'_>) -> PyResult<()> {
-        step!(self, py, |cache| {
-            cache.recount_as_hit();
             Ok(())
         })
     }

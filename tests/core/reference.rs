@@ -243,11 +243,7 @@ impl Model {
     }
 
     pub(crate) fn looked_up(&mut self, key: &str, found: Option<&Found>) -> Option<Sighting> {
-        let Some(found) = found else {
-            self.stats.misses += 1;
-            return None;
-        };
-        self.stats.hits += 1;
+        let found = found?;
         let name = (key.to_owned(), found.range);
         self.recency.retain(|other| *other != name);
         self.recency.push(name.clone());
@@ -259,15 +255,13 @@ impl Model {
     }
 
     pub(crate) fn discarded(&mut self, sighting: &Sighting, victims: &[Victim]) {
-        self.stats.hits = self.stats.hits.saturating_sub(1);
-        self.stats.misses += 1;
         let entry = self.entries.get(&sighting.name);
         // An entry that could no longer be dated since is another one, which costs a retry.
         let same = |e: &Entry| e.state == State::Live && e.serial == sighting.serial;
         if entry.is_some_and(same) && !victims.is_empty() {
             assert_eq!(self.name_of(&victims[0]), sighting.name);
         }
-        // Another entry of the same cell, time and size may go instead; that costs a miss.
+        // Another entry of the same cell, time, size and checksum may go instead; that costs a miss.
         assert!(victims.len() <= 1);
         for victim in victims {
             assert_eq!(victim.cell, sighting.handle as u32);

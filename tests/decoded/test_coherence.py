@@ -26,7 +26,7 @@ from zarr.registry import register_pipeline
 from zarr.storage import LocalStore, MemoryStore
 
 from decoding import ROOM, check_decoded, check_decoded_quiet
-from support import drained_sync, until
+from support import buf, drained_sync, until
 from zcache import CacheStore, with_decoded_cache
 from zcache._backends.directory.layout import Layout
 from zcache._core import POLICIES
@@ -836,6 +836,43 @@ async def test_reader_that_joins_a_chunk_as_it_is_evicted_decodes_it_itself() ->
     assert leads
     assert decoding is not leading
     cache.give_up(decoding)
+    check_decoded_quiet(store)
+
+
+@pytest.mark.parametrize("step", ["handle_of", "discard"])
+async def test_reader_that_finds_an_old_chunk_leaves_the_new_one_in_its_place(step: str) -> None:
+    """Another one brings that as this one drops what it has found, of the same name and size."""
+    store = CacheStore(MemoryStore(), decoded_size=100_000)
+    cache: Any = store._decoded
+    loop = asyncio.get_running_loop()
+
+    def land(value: int) -> None:
+        origin = cache.origins.begin(["a"], cache.now())[0]
+        _, decoding = cache.join("a/0", origin, 16, loop)
+        cache.landing.land([(decoding, np.full(4, value, dtype="i4"), None)])
+
+    land(1)
+    await store.set("a", buf(b"new"))
+    index = cache._index
+
+    class Slow:
+        """Another reader goes on meanwhile."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name != step:
+                return getattr(index, name)
+            cache._index = index
+            entry = index.handle_of("a/0", None, None, 0.0)
+            cache.room.remove(index.drop_missing("a/0"))
+            land(2)
+            return (lambda *_: entry) if step == "handle_of" else index.discard
+
+    cache._index = Slow()
+    assert cache.get("a/0", object(), cache.now()) is None
+    kept = cache.get("a/0", object(), cache.now())
+    assert kept is not None
+    cache.room.unpin(kept)
+    assert (decoded(store, "hits"), decoded(store, "misses")) == (1, 1)
     check_decoded_quiet(store)
 
 

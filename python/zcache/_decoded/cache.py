@@ -11,7 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import Index, Stats
+from zcache._core import Index, ReadCounters
 from zcache._decoded.admission import Admission
 from zcache._decoded.chunk import Decoding, Decodings
 from zcache._decoded.landing import Landing
@@ -61,7 +61,7 @@ class DecodedCache:
         self._handle = handle = backend.shared.handle
         self._seconds = 0.0
         self._layouts: dict[str, int] = {}
-        self._counted = Stats()
+        self._reads = ReadCounters()
         self.keeps: object = None  # lives as long as this
         # Where only copies of one store have it: by this they find it in their process.
         self.token = ""
@@ -74,7 +74,8 @@ class DecodedCache:
         # Reentrant: inside it the garbage collector may end a reader. Never held while anything waits.
         self._lock = threading.RLock()
         policy = {name: self._handle.limits[name] for name in ("eviction", "minimise")}
-        self._index = Index(max_size=self.max_size, flat_namespace=True, **policy)
+        index = Index(max_size=self.max_size, flat_namespace=True, **policy)
+        self._index = index.view(self._reads, False, False)
         self._values: dict[str, Kept] = {}
         self._admission = Admission(self.max_size, is_open=policy["eviction"] == "adaptive")
         lapsed = Lapsed(self._values, self._lock, self.origins, self.now)
@@ -115,26 +116,29 @@ class DecodedCache:
 
     def _take(self, name: str, reader: object, now: float) -> Kept | None:
         """Pin a chunk that the index has found, if it is current."""
-        index = self._index
         # It may be evicted until it is pinned.
         kept = self._values.get(name)
         if kept is not None:
             origin = kept.origin
+            is_current: bool | None = True
             if origin.checked is not reader:
                 is_current = self.origins.is_current(origin, origin.landed, now)
-                if not is_current:
-                    entry = None if is_current is None else index.handle_of(name, None, None, 0.0)
-                    if entry is None:
-                        index.recount_as_miss()
-                    else:
-                        self.room.remove(index.discard(entry))
-                    return None
-                origin.checked = reader
-                self._admission.hit()
-            if self.room.pin(kept):
+                if is_current:
+                    origin.checked = reader
+                    self._admission.hit()
+            if is_current and self.room.pin(kept):
                 return kept
-        index.recount_as_miss()
+            if is_current is False:
+                self._discard(name, kept)
+        self._reads.recount_as_miss()
         return None
+
+    def _discard(self, name: str, kept: Kept) -> None:
+        """Let go of a chunk that is not current, and not of what takes its place meanwhile."""
+        entry = self._index.handle_of(name, None, None, 0.0)
+        # That is its own, then: what is newer is in its place before its entry is there.
+        if entry is not None and self._values.get(name) is kept:
+            self.room.remove(self._index.discard(entry))
 
     def join(
         self, name: str, origin: Origin, size: int, loop: asyncio.AbstractEventLoop
@@ -327,7 +331,7 @@ class DecodedCache:
 
     def count_followed(self) -> None:
         """Count a miss as a hit: another reader has decoded the chunk."""
-        self._index.recount_as_hit()
+        self._reads.recount_as_hit()
 
     def clear(self) -> None:
         """Let go of everything, and of its memory; what is being decoded now is not kept."""
@@ -370,17 +374,15 @@ class DecodedCache:
 
     def stats(self) -> dict[str, int | float]:
         """What `CacheStore.cache_stats` says of it."""
-        stats = self._counted + self._index.stats()
         return {
-            "decoded_hits": stats.hits,
-            "decoded_misses": stats.misses,
+            "decoded_hits": self._reads.hits,
+            "decoded_misses": self._reads.misses,
             "decoded_size": self.size,
             "decode_seconds": self._seconds,
         }
 
     def after_fork(self) -> None:
         """Start empty in a forked child: what the parent decodes now never ends here."""
-        self._counted += self._index.stats()
         self._start()
 
 
