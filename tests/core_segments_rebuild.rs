@@ -509,6 +509,41 @@ fn late_seal_of_an_evicted_value_brings_nothing_back() {
     end(pool);
 }
 
+/// What stays uncounted has to be deleted: a value of which another one of its name is known, and one of a name that zcache
+/// never gives.
+#[test]
+fn value_that_cannot_be_taken_in_is_handed_back() {
+    let mut pool = Pool::new("refused");
+    pool.fill("a/0", 5000);
+    pool.fill("a/1", 5000);
+    for name in ["a/0", ".zcache/other"] {
+        let ticket = pool.join("b", ByteRange::Full);
+        let answer = pool.step(|cache| cache.reserve("b", ByteRange::Full, 9000, ticket, NOW));
+        let Reserve::Granted(id) = answer else {
+            panic!("{answer:?}")
+        };
+        let placed = pool.step(|cache| cache.placed_for(id)).unwrap();
+        let value = ValueToWrite {
+            placed,
+            name,
+            data: &[1; 9000],
+            fetched: pool.clock + 1,
+        };
+        pool.files.write(&value).unwrap();
+        pool.files.seal(placed).unwrap();
+        let found = scan(&pool.files, false).unwrap();
+        let refused = pool.step(|cache| found.adopt_values(cache, 0..found.values.len()));
+        let places: Vec<_> = refused.iter().map(|p| (p.segment, p.page)).collect();
+        assert_eq!(places, [(placed.segment, placed.page)], "{name}");
+        let victims = pool.step(|cache| cache.begin_write("b"));
+        pool.delete(&victims);
+        pool.step(|cache| cache.end_write("b", false, None));
+        pool.files.delete(placed).unwrap();
+    }
+    assert_eq!(pool.read("a/0"), Some(contents("a/0", 5000)));
+    end(pool);
+}
+
 /// The index may be emptied while a scan is on its way: then two scans fill it.
 #[test]
 fn two_scans_at_once_take_in_each_segment_once() {

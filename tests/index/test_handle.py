@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import pytest
 from zarr.storage import MemoryStore
 
 from zcache import CachePool, CacheStore, IndexLockTimeout
+from zcache._core import CorruptIndexError
+from zcache._index.handle import ignore
+from zcache._runtime.io import IO
 
 if TYPE_CHECKING:
     from zcache._core import Index
@@ -112,3 +117,36 @@ def test_an_index_that_was_waited_for_in_vain_is_not_waited_for_again() -> None:
     assert outcome
     go.set()
     opening.result()
+
+
+@pytest.mark.parametrize("way", ["call", "call_shielded", "call_later", "call_blocking"])
+async def test_step_that_has_found_damage_is_taken_in_the_index_that_replaces_it(way: str) -> None:
+    store = CacheStore(MemoryStore(), cache_store=MemoryStore(), source_id="s", max_size=1000)
+    handle: IndexHandle = store._cache.shared.handle
+    damaged, sound = handle.index, handle.empty_index()
+    told: list[Index] = []
+
+    def recover(_: Exception) -> None:
+        handle.index = sound
+
+    def step(index: Index) -> Index:
+        told.append(index)
+        if index is damaged:
+            raise CorruptIndexError("a test")
+        return index
+
+    handle.recover = recover
+    if way == "call":
+        assert await handle.call(IO(MemoryStore()), step) is sound
+    elif way == "call_shielded":
+        assert await handle.call_shielded(IO(MemoryStore()), ignore, step) is sound
+    elif way == "call_later":
+        taken: Future[Index] = Future()
+        handle.call_later(taken.set_result, step)
+        assert await asyncio.to_thread(taken.result, HANGS) is sound
+    else:
+        assert await asyncio.to_thread(handle.call_blocking, step) is sound
+    # Once, but for the look without waiting that a shielded one begins with.
+    assert told[-1] is sound
+    assert told.count(sound) == 1
+    assert handle.usable

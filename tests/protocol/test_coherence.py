@@ -19,9 +19,21 @@ from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
 from pools import POOLS
-from support import PROTOTYPE, buf, drained, drained_sync, logged, read, read_through, until, write
+from support import (
+    PROTOTYPE,
+    buf,
+    drained,
+    drained_sync,
+    logged,
+    read,
+    read_through,
+    until,
+    value_sync,
+    write,
+)
 from zcache import CachePool, CacheStore
-from zcache.testing import check_invariants_async, entries, in_flight
+from zcache._protocol import write as writing
+from zcache.testing import StoreDouble, check_invariants_async, entries, in_flight, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -417,6 +429,43 @@ def test_write_whose_loop_ended_leaves_nothing_stale(
         assert asyncio.run(read(store, "elsewhere")) == NEW
         assert asyncio.run(read(store, "gg/a")) == OLD
         assert source.counts["get"] == asked
+
+
+@pytest.mark.parametrize("kind", ["directory", "pool"])
+def test_write_whose_loop_ended_may_land_as_long_as_its_process_lives(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its store is gone: no other participant of the index caches what it is about."""
+    never_ended: list[Any] = []
+    monkeypatch.setattr(writing, "_never_ended", never_ended)
+    source = StoreDouble(SyncDictStore({"a": OLD, "b": OLD}))
+
+    def opened() -> CacheStore:
+        path = tmp_path / "cache"
+        cache = CachePool(path) if kind == "pool" else LocalStore(path)
+        return CacheStore(source, cache_store=cache, source_id="source")
+
+    def cached() -> set[str]:
+        gc.collect()
+        store = opened()
+        for key in ("a", "b"):
+            assert value_sync(store, key) == OLD
+        assert store.drain_sync()
+        return set(stored_sizes(store))
+
+    async def write_and_end() -> None:
+        store = opened()
+        gate = source.block("set", times=1)
+        task = asyncio.ensure_future(store.set("a", buf(NEW)))
+        await gate.entered_async()
+        # The loop ends, and cancels it.
+        del store, task
+
+    asyncio.run(write_and_end())
+    assert cached() == {"b"}
+    # As if the process had ended.
+    never_ended.clear()
+    assert cached() == {"a", "b"}
 
 
 @pytest.mark.parametrize("lands", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 
 import pytest
@@ -70,3 +72,31 @@ def test_what_is_not_in_use_is_forgotten_with_its_lock() -> None:
     assert each.get("one") is None
     assert each.snapshot() == []
     assert not each._making
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forked_child_waits_for_nothing_that_its_parent_makes() -> None:
+    each: OneForEach[Thing] = OneForEach()
+    is_begun, go = threading.Event(), threading.Event()
+
+    def make() -> Thing:
+        is_begun.set()
+        assert go.wait(60)
+        return Thing()
+
+    with threads(lambda: each.find_or_make("one", make)) as made:
+        assert is_begun.wait(60)
+        # As a thread that finds one has it, for a moment.
+        with each._lock:
+            child = os.fork()
+            if not child:
+                signal.alarm(60)
+                other = threading.Thread(target=each.find_or_make, args=("one", Thing))
+                other.start()
+                other.join()
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        go.set()
+    assert status == 0
+    assert each.get("one") is made[0]

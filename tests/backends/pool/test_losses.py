@@ -20,8 +20,10 @@ from support import buf, check_quiet, read, read_through, said
 from zcache import CachePool, CacheStore, IndexRebuildTimeout, OptionValueError
 from zcache._backends.pool import layout
 from zcache._backends.pool.layout import SegmentScanner
-from zcache._backends.pool.register import label_of
-from zcache._core import Index, SegmentFiles
+from zcache._backends.pool.place import _forget_ended
+from zcache._backends.pool.register import label_of, note_of
+from zcache._core import Index, SegmentFiles, crc32c
+from zcache._source.identity import EPHEMERAL
 from zcache.testing import check_invariants, entries, set_block_size
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE = 4096
+HANGS = 30.0
+"""Seconds after which something hangs."""
 
 
 async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -> None:
@@ -50,6 +54,41 @@ async def test_index_that_was_lost_is_rebuilt_from_the_headers(tmp_path: Path) -
         empty = CacheStore(source_of(), cache_store=pool, source_id=name)
         await check_neighbour(empty, name)
     assert {info.name: info.entries for info in pool.sources()} == before
+    await check_quiet(store)
+
+
+async def test_value_that_a_rebuild_cannot_take_in_is_deleted(tmp_path: Path) -> None:
+    """It would count towards no bound: here one that has a name that zcache gives to none."""
+    set_block_size(None)
+    size, name = 50 * PAGE, f"{label_of('mine')}/k".encode()
+    store = CacheStore(
+        source_of(k=bytes(size), other=bytes(size)),
+        cache_store=pool_with_neighbours(tmp_path / "pool"),
+        source_id="mine",
+    )
+    for key in ("k", "other"):
+        assert await read_through(store, key) == bytes(size)
+    del store
+    await closed(tmp_path, "pool")
+    (segment,) = (tmp_path / "pool/.zcache/segments").iterdir()
+    held = segment.stat().st_blocks
+    # The name in a header of 512 bytes, which has a checksum of what comes after that.
+    at = segment.read_bytes().index(name) - 56
+    with segment.open("r+b") as file:
+        file.seek(at)
+        header = bytearray(file.read(512))
+        header[56 : 56 + len(name)] = b".zcache/".ljust(len(name), b"x")
+        header[8:12] = crc32c(bytes(header[12:])).to_bytes(4, "little")
+        file.seek(at)
+        file.write(header)
+    shutil.rmtree(tmp_path / "pool/.zcache/index")
+    source = source_of()
+    store = CacheStore(source, cache_store=CachePool(tmp_path / "pool"), source_id="mine")
+    await complete(store)
+    assert await read(store, "other") == bytes(size)
+    assert await read(store, "k") is None
+    assert source.take()["get"] == 1
+    assert 512 * (held - segment.stat().st_blocks) >= size
     await check_quiet(store)
 
 
@@ -316,6 +355,25 @@ async def reopened(path: Path, held_up: Any) -> CachePool:
     pool = CachePool(path)
     assert held_up.at_work.wait(60)
     return pool
+
+
+async def test_sources_that_have_ended_are_not_waited_for_while_a_pool_is_rebuilt(
+    tmp_path: Path, held_up: Any
+) -> None:
+    """It would stay in use after its last store. Who opens it next is rid of them."""
+    held_up.go.set()
+    place = (await reopened(tmp_path / "pool", held_up))._pool
+    register, note = place.directory.register, note_of(f"{EPHEMERAL}1", "a source", 1.0)
+    register.add(note)
+    thread = threading.Thread(target=_forget_ended, args=(lambda: place,), daemon=True)
+    thread.start()
+    thread.join(HANGS)
+    assert not thread.is_alive()
+    assert note in register.names().values()
+    held_up.go.set()
+    place.while_complete(lambda: None)
+    _forget_ended(lambda: place)
+    assert note not in register.names().values()
 
 
 async def test_forget_sources_and_export_wait_for_a_rebuild(tmp_path: Path, held_up: Any) -> None:

@@ -16,6 +16,7 @@ from directories import closed, complete, open_store
 from pools import NEIGHBOURS, check_neighbour, neighbour, pool_with_neighbours, source_of
 from support import TESTS, buf, check_quiet, read, read_through, until, write
 from zcache import CachePool, CacheStore
+from zcache._backends.pool.place import DirectoryPool, _forget_ended
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,6 +125,37 @@ async def test_source_without_a_name_leaves_no_values_behind(tmp_path: Path) -> 
     store = CacheStore(source, cache_store=pool)
     await read(store, "c/0")
     assert (store.cache_stats()["hits"], pool.cache_info()["entries"]) == (1, 5)
+
+
+@pytest.mark.slow
+async def test_source_without_a_name_keeps_its_values_while_its_process_lives(
+    tmp_path: Path,
+) -> None:
+    with subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", f"{UNNAMED}sys.stdout.flush()\nsys.stdin.read()", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout
+        entries = int(other.stdout.readline())
+        assert entries > 10
+        pool = CachePool(tmp_path, max_size=200_000, eviction="none")
+        place = pool._pool
+        assert isinstance(place, DirectoryPool)
+        names = set(place.notes())
+        assert names
+        # As an opening does in the background.
+        _forget_ended(lambda: place)
+        assert pool.cache_info()["entries"] == entries
+        assert set(place.directory.register.names()) == names
+        other.communicate()
+    # Once it was seen that it has ended.
+    await until(lambda: (place.directory.recovery.reclaim_dead(), place.handle.index.is_alone)[1])
+    _forget_ended(lambda: place)
+    assert pool.cache_info()["entries"] == 0
+    assert not place.directory.register.names()
 
 
 def test_forked_child_opens_segments_for_itself(tmp_path: Path) -> None:
