@@ -9,9 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
-use zcache::cache::{Limits, PAGE};
+use zcache::cache::{FIRST_PAGE, Limits, PAGE, Placed};
 use zcache::disk::fill::Ending;
-use zcache::disk::segments::{Got, can_punch, delete_below, scan, walk};
+use zcache::disk::segments::{
+    Got, SegmentFiles, ValueToWrite, can_punch, delete_below, scan, walk,
+};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, Plan, PolicyKind};
 use zcache::shared::{Locked, SharedIndex};
@@ -269,6 +271,70 @@ fn name_without_room_in_a_header_stays_uncached() {
         matches!(ending, Ending::Rejected("key too long")),
         "{ending:?}"
     );
+    end(pool);
+}
+
+/// A value alone in its segment, at any place.
+fn write(files: &SegmentFiles, placed: Placed) {
+    let value = ValueToWrite {
+        placed,
+        name: "a/0",
+        data: &[1; 100],
+        fetched: NOW,
+    };
+    files.write(&value).unwrap();
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn segments_are_open_a_few_at_a_time() {
+    let pool = Pool::new("many");
+    let place = |segment| Placed {
+        segment,
+        page: FIRST_PAGE,
+        size: 100,
+        capacity: 1,
+    };
+    (0..200).for_each(|n| write(&pool.files, place(n)));
+    let opened = fs::read_dir("/proc/self/fd").unwrap();
+    let opened = opened.filter_map(|file| fs::read_link(file.unwrap().path()).ok());
+    let of_pool = opened.filter(|path| path.parent() == Some(pool.files.root()));
+    let count = of_pool.count();
+    assert!((1..=128).contains(&count), "{count}");
+    for n in 0..200 {
+        let bytes = pool.read_part(place(n), "a/0", 0, 100, true);
+        assert_eq!(bytes, Ok(vec![1; 100]), "{n}");
+    }
+    end(pool);
+}
+
+#[test]
+fn value_that_was_never_valid_is_taken_back_without_a_block() {
+    let pool = Pool::new("never-valid");
+    // Its byte of the map is in a page of which nothing was written.
+    let placed = Placed {
+        segment: 1,
+        page: FIRST_PAGE + 2 * PAGE as u32,
+        size: 100,
+        capacity: 3 * PAGE as u32,
+    };
+    write(&pool.files, placed);
+    let held = pool.held();
+    pool.files.unseal(placed).unwrap();
+    assert_eq!(pool.held(), held);
+    end(pool);
+}
+
+#[test]
+fn segment_that_is_emptied_is_so_for_who_has_it_open() {
+    let mut pool = Pool::new("emptied");
+    pool.fill("a/0", 5000);
+    let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    let other = SegmentFiles::new(pool.files.root().to_owned(), true);
+    let read = || other.read_part(placed, "a/0", 0, 5000, true).unwrap().0;
+    assert_eq!(read(), Got::Bytes);
+    pool.files.empty(placed.segment).unwrap();
+    assert_eq!(read(), Got::Nothing);
     end(pool);
 }
 

@@ -6,8 +6,9 @@ use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use zcache::cache::{Limits, PAGE, Reserve};
+use zcache::cache::{FIRST_PAGE, Limits, MAX_NAME, PAGE, Placed, Reserve};
 use zcache::disk::fill::Ending;
+use zcache::disk::segments::ValueToWrite;
 use zcache::key::ByteRange;
 use zcache::shared::HeldLock;
 
@@ -123,6 +124,32 @@ fn values_that_do_not_go_with_others_wait_for_no_thread_that_is_held_up() {
     }
     assert!(held.release());
     assert!(pool.fills.wait(numbers[2], LONG));
+    end(pool);
+}
+
+#[test]
+fn values_of_which_one_cannot_be_written_are_written_without_it() {
+    let pool = large("without-it");
+    let names = ["a/0".to_owned(), "x".repeat(MAX_NAME + 1), "a/2".to_owned()];
+    let value = |n: usize| ValueToWrite {
+        placed: Placed {
+            segment: 1,
+            page: FIRST_PAGE + n as u32,
+            size: 100,
+            capacity: 100,
+        },
+        name: &names[n],
+        data: &[1; 100],
+        fetched: 1,
+    };
+    let values = [value(0), value(1), value(2)];
+    let outcome = pool.files.write_all(&values);
+    let are_written: Vec<_> = outcome.iter().map(Result::is_ok).collect();
+    assert_eq!(are_written, [true, false, true]);
+    for one in [values[0], values[2]] {
+        let bytes = pool.read_part(one.placed, one.name, 0, 100, true);
+        assert_eq!(bytes, Ok(vec![1; 100]), "{}", one.name);
+    }
     end(pool);
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use zcache::cache::{Joined, Limits, RejectReason, Reserve};
 use zcache::key::ByteRange;
+use zcache::policy::{Minimise, PolicyKind};
 use zcache::shared::{HeldLock, Opening, SharedIndex, StepError};
 
 use crate::place::is_damaged;
@@ -370,6 +371,68 @@ fn who_comes_back_has_nothing_in_hand() {
         answer.unwrap(),
         Reserve::Rejected(RejectReason::Invalidated)
     );
+}
+
+#[test]
+fn what_was_granted_counts_once_its_participant_has_come_back() {
+    let dir = Dir::new("back-granted");
+    let (mut one, mut other) = (dir.open(), dir.open());
+    let id = granted(&mut one, "a", 600);
+    assert_eq!(one.rejoin(7).0, Ok(false));
+    let victims = other.step(sleep, |cache| cache.retry_failed(10)).unwrap();
+    let cells: Vec<u32> = victims.iter().map(|victim| victim.cell).collect();
+    assert_eq!(cells.len(), 1);
+    other
+        .step(sleep, |cache| cache.deletes_done(&cells, &[]))
+        .unwrap();
+    // Others have deleted what there was of it, and it may be writing its bytes still.
+    is_full(&mut other, "b", 500);
+    one.step(sleep, |cache| cache.abort(id)).unwrap();
+    granted(&mut other, "c", 500);
+}
+
+#[test]
+fn who_finds_new_files_goes_by_their_policy() {
+    let dir = Dir::new("policy");
+    let mut one = dir.open();
+    fs::remove_dir_all(&dir.0).unwrap();
+    fs::create_dir_all(&dir.0).unwrap();
+    let policy = (PolicyKind::None, Minimise::Requests);
+    let opening = Opening {
+        policy,
+        ..Opening::new(LIMITS, 1)
+    };
+    let (mut other, fresh) = Index::open(&dir.0, &opening).unwrap();
+    assert!(fresh);
+    other.complete().unwrap();
+    assert_ne!(one.cache().policy(), policy);
+    assert!(!one.restart(7).unwrap());
+    assert_eq!(one.cache().policy(), policy);
+}
+
+#[test]
+fn rebuild_of_who_has_died_is_taken_over() {
+    let dir = Dir::new("left");
+    let (one, fresh) = Index::open(&dir.0, &Opening::new(LIMITS, 1)).unwrap();
+    assert!(fresh);
+    let (mut other, fresh) = Index::open(&dir.0, &Opening::new(LIMITS, 1)).unwrap();
+    assert!(!fresh);
+    assert!(!other.restart(7).unwrap(), "it is being rebuilt");
+    drop(one);
+    let (_, is_abandoned) = other.reap().unwrap();
+    assert!(is_abandoned);
+    assert!(other.restart(7).unwrap());
+    other.complete().unwrap();
+}
+
+#[test]
+fn look_for_the_dead_finds_that_files_are_gone() {
+    for name in ["lock", "s0"] {
+        let dir = Dir::new(&format!("look-{name}"));
+        let mut one = dir.open();
+        dir.remove(&[name]);
+        is_damaged(one.reap());
+    }
 }
 
 /// Keeps a value of so many bytes.

@@ -63,6 +63,25 @@ def test_what_could_not_be_made_is_made_by_the_next() -> None:
     assert each.get("one") is not each.find_or_make("one", Thing)
 
 
+def test_who_asks_for_what_its_own_thread_makes_is_not_held_up() -> None:
+    """A handler of the log, say, that uses what it is told about."""
+    each: OneForEach[Thing] = OneForEach()
+    inner: list[Thing] = []
+
+    def make() -> Thing:
+        inner.append(each.find_or_make("one", Thing))
+        return Thing()
+
+    made: list[Thing] = []
+    thread = threading.Thread(
+        target=lambda: made.append(each.find_or_make("one", make)), daemon=True
+    )
+    thread.start()
+    thread.join(60)
+    assert len(made) == len(inner) == 1
+    assert each.get("one") is made[0]
+
+
 def test_what_is_not_in_use_is_forgotten_with_its_lock() -> None:
     each: OneForEach[Thing] = OneForEach()
     made = each.find_or_make("one", Thing)

@@ -376,6 +376,17 @@ async def test_sources_that_have_ended_are_not_waited_for_while_a_pool_is_rebuil
     assert note not in register.names().values()
 
 
+def test_what_needs_all_values_begins_anew_where_a_rebuild_begins_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Any = CachePool(tmp_path / "pool")._pool
+    # Before the first time, after it, and so on.
+    answers = iter([True, False, False, True, True])
+    monkeypatch.setattr("zcache._backends.pool.place.is_complete", lambda _: next(answers))
+    found = iter(["a part", "all"])
+    assert place.while_complete(lambda: next(found)) == "all"
+
+
 async def test_forget_sources_and_export_wait_for_a_rebuild(tmp_path: Path, held_up: Any) -> None:
     held_up.go.set()
     pool = await reopened(tmp_path / "pool", held_up)

@@ -338,6 +338,25 @@ async def test_bound_of_a_store_or_pool_that_is_gone_is_in_force_no_more(
     await check_quiet(check)
 
 
+@pytest.mark.parametrize("whose", ["store", "pool"])
+async def test_least_free_space_is_that_of_all_stores_of_a_pool(tmp_path: Path, whose: str) -> None:
+    pool = CachePool(tmp_path / "pool", min_free_space=0)
+    source = source_of(a=b"1", b=b"2")
+    store = CacheStore(source, cache_store=pool, source_id="one", min_free_space=0)
+    # More than any volume has.
+    if whose == "store":
+        strict = CacheStore(source_of(), cache_store=pool, source_id="two", min_free_space=2**60)
+    else:
+        strict = CachePool(tmp_path / "pool", min_free_space=2**60)
+    await read_through(store, "a")
+    assert entries(store) == []
+    del strict
+    gc.collect()
+    await read_through(store, "b")
+    assert {entry.key for entry in entries(store)} == {"b"}
+    await check_quiet(store)
+
+
 def test_bound_of_zcache_open_is_that_of_its_stores(tmp_path: Path) -> None:
     pool = CachePool(tmp_path / "pool")
     store = zcache.open(source_of(), cache=tmp_path / "pool", max_size=50)
@@ -481,6 +500,24 @@ async def test_one_order_of_eviction_for_all_sources(where: Path | None) -> None
     assert held == {"one": 2, "two": 1}
     assert pool.cache_stats()["evictions"] == 1
     assert one.cache_info()["current_size"] == 30
+
+
+async def test_forget_that_the_index_is_lost_in_says_so(
+    where: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = CachePool(where)
+    store = CacheStore(source_of(k=b"1"), cache_store=pool, source_id="s")
+    await read_through(store, "k")
+    place = pool._pool
+    delete = place._delete
+
+    def lose(victims: list[tuple[int, str]]) -> None:
+        delete(victims)
+        place.handle.abandon(OSError("a test"))
+
+    monkeypatch.setattr(place, "_delete", lose)
+    with pytest.raises(CacheUnreachableError, match="nothing in it can be forgotten"):
+        pool.forget("s")
 
 
 def test_pool_pickles_by_its_path(tmp_path: Path) -> None:
