@@ -295,16 +295,23 @@ fn segments_are_open_a_few_at_a_time() {
         size: 100,
         capacity: 1,
     };
+    // Also of those that have lost their name: their blocks are held as long.
+    let are_open = || {
+        let opened = fs::read_dir("/proc/self/fd").unwrap();
+        let opened = opened.filter_map(|file| fs::read_link(file.unwrap().path()).ok());
+        opened
+            .filter(|path| path.parent() == Some(pool.files.root()))
+            .count()
+    };
     (0..200).for_each(|n| write(&pool.files, place(n)));
-    let opened = fs::read_dir("/proc/self/fd").unwrap();
-    let opened = opened.filter_map(|file| fs::read_link(file.unwrap().path()).ok());
-    let of_pool = opened.filter(|path| path.parent() == Some(pool.files.root()));
-    let count = of_pool.count();
+    let count = are_open();
     assert!((1..=128).contains(&count), "{count}");
     for n in 0..200 {
         let bytes = pool.read_part(place(n), "a/0", 0, 100, true);
         assert_eq!(bytes, Ok(vec![1; 100]), "{n}");
     }
+    (0..200).for_each(|n| pool.files.remove(n).unwrap());
+    assert_eq!(are_open(), 0);
     end(pool);
 }
 

@@ -392,6 +392,22 @@ fn what_was_granted_counts_once_its_participant_has_come_back() {
 }
 
 #[test]
+fn bound_of_who_has_come_back_is_in_force_again() {
+    let dir = Dir::new("back-bound");
+    let mut one = dir.open();
+    let wider = Limits {
+        max_size: 5000,
+        ..LIMITS
+    };
+    let (mut other, _) = Index::open(&dir.0, &Opening::new(wider, 1)).unwrap();
+    assert_eq!(one.rejoin(7).0, Ok(false));
+    assert_eq!(other.step(sleep, |cache| Ok(cache.bound())), Ok(1000));
+    drop(one);
+    other.reap().unwrap();
+    assert_eq!(other.step(sleep, |cache| Ok(cache.bound())), Ok(5000));
+}
+
+#[test]
 fn who_finds_new_files_goes_by_their_policy() {
     let dir = Dir::new("policy");
     let mut one = dir.open();

@@ -93,6 +93,39 @@ def test_what_is_not_in_use_is_forgotten_with_its_lock() -> None:
     assert not each._making
 
 
+class Ending:
+    """One that asks for others as it ends; it is part of a cycle."""
+
+    def __init__(self, each: OneForEach[Thing]) -> None:
+        self.each, self.itself = each, self
+
+    def __del__(self) -> None:
+        self.each.snapshot()
+
+
+class Key:
+    """One that takes so long to compare that the garbage collector comes in between."""
+
+    def __hash__(self) -> int:
+        gc.collect()
+        return 1
+
+
+def test_what_ends_while_one_is_found_may_ask_for_others() -> None:
+    each: OneForEach[Thing] = OneForEach()
+    found: list[Thing] = []
+
+    def find() -> None:
+        Ending(each)
+        found.append(each.find_or_make(Key(), Thing))
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert each.snapshot() == found != []
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_forked_child_waits_for_nothing_that_its_parent_makes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import subprocess
@@ -18,8 +19,15 @@ from support import buf, read, until
 from zcache import CacheStore
 from zcache._backends.directory import backend
 from zcache._backends.directory.bound import Bound
+from zcache._backends.directory.files import remove_value
+from zcache._backends.directory.folders import counted
 from zcache._core import Index, write_tombstone
-from zcache.testing import check_invariants_async, set_block_size, stored_sizes
+from zcache.testing import (
+    check_invariants_async,
+    hold_index_lock,
+    set_block_size,
+    stored_sizes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,3 +229,33 @@ def test_bound_tells_of_folders_that_have_grown_before_it_frees_victims(tmp_path
     )
     expected = [(Index.confirm_deletes, [1], [])]
     assert told == ([(Index.count_folders_since, 1, grown), *expected] if grown else expected)
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "before", "lock is taken"])
+async def test_folders_removed_by_name_count_for_who_removes_them(tmp_path: Path, how: str) -> None:
+    store = open_store(tmp_path, MemoryStore({"a/c/0": buf(bytes(100))}))
+    await read(store, "a/c/0")
+    assert store.drain_sync()
+    handle = store._cache.shared.handle
+    size = store.cache_info()["current_size"]
+
+    def remove() -> None:
+        remove_value(str(tmp_path), "a/c/0")
+        assert not (tmp_path / "a").exists()
+
+    if how == "before":
+        # It is not of what is done then.
+        remove()
+        with counted(handle):
+            pass
+    elif how == "lock is taken":
+        with hold_index_lock(tmp_path), counted(handle):
+            remove()
+        # From which sum it was removed is not known.
+    else:
+        with contextlib.suppress(ZeroDivisionError), counted(handle):
+            remove()
+            if how == "fails":
+                raise ZeroDivisionError
+    is_counted = how in ("ends", "fails")
+    assert (store.cache_info()["current_size"] < size) is is_counted

@@ -387,6 +387,17 @@ def test_what_needs_all_values_begins_anew_where_a_rebuild_begins_meanwhile(
     assert place.while_complete(lambda: next(found)) == "all"
 
 
+def test_who_waits_for_a_rebuild_looks_whether_its_owner_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: Any = CachePool(tmp_path / "pool")._pool
+    looks: list[None] = []
+    monkeypatch.setattr(place.directory.recovery, "reclaim_dead", lambda: looks.append(None))
+    monkeypatch.setattr("zcache._backends.pool.place.is_complete", lambda _: bool(looks))
+    monkeypatch.setattr("zcache._backends.pool.place.COMPLETE_TIMEOUT", HANGS)
+    assert place.while_complete(lambda: "done") == "done"
+
+
 async def test_forget_sources_and_export_wait_for_a_rebuild(tmp_path: Path, held_up: Any) -> None:
     held_up.go.set()
     pool = await reopened(tmp_path / "pool", held_up)
