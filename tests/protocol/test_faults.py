@@ -29,7 +29,7 @@ from support import (
     write,
 )
 from zcache import CachePool, CacheStore
-from zcache.testing import FakeClock, check_invariants_async
+from zcache.testing import FakeClock, StoreDouble, check_invariants_async, entries
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -381,6 +381,25 @@ async def test_source_and_cache_store_that_both_fail_raise_the_sources_error(
 
 
 # ---------------------------------------------------------------------- leaving it alone
+
+
+async def test_hit_that_cannot_be_read_now_is_a_miss_and_stays_cached() -> None:
+    source, cache = (StoreDouble(MemoryStore()) for _ in range(2))
+    await source.inner.set("k", buf(b"value"))
+    clock = FakeClock()
+    store = CacheStore(source, cache_store=cache, clock=clock)
+    assert await read_through(store, "k") == b"value"
+    cache.fail("get", TimeoutError("late"), times=1)
+    source.take()
+    assert await read(store, "k") == b"value"
+    assert source.take()["get"] == 1
+    assert (store.cache_stats()["hits"], store.cache_stats()["misses"]) == (0, 2)
+    assert [entry.key for entry in entries(store)] == ["k"]
+    # Once the circuit breaker lets one through.
+    clock.advance(60)
+    assert await read(store, "k") == b"value"
+    assert source.take()["get"] == 0
+    await check_quiet(store)
 
 
 async def test_circuit_breaker_logs_repeated_failures_once(
