@@ -338,13 +338,15 @@ async def test_bound_of_a_store_or_pool_that_is_gone_is_in_force_no_more(
     await check_quiet(check)
 
 
-@pytest.mark.parametrize("whose", ["store", "pool"])
-async def test_least_free_space_is_that_of_all_stores_of_a_pool(tmp_path: Path, whose: str) -> None:
+@pytest.mark.parametrize("strictest", ["store", "pool"])
+async def test_least_free_space_is_that_of_all_stores_of_a_pool(
+    tmp_path: Path, strictest: str
+) -> None:
     pool = CachePool(tmp_path / "pool", min_free_space=0)
     source = source_of(a=b"1", b=b"2")
     store = CacheStore(source, cache_store=pool, source_id="one", min_free_space=0)
     # More than any volume has.
-    if whose == "store":
+    if strictest == "store":
         strict = CacheStore(source_of(), cache_store=pool, source_id="two", min_free_space=2**60)
     else:
         strict = CachePool(tmp_path / "pool", min_free_space=2**60)
