@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from zcache._decoded.chunk import Origin
-from zcache._index.handle import RETRYABLE
+from zcache._index.resolution import RETRYABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

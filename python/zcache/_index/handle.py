@@ -1,4 +1,4 @@
-"""How the steps of an index are called, and what happens where its lock is taken or it is damaged.
+"""How the steps of an index are called.
 
 A step is named (`handle.call(io, Index.reserve, ...)`), and the handle supplies the index of now:
 recovery, a fork or the loss of the directory may have replaced it since the caller began.
@@ -16,37 +16,30 @@ import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from zcache._core import CorruptIndexError, Index, IndexBusyError, Plan, Stats
-from zcache._runtime.coroutines import report
+from zcache._core import CorruptIndexError, Index, Plan, Stats
+from zcache._index.opening import Opening
+from zcache._index.resolution import RECOVERIES, RETRYABLE, Resolution
+from zcache._index.shared_wait import LOCK_TIMEOUT, RETRY, timed_out, wait_for
+from zcache._runtime.coroutines import report, run_without_loop
+from zcache._runtime.io import IO, SyncIO
 from zcache._runtime.registry import Registry
-from zcache._runtime.threads import NoThreadError, Threads, run_in_background
-from zcache.exceptions import IndexLockTimeout
+from zcache._runtime.threads import Threads, run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
 
     from zcache._index.calls import Handle, Watcher
-    from zcache._runtime.io import IO
 
 logger = logging.getLogger("zcache")
 T = TypeVar("T")
 
-RETRYABLE: Final = (IndexBusyError, CorruptIndexError)
-"""What a step of the index raises if it was not taken, and may be once something was done about it."""
-LOCK_TIMEOUT: Final = 1.0
-"""Seconds that a caller waits for the lock of an index, and for its opening."""
-RECOVERIES: Final = 20
-"""Times that one step may find the index damaged before this process does without it."""
-_RETRY: Final = 0.01
-"""Seconds between two tries where no thread can be started to wait."""
-_OPEN_RETRY: Final = 0.1
-"""The same for an index that is to be opened, which takes longer than a step."""
 _QUIET: Final = 60.0
 """Seconds in which it is said once that an index cannot be used."""
+_BLOCKING: Final = SyncIO(None)
 
 
 def ignore(*_: object) -> None:
@@ -87,13 +80,12 @@ class IndexHandle:
         What the index was told last.
     follows_plan : bool
         Whether the index was told what will be read, and it was not seen yet that this is over.
-    open_first : callable or None
-        Opens the index, which is not open yet: its lock was taken, or this is a forked child. Takes the seconds
-        that it may wait for the lock, and raises `IndexBusyError` after that.
+    opening : Opening or None
+        That of an index which is not open yet: its lock was taken, or this is a forked child.
     unopened : Index or None
         An empty one, which stood or stands in the place of the index until that is open.
     lock : RLock
-        Held while the index or its limits are replaced; never over a step.
+        Held while the index or its limits are replaced, or it is noted who waits; never over a step.
     """
 
     take = staticmethod(take)
@@ -108,20 +100,13 @@ class IndexHandle:
         self._said = -math.inf
         # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
         self.recover: Callable[[Exception], None] | None = None
-        self.open_first: Callable[[float], None] | None = None
+        self.opening: Opening | None = None
         self.unopened: Index | None = None
-        self._when_open: list[Callable[[Handle], object]] = []
         # Reentrant: while it is held the garbage collector may end an operation.
         self.lock = threading.RLock()
-        self._resolution: Future[None] | None = None
-        # When the lock was first found taken that is taken still, and when it was last found so.
-        self._stuck_since = -math.inf
-        self._stuck_last = -math.inf
         # One resolves and one opens, which may wait for the other: none that serves anything else.
         self._threads = Threads(2)
-        self._opening: Future[None] | None = None
-        self._opening_since = -math.inf
-        self._opened_last = -math.inf
+        self._resolution = Resolution(self.lock, self._threads)
         self.deferred: deque[Callable[[], None]] = deque()
         self.follows_plan = False
         self.plan: Plan | None = None
@@ -154,7 +139,7 @@ class IndexHandle:
     @property
     def is_open(self) -> bool:
         """Whether the index is open, or never will be."""
-        return self.open_first is None
+        return self.opening is None
 
     def watch(self, watcher: Watcher) -> None:
         """Tell `watcher` the index of now, and each one that takes its place."""
@@ -219,27 +204,37 @@ class IndexHandle:
         IndexLockTimeout
             After `timeout`; the step was not taken.
         """
-        if self.open_first is not None:
-            await self._wait_until_open(io, timeout, alone)
+        if (opening := self.opening) is not None:
+            await opening.wait(io, timeout, alone=alone)
         if self.deferred:
             self.take_deferred()
+        try:
+            return self.take(step, self.index, *args)
+        except RETRYABLE:
+            pass
+        return await self._take(io, timeout, alone, step, args)
+
+    async def _take(
+        self,
+        io: IO,
+        timeout: float,  # noqa: ASYNC109
+        alone: bool,
+        step: Callable[..., T],
+        args: Any,
+    ) -> T:
         damages, until = 0, math.inf
         while True:
             try:
                 return self.take(step, self.index, *args)
             except RETRYABLE as error:
                 damages += isinstance(error, CorruptIndexError)
-                done = self._resolve(error, last=damages >= RECOVERIES)
+                done = self._resolve(error, damages)
                 until = min(until, time.monotonic() + timeout)
                 left = until - time.monotonic()
                 if not alone:
-                    left = min(left, self._left(timeout))
-                if left <= 0:
-                    raise IndexLockTimeout(self._message(timeout)) from None
-                if done is None:
-                    await io.pause(min(_RETRY, left))
-                elif not await io.until(done, left):
-                    raise IndexLockTimeout(self._message(timeout)) from None
+                    left = min(left, self._resolution.left(timeout))
+                if left <= 0 or not await wait_for(io, done, left):
+                    raise timed_out(self.name, timeout) from None
 
     async def call_shielded(
         self,
@@ -277,7 +272,7 @@ class IndexHandle:
         except RETRYABLE as error:
             damages += isinstance(error, CorruptIndexError)
             again = partial(self._call_later, then, step, args, damages)
-            done = self._resolve(error, last=damages >= RECOVERIES)
+            done = self._resolve(error, damages)
             if done is None:
                 self._defer(again)
                 return
@@ -297,7 +292,7 @@ class IndexHandle:
         """Have a step taken by the next caller, for there is no thread to wait."""
         self.deferred.append(again)
         with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().call_later(_RETRY, self.take_deferred)
+            asyncio.get_running_loop().call_later(RETRY, self.take_deferred)
 
     def take_deferred(self) -> None:
         """Take steps without a waiter, for which no thread could be started."""
@@ -319,110 +314,20 @@ class IndexHandle:
         IndexLockTimeout
             After `timeout` seconds.
         """
-        limit = math.inf if timeout is None else timeout
-        while self.open_first is not None:
-            opening = self._begin_opening()
-            left = self._opening_since + limit - time.monotonic()
-            if self.is_open:
-                break
-            if left <= 0:
-                raise IndexLockTimeout(self._message(timeout))
-            if opening is None:
-                time.sleep(min(_RETRY, left))
-            else:
-                with contextlib.suppress(TimeoutError):
-                    opening.result(_finite(left))
+        if (opening := self.opening) is not None:
+            run_without_loop(opening.wait(_BLOCKING, _or_inf(timeout), alone=False))
         return self.call_opened(step, *args, timeout=timeout)
 
     def call_opened(
         self, step: Callable[..., T], *args: Any, timeout: float | None = LOCK_TIMEOUT
     ) -> T:
         """The same while the index is being opened, for those who open it."""
-        damages, until = 0, math.inf
-        limit = math.inf if timeout is None else timeout
-        while True:
-            try:
-                return self.take(step, self.index, *args)
-            except RETRYABLE as error:
-                damages += isinstance(error, CorruptIndexError)
-                done = self._resolve(error, last=damages >= RECOVERIES)
-                until = min(until, time.monotonic() + limit)
-                left = min(self._left(limit), until - time.monotonic())
-                if left <= 0:
-                    raise IndexLockTimeout(self._message(timeout)) from None
-                if done is None:
-                    time.sleep(min(_RETRY, left))
-                else:
-                    with contextlib.suppress(TimeoutError):
-                        done.result(_finite(left))
-
-    def _left(self, timeout: float) -> float:
-        """Seconds left for all who wait for the same, counted from the first of them."""
-        since = self._stuck_since
-        # It may have become free in this moment.
-        return timeout if since == -math.inf else since + timeout - time.monotonic()
-
-    def _message(self, timeout: float | None) -> str:
-        return (
-            f"the lock of the index of the cache {self.name} is held by another process for more than "
-            f"{timeout} s. Is a process that uses the cache stopped?"
-        )
+        return run_without_loop(self._take(_BLOCKING, _or_inf(timeout), False, step, args))
 
     # ----------------------------------------------------------- recovery
 
-    def _resolve(self, error: Exception, *, last: bool = False) -> Future[None] | None:
-        """Wait for the lock of the index, or recover an index that is damaged.
-
-        That happens in one thread for all who wait; None where no thread can be started to wait. `last`
-        says that it was recovered often enough.
-        """
-        with self.lock:
-            now = time.monotonic()
-            # Where no thread waits, none says when it is free: it was if no caller has asked for a while.
-            known = self._resolution is not None or now - self._stuck_last < LOCK_TIMEOUT
-            self._stuck_last = now
-            # What is damaged was found with the lock held: it is not that one that is waited for any more.
-            was_free = isinstance(error, CorruptIndexError)
-            if was_free or not known or self._stuck_since == -math.inf:
-                self._stuck_since = now
-            if self._resolution is not None:
-                return self._resolution
-            done: Future[None] = Future()
-            # Before the thread runs, which takes it away.
-            self._resolution = done
-        try:
-            run_in_background(partial(self._resolve_in_thread, error, done, last), self._threads)
-        except NoThreadError:
-            pass
-        else:
-            return done
-        if last or isinstance(error, CorruptIndexError):
-            # That is work, and no wait for others.
-            self._resolve_in_thread(error, done, last)
-            return done
-        with self.lock:
-            if self._resolution is done:
-                self._resolution = None
-        # Others who wait for it by now look again.
-        done.set_result(None)
-        return None
-
-    def _resolve_in_thread(self, error: Exception, done: Future[None], last: bool) -> None:
-        try:
-            if last:
-                self.abandon(error)
-            elif isinstance(error, CorruptIndexError):
-                (self.recover or self.abandon)(error)
-            else:
-                self.index.wait_unlocked()
-        except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
-            self.abandon(failure)
-        finally:
-            with self.lock:
-                if self._resolution is done:
-                    self._resolution = None
-                self._stuck_since = -math.inf
-            done.set_result(None)
+    def _resolve(self, error: Exception, damages: int = 0) -> Future[None] | None:
+        return self._resolution.begin(self, error, last=damages >= RECOVERIES)
 
     def resolve(self, error: CorruptIndexError) -> None:
         """Have a damaged index recovered in the background."""
@@ -483,8 +388,8 @@ class IndexHandle:
     def when_open(self, then: Callable[[Handle], object]) -> None:
         """Call `then` with this handle now, or once the index is open."""
         with self.lock:
-            if self.open_first is not None:
-                self._when_open.append(then)
+            if self.opening is not None:
+                self.opening.then.append(then)
                 return
         then(self)
 
@@ -493,89 +398,30 @@ class IndexHandle:
 
         Who waits for it does so as if the wait had begun at the time `since`, on the clock of `time.monotonic`.
         """
+        return self._be_unopened(open_first, since).begin()
+
+    def _be_unopened(
+        self, open_first: Callable[[float], None], since: float = -math.inf
+    ) -> Opening:
         with self.lock:
             self.unopened = self.empty_index()
             self.index = self.unopened
-            self.open_first = open_first
-            self._opening, self._opening_since = None, since
-        return self._begin_opening()
-
-    async def _wait_until_open(self, io: IO, timeout: float, alone: bool) -> None:  # noqa: ASYNC109
-        begun = time.monotonic()
-        while self.open_first is not None:
-            opening = self._begin_opening()
-            left = (begun if alone else self._opening_since) + timeout - time.monotonic()
-            if self.is_open:
-                return
-            if left <= 0:
-                raise IndexLockTimeout(self._message(timeout))
-            if opening is None:
-                await io.pause(min(_RETRY, left))
-            elif not await io.until(opening, left):
-                raise IndexLockTimeout(self._message(timeout))
-
-    def _begin_opening(self) -> Future[None] | None:
-        """Open the index in one thread for all who wait, or here where none can be started."""
-        with self.lock:
-            if self.open_first is None or self._opening is not None:
-                return self._opening
-            now = time.monotonic()
-            if self._opening_since == -math.inf:
-                self._opening_since = now
-            if now - self._opened_last < _OPEN_RETRY:
-                return None
-            self._opened_last = now
-            done: Future[None] = Future()
-            self._opening = done
-        try:
-            run_in_background(partial(self._open_now, done, LOCK_TIMEOUT), self._threads)
-        except NoThreadError:
-            pass
-        else:
-            return done
-        self._open_now(done, 0.0)
-        return None
-
-    def _open_now(self, done: Future[None], patience: float) -> None:
-        try:
-            while (open_first := self.open_first) is not None:
-                try:
-                    open_first(patience)
-                except IndexBusyError:
-                    if not patience:
-                        return  # The next caller tries again.
-                else:
-                    self.open_first = None
-        except Exception as failure:  # noqa: BLE001 - reads must go on, whatever it is
-            self.abandon(failure)
-            self.open_first = None
-        finally:
-            with self.lock:
-                waiting = []
-                if self.open_first is None:
-                    waiting, self._when_open = self._when_open, []
-                if self._opening is done:
-                    self._opening = None
-            for then in waiting:
-                report(then, self)
-            done.set_result(None)
+            self.opening = opening = Opening(self, self._threads, open_first, since)
+        return opening
 
     # -------------------------------------------------------------- forks
 
     def after_fork(self, open_first: Callable[[float], None] | None) -> None:
         """Start over in a forked child; with `open_first`, the index is opened at its first use."""
         self.lock = threading.RLock()
-        self._resolution = self._opening = None
-        self._stuck_since = self._stuck_last = -math.inf
-        self._opening_since = self._opened_last = -math.inf
+        self._resolution = Resolution(self.lock, self._threads)
         # The parent takes them.
         self.deferred.clear()
-        self._when_open.clear()
         if open_first is not None:
-            self.unopened = self.empty_index()
-            self.index = self.unopened
-            self.open_first = open_first
+            self._be_unopened(open_first)
+        elif self.opening is not None:
+            self.opening = Opening(self, self._threads, self.opening.open_first)
 
 
-def _finite(seconds: float) -> float | None:
-    return None if seconds == math.inf else seconds
+def _or_inf(timeout: float | None) -> float:
+    return math.inf if timeout is None else timeout

@@ -297,7 +297,7 @@ def _drain_at_exit() -> None:
         return
 
     async def all_of_them() -> None:
-        drains = [queue.drain(IO(None), left) for queue in queues]  # type: ignore[arg-type]
+        drains = [queue.drain(IO(None), left) for queue in queues]
         await asyncio.wait([asyncio.ensure_future(drain) for drain in drains], timeout=left)
 
     try:

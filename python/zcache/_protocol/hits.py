@@ -18,8 +18,9 @@ from zcache._backends.base import ABSENT, BUSY
 from zcache._byte_ranges import check_key
 from zcache._core import Index, IndexBusyError, crc32c
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
-from zcache._index.handle import RETRYABLE, ignore
+from zcache._index.handle import ignore
 from zcache._index.plans import look
+from zcache._index.resolution import RETRYABLE
 from zcache._protocol.recorder import RequestHook
 from zcache._runtime.buffers import Array, freeze, snapshot, to_buffer
 from zcache._runtime.threads import NoThreadError

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._core import Index, select
-from zcache._index.handle import RETRYABLE, ignore
+from zcache._index.handle import ignore
+from zcache._index.resolution import RETRYABLE
 from zcache._protocol.revalidate import Revalidator
 from zcache._protocol.single_flight import Flight
 from zcache._protocol.stale import StaleValues
@@ -211,7 +212,7 @@ class Reader:
         answer: Any = joined and joined[:2]
         was_pending = None if joined is None else joined.is_pending
         handle = self.handle
-        if joined is None and handle.open_first is None:
+        if joined is None and handle.opening is None:
             if handle.deferred:
                 handle.take_deferred()
             self.hits.begin(io)

@@ -47,15 +47,15 @@ class IO:
 
     Parameters
     ----------
-    source : Store
-        The source.
+    source : Store or None
+        The source; None for who only waits.
     threads : Threads, optional
         Run what waits for the cache store. Default is None: those of no place.
     """
 
     __slots__ = ("source", "threads")
 
-    def __init__(self, source: Store, threads: Threads | None = None) -> None:
+    def __init__(self, source: Store | None, threads: Threads | None = None) -> None:
         self.source: Any = source
         self.threads = threads
 

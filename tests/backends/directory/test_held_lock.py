@@ -194,9 +194,8 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
         assert source.take()["set"] == 0
     # It is opened as soon as the lock is free.
     handle: Any = store._cache.shared.handle
-    opening = getattr(handle, "_pool", handle)._opening
-    assert opening is not None
-    opening.result(GUARD)
+    assert handle.opening is not None
+    handle.opening.begin().result(GUARD)
     assert store.cache_info()["cached_keys"] == 1
     assert store.cache_info()["max_size"] == 1000
     assert read(store, "k") == b"value"
@@ -217,9 +216,9 @@ def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_p
     with taking_over(tmp_path):
         other = in_time(lambda: open_store(tmp_path, MemoryStore({"k": VALUE})))
         assert in_time(lambda: read(other, "k")) == b"value"
-    opening = other._cache.shared.handle._opening
+    opening = other._cache.shared.handle.opening
     assert opening is not None
-    opening.result(GUARD)
+    opening.begin().result(GUARD)
     assert read(other, "k") == b"value"
     other.drain_sync()
     assert other.cache_info()["cached_keys"] == 1

@@ -20,7 +20,8 @@ from zcache._core import (
     remove_key,
     remove_victims,
 )
-from zcache._index.handle import RETRYABLE, ignore
+from zcache._index.handle import ignore
+from zcache._index.resolution import RETRYABLE
 from zcache._runtime.coroutines import NoAnswerError
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout

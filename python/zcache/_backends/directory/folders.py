@@ -6,7 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from zcache._core import Index, take_folder_bytes
-from zcache._index.handle import RETRYABLE, ignore
+from zcache._index.handle import ignore
+from zcache._index.resolution import RETRYABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -226,7 +226,7 @@ class CacheDirectory(Place):
             wait([opening], max(0.0, until - time.monotonic()))
         if refused:
             raise refused[0]
-        if self.handle.open_first is not None:
+        if not self.handle.is_open:
             logger.warning(
                 "the index of the cache directory %s is not open yet, for another process holds its lock, or "
                 "what another source has left has to be removed first. Until then the source serves every "

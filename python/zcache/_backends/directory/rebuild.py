@@ -7,7 +7,7 @@ import weakref
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Final
 
-from zcache._index.handle import LOCK_TIMEOUT, IndexHandle
+from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.directory.layout import Layout
     from zcache._core import Index
+    from zcache._index.handle import IndexHandle
 
 REBUILD_PATIENCE: Final = LOCK_TIMEOUT
 """Seconds that the opening of a directory waits in all, for the lock of its index, a rebuild, or another

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zcache._index.handle import LOCK_TIMEOUT, take
+from zcache._index.handle import take
+from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from zcache._core import CorruptIndexError, Index, Plan, Stats
     from zcache._index.calls import Handle, T, Watcher
     from zcache._index.handle import IndexHandle
+    from zcache._index.opening import Opening
     from zcache._runtime.io import IO
 
 
@@ -108,9 +110,9 @@ class SourceHandle:
         return self._pool.usable
 
     @property
-    def open_first(self) -> Callable[[float], None] | None:
-        """Opens the index."""
-        return self._pool.open_first
+    def opening(self) -> Opening | None:
+        """That of the index of the pool, while it is not open."""
+        return self._pool.opening
 
     @property
     def deferred(self) -> deque[Callable[[], None]]:

@@ -1,0 +1,114 @@
+"""What one thread does for all who wait for it, and since when they wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from zcache._runtime.threads import NoThreadError, Threads, run_in_background
+from zcache.exceptions import IndexLockTimeout
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from zcache._runtime.io import IO
+
+LOCK_TIMEOUT: Final = 1.0
+"""Seconds that a caller waits for the lock of an index, and for its opening."""
+RETRY: Final = 0.01
+"""Seconds between two tries where no thread can be started to wait."""
+
+
+class SharedWait:
+    """One thing that is done for all who wait for it.
+
+    Parameters
+    ----------
+    lock : RLock
+        Held while it is noted who waits, and never over the work.
+    threads : Threads
+        Do it.
+
+    Attributes
+    ----------
+    pending : Future or None
+        What to wait for while it is being done.
+    since : float
+        When the first of those who wait began to, on the clock of `time.monotonic`; -inf where none waits.
+    last : float
+        When it was last asked for, or begun: as who uses it notes it.
+    """
+
+    def __init__(self, lock: threading.RLock, threads: Threads) -> None:
+        self.lock = lock
+        self._threads = threads
+        self.pending: Future[None] | None = None
+        self.since = self.last = -math.inf
+
+    def left(self, timeout: float) -> float:
+        """Seconds left for all who wait, counted from the first of them."""
+        since = self.since
+        # It may have ended in this moment.
+        return timeout if since == -math.inf else since + timeout - time.monotonic()
+
+    def claim(self) -> Future[None]:
+        """Note, with the lock held, that it is being done: before the thread runs, which takes that away."""
+        self.pending = done = Future[None]()
+        return done
+
+    def run(self, done: Future[None], work: Callable[[bool], bool]) -> Future[None] | None:
+        """Do what was claimed in a thread, or as much of it as needs no waiting here where none can be started.
+
+        Parameters
+        ----------
+        done : Future
+            Answer of `claim`.
+        work : callable
+            Takes whether it may wait; returns whether it is done.
+
+        Returns
+        -------
+        done : Future or None
+            What to wait for; None where it has to be tried again.
+        """
+        try:
+            run_in_background(partial(self._run, done, work, True), self._threads)
+        except NoThreadError:
+            pass
+        else:
+            return done
+        return done if self._run(done, work, False) else None
+
+    def _run(self, done: Future[None], work: Callable[[bool], bool], may_wait: bool) -> bool:
+        is_done = True
+        try:
+            is_done = work(may_wait)
+        finally:
+            with self.lock:
+                if self.pending is done:
+                    self.pending = None
+                if is_done:
+                    self.since = -math.inf
+            # Where it is not done, others who wait for it by now look again.
+            done.set_result(None)
+        return is_done
+
+
+async def wait_for(io: IO, done: Future[None] | None, seconds: float) -> bool:
+    """Wait for the answer of `SharedWait.run`; False where it takes longer than so many seconds."""
+    if done is None:
+        await io.pause(min(RETRY, seconds))
+        return True
+    return await io.until(done, None if seconds == math.inf else seconds)
+
+
+def timed_out(name: str, timeout: float) -> IndexLockTimeout:
+    """The error for who has waited in vain; `name` is that of the cache store."""
+    return IndexLockTimeout(
+        f"the lock of the index of the cache {name} is held by another process for more than {timeout} s. "
+        "Is a process that uses the cache stopped?"
+    )
