@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from zcache._backends.base import FillJob
 from zcache._byte_ranges import RESERVED, is_encodable, is_plain, is_reserved, is_too_long
 from zcache._core import Index, is_cacheable_key
 from zcache._index.calls import is_complete
 from zcache._index.handle import ignore
+from zcache._protocol.drain import Drain
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import OutcomeUnknown
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("zcache")
-
-TURN: Final = 0.01
-"""Seconds after which a change of very many values gives others of its event loop their turn. Not much
-less: a thread that releases the interpreter more often than others ask for it keeps them waiting."""
 
 # They say to other processes what may still be changed in a source: as long as this one lives.
 _never_ended: list[Index] = []
@@ -59,12 +54,13 @@ class Writer:
         self.backend = backend
         self.handle = backend.shared.handle
         self.fills = backend.shared.fills
-        self._now = backend.shared.clock
-        self._lister = lister
+        self.now = backend.shared.clock
+        self.lister = lister
         self._source_name = source_name
+        self._drain = Drain(backend)
         self._warned = False
 
-    async def write(  # noqa: C901 - one protocol: its steps share what an interrupt has to undo
+    async def write(
         self, io: IO, key: str, work: Callable[[], Awaitable[None]], data: bytes | None
     ) -> None:
         """Write one key of the source by `work`, and cache `data` where that is safe."""
@@ -72,85 +68,18 @@ class Writer:
             await self.change(io, key, work)
             return
         self.backend.begin(io)
-        handle = self.handle
-        begun = tried = changing = ended = is_handed_over = False
-        blocking = io.loop() is None
-        ticket: int | None = None
-        end_elsewhere: Callable[[], None] | None = None
-        # Its value is older than its write.
-        flight = Flight(io.loop(), self._now())
-
-        def late(_: BaseException | None) -> None:
-            nonlocal ended
-            ended = True
-            handle.call_later(lost, Index.end_write, key, False)
-            if end_elsewhere is not None:
-                end_elsewhere()
-            if tried:
-                self.backend.tell_later(key)
-
-        def lost(outcome: tuple[list[Victim], int | None]) -> None:
-            victims, ticket = outcome
-            self.backend.remove_later(victims)
-            if ticket is not None:
-                handle.call_later(ignore, Index.complete_flight, key, ticket)
-
+        write = _KeyWrite(self, io, key)
         try:
-            victims = await handle.call(io, Index.begin_write, key, alone=True)
-            begun = True
-            end_elsewhere = self.backend.begin_change(key, is_key=True)
-            await self.backend.remove_key(io, key, victims, begins=True)
-            await self._remove_unlisted(io, key)
-            await self._lister.forget(io, key)
-            tried = changing = True
-            try:
-                await io.change(work, self._unless_unknown(late))
-            except Exception:
-                changing = False
-                end_elsewhere()
-                await self._lister.forget(io, key)
-                if not ended:
-                    await self.backend.remove_key(io, key, (), begins=False)
-                    ended = True
-                    # Its end is told later, then, and the key stays uncached until that.
-                    with contextlib.suppress(IndexLockTimeout):
-                        victims, _ = await handle.call_shielded(
-                            io, lost, Index.end_write, key, False
-                        )
-                        if victims:
-                            await self.backend.remove(io, victims)
-                raise
-            changing = False
-            end_elsewhere()
-            # Before its end is told, for until then nothing is filled that this would remove.
-            await self.backend.remove_key(io, key, (), begins=False)
-            # A caller that is cancelled while it waits has ended it all the same. Once too often would be
-            # the end of another write.
-            ended = True
-            if data is not None:
-                flight.deliver(data)
-            try:
-                victims, ticket = await handle.call_shielded(
-                    io, lost, Index.end_write, key, data is not None, flight
-                )
-            except IndexLockTimeout:
-                # The source has it. Its end is told later, and the key stays uncached until that.
-                return
-            await self._lister.forget(io, key)
-            if victims:
-                await self.backend.remove(io, victims)
-            if ticket is not None and data is not None and not self.backend.tells_by_name:
-                is_handed_over = await self._fill(io, key, data, ticket, flight.fetched)
-        except BaseException as error:
-            # A change that goes on without its caller reports its end; without an event loop none does.
-            if begun and not ended and (not changing or blocking):
-                late(error)
+            await write.begin()
+            await write.change_source(work)
+            await write.end(data)
+        except BaseException:
+            write.interrupted()
             raise
         finally:
-            if ticket is not None and not is_handed_over:
-                handle.call_later(ignore, Index.complete_flight, key, ticket)
+            write.close()
 
-    async def _fill(self, io: IO, key: str, data: bytes, ticket: int, fetched: float) -> bool:
+    async def fill(self, io: IO, key: str, data: bytes, ticket: int, fetched: float) -> bool:
         """Hand a written value over to the cache."""
         fill_now = self.backend.fill_now
         if fill_now is not None:
@@ -162,14 +91,14 @@ class Writer:
 
     async def _remove_below(self, io: IO, prefix: str, *, begins: bool) -> int:
         """Drop what is below a prefix, whatever the index knows of it; how many entries it knew."""
-        count = await self.drain_prefix(io, prefix)
+        count = await self._drain.drain(io, prefix)
         if self.backend.removes_by_name:
             await self.backend.remove_unlisted(io, prefix, begins=begins)
         else:
-            await self._remove_unlisted(io, prefix)
+            await self.remove_unlisted(io, prefix)
         return count
 
-    async def _remove_unlisted(self, io: IO, prefix: str) -> None:
+    async def remove_unlisted(self, io: IO, prefix: str) -> None:
         """Drop what an index that is not complete may not know yet."""
         if not self.handle.usable:
             return
@@ -182,11 +111,11 @@ class Writer:
 
     async def change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         """Change the source below a prefix by `work`; nothing below it stays cached."""
-        await self._lister.forget_below(io, prefix)
+        await self.lister.forget_below(io, prefix)
         try:
             await self._change(io, prefix, work)
         finally:
-            await self._lister.forget_below(io, prefix)
+            await self.lister.forget_below(io, prefix)
 
     async def _change(self, io: IO, prefix: str, work: Callable[[], Awaitable[None]]) -> None:
         scope = _scope(prefix)
@@ -199,7 +128,7 @@ class Writer:
         def late(_: BaseException | None) -> None:
             nonlocal ended
             ended = True
-            self._drain_later(prefix, begins=False)
+            self._drain.later(prefix, begins=False)
             end_elsewhere()
             if tried:
                 self.backend.tell_later(prefix)
@@ -223,20 +152,20 @@ class Writer:
                     late(interrupt)
                     raise
                 await handle.call_shielded(
-                    io, lambda _: self._drain_later(prefix), Index.invalidate, prefix, False
+                    io, lambda _: self._drain.later(prefix), Index.invalidate, prefix, False
                 )
-                await self.drain_prefix(io, prefix)
+                await self._drain.drain(io, prefix)
 
         tried = True
         try:
-            await io.change(work, self._unless_unknown(late))
+            await io.change(work, self.unless_unknown(late))
         except Exception:
             if not ended:
                 await end()
             raise
         await end()
 
-    def _unless_unknown(
+    def unless_unknown(
         self, late: Callable[[BaseException | None], None]
     ) -> Callable[[BaseException | None], None]:
         """The same, but for a change that was cut off: as it may land at any time, it never ends."""
@@ -259,62 +188,6 @@ class Writer:
 
         return ended
 
-    async def drain_prefix(self, io: IO, prefix: str) -> int:
-        """Drop everything below a prefix; how many entries that was, not counting absences."""
-        begun = time.monotonic()
-        count = 0
-
-        async def turn() -> None:
-            nonlocal begun
-            if time.monotonic() - begun >= TURN:
-                await io.pause()
-                begun = time.monotonic()
-
-        try:
-            while victims := await self.handle.call(io, Index.drain_prefix, prefix):
-                count += len(victims)
-                await self.backend.remove(io, victims)
-                await turn()
-            while await self.handle.call(io, Index.drain_absences, prefix):
-                await turn()
-        except BaseException:
-            self._drain_later(prefix)
-            raise
-        return count
-
-    def _drain_later(self, prefix: str, *, begins: bool | None = None) -> None:
-        """Drop everything below a prefix at once, and leave the bytes to later deletes.
-
-        Where the index has to be waited for, that happens in the background.
-        """
-
-        def drain(_: object) -> None:
-            self._repeat_later(self.backend.remove_later, Index.drain_prefix, prefix)
-            self._repeat_later(ignore, Index.drain_absences, prefix)
-
-        self.handle.call_later(drain, Index.invalidate, prefix, begins)
-
-    def _repeat_later(
-        self, then: Callable[[Any], object], step: Callable[[Index, str], Any], prefix: str
-    ) -> None:
-        """Take a step until its answer is empty; `then` gets the others."""
-        here, is_running, goes_on = threading.get_ident(), True, True
-
-        def take(answer: Any) -> None:
-            nonlocal goes_on
-            if not answer:
-                return
-            then(answer)
-            if is_running and threading.get_ident() == here:
-                goes_on = True  # In the loop below: there may be many.
-            else:
-                self._repeat_later(then, step, prefix)
-
-        while goes_on:
-            goes_on = False
-            self.handle.call_later(take, step, prefix)
-        is_running = False
-
     @contextlib.asynccontextmanager
     async def _unfilled(self, io: IO, prefix: str) -> AsyncIterator[None]:
         """Invalidate what is at and below a prefix, to be removed.
@@ -331,7 +204,7 @@ class Writer:
         """Forget what is cached at and below a prefix; how many entries. The source stays as it is."""
         self.backend.check_drops()
         scope = _scope(prefix)
-        await self._lister.forget_below(io, prefix)
+        await self.lister.forget_below(io, prefix)
         if scope is None:
             return 0
         async with self._unfilled(io, scope):
@@ -341,14 +214,14 @@ class Writer:
     async def clear(self, io: IO) -> None:
         """Empty the cache; the source stays as it is."""
         self.backend.check_drops()
-        await self._lister.forget_below(io, "")
+        await self.lister.forget_below(io, "")
         async with self._unfilled(io, ""):
-            await self.drain_prefix(io, "")
+            await self._drain.drain(io, "")
             if self.backend.removes_by_name and not self.backend.tells_by_name:
                 # Also what a damaged index hides.
                 await self.backend.remove_unlisted(io, "", begins=True)
             else:
-                await self._remove_unlisted(io, "")
+                await self.remove_unlisted(io, "")
             self.backend.forget_elsewhere("")
         self.backend.release_unknown()
         victims = await self.handle.call_shielded(
@@ -356,6 +229,123 @@ class Writer:
         )
         if victims:
             await self.backend.remove(io, victims)
+
+
+class _KeyWrite:
+    """One write of a key, from its beginning to its end; the index hears of both, whatever interrupts it.
+
+    Parameters
+    ----------
+    writer : Writer
+        Writes.
+    io : IO
+        How to reach the source.
+    key : str
+        The key.
+    """
+
+    def __init__(self, writer: Writer, io: IO, key: str) -> None:
+        self._writer = writer
+        self._handle = writer.handle
+        self._backend = writer.backend
+        self._io = io
+        self._key = key
+        # Asked now: by its end there may be no event loop any more.
+        loop = io.loop()
+        self._is_blocking = loop is None
+        # Its value is older than its write.
+        self._flight = Flight(loop, writer.now())
+        self._ticket: int | None = None
+        self._has_begun = self._is_changing = self._is_handed_over = False
+        # Whether the source may have changed.
+        self._is_tried = False
+        # A caller that is cancelled while it waits has ended it all the same. Once too often would be the end
+        # of another write.
+        self._has_ended = False
+        self._end_elsewhere: Callable[[], object] = ignore
+
+    async def begin(self) -> None:
+        """Invalidate what is cached of the key, and what is on its way."""
+        io, key, backend, writer = self._io, self._key, self._backend, self._writer
+        victims = await self._handle.call(io, Index.begin_write, key, alone=True)
+        self._has_begun = True
+        self._end_elsewhere = backend.begin_change(key, is_key=True)
+        await backend.remove_key(io, key, victims, begins=True)
+        await writer.remove_unlisted(io, key)
+        await writer.lister.forget(io, key)
+
+    async def change_source(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Write the source by `work`; where that fails, the write has ended, and nothing stays cached."""
+        io, key, backend, writer = self._io, self._key, self._backend, self._writer
+        self._is_tried = self._is_changing = True
+        try:
+            await io.change(work, writer.unless_unknown(self._end_late))
+        except Exception:
+            self._is_changing = False
+            self._end_elsewhere()
+            await writer.lister.forget(io, key)
+            if not self._has_ended:
+                await backend.remove_key(io, key, (), begins=False)
+                # Its end is told later where the index does not answer, and the key stays uncached until that.
+                with contextlib.suppress(IndexLockTimeout):
+                    victims, self._ticket = await self._tell_end(keeps=False)
+                    if victims:
+                        await backend.remove(io, victims)
+            raise
+        self._is_changing = False
+
+    async def end(self, data: bytes | None) -> None:
+        """End a write that has succeeded, and hand `data` over to the cache."""
+        io, key, backend, writer = self._io, self._key, self._backend, self._writer
+        self._end_elsewhere()
+        # Before its end is told, for until then nothing is filled that this would remove.
+        await backend.remove_key(io, key, (), begins=False)
+        if data is not None:
+            self._flight.deliver(data)
+        try:
+            victims, self._ticket = await self._tell_end(keeps=data is not None)
+        except IndexLockTimeout:
+            # The source has it. Its end is told later, and the key stays uncached until that.
+            return
+        await writer.lister.forget(io, key)
+        if victims:
+            await backend.remove(io, victims)
+        ticket = self._ticket
+        if ticket is not None and data is not None and not backend.tells_by_name:
+            fetched = self._flight.fetched
+            self._is_handed_over = await writer.fill(io, key, data, ticket, fetched)
+
+    def interrupted(self) -> None:
+        """Tell the end of a write that has failed or was interrupted, unless it was told."""
+        # A change that goes on without its caller reports its end; without an event loop none does.
+        goes_on = self._is_changing and not self._is_blocking
+        if self._has_begun and not self._has_ended and not goes_on:
+            self._end_late(None)
+
+    def close(self) -> None:
+        """Close the flight of a value that was not handed over."""
+        if self._ticket is not None and not self._is_handed_over:
+            self._handle.call_later(ignore, Index.complete_flight, self._key, self._ticket)
+
+    def _tell_end(self, *, keeps: bool) -> Awaitable[tuple[list[Victim], int | None]]:
+        self._has_ended = True
+        return self._handle.call_shielded(
+            self._io, self._ended_alone, Index.end_write, self._key, keeps, self._flight
+        )
+
+    def _end_late(self, _: BaseException | None) -> None:
+        """End it without its caller, with no value that may be kept."""
+        self._has_ended = True
+        self._handle.call_later(self._ended_alone, Index.end_write, self._key, False)
+        self._end_elsewhere()
+        if self._is_tried:
+            self._backend.tell_later(self._key)
+
+    def _ended_alone(self, outcome: tuple[list[Victim], int | None]) -> None:
+        victims, ticket = outcome
+        self._backend.remove_later(victims)
+        if ticket is not None:
+            self._handle.call_later(ignore, Index.complete_flight, self._key, ticket)
 
 
 def _scope(prefix: str) -> str | None:

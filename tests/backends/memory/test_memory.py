@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 from support import PROTOTYPE, count_turns, read_through
 from zcache import CacheStore
 from zcache._core import Index
-from zcache._protocol import write as protocol_write
+from zcache._protocol import drain as protocol_drain
 from zcache._runtime.buffers import freeze, snapshot, to_cpu_buffer
 from zcache.testing import check_invariants, entries
 
@@ -218,7 +218,7 @@ async def test_fill_evicts_thousands_keeps_the_bound():
 
 @pytest.mark.parametrize("how", ["delete_dir", "clear", "clear_cache"])
 async def test_delete_of_thousands_lets_other_tasks_run(how: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(protocol_write, "TURN", 0.0)
+    monkeypatch.setattr(protocol_drain, "TURN", 0.0)
     store = CacheStore(MemoryStore())
     for number in range(8000):
         await store.set(f"a/c/{number}", to_cpu_buffer(b"1"))
