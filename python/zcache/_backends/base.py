@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._backends.access import Access
     from zcache._byte_ranges import ByteRange
     from zcache._core import Index
     from zcache._index.shared import SharedIndex
@@ -126,15 +127,12 @@ class Filler(Protocol):
 
     Attributes
     ----------
-    reads_only : bool
-        Whether the cache store takes nothing, so that no job is begun.
+    access : Access
+        What may be done with the cache store. Where nothing is added, no job is begun; for want of room that is a refusal.
     """
 
-    reads_only: bool
-
     @property
-    def is_full(self) -> bool:
-        """Whether the cache store takes nothing for want of room: what is not begun is a refusal."""
+    def access(self) -> Access: ...
 
     def submit(self, io: IO, job: FillJob) -> None:
         """Begin a job, or put it behind others; it always ends, and its flight with it.

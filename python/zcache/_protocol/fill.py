@@ -15,6 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from zcache._backends.access import Access
 from zcache._core import Index, end_calls
 from zcache._index.handle import ignore
 from zcache._runtime.circuit_breaker import concerns_key
@@ -170,9 +171,11 @@ class FillQueue:
                 # Where reads are left alone as well, this one was counted before.
                 job.backend.counters.count("skipped")
             return False
-        if self.filler.is_full:
-            self._handle.count_refusal()
-        if self.filler.reads_only or (job.key, job.byte_range) in self._refused:
+        if (access := self.filler.access) is not Access.FILLS:
+            if access is Access.REMOVES:
+                self._handle.count_refusal()
+            return False
+        if (job.key, job.byte_range) in self._refused:
             return False
         try:
             while True:

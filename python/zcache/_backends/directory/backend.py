@@ -9,6 +9,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
+from zcache._backends.access import Access
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, read_timeout
 from zcache._backends.directory.files import read_value
 from zcache._backends.directory.folders import counted
@@ -103,7 +104,7 @@ class DirectoryBackend(Backend):
 
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
         handle = self.shared.handle
-        if self._directory.layout.is_read_only:
+        if self._directory.layout.access is Access.READS:
             # They stay, and this process serves them no more.
             self.remove_later(victims)
             return
@@ -157,7 +158,7 @@ class DirectoryBackend(Backend):
         await self._remove_by_name(io, key, lambda: remove_key(self._root, key), begins=begins)
 
     def check_drops(self) -> None:
-        if self._directory.layout.is_read_only:
+        if self._directory.layout.access is Access.READS:
             raise self._directory.private_index.refusal("nothing in it can be dropped")
 
     def tell_later(self, prefix: str) -> None:
@@ -253,7 +254,7 @@ class DirectoryBackend(Backend):
         # First, so that nothing that is older is filled afterwards.
         self._directory.layout.tell_others()
         self._directory.filler.note_marks()
-        if begins and self._directory.layout.is_read_only:
+        if begins and self._directory.layout.access is Access.READS:
             for name in self._directory.scanner.names_below(prefix):
                 raise OSError(errno.EROFS, "it is read-only", name)
             return
@@ -265,7 +266,7 @@ class DirectoryBackend(Backend):
     ) -> list[tuple[str, OSError]]:
         with counted(self.shared.handle):
             failed = work()
-        if not self._directory.scanner.only_looks:
+        if self._directory.layout.access is Access.FILLS:
             for _, error in failed:
                 self.breaker.failed(error, "delete")
         if not failed:
@@ -329,7 +330,7 @@ class DirectoryBackend(Backend):
             await self._remove_by_name(
                 io, prefix, lambda: self._remove_below(prefix), begins=begins
             )
-        elif not self._directory.scanner.only_looks:
+        elif self._directory.layout.access is Access.FILLS:
             await self._remove_unasked(
                 io, lambda: self._remove_counted(lambda: self._remove_below(prefix))
             )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from zcache._backends.access import Access
     from zcache._backends.base import FillJob
     from zcache._backends.directory.layout import Layout
     from zcache._core import FillResult, Index
@@ -45,8 +46,6 @@ class DirectoryFiller:
     ----------
     min_free_space : int or None
         Bytes of the volume that stay free; None for the default of the core.
-    reads_only : bool
-        Whether the directory is only read from.
     on_unlisted : callable
         Called in the background where a fill has met a value that the index does not list.
     """
@@ -64,16 +63,15 @@ class DirectoryFiller:
         # may end a reader.
         self._lock = threading.RLock()
         self.min_free_space: int | None = None
-        self.reads_only = False
         self._moved: Future[bool] | None = None
         self.on_unlisted: Callable[[], object] = ignore
         self._unlisted: Future[object] | None = None
         self._is_shared = False
 
     @property
-    def is_full(self) -> bool:
+    def access(self) -> Access:
         # docstring inherited
-        return self.reads_only and not self._layout.is_read_only
+        return self._layout.access
 
     def start(self, index: Index) -> None:
         """Begin to take jobs for this index."""

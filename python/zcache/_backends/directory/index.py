@@ -12,6 +12,7 @@ import weakref
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._backends.access import Access
 from zcache._backends.directory import files
 from zcache._backends.directory.bound import Bound
 from zcache._backends.directory.filler import DirectoryFiller
@@ -105,8 +106,8 @@ class CacheDirectory(Place):
     ) -> None:
         self._prepare(root, source, limits, clock)
         self.layout.mode = mode
-        self.layout.is_read_only = read_only
         if read_only:
+            self.layout.set_access(Access.READS)
             self._read_as_asked()
             return
         try:
@@ -120,7 +121,7 @@ class CacheDirectory(Place):
 
     def enforce_bound(self) -> None:
         # docstring inherited. In the background, also where nothing is filled.
-        if not self.filler.reads_only:
+        if self.layout.access is Access.FILLS:
             self._bound.enforce()
 
     def wait_for_bound(self) -> None:
@@ -157,7 +158,7 @@ class CacheDirectory(Place):
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
         self.filler = self._make_filler(clock)
         self._rebuild = Rebuild(self.layout, self.handle)
-        self.private_index = PrivateIndex(self.layout, self.handle, self.filler)
+        self.private_index = PrivateIndex(self.layout, self.handle)
         self.recovery = Recovery(
             self.layout, self.handle, self.filler, self._rebuild, self.private_index
         )
@@ -327,7 +328,8 @@ class CacheDirectory(Place):
             self.layout.is_others = owner not in (None, self.layout.source)
             self.handle.abandon(error)
             return
-        self.layout.is_read_only = error.errno in _CANNOT_DELETE
+        cannot_delete = error.errno in _CANNOT_DELETE
+        self.layout.set_access(Access.READS if cannot_delete else Access.REMOVES)
         logger.warning(
             "the cache directory %s takes nothing (%s), so what it holds is read and nothing else is cached, until that is "
             "over. The order and the counters are those of this process alone.",
@@ -373,7 +375,7 @@ class CacheDirectory(Place):
             handle.index = handle.empty_index()
 
     def _open_first(self, patience: float) -> None:
-        if self.filler.reads_only:
+        if self.layout.access is not Access.FILLS:
             self.private_index.open()
             return
         try:

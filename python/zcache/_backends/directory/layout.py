@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any, ClassVar, Final
 
+from zcache._backends.access import Access
 from zcache._backends.directory import files
 from zcache._backends.directory.scan import Scanner
 from zcache._backends.directory.space import SpaceLog
@@ -52,8 +53,8 @@ class Layout:
         Says which source the directory belongs to; there once it is claimed.
     is_others : bool
         Whether it is, by now, the cache of another source.
-    is_read_only : bool
-        Whether nothing in it is removed: it was given as read-only, or cannot be written to now.
+    access : Access
+        What may be done with its values; see `set_access`.
     has_own_index : bool
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
@@ -77,7 +78,8 @@ class Layout:
         self.scanner = Scanner(self.root, self.reserved, self.digest)
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
         self.space_log = SpaceLog(self.root)
-        self.is_others = self.is_read_only = False
+        self.is_others = False
+        self.access = Access.FILLS
         self.has_own_index = self.folds_names = False
         self._is_silent = False
         self.mode = 0o700
@@ -104,6 +106,11 @@ class Layout:
         self.make_folders()
         self.note_block_size()
         self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
+
+    def set_access(self, access: Access) -> None:
+        """Have this be done with its values and no more; who looks for them removes none unless some may be added."""
+        self.access = access
+        self.scanner.only_looks = access is not Access.FILLS
 
     def note_block_size(self, *, only_looks: bool = False) -> None:
         """See in what the volume gives out space; where `only_looks`, by nothing that is written to it.
@@ -210,7 +217,7 @@ class Layout:
         """
         lock = self.lock_path
         try:
-            if not self.is_read_only:
+            if self.access is not Access.READS:
                 with contextlib.suppress(OSError):
                     make_way(lock)
             before = os.lstat(lock).st_mtime_ns

@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Final
 
+from zcache._backends.access import Access
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from zcache._backends.directory.filler import DirectoryFiller
     from zcache._backends.directory.layout import Layout
 
 logger = logging.getLogger("zcache")
@@ -48,8 +48,6 @@ class PrivateIndex:
         The directory.
     handle : IndexHandle
         Its index.
-    filler : DirectoryFiller
-        Begins no job from now on.
 
     Attributes
     ----------
@@ -61,10 +59,9 @@ class PrivateIndex:
         Uses the directory as others do, where that is possible by now; whether it is.
     """
 
-    def __init__(self, layout: Layout, handle: IndexHandle, filler: DirectoryFiller) -> None:
+    def __init__(self, layout: Layout, handle: IndexHandle) -> None:
         self._layout = layout
         self._handle = handle
-        self._filler = filler
         self.why = ""
         self.is_asked_for = False
         self.use_again: Callable[[], bool] = _cannot
@@ -85,7 +82,6 @@ class PrivateIndex:
     def open(self) -> None:
         """Begin with what is there, within `REBUILD_PATIENCE` or else in the background."""
         handle = self._handle
-        self._filler.reads_only = self._layout.scanner.only_looks = True
         handle.index = Index(**handle.limits, complete=False)
         self._state = None
         self._next = 0.0
@@ -98,7 +94,7 @@ class PrivateIndex:
         with self._lock:
             self._changed.clear()
             self._told.clear()
-            self._filler.reads_only = self._layout.scanner.only_looks = False
+            self._layout.set_access(Access.FILLS)
 
     def tell_changes(self, index: Index) -> None:
         """Tell who shares an index of what this process has changed, since the last call, while no one could be told.
@@ -162,7 +158,7 @@ class PrivateIndex:
         if state == self._state and handle.usable:
             return
         with contextlib.suppress(OSError):
-            layout.note_block_size(only_looks=layout.is_read_only)
+            layout.note_block_size(only_looks=layout.access is Access.READS)
         handle.change_limits(layout.own_limits())
         limits = handle.limits
         index = Index(**limits, complete=False)
@@ -194,7 +190,7 @@ class PrivateIndex:
 
     def note_change(self, prefix: str) -> None:
         """Take in nothing any more of what this process changes in the source, from before the change."""
-        if self._filler.reads_only:
+        if self._layout.access is not Access.FILLS:
             with self._lock:
                 self._changed.add(prefix)
                 self._told.discard(prefix)

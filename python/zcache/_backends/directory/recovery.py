@@ -9,6 +9,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Final
 
+from zcache._backends.access import Access
 from zcache._backends.directory.layout import new_seed
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import CorruptIndexError
@@ -125,7 +126,7 @@ class Recovery:
 
     def come_back(self) -> None:
         """Try in the background to use the directory again, at most once in `RECLAIM_EVERY` seconds."""
-        if self._filler.reads_only:
+        if self._layout.access is not Access.FILLS:
             self._private_index.look_again()
             return
         now = time.monotonic()
@@ -139,7 +140,7 @@ class Recovery:
 
     def come_back_now(self) -> None:
         """Use the directory again, if that is possible."""
-        if self._filler.reads_only:
+        if self._layout.access is not Access.FILLS:
             self._private_index.look()
         else:
             self.use_again()
@@ -149,7 +150,7 @@ class Recovery:
         layout, handle = self._layout, self._handle
         lost = handle.lost
         # Of what was changed where files could be removed, others were told at once.
-        has_to_tell = layout.is_read_only
+        has_to_tell = layout.access is Access.READS
         try:
             layout.claim(adopt=False)
             handle.change_limits(layout.own_limits())
@@ -170,7 +171,9 @@ class Recovery:
             logger.debug("the cache directory %s cannot be used yet: %r", layout.root, error)
             return False
         # Before the index is used, for what that drops has to be deleted.
-        layout.is_others = layout.is_read_only = False
+        layout.is_others = False
+        if has_to_tell:
+            layout.set_access(Access.REMOVES)
         if lost is None:
             self._filler.start(index)
         handle.restore(index)
@@ -189,7 +192,7 @@ class Recovery:
     def reclaim_dead(self) -> None:
         """Take over from processes that have died, at most once in `RECLAIM_EVERY` seconds."""
         handle = self._handle
-        if self._filler.reads_only or not handle.usable:
+        if self._layout.access is not Access.FILLS or not handle.usable:
             self.come_back()
             return
         now = time.monotonic()

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
+from zcache._backends.access import Access
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
@@ -27,23 +28,10 @@ class Fillers:
     """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
 
     def __init__(self) -> None:
-        self._reads_only = False
         self._all: Registry[PoolFiller] = Registry()
         self._index: Index | None = None
 
-    @property
-    def reads_only(self) -> bool:
-        """Whether the pool is only read from."""
-        return self._reads_only
-
-    @reads_only.setter
-    def reads_only(self, reads_only: bool) -> None:
-        self._reads_only = reads_only
-        for filler in self._all.snapshot():
-            filler.reads_only = reads_only
-
     def add(self, filler: PoolFiller) -> None:
-        filler.reads_only = self.reads_only
         self._all.add(filler)
         while (index := self._index) is not None:
             filler.start(index)
@@ -92,7 +80,7 @@ class PoolDirectory(CacheDirectory):
     def remove_empty_segments(self) -> None:
         """Remove the files of all segments without values; what fails is tried with the next ones."""
         handle, files = self.handle, self.layout.scanner.files
-        if self.filler.reads_only or not handle.usable:
+        if self.layout.access is not Access.FILLS or not handle.usable:
             return
         with contextlib.suppress(IndexLockTimeout):
             while spent := handle.call_opened(Index.spent_segments, _AT_ONCE):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
+from zcache._backends.access import Access
 from zcache._backends.pool.directory import PoolDirectory
 from zcache._backends.pool.layout import POOL_SOURCE
 from zcache._backends.pool.listings import remove_listings
@@ -155,8 +156,9 @@ class Pool:
     @property
     def takes_values(self) -> bool:
         """Whether anything can be added to it, as far as is known now."""
-        is_read = self.directory is not None and self.directory.filler.reads_only
-        return self.handle.usable and not is_read
+        directory = self.directory
+        fills = directory is None or directory.layout.access is Access.FILLS
+        return self.handle.usable and fills
 
     @property
     def max_size(self) -> int | None:
@@ -373,7 +375,7 @@ class DirectoryPool(Pool):
         self.handle = self.directory.handle
         this = weakref.ref(self)
         self.directory.recovery.on_restored = lambda: _restored(this())
-        if not self.directory.filler.reads_only:
+        if self.directory.layout.access is Access.FILLS:
             with contextlib.suppress(NoThreadError):
                 run_in_background(partial(_forget_ended, this))
 
@@ -417,7 +419,7 @@ class DirectoryPool(Pool):
     def check_may_forget(self) -> None:
         # docstring inherited
         directory = self.directory
-        if directory.filler.reads_only:
+        if directory.layout.access is not Access.FILLS:
             raise directory.private_index.refusal("nothing in it can be forgotten")
         super().check_may_forget()
 

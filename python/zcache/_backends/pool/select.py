@@ -6,6 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from zcache._backends.access import Access
 from zcache._backends.directory import files
 from zcache._backends.listings import MemoryListings
 from zcache._backends.pool.backend import MemoryPoolBackend, PoolBackend
@@ -141,7 +142,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     shared.listings = source.listings = SourceListings(
         layout.index_root, source.label, name, only_reads=pool.read_only
     )
-    if not directory.filler.reads_only and directory.handle.usable:
+    if directory.layout.access is Access.FILLS and directory.handle.usable:
         directory.register.add(pool.names[source.label])
     return shared
 

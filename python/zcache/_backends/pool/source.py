@@ -124,10 +124,6 @@ class _SourceScanner:
         self._label = label
 
     @property
-    def only_looks(self) -> bool:
-        return bool(self._scanner.only_looks)
-
-    @property
     def progress(self) -> int:
         return int(self._scanner.progress)
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from zcache._backends.access import Access
 from zcache._backends.base import WRITE_TIMEOUT, Ended
 from zcache._backends.store.backend import names_of
 from zcache._backends.store.unknown_writes import UnknownWrites
@@ -45,8 +46,9 @@ class StoreFiller:
     that submits, drains or ends; only what was cut off in the middle of a write is dropped.
     """
 
+    access: Final = Access.FILLS
+
     def __init__(self) -> None:
-        self.reads_only = self.is_full = False
         self._waiting: deque[FillJob] = deque()
         self._ended: deque[Ended] = deque()
         self.completed = 0
