@@ -1,4 +1,4 @@
-"""Pools that other sources use as well."""
+"""The kinds of cache store; pools that other sources use as well."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
@@ -15,7 +16,7 @@ from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from zarr.abc.store import Store
@@ -25,11 +26,29 @@ KEYS = ("a", "k", "foo", "c/0", "foo/zarr.json", "zarr.json", "foo/c/0/0", "foo/
 NEIGHBOURS = ("neighbour", "another neighbour")
 CACHES: dict[str, Callable[[Path], Store | CachePool]] = {
     "memory": lambda _: MemoryStore(),
-    "local": LocalStore,
+    "directory": LocalStore,
     "pool": CachePool,
     "memory pool": lambda _: CachePool(),
 }
-"""Cache stores of one process and of several, by name; they get a folder."""
+"""Cache stores of each kind that knows what it holds, by name; they get a folder."""
+ON_DISK = ("directory", "pool")
+"""Those of them that several processes use."""
+STORES: dict[str, Callable[[Path], Store]] = {
+    "memory": lambda _: MemoryStore(),
+    "directory": LocalStore,
+    "store": lambda _: StoreDouble(MemoryStore()),
+}
+"""Those of one source, by name: also one that has to be listed. They get a folder."""
+
+
+def one_of(makers: Mapping[str, Callable[[Path], Any]]) -> Any:
+    """A fixture of a cache store of each kind."""
+
+    @pytest.fixture(params=makers)
+    def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+        return makers[request.param](tmp_path / "cache")
+
+    return cache
 
 
 def cache_at(path: Path) -> Store | CachePool:
@@ -87,3 +106,10 @@ POOLS: dict[str, Callable[[Path], CachePool]] = {
     "memory pool": lambda _: pool_with_neighbours(),
 }
 """Pools that two other sources use as well, by name; they get a folder."""
+POOL_PATHS: dict[str, Callable[[Path], Path | None]] = {
+    "directory": lambda path: path,
+    "memory": lambda _: None,
+}
+"""Paths of pools: that of a folder, and None in memory."""
+BESIDE_OTHERS = {**CACHES, **POOLS}
+"""`CACHES`, of which the pools are `POOLS`."""

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import open_store
-from pools import CACHES
+from pools import CACHES, ON_DISK
 from support import buf, check_quiet, read, read_through, value_sync
 from zcache import (
     Advice,
@@ -356,7 +356,7 @@ async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) 
     await check_quiet(store)
 
 
-@pytest.mark.parametrize("kind", ["local", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 @pytest.mark.parametrize("size", [100, 3584, 3585, 2**20])
 def test_advice_counts_what_a_value_takes_on_disk(tmp_path: Path, kind: str, size: int) -> None:
     """Whole blocks, in a pool the header before it, and the folders or segments."""
@@ -385,7 +385,7 @@ def test_advice_counts_what_a_value_takes_on_disk(tmp_path: Path, kind: str, siz
 
 
 @pytest.mark.parametrize("policy", ["lru", "none"])
-@pytest.mark.parametrize("kind", ["local", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 def test_advice_band_on_disk_holds_what_values_take_beside(
     tmp_path: Path, kind: str, policy: Any
 ) -> None:

@@ -117,7 +117,7 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool"])
 async def test_recording_says_what_was_too_old(path: Path, kind: str, clock: FakeClock) -> None:
     place = CACHES[kind](path.parent / "cache")
     ages = {"b/**": 10, "**": None}

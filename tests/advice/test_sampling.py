@@ -73,7 +73,7 @@ async def test_reads_of_what_the_source_does_not_have_are_no_requests() -> None:
     assert (len(trace.keys), trace.requests) == (3, 3)
 
 
-@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool"])
 async def test_read_that_finds_a_value_gone_is_no_request(tmp_path: Path, kind: str) -> None:
     """Though the size that the value had is known."""
     store = CacheStore(source_of(3), cache_store=CACHES[kind](tmp_path / "cache"), source_id="here")
@@ -238,7 +238,7 @@ async def test_reader_who_looks_again_makes_one_request() -> None:
     assert (list(trace.hits), trace.requests) == ([False, True], 2)
 
 
-@pytest.mark.parametrize("kind", ["memory", "local", "pool"])
+@pytest.mark.parametrize("kind", ["memory", "directory", "pool"])
 async def test_read_that_finds_the_index_busy_is_sampled(tmp_path: Path, kind: str) -> None:
     store = CacheStore(source_of(2), cache_store=CACHES[kind](tmp_path / "cache"), source_id="here")
     await read_through(store, "a/c/0")

@@ -10,7 +10,7 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from pools import NEIGHBOURS, POOLS
+from pools import BESIDE_OTHERS, NEIGHBOURS, one_of
 from support import check_quiet_sync, drained_sync, everything, sizes_of
 from zcache import CachePool, CacheStore
 from zcache.testing import StoreDouble, stored_sizes
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 READS = {"get", "get_partial_values", "get_ranges", "get_sync", "get_ranges_sync"}
 
 
-@pytest.fixture(params=["memory", "local", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+cache = one_of(BESIDE_OTHERS)
 
 
 @pytest.mark.parametrize("name", ["z", "u", "v"])

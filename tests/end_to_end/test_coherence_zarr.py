@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,13 +18,12 @@ from zarr.abc.store import (
 from zarr.storage import LocalStore, MemoryStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
-from pools import POOLS
+from pools import BESIDE_OTHERS, one_of
 from support import PROTOTYPE, buf
 from zcache import CachePool, CacheStore
 from zcache.testing import check_invariants_async, in_flight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -34,15 +32,12 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "source")
 
 
-@pytest.fixture(params=["memory", "directory", "another", *POOLS])
-def store(request: pytest.FixtureRequest, source: Store, tmp_path: Path) -> CacheStore:
-    caches: dict[str, Callable[[], Store | CachePool]] = {
-        "memory": MemoryStore,
-        "directory": lambda: LocalStore(tmp_path / "cache"),
-        "another": SyncDictStore,
-        **{kind: partial(make, tmp_path / "cache") for kind, make in POOLS.items()},
-    }
-    return CacheStore(source, cache_store=caches[request.param](), max_size=100_000)
+cache = one_of({**BESIDE_OTHERS, "another": lambda _: SyncDictStore()})
+
+
+@pytest.fixture
+def store(cache: Store | CachePool, source: Store) -> CacheStore:
+    return CacheStore(source, cache_store=cache, max_size=100_000)
 
 
 Format = Literal[2, 3]

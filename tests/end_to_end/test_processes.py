@@ -20,7 +20,7 @@ from zarr.storage import LocalStore
 
 from agent import SOURCE_ID, Agent, spawned
 from crashes import LoggingStore, play, reads_of, size_at_one_instant
-from pools import cache_at
+from pools import ON_DISK, cache_at
 from support import buf, check_quiet, check_quiet_sync, fill, read, read_through, said, until, write
 from zcache import CacheStore, IndexLockTimeout
 from zcache.testing import StoreDouble, entries, hold_index_lock, index_slot, missing_keys
@@ -46,7 +46,7 @@ def open_store(
     )
 
 
-@pytest.fixture(params=["directory", "pool"], autouse=True)
+@pytest.fixture(params=ON_DISK, autouse=True)
 def is_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processes share a pool; see `cache_at`."""
     is_so: bool = request.param == "pool"

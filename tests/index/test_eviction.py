@@ -17,7 +17,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
 from doubles import SyncDictStore
-from pools import CACHES
+from pools import CACHES, ON_DISK, one_of
 from support import buf, check_quiet, fill, read, read_through, said, until, value_sync
 from zcache import CachePool, CacheStore
 from zcache._core import POLICIES
@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
 
-@pytest.fixture(params=CACHES)
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    """Cache stores of one process and of several, and pools of both kinds."""
-    return CACHES[request.param](tmp_path / "cache")
+cache = one_of(CACHES)
 
 
 async def source_of(count: int, size: int = 10) -> StoreDouble:
@@ -469,14 +466,14 @@ async def test_processes_killed_at_work_leave_a_sound_index(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 async def test_adaptive_keeps_a_part_of_a_loop_whose_values_come_together(
     tmp_path: Path, kind: str
 ) -> None:
     """A reader asks for several chunks at once; each makes room before any of the others is there."""
     count, size, kept = 1600, 1000, 900
     source = SyncDictStore({f"c/{n}": bytes(size) for n in range(count)})
-    cache: Any = CachePool(tmp_path) if kind == "pool" else LocalStore(tmp_path)
+    cache: Any = CACHES[kind](tmp_path)
     store = CacheStore(
         source, cache_store=cache, eviction="adaptive", max_size=kept * 1000, source_id="x"
     )
@@ -494,7 +491,7 @@ async def test_adaptive_keeps_a_part_of_a_loop_whose_values_come_together(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 @pytest.mark.parametrize("is_shuffled", [False, True])
 @pytest.mark.parametrize("at_once", [1, 8])
 async def test_adaptive_in_a_small_cache_on_disk_serves_about_what_none_does(
@@ -507,7 +504,7 @@ async def test_adaptive_in_a_small_cache_on_disk_serves_about_what_none_does(
     hits = {}
     for eviction in ("none", "adaptive"):
         folder, rng = tmp_path / eviction, np.random.default_rng(0)
-        cache: Any = CachePool(folder) if kind == "pool" else LocalStore(folder)
+        cache: Any = CACHES[kind](folder)
         store = CacheStore(
             source, cache_store=cache, eviction=eviction, max_size=1_420_000, source_id="x"
         )

@@ -20,6 +20,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from directories import flip, is_in_use
 from doubles import GatedStore, SyncDictStore, WatchedDict, reached
+from pools import CACHES, ON_DISK
 from support import buf, check_quiet, fill, logged, read, read_through
 from zcache import CacheOwnershipError, CachePool, CacheStore
 from zcache._index import shared
@@ -496,7 +497,7 @@ def test_store_without_references_is_gone_at_once(tmp_path: Path, kind: str) -> 
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 @pytest.mark.parametrize("decoded_size", [None, 2**20])
 async def test_directory_of_a_store_without_references_is_free_at_once(
     tmp_path: Path, kind: str, decoded_size: int | None
@@ -509,7 +510,7 @@ async def test_directory_of_a_store_without_references_is_free_at_once(
             source = MemoryStore()
             for n in range(20):
                 await source.set(f"c/{n}", buf(bytes(100)))
-            cache = CachePool(tmp_path) if kind == "pool" else LocalStore(tmp_path)
+            cache = CACHES[kind](tmp_path)
             store = CacheStore(source, cache_store=cache, decoded_size=decoded_size)
             del cache
             for _ in range(2):

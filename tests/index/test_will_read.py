@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import open_store
-from pools import CACHES
+from pools import CACHES, one_of
 from support import buf, check_quiet, fill, read, read_through, threads, until, value_sync
 from zcache import CachePool, CacheStore, OptionTypeError
 from zcache._core import POLICIES
@@ -35,10 +35,7 @@ SIZE = 10
 COUNT = 100
 
 
-@pytest.fixture(params=CACHES)
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    """Cache stores of one process and of several, and pools of both kinds."""
-    return CACHES[request.param](tmp_path / "cache")
+cache = one_of(CACHES)
 
 
 def source_of(count: int = COUNT) -> StoreDouble:

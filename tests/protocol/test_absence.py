@@ -12,7 +12,7 @@ import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from pools import POOLS
+from pools import POOLS, STORES, one_of
 from support import (
     PROTOTYPE,
     TESTS,
@@ -46,13 +46,7 @@ def source() -> StoreDouble:
     return StoreDouble(MemoryStore())
 
 
-@pytest.fixture(params=["memory", "directory", "store", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    if request.param == "directory":
-        return LocalStore(tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else StoreDouble(MemoryStore())
+cache = one_of({**STORES, **POOLS})
 
 
 @pytest.fixture

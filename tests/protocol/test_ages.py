@@ -9,7 +9,7 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from pools import POOLS
+from pools import BESIDE_OTHERS, one_of
 from support import PROTOTYPE, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
@@ -32,11 +32,7 @@ KEYS = {
 }
 
 
-@pytest.fixture(params=["memory", "directory", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+cache = one_of(BESIDE_OTHERS)
 
 
 @pytest.fixture

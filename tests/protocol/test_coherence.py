@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import cpu
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
 from doubles import DictStore, GatedStore, SyncDictStore, reached
-from pools import POOLS
+from pools import BESIDE_OTHERS, one_of
 from support import (
     PROTOTYPE,
     buf,
@@ -95,14 +95,8 @@ WRITES = {
 GATED = [name for name in WRITES if not name.startswith("by_")]
 
 
-@pytest.fixture(params=["memory", "directory", "another", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    """A cache store of each sort that zcache knows its own way to."""
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    if request.param == "memory":
-        return MemoryStore()
-    return LocalStore(tmp_path / "cache") if request.param == "directory" else SyncDictStore()
+# Of each sort that zcache knows its own way to.
+cache = one_of({**BESIDE_OTHERS, "another": lambda _: SyncDictStore()})
 
 
 async def same_as_source(store: CacheStore, source: Store, *keys: str) -> None:

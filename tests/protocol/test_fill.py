@@ -82,11 +82,13 @@ def _release(cache: StoreDouble) -> Any:
     cache.heal()
 
 
-def made(kind: str, tmp_path: Path) -> Store | CachePool:
-    """A cache store of which fills are pending."""
-    if kind == "pool":
-        return pool_with_neighbours(tmp_path / "cache")
-    return LocalStore(tmp_path / "cache") if kind == "directory" else SyncDictStore()
+PENDING: dict[str, Callable[[Path], Store | CachePool]] = {
+    "directory": LocalStore,
+    "pool": pool_with_neighbours,
+    "store": lambda _: SyncDictStore(),
+}
+"""Cache stores of which fills are pending, by name; they get a folder."""
+KINDS = {"memory": lambda _: MemoryStore(), **PENDING}
 
 
 # ------------------------------------------------------------------- the reader returns
@@ -289,13 +291,13 @@ async def test_a_change_voids_a_fill_that_is_being_written(
         await check_quiet(store)
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
+@pytest.mark.parametrize("kind", PENDING)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 async def test_a_change_right_after_a_read_is_never_undone_by_its_fill(
     tmp_path: Path, kind: str, change: Callable[..., Any]
 ) -> None:
     source = SyncDictStore()
-    store = CacheStore(source, cache_store=made(kind, tmp_path), max_size=10**4)
+    store = CacheStore(source, cache_store=PENDING[kind](tmp_path / "cache"), max_size=10**4)
     for number in range(50):
         source.values = {f"k{n}": b"%d" % number * 9 for n in range(MOST_FILLS)}
         await store.clear_cache()
@@ -584,11 +586,11 @@ async def test_drain_of_another_event_loop_waits_for_this_one(
     assert stored_sizes(store) == {"k": len(VALUE)}
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
+@pytest.mark.parametrize("kind", PENDING)
 @pytest.mark.parametrize("how", ["close", "with"])
 def test_close_drains(tmp_path: Path, kind: str, how: str) -> None:
     source = SyncDictStore({f"k{number}": VALUE for number in range(MOST_FILLS)})
-    store = CacheStore(source, cache_store=made(kind, tmp_path))
+    store = CacheStore(source, cache_store=PENDING[kind](tmp_path / "cache"))
     if how == "with":
         with store:
             for key in source.values:
@@ -653,7 +655,7 @@ if sys.argv[3] == "one loop more":
 """
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
+@pytest.mark.parametrize("kind", PENDING)
 @pytest.mark.parametrize("end", ["at once", "one loop more"])
 def test_the_end_of_the_process_drains(tmp_path: Path, kind: str, end: str) -> None:
     done = subprocess.run(
@@ -860,12 +862,12 @@ def test_fills_that_were_cut_off_give_their_room_back(
 # ------------------------------------------------------------------------------------ ages
 
 
-@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "store"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["get", "get_sync", "get_ranges"])
 async def test_ages_count_from_before_the_source_was_asked(
     source: StoreDouble, clock: FakeClock, tmp_path: Path, kind: str, way: str
 ) -> None:
-    cache = MemoryStore() if kind == "memory" else made(kind, tmp_path)
+    cache = KINDS[kind](tmp_path / "cache")
     if way == "get_sync" and kind == "directory" and not hasattr(cache, "get_sync"):
         pytest.skip("zarr before 3.4 has no synchronous local store")
     store = CacheStore(source, cache_store=cache, max_age_seconds=2, clock=clock)
@@ -922,16 +924,15 @@ async def test_a_pending_value_that_is_too_old_is_not_served(
     assert await read(store, "k") == b"newer"
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool", "store"])
+@pytest.mark.parametrize("kind", PENDING)
 async def test_fill_beside_one_of_the_same_key_that_is_void_is_done_after_it(
     tmp_path: Path, clock: FakeClock, kind: str
 ) -> None:
     """Where nothing is fresh, each reader voids the fill of the one before."""
     # It takes a while to write.
     source = StoreDouble(MemoryStore({"k": buf(bytes(2**25))}))
-    store = CacheStore(
-        source, cache_store=made(kind, tmp_path), max_age_seconds=0, clock=clock, source_id="s"
-    )
+    cache = PENDING[kind](tmp_path / "cache")
+    store = CacheStore(source, cache_store=cache, max_age_seconds=0, clock=clock, source_id="s")
     await store.get("k", PROTOTYPE)
     await until(lambda: in_flight(store)[1] != 0 or stored_sizes(store))
     await source.inner.set("k", buf(b"newer"))
@@ -981,10 +982,10 @@ class StreamingStore(WrapperStore[Store]):
 ASKED = [RangeByteRequest(10 * number, 10 * number + 10) for number in range(4)]
 
 
-@pytest.fixture(params=["memory", "directory", "pool", "store"])
+@pytest.fixture(params=KINDS)
 def streaming(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[StreamingStore, CacheStore]:
     source = StreamingStore(MemoryStore({"k": buf(VALUE)}))
-    cache = MemoryStore() if request.param == "memory" else made(request.param, tmp_path)
+    cache = KINDS[request.param](tmp_path / "cache")
     return source, CacheStore(source, cache_store=cache)
 
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore, MemoryStore
 
 import zcache
 from doubles import SyncDictStore
-from pools import POOLS, within_bound
+from pools import BESIDE_OTHERS, within_bound
 from support import PROTOTYPE, buf, check_quiet_sync, read, value_sync
-from zcache import CachePool, CacheStore
+from zcache import CacheStore
 from zcache._core import Granted, Index, NeedsEviction
 from zcache._protocol import single_flight
 from zcache._runtime import threads
@@ -30,10 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from zarr.abc.store import ByteRequest, Store
+    from zarr.abc.store import ByteRequest
 
 PACKAGE = str(Path(zcache.__file__).parent)
 VALUE = b"0123456789"
+KINDS: dict[str, Any] = {**BESIDE_OTHERS, "store": lambda _: SyncDictStore()}
 
 
 class Interrupter:
@@ -81,7 +81,7 @@ class Interrupter:
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("request_", [None, RangeByteRequest(2, 6)], ids=["whole", "range"])
-@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "memory pool", "store"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_read_that_is_interrupted_anywhere(
     tmp_path: Path, kind: str, request_: ByteRequest | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +89,9 @@ def test_a_read_that_is_interrupted_anywhere(
     monkeypatch.setattr(single_flight, "LONGEST", 0.0)
     source = SyncDictStore({f"{n}": VALUE for n in range(2000)})
     # Every fill evicts.
-    store = within_bound(CacheStore(source, cache_store=make(kind, tmp_path), max_size=25))
+    store = within_bound(
+        CacheStore(source, cache_store=KINDS[kind](tmp_path / "cache"), max_size=25)
+    )
 
     def get(n: int) -> bytes | None:
         value = store.get_sync(f"{n}", prototype=PROTOTYPE, byte_range=request_)
@@ -129,14 +131,6 @@ def _no_lock_is_held() -> Iterator[None]:
             assert pool.submit(is_free, module._lock).result(), module
 
 
-def make(kind: str, path: Path) -> Store | CachePool:
-    if kind in POOLS:
-        return POOLS[kind](path / "cache")
-    if kind == "directory":
-        return LocalStore(path / "cache")
-    return MemoryStore() if kind == "memory" else SyncDictStore()
-
-
 def ranges(store: Any) -> None:
     requests = [RangeByteRequest(0, 4), None, RangeByteRequest(2, 6)]
     list(store.get_ranges_sync("a", requests, prototype=PROTOTYPE))
@@ -144,7 +138,7 @@ def ranges(store: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("operation", ["set", "delete", "ranges"])
-@pytest.mark.parametrize("kind", ["memory", "directory", "pool", "memory pool", "store"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_change_that_is_interrupted_anywhere(
     tmp_path: Path, kind: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +148,9 @@ def test_a_change_that_is_interrupted_anywhere(
     monkeypatch.setattr(single_flight, "LONGEST", 0.0)
     monkeypatch.setattr(single_flight, "PATIENCE", 0.01)
     source = SyncDictStore({"a": VALUE})
-    store = within_bound(CacheStore(source, cache_store=make(kind, tmp_path), max_size=25))
+    store = within_bound(
+        CacheStore(source, cache_store=KINDS[kind](tmp_path / "cache"), max_size=25)
+    )
     for at in range(5000):
         source.values["k"] = VALUE
         store.delete_sync("a")
@@ -225,7 +221,7 @@ def test_those_who_wait_for_one_that_is_interrupted(
 
     source = Source({"k": VALUE})
     for at in range(5000):
-        store = CacheStore(source, cache_store=make(kind, tmp_path))
+        store = CacheStore(source, cache_store=KINDS[kind](tmp_path / "cache"))
         followers = [
             threading.Thread(target=lambda s=store: found.append(value_sync(s)), daemon=True),
             threading.Thread(

@@ -16,7 +16,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 import zcache
-from pools import POOLS
+from pools import BESIDE_OTHERS, one_of
 from support import PROTOTYPE, buf, check_quiet, drained, drained_sync, fill, read, read_through
 from zcache import CachePool, CacheStore, OfflineError
 from zcache.exceptions import OptionTypeError
@@ -30,11 +30,7 @@ if TYPE_CHECKING:
     from zcache.testing import FakeClock
 
 
-@pytest.fixture(params=["memory", "directory", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+cache = one_of(BESIDE_OTHERS)
 
 
 @pytest.fixture

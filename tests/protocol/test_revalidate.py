@@ -10,7 +10,7 @@ import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore
 
-from pools import POOLS
+from pools import BESIDE_OTHERS, one_of
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
@@ -35,11 +35,7 @@ PARTS: list[ByteRequest | None] = [
 ]
 
 
-@pytest.fixture(params=["memory", "directory", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+cache = one_of(BESIDE_OTHERS)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from pools import POOLS, within_bound
+from pools import BESIDE_OTHERS, one_of, within_bound
 from support import (
     PROTOTYPE,
     buf,
@@ -40,11 +40,7 @@ if TYPE_CHECKING:
     from zcache.testing import FakeClock
 
 
-@pytest.fixture(params=["memory", "directory", *POOLS])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store | CachePool:
-    if request.param in POOLS:
-        return POOLS[request.param](tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "cache")
+cache = one_of(BESIDE_OTHERS)
 
 
 @pytest.fixture

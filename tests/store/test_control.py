@@ -11,6 +11,7 @@ import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
+from pools import STORES, one_of
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CacheStore
 from zcache.exceptions import IndexLockTimeout, OptionTypeError, SyncNotSupportedError
@@ -25,11 +26,7 @@ def source() -> StoreDouble:
     return StoreDouble(MemoryStore())
 
 
-@pytest.fixture(params=["memory", "directory", "store"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "directory":
-        return LocalStore(tmp_path / "cache")
-    return MemoryStore() if request.param == "memory" else StoreDouble(MemoryStore())
+cache = one_of(STORES)
 
 
 async def filled(source: Store, cache: Store, **options: Any) -> CacheStore:

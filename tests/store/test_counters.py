@@ -11,6 +11,7 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+from pools import STORES, one_of
 from zcache import CacheStore
 from zcache._core import CorruptIndexError, Stats
 from zcache.testing import FakeClock, StoreDouble
@@ -24,13 +25,7 @@ VALUE = cpu.Buffer.from_bytes(b"value")
 PROTOTYPE = default_buffer_prototype()
 
 
-@pytest.fixture(params=["memory", "directory", "store"])
-def cache_store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "directory":
-        return LocalStore(tmp_path / "cache")
-    return StoreDouble(MemoryStore())
+cache_store = one_of(STORES)
 
 
 def source() -> StoreDouble:

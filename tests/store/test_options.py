@@ -18,6 +18,7 @@ from zarr.testing.store import LatencyStore
 
 import zcache
 from directories import closed
+from pools import STORES
 from support import buf, check_quiet, read
 from zcache import CachePool, CacheStore
 from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, MINIMISED, POLICIES
@@ -226,10 +227,9 @@ async def test_timeout_without_a_meaning_raises(given: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [0, 1e300, float("inf"), "infinity", np.float32(5)], ids=shown)
-@pytest.mark.parametrize("kind", ["memory", "directory", "store"])
+@pytest.mark.parametrize("kind", STORES)
 async def test_timeout_may_be_any_number_of_seconds(given: Any, kind: str, tmp_path: Path) -> None:
-    caches = {"memory": MemoryStore(), "directory": LocalStore(tmp_path)}
-    cache = caches.get(kind) or StoreDouble(MemoryStore())
+    cache = STORES[kind](tmp_path)
     store = CacheStore(MemoryStore({"k": buf(b"1")}), cache_store=cache, source_id="s")
     await read(store, "k")
     assert await store.drain(given) or given == 0

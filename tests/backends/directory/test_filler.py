@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from zarr.abc.store import RangeByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from directories import closed, open_store, reads, sizes_in, tree
+from pools import CACHES, ON_DISK
 from support import buf, check_quiet, drained, fill, logged, read, read_through, said, until, write
-from zcache import CachePool, CacheStore
+from zcache import CacheStore
 from zcache._backends.directory.space import SpaceLog
 from zcache.testing import FakeClock, in_flight
 
@@ -98,13 +99,13 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [message for message in messages if "min_free_space" in message]
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 async def test_values_without_space_are_counted_and_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     root = tmp_path / "cache"
     for number in range(2):
-        cache = LocalStore(root) if kind == "directory" else CachePool(root)
+        cache = CACHES[kind](root)
         # Also by the sources of one pool.
         name = str(number) if kind == "pool" else "s"
         source = MemoryStore({"a": buf(b"1"), "b": buf(b"2")})

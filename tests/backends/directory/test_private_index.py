@@ -13,6 +13,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from mounts import mounted_read_only
+from pools import ON_DISK
 from support import buf, drained, listed, read, until
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache._backends.directory import private_index
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 VALUES = {f"a/c/{n}": bytes([n]) * 1000 for n in range(8)}
 
 
-@pytest.fixture(params=["directory", "pool"])
+@pytest.fixture(params=ON_DISK)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -14,7 +14,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
 from mounts import mounted_read_only
-from pools import within_bound
+from pools import CACHES, ON_DISK, within_bound
 from support import TESTS, buf, listed, read, said
 from zcache import CachePool, CacheStore, CacheUnreachableError
 from zcache.testing import StoreDouble, check_invariants_async
@@ -27,7 +27,7 @@ def source() -> StoreDouble:
 
 
 async def warmed(where: Path, kind: str = "directory") -> None:
-    cache = CachePool(where) if kind == "pool" else LocalStore(where)
+    cache = CACHES[kind](where)
     store = CacheStore(source(), cache_store=cache, source_id="source")
     for key in VALUES:
         await read(store, key)
@@ -35,7 +35,7 @@ async def warmed(where: Path, kind: str = "directory") -> None:
 
 
 def opened(where: Path, kind: str, behind: StoreDouble, **options: Any) -> CacheStore:
-    cache = CachePool(where) if kind == "pool" else LocalStore(where)
+    cache = CACHES[kind](where)
     return CacheStore(behind, cache_store=cache, source_id="source", **options)
 
 
@@ -132,7 +132,7 @@ async def test_beside_a_writable_store_of_the_same_process(tmp_path: Path, first
     await check_invariants_async(writer)
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 @pytest.mark.parametrize("deletes", [False, True])
 async def test_old_value_that_others_cache_during_a_change_goes_at_its_end(
     tmp_path: Path, kind: str, deletes: bool
@@ -218,7 +218,7 @@ async def test_read_only_volume(tmp_path: Path, lose: str | None) -> None:
         assert contents(where) == before
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 async def test_volume_that_has_become_writable_is_filled(tmp_path: Path, kind: str) -> None:
     where = tmp_path / "cache"
     await warmed(where, kind)
@@ -248,7 +248,7 @@ async def test_volume_that_has_become_writable_is_filled(tmp_path: Path, kind: s
     assert await listed(store.list_dir("a/c")) == sorted(f"{n}" for n in range(10))
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 @pytest.mark.parametrize("most", [0, 1000])
 async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
     tmp_path: Path, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
@@ -271,7 +271,7 @@ async def test_change_while_the_volume_was_read_only_is_told_once_it_is_not(
     assert await read(store, "b") == b"new"
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 async def test_change_of_which_a_read_only_mount_lets_no_one_be_told_is_logged_once(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,7 +364,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 def test_directory_of_which_the_permissions_were_mended_is_filled(
     tmp_path: Path, kind: str
 ) -> None:
@@ -452,7 +452,7 @@ async def test_directory_of_root_is_read_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["read_only", "adopt"])
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 async def test_another_users_directory_is_read_only_where_that_is_asked_for(
     tmp_path: Path, kind: str, how: str
 ) -> None:

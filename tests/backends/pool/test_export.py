@@ -16,7 +16,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import SEGMENTS, closed
-from pools import KEYS, NEIGHBOURS, pool_with_neighbours
+from pools import KEYS, NEIGHBOURS, POOL_PATHS, one_of, pool_with_neighbours
 from support import PROTOTYPE, buf, read, read_through, threads, until
 from zcache import (
     CachePool,
@@ -43,10 +43,7 @@ PAGE, FIRST_PAGE = 4096, 65
 DATA = np.arange(40).reshape(4, 10)
 
 
-@pytest.fixture(params=["directory", "memory"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    """The path of a pool; None in memory."""
-    return tmp_path / "pool" if request.param == "directory" else None
+where = one_of(POOL_PATHS)
 
 
 def source_with_arrays(source: Store) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import zcache
-from pools import source_of
+from pools import POOL_PATHS, one_of, source_of
 from support import check_quiet, fill
 from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
 from zcache._core import POLICIES
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(params=["directory", "memory"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    """The path of a pool; None in memory."""
-    return tmp_path / "pool" if request.param == "directory" else None
+where = one_of(POOL_PATHS)
 
 
 def store_over(pool: CachePool, name: str, **options: Any) -> CacheStore:

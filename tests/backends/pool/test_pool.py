@@ -23,9 +23,12 @@ from mounts import formatted
 from pools import (
     KEYS,
     NEIGHBOURS,
+    ON_DISK,
+    POOL_PATHS,
     POOLS,
     check_neighbour,
     neighbour,
+    one_of,
     pool_with_neighbours,
     source_of,
 )
@@ -54,10 +57,7 @@ from zcache.testing import (
 PAGE = 4096
 
 
-@pytest.fixture(params=["directory", "memory"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    """The path of a pool; None in memory."""
-    return tmp_path / "pool" if request.param == "directory" else None
+where = one_of(POOL_PATHS)
 
 
 # ---------------------------------------------------------------------------- sources
@@ -704,7 +704,7 @@ def test_cache_of_another_format_is_refused_with_both_numbers(
         CacheStore(MemoryStore(), cache_store=cache(tmp_path), source_id="a pool", adopt=True)
 
 
-@pytest.mark.parametrize("kind", ["directory", "pool"])
+@pytest.mark.parametrize("kind", ON_DISK)
 def test_folder_inside_another_cache_is_refused_and_not_made(tmp_path: Path, kind: str) -> None:
     cache = tmp_path if kind == "directory" else CachePool(tmp_path)
     store = CacheStore(source_of(), cache_store=cache, source_id="s")
