@@ -31,7 +31,7 @@ RECOVERIES: Final = 20
 
 
 class Resolution:
-    """Does something about it, once for all whose steps were not taken.
+    """Does something about it, once for all steps that were not taken.
 
     It knows no handle, which would else live until the garbage collector comes, and with it the index.
 
