@@ -79,6 +79,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.change_writing(|bytes| bytes.saturating_sub(cost));
         self.undate_future(now)?;
         self.link_by_time(i, fetched.min(now))?;
+        let header = self.arena.header_mut();
+        header.live_bytes = header.live_bytes.checked_add(size).ok_or(OVERFLOW)?;
+        header.live_entries = header.live_entries.checked_add(1).ok_or(OVERFLOW)?;
+        // By what there is with it, as in a simulation.
         self.policy.insert(&mut self.arena, i)?;
         if kind != Kind::Value {
             let widest = self.arena.get(parent)?.earlier;
@@ -89,9 +93,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 object.earlier = i;
             }
         }
-        let header = self.arena.header_mut();
-        header.live_bytes = header.live_bytes.checked_add(size).ok_or(OVERFLOW)?;
-        header.live_entries = header.live_entries.checked_add(1).ok_or(OVERFLOW)?;
         self.enter_plan(i)
     }
 
@@ -202,5 +203,67 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         header.used_bytes = header.used_bytes.checked_sub(cost).ok_or(UNDERFLOW)?;
         header.entries = header.entries.checked_sub(1).ok_or(UNDERFLOW)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Heap;
+    use crate::cache::{Joined, Limits, Reserve};
+    use crate::policy::{Minimise, Policy, PolicyKind, Simulation};
+
+    type Memory = Cache<Heap, (), Policy>;
+
+    /// Numbers that look random, the same each time.
+    fn next(state: &mut u64) -> u64 {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        *state
+    }
+
+    /// Reads a value, and fills it where it was not there, as far as there is room. Whether it was there.
+    fn read(cache: &mut Memory, key: &str, size: u64) -> bool {
+        if cache.lookup(key, ByteRange::Full, 1).unwrap().is_some() {
+            return true;
+        }
+        let joined = cache.join(key, ByteRange::Full, (), 1, false).unwrap();
+        let Joined::Lead(ticket) = joined else {
+            panic!("{joined:?}");
+        };
+        let mut answer = cache.reserve(key, ByteRange::Full, size, ticket, 1);
+        while let Ok(Reserve::NeedsEviction(id, _)) = answer {
+            answer = cache.all_evicted(id, 1);
+        }
+        match answer.unwrap() {
+            Reserve::Granted(id) => drop(cache.commit(id, None, 1).unwrap()),
+            _ => drop(cache.complete_flight(key, ticket)),
+        }
+        false
+    }
+
+    #[test]
+    fn cache_of_any_policy_serves_what_its_simulation_does() {
+        let mut state = 0x5EED;
+        for (keys, percent) in [(30, 50), (200, 10), (200, 90), (1000, 30)] {
+            let sizes: Vec<u64> = (0..keys).map(|_| 1 << (next(&mut state) % 9)).collect();
+            let capacity = sizes.iter().sum::<u64>() * percent / 100;
+            for kind in PolicyKind::ALL {
+                let limits = Limits::bounded(capacity);
+                let mut cache = Memory::new(Heap::default(), limits, 1).unwrap();
+                cache.set_policy(kind, Minimise::Requests);
+                let mut simulation = Simulation::new(kind, capacity);
+                for n in 0..12 * keys {
+                    // Epochs of draws: some keys twice, some not at all.
+                    let at = (next(&mut state) % keys) as usize;
+                    let (key, size) = (format!("c/{at}"), sizes[at]);
+                    let hash = cache.arena.hash_of_name(&key, ByteRange::Full);
+                    let served = read(&mut cache, &key, size);
+                    assert_eq!(served, simulation.access(hash, size), "{kind:?} {keys} {n}");
+                }
+                cache.validate().unwrap();
+            }
+        }
     }
 }
