@@ -655,8 +655,8 @@ class CacheStore(Store, KeepsDecoded):
         `eviction` alone decides again. So it does when all was read.
 
         It takes time in proportion to the keys and to what is cached; in an event loop use
-        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 50 bytes for each different key, 8
-        for each further use, 35 for each of its keys that is cached, and at most 4.5 MB for other keys.
+        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 53 bytes for each different key (67
+        while it is made), 8 for each further use, 35 for each of its keys that is cached, and at most 4.5 MB for other keys.
 
         Parameters
         ----------

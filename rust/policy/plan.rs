@@ -44,6 +44,9 @@ const WRONG_PART: usize = 8;
 const WRONG_FEW: usize = 32;
 const WRONG_MOST: usize = 1024;
 
+/// The hash of a key, in halves: with its number it takes 12 bytes, and not 16.
+type KeyHash = (u32, u32);
+
 /// The uses of one key.
 #[derive(Clone, Copy, Debug)]
 struct Uses {
@@ -63,8 +66,8 @@ pub struct Plan {
     hasher: RandomState,
     /// What its keys begin with in the index, which is left out here. Other keys are not its business.
     folder: Box<str>,
-    /// Number of each key, by its hash.
-    numbers: HashMap<u64, u32, RandomState>,
+    /// Number of each key.
+    numbers: HashMap<KeyHash, u32, RandomState>,
     uses: Vec<Uses>,
     /// Number of the key at each position.
     order: Vec<u32>,
@@ -181,12 +184,14 @@ impl Plan {
         let positions = self.order.capacity() + self.following.capacity();
         positions * size_of::<u32>()
             + self.uses.capacity() * size_of::<Uses>()
-            + self.numbers.capacity() * (size_of::<(u64, u32)>() + 1)
+            // An eighth of its places is always free.
+            + self.numbers.capacity() * 8 / 7 * (size_of::<(KeyHash, u32)>() + 1)
             + self.entries.memory()
     }
 
-    fn hash(&self, key: &str) -> u64 {
-        self.hasher.hash_one(key)
+    fn hash(&self, key: &str) -> KeyHash {
+        let hash = self.hasher.hash_one(key);
+        (hash as u32, (hash >> 32) as u32)
     }
 
     fn number(&self, key: &str) -> Option<u32> {
