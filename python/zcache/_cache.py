@@ -237,11 +237,12 @@ class Cache:
         }
 
     def policy(self) -> tuple[Policy, Minimised]:
-        """The policy in force and what it minimises; the wanted ones while the index does not answer."""
+        """The policy in force and what it minimises; while the index does not answer, what it has said last."""
         try:
             return self.ask(Index.policy)  # type: ignore[no-any-return]
         except IndexLockTimeout:
-            return self.options.eviction, self.options.minimise
+            limits = self.shared.handle.limits
+            return limits["eviction"], limits["minimise"]
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.

@@ -345,7 +345,7 @@ class Index:
     ) -> tuple[Index, bool]:
         """Open the index in a directory; True says that it is new and has to be rebuilt by the caller.
 
-        Where other processes use it, it goes by the policy that they use; see `policy`.
+        It goes by the policy that other processes use, if any does; see `set_policy`.
 
         Raises
         ------
@@ -357,7 +357,10 @@ class Index:
         """The eviction policy in force, and what it minimises."""
 
     def set_policy(self, eviction: str, minimise: str, /) -> tuple[str, str]:
-        """Go by a policy from now on, unless other processes use the index; returns the one in force."""
+        """Have all go by a policy from now on, unless another process uses the one in force.
+
+        Returns that one, which stays as long as this process uses it; see `set_limits`.
+        """
 
     def note_seconds(self, size: int, seconds: float, /) -> None:
         """Tell how long the source took for so many bytes; of use where seconds are minimised."""
@@ -849,8 +852,13 @@ class Index:
         Returns the descriptors of the parent's locks.
         """
 
-    def set_limits(self, max_size: int | None, max_age: float | None, verify: str, /) -> None:
-        """Change what the index was made with; a smaller size holds before new bytes are written."""
+    def set_limits(
+        self, max_size: int | None, max_age: float | None, verify: str, uses_policy: bool, /
+    ) -> None:
+        """Change what the index was made with; a smaller size holds before new bytes are written.
+
+        Unless this process `uses_policy`, another one may choose the policy; see `set_policy`.
+        """
 
     def evict(self, size: int, now: float, /) -> list[_Victim]:
         """Drop entries of at least so many bytes, a batch at most."""

@@ -166,7 +166,7 @@ def _open(
             f"max_size={pool.max_size}. Leave max_size out, which uses it as it is, or give another cache, such as "
             "cache=CachePool(path, max_size=...), or drop all stores over this one, and each CachePool of it, first."
         )
-    if pool.users:
+    if pool.handle.users:
         # The policy is that of all its users; only who asks for another one is told so.
         options = {name: pool.handle.limits[name] for name in ("eviction", "minimise")} | options
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)

@@ -254,12 +254,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     pub(crate) fn init(&mut self, seed: u64) -> Result<()> {
         let policy = (self.policy.number(), self.minimise as u32);
-        let is_alone = !self.arena.storage.has_others();
+        let is_free = !self.arena.storage.is_policy_used();
         let has_places = self.arena.storage.has_places();
         let header = self.arena.header_mut();
         header.unit = self.unit;
         header.value_header = if has_places { VALUE_HEADER } else { 0 };
-        if is_alone {
+        if is_free {
             (header.policy.kind, header.policy.minimise) = policy;
         }
         self.arena.table_init()?;

@@ -2,6 +2,7 @@
 
 use super::cache::Cache;
 use super::peers::Peers;
+use crate::arena::PolicyState;
 use crate::policy::{Eviction, Minimise, Policy, PolicyKind};
 
 impl<S: Peers, T: Clone> Cache<S, T, Policy> {
@@ -12,16 +13,28 @@ impl<S: Peers, T: Clone> Cache<S, T, Policy> {
         (self.policy.kind(), minimise)
     }
 
-    /// Goes by a policy from now on, unless others use the index. Returns the one in force.
+    /// Has all go by a policy from now on, unless another participant uses the one in force. Returns that one, which stays
+    /// as long as this participant uses it.
     pub fn set_policy(&mut self, kind: PolicyKind, minimise: Minimise) -> (PolicyKind, Minimise) {
-        if self.arena.storage.has_others() {
+        self.offer_policy(kind, minimise);
+        self.use_policy(true);
+        self.policy()
+    }
+
+    /// Says whether this participant uses the policy in force, or is content with any.
+    pub fn use_policy(&mut self, is_used: bool) {
+        self.arena.storage.use_policy(is_used);
+    }
+
+    /// The same as `set_policy`, but for others it stays free to choose.
+    pub(crate) fn offer_policy(&mut self, kind: PolicyKind, minimise: Minimise) {
+        if self.arena.storage.is_policy_used() {
             self.follow_policy();
         } else {
             self.choose_policy(kind, minimise);
             let state = &mut self.arena.header_mut().policy;
             (state.kind, state.minimise) = (kind as u32, minimise as u32);
         }
-        self.policy()
     }
 
     /// The policy that an empty index gets from here.
@@ -39,13 +52,13 @@ impl<S: Peers, T: Clone> Cache<S, T, Policy> {
         }
     }
 
-    /// Goes by what the index says.
+    /// Goes by what the index says: another participant may have chosen anew.
+    #[inline]
     pub(crate) fn follow_policy(&mut self) {
-        let state = self.arena.header().policy;
-        self.minimise = Minimise::of_number(state.minimise);
-        let kind = PolicyKind::of_number(state.kind);
-        if self.policy.kind() != kind {
-            self.policy = Policy::of(kind);
+        let PolicyState { kind, minimise, .. } = self.arena.header().policy;
+        if (kind, minimise) != (self.policy.number(), self.minimise as u32) {
+            let kind = PolicyKind::of_number(kind);
+            self.choose_policy(kind, Minimise::of_number(minimise));
         }
     }
 

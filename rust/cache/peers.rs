@@ -24,7 +24,10 @@ pub struct Participant {
     /// Its bound, in bytes.
     pub bound: u64,
     /// Whether this slot is taken; its owner may have died since.
-    pub live: u32,
+    pub live: u16,
+    /// Whether it uses the policy in force, so that no other may choose one; see
+    /// [`Cache::set_policy`](super::Cache::set_policy).
+    pub uses_policy: u16,
     /// Writes in progress for which there is no space in `writes`.
     pub unnamed: u32,
     /// Version slots (plus one) of the keys and directories that it is changing, or 0. What was
@@ -93,11 +96,12 @@ pub trait Peers: Storage {
     fn participants_mut(&mut self) -> &mut [Participant] {
         &mut []
     }
-    /// Whether there are other participants that live.
-    fn has_others(&self) -> bool {
-        let mut participants = self.participants().iter().enumerate();
-        participants.any(|(n, participant)| n != self.own_slot() && participant.live != 0)
+    /// Whether any other participant that lives uses the policy in force.
+    fn is_policy_used(&self) -> bool {
+        false
     }
+    /// Says of this participant whether it does.
+    fn use_policy(&mut self, _is_used: bool) {}
     /// Changes the bound of this participant.
     fn set_bound(&mut self, _bound: u64) {}
     /// The slot of this participant.

@@ -8,17 +8,19 @@ use super::index::Index;
 
 #[pymethods]
 impl Index {
-    #[pyo3(signature = (max_size, max_age, verify, /))]
+    #[pyo3(signature = (max_size, max_age, verify, uses_policy, /))]
     fn set_limits(
         &self,
         py: Python<'_>,
         max_size: Option<u64>,
         max_age: Option<f64>,
         verify: &str,
+        uses_policy: bool,
     ) -> PyResult<()> {
         let verify = when_to_verify(verify)?;
         step!(self, py, |cache| {
             cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
+            cache.use_policy(uses_policy);
             Ok(())
         })
     }

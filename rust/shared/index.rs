@@ -47,8 +47,10 @@ pub struct Opening {
     pub unit: u64,
     /// Time that the lock is waited for.
     pub patience: Duration,
-    /// In force unless others use the index with another one; see [`Cache::policy`].
+    /// In force until a participant asks for one, unless one has; see [`Cache::set_policy`].
     pub policy: (PolicyKind, Minimise),
+    /// See [`Cache::use_policy`].
+    pub uses_policy: bool,
     /// Whether the index is that of a pool, with values in segments.
     pub with_places: bool,
 }
@@ -63,6 +65,7 @@ impl Opening {
             unit: 1,
             patience: Duration::MAX,
             policy: Default::default(),
+            uses_policy: false,
             with_places: false,
         }
     }
@@ -135,6 +138,7 @@ impl<T: Clone> SharedIndex<T> {
         let Opening { seed, unit, .. } = *opening;
         let (kind, minimise) = opening.policy;
         self.cache.choose_policy(kind, minimise);
+        self.storage().uses_policy = opening.uses_policy;
         if self.storage().outdated {
             // What is damaged is no evidence.
             self.former = Former::of(&self.cache).unwrap_or_default();
@@ -158,7 +162,7 @@ impl<T: Clone> SharedIndex<T> {
             fresh = true;
             self.prepare(true, seed).map_err(|_| full())?;
         }
-        self.cache.set_policy(kind, minimise);
+        self.cache.offer_policy(kind, minimise);
         self.cache.announce(writes);
         self.cache.tell_promised(promised);
         self.cache.tell_absences();
@@ -233,11 +237,11 @@ impl<T: Clone> SharedIndex<T> {
     pub(super) fn begin(&mut self) -> Result<()> {
         if self.storage().begin()? {
             self.cache.reset();
-            self.cache.follow_policy();
             self.storage().register();
             let writes = self.cache.writes();
             self.cache.announce(&writes);
         }
+        self.cache.follow_policy();
         Ok(())
     }
 

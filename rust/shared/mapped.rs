@@ -37,6 +37,8 @@ pub struct Mapped {
     pub(super) files: Files,
     pub(super) own_slot: usize,
     pub(super) bound: u64,
+    /// See [`Participant::uses_policy`](crate::cache::Participant::uses_policy).
+    pub(super) uses_policy: bool,
     pub(super) generation: u64,
     /// Whether it is sound but of an earlier boot, or of another machine: not to be believed without a
     /// look at the files.
@@ -127,6 +129,7 @@ impl Mapped {
             files,
             own_slot,
             bound,
+            uses_policy: false,
             generation: 0,
             outdated: false,
             alive,

@@ -36,10 +36,12 @@ impl Mapped {
     /// Adds this participant to the list. The lock must be held.
     pub fn register(&mut self) {
         let (own_slot, bound) = (self.own_slot, self.bound);
+        let uses_policy = u16::from(self.uses_policy);
         self.generation = self.file_header().generation;
         let fresh = Participant {
             live: 1,
             bound,
+            uses_policy,
             ..Participant::zeroed()
         };
         self.file_header_mut().add_participant(own_slot, fresh);
@@ -78,8 +80,17 @@ impl Mapped {
 }
 
 impl Peers for Mapped {
-    fn has_others(&self) -> bool {
-        self.others().any(|(n, _)| is_alive(&self.root, n))
+    fn is_policy_used(&self) -> bool {
+        let mut users = self.others().filter(|(_, other)| other.uses_policy != 0);
+        users.any(|(n, _)| is_alive(&self.root, n))
+    }
+    fn use_policy(&mut self, is_used: bool) {
+        self.uses_policy = is_used;
+        if let Some(own) = self.own_mut()
+            && own.live != 0
+        {
+            own.uses_policy = u16::from(is_used);
+        }
     }
     fn version(&self, key: u64) -> Version {
         let at = key as usize % VERSIONS;

@@ -60,6 +60,7 @@ impl<T: Clone> SharedIndex<T> {
             unit: self.cache.unit(),
             patience: REOPEN_PATIENCE,
             policy: self.cache.wanted_policy(),
+            uses_policy: self.storage().uses_policy,
             with_places: self.storage().has_places(),
             ..Opening::new(self.cache.limits(), seed)
         };

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from zcache._core import CorruptIndexError, Index, Plan, Stats
     from zcache._runtime.io import IO
+    from zcache._runtime.registry import Registry
 
 T = TypeVar("T")
 
@@ -49,6 +50,9 @@ class Handle(Protocol):
 
     @property
     def is_open(self) -> bool: ...
+
+    @property
+    def users(self) -> Registry[Any]: ...
 
     @property
     def opening(self) -> object | None: ...

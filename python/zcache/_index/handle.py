@@ -84,6 +84,8 @@ class IndexHandle:
         That of an index which is not open yet: its lock was taken, or this is a forked child.
     unopened : Index or None
         An empty one, which stood or stands in the place of the index until that is open.
+    users : Registry
+        Those in this process that use the policy in force: as long as there is any, no other process chooses another.
     lock : RLock
         Held while the index or its limits are replaced, or it is noted who waits; never over a step.
     """
@@ -111,6 +113,7 @@ class IndexHandle:
         self.follows_plan = False
         self.plan: Plan | None = None
         self._watchers: Registry[Watcher] = Registry()
+        self.users: Registry[Any] = Registry()
         self._counted_before = Stats()
 
     # ----------------------------------------------------- the index of now
@@ -170,11 +173,11 @@ class IndexHandle:
         self.call_later(ignore, self._set_limits)
 
     def _set_limits(self, index: Index) -> None:
-        limits = None
+        limits, is_used = None, False
         # Another thread may have changed them meanwhile, and have been faster.
-        while limits is not self.limits:
-            limits = self.limits
-            index.set_limits(limits["max_size"], limits["max_age"], limits["verify"])
+        while limits is not self.limits or is_used is not bool(self.users):
+            limits, is_used = self.limits, bool(self.users)
+            index.set_limits(limits["max_size"], limits["max_age"], limits["verify"], is_used)
 
     # -------------------------------------------------------------- steps
 

@@ -7,6 +7,7 @@ import logging
 import threading
 import warnings
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import DEFAULT_MINIMISED, Index
@@ -72,8 +73,6 @@ class SharedIndex:
         What the backends of this place share beside the index.
     changes : Changes
         Of the source, as far as this process has made them, or has heard of them from copies.
-    users : Registry of Member
-        Who uses the index in this process; that of a pool is used by way of all its sources.
     threads : Threads
         Run what waits for the place; those of a pool are of all its sources.
     """
@@ -99,7 +98,6 @@ class SharedIndex:
         self._source = source
         self.source_id = source_id
         self._members: Registry[Member] = Registry()
-        self.users = self._members
         self.threads = Threads(THREADS)
 
     def join(self, member: Member) -> None:
@@ -107,9 +105,9 @@ class SharedIndex:
 
         The maximum age of a look-up is each store's own; what is too old for all of them goes first.
         """
-        choose_policy(self.handle, self.users, member)
+        choose_policy(self.handle, member)
         self._members.add(member)
-        self.users.add(member)
+        self.handle.users.add(member)
         self._set_limits()
         # Its bound is kept from its beginning.
         self.place.wait_for_bound()
@@ -159,23 +157,33 @@ class Member:
         self.limits = limits
 
 
-def choose_policy(handle: Handle, users: Registry[Member], member: Member) -> None:
-    """Go by the policy of a new member, unless others use the index; then the member is told."""
+def choose_policy(handle: Handle, member: Member) -> bool:
+    """Go by the policy of a new member, unless others use another one; then the member is told.
+
+    As one of `handle.users`, which is for the caller to do, it holds others to the policy in force. Returns whether that is
+    its own.
+    """
     wanted = in_force = _policy_of(member.limits)
     for _ in lingering.looks():
         in_force = _policy_of(handle.limits)
-        if in_force == wanted or not users:
+        if in_force == wanted or not handle.users:
             # With what is wanted it is opened, if it is not yet.
-            handle.note_policy(dict(zip(_POLICY, wanted, strict=True)))
+            _note_policy(handle, wanted)
             # Others may be processes. Where the index cannot be asked now, the log says so.
-            asked = _Asked(handle.name, wanted)
+            asked = _Asked(wanted)
             handle.when_open(asked.ask)
             in_force = asked.in_force()
-            handle.note_policy(dict(zip(_POLICY, in_force, strict=True)))
         if in_force == wanted:
-            return
+            return True
+    # To ask in vain holds others to nothing.
+    handle.apply_limits()
     message = _other_policy(handle.name, wanted, in_force)
     warnings.warn(message, UserWarning, stacklevel=_level_of_user())
+    return False
+
+
+def _note_policy(handle: Handle, policy: tuple[str, str]) -> None:
+    handle.note_policy(dict(zip(_POLICY, policy, strict=True)))
 
 
 def _level_of_user() -> int:
@@ -191,19 +199,19 @@ def _level_of_user() -> int:
 class _Asked:
     """The policy that an index goes by; told to the caller, or to the log where the answer comes later."""
 
-    def __init__(self, name: str, wanted: tuple[str, str]) -> None:
-        self._name = name
+    def __init__(self, wanted: tuple[str, str]) -> None:
         self._wanted = wanted
         self._answer: tuple[str, str] | None = None
         self._is_late = False
 
     def ask(self, handle: Handle) -> None:
-        handle.call_later(self._answered, Index.set_policy, *self._wanted)
+        handle.call_later(partial(self._answered, handle), Index.set_policy, *self._wanted)
 
-    def _answered(self, in_force: tuple[str, str]) -> None:
+    def _answered(self, handle: Handle, in_force: tuple[str, str]) -> None:
         self._answer = _policy(*in_force)
+        _note_policy(handle, self._answer)
         if self._is_late and self._answer != self._wanted:
-            logger.warning(_other_policy(self._name, self._wanted, self._answer))
+            logger.warning(_other_policy(handle.name, self._wanted, self._answer))
 
     def in_force(self) -> tuple[str, str]:
         """What is known now; else what was asked for."""

@@ -47,4 +47,5 @@ class Registry(Generic[T]):
         return ref is not None and ref() is item
 
     def __len__(self) -> int:
-        return len(self._refs)
+        # Of one that has just ended the reference may be there still.
+        return len(self.snapshot())

@@ -110,6 +110,11 @@ class SourceHandle:
         return self._pool.usable
 
     @property
+    def users(self) -> Registry[Any]:
+        """Those of all sources that use the policy."""
+        return self._pool.users
+
+    @property
     def opening(self) -> Opening | None:
         """That of the index of the pool, while it is not open."""
         return self._pool.opening

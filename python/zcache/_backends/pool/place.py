@@ -65,8 +65,6 @@ class Pool:
     clock : callable
         Seconds; what ages are counted by, unless a source has a clock of its own: in memory `time.monotonic`,
         in a directory `time.time`, for other processes go by them too.
-    users : Registry of Member
-        Who uses any of its sources.
     threads : Threads
         Run what waits for the pool.
     objects : Registry of CachePool
@@ -87,7 +85,6 @@ class Pool:
         self._stores: Registry[PoolStore | PoolMemoryStore] = Registry()
         self._add(store)
         self._sources: Registry[PoolSource] = Registry()
-        self.users: Registry[Member] = Registry()
         self.threads = Threads(THREADS)
         self.objects: Registry[Any] = Registry()
         self.names: dict[str, dict[str, Any]] = {}
@@ -121,17 +118,15 @@ class Pool:
             "minimise": options.minimise or DEFAULT_MINIMISED,
         }
         member = Member(wanted)
-        choose_policy(self.handle, self.users, member)
-        if self._policy is None and all(
-            self.handle.limits[name] == wanted[name] for name in wanted
-        ):
+        if choose_policy(self.handle, member) and self._policy is None:
             self._policy = member
-            self.users.add(member)
+            self.handle.users.add(member)
+            self.handle.apply_limits()
 
     @property
     def is_in_use(self) -> bool:
         """Whether there is any store or `CachePool` of it; fills of stores that were dropped may go on."""
-        return len(self.users) > (self._policy is not None) or bool(self.objects)
+        return len(self.handle.users) > (self._policy is not None) or bool(self.objects)
 
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""

@@ -133,7 +133,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     shared = SharedIndex(
         source.handle, opening.source, opening.source_id, source.clock, breaker_clock
     )
-    shared.place, shared.users, shared.threads = source, pool.users, pool.threads
+    shared.place, shared.threads = source, pool.threads
     directory = pool.directory
     if directory is None:
         shared.listings = source.listings = MemoryListings()
