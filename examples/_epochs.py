@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from multiprocessing import get_context
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
-from zarr.testing.store import LatencyStore
+from zarr.storage import LocalStore, WrapperStore
 
 from zcache import CacheStore
 
@@ -19,10 +19,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.context import BaseContext
 
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
 SAMPLES, SIZE, WORKERS, EPOCHS = 64, 12_288, 3, 6
 SECONDS = 0.005
 """What the source takes for a sample."""
 BLOCK = 4096
+
+
+class SlowStore(WrapperStore[LocalStore]):
+    """A store that is far away."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        await asyncio.sleep(SECONDS)
+        return await self._store.get(key, prototype, byte_range)
 
 
 def context() -> BaseContext:
@@ -45,7 +58,8 @@ def compare_policies(folder: str, epochs_of: Callable[[CacheStore, str], Iterato
     ``epochs_of(store, kind)`` reads one epoch after the other, "sequential" or "shuffled", and yields how many samples
     came from the source.
     """
-    source = LatencyStore(LocalStore(Path(folder, "samples"), read_only=True), get_latency=SECONDS)
+    samples = Path(folder, "samples")
+    source = SlowStore(LocalStore(samples, read_only=True))
     print("epochs      cache  policy    hits, and seconds, of each epoch")
     for kind in ("sequential", "shuffled"):
         for share in (0.5, 0.9):
@@ -54,8 +68,13 @@ def compare_policies(folder: str, epochs_of: Callable[[CacheStore, str], Iterato
                 # Each sample has a folder; and there are those of the cache, and the metadata.
                 size = int(SAMPLES * (SIZE + BLOCK) * share) + 4 * BLOCK
                 results = []
+                # A store of one's own class has no name that other processes know, so it gets one.
                 with CacheStore(
-                    source, cache_store=cache, max_size=size, eviction=eviction
+                    source,
+                    cache_store=cache,
+                    max_size=size,
+                    eviction=eviction,
+                    source_id=str(samples),
                 ) as store:
                     begun = time.perf_counter()
                     for misses in epochs_of(store, kind):

@@ -127,8 +127,12 @@ def test_pytorch_loader_workers_fill_one_cache(tmp_path: Path) -> None:
 
 @pytest.mark.once
 @pytest.mark.parametrize("example", ["workers.py", "pytorch_loader.py"])
-def test_epochs_adaptive_serves_about_what_fits(example: str) -> None:
-    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", run_example(example), re.MULTILINE)
+def test_epochs_adaptive_serves_about_what_fits(example: str, tmp_path: Path) -> None:
+    # Beside zcache nothing is installed as a rule.
+    (tmp_path / "pytest.py").write_text("raise ImportError('pytest is not installed')")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    printed = run_example(example, PYTHONPATH=path)
+    lines = re.findall(r"^(\w+) +(\d+)% +(\w+) +(.*)$", printed, re.MULTILINE)
     epochs = {
         (kind, int(share), policy): [
             float(hits) for hits in re.findall(r"([\d.]+) [\d.]+ s", results)
