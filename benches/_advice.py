@@ -28,7 +28,7 @@ from _setup import (
     zcache_store,
 )
 from zcache._advice.advise import advise
-from zcache._advice.trace import complete
+from zcache._advice.trace import complete, whole_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +150,7 @@ def _accuracy(work: str, keys: traces.Keys, sizes: traces.Keys) -> Row:
     advice = store.advise()
     seconds = time.perf_counter() - begun
     hits = np.zeros(len(keys), bool)
-    trace = complete(keys.astype(np.uint64), sizes[keys].astype(np.uint64), hits, 1)
+    trace = complete(whole_values(keys.astype(np.uint64), sizes[keys].astype(np.uint64), hits), 1)
     exact = advise(trace, max_size=bound)
     errors = np.array(
         [

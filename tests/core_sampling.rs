@@ -7,8 +7,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use zcache::arena::Heap;
 use zcache::cache::{Answer, Cache, Freshness, Joined, Limits, Reserve};
-use zcache::key::{ByteRange, hash_word};
-use zcache::sampling::{FORMER, HIT, KEYS, OUTDATED, REQUESTS, SEEN_BEFORE, Sample, UNKNOWN};
+use zcache::key::{ByteRange, Part, hash_word};
+use zcache::sampling::{EARLIER, FORMER, HIT, KEYS, OUTDATED, REQUESTS, Sample, Trace, UNKNOWN};
 use zcache::shared::{Opening, SharedIndex};
 
 use crate::place::Place;
@@ -17,10 +17,18 @@ fn hash(key: u64) -> u64 {
     hash_word(key.to_le_bytes(), 8, 0, 1)
 }
 
+fn whole(key: u64) -> Part {
+    Part::of_whole(hash(key))
+}
+
+fn keys_of(trace: &Trace) -> Vec<u64> {
+    trace.parts.iter().map(|part| part.hash).collect()
+}
+
 fn request(sample: &mut Sample, key: u64) {
     sample.count();
     if sample.has(hash(key)) {
-        sample.push(hash(key), Some(key + 1), HIT);
+        sample.push(&whole(key), Some(key + 1), HIT);
     }
 }
 
@@ -33,7 +41,7 @@ fn few_requests_are_all_kept_in_their_order() {
     }
     let trace = sample.trace();
     assert_eq!(
-        trace.keys,
+        keys_of(&trace),
         keys.iter().map(|k| hash(*k)).collect::<Vec<_>>()
     );
     assert_eq!(trace.sizes, keys.iter().map(|k| k + 1).collect::<Vec<_>>());
@@ -56,8 +64,8 @@ fn of_many_keys_some_are_kept_with_all_their_requests() {
     }
     let trace = sample.trace();
     let mut counts: HashMap<u64, u64> = HashMap::new();
-    for key in &trace.keys {
-        *counts.entry(*key).or_default() += 1;
+    for key in keys_of(&trace) {
+        *counts.entry(key).or_default() += 1;
     }
     assert!(counts.len() <= KEYS && counts.len() > KEYS / 2);
     assert!(counts.values().all(|count| *count == epochs));
@@ -65,7 +73,7 @@ fn of_many_keys_some_are_kept_with_all_their_requests() {
     assert!((counts.len() as f64 / expected - 1.0).abs() < 0.05);
     // In the order in which they came.
     let order: Vec<u64> = (0..keys).map(hash).filter(|h| sample.has(*h)).collect();
-    assert_eq!(trace.keys[..order.len()], order);
+    assert_eq!(keys_of(&trace)[..order.len()], order);
     assert_eq!((trace.requests, trace.has_slid), (keys * epochs, false));
     assert!(size_of::<Sample>() < 1 << 20);
 }
@@ -82,27 +90,15 @@ fn of_few_keys_the_last_requests_are_kept_and_which_keys_came_before() {
     request(&mut sample, 100);
     let trace = sample.trace();
     assert!(trace.has_slid);
-    assert_eq!(trace.keys[..100], (0..100).map(hash).collect::<Vec<_>>());
-    assert!(
-        trace.flags[..100]
-            .iter()
-            .all(|f| *f == FORMER | SEEN_BEFORE)
-    );
-    assert_eq!(trace.keys.len(), 100 + REQUESTS);
+    assert_eq!(trace.parts[..100], (0..100).map(whole).collect::<Vec<_>>());
+    assert!(trace.flags[..100].iter().all(|f| *f == FORMER | EARLIER));
+    assert_eq!(trace.parts.len(), 100 + REQUESTS);
     // The later half counts.
     assert_eq!(trace.requests, REQUESTS as u64 / 2);
-    let (last, middle) = (trace.keys.len() - 1, 100 + REQUESTS / 2);
-    assert_eq!((trace.keys[last], trace.flags[last]), (hash(100), HIT));
-    assert!(
-        trace.flags[100..middle]
-            .iter()
-            .all(|f| *f == HIT | SEEN_BEFORE | FORMER)
-    );
-    assert!(
-        trace.flags[middle..last]
-            .iter()
-            .all(|f| *f == HIT | SEEN_BEFORE)
-    );
+    let (last, middle) = (trace.parts.len() - 1, 100 + REQUESTS / 2);
+    assert_eq!((trace.parts[last], trace.flags[last]), (whole(100), HIT));
+    assert!(trace.flags[100..middle].iter().all(|f| *f == HIT | FORMER));
+    assert!(trace.flags[middle..last].iter().all(|f| *f == HIT));
 }
 
 /// Whatever was asked for before, of keys that are sampled or not.
@@ -133,7 +129,7 @@ fn request_that_is_taken_back_was_none() {
     let mut sample = Sample::new(0);
     for (size, flags) in [(None, 0), (Some(7), HIT), (None, 0), (None, OUTDATED)] {
         sample.count();
-        sample.push(hash(1), size, flags);
+        sample.push(&whole(1), size, flags);
     }
     request(&mut sample, 2);
     sample.retract(hash(1), false);
@@ -151,7 +147,7 @@ fn request_that_is_taken_back_was_none() {
     assert_eq!((trace.requests, &trace.flags[..]), (2, &[HIT, HIT][..]));
     // Its first request is the first that is left.
     request(&mut sample, 1);
-    assert_eq!(sample.trace().keys, [1, 2, 1].map(hash));
+    assert_eq!(sample.trace().parts, [1, 2, 1].map(whole));
 }
 
 #[test]
@@ -165,7 +161,7 @@ fn with_many_requests_keys_are_dropped_before_requests_are() {
     let trace = sample.trace();
     assert!(!trace.has_slid && trace.rate < 0.5);
     let kept = (0..14_000).filter(|key| sample.has(hash(*key))).count();
-    assert_eq!(trace.keys.len(), kept * 20);
+    assert_eq!(trace.parts.len(), kept * 20);
 }
 
 #[test]
@@ -179,12 +175,12 @@ fn after_very_many_requests_the_oldest_are_forgotten_first() {
         sample.count();
     }
     let before = sample.trace();
-    assert_eq!(before.keys.len(), KEYS);
+    assert_eq!(before.parts.len(), KEYS);
     request(&mut sample, KEYS as u64);
     let after = sample.trace();
     assert_eq!((after.rate, before.rate), (1.0, 1.0));
-    assert_eq!(after.keys[..KEYS / 2], before.keys[KEYS / 2..]);
-    assert_eq!(after.keys.len(), KEYS / 2 + 1);
+    assert_eq!(after.parts[..KEYS / 2], before.parts[KEYS / 2..]);
+    assert_eq!(after.parts.len(), KEYS / 2 + 1);
     assert!(after.has_slid);
     // The later half of them counts, and the others count as even.
     assert!(after.requests.abs_diff(1 << 25) < KEYS as u64);
@@ -193,8 +189,8 @@ fn after_very_many_requests_the_oldest_are_forgotten_first() {
 #[test]
 fn a_size_that_is_learned_later_counts_for_all_requests_of_the_key() {
     let mut sample = Sample::new(0);
-    sample.push(hash(1), None, 0);
-    sample.push(hash(2), None, OUTDATED);
+    sample.push(&whole(1), None, 0);
+    sample.push(&whole(2), None, OUTDATED);
     assert_eq!(sample.trace().sizes, [UNKNOWN, UNKNOWN]);
     sample.note_size(hash(1), 77);
     sample.note_size(hash(3), 5);
@@ -237,8 +233,8 @@ proptest! {
             sample.retract(hash(key + 1), false);
         }
         let trace = sample.trace();
-        prop_assert_eq!(trace.keys.len(), trace.sizes.len());
-        prop_assert!(trace.keys.len() <= REQUESTS + KEYS);
+        prop_assert_eq!(trace.parts.len(), trace.sizes.len());
+        prop_assert!(trace.parts.len() <= REQUESTS + KEYS);
         if !sample.is_sound() {
             sample.begin(1);
         }
@@ -280,9 +276,9 @@ proptest! {
         }
         let trace = torn.trace();
         let expected = first + 100;
-        prop_assert!((expected..=expected + 1).contains(&(trace.keys.len() as u64)));
+        prop_assert!((expected..=expected + 1).contains(&(trace.parts.len() as u64)));
         prop_assert!(trace.requests >= expected && trace.requests <= expected + 1);
-        prop_assert_eq!(trace.keys[trace.keys.len() - 100..].to_vec(), (0..100).map(hash).collect::<Vec<_>>());
+        prop_assert_eq!(keys_of(&trace)[trace.parts.len() - 100..].to_vec(), (0..100).map(hash).collect::<Vec<_>>());
     }
 }
 
@@ -302,7 +298,7 @@ macro_rules! ask {
     ($cache:expr, $key:expr, $range:expr, $fresh:expr) => {{
         let answer = $cache.ask($key, $range, $fresh, None).unwrap();
         match answer {
-            Answer::Found(found) => $cache.sample($key, found.range, Some(found.size), $fresh),
+            Answer::Found(found) => $cache.sample($key, $range, Some(found.length), $fresh),
             Answer::Unknown => $cache.sample($key, $range, None, $fresh),
             _ => {}
         }
@@ -327,7 +323,7 @@ macro_rules! fill {
 }
 
 #[test]
-fn requests_of_an_index_are_about_the_entry_that_serves_them() {
+fn requests_of_an_index_are_about_what_they_ask_for() {
     let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
     assert!(cache.sampled().0.is_none());
     let fresh = Freshness {
@@ -336,7 +332,7 @@ fn requests_of_an_index_are_about_the_entry_that_serves_them() {
     };
     ask!(cache, "a/c/0", ByteRange::Full, fresh);
     fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
-    // By the fast path, and as a part: both are requests of the whole.
+    // By the fast path, and as a part.
     assert_eq!(cache.hit_sampled("a/c/0", fresh, true), Some(Some(50)));
     assert_eq!(cache.hit_sampled("a/c/0", fresh, false), Some(Some(50)));
     ask!(cache, "a/c/0", range(3, 9), fresh);
@@ -349,15 +345,22 @@ fn requests_of_an_index_are_about_the_entry_that_serves_them() {
     // Never cached, so no request.
     ask!(cache, "../b", ByteRange::Full, fresh);
     ask!(cache, "", ByteRange::Full, fresh);
-    let (sample, unit) = cache.sampled();
+    let (sample, taken) = cache.sampled();
     let trace = sample.unwrap().trace();
-    assert_eq!((trace.requests, unit), (6, 0));
-    assert_eq!(trace.sizes, [50, 50, 50, 6, 6, 5000]);
+    assert_eq!((trace.requests, taken), (6, [0, 0]));
+    assert_eq!(trace.sizes, [50, 50, 6, 6, 6, 5000]);
     assert_eq!(trace.flags, [0, HIT, HIT, 0, HIT, 0]);
-    let [a, b, c, d, e, f] = trace.keys[..] else {
-        panic!("{:?}", trace.keys)
+    let [a, b, c, d, e, f] = trace.parts[..] else {
+        panic!("{:?}", trace.parts)
     };
-    assert!(a == b && b == c && d == e && a != d && a != f && d != f);
+    assert!(a == b && d == e && a != f && f.hash == f.whole);
+    let different = [a, c, d, f].map(|part| part.hash);
+    assert!((1..4).all(|n| !different[..n].contains(&different[n])));
+    assert!(a.hash == a.whole && c.whole == a.whole && d.whole != a.whole);
+    assert_eq!(
+        [a, c, d].map(|part| part.range),
+        [ByteRange::Full, range(3, 9), range(0, 6)]
+    );
     // Too old: no size would have served it.
     let late = Freshness {
         now: 200,
@@ -365,7 +368,11 @@ fn requests_of_an_index_are_about_the_entry_that_serves_them() {
     };
     ask!(cache, "a/c/0", ByteRange::Full, late);
     assert_eq!(cache.hit_sampled("a/c/1", late, true), Some(None));
-    assert_eq!(cache.sampled().0.unwrap().trace().flags[6..], [OUTDATED, 0]);
+    ask!(cache, "a/c/0", range(0, 4), late);
+    assert_eq!(
+        cache.sampled().0.unwrap().trace().flags[6..],
+        [OUTDATED, 0, OUTDATED]
+    );
 }
 
 #[test]
@@ -379,14 +386,15 @@ fn hit_that_could_not_be_served_is_a_request_for_the_source() {
     fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
     for part in [ByteRange::Full, range(3, 9)] {
         ask!(cache, "a/c/0", part, fresh);
-        cache.miss_sampled("a/c/0", part, ByteRange::Full);
+        cache.miss_sampled("a/c/0", part);
     }
     // What is looked up once more is none at all.
     cache.retract_sampled("a/c/0", range(3, 9));
     ask!(cache, "a/c/0", range(3, 9), fresh);
     let trace = cache.sampled().0.unwrap().trace();
     assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, HIT][..]));
-    assert!(trace.keys.iter().all(|key| *key == trace.keys[0]));
+    let ranges: Vec<ByteRange> = trace.parts.iter().map(|part| part.range).collect();
+    assert_eq!(ranges, [ByteRange::Full, ByteRange::Full, range(3, 9)]);
 }
 
 #[test]
@@ -438,7 +446,7 @@ fn sampled(index: &mut Index) -> u64 {
         return 0;
     };
     let trace = sample.trace();
-    assert_eq!(trace.keys.len() as u64, trace.requests);
+    assert_eq!(trace.parts.len() as u64, trace.requests);
     trace.requests
 }
 
@@ -459,7 +467,7 @@ fn participants_share_a_sample_which_outlives_them_and_a_rebuild() {
     assert!(fresh);
     assert_eq!(sampled(&mut index), 3);
     read(&mut index, "a");
-    let step = |cache: &mut Cache<_, u32>| Ok(cache.sampled().0.unwrap().trace().keys);
+    let step = |cache: &mut Cache<_, u32>| Ok(keys_of(&cache.sampled().0.unwrap().trace()));
     let keys = index.step(|_| (), step).unwrap();
     assert!(keys[0] == keys[2] && keys[2] == keys[3] && keys[0] != keys[1]);
 }

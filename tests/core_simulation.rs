@@ -1,6 +1,7 @@
 //! Simulations: what caches of different policies and sizes would have served.
 
 use proptest::prelude::*;
+use zcache::key::{ByteRange, Part};
 use zcache::policy::{PolicyKind, Simulation};
 
 /// A hash of 64 good bits.
@@ -268,4 +269,50 @@ fn simulation_of_empty_values_holds_as_many_as_the_bound_has_bytes() {
     // They take no room from others.
     let mixed = passes(100, 3).map(|key| (key, key % 2));
     assert!((misses_of(PolicyKind::Lru, 100, mixed) - 1.0 / 3.0).abs() < 1e-9);
+}
+
+/// Bytes of a range that a value may have.
+fn part(key: u64, range: ByteRange) -> Part {
+    let whole = hash(key);
+    let kind = match range {
+        ByteRange::Full => return Part::of_whole(whole),
+        ByteRange::Range { start, end } => start << 32 | end << 8 | 1,
+        ByteRange::Offset(start) => start << 8 | 2,
+        ByteRange::Suffix(count) => count << 8 | 3,
+    };
+    Part {
+        hash: hash(whole ^ kind),
+        whole,
+        range,
+    }
+}
+
+#[test]
+fn simulation_of_ranges_serves_what_an_index_serves() {
+    use ByteRange::{Full, Offset, Range, Suffix};
+    let range = |start, end| Range { start, end };
+    let mut simulation = Simulation::new(PolicyKind::Lru, 100);
+    let mut read = |key, range, len| simulation.access_part(part(key, range), len, len);
+    // Each range is an entry of its own, which serves itself and what lies in it.
+    assert!(!read(1, range(10, 20), 10));
+    assert!(read(1, range(10, 20), 10));
+    assert!(read(1, range(12, 15), 3));
+    assert!(!read(1, range(15, 25), 10));
+    assert!(!read(2, range(10, 20), 10));
+    assert!(!read(1, Suffix(10), 10));
+    assert!(read(1, Suffix(4), 4));
+    assert!(!read(1, Offset(30), 10));
+    assert!(read(1, Offset(35), 5));
+    assert!(read(1, range(30, 31), 1));
+    // Neither the newest nor the first of the widest.
+    assert!(!read(1, range(16, 22), 6));
+    // None of them serves the whole, which serves all.
+    assert!(!read(1, Full, 40));
+    assert!(read(1, range(5, 6), 1) && read(1, Suffix(30), 30) && read(1, Offset(0), 40));
+    // It was used last, and goes with all else.
+    assert!(!read(3, Full, 60));
+    assert!(read(1, Full, 40));
+    assert!(!read(4, Full, 100));
+    assert!(!read(1, range(5, 6), 1) && !read(1, range(12, 15), 3));
+    simulation.validate().unwrap();
 }

@@ -185,9 +185,11 @@ def threads(*works: Callable[[], object]) -> Iterator[list[Any]]:
         results += [future.result(60) for future in futures]
 
 
-def value_sync(store: CacheStore, key: str = "k") -> bytes | None:
+def value_sync(
+    store: CacheStore, key: str = "k", request: ByteRequest | None = None
+) -> bytes | None:
     """What `get_sync` gives, as bytes."""
-    value = store.get_sync(key)
+    value = store.get_sync(key, byte_range=request)
     return None if value is None else value.to_bytes()
 
 

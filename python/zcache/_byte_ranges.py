@@ -82,6 +82,25 @@ def to_text(byte_range: ByteRange | None) -> str:
     return f"{first}-{second}" if kind == 1 else f"{first}-" if kind == 2 else f"-{first}"
 
 
+def from_text(text: str) -> ByteRange | None:
+    """The inverse of `to_text`.
+
+    Raises
+    ------
+    ValueError
+        If it is none of its texts.
+    """
+    if not text:
+        return None
+    first, dash, second = text.partition("-")
+    numbers = [int(part) for part in (first, second) if part.isascii() and part.isdecimal()]
+    if dash and len(numbers) == bool(first) + bool(second) > 0 and max(numbers) < _LIMIT:
+        if first and second:
+            return (1, numbers[0], numbers[1])
+        return (2, numbers[0], 0) if first else (3, numbers[0], 0)
+    raise ValueError(f"range is {text!r:.40}, none of first-end, first-, -count")
+
+
 def is_reserved(key: str) -> bool:
     """Whether a key belongs to zcache itself."""
     return key == RESERVED or key.startswith(RESERVED + "/")

@@ -386,12 +386,10 @@ class Index:
     def note_sizes(self, values: list[tuple[str, _Range, int]], /) -> None:
         """Tell the sample the bytes of values that are not in the cache store yet."""
 
-    def settle_request(
-        self, key: str, raw: _Range, entry: _Range, size: int, is_hit: bool, /
-    ) -> None:
-        """Say that the last request of these bytes that was no hit is one of another entry, or a hit after all.
+    def settle_request(self, key: str, raw: _Range, size: int, is_hit: bool, /) -> None:
+        """Say that the last request of these bytes that was no hit was served with `size` bytes by what was read for others.
 
-        What was read for others has served it, an entry of `size` bytes.
+        It may be a hit after all.
         """
 
     def retract_request(self, key: str, raw: _Range, /) -> None:
@@ -400,10 +398,12 @@ class Index:
         It is about no value, or is looked up once more.
         """
 
-    def miss_request(self, key: str, raw: _Range, name: str, /) -> None:
-        """Say that the last request that the entry of this name has served is none: the source is asked for these bytes."""
+    def miss_request(self, key: str, raw: _Range, /) -> None:
+        """Say that the last such request, which was a hit, is none: the source is asked for these bytes."""
 
-    def sample(self) -> tuple[int, float, bool, int, bytes, bytes, bytes]:
+    def sample(
+        self,
+    ) -> tuple[int, float, bool, tuple[int, int], bytes, bytes, bytes, bytes, bytes]:
         """The sampled requests of all views, and of all processes on a directory.
 
         Returns
@@ -414,15 +414,20 @@ class Index:
             Part of all keys that is sampled, up to 1.
         has_slid : bool
             Whether there were sampled requests before the first one.
-        unit : int
-            Bytes of a block, of which an entry takes whole ones; 0 and 1 are the same.
+        taken : tuple of int
+            Bytes of a block, of which an entry takes whole ones (0 and 1 are the same), and those of folders or segments
+            for each entry.
         keys : bytes
             For each sampled request, oldest first, 8 bytes that stand for its key and range.
         sizes : bytes
-            The bytes of its value, 8 bytes each; 2**64 - 1 where they are not known.
+            The bytes of the answer, 8 bytes each; 2**64 - 1 where they are not known.
         flags : bytes
-            2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, its key was
-            requested before the first of these requests; 0, it does not count and only fills a simulated cache.
+            2 bytes each, with these bits: 14, what was cached was too old; 15, it was a hit; 1, it stands for the
+            requests before the first one that is kept; 0, it does not count and only fills a simulated cache.
+        wholes : bytes
+            What stands for the whole value, 8 bytes each.
+        ranges : bytes
+            Which bytes of that, 24 bytes each: kind and numbers of a byte range, kind 0 for all.
         """
 
     def within(self, label: str, slices_like_python: bool, /) -> Index:
@@ -1336,7 +1341,9 @@ def cache_key(key: str, raw: _Range, /) -> str:
 def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, int] | None:
     """First byte and number of bytes that a range selects of a value; None where sources disagree."""
 
-def simulate(eviction: str, capacity: int, keys: bytes, sizes: bytes, /) -> bytes:
+def simulate(
+    eviction: str, capacity: int, keys: bytes, sizes: bytes, parts: bytes | None = None, /
+) -> bytes:
     """Which requests a cache would have served, by the code of the eviction policies themselves.
 
     Parameters
@@ -1346,7 +1353,10 @@ def simulate(eviction: str, capacity: int, keys: bytes, sizes: bytes, /) -> byte
     capacity : int
         Bytes that the cache holds at most.
     keys, sizes : bytes
-        The key of each request, as a number, and the bytes of its value: 8 bytes each, in native order.
+        What each request asks for, as a number, and the bytes that it takes: 8 bytes each, in native order.
+    parts : bytes, optional
+        Of which values the numbers from 0 on are byte ranges: the number of the whole one, kind and numbers of the range
+        (kind 0 for the whole value), and its bytes; 40 bytes each. Default is None: all are whole values.
 
     Returns
     -------

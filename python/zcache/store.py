@@ -216,7 +216,7 @@ class CacheStore(Store, KeepsDecoded):
         same chunks are read again and again; arrays that are opened on the store afterwards use them.
     sampling : bool, optional
         Whether the requests of this store and its copies go into the sample from which `advise` tells how large
-        the cache should be. Default is True. It takes up to 0.72 MB of memory or, for a directory, of its
+        the cache should be. Default is True. It takes up to 0.98 MB of memory or, for a directory, of its
         disk, and 1 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
         as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional

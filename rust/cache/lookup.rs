@@ -5,7 +5,7 @@ use super::in_flight::{ClosedFlight, Ticket};
 use super::peers::Peers;
 use crate::arena::{Cell, State};
 use crate::error::{Error, Result};
-use crate::key::{Asked, ByteRange, select, within};
+use crate::key::{Asked, ByteRange, Part, select, within};
 use crate::policy::Eviction;
 
 /// What a reader that found nothing does next.
@@ -129,7 +129,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.policy.touch(&mut self.arena, i).ok()?;
         self.read_planned(key, Some(i));
         if sampled {
-            self.sample_hit(hash, size);
+            self.sample_hit(&Part::of_whole(hash), size);
         }
         Some(Some((i, size)))
     }

@@ -1,12 +1,11 @@
 //! The requests that are sampled, for those who ask how large the cache should be.
 //!
-//! A request is about the entry that serves it, or would: a range of a value that is cached as a whole is
-//! one of the whole. What the source does not have is no request: one that finds that out is taken back.
+//! A request is about what it asks for, whatever has served it. What the source does not have is no request: one
+//! that finds that out is taken back.
 
 use super::cache::{Cache, Freshness};
 use super::peers::Peers;
-use crate::arena::State;
-use crate::key::{self, ByteRange};
+use crate::key::{self, ByteRange, Part};
 use crate::policy::Eviction;
 use crate::sampling::{self, HIT, OUTDATED, Sample};
 
@@ -21,18 +20,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// Hash of a request. In memory of one process it is that of the index, which knows it already; the
-    /// one of a shared sample stays the same when the index is rebuilt.
-    fn sampled_hash(&mut self, key: &str, range: ByteRange) -> Option<u64> {
+    /// What a request asks for. In memory of one process its hashes are those of the index, which knows them
+    /// already; those of a shared sample stay the same when the index is rebuilt.
+    fn sampled_part(&mut self, key: &str, range: ByteRange) -> Option<Part> {
         if S::EXCLUSIVE {
-            return Some(self.arena.hash_of_name(key, range));
+            return Some(self.arena.part_of(key, range));
         }
         let seed = self.arena.storage.sample()?.seed();
-        Some(sampling::hash(key, range, seed))
+        Some(sampling::part_of(key, range, seed))
     }
 
-    /// Takes a request into the sample, if its key is sampled: one that an entry of `size` bytes has
-    /// served, or, with `None`, one for the source.
+    /// Takes a request into the sample, if what it asks for is sampled: one that was served with `size` bytes,
+    /// or, with `None`, one for the source.
     #[inline]
     pub fn sample(
         &mut self,
@@ -41,56 +40,55 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         size: Option<u64>,
         fresh: impl Into<Freshness>,
     ) {
-        let Some(hash) = self.sampled_hash(key, range) else {
+        let Some(part) = self.sampled_part(key, range) else {
             return;
         };
         match size {
-            Some(size) => self.sample_hit(hash, size),
-            None if key::is_cacheable(key) => self.sample_miss(key, range, hash, fresh.into()),
+            Some(size) => self.sample_hit(&part, size),
+            None if key::is_cacheable(key) => self.sample_miss(key, &part, fresh.into()),
             None => {}
         }
     }
 
     /// Nothing but a comparison is done for a key that is not sampled.
     #[inline]
-    pub(super) fn sample_hit(&mut self, hash: u64, size: u64) {
-        self.sample_served(hash, size, HIT);
+    pub(super) fn sample_hit(&mut self, part: &Part, size: u64) {
+        self.sample_served(part, size, HIT);
     }
 
     #[inline]
-    fn sample_served(&mut self, hash: u64, size: u64, flags: u16) {
+    fn sample_served(&mut self, part: &Part, size: u64, flags: u16) {
         if let Some(sample) = self.sample_mut() {
             sample.count();
-            if sample.has(hash) {
-                sample.push(hash, Some(size), flags);
+            if sample.has(part.hash) {
+                sample.push(part, Some(size), flags);
             }
         }
     }
 
-    fn sample_miss(&mut self, key: &str, range: ByteRange, hash: u64, fresh: Freshness) {
+    fn sample_miss(&mut self, key: &str, part: &Part, fresh: Freshness) {
         let is_sampled = self.sample_mut().is_some_and(|sample| {
             sample.count();
-            sample.has(hash)
+            sample.has(part.hash)
         });
         if is_sampled {
-            self.push_miss(key, range, hash, fresh);
+            self.push_miss(key, part, fresh);
         }
     }
 
     #[cold]
-    fn push_miss(&mut self, key: &str, range: ByteRange, hash: u64, fresh: Freshness) {
-        let is_outdated = |i| {
-            let cell = self.arena.get(i).ok()?;
-            let is_live = cell.is_entry() && cell.state() == State::Live;
-            Some(is_live && fresh.is_stale(cell.time()))
+    fn push_miss(&mut self, key: &str, part: &Part, fresh: Freshness) {
+        let any_age = Freshness {
+            max_age: None,
+            ..fresh
         };
-        let found = self.arena.find(key, range).ok().flatten();
-        let flags = match found.and_then(is_outdated) {
-            Some(true) => OUTDATED,
+        // It was missed, so what there is was too old.
+        let flags = match self.peek(key, part.range, any_age) {
+            Ok(Some(_)) => OUTDATED,
             _ => 0,
         };
         if let Some(sample) = self.sample_mut() {
-            sample.push(hash, None, flags);
+            sample.push(part, None, flags);
         }
     }
 
@@ -100,40 +98,33 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.retract_last(key, range, false);
     }
 
+    /// The same, for the last one that was a hit, or none.
     fn retract_last(&mut self, key: &str, range: ByteRange, is_hit: bool) {
         if S::EXCLUSIVE && self.own_sample.is_none() || !key::is_cacheable(key) {
             return;
         }
-        if let Some(hash) = self.sampled_hash(key, range)
+        if let Some(part) = self.sampled_part(key, range)
             && let Some(sample) = self.sample_mut()
         {
-            sample.retract(hash, is_hit);
+            sample.retract(part.hash, is_hit);
         }
     }
 
-    /// The last request of this key and range that was no hit is one of another entry, or a hit after all: what was
-    /// read for others has served it, an entry of `size` bytes.
-    pub fn settle_sampled(
-        &mut self,
-        key: &str,
-        range: ByteRange,
-        entry: ByteRange,
-        size: u64,
-        is_hit: bool,
-    ) {
+    /// The last request of this key and range that was no hit was served with `size` bytes by what was read for
+    /// others; it may be a hit after all.
+    pub fn settle_sampled(&mut self, key: &str, range: ByteRange, size: u64, is_hit: bool) {
         if !key::is_cacheable(key) {
             return;
         }
         self.retract_sampled(key, range);
-        if let Some(hash) = self.sampled_hash(key, entry) {
-            self.sample_served(hash, size, if is_hit { HIT } else { 0 });
+        if let Some(part) = self.sampled_part(key, range) {
+            self.sample_served(&part, size, if is_hit { HIT } else { 0 });
         }
     }
 
-    /// The last request of this key that the entry of this range has served was none: that could not be read, so
-    /// it is one of `range` for the source.
-    pub fn miss_sampled(&mut self, key: &str, range: ByteRange, entry: ByteRange) {
-        self.retract_last(key, entry, true);
+    /// The last request of this key and range that was a hit is one for the source: what was found could not be read.
+    pub fn miss_sampled(&mut self, key: &str, range: ByteRange) {
+        self.retract_last(key, range, true);
         self.sample(key, range, None, 0);
     }
 
@@ -142,22 +133,25 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if S::EXCLUSIVE && self.own_sample.is_none() {
             return;
         }
-        if let Some(hash) = self.sampled_hash(key, range)
+        if let Some(part) = self.sampled_part(key, range)
             && let Some(sample) = self.sample_mut()
         {
-            sample.note_size(hash, size);
+            sample.note_size(part.hash, size);
         }
     }
 
-    /// A copy of the sample, and the bytes of a block, of which an entry takes whole ones.
+    /// A copy of the sample; the bytes of a block, of which an entry takes whole ones; and those of folders or
+    /// segments for each entry.
     #[must_use]
-    pub fn sampled(&mut self) -> (Option<Box<Sample>>, u64) {
-        let unit = self.arena.header().unit;
+    pub fn sampled(&mut self) -> (Option<Box<Sample>>, [u64; 2]) {
+        let header = self.arena.header();
+        let beside = header.held_by_folders().checked_div(header.entries);
+        let taken = [header.unit, beside.unwrap_or_default()];
         let sample = if S::EXCLUSIVE {
             self.own_sample.as_deref_mut()
         } else {
             self.arena.storage.checked_sample()
         };
-        (sample.map(|sample| sample.copy()), unit)
+        (sample.map(|sample| sample.copy()), taken)
     }
 }

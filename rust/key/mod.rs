@@ -4,6 +4,7 @@ mod byte_range;
 mod glob;
 mod key;
 pub mod packing;
+mod part;
 mod select;
 
 pub use self::byte_range::{ByteRange, RangeLabel};
@@ -13,5 +14,7 @@ pub use self::key::{
     MAX_KEY, MAX_LABEL, RESERVED, above_tails_below, and_above, directories, hash, hash_word,
     is_below, is_cacheable, labels_fit, split,
 };
+pub use self::part::Part;
+pub(crate) use self::part::{packed, unpacked};
 pub(crate) use self::select::within;
 pub use self::select::{Asked, select};

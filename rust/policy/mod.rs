@@ -11,6 +11,7 @@ mod latency;
 mod learner;
 mod lru;
 mod none;
+mod parts;
 mod plan;
 mod planned_entries;
 mod policy;

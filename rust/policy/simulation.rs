@@ -3,8 +3,10 @@
 use super::entries::Entries;
 use super::keys::{Keys, words_for};
 use super::kind::{Policy, PolicyKind};
+use super::parts::Parts;
 use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
+use crate::key::{ByteRange, Part};
 
 /// Nodes that a simulation begins with.
 const FIRST: usize = 64;
@@ -18,6 +20,7 @@ pub struct Simulation {
     nodes: usize,
     words: Vec<u64>,
     history: Vec<u64>,
+    parts: Parts,
 }
 
 impl Simulation {
@@ -30,19 +33,38 @@ impl Simulation {
             nodes: FIRST,
             words: vec![0; words_for(FIRST)],
             history: Vec::new(),
+            parts: Parts::default(),
         }
     }
 
     /// Reads a key, given by a hash of 64 good bits, with a value of so many bytes. Whether it was there; if
     /// not, it comes in as far as the policy lets it.
     pub fn access(&mut self, key: u64, size: u64) -> bool {
-        // Only memory that is damaged gives an error, and this is no one else's.
-        self.try_access(key, size).unwrap_or(false)
+        self.access_part(Part::of_whole(key), size, size)
     }
 
-    fn try_access(&mut self, key: u64, size: u64) -> Result<bool> {
+    /// Reads a value or a byte range of one, which has `len` bytes and takes `size`. The whole value serves each
+    /// range of it, and a range others as in an index; what is not served comes in as it was asked for.
+    pub fn access_part(&mut self, part: Part, len: u64, size: u64) -> bool {
+        // Only memory that is damaged gives an error, and this is no one else's.
+        self.try_access(part, len, size).unwrap_or(false)
+    }
+
+    fn try_access(&mut self, part: Part, len: u64, size: u64) -> Result<bool> {
+        let key = part.hash;
         let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
-        if let Some(entry) = keys.find(key)? {
+        let is_range = part.range != ByteRange::Full;
+        let mut found = keys.find(part.whole)?;
+        if is_range && found.is_none() {
+            found = match keys.find(key)? {
+                None => match self.parts.around(&part) {
+                    Some(other) => keys.find(other)?,
+                    None => None,
+                },
+                own => own,
+            };
+        }
+        if let Some(entry) = found {
             self.policy.touch(&mut keys, entry)?;
             return Ok(true);
         }
@@ -65,6 +87,7 @@ impl Simulation {
                 return Ok(false);
             };
             self.policy.remove(&mut keys, victim)?;
+            self.parts.remove(keys.hash(victim)?);
             keys.free(victim)?;
         }
         if keys.is_full() {
@@ -73,6 +96,9 @@ impl Simulation {
         }
         let entry = keys.make(key, size)?;
         self.policy.insert(&mut keys, entry)?;
+        if is_range {
+            self.parts.insert(part, len);
+        }
         Ok(false)
     }
 

@@ -35,7 +35,7 @@ impl Index {
             let answer = cache.ask(key, self.asked(span), fresh, missing.map(absence_ages))?;
             if self.sampled {
                 match answer {
-                    Answer::Found(found) => cache.sample(key, found.range, Some(found.size), fresh),
+                    Answer::Found(found) => cache.sample(key, span, Some(found.length), fresh),
                     Answer::Unknown => cache.sample(key, span, None, fresh),
                     Answer::Absent | Answer::PerhapsAbsent => {}
                 }

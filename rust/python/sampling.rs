@@ -4,16 +4,16 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::backing::step;
-use super::convert::{RawSpan, span};
+use super::convert::{RawSpan, raw_span, span};
 use super::index::Index;
-use crate::key::ByteRange;
+use crate::key::Part;
 use crate::sampling::{Sample, Trace, UNKNOWN};
 
 #[pymethods]
 impl Index {
     fn sample<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let (copy, unit) = step!(self, py, |cache| Ok(cache.sampled()))?;
-        sample(py, copy, unit)
+        let (copy, taken) = step!(self, py, |cache| Ok(cache.sampled()))?;
+        sample(py, copy, taken)
     }
 
     #[pyo3(signature = (key, raw, /))]
@@ -25,29 +25,27 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (key, raw, entry, size, is_hit, /))]
+    #[pyo3(signature = (key, raw, size, is_hit, /))]
     fn settle_request(
         &self,
         py: Python<'_>,
         key: &str,
         raw: RawSpan,
-        entry: RawSpan,
         size: u64,
         is_hit: bool,
     ) -> PyResult<()> {
-        let (key, span, entry) = (&*self.whole(key), span(raw)?, span(entry)?);
+        let (key, span) = (&*self.whole(key), span(raw)?);
         step!(self, py, |cache| {
-            cache.settle_sampled(key, span, entry, size, is_hit);
+            cache.settle_sampled(key, span, size, is_hit);
             Ok(())
         })
     }
 
-    #[pyo3(signature = (key, raw, name, /))]
-    fn miss_request(&self, py: Python<'_>, key: &str, raw: RawSpan, name: &str) -> PyResult<()> {
+    #[pyo3(signature = (key, raw, /))]
+    fn miss_request(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<()> {
         let (key, span) = (&*self.whole(key), span(raw)?);
-        let entry = ByteRange::parse(name).map_or(span, |(_, range)| range);
         step!(self, py, |cache| {
-            cache.miss_sampled(key, span, entry);
+            cache.miss_sampled(key, span);
             Ok(())
         })
     }
@@ -66,23 +64,35 @@ impl Index {
     }
 }
 
-/// Requests, rate, whether it has slid, unit; then keys, sizes (the greatest number where one is not
-/// known) and flags, as numbers in native byte order.
-fn sample(py: Python<'_>, copy: Option<Box<Sample>>, unit: u64) -> PyResult<Bound<'_, PyTuple>> {
+/// Requests, rate, whether it has slid, bytes of a block and those beside each entry; then keys, sizes (the greatest number where one is not
+/// known), flags, keys of whole values, and byte ranges (kind and two numbers; kind 0 is the whole), as numbers in
+/// native byte order.
+fn sample(
+    py: Python<'_>,
+    copy: Option<Box<Sample>>,
+    taken: [u64; 2],
+) -> PyResult<Bound<'_, PyTuple>> {
     let trace = py.detach(|| copy.map_or_else(Trace::default, |copy| copy.trace()));
     let known = |size: u64| if size == UNKNOWN { u64::MAX } else { size };
     let sizes: Vec<u64> = trace.sizes.into_iter().map(known).collect();
-    let keys = PyBytes::new(py, bytemuck::cast_slice(&trace.keys));
-    let sizes = PyBytes::new(py, bytemuck::cast_slice(&sizes));
-    let flags = PyBytes::new(py, bytemuck::cast_slice(&trace.flags));
+    let numbers = |of: fn(&Part) -> u64| -> Vec<u64> { trace.parts.iter().map(of).collect() };
+    let (keys, wholes) = (numbers(|part| part.hash), numbers(|part| part.whole));
+    let range = |part: &Part| {
+        let (kind, first, second) = raw_span(part.range).unwrap_or_default();
+        [u64::from(kind), first, second]
+    };
+    let ranges: Vec<u64> = trace.parts.iter().flat_map(range).collect();
+    let bytes = |numbers: &[u64]| PyBytes::new(py, bytemuck::cast_slice(numbers));
     (
         trace.requests,
         trace.rate,
         trace.has_slid,
-        unit,
-        keys,
-        sizes,
-        flags,
+        taken,
+        bytes(&keys),
+        bytes(&sizes),
+        PyBytes::new(py, bytemuck::cast_slice(&trace.flags)),
+        bytes(&wholes),
+        bytes(&ranges),
     )
         .into_pyobject(py)
 }

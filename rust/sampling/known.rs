@@ -1,14 +1,14 @@
-//! A key that is sampled, with what is known of it.
+//! A key, or a byte range of one, that is sampled, with what is known of it.
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::key::ODD;
+use crate::key::{ODD, Part, packed};
 
 /// Stands for a size that is not known.
 pub const UNKNOWN: u64 = (1 << SIZE_BITS) - 1;
 const SIZE_BITS: u32 = 48;
 
-/// A key that is sampled.
+/// A key, or a byte range of one, that is sampled.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub(super) struct Known {
@@ -17,13 +17,28 @@ pub(super) struct Known {
     word: u64,
     /// Which of all sampled requests was its first.
     pub(super) first: u64,
+    /// Hash of the whole value.
+    pub(super) whole: u64,
+    /// Which bytes of that.
+    pub(super) range: u64,
 }
 
 impl Known {
-    pub(super) fn new(hash: u64, size: u64, first: u64) -> Self {
+    pub(super) fn new(part: &Part, first: u64) -> Self {
+        let mut known = Known {
+            hash: part.hash,
+            word: 0,
+            first,
+            whole: part.whole,
+            range: packed(part.range),
+        };
+        known.set_size(UNKNOWN);
+        known
+    }
+
+    pub(super) fn set_size(&mut self, size: u64) {
         let size = size.min(UNKNOWN);
-        let word = size | check(hash, size) << SIZE_BITS;
-        Known { hash, word, first }
+        self.word = size | check(self.hash, size) << SIZE_BITS;
     }
 
     pub(super) fn size(self) -> u64 {

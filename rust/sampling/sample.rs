@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::known::{Known, UNKNOWN};
+use super::known::Known;
 use super::marks::Marks;
-use crate::key::ODD;
+use crate::key::{ODD, Part};
 
 /// Keys that are sampled at most. When there is one more, the threshold is lowered by a quarter.
 pub const KEYS: usize = 16 * 1024;
@@ -36,7 +36,7 @@ pub const OUTDATED: u16 = 1 << 14;
 pub const HIT: u16 = 1 << 15;
 /// Both flags of a request: it was taken back.
 pub(super) const RETRACTED: u16 = OUTDATED | HIT;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x02");
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x03");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -214,14 +214,15 @@ impl Sample {
     }
 
     /// Keeps a request of a key that is sampled.
-    pub fn push(&mut self, hash: u64, size: Option<u64>, flags: u16) {
+    pub fn push(&mut self, part: &Part, size: Option<u64>, flags: u16) {
+        let hash = part.hash;
         if self.len >= REQUESTS as u32 && self.keys > FEW_KEYS {
             self.make_room();
             if !self.has(hash) {
                 return;
             }
         }
-        let Some(number) = self.find(hash).or_else(|| self.add(hash)) else {
+        let Some(number) = self.find(hash).or_else(|| self.add(part)) else {
             return;
         };
         if let Some(known) = self.known.get_mut(usize::from(number))
@@ -291,7 +292,7 @@ impl Sample {
         if let Some(known) = self.known.get_mut(usize::from(number))
             && known.size() != size
         {
-            *known = Known::new(known.hash, size, known.first);
+            known.set_size(size);
         }
     }
 
@@ -309,7 +310,8 @@ impl Sample {
         None
     }
 
-    fn add(&mut self, hash: u64) -> Option<u16> {
+    fn add(&mut self, part: &Part) -> Option<u16> {
+        let hash = part.hash;
         if self.keys as usize >= KEYS {
             self.make_room();
             if !self.has(hash) {
@@ -317,7 +319,7 @@ impl Sample {
             }
         }
         let number = self.keys as usize;
-        *self.known.get_mut(number)? = Known::new(hash, UNKNOWN, self.end);
+        *self.known.get_mut(number)? = Known::new(part, self.end);
         self.keys += 1;
         self.enter(hash, number as u16);
         Some(number as u16)

@@ -1,9 +1,11 @@
 //! What a sample holds, as a series of requests.
 
+use super::known::Known;
 use super::sample::{HIT, NUMBER, OUTDATED, RETRACTED, Sample};
+use crate::key::{Part, unpacked};
 
-/// Flag of a request in a [`Trace`]: its key was requested before the first one in the ring.
-pub const SEEN_BEFORE: u16 = 2;
+/// Flag in a [`Trace`] of what stands for the requests of a key before the first one in the ring.
+pub const EARLIER: u16 = 2;
 /// Flag in a [`Trace`] of what only fills a simulated cache, before the requests that count: where the
 /// beginning is forgotten, these are first the keys that were requested then, in their order, and then the
 /// earlier half of the requests that are left.
@@ -18,12 +20,24 @@ pub struct Trace {
     pub rate: f64,
     /// Whether there were requests before the first one.
     pub has_slid: bool,
-    /// For each sampled request, oldest first, what stands for its key,
-    pub keys: Vec<u64>,
+    /// For each sampled request, oldest first, what it asks for,
+    pub parts: Vec<Part>,
     /// its bytes, or [`UNKNOWN`](super::UNKNOWN),
     pub sizes: Vec<u64>,
-    /// and [`OUTDATED`], [`HIT`], [`SEEN_BEFORE`] and [`FORMER`].
+    /// and [`OUTDATED`], [`HIT`], [`EARLIER`] and [`FORMER`].
     pub flags: Vec<u16>,
+}
+
+impl Trace {
+    fn push(&mut self, known: &Known, flags: u16) {
+        self.parts.push(Part {
+            hash: known.hash,
+            whole: known.whole,
+            range: unpacked(known.range, known.size()),
+        });
+        self.sizes.push(known.size());
+        self.flags.push(flags);
+    }
 }
 
 impl Sample {
@@ -39,9 +53,7 @@ impl Sample {
         };
         for known in known.iter().filter(|known| known.first < start) {
             if known.is_sound() {
-                trace.keys.push(known.hash);
-                trace.sizes.push(known.size());
-                trace.flags.push(SEEN_BEFORE | FORMER);
+                trace.push(known, EARLIER | FORMER);
             }
         }
         let counted_from = match start {
@@ -54,11 +66,8 @@ impl Sample {
             if let Some(known) = known.filter(|known| known.is_sound())
                 && request & RETRACTED != RETRACTED
             {
-                trace.keys.push(known.hash);
-                trace.sizes.push(known.size());
-                let seen = if known.first < start { SEEN_BEFORE } else { 0 };
                 let former = if at < counted_from { FORMER } else { 0 };
-                trace.flags.push(request & (OUTDATED | HIT) | seen | former);
+                trace.push(known, request & (OUTDATED | HIT) | former);
                 counted += u64::from(former == 0);
             }
         }

@@ -33,7 +33,7 @@ from zcache import (
 )
 from zcache._advice.advice import size_text
 from zcache._advice.advise import advise
-from zcache._advice.trace import complete
+from zcache._advice.trace import complete, whole_values
 from zcache._core import POLICIES
 from zcache.testing import StoreDouble, set_block_size
 
@@ -120,10 +120,10 @@ async def test_advice_knows_the_sizes_of_pending_values(is_pool: bool, tmp_path:
 def test_advice_allows_for_requests_of_unknown_size() -> None:
     keys = np.arange(300, dtype=np.uint64) % np.uint64(100)
     sizes = np.full(300, 10, np.uint64)
-    known = advise(complete(keys, sizes, np.zeros(300, bool), unit=1), max_size=500)
+    known = advise(complete(whole_values(keys, sizes, np.zeros(300, bool)), unit=1), max_size=500)
     assert not known.curves["lru"].error.any()
     sizes[::10] = np.uint64(2**64 - 1)
-    some = advise(complete(keys, sizes, np.zeros(300, bool), unit=1), max_size=500)
+    some = advise(complete(whole_values(keys, sizes, np.zeros(300, bool)), unit=1), max_size=500)
     assert some.unsized_share == pytest.approx(0.1)
     assert (some.curves["lru"].error >= 0.1).all()
     assert "10.0% of all are left out" in str(some)
@@ -167,7 +167,7 @@ def test_advice_smallest_size_has_what_it_promises(policy: str, seed: int) -> No
     rng = np.random.default_rng(seed)
     each = np.where(rng.random(3000) < 0.2, 1, rng.lognormal(6, 2, 3000) + 1).astype(np.uint64)
     keys = rng.integers(0, 3000, 200)
-    trace = complete(keys.astype(np.uint64), each[keys], np.zeros(200, bool), unit=1)
+    trace = complete(whole_values(keys.astype(np.uint64), each[keys], np.zeros(200, bool)), unit=1)
     whole = int(each[np.unique(keys)].sum())
     advice = advise(trace, max_size=whole, policy=policy, policies=(policy,))
     assert advice.smallest_size is not None
@@ -234,7 +234,9 @@ def test_advice_of_many_keys_is_near_and_within_its_band() -> None:
     assert advice.sampling_rate < 0.7
     nothing = np.zeros(len(keys), bool)
     sizes = np.full(len(keys), SIZE, np.uint64)
-    exact = advise(complete(keys.astype(np.uint64), sizes, nothing, 1), max_size=8000 * SIZE)
+    exact = advise(
+        complete(whole_values(keys.astype(np.uint64), sizes, nothing), 1), max_size=8000 * SIZE
+    )
     for name in ("lru", "none"):
         off = np.abs(advice.curves[name].hit_ratio - exact.curves[name].hit_ratio)
         assert off.mean() < 0.02
@@ -254,9 +256,8 @@ def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None
     count, draws, rate = 6000, 20_000, 0.3
     keys = np.where(rng.random(draws) < share, count, rng.integers(0, count, draws))
     bound = count * SIZE // 4
-    whole = complete(
-        keys.astype(np.uint64), np.full(draws, SIZE, np.uint64), np.zeros(draws, bool), 1
-    )
+    sizes = np.full(draws, SIZE, np.uint64)
+    whole = complete(whole_values(keys.astype(np.uint64), sizes, np.zeros(draws, bool)), 1)
     exact = advise(whole, max_size=bound, policies=("lru", "none"))
     holds = []
     for _ in range(20):
@@ -265,7 +266,7 @@ def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None
         is_sampled[count] = False
         taken = is_sampled[keys]
         sample = replace(
-            complete(whole.keys[taken], whole.sizes[taken], whole.hits[taken], 1),
+            complete(whole.select(taken), 1),
             rate=rate,
             requests=float(draws),
         )
@@ -287,11 +288,13 @@ def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: 
         sizes = np.minimum(10 + rng.lognormal(3, spread, count), 200_000).astype(np.uint64)
         keys = rng.permutation(count)[rng.choice(count, draws, p=weights / weights.sum())]
         bound = int(sizes.sum()) // 10
-        whole = complete(keys.astype(np.uint64), sizes[keys], np.zeros(draws, bool), 1)
+        whole = complete(
+            whole_values(keys.astype(np.uint64), sizes[keys], np.zeros(draws, bool)), 1
+        )
         exact = advise(whole, max_size=bound, policies=("lru", "none"))
         taken = (rng.random(count) < rate)[keys]
         sample = replace(
-            complete(whole.keys[taken], whole.sizes[taken], whole.hits[taken], 1),
+            complete(whole.select(taken), 1),
             rate=rate,
             requests=float(draws),
         )
@@ -306,7 +309,7 @@ def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: 
 
 def test_advice_source_bytes_show_their_band() -> None:
     keys = np.tile(np.arange(200, dtype=np.uint64), 3)
-    whole = complete(keys, 100 + keys * 10, np.zeros(len(keys), bool), 1)
+    whole = complete(whole_values(keys, 100 + keys * 10, np.zeros(len(keys), bool)), 1)
     exact = advise(whole, max_size=10_000)
     assert "±" not in str(exact)
     advice = advise(replace(whole, rate=0.5, requests=1200.0), max_size=10_000)
@@ -385,12 +388,20 @@ def test_advice_counts_what_a_value_takes_on_disk(tmp_path: Path, kind: str, siz
 
 
 @pytest.mark.parametrize("policy", ["lru", "none"])
-@pytest.mark.parametrize("kind", ON_DISK)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("directory", "a/c/{}/{}"),
+        ("pool", "a/c/{}/{}"),
+        ("directory", "x/{}-{}/a/b/c/d/e/f/0"),
+    ],
+)
 def test_advice_band_on_disk_holds_what_values_take_beside(
-    tmp_path: Path, kind: str, policy: Any
+    tmp_path: Path, kind: str, name: str, policy: Any
 ) -> None:
+    """Also where each has many folders of its own."""
     rng = np.random.default_rng(1)
-    keys = [f"a/c/{n // 10}/{n % 10}" for n in range(200)]
+    keys = [name.format(n // 10, n % 10) for n in range(200)]
     source = MemoryStore(
         {
             key: buf(bytes(int(size)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import MemoryStore
 
 from support import buf, value_sync
@@ -18,6 +19,8 @@ from zcache import CacheStore, RecordingError, replay
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from zarr.abc.store import ByteRequest
 
     from zcache.testing import FakeClock
 
@@ -53,6 +56,95 @@ def test_replay_is_what_advise_says(path: Path, anonymous: bool) -> None:
     assert str(replayed) == str(advice)
     # And that is what the store had.
     assert replayed.hit_ratio == pytest.approx(store.cache_stats()["hit_rate"])
+
+
+def ranges_and_wholes(seed: int) -> tuple[MemoryStore, list[tuple[str, ByteRequest | None]]]:
+    """Values, and requests of them and of parts of them: some that are read often, and any."""
+    draw = random.Random(seed)
+    sizes = {f"a/c/{number}": draw.choice([1, 7, 50, 100, 300]) for number in range(20)}
+    requests: list[tuple[str, ByteRequest | None]] = []
+    for _ in range(400):
+        key = f"a/c/{int(20 * draw.random() ** 2)}"
+        start = draw.randrange(sizes[key])
+        count = draw.randint(1, sizes[key] - start)
+        kinds = [
+            None,
+            RangeByteRequest(0, 1),
+            RangeByteRequest(start, start + count),
+            OffsetByteRequest(start),
+            SuffixByteRequest(count),
+        ]
+        requests.append((key, draw.choice(kinds)))
+    return MemoryStore({key: buf(bytes(size)) for key, size in sizes.items()}), requests
+
+
+def read_all(store: CacheStore, requests: list[tuple[str, ByteRequest | None]]) -> tuple[int, int]:
+    """Read them; how many were hits, and the bytes of the others."""
+    missed = 0
+    for key, request in requests:
+        before = store.cache_stats()["misses"]
+        value = value_sync(store, key, request)
+        assert value is not None
+        missed += len(value) * (store.cache_stats()["misses"] - before)
+    return store.cache_stats()["hits"], missed
+
+
+@pytest.mark.parametrize("eviction", ["lru", "none"])
+@pytest.mark.parametrize("seed", range(12))
+def test_replay_of_ranges_and_whole_values_is_what_caches_of_each_size_have(
+    path: Path, seed: int, eviction: Any
+) -> None:
+    """A range that the whole value had served was told as one of its entry, with the bytes of all of it."""
+    source, requests = ranges_and_wholes(seed)
+    sizes = [100, 300, 700, 1500, 4000]
+    store = CacheStore(source, max_size=sizes[seed % len(sizes)], eviction=eviction)
+    with store.record(path):
+        read_all(store, requests)
+    policies: tuple[Any, ...] = ("lru", "none")
+    for policy in policies:
+        real = [
+            read_all(CacheStore(source, max_size=size, eviction=policy), requests) for size in sizes
+        ]
+        for advice in (store.advise(sizes=sizes), replay(path, sizes=sizes)):
+            curve = advice.curves[policy]
+            assert not curve.error.any()
+            assert not curve.source_bytes_error.any()
+            assert curve.hit_ratio * len(requests) == pytest.approx([hits for hits, _ in real])
+            assert curve.source_bytes == pytest.approx([missed for _, missed in real])
+
+
+def test_replay_of_a_recording_that_began_on_a_warm_cache_knows_that(path: Path) -> None:
+    """It was simulated as if all its keys had come for the first time, with no error."""
+    store = CacheStore(source_of(200), max_size=100_000)
+    for number in range(200):
+        value_sync(store, f"a/c/{number}")
+    with store.record(path):
+        for number in range(200):
+            value_sync(store, f"a/c/{number}")
+            assert value_sync(store, f"a/c/{number}", RangeByteRequest(0, 5)) == bytes(5)
+    advice = replay(path, sizes=[5000, 20_000, 100_000])
+    assert (advice.requests, advice.best_hit_ratio, advice.cold_share) == (400, 1, 0)
+    assert advice.hit_ratio == 1
+    assert advice.guessed_share == 0.5
+    curve = advice.curves["lru"]
+    # What was used last of it is not known, but that all of it fits.
+    assert list(curve.error) == [0.5, 0, 0]
+    assert "50.0% are of values that were cached or requested before these" in str(advice)
+
+
+def test_replay_of_a_recording_that_began_with_a_value_cached_knows_that_it_serves_its_ranges(
+    path: Path,
+) -> None:
+    store = CacheStore(source_of(1, 1000), max_size=100_000)
+    value_sync(store, "a/c/0")
+    with store.record(path):
+        for start in range(200):
+            request = RangeByteRequest(start, start + 5)
+            assert value_sync(store, "a/c/0", request) == bytes(5)
+    advice = replay(path, sizes=[500, 1000])
+    assert advice.best_hit_ratio == advice.guessed_share == 1
+    assert list(advice.curves["lru"].hit_ratio) == [0, 1]
+    assert list(advice.curves["lru"].error) == [1, 0]
 
 
 def test_replay_with_given_sizes_and_policies(path: Path) -> None:

@@ -77,6 +77,9 @@ class Advice:
     unsized_share : float
         Part of all requests that is left out, 0 to 1, because the sizes of their values are not known: they did not
         come, or another process has them on their way to the cache store.
+    guessed_share : float
+        Part of the requests, 0 to 1, that are the first known ones of what was cached or requested before: whether a
+        cache smaller than all that was requested had served them is a guess, and part of the error.
     max_size : int
         Bytes: the present size. The bound, or, where there is none, what is cached. `sizes` follow from it or,
         where it is 0, from the bytes of all that was requested.
@@ -111,6 +114,7 @@ class Advice:
     sampled_requests: int = 0
     sampling_rate: float = 1.0
     unsized_share: float = 0.0
+    guessed_share: float = 0.0
     max_size: int = 0
     is_bounded: bool = False
     policy: Policy = DEFAULT_POLICY
@@ -231,6 +235,11 @@ class Advice:
         if self.unsized_share:
             about += (
                 f" {self.unsized_share:.1%} of all are left out, for their sizes are not known."
+            )
+        if self.guessed_share:
+            about += (
+                f" {self.guessed_share:.1%} are of values that were cached or requested before these; what smaller "
+                "caches had made of those is a guess."
             )
         bound = "max_size" if self.is_bounded else "no max_size, and in use"
         told = [(f"{about} Now: {bound} {size}, {self.policy}, hit ratio {self.hit_ratio:.2f}.")]

@@ -173,6 +173,7 @@ def advise(
         sampled_requests=count,
         sampling_rate=trace.rate,
         unsized_share=unsized,
+        guessed_share=estimator.guessed,
         max_size=base,
         is_bounded=max_size is not None,
         policy=policy,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from zcache._core import simulate
+from zcache._advice.trace import Simulator
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,23 +44,20 @@ class Estimator:
     Attributes
     ----------
     cold : float
-        Part of the requests that count that are the first ones of their keys.
+        Part of the requests that count of which none before has brought the bytes.
+    guessed : float
+        Part of the requests that count of which a cache without a bound has the bytes from before the first request
+        that is left: of a smaller one no one knows.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        n = len(trace.keys)
-        _, first, sorted_key = np.unique(trace.keys, return_index=True, return_inverse=True)
-        # Numbered as they came, so that the same requests give the same advice, whatever their hashes.
-        rank = np.argsort(np.argsort(first))
-        self._key = rank[sorted_key]
-        is_first = np.zeros(n, bool)
-        is_first[first] = True
-        is_cold = is_first & ~trace.seen_before
-        self._may_hit = ~is_cold & ~trace.outdated
-        costs = trace.costs()
-        self._keys, self._costs = self._key.astype(np.uint64).tobytes(), costs.tobytes()
-        self._counted = np.arange(n) >= trace.former
+        self._simulator = Simulator(trace)
+        self._key = self._simulator.keys
+        is_known = self._simulator.known()
+        self._may_hit = is_known & ~trace.outdated
+        self._costs = trace.costs()
+        self._counted = np.arange(len(trace.keys)) >= trace.former
         self._bytes = trace.sizes.astype(float)
         self._all = self._per_key(self._counted)
         self._squares = float(np.square(self._all).sum())
@@ -69,14 +66,15 @@ class Estimator:
         by_chance = sqrt((1 - trace.rate) * self._squares)
         self._alike, self._alike_variance = _part_of_chance(self._missing, by_chance)
         self._total = max(kept + self._missing, 1.0)
-        self.cold = min(1.0, float(is_cold[self._counted].sum()) / self._total)
-        # Of a key that was requested before all that is left, and since then not in the half that fills the
-        # caches: no one knows which others were requested in between.
-        before, seen = self._per_key(~self._counted), trace.seen_before[np.sort(first)]
-        guessed = (before == 1) & seen & (self._all > 0)
-        self._guessed = float(guessed.sum()) / self._total
-        self._guessed_bytes = float(trace.sizes[np.sort(first)][guessed].sum()) / trace.rate
-        bytes_of_keys = costs[first].astype(float)
+        self.cold = min(1.0, float((~is_known[self._counted]).sum()) / self._total)
+        # No one knows which others were requested between those that are forgotten and the first that is left.
+        later = Simulator(trace.select(slice(trace.earlier, None))).known()
+        guessed = is_known & self._counted
+        guessed[trace.earlier :] &= ~later
+        self.guessed = float(guessed.sum()) / self._total
+        self._guessed_bytes = float(trace.sizes[guessed].sum()) / trace.rate
+        self._apart, self._apart_bytes = self._apart_from_wholes()
+        bytes_of_keys = self._costs[~is_known].astype(float)
         whole = bytes_of_keys.sum()
         #: Relative standard deviation of the bytes of all sampled keys.
         self._scale = (
@@ -93,6 +91,20 @@ class Estimator:
         chosen = None if weights is None else weights[which]
         count = int(self._key.max(initial=-1)) + 1
         return np.asarray(np.bincount(self._key[which], chosen, count), float)
+
+    def _apart_from_wholes(self) -> tuple[float, float]:
+        """About which part of the requests, and how many bytes, are of ranges whose whole values are requested, but not sampled.
+
+        Those are as likely to be in the sample as any, so of those that are follows how many are not.
+        """
+        trace = self.trace
+        is_range = (trace.ranges[:, 0] != 0) & self._counted
+        if trace.rate >= 1 or not is_range.any():
+            return 0.0, 0.0
+        whole = trace.keys[trace.ranges[:, 0] == 0]
+        beside = float((is_range & np.isin(trace.wholes, whole)).sum())
+        apart = min(float(is_range.sum()) - beside, beside * (1 / trace.rate - 1))
+        return apart / self._total, apart * float(trace.sizes[is_range].mean()) / trace.rate
 
     def at(self, policy: str, size: float) -> tuple[float, float, float, float]:
         """What a policy would have had: its hit ratio and the bytes that it misses, each with its error by chance.
@@ -114,15 +126,16 @@ class Estimator:
         hits = self._hits(policy, size, self._costs)
         ratio, error = self._ratio(hits)
         missed, missed_error = self._missed_bytes(hits)
+        error, missed_error = error + self._apart, missed_error + self._apart_bytes
         if size < self.footprint:
-            error += self._guessed
+            error += self.guessed
             missed_error += self._guessed_bytes
         return ratio, error, missed, missed_error
 
-    def _hits(self, policy: str, size: float, costs: bytes) -> NDArray[np.bool_]:
+    def _hits(self, policy: str, size: float, costs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         capacity = min(round(size * self.trace.rate), 2**64 - 1)
-        found = np.frombuffer(simulate(policy, capacity, self._keys, costs), bool)
-        return np.asarray(found & self._may_hit, bool)
+        found = self._simulator.hits(policy, capacity, costs)
+        return np.asarray(found & ~self.trace.outdated, bool)
 
     def room_error(
         self, policy: str, size: int, present: int, ratio: float, missed: float
@@ -138,7 +151,7 @@ class Estimator:
         off = min(1.0, _BESIDE_OFF * (1 + abs(log2(size / max(present, 1)))))
         ratio_error = missed_error = 0.0
         for by, kept in ((-off, 0), (0, _KEPT_FREE // 2), (off, _KEPT_FREE)):
-            costs = replace(trace, beside=round(trace.beside * (1 + by))).costs().tobytes()
+            costs = replace(trace, beside=round(trace.beside * (1 + by))).costs()
             hits = self._hits(policy, max(size - kept * trace.unit, 0), costs)
             other, other_missed = self._ratio(hits)[0], self._missed_bytes(hits)[0]
             ratio_error = max(ratio_error, abs(other - ratio))

@@ -17,13 +17,16 @@ import numpy as np
 
 from zcache._advice.advise import advise, parse_policies, parse_sizes
 from zcache._advice.file_format import COLUMNS, HEAD, LONGEST_LINE, MAGIC, path_of_recording
-from zcache._advice.trace import UNKNOWN, Trace, complete
+from zcache._advice.trace import UNKNOWN, Requests, Trace, complete
+from zcache._byte_ranges import from_text
 from zcache._core import POLICIES
 from zcache._options import MAX_BYTES
 from zcache.exceptions import RecordingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
 
     from zcache._advice.advice import Advice
     from zcache._types import Policy, Size
@@ -138,20 +141,15 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
     if tuple(next(rows, ())) != columns:
         raise ValueError(f"its columns are not {', '.join(columns)}")
     whole = rows.line_num
-    numbers: dict[tuple[str, str], int] = {}
-    times, keys, sizes = array("d"), array("Q"), array("Q")
-    hits, outdated = array("b"), array("b")
+    requests, times = _Rows(), array("d")
     try:
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
             try:
-                at, key, _, _, hit, entry_range, size, *rest = row
+                at, *asked = row
                 times.append(_time(at))
-                keys.append(numbers.setdefault((key, entry_range), len(numbers)))
-                sizes.append(_size(size) if size else UNKNOWN)
-                hits.append(_flag("hit", hit))
-                outdated.append(_flag("outdated", rest[0]) if rest else 0)
+                requests.append(*asked)
             except ValueError as error:
                 raise ValueError(f"line {rows.line_num + 1}: {error}") from error
             whole = rows.line_num
@@ -159,16 +157,73 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
         raise _CutOffError(whole + 1) from error
     # Misses were written when they were known, not when they were made.
     order = np.argsort(np.frombuffer(times, float), kind="stable")
-    trace = complete(
-        np.frombuffer(keys, np.uint64)[order],
-        np.frombuffer(sizes, np.uint64)[order],
-        np.frombuffer(hits, np.int8)[order] != 0,
-        block_size,
-        header,
-        beside,
-        np.frombuffer(outdated, np.int8)[order] != 0,
-    )
-    return trace, max_size, policy
+    found, served_by = requests.in_order(order)
+    return complete(found, block_size, header, beside, served_by), max_size, policy
+
+
+class _Rows:
+    """What rows ask for, and the entries that have served them, as they are read."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, str], int] = {}
+        # Of each number.
+        self._wholes, self._ranges = array("Q"), array("Q")
+        # Of each row: the request and the entry, and the bytes of each.
+        self._keys, self._sizes = (array("Q"), array("Q")), (array("Q"), array("Q"))
+        self._hits, self._outdated = array("b"), array("b")
+
+    def append(
+        self,
+        key: str,
+        asked: str,
+        size: str,
+        hit: str,
+        entry_range: str,
+        entry_size: str,
+        outdated: str = "0",
+    ) -> None:
+        """Take the columns after the time."""
+        of_answer, of_entry = _size("size", size), _size("entry_size", entry_size)
+        if of_entry == UNKNOWN:
+            entry_range, of_entry = asked, of_answer
+        flags = _flag("hit", hit), _flag("outdated", outdated)
+        pair = self._number(key, asked), self._number(key, entry_range)
+        for column, value in zip(
+            (*self._keys, *self._sizes, self._hits, self._outdated),
+            (*pair, of_answer, of_entry, *flags),
+            strict=True,
+        ):
+            column.append(value)
+
+    def _number(self, key: str, text: str) -> int:
+        number = self._numbers.get((key, text))
+        if number is None:
+            byte_range = from_text(text)
+            whole = None if byte_range is None else self._number(key, "")
+            number = self._numbers[key, text] = len(self._numbers)
+            self._wholes.append(number if whole is None else whole)
+            self._ranges.extend(byte_range or (0, 0, 0))
+        return number
+
+    def in_order(self, order: NDArray[np.intp]) -> tuple[Requests, Requests]:
+        """The requests, and the entries that have served them."""
+        wholes = np.frombuffer(self._wholes, np.uint64)
+        ranges = np.frombuffer(self._ranges, np.uint64).reshape(-1, 3)
+        hits, outdated = (
+            np.frombuffer(flags, np.int8)[order] != 0 for flags in (self._hits, self._outdated)
+        )
+        asked, served_by = (
+            Requests(
+                keys=(numbers := np.frombuffer(keys, np.uint64)[order]),
+                wholes=wholes[numbers.astype(np.intp)],
+                ranges=ranges[numbers.astype(np.intp)],
+                sizes=np.frombuffer(sizes, np.uint64)[order],
+                hits=hits,
+                outdated=outdated,
+            )
+            for keys, sizes in zip(self._keys, self._sizes, strict=True)
+        )
+        return asked, served_by
 
 
 def _described(about: Any, number: str) -> tuple[int | None, list[int], Policy]:
@@ -208,7 +263,9 @@ def _flag(name: str, text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> int:
+def _size(name: str, text: str) -> int:
+    if not text:
+        return UNKNOWN
     if not (text.isascii() and text.isdecimal() and int(text) <= _LARGEST_VALUE):
-        raise ValueError(f"entry_size is {text!r:.40}, no number from 0 to {_LARGEST_VALUE}")
+        raise ValueError(f"{name} is {text!r:.40}, no number from 0 to {_LARGEST_VALUE}")
     return int(text)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
+
+from zcache._core import simulate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -14,36 +19,79 @@ if TYPE_CHECKING:
 
 UNKNOWN: Final = 2**64 - 1
 """Stands for a size that is not known: the source has not given the value, or the cache was not told of it."""
-_MOST_BESIDE: Final = 4
-"""Blocks of folders for each value that are believed: values that are being written count as well."""
-_FORMER, _SEEN, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
+_FORMER, _EARLIER, _OUTDATED, _HIT = 1, 2, 1 << 14, 1 << 15
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Requests in their order, those of which the sizes are not known left out.
+class Requests:
+    """Requests in their order: what they ask for, and what they have come to.
 
     Attributes
     ----------
     keys : array of uint64, shape (n,)
         What stands for key and range, equal for equal ones.
+    wholes : array of uint64, shape (n,)
+        The same of the whole value; `keys` where that is asked for.
+    ranges : array of uint64, shape (n, 3)
+        Which bytes of it, as a `ByteRange`; of kind 0 where that is all.
     sizes : array of uint64, shape (n,)
-        Bytes of the entries.
+        Bytes of the answers.
     hits : array of bool, shape (n,)
         Which were hits.
     outdated : array of bool, shape (n,)
         Which no cache of any size had served, because what it had was too old.
-    seen_before : array of bool, shape (n,)
-        Of which the key was requested before the first of these.
+    """
+
+    keys: NDArray[np.uint64]
+    wholes: NDArray[np.uint64]
+    ranges: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+    hits: NDArray[np.bool_]
+    outdated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select(self, which: Any) -> Self:
+        """Those that an index into arrays selects."""
+        return replace(self, **{name: column[which] for name, column in self.columns().items()})
+
+    def after(self, others: Requests) -> Self:
+        """These, with others before them."""
+        before, own = others.columns(), self.columns()
+        return replace(self, **{name: np.concatenate([before[name], own[name]]) for name in own})
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names."""
+        return {column.name: getattr(self, column.name) for column in fields(Requests)}
+
+
+def whole_values(
+    keys: NDArray[np.uint64], sizes: NDArray[np.uint64], hits: NDArray[np.bool_]
+) -> Requests:
+    """Requests of whole values, none of which is too old."""
+    ranges = np.zeros((len(keys), 3), np.uint64)
+    return Requests(keys, keys, ranges, sizes, hits, np.zeros(len(keys), bool))
+
+
+@dataclass(frozen=True)
+class Trace(Requests):
+    """Requests to simulate, those of which the sizes are not known left out.
+
+    Attributes
+    ----------
+    earlier : int
+        How many of these, at the beginning, stand for what was requested or cached before the first of the others,
+        one for each entry. They are part of `former`.
     former : int
-        How many of these, at the beginning, only fill the simulated caches and do not count: where earlier requests
-        are forgotten, one for each key of those, in their order, and then half of the requests that are left.
+        How many, at the beginning, only fill the simulated caches and do not count: the earlier ones and, where a
+        sample has forgotten some, half of the requests that are left.
     rate : float
         Part of all keys that this is about, above 0 and up to 1.
     requests : float
         Requests of all keys, of which those that count are a sample.
     has_slid : bool
-        Whether there were requests before the first of these.
+        Whether there were requests before the first of these that are forgotten.
     unit : int
         Bytes of a block of the cache store; 0 and 1 are the same.
     header : int
@@ -54,11 +102,7 @@ class Trace:
         How many requests were left out because their sizes are not known.
     """
 
-    keys: NDArray[np.uint64]
-    sizes: NDArray[np.uint64]
-    hits: NDArray[np.bool_]
-    outdated: NDArray[np.bool_]
-    seen_before: NDArray[np.bool_]
+    earlier: int
     former: int
     rate: float
     requests: float
@@ -69,7 +113,7 @@ class Trace:
     unsized: int
 
     def costs(self) -> NDArray[np.uint64]:
-        """Bytes that each entry takes in the cache store."""
+        """Bytes that an entry takes in the cache store, for each request."""
         if self.unit <= 1:
             return self.sizes
         unit, mib = np.uint64(self.unit), np.uint64(20)
@@ -79,77 +123,157 @@ class Trace:
         return costs + np.uint64(self.beside)
 
 
+class Simulator:
+    """Simulates caches that are asked these requests.
+
+    Parameters
+    ----------
+    requests : Requests
+        The requests.
+
+    Attributes
+    ----------
+    keys : array of int, shape (n,)
+        Their keys, numbered as they came, so that the same requests give the same advice, whatever their hashes.
+    first : array of int
+        The first request of each of these.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        known, first, of_sorted = np.unique(requests.keys, return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))
+        self.keys: NDArray[np.int64] = rank[of_sorted]
+        self.first = np.sort(first)
+        self._keys = self.keys.astype(np.uint64).tobytes()
+        self._parts = b""
+        ranges = requests.ranges[self.first]
+        if ranges[:, 0].any():
+            wholes = requests.wholes[self.first]
+            at = np.minimum(np.searchsorted(known, wholes), len(known) - 1)
+            # Of values that are never requested as a whole there is none; numbers above all others stand for these.
+            _, others = np.unique(wholes, return_inverse=True)
+            numbers = np.where(known[at] == wholes, rank[at], len(known) + others)
+            parts = [numbers[:, None], ranges, requests.sizes[self.first][:, None]]
+            self._parts = np.hstack([part.astype(np.uint64) for part in parts]).tobytes()
+
+    def hits(self, policy: str, capacity: int, costs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of them a cache of so many bytes serves, where none is too old."""
+        served = simulate(policy, capacity, self._keys, costs.tobytes(), self._parts)
+        return np.frombuffer(served, bool)
+
+    def known(self) -> NDArray[np.bool_]:
+        """Which of them a cache without a bound serves: all but those of which none before has brought the bytes."""
+        return self.hits("none", UNKNOWN, np.zeros(len(self.keys), np.uint64))
+
+
 def sampled(index: Index, header: int = 0) -> Trace:
     """The sample of an index, of all processes that share it."""
-    requests, rate, has_slid, unit, *columns = index.sample()
-    keys = np.frombuffer(columns[0], np.uint64)
-    sizes = np.frombuffer(columns[1], np.uint64)
+    total, rate, has_slid, (unit, beside), *columns = index.sample()
+    keys, sizes, wholes, ranges = (
+        np.frombuffer(columns[number], np.uint64) for number in (0, 1, 3, 4)
+    )
     flags = np.frombuffer(columns[2], np.uint16)
+    requests = Requests(
+        keys, wholes, ranges.reshape(-1, 3), sizes, _has(flags, _HIT), _has(flags, _OUTDATED)
+    )
     known = sizes != UNKNOWN
     # What is left out for that is as frequent among those that are not sampled.
-    former = _has(flags, _FORMER)
-    total = int((~former).sum())
-    share = int((known & ~former).sum()) / total if total else 1.0
-    trace = Trace(
-        keys=keys[known],
-        sizes=sizes[known],
-        hits=_has(flags[known], _HIT),
-        outdated=_has(flags[known], _OUTDATED),
-        seen_before=_has(flags[known], _SEEN),
-        former=int((known & former).sum()),
-        rate=rate,
-        requests=requests * share,
-        has_slid=has_slid,
-        unit=unit,
-        header=header,
-        beside=0,
-        unsized=int((~known & ~former).sum()),
+    former, earlier = _has(flags, _FORMER), _has(flags, _EARLIER)
+    counted = int((~former).sum())
+    share = int((known & ~former).sum()) / counted if counted else 1.0
+    return _with_earlier(
+        Trace(
+            **requests.select(known).columns(),
+            earlier=int((known & earlier).sum()),
+            former=int((known & former).sum()),
+            rate=rate,
+            requests=total * share,
+            has_slid=has_slid,
+            unit=unit,
+            header=header,
+            beside=beside,
+            unsized=int((~known & ~former).sum()),
+        )
     )
-    return replace(trace, beside=_beside(index, trace))
-
-
-def _beside(index: Index, trace: Trace) -> int:
-    """Bytes that are cached beside the values, for each of them: what is more than their blocks."""
-    entries = len(index)
-    if trace.unit <= 1 or not entries or not len(trace.keys):
-        return 0
-    _, one_each = np.unique(trace.keys, return_index=True)
-    # The index knows the bytes of its values, not those of their blocks: about as much more as for those of the sample.
-    in_blocks = float((trace.costs() - trace.sizes)[one_each].mean())
-    beside = (index.current_size - index.live_bytes) / entries - in_blocks
-    return round(min(max(beside, 0.0), _MOST_BESIDE * trace.unit))
 
 
 def complete(
-    keys: NDArray[np.uint64],
-    sizes: NDArray[np.uint64],
-    hits: NDArray[np.bool_],
+    requests: Requests,
     unit: int,
     header: int = 0,
     beside: int = 0,
-    outdated: NDArray[np.bool_] | None = None,
+    served_by: Requests | None = None,
 ) -> Trace:
-    """All requests that there were."""
-    known = sizes != UNKNOWN
-    unsized = int((~known).sum())
-    keys, sizes, hits = keys[known], sizes[known], hits[known]
-    nothing = np.zeros(len(keys), bool)
-    outdated = nothing if outdated is None else outdated[known]
-    return Trace(
-        keys=keys,
-        sizes=sizes,
-        hits=hits,
-        outdated=outdated,
-        seen_before=nothing,
+    """All requests that there were; those of what has served them as well, where that is known."""
+    known = requests.sizes != UNKNOWN
+    trace = Trace(
+        **requests.select(known).columns(),
+        earlier=0,
         former=0,
         rate=1.0,
-        requests=float(len(keys)),
+        requests=float(known.sum()),
         has_slid=False,
         unit=unit,
         header=header,
         beside=beside,
-        unsized=unsized,
+        unsized=int((~known).sum()),
     )
+    return _with_earlier(trace, served_by and served_by.select(known))
+
+
+def _with_earlier(trace: Trace, served_by: Requests | None = None) -> Trace:
+    """The same, after what was cached before: what has served a hit, and was not asked for until then.
+
+    Where that is not known, it is what was asked for, unless it lies in a range that was.
+    """
+    simulator = Simulator(trace)
+    warm = np.flatnonzero(trace.hits & ~simulator.known())
+    if served_by is None:
+        served_by, warm = trace, _without_parts(trace, warm)
+    asked = dict(zip(trace.keys[simulator.first].tolist(), simulator.first.tolist(), strict=True))
+    before: dict[int, int] = {}
+    for number, key in zip(warm.tolist(), served_by.keys[warm].tolist(), strict=True):
+        if asked.get(key, number) >= number:
+            before.setdefault(key, number)
+    return replace(
+        trace.after(served_by.select(np.array(list(before.values()), int))),
+        earlier=trace.earlier + len(before),
+        former=trace.former + len(before),
+    )
+
+
+def _without_parts(trace: Trace, numbers: NDArray[np.intp]) -> NDArray[np.intp]:
+    """These requests without those of ranges that lie in others of the same value, requested before."""
+    left = set(numbers.tolist())
+    of_parts = numbers[trace.ranges[numbers, 0] != 0]
+    same = np.isin(trace.wholes, trace.wholes[of_parts]) & (trace.ranges[:, 0] != 0)
+    brought: dict[tuple[int, bool], _Ranges] = defaultdict(_Ranges)
+    for number in np.flatnonzero(same).tolist():
+        kind, start = trace.ranges[number, :2].tolist()
+        size = int(trace.sizes[number])
+        # Of the last bytes it is known only how many they are.
+        first, last = (0, size) if kind == 3 else (start, inf if kind == 2 else start + size)
+        if not brought[int(trace.wholes[number]), kind == 3].add(first, last):
+            left.discard(number)
+    return np.array(sorted(left), np.intp)
+
+
+class _Ranges:
+    """Byte ranges, none of which lies in another: so they are in the order of both their ends."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[float] = []
+
+    def add(self, start: int, end: float) -> bool:
+        """Add one; False, if it lies in one of them."""
+        before = bisect_right(self._starts, start)
+        if before and self._ends[before - 1] >= end:
+            return False
+        at = bisect_left(self._starts, start)
+        past = max(at, bisect_right(self._ends, end))
+        self._starts[at:past], self._ends[at:past] = [start], [end]
+        return True
 
 
 def _has(flags: NDArray[np.uint16], bit: int) -> NDArray[np.bool_]:

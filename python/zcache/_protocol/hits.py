@@ -244,8 +244,7 @@ class Hits:
             return False, None
         value = await self.serve_found(io, key, prototype, hit)
         if value is None and self._sampling:
-            name = key if isinstance(hit, int) else hit[0]
-            self.handle.call_later(ignore, Index.miss_request, key, byte_range, name)
+            self.handle.call_later(ignore, Index.miss_request, key, byte_range)
         self.hook.read(key, byte_range, served=value is not None)
         return value is not None, value
 
@@ -450,12 +449,12 @@ class Hits:
     ) -> None:
         """Tell of a miss that the read of another has served, or a value on its way into the cache store: a `hit`.
 
-        That read was one of `whole`, of `total` bytes, so this is a request of the same entry.
+        That read was one of `whole`, of `total` bytes.
         """
         if hit:
             self.recount_as_hit()
         if self._sampling and (hit or whole != byte_range):
-            self.handle.call_later(ignore, Index.settle_request, key, byte_range, whole, total, hit)
+            self.handle.call_later(ignore, Index.settle_request, key, byte_range, size, hit)
         entry = (key, total) if whole is None else None
         self.hook.brought(key, byte_range, size, hit=hit, entry=entry)
 

@@ -15,7 +15,7 @@ use super::cell::Kind;
 use super::storage::Storage;
 use crate::error::{Error, Result};
 use crate::key::packing::{self, Label, Packing};
-use crate::key::{self, ByteRange, RangeLabel};
+use crate::key::{self, ByteRange, Part, RangeLabel};
 
 pub(super) const CYCLE: Error = Error::Corrupt("tree: cycle");
 pub(super) const EMPTY: Error = Error::Corrupt("tree: directory without children");
@@ -81,16 +81,23 @@ impl<S: Storage> Arena<S> {
 
     /// Hash of a key and range, whether or not there is an entry.
     pub(crate) fn hash_of_name(&self, key: &str, range: ByteRange) -> u64 {
+        self.part_of(key, range).hash
+    }
+
+    /// The same, with the hash of the whole value.
+    pub(crate) fn part_of(&self, key: &str, range: ByteRange) -> Part {
         let (dirs, label) = packing::split(key);
         let above = self.dir_hash(dirs);
+        let whole = hash(&label, above, Kind::Value);
         if range == ByteRange::Full {
-            return hash(&label, above, Kind::Value);
+            return Part::of_whole(whole);
         }
         let object = hash(&label, above, Kind::Object);
-        hash(
-            &Label::Raw(RangeLabel::new(range).bytes()),
-            object,
-            Kind::of(range),
-        )
+        let bounds = RangeLabel::new(range);
+        Part {
+            hash: hash(&Label::Raw(bounds.bytes()), object, Kind::of(range)),
+            whole,
+            range,
+        }
     }
 }
