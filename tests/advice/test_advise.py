@@ -277,6 +277,33 @@ def test_advice_band_holds_where_one_key_has_many_requests(share: float) -> None
     assert np.mean(holds) > 0.86
 
 
+def test_advice_band_holds_where_whole_values_of_sampled_ranges_are_not_sampled() -> None:
+    """They were simulated as if they were never read, with the band of chance alone."""
+    rng = np.random.default_rng(5)
+    values, parts, draws, rate = 1000, 10, 40_000, 0.4
+    value = (values * rng.random(draws) ** 2).astype(np.uint64)
+    # Number 0 is the whole.
+    part = np.where(rng.random(draws) < 0.2, 0, rng.integers(1, parts + 1, draws))
+    sizes = np.where(part == 0, 10 * SIZE, SIZE).astype(np.uint64)
+    starts = np.maximum(part - 1, 0) * SIZE
+    wholes = value * np.uint64(parts + 1)
+    requests = replace(
+        whole_values(wholes + part.astype(np.uint64), sizes, np.zeros(draws, bool)),
+        wholes=wholes,
+        ranges=np.stack([part > 0, starts, np.where(part > 0, starts + SIZE, 0)], 1).astype(
+            np.uint64
+        ),
+    )
+    bound = values * 10 * SIZE // 2
+    exact = advise(complete(requests, 1), max_size=bound, policies=("lru",)).curves["lru"]
+    assert not exact.error.any()
+    is_sampled = (rng.random(values * (parts + 1)) < rate)[requests.keys.astype(int)]
+    sample = replace(complete(requests.select(is_sampled), 1), rate=rate, requests=float(draws))
+    said = advise(sample, max_size=bound, policies=("lru",)).curves["lru"]
+    assert (np.abs(said.hit_ratio - exact.hit_ratio) <= said.error).all()
+    assert (np.abs(said.source_bytes - exact.source_bytes) <= said.source_bytes_error).all()
+
+
 @pytest.mark.parametrize(("spread", "skew"), [(2.0, 0.9), (2.5, 0.7), (1.0, 0.8)])
 def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: float) -> None:
     """A few keys have most of the bytes, and are in the sample or are not."""

@@ -18,6 +18,7 @@ from doubles import DictStore, GatedStore, SyncDictStore, reached
 from pools import POOLS, within_bound
 from support import PROTOTYPE, RANGES, buf, cut, drained, read, read_through
 from zcache import CachePool, CacheStore
+from zcache._byte_ranges import from_text, to_text
 from zcache.testing import StoreDouble, check_invariants_async, in_flight, stored_sizes
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def make(kind: str, path: Path) -> Store | CachePool:
     if kind in POOLS:
         return POOLS[kind](path / kind)
     return MemoryStore() if kind == "memory" else LocalStore(path / kind)
+
+
+def test_from_text_is_the_inverse_of_to_text() -> None:
+    for asked in (None, (1, 0, 1), (1, 7, 7), (2, 0, 0), (2, 2**63 - 1, 0), (3, 0, 0), (3, 12, 0)):
+        assert from_text(to_text(asked)) == asked
 
 
 def data(value: Buffer | None) -> bytes | None:
