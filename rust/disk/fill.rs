@@ -38,7 +38,7 @@ impl<D> Fill<D> {
 
     /// Stands for the value that it is about. Two values that share one by chance only wait for each other.
     pub(super) fn name(&self) -> u64 {
-        sampling::hash(&self.key, self.range, 0)
+        sampling::part_of(&self.key, self.range, 0).hash
     }
 }
 

@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from agent import Agent
 from directories import INDEX, closed, complete, open_store
-from pools import CACHES
+from pools import CACHES, STORES
 from support import (
     PROTOTYPE,
     buf,
