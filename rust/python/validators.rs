@@ -3,24 +3,26 @@
 use pyo3::prelude::*;
 
 use super::backing::step;
-use super::convert::{RawSpan, hit, millis, span};
+use super::convert::{RawSpan, RawVictim, hit, millis, raw_victims, span};
 use super::index::Index;
 
 #[pymethods]
 impl Index {
-    #[pyo3(signature = (key, ticket, validator, /))]
-    fn set_validator(
+    #[pyo3(signature = (key, ticket, validator, fetched, now, /))]
+    fn note_arrival(
         &self,
         py: Python<'_>,
         key: &str,
         ticket: u64,
-        validator: &str,
-    ) -> PyResult<()> {
+        validator: Option<&str>,
+        fetched: f64,
+        now: f64,
+    ) -> PyResult<Vec<RawVictim>> {
         let key = &*self.whole(key);
-        step!(self, py, |cache| {
-            cache.set_validator(key, ticket, validator);
-            Ok(())
-        })
+        let (fetched, now) = (millis(fetched), millis(now));
+        let victims = step!(self, py, |cache| cache
+            .note_arrival(key, ticket, validator, fetched, now))?;
+        Ok(raw_victims(victims))
     }
 
     #[pyo3(signature = (key, raw, /))]
