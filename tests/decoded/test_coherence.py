@@ -312,6 +312,42 @@ def test_chunk_expires_with_its_bytes(clock: FakeClock, more: dict[str, Any], ag
     assert decoded(store, "hits") == hits + 1
 
 
+@pytest.mark.parametrize("revalidate", [False, True])
+@pytest.mark.parametrize("where", [slice(None), [0, 2, 4, 6]], ids=["block", "elements"])
+def test_whole_shard_is_of_one_value_where_others_have_rewritten_it(
+    tmp_path: Path, clock: FakeClock, where: Any, revalidate: bool
+) -> None:
+    """As without decoded chunks: to read what is not decoded yet by the cached index would give what no value ever was."""
+    source = LocalStore(tmp_path)
+    others = zarr.create_array(
+        source,
+        name="v",
+        shape=(8,),
+        chunks=(2,),
+        shards=(8,),
+        dtype="i4",
+        fill_value=0,
+        compressors=None,
+    )
+    others[:] = 1
+    store = CacheStore(
+        source, max_age_seconds=60, revalidate=revalidate, clock=clock, decoded_size=100_000
+    )
+    array = zarr.open_array(store, path="v")
+    assert array[0] == 1
+    drained_sync(store)
+    clock.advance(1)
+    # The first inner chunk is not stored any more, so all others have moved.
+    others[:] = values = np.array([0, 0, 2, 2, 3, 3, 4, 4])
+    for _ in range(2):
+        np.testing.assert_array_equal(array[where], values[where])
+        drained_sync(store)
+    hits = decoded(store, "hits")
+    assert [array[n] for n in range(8)] == values.tolist()
+    assert decoded(store, "hits") == hits + 8
+    check_decoded_quiet(store)
+
+
 @shards
 @pytest.mark.parametrize("age", ["infinity", 10])
 @pytest.mark.parametrize("now", [0.0, 1e-4, -5.0])
@@ -496,6 +532,23 @@ async def test_reader_waits_for_a_chunk_whose_bytes_are_on_their_way(
     # Each was decoded once.
     assert decoded(array.store, "misses") == 4
     check_decoded_quiet(array.store)
+
+
+async def test_reader_of_a_whole_shard_that_expires_takes_no_part_of_it_from_another_one() -> None:
+    """By the index that the other one reads, it would read the rest."""
+    source = StoreDouble(MemoryStore())
+    await asyncio.to_thread(create, source, shards=(16,))
+    store = CacheStore(source, source_id="s", max_age_seconds=3600, decoded_size=100_000)
+    array: Any = await zarr.api.asynchronous.open_array(store=store, path="v")
+    gate = source.block("get", key="v/c/0", times=1)
+    leader = asyncio.create_task(array.getitem(slice(0, 4)))
+    await asyncio.to_thread(gate.wait_entered)
+    found = await asyncio.wait_for(array.getitem(slice(None)), 60)
+    assert found.tolist() == list(range(16))
+    assert not leader.done()
+    gate.release()
+    assert (await leader).tolist() == [0, 1, 2, 3]
+    check_decoded_quiet(store)
 
 
 async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancelled() -> None:

@@ -133,8 +133,13 @@ class DecodedCache:
         self._reads.recount_as_miss()
         return None
 
+    def drop(self, name: str, kept: Kept) -> None:
+        """Forget a chunk that was found and is not used after all: it was a miss."""
+        self._discard(name, kept)
+        self._reads.recount_as_miss()
+
     def _discard(self, name: str, kept: Kept) -> None:
-        """Let go of a chunk that is not current, and not of what takes its place meanwhile."""
+        """Free a chunk that is not current, and not of what takes its place meanwhile."""
         entry = self._index.handle_of(name, None, None, 0.0)
         # That is its own, then: what is newer is in its place before its entry is there.
         if entry is not None and self._values.get(name) is kept:

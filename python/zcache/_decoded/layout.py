@@ -59,6 +59,8 @@ class Layout:
         Bytes of it.
     inner : tuple of int or None
         Shape of the inner chunks, where these are the unit.
+    count : int
+        Of these units, in a chunk or shard.
     """
 
     def __init__(self, codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> None:
@@ -71,6 +73,8 @@ class Layout:
         self.size = math.prod(self.shape) * dtype.itemsize
         self.number = 0
         self._shard: Coords = spec.shape
+        units = zip(spec.shape, self.shape, strict=True)
+        self.count = math.prod([-(-whole // max(n, 1)) for whole, n in units])
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()

@@ -148,12 +148,20 @@ class ShardPart(Part):
         coords = self._coords()
         stem = f"{self.layout.number}/{key}"
         names = self._names(stem, coords)
-        found = []
+        found: list[int] = []
+        pinned = len(hits)
         hit = () if is_missed else cache.get_all(names, output.mark, output.now)
         for n, kept in hit:
             hits.append(kept)
             found.append(n)
             self.place(coords[n], kept.array)
+        if found and len(found) < len(names) and self._is_read_whole(len(names)):
+            useless = hits[pinned:]
+            del hits[pinned:]
+            cache.room.unpin(*useless)
+            for n, kept in zip(found, useless, strict=True):
+                cache.drop(names[n], kept)
+            found = []
         if found:
             self.is_absent = False
         if len(found) == len(names):
@@ -163,6 +171,15 @@ class ShardPart(Part):
         for n in found:
             del self._misses[coords[n]]
         return False
+
+    def _is_read_whole(self, count: int) -> bool:
+        """Whether a read of so many chunks must be one of the whole shard, as it would be if none of them were kept.
+
+        To ask for the others alone would be to read them by an index that may be cached, and of an older value than they are.
+        """
+        output = self.output
+        is_all = count == self.layout.count
+        return is_all and not output.cache.origins.is_one_value(self.item[0].path, output.now)
 
     def _coords(self) -> list[Coords]:
         if self._axes is None:
@@ -187,7 +204,10 @@ class ShardPart(Part):
         followed = output.cache.join_all(self.decodings, self.layout.size)
         if not origin.is_dated:
             output.cache.give_up_all(self.decodings)
-        if followed:
+        if followed and len(followed) < len(names) and self._is_read_whole(len(names)):
+            for decoding in followed.values():
+                output.cache.leave(decoding)
+        elif followed:
             self.followed = {
                 at: followed[name] for at, name in self._misses.items() if name in followed
             }
