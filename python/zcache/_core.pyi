@@ -261,7 +261,7 @@ class Stats:
     evictions : int
         Entries that had to go because bytes were needed.
     expirations : int
-        Those of them that were stale.
+        Those of them that were stale, and byte ranges that went with a stale one of their key.
     refusals : int
         Values that were left uncached.
     """
