@@ -5,7 +5,7 @@ use crate::pool;
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
@@ -149,6 +149,54 @@ fn segment_goes_with_its_last_value() {
     pool.fill("b/1", 100);
     assert_eq!(pool.segments().len(), 1);
     assert_eq!(pool.read("b/0"), Some(contents("b/0", 100)));
+    end(pool);
+}
+
+/// Values of other processes come and go, and one that only reads has their segments open.
+#[test]
+#[cfg(target_os = "linux")]
+fn segments_that_others_have_removed_are_closed_and_hold_nothing() {
+    let mut pool = Pool::new("removed-by-others");
+    let reader = SegmentFiles::new(pool.files.root().to_owned(), true);
+    let root = pool.files.root().canonicalize().unwrap();
+    let nameless = || {
+        let opened = fs::read_dir("/proc/self/fd").unwrap();
+        let opened = opened.filter_map(|file| {
+            let path = file.unwrap().path();
+            let target = fs::read_link(&path).ok()?;
+            let is_removed = target.to_string_lossy().ends_with(" (deleted)");
+            (is_removed && target.starts_with(&root)).then_some(path)
+        });
+        opened.collect::<Vec<_>>()
+    };
+    let mut removed = HashSet::new();
+    for n in 0..1000 {
+        let key = format!("a/{n}");
+        pool.fill(&key, 20_000);
+        let (_, placed) = pool.find(&key, ByteRange::Full).unwrap();
+        removed.insert(placed.segment);
+        let (got, _) = reader.read_part(placed, &key, 0, 20_000, true).unwrap();
+        assert_eq!(got, Got::Bytes);
+        let (files, live) = (nameless(), pool.segments().len());
+        assert!(files.len() <= live.max(8), "{n}: {} of {live}", files.len());
+        for file in files {
+            assert_eq!(fs::metadata(file).unwrap().blocks(), 0, "{n}");
+        }
+    }
+    assert!(removed.len() > 200, "{}", removed.len());
+    end(pool);
+}
+
+#[test]
+fn segment_with_another_name_is_removed_and_not_emptied() {
+    let mut pool = Pool::new("another-name");
+    pool.fill("a/0", 100);
+    let (_, placed) = pool.find("a/0", ByteRange::Full).unwrap();
+    let copy = pool.root.join("copy");
+    fs::hard_link(pool.segment(placed.segment), &copy).unwrap();
+    pool.files.remove(placed.segment).unwrap();
+    assert_eq!(pool.segments(), []);
+    assert_ne!(fs::metadata(copy).unwrap().len(), 0);
     end(pool);
 }
 

@@ -80,6 +80,12 @@ pub(super) fn is_elsewhere(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || errno.is_some_and(|errno| other.contains(&errno))
 }
 
+/// Whether an error of opening says that this process, or the whole system, has no descriptor left.
+pub(super) fn is_without_descriptors(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE))
+}
+
 pub(super) fn regular(file: File) -> io::Result<File> {
     if is(&fstat(&file)?, rustix::fs::FileType::RegularFile) {
         Ok(file)

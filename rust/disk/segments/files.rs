@@ -1,6 +1,5 @@
 //! The segment files of a pool: values are appended, read, deleted and marked as valid in them.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
@@ -12,17 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
 use rustix::io::Errno;
 
-use super::calls::{UNSUPPORTED, is_elsewhere, punch, read_from, regular};
+use super::calls::{UNSUPPORTED, is_elsewhere, is_without_descriptors, punch, read_from, regular};
 use super::format::{HEADER, SEGMENT_HEADER, SegmentHeader, ValueHeader};
+use super::opened::{For, Opened, has_name};
 use super::resident::Resident;
 use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::disk::below::{FOLDER, names_in, open_cached, open_folder, open_value};
 use crate::shared::{make_way, new_generation};
-
-/// Segments that one process has open at most.
-const OPEN: usize = 128;
 
 /// How a read of a value has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,33 +42,6 @@ pub struct SegmentFiles {
     walked: AtomicU64,
 }
 
-#[derive(Debug, Default)]
-struct Opened {
-    folder: Option<Arc<File>>,
-    files: HashMap<u64, OpenFile>,
-    uses: u64,
-}
-
-#[derive(Debug)]
-struct OpenFile {
-    file: Arc<File>,
-    /// Whether it was opened to append to it, so that this process has made it.
-    is_own: bool,
-    used: u64,
-}
-
-/// What a segment is opened for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum For {
-    Read,
-    /// Not a file that has lost its name: what others see is another one by now, or none.
-    Change,
-    /// The same. It is made, in the place of what others have put there, unless it is this process that has made it.
-    Append {
-        capacity: u32,
-    },
-}
-
 fn name_of(number: u64) -> String {
     format!("{number:016x}")
 }
@@ -89,11 +59,6 @@ pub(super) fn header_of(file: &File) -> io::Result<Option<SegmentHeader>> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         read => read.map(|()| SegmentHeader::parse(&header)),
     }
-}
-
-/// Whether a file has not been removed.
-fn has_name(file: &File) -> bool {
-    fstat(file).is_ok_and(|status| status.st_nlink != 0)
 }
 
 fn number_of(name: &Path) -> Option<u64> {
@@ -138,33 +103,19 @@ impl SegmentFiles {
 
     pub(super) fn file(&self, number: u64, purpose: For) -> io::Result<Arc<File>> {
         let mut opened = self.opened();
-        opened.uses += 1;
-        let uses = opened.uses;
-        if let Some(found) = opened.files.get_mut(&number) {
-            let is_good = match purpose {
-                For::Read => true,
-                For::Change => has_name(&found.file),
-                For::Append { .. } => found.is_own && has_name(&found.file),
-            };
-            if is_good {
-                found.used = uses;
-                return Ok(Arc::clone(&found.file));
+        if let Some(found) = opened.find(number, purpose) {
+            return Ok(found);
+        }
+        opened.make_room();
+        let file = match self.open_file(&mut opened, number, purpose) {
+            Err(error) if is_without_descriptors(&error) => {
+                opened.close_all();
+                self.open_file(&mut opened, number, purpose)?
             }
-        }
-        let file = Arc::new(self.open_file(&mut opened, number, purpose)?);
-        if opened.files.len() >= OPEN {
-            // The half that was not used for longest.
-            let mut times: Vec<u64> = opened.files.values().map(|one| one.used).collect();
-            times.sort_unstable();
-            let oldest = times.get(OPEN / 2).copied().unwrap_or(0);
-            opened.files.retain(|_, one| one.used > oldest);
-        }
-        let one = OpenFile {
-            file: Arc::clone(&file),
-            is_own: matches!(purpose, For::Append { .. }),
-            used: uses,
+            file => file?,
         };
-        opened.files.insert(number, one);
+        let file = Arc::new(file);
+        opened.insert(number, purpose, &file);
         Ok(file)
     }
 
@@ -311,8 +262,14 @@ impl SegmentFiles {
     ///
     /// Where the file system refuses.
     pub fn remove(&self, number: u64) -> io::Result<()> {
+        // Who has it open would keep its blocks, which are counted no more. One with another name is also a copy's.
+        if let Ok(file) = self.file(number, For::Change)
+            && fstat(&file).is_ok_and(|status| status.st_nlink == 1)
+        {
+            let _ = file.set_len(0);
+        }
         let mut opened = self.opened();
-        opened.files.remove(&number);
+        opened.close(number);
         let folder = self.folder(&mut opened)?;
         drop(opened);
         make_way(&folder, name_of(number))?;

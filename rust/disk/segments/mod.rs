@@ -3,6 +3,7 @@
 mod calls;
 mod files;
 mod format;
+mod opened;
 mod resident;
 mod runs;
 mod scan;

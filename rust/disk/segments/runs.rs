@@ -8,8 +8,9 @@ use std::os::unix::fs::FileExt;
 use rustix::io::Errno;
 
 use super::calls::{punch, write_slices};
-use super::files::{For, SegmentFiles};
+use super::files::SegmentFiles;
 use super::format::{HEADER, ValueHeader};
+use super::opened::For;
 use crate::cache::{PAGE, Placed};
 
 /// The byte in the map of a segment that says that a value is valid.

@@ -305,6 +305,26 @@ async def test_without_descriptors_everybody_is_served(
     await check_method(tmp_path, method, lambda: request.getfixturevalue("no_descriptors"))
 
 
+@pytest.mark.parametrize("is_pool", ["pool"], indirect=True)
+async def test_segments_that_are_open_make_room_for_others_where_no_descriptor_is_left(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    behind = StoreDouble(SyncDictStore({f"a/{n}": bytes([n]) * 50_000 for n in range(20)}))
+    store = CacheStore(
+        behind, cache_store=CachePool(tmp_path / "pool", max_size=4_000_000), source_id="source"
+    )
+    for n in range(20):
+        await read(store, f"a/{n}")
+    assert await store.drain()
+    store._cache.shared.place.layout.scanner.files.close()
+    assert await read(store, "a/0") == bytes(50_000)
+    behind.take()
+    request.getfixturevalue("no_descriptors")
+    for n in range(20):
+        assert await read(store, f"a/{n}") == bytes([n]) * 50_000
+    assert behind.take()["get"] == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 async def test_without_threads_everybody_is_served(
     tmp_path: Path, method: str, request: pytest.FixtureRequest
