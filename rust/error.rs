@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use rustix::io::Errno;
+
 /// Why an operation on the index failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Error {
@@ -14,6 +16,8 @@ pub enum Error {
     /// The storage cannot grow: cell numbers or memory are used up. The index is unchanged; the
     /// caller leaves the value uncached.
     Full,
+    /// The same, because the operating system refuses: a volume is full, or there is no memory to map.
+    Refused(Errno),
 }
 
 impl fmt::Display for Error {
@@ -22,6 +26,7 @@ impl fmt::Display for Error {
             Error::Corrupt(what) => write!(f, "corrupt index: {what}"),
             Error::Lost(what) => write!(f, "lost index: {what}"),
             Error::Full => write!(f, "the index cannot grow any further"),
+            Error::Refused(errno) => write!(f, "the index cannot grow: {errno}"),
         }
     }
 }
@@ -32,7 +37,7 @@ impl Error {
     /// Whether the index cannot be used any more.
     #[must_use]
     pub fn is_fatal(self) -> bool {
-        self != Error::Full
+        matches!(self, Error::Corrupt(_) | Error::Lost(_))
     }
 }
 

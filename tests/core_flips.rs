@@ -123,12 +123,12 @@ impl World {
             match index.step(sleep, &mut work) {
                 Ok(answer) => return Some(answer),
                 Err(StepError::Busy) => panic!("{}: the lock is free", self.case),
-                Err(StepError::Failed(zcache::error::Error::Full)) => return None,
+                Err(StepError::Failed(error)) if !error.is_fatal() => return None,
                 Err(StepError::Failed(_)) => match index.restart(7) {
                     Ok(true) => self.rebuild(index),
                     Ok(false) => {}
                     // This participant does without it for a while.
-                    Err(StepError::Failed(zcache::error::Error::Full)) => return None,
+                    Err(StepError::Failed(error)) if !error.is_fatal() => return None,
                     Err(error) => panic!("{}: {error:?}", self.case),
                 },
             }

@@ -128,17 +128,17 @@ impl<S: Storage> Arena<S> {
         if let Some(at) = self.take_freed(words)? {
             return Ok(at);
         }
-        let taken = self.take_new(words);
-        if taken != Err(Error::Full) {
-            return taken;
-        }
+        let refusal = match self.take_new(words) {
+            Err(error) if !error.is_fatal() => error,
+            taken => return taken,
+        };
         for longer in words + 1..=STRING_SIZES {
             if let Some(at) = self.take_freed(longer)? {
                 self.free_string(at.saturating_add(words as u32), longer - words)?;
                 return Ok(at);
             }
         }
-        Err(Error::Full)
+        Err(refusal)
     }
 
     fn take_new(&mut self, words: usize) -> Result<u32> {

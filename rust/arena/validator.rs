@@ -44,7 +44,7 @@ impl<S: Storage> Arena<S> {
         }
     }
 
-    /// Gives an entry a validator, in the place of the one it has. [`Error::Full`] where the index cannot grow
+    /// Gives an entry a validator, in the place of the one it has. An error that is not fatal where the index cannot grow
     /// or the text is too long for a label; the entry then has none.
     pub(crate) fn set_validator(&mut self, entry: u32, text: &[u8]) -> Result<()> {
         self.drop_validator(entry)?;

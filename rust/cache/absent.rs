@@ -130,7 +130,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let i = match self.arena.insert_absence(key) {
             Ok(Some(i)) => i,
             // An index that cannot grow does without.
-            Ok(None) | Err(Error::Full) => return Ok(()),
+            Ok(None) => return Ok(()),
+            Err(error) if !error.is_fatal() => return Ok(()),
             Err(error) => return Err(error),
         };
         let epoch = self.epoch();

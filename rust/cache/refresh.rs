@@ -11,7 +11,7 @@ use super::in_flight::Ticket;
 use super::lookup::fingerprint;
 use super::peers::Peers;
 use crate::arena::{List, State};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::key::{Asked, ByteRange};
 use crate::policy::Eviction;
 
@@ -124,7 +124,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         };
         match self.arena.set_validator(cell, validator.as_bytes()) {
             // Without one the value is read again when it is too old.
-            Err(Error::Full) => Ok(()),
+            Err(error) if !error.is_fatal() => Ok(()),
             kept => kept,
         }
     }

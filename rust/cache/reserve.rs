@@ -9,7 +9,7 @@ use super::evict::Candidate;
 use super::in_flight::Ticket;
 use super::peers::Peers;
 use crate::arena::{Arena, Cell, Kind, ROOT, State, Storage, TOO_LARGE};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::key::{self, ByteRange};
 use crate::policy::{Eviction, Newcomer};
 
@@ -387,7 +387,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(self.reject(reservation, reason));
         }
         let segment = match self.segment_for(reservation) {
-            Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
+            Err(error) if !error.is_fatal() => {
+                return Ok(self.reject(reservation, RejectReason::IndexFull));
+            }
             segment => segment?,
         };
         match self.begin_writing(&key, range, reservation.size) {
@@ -398,7 +400,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 }
             }
             Ok(None) => return Ok(self.reject(reservation, RejectReason::Busy)),
-            Err(Error::Full) => return Ok(self.reject(reservation, RejectReason::IndexFull)),
+            Err(error) if !error.is_fatal() => {
+                return Ok(self.reject(reservation, RejectReason::IndexFull));
+            }
             Err(error) => return Err(error),
         }
         // What remains is for the folders, until it is known which were made.

@@ -141,7 +141,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
                     self.end_all(|| Ending::Corrupt(what));
                 }
                 // Nothing has changed.
-                StepError::Failed(Error::Full) => self.reject_all(RejectReason::IndexFull.as_str()),
+                StepError::Failed(Error::Full | Error::Refused(_)) => {
+                    self.reject_all(RejectReason::IndexFull.as_str());
+                }
             }
         }
         self.end();
@@ -401,7 +403,7 @@ pub(super) fn with_place<S: Peers, T: Clone, P: Eviction>(
     answer: Result<Reserve>,
 ) -> Result<Answer> {
     let answer = match answer {
-        Err(Error::Full) => cache.rejected(RejectReason::IndexFull),
+        Err(error) if !error.is_fatal() => cache.rejected(RejectReason::IndexFull),
         answer => answer?,
     };
     let placed = match answer {

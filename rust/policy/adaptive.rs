@@ -7,7 +7,7 @@ use super::learner::{Learner, Request, WORDS};
 use super::policy::{Eviction, Newcomer};
 use super::rule::{RULES, Ruled, is_sampled};
 use crate::arena::{End, List};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Words of the ghosts at least: 4,096 of them.
 const GHOSTS: usize = 1024;
@@ -107,7 +107,7 @@ fn remember<E: Entries>(entries: &mut E) -> Result<()> {
         };
         match entries.grow_history(WORDS + (ghosts * 2).max(GHOSTS)) {
             Ok(()) => {}
-            Err(Error::Full) => return Ok(()),
+            Err(error) if !error.is_fatal() => return Ok(()),
             Err(error) => return Err(error),
         }
         if let Some(words) = entries.history_mut().get_mut(WORDS..)

@@ -21,6 +21,9 @@ impl From<Error> for PyErr {
         match error {
             Error::Corrupt(what) | Error::Lost(what) => CorruptIndexError::new_err(what),
             Error::Full => IndexFullError::new_err(error.to_string()),
+            Error::Refused(errno) => {
+                IndexFullError::new_err((errno.raw_os_error(), error.to_string()))
+            }
         }
     }
 }

@@ -10,6 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::former::{Former, FormerValue};
 use super::index_file::{FAULTED, REMOVED};
 use super::lock_files::{Locks, OpenError};
@@ -150,9 +152,12 @@ impl<T: Clone> SharedIndex<T> {
             fresh = true;
         }
         if let Err(error) = self.prepare(fresh, seed) {
-            let full = || OpenError::from(rustix::io::Errno::NOSPC);
+            let refusal = |error| match error {
+                Error::Refused(errno) => OpenError::from(errno),
+                _ => OpenError::from(Errno::NOSPC),
+            };
             if fresh {
-                return Err(full());
+                return Err(refusal(error));
             }
             if matches!(error, Error::Corrupt(_)) {
                 // The header is right, but what it leads to is damaged.
@@ -160,7 +165,7 @@ impl<T: Clone> SharedIndex<T> {
             }
             self.storage().reset()?;
             fresh = true;
-            self.prepare(true, seed).map_err(|_| full())?;
+            self.prepare(true, seed).map_err(refusal)?;
         }
         self.cache.offer_policy(kind, minimise);
         self.cache.announce(writes);

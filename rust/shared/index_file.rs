@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::fstat;
+use rustix::io::Errno;
 
 use super::guard::Map;
 use super::header::HEADER_LEN;
@@ -115,8 +116,8 @@ impl IndexFile {
     pub(super) fn grow(&mut self, len: usize) -> Result<()> {
         let now = self.map.len();
         if len > now {
-            extend_ahead(&self.file, now, len).map_err(|_| Error::Full)?;
-            self.map = Map::new(&self.file).map_err(|_| Error::Full)?;
+            extend_ahead(&self.file, now, len).map_err(refused)?;
+            self.map = Map::new(&self.file).map_err(refused)?;
         }
         Ok(())
     }
@@ -142,6 +143,38 @@ impl IndexFile {
     }
 }
 
+/// What the operating system has said; the disk is at fault where it has not.
+pub(super) fn refused(error: impl Into<io::Error>) -> Error {
+    Error::Refused(Errno::from_io_error(&error.into()).unwrap_or(Errno::IO))
+}
+
 fn new_name(name: &str) -> String {
     format!("{name}.new")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_that_cannot_grow_tells_what_the_operating_system_says() {
+        let path = std::env::temp_dir().join(format!("zcache-grow-{}", std::process::id()));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let mut options = File::options();
+        let mapped = options.read(true).write(true).open(&path).unwrap();
+        for (can_read, expected) in [(true, Errno::BADF), (false, Errno::ACCESS)] {
+            // One can only be mapped, the other only be extended.
+            let options = options.read(can_read).write(!can_read);
+            let (file, map) = (options.open(&path).unwrap(), Map::new(&mapped).unwrap());
+            let mut one = IndexFile {
+                name: "cells",
+                file,
+                map,
+            };
+            assert_eq!(one.grow(8192), Err(Error::Refused(expected)));
+            assert_eq!(one.map.len(), 4096);
+            mapped.set_len(4096).unwrap();
+        }
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::index::{Opening, SharedIndex, StepError};
+use super::index_file::refused;
 use super::lock_files::{OpenError, has_former_participant};
 use crate::arena::Storage;
 use crate::cache::Flights;
@@ -69,7 +70,8 @@ impl<T: Clone> SharedIndex<T> {
         let opened = Self::open_announcing(&root, &opening, &writes, promised);
         let (other, fresh) = opened.map_err(|error| match error {
             OpenError::Busy => StepError::Busy,
-            _ => Error::Full.into(),
+            OpenError::Io(error) => refused(error).into(),
+            OpenError::Crowded | OpenError::Unsuitable(_) => Error::Full.into(),
         })?;
         self.storage().replace(other.cache.arena.storage);
         self.cache.follow_policy();

@@ -15,6 +15,8 @@ from directories import closed
 from storm import get
 from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
+from zcache._backends.directory import backend
+from zcache._backends.directory.files import make_folders
 from zcache._backends.directory.recovery import Recovery
 from zcache._index import shared
 from zcache._runtime.apart import OneForEach
@@ -175,7 +177,10 @@ def test_a_write_that_was_begun_before_ends_after(
 
 
 def test_a_write_that_nobody_could_be_told_of_does_not_begin(
-    both: tuple[CacheStore, CacheStore], source: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    both: tuple[CacheStore, CacheStore],
+    source: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     one, other = both
     give_up(one)
@@ -184,12 +189,54 @@ def test_a_write_that_nobody_could_be_told_of_does_not_begin(
         raise OSError(errno.EIO, "refused")
 
     monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(backend, "run_in_background", lambda work, _: work())
     with pytest.raises(CacheUnreachableError):
         put(one, KEYS[1], b"new")
     with pytest.raises(CacheUnreachableError):
         asyncio.run(one.set(KEYS[1], buf(b"new")))
+    with pytest.raises(CacheUnreachableError):
+        asyncio.run(one.delete_dir("a"))
     assert get(source, KEYS[1]) == b"old"
     assert get(other, KEYS[1]) == b"old"
+    # What has not begun is missed by no one.
+    assert "may not see" not in caplog.text
+
+
+def test_writes_of_which_others_hear_too_little_are_told_of_once(
+    both: tuple[CacheStore, CacheStore],
+    source: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They hear of the beginning of each, and not of its end."""
+    one, _ = both
+    give_up(one)
+    real, calls = os.utime, 0
+
+    def refuse_every_other(*args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2 == 0:
+            raise OSError(errno.EIO, "refused")
+        real(*args, **options)
+
+    monkeypatch.setattr(os, "utime", refuse_every_other)
+    for value in (b"1", b"2", b"3"):
+        put(one, KEYS[1], value)
+        assert get(source, KEYS[1]) == value
+    assert calls == 6
+    assert caplog.text.count("may not see a write") == 1
+
+
+def test_a_folder_that_cannot_be_looked_at_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(OSError, match="Stale file handle"):
+        make_folders(str(tmp_path))
 
 
 def test_the_cache_of_another_source_is_left_alone(

@@ -96,7 +96,7 @@ def open_as_directory(path: str, root: str) -> None:
             os.chmod(path, mode)
 
 
-def make_folders(path: str) -> None:
+def make_folders(path: str, mode: int = 0o777) -> None:
     """Make a folder and those above it, however deep: `os.makedirs` calls itself for each.
 
     Raises
@@ -107,13 +107,17 @@ def make_folders(path: str) -> None:
     missing = [path]
     while missing:
         try:
-            os.mkdir(missing[-1])
+            os.mkdir(missing[-1], mode if len(missing) == 1 else 0o777)
         except FileNotFoundError:
             above = os.path.dirname(missing[-1])
             if above == missing[-1]:
                 raise
             missing.append(above)
             continue
+        except FileExistsError:
+            # `os.path.isdir` would not tell why it cannot be looked at.
+            if not stat.S_ISDIR(os.stat(missing[-1]).st_mode):
+                raise
         except OSError:
             # As of a volume that is read-only.
             if not os.path.isdir(missing[-1]):

@@ -165,8 +165,8 @@ class Layout:
     def make_folders(self) -> None:
         """Make what is missing of the folders."""
         mode = 0o700 | os.stat(self.root).st_mode & 0o777
-        os.makedirs(self.index_root, mode=mode, exist_ok=True)
-        os.makedirs(self.temporary.path, mode=mode, exist_ok=True)
+        files.make_folders(self.index_root, mode)
+        files.make_folders(self.temporary.path, mode)
 
     def note_doubt(self) -> None:
         """Have the next scan take in only what is recorded to be the source's, where all else is gone."""

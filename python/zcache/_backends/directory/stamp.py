@@ -135,13 +135,8 @@ class Stamp:
     def check(self, *, adopt: bool) -> None:
         """Make the directory if it is missing, and see which source owns it."""
         check_above(self.root)
-        try:
-            # For no other user, unless it is there already and says otherwise.
-            files.make_folders(os.path.dirname(self.root))
-            os.mkdir(self.root, 0o700)
-        except FileExistsError:
-            if not os.path.isdir(self.root):
-                raise
+        # For no other user, unless it is there already and says otherwise.
+        files.make_folders(self.root, 0o700)
         self._check_owner()
         for folder in (self._reserved, *(os.path.join(self._reserved, name) for name in _FOLDERS)):
             if os.path.islink(folder):
@@ -176,7 +171,7 @@ class Stamp:
             make_way(self._path)
             status = os.lstat(self._path)
         except FileNotFoundError:
-            os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
+            files.make_folders(self._reserved, _mode(self.root))
             self._write(self.source, replace=False)
             return
         if status.st_mtime < now - _YOUNG:
@@ -261,7 +256,7 @@ class Stamp:
 
     def _write(self, source: str, *, replace: bool) -> str:
         """Stamp the directory with a source; returns that, or the one of a process that was first."""
-        os.makedirs(self._reserved, mode=_mode(self.root), exist_ok=True)
+        files.make_folders(self._reserved, _mode(self.root))
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(unfinished, "w", encoding="utf-8") as file:
             file.write(stamp_text(self._kind, source))
@@ -298,7 +293,7 @@ class Stamp:
             copy = _read_small(self._copy)
             if copy is not None and is_stamp(copy):
                 return
-            os.makedirs(os.path.dirname(self._copy), mode=_mode(self.root), exist_ok=True)
+            files.make_folders(os.path.dirname(self._copy), _mode(self.root))
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
             Path(unfinished).write_text(stamp_text(self._kind, source), encoding="utf-8")
             files.open_as_directory(unfinished, self.root)

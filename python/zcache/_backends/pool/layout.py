@@ -245,7 +245,7 @@ class PoolLayout(Layout):
         super().make_folders()
         root = os.stat(self.root)
         mode = _for_group(stat.S_IRWXU | root.st_mode & 0o777)
-        os.makedirs(self.segments, mode=mode, exist_ok=True)
+        files.make_folders(self.segments, mode)
         # Whatever the umask says: a pool may belong to a group.
         for folder in (self.reserved, self.index_root, self.temporary.path, self.segments):
             _give(folder, root.st_gid, mode)
