@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
@@ -43,6 +45,8 @@ logger = logging.getLogger("zcache")
 
 MOST_OWED: Final = 1000
 """Deletes that go on without their callers, of each store; more are left to later ones."""
+_QUIET: Final = 60.0
+"""Seconds in which it is said once that others may not see a write."""
 
 
 class DirectoryBackend(Backend):
@@ -61,6 +65,7 @@ class DirectoryBackend(Backend):
         self._page_cache = PageCacheReader(self._root) if is_supported() else None
         self.try_read = self._page_cache
         self.filler = self._directory.filler
+        self._said = -math.inf
 
     @property
     def hears_of_changes(self) -> bool:
@@ -281,6 +286,10 @@ class DirectoryBackend(Backend):
                 f"for this one cannot use its index or only reads it: {error!r}. Write to the source itself "
                 "if no other process reads through that directory, or give a cache directory of your own."
             ) from error
+        now = time.monotonic()
+        if now - self._said < _QUIET:
+            return
+        self._said = now
         logger.warning(
             "processes that use the cache directory %s may not see a write: %r", self._root, error
         )
