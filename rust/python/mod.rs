@@ -70,6 +70,8 @@ fn checksum(py: Python<'_>, data: &[u8]) -> u32 {
 
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // The first use of numpy imports parts of it, and panics where a signal handler raises meanwhile.
+    let _ = numpy::dtype::<u8>(module.py());
     module.add(
         "CorruptIndexError",
         module.py().get_type::<CorruptIndexError>(),
