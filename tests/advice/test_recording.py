@@ -510,7 +510,7 @@ async def test_recording_that_is_dropped_ends(path: Path, monkeypatch: pytest.Mo
     del recorder
     gc.collect()
     await read(store, "a/c/1")
-    await until(has_stopped.is_set)
+    await until(lambda: has_stopped.is_set)
     assert [row["key"] for row in rows_of(path)] == ["a/c/0"]
     with store.record(path.parent / "other"):
         await read(store, "a/c/2")

@@ -91,7 +91,7 @@ def test_what_waits_for_an_index_to_open_and_fails_is_logged(
     handle.when_open(fail)
     handle.when_open(told.append)
     go.set()
-    opening.result()
+    assert opening.wait(60)
     assert told == [handle]
     assert "it cannot be told" in caplog.text
 
@@ -116,7 +116,7 @@ def test_an_index_that_was_waited_for_in_vain_is_not_waited_for_again() -> None:
     thread.join(HANGS)
     assert outcome
     go.set()
-    opening.result()
+    assert opening.wait(HANGS)
 
 
 @pytest.mark.parametrize("way", ["call", "call_shielded", "call_later", "call_blocking"])

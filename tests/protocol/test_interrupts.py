@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import linecache
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
 
-import zcache
 from doubles import SyncDictStore
+from interrupting import Interrupter
 from pools import BESIDE_OTHERS, within_bound
 from support import PROTOTYPE, buf, check_quiet_sync, read, value_sync
 from zcache import CacheStore
@@ -27,56 +24,12 @@ from zcache.testing import check_invariants, entries, in_flight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import FrameType
+    from pathlib import Path
 
     from zarr.abc.store import ByteRequest
 
-PACKAGE = str(Path(zcache.__file__).parent)
 VALUE = b"0123456789"
 KINDS: dict[str, Any] = {**BESIDE_OTHERS, "store": lambda _: SyncDictStore()}
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt at the n-th call, line or return in the code of zcache.
-
-    And, if `again` is given, so many calls, lines and returns later once more.
-    """
-
-    def __init__(self, after: int, again: int | None = None) -> None:
-        self._left: int | None = after
-        self._again = again
-
-    def trace(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        code = frame.f_code
-        # An expression that is left before its end is closed, and that has nowhere to raise.
-        if not code.co_filename.startswith(PACKAGE) or code.co_name == "<genexpr>":
-            return None
-        name, at = frame.f_code.co_filename, frame.f_lineno
-        # Not between a lock and the block below it: there the interpreter itself lets no interrupt in.
-        locks = any(
-            linecache.getline(name, line).lstrip().startswith("with ") for line in (at - 1, at)
-        )
-        if self._left is not None and not locks:
-            self._left -= 1
-            if self._left < 0:
-                self._left, self._again = self._again, None
-                raise KeyboardInterrupt
-        return self.trace
-
-    def run(self, work: Callable[[], object]) -> bool:
-        """Whether the work was interrupted."""
-        before = sys.gettrace()
-        # What the garbage collector runs has nowhere to raise.
-        gc.disable()
-        sys.settrace(self.trace)
-        try:
-            work()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-            gc.enable()
-        return False
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")

@@ -19,7 +19,8 @@ from zcache._runtime.threads import THREADS, Threads, in_thread, in_thread_sync,
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
+
+    from zcache._runtime.latch import Outcome
 
 LONG = 30.0
 
@@ -280,11 +281,11 @@ def test_run_in_background_keeps_nothing_of_what_is_done() -> None:
     work = Work()
     look, seen = gone_when_done(work)
     others = [run_in_background(lambda: begun.wait(LONG)) for _ in range(THREADS - 1)]
-    future = run_in_background(work)
-    future.add_done_callback(look)
+    outcome = run_in_background(work)
+    outcome.call_when_set(look)
     del work
     begun.set()
-    assert future.result(LONG) == 1
+    assert outcome.result(LONG) == 1
     assert gate.result(LONG)
     assert all(other.result(LONG) for other in others)
     assert seen == [True]
@@ -307,7 +308,7 @@ async def test_in_thread_keeps_nothing_of_what_is_done(fails: bool) -> None:
     call.future.cancel()
 
 
-def begun(some: Threads, count: int) -> tuple[threading.Event, list[Future[bool]]]:
+def begun(some: Threads, count: int) -> tuple[threading.Event, list[Outcome[bool]]]:
     """So many calls that are under way until the event."""
     go, at_work = threading.Event(), threading.Semaphore(0)
 

@@ -24,6 +24,7 @@ from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
 from zcache._runtime.fork import at_fork
+from zcache._runtime.latch import Latch
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import Life, start_thread
 from zcache.exceptions import IndexLockTimeout, RecordingExistsError, UsageError
@@ -161,7 +162,7 @@ class RequestWriter:
         self._lock = threading.RLock()
         self.left_out = 0
         self._begun = time.perf_counter()
-        self._is_ended, self._has_stopped = threading.Event(), threading.Event()
+        self._is_ended, self._has_stopped = Latch(), Latch()
         self._is_dropped = False
         self._process = os.getpid()
         try:
@@ -397,7 +398,7 @@ class RequestWriter:
     def after_fork(self) -> None:
         """Leave the file to the parent."""
         self._hits.hook.detach(self, self._hits)
-        self._lock, self._is_ended = threading.RLock(), threading.Event()
+        self._lock, self._is_ended = threading.RLock(), Latch()
 
 
 # A thread that still writes keeps its own alive.

@@ -30,9 +30,9 @@ from zcache._runtime.threads import Threads, run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from concurrent.futures import Future
 
     from zcache._index.calls import Handle, Watcher
+    from zcache._runtime.latch import Latch
 
 logger = logging.getLogger("zcache")
 T = TypeVar("T")
@@ -281,13 +281,13 @@ class IndexHandle:
                 return
 
             # Not before the index answers: a thread that waited for it would be one less for others.
-            def go_on(_: object) -> None:
+            def go_on() -> None:
                 try:
                     run_in_background(again)
                 except RuntimeError:
                     self._defer(again)
 
-            done.add_done_callback(go_on)
+            done.call_when_set(go_on)
         else:
             then(result)
 
@@ -329,7 +329,7 @@ class IndexHandle:
 
     # ----------------------------------------------------------- recovery
 
-    def _resolve(self, error: Exception, damages: int = 0) -> Future[None] | None:
+    def _resolve(self, error: Exception, damages: int = 0) -> Latch | None:
         return self._resolution.begin(self, error, last=damages >= RECOVERIES)
 
     def resolve(self, error: CorruptIndexError) -> None:
@@ -396,7 +396,7 @@ class IndexHandle:
                 return
         then(self)
 
-    def open_later(self, open_first: Callable[[float], None], since: float) -> Future[None] | None:
+    def open_later(self, open_first: Callable[[float], None], since: float) -> Latch | None:
         """Have the index opened in the background; until then nothing is cached.
 
         Who waits for it does so as if the wait had begun at the time `since`, on the clock of `time.monotonic`.

@@ -13,10 +13,10 @@ from zcache._runtime.coroutines import report
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from zcache._index.calls import Handle
     from zcache._runtime.io import IO
+    from zcache._runtime.latch import Latch
     from zcache._runtime.threads import Threads
 
     class Openable(Handle, Protocol):
@@ -70,12 +70,12 @@ class Opening:
         """Whether the index is open, or never will be."""
         return self._handle.opening is not self
 
-    def begin(self) -> Future[None] | None:
+    def begin(self) -> Latch | None:
         """Open the index in one thread for all who wait, or here where none can be started.
 
         Returns
         -------
-        done : Future or None
+        done : Latch or None
             What to wait for, unless it is over; None where it has to be tried again.
         """
         shared = self._shared

@@ -13,9 +13,9 @@ from zcache._index.shared_wait import LOCK_TIMEOUT, SharedWait
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from zcache._index.calls import Handle
+    from zcache._runtime.latch import Latch
     from zcache._runtime.threads import Threads
 
     class Recoverable(Handle, Protocol):
@@ -50,9 +50,7 @@ class Resolution:
         """Seconds left for all who wait; see `SharedWait.left`."""
         return self._shared.left(timeout)
 
-    def begin(
-        self, handle: Recoverable, error: Exception, *, last: bool = False
-    ) -> Future[None] | None:
+    def begin(self, handle: Recoverable, error: Exception, *, last: bool = False) -> Latch | None:
         """Wait for the lock of the index, or recover an index that is damaged.
 
         Parameters
@@ -66,7 +64,7 @@ class Resolution:
 
         Returns
         -------
-        done : Future or None
+        done : Latch or None
             See `SharedWait.run`.
         """
         shared = self._shared

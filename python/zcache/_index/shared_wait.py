@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from zcache._runtime.latch import Latch
 from zcache._runtime.threads import NoThreadError, Threads, run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -35,7 +35,7 @@ class SharedWait:
 
     Attributes
     ----------
-    pending : Future or None
+    pending : Latch or None
         What to wait for while it is being done.
     since : float
         When the first of those who wait began to, on the clock of `time.monotonic`; -inf where none waits.
@@ -46,7 +46,7 @@ class SharedWait:
     def __init__(self, lock: threading.RLock, threads: Threads) -> None:
         self.lock = lock
         self._threads = threads
-        self.pending: Future[None] | None = None
+        self.pending: Latch | None = None
         self.since = self.last = -math.inf
 
     def left(self, timeout: float) -> float:
@@ -55,24 +55,24 @@ class SharedWait:
         # It may have ended in this moment.
         return timeout if since == -math.inf else since + timeout - time.monotonic()
 
-    def claim(self) -> Future[None]:
+    def claim(self) -> Latch:
         """Note, with the lock held, that it is being done: before the thread runs, which takes that away."""
-        self.pending = done = Future[None]()
+        self.pending = done = Latch()
         return done
 
-    def run(self, done: Future[None], work: Callable[[bool], bool]) -> Future[None] | None:
+    def run(self, done: Latch, work: Callable[[bool], bool]) -> Latch | None:
         """Do what was claimed in a thread, or as much of it as needs no waiting here where none can be started.
 
         Parameters
         ----------
-        done : Future
+        done : Latch
             Answer of `claim`.
         work : callable
             Takes whether it may wait; returns whether it is done.
 
         Returns
         -------
-        done : Future or None
+        done : Latch or None
             What to wait for; None where it has to be tried again.
         """
         try:
@@ -83,7 +83,7 @@ class SharedWait:
             return done
         return done if self._run(done, work, False) else None
 
-    def _run(self, done: Future[None], work: Callable[[bool], bool], may_wait: bool) -> bool:
+    def _run(self, done: Latch, work: Callable[[bool], bool], may_wait: bool) -> bool:
         is_done = True
         try:
             is_done = work(may_wait)
@@ -94,11 +94,11 @@ class SharedWait:
                 if is_done:
                     self.since = -math.inf
             # Where it is not done, others who wait for it by now look again.
-            done.set_result(None)
+            done.set()
         return is_done
 
 
-async def wait_for(io: IO, done: Future[None] | None, seconds: float) -> bool:
+async def wait_for(io: IO, done: Latch | None, seconds: float) -> bool:
     """Wait for the answer of `SharedWait.run`; False where it takes longer than so many seconds."""
     if done is None:
         await io.pause(min(RETRY, seconds))

@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from zcache._runtime.fork import at_fork
+from zcache._runtime.latch import Latch, wake_up
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -28,7 +29,7 @@ PAUSE: Final = 0.05
 LONGEST: Final = 30.0
 """Seconds that a thread waits at most for a coroutine: what else that waits for is unknown."""
 
-Waiter: TypeAlias = "threading.Event | asyncio.Future[None]"
+Waiter: TypeAlias = "Latch | asyncio.Future[None]"
 LoopReference: TypeAlias = "weakref.ref[asyncio.AbstractEventLoop]"
 
 
@@ -168,7 +169,7 @@ class Flight(HasLeader):
             return True
         if self.is_cut_off:
             return self.done
-        pulse: threading.Event | None = None
+        pulse: Latch | None = None
         while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
             if self.done or not self.begun:
                 return self.done
@@ -176,7 +177,7 @@ class Flight(HasLeader):
                 leaders = self._loop()
                 if leaders is None or not leaders.is_running():
                     return self.done
-                if not (pulse is None or pulse.is_set()) or (pulse := _pulse(leaders)) is None:
+                if not (pulse is None or pulse.is_set) or (pulse := _pulse(leaders)) is None:
                     return self.done
         return True
 
@@ -190,7 +191,7 @@ class Flight(HasLeader):
             stopped, is blocked, or needs the very thread that would wait; or is this very thread; or
             has never begun.
         """
-        waiter = threading.Event()
+        waiter = Latch()
         if not self._enlist(waiter):
             return True
         if self._loop is None:
@@ -219,15 +220,15 @@ class Flight(HasLeader):
             waited += pause
             total += pause
             if waited >= PATIENCE:
-                if total >= longest or not pulse.is_set() or self.done or not self.begun:
+                if total >= longest or not pulse.is_set or self.done or not self.begun:
                     break
                 pulse, waited = _pulse(loop), 0.0
         return self.done
 
 
-def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
-    """An event that a loop sets unless it is blocked; None if it is closed."""
-    pulse = threading.Event()
+def _pulse(loop: asyncio.AbstractEventLoop) -> Latch | None:
+    """A latch that a loop sets unless it is blocked; None if it is closed."""
+    pulse = Latch()
     try:
         loop.call_soon_threadsafe(pulse.set)
     except RuntimeError:
@@ -236,21 +237,10 @@ def _pulse(loop: asyncio.AbstractEventLoop) -> threading.Event | None:
 
 
 def _wake(waiter: Waiter) -> None:
-    if isinstance(waiter, threading.Event):
+    if isinstance(waiter, Latch):
         waiter.set()
-        return
-    loop = waiter.get_loop()
-    if loop is asyncio._get_running_loop():
-        _end(waiter)
     else:
-        # A closed loop has no waiters left.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_end, waiter)
-
-
-def _end(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        wake_up(waiter)
 
 
 def _after_fork() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from zarr.abc.store import SupportsSyncStore
@@ -19,11 +18,11 @@ from zcache._runtime.threads import NoThreadError, in_thread, in_thread_sync
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
-    from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache._runtime.latch import Latch
     from zcache._runtime.threads import Threads
 
     class Waitable(Protocol):
@@ -85,13 +84,9 @@ class IO:
         """Wait for a flight; False asks the caller to lead in place of its leader."""
         return await flight.wait()
 
-    async def until(self, done: Future[Any], seconds: float | None = None) -> bool:
+    async def until(self, done: Latch, seconds: float | None = None) -> bool:
         """Wait for what is done elsewhere, at most so many seconds; whether it is done."""
-        if done.done() or (seconds is not None and seconds <= 0):
-            return done.done()
-        # Not cancelled together with its waiter, for others wait for the same.
-        ended, _ = await asyncio.wait({asyncio.wrap_future(done)}, timeout=seconds)
-        return bool(ended)
+        return await done.wait_in_loop(seconds)
 
     async def in_thread(
         self,
@@ -184,8 +179,8 @@ class SyncIO(IO):
     async def wait(self, flight: Waitable) -> bool:
         return flight.wait_sync()
 
-    async def until(self, done: Future[Any], seconds: float | None = None) -> bool:
-        return bool(wait([done], seconds).done)
+    async def until(self, done: Latch, seconds: float | None = None) -> bool:
+        return done.wait(seconds)
 
     async def in_thread(
         self,

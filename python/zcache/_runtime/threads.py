@@ -15,11 +15,11 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from zcache._runtime.coroutines import NoAnswerError, report
 from zcache._runtime.fork import at_fork
+from zcache._runtime.latch import Latch, Outcome
 from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ class Threads:
         """Start over in a forked child: the parent's threads have stayed with it."""
         self._calls: deque[Callable[[], None]] = deque()
         # Reentrant: inside it the garbage collector may end a coroutine that starts another call.
-        self._changed = threading.Condition(threading.RLock())
-        self._idle = 0
+        self._lock = threading.RLock()
+        # Of threads that have nothing to do.
+        self._waiters: deque[Latch] = deque()
         # Those that were not seen to end. One may have died without a word.
         self._lives: list[weakref.ref[Life]] = []
 
@@ -95,11 +96,16 @@ class Threads:
             If there is no thread and none can be started. The call is not run then.
         """
         life = None
-        with self._changed:
-            if self._idle <= len(self._calls):
+        with self._lock:
+            waiter = self._waiters[0] if self._waiters else None
+            if waiter is None:
                 life = self._new_life(self._died)
-            self._calls.append(call)
-            self._changed.notify()
+                self._calls.append(call)
+            else:
+                # It looks for a call once the lock is free, and leaves the queue last: an interrupt may come between any two steps.
+                waiter.set()
+                self._calls.append(call)
+                self._leave(waiter)
         if life is None:
             return
         try:
@@ -110,7 +116,7 @@ class Threads:
 
     def withdraw(self, call: Callable[[], None]) -> bool:
         """Take back a call, unless it has begun; whether that is so."""
-        with self._changed:
+        with self._lock:
             try:
                 self._calls.remove(call)
             except ValueError:
@@ -128,13 +134,13 @@ class Threads:
 
     def _end(self, life: Life) -> int:
         """Count a thread no more; how many others there are."""
-        with self._changed:
+        with self._lock:
             self._lives = [one for one in self._lives if one() not in (None, life)]
             return len(self._lives)
 
     def _died(self, _: object) -> None:
         """A thread has ended. If it has done so before its first line, what waits for it needs another one."""
-        with self._changed:
+        with self._lock:
             if not self._calls or any(one() is not None for one in self._lives):
                 return
             # Not for ever: where there is no memory, the next call tries again.
@@ -150,24 +156,32 @@ class Threads:
 
     def _next(self, life: Life) -> Callable[[], None] | None:
         """What is to be run next; None where the thread ends, for there was nothing for a while."""
-        with self._changed:
-            self._idle += 1
-            try:
-                while not self._calls:
-                    if not self._wait() and not self._calls:
-                        self._end(life)
-                        return None
-            finally:
-                self._idle -= 1
-            return self._calls.popleft()
+        may_come = True
+        while True:
+            with self._lock:
+                if self._calls:
+                    return self._calls.popleft()
+                if not may_come:
+                    self._end(life)
+                    return None
+                waiter = Latch()
+                self._waiters.append(waiter)
+            may_come = self._wait(waiter)
+            with self._lock:
+                self._leave(waiter)
 
-    def _wait(self) -> bool:
+    def _leave(self, waiter: Latch) -> None:
+        with contextlib.suppress(ValueError):
+            self._waiters.remove(waiter)
+
+    def _wait(self, waiter: Latch) -> bool:
         """Wait for a call, unless enough others do so; whether one may have come."""
         spare = _spare
-        if not spare.acquire(blocking=False):
-            return False
+        # Inside the lock the garbage collector may have brought one before there was a waiter.
+        if self._calls or not spare.acquire(blocking=False):
+            return bool(self._calls)
         try:
-            return self._changed.wait(IDLE)
+            return waiter.wait(IDLE)
         finally:
             spare.release()
 
@@ -179,10 +193,10 @@ _computing = Threads(THREADS)
 _background = Threads(BACKGROUND)
 
 
-def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> Future[T]:
+def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> Outcome[T]:
     """Run `work` in a thread without waiting for it.
 
-    Once the future is done the thread keeps nothing of `work`.
+    Once that is set the thread keeps nothing of `work`.
 
     Parameters
     ----------
@@ -196,21 +210,21 @@ def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> 
     NoThreadError
         If no thread can be started.
     """
-    future: Future[T] = Future()
-    (_background if threads is None else threads).submit(_call(work, future))
-    return future
+    outcome: Outcome[T] = Outcome()
+    (_background if threads is None else threads).submit(_call(work, outcome))
+    return outcome
 
 
-def _call(work: Callable[[], T], future: Future[T]) -> Callable[[], None]:
+def _call(work: Callable[[], T], outcome: Outcome[T]) -> Callable[[], None]:
     left = [work]
 
     def call() -> None:
         try:
             result = left.pop()()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the future is asked
-            future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked
+            outcome.fail(error)
         else:
-            future.set_result(result)
+            outcome.succeed(result)
 
     return call
 
@@ -290,25 +304,25 @@ def in_thread_sync(
 ) -> T:
     """Run `work` in a thread for a caller that blocks; see `in_thread`."""
     threads = _computing if threads is None else threads
-    future: Future[T] = Future()
-    call = _call(work, future)
+    outcome: Outcome[T] = Outcome()
+    call = _call(work, outcome)
     threads.submit(call)
     try:
         seen = None if progress is None else progress()
-        while progress is not None and not wait((future,), timeout).done:
+        while progress is not None and not outcome.wait(timeout):
             now = progress()
             if now == seen:
                 break
             seen = now
-        done = future.result(timeout if progress is None else 0)
+        done = outcome.result(timeout if progress is None else 0)
     except BaseException as error:
         # The work may have ended since the caller stopped waiting; what it raised itself is no news.
-        is_its_own = future.done() and future.exception() is error
+        is_its_own = outcome.error is error
         if on_detached_result is None:
             threads.withdraw(call)
         elif not is_its_own:
-            future.add_done_callback(
-                lambda f: report(on_detached_result, f.exception() or f.result())
+            outcome.call_when_set(
+                lambda: report(on_detached_result, outcome.error or outcome.result())
             )
         if isinstance(error, TimeoutError) and not is_its_own:
             raise NoAnswerError(timeout) from None

@@ -22,11 +22,11 @@ from zcache._core import Index, SegmentFiles, cache_key, file_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from concurrent.futures import Future
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer
 
+    from zcache._runtime.latch import Outcome
     from zcache.store import CacheStore
 
 T = TypeVar("T")
@@ -227,7 +227,7 @@ def patient_rebuilds(seconds: float) -> Iterator[None]:
     """Have openings wait so long for a rebuild, but those that a test has shortened."""
     wait = Rebuild.wait
 
-    def wait_longer(self: Rebuild, work: Future[None], patience: float | None) -> None:
+    def wait_longer(self: Rebuild, work: Outcome[None], patience: float | None) -> None:
         is_shortened = patience is not None and patience < 0.1
         wait(self, work, patience if is_shortened else seconds)
 

@@ -195,7 +195,7 @@ def test_a_constructor_goes_on_and_the_index_is_opened_later(
     # It is opened as soon as the lock is free.
     handle: Any = store._cache.shared.handle
     assert handle.opening is not None
-    handle.opening.begin().result(GUARD)
+    assert handle.opening.begin().wait(GUARD)
     assert store.cache_info()["cached_keys"] == 1
     assert store.cache_info()["max_size"] == 1000
     assert read(store, "k") == b"value"
@@ -218,7 +218,7 @@ def test_a_constructor_does_not_wait_for_one_that_takes_the_directory_over(tmp_p
         assert in_time(lambda: read(other, "k")) == b"value"
     opening = other._cache.shared.handle.opening
     assert opening is not None
-    opening.begin().result(GUARD)
+    assert opening.begin().wait(GUARD)
     assert read(other, "k") == b"value"
     other.drain_sync()
     assert other.cache_info()["cached_keys"] == 1

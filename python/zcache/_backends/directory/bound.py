@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zcache._backends.directory.folders import counted
 from zcache._core import Index
 from zcache._index.handle import ignore
+from zcache._runtime.latch import Latch
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -54,12 +54,12 @@ class Bound:
         self._after = after
         self._clock = clock
         self.handle = handle
-        self._kept = threading.Event()
+        self._kept = Latch()
         self._kept.set()
 
     def enforce(self) -> None:
         """Evict in the background, as long as the directory is used."""
-        this, kept = weakref.ref(self), threading.Event()
+        this, kept = weakref.ref(self), Latch()
         self._kept = kept
 
         def enforce() -> None:
@@ -75,7 +75,7 @@ class Bound:
 
     def after_fork(self) -> None:
         """Wait for no thread of the parent."""
-        self._kept = threading.Event()
+        self._kept = Latch()
         self._kept.set()
 
     def wait(self) -> None:
@@ -110,7 +110,7 @@ class Bound:
         return bool(gone), bool(gone)
 
 
-def _enforce(reference: weakref.ref[Bound], kept: threading.Event) -> None:
+def _enforce(reference: weakref.ref[Bound], kept: Latch) -> None:
     opening = 0
     for _ in range(_LOOKS):
         bound = reference()

@@ -17,7 +17,6 @@ from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
 
     from zcache._backends.access import Access
     from zcache._backends.base import FillJob
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from zcache._core import FillResult, Index
     from zcache._runtime.circuit_breaker import Operation
     from zcache._runtime.io import IO
+    from zcache._runtime.latch import Outcome
 
 _POLL: Final = 0.005
 """Seconds between two looks where no thread can be started to wait."""
@@ -63,9 +63,9 @@ class DirectoryFiller:
         # may end a reader.
         self._lock = threading.RLock()
         self.min_free_space: int | None = None
-        self._moved: Future[bool] | None = None
+        self._moved: Outcome[bool] | None = None
         self.on_unlisted: Callable[[], object] = ignore
-        self._unlisted: Future[object] | None = None
+        self._unlisted: Outcome[object] | None = None
         self._is_shared = False
 
     @property
@@ -140,7 +140,7 @@ class DirectoryFiller:
         if any(one.reason == NO_SPACE for one in results):
             self._layout.space_log.rejected(self.min_free_space)
         unlisted = [one for one in results if one.outcome == "unlisted"]
-        if unlisted and self._is_shared and (self._unlisted is None or self._unlisted.done()):
+        if unlisted and self._is_shared and (self._unlisted is None or self._unlisted.is_set):
             with contextlib.suppress(RuntimeError):
                 self._unlisted = run_in_background(self.on_unlisted)
         return [self._ended(job, one) for job, one in known if job is not None]
@@ -181,10 +181,12 @@ class DirectoryFiller:
                 await io.until(moved, left)
         return fills.completed > completed
 
-    def _wait_for_more(self, fills: DirectoryFills, completed: int, seconds: float) -> Future[bool]:
+    def _wait_for_more(
+        self, fills: DirectoryFills, completed: int, seconds: float
+    ) -> Outcome[bool]:
         """One thread waits for all who wait."""
         with self._lock:
-            if self._moved is None or self._moved.done():
+            if self._moved is None or self._moved.is_set:
                 self._moved = run_in_background(lambda: fills.wait(completed, seconds))
             return self._moved
 

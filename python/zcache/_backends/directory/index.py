@@ -9,7 +9,6 @@ import logging
 import os
 import time
 import weakref
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.access import Access
@@ -224,7 +223,7 @@ class CacheDirectory(Place):
 
         opening = self.handle.open_later(open_first, begun)
         if opening is not None:
-            wait([opening], max(0.0, until - time.monotonic()))
+            opening.wait(until - time.monotonic())
         if refused:
             raise refused[0]
         if not self.handle.is_open:

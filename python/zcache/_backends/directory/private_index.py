@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 import weakref
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.access import Access
@@ -19,9 +18,9 @@ from zcache.exceptions import CacheOwnershipError, CacheUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from zcache._backends.directory.layout import Layout
+    from zcache._runtime.latch import Outcome
 
 logger = logging.getLogger("zcache")
 
@@ -75,7 +74,7 @@ class PrivateIndex:
         """Begin anew in a forked child: the thread that looks is the parent's."""
         # Reentrant: inside it the garbage collector may end a change.
         self._lock = threading.RLock()
-        self._work: Future[None] | None = None
+        self._work: Outcome[None] | None = None
         self._state: object = None
         self._next = 0.0
 
@@ -87,7 +86,7 @@ class PrivateIndex:
         self._next = 0.0
         self.look_again()
         if self._work is not None:
-            wait([self._work], REBUILD_PATIENCE)
+            self._work.wait(REBUILD_PATIENCE)
 
     def end(self) -> None:
         """Leave the directory to an index that takes values in."""
@@ -120,7 +119,7 @@ class PrivateIndex:
     def look_again(self) -> None:
         """Look in the background for what others have added, and for room, unless it is too early for that."""
         with self._lock:
-            is_looking = self._work is not None and not self._work.done()
+            is_looking = self._work is not None and not self._work.is_set
             if is_looking or time.monotonic() < self._next:
                 return
             this = weakref.ref(self)

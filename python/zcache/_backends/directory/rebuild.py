@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Final
 
 from zcache._index.shared_wait import LOCK_TIMEOUT
+from zcache._runtime.latch import Outcome
 from zcache._runtime.threads import run_in_background
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class Rebuild:
         # that opens the directory sees that its rebuild owner is gone.
         self._handle = weakref.ref(handle)
         self.why = ""
-        self._work: Future[None] | None = None
+        self._work: Outcome[None] | None = None
 
     def here(self, why: str) -> None:
         """Fill the index in this thread."""
         handle = self._handle
         self._layout.scanner.rebuild(lambda: _usable(handle()), why)
 
-    def begin(self, why: str) -> Future[None] | None:
+    def begin(self, why: str) -> Outcome[None] | None:
         """Fill the index in the background.
 
         None where no thread can be started: `Recovery` tries again, unless there is so little to scan that it is
@@ -79,43 +79,41 @@ class Rebuild:
 
         No thread could be started, or the scan was ended because the index was about to be emptied.
         """
-        is_running = self._work is not None and not self._work.done()
+        is_running = self._work is not None and not self._work.is_set
         return not is_running and not index.is_complete and index.adopt([])
 
     def go_on(self) -> None:
         """Begin again what has stopped."""
         self.begin_watched(self.why)
 
-    def wait(self, work: Future[None], seconds: float | None) -> None:
+    def wait(self, work: Outcome[None], seconds: float | None) -> None:
         """Wait for a rebuild; after `seconds` it goes on in the background."""
-        wait([work], seconds)
-        if work.done():
+        if work.wait(seconds):
             work.result()
         else:
             self.watch(work)
 
-    def watch(self, work: Future[None]) -> None:
+    def watch(self, work: Outcome[None]) -> None:
         """Let a rebuild go on in the background, and do without the directory where it fails."""
         handle = self._handle
 
-        def ended(work: Future[None]) -> None:
-            failure = work.exception()
-            if failure is not None and (found := handle()) is not None:
-                found.abandon(failure)
+        def ended() -> None:
+            if work.error is not None and (found := handle()) is not None:
+                found.abandon(work.error)
 
-        work.add_done_callback(ended)
+        work.call_when_set(ended)
 
 
-def _done(work: Callable[[], None]) -> Future[None]:
-    """Do it here; what it raises is raised where the future is asked."""
-    future: Future[None] = Future()
+def _done(work: Callable[[], None]) -> Outcome[None]:
+    """Do it here; what it raises is raised where the outcome is asked."""
+    outcome: Outcome[None] = Outcome()
     try:
         work()
     except Exception as failure:  # noqa: BLE001
-        future.set_exception(failure)
+        outcome.fail(failure)
     else:
-        future.set_result(None)
-    return future
+        outcome.succeed(None)
+    return outcome
 
 
 def _usable(handle: IndexHandle | None) -> IndexHandle | None:

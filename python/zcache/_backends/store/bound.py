@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zcache._core import Index
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.latch import Latch
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -41,7 +41,7 @@ class StoreBound:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._done: Future[None] | None = None
+        self._done: Latch | None = None
         self.is_due = False
 
     def begin(self, io: IO, backend: Backend) -> None:
@@ -50,7 +50,7 @@ class StoreBound:
             return
         if not (self._handle.usable and backend.breaker.allows("delete")):
             return
-        done: Future[None] = Future()
+        done = Latch()
         self._done, self._loop = done, io.loop()
         try:
             if self._loop is not None:
@@ -62,23 +62,22 @@ class StoreBound:
                 work = partial(self._run, IO(io.source, io.threads), backend, done)
                 run_in_background(lambda: asyncio.run(work()))
         except RuntimeError:  # No thread now; the next operation begins it.
-            done.set_result(None)
+            done.set()
 
     @property
-    def under_way(self) -> Future[None] | None:
-        """Done when the eviction ends that goes on now; None where there is none."""
+    def under_way(self) -> Latch | None:
+        """Set when the eviction ends that goes on now; None where there is none."""
         done, loop = self._done, self._loop
-        has_ended = done is None or done.done() or (loop is not None and loop.is_closed())
+        has_ended = done is None or done.is_set or (loop is not None and loop.is_closed())
         return None if has_ended else done
 
-    async def _run(self, io: IO, backend: Backend, done: Future[None]) -> None:
+    async def _run(self, io: IO, backend: Backend, done: Latch) -> None:
         try:
             await self._evict(io, backend)
         except IndexLockTimeout:
             pass
         finally:
-            if not done.done():
-                done.set_result(None)
+            done.set()
 
     async def _evict(self, io: IO, backend: Backend) -> None:
         before: int | None = None

@@ -6,7 +6,6 @@ import asyncio
 import math
 import threading
 from collections import deque
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -18,6 +17,7 @@ from zcache._core import Granted, Index, NeedsEviction, Rejected, cache_key, crc
 from zcache._index.handle import ignore
 from zcache._runtime.coroutines import NoAnswerError, OutcomeUnknown, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
+from zcache._runtime.latch import Latch
 from zcache._runtime.threads import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
@@ -57,7 +57,7 @@ class StoreFiller:
         self._tasks: set[asyncio.Task[None]] = set()
         # Fills that were begun and have not ended, with the event loops that they need.
         self._active: dict[FillJob, tuple[asyncio.AbstractEventLoop | None, _Fill]] = {}
-        self._moved: Future[None] = Future()
+        self._moved = Latch()
         # Reentrant: inside it the garbage collector may end a task.
         self._lock = threading.RLock()
         # Writes that were cut off, and may still land.
@@ -69,7 +69,7 @@ class StoreFiller:
         self._lock = threading.RLock()
         self._waiting, self._ended = deque(), deque()
         self._running, self._tasks, self._active = {}, set(), {}
-        self._moved = Future()
+        self._moved = Latch()
         self.completed = 0
         self._unknown = UnknownWrites()
 
@@ -233,8 +233,8 @@ class StoreFiller:
         with self._lock:
             self._ended.append(ended)
             self.completed += 1
-            moved, self._moved = self._moved, Future()
-        moved.set_result(None)
+            moved, self._moved = self._moved, Latch()
+        moved.set()
 
 
 class _Fill:

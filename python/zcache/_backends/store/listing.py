@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +20,7 @@ from zcache._backends.tombstones import DROPPED, RANGES, key_of, tombstone, with
 from zcache._byte_ranges import is_encodable, is_reserved
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import NoAnswerError, within
+from zcache._runtime.latch import Latch
 from zcache._runtime.threads import run_in_background
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
@@ -60,7 +60,7 @@ class Listing:
 
     Attributes
     ----------
-    done : Future
+    done : Latch or None
         Done when the index is complete, or will not be until the next try.
     refusal : CacheOwnershipError or None
         Why the store is not used, once that is known.
@@ -79,7 +79,7 @@ class Listing:
         self._seen = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self.done: Future[None] | None = None
+        self.done: Latch | None = None
         self.refusal: CacheOwnershipError | None = None
 
     def again(self) -> Listing:
@@ -92,7 +92,7 @@ class Listing:
 
     def is_under_way(self) -> bool:
         """Whether it has begun and not ended."""
-        return self.done is not None and not self.done.done()
+        return self.done is not None and not self.done.is_set
 
     def begin(self, io: IO, cache: Store, breaker: CircuitBreaker) -> bool:
         """List the store in the background, unless that is done or under way.
@@ -112,8 +112,7 @@ class Listing:
                 return True
             if not is_allowed:
                 return False
-            done: Future[None] = Future()
-            self.done = done
+            done = self.done = Latch()
             self._loop = loop
         work = partial(self._list, cache, breaker, done)
         try:
@@ -124,7 +123,7 @@ class Listing:
                 self._task = self._loop.create_task(work())
         except RuntimeError as error:
             breaker.failed(error, "list")
-            done.set_result(None)
+            done.set()
         return True
 
     def _is_stuck(self) -> bool:
@@ -143,7 +142,7 @@ class Listing:
             if "" not in self._changed:
                 self._changed.add(prefix)
 
-    async def _list(self, cache: Store, breaker: CircuitBreaker, done: Future[None]) -> None:
+    async def _list(self, cache: Store, breaker: CircuitBreaker, done: Latch) -> None:
         try:
             await within(self._patience, self._take_in(cache), lambda: self._seen)
         except CacheOwnershipError as refusal:
@@ -157,8 +156,7 @@ class Listing:
         else:
             breaker.succeeded("list")
         finally:
-            if not done.done():
-                done.set_result(None)
+            done.set()
 
     async def _take_in(self, cache: Store) -> None:
         """Enter all that the store holds into the index, and delete what is outdated.
