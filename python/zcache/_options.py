@@ -21,6 +21,7 @@ from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL, UNNAMED
 from zcache._source.location import innermost, outlives_process, overlaps
+from zcache._source.paths import expand_home
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -353,9 +354,9 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
     text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise OptionTypeError(f"invalid {name}: {text!r}. {advice}")
-    if not text or "://" in text or "\0" in text:
+    if not text or "://" in text or "\0" in text or not _has_encoding(text):
         raise OptionValueError(f"invalid {name}: {redact(text)!r}. {advice}")
-    expanded = os.path.expanduser(text)
+    expanded = expand_home(text, name)
     existing = os.path.abspath(expanded)
     while not os.path.lexists(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
@@ -366,6 +367,15 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
             "need be."
         )
     return expanded
+
+
+def _has_encoding(path: str) -> bool:
+    """Whether the system can be told a path."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _INSTEAD: Final = {

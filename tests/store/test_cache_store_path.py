@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import pwd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+import zcache
 from zcache import CachePool, CacheStore, OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
@@ -54,6 +57,52 @@ def test_a_path_may_begin_with_the_home_of_the_user(
     with pytest.raises(OptionValueError, match=f"'~/file/x', for '{tmp_path}/file' is a file"):
         CachePool("~/file/x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "file", "pool"]
+
+
+def _open_in(path: str) -> CacheStore:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ZCACHE_DIR", path)
+        return zcache.open(MemoryStore())
+
+
+@pytest.mark.parametrize(
+    ("named", "option"),
+    [
+        (CachePool, "path"),
+        (lambda path: CacheStore(MemoryStore(), cache_store=path), "cache_store"),
+        (lambda path: zcache.open(MemoryStore(), cache=path), "cache"),
+        (lambda path: zcache.open(path, cache="memory", read_only=False), "url"),
+        (lambda path: zcache.open(f"file://{path}", cache="memory", read_only=False), "url"),
+        (_open_in, "$ZCACHE_DIR"),
+    ],
+)
+def test_a_home_that_is_not_known_is_refused(
+    named: Callable[[str], object], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("~nouser/x", "~nouser"):
+        with pytest.raises(OptionValueError) as caught:
+            named(path)
+        assert str(caught.value) == (
+            f"invalid {option}: {path!r}, but there is no user 'nouser'. Give the path in full, or './{path}' for a folder "
+            "that is called so."
+        )
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(OptionValueError) as caught:
+        named("~/x")
+    assert f"invalid {option}: '~/x', but your home is not known: set HOME. " in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_of_another_user_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = pwd.getpwuid(os.getuid())
+    home = pwd.struct_passwd((*entry[:5], str(tmp_path / "home"), *entry[6:]))
+    monkeypatch.setattr("pwd.getpwnam", {"other": home}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    assert CachePool("~other/x").path == str(tmp_path / "home/x")
+    assert CachePool("./~nouser/x").path == str(tmp_path / "~nouser/x")
+    assert (tmp_path / "~nouser/x").is_dir()
 
 
 @pytest.mark.parametrize("path", ["", "s3://user:secret@bucket/cache", "file:///tmp/cache"])

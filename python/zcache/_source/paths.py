@@ -1,0 +1,35 @@
+"""Paths as people write them."""
+
+from __future__ import annotations
+
+import os
+
+from zcache._source.urls import redact
+from zcache.exceptions import OptionValueError
+
+
+def expand_home(path: str, option: str) -> str:
+    """A path with the home of a user in the place of the ``~`` at its beginning.
+
+    Parameters
+    ----------
+    path : str
+        The path.
+    option : str
+        What has named it, for the error.
+
+    Raises
+    ------
+    OptionValueError
+        If that home is not known.
+    """
+    expanded = os.path.expanduser(path)
+    # What stands there for a home that is not known would be made in the working directory.
+    if not expanded.startswith("~"):
+        return expanded
+    user = path.partition("/")[0][1:]
+    why = f"there is no user {user!r}" if user else "your home is not known: set HOME"
+    shown = redact(path)
+    raise OptionValueError(
+        f"invalid {option}: {shown!r}, but {why}. Give the path in full, or {f'./{shown}'!r} for a folder that is called so."
+    )
