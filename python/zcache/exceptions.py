@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zcache._runtime.printable import printable
+
 __all__ = [
     "CacheOwnershipError",
     "CacheUnreachableError",
@@ -22,6 +24,9 @@ __all__ = [
 
 class ZcacheError(Exception):
     """Base of all errors that zcache raises itself. Errors of the source are passed on as they are."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class IndexLockTimeout(ZcacheError, TimeoutError):  # noqa: N818 - named like the builtin that it is

@@ -1,5 +1,6 @@
 //! Files of values: detach, call, convert.
 
+use std::borrow::Cow;
 use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -13,9 +14,9 @@ use crate::shared;
 
 #[pyfunction]
 #[pyo3(signature = (path, /))]
-pub(super) fn open_cached(path: &str) -> PyResult<i32> {
+pub(super) fn open_cached(path: Cow<'_, Path>) -> PyResult<i32> {
     // It does not wait, so detaching would gain nothing.
-    let file = below::open_cached(Path::new(path)).map_err(os_error)?;
+    let file = below::open_cached(&path).map_err(os_error)?;
     Ok(file.into_raw_fd())
 }
 
@@ -35,14 +36,14 @@ pub(super) fn tells_residency(file: RawFd) -> PyResult<bool> {
 #[pyo3(signature = (path, into, total, start, size, /))]
 pub(super) fn read_resident(
     py: Python<'_>,
-    path: &str,
+    path: Cow<'_, Path>,
     mut into: PyBuffer<u8>,
     total: u64,
     start: u64,
     size: usize,
 ) -> PyResult<Option<f64>> {
     let bytes = room(&mut into, size)?;
-    let waited = py.detach(|| residency::read_resident(Path::new(path), bytes, total, start));
+    let waited = py.detach(|| residency::read_resident(&path, bytes, total, start));
     Ok(waited.map_err(os_error)?.map(|waited| waited.as_secs_f64()))
 }
 
@@ -137,9 +138,9 @@ pub(super) fn remove_key<'py>(
 
 #[pyfunction]
 #[pyo3(signature = (root, key, /))]
-pub(super) fn is_absent(root: &str, key: &str) -> bool {
+pub(super) fn is_absent(root: Cow<'_, Path>, key: &str) -> bool {
     // It does not wait, so no other thread needs the interpreter meanwhile.
-    removal::is_absent(Path::new(root), key)
+    removal::is_absent(&root, key)
 }
 
 #[pyfunction]

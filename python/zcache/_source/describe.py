@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import FsspecStore
 
+from zcache._runtime.printable import printable
 from zcache._source.answers import ask
 from zcache._source.location import bucket_of, innermost, layers, location_of
 from zcache._source.urls import redact
@@ -34,7 +35,7 @@ def describe(store: Any) -> str:
     text = str(location_of(inner) or ask(lambda: _rest(inner)) or "")
     for kind in reversed(kinds):
         text = f"{kind}({text})" if text else kind
-    return text
+    return printable(text)
 
 
 def _rest(store: Any) -> str | None:
@@ -85,4 +86,4 @@ def _without_secrets(text: str, store: Any) -> str:
         path = str(inner.path)
         shown = redact(path) if "://" in path else redact(f"any://{path}").removeprefix("any://")
         text = text.replace(path, shown) if path else text
-    return redact(text)
+    return printable(redact(text))

@@ -1,0 +1,24 @@
+r"""Texts that every terminal and file takes.
+
+Python has what is not UTF-8 in a path as lone surrogates, which can be written nowhere: of a report that holds one, nothing would
+be seen. What is shown has them as ``\udcff``.
+"""
+
+from __future__ import annotations
+
+import logging
+
+
+def printable(text: str) -> str:
+    """A text with its lone surrogates escaped, as `repr` does it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if (shown := printable(message)) != message:
+        record.msg, record.args = shown, None
+    return True
+
+
+logging.getLogger("zcache").addFilter(_make_printable)
