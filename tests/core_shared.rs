@@ -469,6 +469,7 @@ fn who_finds_new_files_goes_by_their_policy() {
     let policy = (PolicyKind::None, Minimise::Requests);
     let opening = Opening {
         policy,
+        uses_policy: true,
         ..Opening::new(LIMITS, 1)
     };
     let (mut other, fresh) = Index::open(&dir.0, &opening).unwrap();

@@ -124,8 +124,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// The last request of this key and range that was a hit is one for the source: what was found could not be read.
     pub fn miss_sampled(&mut self, key: &str, range: ByteRange) {
+        if !key::is_cacheable(key) {
+            return;
+        }
         self.retract_last(key, range, true);
-        self.sample(key, range, None, 0);
+        if let Some(part) = self.sampled_part(key, range)
+            && let Some(sample) = self.sample_mut()
+        {
+            sample.count();
+            if sample.has(part.hash) {
+                sample.push(&part, None, 0);
+            }
+        }
     }
 
     /// A value of this key is about to be cached, or would be.

@@ -104,13 +104,14 @@ def make_folders(path: str, mode: int = 0o777) -> None:
     OSError
         If the file system refuses.
     """
-    missing = [path]
+    missing, there = [path], ""
     while missing:
         try:
             os.mkdir(missing[-1], mode if len(missing) == 1 else 0o777)
         except FileNotFoundError:
             above = os.path.dirname(missing[-1])
-            if above == missing[-1]:
+            # One that is there may take none all the same, as that of the processes.
+            if above in (missing[-1], there):
                 raise
             missing.append(above)
             continue
@@ -122,7 +123,7 @@ def make_folders(path: str, mode: int = 0o777) -> None:
             # As of a volume that is read-only.
             if not os.path.isdir(missing[-1]):
                 raise
-        missing.pop()
+        there = missing.pop()
 
 
 def owner(path: str) -> Literal["ours", "pending", "foreign"]:
