@@ -93,7 +93,7 @@ class Estimator:
         return np.asarray(np.bincount(self._key[which], chosen, count), float)
 
     def _apart_from_wholes(self) -> tuple[float, float]:
-        """About which part of the requests, and how many bytes, are of ranges whose whole values are requested, but not sampled.
+        """About which part of the requests, and how many bytes, are of ranges of values that are requested whole as well, but not sampled so.
 
         Those are as likely to be in the sample as any, so of those that are follows how many are not.
         """
