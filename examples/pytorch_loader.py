@@ -89,12 +89,15 @@ except ImportError:
 
 
 def loader_of(store: CacheStore, *, shuffle: bool = False) -> DataLoader:
+    # Not all systems tell those that this process may use.
+    may_use = getattr(os, "sched_getaffinity", None)
+    processors = len(may_use(0)) if may_use else os.cpu_count() or 1
     return DataLoader(
         Samples(store),
         batch_size=4,
         shuffle=shuffle,
         # PyTorch warns of more than there are processors.
-        num_workers=min(WORKERS, os.cpu_count() or 1),
+        num_workers=min(WORKERS, processors),
         multiprocessing_context=context(),
         persistent_workers=True,
     )

@@ -9,7 +9,7 @@ use proptest::sample::Index;
 use zcache::arena::Heap;
 use zcache::cache::ClosedFlight;
 use zcache::cache::{Cache, Committed, Freshness, Joined, Limits, MAX_NAME, Reserve, Victim};
-use zcache::key::{Asked, ByteRange, MAX_LABEL};
+use zcache::key::{Asked, ByteRange};
 use zcache::policy::{Minimise, PolicyKind};
 
 /// One step. Keys, ranges and what is in progress are picked by index.
@@ -20,8 +20,6 @@ enum Step {
     Fill(Index, Index, u64),
     Join(Index, Index, bool),
     Land(Index),
-    /// What a flight has read has come, with one of a few validators or none.
-    Arrive(Index, Option<u8>, u64),
     /// Reserve under a ticket, for the range of its flight or for another one.
     Reserve(Index, Option<Index>, u64),
     /// Report the victims of a reservation: bit by bit deleted or failed.
@@ -60,7 +58,6 @@ fn steps() -> impl Strategy<Value = Step> {
         14 => (i(), i(), size()).prop_map(|(k, s, n)| Fill(k, s, n)),
         16 => (i(), i(), prop::bool::weighted(0.1)).prop_map(|(k, s, a)| Join(k, s, a)),
         4 => i().prop_map(Land),
-        6 => (i(), prop::option::of(0u8..2), age()).prop_map(|(t, v, age)| Arrive(t, v, age)),
         18 => (i(), prop::option::weighted(0.2, i()), size()).prop_map(|(t, s, n)| Reserve(t, s, n)),
         12 => (i(), bits()).prop_map(|(r, b)| Settle(r, b)),
         18 => (i(), age()).prop_map(|(r, age)| Commit(r, age)),
@@ -197,12 +194,6 @@ impl Run {
                     self.complete_flight(at);
                 }
             }
-            Step::Arrive(at, validator, age) => {
-                if let Some(at) = place(&self.tickets, at) {
-                    let validator = validator.map(|n| "v".repeat(1 + usize::from(n)));
-                    self.arrive(at, validator.as_deref(), *age);
-                }
-            }
             Step::Reserve(at, range, size) => {
                 if let Some(at) = place(&self.tickets, at) {
                     let ((key, own), ticket) = self.tickets[at].clone();
@@ -328,18 +319,13 @@ impl Run {
         let asked = asked(key, range);
         let found = self.cache.peek(key, asked, self.fresh()).unwrap();
         self.model.check_found(key, asked, self.now, found.as_ref());
-        let held = self.cache.peek(key, asked, self.now).unwrap();
-        let max_age = self.model.max_age.take();
-        self.model.check_found(key, asked, self.now, held.as_ref());
-        self.model.max_age = max_age;
         let payload = self.tickets.len() as u32;
         let joined = self
             .cache
             .join(key, asked, payload, self.fresh(), anyway)
             .unwrap();
-        let ready = (found.is_some() && !anyway, self.now);
-        self.model
-            .joined(key, range, payload, held.as_ref(), ready, &joined);
+        let ready = found.is_some() && !anyway;
+        self.model.joined(key, range, payload, ready, &joined);
         if let Joined::Lead(ticket) = joined {
             self.tickets.push(((key.to_owned(), range), ticket));
         }
@@ -353,10 +339,9 @@ impl Run {
         }
         let (name, ticket) = self.tickets[open].clone();
         if !size.is_multiple_of(3) {
-            // Most of them the same; one that is too long to be kept among them.
-            let lengths = [1, 1, 1, 1, 2, MAX_LABEL, MAX_LABEL + 1];
-            let validator = "v".repeat(lengths[size as usize % lengths.len()]);
-            self.arrive(open, Some(&validator), 0);
+            // Of every length, those that are too long to be kept among them.
+            let validator = "v".repeat(size as usize % 150);
+            self.cache.set_validator(key, ticket, &validator);
         }
         let others = self.reservations.len();
         self.reserve(&name, size, ticket);
@@ -368,18 +353,6 @@ impl Run {
             }
         }
         self.complete_flight(open);
-    }
-
-    fn arrive(&mut self, at: usize, validator: Option<&str>, age: u64) {
-        let (name, ticket) = self.tickets[at].clone();
-        let (fetched, now) = (self.now.saturating_sub(age), self.now);
-        let victims = self
-            .cache
-            .note_arrival(&name.0, ticket, validator, fetched, now)
-            .unwrap();
-        self.pending.extend(self.note(&victims));
-        self.model
-            .arrived((&name, ticket), validator, fetched, now, &victims);
     }
 
     fn complete_flight(&mut self, at: usize) {

@@ -398,6 +398,25 @@ fn hit_that_could_not_be_served_is_a_request_for_the_source() {
 }
 
 #[test]
+fn each_of_two_hits_that_could_not_be_served_is_a_request_for_the_source() {
+    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+    let fresh = Freshness {
+        now: 10,
+        max_age: Some(100),
+    };
+    ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
+    for _ in 0..2 {
+        ask!(cache, "a/c/0", ByteRange::Full, fresh);
+    }
+    for _ in 0..2 {
+        cache.miss_sampled("a/c/0", ByteRange::Full);
+    }
+    let trace = cache.sampled().0.unwrap().trace();
+    assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, 0][..]));
+}
+
+#[test]
 fn what_is_known_to_be_missing_is_no_request() {
     let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
     let fresh = Freshness {

@@ -119,59 +119,6 @@ fn what_was_granted_counts_after_a_rebuild_until_it_has_ended() {
 }
 
 #[test]
-fn part_in_place_of_one_that_has_expired_ends_earlier_reads_of_other_participants() {
-    let dir = Dir::new("expired");
-    let (mut one, mut other) = (dir.open(), dir.open());
-    let parts = [0, 5].map(|start| ByteRange::Range {
-        start,
-        end: start + 5,
-    });
-    let lead = |index: &mut Index, range, now| {
-        let fresh = (now, Some(100));
-        let joined = index.step(sleep, |cache| cache.join("a", range, 0, fresh, false));
-        match joined.unwrap() {
-            Joined::Lead(ticket) => ticket,
-            other => panic!("{other:?}"),
-        }
-    };
-    let arrive = |index: &mut Index, ticket, now| {
-        let victims = index.step(sleep, |cache| {
-            cache.note_arrival("a", ticket, None, now, now)
-        });
-        assert!(victims.unwrap().is_empty());
-    };
-    let keep = |index: &mut Index, range, ticket, now| {
-        let answer = index.step(sleep, |cache| {
-            let mut answer = cache.reserve("a", range, 5, ticket, now)?;
-            while let Reserve::NeedsEviction(id, _) = answer {
-                answer = cache.all_evicted(id, now)?;
-            }
-            if let Reserve::Granted(id) = answer {
-                cache.commit(id, None, now)?;
-            }
-            Ok(answer)
-        });
-        answer.unwrap()
-    };
-    let ticket = lead(&mut one, parts[0], 1);
-    assert!(matches!(
-        keep(&mut one, parts[0], ticket, 1),
-        Reserve::Granted(_)
-    ));
-    let early = lead(&mut other, parts[1], 100);
-    let ticket = lead(&mut one, parts[0], 101);
-    arrive(&mut one, ticket, 101);
-    assert!(matches!(
-        keep(&mut one, parts[0], ticket, 101),
-        Reserve::Granted(_)
-    ));
-    arrive(&mut other, early, 100);
-    let refused = keep(&mut other, parts[1], early, 102);
-    assert_eq!(refused, Reserve::Rejected(RejectReason::Invalidated));
-    one.step(sleep, |cache| cache.validate()).unwrap();
-}
-
-#[test]
 fn what_was_reserved_in_a_step_that_failed_takes_no_room() {
     let dir = Dir::new("failed");
     let mut index = dir.open();

@@ -76,10 +76,7 @@ class Recorder:
                 # By its number: one that is kept alive here would not be given back.
                 self._tickets[id(answer.reservation)] = args[3]
             return names(answer.victims) if isinstance(answer, NeedsEviction) else "granted"
-        if name in (
-            *("release", "failed_deletes", "drain_prefix", "discard", "commit_absence"),
-            "note_arrival",
-        ):
+        if name in ("release", "failed_deletes", "drain_prefix", "discard", "commit_absence"):
             return names(answer)
         return None if name == "confirm_deletes" else repr(answer)
 

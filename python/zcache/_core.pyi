@@ -261,7 +261,7 @@ class Stats:
     evictions : int
         Entries that had to go because bytes were needed.
     expirations : int
-        Those of them that were stale, and byte ranges that went with a stale one of their key.
+        Those of them that were stale.
     refusals : int
         Values that were left uncached.
     """
@@ -539,14 +539,8 @@ class Index:
     def lead_all(self, keys: list[str], flight: Any, /) -> list[int | None]:
         """`join` for many whole values: tickets of those that have no flight, which get this one; else None."""
 
-    def note_arrival(
-        self, key: str, ticket: int, validator: str | None, fetched: float, now: float, /
-    ) -> list[_Victim]:
-        """Say that what was asked for at `fetched` under a ticket has come, before its readers have it.
-
-        Its validator is kept with the entry when that is committed. Entries of the key that are older, and may be of another value, go
-        where one of them has another validator, or where this replaces one that has expired. Returns what to delete.
-        """
+    def set_validator(self, key: str, ticket: int, validator: str, /) -> None:
+        """Note the validator of what was read under a ticket; kept with the entry when that is committed."""
 
     def validator(self, key: str, raw: _Range, /) -> str | None:
         """Validator of the entry that would serve a request at any age, if it has one."""

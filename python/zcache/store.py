@@ -499,7 +499,7 @@ class CacheStore(Store, KeepsDecoded):
             The cache store, for all stores of this process over it:
 
             - ``evictions``: entries removed to make room.
-            - ``expirations``: evictions of stale entries, and of byte ranges together with a stale one of their key.
+            - ``expirations``: evictions of stale entries.
             - ``refusals``: values left uncached: too large, overtaken by a write, no room, or a name that the cache store
               cannot take.
             - ``cache_failures``: operations that raised or did not answer in time.

@@ -173,7 +173,7 @@ impl Tally {
 pub struct Stats {
     /// Entries removed because bytes were needed.
     pub evictions: u64,
-    /// Those of them that were stale, and ranges that went with a stale one of their key.
+    /// Those of them that were stale.
     pub expirations: u64,
     /// Values that were left uncached.
     pub rejections: u64,

@@ -20,8 +20,8 @@ pub struct Committed<T> {
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// The bytes are written: commits the entry and closes the flight of its ticket, in one step.
-    /// Where a write has invalidated the ticket, or another value of the key is cached by now, as its validator
-    /// tells, the bytes have to be deleted. `None` where nothing was granted.
+    /// Where a write has invalidated the ticket, the bytes have to be deleted. `None` where nothing
+    /// was granted.
     pub fn commit(
         &mut self,
         id: u64,
@@ -48,22 +48,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         self.arena.storage.check_place()?;
         self.release_reserved(&mut reservation);
-        let is_valid = self.is_valid(&reservation);
-        let validator = if is_valid {
-            let (key, ticket) = (&reservation.key, reservation.ticket);
-            self.flights.take_validator(key, ticket)
-        } else {
-            None
-        };
-        let own = validator.as_deref();
-        let is_another = self.is_another(&reservation.key, own.map(str::as_bytes))?;
-        let victims = if is_valid && !is_another {
+        let victims = if self.is_valid(&reservation) {
             self.drop_absence(&reservation.key)?;
             if reservation.range == ByteRange::Full {
                 self.drop_older_absences(&reservation.key, reservation.ticket)?;
             }
             self.make_live(reservation.cell, checksum, fetched, now)?;
-            self.keep_validator(reservation.cell, own)?;
+            self.keep_validator(&reservation)?;
             Vec::new()
         } else {
             self.count_rejected(1);

@@ -154,7 +154,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         u64::from(epoch) << 32 | u64::from(version)
     }
 
-    pub(super) fn live_entries(&self, key: &str, limit: usize) -> Result<Vec<u32>> {
+    fn live_entries(&self, key: &str, limit: usize) -> Result<Vec<u32>> {
         let mut found = Vec::new();
         found.extend(self.arena.find(key, ByteRange::Full)?);
         found.retain(|i| self.is_live(*i));

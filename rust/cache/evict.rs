@@ -4,7 +4,7 @@ use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
 use super::planned::Need;
 use super::reserve::{RejectReason, Reserve};
-use crate::arena::{Arena, End, Kind, List, State};
+use crate::arena::{End, List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
 use crate::policy::{Eviction, Newcomer};
@@ -180,27 +180,14 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Takes an entry for the sake of its bytes, and counts it: an eviction, and an expiration too where it was stale.
     /// A failed delete that is tried again was counted before.
-    ///
-    /// With a range that is stale all others of its key go: once it is read again, they may be parts of another value
-    /// than it is, and nothing would tell; see [`Cache::note_arrival`].
     pub(super) fn evict_one(&mut self, i: u32, now: u64, victims: &mut Vec<Victim>) -> Result<u64> {
         let cell = self.arena.get(i)?;
-        if cell.state() != State::Live {
-            return self.take(i, victims);
+        if cell.state() == State::Live {
+            let stale = self.is_useless(cell, now);
+            Tally::add(&self.tally.evictions, 1);
+            Tally::add(&self.tally.expirations, u64::from(stale));
         }
-        let (stale, kind, object) = (self.is_useless(cell, now), cell.kind()?, cell.parent);
-        let mut freed = self.take(i, victims)?;
-        let mut count = 1;
-        if stale && kind != Kind::Value {
-            let is_live = |arena: &Arena<S>, i| Ok(arena.get(i)?.state() == State::Live);
-            for other in self.arena.entries_below(object, usize::MAX, is_live)? {
-                freed = freed.saturating_add(self.take(other, victims)?);
-                count += 1;
-            }
-        }
-        Tally::add(&self.tally.evictions, count);
-        Tally::add(&self.tally.expirations, if stale { count } else { 0 });
-        Ok(freed)
+        self.take(i, victims)
     }
 
     /// Makes an entry a victim and returns the bytes that its delete is likely to free, or 0 where it is in

@@ -32,8 +32,6 @@ struct Flight<T> {
     absences_made: u64,
     /// Validator of what its reader has read, to be kept with that.
     validator: Option<Box<str>>,
-    /// Whether it is to replace an entry that has expired, and is there still.
-    has_expired: bool,
     /// What the readers wait on; `None` for the copy that a writer puts into the cache.
     payload: Option<T>,
     /// Whether another reader waits, or has waited.
@@ -238,7 +236,6 @@ impl<T: Clone> Flights<T> {
             max_age,
             absences_made,
             validator: None,
-            has_expired: false,
             payload,
             joined: false,
         };
@@ -299,46 +296,6 @@ impl<T: Clone> Flights<T> {
     pub(crate) fn take_validator(&mut self, key: &str, ticket: Ticket) -> Option<Box<str>> {
         let flights = self.by_key.get_mut(key)?;
         flights.get_mut(ticket)?.validator.take()
-    }
-
-    /// Notes that a flight is to replace an entry that has expired.
-    pub(crate) fn set_expired(&mut self, key: &str, ticket: Ticket) {
-        let flights = self.by_key.get_mut(key);
-        if let Some(flight) = flights.and_then(|flights| flights.get_mut(ticket)) {
-            flight.has_expired = true;
-        }
-    }
-
-    /// The range of a flight, and whether it is to replace an entry that has expired.
-    pub(crate) fn replaces(&self, key: &str, ticket: Ticket) -> Option<(ByteRange, bool)> {
-        let flight = self.by_key.get(key)?.get(ticket)?;
-        Some((flight.range, flight.has_expired))
-    }
-
-    /// What the reader of a flight has read is of another value than what was read before: invalidates the flights
-    /// of the key that were opened before this one, but for those that replace what has expired, as this one may.
-    /// What was valid at the version `before` is valid at `after`.
-    pub(crate) fn outdate(&mut self, key: &str, ticket: Ticket, before: Version, after: Version) {
-        self.invalidation_epoch += 1;
-        let Some(flights) = self.by_key.get_mut(key) else {
-            return;
-        };
-        for flight in &mut flights.flights {
-            if flight.version == before {
-                flight.version = after;
-            }
-            flight.invalidated |= flight.ticket < ticket && !flight.has_expired;
-            flight.has_expired = false;
-        }
-    }
-
-    /// Invalidates one flight: what it brings is older than what is known.
-    pub(crate) fn invalidate(&mut self, key: &str, ticket: Ticket) {
-        self.invalidation_epoch += 1;
-        let flights = self.by_key.get_mut(key);
-        if let Some(flight) = flights.and_then(|flights| flights.get_mut(ticket)) {
-            flight.invalidated = true;
-        }
     }
 
     /// Closes a flight; it is never joined again.

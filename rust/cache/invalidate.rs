@@ -70,7 +70,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok((victims, ticket))
     }
 
-    pub(super) fn bump_version(&mut self, key: &str) {
+    fn bump_version(&mut self, key: &str) {
         if S::EXCLUSIVE {
             self.changes.count(key);
         } else {

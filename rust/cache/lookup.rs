@@ -162,7 +162,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
 
     /// Joins the flight that brings this range, or opens one; with `anyway` even where an entry
     /// could serve it, because the cache store is out of use. The flight replaces entries that are
-    /// stale by `fresh`; see [`Cache::note_arrival`].
+    /// stale by `fresh`.
     pub fn join(
         &mut self,
         key: &str,
@@ -181,24 +181,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             Some((range, payload)) => Joined::Follow(range, payload),
             None => {
                 let (max_age, made) = (fresh.max_age, self.arena.header().absences_made);
-                let has_expired = max_age.is_some() && self.has_expired(key, asked, fresh)?;
                 let ticket = self
                     .flights
                     .open(key, range, Some(payload), version, max_age, made);
-                if has_expired {
-                    self.flights.set_expired(key, ticket);
-                }
                 Joined::Lead(ticket)
             }
         })
-    }
-
-    /// Whether an entry would serve a request if it were not stale.
-    fn has_expired(&self, key: &str, asked: Asked, fresh: Freshness) -> Result<bool> {
-        match self.peek(key, asked, fresh.now)? {
-            Some(found) => Ok(fresh.is_stale(self.arena.get(found.handle as u32)?.time())),
-            None => Ok(false),
-        }
     }
 
     /// Whether anything of this key is on its way.

@@ -2,127 +2,33 @@
 //!
 //! A reader of the source notes the validator with its flight, and the commit keeps it with the entry, in one
 //! step. Where the source still has the same one later, the age of the entry starts anew.
-//!
-//! The entries of one key are parts of one value, and readers put them together: a new index of a shard with an old
-//! inner chunk gives what no value ever was. So whatever shows that the value has changed ends those that are older.
 
-use super::cache::{BATCH, Cache, Found, Victim};
+use super::cache::{BATCH, Cache, Found};
 use super::in_flight::Ticket;
 use super::lookup::fingerprint;
 use super::peers::Peers;
+use super::reserve::Reservation;
 use crate::arena::{List, State};
 use crate::error::Result;
 use crate::key::{Asked, ByteRange};
 use crate::policy::Eviction;
 
 impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
-    /// What was read under a ticket has come, and is not given to its readers yet: its validator is to be kept with
-    /// it, and entries of the key that are not known to be of the same value, and were fetched before, go
-    ///
-    /// - if any has another validator: the value has changed, and decoded values end as well;
-    /// - if this replaces one that has expired: without validators nothing else tells a change.
-    ///
-    /// So do reads under way that began before. The entry that this one replaces is left to its fill. Where a later
-    /// read has brought another value, this one is not kept, nor where one is committed before it.
-    pub fn note_arrival(
-        &mut self,
-        key: &str,
-        ticket: Ticket,
-        validator: Option<&str>,
-        fetched: u64,
-        now: u64,
-    ) -> Result<Vec<Victim>> {
-        if let Some(validator) = validator {
-            self.flights.set_validator(key, ticket, validator);
-        }
-        let Some((range, has_expired)) = self.flights.replaces(key, ticket) else {
-            return Ok(Vec::new());
-        };
-        let own = validator.map(str::as_bytes);
-        let has_changed = self.is_another(key, own)?;
-        if !has_changed && !has_expired || self.valid_key(key, ticket).is_none() {
-            return Ok(Vec::new());
-        }
-        self.undate_future(now)?;
-        let replaced = self.arena.find(key, range)?;
-        let mut outdated = Vec::new();
-        for i in self.live_entries(key, usize::MAX)? {
-            let other = self.arena.validator(i)?;
-            if own.is_some() && other == own {
-                continue;
-            }
-            if self.arena.get(i)?.time() > fetched {
-                if own.is_some() && other.is_some() {
-                    self.flights.invalidate(key, ticket);
-                    return Ok(Vec::new());
-                }
-            } else if Some(i) != replaced {
-                outdated.push(i);
-            }
-        }
-        if own.is_some() && outdated.is_empty() && !has_changed {
-            return Ok(Vec::new());
-        }
-        let victims = self.drop_all(&outdated)?;
-        let before = self.version(key);
-        // What other participants read without a validator, nothing else ends.
-        let is_part = own.is_none() && range != ByteRange::Full;
-        let participants = self.arena.storage.participants().iter();
-        let has_others = participants.filter(|p| p.live != 0).count() > 1;
-        if has_changed || is_part && has_others {
-            self.bump_version(key);
-        }
-        let after = self.version(key);
-        self.flights.outdate(key, ticket, before, after);
-        Ok(victims)
-    }
-
-    /// Whether a value with this validator is another one than that of the entries of the key.
-    pub(super) fn is_another(&self, key: &str, validator: Option<&[u8]>) -> Result<bool> {
-        let Some(own) = validator else {
-            return Ok(false);
-        };
-        let known = self.known_validator(key)?;
-        Ok(known.is_some_and(|known| known != own))
-    }
-
-    /// The validator of the entries of a key that have one: no two have different ones.
-    fn known_validator(&self, key: &str) -> Result<Option<&[u8]>> {
-        let value = self.arena.find(key, ByteRange::Full)?;
-        let Some(object) = self.arena.find_object(key)? else {
-            return value.map_or(Ok(None), |i| self.live_validator(i));
-        };
-        let hints = self.arena.get(object)?;
-        for i in value.into_iter().chain([hints.later, hints.earlier]) {
-            if i != 0
-                && let Some(known) = self.live_validator(i)?
-            {
-                return Ok(Some(known));
-            }
-        }
-        for i in self.live_entries(key, BATCH)? {
-            if let Some(known) = self.arena.validator(i)? {
-                return Ok(Some(known));
-            }
-        }
-        Ok(None)
-    }
-
-    fn live_validator(&self, i: u32) -> Result<Option<&[u8]>> {
-        let cell = self.arena.get(i)?;
-        if cell.is_entry() && cell.state() == State::Live {
-            self.arena.validator(i)
-        } else {
-            Ok(None)
-        }
+    /// Notes the validator of what was read under this ticket.
+    pub fn set_validator(&mut self, key: &str, ticket: Ticket, validator: &str) {
+        self.flights.set_validator(key, ticket, validator);
     }
 
     /// Keeps the validator of a flight with the entry that has become `Live`.
-    pub(super) fn keep_validator(&mut self, cell: u32, validator: Option<&str>) -> Result<()> {
-        let Some(validator) = validator else {
+    pub(super) fn keep_validator(&mut self, reservation: &Reservation) -> Result<()> {
+        let (key, ticket) = (&reservation.key, reservation.ticket);
+        let Some(validator) = self.flights.take_validator(key, ticket) else {
             return Ok(());
         };
-        match self.arena.set_validator(cell, validator.as_bytes()) {
+        match self
+            .arena
+            .set_validator(reservation.cell, validator.as_bytes())
+        {
             // Without one the value is read again when it is too old.
             Err(error) if !error.is_fatal() => Ok(()),
             kept => kept,

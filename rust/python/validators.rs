@@ -3,26 +3,24 @@
 use pyo3::prelude::*;
 
 use super::backing::step;
-use super::convert::{RawSpan, RawVictim, hit, millis, raw_victims, span};
+use super::convert::{RawSpan, hit, millis, span};
 use super::index::Index;
 
 #[pymethods]
 impl Index {
-    #[pyo3(signature = (key, ticket, validator, fetched, now, /))]
-    fn note_arrival(
+    #[pyo3(signature = (key, ticket, validator, /))]
+    fn set_validator(
         &self,
         py: Python<'_>,
         key: &str,
         ticket: u64,
-        validator: Option<&str>,
-        fetched: f64,
-        now: f64,
-    ) -> PyResult<Vec<RawVictim>> {
+        validator: &str,
+    ) -> PyResult<()> {
         let key = &*self.whole(key);
-        let (fetched, now) = (millis(fetched), millis(now));
-        let victims = step!(self, py, |cache| cache
-            .note_arrival(key, ticket, validator, fetched, now))?;
-        Ok(raw_victims(victims))
+        step!(self, py, |cache| {
+            cache.set_validator(key, ticket, validator);
+            Ok(())
+        })
     }
 
     #[pyo3(signature = (key, raw, /))]

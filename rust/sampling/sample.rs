@@ -44,7 +44,7 @@ const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x03");
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Sample {
     magic: u64,
-    /// Of [`super::hash`].
+    /// Of the hashes of [`super::part_of`].
     seed: u64,
     /// Keys with a hash up to this are sampled.
     threshold: u64,
@@ -254,7 +254,9 @@ impl Sample {
         let len = u64::from(self.len).min(REQUESTS as u64);
         for place in (self.end.saturating_sub(len)..self.end).rev() {
             if let Some(request) = self.ring.get_mut(place as usize % REQUESTS)
-                && (*request & NUMBER, *request & HIT != 0) == (number, is_hit)
+                && *request & NUMBER == number
+                && *request & RETRACTED != RETRACTED
+                && (*request & HIT != 0) == is_hit
             {
                 *request |= RETRACTED;
                 if let Some(known) = self.known.get_mut(usize::from(number))

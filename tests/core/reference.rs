@@ -12,7 +12,7 @@ use zcache::cache::ClosedFlight;
 use zcache::cache::{
     BATCH, Committed, Found, Joined, Limits, RejectReason, Reserve, Stats, Victim,
 };
-use zcache::key::{self, Asked, ByteRange, MAX_LABEL};
+use zcache::key::{self, Asked, ByteRange};
 use zcache::policy::PolicyKind;
 
 pub(crate) type Name = (String, ByteRange);
@@ -31,7 +31,6 @@ struct Entry {
     checksum: u32,
     /// Tells one commit of a name from the next one.
     serial: u64,
-    validator: Option<String>,
 }
 
 #[derive(Debug)]
@@ -43,9 +42,6 @@ struct Flight {
     joined: bool,
     /// Age by which its reader has found nothing.
     max_age: Option<u64>,
-    /// Whether it replaces what has expired, and that is there still.
-    expired: bool,
-    validator: Option<String>,
 }
 
 #[derive(Debug)]
@@ -278,8 +274,7 @@ impl Model {
         key: &str,
         asked: ByteRange,
         payload: u32,
-        held: Option<&Found>,
-        (ready, now): (bool, u64),
+        ready: bool,
         got: &Joined<u32>,
     ) {
         if ready {
@@ -304,11 +299,12 @@ impl Model {
             }
             Joined::Lead(ticket) => {
                 assert!(open.is_empty(), "a second flight beside {open:?}");
-                let name = (key.to_owned(), asked);
-                self.open(*ticket, name, Some(payload), self.max_age);
-                let held = held.map(|found| &self.entries[&(key.to_owned(), found.range)]);
-                let expired = held.is_some_and(|entry| self.stale(entry, now));
-                self.flights.last_mut().expect("opened").expired = expired;
+                self.open(
+                    *ticket,
+                    (key.to_owned(), asked),
+                    Some(payload),
+                    self.max_age,
+                );
             }
         }
     }
@@ -322,64 +318,7 @@ impl Model {
             payload,
             joined: false,
             max_age,
-            expired: false,
-            validator: None,
         });
-    }
-
-    /// What is of the key is one value: of two of which it is not known, the earlier goes, once that can be seen.
-    pub(crate) fn arrived(
-        &mut self,
-        (name, ticket): (&Name, u64),
-        validator: Option<&str>,
-        fetched: u64,
-        now: u64,
-        victims: &[Victim],
-    ) {
-        let names: BTreeSet<Name> = victims.iter().map(|v| self.name_of(v)).collect();
-        let valid = self.valid(&name.0, ticket);
-        let flights = &mut self.flights;
-        let Some(at) = flights.iter().position(|f| f.ticket == ticket) else {
-            return assert!(victims.is_empty());
-        };
-        let expired = flights[at].expired;
-        if let Some(validator) = validator {
-            flights[at].validator = Some(validator.to_owned());
-        }
-        let changed = self.differs(&name.0, validator);
-        if !valid || !changed && !expired {
-            return assert!(victims.is_empty());
-        }
-        self.clock_set(now);
-        let live = self.recency.iter().filter(|other| other.0 == name.0);
-        let others: Vec<(&Name, &Entry)> = live.map(|name| (name, &self.entries[name])).collect();
-        let differs = |e: &Entry| {
-            validator.is_some() && e.validator.is_some() && e.validator.as_deref() != validator
-        };
-        if others
-            .iter()
-            .any(|(_, e)| e.fetched > fetched && differs(e))
-        {
-            self.flights[at].invalidated = true;
-            return assert!(victims.is_empty());
-        }
-        let own = (name.0.clone(), self.flights[at].name.1);
-        let older = others.into_iter().filter(|(other, e)| {
-            let same = validator.is_some() && e.validator.as_deref() == validator;
-            e.fetched <= fetched && !same && **other != own
-        });
-        let older: BTreeSet<Name> = older.map(|(name, _)| name.clone()).collect();
-        if !changed && (!expired || validator.is_some() && older.is_empty()) {
-            return assert!(victims.is_empty());
-        }
-        assert_eq!(names, older);
-        for name in &names {
-            self.take(name);
-        }
-        for flight in self.flights.iter_mut().filter(|f| f.name.0 == name.0) {
-            flight.invalidated |= flight.ticket < ticket && !flight.expired;
-            flight.expired = false;
-        }
     }
 
     pub(crate) fn completed(&mut self, key: &str, ticket: u64, got: Option<ClosedFlight<u32>>) {
@@ -537,7 +476,6 @@ impl Model {
                     fetched: 0,
                     checksum: 0,
                     serial: self.serials,
-                    validator: None,
                 };
                 self.entries.insert(name, entry);
                 return;
@@ -596,21 +534,20 @@ impl Model {
     ) {
         let failed = self.reservations[&id].failures == 0;
         let mut freed = 0u128;
-        let victims = victims.iter().map(|v| self.name_of(v)).collect::<Vec<_>>();
+        let mut victims = victims.iter().map(|v| self.name_of(v)).collect::<Vec<_>>();
         assert!(!victims.is_empty());
         let count = victims.len();
-        let mut victims = victims.into_iter();
         if own {
-            let first = victims.next().expect("not empty");
+            let first = victims.remove(0);
             assert_eq!(first, self.reservations[&id].name);
             freed += self.take(&first);
             crowded = false;
         }
-        while let Some(name) = victims.next() {
+        for name in victims {
             assert!(freed < u128::from(lacking) || crowded, "a victim too many");
             crowded = false;
             self.check_next(&name, failed, false, now);
-            freed += self.evict(&name, now, &mut victims);
+            freed += self.evict(&name, now);
         }
         let enough = freed >= u128::from(lacking) || count >= BATCH;
         assert!(
@@ -622,42 +559,25 @@ impl Model {
     /// Room for bytes that are in no reservation: what is there has to go, whatever the policy.
     pub(crate) fn made_room(&mut self, size: u64, now: u64, victims: &[Victim]) {
         let mut freed = 0u128;
-        let count = victims.len();
-        let mut victims = self.names(victims).into_iter();
-        while let Some(name) = victims.next() {
+        for victim in victims {
             assert!(freed < u128::from(size), "a victim too many");
+            let name = self.name_of(victim);
             self.check_next(&name, true, true, now);
-            freed += self.evict(&name, now, &mut victims);
+            freed += self.evict(&name, now);
         }
         let left = self.recency.len() + self.failed.len();
-        let enough = freed >= u128::from(size) || count >= BATCH;
+        let enough = freed >= u128::from(size) || victims.len() >= BATCH;
         assert!(enough || left == 0, "a victim too few");
     }
 
-    /// An entry goes because bytes are needed, and with a range that has expired all ranges of its key, which are
-    /// the next victims; returns their bytes.
-    fn evict(&mut self, name: &Name, now: u64, rest: &mut impl Iterator<Item = Name>) -> u128 {
+    /// An entry goes because bytes are needed; returns its own.
+    fn evict(&mut self, name: &Name, now: u64) -> u128 {
         let entry = &self.entries[name];
-        let (live, expired) = (entry.state == State::Live, self.useless(entry, now));
-        let mut freed = self.take(name);
-        if !live {
-            return freed;
+        if entry.state == State::Live {
+            self.stats.evictions += 1;
+            self.stats.expirations += u64::from(self.useless(entry, now));
         }
-        let mut together = BTreeSet::new();
-        if expired && name.1 != ByteRange::Full {
-            let others = self.recency.iter();
-            let others = others.filter(|other| other.0 == name.0 && other.1 != ByteRange::Full);
-            together.extend(others.cloned());
-        }
-        let got: BTreeSet<Name> = rest.take(together.len()).collect();
-        assert_eq!(got, together, "ranges expire together");
-        for other in &got {
-            freed += self.take(other);
-        }
-        let count = 1 + got.len() as u64;
-        self.stats.evictions += count;
-        self.stats.expirations += if expired { count } else { 0 };
-        freed
+        self.take(name)
     }
 
     /// Failed deletes first, then the useless, then the least recently used.
@@ -702,10 +622,7 @@ impl Model {
         let reservation = &self.reservations[&id];
         assert!(reservation.granted);
         let (key, ticket) = (reservation.name.0.clone(), reservation.ticket);
-        let mut flights = self.flights.iter();
-        let noted = flights.find(|f| f.ticket == ticket && f.name.0 == key);
-        let noted = noted.and_then(|flight| flight.validator.as_deref());
-        if self.valid(&key, ticket) && !self.differs(&key, noted) {
+        if self.valid(&key, ticket) {
             assert!(done.victims.is_empty());
             self.committed(id, checksum, fetched, now);
         } else {
@@ -716,39 +633,21 @@ impl Model {
     }
 
     fn committed(&mut self, id: u64, checksum: u32, fetched: u64, now: u64) {
-        let Reservation { name, ticket, .. } = self.reservations.remove(&id).expect("granted");
-        self.clock_set(now);
-        let mut flights = self.flights.iter_mut();
-        let flight = flights.find(|f| f.ticket == ticket && f.name.0 == name.0);
-        let noted = flight.and_then(|flight| flight.validator.take());
-        self.serials += 1;
-        let entry = self.entries.get_mut(&name).expect("granted");
-        entry.state = State::Live;
-        entry.checksum = checksum;
-        entry.serial = self.serials;
-        entry.validator = noted.filter(|text| text.len() <= MAX_LABEL);
-        let fetched = fetched.min(now).max(1);
-        entry.fetched = if fetched < 1 << 48 { fetched } else { 0 };
-        self.recency.push(name);
-    }
-
-    /// Whether a value with this validator is another one than that of the entries of the key, which have one.
-    fn differs(&self, key: &str, validator: Option<&str>) -> bool {
-        let live = self.recency.iter().filter(|name| name.0 == key);
-        let known = live.filter_map(|name| self.entries[name].validator.as_deref());
-        let known: BTreeSet<&str> = known.collect();
-        assert!(known.len() <= 1, "parts of two values: {known:?}");
-        validator.is_some_and(|own| known.iter().any(|known| *known != own))
-    }
-
-    /// What was fetched in the future cannot be dated.
-    fn clock_set(&mut self, now: u64) {
+        let name = self.reservations.remove(&id).expect("granted").name;
         for other in &self.recency {
             let entry = self.entries.get_mut(other).expect("present");
             if i128::from(entry.fetched) > i128::from(now) + i128::from(SKEW) {
                 entry.fetched = 0;
             }
         }
+        self.serials += 1;
+        let entry = self.entries.get_mut(&name).expect("granted");
+        entry.state = State::Live;
+        entry.checksum = checksum;
+        entry.serial = self.serials;
+        let fetched = fetched.min(now).max(1);
+        entry.fetched = if fetched < 1 << 48 { fetched } else { 0 };
+        self.recency.push(name);
     }
 
     pub(crate) fn aborted(&mut self, id: u64, victims: &[Victim]) {

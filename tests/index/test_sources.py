@@ -22,7 +22,7 @@ def test_each_source_of_a_pool_slices_in_its_own_way() -> None:
     for view in (python, other):
         ticket = view.join("k", None, object(), 0.0, False)
         assert isinstance(ticket, int)
-        view.note_arrival("k", ticket, "v1", 0.0, 0.0)
+        view.set_validator("k", ticket, "v1")
         granted = view.reserve("k", None, 3, ticket, 0.0)
         assert isinstance(granted, Granted)
         view.commit(granted.reservation, None, 0.0)

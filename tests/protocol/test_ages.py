@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from pools import BESIDE_OTHERS, one_of
-from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
+from support import PROTOTYPE, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, stored_sizes
@@ -170,58 +169,6 @@ async def test_ages_of_several_stores_are_each_its_own(
     assert "a/zarr.json" in await asked_again(metadata, source)
     assert await asked_again(strict, source) == ["a/c/0", "forecast/c/0/1"]
     await check_quiet(strict)
-
-
-async def test_ages_ranges_of_a_value_expire_together(
-    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
-) -> None:
-    """A new index of a shard is never put together with an old inner chunk."""
-    store = CacheStore(
-        source, cache_store=cache, max_age_seconds=10, clock=clock, source_id="source"
-    )
-    first, second, third = RangeByteRequest(0, 2), RangeByteRequest(2, 4), SuffixByteRequest(2)
-    await source.inner.set("a", buf(b"123456"))
-    assert await read_through(store, "a", first) == b"12"
-    clock.advance(6)
-    assert await read_through(store, "a", second) == b"34"
-    assert await read_through(store, "a", third) == b"56"
-    await source.inner.set("a", buf(b"abcdef"))
-    clock.advance(4)
-    # Before the cache has it.
-    assert await read(store, "a", first) == b"ab"
-    assert await read(store, "a", second) == b"cd"
-    await drained(store)
-    assert len(stored_sizes(store)) == 2
-    assert await read_through(store, "a", third) == b"ef"
-    source.take()
-    clock.advance(9)
-    for part in (first, second, third):
-        assert await read_through(store, "a", part) is not None
-    assert source.take() == {}
-    await check_quiet(store)
-
-
-async def test_ages_range_in_place_of_one_that_has_expired_ends_reads_begun_before(
-    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
-) -> None:
-    store = CacheStore(
-        source, cache_store=cache, max_age_seconds=10, clock=clock, source_id="source"
-    )
-    first, second = RangeByteRequest(0, 2), RangeByteRequest(2, 4)
-    await source.inner.set("a", buf(b"1234"))
-    assert await read_through(store, "a", first) == b"12"
-    clock.advance(9)
-    gate = source.block("get", times=1, after=True)
-    early = asyncio.ensure_future(read(store, "a", second))
-    await gate.entered_async()
-    await source.inner.set("a", buf(b"abcd"))
-    clock.advance(1)
-    assert await read_through(store, "a", first) == b"ab"
-    gate.release()
-    assert await early == b"34"
-    await drained(store)
-    assert await read_through(store, "a", second) == b"cd"
-    await check_quiet(store)
 
 
 async def test_age_of_a_store_that_is_gone_lets_others_evict_as_before(

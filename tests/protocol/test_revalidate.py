@@ -7,8 +7,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore
 
@@ -16,7 +14,7 @@ from pools import BESIDE_OTHERS, one_of
 from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
-from zcache.testing import FakeClock, StoreDouble, stored_sizes
+from zcache.testing import StoreDouble, stored_sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from zcache.testing import FakeClock
 
 # A comparison that never ends fails its test, long before `timeout` of all tests.
 pytestmark = pytest.mark.timeout(60)
@@ -222,57 +221,6 @@ async def test_revalidate_one_comparison_dates_all_parts_of_a_key(
     for part in PARTS[1:]:
         assert await read_through(store, "a", part) is not None
     assert source.take() == {"validator": 1}
-
-
-async def test_revalidate_range_of_another_value_ends_older_ranges(
-    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
-) -> None:
-    """Those that are not too old among them."""
-    await source.inner.set("a", buf(b"12345"))
-    store = opened(source, cache, clock)
-    for part in (PARTS[1], PARTS[3]):
-        assert await read_through(store, "a", part) is not None
-    await source.inner.set("a", buf(b"67890"))
-    clock.advance(1)
-    # Before the cache has it.
-    assert await read(store, "a", PARTS[2]) == b"890"
-    assert await read(store, "a", PARTS[1]) == b"78"
-    await drained(store)
-    assert len(stored_sizes(store)) == 2
-    assert await read_through(store, "a", PARTS[3]) == b"90"
-    source.take()
-    for part in PARTS[1:]:
-        assert await read_through(store, "a", part) is not None
-    assert source.take() == {}
-    await source.inner.set("a", buf(b"abcde"))
-    clock.advance(1)
-    found = await store.get_partial_values(PROTOTYPE, [("a", RangeByteRequest(0, 1))])
-    assert [value and value.to_bytes() for value in found] == [b"a"]
-    await drained(store)
-    assert len(stored_sizes(store)) == 1
-    await check_quiet(store)
-
-
-async def test_revalidate_range_of_an_older_value_is_not_kept(
-    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
-) -> None:
-    await source.inner.set("a", buf(b"12345"))
-    store = opened(source, cache, clock)
-    # Bytes and validators are read; the last one holds it up.
-    gate = source.block("validator", times=1, after=True)
-    early = asyncio.ensure_future(read(store, "a", PARTS[1]))
-    await gate.entered_async()
-    before, gate = gate, source.block("validator", times=1, after=True)
-    before.release()
-    await gate.entered_async()
-    await source.inner.set("a", buf(b"67890"))
-    clock.advance(1)
-    assert await read_through(store, "a", PARTS[3]) == b"90"
-    gate.release()
-    assert await early == b"23"
-    await drained(store)
-    assert await read_through(store, "a", PARTS[1]) == b"78"
-    await check_quiet(store)
 
 
 async def test_revalidate_batches_compare_each_key_once(
@@ -639,57 +587,3 @@ async def test_revalidate_fsspec_by_what_its_info_says(
 def test_revalidate_without_a_meaning_raises(given: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"invalid revalidate: {given!r}. Give True"):
         CacheStore(MemoryStore(), revalidate=given)
-
-
-class Rewritten(MemoryStore):
-    """A source that others rewrite: four bytes of a value, wherever they are, and its validator tell the version."""
-
-    version = 0
-
-    async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
-        values = MemoryStore({key: buf(b"%04d" % self.version * 6)})
-        return await values.get(key, prototype or PROTOTYPE, byte_range)
-
-    async def validator(self, key: str) -> str | None:
-        return f"{key} {self.version}"
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    steps=st.lists(
-        st.one_of(
-            st.sampled_from(["rewrite", "batch"]),
-            st.sampled_from([0.5, 4, 10]),
-            st.integers(0, 5).map(lambda n: RangeByteRequest(4 * n, 4 * n + 4)),
-        ),
-        min_size=3,
-        max_size=40,
-    ),
-    age=st.sampled_from([0, 9, "infinity"]),
-)
-def test_revalidate_ranges_that_are_cached_are_of_one_value(steps: list[Any], age: Any) -> None:
-    async def go() -> None:
-        source, clock = Rewritten(), FakeClock()
-        cache = MemoryStore()
-        store = opened(source, cache, clock, max_age_seconds=age)
-        for step in steps:
-            if step == "rewrite":
-                source.version += 1
-            elif step == "batch":
-                await store.get_partial_values(
-                    PROTOTYPE, [("k", SuffixByteRequest(4)), ("k", None)]
-                )
-            elif isinstance(step, RangeByteRequest):
-                await read(store, "k", step)
-            else:
-                clock.advance(step)
-            await drained(store)
-            held = {name: cache._store_dict[name].to_bytes() for name in stored_sizes(store)}
-            assert len({value[-4:] for value in held.values()}) <= 1, held
-
-    asyncio.run(go())

@@ -138,28 +138,6 @@ async def test_stale_value_of_a_followed_flight_is_served_to_all(
     await check_quiet(store)
 
 
-async def test_stale_ranges_are_served_until_one_of_them_is_read_again(
-    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
-) -> None:
-    """Then they may be of an older value than that one."""
-    store = opened(source, cache, clock, cache_set_data=False)
-    first, second = RangeByteRequest(0, 2), RangeByteRequest(2, 4)
-    await source.inner.set("a", buf(b"1234"))
-    for part in (first, second):
-        assert await read_through(store, "a", part) is not None
-    await source.inner.set("a", buf(b"abcd"))
-    clock.advance(10)
-    source.fail("get", OSError("down"))
-    assert await read_through(store, "a", first) == b"12"
-    assert await read_through(store, "a", second) == b"34"
-    source.heal()
-    assert await read_through(store, "a", first) == b"ab"
-    source.fail("get", OSError("down"))
-    with pytest.raises(OSError, match="down"):
-        await read(store, "a", second)
-    await check_quiet(store)
-
-
 async def test_stale_values_of_a_batch_are_served_and_the_rest_raises(
     source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:

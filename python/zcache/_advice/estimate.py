@@ -71,7 +71,7 @@ class Estimator:
         later = Simulator(trace.select(slice(trace.earlier, None))).known()
         guessed = is_known & self._counted
         guessed[trace.earlier :] &= ~later
-        self.guessed = float(guessed.sum()) / self._total
+        self.guessed = min(1.0, float(guessed.sum()) / self._total)
         self._guessed_bytes = float(trace.sizes[guessed].sum()) / trace.rate
         self._apart, self._apart_bytes = self._apart_from_wholes()
         bytes_of_keys = self._costs[~is_known].astype(float)

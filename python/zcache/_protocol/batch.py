@@ -245,21 +245,20 @@ class Batch:
         )
         return same
 
-    async def _validators(self, revalidator: Revalidator, numbers: list[int]) -> dict[int, str]:
-        """Validators of what has come, where they are still the ones from before."""
-        found: dict[int, str] = {}
+    async def _note_validators(self, revalidator: Revalidator, numbers: list[int]) -> None:
+        """Have validators kept with what has come, where they are still the ones from before."""
 
-        async def ask(key: str, of_key: list[int], before: str) -> None:
+        async def note(key: str, tickets: list[int], before: str) -> None:
             if await revalidator.current(self._io, key) == before:
-                found.update(dict.fromkeys(of_key, before))
+                for ticket in tickets:
+                    revalidator.note(key, ticket, before)
 
         known = [
-            partial(ask, key, of_key, before)
+            partial(note, key, [self._leads[number][0] for number in of_key], before)
             for key, of_key in self._by_key(numbers).items()
             if (before := self._checks.get(key, (None, 0.0))[0]) is not None
         ]
         await self._io.gather(known)
-        return found
 
     def _by_key(self, numbers: list[int]) -> dict[str, list[int]]:
         """Those of these requests that this call leads, by their keys."""
@@ -351,10 +350,9 @@ class Batch:
 
     async def _deliver(self, group: Group) -> Group:
         """Hand what has come to all who wait for it, and over to the cache."""
-        validators: dict[int, str] = {}
         if self._reader.revalidator is not None:
             numbers = [number for number, found in group if found is not None]
-            validators = await self._validators(self._reader.revalidator, numbers)
+            await self._note_validators(self._reader.revalidator, numbers)
         for number, found in group:
             lead = self._leads.get(number)
             if lead is None:
@@ -371,9 +369,6 @@ class Batch:
                 del self._leads[number]
                 continue
             data, buffer = freeze(found)
-            validator = validators.get(number)
-            if validator is not None or not reader.is_ageless:
-                await reader.note_arrival(self._io, asked[0], ticket, validator, flight, data)
             flight.deliver(data)
             if (fill_now := reader.backend.fill_now) is not None:
                 buffer = to_cpu_buffer(data) if buffer is None else buffer

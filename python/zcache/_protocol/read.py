@@ -72,8 +72,6 @@ class Reader:
         Compares what is too old with the source.
     stale : StaleValues
         What is served in place of an error of the source.
-    is_ageless : bool
-        Whether nothing ever expires.
     """
 
     def __init__(
@@ -101,7 +99,6 @@ class Reader:
             self.revalidator = Revalidator(hits, validators, revalidate)
         self.stale = StaleValues(hits, stale_if_error, source_name)
         self._may_be_stale = stale_if_error > 0
-        self.is_ageless = hits.ages.is_ageless
         self._fill_now = backend.fill_now
 
     async def get(
@@ -364,13 +361,13 @@ class Reader:
         is_handed_over = False
         try:
             flight.begun = True
-            is_cached, validator = False, None
+            is_cached = False
             try:
                 revalidator = self.revalidator
                 if revalidator is None or not revalidator.applies(key):
                     value = await self._read_source(io, key, prototype, request)
                 else:
-                    value, is_cached, validator = await revalidator.read(
+                    value, is_cached = await revalidator.read(
                         io, key, prototype, request, byte_range, ticket
                     )
                 data, buffer = (None, None) if value is None else freeze(value)
@@ -379,8 +376,6 @@ class Reader:
                 flight.fail(error)
                 raise
             self.hits.brought(key, byte_range, None if data is None else len(data), hit=is_cached)
-            if not (data is None or is_cached or (validator is None and self.is_ageless)):
-                await self.note_arrival(io, key, ticket, validator, flight, data)
             if is_cached:
                 flight.deliver(data)
             elif data is None:
@@ -423,23 +418,6 @@ class Reader:
     def close_flight(self, key: str, ticket: int) -> None:
         """Close a flight with a value that is not cached."""
         self.handle.call_later(ignore, Index.complete_flight, key, ticket)
-
-    async def note_arrival(
-        self, io: IO, key: str, ticket: int, validator: str | None, flight: Flight, data: bytes
-    ) -> None:
-        """Have what the source has brought end older parts of its key, before any reader puts it together with them."""
-        victims: Sequence[Victim] = ()
-        with contextlib.suppress(IndexLockTimeout):
-            victims = await self.handle.call_shielded(
-                io,
-                self.backend.remove_later,
-                Index.note_arrival,
-                *(key, ticket, validator, flight.fetched, self.now()),
-            )
-        if victims:
-            # First, for who waits for it need not wait for this.
-            flight.deliver(data)
-            await self.backend.remove(io, victims)
 
     async def deliver_absence(self, io: IO, key: str, ticket: int, flight: Flight) -> None:
         """End a flight of a key that the source does not have; what is cached of that goes."""

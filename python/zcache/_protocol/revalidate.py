@@ -2,7 +2,6 @@
 
 Bytes and validator belong together only if one answer of the source gave both, or the source had the same
 validator before and after it gave the bytes. Both go into the index in one step, the commit of the fill.
-The index hears of them before readers do (`Reader.note_arrival`), for they show which other parts of the key are outdated.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zcache._ages import METADATA
 from zcache._core import Index
+from zcache._index.handle import ignore
 from zcache._protocol.single_flight import Flight
 from zcache._runtime.fork import at_fork
 from zcache.exceptions import IndexLockTimeout
@@ -62,7 +62,7 @@ class Revalidator:
         request: ByteRequest | None,
         byte_range: ByteRange | None,
         ticket: int,
-    ) -> tuple[Buffer | None, bool, str | None]:
+    ) -> tuple[Buffer | None, bool]:
         """What the leader of a flight reads: from the cache if that is still the same, else from the source.
 
         Returns
@@ -71,12 +71,10 @@ class Revalidator:
             The bytes.
         is_cached : bool
             Whether they came from the cache.
-        validator : str or None
-            What the source has given together with them.
         """
         value, check = await self.compare(io, key, prototype, byte_range, ticket)
         if value is not None:
-            return value, True, None
+            return value, True
         paired = await self._validators.read(key, prototype, request) if io.loop() else None
         if paired is not None:
             value, validator = paired
@@ -86,7 +84,9 @@ class Revalidator:
             value = await io.read(key, prototype, request)
             if validator is None or value is None or validator != await self.current(io, key):
                 validator = None
-        return value, False, validator
+        if validator is not None and value is not None:
+            self.note(key, ticket, validator)
+        return value, False
 
     async def compare(
         self,
@@ -119,6 +119,10 @@ class Revalidator:
     def after_fork(self) -> None:
         """Start over in a forked child: what is under way is the parent's."""
         self._checks.clear()
+
+    def note(self, key: str, ticket: int, validator: str) -> None:
+        """Have a validator kept with what was read under a ticket."""
+        self._hits.handle.call_later(ignore, Index.set_validator, key, ticket, validator)
 
     async def current(self, io: IO, key: str) -> str | None:
         """The validator of a key in the source; None where it does not tell, for whatever reason."""

@@ -15,7 +15,10 @@ def printable(text: str) -> str:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
+    try:
+        message = record.getMessage()
+    except Exception:  # noqa: BLE001 - what cannot be shown is the handlers' matter, which raise nothing
+        return True
     if (shown := printable(message)) != message:
         record.msg, record.args = shown, None
     return True

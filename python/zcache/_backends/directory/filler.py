@@ -197,6 +197,7 @@ class DirectoryFiller:
         """Drop, in a forked child, the jobs of the parent."""
         self._lock = threading.RLock()
         fills, self._fills, self._moved = self._fills, None, None
+        self._unlisted = None
         self._jobs.clear()
         if fills is not None:
             fills.abandon()
