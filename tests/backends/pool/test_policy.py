@@ -205,6 +205,17 @@ def test_policy_of_a_pool_is_free_once_the_last_store_that_uses_it_has_gone(tmp_
 
 
 @pytest.mark.slow
+def test_pool_with_a_policy_holds_others_to_it_as_long_as_it_lives(tmp_path: Path) -> None:
+    """Also where one without a policy, or a second one with the same, has the directory open."""
+    plain = CachePool(tmp_path)
+    one, other = CachePool(tmp_path, eviction="none"), CachePool(tmp_path, eviction="none")
+    del one
+    with pytest.warns(UserWarning, match="not by eviction='adaptive'"):
+        assert store_over(plain, "a", eviction="adaptive").eviction == "none"
+    del other
+    assert store_over(plain, "b", eviction="adaptive").eviction == "adaptive"
+
+
 def test_policy_of_a_process_that_was_killed_is_in_force_no_more(tmp_path: Path) -> None:
     pool = CachePool(tmp_path)
     with other_process(tmp_path) as (tell, process):

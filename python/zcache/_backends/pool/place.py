@@ -32,7 +32,6 @@ from zcache.exceptions import CacheUnreachableError, IndexLockTimeout, IndexRebu
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from zcache._backends.pool.options import PoolOptions
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 
 T = TypeVar("T")
@@ -89,14 +88,16 @@ class Pool:
         self.objects: Registry[Any] = Registry()
         self.names: dict[str, dict[str, Any]] = {}
         self._forked = os.getpid()
-        # Who uses the pool in order that it goes by one policy.
-        self._policy: Member | None = None
+        # By which those of these that ask for a policy hold the pool to it.
+        self._policies: Registry[Member] = Registry()
+        # That of stores that ask for none: the last one that was asked for so.
+        self._policy = {name: _LIMITS[name] for name in ("eviction", "minimise")}
 
     def join(self, store: PoolStore | PoolMemoryStore) -> None:
         """Keep to the options of a store as well, as long as it is referred to: the strictest are in force."""
         self._add(store)
         self.apply_limits()
-        self.go_by(store.options)
+        self.go_by(store)
 
     def _add(self, store: PoolStore | PoolMemoryStore) -> None:
         self._stores.add(store)
@@ -106,11 +107,12 @@ class Pool:
         """Have the limits without those of `asks` in force once it is gone."""
         weakref.finalize(asks, _apply_limits, weakref.ref(self)).atexit = False
 
-    def go_by(self, options: PoolOptions) -> None:
-        """Have the pool go by the policy of these options, if they have one, whatever its stores ask for.
+    def go_by(self, store: PoolStore | PoolMemoryStore) -> None:
+        """Have the pool go by the policy of its options, if they have one, as long as it is referred to.
 
-        Where it is in use with another one, the caller is told.
+        Stores that ask for none have it afterwards, too. Where it is in use with another one, the caller is told.
         """
+        options = store.options
         if options.eviction is None and options.minimise is None:
             return
         wanted = {
@@ -118,20 +120,21 @@ class Pool:
             "minimise": options.minimise or DEFAULT_MINIMISED,
         }
         member = Member(wanted)
-        if choose_policy(self.handle, member) and self._policy is None:
-            self._policy = member
+        if choose_policy(self.handle, member):
+            self._policy = wanted
+            store.policy = member
+            self._policies.add(member)
             self.handle.users.add(member)
             self.handle.apply_limits()
 
     @property
     def is_in_use(self) -> bool:
         """Whether there is any store or `CachePool` of it; fills of stores that were dropped may go on."""
-        return len(self.handle.users) > (self._policy is not None) or bool(self.objects)
+        return len(self.handle.users) > len(self._policies) or bool(self.objects)
 
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""
-        limits = _LIMITS if self._policy is None else self._policy.limits
-        return {name: limits[name] for name in ("eviction", "minimise")}
+        return dict(self._policy)
 
     def source(
         self,

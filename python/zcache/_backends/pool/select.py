@@ -75,7 +75,7 @@ def pool_of(
                 else:
                     pool = MemoryPool(store, clock or time.monotonic)
                 pool.key = own
-                pool.go_by(store.options)
+                pool.go_by(store)
                 _pools.add(own, pool)
     if not is_new:
         pool.join(store)

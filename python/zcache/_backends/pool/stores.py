@@ -29,6 +29,8 @@ class PoolStore(LocalStore):
     ----------
     pool : Pool or None
         The pool that was opened for it, wherever its path leads later.
+    policy : object
+        By which it holds that pool to its policy, as long as it lives.
     """
 
     def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
@@ -36,6 +38,7 @@ class PoolStore(LocalStore):
         super().__init__(os.path.join(os.getcwd(), root), read_only=read_only)
         self.options = options
         self.pool: Any = None
+        self.policy: object = None
 
     def __repr__(self) -> str:
         return f"CachePool({str(self.root)!r})"
@@ -59,6 +62,7 @@ class PoolMemoryStore(MemoryStore):
         super().__init__()
         self.options = options
         self.pool: Any = None
+        self.policy: object = None
 
     def __repr__(self) -> str:
         return "CachePool()"
