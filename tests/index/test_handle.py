@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
 import pytest
 from zarr.storage import MemoryStore
 
+from interrupting import Interrupter
 from zcache import CachePool, CacheStore, IndexLockTimeout
-from zcache._core import CorruptIndexError
-from zcache._index.handle import ignore
+from zcache._core import CorruptIndexError, Index
+from zcache._index import shared_wait
+from zcache._index.handle import IndexHandle, ignore
 from zcache._runtime.io import IO
-
-if TYPE_CHECKING:
-    from zcache._core import Index
-    from zcache._index.handle import IndexHandle
 
 HANGS = 30.0
 """Seconds after which something hangs."""
@@ -150,3 +148,40 @@ async def test_step_that_has_found_damage_is_taken_in_the_index_that_replaces_it
     assert told[-1] is sound
     assert told.count(sound) == 1
     assert handle.usable
+
+
+def interrupted_at(number: int, *, damaged: bool) -> bool:
+    """Interrupt a step that has to mend or to open its index, and take it once more; whether it came to that."""
+    limits = {"max_size": 1000}
+    handle = IndexHandle(Index(**limits), "x", limits)
+    is_damaged = damaged
+
+    def step(_: Index) -> int:
+        if is_damaged:
+            raise CorruptIndexError("a test")
+        return 1
+
+    def recover(_: Exception) -> None:
+        nonlocal is_damaged
+        is_damaged = False
+
+    handle.recover = recover
+    if not damaged:
+        handle._be_unopened(lambda _: None)
+    done = Interrupter(number).run(lambda: handle.call_blocking(step, timeout=HANGS))
+    assert handle.call_blocking(step, timeout=HANGS) == 1
+    return done
+
+
+# Of what is interrupted between the making of a coroutine and its first step.
+@pytest.mark.filterwarnings("ignore:coroutine", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damaged", [True, False])
+def test_index_is_usable_after_a_caller_that_is_interrupted_anywhere(
+    monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Who had claimed its recovery, or its opening, may be gone before a thread has it."""
+    monkeypatch.setattr(shared_wait, "_LOST", 0)
+    steps = itertools.takewhile(
+        lambda number: interrupted_at(number, damaged=damaged), itertools.count()
+    )
+    assert len(list(steps)) > 50

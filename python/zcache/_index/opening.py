@@ -80,8 +80,9 @@ class Opening:
         """
         shared = self._shared
         with shared.lock:
-            if self.is_over or shared.pending is not None:
-                return shared.pending
+            pending = shared.awaited()
+            if self.is_over or pending is not None:
+                return pending
             now = time.monotonic()
             if shared.since == -math.inf:
                 shared.since = now

@@ -71,14 +71,15 @@ class Resolution:
         with shared.lock:
             now = time.monotonic()
             # Where no thread waits, none says when it is free: it was if no caller has asked for a while.
-            known = shared.pending is not None or now - shared.last < LOCK_TIMEOUT
+            pending = shared.awaited()
+            known = pending is not None or now - shared.last < LOCK_TIMEOUT
             shared.last = now
             # What is damaged was found with the lock held: it is not that one that is waited for any more.
             was_free = isinstance(error, CorruptIndexError)
             if was_free or not known or shared.since == -math.inf:
                 shared.since = now
-            if shared.pending is not None:
-                return shared.pending
+            if pending is not None:
+                return pending
             done = shared.claim()
         return shared.run(done, partial(_resolve, handle, error, last))
 

@@ -21,6 +21,8 @@ LOCK_TIMEOUT: Final = 1.0
 """Seconds that a caller waits for the lock of an index, and for its opening."""
 RETRY: Final = 0.01
 """Seconds between two tries where no thread can be started to wait."""
+_LOST: Final = 0.1
+"""Seconds after which work that no thread has begun is claimed anew."""
 
 
 class SharedWait:
@@ -47,6 +49,7 @@ class SharedWait:
         self.lock = lock
         self._threads = threads
         self.pending: Latch | None = None
+        self._claimed, self._has_begun = -math.inf, False
         self.since = self.last = -math.inf
 
     def left(self, timeout: float) -> float:
@@ -55,9 +58,20 @@ class SharedWait:
         # It may have ended in this moment.
         return timeout if since == -math.inf else since + timeout - time.monotonic()
 
+    def awaited(self) -> Latch | None:
+        """With the lock held, what to wait for; None where it has to be claimed.
+
+        What a handler of a signal raises may end the caller that has claimed it before a thread has the work. Then the next
+        one claims it anew.
+        """
+        is_lost = not self._has_begun and time.monotonic() - self._claimed > _LOST
+        return None if is_lost else self.pending
+
     def claim(self) -> Latch:
         """Note, with the lock held, that it is being done: before the thread runs, which takes that away."""
-        self.pending = done = Latch()
+        self._claimed, self._has_begun = time.monotonic(), False
+        # Others may wait for one that was lost.
+        self.pending = done = self.pending or Latch()
         return done
 
     def run(self, done: Latch, work: Callable[[bool], bool]) -> Latch | None:
@@ -84,6 +98,10 @@ class SharedWait:
         return done if self._run(done, work, False) else None
 
     def _run(self, done: Latch, work: Callable[[bool], bool], may_wait: bool) -> bool:
+        with self.lock:
+            if self._has_begun or self.pending is not done:
+                return True  # It was claimed twice: the thread was late.
+            self._has_begun = True
         is_done = True
         try:
             is_done = work(may_wait)
