@@ -65,7 +65,7 @@ ZIG = "ziglang>=0.17,<0.18"
 USES_ZIG = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 EXTRAS = {
-    "base": ("test", "lint", "bench", "demo", "examples", "clients"),
+    "base": ("test", "lint", "bench", "demo", "examples", "clients", "plot"),
     "demo": ("demo",),
     "torch": ("test", "torch"),
 }
