@@ -376,44 +376,36 @@ fn requests_of_an_index_are_about_what_they_ask_for() {
 }
 
 #[test]
-fn hit_that_could_not_be_served_is_a_request_for_the_source() {
-    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
+fn hits_that_could_not_be_served_are_requests_for_the_source() {
     let fresh = Freshness {
         now: 10,
         max_age: Some(100),
     };
-    ask!(cache, "a/c/0", ByteRange::Full, fresh);
-    fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
-    for part in [ByteRange::Full, range(3, 9)] {
-        ask!(cache, "a/c/0", part, fresh);
-        cache.miss_sampled("a/c/0", part);
-    }
-    // What is looked up once more is none at all.
-    cache.retract_sampled("a/c/0", range(3, 9));
-    ask!(cache, "a/c/0", range(3, 9), fresh);
-    let trace = cache.sampled().0.unwrap().trace();
-    assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, HIT][..]));
-    let ranges: Vec<ByteRange> = trace.parts.iter().map(|part| part.range).collect();
-    assert_eq!(ranges, [ByteRange::Full, ByteRange::Full, range(3, 9)]);
-}
-
-#[test]
-fn each_of_two_hits_that_could_not_be_served_is_a_request_for_the_source() {
-    let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
-    let fresh = Freshness {
-        now: 10,
-        max_age: Some(100),
-    };
-    ask!(cache, "a/c/0", ByteRange::Full, fresh);
-    fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
-    for _ in 0..2 {
+    let parts = [ByteRange::Full, range(3, 9)];
+    // One after the other, and two that were found at once.
+    for groups in [
+        parts.map(|part| vec![part]).to_vec(),
+        vec![vec![parts[1]; 2]],
+    ] {
+        let mut cache: Cache<Heap, u32> = Cache::new(Heap::default(), LIMITS, 7).unwrap();
         ask!(cache, "a/c/0", ByteRange::Full, fresh);
+        fill!(cache, "a/c/0", ByteRange::Full, 50, 10);
+        for group in &groups {
+            for part in group {
+                ask!(cache, "a/c/0", *part, fresh);
+            }
+            for part in group {
+                cache.miss_sampled("a/c/0", *part);
+            }
+        }
+        // What is looked up once more is none at all.
+        cache.retract_sampled("a/c/0", range(3, 9));
+        ask!(cache, "a/c/0", range(3, 9), fresh);
+        let trace = cache.sampled().0.unwrap().trace();
+        assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, HIT][..]));
+        let asked: Vec<ByteRange> = trace.parts.iter().map(|part| part.range).collect();
+        assert_eq!(asked, [ByteRange::Full, groups[0][0], range(3, 9)]);
     }
-    for _ in 0..2 {
-        cache.miss_sampled("a/c/0", ByteRange::Full);
-    }
-    let trace = cache.sampled().0.unwrap().trace();
-    assert_eq!((trace.requests, &trace.flags[..]), (3, &[0, 0, 0][..]));
 }
 
 #[test]

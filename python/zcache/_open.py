@@ -26,7 +26,7 @@ from zcache._options import (
 from zcache._runtime import lingering
 from zcache._runtime.capacity import memory, volume
 from zcache._runtime.fork import at_fork
-from zcache._runtime.tracebacks import let_go_of
+from zcache._runtime.tracebacks import clear_frames
 from zcache._source.opening import open_source, plain
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.pool import CachePool
@@ -126,7 +126,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     try:
         return _open(url, cache, max_size, storage_options, {**options})
     except BaseException as error:
-        let_go_of(error, handled)
+        clear_frames(error, handled)
         # This frame stays in the error.
         del url, cache, storage_options, options
         raise

@@ -27,7 +27,7 @@ from zcache._options import (
     path_of_cache_store,
 )
 from zcache._runtime.coroutines import is_loop_of_zarr
-from zcache._runtime.tracebacks import let_go_of
+from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify
 from zcache._source.location import innermost, location_here
@@ -144,7 +144,7 @@ class CachePool:
         try:
             self._use(store)
         except BaseException as error:
-            let_go_of(error, handled)
+            clear_frames(error, handled)
             # This frame stays in the error.
             del self, store, whole
             raise

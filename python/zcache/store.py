@@ -54,7 +54,7 @@ from zcache._runtime.buffers import snapshot
 from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import Handover, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
-from zcache._runtime.tracebacks import let_go_of
+from zcache._runtime.tracebacks import clear_frames
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show, show_address
 from zcache._source.identity import EPHEMERAL
@@ -308,7 +308,7 @@ class CacheStore(Store, KeepsDecoded):
             )
             self._setup(cache.source, cache, cache_set_data)
         except BaseException as error:
-            let_go_of(error, handled)
+            clear_frames(error, handled)
             # This frame stays in the error.
             del self, cache_store, cache
             raise

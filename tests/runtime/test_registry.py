@@ -66,6 +66,7 @@ def test_registry_knows_objects_by_identity_as_long_as_they_live() -> None:
     assert [id(thing) for thing in registry.snapshot()] == [id(one), id(other)]
     del one
     assert len(registry) == 1
+    assert registry
     other.itself = other  # type: ignore[attr-defined]
     del other
     gc.collect()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from zcache._runtime.tracebacks import let_go_of
+from zcache._runtime.tracebacks import clear_frames
 
 
 class Held:
@@ -34,7 +34,7 @@ def test_error_keeps_nothing_by_its_cause_its_context_and_its_group() -> None:
     error.__cause__, error.__context__ = cause, context
     # By hand: Python makes no circles.
     context.__context__ = error
-    let_go_of(error, None)
+    clear_frames(error, None)
     gc.collect()
     assert len(seen) == 4
     assert not [one for one in seen if one() is not None]
@@ -45,6 +45,6 @@ def test_error_that_was_handled_before_keeps_what_it_has() -> None:
     handled = raised(OSError("the caller's"), seen)
     error = raised(OSError("ours"), seen)
     error.__context__ = handled
-    let_go_of(error, handled)
+    clear_frames(error, handled)
     gc.collect()
     assert [one() is not None for one in seen] == [True, False]

@@ -46,6 +46,10 @@ class Registry(Generic[T]):
         ref = self._refs.get(id(item))
         return ref is not None and ref() is item
 
+    def __bool__(self) -> bool:
+        # Without all of them: it is asked at each opening.
+        return any(ref() is not None for ref in self._refs.copy().values())
+
     def __len__(self) -> int:
         # Of one that has just ended the reference may be there still.
         return len(self.snapshot())

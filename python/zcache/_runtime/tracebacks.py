@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 
 
-def let_go_of(error: BaseException | None, handled: BaseException | None) -> None:
+def clear_frames(error: BaseException | None, handled: BaseException | None) -> None:
     """Have an error keep nothing in use, such as a pool: a notebook keeps the last one.
 
     For an ``except`` block. The frame that this is called from stays in the error, and so deletes by itself what it holds.
