@@ -48,7 +48,7 @@
 //! Each depends only on those to its right:
 //!
 //! ```text
-//! python → disk → shared → cache → policy, sampling → arena → key → error
+//! python → disk → shared → cache → policy, sampling → arena → key → checksum, error
 //! ```
 //!
 //! `cargo test` runs all of this without Python; the bindings are behind the feature `python`.
@@ -70,6 +70,7 @@ compile_error!(
 
 pub mod arena;
 pub mod cache;
+pub mod checksum;
 pub mod disk;
 pub mod error;
 pub mod key;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 
 use zcache::cache::{Cache, Joined, Limits, Reserve, Verify, Victim};
+use zcache::checksum::crc32c;
 use zcache::disk::ownership::{MILLI, PENDING, SIGNATURE};
 use zcache::disk::{removal, value_file};
 use zcache::key::ByteRange;
@@ -170,9 +171,7 @@ impl World {
             let end = found.start.saturating_add(found.length);
             let intact = bytes.len() as u64 == found.size
                 && end <= found.size
-                && found
-                    .checksum
-                    .is_none_or(|sum| sum == crc32c::crc32c(&bytes));
+                && found.checksum.is_none_or(|sum| sum == crc32c(&bytes));
             if intact {
                 let served = &bytes[found.start as usize..end as usize];
                 let wanted = if range == ByteRange::Full { SIZE } else { 10 };

@@ -7,6 +7,7 @@ use super::arena::{Arena, End, List};
 use super::cell::{Cell, Kind};
 use super::racing::load_u64;
 use super::storage::Storage;
+use crate::checksum::crc32c;
 use crate::error::{Error, Result};
 use crate::key::ODD;
 
@@ -160,13 +161,13 @@ impl Cell {
     fn segment(number: u64, capacity: u32, owner: u32) -> Cell {
         let mut cell = Cell::new(Kind::Segment);
         cell.set_hash(number);
-        cell.set_checksum(Some(crc32c::crc32c(&number.to_le_bytes())));
+        cell.set_checksum(Some(crc32c(&number.to_le_bytes())));
         (cell.earlier, cell.left) = (capacity, owner);
         cell
     }
 
     fn is_sound_segment(&self) -> bool {
-        self.checksum() == Some(crc32c::crc32c(&self.segment_number().to_le_bytes()))
+        self.checksum() == Some(crc32c(&self.segment_number().to_le_bytes()))
     }
 
     /// Number of a segment, from which its file has its name.

@@ -11,6 +11,7 @@ use rustix::fs::{
 };
 
 use super::below::{At, is, open_value};
+use crate::checksum::Crc32c;
 
 /// Nanoseconds below the millisecond of the modification time of each file that zcache wrote.
 pub const SIGNATURE: i64 = 271_828;
@@ -180,17 +181,17 @@ pub fn holds<'a>(file: impl Into<At<'a>>, size: u64, checksum: u32) -> io::Resul
     if !is(&status, FileType::RegularFile) || status.st_size as u64 != size {
         return Ok(false);
     }
-    let (mut found, mut seen) = (0, 0u64);
+    let (mut found, mut seen) = (Crc32c::new(), 0u64);
     let mut part = vec![0; 1 << 16];
     while seen < size {
         let count = rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut part[..]))?;
         if count == 0 {
             return Ok(false);
         }
-        found = crc32c::crc32c_append(found, part.get(..count).unwrap_or_default());
+        found.update(part.get(..count).unwrap_or_default());
         seen += count as u64;
     }
-    Ok(seen == size && found == checksum)
+    Ok(seen == size && found.finish() == checksum)
 }
 
 /// Says that the file of this name in a cache directory is a value of ours, fetched at this time in milliseconds, as after a copy that has

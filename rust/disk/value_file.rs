@@ -17,6 +17,7 @@ use super::ownership::{
     write_record,
 };
 use super::removal::remove_pending;
+use crate::checksum::crc32c;
 
 /// Times that the directory of a new name is made again while other processes remove empty ones.
 const TRIES: u32 = 64;
@@ -87,7 +88,7 @@ pub fn create<'a>(
         }
     }
     let mut made = WrittenFile {
-        checksum: crc32c::crc32c(data),
+        checksum: crc32c(data),
         device: 0,
         inode: 0,
         nanos,

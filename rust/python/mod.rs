@@ -34,6 +34,7 @@ use pyo3::types::{PyString, PyTuple};
 use self::convert::{RawSpan, known, span};
 use self::errors::{CorruptIndexError, IndexBusyError, IndexFullError};
 use crate::cache::{BESIDES, NODES};
+use crate::checksum::crc32c;
 use crate::key;
 use crate::policy::{Minimise, PolicyKind};
 
@@ -62,9 +63,9 @@ const DETACH_FROM: usize = 64 * 1024;
 #[pyo3(name = "crc32c", signature = (data, /))]
 fn checksum(py: Python<'_>, data: &[u8]) -> u32 {
     if data.len() < DETACH_FROM {
-        ::crc32c::crc32c(data)
+        crc32c(data)
     } else {
-        py.detach(|| ::crc32c::crc32c(data))
+        py.detach(|| crc32c(data))
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use super::header::{CHECKED, DIRECTORY_AT, END, END_AT, FileHeader, HEADER_LEN, VERSIONS};
 use super::index_file::IndexFile;
 use crate::arena::{Cell, Header, Storage};
+use crate::checksum::crc32c;
 use crate::error::Result;
 
 /// Each file grows by itself.
@@ -181,7 +182,7 @@ impl Files {
 
     /// Of what stands in the header.
     pub(super) fn checksum(&self) -> u32 {
-        crc32c::crc32c(self.head.map.get(CHECKED).unwrap_or_default())
+        crc32c(self.head.map.get(CHECKED).unwrap_or_default())
     }
 
     /// Counters of the changes of keys.

@@ -18,6 +18,7 @@ use super::resident::Resident;
 use super::runs::ValueToWrite;
 use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
+use crate::checksum::crc32c;
 use crate::disk::below::{FOLDER, names_in, open_cached, open_folder, open_value};
 use crate::shared::{make_way, new_generation};
 
@@ -201,7 +202,7 @@ impl SegmentFiles {
     pub fn copy(&self, value: &FoundValue, to: Placed) -> io::Result<()> {
         let size = usize::try_from(value.placed.size).map_err(|_| Errno::FBIG)?;
         let (got, bytes) = self.read_part(value.placed, &value.name, 0, size, true)?;
-        if got != Got::Bytes || crc32c::crc32c(&bytes) != value.checksum {
+        if got != Got::Bytes || crc32c(&bytes) != value.checksum {
             return Err(Errno::IO.into());
         }
         let copy = ValueToWrite {

@@ -9,6 +9,7 @@
 //! it elsewhere, inside of a value for instance, is no header.
 
 use crate::cache::{MAX_NAME, Placed, VALUE_HEADER};
+use crate::checksum::crc32c;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"zcache\nS";
 const VALUE_MAGIC: [u8; 8] = *b"zcache\nV";
@@ -88,7 +89,7 @@ fn seal(bytes: &mut [u8]) {
 }
 
 fn check_of(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes.get(CHECKED..).unwrap_or_default())
+    crc32c(bytes.get(CHECKED..).unwrap_or_default())
 }
 
 /// What comes after magic number and CRC32C, where both are right.

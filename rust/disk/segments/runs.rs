@@ -12,6 +12,7 @@ use super::files::SegmentFiles;
 use super::format::{HEADER, ValueHeader};
 use super::opened::For;
 use crate::cache::{PAGE, Placed};
+use crate::checksum::crc32c;
 
 /// The byte in the map of a segment that says that a value is valid.
 pub(super) const VALID: u8 = 1;
@@ -36,7 +37,7 @@ impl ValueToWrite<'_> {
     fn header(&self) -> io::Result<(u32, [u8; HEADER])> {
         let header = ValueHeader {
             placed: self.placed,
-            checksum: crc32c::crc32c(self.data),
+            checksum: crc32c(self.data),
             fetched: self.fetched,
             name: self.name.to_owned(),
         };
