@@ -500,8 +500,8 @@ class CacheStore(Store, KeepsDecoded):
 
             - ``evictions``: entries removed to make room.
             - ``expirations``: evictions of stale entries.
-            - ``refusals``: values left uncached: too large, overtaken by a write, no room, or a name that the cache store
-              cannot take.
+            - ``refusals``: values left uncached: too large, overtaken by a write, no room, a name that the cache store
+              cannot take, or a cache store that was still being listed.
             - ``cache_failures``: operations that raised or did not answer in time.
 
             Decoded chunks, which are inner chunks where there are shards:

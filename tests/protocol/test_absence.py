@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from pools import POOLS, STORES, one_of
 from support import (
@@ -159,6 +159,25 @@ async def test_getsize_of_a_local_store_is_the_one_of_the_source(tmp_path: Path)
         assert outcome[0] == outcome[1]
     assert await read(store, "folder") is None
     assert await store.getsize("folder") == await bare.getsize("folder")
+
+
+async def test_missing_key_among_many_is_told_as_the_source_does(tmp_path: Path) -> None:
+    files = pytest.importorskip("obstore.store")
+    (tmp_path / "source").mkdir()
+    for bare in (
+        LocalStore(tmp_path / "source"),
+        ObjectStore(files.LocalStore(prefix=str(tmp_path / "source"))),
+        ObjectStore(files.MemoryStore()),
+    ):
+        await bare.set("a", buf(b"123"))
+        store = CacheStore(bare)
+        many = [("a", None), ("missing", None)]
+        kinds = []
+        for one in (bare, store, store):
+            kinds.append(type(await raised(lambda: one.get_partial_values(PROTOTYPE, many))))  # noqa: B023
+            # Known as missing from now on.
+            assert await read(one, "missing") is None
+        assert kinds[1:] == kinds[:1] * 2
 
 
 async def test_age_of_an_absence_is_its_own_and_never_more_than_a_value_has(

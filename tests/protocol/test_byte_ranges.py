@@ -253,6 +253,22 @@ async def test_source_error_in_a_batch_keeps_what_did_come(tmp_path: Path) -> No
     assert store.cache_info()["cached_keys"] == 1
 
 
+async def test_source_that_ends_like_a_generator_has_failed() -> None:
+    """What it raises is no end of the values, by which all would seem to be missing."""
+
+    class Source(MemoryStore):
+        async def get_partial_values(self, *_: Any, **__: Any) -> Any:
+            raise StopAsyncIteration
+
+    source = Source()
+    await source.set("k", buf(VALUES["g/x"]))
+    store = CacheStore(source)
+    for asked in ([None], [None, RangeByteRequest(0, 2)]):
+        with pytest.raises(RuntimeError, match="StopAsyncIteration"):
+            await store.get_partial_values(PROTOTYPE, [("k", one) for one in asked])
+    assert await read(store, "k") == VALUES["g/x"]
+
+
 async def test_batch_joins_a_full_read_in_flight() -> None:
     source = GatedStore({"k": VALUES["g/x"]})
     store = CacheStore(source)

@@ -265,6 +265,9 @@ class Handover(Generic[T]):
         loop = asyncio.get_running_loop()
         try:
             await self._work(self._put)
+        except StopAsyncIteration as error:
+            # It would pass for the end of the items. Python does the same in a generator.
+            raise RuntimeError(f"{self._work!r} raised StopAsyncIteration") from error
         except Exception:
             if not loop.is_closed():  # Else the garbage collector ends it, and there is no caller.
                 raise

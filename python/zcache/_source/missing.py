@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, ObjectStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
 
 from zcache._source.location import innermost
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _OWN_WORDS: Final = (FsspecStore, ObjectStore)
 """Stores that pass on what another library says."""
+_NONE_IN_MANY: Final = (FsspecStore, MemoryStore, ZipStore)
+"""Stores that give None for a missing key among many."""
 _GONE: Final = (404, 410)
 """Answers of HTTP that there is no such key."""
 
@@ -74,8 +76,8 @@ class MissingKeyErrors:
 
 
 def finds_none_in_many(source: Store) -> bool:
-    """Whether `get_partial_values` gives None for a missing key, as `get` does."""
-    return not isinstance(innermost(source), LocalStore)  # It raises.
+    """Whether it is known that `get_partial_values` gives None for a missing key, as `get` does: others raise."""
+    return isinstance(innermost(source), _NONE_IN_MANY)
 
 
 def _for_key(seen: str, error: FileNotFoundError, key: str) -> FileNotFoundError:
