@@ -748,7 +748,8 @@ class CacheStore(Store, KeepsDecoded):
         Parameters
         ----------
         path : str or PathLike
-            Of the file, such as ``"requests.csv.gz"``. It must not exist.
+            Of the file, such as ``"requests.csv.gz"``; a ``~`` at the beginning is the home of a user. It must not
+            exist.
         anonymous : bool, optional
             Write a hash in the place of each key, with a secret that is thrown away. Equal keys stay equal; ranges,
             sizes and times stay as they are. Default is False. Set it for a file that others are to see.

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,8 +48,6 @@ from zcache._advice import recording
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from zcache.testing import FakeClock
 
 Row = dict[str, str]
@@ -189,6 +189,23 @@ def test_recording_and_replay_of_an_impossible_path_name_it(bad: Any, why: str) 
         with pytest.raises(OptionValueError, match=f"{why}.*Give the path") as error:
             call(bad)
         assert repr(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_recording_and_replay_know_the_home_of_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, anonymous: bool
+) -> None:
+    """A folder ``~`` was looked for in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = CacheStore(source_of(1))
+    with store.record(kind("~/requests.csv.gz"), anonymous=anonymous):
+        for _ in range(100):
+            value_sync(store, "a/c/0")
+    assert len(rows_of(tmp_path / "requests.csv.gz")) == 100
+    assert replay(kind("~/requests.csv.gz"), policies="lru").requests == 100
+    with pytest.raises(RecordingExistsError, match=re.escape(str(tmp_path))):
+        store.record(kind("~/requests.csv.gz"))
 
 
 def test_recording_that_finds_no_room_names_its_file_and_leaves_none(path: Path) -> None:

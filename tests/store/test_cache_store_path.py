@@ -74,6 +74,8 @@ def _open_in(path: str) -> CacheStore:
         (lambda path: zcache.open(path, cache="memory", read_only=False), "url"),
         (lambda path: zcache.open(f"file://{path}", cache="memory", read_only=False), "url"),
         (_open_in, "$ZCACHE_DIR"),
+        (lambda path: CacheStore(MemoryStore()).record(path), "path"),
+        (zcache.replay, "path"),
     ],
 )
 def test_a_home_that_is_not_known_is_refused(
@@ -84,8 +86,8 @@ def test_a_home_that_is_not_known_is_refused(
         with pytest.raises(OptionValueError) as caught:
             named(path)
         assert str(caught.value) == (
-            f"invalid {option}: {path!r}, but there is no user 'nouser'. Give the path in full, or './{path}' for a folder "
-            "that is called so."
+            f"invalid {option}: {path!r}, but there is no user 'nouser'. Give the path in full, or './{path}' for what is "
+            "called so."
         )
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
+from zcache._source.paths import expand_home
 from zcache.exceptions import OptionTypeError, OptionValueError
 
 MAGIC: Final = "# zcache requests, format "
@@ -23,13 +24,13 @@ LONGEST_LINE: Final = 2**20
 """Characters of a line at most: no key that is cached makes one as long."""
 
 
-def path_of_recording(path: object) -> str | bytes:
-    """The path of a file, as the system takes it.
+def path_of_recording(path: object) -> str:
+    """The path of a file, with the home of a user in the place of the ``~`` at its beginning.
 
     Raises
     ------
     OptionTypeError, OptionValueError
-        If no file can have such a path.
+        If no file can have such a path, or that home is not known.
     """
     advice = 'Give the path of a file, such as "requests.csv.gz".'
     try:
@@ -42,4 +43,4 @@ def path_of_recording(path: object) -> str | bytes:
         raise OptionValueError(f"invalid path: {text!r} has no encoding. {advice}") from None
     if b"\0" in encoded:
         raise OptionValueError(f"invalid path: {text!r} contains a null character. {advice}")
-    return text  # type: ignore[no-any-return]
+    return expand_home(os.fsdecode(encoded), "path")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import shlex
 import zlib
 from array import array
@@ -24,6 +23,7 @@ from zcache._options import MAX_BYTES
 from zcache.exceptions import RecordingError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
@@ -47,7 +47,7 @@ def replay(
     Parameters
     ----------
     path : str or PathLike
-        A file that `CacheStore.record` has made.
+        A file that `CacheStore.record` has made; a ``~`` at the beginning is the home of a user.
     sizes : iterable of int or str, optional
         Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the bound of the
         recorded store or, where it had none, the bytes of all entries that were requested.
@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, Policy]:
         with gzip.open(name, "rt", encoding="utf-8", newline="\n") as file:
             return _parse(file)
     except _CutOffError as cut:
-        kept = f"zcat {shlex.quote(os.fsdecode(name))} | head -n {cut.lines} | gzip > whole.csv.gz"
+        kept = f"zcat {shlex.quote(name)} | head -n {cut.lines} | gzip > whole.csv.gz"
         way_out = f"Keep what is whole with `{kept}`, copy it again from where it was made,"
         raise _damaged(name, f"it is cut off after {cut.lines:,} lines", way_out) from cut
     except _OtherFormatError as other:
@@ -107,7 +107,7 @@ class _OtherFormatError(ValueError):
 
 
 def _damaged(
-    name: str | bytes, what: str, way_out: str = "Copy it again from where it was made,"
+    name: str, what: str, way_out: str = "Copy it again from where it was made,"
 ) -> RecordingError:
     return RecordingError(
         f"{name!r} is no complete recording of requests: {what}. {way_out} or record anew "

@@ -31,5 +31,5 @@ def expand_home(path: str, option: str) -> str:
     why = f"there is no user {user!r}" if user else "your home is not known: set HOME"
     shown = redact(path)
     raise OptionValueError(
-        f"invalid {option}: {shown!r}, but {why}. Give the path in full, or {f'./{shown}'!r} for a folder that is called so."
+        f"invalid {option}: {shown!r}, but {why}. Give the path in full, or {f'./{shown}'!r} for what is called so."
     )
