@@ -192,8 +192,8 @@ fn a_size_that_is_learned_later_counts_for_all_requests_of_the_key() {
     sample.push(&whole(1), None, 0);
     sample.push(&whole(2), None, OUTDATED);
     assert_eq!(sample.trace().sizes, [UNKNOWN, UNKNOWN]);
-    sample.note_size(hash(1), 77);
-    sample.note_size(hash(3), 5);
+    sample.note_size(&whole(1), 77);
+    sample.note_size(&whole(3), 5);
     let trace = sample.trace();
     assert_eq!(trace.sizes, [77, UNKNOWN]);
     assert_eq!(trace.flags, [0, OUTDATED]);
@@ -229,7 +229,7 @@ proptest! {
         }
         for key in keys {
             request(&mut sample, key);
-            sample.note_size(hash(key), 9);
+            sample.note_size(&whole(key), 9);
             sample.retract(hash(key + 1), false);
         }
         let trace = sample.trace();
@@ -342,15 +342,18 @@ fn requests_of_an_index_are_about_what_they_ask_for() {
     ask!(cache, "a/c/1", range(0, 6), fresh);
     ask!(cache, "b", ByteRange::Full, fresh);
     fill!(cache, "b", ByteRange::Full, 5000, 10);
+    // One that the value cuts off, by however much.
+    ask!(cache, "c", range(4, 99), fresh);
+    fill!(cache, "c", range(4, 99), 8, 10);
     // Never cached, so no request.
     ask!(cache, "../b", ByteRange::Full, fresh);
     ask!(cache, "", ByteRange::Full, fresh);
     let (sample, taken) = cache.sampled();
     let trace = sample.unwrap().trace();
-    assert_eq!((trace.requests, taken), (6, [0, 0]));
-    assert_eq!(trace.sizes, [50, 50, 6, 6, 6, 5000]);
-    assert_eq!(trace.flags, [0, HIT, HIT, 0, HIT, 0]);
-    let [a, b, c, d, e, f] = trace.parts[..] else {
+    assert_eq!((trace.requests, taken), (7, [0, 0]));
+    assert_eq!(trace.sizes, [50, 50, 6, 6, 6, 5000, 8]);
+    assert_eq!(trace.flags, [0, HIT, HIT, 0, HIT, 0, 0]);
+    let [a, b, c, d, e, f, g] = trace.parts[..] else {
         panic!("{:?}", trace.parts)
     };
     assert!(a == b && d == e && a != f && f.hash == f.whole);
@@ -358,8 +361,13 @@ fn requests_of_an_index_are_about_what_they_ask_for() {
     assert!((1..4).all(|n| !different[..n].contains(&different[n])));
     assert!(a.hash == a.whole && c.whole == a.whole && d.whole != a.whole);
     assert_eq!(
-        [a, c, d].map(|part| part.range),
-        [ByteRange::Full, range(3, 9), range(0, 6)]
+        [a, c, d, g].map(|part| part.range),
+        [
+            ByteRange::Full,
+            range(3, 9),
+            range(0, 6),
+            range(4, u64::MAX)
+        ]
     );
     // Too old: no size would have served it.
     let late = Freshness {
@@ -370,7 +378,7 @@ fn requests_of_an_index_are_about_what_they_ask_for() {
     assert_eq!(cache.hit_sampled("a/c/1", late, true), Some(None));
     ask!(cache, "a/c/0", range(0, 4), late);
     assert_eq!(
-        cache.sampled().0.unwrap().trace().flags[6..],
+        cache.sampled().0.unwrap().trace().flags[7..],
         [OUTDATED, 0, OUTDATED]
     );
 }

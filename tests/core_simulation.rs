@@ -288,6 +288,31 @@ fn part(key: u64, range: ByteRange) -> Part {
 }
 
 #[test]
+fn simulation_serves_what_sources_disagree_about_as_the_source_slices() {
+    use ByteRange::{Full, Offset, Range, Suffix};
+    let range = |start, end| Range { start, end };
+    for slices_like_python in [true, false] {
+        let mut simulation = Simulation::new(PolicyKind::Lru, 1000).of_source(slices_like_python);
+        let mut read = |range, len| simulation.access_part(part(1, range), len, len);
+        assert!(!read(range(0, 40), 40));
+        // By no other range, though its bytes are those of one.
+        assert!(!read(range(0, 99), 40) && read(range(0, 99), 40));
+        assert!(!read(range(30, 99), 10) && read(range(30, 40), 10));
+        assert!(!read(Full, 40));
+        assert!(read(range(20, 99), 20));
+        for (range, len) in [
+            (Suffix(50), 40),
+            (range(7, 7), 0),
+            (Offset(40), 0),
+            (Suffix(0), 0),
+        ] {
+            assert_eq!(read(range, len), slices_like_python, "{range:?}");
+            assert!(read(range, len));
+        }
+    }
+}
+
+#[test]
 fn simulation_of_ranges_serves_what_an_index_serves() {
     use ByteRange::{Full, Offset, Range, Suffix};
     let range = |start, end| Range { start, end };

@@ -427,7 +427,8 @@ class Index:
         wholes : bytes
             What stands for the whole value, 8 bytes each.
         ranges : bytes
-            Which bytes of that, 24 bytes each: kind and numbers of a byte range, kind 0 for all.
+            Which bytes of that, 24 bytes each: kind and numbers of a byte range, kind 0 for all. The end of a range is
+        that of its bytes, or 2**64 - 1 where the value ended before it.
         """
 
     def within(self, label: str, slices_like_python: bool, /) -> Index:
@@ -1342,7 +1343,13 @@ def select(size: int, raw: _Range, slices_like_python: bool, /) -> tuple[int, in
     """First byte and number of bytes that a range selects of a value; None where sources disagree."""
 
 def simulate(
-    eviction: str, capacity: int, keys: bytes, sizes: bytes, parts: bytes | None = None, /
+    eviction: str,
+    capacity: int,
+    keys: bytes,
+    sizes: bytes,
+    parts: bytes | None = None,
+    slices_like_python: bool = False,
+    /,
 ) -> bytes:
     """Which requests a cache would have served, by the code of the eviction policies themselves.
 
@@ -1357,6 +1364,9 @@ def simulate(
     parts : bytes, optional
         Of which values the numbers from 0 on are byte ranges: the number of the whole one, kind and numbers of the range
         (kind 0 for the whole value), and its bytes; 40 bytes each. Default is None: all are whole values.
+    slices_like_python : bool, optional
+        Whether the source does, whatever the request. Default is False: a whole value serves what all sources agree
+        about.
 
     Returns
     -------

@@ -724,7 +724,13 @@ class CacheStore(Store, KeepsDecoded):
         self._cache.note_pending_sizes()
         off = "" if self._options.sampling else "this store was made with sampling=False"
         return advise(
-            self._cache.ask(partial(sampled, header=self._cache.backend.value_header)),
+            self._cache.ask(
+                partial(
+                    sampled,
+                    header=self._cache.backend.value_header,
+                    slices_like_python=self._cache.reader.slices_like_python,
+                )
+            ),
             max_size=bound,
             in_use=size,
             policy=eviction,
@@ -779,6 +785,7 @@ class CacheStore(Store, KeepsDecoded):
             "max_size": self._cache.ask(_bound),
             "block_size": limits.get("unit", 1),
             "value_header": self._cache.backend.value_header,
+            "slices_like_python": self._cache.reader.slices_like_python,
             "eviction": limits["eviction"],
         }
         return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))

@@ -146,7 +146,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if let Some(part) = self.sampled_part(key, range)
             && let Some(sample) = self.sample_mut()
         {
-            sample.note_size(part.hash, size);
+            sample.note_size(&part, size);
         }
     }
 

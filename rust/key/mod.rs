@@ -16,5 +16,5 @@ pub use self::key::{
 };
 pub use self::part::Part;
 pub(crate) use self::part::{packed, unpacked};
-pub(crate) use self::select::within;
 pub use self::select::{Asked, select};
+pub(crate) use self::select::{is_agreed, within};

@@ -3,7 +3,7 @@
 use super::ByteRange;
 
 /// Bits of a range in a word that tell its kind.
-const KIND_BITS: u32 = 2;
+const KIND_BITS: u32 = 3;
 const NUMBER: u64 = u64::MAX >> KIND_BITS;
 
 /// A whole value, or a byte range of one.
@@ -30,10 +30,11 @@ impl Part {
     }
 }
 
-/// A byte range in one word, of an answer of a known size: see [`unpacked`].
-pub(crate) fn packed(range: ByteRange) -> u64 {
+/// A byte range in one word, of an answer of `size` bytes: see [`unpacked`].
+pub(crate) fn packed(range: ByteRange, size: u64) -> u64 {
     let (kind, number) = match range {
         ByteRange::Full => (0, 0),
+        ByteRange::Range { start, end } if end.saturating_sub(start) > size => (4, start),
         ByteRange::Range { start, .. } => (1, start),
         ByteRange::Offset(start) => (2, start),
         ByteRange::Suffix(count) => (3, count),
@@ -41,7 +42,9 @@ pub(crate) fn packed(range: ByteRange) -> u64 {
     kind << (u64::BITS - KIND_BITS) | number.min(NUMBER)
 }
 
-/// The byte range of a word, where it has brought `size` bytes: the end of a range is that of its bytes.
+/// The byte range of a word, where it has brought `size` bytes: the end of a range is that of its bytes. One that the
+/// value had cut off ends anywhere behind it: by how much it does makes no difference to what serves it, and what it
+/// serves.
 pub(crate) fn unpacked(word: u64, size: u64) -> ByteRange {
     let start = word & NUMBER;
     match word >> (u64::BITS - KIND_BITS) {
@@ -51,6 +54,10 @@ pub(crate) fn unpacked(word: u64, size: u64) -> ByteRange {
             end: start.saturating_add(size),
         },
         2 => ByteRange::Offset(start),
+        4 => ByteRange::Range {
+            start,
+            end: u64::MAX,
+        },
         _ => ByteRange::Suffix(start),
     }
 }

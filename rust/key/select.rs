@@ -28,16 +28,27 @@ impl From<ByteRange> for Asked {
 /// there is), unless the source is known to slice as Python does.
 #[must_use]
 pub fn select(size: u64, range: ByteRange, slices_like_python: bool) -> Option<(u64, u64)> {
-    let (start, end, agreed) = match range {
+    let (start, end) = match range {
         ByteRange::Full => return Some((0, size)),
         // Some stores read to the end when the end comes before the start.
         ByteRange::Range { start, end } if end < start => return None,
-        ByteRange::Range { start, end } => (start, end.min(size), start < end && start < size),
-        ByteRange::Offset(start) => (start, size, start < size),
-        ByteRange::Suffix(count) => (size.saturating_sub(count), size, 0 < count && count <= size),
+        ByteRange::Range { start, end } => (start, end.min(size)),
+        ByteRange::Offset(start) => (start, size),
+        ByteRange::Suffix(count) => (size.saturating_sub(count), size),
     };
     let start = start.min(size);
-    (agreed || slices_like_python).then(|| (start, end.saturating_sub(start)))
+    let length = end.saturating_sub(start);
+    (slices_like_python || is_agreed(range, length)).then_some((start, length))
+}
+
+/// Whether all sources answer a request with these `size` bytes: something is selected, and of the last bytes no more
+/// are named than there are.
+pub(crate) fn is_agreed(range: ByteRange, size: u64) -> bool {
+    match range {
+        ByteRange::Full => true,
+        ByteRange::Range { .. } | ByteRange::Offset(_) => 0 < size,
+        ByteRange::Suffix(count) => 0 < count && count <= size,
+    }
 }
 
 /// Where `asked` lies inside a cached range `held` of `size` bytes.

@@ -6,7 +6,7 @@ use super::kind::{Policy, PolicyKind};
 use super::parts::Parts;
 use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
-use crate::key::{ByteRange, Part};
+use crate::key::{ByteRange, Part, is_agreed};
 
 /// Nodes that a simulation begins with.
 const FIRST: usize = 64;
@@ -17,6 +17,7 @@ const FIRST: usize = 64;
 pub struct Simulation {
     policy: Policy,
     capacity: u64,
+    slices_like_python: bool,
     nodes: usize,
     words: Vec<u64>,
     history: Vec<u64>,
@@ -30,11 +31,20 @@ impl Simulation {
         Simulation {
             policy: Policy::of(policy),
             capacity: capacity_bytes,
+            slices_like_python: false,
             nodes: FIRST,
             words: vec![0; words_for(FIRST)],
             history: Vec::new(),
             parts: Parts::default(),
         }
+    }
+
+    /// The same, of a source that slices as Python does, or one of which that is not known: see
+    /// [`Asked`](crate::key::Asked).
+    #[must_use]
+    pub fn of_source(mut self, slices_like_python: bool) -> Self {
+        self.slices_like_python = slices_like_python;
+        self
     }
 
     /// Reads a key, given by a hash of 64 good bits, with a value of so many bytes. Whether it was there; if
@@ -43,8 +53,8 @@ impl Simulation {
         self.access_part(Part::of_whole(key), size, size)
     }
 
-    /// Reads a value or a byte range of one, which has `len` bytes and takes `size`. The whole value serves each
-    /// range of it, and a range others as in an index; what is not served comes in as it was asked for.
+    /// Reads a value or a byte range of one, which has `len` bytes and takes `size`. The whole value serves
+    /// its ranges, and a range others, as in an index; what is not served comes in as it was asked for.
     pub fn access_part(&mut self, part: Part, len: u64, size: u64) -> bool {
         // Only memory that is damaged gives an error, and this is no one else's.
         self.try_access(part, len, size).unwrap_or(false)
@@ -54,7 +64,10 @@ impl Simulation {
         let key = part.hash;
         let mut keys = Keys::of(&mut self.words, self.nodes, &mut self.history)?;
         let is_range = part.range != ByteRange::Full;
-        let mut found = keys.find(part.whole)?;
+        let mut found = None;
+        if self.slices_like_python || is_agreed(part.range, len) {
+            found = keys.find(part.whole)?;
+        }
         if is_range && found.is_none() {
             found = match keys.find(key)? {
                 None => match self.parts.around(&part) {

@@ -6,11 +6,11 @@ use pyo3::types::PyBytes;
 
 use super::convert::policy;
 use crate::key::{ByteRange, Part};
-use crate::policy::{Minimise, PolicyKind, Simulation};
+use crate::policy::{Minimise, Simulation};
 
 /// Which requests a cache would have served; see the stub.
 #[pyfunction]
-#[pyo3(signature = (eviction, capacity, keys, sizes, parts=None, /))]
+#[pyo3(signature = (eviction, capacity, keys, sizes, parts=None, slices_like_python=false, /))]
 pub(super) fn simulate<'py>(
     py: Python<'py>,
     eviction: &str,
@@ -18,6 +18,7 @@ pub(super) fn simulate<'py>(
     keys: &[u8],
     sizes: &[u8],
     parts: Option<&[u8]>,
+    slices_like_python: bool,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let (kind, _) = policy(eviction, Minimise::default().as_str())?;
     if keys.len() != sizes.len() {
@@ -28,7 +29,8 @@ pub(super) fn simulate<'py>(
         )));
     }
     let parts = parts.unwrap_or_default();
-    let served = py.detach(|| serve(kind, capacity, [keys, sizes], parts));
+    let simulation = Simulation::new(kind, capacity).of_source(slices_like_python);
+    let served = py.detach(|| serve(simulation, [keys, sizes], parts));
     Ok(PyBytes::new(py, &served))
 }
 
@@ -36,8 +38,7 @@ pub(super) fn simulate<'py>(
 /// [`RawSpan`](super::convert::RawSpan), 0 being the whole, and its bytes.
 const PART: usize = 5;
 
-fn serve(kind: PolicyKind, capacity: u64, requests: [&[u8]; 2], parts: &[u8]) -> Vec<u8> {
-    let mut simulation = Simulation::new(kind, capacity);
+fn serve(mut simulation: Simulation, requests: [&[u8]; 2], parts: &[u8]) -> Vec<u8> {
     let [keys, sizes] = requests.map(|column| column.as_chunks::<8>().0);
     let parts = parts.as_chunks::<8>().0.as_chunks::<PART>().0;
     let requests = keys.iter().zip(sizes);

@@ -19,7 +19,7 @@ pub(super) struct Known {
     pub(super) first: u64,
     /// Hash of the whole value.
     pub(super) whole: u64,
-    /// Which bytes of that.
+    /// Which bytes of that, as far as its size tells.
     pub(super) range: u64,
 }
 
@@ -30,14 +30,16 @@ impl Known {
             word: 0,
             first,
             whole: part.whole,
-            range: packed(part.range),
+            range: 0,
         };
-        known.set_size(UNKNOWN);
+        known.set_size(part, UNKNOWN);
         known
     }
 
-    pub(super) fn set_size(&mut self, size: u64) {
+    /// Notes the bytes that `part`, which it is about, has.
+    pub(super) fn set_size(&mut self, part: &Part, size: u64) {
         let size = size.min(UNKNOWN);
+        self.range = packed(part.range, size);
         self.word = size | check(self.hash, size) << SIZE_BITS;
     }
 

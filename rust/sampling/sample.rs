@@ -36,7 +36,7 @@ pub const OUTDATED: u16 = 1 << 14;
 pub const HIT: u16 = 1 << 15;
 /// Both flags of a request: it was taken back.
 pub(super) const RETRACTED: u16 = OUTDATED | HIT;
-const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x03");
+const MAGIC: u64 = u64::from_ne_bytes(*b"zsample\x04");
 
 /// The sample: fewer than a million bytes, all of which may be anything at any time. A process that is
 /// killed leaves it with one request too few, or without its check, upon which it is begun anew.
@@ -231,7 +231,7 @@ impl Sample {
             known.first = self.end;
         }
         if let Some(size) = size {
-            self.set_size(number, size);
+            self.set_size(number, part, size);
         }
         if Marks::has(self.end) {
             self.marks.set(self.end, self.requests.wrapping_sub(1));
@@ -282,19 +282,19 @@ impl Sample {
     }
 
     /// Notes the size of a key, if it is sampled and was requested.
-    pub fn note_size(&mut self, hash: u64, size: u64) {
-        if self.has(hash)
-            && let Some(number) = self.find(hash)
+    pub fn note_size(&mut self, part: &Part, size: u64) {
+        if self.has(part.hash)
+            && let Some(number) = self.find(part.hash)
         {
-            self.set_size(number, size);
+            self.set_size(number, part, size);
         }
     }
 
-    fn set_size(&mut self, number: u16, size: u64) {
+    fn set_size(&mut self, number: u16, part: &Part, size: u64) {
         if let Some(known) = self.known.get_mut(usize::from(number))
             && known.size() != size
         {
-            known.set_size(size);
+            known.set_size(part, size);
         }
     }
 

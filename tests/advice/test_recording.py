@@ -45,6 +45,7 @@ from zcache import (
     replay,
 )
 from zcache._advice import recording
+from zcache._source.slicing import slices_like_python
 from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ async def test_recording_has_a_line_for_each_request(path: Path) -> None:
         "max_size": 10_000,
         "block_size": 1,
         "value_header": 0,
+        "slices_like_python": slices_like_python(MemoryStore()),
         "eviction": "lru",
         "anonymous": False,
         "beside_value": 0,

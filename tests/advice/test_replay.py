@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import tracemalloc
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,18 @@ from zarr.storage import MemoryStore
 
 from support import buf, value_sync
 from zcache import CacheStore, RecordingError, replay
+from zcache._advice.replay import load
+from zcache._advice.trace import Simulator, sampled
+from zcache._core import POLICIES
+from zcache._source.slicing import slices_like_python
+from zcache.testing._internals import ask
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from zarr.abc.store import ByteRequest
 
+    from zcache._types import Policy
     from zcache.testing import FakeClock
 
 
@@ -59,7 +66,7 @@ def test_replay_is_what_advise_says(path: Path, anonymous: bool) -> None:
 
 
 def ranges_and_wholes(seed: int) -> tuple[MemoryStore, list[tuple[str, ByteRequest | None]]]:
-    """Values, and requests of them and of parts of them: some that are read often, and any."""
+    """Values, and requests of them and of parts of them, also beyond their ends: some that are read often, and any."""
     draw = random.Random(seed)
     sizes = {f"a/c/{number}": draw.choice([1, 7, 50, 100, 300]) for number in range(20)}
     requests: list[tuple[str, ByteRequest | None]] = []
@@ -73,6 +80,10 @@ def ranges_and_wholes(seed: int) -> tuple[MemoryStore, list[tuple[str, ByteReque
             RangeByteRequest(start, start + count),
             OffsetByteRequest(start),
             SuffixByteRequest(count),
+            RangeByteRequest(start, sizes[key] + draw.choice([0, 1, 10**6])),
+            RangeByteRequest(start, start),
+            OffsetByteRequest(sizes[key] + draw.choice([0, 10])),
+            SuffixByteRequest(sizes[key] + draw.choice([0, 1, 50])),
         ]
         requests.append((key, draw.choice(kinds)))
     return MemoryStore({key: buf(bytes(size)) for key, size in sizes.items()}), requests
@@ -111,6 +122,34 @@ def test_replay_of_ranges_and_whole_values_is_what_caches_of_each_size_have(
             assert not curve.source_bytes_error.any()
             assert curve.hit_ratio * len(requests) == pytest.approx([hits for hits, _ in real])
             assert curve.source_bytes == pytest.approx([missed for _, missed in real])
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_request_is_simulated_as_the_cache_has_served_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, is_known: bool, eviction: Policy
+) -> None:
+    """Of a range that the value had cut off, the sample knew no more than the bytes that it had brought."""
+    source, requests = ranges_and_wholes(seed)
+    if not is_known:
+        monkeypatch.setattr("zcache._cache.slices_like_python", lambda source: False)
+    # The adaptive policy draws what it learns from, so it is itself only where all has room.
+    for size in (10**6,) if eviction == "adaptive" else (300, 1500, 10**6):
+        store = CacheStore(source, max_size=size, eviction=eviction)
+        recording = path.with_name(f"{size}.csv.gz")
+        hits = []
+        with store.record(recording):
+            for key, request in requests:
+                before = store.cache_stats()["hits"]
+                assert value_sync(store, key, request) is not None
+                hits.append(store.cache_stats()["hits"] > before)
+        slices = is_known and slices_like_python(source)
+        sample = ask(store, partial(sampled, slices_like_python=slices))
+        for trace in (sample, load(recording)[0]):
+            assert trace.earlier == 0
+            simulated = Simulator(trace).hits(eviction, size, trace.costs())
+            assert simulated.tolist() == hits
 
 
 def test_replay_of_a_recording_that_began_on_a_warm_cache_knows_that(path: Path) -> None:
@@ -284,6 +323,8 @@ GOOD = {
                 ("value_header", None),
                 ("beside_value", -1),
                 ("beside_value", 1e3),
+                ("slices_like_python", None),
+                ("slices_like_python", 1),
                 ("eviction", "no policy"),
                 ("eviction", None),
                 ("eviction", ["lru"]),

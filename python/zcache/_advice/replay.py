@@ -136,7 +136,9 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
         raise _OtherFormatError(
             f"its format is {number!r:.40}, and this version reads {' and '.join(COLUMNS)} only"
         )
-    max_size, (block_size, header, beside), policy = _described(json.loads(about), number)
+    described = json.loads(about)
+    max_size, (block_size, header, beside), policy = _described(described, number)
+    slices = _slices_like_python(described)
     rows = csv.reader(_lines(file), strict=True)
     if tuple(next(rows, ())) != columns:
         raise ValueError(f"its columns are not {', '.join(columns)}")
@@ -158,7 +160,8 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
     # Misses were written when they were known, not when they were made.
     order = np.argsort(np.frombuffer(times, float), kind="stable")
     found, served_by = requests.in_order(order)
-    return complete(found, block_size, header, beside, served_by), max_size, policy
+    trace = complete(found, block_size, header, beside, served_by, slices_like_python=slices)
+    return trace, max_size, policy
 
 
 class _Rows:
@@ -248,6 +251,14 @@ def _described(about: Any, number: str) -> tuple[int | None, list[int], Policy]:
     if policy not in POLICIES:
         raise ValueError(f"its eviction is {policy!r:.40}, none of {', '.join(POLICIES)}")
     return found[0], found[1:], policy
+
+
+def _slices_like_python(about: dict[str, Any]) -> bool:
+    """Whether the source does; it is taken to do so where a file does not say."""
+    value = about.get("slices_like_python", True)
+    if not isinstance(value, bool):
+        raise ValueError(f"its slices_like_python is {value!r:.40}, not true or false")  # noqa: TRY004 - of the file
+    return value
 
 
 def _time(text: str) -> float:

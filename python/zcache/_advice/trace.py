@@ -100,6 +100,8 @@ class Trace(Requests):
         Bytes of folders or segments that the cache store has for each value, on average.
     unsized : int
         How many requests were left out because their sizes are not known.
+    slices_like_python : bool
+        Whether the source does, whatever the request: then a whole value serves all ranges of it.
     """
 
     earlier: int
@@ -111,6 +113,7 @@ class Trace(Requests):
     header: int
     beside: int
     unsized: int
+    slices_like_python: bool
 
     def costs(self) -> NDArray[np.uint64]:
         """Bytes that an entry takes in the cache store, for each request."""
@@ -128,7 +131,7 @@ class Simulator:
 
     Parameters
     ----------
-    requests : Requests
+    requests : Trace
         The requests.
 
     Attributes
@@ -139,13 +142,13 @@ class Simulator:
         The first request of each of these.
     """
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Trace) -> None:
         known, first, of_sorted = np.unique(requests.keys, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
         self.keys: NDArray[np.int64] = rank[of_sorted]
         self.first = np.sort(first)
         self._keys = self.keys.astype(np.uint64).tobytes()
-        self._parts = b""
+        self._parts, self._slices = b"", requests.slices_like_python
         ranges = requests.ranges[self.first]
         if ranges[:, 0].any():
             wholes = requests.wholes[self.first]
@@ -158,7 +161,7 @@ class Simulator:
 
     def hits(self, policy: str, capacity: int, costs: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of them a cache of so many bytes serves, where none is too old."""
-        served = simulate(policy, capacity, self._keys, costs.tobytes(), self._parts)
+        served = simulate(policy, capacity, self._keys, costs.tobytes(), self._parts, self._slices)
         return np.frombuffer(served, bool)
 
     def known(self) -> NDArray[np.bool_]:
@@ -166,7 +169,7 @@ class Simulator:
         return self.hits("none", UNKNOWN, np.zeros(len(self.keys), np.uint64))
 
 
-def sampled(index: Index, header: int = 0) -> Trace:
+def sampled(index: Index, header: int = 0, *, slices_like_python: bool = True) -> Trace:
     """The sample of an index, of all processes that share it."""
     total, rate, has_slid, (unit, beside), *columns = index.sample()
     keys, sizes, wholes, ranges = (
@@ -193,6 +196,7 @@ def sampled(index: Index, header: int = 0) -> Trace:
             header=header,
             beside=beside,
             unsized=int((~known & ~former).sum()),
+            slices_like_python=slices_like_python,
         )
     )
 
@@ -203,6 +207,8 @@ def complete(
     header: int = 0,
     beside: int = 0,
     served_by: Requests | None = None,
+    *,
+    slices_like_python: bool = True,
 ) -> Trace:
     """All requests that there were; those of what has served them as well, where that is known."""
     known = requests.sizes != UNKNOWN
@@ -217,6 +223,7 @@ def complete(
         header=header,
         beside=beside,
         unsized=int((~known).sum()),
+        slices_like_python=slices_like_python,
     )
     return _with_earlier(trace, served_by and served_by.select(known))
 
@@ -249,11 +256,14 @@ def _without_parts(trace: Trace, numbers: NDArray[np.intp]) -> NDArray[np.intp]:
     same = np.isin(trace.wholes, trace.wholes[of_parts]) & (trace.ranges[:, 0] != 0)
     brought: dict[tuple[int, bool], _Ranges] = defaultdict(_Ranges)
     for number in np.flatnonzero(same).tolist():
-        kind, start = trace.ranges[number, :2].tolist()
+        kind, start, end = trace.ranges[number].tolist()
         size = int(trace.sizes[number])
+        named = {1: end - start, 2: size, 3: start}[kind]
         # Of the last bytes it is known only how many they are.
         first, last = (0, size) if kind == 3 else (start, inf if kind == 2 else start + size)
-        if not brought[int(trace.wholes[number]), kind == 3].add(first, last):
+        lies_in_another = not brought[int(trace.wholes[number]), kind == 3].add(first, last)
+        # What the value cut off, or has nothing of, is served by no other range.
+        if lies_in_another and named == size > 0:
             left.discard(number)
     return np.array(sorted(left), np.intp)
 

@@ -70,6 +70,8 @@ class Reader:
     ----------
     revalidator : Revalidator or None
         Compares what is too old with the source.
+    slices_like_python : bool
+        As given.
     stale : StaleValues
         What is served in place of an error of the source.
     """
@@ -92,7 +94,7 @@ class Reader:
         self.handle, self.breaker, self.counters = hits.handle, hits.breaker, hits.counters
         self.fills = backend.shared.fills
         self.now, self.ages = hits.now, hits.ages
-        self._slices_like_python = slices_like_python
+        self.slices_like_python = slices_like_python
         self.offline = offline
         self.revalidator: Revalidator | None = None
         if revalidate and validators is not None:
@@ -344,7 +346,7 @@ class Reader:
         """What `byte_range` selects of a flight that brings `whole`; None where sources differ."""
         if whole == byte_range:
             return data
-        cut = select(len(data), byte_range, self._slices_like_python)
+        cut = select(len(data), byte_range, self.slices_like_python)
         return None if cut is None else data[cut[0] : cut[0] + cut[1]]
 
     async def _lead(
