@@ -152,6 +152,30 @@ def test_each_request_is_simulated_as_the_cache_has_served_it(
             assert simulated.tolist() == hits
 
 
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_parts_of_one_value_are_simulated_as_each_of_its_own_age(
+    path: Path, clock: FakeClock, eviction: Policy
+) -> None:
+    """One that is too old takes no other part of its value with it, in the cache as in the simulation."""
+    draw = random.Random(3)
+    store = CacheStore(source_of(10), max_age_seconds=10, clock=clock, eviction=eviction)
+    # None of these ranges lies in another.
+    parts = [None, RangeByteRequest(0, 7), RangeByteRequest(5, 20), SuffixByteRequest(9)]
+    hits = []
+    with store.record(path):
+        for _ in range(1000):
+            before = store.cache_stats()["hits"]
+            value_sync(store, f"a/c/{draw.randrange(10)}", draw.choice(parts))
+            hits.append(store.cache_stats()["hits"] > before)
+            clock.advance(draw.choice([0, 0.1, 2]))
+    assert 0.1 < np.mean(hits) < 0.9
+    for trace in (ask(store, sampled), load(path)[0]):
+        assert trace.outdated.any()
+        assert trace.earlier == 0
+        found = Simulator(trace).hits(eviction, 10**6, trace.costs()) & ~trace.outdated
+        assert found.tolist() == hits
+
+
 def test_replay_of_a_recording_that_began_on_a_warm_cache_knows_that(path: Path) -> None:
     """It was simulated as if all its keys had come for the first time, with no error."""
     store = CacheStore(source_of(200), max_size=100_000)
