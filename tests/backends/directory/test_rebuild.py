@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -234,3 +235,51 @@ def test_fork_while_another_thread_opens_keeps_no_lock(
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_rebuild_of_a_forked_child_that_stops_goes_on_whatever_its_parent_does(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that fills the index of the parent is none of the child's."""
+    monkeypatch.setattr("zcache._backends.directory.index.REBUILD_PATIENCE", 0.05)
+    walks, go = hold_walks(monkeypatch)
+    store = open_store(where)
+    assert walks.wait(LONGEST)
+    child = os.fork()
+    if child == 0:
+        is_filled = False
+        try:
+            is_filled = starts_over_and_fills(store, go)
+        finally:
+            os._exit(0 if is_filled else 1)
+    try:
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        go.set()
+
+
+def starts_over_and_fills(store: CacheStore, go: threading.Event) -> bool:
+    """Whether an index is filled of which the rebuild could not begin at once, for want of a descriptor."""
+    go.set()
+    directory = store._cache.shared.place
+    recovery, check = directory.recovery, directory.layout.check
+    asyncio.run(read_all(store))
+    checks = iter([None, OSError(errno.EMFILE, "Too many open files")])
+
+    def check_twice() -> None:
+        if (error := next(checks, None)) is not None:
+            raise error
+        check()
+
+    directory.layout.check = check_twice
+    with contextlib.suppress(CorruptIndexError):
+        directory.handle.index.mark_corrupt()
+    recovery.start_over("it was damaged")
+    assert not is_complete(store)
+    recovery._last_reclaim = 0.0
+    recovery.reclaim_dead()
+    until = time.monotonic() + LONGEST / 4
+    while not is_complete(store) and time.monotonic() < until:
+        time.sleep(0.01)
+    return is_complete(store)

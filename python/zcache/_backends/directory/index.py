@@ -366,6 +366,7 @@ class CacheDirectory(Place):
         self.release_locks()
         handle.lost = None
         self.filler.abandon()
+        self._rebuild.after_fork()
         self.private_index.after_fork()
         self._bound.after_fork()
         handle.after_fork(self._open_first if handle.usable else None)

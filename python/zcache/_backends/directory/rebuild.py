@@ -44,6 +44,10 @@ class Rebuild:
         # that opens the directory sees that its rebuild owner is gone.
         self._handle = weakref.ref(handle)
         self.why = ""
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the thread that fills the index is the parent's."""
         self._work: Outcome[None] | None = None
 
     def here(self, why: str) -> None:
