@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import time
 import traceback
+import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -234,6 +237,49 @@ def test_flight_that_fails_raises_in_every_reader_and_is_not_kept() -> None:
     assert value_sync(store) == VALUE
     assert source.counts["get"] == 3
     assert in_flight(store) == (0, 0)
+
+
+class Held:
+    """What a frame of a source holds while it reads."""
+
+
+class FailingStore(GatedStore):
+    """Raises while it holds something, of which `held` knows."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.held: list[weakref.ref[Held]] = []
+
+    async def get(self, *args: Any, **kwargs: Any) -> Buffer | None:
+        held = Held()
+        self.held.append(weakref.ref(held))
+        await super().get(*args, **kwargs)
+        raise OSError("the source is gone")
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+async def test_flight_that_fails_keeps_nothing_of_the_source(readers: int) -> None:
+    """Its error goes with those who got it: no circle waits for the garbage collector."""
+    source = FailingStore()
+    store = CacheStore(source)
+    source.shut["get"] = 1
+
+    async def fails() -> None:
+        with contextlib.suppress(OSError):
+            await store.get("k", PROTOTYPE)
+
+    gc.collect()
+    gc.disable()
+    try:
+        tasks = [asyncio.create_task(fails()) for _ in range(readers)]
+        await reached(source)
+        await asyncio.to_thread(missed, store, readers)
+        source.release()
+        await asyncio.wait(tasks)
+        await until(lambda: source.held[0]() is None)
+    finally:
+        gc.enable()
+    assert len(source.held) == 1
 
 
 async def test_flight_gives_each_reader_its_own_buffer(

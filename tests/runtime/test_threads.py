@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,7 @@ from zcache._runtime import threads
 from zcache._runtime.threads import THREADS, Threads, in_thread, in_thread_sync, run_in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zcache._runtime.latch import Outcome
 
@@ -306,6 +308,57 @@ async def test_in_thread_keeps_nothing_of_what_is_done(fails: bool) -> None:
     # The traceback of an error has its frames.
     assert seen == [not fails]
     call.future.cancel()
+
+
+class Held:
+    """What a frame of some work holds, such as the buffer of a value."""
+
+
+def fail_holding(seen: list[weakref.ref[Held]]) -> None:
+    held = Held()
+    seen.append(weakref.ref(held))
+    raise OSError(5, "Input/output error")
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Only what nothing refers to ends."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def goes(seen: list[weakref.ref[Held]]) -> None:
+    """Wait until it has gone: the thread, or the event loop, tells of the error before it is done with it."""
+    await until(lambda: seen[0]() is None)
+
+
+WAYS: dict[str, Callable[[Callable[[], None]], object]] = {
+    "background": lambda work: run_in_background(work).result(LONG),
+    "sync": lambda work: in_thread_sync(work, None, LONG),
+    "sync with progress": lambda work: in_thread_sync(work, never, LONG, lambda: 1),
+}
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("way", WAYS)
+def test_error_of_work_that_was_dropped_keeps_nothing_of_it(way: str) -> None:
+    seen: list[weakref.ref[Held]] = []
+    with contextlib.suppress(OSError):
+        WAYS[way](partial(fail_holding, seen))
+    asyncio.run(goes(seen))
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("limit", [None, LONG])
+async def test_error_of_work_for_a_coroutine_that_was_dropped_keeps_nothing_of_it(
+    limit: float | None,
+) -> None:
+    seen: list[weakref.ref[Held]] = []
+    with contextlib.suppress(OSError):
+        await in_thread(partial(fail_holding, seen), never, limit)
+    await goes(seen)
 
 
 def begun(some: Threads, count: int) -> tuple[threading.Event, list[Outcome[bool]]]:

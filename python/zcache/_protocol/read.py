@@ -264,7 +264,9 @@ class Reader:
             if joined is BUSY:
                 return await self.skip(io, key, prototype, request)
             if isinstance(joined, int):
-                return await self._lead(io, key, prototype, request, byte_range, joined, flight)
+                leads = self._lead(io, key, prototype, request, byte_range, joined, flight)
+                del flight
+                return await leads
             (whole, other), joined = joined, None
             if not has_heard:
                 # It may have begun before a change that the index does not know of.
@@ -272,9 +274,11 @@ class Reader:
                     return await self.skip(io, key, prototype, request)
                 has_heard = True
                 continue
-            is_answer, value = await self._follow(
+            follows = self._follow(
                 io, key, prototype, request, byte_range, whole, other, was_pending
             )
+            del other
+            is_answer, value = await follows
             if is_answer:
                 return value
             was_pending = None
@@ -303,7 +307,10 @@ class Reader:
             return False, None
         if other.error is not None:
             # From where it was raised: it would else collect the frames of all who wait.
-            raise other.error.with_traceback(other.trace)
+            try:
+                raise other.error.with_traceback(other.trace)
+            finally:
+                del other
         if other.data is None:
             self.hits.brought(key, byte_range, None)
             return True, None
@@ -403,6 +410,8 @@ class Reader:
             finally:
                 if not is_handed_over:
                     flight.abandon()  # Of no effect on one that is delivered.
+                # Its error has the frames of all who wait for it, so none of these keeps the flight.
+                del flight
         return value
 
     async def _read_source(

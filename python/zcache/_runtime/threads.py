@@ -15,6 +15,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from zcache._runtime.coroutines import NoAnswerError, report
@@ -216,15 +217,16 @@ def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> 
 
 
 def _call(work: Callable[[], T], outcome: Outcome[T]) -> Callable[[], None]:
-    left = [work]
+    left: list[Any] = [outcome, work]
 
     def call() -> None:
         try:
             result = left.pop()()
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked
-            outcome.fail(error)
+            # An error has the frames that it was raised in, and those have this one: it must not lead back to the error.
+            left.pop().fail(error)
         else:
-            outcome.succeed(result)
+            left.pop().succeed(result)
 
     return call
 
@@ -279,6 +281,9 @@ async def in_thread(
         if not call.future.cancel() and not call.future.cancelled():
             call.future.exception()
         raise
+    finally:
+        # An error has this frame.
+        del call
     return done
 
 
@@ -321,13 +326,18 @@ def in_thread_sync(
         if on_detached_result is None:
             threads.withdraw(call)
         elif not is_its_own:
-            outcome.call_when_set(
-                lambda: report(on_detached_result, outcome.error or outcome.result())
-            )
+            outcome.call_when_set(partial(_report, outcome, on_detached_result))
         if isinstance(error, TimeoutError) and not is_its_own:
             raise NoAnswerError(timeout) from None
         raise
+    finally:
+        # An error has this frame.
+        del outcome, call
     return done
+
+
+def _report(outcome: Outcome[T], to: Callable[[T | BaseException], object]) -> None:
+    report(to, outcome.error or outcome.result())
 
 
 class ThreadCall(Generic[T]):
@@ -374,6 +384,8 @@ class ThreadCall(Generic[T]):
             self._completions.add(self)
         else:
             report(detached, self._outcome())
+        # The frames of the error have this one.
+        del self
 
     def detach(self, on_detached_result: Callable[[T | BaseException], object] | None) -> None:
         """Take the result elsewhere: the coroutine does not wait for it any more."""
