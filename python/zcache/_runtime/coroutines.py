@@ -203,6 +203,8 @@ _process = object()
 
 
 def _keep_until_done(task: asyncio.Task[Any]) -> None:
+    if task.get_loop().is_closed():
+        return  # It is being collected with its event loop, and is never done.
     _unfinished.add(task)
     task.add_done_callback(_forget)
 
