@@ -13,6 +13,8 @@ pub enum Error {
     /// The index is gone, or was left in the middle of a step: it must be rebuilt as well. What its steps have
     /// said before was right, so the values that are there are no older than they told.
     Lost(&'static str),
+    /// The same, because of what the operating system says.
+    Unusable(&'static str, Errno),
     /// The storage cannot grow: cell numbers or memory are used up. The index is unchanged; the
     /// caller leaves the value uncached.
     Full,
@@ -25,6 +27,7 @@ impl fmt::Display for Error {
         match self {
             Error::Corrupt(what) => write!(f, "corrupt index: {what}"),
             Error::Lost(what) => write!(f, "lost index: {what}"),
+            Error::Unusable(what, errno) => write!(f, "lost index: {what}: {errno}"),
             Error::Full => write!(f, "the index cannot grow any further"),
             Error::Refused(errno) => write!(f, "the index cannot grow: {errno}"),
         }
@@ -37,7 +40,10 @@ impl Error {
     /// Whether the index cannot be used any more.
     #[must_use]
     pub fn is_fatal(self) -> bool {
-        matches!(self, Error::Corrupt(_) | Error::Lost(_))
+        matches!(
+            self,
+            Error::Corrupt(_) | Error::Lost(_) | Error::Unusable(..)
+        )
     }
 }
 

@@ -137,7 +137,9 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         if let Err(error) = self.fill() {
             match error {
                 StepError::Busy => self.end_all(|| Ending::Busy),
-                StepError::Failed(Error::Corrupt(what) | Error::Lost(what)) => {
+                StepError::Failed(
+                    Error::Corrupt(what) | Error::Lost(what) | Error::Unusable(what, _),
+                ) => {
                     self.end_all(|| Ending::Corrupt(what));
                 }
                 // Nothing has changed.

@@ -17,7 +17,6 @@ use super::lock_files::{
 use crate::error::{Error, Result};
 
 pub(super) const REMOVED: Error = Error::Lost("index file: removed");
-pub(super) const NOT_MAPPED: Error = Error::Lost("index file: cannot be mapped");
 /// A page that could not be had is as good as a damaged one.
 pub(super) const FAULTED: Error =
     Error::Corrupt("index file: a page that cannot be read or written");
@@ -98,7 +97,7 @@ impl IndexFile {
         if !looks && wanted <= self.map.len() as u64 {
             return Ok(());
         }
-        let status = fstat(&self.file).map_err(|_| NOT_MAPPED)?;
+        let status = fstat(&self.file).map_err(not_mapped)?;
         if status.st_nlink == 0 {
             return Err(REMOVED);
         }
@@ -107,7 +106,7 @@ impl IndexFile {
             return Err(Error::Corrupt("index file: truncated"));
         }
         if len != self.map.len() as u64 {
-            self.map = Map::new(&self.file).map_err(|_| NOT_MAPPED)?;
+            self.map = Map::new(&self.file).map_err(not_mapped)?;
         }
         Ok(())
     }
@@ -143,9 +142,19 @@ impl IndexFile {
     }
 }
 
-/// What the operating system has said; the disk is at fault where it has not.
+/// A file that cannot grow, and what the operating system has said.
 pub(super) fn refused(error: impl Into<io::Error>) -> Error {
-    Error::Refused(Errno::from_io_error(&error.into()).unwrap_or(Errno::IO))
+    Error::Refused(errno_of(error))
+}
+
+/// A file that cannot be mapped, or looked at, any more.
+pub(super) fn not_mapped(error: impl Into<io::Error>) -> Error {
+    Error::Unusable("index file: cannot be mapped", errno_of(error))
+}
+
+/// What the operating system has said; the disk is at fault where it has not.
+pub(super) fn errno_of(error: impl Into<io::Error>) -> Errno {
+    Errno::from_io_error(&error.into()).unwrap_or(Errno::IO)
 }
 
 fn new_name(name: &str) -> String {
@@ -173,6 +182,15 @@ mod tests {
             };
             assert_eq!(one.grow(8192), Err(Error::Refused(expected)));
             assert_eq!(one.map.len(), 4096);
+            if !can_read {
+                let error = one.remap(8192, true).unwrap_err();
+                assert!(error.is_fatal());
+                assert_eq!(
+                    error,
+                    Error::Unusable("index file: cannot be mapped", expected)
+                );
+                assert!(error.to_string().contains("Permission denied"), "{error}");
+            }
             mapped.set_len(4096).unwrap();
         }
         std::fs::remove_file(path).unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::index::{Opening, SharedIndex, StepError};
-use super::index_file::refused;
+use super::index_file::{errno_of, refused};
 use super::lock_files::{OpenError, has_former_participant};
 use crate::arena::Storage;
 use crate::cache::Flights;
@@ -88,7 +88,7 @@ impl<T: Clone> SharedIndex<T> {
         }
         // The maps may reach beyond the files now; they are not looked into before the next step.
         let reset = self.storage().reset();
-        reset.map_err(|_| Error::Lost("index file: cannot be emptied"))?;
+        reset.map_err(|error| Error::Unusable("index file: cannot be emptied", errno_of(error)))?;
         self.cache.reset();
         self.storage().register();
         let writes = self.cache.writes();

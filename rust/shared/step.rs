@@ -4,8 +4,9 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use rustix::fs::fstat;
+use rustix::io::Errno;
 
-use super::index_file::{FAULTED, NOT_MAPPED, REMOVED};
+use super::index_file::{FAULTED, REMOVED, errno_of, not_mapped};
 use super::mapped::{Mapped, mark};
 use crate::error::{Error, Result};
 
@@ -24,7 +25,7 @@ impl Mapped {
         if self.word.is_lost() {
             return Err(REMOVED);
         }
-        let lock = fstat(&self.lock).map_err(|_| NOT_MAPPED)?;
+        let lock = fstat(&self.lock).map_err(not_mapped)?;
         if lock.st_nlink == 0 {
             return Err(REMOVED);
         }
@@ -37,7 +38,10 @@ impl Mapped {
         if self.word.replaced() != self.replaced {
             // Another participant has emptied the index.
             self.require_place()?;
-            self.reopen_files().map_err(|_| REMOVED)?;
+            self.reopen_files().map_err(|error| match errno_of(error) {
+                Errno::NOENT => REMOVED,
+                errno => Error::Unusable("index file: cannot be opened", errno),
+            })?;
         }
         if self.has_faulted() {
             return Err(FAULTED);
