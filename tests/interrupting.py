@@ -21,13 +21,24 @@ WAITS = (threading.__file__, str(Path(concurrent.futures.__file__).parent))
 """Code of Python that holds locks while it waits, which an interrupt may leave held."""
 
 
+def interrupt() -> None:
+    """What the handler of Ctrl+C does."""
+    raise KeyboardInterrupt
+
+
 class Interrupter:
     """Raises KeyboardInterrupt at the n-th call, line or return in the code of zcache, or of Python by which it waits.
 
-    And, if `again` is given, so many calls, lines and returns later once more.
+    And, if `again` is given, so many calls, lines and returns later once more. Or calls `handler` there, as that of a signal.
     """
 
-    def __init__(self, after: int, again: int | None = None) -> None:
+    def __init__(
+        self,
+        after: int,
+        again: int | None = None,
+        handler: Callable[[], object] | None = None,
+    ) -> None:
+        self._handler = interrupt if handler is None else handler
         self._left: int | None = after
         self._again = again
 
@@ -45,7 +56,7 @@ class Interrupter:
             self._left -= 1
             if self._left < 0:
                 self._left, self._again = self._again, None
-                raise KeyboardInterrupt
+                self._handler()
         return self.trace
 
     def run(self, work: Callable[[], object]) -> bool:

@@ -178,3 +178,24 @@ def test_threads_go_on_after_a_caller_that_is_interrupted_anywhere(how: str, man
     else:
         pytest.fail("it never came to its end")
     assert at > 3
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_handler_of_a_signal_anywhere_in_a_call_waits_for_one_of_its_own(many: int) -> None:
+    """What it comes upon holds nothing that the threads need."""
+    some = Threads(many)
+    for at in range(1000):
+        ended: list[bool] = []
+
+        def handle(ended: list[bool] = ended) -> None:
+            ended.append(run_in_background(lambda: 1, some).wait(LONG))
+
+        Interrupter(at, handler=handle).run(
+            lambda: in_thread_sync(lambda: 1, None, LONG, threads=some)
+        )
+        if not ended:
+            break
+        assert ended == [True], at
+    else:
+        pytest.fail("it never came to its end")
+    assert at > 3

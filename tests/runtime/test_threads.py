@@ -419,7 +419,7 @@ async def test_threads_end_that_have_nothing_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threads, "IDLE", 0.01)
     some = Threads(3)
     go, calls = begun(some, 3)
-    lives = [life() for life in some._lives]
+    lives = [life() for life in some._lives.values()]
     assert len(lives) == 3
     assert None not in lives
     del lives
@@ -459,7 +459,7 @@ def test_threads_that_died_at_their_start_are_none(monkeypatch: pytest.MonkeyPat
     died = dying(monkeypatch, 2)
     some = Threads(1)
     first = run_in_background(lambda: 1, some)
-    while len(died) < 2 or any(life() for life in some._lives):
+    while len(died) < 2 or any(life() for life in some._lives.copy().values()):
         time.sleep(0.001)
     assert run_in_background(lambda: 2, some).result(LONG) == 2
     assert first.result(LONG) == 1

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from zarr.core.buffer import Buffer
 
-# Guards the short moments in which waiters come and go; never held while anything waits or runs.
-# Reentrant: inside it the garbage collector may end a reader of a closed event loop, and that ends
-# a flight.
+# Guards the end of a flight, so that of two who end it one does. Nothing is called inside it: there the handler of a signal could
+# come in, and wait for a thread that ends another one. Reentrant: the garbage collector may end a reader of a closed event loop, and
+# that ends a flight.
 _lock = threading.RLock()
 
 PATIENCE: Final = 1.0
@@ -140,13 +140,13 @@ class Flight(HasLeader):
                 waiters.remove(waiter)  # type: ignore[union-attr]
 
     def _enlist(self, waiter: Waiter) -> bool:
-        with _lock:
-            waiters = self._waiters
-            if waiters is None:
-                waiters = self._waiters = deque()
-            waiters.append(waiter)
-            # Asked last: what the garbage collector ends in between has not seen the waiter.
-            return not self.done
+        waiters = self._waiters
+        if waiters is None:
+            # One step, of which another thread sees all or nothing.
+            waiters = self.__dict__.setdefault("_waiters", deque())
+        waiters.append(waiter)
+        # Asked last: who ends it in between has not seen the waiter.
+        return not self.done
 
     async def wait(self) -> bool:
         """Wait from a coroutine.

@@ -81,12 +81,10 @@ class Threads:
     def after_fork(self) -> None:
         """Start over in a forked child: the parent's threads have stayed with it."""
         self._calls: deque[Callable[[], None]] = deque()
-        # Reentrant: inside it the garbage collector may end a coroutine that starts another call.
-        self._lock = threading.RLock()
         # Of threads that have nothing to do.
         self._waiters: deque[Latch] = deque()
-        # Those that were not seen to end. One may have died without a word.
-        self._lives: list[weakref.ref[Life]] = []
+        # Those that were not seen to end, by their address. One may have died without a word.
+        self._lives: dict[int, weakref.ref[Life]] = {}
 
     def submit(self, call: Callable[[], None]) -> None:
         """Run `call`, which must not raise.
@@ -96,59 +94,68 @@ class Threads:
         NoThreadError
             If there is no thread and none can be started. The call is not run then.
         """
-        life = None
-        with self._lock:
-            waiter = self._waiters[0] if self._waiters else None
-            if waiter is None:
-                life = self._new_life(self._died)
-                self._calls.append(call)
-            else:
-                # It looks for a call once the lock is free, and leaves the queue last: an interrupt may come between any two steps.
+        # No lock: the handler of a signal, which may come between any two steps, may submit a call and wait for its end.
+        self._calls.append(call)
+        while self._waiters:
+            with contextlib.suppress(IndexError):
+                waiter = self._waiters[0]
+                # It leaves the queue last: an interrupt may come before. Of two that have set one, the other goes on to the next.
                 waiter.set()
-                self._calls.append(call)
-                self._leave(waiter)
+                if self._leave(waiter):
+                    return
+        life = self._new_life(starts_again=True)
         if life is None:
             return
         try:
             start_thread(life, self._run)
         except NoThreadError:
-            if not self._end(life) and self.withdraw(call):
+            self._end(life)
+            if not self._living() and self.withdraw(call):
                 raise
 
     def withdraw(self, call: Callable[[], None]) -> bool:
         """Take back a call, unless it has begun; whether that is so."""
-        with self._lock:
-            try:
-                self._calls.remove(call)
-            except ValueError:
-                return False
+        try:
+            self._calls.remove(call)
+        except ValueError:
+            return False
         return True
 
-    def _new_life(self, died: Callable[[weakref.ref[Life]], None] | None) -> Life | None:
-        """That of one more thread, unless there are enough. To be called under the lock."""
-        lives = [one for one in self._lives if one() is not None]
-        life = Life() if len(lives) < self._most else None
-        if life is not None:
-            lives.append(weakref.ref(life, died))
-        self._lives = lives
-        return life
+    def _new_life(self, *, starts_again: bool) -> Life | None:
+        """That of one more thread, unless there are enough; whether another one follows that dies before its first line."""
+        life = Life()
+        key = id(life)
+        died = partial(self._died, key, starts_again)
+        self._lives[key] = weakref.ref(life, died)
+        # The first to come: of two that find too many, one is to stay.
+        if key in self._living()[: self._most]:
+            return life
+        self._end(life)
+        return None
 
-    def _end(self, life: Life) -> int:
-        """Count a thread no more; how many others there are."""
-        with self._lock:
-            self._lives = [one for one in self._lives if one() not in (None, life)]
-            return len(self._lives)
+    def _living(self) -> list[int]:
+        """Addresses of those that live, in the order in which they came."""
+        return [key for key, one in self._lives.copy().items() if one() is not None]
 
-    def _died(self, _: object) -> None:
+    def _end(self, life: Life) -> None:
+        """Count a thread no more."""
+        self._lives.pop(id(life), None)
+
+    def _died(self, key: int, starts_again: bool, _: object) -> None:
         """A thread has ended. If it has done so before its first line, what waits for it needs another one."""
-        with self._lock:
-            if not self._calls or any(one() is not None for one in self._lives):
-                return
-            # Not for ever: where there is no memory, the next call tries again.
-            life = self._new_life(None)
+        self._lives.pop(key, None)
+        # Not for ever: where there is no memory, the next call tries again.
+        if starts_again and self._calls and not self._living():
+            self._start_another(starts_again=False)
+
+    def _start_another(self, *, starts_again: bool) -> None:
+        """Have a thread for calls that are there already, if there can be one."""
+        life = self._new_life(starts_again=starts_again)
         if life is not None:
-            with contextlib.suppress(NoThreadError):
+            try:
                 start_thread(life, self._run)
+            except NoThreadError:
+                self._end(life)
 
     def _run(self, life: Life) -> None:
         while (call := self._next(life)) is not None:
@@ -159,26 +166,31 @@ class Threads:
         """What is to be run next; None where the thread ends, for there was nothing for a while."""
         may_come = True
         while True:
-            with self._lock:
+            with contextlib.suppress(IndexError):
+                return self._calls.popleft()
+            if not may_come:
+                self._end(life)
+                # One that has just come may have found enough threads.
                 if self._calls:
-                    return self._calls.popleft()
-                if not may_come:
-                    self._end(life)
-                    return None
-                waiter = Latch()
-                self._waiters.append(waiter)
+                    self._start_another(starts_again=True)
+                return None
+            waiter = Latch()
+            self._waiters.append(waiter)
             may_come = self._wait(waiter)
-            with self._lock:
-                self._leave(waiter)
+            self._leave(waiter)
 
-    def _leave(self, waiter: Latch) -> None:
-        with contextlib.suppress(ValueError):
+    def _leave(self, waiter: Latch) -> bool:
+        """Take a waiter out of the queue; whether it was there."""
+        try:
             self._waiters.remove(waiter)
+        except ValueError:
+            return False
+        return True
 
     def _wait(self, waiter: Latch) -> bool:
         """Wait for a call, unless enough others do so; whether one may have come."""
         spare = _spare
-        # Inside the lock the garbage collector may have brought one before there was a waiter.
+        # One may have come before there was a waiter.
         if self._calls or not spare.acquire(blocking=False):
             return bool(self._calls)
         try:
@@ -453,8 +465,6 @@ class _LoopCompletions:
                 loop.call_soon(self._collect)
 
 
-# Guards the table below; reentrant like the lock of the threads.
-_lock = threading.RLock()
 _all_completions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopCompletions] = (
     weakref.WeakKeyDictionary()
 )
@@ -462,16 +472,13 @@ _all_completions: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopComp
 
 def _completions(loop: asyncio.AbstractEventLoop) -> _LoopCompletions:
     found = _all_completions.get(loop)
-    if found is None:
-        with _lock:
-            found = _all_completions.setdefault(loop, _LoopCompletions(loop))
-    return found
+    # Each is one step of a dict.
+    return _all_completions.setdefault(loop, _LoopCompletions(loop)) if found is None else found
 
 
 def _after_fork() -> None:
-    """Start with threads and locks of our own: the parent's have stayed with it."""
-    global _lock, _all_completions, _spare
-    _lock = threading.RLock()
+    """Start with threads of our own: the parent's have stayed with it."""
+    global _all_completions, _spare
     _spare = threading.Semaphore(SPARE)
     for threads in _all_threads.snapshot():
         threads.after_fork()
