@@ -508,7 +508,7 @@ class CacheStore(Store, KeepsDecoded):
 
             - ``decoded_hits``: chunks that were kept, or were being decoded for another reader.
             - ``decoded_misses``: chunks that were not.
-            - ``decoded_size``: bytes that are kept now, or are being decoded to be kept, with 768 beside the elements
+            - ``decoded_size``: bytes that are kept now, or are being decoded to be kept, with 1,024 or more beside the elements
               of each chunk.
             - ``decode_seconds``: time in the wrapped codec pipeline, which reads and decodes what is missing.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -138,6 +139,17 @@ def test_loop_has_the_hits_that_the_policy_promises(eviction: str, least: float)
             array[n]
         hits.append(store.cache_stats()["decoded_hits"])
     assert hits[-1] - hits[3] >= least * 4 * 200
+
+
+def test_absences_take_little_of_the_bound_however_long_their_names_are() -> None:
+    admission = Admission(2**24)
+    tracemalloc.start()
+    try:
+        for at in range(0, 2**14, 2**10):
+            admission.note_absent([f"{n:03500}" for n in range(at, at + 2**10)])
+        assert tracemalloc.get_traced_memory()[0] < 2**24 // 16
+    finally:
+        tracemalloc.stop()
 
 
 def test_admission_of_few_bytes_goes_on_until_a_sixteenth_has_gone() -> None:

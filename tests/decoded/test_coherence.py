@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -1175,6 +1176,33 @@ def test_bound_is_kept_by_chunks_that_are_hardly_anything() -> None:
     fills = sum(kept.memory is None for kept in cache._values.values())
     assert 1 <= fills <= 64 * (1 + OVERHEAD) // 4096
     check_decoded_quiet(store)
+
+
+@pytest.mark.parametrize("more", [{}, {"shards": (64,)}], ids=["chunks", "shards"])
+@pytest.mark.parametrize("length", [30, 100, 1000, 3500])
+def test_kept_chunks_count_for_what_they_take_however_long_their_names_are(
+    length: int, more: dict[str, Any]
+) -> None:
+    source = MemoryStore()
+    path = "/".join(["p" * min(49, length - at) for at in range(0, length, 50)])
+    array = zarr.create_array(source, name=path, shape=(4096,), chunks=(4,), dtype="u1", **more)
+    array[:] = np.arange(4096) % 5
+    array = with_decoded_cache(array, 2**26)
+    array[:64]
+    cache: Any = array.store._decoded
+    gc.collect()
+    before = cache.size
+    tracemalloc.start()
+    try:
+        for at in range(64, 4096, 256):
+            array[at : at + 256]
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(cache._values) == 1024
+    assert cache.size - before >= taken
+    check_decoded(array.store)
 
 
 def test_least_recently_used_chunks_go_first() -> None:

@@ -347,7 +347,7 @@ class DecodedCache:
             self.room.remove(victims)
         self.room.give_back_unused()
         self.outputs.clear()
-        self._admission.absent.clear()
+        self._admission.forget_absent()
 
     def changes(self, prefix: str, *, is_key: bool) -> None:
         """Drop what is at and below a prefix, which is being changed; what is being decoded of it now is not kept.

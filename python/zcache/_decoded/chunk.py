@@ -13,9 +13,23 @@ if TYPE_CHECKING:
     from zcache._decoded.layout import Array
     from zcache._protocol.single_flight import LoopReference
 
-OVERHEAD: Final = 768
-"""Bytes that are counted for a kept chunk beside its elements: its objects, its name and its cell of the index take 400 to
-740."""
+OVERHEAD: Final = 1024
+"""Bytes that are counted for a kept chunk beside its elements: its objects, a name of `SHORT` characters, its cell of the index,
+and what is remembered of those that were refused in its place."""
+SHORT: Final = 64
+"""Characters of a name that cost nothing beyond that."""
+_COPIES: Final = 3
+"""Times that a name is there at most: of the chunk, of its bytes, and in the index."""
+_WIDEST: Final = 8
+"""Bytes of a character beyond ASCII at most: Python keeps UTF-8 beside its own form."""
+
+
+def overhead(name: str) -> int:
+    """Bytes that are counted for a kept chunk of this name beside its elements."""
+    more = len(name) - SHORT
+    if more <= 0 and name.isascii():
+        return OVERHEAD
+    return OVERHEAD + _COPIES * (max(0, more) if name.isascii() else _WIDEST * len(name))
 
 
 class Origin:
@@ -77,18 +91,20 @@ class Kept:
     memory : ndarray or None
         What it lies in; None where it is one element, the fill value.
     size : int
-        Bytes that are counted for it; 0 without memory.
+        Bytes that are counted for it in the bound; 0 without memory.
     is_condemned, is_gone : bool
         Whether it was to be evicted while it was pinned; whether it was evicted, so that others use its memory.
     """
 
     __slots__ = ("array", "is_condemned", "is_gone", "memory", "origin", "pins", "size")
 
-    def __init__(self, array: Array, origin: Origin, memory: Array | None) -> None:
+    def __init__(
+        self, array: Array, origin: Origin, memory: Array | None = None, size: int = 0
+    ) -> None:
         self.array = array
         self.origin = origin
         self.memory = memory
-        self.size = 0 if memory is None else memory.nbytes + OVERHEAD
+        self.size = size
         self.pins = 0
         self.is_condemned = self.is_gone = False
 
@@ -106,6 +122,8 @@ class Decoding(Flight):
         Of its flight.
     reservation : Reservation or None
         Room for it.
+    size : int
+        Bytes of that room.
     is_admitted : bool
         Whether it is kept: there is room for it, or will be looked for once it is there.
     kept : Kept or None
@@ -119,6 +137,7 @@ class Decoding(Flight):
     kept: Kept | None = None
     ticket = 0
     reservation: Any = None
+    size = 0
     is_admitted = False
     waiting = 0
     is_ended = False

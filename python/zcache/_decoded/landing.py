@@ -101,11 +101,11 @@ class Landing:
                     origin.landed = max(origin.landed, now)
                 reservation = room.claim(decoding, array.nbytes, fill, is_stale=is_stale)
                 if fill is None and reservation is not None:
-                    memory = room.memory(array.nbytes)
-                    taken.append(memory)
-                    kept = Kept(copy_into(memory, array), origin, memory)
+                    memory = room.memory(array.nbytes, decoding.size)
+                    taken.append((memory, decoding.size))
+                    kept = Kept(copy_into(memory, array), origin, memory, decoding.size)
                 elif reservation is not None or decoding.waiting:
-                    kept = Kept(array if fill is None else fill, origin, None)
+                    kept = Kept(array if fill is None else fill, origin)
                 else:
                     continue
                 found.append((decoding, kept, reservation))

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._decoded.buffers import Buffers
-from zcache._decoded.chunk import OVERHEAD
+from zcache._decoded.chunk import OVERHEAD, overhead
 
 if TYPE_CHECKING:
     import threading
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from zcache._decoded.layout import Array
 
 FILLS: Final = 2**12
-"""Bytes of the bound for each chunk that holds nothing but the fill value: such chunks take 300 bytes, which are not
-counted, and no more are kept."""
+"""Bytes of the bound for each chunk that holds nothing but the fill value: such chunks take less than `OVERHEAD`, which is not
+counted, and no more are kept; of those with long names fewer."""
 
 
 class Room:
@@ -62,7 +62,8 @@ class Room:
         self._size = 0
         # Bytes of what is pinned.
         self._pinned = 0
-        self._fills, self._most_fills = 0, max_size // FILLS
+        # Bytes of what holds nothing but the fill value, counted apart.
+        self._fills, self._most_fills = 0, max_size // FILLS * OVERHEAD
         # In place of times, for these have no age: so a chunk is told from a later one of its name and size.
         self._numbers = itertools.count(1)
 
@@ -105,11 +106,9 @@ class Room:
         if not admitted or not decodings.is_dated:
             return
         # Those that the store had not lately take no room before they are there.
-        absent = self._admission.absent
-        early = [name for name in admitted if name in absent] if absent else []
-        asking = [name for name in admitted if name not in absent] if early else admitted
-        # There is no room for the others, which are of the same size.
-        size += OVERHEAD
+        early, asking = self._admission.divide(admitted)
+        # There is no room for the others, which are of the same size: but for their last coordinates they have one name.
+        size += max(map(overhead, asking), default=0)
         count = max(0, self._vacant // size)
         decodings.late.update(asking[count:])
         with self._lock:
@@ -122,15 +121,16 @@ class Room:
                 if reservation is None:
                     decodings.late.add(decoding.name)
                 elif not decoding.is_ended:  # Else it goes with its object.
-                    decoding.reservation = reservation
+                    decoding.reservation, decoding.size = reservation, size
                     decoding.is_admitted = True
 
     def admit(self, decoding: Decoding, size: int) -> bool:
         """Make room for a chunk before it is decoded; whether it is kept."""
         # One that the store had not lately takes no room before it is there.
-        is_absent = decoding.name in self._admission.absent
+        is_absent = self._admission.is_absent(decoding.name)
         if not is_absent:
-            decoding.reservation = self.reserve(decoding.name, size + OVERHEAD, decoding.ticket)
+            decoding.size = size + overhead(decoding.name)
+            decoding.reservation = self.reserve(decoding.name, decoding.size, decoding.ticket)
         decoding.is_admitted = is_absent or decoding.reservation is not None
         return decoding.is_admitted
 
@@ -146,7 +146,7 @@ class Room:
 
     def admit_late(self, decodings: Decodings, name: str, size: int) -> Decoding | None:
         """Keep a chunk that is decoded and had no room, if there is room now that no one uses."""
-        size += OVERHEAD
+        size += overhead(name)
         if name not in decodings.late or size > self._max_size - self._index.current_size:
             return None
         with self._lock:
@@ -157,7 +157,7 @@ class Room:
         with self._lock:
             # Its reader may have gone, while a thread of the pipeline goes on.
             if not decoding.is_ended and decoding.reservation is None:
-                decoding.reservation = reservation
+                decoding.reservation, decoding.size = reservation, size
                 decoding.is_admitted = reservation is not None
                 return decoding
         self.give_back(reservation)
@@ -169,7 +169,7 @@ class Room:
         if reservation is not None and fill is None and not is_stale:
             return reservation
         name = decoding.name
-        self._admission.absent.discard(name)
+        self._admission.note_present(name)
         if not decoding.is_admitted:
             return None
         if is_stale:
@@ -178,9 +178,10 @@ class Room:
             return None
         if fill is not None:
             self.give_back(reservation)
-            is_full = self._fills >= self._most_fills
+            is_full = self._fills + overhead(name) > self._most_fills
             return None if is_full else self.reserve(name, 0, decoding.ticket)
-        return self.reserve(name, size + OVERHEAD, decoding.ticket)
+        decoding.size = size + overhead(name)
+        return self.reserve(name, decoding.size, decoding.ticket)
 
     @property
     def _vacant(self) -> int:
@@ -213,18 +214,18 @@ class Room:
         if reservation is not None:
             self.remove(self._index.release(reservation))
 
-    def memory(self, size: int) -> Array:
-        """Memory for a chunk that has a reservation, to be `put`."""
+    def memory(self, size: int, reserved: int) -> Array:
+        """Memory for a chunk that has so many bytes reserved, to be `put`."""
         with self._lock:
             memory = self._buffers.take(size, self._max_size - self._size)
-            self._size += size + OVERHEAD
+            self._size += reserved
         return memory
 
-    def give_back_memory(self, unused: Sequence[Array]) -> None:
-        """Say that nothing is put into this memory."""
+    def give_back_memory(self, unused: Sequence[tuple[Array, int]]) -> None:
+        """Say that nothing is put into this memory, for which so many bytes were reserved."""
         with self._lock:
-            for memory in unused:
-                self._size -= memory.nbytes + OVERHEAD
+            for memory, reserved in unused:
+                self._size -= reserved
                 self._buffers.give_back(memory, self._max_size - self._size)
 
     def give_back_unused(self) -> None:
@@ -238,7 +239,7 @@ class Room:
             kept = one.kept
             assert kept is not None
             self._values[one.name] = kept
-            self._fills += kept.memory is None
+            self._fills += overhead(one.name) if kept.memory is None else 0
 
     def commit(self, landed: Sequence[Decoding]) -> None:
         """Have chunks that are kept be found from now on; closes their flights."""
@@ -277,7 +278,7 @@ class Room:
                 kept.is_gone = True
                 dropped.append(cell)
                 if kept.memory is None:
-                    self._fills -= 1
+                    self._fills -= overhead(name)
                     continue
                 self._size -= kept.size
                 self._buffers.give_back(kept.memory, self._max_size - self._size)
