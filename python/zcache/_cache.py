@@ -19,7 +19,7 @@ from zcache._decoded.cache import DecodedCache
 from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
 from zcache._index.handle import ignore
-from zcache._index.shared import Member
+from zcache._index.shared import Member, policy_in_force
 from zcache._protocol.fill import FillQueue
 from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
@@ -35,7 +35,6 @@ from zcache._source.identity import identify, say_unnamed
 from zcache._source.location import innermost, outlives_process
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
-from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +173,10 @@ class Cache:
             return encoded + (0 if decoded is None else decoded.size)
 
         key = self.token, "" if decoded is None else decoded.token
-        return lease(key, (self, decoded), size, limit)
+        found = lease(key, (self, decoded), size, limit)
+        # In the place of what outlives it: kept for the next copy, it holds no one to its policy.
+        self.shared.use_as(self._member, found)
+        return found
 
     @property
     def _is_in_memory(self) -> bool:
@@ -237,12 +239,8 @@ class Cache:
         }
 
     def policy(self) -> tuple[Policy, Minimised]:
-        """The policy in force and what it minimises; while the index does not answer, what it has said last."""
-        try:
-            return self.ask(Index.policy)  # type: ignore[no-any-return]
-        except IndexLockTimeout:
-            limits = self.shared.handle.limits
-            return limits["eviction"], limits["minimise"]
+        """See `policy_in_force`."""
+        return policy_in_force(self.shared.handle)
 
     def ask(self, question: Callable[[Index], Any]) -> Any:
         """Ask the index something, within a second.

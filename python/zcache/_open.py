@@ -16,6 +16,7 @@ from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
 from zcache._cache_options import parse_options
+from zcache._index.shared import policy_in_force
 from zcache._options import (
     capacity_of,
     check_cache_store,
@@ -166,9 +167,9 @@ def _open(
             f"max_size={pool.max_size}. Leave max_size out, which uses it as it is, or give another cache, such as "
             "cache=CachePool(path, max_size=...), or drop all stores over this one, and each CachePool of it, first."
         )
-    if pool.handle.users:
-        # The policy is that of all its users; only who asks for another one is told so.
-        options = {name: pool.handle.limits[name] for name in ("eviction", "minimise")} | options
+    if options.get("eviction") is None and options.get("minimise") is None:
+        # By whatever the index goes, also where another process has chosen: only who asks for another one is told so.
+        options |= zip(("eviction", "minimise"), policy_in_force(pool.handle), strict=True)
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
 
 

@@ -7,6 +7,8 @@ import gc
 import multiprocessing
 import pickle
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -377,6 +379,32 @@ def test_store_in_place_of_one_that_nobody_has_goes_by_its_own_policy(tmp_path: 
     hits(pickle.loads(pickled))
     # A warning would be an error.
     CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", eviction="adaptive")
+
+
+OTHER_POLICY = """
+import sys
+from zarr.storage import LocalStore
+from zcache import CacheStore
+CacheStore(LocalStore(sys.argv[1]), cache_store=sys.argv[2], eviction="adaptive")
+"""
+
+
+@pytest.mark.slow
+def test_store_that_nobody_has_holds_no_other_process_to_its_policy(tmp_path: Path) -> None:
+    array = _array("directory", tmp_path)
+    pickled = pickle.dumps(array)
+    del array
+    gc.collect()
+    assert hits(pickle.loads(pickled)) == 2
+    gc.collect()
+    command = [sys.executable, "-W", "error", "-c", OTHER_POLICY]
+    places = [str(tmp_path / "source"), str(tmp_path / "cache")]
+    subprocess.run([*command, *places], check=True, timeout=60)
+    # The next copy does, as soon as it is there.
+    again = pickle.loads(pickled)
+    hits(again)
+    done = subprocess.run([*command, *places], check=False, timeout=60, capture_output=True)
+    assert b"is in use with eviction='lru'" in done.stderr
 
 
 def test_xarray_reads_decoded_chunks() -> None:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -584,6 +585,44 @@ def test_policy_is_that_of_the_pool_unless_another_is_asked_for(
     assert second.eviction == "adaptive"
     with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
         zcache.open(source, cache=place, eviction="lru")
+
+
+HOLD = """
+import zcache
+from zarr.storage import MemoryStore
+store = zcache.open(MemoryStore(), cache=sys.argv[1], eviction=sys.argv[2])
+print(store.eviction, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after", "removed"])
+def test_policy_is_that_of_another_process_unless_another_is_asked_for(
+    source: Path, cache: Path, moment: str
+) -> None:
+    pool = None if moment == "before" else CachePool(cache)
+    if moment == "removed":
+        before = zcache.open(source, cache=cache, eviction="none")
+        shutil.rmtree(cache)
+    script = f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{HOLD}"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(cache), "adaptive"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "adaptive\n"
+        # A warning would be an error here.
+        assert zcache.open(source, cache=cache).eviction == "adaptive"
+        with pytest.warns(UserWarning, match="is in use with eviction='adaptive'"):
+            zcache.open(source, cache=cache, eviction="lru")
+        assert other.stdin is not None
+        other.stdin.close()
+    if moment == "removed":
+        del before
+    del pool
 
 
 # ----------------------------------------------------- processes, threads and event loops

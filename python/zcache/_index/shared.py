@@ -23,7 +23,7 @@ from zcache._runtime.threads import THREADS, Threads
 from zcache._source.describe import describe
 from zcache._source.identity import same_source
 from zcache._source.urls import redact
-from zcache.exceptions import CacheOwnershipError
+from zcache.exceptions import CacheOwnershipError, IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zcache._index.calls import Handle
     from zcache._source.identity import SourceId
     from zcache._source.location import Location
+    from zcache._types import Minimised, Policy
 
 _POLICY: Final = ("eviction", "minimise")
 _PACKAGE: Final = __name__.partition(".")[0]
@@ -113,6 +114,20 @@ class SharedIndex:
         self.place.wait_for_bound()
         weakref.finalize(member, self._set_limits).atexit = False
 
+    def use_as(self, member: Member, holder: object) -> None:
+        """Have a member count as a user only as long as `holder` is there.
+
+        Where others have chosen another policy since it was last in use, it is told as if it came anew.
+        """
+        users = self.handle.users
+        if holder in users:
+            return
+        if member not in users:
+            choose_policy(self.handle, member)
+        users.add(holder)
+        users.discard(member)
+        weakref.finalize(holder, _apply_limits, weakref.ref(self)).atexit = False
+
     def _set_limits(self) -> None:
         with _lock:
             if not (members := self._members.snapshot()):
@@ -175,11 +190,25 @@ def choose_policy(handle: Handle, member: Member) -> bool:
             in_force = asked.in_force()
         if in_force == wanted:
             return True
+    # An index that has taken the place of another one, or that another process has begun anew, may go by what is wanted.
+    in_force = _policy(*policy_in_force(handle))
+    if in_force == wanted:
+        _note_policy(handle, wanted)
+        return True
     # To ask in vain holds others to nothing.
     handle.apply_limits()
     message = _other_policy(handle.name, wanted, in_force)
     warnings.warn(message, UserWarning, stacklevel=_level_of_user())
     return False
+
+
+def policy_in_force(handle: Handle) -> tuple[Policy, Minimised]:
+    """The policy in force and what it minimises; while the index does not answer, what it has said last."""
+    try:
+        return handle.call_blocking(Index.policy)  # type: ignore[return-value]
+    except IndexLockTimeout:
+        limits = handle.limits
+        return limits["eviction"], limits["minimise"]
 
 
 def _note_policy(handle: Handle, policy: tuple[str, str]) -> None:
@@ -246,6 +275,11 @@ def _show(error: BaseException) -> str:
 
 def _named(source: Store, source_id: SourceId) -> str:
     return describe(source) if source_id.is_ephemeral else source_id.name
+
+
+def _apply_limits(shared: Callable[[], SharedIndex | None]) -> None:
+    if (found := shared()) is not None:
+        found.handle.apply_limits()
 
 
 # As long as they are in use; `_held` keeps those of dicts as long as their stores live.

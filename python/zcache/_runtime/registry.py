@@ -37,6 +37,11 @@ class Registry(Generic[T]):
         # It is called before the address can be another object's.
         refs[address] = weakref.ref(item, lambda _: refs.pop(address, None))
 
+    def discard(self, item: T) -> None:
+        """Have an object not in it any more."""
+        if item in self:
+            self._refs.pop(id(item), None)
+
     def snapshot(self) -> list[T]:
         """Those that are in it now."""
         # Of a copy, which is made in one step.
