@@ -33,7 +33,10 @@ impl Drop for Place {
 pub(super) fn is_damaged<R: Debug>(answer: Result<R, StepError>) {
     let why = answer.expect_err("a step in a damaged index");
     assert!(
-        matches!(why, StepError::Failed(Error::Corrupt(_) | Error::Lost(_))),
+        matches!(
+            why,
+            StepError::Failed(Error::Corrupt(_) | Error::Lost(_) | Error::Unusable(..))
+        ),
         "{why:?}"
     );
 }
