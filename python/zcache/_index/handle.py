@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import threading
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 _QUIET: Final = 60.0
 """Seconds in which it is said once that an index cannot be used."""
+_RIGHTS: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _BLOCKING: Final = SyncIO(None)
 
 
@@ -66,6 +68,10 @@ class IndexHandle:
     ----------
     usable : bool
         False where the cache store cannot be used: then nothing is cached.
+    why : str
+        What made it so the last time, as the log has it.
+    lacks_rights : bool
+        Whether that was for want of permission.
     lost : Index or None
         The index that was abandoned, if it may be used again.
     recover : callable or None
@@ -98,6 +104,8 @@ class IndexHandle:
         self.name = name
         self.limits = limits
         self.usable = True
+        self.why = ""
+        self.lacks_rights = False
         self.lost: Index | None = None
         self._said = -math.inf
         # None stands for `abandon`: a method of its own would keep it alive, and with it the index.
@@ -354,6 +362,9 @@ class IndexHandle:
         with self.lock:
             is_known = not self.usable or now - self._said < _QUIET
             self.usable = False
+            # As text: what keeps an exception keeps its frames, as some handlers of the log do.
+            self.why = why = repr(failure)
+            self.lacks_rights = getattr(failure, "errno", None) in _RIGHTS
             if self.index.shared:
                 self.lost = self.index
             self.index = self.empty_index()
@@ -365,8 +376,7 @@ class IndexHandle:
             "the index of the cache %s cannot be used any more (%s). The source serves every read, until it can "
             "be used again; what is written is removed from it for other processes.",
             self.name,
-            # As text: a log record is kept for long by some, and with it the frames of an exception.
-            repr(failure),
+            why,
         )
 
     def restore(self, index: Index) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import pickle
@@ -81,6 +82,22 @@ def test_pool_that_cannot_be_used_says_so_where_it_is_asked_to_do_something(
             act()
 
 
+@pytest.mark.parametrize("act", ["forget", "export"])
+def test_pool_that_cannot_be_used_says_why(tmp_path: Path, act: str) -> None:
+    pool = pool_with_neighbours(tmp_path)
+    arguments = (MemoryStore(),) if act == "export" else ()
+    for error, advises in (
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (ValueError("no index"), False),
+    ):
+        pool._pool.handle.abandon(error)
+        with pytest.raises(CacheUnreachableError, match="cannot be used") as caught:
+            getattr(pool, act)(NEIGHBOURS[0], *arguments)
+        assert repr(error) in str(caught.value)
+        assert ("Open it as a user who may" in str(caught.value)) is advises
+
+
 @pytest.mark.parametrize("path", ["", "s3://user:secret@bucket/pool", "a\0b"])
 def test_path_that_is_none_is_refused(path: str) -> None:
     with pytest.raises(
@@ -97,6 +114,7 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
 
 
 # ------------------------------------------------------------------- one by several paths
+
 
 
 async def check_one(first: CachePool, second: CachePool) -> None:

@@ -179,9 +179,10 @@ class Pool:
         self.handle.call_blocking(len)
         if not self.handle.usable:
             may = "read it" if self.read_only else "read and write it"
+            advice = f" Open it as a user who may {may}." if self.handle.lacks_rights else ""
             raise CacheUnreachableError(
-                f"the index of the pool in {self.handle.name} cannot be used, so nothing in it can be forgotten or "
-                f"exported; the log says why. Open it as a user who may {may}."
+                f"the index of the pool in {self.handle.name} cannot be used ({self.handle.why}), so nothing in it can be "
+                f"forgotten or exported until it can be used again.{advice}"
             )
 
     def while_complete(self, work: Callable[[], T]) -> T:
