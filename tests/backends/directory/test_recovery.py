@@ -12,6 +12,7 @@ import pytest
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
+from pools import CACHES, ON_DISK
 from storm import get
 from support import buf, drained_sync, read, until
 from zcache import CacheStore, CacheUnreachableError
@@ -202,14 +203,16 @@ def test_a_write_that_nobody_could_be_told_of_does_not_begin(
     assert "may not see" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ON_DISK)
 def test_writes_of_which_others_hear_too_little_are_told_of_once(
-    both: tuple[CacheStore, CacheStore],
+    tmp_path: Path,
+    kind: str,
     source: MemoryStore,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """They hear of the beginning of each, and not of its end."""
-    one, _ = both
+    one = CacheStore(source, cache_store=CACHES[kind](tmp_path), source_id="source")
     give_up(one)
     real, calls = os.utime, 0
 

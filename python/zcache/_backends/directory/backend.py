@@ -57,6 +57,7 @@ class DirectoryBackend(Backend):
     """
 
     removes_by_name = True
+    _said = -math.inf
 
     def __init__(self, store: LocalStore, shared: SharedIndex) -> None:
         super().__init__(store, shared)
@@ -65,7 +66,6 @@ class DirectoryBackend(Backend):
         self._page_cache = PageCacheReader(self._root) if is_supported() else None
         self.try_read = self._page_cache
         self.filler = self._directory.filler
-        self._said = -math.inf
 
     @property
     def hears_of_changes(self) -> bool:
