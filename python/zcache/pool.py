@@ -29,8 +29,8 @@ from zcache._options import (
 from zcache._runtime.coroutines import is_loop_of_zarr
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
-from zcache._source.identity import identify
-from zcache._source.location import innermost, location_here
+from zcache._source.identity import identify, location_named
+from zcache._source.location import innermost, location_here, places_overlap
 from zcache.exceptions import OptionTypeError, OptionValueError, UsageError
 
 if TYPE_CHECKING:
@@ -259,6 +259,21 @@ class CachePool:
             f"invalid name: {name!r:.300} is no source of the pool. {_NAME}{meant}"
         )
 
+    def _check_other_source(self, store: Store, name: str) -> None:
+        label = label_of(name)
+        note = self._pool.notes().get(label)
+        named = location_named(name if note is None else note["name"])
+        opened = [location_here(source) for one, source in open_sources() if label_of(one) == label]
+        here = location_here(store)
+        # Of some sources only the label is known.
+        if label_of(identify(innermost(store)).name) == label or any(
+            places_overlap(here, place) for place in (named, *opened) if place is not None
+        ):
+            raise OptionValueError(
+                f"invalid store: {describe(store)} is the source {name!r} itself, or one of them is inside the other: what "
+                "the pool holds may be older than what is there. Give another store."
+            )
+
     def forget(self, name: str) -> None:
         """Delete all values of a source; stores over it fill it anew.
 
@@ -302,7 +317,7 @@ class CachePool:
         name : str
             Its name, as `sources` tells it.
         store : Store
-            Where to, outside the pool, and not the source itself; what it has under the same keys is replaced.
+            Where to, outside the pool and the source; what it has under the same keys is replaced.
 
         Returns
         -------
@@ -314,8 +329,8 @@ class CachePool:
         OptionTypeError
             `name` is no text, or `store` is no store.
         OptionValueError
-            The pool has never had a source of this name; or `store` is that of the pool, or is read through it, or one of them is inside the other; or it is the source
-            itself. One that was given a `source_id` is known by its stores that are open in this process.
+            The pool has never had a source of this name; or `store` is that of the pool, or is read through it, or is the source
+            itself, or one of them is inside the other. A source that was given a `source_id` is known by its stores that are open in this process.
         UsageError
             A `RuntimeError`: it is called in the event loop of zarr.
         CacheUnreachableError
@@ -328,7 +343,7 @@ class CachePool:
         _check_name(name)
         directory = self._pool.directory
         check_export(store, self._store if directory is None else LocalStore(directory.root))
-        _check_other_source(store, name)
+        self._check_other_source(store, name)
         if is_loop_of_zarr():
             raise UsageError(
                 "export() was called in the event loop of zarr, which it needs itself. Use "
@@ -358,22 +373,6 @@ _NAME: Final = "Give that of a source, as CachePool.sources() tells it."
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise OptionTypeError(f"invalid name: {name!r}. {_NAME}")
-
-
-def _check_other_source(store: Store, name: str) -> None:
-    """See that a store is not the source of this name: what is cached of it may be older than what it has."""
-    label = label_of(name)
-    target = innermost(store)
-    is_source = label_of(identify(target).name) == label or any(
-        location_here(source) == location_here(target)
-        for called, source in open_sources()
-        if label_of(called) == label
-    )
-    if is_source:
-        raise OptionValueError(
-            f"invalid store: {describe(store)} is the source {name!r} itself, which may have newer values than the pool. "
-            "Give another store."
-        )
 
 
 def _sizes(index: Index) -> tuple[int | None, int, int, int]:

@@ -32,7 +32,15 @@ from zarr.testing.store import LatencyStore
 from support import logged
 from zcache import CachePool, CacheStore
 from zcache._source import identity
-from zcache._source.identity import EPHEMERAL, SourceId, identify, same_source, say_unnamed
+from zcache._source.identity import (
+    EPHEMERAL,
+    SourceId,
+    identify,
+    location_named,
+    same_source,
+    say_unnamed,
+)
+from zcache._source.location import Location, location_here
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +75,18 @@ def s3(path: str = "bucket/a", **options: Any) -> FsspecStore:
 
 
 # ------------------------------------------------------------------------------- names
+
+
+def test_location_named_is_that_of_the_source(tmp_path: Path) -> None:
+    stores = [LocalStore(tmp_path), ZipStore(tmp_path / "a.zip", mode="w"), MemoryStore()]
+    for store in stores:
+        assert location_named(identify(store).name) == location_here(store)
+    assert location_named("icechunk:1CECHNKREP0F1RSTCMT0@s3://b/a@b") == Location("s3://", "b/a@b")
+    name = identify(stores.pop()).name
+    del store
+    gc.collect()
+    assert location_named(name) is None
+    assert location_named("mine") is None
 
 
 def test_identify_directories_and_archives(tmp_path: Path) -> None:

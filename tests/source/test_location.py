@@ -29,6 +29,7 @@ from zcache._source.location import (
     outlives_process,
     overlaps,
     place_in_process,
+    places_overlap,
     shows_partial_values,
 )
 
@@ -527,6 +528,31 @@ def test_overlaps_of_buckets() -> None:
         (obstore("GCSStore", "bucket", prefix="a"), False),
     ]:
         assert overlaps(one, other) is overlaps(other, one) is expected
+
+
+def test_places_overlap_of_folders_that_are_not_there_goes_by_their_names(tmp_path: Path) -> None:
+    one = Location("file://", f"{tmp_path}/a")
+    for path, expected in [("a/b/c", True), ("", True), ("b/a", False), ("a2", False)]:
+        other = Location("file://", f"{tmp_path}/{path}".rstrip("/"))
+        assert places_overlap(one, other) is places_overlap(other, one) is expected
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        Location("file://", "/a b%20 at c"),
+        Location("s3://", "bucket/a b%20"),
+        Location("s3://", "bucket/a at b", "http://node:9000"),
+        Location("https://", "host/data"),
+    ],
+)
+def test_location_parse_is_the_inverse_of_its_text(location: Location) -> None:
+    assert Location.parse(str(location)) == location
+
+
+@pytest.mark.parametrize("text", ["", "mine", "process:0123", "file://relative"])
+def test_location_parse_of_other_texts_is_none(text: str) -> None:
+    assert Location.parse(text) is None
 
 
 # ------------------------------------------------------------------------------- places

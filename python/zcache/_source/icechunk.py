@@ -17,6 +17,8 @@ from zcache._source.endpoints import amazon, amazon_of
 from zcache._source.location import Location
 from zcache._source.urls import server
 
+REPOSITORY: Final = "icechunk:"
+"""Beginning of the name of a snapshot; the place of its repository follows after an ``@``."""
 _NUMBERS: Final = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq", strict=True))
 _LENGTHS: Final = dict(zip((*range(0xC4, 0xC7), *range(0xD9, 0xE0)), "BHIBHIHIHI", strict=True))
 _CONSTANTS: Final = {0xC0: None, 0xC2: False, 0xC3: True}
@@ -43,7 +45,7 @@ def snapshot_of(store: Any) -> str | None:
     found = [part for part in parts if isinstance(part, dict) and "type" in part]
     if len(found) != 1:
         raise UnnamedError
-    return f"icechunk:{session.snapshot_id}@{place_of(found[0])}"
+    return f"{REPOSITORY}{session.snapshot_id}@{place_of(found[0])}"
 
 
 def place_of(told: dict[str, Any]) -> str:

@@ -13,10 +13,12 @@ from zarr.storage import FsspecStore, LocalStore, ObjectStore, ZipStore
 from zcache._runtime.fork import at_fork
 from zcache._source.answers import ask
 from zcache._source.describe import describe
-from zcache._source.icechunk import snapshot_of
+from zcache._source.icechunk import REPOSITORY, snapshot_of
 from zcache._source.location import (
+    Location,
     held_by,
     kind_of,
+    location_held,
     location_of,
     outlives_process,
     protocol_of,
@@ -32,6 +34,7 @@ EPHEMERAL: Final = "process:"
 UNNAMED: Final = "unnamed:"
 """Beginning of what stands for a name that is not known any more."""
 
+_ZIP: Final = "zip://"
 _log = logging.getLogger("zcache")
 _KINDS: Final = (LocalStore, FsspecStore, ObjectStore)
 """Classes of stores with the location as their name. A subclass may show other values than its base."""
@@ -83,7 +86,7 @@ def identify(store: Any, source_id: str | None = None) -> SourceId:
 def _name(store: Any) -> str | None:
     if type(store) is ZipStore:
         path = zip_path(store)
-        return None if path is None else f"zip://{path}"
+        return None if path is None else f"{_ZIP}{path}"
     if kind_of(store) == ("icechunk.store", "IcechunkStore"):
         return snapshot_of(store)
     if type(store) not in _KINDS:
@@ -93,6 +96,17 @@ def _name(store: Any) -> str | None:
         return None
     location = location_of(store)
     return None if location is None else str(location)
+
+
+def location_named(name: str) -> Location | None:
+    """Where the source of this name keeps its values; None where neither the name nor this process knows."""
+    if name.startswith(EPHEMERAL):
+        with _lock:
+            held = [key for key, entry in _known.items() if entry.name == name]
+        return location_held(held[0]) if held else None
+    if name.startswith(REPOSITORY):
+        name = name.partition("@")[2]
+    return Location.parse(f"file://{name[len(_ZIP) :]}" if name.startswith(_ZIP) else name)
 
 
 def same_source(one: tuple[Any, SourceId], other: tuple[Any, SourceId]) -> bool:

@@ -11,6 +11,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipS
 
 from zcache._source import endpoints
 from zcache._source.answers import UnnamedError, ask
+from zcache._source.folders import folders_overlap
 from zcache._source.sessions import number_of
 from zcache._source.urls import check_query, web_address, without_user
 
@@ -78,8 +79,19 @@ class Location(NamedTuple):
         path = self.path.replace("%", "%25").replace(" ", "%20")
         return f"{self.root}{path}" + (f" at {self.endpoint}" if self.endpoint else "")
 
+    @classmethod
+    def parse(cls, text: str) -> Location | None:
+        """The one that is shown so, or None."""
+        root, mark, path = text.partition("://")
+        if not mark:
+            return None
+        if root == "file":
+            return cls("file://", path) if path.startswith("/") else None
+        path, _, endpoint = path.partition(" at ")
+        return cls(f"{root}://", path.replace("%20", " ").replace("%25", "%"), endpoint or None)
+
     def overlaps(self, other: Location) -> bool:
-        """Whether both are the same place, or one of them is inside the other."""
+        """Whether both are the same place, or one of them is inside the other, as their paths say; see `places_overlap`."""
         if (self.root, self.endpoint) != (other.root, other.endpoint):
             return False
         mine, theirs = self.below(), other.below()
@@ -326,7 +338,14 @@ def overlaps(one: Any, other: Any) -> bool:
     """Whether two stores keep their values in the same place, or one inside the other's."""
     if one is other:
         return True
-    return location_here(one).overlaps(location_here(other))
+    return places_overlap(location_here(one), location_here(other))
+
+
+def places_overlap(one: Location, other: Location) -> bool:
+    """Whether two places are the same, or one of them is inside the other, by whatever paths: folders may be mounted twice."""
+    if one.overlaps(other):
+        return True
+    return one.root == other.root == "file://" and folders_overlap(one.path, other.path)
 
 
 def location_here(store: Any) -> Location:
@@ -336,7 +355,12 @@ def location_here(store: Any) -> Location:
         return location
     if isinstance(store, MemoryStore):
         return Location(f"dict {id(store._store_dict)}:", _path_in(store))
-    kind, number, *path = held_by(store)
+    return location_held(held_by(store))
+
+
+def location_held(held: tuple[Hashable, ...]) -> Location:
+    """Where in this process what `held_by` tells is kept."""
+    kind, number, *path = held
     return Location(f"{kind} {number}:", str(path[0]) if path else "")
 
 

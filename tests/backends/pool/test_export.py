@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import pytest
 import zarr
 from zarr.abc.store import RangeByteRequest
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import SEGMENTS, closed
 from pools import KEYS, NEIGHBOURS, POOL_PATHS, one_of, pool_with_neighbours
@@ -332,6 +333,54 @@ def test_export_into_the_source_is_refused_by_its_name_alone(tmp_path: Path) -> 
             with pytest.raises(OptionValueError, match=r"is the source .* itself"):
                 pool.export(called, LocalStore(tmp_path / path))
         assert pool.export(called, LocalStore(tmp_path / "target")) == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_export_into_a_part_of_the_source_or_around_it_is_refused(
+    where: Path | None, tmp_path: Path, named: bool
+) -> None:
+    pool = CachePool(where if where is None else where / "pool")
+    source = LocalStore(tmp_path / "above/source")
+    asyncio.run(source.set("k", buf(b"1")))
+    store = CacheStore(source, cache_store=pool, source_id=None if named else "given")
+    assert store.get_sync("k") is not None
+    assert store.drain_sync()
+    if named:
+        del store
+        gc.collect()
+    (name,) = [info.name for info in pool.sources()]
+    (tmp_path / "link").symlink_to("above/source")
+    for path in ("above/source/a/b", "above", "link/a", ""):
+        with pytest.raises(OptionValueError, match="or one of them is inside the other"):
+            pool.export(name, LocalStore(tmp_path / path))
+    for path in ("above/source2", "above/other"):
+        assert pool.export(name, LocalStore(tmp_path / path)) == 1
+
+
+def test_export_into_a_part_of_a_source_in_memory_is_refused(where: Path | None) -> None:
+    pytest.importorskip("fsspec")
+    pool, source = CachePool(where), FsspecStore.from_url("memory://exported/source")
+    CacheStore(source, cache_store=pool)
+    # No store over it is open any more.
+    gc.collect()
+    (name,) = [info.name for info in pool.sources()]
+    for path in ("/exported/source/a", "/exported"):
+        with pytest.raises(OptionValueError, match="or one of them is inside the other"):
+            pool.export(name, FsspecStore(source.fs, path=path))
+    assert pool.export(name, FsspecStore(source.fs, path="/exported/source2")) == 0
+
+
+@pytest.mark.parametrize("path", ["bucket/a", "bucket/a/b", "bucket"])
+def test_export_into_a_part_of_a_source_in_a_bucket_is_refused(
+    where: Path | None, path: str
+) -> None:
+    pytest.importorskip("s3fs")
+    pool = CachePool(where)
+    store = CacheStore(FsspecStore.from_url("s3://bucket/a"), cache_store=pool)
+    del store
+    gc.collect()
+    with pytest.raises(OptionValueError, match="or one of them is inside the other"):
+        pool.export("s3://bucket/a", FsspecStore.from_url(f"s3://{path}"))
 
 
 def test_export_writes_what_is_too_old_for_its_store(where: Path | None) -> None:

@@ -116,6 +116,20 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
 # ------------------------------------------------------------------- one by several paths
 
 
+def test_export_into_the_source_by_another_mount_is_refused(tmp_path: Path) -> None:
+    pool, path = CachePool(tmp_path / "pool"), tmp_path / "data/source"
+    path.mkdir(parents=True)
+    store = CacheStore(LocalStore(path), cache_store=pool)
+    (name,) = [info.name for info in pool.sources()]
+    with mounted_again(tmp_path / "data", tmp_path / "mounted") as mounted:
+        for below in ("source", "source/a/b", ""):
+            with pytest.raises(OptionValueError, match=r"is the source .* itself"):
+                pool.export(name, LocalStore(mounted / below))
+        assert pool.export(name, LocalStore(mounted / "other")) == 0
+        # The same rule holds for what is deleted from.
+        with pytest.raises(OptionValueError, match="is the source itself"):
+            CacheStore(store._store, cache_store=LocalStore(mounted / "source/cache"))
+
 
 async def check_one(first: CachePool, second: CachePool) -> None:
     """Assert that both are one pool, and that its sources share everything."""

@@ -37,6 +37,7 @@ from zcache._core import (
     sign_file,
 )
 from zcache._runtime.buffers import to_buffer
+from zcache._source.folders import identity as identity  # noqa: PLC0414 - one of the tools for files here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -182,15 +183,6 @@ def listed(root: str, name: str) -> Iterator[Iterator[os.DirEntry[str]]]:
             yield entries
     finally:
         os.close(folder)
-
-
-def identity(path: str) -> tuple[int, int] | None:
-    """What a path leads to, whatever its name; None if there is nothing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def fold(name: str) -> str:
