@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import MemoryStore
 
+from zcache._backends.pool.source import PoolSource
 from zcache._backends.select import open_backend
 from zcache._core import Index
 from zcache._decoded import cache as decoded_chunks
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from zcache._backends.base import Backend
+    from zcache._backends.pool.place import Pool
     from zcache._cache_options import CacheOptions
     from zcache._index.changes import Version
     from zcache._index.place import Place
@@ -305,6 +307,16 @@ def find_or_add(cache: Cache) -> Cache:
     """The cache of this process with the token of this one, which is this one if there is none."""
     with _lock:
         return _by_token.setdefault(cache.known_token or "", cache)
+
+
+def fills_of(pool: Pool, label: str) -> FillQueue | None:
+    """Values of a source of a pool that this process has not put there yet; None where there are none."""
+    for shared in shared_indexes.live():
+        place = shared.place
+        if isinstance(place, PoolSource) and place.pool is pool and place.label == label:
+            found: FillQueue | None = shared.fills
+            return found
+    return None
 
 
 def open_sources() -> list[tuple[str, Store]]:

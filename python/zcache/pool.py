@@ -15,7 +15,7 @@ from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-from zcache._cache import open_sources
+from zcache._cache import fills_of, open_sources
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -26,12 +26,14 @@ from zcache._options import (
     parse_size,
     path_of_cache_store,
 )
-from zcache._runtime.coroutines import is_loop_of_zarr
+from zcache._protocol.fill import CLOSE_TIMEOUT
+from zcache._runtime.coroutines import is_loop_of_zarr, run_without_loop
+from zcache._runtime.io import SyncIO
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify, location_named
 from zcache._source.location import innermost, location_here, places_overlap
-from zcache.exceptions import OptionTypeError, OptionValueError, UsageError
+from zcache.exceptions import CacheUnreachableError, OptionTypeError, OptionValueError, UsageError
 
 if TYPE_CHECKING:
     import os
@@ -310,7 +312,8 @@ class CachePool:
         not matter, for a pool does not know the ages of its stores: what is too old for them is written as well.
 
         It needs the event loop of zarr, and blocks its caller until all is written: in an event loop use
-        ``await asyncio.to_thread(pool.export, name, store)``. A rebuild of the index is waited for first.
+        ``await asyncio.to_thread(pool.export, name, store)``. A rebuild of the index is waited for first, and so are, for 5 seconds,
+        values that this process has read and that are not in the pool yet.
 
         Parameters
         ----------
@@ -334,7 +337,8 @@ class CachePool:
         UsageError
             A `RuntimeError`: it is called in the event loop of zarr.
         CacheUnreachableError
-            An `OSError`: the index, which knows what there is, cannot be used, or a value cannot be read.
+            An `OSError`: the index, which knows what there is, cannot be used, or a value cannot be read, or does not
+            reach the pool in time.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         IndexRebuildTimeout
@@ -364,7 +368,17 @@ class CachePool:
             self._pool.check_usable()
             return count
 
+        self._wait_for_fills(name)
         return self._pool.while_complete(lambda: sync(write()))
+
+    def _wait_for_fills(self, name: str) -> None:
+        fills = fills_of(self._pool, label_of(name))
+        if fills is None or run_without_loop(fills.drain(SyncIO(None), CLOSE_TIMEOUT)):
+            return
+        raise CacheUnreachableError(
+            f"values of {name!r} that were read are not in the pool {self!r} after {CLOSE_TIMEOUT:g} s, so what is exported "
+            "would lack them. That goes on: try again later, or let `drain_sync` of a store over this source wait for them."
+        )
 
 
 _NAME: Final = "Give that of a source, as CachePool.sources() tells it."

@@ -17,8 +17,8 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from directories import SEGMENTS, closed
-from pools import KEYS, NEIGHBOURS, POOL_PATHS, one_of, pool_with_neighbours
-from support import PROTOTYPE, buf, read, read_through, threads, until
+from pools import KEYS, NEIGHBOURS, POOL_PATHS, one_of, pool_with_neighbours, source_of
+from support import PROTOTYPE, buf, read, read_through, threads, until, value_sync
 from zcache import (
     CachePool,
     CacheStore,
@@ -28,6 +28,7 @@ from zcache import (
     OptionValueError,
     UsageError,
 )
+from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.register import label_of, stand_in
 from zcache._core import VALUE_HEADER
 from zcache.testing import FakeClock, hold_index_lock
@@ -381,6 +382,50 @@ def test_export_into_a_part_of_a_source_in_a_bucket_is_refused(
     gc.collect()
     with pytest.raises(OptionValueError, match="or one of them is inside the other"):
         pool.export("s3://bucket/a", FsspecStore.from_url(f"s3://{path}"))
+
+
+@pytest.fixture
+def held_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills of a pool in a directory begin once they are waited for."""
+    held: list[Any] = []
+    submit, is_idle, wait = PoolFiller.submit, PoolFiller.is_idle, PoolFiller.wait
+
+    async def let_go(self: PoolFiller, *args: Any) -> bool:
+        while held:
+            submit(self, *held.pop())
+        return await wait(self, *args)
+
+    monkeypatch.setattr(PoolFiller, "submit", lambda _, *job: held.append(job))
+    monkeypatch.setattr(
+        PoolFiller, "is_idle", property(lambda self: not held and is_idle.__get__(self))
+    )
+    monkeypatch.setattr(PoolFiller, "wait", let_go)
+
+
+@pytest.mark.usefixtures("held_fills")
+def test_export_waits_for_what_was_read_and_is_pending(tmp_path: Path) -> None:
+    store = CacheStore(source_of(k=b"1", c=b"2"), cache_store=CachePool(tmp_path), source_id="mine")
+    assert [value_sync(store, key) for key in ("k", "c")] == [b"1", b"2"]
+    pool = CachePool(tmp_path)
+    # Of a store that is gone as well.
+    del store
+    gc.collect()
+    assert pool.export("mine", MemoryStore()) == 2
+
+
+@pytest.mark.usefixtures("held_fills")
+def test_export_where_pending_values_do_not_reach_the_pool_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, target = CachePool(tmp_path), MemoryStore()
+    store = CacheStore(source_of(k=b"1"), cache_store=pool, source_id="mine")
+    assert value_sync(store, "k") == b"1"
+    with monkeypatch.context() as patch:
+        patch.setattr("zcache.pool.CLOSE_TIMEOUT", 0.0)
+        with pytest.raises(CacheUnreachableError, match=r"values of 'mine' .*would lack them"):
+            pool.export("mine", target)
+    assert not target._store_dict
+    assert pool.export("mine", target) == 1
 
 
 def test_export_writes_what_is_too_old_for_its_store(where: Path | None) -> None:
