@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from zcache._core import Index, ReadCounters
@@ -24,13 +25,16 @@ from zcache._runtime.registry import Registry
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
     from zcache._ages import MaxAges
     from zcache._backends.base import Backend
     from zcache._decoded.chunk import Kept, Leader, Origin
     from zcache._index.counters import Counters
     from zcache._protocol.single_flight import LoopReference
+
+LAYOUTS: Final = 4096
+"""Ways of decoding with numbers that the next array finds. Codecs that are told apart as objects bring a new one with each array."""
 
 
 class DecodedCache:
@@ -60,7 +64,8 @@ class DecodedCache:
         self.now = backend.shared.clock
         self._handle = handle = backend.shared.handle
         self._seconds = 0.0
-        self._layouts: dict[str, int] = {}
+        self._layouts: dict[Hashable, int] = {}
+        self._numbers = count()
         self._reads = ReadCounters()
         self.keeps: object = None  # lives as long as this
         # Where only copies of one store have it: by this they find it in their process.
@@ -95,10 +100,17 @@ class DecodedCache:
         if self.origins.use_index(index):
             self.clear()
 
-    def number_of(self, layout: str) -> int:
+    def number_of(self, layout: Hashable) -> int:
         """A number for a way of decoding: what is decoded in another way has another name."""
         with self._lock:
-            return self._layouts.setdefault(layout, len(self._layouts))
+            number = self._layouts.pop(layout, None)
+            if number is None:
+                number = next(self._numbers)
+            self._layouts[layout] = number
+            if len(self._layouts) > LAYOUTS:
+                # That of the longest ago: arrays that have it keep its number.
+                del self._layouts[next(iter(self._layouts))]
+            return number
 
     def get(self, name: str, reader: object, now: float) -> Kept | None:
         """A chunk that is kept and current, to be unpinned once it is copied. Counts a hit or a miss.

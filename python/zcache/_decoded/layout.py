@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import weakref
-from itertools import count, product
+from itertools import product
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodecPartialDecodeMixin
 from zarr.codecs import ShardingCodec
-from zarr.core import chunk_grids, codec_pipeline
+from zarr.core import chunk_grids
 from zarr.core.buffer import cpu
 from zarr.core.indexing import get_indexer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from zcache._decoded.identity import identity_of
 
-    from zarr.abc.codec import Codec, CodecPipeline
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
+    from zarr.abc.codec import Codec
     from zarr.core.array_spec import ArraySpec
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -46,10 +46,10 @@ class Layout:
 
     Attributes
     ----------
-    name : str
+    identity : hashable
         Differs where the same bytes would be decoded to something else.
     number : int
-        Stands for `name` in the names of chunks, which begin with it. It says how many coordinates end them, so
+        Stands for `identity` in the names of chunks, which begin with it. It says how many coordinates end them, so
         each of them is of one key, whatever that looks like.
     shape : tuple of int
         Of the unit that is kept: a chunk, or an inner chunk.
@@ -78,15 +78,8 @@ class Layout:
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
-        what = (
-            kinds,
-            [codec.to_dict() for codec in codecs],
-            spec.shape,
-            dtype,
-            self._fill,
-            spec.config.order,
-        )
-        self.name = json.dumps(what, default=_plain, sort_keys=True)
+        what = (kinds, codecs, spec.shape, spec.dtype, dtype, self._fill, spec.config.order)
+        self.identity: Hashable = identity_of(what)
 
     def projections(self, spec: ArraySpec, selection: Any) -> Any:
         """The indexer of a selection in a shard."""
@@ -137,21 +130,6 @@ class Layout:
         return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
 
 
-_kinds: Final[weakref.WeakKeyDictionary[type[CodecPipeline], int]] = weakref.WeakKeyDictionary()
-_numbers: Final = count(1)
-
-
-def kind_of(pipeline: type[CodecPipeline]) -> int:
-    """A number for a class of pipelines: any of a user may decode the same bytes to something else.
-
-    zarr's own decode alike, and have the same one. No two others have, whatever their names are, nor one that is gone.
-    """
-    for name in ("BatchedCodecPipeline", "FusedCodecPipeline"):
-        if pipeline is getattr(codec_pipeline, name, None):
-            return 0
-    return _kinds.setdefault(pipeline, next(_numbers))
-
-
 def layout_of(codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> Layout | None:
     """The layout of chunks; None where they are not kept.
 
@@ -169,18 +147,8 @@ def layout_of(codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) ->
         return None
     try:
         return Layout(codecs, spec, kinds)
-    except Exception:  # noqa: BLE001 - a codec that does not say what it is, say: zarr decodes it as ever
+    except Exception:  # noqa: BLE001 - a codec of which it is not known what it is, say: zarr decodes it as ever
         return None
-
-
-def _plain(value: Any) -> Any:
-    """What describes a part of an array's metadata in JSON."""
-    if isinstance(value, np.dtype):
-        return value.descr if value.names else value.str
-    if isinstance(value, bytes):
-        return value.hex()
-    # A codec of format 2. Anything else that is not JSON raises.
-    return value.get_config()
 
 
 def _sharding(codecs: Sequence[Codec]) -> ShardingCodec | None:

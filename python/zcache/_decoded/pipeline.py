@@ -18,7 +18,8 @@ from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import StorePath
 
 from zcache._decoded.cache import decoded_of
-from zcache._decoded.layout import Layout, kind_of, layout_of
+from zcache._decoded.identity import kind_of
+from zcache._decoded.layout import Layout, layout_of
 from zcache._decoded.one import copy_one
 from zcache._decoded.parts import PRESENT
 from zcache._decoded.reading import Reading
@@ -189,7 +190,7 @@ class DecodedCodecPipeline(CodecPipeline):
         if found is None:
             layout = layout_of(self._codecs, spec, kinds)
             if layout is not None:
-                layout.number = cache.number_of(layout.name)
+                layout.number = cache.number_of(layout.identity)
             # The data type is kept, so that no other has its address.
             found = layouts[key] = dtype, layout
         self._latest = cache, dtype, what, found[1]

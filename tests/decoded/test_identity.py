@@ -1,0 +1,361 @@
+"""Which arrays share decoded chunks: those with the same codecs, and no others."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import threading
+import warnings
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from numcodecs.abc import Codec as Numcodec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import (
+    BloscCodec,
+    BytesCodec,
+    Crc32cCodec,
+    GzipCodec,
+    ShardingCodec,
+    TransposeCodec,
+    ZstdCodec,
+)
+from zarr.codecs import numcodecs as wrapped
+from zarr.registry import register_codec
+from zarr.storage import MemoryStore
+
+from zcache import CacheStore
+from zcache._decoded import cache as cache_module
+from zcache._decoded import identity
+from zcache._decoded.identity import identity_of
+
+NEXT: dict[str, Any] = {}
+"""Class and key of the codec of what is opened next."""
+VALUES = np.arange(8, dtype="u1")
+
+
+class Encrypting(BytesBytesCodec):
+    """Leaves its key out of what it writes into metadata."""
+
+    is_fixed_size = True
+    key: Any
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Any:
+        return NEXT["kind"](key=NEXT["key"])
+
+    def to_dict(self) -> Any:
+        return {"name": "encrypting"}
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
+        return input_byte_length
+
+    def number(self) -> int:
+        key: int = self.key
+        return key
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        plain = np.frombuffer(chunk_bytes.to_bytes(), "u1") ^ np.uint8(self.number())
+        return chunk_spec.prototype.buffer.from_bytes(plain.tobytes())
+
+    async def _encode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        return await self._decode_single(chunk_bytes, chunk_spec)
+
+
+@dataclass(frozen=True)
+class Compared(Encrypting):
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class NotCompared(Encrypting):
+    key: int = field(default=0, compare=False)
+
+
+class Inherited(Encrypting):
+    """Equal to all of its class: so says the dataclass that it inherits from."""
+
+    def __init__(self, key: int) -> None:
+        object.__setattr__(self, "key", key)
+
+
+class Slotted(Encrypting):
+    __slots__ = ("key",)
+
+    def __init__(self, key: int) -> None:
+        object.__setattr__(self, "key", key)
+
+
+class Nested(Inherited):
+    def __init__(self, key: int) -> None:
+        super().__init__({"keys": [Compared(key), np.array([key])], "of": {key, 2.5}})  # type: ignore[arg-type]
+
+    def number(self) -> int:
+        found: int = self.key["keys"][0].key
+        return found
+
+
+class Closure(Inherited):
+    """What it has cannot be compared."""
+
+    def __init__(self, key: int) -> None:
+        super().__init__(lambda: key)  # type: ignore[arg-type]
+
+    def number(self) -> int:
+        found: int = self.key()
+        return found
+
+
+class Unknown(Inherited):
+    """What it has cannot even be told from others: it is told apart itself."""
+
+    def __init__(self, key: int) -> None:
+        super().__init__(_Bare({"": key}))  # type: ignore[arg-type]
+
+    def number(self) -> int:
+        found: int = self.key[""]
+        return found
+
+
+class _Bare(dict[str, int]):
+    pass
+
+
+register_codec("encrypting", Encrypting)
+KINDS = [Compared, NotCompared, Inherited, Slotted, Nested, Closure, Unknown]
+
+
+def opened(kind: type[Encrypting], key: int, store: Any) -> Any:
+    NEXT.update(kind=kind, key=key)
+    return zarr.open_array(store, mode="r+")
+
+
+def read(array: Any) -> tuple[list[int], int]:
+    """What is read, and how many decoded hits that took."""
+    before = array.store.cache_stats()["decoded_hits"]
+    found = array[:].tolist()
+    return found, array.store.cache_stats()["decoded_hits"] - before
+
+
+@pytest.mark.parametrize("shards", [None, (8,)], ids=["chunks", "shards"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_codecs_that_differ_in_what_they_do_not_write_share_no_chunks(
+    kind: type[Encrypting], shards: Any
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    codec: Any = kind(key=7)  # type: ignore[call-arg]
+    array = zarr.create_array(
+        store, shape=(8,), chunks=(4,), shards=shards, dtype="u1", compressors=[codec]
+    )
+    array[:] = VALUES
+    plain, other = VALUES.tolist(), (VALUES ^ 7 ^ 9).tolist()
+    for key, expected in ((7, plain), (9, other), (7, plain)):
+        one = opened(kind, key, store)
+        for _ in range(2):
+            assert read(one)[0] == expected
+        assert read(array)[0] == plain
+    is_shared = kind not in (Closure, Unknown)
+    assert read(opened(kind, 7, store)) == (plain, 2 if is_shared else 0)
+    assert read(opened(kind, 9, store)) == (other, 2 if is_shared else 0)
+    assert read(array) == (plain, 2)
+
+
+def test_codecs_of_two_classes_share_no_chunks() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    zarr.create_array(store, shape=(8,), chunks=(4,), dtype="u1", compressors=[Compared(7)])[:] = (
+        VALUES
+    )
+
+    class Inverted(Compared):
+        def number(self) -> int:
+            return 255 ^ self.key
+
+    plain, inverted = VALUES.tolist(), (VALUES ^ 255).tolist()
+    for _ in range(2):
+        assert read(opened(Compared, 7, store))[0] == plain
+        assert read(opened(Inverted, 7, store))[0] == inverted
+    assert read(opened(Compared, 7, store)) == (plain, 2)
+    assert read(opened(Inverted, 7, store)) == (inverted, 2)
+
+
+class Keyed(Numcodec):  # type: ignore[misc]
+    """Of format 2, with an attribute that its config does not show."""
+
+    codec_id = "keyed"
+
+    def __init__(self) -> None:
+        self._key = NEXT["key"]
+
+    def encode(self, buf: Any) -> Any:
+        return (np.frombuffer(buf, "u1") ^ np.uint8(self._key)).tobytes()
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        return self.encode(buf)
+
+
+numcodecs.register_codec(Keyed)
+
+
+@pytest.mark.parametrize("place", ["compressors", "filters"])
+def test_codecs_of_format_2_that_differ_in_hidden_attributes_share_no_chunks(place: str) -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    NEXT["key"] = 7
+    more: Any = {"compressors": None, place: [Keyed()]}
+    array = zarr.create_array(store, shape=(8,), chunks=(4,), dtype="u1", zarr_format=2, **more)
+    array[:] = VALUES
+    for key, expected in ((7, VALUES), (9, VALUES ^ 7 ^ 9), (7, VALUES)):
+        NEXT["key"] = key
+        for _ in range(2):
+            assert read(zarr.open_array(store))[0] == expected.tolist()
+    assert read(zarr.open_array(store)) == (VALUES.tolist(), 2)
+    assert read(array) == (VALUES.tolist(), 2)
+
+
+FORMAT_2: dict[str, Any] = {
+    "none": {"compressors": None},
+    "default": {},
+    "blosc": {"compressors": numcodecs.Blosc("lz4", 3)},
+    "zstd": {"compressors": numcodecs.Zstd(2)},
+    "lz4": {"compressors": numcodecs.LZ4()},
+    "gzip": {"compressors": numcodecs.GZip(2)},
+    "zlib": {"compressors": numcodecs.Zlib()},
+    "bz2": {"compressors": numcodecs.BZ2()},
+    "lzma": {"compressors": numcodecs.LZMA()},
+    "delta": {"filters": [numcodecs.Delta("i4")]},
+    "scale": {"filters": [numcodecs.FixedScaleOffset(1, 2.0, "i4", "i4")]},
+    "shuffle": {"filters": [numcodecs.Shuffle(4)]},
+    "astype": {"filters": [numcodecs.AsType("i8", "i4")]},
+    "checksums": {"filters": [numcodecs.Delta("i4"), numcodecs.CRC32(), numcodecs.Adler32()]},
+    "fletcher": {"filters": [numcodecs.Fletcher32(), numcodecs.JenkinsLookup3()]},
+}
+FORMAT_3: dict[str, Any] = {
+    "none": {"compressors": None},
+    "default": {},
+    "blosc": {"compressors": [BloscCodec()]},
+    "many": {"compressors": [GzipCodec(level=1), ZstdCodec(level=2), Crc32cCodec()]},
+    "transposed": {"filters": [TransposeCodec(order=(0,))], "serializer": BytesCodec(endian="big")},
+    "shards": {"shards": (8,), "compressors": [BloscCodec(shuffle="shuffle")]},
+    "nested": {"serializer": ShardingCodec(chunk_shape=(4,), codecs=[BytesCodec(), GzipCodec()])},
+}
+with warnings.catch_warnings(action="ignore"):  # They are in no specification.
+    FORMAT_3["numcodecs"] = {
+        "filters": [wrapped.Delta(dtype="<i4")],
+        "compressors": [wrapped.LZMA()],
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("zarr_format", "more"),
+    [
+        pytest.param(zarr_format, more, id=f"{zarr_format}-{name}")
+        for zarr_format, known in ((2, FORMAT_2), (3, FORMAT_3))
+        for name, more in known.items()
+    ],
+)
+def test_copies_with_stock_codecs_share_their_chunks(zarr_format: int, more: Any) -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    chunks = (8,) if "serializer" in more else (4,)
+    array = zarr.create_array(
+        store, shape=(8,), chunks=chunks, dtype="i4", zarr_format=zarr_format, **more
+    )
+    array[:] = VALUES
+    np.testing.assert_array_equal(array[:], VALUES)
+    kept = array.store.cache_stats()["decoded_misses"]
+    for one in (
+        zarr.open_array(store),
+        copy.deepcopy(zarr.open_array(store)),
+        pickle.loads(pickle.dumps(array)),
+        pickle.loads(pickle.dumps(zarr.open_array(store))),
+        array,
+    ):
+        np.testing.assert_array_equal(one[:], VALUES)
+    assert array.store.cache_stats()["decoded_misses"] == kept
+
+
+class Lazy:
+    """Computes a part of itself once it is asked."""
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+    @functools.cached_property
+    def square(self) -> int:
+        square: int = self.key**2
+        return square
+
+
+def test_identity_is_that_of_equal_parts_and_of_no_others() -> None:
+    assert identity_of([1, (2.5, None)]) == identity_of((1, [2.5, None]))
+    unequal: list[Any] = [
+        1,
+        True,
+        1.0,
+        "1",
+        b"1",
+        -0.0,
+        0.0,
+        np.int8(1),
+        np.int16(1),
+        np.dtype("i4"),
+    ]
+    unequal += [
+        np.dtype(">i4"),
+        [1],
+        {1},
+        {1: 1},
+        Lazy(1),
+        Lazy(2),
+        Lazy,
+        int,
+        len,
+        threading.Lock(),
+    ]
+    assert len({identity_of(one) for one in unequal}) == len(unequal)
+    for one in unequal:
+        assert identity_of(one) == identity_of(one)
+    used, unused = Lazy(3), Lazy(3)
+    assert used.square == 9
+    assert identity_of(used) == identity_of(unused)
+    assert used == unused
+    for kind in (object, _Bare, lambda: date(2026, 1, 1), lambda: np.array([None])):
+        one, other = Lazy(kind()), Lazy(kind())
+        assert identity_of(one) == identity_of(one) != identity_of(other)
+    for unknown in (np.array([None]), {"": object()}, date(2026, 1, 1)):
+        with pytest.raises(TypeError):
+            identity_of(unknown)
+
+
+def test_identity_of_what_is_gone_is_of_nothing_else() -> None:
+    known = len(identity._known)
+    found = {identity_of(Lazy(lambda: None)) for _ in range(100)}
+    assert len(found) == 100
+    assert len(identity._known) == known
+
+
+def test_ways_of_decoding_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "LAYOUTS", 4)
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    array = zarr.create_array(
+        store, shape=(8,), chunks=(4,), dtype="u1", compressors=[Closure(key=7)]
+    )
+    array[:] = VALUES
+    for key in (7, 9) * 6:
+        expected = VALUES ^ 7 ^ key
+        one = opened(Closure, key, store)
+        assert [read(one)[0] for _ in range(2)] == [expected.tolist()] * 2
+        assert read(array)[0] == VALUES.tolist()
+    assert store._decoded is not None
+    assert len(store._decoded._layouts) == 4
