@@ -124,7 +124,8 @@ class _Copies(_Nothing):
 
     async def read(self, batch_info: Any, out: Any, drop_axes: Any = ()) -> Any:
         batch = list(batch_info)
-        target = out.as_numpy_array() if self._outputs is None else self._outputs.renew(out)
+        outputs = self._outputs
+        target = out.as_numpy_array() if outputs is None else outputs.renew(out, batch)
         for getter, _, selection, place, _ in batch:
             target[place] = self._chunks[getter.path][selection]
         return await super().read(batch, out)

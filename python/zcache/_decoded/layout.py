@@ -257,3 +257,27 @@ def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple
 def is_basic(place: Any) -> bool:
     """Whether this part of an array is a view of it."""
     return isinstance(place, tuple) and _SLICES.issuperset(map(type, place))
+
+
+def is_tiled(shape: Coords, places: Sequence[Any]) -> bool:
+    """Whether these parts of an array are blocks that make up all of it, in the order in which zarr reads them."""
+    if not all(map(is_basic, places)):
+        return False
+    axes: list[list[slice]] = []
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        parts: list[slice] = []
+        at = 0
+        for place in places[::stride]:
+            if at == shape[axis] or len(place) != len(shape):
+                break
+            part = place[axis]
+            if part.start != at or part.step not in (None, 1):
+                return False
+            at = part.stop
+            parts.append(part)
+        if at != shape[axis]:
+            return False
+        axes.insert(0, parts)
+        stride *= len(parts)
+    return stride == len(places) and list(product(*axes)) == places

@@ -18,9 +18,10 @@ import numpy as np
 from zarr.core.buffer import cpu
 
 from zcache._decoded.buffers import HUGE, mapped
+from zcache._decoded.layout import is_tiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from zcache._decoded.layout import Array
 
@@ -44,16 +45,21 @@ class Outputs:
         self._free: dict[int, deque[mmap.mmap]] = {}
         self._size = 0
 
-    def renew(self, out: Any) -> Array:
+    def renew(self, out: Any, batch: Iterable[Any]) -> Array:
         """The array of an output, which may be replaced by one in other memory first.
 
-        That is done to a large array that only `out` has: zarr's own, for a user who passes an output has its array as
-        well, or finds the new one in `out`.
+        That is done to a large array that only `out` has, if the batch that is read into it takes the place of all that it
+        holds. So zarr's own are; a user who passes an output has its array as well, or finds the new one in `out`.
         """
         is_large = out._data.nbytes >= HUGE <= self._limit
         if is_large and _counts_exactly() and _references(out) == _ALONE:
             array: Array = out._data
-            if array.base is None and array.flags.forc and not array.dtype.hasobject:
+            if (
+                array.base is None
+                and array.flags.forc
+                and not array.dtype.hasobject
+                and is_tiled(array.shape, [item[3] for item in batch])
+            ):
                 out._data = self._array(array)
         found: Array = out._data
         return found

@@ -157,7 +157,7 @@ class DecodedCodecPipeline(CodecPipeline):
                     layouts = [self._layout(cache, item[1]) for item in batch]
                     is_plain = is_plain and None not in layouts
                 if is_plain and layout is not None:
-                    target = cache.outputs.renew(out)
+                    target = cache.outputs.renew(out, batch)
                     copied = None
                     if len(batch) == 1:
                         copied = copy_one(cache, batch[0], layout, target, drop_axes)
