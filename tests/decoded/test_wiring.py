@@ -762,11 +762,15 @@ def test_one_array_keeps_its_pipeline() -> None:
 class Bound(BatchedCodecPipeline):
     """Reads its store by itself, and takes no others."""
 
+    bound_to: Any = None
+
     @classmethod
     def from_array_metadata_and_store(cls, array_metadata: Any, store: Any) -> Any:
         if not isinstance(store, MemoryStore):
             raise NotImplementedError
-        return cls.from_codecs(array_metadata.codecs)
+        made = cls.from_codecs(array_metadata.codecs)
+        object.__setattr__(made, "bound_to", store)
+        return made
 
 
 register_pipeline(Bound)
@@ -778,6 +782,19 @@ def test_pipeline_that_is_bound_to_its_store_stays_there() -> None:
     array = with_decoded_cache(plain, "1MB")
     assert type(pipeline_of(array).wrapped) is BatchedCodecPipeline
     assert hits(array) == 2
+
+
+def test_pipeline_by_name_binds_what_is_named_to_other_stores() -> None:
+    named = {"codec_pipeline.path": "zcache.DecodedCodecPipeline"}
+    with zarr.config.set({**named, "zcache.codec_pipeline": f"{Bound.__module__}.Bound"}):
+        plain = create(MemoryStore())
+        assert pipeline_of(plain).wrapped.bound_to is plain.store
+        assert (plain[:] == np.arange(8)).all()
+        array = create(CacheStore(MemoryStore(), decoded_size="1MB"))
+        for one in (array, with_decoded_cache(plain, "1MB")):
+            assert type(pipeline_of(one).wrapped) is Bound
+            assert pipeline_of(one).bound_to is None
+            assert hits(one) == 2
 
 
 def test_one_array_with_another_config_keeps_its_chunks() -> None:

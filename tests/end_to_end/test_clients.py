@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -146,15 +146,28 @@ def test_anndata_is_the_same_and_read_once(tmp_path: Path, decoded_size: str | N
     assert list(part.obs["text"]) == names[::-1][5:15]
 
 
+ZARRS = "zarrs.ZarrsCodecPipeline"
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("decoded_size", [None, "1 MiB"])
-def test_pipeline_of_zarrs_leaves_a_cache_to_zarr(tmp_path: Path, decoded_size: str | None) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"codec_pipeline.path": ZARRS},
+        {"codec_pipeline.path": "zcache.DecodedCodecPipeline", "zcache.codec_pipeline": ZARRS},
+    ],
+    ids=["itself", "wrapped"],
+)
+def test_pipeline_of_zarrs_leaves_a_cache_to_zarr(
+    tmp_path: Path, config: dict[str, str], decoded_size: str | None
+) -> None:
     """It reads files by itself and takes no other stores. What reads in its place is wrapped."""
     pytest.importorskip("zarrs")
     files = LocalStore(tmp_path / "x.zarr")
     zarr.create_array(files, data=DATA, chunks=(5, 5))
     store = CacheStore(files, cache_store=MemoryStore(), decoded_size=decoded_size)
-    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+    with zarr.config.set(config):
         array = zarr.open_array(store, mode="r+")
         assert (array[:] == DATA).all()
         assert store.drain_sync()
@@ -165,7 +178,11 @@ def test_pipeline_of_zarrs_leaves_a_cache_to_zarr(tmp_path: Path, decoded_size: 
             (4, 0) if decoded_size is None else (0, 4)
         )
         # Through zarrs' pipeline itself, which writes the file.
-        zarr.open_array(files, mode="r+")[:5] = 7
+        plain = zarr.open_array(files, mode="r+")
+        pipeline: Any = plain._async_array.codec_pipeline
+        assert type(getattr(pipeline, "wrapped", pipeline)).__name__ == "ZarrsCodecPipeline"
+        assert (plain[:] == DATA).all()
+        plain[:5] = 7
         array[5:] = 8
         store.invalidate_sync()
         assert (array[:5] == 7).all()

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from zarr.abc.codec import Codec
+    from zarr.abc.store import Store
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
+    from zarr.core.metadata import ArrayMetadata
 
     from zcache._decoded.cache import DecodedCache
 
@@ -70,6 +72,16 @@ class DecodedCodecPipeline(CodecPipeline):
         """Wrap the pipeline that is named in zarr's config; see the class."""
         codecs = tuple(codecs)
         return cls(_wrapped_class().from_codecs(codecs, **options), codecs)
+
+    @classmethod
+    def from_array_metadata_and_store(
+        cls, array_metadata: ArrayMetadata, store: Store
+    ) -> DecodedCodecPipeline:
+        """Wrap the pipeline that is named in zarr's config, if it takes part in that; see the class."""
+        wrapped = _wrapped_class().from_array_metadata_and_store(
+            array_metadata=array_metadata, store=store
+        )
+        return cls(wrapped, _codecs_of(array_metadata))
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> DecodedCodecPipeline:
         # docstring inherited
