@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
@@ -43,7 +44,7 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     Returns
     -------
     Array or AsyncArray
-        As was given, with the codec pipeline that it has. Copies of it in one process share their chunks; in another process they start empty.
+        As was given: of its class, with the codec pipeline and the attributes that it has. Copies of it in one process share their chunks; in another process they start empty.
 
     Raises
     ------
@@ -75,11 +76,18 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     make: Any = AsyncArray
     made = make(inner.metadata, StorePath(store, path.path), inner.config)
     pipeline = rewrapped(inner.codec_pipeline, inner.metadata)
-    if pipeline is not None:
-        # As zarr does: the class is frozen.
-        object.__setattr__(made, "codec_pipeline", pipeline)
-    found: Any = made if inner is array else Array(made)
-    return found  # type: ignore[no-any-return]
+    changed = vars(made) if pipeline is None else {**vars(made), "codec_pipeline": pipeline}
+    found: Any = _with(inner, changed)
+    return found if inner is array else _with(array, {"_async_array": found})
+
+
+def _with(array: AnyArray, changed: dict[str, Any]) -> AnyArray:
+    """A copy of an array, of its class and with all attributes, some of which are changed."""
+    found = copy.copy(array)
+    for name, value in changed.items():
+        # As zarr does: the classes are frozen.
+        object.__setattr__(found, name, value)
+    return found
 
 
 # By the address of the source, which each of them keeps alive.

@@ -17,6 +17,7 @@ import pytest
 import xarray as xr
 import zarr
 from zarr.core import codec_pipeline
+from zarr.core.array import AsyncArray
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, WrapperStore
@@ -795,6 +796,33 @@ def test_pipeline_by_name_binds_what_is_named_to_other_stores() -> None:
             assert type(pipeline_of(one).wrapped) is Bound
             assert pipeline_of(one).bound_to is None
             assert hits(one) == 2
+
+
+class Own(zarr.Array[Any]):
+    """An array of a user's own, with an attribute."""
+
+    label = ""
+
+
+class OwnAsync(AsyncArray[Any]):
+    """The same of the arrays below."""
+
+
+@pytest.mark.parametrize("is_labelled", [False, True])
+@pytest.mark.parametrize("kind", [AsyncArray, OwnAsync])
+def test_one_array_of_a_class_of_a_user_is_of_that_class(kind: Any, is_labelled: bool) -> None:
+    inner = create(MemoryStore())._async_array
+    given = Own(kind(inner.metadata, inner.store_path, inner.config))
+    if is_labelled:
+        object.__setattr__(given, "label", "mine")
+    array = with_decoded_cache(given, "1MB")
+    assert (type(array), array.label) == (Own, given.label)
+    assert type(array._async_array) is kind
+    assert type(with_decoded_cache(given._async_array, "1MB")) is kind
+    assert hits(array) == 2
+    array[2] = 7
+    assert array[2] == given[2] == 7
+    assert given.store is inner.store_path.store
 
 
 def test_one_array_with_another_config_keeps_its_chunks() -> None:
