@@ -342,7 +342,8 @@ def test_identity_of_what_is_gone_is_of_nothing_else() -> None:
     known = len(identity._known)
     found = {identity_of(Lazy(lambda: None)) for _ in range(100)}
     assert len(found) == 100
-    assert len(identity._known) == known
+    # Others may have gone meanwhile.
+    assert len(identity._known) <= known
 
 
 def test_ways_of_decoding_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
