@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import multiprocessing
+import sys
 import threading
 import time
 import weakref
@@ -463,6 +464,61 @@ def test_threads_that_died_at_their_start_are_none(monkeypatch: pytest.MonkeyPat
         time.sleep(0.001)
     assert run_in_background(lambda: 2, some).result(LONG) == 2
     assert first.result(LONG) == 1
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads that end as soon as they have nothing to do, and take turns after each few steps."""
+    monkeypatch.setattr(threads, "_spare", threading.Semaphore(0))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize(("most", "hanging"), [(1, 0), (THREADS, THREADS - 1)])
+def test_calls_that_come_as_the_last_thread_ends_are_run(most: int, hanging: int) -> None:
+    some, together = Threads(most), threading.Barrier(3)
+    go, calls = begun(some, hanging)
+
+    def submit() -> int:
+        done = 0
+        for _ in range(3000):
+            together.wait(LONG)
+            done += in_thread_sync(lambda: 1, None, LONG, threads=some)
+        return done
+
+    submitting = [run_in_background(submit, Threads(1)) for _ in range(3)]
+    assert [one.result(2 * LONG) for one in submitting] == [3000] * 3
+    go.set()
+    assert all(call.result(LONG) for call in calls)
+
+
+@pytest.mark.usefixtures("restless")
+def test_call_that_comes_as_a_thread_ends_is_run_where_none_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ending, go_on = threading.Event(), threading.Event()
+
+    class Ending(Threads):
+        def _leave(self, own: Any) -> bool:
+            if threading.current_thread() is not threading.main_thread():
+                ending.set()
+                go_on.wait(LONG)
+            return super()._leave(own)
+
+    some = Ending(THREADS)
+    assert run_in_background(lambda: 1, some).result(LONG) == 1
+    assert ending.wait(LONG)
+
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    second = run_in_background(lambda: 2, some)
+    go_on.set()
+    assert second.result(LONG) == 2
 
 
 def test_forked_child_has_threads_of_its_own() -> None:

@@ -45,7 +45,10 @@ class NoThreadError(RuntimeError):
 class Life:
     """Held by a thread as long as it lives, also if that ends before its first line; see `start_thread`."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "reference")
+
+    def __init__(self, on_end: Callable[[weakref.ref[Life]], object] | None = None) -> None:
+        self.reference = weakref.ref(self, on_end)
 
 
 def start_thread(life: Life, run: Callable[[Life], object]) -> None:
@@ -83,7 +86,7 @@ class Threads:
         self._calls: deque[Callable[[], None]] = deque()
         # Of threads that have nothing to do.
         self._waiters: deque[Latch] = deque()
-        # Those that were not seen to end, by their address. One may have died without a word.
+        # By places, of which there are `most`: those that were not seen to end. One may have died without a word.
         self._lives: dict[int, weakref.ref[Life]] = {}
 
     def submit(self, call: Callable[[], None]) -> None:
@@ -95,22 +98,19 @@ class Threads:
             If there is no thread and none can be started. The call is not run then.
         """
         # No lock: the handler of a signal, which may come between any two steps, may submit a call and wait for its end.
+        # Who finds no place free leaves the call to those who have them: each looks for calls once it has left its own.
         self._calls.append(call)
         while self._waiters:
             with contextlib.suppress(IndexError):
                 waiter = self._waiters[0]
                 # It leaves the queue last: an interrupt may come before. Of two that have set one, the other goes on to the next.
                 waiter.set()
-                if self._leave(waiter):
+                if self._dismiss(waiter):
                     return
-        life = self._new_life(starts_again=True)
-        if life is None:
-            return
         try:
-            start_thread(life, self._run)
+            self._start(starts_again=True)
         except NoThreadError:
-            self._end(life)
-            if not self._living() and self.withdraw(call):
+            if not self._lives and self.withdraw(call):
                 raise
 
     def withdraw(self, call: Callable[[], None]) -> bool:
@@ -121,41 +121,41 @@ class Threads:
             return False
         return True
 
-    def _new_life(self, *, starts_again: bool) -> Life | None:
-        """That of one more thread, unless there are enough; whether another one follows that dies before its first line."""
-        life = Life()
-        key = id(life)
-        died = partial(self._died, key, starts_again)
-        self._lives[key] = weakref.ref(life, died)
-        # The first to come: of two that find too many, one is to stay.
-        if key in self._living()[: self._most]:
-            return life
-        self._end(life)
-        return None
+    def _start(self, *, starts_again: bool) -> None:
+        """Start a thread, if there is a place for one; whether another one follows that dies before its first line.
 
-    def _living(self) -> list[int]:
-        """Addresses of those that live, in the order in which they came."""
-        return [key for key, one in self._lives.copy().items() if one() is not None]
+        Raises
+        ------
+        NoThreadError
+            If none can be started.
+        """
+        life = Life(partial(self._died, starts_again))
+        if not self._enter(life):
+            return
+        try:
+            start_thread(life, self._run)
+        except NoThreadError:
+            self._leave(life.reference)
+            raise
 
-    def _end(self, life: Life) -> None:
-        """Count a thread no more."""
-        self._lives.pop(id(life), None)
+    def _enter(self, life: Life) -> bool:
+        """Take a place; whether there was one. An interrupt right afterwards ends the life, which gives it back."""
+        if len(self._lives) >= self._most:
+            return False
+        setdefault, own = self._lives.setdefault, life.reference
+        return any(setdefault(place, own) is own for place in range(self._most))
 
-    def _died(self, key: int, starts_again: bool, _: object) -> None:
+    def _leave(self, own: weakref.ref[Life]) -> bool:
+        """Give a place back; whether it was taken."""
+        places = [place for place, one in self._lives.copy().items() if one is own]
+        return any(self._lives.pop(place, None) is not None for place in places)
+
+    def _died(self, starts_again: bool, own: weakref.ref[Life]) -> None:
         """A thread has ended. If it has done so before its first line, what waits for it needs another one."""
-        self._lives.pop(key, None)
         # Not for ever: where there is no memory, the next call tries again.
-        if starts_again and self._calls and not self._living():
-            self._start_another(starts_again=False)
-
-    def _start_another(self, *, starts_again: bool) -> None:
-        """Have a thread for calls that are there already, if there can be one."""
-        life = self._new_life(starts_again=starts_again)
-        if life is not None:
-            try:
-                start_thread(life, self._run)
-            except NoThreadError:
-                self._end(life)
+        if self._leave(own) and starts_again and self._calls:
+            with contextlib.suppress(NoThreadError):
+                self._start(starts_again=False)
 
     def _run(self, life: Life) -> None:
         while (call := self._next(life)) is not None:
@@ -164,22 +164,23 @@ class Threads:
 
     def _next(self, life: Life) -> Callable[[], None] | None:
         """What is to be run next; None where the thread ends, for there was nothing for a while."""
-        may_come = True
         while True:
             with contextlib.suppress(IndexError):
                 return self._calls.popleft()
-            if not may_come:
-                self._end(life)
-                # One that has just come may have found enough threads.
-                if self._calls:
-                    self._start_another(starts_again=True)
-                return None
             waiter = Latch()
             self._waiters.append(waiter)
             may_come = self._wait(waiter)
-            self._leave(waiter)
+            self._dismiss(waiter)
+            if may_come:
+                continue
+            with contextlib.suppress(IndexError):
+                return self._calls.popleft()
+            self._leave(life.reference)
+            # What has just come may have found no place free.
+            if not self._calls or not self._enter(life):
+                return None
 
-    def _leave(self, waiter: Latch) -> bool:
+    def _dismiss(self, waiter: Latch) -> bool:
         """Take a waiter out of the queue; whether it was there."""
         try:
             self._waiters.remove(waiter)
