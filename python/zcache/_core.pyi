@@ -53,9 +53,11 @@ __all__ = [
     "file_owner",
     "is_absent",
     "is_cacheable_key",
+    "make_folder",
     "make_way",
     "open_cached",
     "open_folder",
+    "open_own",
     "open_value",
     "read_record",
     "read_resident",
@@ -1254,6 +1256,19 @@ def make_way(path: str, /) -> None:
 
     A link, which is not followed, a pipe or an empty folder; one that holds something is moved aside, to
     ``aside-<16 hex digits>-<name>``.
+    """
+
+def make_folder(path: str, mode: int | None = None, /) -> None:
+    """Make a folder of zcache's own, unless it is there; those above it are.
+
+    It has these permissions whatever the umask says; by default those of the folder above, and its group. It has them
+    before it has its name, so nobody ever finds one that he may not use yet. In a sticky folder all but owner and group may only read it.
+    """
+
+def open_own(path: str, flags: int, /) -> int:
+    """Open a file of zcache's own, made where it is missing: as `make_folder` makes a folder.
+
+    No part of its path may be a link (``ELOOP``), and a pipe does not block.
     """
 
 def open_value(root: str, name: str, /) -> int:

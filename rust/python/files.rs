@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
+use rustix::fs::{OFlags, RawMode};
 
 use super::convert::{millis, room};
 use super::errors::{exception, os_error};
@@ -52,6 +53,20 @@ pub(super) fn read_resident(
 pub(super) fn make_way(path: PathBuf) -> PyResult<()> {
     // Two calls of the system on a folder that is in memory; detaching and attaching can take longer.
     shared::make_way_at(&path).map_err(os_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, flags, /))]
+pub(super) fn open_own(py: Python<'_>, path: PathBuf, flags: u32) -> PyResult<i32> {
+    let file = py.detach(|| shared::open_own(&path, OFlags::from_bits_retain(flags)));
+    Ok(file.map_err(os_error)?.into_raw_fd())
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, mode=None, /))]
+pub(super) fn make_folder(py: Python<'_>, path: PathBuf, mode: Option<u16>) -> PyResult<()> {
+    py.detach(|| shared::make_folder(&path, mode.map(RawMode::from)))
+        .map_err(os_error)
 }
 
 #[pyfunction]

@@ -117,6 +117,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::recorded_size_and_checksum, module)?)?;
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::make_way, module)?)?;
+        module.add_function(wrap_pyfunction!(files::make_folder, module)?)?;
+        module.add_function(wrap_pyfunction!(files::open_own, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_value, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_folder, module)?)?;
         module.add_function(wrap_pyfunction!(files::remove_files, module)?)?;

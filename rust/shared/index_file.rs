@@ -11,9 +11,9 @@ use rustix::io::Errno;
 use super::guard::Map;
 use super::header::HEADER_LEN;
 use super::lock_files::{
-    create, extend, extend_ahead, is_hollow, open, open_existing, open_folder, remove, rename_over,
-    unshare,
+    create, extend, extend_ahead, is_hollow, open, open_existing, remove, rename_over, unshare,
 };
+use super::own::open_folder;
 use crate::error::{Error, Result};
 
 pub(super) const REMOVED: Error = Error::Lost("index file: removed");

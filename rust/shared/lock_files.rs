@@ -9,14 +9,15 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate,
-    fchmod, fstat, futimens, lstat, renameat, stat, statat, unlinkat,
+    AtFlags, FallocateFlags, FileType, OFlags, Timespec, Timestamps, UTIME_NOW, fallocate, fstat,
+    futimens, lstat, renameat, statat, unlinkat,
 };
 #[cfg(target_os = "linux")]
-use rustix::fs::{CWD, IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 
 use super::header::{PARTICIPANTS, new_generation};
+use super::own::{make_file_at, open_folder, open_plain};
 
 /// Pause between two tries to take the lock while an index is opened: a few steps of others.
 pub(super) const TRY_AGAIN: Duration = Duration::from_micros(100);
@@ -92,27 +93,6 @@ impl From<rustix::io::Errno> for OpenError {
     }
 }
 
-/// Opens a file by a path without links: none may lead to a file elsewhere. Nor does a device block.
-fn open_plain(path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    let mode = Mode::from_raw_mode(0o666);
-    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{ResolveFlags, openat2};
-        let mode = if flags.contains(OFlags::CREATE) {
-            mode
-        } else {
-            Mode::empty()
-        };
-        match openat2(CWD, path, flags, mode, ResolveFlags::NO_SYMLINKS) {
-            // Old kernels, and sandboxes that hide this call.
-            Err(Errno::NOSYS | Errno::PERM) => {}
-            opened => return opened,
-        }
-    }
-    rustix::fs::open(path, flags, mode)
-}
-
 /// Opens a file, or makes it; see [`make_way`].
 pub(super) fn open(path: &Path) -> io::Result<File> {
     match open_or_create(path) {
@@ -125,12 +105,16 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
 }
 
 fn open_or_create(path: &Path) -> io::Result<File> {
-    match create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let file = open_plain(path, OFlags::RDWR | OFlags::CREATE)?;
-            require_regular(file.into())
+    loop {
+        match open_existing(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            opened => return opened,
         }
-        created => created,
+        match create(path) {
+            // Another process was first.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            created => return created,
+        }
     }
 }
 
@@ -199,11 +183,6 @@ pub(super) fn open_to_read(path: &Path) -> io::Result<File> {
     require_regular(open_plain(path, OFlags::RDONLY)?.into())
 }
 
-/// Opens the folder of an index, to work in it.
-pub(super) fn open_folder(path: &Path) -> io::Result<OwnedFd> {
-    Ok(open_plain(path, OFlags::RDONLY | OFlags::DIRECTORY)?)
-}
-
 fn require_regular(file: File) -> io::Result<File> {
     if file.metadata()?.is_file() {
         return Ok(file);
@@ -213,22 +192,9 @@ fn require_regular(file: File) -> io::Result<File> {
 
 /// Makes a file that is not there yet.
 pub(super) fn create(path: &Path) -> io::Result<File> {
-    let new = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
-    let file = File::from(open_plain(path, new)?);
-    open_as_folder(&file, path);
+    let file = make_file_at(path)?;
     keep_in_place(&file);
     Ok(file)
-}
-
-/// Has those use the file who may use the folder, whatever the umask says.
-fn open_as_folder(file: &File, path: &Path) {
-    let folder = path.parent().and_then(|folder| stat(folder).ok());
-    if let (Some(folder), Ok(status)) = (folder, fstat(file)) {
-        let wanted = folder.st_mode & 0o066 | 0o600;
-        if status.st_mode & 0o777 != wanted {
-            let _ = fchmod(file, Mode::from_raw_mode(wanted));
-        }
-    }
 }
 
 /// Whether a file is far longer than what it holds: no index of ours leaves so much unallocated.

@@ -19,10 +19,11 @@ use rustix::fs::{Stat, fstat};
 use super::files::{Files, InFiles, OpenedFiles};
 use super::header::{FileHeader, PARTICIPANTS, boot, new_generation};
 use super::lock_files::{
-    Locks, OpenError, TRY_AGAIN, has_former_participant, is_alive, is_at, open_and_lock,
-    open_folder, slot_file, take_slot, touch, unsuitable,
+    Locks, OpenError, TRY_AGAIN, has_former_participant, is_alive, is_at, open_and_lock, slot_file,
+    take_slot, touch, unsuitable,
 };
 use super::lock_word::LockWord;
+use super::own::open_folder;
 use super::sample_file::SampleFile;
 use crate::error::Result;
 

@@ -31,7 +31,7 @@ def test_directory_process_killed_at_each_system_call_stays_right(tmp_path: Path
     if (why := tracing.why_not()) is not None:
         pytest.skip(why)
     deaths = play("calls", tmp_path)["deaths"]
-    assert {*FILL, "flock", "fstat", "mkdir"} <= {"open", *deaths}
+    assert {*FILL, "flock", "fstat", "mkdirat"} <= {"open", *deaths}
     assert NAMING & deaths.keys()
     assert sum(deaths.values()) > 150
 
@@ -42,7 +42,7 @@ def test_pool_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> 
     if (why := tracing.why_not()) is not None:
         pytest.skip(why)
     deaths = play("calls", tmp_path, pool=True)["deaths"]
-    assert {*POOL_FILL, "flock", "fstat", "mkdir"} <= deaths.keys()
+    assert {*POOL_FILL, "flock", "fstat", "mkdirat"} <= deaths.keys()
     assert sum(deaths.values()) > 150
 
 

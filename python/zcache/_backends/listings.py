@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import MAX_KEY, crc32c, is_absent
+from zcache._core import MAX_KEY, crc32c, is_absent, open_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ class DirectoryListings(Listings):
             # Kept open: what is written to it is no one's once others have taken it away.
             kept = _Kept(self._open(path))
             # After that: who does not see the mark has ended before the source is asked.
-            os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | _FLAGS, self._mode()))
+            os.close(open_own(self._mark, os.O_WRONLY))
         except OSError:
             return None  # Read-only, or full: then it is not remembered.
 
@@ -156,12 +156,11 @@ class DirectoryListings(Listings):
         return keep
 
     def _open(self, path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | _FLAGS
         try:
-            return os.open(path, flags, self._mode())
+            return open_own(path, os.O_WRONLY)
         except PermissionError:
             os.unlink(path)  # Of another user.
-            return os.open(path, flags, self._mode())
+            return open_own(path, os.O_WRONLY)
 
     def get(self, directory: str) -> list[str] | None:
         try:
@@ -198,9 +197,6 @@ class DirectoryListings(Listings):
 
     def has_none(self) -> bool:
         return is_absent(self._root, _MARK)
-
-    def _mode(self) -> int:
-        return 0o600 | os.stat(self._root).st_mode & 0o044
 
     def _path(self, directory: str) -> str:
         return os.path.join(self._root, _name(directory))

@@ -1,14 +1,14 @@
 //! The segment files of a pool: values are appended, read, deleted and marked as valid in them.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use rustix::fs::{AtFlags, Mode, OFlags, chmod, fstat, mkdir, open, openat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, fstat, open, openat, unlinkat};
 use rustix::io::Errno;
 
 use super::calls::{UNSUPPORTED, is_elsewhere, is_without_descriptors, punch, read_from, regular};
@@ -20,7 +20,7 @@ use super::scan::FoundValue;
 use crate::cache::{FIRST_PAGE, MAP_AT, PAGE, Placed};
 use crate::checksum::crc32c;
 use crate::disk::below::{FOLDER, names_in, open_cached, open_folder, open_value};
-use crate::shared::{make_way, new_generation};
+use crate::shared::{make_file, make_folder, make_way, new_generation};
 
 /// How a read of a value has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,22 +126,11 @@ impl SegmentFiles {
                 // The folder may have been removed, and made anew.
                 opened.folder = None;
                 if matches!(purpose, For::Append { .. }) {
-                    self.make_folder()?;
+                    make_folder(&self.root, None)?;
                 }
                 self.open_in_folder(opened, number, purpose)
             }
             found => found,
-        }
-    }
-
-    fn make_folder(&self) -> io::Result<()> {
-        let above = self.root.parent().ok_or(Errno::NOENT)?;
-        let mode = Mode::from_raw_mode(fs::metadata(above)?.mode() & 0o7777);
-        match mkdir(&self.root, mode) {
-            Err(Errno::EXIST) => Ok(()),
-            Err(error) => Err(error.into()),
-            // Whatever the umask says.
-            Ok(()) => Ok(chmod(&self.root, mode)?),
         }
     }
 
@@ -159,17 +148,12 @@ impl SegmentFiles {
             };
             return regular(found?.into());
         };
-        // Others may read a segment where they may read the folder.
-        let mode = Mode::from_raw_mode(fstat(&folder)?.st_mode & 0o666);
         let header = SegmentHeader {
             number,
             capacity,
             maker: maker(),
         };
-        let create = || {
-            let flags = flags | OFlags::CREATE | OFlags::EXCL;
-            openat(&folder, &name, flags, mode).map(File::from)
-        };
+        let create = || make_file(&folder, &name).map(File::from);
         let file = match create() {
             Err(Errno::EXIST) => {
                 let file = regular(openat(&folder, &name, flags, Mode::empty())?.into())?;
@@ -183,8 +167,6 @@ impl SegmentFiles {
             }
             made => made?,
         };
-        // Whatever the umask says: a pool may belong to a group.
-        let _ = rustix::fs::fchmod(&file, mode);
         file.write_all_at(&header.to_bytes(), 0)?;
         Ok(file)
     }

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from support import buf, check_quiet, fill, logged, read, read_through, until, w
 from zcache import CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
-from zcache._core import write_tombstone
+from zcache._core import make_folder, write_tombstone
 from zcache.testing import without_shared_index
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ async def test_files_new_have_the_umask_of_the_process(
         os.umask(before)
     for name in ("a", ".zcache/stamp.json", ".zcache/index/cells", ".zcache/index/lock"):
         assert stat.S_IMODE((tmp_path / "cache" / name).stat().st_mode) == mode
-    assert stat.S_IMODE((tmp_path / "cache/.zcache").stat().st_mode) == 0o777 & ~umask
+    assert (tmp_path / "cache/.zcache").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
@@ -320,6 +321,32 @@ async def test_files_have_no_permissions_that_their_directory_has_not(
         assert given & ~(allowed if path.is_dir() else allowed & 0o666) == 0, path
     stamp = (tmp_path / "cache/.zcache/stamp.json").stat()
     assert stat.S_IMODE(stamp.st_mode) == allowed & 0o666
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("group", "mode", "expected"), [(0, 0o773, 0o2733), (0, 0o757, 0o2777), (50001, 0o775, 0o2775)]
+)
+def test_folder_of_one_who_is_not_of_the_group_gives_his_group_what_others_have(
+    group: int, mode: int, expected: int
+) -> None:
+    place = Path(tempfile.mkdtemp())
+    try:
+        os.chown(place, 0, group)
+        place.chmod(mode)
+        if not (child := os.fork()):
+            try:
+                os.umask(0o077)
+                os.setgroups([])
+                os.setgid(50001)
+                os.setuid(50001)
+                make_folder(str(place / "made"))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert stat.S_IMODE((place / "made").stat().st_mode) == expected
+    finally:
+        shutil.rmtree(place)
 
 
 OTHER_USER = """

@@ -12,11 +12,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 from zarr.storage import LocalStore, MemoryStore
 
+import tracing
 import zcache
 from directories import closed, usage
 from mounts import formatted
@@ -582,6 +584,41 @@ async def test_directory_has_the_mode_that_was_asked_for(
             assert path.stat().st_mode & 0o777 == permissions, path
     finally:
         os.umask(before)
+
+
+def use_as_a_group(path: Path) -> None:
+    """Open a new pool, fill it, and remember a listing."""
+    os.umask(0o077)
+    source = MemoryStore({"a/b": buf(b"value")})
+    store = CacheStore(source, cache_store=CachePool(path, mode=0o770), source_id="x")
+
+    async def use() -> None:
+        assert await read(store, "a/b") == b"value"
+        assert [name async for name in store.list_dir("a")] == ["b"]
+        assert await store.drain()
+
+    asyncio.run(use())
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_pool_of_a_group_killed_at_each_system_call_shuts_no_member_out(tmp_path: Path) -> None:
+    if (why := tracing.why_not()) is not None:
+        pytest.skip(why)
+    code, step = None, 0
+    while code is None:
+        step += 1
+        path = tmp_path / str(step) / "pool"
+        path.parent.mkdir()
+        with tracing.Traced(partial(use_as_a_group, path), step) as traced:
+            code = traced.go()
+        for found in (path, *path.rglob("*")) if path.exists() else ():
+            # A folder gets its name once all may use it.
+            if not found.name.startswith(".zcache-"):
+                expected = 0o2770 if found.is_dir() else 0o660
+                assert stat.S_IMODE(found.stat().st_mode) == expected, (step, traced.at, found)
+    assert (code, step > 40) == (0, True)
+    assert list(path.rglob("listing-*"))
 
 
 MEMBER = """

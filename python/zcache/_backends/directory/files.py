@@ -83,22 +83,8 @@ def is_tolerated(name: str) -> bool:
     return name in TOLERATED or name.startswith(_TOLERATED_BEGINNINGS)
 
 
-def mode_of_files(root: str) -> int:
-    """Permissions of the files in a directory: those that it has itself, but for that to go into it."""
-    return 0o600 | os.stat(root).st_mode & 0o066
-
-
-def open_as_directory(path: str, root: str) -> None:
-    """Have those use a file who may use its directory, whatever the umask says."""
-    mode = mode_of_files(root)
-    if stat.S_IMODE(os.stat(path).st_mode) != mode:
-        # Some file systems know no permissions.
-        with contextlib.suppress(OSError):
-            os.chmod(path, mode)
-
-
-def make_folders(path: str, mode: int = 0o777) -> None:
-    """Make a folder and those above it, however deep: `os.makedirs` calls itself for each.
+def make_folders(path: str) -> None:
+    """Make a folder of the user's and those above it, however deep: `os.makedirs` calls itself for each.
 
     Raises
     ------
@@ -108,7 +94,7 @@ def make_folders(path: str, mode: int = 0o777) -> None:
     missing, there = [path], ""
     while missing:
         try:
-            os.mkdir(missing[-1], mode if len(missing) == 1 else 0o777)
+            os.mkdir(missing[-1])
         except FileNotFoundError:
             above = os.path.dirname(missing[-1])
             # One that is there may take none all the same, as that of the processes.

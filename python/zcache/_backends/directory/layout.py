@@ -17,14 +17,13 @@ from zcache._backends.directory.space import SpaceLog
 from zcache._backends.directory.stamp import Stamp
 from zcache._backends.directory.temporary import TemporaryFiles
 from zcache._backends.ownership import Kind, other_source
-from zcache._core import Index, make_way
+from zcache._core import Index, make_folder, make_way, open_own
 from zcache.exceptions import CacheOwnershipError
 
 logger = logging.getLogger("zcache")
 
 BLOCK_SIZE: int | None = None
 """Bytes of a block of all cache directories, or 1 to count bytes; None asks the volume of each."""
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TICK: Final = 0.001
 """Seconds; file systems do not tell shorter times apart."""
 
@@ -101,7 +100,7 @@ class Layout:
             self.source or "",
             adopt=adopt,
             kind=self.kind,
-            trusts_owner=self.trusts_owner(),
+            mode=self.mode,
         )
         self.make_folders()
         self.note_block_size()
@@ -145,10 +144,6 @@ class Layout:
             raise CacheOwnershipError(other_source(where, owner, self.source or ""))
         return owner is not None
 
-    def trusts_owner(self) -> bool:
-        """Whether the directory may be another user's, though no one has said so."""
-        return False
-
     def check(self) -> None:
         """See once more which source owns the directory: others may have taken it over or removed it.
 
@@ -164,9 +159,8 @@ class Layout:
 
     def make_folders(self) -> None:
         """Make what is missing of the folders."""
-        mode = 0o700 | os.stat(self.root).st_mode & 0o777
-        files.make_folders(self.index_root, mode)
-        files.make_folders(self.temporary.path, mode)
+        for folder in (self.reserved, self.index_root, self.temporary.path):
+            make_folder(folder)
 
     def note_doubt(self) -> None:
         """Have the next scan take in only what is recorded to be the source's, where all else is gone."""
@@ -234,7 +228,7 @@ class Layout:
             # A process that shares an index makes it anew, and begins with what is there then.
             if self.has_own_index:
                 self.make_folders()
-                os.close(os.open(lock, _NEW, files.mode_of_files(self.root)))
+                os.close(open_own(lock, os.O_RDWR))
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise

@@ -29,7 +29,7 @@ from zcache._backends.ownership import (
     stamp_text,
     trust,
 )
-from zcache._core import IndexBusyError, make_way
+from zcache._core import IndexBusyError, make_folder, make_way, open_own
 from zcache._source.identity import EPHEMERAL
 from zcache.exceptions import CacheOwnershipError
 
@@ -67,8 +67,9 @@ class Stamp:
         Whether to take over what is there already.
     kind : Kind, optional
         What it is. Default is a directory of files.
-    trusts_owner : bool, optional
-        Whether it may be another user's. Default is False: only where it is adopted.
+    mode : int, optional
+        Permissions of the directory, if it is made. Where its group may write, and is one of this user's, its owner is
+        trusted: else only where it is adopted. Default is 0o700.
 
     Attributes
     ----------
@@ -97,7 +98,7 @@ class Stamp:
         *,
         adopt: bool,
         kind: Kind = Kind.DIRECTORY,
-        trusts_owner: bool = False,
+        mode: int = 0o700,
     ) -> None:
         self.root = root
         self._kind = kind
@@ -110,7 +111,7 @@ class Stamp:
         if adopt:
             # Also when it is used again later.
             trust(root)
-        self._trusts_owner = trusts_owner or is_trusted(root)
+        self._mode = mode
         self.source = source
         self.is_foreign = False
         self.check(adopt=adopt)
@@ -135,8 +136,9 @@ class Stamp:
     def check(self, *, adopt: bool) -> None:
         """Make the directory if it is missing, and see which source owns it."""
         check_above(self.root)
-        # For no other user, unless it is there already and says otherwise.
-        files.make_folders(self.root, 0o700)
+        if not os.path.isdir(self.root):
+            files.make_folders(os.path.dirname(self.root))
+        make_folder(self.root, self._mode)
         self._check_owner()
         for folder in (self._reserved, *(os.path.join(self._reserved, name) for name in _FOLDERS)):
             if os.path.islink(folder):
@@ -171,7 +173,6 @@ class Stamp:
             make_way(self._path)
             status = os.lstat(self._path)
         except FileNotFoundError:
-            files.make_folders(self._reserved, _mode(self.root))
             self._write(self.source, replace=False)
             return
         if status.st_mtime < now - _YOUNG:
@@ -181,10 +182,12 @@ class Stamp:
 
     def _check_owner(self) -> None:
         """Refuse a directory of another user, who may change what is cached in it; one given as read-only has no stamp here."""
-        status = os.stat(self.root)
-        if status.st_uid in (os.geteuid(), 0) or self._trusts_owner:
+        root = os.stat(self.root)
+        of_group = root.st_gid in (os.getegid(), *os.getgroups())
+        if is_trusted(self.root) or (of_group and self._mode & stat.S_IWGRP):
             return
-        raise CacheOwnershipError(other_user(str(self.root), status.st_uid, self._kind))
+        if root.st_uid not in (os.geteuid(), 0):
+            raise CacheOwnershipError(other_user(self.root, root.st_uid, self._kind))
 
     def _read(self, adopt: bool) -> str | None:
         """The source by the stamp, or by its copy where that is all there is; None where there is neither."""
@@ -256,14 +259,13 @@ class Stamp:
 
     def _write(self, source: str, *, replace: bool) -> str:
         """Stamp the directory with a source; returns that, or the one of a process that was first."""
-        files.make_folders(self._reserved, _mode(self.root))
+        make_folder(self._reserved)
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with open(open_own(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
             file.write(stamp_text(self._kind, source))
             file.flush()
             # Once per directory: an empty stamp after a loss of power would lock its owner out.
             os.fsync(file.fileno())
-        files.open_as_directory(unfinished, self.root)
         if replace:
             # It must not outlive a stamp of another source.
             self._remove_copy()
@@ -293,10 +295,10 @@ class Stamp:
             copy = _read_small(self._copy)
             if copy is not None and is_stamp(copy):
                 return
-            files.make_folders(os.path.dirname(self._copy), _mode(self.root))
+            make_folder(os.path.dirname(self._copy))
             unfinished = f"{self._copy}.{uuid.uuid4().hex}"
-            Path(unfinished).write_text(stamp_text(self._kind, source), encoding="utf-8")
-            files.open_as_directory(unfinished, self.root)
+            with open(open_own(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
+                file.write(stamp_text(self._kind, source))
             os.replace(unfinished, self._copy)
 
     def _adopt(self) -> bool:
@@ -366,11 +368,7 @@ class Stamp:
             yield
             return
         path = os.path.join(self._reserved, "take-over")
-        file = os.open(
-            path,
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            files.mode_of_files(self.root),
-        )
+        file = open_own(path, os.O_RDWR)
         try:
             while True:
                 try:
@@ -408,11 +406,6 @@ def check_above(root: str) -> None:
                 f"the cache directory {root} lies inside the cache directory {above}, which "
                 "may serve and delete what is in it. Give one that lies elsewhere."
             )
-
-
-def _mode(root: str) -> int:
-    """Permissions of a folder below the root: no more than the root itself gives."""
-    return 0o700 | stat.S_IMODE(os.stat(root).st_mode) & 0o777
 
 
 def _read_small(path: str) -> bytes | None:

@@ -7,15 +7,12 @@ import errno
 import logging
 import os
 import re
-import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._backends.directory import files
 from zcache._backends.directory.layout import Layout
-from zcache._backends.directory.stamp import check_above
 from zcache._backends.ownership import Kind
-from zcache._core import Index, SegmentFiles
+from zcache._core import Index, SegmentFiles, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -205,19 +202,8 @@ class PoolLayout(Layout):
         self.segments = os.path.join(self.reserved, "segments")
         self.scanner: Any = SegmentScanner(self.root, self.segments)
         self.holes = True
-        self.mode = 0o700
 
     def claim(self, *, adopt: bool) -> None:
-        # Before anything is made there.
-        check_above(self.root)
-        if not os.path.exists(self.root):
-            files.make_folders(os.path.dirname(self.root))
-            try:
-                os.mkdir(self.root, self.mode)
-                # Whatever the umask says.
-                os.chmod(self.root, _for_group(self.mode))
-            except FileExistsError:
-                pass
         super().claim(adopt=adopt)
         try:
             # With blocks larger than a page, a hole of a page gives nothing back.
@@ -235,46 +221,15 @@ class PoolLayout(Layout):
             # Values take whole pages, also where the blocks of the volume are smaller.
             self._block_size = max(self._block_size, _PAGE)
 
-    def trusts_owner(self) -> bool:
-        # A process that asks for a pool of its group has said so.
-        if not self.mode & stat.S_IWGRP or not os.path.exists(self.root):
-            return False
-        return os.stat(self.root).st_gid in (os.getegid(), *os.getgroups())
-
     def make_folders(self) -> None:
         super().make_folders()
-        root = os.stat(self.root)
-        mode = _for_group(stat.S_IRWXU | root.st_mode & 0o777)
-        files.make_folders(self.segments, mode)
-        # Whatever the umask says: a pool may belong to a group.
-        for folder in (self.reserved, self.index_root, self.temporary.path, self.segments):
-            _give(folder, root.st_gid, mode)
-        for file in self.stamp.paths:
-            _give(file, root.st_gid, mode & 0o666)
+        make_folder(self.segments)
 
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))
 
     def own_limits(self) -> dict[str, Any]:
         return {**super().own_limits(), "holes": self.holes}
-
-
-def _for_group(mode: int) -> int:
-    """The mode of a folder of a pool with these permissions.
-
-    What a group may use is set-gid, so that all files in it belong to the group, which need not be the primary group of
-    each user.
-    """
-    return mode | stat.S_ISGID if mode & stat.S_IRWXG else mode
-
-
-def _give(path: str, group: int, mode: int) -> None:
-    """Have a file or folder belong to this group, with these permissions, as far as this user may say so."""
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_gid != group:
-            os.chown(path, -1, group)
-        if stat.S_IMODE(os.stat(path).st_mode) != mode:
-            os.chmod(path, mode)
 
 
 _PAGE: Final = 4096

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 
 from zcache._backends.listings import DirectoryListings
+from zcache._core import make_folder
 
 
 class SourceListings(DirectoryListings):
@@ -33,10 +33,7 @@ class SourceListings(DirectoryListings):
         try:
             return super()._open(path)
         except FileNotFoundError:
-            mode = stat.S_IMODE(os.stat(os.path.dirname(self._root)).st_mode)
-            os.mkdir(self._root, mode)
-            # Whatever the umask says: a pool may belong to a group.
-            os.chmod(self._root, mode)
+            make_folder(self._root)
             return super()._open(path)
 
 

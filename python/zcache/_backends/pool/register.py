@@ -14,7 +14,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import make_way
+from zcache._core import make_way, open_own
 from zcache._source.identity import UNNAMED
 
 if TYPE_CHECKING:
@@ -136,10 +136,8 @@ class Register:
         make_way(unfinished)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(unfinished)
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
-        with open(file, "wb") as lines:
+        with open(open_own(unfinished, os.O_WRONLY), "wb") as lines:
             lines.write(b"".join(reversed(found)))
-        self._open_to_group(unfinished)
         os.replace(unfinished, self._path)
 
     @contextlib.contextmanager
@@ -148,12 +146,9 @@ class Register:
         until = time.monotonic() + _PATIENCE
         while True:
             make_way(self._path)
-            is_new = not os.path.exists(self._path)
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _FLAGS, 0o600)
+            file = open_own(self._path, os.O_RDWR | os.O_APPEND)
             try:
                 _check_regular(file)
-                if is_new:
-                    self._open_to_group(self._path)
                 is_late = time.monotonic() > until
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,12 +165,6 @@ class Register:
             finally:
                 os.close(file)
             time.sleep(_LOOK_AGAIN)
-
-    def _open_to_group(self, path: str) -> None:
-        """Let those change the file who may change the folder, whatever the umask says."""
-        mode = stat.S_IMODE(os.stat(os.path.dirname(self._path)).st_mode) & 0o666
-        if stat.S_IMODE(os.stat(path).st_mode) != mode:
-            os.chmod(path, mode)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
