@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ import pytest
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
-from directories import tree
+from directories import closed, tree
+from pools import CACHES, ON_DISK
 from support import buf, check_quiet, fill, logged, read, read_through, until, write
-from zcache import CacheStore
+from zcache import CachePool, CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
 from zcache._core import make_folder, write_tombstone
+from zcache.exceptions import CacheOwnershipError
 from zcache.testing import without_shared_index
 
 if TYPE_CHECKING:
@@ -321,6 +324,30 @@ async def test_files_have_no_permissions_that_their_directory_has_not(
         assert given & ~(allowed if path.is_dir() else allowed & 0o666) == 0, path
     stamp = (tmp_path / "cache/.zcache/stamp.json").stat()
     assert stat.S_IMODE(stamp.st_mode) == allowed & 0o666
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("kind", ON_DISK)
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+async def test_cache_of_another_user_in_a_directory_of_roots_is_refused(
+    tmp_path: Path, kind: str, mode: int
+) -> None:
+    where = tmp_path / "cache"
+    where.mkdir()
+    where.chmod(mode)
+    store = CacheStore(MemoryStore(), cache_store=CACHES[kind](where), source_id="s")
+    await fill(store, a=b"1")
+    reserved = where / ".zcache"
+    # Where none may touch what is another's, none may write into it either.
+    assert reserved.stat().st_mode & 0o777 == (0o775 if mode & stat.S_ISVTX else 0o777)
+    del store
+    await closed(where)
+    os.chown(reserved, 50001, -1)
+    again = partial(CacheStore, MemoryStore(), source_id="s")
+    with pytest.raises(CacheOwnershipError, match=r"\.zcache is another user's \(uid 50001\)"):
+        again(cache_store=CACHES[kind](where))
+    maker: Any = CachePool if kind == "pool" else LocalStore
+    assert await read(again(cache_store=maker(where, read_only=True)), "a") == b"1"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

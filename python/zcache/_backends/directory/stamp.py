@@ -157,6 +157,8 @@ class Stamp:
             raise CacheOwnershipError(other_source(f"directory {self.root}", owner, self.source))
         self._identity = files.identity(self.root)
         self._keep_copy(owner)
+        # What zcache keeps there may have been made by another user meanwhile.
+        self._check_owner()
 
     def keep(self) -> None:
         """Put back, in a directory in use, what a purge has taken of the stamp; and keep it young.
@@ -181,13 +183,19 @@ class Stamp:
                     os.utime(path, follow_symlinks=False)
 
     def _check_owner(self) -> None:
-        """Refuse a directory of another user, who may change what is cached in it; one given as read-only has no stamp here."""
+        """Refuse a directory of another user, who may change what is cached in it; one given as read-only has no stamp here.
+
+        In a directory that all may write, what zcache keeps can be another user's than the directory itself.
+        """
         root = os.stat(self.root)
         of_group = root.st_gid in (os.getegid(), *os.getgroups())
         if is_trusted(self.root) or (of_group and self._mode & stat.S_IWGRP):
             return
-        if root.st_uid not in (os.geteuid(), 0):
-            raise CacheOwnershipError(other_user(self.root, root.st_uid, self._kind))
+        for folder in (self.root, self._reserved):
+            with contextlib.suppress(FileNotFoundError):
+                user = os.lstat(folder).st_uid
+                if user not in (os.geteuid(), 0):
+                    raise CacheOwnershipError(other_user(folder, user, self._kind))
 
     def _read(self, adopt: bool) -> str | None:
         """The source by the stamp, or by its copy where that is all there is; None where there is neither."""
