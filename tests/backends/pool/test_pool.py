@@ -621,6 +621,13 @@ def test_pool_of_a_group_killed_at_each_system_call_shuts_no_member_out(tmp_path
     assert list(path.rglob("listing-*"))
 
 
+def test_pool_removed_while_in_use_is_made_anew_with_its_mode(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path / "pool", mode=0o770)
+    shutil.rmtree(tmp_path / "pool")
+    pool._pool.directory.layout.check()
+    assert (tmp_path / "pool").stat().st_mode & 0o777 == 0o770
+
+
 MEMBER = """
 import os, sys
 from zarr.storage import MemoryStore
