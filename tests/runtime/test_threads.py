@@ -484,20 +484,23 @@ def test_calls_that_come_as_the_last_thread_ends_are_run(most: int, hanging: int
 
     def submit() -> int:
         done = 0
-        for _ in range(3000):
+        for turn in range(4000):
             together.wait(LONG)
-            done += in_thread_sync(lambda: 1, None, LONG, threads=some)
+            for _ in range(turn % 200):
+                pass
+            done += run_in_background(lambda: 1, some).result(LONG)
         return done
 
     submitting = [run_in_background(submit, Threads(1)) for _ in range(3)]
-    assert [one.result(2 * LONG) for one in submitting] == [3000] * 3
+    assert [one.result(2 * LONG) for one in submitting] == [4000] * 3
     go.set()
     assert all(call.result(LONG) for call in calls)
 
 
 @pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("most", [1, THREADS])
 def test_call_that_comes_as_a_thread_ends_is_run_where_none_can_be_started(
-    monkeypatch: pytest.MonkeyPatch,
+    most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ending, go_on = threading.Event(), threading.Event()
 
@@ -508,7 +511,7 @@ def test_call_that_comes_as_a_thread_ends_is_run_where_none_can_be_started(
                 go_on.wait(LONG)
             return super()._leave(own)
 
-    some = Ending(THREADS)
+    some = Ending(most)
     assert run_in_background(lambda: 1, some).result(LONG) == 1
     assert ending.wait(LONG)
 
