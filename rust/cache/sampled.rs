@@ -5,7 +5,7 @@
 
 use super::cache::{Cache, Freshness};
 use super::peers::Peers;
-use crate::key::{self, ByteRange, Part};
+use crate::key::{self, Asked, ByteRange, Part};
 use crate::policy::Eviction;
 use crate::sampling::{self, HIT, OUTDATED, Sample};
 
@@ -36,16 +36,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn sample(
         &mut self,
         key: &str,
-        range: ByteRange,
+        asked: impl Into<Asked>,
         size: Option<u64>,
         fresh: impl Into<Freshness>,
     ) {
-        let Some(part) = self.sampled_part(key, range) else {
+        let asked = asked.into();
+        let Some(part) = self.sampled_part(key, asked.range) else {
             return;
         };
         match size {
             Some(size) => self.sample_hit(&part, size),
-            None if key::is_cacheable(key) => self.sample_miss(key, &part, fresh.into()),
+            None if key::is_cacheable(key) => self.sample_miss(key, asked, &part, fresh.into()),
             None => {}
         }
     }
@@ -66,24 +67,24 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    fn sample_miss(&mut self, key: &str, part: &Part, fresh: Freshness) {
+    fn sample_miss(&mut self, key: &str, asked: Asked, part: &Part, fresh: Freshness) {
         let is_sampled = self.sample_mut().is_some_and(|sample| {
             sample.count();
             sample.has(part.hash)
         });
         if is_sampled {
-            self.push_miss(key, part, fresh);
+            self.push_miss(key, asked, part, fresh);
         }
     }
 
     #[cold]
-    fn push_miss(&mut self, key: &str, part: &Part, fresh: Freshness) {
+    fn push_miss(&mut self, key: &str, asked: Asked, part: &Part, fresh: Freshness) {
         let any_age = Freshness {
             max_age: None,
             ..fresh
         };
         // It was missed, so what there is was too old.
-        let flags = match self.peek(key, part.range, any_age) {
+        let flags = match self.peek(key, asked, any_age) {
             Ok(Some(_)) => OUTDATED,
             _ => 0,
         };

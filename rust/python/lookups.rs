@@ -32,11 +32,12 @@ impl Index {
         missing: Option<RawAges>,
     ) -> PyResult<Looked> {
         step!(self, py, |cache| {
-            let answer = cache.ask(key, self.asked(span), fresh, missing.map(absence_ages))?;
+            let asked = self.asked(span);
+            let answer = cache.ask(key, asked, fresh, missing.map(absence_ages))?;
             if self.sampled {
                 match answer {
-                    Answer::Found(found) => cache.sample(key, span, Some(found.length), fresh),
-                    Answer::Unknown => cache.sample(key, span, None, fresh),
+                    Answer::Found(found) => cache.sample(key, asked, Some(found.length), fresh),
+                    Answer::Unknown => cache.sample(key, asked, None, fresh),
                     Answer::Absent | Answer::PerhapsAbsent => {}
                 }
             }

@@ -158,9 +158,12 @@ def test_parts_of_one_value_are_simulated_as_each_of_its_own_age(
 ) -> None:
     """One that is too old takes no other part of its value with it, in the cache as in the simulation."""
     draw = random.Random(3)
-    store = CacheStore(source_of(10), max_age_seconds=10, clock=clock, eviction=eviction)
+    source = source_of(10)
+    store = CacheStore(source, max_age_seconds=10, clock=clock, eviction=eviction)
     # None of these ranges lies in another.
     parts = [None, RangeByteRequest(0, 7), RangeByteRequest(5, 20), SuffixByteRequest(9)]
+    # These are served by a whole value where the source is known to slice so.
+    parts += [SuffixByteRequest(1000), OffsetByteRequest(1000), RangeByteRequest(50, 1000)]
     hits = []
     with store.record(path):
         for _ in range(1000):
@@ -169,7 +172,8 @@ def test_parts_of_one_value_are_simulated_as_each_of_its_own_age(
             hits.append(store.cache_stats()["hits"] > before)
             clock.advance(draw.choice([0, 0.1, 2]))
     assert 0.1 < np.mean(hits) < 0.9
-    for trace in (ask(store, sampled), load(path)[0]):
+    sample = ask(store, partial(sampled, slices_like_python=slices_like_python(source)))
+    for trace in (sample, load(path)[0]):
         assert trace.outdated.any()
         assert trace.earlier == 0
         found = Simulator(trace).hits(eviction, 10**6, trace.costs()) & ~trace.outdated
