@@ -1,5 +1,6 @@
 //! The one error type of the core.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use rustix::io::Errno;
@@ -25,9 +26,8 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Corrupt(what) => write!(f, "corrupt index: {what}"),
-            Error::Lost(what) => write!(f, "lost index: {what}"),
-            Error::Unusable(what, errno) => write!(f, "lost index: {what}: {errno}"),
+            Error::Corrupt(_) => write!(f, "corrupt index: {}", self.reason()),
+            Error::Lost(_) | Error::Unusable(..) => write!(f, "lost index: {}", self.reason()),
             Error::Full => write!(f, "the index cannot grow any further"),
             Error::Refused(errno) => write!(f, "the index cannot grow: {errno}"),
         }
@@ -37,6 +37,16 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
+    /// The reason alone, for where it is known that the index cannot be used.
+    #[must_use]
+    pub fn reason(self) -> Cow<'static, str> {
+        match self {
+            Error::Corrupt(what) | Error::Lost(what) => what.into(),
+            Error::Unusable(what, errno) => format!("{what}: {errno}").into(),
+            Error::Full | Error::Refused(_) => self.to_string().into(),
+        }
+    }
+
     /// Whether the index cannot be used any more.
     #[must_use]
     pub fn is_fatal(self) -> bool {

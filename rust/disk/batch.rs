@@ -38,7 +38,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) const SINCE_EMPTIED: &str = "the index was emptied meanwhile";
 pub(super) const NEIGHBOURS: &str = "others share an index that this process does not use";
-const UNPLACED: &str = "a value of a pool without a place";
+const UNPLACED: Error = Error::Corrupt("a value of a pool without a place");
 const PANICKED: &str = "a fill has panicked";
 
 /// What the index says of one fill, and where that writes its bytes, in a pool.
@@ -137,15 +137,11 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         if let Err(error) = self.fill() {
             match error {
                 StepError::Busy => self.end_all(|| Ending::Busy),
-                StepError::Failed(
-                    Error::Corrupt(what) | Error::Lost(what) | Error::Unusable(what, _),
-                ) => {
-                    self.end_all(|| Ending::Corrupt(what));
+                StepError::Failed(error) if error.is_fatal() => {
+                    self.end_all(|| Ending::Corrupt(error));
                 }
                 // Nothing has changed.
-                StepError::Failed(Error::Full | Error::Refused(_)) => {
-                    self.reject_all(RejectReason::IndexFull.as_str());
-                }
+                StepError::Failed(_) => self.reject_all(RejectReason::IndexFull.as_str()),
             }
         }
         self.end();

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use crate::cache::Ticket;
+use crate::error::Error;
 use crate::key::ByteRange;
 use crate::sampling;
 
@@ -61,7 +62,7 @@ pub enum Ending {
     /// There was a valid value of this name that the index does not list. It is gone, and nothing is cached.
     Unlisted,
     /// The index is damaged.
-    Corrupt(&'static str),
+    Corrupt(Error),
     /// Another process has held the lock of the index all the time.
     Busy,
 }

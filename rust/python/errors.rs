@@ -19,8 +19,9 @@ pyo3::create_exception!(
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         match error {
-            Error::Corrupt(what) | Error::Lost(what) => CorruptIndexError::new_err(what),
-            Error::Unusable(what, errno) => CorruptIndexError::new_err(format!("{what}: {errno}")),
+            Error::Corrupt(_) | Error::Lost(_) | Error::Unusable(..) => {
+                CorruptIndexError::new_err(error.reason())
+            }
             Error::Full => IndexFullError::new_err(error.to_string()),
             Error::Refused(errno) => {
                 IndexFullError::new_err((errno.raw_os_error(), error.to_string()))

@@ -1,5 +1,6 @@
 //! The queue of fills of a cache directory: submit, collect, convert.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -67,7 +68,7 @@ pub(super) fn end_calls(py: Python<'_>, timeout: f64) -> bool {
 pub(super) struct FillResult {
     id: u64,
     outcome: &'static str,
-    reason: Option<&'static str>,
+    reason: Option<Cow<'static, str>>,
     error: Option<Py<PyAny>>,
     operation: &'static str,
     deleted: u64,
@@ -79,10 +80,10 @@ impl FillResult {
         let exception = |error| exception(py, error).unbind();
         let (outcome, reason, error) = match report.ending {
             Ending::Filled => ("filled", None, None),
-            Ending::Rejected(reason) => ("rejected", Some(reason), None),
+            Ending::Rejected(reason) => ("rejected", Some(reason.into()), None),
             Ending::Failed(error) => ("failed", None, Some(exception(error))),
             Ending::Unlisted => ("unlisted", None, None),
-            Ending::Corrupt(reason) => ("corrupt", Some(reason), None),
+            Ending::Corrupt(error) => ("corrupt", Some(error.reason()), None),
             Ending::Busy => ("busy", None, None),
         };
         FillResult {

@@ -73,6 +73,8 @@ fn checksum(py: Python<'_>, data: &[u8]) -> u32 {
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // The first use of numpy imports parts of it, and panics where a signal handler raises meanwhile.
     let _ = numpy::dtype::<u8>(module.py());
+    // The first checksum chooses how they are computed, once: a child that is forked meanwhile would wait for that for ever.
+    let _ = crc32c(&[0; 4096]);
     module.add(
         "CorruptIndexError",
         module.py().get_type::<CorruptIndexError>(),

@@ -13,7 +13,6 @@ use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::null_mut;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use memmap2::MmapMut;
@@ -167,37 +166,48 @@ mod handler {
 
     use std::mem::MaybeUninit;
     use std::ptr::null_mut;
-    use std::sync::OnceLock;
 
     use libc::{SIGBUS, c_int, c_void, sigaction, siginfo_t};
 
-    use super::{AtomicUsize, FIRST, Once, Ordering, Part};
+    use super::{AtomicBool, AtomicPtr, AtomicUsize, FIRST, Ordering, Part};
 
     static PAGE: AtomicUsize = AtomicUsize::new(4096);
-    static BEFORE: OnceLock<sigaction> = OnceLock::new();
+    /// Null, or the action that the signal had before. Never freed, so the handler may look at it at any instant.
+    static BEFORE: AtomicPtr<sigaction> = AtomicPtr::new(null_mut());
+    static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
-    /// Takes the signal over, once.
+    /// Takes the signal over, once. Two threads may do so at the same time: neither waits for the other, for it would
+    /// wait for ever in a child that is forked meanwhile.
     pub(super) fn install() {
-        static ONCE: Once = Once::new();
-        ONCE.call_once(|| {
-            // SAFETY: `sysconf` and `sigaction` get valid arguments, and `on_fault` is a handler of
-            // the kind that `SA_SIGINFO` asks for.
-            unsafe {
-                if let Ok(size) = usize::try_from(libc::sysconf(libc::_SC_PAGESIZE)) {
-                    PAGE.store(size, Ordering::Relaxed);
+        if IS_INSTALLED.load(Ordering::Acquire) {
+            return;
+        }
+        let own = on_fault as *const () as usize;
+        // SAFETY: `sysconf` and `sigaction` get valid arguments, and `on_fault` is a handler of the kind that
+        // `SA_SIGINFO` asks for. What a `Box` has given away is taken back only where no one else has it.
+        unsafe {
+            if let Ok(size) = usize::try_from(libc::sysconf(libc::_SC_PAGESIZE)) {
+                PAGE.store(size, Ordering::Relaxed);
+            }
+            let mut before = MaybeUninit::<sigaction>::zeroed();
+            if libc::sigaction(SIGBUS, null_mut(), before.as_mut_ptr()) != 0 {
+                return;
+            }
+            let before = before.assume_init();
+            if before.sa_sigaction != own {
+                let kept = Box::into_raw(Box::new(before));
+                let (new, old) = (Ordering::AcqRel, Ordering::Acquire);
+                if BEFORE.compare_exchange(null_mut(), kept, new, old).is_err() {
+                    drop(Box::from_raw(kept));
                 }
-                let mut before = MaybeUninit::<sigaction>::zeroed();
-                if libc::sigaction(SIGBUS, null_mut(), before.as_mut_ptr()) != 0 {
-                    return;
-                }
-                let _ = BEFORE.set(before.assume_init());
                 let mut action = MaybeUninit::<sigaction>::zeroed().assume_init();
-                action.sa_sigaction = on_fault as *const () as usize;
+                action.sa_sigaction = own;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
                 libc::sigemptyset(&raw mut action.sa_mask);
                 libc::sigaction(SIGBUS, &raw const action, null_mut());
             }
-        });
+        }
+        IS_INSTALLED.store(true, Ordering::Release);
     }
 
     /// Runs in the thread that has touched the page; does nothing that a handler may not do.
@@ -233,7 +243,10 @@ mod handler {
 
     /// It is not ours: the handler that had the signal before gets it.
     fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-        let Some(before) = BEFORE.get() else { return };
+        // SAFETY: It is null, or points to an action that was complete before it was stored, and is never freed.
+        let Some(before) = (unsafe { BEFORE.load(Ordering::Acquire).as_ref() }) else {
+            return;
+        };
         let handler = before.sa_sigaction;
         if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
             // The instruction is tried again, and ends the process.
