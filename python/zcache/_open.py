@@ -94,7 +94,7 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         Default is None: none. Neither the log nor the cache ever has their values.
     **options
         All other options of `CacheStore`, such as ``max_age_seconds``. The policy of eviction is by default that by which
-        the pool goes in this process. With ``read_only=False`` a path need not exist yet.
+        the pool goes. With ``read_only=False`` a path need not exist yet.
 
     Returns
     -------
@@ -169,7 +169,8 @@ def _open(
         )
     if options.get("eviction") is None and options.get("minimise") is None:
         # By whatever the index goes, also where another process has chosen: only who asks for another one is told so.
-        options |= zip(("eviction", "minimise"), policy_in_force(pool.handle), strict=True)
+        in_force = policy_in_force(pool.handle, timeout=0.0)
+        options |= zip(("eviction", "minimise"), in_force, strict=True)
     return CacheStore(source, cache_store=place.store, max_size=pool.max_size, **options)
 
 

@@ -14,6 +14,7 @@ from zcache._core import DEFAULT_MINIMISED, Index
 from zcache._index.changes import Changes
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.place import Place
+from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime import lingering
 from zcache._runtime.apart import OneForEach
 from zcache._runtime.circuit_breaker import CircuitBreaker
@@ -117,16 +118,17 @@ class SharedIndex:
     def use_as(self, member: Member, holder: object) -> None:
         """Have a member count as a user only as long as `holder` is there.
 
-        Where others have chosen another policy since it was last in use, it is told as if it came anew.
+        It has asked for its policy when it came first; back in use, it goes by whatever is in force.
         """
         users = self.handle.users
         if holder in users:
             return
-        if member not in users:
-            choose_policy(self.handle, member)
+        is_back = member not in users
         users.add(holder)
         users.discard(member)
         weakref.finalize(holder, _apply_limits, weakref.ref(self)).atexit = False
+        if is_back:
+            self.handle.apply_limits()
 
     def _set_limits(self) -> None:
         with _lock:
@@ -191,7 +193,7 @@ def choose_policy(handle: Handle, member: Member) -> bool:
         if in_force == wanted:
             return True
     # An index that has taken the place of another one, or that another process has begun anew, may go by what is wanted.
-    in_force = _policy(*policy_in_force(handle))
+    in_force = _policy(*policy_in_force(handle, timeout=0.0))
     if in_force == wanted:
         _note_policy(handle, wanted)
         return True
@@ -202,10 +204,10 @@ def choose_policy(handle: Handle, member: Member) -> bool:
     return False
 
 
-def policy_in_force(handle: Handle) -> tuple[Policy, Minimised]:
+def policy_in_force(handle: Handle, timeout: float = LOCK_TIMEOUT) -> tuple[Policy, Minimised]:
     """The policy in force and what it minimises; while the index does not answer, what it has said last."""
     try:
-        return handle.call_blocking(Index.policy)  # type: ignore[return-value]
+        return handle.call_blocking(Index.policy, timeout=timeout)  # type: ignore[return-value]
     except IndexLockTimeout:
         limits = handle.limits
         return limits["eviction"], limits["minimise"]
