@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
+import logging
 import pickle
 import threading
+import tracemalloc
 import warnings
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numcodecs
 import numpy as np
@@ -34,6 +38,9 @@ from zcache import CacheStore
 from zcache._decoded import cache as cache_module
 from zcache._decoded import identity
 from zcache._decoded.identity import identity_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NEXT: dict[str, Any] = {}
 """Class and key of the codec of what is opened next."""
@@ -102,7 +109,7 @@ class Nested(Inherited):
 
 
 class Closure(Inherited):
-    """What it has cannot be compared."""
+    """What it has cannot be pickled."""
 
     def __init__(self, key: int) -> None:
         super().__init__(lambda: key)  # type: ignore[arg-type]
@@ -112,8 +119,8 @@ class Closure(Inherited):
         return found
 
 
-class Unknown(Inherited):
-    """What it has cannot even be told from others: it is told apart itself."""
+class Subclassed(Inherited):
+    """What it has is more than a dict."""
 
     def __init__(self, key: int) -> None:
         super().__init__(_Bare({"": key}))  # type: ignore[arg-type]
@@ -128,7 +135,7 @@ class _Bare(dict[str, int]):
 
 
 register_codec("encrypting", Encrypting)
-KINDS = [Compared, NotCompared, Inherited, Slotted, Nested, Closure, Unknown]
+KINDS = [Compared, NotCompared, Inherited, Slotted, Nested, Closure, Subclassed]
 
 
 def opened(kind: type[Encrypting], key: int, store: Any) -> Any:
@@ -160,7 +167,7 @@ def test_codecs_that_differ_in_what_they_do_not_write_share_no_chunks(
         for _ in range(2):
             assert read(one)[0] == expected
         assert read(array)[0] == plain
-    is_shared = kind not in (Closure, Unknown)
+    is_shared = kind is not Closure
     assert read(opened(kind, 7, store)) == (plain, 2 if is_shared else 0)
     assert read(opened(kind, 9, store)) == (other, 2 if is_shared else 0)
     assert read(array) == (plain, 2)
@@ -279,8 +286,8 @@ def test_copies_with_stock_codecs_share_their_chunks(zarr_format: int, more: Any
     assert array.store.cache_stats()["decoded_misses"] == kept
 
 
-class Lazy:
-    """Computes a part of itself once it is asked."""
+class Holder:
+    """What a codec may be made of; equal to all of its class, by what it says of itself."""
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -292,55 +299,101 @@ class Lazy:
         return 0
 
     @functools.cached_property
-    def square(self) -> int:
-        square: int = self.key**2
-        return square
+    def default(self) -> int:
+        """May be set as well."""
+        return 0
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+def around() -> list[Any]:
+    """A list in itself."""
+    circle: list[Any] = []
+    circle.append(circle)
+    return circle
+
+
+def folded() -> list[Any]:
+    """A list with two to the power of 60 elements."""
+    inner: list[Any] = [1]
+    for _ in range(60):
+        inner = [inner, inner]
+    return inner
+
+
+PARTS: list[Callable[[], Any]] = [
+    *(partial(lambda one: one, one) for one in (1, True, 1.0, 0.0, -0.0, "1", b"1", None)),
+    *(lambda: [1], lambda: (1,), lambda: {1}, lambda: {1: 2}, lambda: {(1, 2)}, dict, set, tuple),
+    *(lambda: {"a": 2, "b": 3}, lambda: {"b": 3, "a": 2}),
+    *(lambda: np.int8(1), lambda: np.int16(1), lambda: np.dtype("i4"), lambda: np.dtype(">i4")),
+    *(lambda: np.arange(3), lambda: np.arange(4), lambda: date(2026, 1, 1), lambda: range(3)),
+    *(lambda: Level.LOW, lambda: Level.HIGH, lambda: Holder(1), lambda: Holder(2), around, folded),
+    *(lambda: Compared(1), lambda: Compared(2), lambda: NotCompared(1), lambda: _Bare({"": 1})),
+    *(lambda: logging.getLogger("zcache"), lambda: len, lambda: Holder),
+]
+"""Makers of what is alike only if it comes from one of them."""
 
 
 def test_identity_is_that_of_equal_parts_and_of_no_others() -> None:
-    assert identity_of([1, (2.5, None)]) == identity_of((1, [2.5, None]))
-    unequal: list[Any] = [
-        1,
-        True,
-        1.0,
-        "1",
-        b"1",
-        -0.0,
-        0.0,
-        np.int8(1),
-        np.int16(1),
-        np.dtype("i4"),
-    ]
-    unequal += [
-        np.dtype(">i4"),
-        [1],
-        {1},
-        {1: 1},
-        Lazy(1),
-        Lazy(2),
-        Lazy,
-        int,
-        len,
-        threading.Lock(),
-    ]
-    assert len({identity_of(one) for one in unequal}) == len(unequal)
-    for one in unequal:
-        assert identity_of(one) == identity_of(one)
-    used, unused = Lazy(3), Lazy(3)
-    assert used.square == 9
-    assert identity_of(used) == identity_of(unused)
-    assert used == unused
-    for kind in (object, _Bare, lambda: date(2026, 1, 1), lambda: np.array([None])):
-        one, other = Lazy(kind()), Lazy(kind())
-        assert identity_of(one) == identity_of(one) != identity_of(other)
-    for unknown in (np.array([None]), {"": object()}, date(2026, 1, 1)):
-        with pytest.raises(TypeError):
-            identity_of(unknown)
+    found = [identity_of(Holder(make())) for make in PARTS]
+    assert len(set(found)) == len(found)
+    assert [identity_of(Holder(make())) for make in PARTS] == found
+    assert identity_of(*map(Holder, (1, 2))) != identity_of(*map(Holder, (2, 1)))
+
+
+def test_attribute_that_could_have_been_computed_counts() -> None:
+    one, other = Holder(3), Holder(3)
+    vars(one)["default"] = 7
+    assert identity_of(one) != identity_of(other)
+
+
+@pytest.mark.parametrize("make", [threading.Lock, lambda: lambda: None, lambda: (n for n in ())])
+def test_identity_of_what_cannot_be_written_is_its_own(make: Callable[[], Any]) -> None:
+    one, other = Holder(make()), Holder(make())
+    assert identity_of(one) == identity_of(one) != identity_of(other)
+
+
+def test_identity_of_what_changes_meanwhile_is_its_own() -> None:
+    """A codec may keep something for itself, in the threads in which it decodes."""
+    one = Holder({"": 0})
+    ends = threading.Event()
+
+    def change() -> None:
+        while not ends.is_set():
+            for n in range(1000):
+                one.key[n] = n
+            for n in range(1000):
+                del one.key[n]
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        assert all(len(identity_of(one)) == 16 for _ in range(1000))
+    finally:
+        ends.set()
+        changing.join()
+
+
+def test_layouts_of_many_shapes_keep_no_copies_of_a_codec() -> None:
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    array = zarr.create_array(
+        store, shape=(8,), chunks=(4,), dtype="u1", compressors=[Inherited(np.full(1 << 20, 7))]
+    )
+    pipeline = array._async_array.codec_pipeline
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    identities = {pipeline._identity, *(identity_of(*pipeline._codecs) for _ in range(3))}
+    assert len(identities) == 1
+    assert tracemalloc.get_traced_memory()[0] - before < 1 << 16
+    tracemalloc.stop()
 
 
 def test_identity_of_what_is_gone_is_of_nothing_else() -> None:
     known = len(identity._known)
-    found = {identity_of(Lazy(lambda: None)) for _ in range(100)}
+    found = {identity_of(Holder(lambda: None)) for _ in range(100)}
     assert len(found) == 100
     # Others may have gone meanwhile.
     assert len(identity._known) <= known

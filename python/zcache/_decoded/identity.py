@@ -1,26 +1,27 @@
-"""What tells one way of decoding from another: the codecs themselves, not what they write into metadata.
+"""What tells one way of decoding from another: the codecs themselves, for what they write into metadata may lack something.
 
-A key of encryption, say, is left out there.
+A key of encryption, say.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pickle
 import weakref
-from functools import cached_property
 from itertools import count
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from zarr.codecs import ShardingCodec, _v2
 from zarr.core import codec_pipeline
+from zarr.core.dtype import ZDType
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from zarr.abc.codec import CodecPipeline
 
-_PLAIN: Final = frozenset({NoneType, bool, int, str, bytes, np.dtype})
+_STOCK: Final = frozenset({"zarr", "numcodecs"})
+"""Packages of which each codec writes all that it is into metadata."""
 _NO_SLOTS: Final = frozenset({"__dict__", "__weakref__"})
 _POINTER: Final = np.dtype("P").itemsize
 
@@ -40,67 +41,60 @@ def kind_of(pipeline: type[CodecPipeline]) -> int:
     return _number_of(pipeline)
 
 
-def identity_of(value: Any) -> Hashable:
-    """The same for codecs, and parts of them, that are alike: in their classes, and in all their attributes.
+def identity_of(*parts: Any) -> bytes:
+    """A digest of codecs, or data types; the same for those that are alike.
 
-    What may be more than its attributes, as a function, is alike only if it is the same object; so is what has such a part
-    that cannot be told from others. Nothing that has attributes is kept alive. Raises TypeError for what is no such object.
+    That are zarr's own and numcodecs' with the same metadata, and others of one class with the same attributes, as pickle
+    writes them. What pickle cannot write is like nothing else. It raises TypeError where that cannot even be said.
     """
-    kind = type(value)
-    if kind in _PLAIN or isinstance(value, np.dtype):
-        return kind.__name__, value
-    if kind is float:
-        return kind.__name__, value.hex()
-    if kind is tuple or kind is list:
-        # JSON makes lists of tuples.
-        return tuple(map(identity_of, value))
-    if kind is dict:
-        return frozenset((identity_of(name), identity_of(one)) for name, one in value.items())
-    if kind is set or kind is frozenset:
-        return frozenset(map(identity_of, value))
-    if kind is np.ndarray or isinstance(value, np.generic):
-        if value.dtype.hasobject:
-            raise TypeError("an array of objects")
-        return value.dtype, value.shape, value.tobytes()
-    try:
-        return _number_of(kind), _parts(value, kind)
-    except TypeError:
-        return _number_of(kind), _number_of(value)
+    return hashlib.blake2b(repr([_said(part) for part in parts]).encode(), digest_size=16).digest()
 
 
-def _parts(value: Any, kind: type) -> Hashable:
+def _said(part: Any) -> object:
+    kind = type(part)
+    number = _number_of(kind)
     if kind is ShardingCodec:
-        found: Any = (value.chunk_shape, value.codecs, value.index_codecs, value.index_location)
-    elif kind is _v2.V2Codec:
-        found = (value.filters, value.compressor)
-    elif kind.__module__.partition(".")[0] == "zarr" and hasattr(value, "to_dict"):
-        # zarr's own say all.
-        found = value.to_dict()
-    else:
-        found = _state(value, kind)
-    return identity_of(found)
+        inner = identity_of(*part.codecs), identity_of(*part.index_codecs)
+        return number, part.chunk_shape, str(part.index_location), inner
+    if kind is _v2.V2Codec:
+        return number, identity_of(*(part.filters or ())), identity_of(part.compressor)
+    if part is None:
+        return number
+    if kind.__module__.partition(".")[0] not in _STOCK:
+        return number, _attributes(part, kind)
+    if isinstance(part, ZDType):
+        # The data type of numpy tells the rest.
+        return number
+    about = part.to_dict() if hasattr(part, "to_dict") else part.get_config()
+    return number, json.dumps(about, default=_plain, sort_keys=True)
 
 
-def _state(value: Any, kind: type) -> dict[str, Any] | int:
-    """All attributes but those that are computed from others; a number where there may be more than attributes."""
+def _plain(value: Any) -> Any:
+    """What describes a part of a codec in JSON."""
+    if isinstance(value, np.dtype):
+        return value.descr if value.names else value.str
+    if isinstance(value, bytes):
+        return value.hex()
+    # A codec inside another one. Anything else that is not JSON raises.
+    return value.get_config()
+
+
+def _attributes(part: Any, kind: type) -> object:
+    """All attributes, by a digest; a number of the object where they cannot be written, or are not all that it is."""
     slots = 0
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())
         slots += len(({names} if isinstance(names, str) else {*names}) - _NO_SLOTS)
     # As `object.__reduce_ex__` finds it out.
     size = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
-    is_more = kind.__itemsize__ or kind.__basicsize__ > object.__basicsize__ + size * _POINTER
-    if is_more or kind is object:  # Which says something by being that object.
-        return _number_of(value)
-    # Not its own, which may leave out what must not be pickled.
-    state: Any = object.__getstate__(value)
-    parts = state if isinstance(state, tuple) else (state,)
-    return {
-        name: one
-        for part in parts
-        for name, one in (part or {}).items()
-        if not isinstance(getattr(kind, name, None), cached_property)
-    }
+    if kind.__itemsize__ or kind.__basicsize__ > object.__basicsize__ + size * _POINTER:
+        return _number_of(part)
+    try:
+        # Not its own state, which may leave out what must not be pickled.
+        written = pickle.dumps(object.__getstate__(part), protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception:  # noqa: BLE001 - whatever it is that cannot be pickled
+        return _number_of(part)
+    return hashlib.blake2b(written, digest_size=16).digest()
 
 
 def _number_of(thing: object) -> int:

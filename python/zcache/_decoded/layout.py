@@ -41,8 +41,9 @@ class Layout:
         Of the array.
     spec : ArraySpec
         Of its chunks.
-    kinds : sequence of int
-        What runs the codecs: see `kind_of`.
+    runs : hashable
+        The codecs and what runs them, see `identity_of` and `kind_of`: where these differ, the same bytes may be decoded to
+        something else.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class Layout:
         Of these units, in a chunk or shard.
     """
 
-    def __init__(self, codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> None:
+    def __init__(self, codecs: Sequence[Codec], spec: ArraySpec, runs: Hashable) -> None:
         dtype = spec.dtype.to_native_dtype()
         self.dtype = dtype
         shard = _sharding(codecs)
@@ -78,8 +79,8 @@ class Layout:
         self._grid: Any = None if self.inner is None else _grid(spec.shape, self.inner)
         fill = spec.fill_value
         self._fill = None if fill is None else np.asarray(fill, dtype=dtype).tobytes()
-        what = (kinds, codecs, spec.shape, spec.dtype, dtype, self._fill, spec.config.order)
-        self.identity: Hashable = identity_of(what)
+        kind = identity_of(spec.dtype)
+        self.identity: Hashable = (runs, spec.shape, kind, dtype, self._fill, spec.config.order)
 
     def projections(self, spec: ArraySpec, selection: Any) -> Any:
         """The indexer of a selection in a shard."""
@@ -130,7 +131,7 @@ class Layout:
         return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
 
 
-def layout_of(codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) -> Layout | None:
+def layout_of(codecs: Sequence[Codec], spec: ArraySpec, runs: Hashable) -> Layout | None:
     """The layout of chunks; None where they are not kept.
 
     That are chunks of another memory than the host's, of elements that lie elsewhere (objects, strings of any
@@ -146,8 +147,8 @@ def layout_of(codecs: Sequence[Codec], spec: ArraySpec, kinds: Sequence[int]) ->
     if len(codecs) == 1 and partly and _sharding(codecs) is None:
         return None
     try:
-        return Layout(codecs, spec, kinds)
-    except Exception:  # noqa: BLE001 - a codec of which it is not known what it is, say: zarr decodes it as ever
+        return Layout(codecs, spec, runs)
+    except Exception:  # noqa: BLE001 - what zarr has that is not known here is decoded as ever
         return None
 
 

@@ -18,7 +18,7 @@ from zarr.registry import get_pipeline_class, register_pipeline
 from zarr.storage import StorePath
 
 from zcache._decoded.cache import decoded_of
-from zcache._decoded.identity import kind_of
+from zcache._decoded.identity import identity_of, kind_of
 from zcache._decoded.layout import Layout, layout_of
 from zcache._decoded.one import copy_one
 from zcache._decoded.parts import PRESENT
@@ -179,6 +179,14 @@ class DecodedCodecPipeline(CodecPipeline):
                     return await reading.run(batch, layouts, out, is_missed=copied is False)
         return await self.wrapped.read(batch, out, drop_axes)
 
+    @functools.cached_property
+    def _identity(self) -> bytes | None:
+        """Of the codecs; None where they cannot be told from others."""
+        try:
+            return identity_of(*self._codecs)
+        except Exception:  # noqa: BLE001 - a codec of which it is not known what it is
+            return None
+
     def _layout(self, cache: DecodedCache, spec: ArraySpec) -> Layout | None:
         # What is in a shard, zarr decodes by the pipeline that is configured when it is read.
         inner = get_pipeline_class() if self._has_shards else None
@@ -200,7 +208,8 @@ class DecodedCodecPipeline(CodecPipeline):
         key = (id(dtype), *what[:-1], *kinds)
         found = layouts.get(key)
         if found is None:
-            layout = layout_of(self._codecs, spec, kinds)
+            identity = self._identity
+            layout = None if identity is None else layout_of(self._codecs, spec, (identity, *kinds))
             if layout is not None:
                 layout.number = cache.number_of(layout.identity)
             # The data type is kept, so that no other has its address.
