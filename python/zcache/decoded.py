@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
@@ -83,10 +82,12 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
 
 def _with(array: AnyArray, changed: dict[str, Any]) -> AnyArray:
     """A copy of an array, of its class and with all attributes, some of which are changed."""
-    found = copy.copy(array)
-    for name, value in changed.items():
-        # As zarr does: the classes are frozen.
-        object.__setattr__(found, name, value)
+    # Whatever its class does to be pickled, or refuses.
+    found, state = object.__new__(type(array)), object.__getstate__(array)
+    for part in (*(state if isinstance(state, tuple) else (state,)), changed):
+        for name, value in (part or {}).items():
+            # As zarr does: the classes are frozen.
+            object.__setattr__(found, name, value)
     return found
 
 
