@@ -313,9 +313,10 @@ def fills_of(pool: Pool, label: str) -> FillQueue | None:
     """Values of a source of a pool that this process has not put there yet; None where there are none."""
     for shared in shared_indexes.live():
         place = shared.place
-        if isinstance(place, PoolSource) and place.pool is pool and place.label == label:
+        if isinstance(place, PoolSource) and place.label == label and place.pool.is_same(pool):
             found: FillQueue | None = shared.fills
-            return found
+            if found is not None:
+                return found
     return None
 
 

@@ -27,8 +27,9 @@ from zcache._options import (
     path_of_cache_store,
 )
 from zcache._protocol.fill import CLOSE_TIMEOUT
-from zcache._runtime.coroutines import is_loop_of_zarr, run_without_loop
+from zcache._runtime.coroutines import NoAnswerError, is_loop_of_zarr, run_without_loop
 from zcache._runtime.io import SyncIO
+from zcache._runtime.threads import NoThreadError, Threads, in_thread_sync
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify, location_named
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.pool.place import Pool
     from zcache._core import Index
+    from zcache._source.location import Location
     from zcache._types import Minimised, Policy, Size
 
 
@@ -269,7 +271,7 @@ class CachePool:
         here = location_here(store)
         # Of some sources only the label is known.
         if label_of(identify(innermost(store)).name) == label or any(
-            places_overlap(here, place) for place in (named, *opened) if place is not None
+            _overlap(here, place) for place in (named, *opened) if place is not None
         ):
             raise OptionValueError(
                 f"invalid store: {describe(store)} is the source {name!r} itself, or one of them is inside the other: what "
@@ -369,6 +371,7 @@ class CachePool:
             return count
 
         self._wait_for_fills(name)
+        self._pool.take_in()
         return self._pool.while_complete(lambda: sync(write()))
 
     def _wait_for_fills(self, name: str) -> None:
@@ -381,7 +384,18 @@ class CachePool:
         )
 
 
+_PATIENCE: Final = 1.0
+"""Seconds that a volume has to say what its folders are."""
 _NAME: Final = "Give that of a source, as CachePool.sources() tells it."
+
+
+def _overlap(one: Location, other: Location) -> bool:
+    """See `places_overlap`; by names alone where a volume does not answer, as it may be that of a source that has gone."""
+    asking = partial(places_overlap, one, other)
+    try:
+        return in_thread_sync(asking, timeout=_PATIENCE, threads=Threads(1))
+    except (NoAnswerError, NoThreadError):
+        return one.overlaps(other)
 
 
 def _check_name(name: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import os
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -403,10 +404,13 @@ def held_fills(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("held_fills")
-def test_export_waits_for_what_was_read_and_is_pending(tmp_path: Path) -> None:
-    store = CacheStore(source_of(k=b"1", c=b"2"), cache_store=CachePool(tmp_path), source_id="mine")
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_export_waits_for_what_was_read_and_is_pending(tmp_path: Path, is_read_only: bool) -> None:
+    kept = CachePool(tmp_path)
+    store = CacheStore(source_of(k=b"1", c=b"2"), cache_store=kept, source_id="mine")
     assert [value_sync(store, key) for key in ("k", "c")] == [b"1", b"2"]
-    pool = CachePool(tmp_path)
+    # One that is only read from has an index of its own.
+    pool = CachePool(tmp_path, read_only=is_read_only)
     # Of a store that is gone as well.
     del store
     gc.collect()
@@ -426,6 +430,44 @@ def test_export_where_pending_values_do_not_reach_the_pool_says_so(
             pool.export("mine", target)
     assert not target._store_dict
     assert pool.export("mine", target) == 1
+
+
+def test_export_of_a_pool_that_is_only_read_from_has_what_was_added(tmp_path: Path) -> None:
+    store = CacheStore(source_of(k=b"1", c=b"2"), cache_store=CachePool(tmp_path), source_id="mine")
+    assert value_sync(store, "k") == b"1"
+    store.drain_sync()
+    pool = CachePool(tmp_path, read_only=True)
+    assert pool.export("mine", MemoryStore()) == 1
+    assert value_sync(store, "c") == b"2"
+    store.drain_sync()
+    assert pool.export("mine", MemoryStore()) == 2
+
+
+def test_export_of_a_source_that_does_not_answer_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its volume is gone, and a look at a folder of it never returns."""
+    (tmp_path / "source").mkdir()
+    pool = CachePool(tmp_path / "pool")
+    source = LocalStore(tmp_path / "source")
+    sync(source.set("k", buf(b"1")))
+    store = CacheStore(source, cache_store=pool)
+    assert value_sync(store, "k") == b"1"
+    store.drain_sync()
+    del store
+    gc.collect()
+    ends, look = threading.Event(), os.stat
+
+    def look_for_ever(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path) == str(tmp_path / "source"):
+            ends.wait(60)
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", look_for_ever)
+    monkeypatch.setattr("zcache.pool._PATIENCE", 0.1)
+    [name] = [found.name for found in pool.sources()]
+    assert pool.export(name, LocalStore(tmp_path / "copy")) == 1
+    ends.set()
 
 
 def test_export_writes_what_is_too_old_for_its_store(where: Path | None) -> None:

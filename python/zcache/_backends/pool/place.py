@@ -17,7 +17,7 @@ from zcache._backends.pool.directory import PoolDirectory
 from zcache._backends.pool.layout import POOL_SOURCE
 from zcache._backends.pool.listings import remove_listings
 from zcache._backends.pool.register import label_of, note_of
-from zcache._backends.pool.source import PoolSource
+from zcache._backends.pool.source import PoolSource, SharedPool
 from zcache._backends.store.bound import evict_from
 from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, SegmentReader, crc32c
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
@@ -26,6 +26,7 @@ from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import THREADS, NoThreadError, Threads, run_in_background
+from zcache._source.folders import identity
 from zcache._source.identity import ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout, IndexRebuildTimeout
 
@@ -157,6 +158,19 @@ class Pool:
         directory = self.directory
         fills = directory is None or directory.layout.access is Access.FILLS
         return self.handle.usable and fills
+
+    def is_same(self, other: SharedPool) -> bool:
+        """Whether another one is over the same directory, for one that is only read from is another one."""
+        mine, theirs = self.directory, other.directory
+        if mine is None or theirs is None:
+            return self is other
+        return identity(str(mine.root)) == identity(str(theirs.root))
+
+    def take_in(self) -> None:
+        """Know what others have added by now, also where the pool is only read from."""
+        directory = self.directory
+        if directory is not None and directory.layout.access is Access.READS:
+            directory.private_index.look()
 
     @property
     def max_size(self) -> int | None:

@@ -28,6 +28,9 @@ class SharedPool(PoolLimits, Protocol):
     def wait_for_bound(self) -> None:
         """Wait until what is above the bound is evicted, some seconds at most."""
 
+    def is_same(self, other: SharedPool) -> bool:
+        """Whether another one is over the same directory."""
+
     def after_fork(self) -> None:
         """Start over in a forked child, once for all sources."""
 
