@@ -120,9 +120,9 @@ def test_child_that_was_forked_reads_and_changes_nothing(kind: str, tmp_path: Pa
 
 
 def is_complete_now(store: CacheStore) -> bool:
-    """Whether it is open, which begins with the first use, and knows what there is."""
+    """Whether it is open, which begins with the first use, knows what there is, and is used."""
     handle = store._cache.shared.handle
-    return bool(handle.call_blocking(lambda index: index.is_complete))
+    return bool(handle.call_blocking(lambda index: index.is_complete)) and handle.usable
 
 
 def test_child_that_was_forked_on_a_read_only_volume_is_served(kind: str, tmp_path: Path) -> None:
