@@ -55,6 +55,7 @@ __all__ = [
     "is_cacheable_key",
     "make_folder",
     "make_way",
+    "mend",
     "open_cached",
     "open_folder",
     "open_own",
@@ -1258,12 +1259,16 @@ def make_way(path: str, /) -> None:
     ``aside-<16 hex digits>-<name>``.
     """
 
-def make_folder(path: str, mode: int | None = None, /) -> None:
+def make_folder(path: str, mode: int | None = None, /, *, group_writes: bool = False) -> None:
     """Make a folder of zcache's own, unless it is there; those above it are.
 
     It has these permissions whatever the umask says; by default those of the folder above, and its group. It has them
-    before it has its name, so nobody ever finds one that he may not use yet. In a sticky folder all but owner and group may only read it.
+    before it has its name, so nobody ever finds one that he may not use yet. In a sticky folder only its owner may write
+    into it, and its group with `group_writes`.
     """
+
+def mend(path: str, /, *, group_writes: bool = False) -> None:
+    """Give a file or folder of this user's what it lacks of the permissions that a new one has; see `make_folder`."""
 
 def open_own(path: str, flags: int, /) -> int:
     """Open a file of zcache's own, made where it is missing: as `make_folder` makes a folder.

@@ -1,5 +1,7 @@
 //! Errors of the core as Python exceptions; the only place where they are converted.
 
+use std::path::Path;
+
 use pyo3::exceptions::{PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
 
@@ -72,9 +74,24 @@ impl From<OpenError> for PyErr {
 /// I/O errors keep their number, by which Python code tells them apart.
 pub(super) fn os_error(error: std::io::Error) -> PyErr {
     match error.raw_os_error() {
-        Some(number) => PyOSError::new_err((number, error.to_string())),
+        Some(number) => PyOSError::new_err((number, said(&error))),
         None => error.into(),
     }
+}
+
+/// The same, with the name of the file.
+pub(super) fn os_error_at(error: std::io::Error, path: &Path) -> PyErr {
+    match error.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, said(&error), path.as_os_str().to_owned())),
+        None => error.into(),
+    }
+}
+
+/// What the system says of an error, without the number.
+fn said(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let said = text.split(" (os error ").next();
+    said.unwrap_or_default().to_owned()
 }
 
 /// The same as an exception object.

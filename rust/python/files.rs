@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use rustix::fs::{OFlags, RawMode};
 
 use super::convert::{millis, room};
-use super::errors::{exception, os_error};
+use super::errors::{exception, os_error, os_error_at};
 use crate::disk::{self, below, folders, ownership, removal, residency};
 use crate::shared;
 
@@ -52,21 +52,34 @@ pub(super) fn read_resident(
 #[pyo3(signature = (path, /))]
 pub(super) fn make_way(path: PathBuf) -> PyResult<()> {
     // Two calls of the system on a folder that is in memory; detaching and attaching can take longer.
-    shared::make_way_at(&path).map_err(os_error)
+    shared::make_way_at(&path).map_err(|error| os_error_at(error, &path))
 }
 
 #[pyfunction]
 #[pyo3(signature = (path, flags, /))]
 pub(super) fn open_own(py: Python<'_>, path: PathBuf, flags: u32) -> PyResult<i32> {
     let file = py.detach(|| shared::open_own(&path, OFlags::from_bits_retain(flags)));
-    Ok(file.map_err(os_error)?.into_raw_fd())
+    let file = file.map_err(|error| os_error_at(error, &path))?;
+    Ok(file.into_raw_fd())
 }
 
 #[pyfunction]
-#[pyo3(signature = (path, mode=None, /))]
-pub(super) fn make_folder(py: Python<'_>, path: PathBuf, mode: Option<u16>) -> PyResult<()> {
-    py.detach(|| shared::make_folder(&path, mode.map(RawMode::from)))
-        .map_err(os_error)
+#[pyo3(signature = (path, mode=None, /, *, group_writes=false))]
+pub(super) fn make_folder(
+    py: Python<'_>,
+    path: PathBuf,
+    mode: Option<u16>,
+    group_writes: bool,
+) -> PyResult<()> {
+    py.detach(|| shared::make_folder(&path, mode.map(RawMode::from), group_writes))
+        .map_err(|error| os_error_at(error, &path))
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, /, *, group_writes=false))]
+pub(super) fn mend(py: Python<'_>, path: PathBuf, group_writes: bool) -> PyResult<()> {
+    py.detach(|| shared::mend(&path, group_writes))
+        .map_err(|error| os_error_at(error, &path))
 }
 
 #[pyfunction]

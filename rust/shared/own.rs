@@ -1,18 +1,20 @@
 //! Files and folders of zcache's own, which belong to those who may use the folder that they are in, whatever the umask says.
 //!
 //! They are so before they have their names: no other process finds one that it may not use, also where this one
-//! dies meanwhile.
+//! dies meanwhile. Only files on a file system that knows neither files without names, nor links, nor how to rename
+//! without replacing are so a moment later.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, RenameFlags, fchmod, fchown, fstat, linkat,
-    mkdirat, openat, renameat, renameat_with, stat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, RenameFlags, Stat, fchmod, fchown, fstat,
+    linkat, mkdirat, openat, renameat, renameat_with, stat, unlinkat,
 };
 use rustix::io::{Errno, Result};
+use rustix::process::geteuid;
 
 use super::header::new_generation;
 
@@ -21,6 +23,13 @@ const STICKY: RawMode = 0o1000;
 const NEW: OFlags = OFlags::RDWR
     .union(OFlags::NOFOLLOW)
     .union(OFlags::NONBLOCK)
+    .union(OFlags::CLOEXEC);
+
+const PRIVATE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+const LIST: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
 /// To make something in a folder, which need not be one to list.
@@ -33,7 +42,10 @@ const FOLDER: OFlags = {
 
 /// Opens a file by a path without links: none may lead to a file elsewhere. Nor does a device block.
 pub(super) fn open_plain(path: &Path, flags: OFlags) -> Result<OwnedFd> {
-    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    if !flags.contains(OFlags::DIRECTORY) {
+        flags |= OFlags::NONBLOCK;
+    }
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{ResolveFlags, openat2};
@@ -57,14 +69,25 @@ pub(super) fn open_folder(path: &Path) -> io::Result<OwnedFd> {
 ///
 /// Where the file system refuses, or something else is there.
 pub fn open_own(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let (folder, name) = split(path)?;
+    Ok(open_own_in(open_plain(folder, FOLDER)?, name, flags)?)
+}
+
+/// The same in a folder that is open.
+///
+/// # Errors
+///
+/// As [`open_own`].
+pub fn open_own_in<Fd: AsFd>(folder: Fd, name: &Path, flags: OFlags) -> Result<OwnedFd> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     loop {
-        match open_plain(path, flags) {
+        match openat(&folder, name, flags, Mode::empty()) {
             Err(Errno::NOENT) => {}
-            opened => return Ok(opened?),
+            opened => return opened,
         }
-        match make_file_at(path) {
+        match make_file(&folder, name) {
             // Another process was first.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(Errno::EXIST) => {}
             made => drop(made?),
         }
     }
@@ -76,9 +99,14 @@ pub fn open_own(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
 ///
 /// As [`make_file`].
 pub(super) fn make_file_at(path: &Path) -> io::Result<File> {
+    let (folder, name) = split(path)?;
+    Ok(make_file(open_plain(folder, FOLDER)?, name)?.into())
+}
+
+/// A path as a folder and the name in it.
+fn split(path: &Path) -> Result<(&Path, &Path)> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
-    let folder = open_folder(path.parent().ok_or(Errno::INVAL)?)?;
-    Ok(make_file(folder, name)?.into())
+    Ok((path.parent().ok_or(Errno::INVAL)?, Path::new(name)))
 }
 
 /// Makes a file that is not there yet, in a folder that is open.
@@ -88,13 +116,14 @@ pub(super) fn make_file_at(path: &Path) -> io::Result<File> {
 /// `EXIST` where the name is taken, and as the file system refuses.
 pub fn make_file<Fd: AsFd>(folder: Fd, name: impl AsRef<Path>) -> Result<OwnedFd> {
     let (folder, name) = (folder.as_fd(), name.as_ref());
-    let mode = Mode::from_raw_mode(fstat(folder)?.st_mode & 0o666 | 0o600);
+    let above = fstat(folder)?;
+    let open = |file: &OwnedFd| open_to_users(file, &above, None, false);
     #[cfg(target_os = "linux")]
     {
         let make_unnamed = || {
             let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
-            let file = openat(folder, ".", flags, mode)?;
-            fchmod(&file, mode)?;
+            let file = openat(folder, ".", flags, PRIVATE)?;
+            open(&file)?;
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             linkat(CWD, path, folder, name, AtFlags::SYMLINK_FOLLOW)
         };
@@ -106,77 +135,165 @@ pub fn make_file<Fd: AsFd>(folder: Fd, name: impl AsRef<Path>) -> Result<OwnedFd
             Err(_) => {}
         }
     }
-    let file = openat(folder, name, NEW | OFlags::CREATE | OFlags::EXCL, mode)?;
-    let _ = fchmod(&file, mode);
-    Ok(file)
+    let create = |name: &Path| openat(folder, name, NEW | OFlags::CREATE | OFlags::EXCL, PRIVATE);
+    let unfinished = new_name();
+    let file = create(Path::new(&unfinished))?;
+    let named = open(&file).and_then(|()| match rename_new(folder, &unfinished, name) {
+        Err(error) if is_unknown(error) => {
+            linkat(folder, &unfinished, folder, name, AtFlags::empty())?;
+            unlinkat(folder, &unfinished, AtFlags::empty())
+        }
+        renamed => renamed,
+    });
+    if named.is_err() {
+        let _ = unlinkat(folder, &unfinished, AtFlags::empty());
+    }
+    match named {
+        Err(error) if is_unknown(error) => {
+            let file = create(name)?;
+            open(&file)?;
+            Ok(file)
+        }
+        named => named.map(|()| file),
+    }
 }
 
-/// Makes a folder, unless it is there: with these permissions, or with those of the folder above and for its group. What
-/// all may do in a sticky one, where none may touch what is others', is only to read.
+/// Makes a folder, unless it is there: with these permissions, or as one of [`make_folder_in`].
 ///
 /// # Errors
 ///
 /// `EXIST` where something else is there, and as the file system refuses.
-pub fn make_folder(path: &Path, mode: Option<RawMode>) -> io::Result<()> {
-    match stat(path) {
-        Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Directory => return Ok(()),
-        Ok(_) => return Err(Errno::EXIST.into()),
-        Err(Errno::NOENT) => {}
-        Err(error) => return Err(error.into()),
+pub fn make_folder(path: &Path, mode: Option<RawMode>, group_writes: bool) -> io::Result<()> {
+    if is_there(path)? {
+        return Ok(());
     }
-    let above = path.parent().ok_or(Errno::INVAL)?;
-    let name = path.file_name().ok_or(Errno::INVAL)?;
+    let (above, name) = split(path)?;
     let above = openat(CWD, above, FOLDER, Mode::empty())?;
-    let unfinished = format!(".zcache-{:016x}", new_generation());
-    mkdirat(&above, &unfinished, Mode::RWXU)?;
-    let renamed = open_to_users(&above, &unfinished, mode).and_then(|()| {
-        match renameat_with(&above, &unfinished, &above, name, RenameFlags::NOREPLACE) {
-            // Not on this file system: this replaces an empty folder at most, by its like.
-            Err(Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {
-                renameat(&above, &unfinished, &above, name)
-            }
-            renamed => renamed,
-        }
-    });
-    if renamed.is_err() {
-        let _ = unlinkat(&above, &unfinished, AtFlags::REMOVEDIR);
-    }
-    match renamed {
+    match make_in(above.as_fd(), name, mode, group_writes) {
         // Another process was first.
-        Err(Errno::EXIST | Errno::NOTEMPTY) => Ok(()),
-        renamed => Ok(renamed?),
+        Err(Errno::EXIST) if is_there(path)? => Ok(()),
+        made => Ok(made?),
     }
 }
 
-/// Says who may use a new folder, as far as this user may say so: some file systems know no permissions.
-fn open_to_users(above: &OwnedFd, name: &str, mode: Option<RawMode>) -> Result<()> {
-    let folder = openat(
-        above,
-        name,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let (found, above) = (fstat(&folder)?, fstat(above)?);
-    let mut hands_on = found.st_mode & SET_GID;
-    let mode = mode.unwrap_or_else(|| {
-        let mut mode = above.st_mode & 0o777 | 0o700;
-        if above.st_mode & STICKY != 0 {
-            mode &= !0o002;
-        }
+fn is_there(path: &Path) -> Result<bool> {
+    match stat(path) {
+        Ok(found) if is_folder(&found) => Ok(true),
+        Ok(_) => Err(Errno::EXIST),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_folder(found: &Stat) -> bool {
+    FileType::from_raw_mode(found.st_mode) == FileType::Directory
+}
+
+/// Makes a folder that is not there yet, in a folder that is open: with the permissions of that and for its group. In a
+/// sticky one, where none may touch what is others', only its owner may write into it.
+///
+/// # Errors
+///
+/// `EXIST` where the name is taken, and as the file system refuses.
+pub fn make_folder_in<Fd: AsFd>(above: Fd, name: &Path) -> Result<()> {
+    make_in(above.as_fd(), name, None, false)
+}
+
+fn make_in(
+    above: BorrowedFd<'_>,
+    name: &Path,
+    mode: Option<RawMode>,
+    group_writes: bool,
+) -> Result<()> {
+    let status = fstat(above)?;
+    let unfinished = new_name();
+    mkdirat(above, &unfinished, Mode::RWXU)?;
+    let renamed = openat(above, &unfinished, LIST, Mode::empty())
+        .and_then(|made| open_to_users(&made, &status, mode, group_writes))
+        .and_then(|()| match rename_new(above, &unfinished, name) {
+            // This replaces an empty folder at most, by its like.
+            Err(error) if is_unknown(error) => renameat(above, &unfinished, above, name),
+            renamed => renamed,
+        });
+    if renamed.is_err() {
+        let _ = unlinkat(above, &unfinished, AtFlags::REMOVEDIR);
+    }
+    match renamed {
+        Err(Errno::NOTEMPTY) => Err(Errno::EXIST),
+        renamed => renamed,
+    }
+}
+
+fn new_name() -> String {
+    format!(".zcache-{:016x}", new_generation())
+}
+
+fn rename_new(folder: BorrowedFd<'_>, from: &str, to: &Path) -> Result<()> {
+    renameat_with(folder, from, folder, to, RenameFlags::NOREPLACE)
+}
+
+/// Whether a file system does not know what it was asked for.
+fn is_unknown(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP
+    )
+}
+
+/// Gives a file or folder of this user's what it lacks of the permissions and the group of the folder above: an earlier
+/// version gave them after the name, and may have died in between.
+///
+/// # Errors
+///
+/// As the file system refuses.
+pub fn mend(path: &Path, group_writes: bool) -> io::Result<()> {
+    let above = stat(path.parent().ok_or(Errno::INVAL)?)?;
+    let file = open_plain(path, OFlags::RDONLY)?;
+    let found = fstat(&file)?;
+    // What not even its owner may write, he has closed.
+    if found.st_uid == geteuid().as_raw() && found.st_mode & 0o200 != 0 {
+        open_to_users(&file, &above, None, group_writes)?;
+    }
+    Ok(())
+}
+
+/// Gives a file or folder that lacks any of them these permissions, or those of the folder above and its group, as far as this user may say so:
+/// some file systems know no permissions.
+fn open_to_users(
+    made: &OwnedFd,
+    above: &Stat,
+    mode: Option<RawMode>,
+    group_writes: bool,
+) -> Result<()> {
+    let found = fstat(made)?;
+    let mut has = found.st_mode & 0o7777;
+    let mut wanted = mode.unwrap_or_else(|| {
+        let mode = above.st_mode & 0o777 | 0o700;
+        let mode = match (above.st_mode & STICKY != 0, group_writes) {
+            (false, _) => mode,
+            (true, true) => mode & !0o002,
+            (true, false) => mode & !0o022,
+        };
+        let group = Some(Gid::from_raw(above.st_gid));
         if found.st_gid == above.st_gid {
             return mode;
         }
-        if fchown(&folder, None, Some(Gid::from_raw(above.st_gid))).is_ok() {
-            hands_on = SET_GID;
+        if fchown(made, None, group).is_ok() {
+            has &= !0o070;
             return mode;
         }
         // Those of its group are others to the folder above.
         mode & !0o070 | (mode & 0o007) << 3
     });
-    if mode & 0o020 != 0 {
+    if !is_folder(&found) {
+        wanted &= 0o666;
+    } else if wanted & 0o070 != 0 {
         // The group need not be the primary one of each who writes there.
-        hands_on = SET_GID;
+        wanted |= SET_GID;
     }
-    let _ = fchmod(&folder, Mode::from_raw_mode(mode | hands_on));
+    wanted |= has & SET_GID;
+    if wanted & !has != 0 {
+        let _ = fchmod(made, Mode::from_raw_mode(wanted));
+    }
     Ok(())
 }

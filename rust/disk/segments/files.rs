@@ -126,7 +126,7 @@ impl SegmentFiles {
                 // The folder may have been removed, and made anew.
                 opened.folder = None;
                 if matches!(purpose, For::Append { .. }) {
-                    make_folder(&self.root, None)?;
+                    make_folder(&self.root, None, false)?;
                 }
                 self.open_in_folder(opened, number, purpose)
             }

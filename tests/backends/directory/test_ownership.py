@@ -26,7 +26,7 @@ from support import buf, check_quiet, fill, logged, read, read_through, until, w
 from zcache import CachePool, CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
-from zcache._core import make_folder, write_tombstone
+from zcache._core import make_folder, open_own, write_tombstone
 from zcache.exceptions import CacheOwnershipError
 from zcache.testing import without_shared_index
 
@@ -321,7 +321,8 @@ async def test_files_have_no_permissions_that_their_directory_has_not(
     for path in (tmp_path / "cache").rglob("*"):
         given = stat.S_IMODE(path.stat().st_mode)
         allowed = 0o700 if mode is None else mode
-        assert given & ~(allowed if path.is_dir() else allowed & 0o666) == 0, path
+        allowed_here = allowed | stat.S_ISGID if path.is_dir() else allowed & 0o666
+        assert given & ~allowed_here == 0, path
     stamp = (tmp_path / "cache/.zcache/stamp.json").stat()
     assert stat.S_IMODE(stamp.st_mode) == allowed & 0o666
 
@@ -338,8 +339,8 @@ async def test_cache_of_another_user_in_a_directory_of_roots_is_refused(
     store = CacheStore(MemoryStore(), cache_store=CACHES[kind](where), source_id="s")
     await fill(store, a=b"1")
     reserved = where / ".zcache"
-    # Where none may touch what is another's, none may write into it either.
-    assert reserved.stat().st_mode & 0o777 == (0o775 if mode & stat.S_ISVTX else 0o777)
+    # Where none may touch what is another's, none may write into it either, nor may the group.
+    assert reserved.stat().st_mode & 0o777 == (0o755 if mode & stat.S_ISVTX else 0o777)
     del store
     await closed(where)
     os.chown(reserved, 50001, -1)
@@ -374,6 +375,31 @@ def test_folder_of_one_who_is_not_of_the_group_gives_his_group_what_others_have(
         assert stat.S_IMODE((place / "made").stat().st_mode) == expected
     finally:
         shutil.rmtree(place)
+
+
+def test_folder_in_place_of_which_there_is_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError) as caught:
+        make_folder(str(path))
+    error = caught.value
+    assert (error.errno, error.strerror, error.filename) == (17, "File exists", str(path))
+    with pytest.raises(
+        FileNotFoundError, match=r"^\[Errno 2\] No such file or directory: '.*/no/file'$"
+    ):
+        open_own(str(tmp_path / "no/file"), os.O_RDWR)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("group_writes", "expected"), [(False, 0o755), (True, 0o775)])
+def test_folder_in_a_sticky_one_is_its_owners_to_write(
+    tmp_path: Path, group_writes: bool, expected: int
+) -> None:
+    tmp_path.chmod(0o3777)
+    make_folder(str(tmp_path / "made"), group_writes=group_writes)
+    make_folder(str(tmp_path / "made/below"))
+    for folder in (tmp_path / "made", tmp_path / "made/below"):
+        assert folder.stat().st_mode & 0o777 == expected
 
 
 OTHER_USER = """

@@ -565,7 +565,7 @@ def test_store_over_a_pool_pickles_with_it(tmp_path: Path) -> None:
     assert done.stdout.strip() == b"1"
 
 
-@pytest.mark.parametrize(("mode", "expected"), [(None, 0o700), (0o770, 0o770), (0o755, 0o755)])
+@pytest.mark.parametrize(("mode", "expected"), [(None, 0o700), (0o770, 0o2770), (0o750, 0o2750)])
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
 async def test_directory_has_the_mode_that_was_asked_for(
     tmp_path: Path, mode: int | None, expected: int, umask: int
@@ -581,7 +581,7 @@ async def test_directory_has_the_mode_that_was_asked_for(
         assert len(found) > 12
         for path in found:
             permissions = expected if path.is_dir() else expected & 0o666
-            assert path.stat().st_mode & 0o777 == permissions, path
+            assert stat.S_IMODE(path.stat().st_mode) == permissions, path
     finally:
         os.umask(before)
 

@@ -159,7 +159,8 @@ class Layout:
 
     def make_folders(self) -> None:
         """Make what is missing of the folders."""
-        for folder in (self.reserved, self.index_root, self.temporary.path):
+        self.stamp.make_folder()
+        for folder in (self.index_root, self.temporary.path):
             make_folder(folder)
 
     def note_doubt(self) -> None:

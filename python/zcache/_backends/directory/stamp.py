@@ -182,6 +182,14 @@ class Stamp:
                 with contextlib.suppress(OSError):
                     os.utime(path, follow_symlinks=False)
 
+    def make_folder(self) -> None:
+        """Make the folder ``.zcache`` if it is missing."""
+        make_folder(self._reserved, group_writes=self.is_of_group())
+
+    def is_of_group(self) -> bool:
+        """Whether the group of the directory is one of this user's, who has asked that it may write."""
+        return bool(self._mode & stat.S_IWGRP) and os.stat(self.root).st_gid in _groups()
+
     def _check_owner(self) -> None:
         """Refuse a directory of another user, who may change what is cached in it; one given as read-only has no stamp here.
 
@@ -267,7 +275,7 @@ class Stamp:
 
     def _write(self, source: str, *, replace: bool) -> str:
         """Stamp the directory with a source; returns that, or the one of a process that was first."""
-        make_folder(self._reserved)
+        self.make_folder()
         unfinished = f"{self._path}.{uuid.uuid4().hex}"
         with open(open_own(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
             file.write(stamp_text(self._kind, source))
@@ -433,6 +441,11 @@ def _read_small(path: str) -> bytes | None:
         return os.read(file, _LARGEST)
     finally:
         os.close(file)
+
+
+def _groups() -> tuple[int, ...]:
+    """The groups of this user."""
+    return os.getegid(), *os.getgroups()
 
 
 def _link(path: str, to: str) -> None:
