@@ -22,7 +22,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed, tree
 from pools import CACHES, ON_DISK
-from support import buf, check_quiet, fill, logged, read, read_through, until, write
+from support import TESTS, buf, check_quiet, fill, logged, read, read_through, until, write
 from zcache import CachePool, CacheStore
 from zcache._backends.directory import files
 from zcache._backends.directory.stamp import Stamp
@@ -400,6 +400,43 @@ def test_folder_in_a_sticky_one_is_its_owners_to_write(
     make_folder(str(tmp_path / "made/below"))
     for folder in (tmp_path / "made", tmp_path / "made/below"):
         assert folder.stat().st_mode & 0o777 == expected
+
+
+SQUASHED = """
+import ctypes, os, sys
+from zarr.storage import LocalStore, MemoryStore
+from support import buf, value_sync
+from zcache import CachePool, CacheStore
+
+# As a server does that knows no root: what is made is another user's.
+ctypes.CDLL(None).setfsuid(50001)
+cache = {"directory": LocalStore, "pool": CachePool}[sys.argv[2]](sys.argv[1])
+store = CacheStore(MemoryStore({"a": buf(b"1")}), cache_store=cache, source_id="s")
+assert value_sync(store, "a") == b"1"
+assert store.drain_sync()
+value_sync(store, "a")
+print(store.cache_stats()["hits"])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+@pytest.mark.parametrize("kind", ON_DISK)
+def test_directory_where_files_become_another_users_is_used(kind: str) -> None:
+    where = Path(tempfile.mkdtemp())
+    try:
+        where.chmod(0o777)
+        done = subprocess.run(
+            [sys.executable, "-c", SQUASHED, str(where / "cache"), kind],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.stdout == "1\n", done.stderr
+        assert (where / "cache/.zcache").stat().st_uid == 50001
+    finally:
+        shutil.rmtree(where)
 
 
 OTHER_USER = """

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -626,6 +627,24 @@ def test_pool_removed_while_in_use_is_made_anew_with_its_mode(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "pool")
     pool._pool.directory.layout.check()
     assert (tmp_path / "pool").stat().st_mode & 0o777 == 0o770
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("group", "mode", "is_refused"), [(50001, 0o1777, True), (0, 0o1777, False), (0, 0o3777, True)]
+)
+def test_pool_in_a_directory_that_all_may_write_is_a_members_or_refused(
+    tmp_path: Path, group: int, mode: int, is_refused: bool
+) -> None:
+    """Where a new folder gets its group from the directory, that does not tell who has made it."""
+    path = tmp_path / "pool"
+    path.mkdir()
+    path.chmod(mode)
+    CachePool(path, mode=0o770)
+    asyncio.run(closed(path))
+    os.chown(path / ".zcache", 50001, group)
+    with pytest.raises(CacheOwnershipError) if is_refused else nullcontext():
+        CachePool(path, mode=0o770)
 
 
 MEMBER = """

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import stat
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -68,8 +69,8 @@ class Stamp:
     kind : Kind, optional
         What it is. Default is a directory of files.
     mode : int, optional
-        Permissions of the directory, if it is made. Where its group may write, and is one of this user's, its owner is
-        trusted: else only where it is adopted. Default is 0o700.
+        Permissions of the directory, if it is made. Where its group may write, and is one of this user's, others of the group
+        are trusted: else only where it is adopted. Default is 0o700.
 
     Attributes
     ----------
@@ -195,15 +196,21 @@ class Stamp:
 
         In a directory that all may write, what zcache keeps can be another user's than the directory itself.
         """
-        root = os.stat(self.root)
-        of_group = root.st_gid in (os.getegid(), *os.getgroups())
-        if is_trusted(self.root) or (of_group and self._mode & stat.S_IWGRP):
+        if is_trusted(self.root):
             return
+        root = os.stat(self.root)
+        # In a set-gid directory that all may write, the group of what is there does not tell of which group its owner is.
+        tells_group = not (root.st_mode & stat.S_ISGID and root.st_mode & stat.S_IWOTH)
         for folder in (self.root, self._reserved):
             with contextlib.suppress(FileNotFoundError):
-                user = os.lstat(folder).st_uid
-                if user not in (os.geteuid(), 0):
-                    raise CacheOwnershipError(other_user(folder, user, self._kind))
+                found = os.lstat(folder)
+                if found.st_uid in (os.geteuid(), 0):
+                    continue
+                is_of_group = found.st_gid == root.st_gid and self.is_of_group()
+                if is_of_group and (folder == self.root or tells_group):
+                    continue
+                if found.st_uid != _user_of_files(folder):
+                    raise CacheOwnershipError(other_user(folder, found.st_uid, self._kind))
 
     def _read(self, adopt: bool) -> str | None:
         """The source by the stamp, or by its copy where that is all there is; None where there is neither."""
@@ -243,6 +250,9 @@ class Stamp:
             self.is_doubtful = True
             # What it lists may be another source's.
             _remove_files(os.path.join(self._reserved, "index"))
+        self.make_folder()
+        # In another user's, nothing is left behind.
+        self._check_owner()
         return self._write(self.source, replace=False)
 
     def _survey(self) -> tuple[bool, str | None]:
@@ -446,6 +456,15 @@ def _read_small(path: str) -> bytes | None:
 def _groups() -> tuple[int, ...]:
     """The groups of this user."""
     return os.getegid(), *os.getgroups()
+
+
+def _user_of_files(folder: str) -> int | None:
+    """The owner of the files that this process makes in a folder: some servers give them to another user. None where it makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None
 
 
 def _link(path: str, to: str) -> None:
