@@ -629,6 +629,20 @@ def test_pool_removed_while_in_use_is_made_anew_with_its_mode(tmp_path: Path) ->
     assert (tmp_path / "pool").stat().st_mode & 0o777 == 0o770
 
 
+def test_pool_left_half_made_by_an_earlier_version_is_opened_to_its_group(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    CachePool(path, mode=0o770)
+    asyncio.run(closed(path))
+    reserved = path / ".zcache"
+    for found in (reserved / "index/lock", reserved / "stamp.json"):
+        found.chmod(0o600)
+    for found in (reserved / "index", reserved / "segments", reserved):
+        found.chmod(0o700)
+    CachePool(path, mode=0o770)
+    for found in path.rglob("*"):
+        assert stat.S_IMODE(found.stat().st_mode) == (0o2770 if found.is_dir() else 0o660), found
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize(
     ("group", "mode", "is_refused"), [(50001, 0o1777, True), (0, 0o1777, False), (0, 0o3777, True)]
