@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, Mode, Stat, fstat, mkdirat, unlinkat};
 use rustix::io::Errno;
 
 use super::below::{At, FOLDER, Place, Root, names_in, open_in};
+use crate::shared::make_folder_in;
 
 /// Time between two looks whether another thread has changed its folder: about as long as that takes.
 const PAUSE: Duration = Duration::from_micros(20);
@@ -102,14 +103,16 @@ fn remove_folder(at: At<'_>) -> rustix::io::Result<()> {
 }
 
 /// Makes a folder of a cache directory and those above it, each with the permissions of the one that it is
-/// made in. `there` becomes the number of those that were there, where it made any that is higher up.
+/// made in, as the umask says where it is none of zcache's own. `there` becomes the number of those that were there, where it made any that is higher up.
 pub(super) fn make_folders(root: &Path, folder: &Path, there: &mut usize) -> io::Result<()> {
     let mut above = Root::open(root)?.open_below(Path::new(""), FOLDER)?;
+    let is_own = folder.starts_with(STAY);
     for (n, part) in folder.iter().enumerate() {
-        let (opened, is_new) = open_or_make(At {
+        let at = At {
             folder: above.as_fd(),
             name: Path::new(part),
-        });
+        };
+        let (opened, is_new) = open_or_make(at, is_own);
         if is_new {
             *there = n.min(*there);
         }
@@ -119,18 +122,19 @@ pub(super) fn make_folders(root: &Path, folder: &Path, there: &mut usize) -> io:
 }
 
 /// Opens a folder, and makes it where there is none. And whether it was made.
-fn open_or_make(at: At<'_>) -> (rustix::io::Result<OwnedFd>, bool) {
+fn open_or_make(at: At<'_>, is_own: bool) -> (rustix::io::Result<OwnedFd>, bool) {
     let mut made = 0i64;
     let mut opened = open_in(at.folder, at.name, false);
     for _ in 0..TRIES {
         if !matches!(opened, Err(Errno::NOENT)) {
             break;
         }
-        let mode = at.mode_of_folder().map(|mode| mode | 0o700);
-        match mode.and_then(|mode| {
-            change_in(at, |at| {
-                mkdirat(at.folder, at.name, Mode::from_raw_mode(mode))
-            })
+        match change_in(at, |at| {
+            if is_own {
+                return make_folder_in(at.folder, at.name);
+            }
+            let mode = Mode::from_raw_mode(at.mode_of_folder()? | 0o700);
+            mkdirat(at.folder, at.name, mode)
         }) {
             Ok(()) => made += 1,
             Err(Errno::EXIST) => {}

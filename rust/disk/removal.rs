@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, fstat, openat};
+use rustix::fs::{OFlags, fstat};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
@@ -12,6 +12,7 @@ use super::below::{At, Place, Root, leads_elsewhere, names_in, open_cached, open
 use super::folders::{change_in, make_folders, prune};
 use super::ownership::{MILLI, Owner, holds, modified, owner, set_modified};
 use crate::key::ByteRange;
+use crate::shared::open_own_in;
 
 /// Directory of the tombstones of values that are no longer valid but could not be deleted.
 const DROPPED: &str = ".zcache/dropped";
@@ -247,15 +248,9 @@ fn write_note(root: &Path, folder: &str, name: &str) -> io::Result<OwnedFd> {
     make_folders(root, Path::new(folder), &mut 0)?;
     let name = Path::new(folder).join(name);
     let place = Place::find(root, &name)?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let mut file = None;
     change_in(place.at(), |at| {
-        file = Some(openat(
-            at.folder,
-            at.name,
-            flags | OFlags::CLOEXEC,
-            Mode::from_raw_mode(at.mode_of_folder()? & 0o666),
-        )?);
+        file = Some(open_own_in(at.folder, at.name, OFlags::WRONLY)?);
         Ok(())
     })?;
     file.ok_or_else(|| Errno::NOENT.into())

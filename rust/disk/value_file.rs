@@ -5,8 +5,7 @@ use std::io;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dev, FileType, Mode, RenameFlags, Stat, fstat, linkat, mkdirat, renameat,
-    renameat_with,
+    AtFlags, Dev, FileType, Mode, RenameFlags, Stat, fstat, linkat, renameat, renameat_with,
 };
 use rustix::io::Errno;
 
@@ -18,6 +17,7 @@ use super::ownership::{
 };
 use super::removal::remove_pending;
 use crate::checksum::crc32c;
+use crate::shared::make_folder_in;
 
 /// Times that the directory of a new name is made again while other processes remove empty ones.
 const TRIES: u32 = 64;
@@ -334,8 +334,7 @@ impl Value<'_> {
         let tmp = self.unfinished.parent().unwrap_or(Path::new(""));
         let place = self.root.find(tmp)?;
         let at = place.at();
-        let mode = Mode::from_raw_mode(at.mode_of_folder()? | 0o700);
-        match mkdirat(at.folder, at.name, mode) {
+        match make_folder_in(at.folder, at.name) {
             Ok(()) | Err(Errno::EXIST) => Ok(()),
             Err(error) => Err(error.into()),
         }

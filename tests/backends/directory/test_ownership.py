@@ -402,6 +402,27 @@ def test_folder_in_a_sticky_one_is_its_owners_to_write(
         assert folder.stat().st_mode & 0o777 == expected
 
 
+async def test_what_is_made_later_is_for_all_of_the_directory(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o770)
+    before = os.umask(0o077)
+    try:
+        store = open_store(tmp_path)
+        # A purge takes what is empty.
+        (cache / ".zcache/tmp").rmdir()
+        await fill(store, **{"a/b": b"0123", "a/c": b"0123"})
+        await store.invalidate("a/b")
+        await read_through(store, "a/b", RangeByteRequest(1, 2))
+        write_tombstone(str(cache), "a/b")
+    finally:
+        os.umask(before)
+    for name in ("tmp", "ranges", "ranges/a", "dropped"):
+        assert (cache / ".zcache" / name).stat().st_mode & 0o777 == 0o770, name
+    (note,) = (cache / ".zcache/dropped").iterdir()
+    assert note.stat().st_mode & 0o777 == 0o660
+
+
 SQUASHED = """
 import ctypes, os, sys
 from zarr.storage import LocalStore, MemoryStore
