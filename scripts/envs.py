@@ -282,7 +282,8 @@ def wheel_settings() -> tuple[list[str], dict[str, str]]:
     shown = {ROOT: "zcache-source", cargo: "cargo-home", library: f"/rustc/{rustc['commit-hash']}"}
     flags = [f"--remap-path-prefix={path}={name}" for path, name in shown.items()]
     if USES_ZIG:
-        flags.append(f"-Clink-arg={copy_unwinder()}")
+        # Of the extension alone: some crates make a library of their own as well, from another folder.
+        arguments += ["--", f"-Clink-arg={copy_unwinder()}"]
     # Of the last commit that changes it; where there is no git, the first date that a zip file can have.
     epoch = output("git", "log", "-1", "--format=%ct", "--", *WHEEL_INPUTS) or "315532800"
     return arguments, {
@@ -309,7 +310,7 @@ def wheel(base: Interpreter) -> tuple[Path, str]:
             old.unlink(missing_ok=True)
         environ["CARGO_ZIGBUILD_PYTHON_PATH"] = str(python)
         maturin = python.with_name("maturin")
-        run(maturin, "build", *arguments, "--out", DIST, "--interpreter", python, **environ)
+        run(maturin, "build", "--out", DIST, "--interpreter", python, *arguments, **environ)
         built = sorted(DIST.glob("zarr_zcache-*.whl"))
         if len(built) != 1 or "-abi3-" not in built[0].name:
             raise EnvsError(f"wanted one abi3 wheel, maturin made {[path.name for path in built]}")
