@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from interrupting import Interrupter
+from zcache._runtime import threads
 from zcache._runtime.io import SyncIO
 from zcache._runtime.latch import Latch, Outcome
 from zcache._runtime.threads import Threads, in_thread_sync, run_in_background
@@ -181,8 +182,13 @@ def test_threads_go_on_after_a_caller_that_is_interrupted_anywhere(how: str, man
 
 
 @pytest.mark.parametrize("many", [1, 3])
-def test_handler_of_a_signal_anywhere_in_a_call_waits_for_one_of_its_own(many: int) -> None:
-    """What it comes upon holds nothing that the threads need."""
+@pytest.mark.parametrize("are_idle", [True, False])
+def test_handler_of_a_signal_anywhere_in_a_call_waits_for_one_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, are_idle: bool, many: int
+) -> None:
+    """What it comes upon holds nothing that the threads need; nor does it wait for one that is only about to be started."""
+    # Else each call starts a thread.
+    monkeypatch.setattr(threads, "_spare", threading.Semaphore(16 if are_idle else 0))
     some = Threads(many)
     for at in range(1000):
         ended: list[bool] = []

@@ -88,6 +88,8 @@ class Threads:
         self._waiters: deque[Latch] = deque()
         # By places, of which there are `most`: those that were not seen to end. One may have died without a word.
         self._lives: dict[int, weakref.ref[Life]] = {}
+        # Callers that are starting a thread.
+        self._starting: set[int] = set()
 
     def submit(self, call: Callable[[], None]) -> None:
         """Run `call`, which must not raise.
@@ -129,14 +131,19 @@ class Threads:
         NoThreadError
             If none can be started.
         """
-        life = Life(partial(self._died, starts_again))
-        if not self._enter(life):
-            return
+        life, caller = Life(partial(self._died, starts_again)), _thread.get_ident()
+        # In the handler of a signal that came in here: the caller may have the last place, and goes on only afterwards.
+        is_nested = caller in self._starting
         try:
-            start_thread(life, self._run)
+            self._starting.add(caller)
+            if self._enter(life) or is_nested:
+                start_thread(life, self._run)
         except NoThreadError:
             self._leave(life.reference)
             raise
+        finally:
+            if not is_nested:
+                self._starting.discard(caller)
 
     def _enter(self, life: Life) -> bool:
         """Take a place; whether there was one. An interrupt right afterwards ends the life, which gives it back."""
