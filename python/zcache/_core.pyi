@@ -431,7 +431,7 @@ class Index:
             What stands for the whole value, 8 bytes each.
         ranges : bytes
             Which bytes of that, 24 bytes each: kind and numbers of a byte range, kind 0 for all. The end of a range is
-        that of its bytes, or 2**64 - 1 where the value ended before it.
+            that of its bytes, or 2**64 - 1 where the value ended before it.
         """
 
     def within(self, label: str, slices_like_python: bool, /) -> Index:
@@ -1263,8 +1263,8 @@ def make_folder(path: str, mode: int | None = None, /, *, group_writes: bool = F
     """Make a folder of zcache's own, unless it is there; those above it are.
 
     It has these permissions whatever the umask says; by default those of the folder above, and its group. It has them
-    before it has its name, so nobody ever finds one that he may not use yet. In a sticky folder only its owner may write
-    into it, and its group with `group_writes`.
+    before it has its name, so no other process finds one that it may not use yet. In a sticky folder only its owner may
+    write into it, and its group with `group_writes`.
     """
 
 def mend(path: str, /, *, group_writes: bool = False) -> None:

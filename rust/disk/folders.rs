@@ -103,7 +103,8 @@ fn remove_folder(at: At<'_>) -> rustix::io::Result<()> {
 }
 
 /// Makes a folder of a cache directory and those above it, each with the permissions of the one that it is
-/// made in, as the umask says where it is none of zcache's own. `there` becomes the number of those that were there, where it made any that is higher up.
+/// made in; the umask takes some away where it is none of zcache's own. `there` becomes the number of those that were
+/// there, where it made any that is higher up.
 pub(super) fn make_folders(root: &Path, folder: &Path, there: &mut usize) -> io::Result<()> {
     let mut above = Root::open(root)?.open_below(Path::new(""), FOLDER)?;
     let is_own = folder.starts_with(STAY);

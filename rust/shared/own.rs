@@ -240,8 +240,8 @@ fn is_unknown(error: Errno) -> bool {
     )
 }
 
-/// Gives a file or folder of this user's what it lacks of the permissions and the group of the folder above: an earlier
-/// version gave them after the name, and may have died in between.
+/// Gives a file or folder of this user's what it lacks of the permissions and the group of the folder above, which
+/// may have been opened to others since.
 ///
 /// # Errors
 ///
@@ -257,8 +257,8 @@ pub fn mend(path: &Path, group_writes: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a file or folder that lacks any of them these permissions, or those of the folder above and its group, as far as this user may say so:
-/// some file systems know no permissions.
+/// Gives a file or folder that lacks any of them these permissions, or those of the folder above and its group, as far
+/// as this user may say so: some file systems know no permissions.
 fn open_to_users(
     made: &OwnedFd,
     above: &Stat,

@@ -227,7 +227,10 @@ class PoolLayout(Layout):
         make_folder(self.segments)
 
     def _mend(self) -> None:
-        """Open to all users of the pool what an earlier version has left half-made."""
+        """Open the index to all users of the pool, where its directory was opened to them since it was made.
+
+        Segments that are there stay as they are.
+        """
         with contextlib.suppress(OSError):
             mend(self.reserved, group_writes=self.stamp.is_of_group())
         for folder in (self.reserved, self.index_root):
