@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use zcache::arena::Heap;
 use zcache::arena::State;
-use zcache::cache::{Cache, Joined, Limits, Peers};
+use zcache::cache::{Cache, Freshness, Joined, Limits, Peers};
 use zcache::disk::CacheDir;
 use zcache::disk::fill::{Ending, Fill, Report};
 use zcache::disk::ownership::SIGNATURE;
@@ -177,6 +177,7 @@ fn signature(path: &Path) -> i64 {
 /// What the tests ask an index, wherever it lies.
 trait Steps {
     fn join(&mut self, key: &str) -> u64;
+    fn join_fresh(&mut self, key: &str, fresh: Freshness) -> u64;
     fn begin_write(&mut self, key: &str);
     fn in_flight(&self) -> (usize, usize);
     fn rejections(&self) -> u64;
@@ -186,7 +187,10 @@ trait Steps {
 
 impl<S: Peers> Steps for Cache<S, u32> {
     fn join(&mut self, key: &str) -> u64 {
-        match Cache::join(self, key, ByteRange::Full, 0, NOW, false).unwrap() {
+        self.join_fresh(key, NOW.into())
+    }
+    fn join_fresh(&mut self, key: &str, fresh: Freshness) -> u64 {
+        match Cache::join(self, key, ByteRange::Full, 0, fresh, false).unwrap() {
             Joined::Lead(ticket) => ticket,
             other => panic!("{other:?}"),
         }
@@ -269,6 +273,33 @@ fn fill_without_space_deletes_victims_first() {
     assert_eq!(report.deleted, 2);
     assert!(dir.at("c").exists());
     assert_eq!(dir.size(), 1000);
+    dir.check();
+}
+
+#[test]
+fn fill_in_place_of_a_file_that_is_gone_is_valid_itself() {
+    let dir = Dir::new("replaces");
+    filled(&dir.fill("a", 300));
+    fs::remove_file(dir.at("a")).unwrap();
+    let fetched = NOW + 100;
+    let stale = Freshness {
+        now: fetched,
+        max_age: Some(100),
+    };
+    let ticket = dir.step(|index| index.join_fresh("a", stale));
+    let fill = Fill {
+        fetched,
+        now: fetched + 1000,
+        ..fill_of("a", ticket, data(200), 0)
+    };
+    filled(&dir.result(dir.fills.submit(fill).unwrap()));
+    let marks: Vec<_> = fs::read_dir(dir.at(".zcache/missing")).unwrap().collect();
+    let [Ok(mark)] = &marks[..] else {
+        panic!("{marks:?}")
+    };
+    // A rebuild takes in no "a" that was fetched by then: what came before this one.
+    let until = mark.metadata().unwrap().modified().unwrap();
+    assert_eq!(until, UNIX_EPOCH + Duration::from_millis(fetched - 1));
     dir.check();
 }
 

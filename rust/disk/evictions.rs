@@ -210,8 +210,8 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         told
     }
 
-    /// Deletes the bytes of victims; whether those of each are gone. With `invalid`, what cannot be deleted gets a
-    /// tombstone, so that a rebuild ignores it.
+    /// Deletes the bytes of victims; whether those of each are gone. With `invalid`, no value of their names is valid,
+    /// and what cannot be deleted gets a tombstone, so that a rebuild ignores it.
     pub(super) fn delete(&mut self, victims: &[Victim], invalid: bool) -> Vec<bool> {
         let outcome = self.dir.values.delete(&self.dir.root, victims);
         let mut are_gone = Vec::with_capacity(victims.len());
@@ -221,8 +221,13 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
                 outcome => outcome,
             };
             if let Ok(Was::Nothing) = deleted {
+                let until = if invalid {
+                    self.now()
+                } else {
+                    self.before_it_is_replaced(victim)
+                };
                 // Best effort, as a tombstone is.
-                let _ = removal::mark_missing(&self.dir.root, &victim.cache_key, self.now());
+                let _ = removal::mark_missing(&self.dir.root, &victim.cache_key, until);
             }
             are_gone.push(deleted.is_ok());
             match deleted {
@@ -238,6 +243,14 @@ impl<T: Clone, D: AsRef<[u8]>> Batch<'_, T, D> {
         // Before the victims stop counting: one without a file leaves room for its mark.
         self.count_folders();
         are_gone
+    }
+
+    /// Up to when what was fetched under the name of a victim is not valid: what a fill of this batch puts in its place
+    /// was fetched later, and is.
+    fn before_it_is_replaced(&self, victim: &Victim) -> u64 {
+        let replaces = |fill: &&Fill<D>| fill.range.cache_key(&fill.key) == victim.cache_key;
+        let fill = self.fills.iter().find(replaces);
+        fill.map_or_else(|| self.now(), |fill| fill.fetched.saturating_sub(1))
     }
 
     /// Deletes a file of which the times were changed, or that is not ours: the index knows what it should hold.
