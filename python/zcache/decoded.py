@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr import Array
@@ -9,6 +10,7 @@ from zarr.core.array import AsyncArray
 from zarr.storage import StorePath
 
 from zcache._backends.source_place import place_of
+from zcache._decoded.identity import attributes_of
 from zcache._decoded.pipeline import rewrapped
 from zcache._options import parse_size
 from zcache._runtime.apart import OneForEach
@@ -82,10 +84,11 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
 
 def _with(array: AnyArray, changed: dict[str, Any]) -> AnyArray:
     """A copy of an array, of its class and with all attributes, some of which are changed."""
-    # Whatever its class does to be pickled, or refuses.
-    found, state = object.__new__(type(array)), object.__getstate__(array)
-    for part in (*(state if isinstance(state, tuple) else (state,)), changed):
-        for name, value in (part or {}).items():
+    kind, made = type(array), functools.cached_property
+    found = object.__new__(kind)
+    for name, value in {**attributes_of(array), **changed}.items():
+        # What is made of the others is made anew.
+        if type(getattr(kind, name, None)) is not made:
             # As zarr does: the classes are frozen.
             object.__setattr__(found, name, value)
     return found

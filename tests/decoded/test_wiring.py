@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import multiprocessing
 import pickle
@@ -466,6 +467,25 @@ def test_one_array_keeps_its_chunks(is_cached: bool) -> None:
         # It shares the index of its store.
         plain[1] = 9
         assert array[1] == 9
+
+
+class Viewed(zarr.Array):  # type: ignore[type-arg]
+    """With an attribute that is made of the others."""
+
+    @functools.cached_property
+    def view(self) -> Any:
+        return zarr.Array(self._async_array)
+
+
+def test_what_an_array_has_computed_is_computed_anew_for_its_copy() -> None:
+    plain = Viewed(create(MemoryStore())._async_array)
+    assert plain.view.store is plain.store
+    array = with_decoded_cache(plain, "1MB")
+    assert array.view.store is array.store is not plain.store
+    array[:] = 1
+    np.testing.assert_array_equal(array[:], 1)
+    array.view[:] = 2
+    np.testing.assert_array_equal(array[:], 2)
 
 
 def test_arrays_over_one_store_see_what_is_written_through_each_other() -> None:

@@ -5,25 +5,35 @@ A key of encryption, say.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
-import pickle
 import weakref
+from dataclasses import is_dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
+import numcodecs.abc  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
+from zarr.abc.codec import BaseCodec
 from zarr.codecs import ShardingCodec, _v2
 from zarr.core import codec_pipeline
 from zarr.core.dtype import ZDType
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zarr.abc.codec import CodecPipeline
 
 _STOCK: Final = frozenset({"zarr", "numcodecs"})
 """Packages of which each codec writes all that it is into metadata."""
 _NO_SLOTS: Final = frozenset({"__dict__", "__weakref__"})
 _POINTER: Final = np.dtype("P").itemsize
+_SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes})
+_MOST_VALUES: Final = 1000
+"""In one codec; of one that holds more, it counts which object it is."""
+_MOST_BYTES: Final = 2**17
+"""Of a text, bytes or an array; of larger ones, it counts which object they are."""
 
 # By their addresses.
 _known: Final[dict[int, tuple[weakref.ref[Any], int]]] = {}
@@ -42,15 +52,26 @@ def kind_of(pipeline: type[CodecPipeline]) -> int:
 
 
 def identity_of(*parts: Any) -> bytes:
-    """A digest of codecs, or data types; the same for those that are alike.
+    """A digest of codecs, or data types, as they are now; the same for those that are alike.
 
-    That are zarr's own and numcodecs' with the same metadata, and others of one class with the same attributes, as pickle
-    writes them. What pickle cannot write is like nothing else. It raises TypeError where that cannot even be said.
+    That are zarr's own and numcodecs' with the same metadata, and others of one class with attributes that have the same
+    values, if these are plain, and else are the same objects. It raises TypeError where that cannot be said.
     """
-    return hashlib.blake2b(repr([_said(part) for part in parts]).encode(), digest_size=16).digest()
+    said = [_said(part, count()) for part in parts]
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
 
 
-def _said(part: Any) -> object:
+def attributes_of(thing: object) -> dict[str, Any]:
+    """All attributes of an object, those in slots too."""
+    # Not its own state: what it does to be pickled may leave something out, or refuse.
+    state: Any = object.__getstate__(thing)
+    found: dict[str, Any] = {}
+    for part in state if isinstance(state, tuple) else (state,):
+        found |= part or {}
+    return found
+
+
+def _said(part: Any, steps: Iterator[int]) -> object:
     kind = type(part)
     number = _number_of(kind)
     if kind is ShardingCodec:
@@ -61,26 +82,24 @@ def _said(part: Any) -> object:
     if part is None:
         return number
     if kind.__module__.partition(".")[0] not in _STOCK:
-        return number, _attributes(part, kind)
+        return number, _attributes(part, kind, steps)
     if isinstance(part, ZDType):
         # The data type of numpy tells the rest.
         return number
     about = part.to_dict() if hasattr(part, "to_dict") else part.get_config()
-    return number, json.dumps(about, default=_plain, sort_keys=True)
+    return number, json.dumps(about, default=_jsonable, sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
-    """What describes a part of a codec in JSON."""
+def _jsonable(value: Any) -> Any:
     if isinstance(value, np.dtype):
         return value.descr if value.names else value.str
     if isinstance(value, bytes):
         return value.hex()
-    # A codec inside another one. Anything else that is not JSON raises.
-    return value.get_config()
+    raise TypeError(f"no part of metadata: {value!r}")
 
 
-def _attributes(part: Any, kind: type) -> object:
-    """All attributes, by a digest; a number of the object where they cannot be written, or are not all that it is."""
+def _attributes(part: Any, kind: type, steps: Iterator[int]) -> object:
+    """All attributes; a number of the object where they are too many, or not all that it is."""
     slots = 0
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())
@@ -90,11 +109,50 @@ def _attributes(part: Any, kind: type) -> object:
     if kind.__itemsize__ or kind.__basicsize__ > object.__basicsize__ + size * _POINTER:
         return _number_of(part)
     try:
-        # Not its own state, which may leave out what must not be pickled.
-        written = pickle.dumps(object.__getstate__(part), protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception:  # noqa: BLE001 - whatever it is that cannot be pickled
+        return [(name, _value(value, steps)) for name, value in attributes_of(part).items()]
+    except (TypeError, RuntimeError):
+        # Too many, too deep, changing meanwhile, or of a kind to which no reference can be held.
         return _number_of(part)
-    return hashlib.blake2b(written, digest_size=16).digest()
+
+
+def _value(value: Any, steps: Iterator[int]) -> object:
+    try:
+        return _plain(value, steps)
+    except _NotPlainError:
+        return "object", _number_of(value)
+
+
+class _NotPlainError(Exception):
+    pass
+
+
+def _plain(value: Any, steps: Iterator[int]) -> object:
+    """A plain value, for `repr`, with its type."""
+    kind = type(value)
+    if next(steps) >= _MOST_VALUES:
+        raise TypeError("too many values")
+    if kind in (str, bytes) and len(value) > _MOST_BYTES:
+        raise _NotPlainError
+    if kind in _SCALARS:
+        return kind.__name__, value
+    if kind in (list, tuple):
+        return kind.__name__, [_plain(one, steps) for one in value]
+    if kind in (set, frozenset):
+        return kind.__name__, sorted(repr(_plain(one, steps)) for one in value)
+    if kind is dict:
+        return "dict", [(_plain(key, steps), _plain(one, steps)) for key, one in value.items()]
+    if isinstance(value, np.dtype):
+        return "dtype", repr(value.descr if value.names else value.str)
+    if kind is np.ndarray or isinstance(value, np.generic):
+        if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
+            raise _NotPlainError
+        digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+        return kind.__name__, repr(value.dtype), value.shape, digest
+    if isinstance(value, enum.Enum):
+        return "enum", _number_of(kind), value.name
+    if is_dataclass(kind) or isinstance(value, (BaseCodec, numcodecs.abc.Codec, ZDType)):
+        return _said(value, steps)
+    raise _NotPlainError
 
 
 def _number_of(thing: object) -> int:

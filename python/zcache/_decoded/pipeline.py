@@ -62,7 +62,9 @@ class DecodedCodecPipeline(CodecPipeline):
 
     def __init__(self, wrapped: CodecPipeline, codecs: Iterable[Codec]) -> None:
         self.wrapped = wrapped
-        self._codecs = tuple(codecs)
+        # Those that run, where that is known: an array may have been given another pipeline than its metadata describes.
+        runs: Any = wrapped if kind_of(type(wrapped)) == 0 else codecs
+        self._codecs = tuple(runs)
         self._layouts: tuple[DecodedCache | None, dict[Any, tuple[Any, Layout | None]]] = None, {}
         self._latest: tuple[DecodedCache, Any, tuple[Any, ...], Layout | None] | None = None
         self._has_shards = any(isinstance(codec, ShardingCodec) for codec in self._codecs)
@@ -176,12 +178,22 @@ class DecodedCodecPipeline(CodecPipeline):
                         if copied:
                             return (PRESENT,)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
-                    return await reading.run(batch, layouts, out, is_missed=copied is False)
+                    try:
+                        return await reading.run(batch, layouts, out, is_missed=copied is False)
+                    except BaseException:
+                        # A codec may get what it lacked, such as a key, and be another one then.
+                        self._forget_codecs()
+                        raise
         return await self.wrapped.read(batch, out, drop_axes)
+
+    def _forget_codecs(self) -> None:
+        """Look anew at what the codecs are, with the next read."""
+        self._layouts, self._latest = (None, {}), None
+        vars(self).pop("_identity", None)
 
     @functools.cached_property
     def _identity(self) -> bytes | None:
-        """Of the codecs; None where they cannot be told from others."""
+        """Of the codecs at the first read; None where they cannot be told from others."""
         try:
             return identity_of(*self._codecs)
         except Exception:  # noqa: BLE001 - a codec of which it is not known what it is
