@@ -55,7 +55,6 @@ __all__ = [
     "is_cacheable_key",
     "make_folder",
     "make_way",
-    "mend",
     "open_cached",
     "open_folder",
     "open_own",
@@ -1266,9 +1265,6 @@ def make_folder(path: str, mode: int | None = None, /, *, group_writes: bool = F
     before it has its name, so no other process finds one that it may not use yet. In a sticky folder only its owner may
     write into it, and its group with `group_writes`.
     """
-
-def mend(path: str, /, *, group_writes: bool = False) -> None:
-    """Give a file or folder of this user's what it lacks of the permissions that a new one has; see `make_folder`."""
 
 def open_own(path: str, flags: int, /) -> int:
     """Open a file of zcache's own, made where it is missing: as `make_folder` makes a folder.

@@ -76,13 +76,6 @@ pub(super) fn make_folder(
 }
 
 #[pyfunction]
-#[pyo3(signature = (path, /, *, group_writes=false))]
-pub(super) fn mend(py: Python<'_>, path: PathBuf, group_writes: bool) -> PyResult<()> {
-    py.detach(|| shared::mend(&path, group_writes))
-        .map_err(|error| os_error_at(error, &path))
-}
-
-#[pyfunction]
 #[pyo3(signature = (root, name, /))]
 pub(super) fn open_value(py: Python<'_>, root: PathBuf, name: PathBuf) -> PyResult<i32> {
     let file = py.detach(|| below::open_value(&root, &name));

@@ -120,7 +120,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_function(wrap_pyfunction!(files::volume_space, module)?)?;
         module.add_function(wrap_pyfunction!(files::make_way, module)?)?;
         module.add_function(wrap_pyfunction!(files::make_folder, module)?)?;
-        module.add_function(wrap_pyfunction!(files::mend, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_own, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_value, module)?)?;
         module.add_function(wrap_pyfunction!(files::open_folder, module)?)?;

@@ -28,4 +28,4 @@ pub use self::lock_files::{Locks, OpenError, make_way, make_way_at};
 pub use self::locked::Locked;
 pub use self::mapped::Mapped;
 pub use self::neighbours::{Neighbours, neighbours};
-pub use self::own::{make_file, make_folder, make_folder_in, mend, open_own, open_own_in};
+pub use self::own::{make_file, make_folder, make_folder_in, open_own, open_own_in};

@@ -14,7 +14,6 @@ use rustix::fs::{
     linkat, mkdirat, openat, renameat, renameat_with, stat, unlinkat,
 };
 use rustix::io::{Errno, Result};
-use rustix::process::geteuid;
 
 use super::header::new_generation;
 
@@ -238,23 +237,6 @@ fn is_unknown(error: Errno) -> bool {
         error,
         Errno::PERM | Errno::NOSYS | Errno::INVAL | Errno::NOTSUP
     )
-}
-
-/// Gives a file or folder of this user's what it lacks of the permissions and the group of the folder above, which
-/// may have been opened to others since.
-///
-/// # Errors
-///
-/// As the file system refuses.
-pub fn mend(path: &Path, group_writes: bool) -> io::Result<()> {
-    let above = stat(path.parent().ok_or(Errno::INVAL)?)?;
-    let file = open_plain(path, OFlags::RDONLY)?;
-    let found = fstat(&file)?;
-    // What not even its owner may write, he has closed.
-    if found.st_uid == geteuid().as_raw() && found.st_mode & 0o200 != 0 {
-        open_to_users(&file, &above, None, group_writes)?;
-    }
-    Ok(())
 }
 
 /// Gives a file or folder that lacks any of them these permissions, or those of the folder above and its group, as far

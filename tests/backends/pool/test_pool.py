@@ -629,18 +629,21 @@ def test_pool_removed_while_in_use_is_made_anew_with_its_mode(tmp_path: Path) ->
     assert (tmp_path / "pool").stat().st_mode & 0o777 == 0o770
 
 
-def test_pool_left_half_made_by_an_earlier_version_is_opened_to_its_group(tmp_path: Path) -> None:
+def test_pool_that_is_opened_leaves_the_permissions_of_what_is_there(tmp_path: Path) -> None:
+    """Who may write into a folder may have moved a private file of its owner's there."""
     path = tmp_path / "pool"
     CachePool(path, mode=0o770)
     asyncio.run(closed(path))
     reserved = path / ".zcache"
-    for found in (reserved / "index/lock", reserved / "stamp.json"):
+    (reserved / "index/notes").write_bytes(b"private")
+    for found in (reserved / "index/notes", reserved / "index/sources", reserved / "stamp.json"):
+        found.touch()
         found.chmod(0o600)
-    for found in (reserved / "index", reserved / "segments", reserved):
-        found.chmod(0o700)
+    (reserved / "segments").chmod(0o700)
+    before = {found: found.stat().st_mode for found in path.rglob("*")}
     CachePool(path, mode=0o770)
-    for found in path.rglob("*"):
-        assert stat.S_IMODE(found.stat().st_mode) == (0o2770 if found.is_dir() else 0o660), found
+    after = {found: found.stat().st_mode for found in path.rglob("*")}
+    assert {found: after[found] for found in before} == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -683,43 +686,64 @@ print(found, stats["hits"], stats["cache_failures"])
 """
 
 
+def member(path: Path, user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
+    """Use a pool as a user of its group."""
+    return subprocess.run(
+        [sys.executable, "-c", MEMBER, str(path), str(user), mode, *keys],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        cwd=path.anchor,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 @pytest.mark.parametrize(("one", "two"), [(50001, 50002), (50011, 50012)])
 @pytest.mark.parametrize("made", ["by a user", "by root before", "by its owner before"])
-def test_users_of_a_group_share_a_pool(tmp_path: Path, one: int, two: int, made: str) -> None:
+def test_users_of_a_group_share_a_pool(one: int, two: int, made: str) -> None:
     where = Path(tempfile.mkdtemp())
     try:
         os.chown(where, 0, 54321)
         where.chmod(0o2777)
+        path = where / "pool"
         if made != "by a user":
-            (where / "pool").mkdir()
-            os.chown(where / "pool", one if made == "by its owner before" else 0, 54321)
-            (where / "pool").chmod(0o770)
+            path.mkdir()
+            os.chown(path, one if made == "by its owner before" else 0, 54321)
+            path.chmod(0o770)
 
-        def member(user: int, mode: str, *keys: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [sys.executable, "-c", MEMBER, str(where / "pool"), str(user), mode, *keys],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-                cwd=tmp_path.anchor,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-
-        first = member(one, "770", f"{one}")
+        first = member(path, one, "770", f"{one}")
         assert first.stdout == "[b'own'] 0 0\n", first.stderr
-        other = member(two, "770", f"{one}", f"{two}")
+        other = member(path, two, "770", f"{one}", f"{two}")
         assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
-        again = member(one, "770", f"{one}", f"{two}")
+        again = member(path, one, "770", f"{one}", f"{two}")
         assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
-        for path in (where / "pool/.zcache").rglob("*"):
-            found = path.stat()
-            expected = 0o2770 if path.is_dir() else 0o660
-            assert (stat.S_IMODE(found.st_mode), found.st_gid) == (expected, 54321), path
+        for one_of_it in (path / ".zcache").rglob("*"):
+            found = one_of_it.stat()
+            expected = 0o2770 if one_of_it.is_dir() else 0o660
+            assert (stat.S_IMODE(found.st_mode), found.st_gid) == (expected, 54321), one_of_it
         # A process that has not asked for a group trusts no other user, wherever what he has made lies.
-        assert "CacheOwnershipError" in member(two, "700").stderr
+        assert "CacheOwnershipError" in member(path, two, "700").stderr
+    finally:
+        shutil.rmtree(where)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_pool_is_opened_to_a_group_later_by_its_owner() -> None:
+    where = Path(tempfile.mkdtemp())
+    try:
+        where.chmod(0o777)
+        first = member(where / "pool", 50011, "700", "50011")
+        assert first.stdout == "[b'own'] 0 0\n", first.stderr
+        for command in (("chgrp", "-R", "54321"), ("chmod", "-R", "g+rwX")):
+            subprocess.run([*command, where / "pool"], check=True)
+        other = member(where / "pool", 50012, "770", "50011", "50012")
+        assert other.stdout == "[b'own', b'own'] 1 0\n", other.stderr
+        again = member(where / "pool", 50011, "770", "50011", "50012")
+        assert again.stdout == "[b'own', b'own'] 2 0\n", again.stderr
     finally:
         shutil.rmtree(where)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zcache._backends.directory.layout import Layout
 from zcache._backends.ownership import Kind
-from zcache._core import Index, SegmentFiles, make_folder, mend
+from zcache._core import Index, SegmentFiles, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -205,7 +205,6 @@ class PoolLayout(Layout):
 
     def claim(self, *, adopt: bool) -> None:
         super().claim(adopt=adopt)
-        self._mend()
         try:
             # With blocks larger than a page, a hole of a page gives nothing back.
             self.holes = self._block_size <= _PAGE and SegmentFiles.can_punch(self.segments)
@@ -225,19 +224,6 @@ class PoolLayout(Layout):
     def make_folders(self) -> None:
         super().make_folders()
         make_folder(self.segments)
-
-    def _mend(self) -> None:
-        """Open the index to all users of the pool, where its directory was opened to them since it was made.
-
-        Segments that are there stay as they are.
-        """
-        with contextlib.suppress(OSError):
-            mend(self.reserved, group_writes=self.stamp.is_of_group())
-        for folder in (self.reserved, self.index_root):
-            with contextlib.suppress(OSError):
-                for name in os.listdir(folder):
-                    with contextlib.suppress(OSError):
-                        mend(os.path.join(folder, name))
 
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))
