@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, RenameFlags, Stat, fchmod, fchown, fstat,
-    linkat, mkdirat, openat, renameat, renameat_with, stat, unlinkat,
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, RawMode, RenameFlags, Stat, chmod, fchmod,
+    fchown, fstat, linkat, mkdirat, openat, renameat, renameat_with, stat, unlinkat,
 };
 use rustix::io::{Errno, Result};
 
@@ -124,19 +124,18 @@ pub fn make_file<Fd: AsFd>(folder: Fd, name: impl AsRef<Path>) -> Result<OwnedFd
             let file = openat(folder, ".", flags, PRIVATE)?;
             open(&file)?;
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            linkat(CWD, path, folder, name, AtFlags::SYMLINK_FOLLOW)
+            linkat(CWD, path, folder, name, AtFlags::SYMLINK_FOLLOW)?;
+            Ok(file)
         };
         match make_unnamed() {
-            // By its name: the system says of the other descriptor that its file was deleted.
-            Ok(()) => return openat(folder, name, NEW, Mode::empty()),
+            Ok(file) => return Ok(reopened(folder, name, file)),
             Err(Errno::EXIST) => return Err(Errno::EXIST),
             // Not on this file system; what else it refuses, it refuses again.
             Err(_) => {}
         }
     }
     let create = |name: &Path| openat(folder, name, NEW | OFlags::CREATE | OFlags::EXCL, PRIVATE);
-    let unfinished = new_name();
-    let file = create(Path::new(&unfinished))?;
+    let (unfinished, file) = make_unfinished(|name| create(Path::new(name)))?;
     let named = open(&file).and_then(|()| match rename_new(folder, &unfinished, name) {
         Err(error) if is_unknown(error) => {
             linkat(folder, &unfinished, folder, name, AtFlags::empty())?;
@@ -205,9 +204,8 @@ fn make_in(
     group_writes: bool,
 ) -> Result<()> {
     let status = fstat(above)?;
-    let unfinished = new_name();
-    mkdirat(above, &unfinished, Mode::RWXU)?;
-    let renamed = openat(above, &unfinished, LIST, Mode::empty())
+    let (unfinished, ()) = make_unfinished(|name| mkdirat(above, name, Mode::RWXU))?;
+    let renamed = open_made(above, &unfinished)
         .and_then(|made| open_to_users(&made, &status, mode, group_writes))
         .and_then(|()| match rename_new(above, &unfinished, name) {
             // This replaces an empty folder at most, by its like.
@@ -223,8 +221,47 @@ fn make_in(
     }
 }
 
-fn new_name() -> String {
-    format!(".zcache-{:016x}", new_generation())
+/// A file that was made without a name, opened by the one that it has: the system says of the first descriptor that its file
+/// was deleted. By now it may have been, or another one may have its name.
+#[cfg(target_os = "linux")]
+fn reopened(folder: BorrowedFd<'_>, name: &Path, file: OwnedFd) -> OwnedFd {
+    let identity = |file: &OwnedFd| fstat(file).map(|found| (found.st_dev, found.st_ino));
+    let opened = openat(folder, name, NEW, Mode::empty());
+    opened
+        .ok()
+        .filter(|opened| identity(opened) == identity(&file))
+        .unwrap_or(file)
+}
+
+/// Makes something by a name that nothing has, and gives both.
+fn make_unfinished<T>(make: impl Fn(&str) -> Result<T>) -> Result<(String, T)> {
+    loop {
+        let name = format!(".zcache-{:016x}", new_generation());
+        match make(&name) {
+            // Another thread took its name at the same time.
+            Err(Errno::EXIST) => {}
+            made => return Ok((name, made?)),
+        }
+    }
+}
+
+/// Opens a folder that was just made. Who may write above may have put another one in its place: what is in it is not ours
+/// to open to others.
+fn open_made(above: BorrowedFd<'_>, name: &str) -> Result<OwnedFd> {
+    let made = openat(above, name, FOLDER | OFlags::NOFOLLOW, Mode::empty())?;
+    let mode = fstat(&made)?.st_mode & 0o7777;
+    // A umask can close it to its owner as well.
+    if mode & 0o700 != 0o700 {
+        let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+        let _ = chmod(path, Mode::from_raw_mode(mode | 0o700));
+    }
+    let made = openat(&made, ".", LIST, Mode::empty())?;
+    for entry in Dir::read_from(&made)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+            return Err(Errno::EXIST);
+        }
+    }
+    Ok(made)
 }
 
 fn rename_new(folder: BorrowedFd<'_>, from: &str, to: &Path) -> Result<()> {
@@ -278,4 +315,68 @@ fn open_to_users(
         let _ = fchmod(made, Mode::from_raw_mode(wanted));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
+
+    fn folder(name: &str) -> (PathBuf, OwnedFd) {
+        let path = std::env::temp_dir().join(format!("zcache-own-{}-{name}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let opened = open_folder(&path).unwrap();
+        (path, opened)
+    }
+
+    #[test]
+    fn unfinished_name_that_is_taken_is_followed_by_another() {
+        let tried = RefCell::new(Vec::new());
+        let made = make_unfinished(|name| {
+            tried.borrow_mut().push(name.to_owned());
+            let names = tried.borrow();
+            (names.last() != names.first())
+                .then_some(names.len())
+                .ok_or(Errno::EXIST)
+        });
+        let tried = tried.into_inner();
+        assert_eq!(made, Ok((tried[tried.len() - 1].clone(), tried.len())));
+        let other: Result<(String, ())> = make_unfinished(|_| Err(Errno::NOSPC));
+        assert_eq!(other, Err(Errno::NOSPC));
+    }
+
+    #[test]
+    fn folder_in_place_of_the_one_that_was_made_is_not_opened_to_others() {
+        let (path, above) = folder("swapped");
+        fs::create_dir(path.join("private")).unwrap();
+        fs::write(path.join("private/key"), b"1").unwrap();
+        for mode in [0o700, 0o500, 0] {
+            fs::set_permissions(path.join("private"), Permissions::from_mode(mode)).unwrap();
+            let opened = open_made(above.as_fd(), "private");
+            assert_eq!(opened.unwrap_err(), Errno::EXIST);
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn file_that_has_lost_its_name_is_still_its_makers() {
+        let (path, above) = folder("taken");
+        for other in [None, Some("another's")] {
+            let made = make_file(&above, "name").unwrap();
+            let inode = fstat(&made).unwrap().st_ino;
+            let named = reopened(above.as_fd(), Path::new("name"), made);
+            assert_eq!(fstat(&named).unwrap().st_ino, inode);
+            fs::remove_file(path.join("name")).unwrap();
+            if let Some(text) = other {
+                fs::write(path.join("name"), text).unwrap();
+            }
+            let kept = reopened(above.as_fd(), Path::new("name"), named);
+            assert_eq!(fstat(&kept).unwrap().st_ino, inode);
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
 }

@@ -377,6 +377,31 @@ def test_folder_of_one_who_is_not_of_the_group_gives_his_group_what_others_have(
         shutil.rmtree(place)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("umask", [0o777, 0o477, 0o400, 0o100])
+def test_folder_and_file_are_their_owners_under_a_umask_that_shuts_him_out(umask: int) -> None:
+    place = Path(tempfile.mkdtemp())
+    try:
+        place.chmod(0o777)
+        if not (child := os.fork()):
+            try:
+                os.umask(umask)
+                os.setgroups([])
+                os.setgid(50001)
+                os.setuid(50001)
+                make_folder(str(place / "made"), 0o700)
+                make_folder(str(place / "made/below"))
+                open_own(str(place / "made/below/file"), os.O_RDWR)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        for path, expected in (("made", 0o700), ("made/below", 0o700), ("made/below/file", 0o600)):
+            assert stat.S_IMODE((place / path).stat().st_mode) == expected
+        assert len(list(place.rglob("*"))) == 3
+    finally:
+        shutil.rmtree(place)
+
+
 def test_folder_in_place_of_which_there_is_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "made"
     path.symlink_to(tmp_path / "nowhere")
