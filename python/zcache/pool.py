@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from functools import partial
@@ -27,13 +28,14 @@ from zcache._options import (
     path_of_cache_store,
 )
 from zcache._protocol.fill import CLOSE_TIMEOUT
-from zcache._runtime.coroutines import NoAnswerError, is_loop_of_zarr, run_without_loop
+from zcache._runtime.coroutines import is_loop_of_zarr, run_without_loop
+from zcache._runtime.fork import at_fork
 from zcache._runtime.io import SyncIO
-from zcache._runtime.threads import NoThreadError, Threads, in_thread_sync
+from zcache._runtime.threads import NoThreadError, Threads, run_in_background
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify, location_named
-from zcache._source.location import innermost, location_here, places_overlap
+from zcache._source.location import Location, innermost, location_here, places_overlap
 from zcache.exceptions import CacheUnreachableError, OptionTypeError, OptionValueError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
     from zcache._backends.pool.place import Pool
     from zcache._core import Index
-    from zcache._source.location import Location
+    from zcache._runtime.latch import Outcome
     from zcache._types import Minimised, Policy, Size
 
 
@@ -267,12 +269,11 @@ class CachePool:
         label = label_of(name)
         note = self._pool.notes().get(label)
         named = location_named(name if note is None else note["name"])
-        opened = [location_here(source) for one, source in open_sources() if label_of(one) == label]
+        opened = [source for one, source in open_sources() if label_of(one) == label]
+        # It is written to in any case, so its volume is waited for.
         here = location_here(store)
         # Of some sources only the label is known.
-        if label_of(identify(innermost(store)).name) == label or any(
-            _overlap(here, place) for place in (named, *opened) if place is not None
-        ):
+        if label_of(identify(innermost(store)).name) == label or _overlap(here, named, opened):
             raise OptionValueError(
                 f"invalid store: {describe(store)} is the source {name!r} itself, or one of them is inside the other: what "
                 "the pool holds may be older than what is there. Give another store."
@@ -389,13 +390,30 @@ _PATIENCE: Final = 1.0
 _NAME: Final = "Give that of a source, as CachePool.sources() tells it."
 
 
-def _overlap(one: Location, other: Location) -> bool:
-    """See `places_overlap`; by names alone where a volume does not answer, as it may be that of a source that has gone."""
-    asking = partial(places_overlap, one, other)
-    try:
-        return in_thread_sync(asking, timeout=_PATIENCE, threads=Threads(1))
-    except (NoAnswerError, NoThreadError):
-        return one.overlaps(other)
+_asking: Final = Threads(1)
+_late: Final[list[Outcome[bool]]] = []
+"""What a volume has not answered in time, and perhaps not yet."""
+at_fork(_late.clear)
+
+
+def _overlap(here: Location, named: Location | None, opened: list[Store]) -> bool:
+    """Whether a place and that of a source overlap, which is known by its name, its open stores or both.
+
+    By names alone where a volume does not answer, as it may be that of a source that has gone.
+    """
+
+    def overlap(*, asks: bool) -> bool:
+        compare = places_overlap if asks else Location.overlaps
+        places = [location_here(source, asks=asks) for source in opened]
+        return any(compare(here, place) for place in (named, *places) if place is not None)
+
+    if all(late.is_set for late in _late):
+        with contextlib.suppress(NoThreadError):
+            asked = run_in_background(partial(overlap, asks=True), _asking)
+            if asked.wait(_PATIENCE):
+                return asked.result()
+            _late[:] = [asked]
+    return overlap(asks=False)
 
 
 def _check_name(name: object) -> None:

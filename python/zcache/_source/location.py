@@ -140,18 +140,28 @@ def kind_of(thing: object) -> tuple[str, str]:
 # ------------------------------------------------------------------------------- locations
 
 
-def location_of(store: Any) -> Location | None:
+def location_of(store: Any, *, asks: bool = True) -> Location | None:
     """Where a store keeps its values, wrapped or not; None where that is not certain.
 
     Parameters
     ----------
     store : Store
         Any store. Of wrappers that change names it is the place of all that they can show.
+    asks : bool, optional
+        Whether the volume is asked where links lead, and waited for. Default is True.
     """
-    return ask(lambda: _location(innermost(store)))
+    return ask(lambda: _settled(_location(innermost(store)), asks))
+
+
+def _settled(location: Location | None, asks: bool) -> Location | None:
+    if location is None or location.root != "file://":
+        return location
+    settle = os.path.realpath if asks else os.path.abspath
+    return location._replace(path=settle(location.path))
 
 
 def _location(store: Any) -> Location | None:
+    """Where a store says that it keeps its values."""
     if isinstance(store, LocalStore):
         return _directory(store.root)
     if isinstance(store, ZipStore):
@@ -166,7 +176,7 @@ def _location(store: Any) -> Location | None:
 
 
 def _directory(path: object) -> Location:
-    return Location("file://", os.path.realpath(str(path)))
+    return Location("file://", str(path))
 
 
 def protocol_of(filesystem: Any) -> str | None:
@@ -348,10 +358,10 @@ def places_overlap(one: Location, other: Location) -> bool:
     return one.root == other.root == "file://" and folders_overlap(one.path, other.path)
 
 
-def location_here(store: Any) -> Location:
-    """Where a store keeps its values, be it in the memory of this process."""
+def location_here(store: Any, *, asks: bool = True) -> Location:
+    """Where a store keeps its values, be it in the memory of this process; see `location_of`."""
     store = innermost(store)
-    if (location := location_of(store)) is not None:
+    if (location := location_of(store, asks=asks)) is not None:
         return location
     if isinstance(store, MemoryStore):
         return Location(f"dict {id(store._store_dict)}:", _path_in(store))

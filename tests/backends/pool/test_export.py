@@ -359,6 +359,50 @@ def test_export_into_a_part_of_the_source_or_around_it_is_refused(
         assert pool.export(name, LocalStore(tmp_path / path)) == 1
 
 
+@pytest.mark.parametrize("where_to", ["realpath", "stat"])
+@pytest.mark.parametrize("named", [True, False])
+def test_export_beside_a_source_that_does_not_answer_asks_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where_to: str, named: bool
+) -> None:
+    pool, source = CachePool(tmp_path / "pool"), LocalStore(tmp_path / "source")
+    asyncio.run(source.set("k", buf(b"1")))
+    store = CacheStore(source, cache_store=pool, source_id=None if named else "given")
+    assert store.get_sync("k") is not None
+    assert store.drain_sync()
+    (name,) = [info.name for info in pool.sources()]
+    module = os.path if where_to == "realpath" else os
+    answer, asked, answers = getattr(module, where_to), [], threading.Event()
+
+    def ask(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) == str(tmp_path / "source"):
+            asked.append(threading.get_ident())
+            # In its caller's thread nothing would bound it.
+            if asked[-1] != caller:
+                answers.wait(60)
+        return answer(path, *args, **kwargs)
+
+    caller = threading.get_ident()
+    monkeypatch.setattr("zcache.pool._PATIENCE", 0.01)
+    monkeypatch.setattr(module, where_to, ask)
+    try:
+        for _ in range(3):
+            assert pool.export(name, LocalStore(tmp_path / "target")) == 1
+        assert len(asked) == 1
+        assert caller not in asked
+        # By names it is known all the same.
+        for target in (source, LocalStore(tmp_path)):
+            with pytest.raises(OptionValueError, match="or one of them is inside the other"):
+                pool.export(name, target)
+    finally:
+        answers.set()
+
+    def is_asked_again() -> bool:
+        asked.clear()
+        return pool.export(name, LocalStore(tmp_path / "target")) == 1 and bool(asked)
+
+    asyncio.run(until(is_asked_again))
+
+
 def test_export_into_a_part_of_a_source_in_memory_is_refused(where: Path | None) -> None:
     pytest.importorskip("fsspec")
     pool, source = CachePool(where), FsspecStore.from_url("memory://exported/source")
