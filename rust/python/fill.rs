@@ -50,6 +50,10 @@ impl Drop for Call {
 #[pyo3(signature = (timeout, /))]
 pub(super) fn end_calls(py: Python<'_>, timeout: f64) -> bool {
     ENDS.store(true, Ordering::SeqCst);
+    // In an interpreter below the main one that ends with the process, CPython 3.11 stops a thread that detaches.
+    if CALLS.load(Ordering::SeqCst) == 0 {
+        return true;
+    }
     let timeout = Duration::try_from_secs_f64(timeout.max(0.0)).unwrap_or(Duration::MAX);
     let begun = Instant::now();
     py.detach(|| {

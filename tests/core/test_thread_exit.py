@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -26,6 +28,16 @@ for event in events:
 for event in events:
     event.wait()
 """
+IN_A_SUBINTERPRETER = """
+try:
+    import _interpreters as interpreters
+    here = interpreters.create("legacy")
+except ImportError:
+    import _xxsubinterpreters as interpreters
+    here = interpreters.create(isolated=False)
+interpreters.run_string(here, "import zcache")
+print("imported")
+"""
 
 
 def test_daemon_threads_in_the_core_the_interpreter_ends_without_a_signal(tmp_path: Path) -> None:
@@ -40,3 +52,16 @@ def test_daemon_threads_in_the_core_the_interpreter_ends_without_a_signal(tmp_pa
             check=False,
         )
         assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.slow
+def test_subinterpreter_that_has_imported_it_lets_the_process_end() -> None:
+    """It ends with the process: on Python 3.11 a thread that lets others go on there gets no turn again."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_SUBINTERPRETER],
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"imported\n"), ended.stderr
