@@ -180,6 +180,20 @@ async def test_missing_key_among_many_is_told_as_the_source_does(tmp_path: Path)
         assert kinds[1:] == kinds[:1] * 2
 
 
+async def test_missing_key_among_many_is_told_as_a_subclass_does() -> None:
+    class Strict(MemoryStore):
+        async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+            found = await super().get_partial_values(prototype, key_ranges)
+            if None in found:
+                raise KeyError("missing")
+            return found
+
+    store = CacheStore(Strict(), cache_store=MemoryStore(), source_id="s")
+    assert await store.get("a", PROTOTYPE) is None
+    with pytest.raises(KeyError, match="missing"):
+        await store.get_partial_values(PROTOTYPE, [("a", None)])
+
+
 async def test_age_of_an_absence_is_its_own_and_never_more_than_a_value_has(
     source: StoreDouble, clock: FakeClock
 ) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _OWN_WORDS: Final = (FsspecStore, ObjectStore)
 """Stores that pass on what another library says."""
 _NONE_IN_MANY: Final = (FsspecStore, MemoryStore, ZipStore)
-"""Stores that give None for a missing key among many."""
+"""Stores that give None for a missing key among many. A subclass may do anything."""
 _GONE: Final = (404, 410)
 """Answers of HTTP that there is no such key."""
 
@@ -77,7 +77,7 @@ class MissingKeyErrors:
 
 def finds_none_in_many(source: Store) -> bool:
     """Whether it is known that `get_partial_values` gives None for a missing key, as `get` does: others raise."""
-    return isinstance(innermost(source), _NONE_IN_MANY)
+    return type(innermost(source)) in _NONE_IN_MANY
 
 
 def _for_key(seen: str, error: FileNotFoundError, key: str) -> FileNotFoundError:
