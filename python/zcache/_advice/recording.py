@@ -193,7 +193,7 @@ class RequestWriter:
         life = Life()
         # Also where that is before its first line.
         weakref.finalize(life, self._has_stopped.set).atexit = False
-        start_thread(life, self._run)
+        start_thread([life], self._run)
 
     def _run(self, _: Life) -> None:
         try:

@@ -130,8 +130,8 @@ def _start() -> None:
     if _left and _timer() is None:
         # Where there is no thread, it goes when something else is left.
         with contextlib.suppress(NoThreadError):
-            start_thread(life := Life(), _expire)
-            _timer = weakref.ref(life)
+            start_thread(held := [Life()], _expire)
+            _timer = held[0].reference
 
 
 def _expire(_: Life) -> None:

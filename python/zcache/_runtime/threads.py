@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -43,16 +44,26 @@ class NoThreadError(RuntimeError):
 
 
 class Life:
-    """Held by a thread as long as it lives, also if that ends before its first line; see `start_thread`."""
+    """Held by a thread as long as it lives, also if that ends before its first line; see `start_thread`.
 
-    __slots__ = ("__weakref__", "reference")
+    Attributes
+    ----------
+    starter : int or None
+        The thread that is starting it; None afterwards.
+    """
+
+    __slots__ = ("__weakref__", "reference", "starter")
 
     def __init__(self, on_end: Callable[[weakref.ref[Life]], object] | None = None) -> None:
         self.reference = weakref.ref(self, on_end)
+        self.starter: int | None = _thread.get_ident()
 
 
-def start_thread(life: Life, run: Callable[[Life], object]) -> None:
+def start_thread(held: list[Life], run: Callable[[Life], object]) -> None:
     """Start a thread without waiting for it.
+
+    `held` has its life alone. It is the caller's to clear: the error of an interrupt, which someone may keep, has the frames
+    of both.
 
     `threading.Thread` waits until it runs: for ever, where it dies at its start for want of memory.
 
@@ -62,9 +73,63 @@ def start_thread(life: Life, run: Callable[[Life], object]) -> None:
         If none can be started.
     """
     try:
-        _thread.start_new_thread(run, (life,))
+        _thread.start_new_thread(run, (held[0],))
     except (RuntimeError, MemoryError) as error:
         raise NoThreadError(str(error)) from error
+
+
+class Call(ABC, Generic[T]):
+    """Work for a thread, which is done once or never.
+
+    Attributes
+    ----------
+    error : BaseException or None
+        What it has raised.
+    is_detached : bool
+        Whether no caller waits for it any more.
+    """
+
+    __slots__ = ("_work", "is_detached")
+
+    error: BaseException | None
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = [work]
+        self.is_detached = False
+
+    def take(self) -> Callable[[], T] | None:
+        """Take the work, to do it or to have it not be done; None if it was taken."""
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do the work, in whatever thread this is, unless it was taken. Must not raise."""
+
+    @abstractmethod
+    def detach(self, on_detached_result: Callable[[T | BaseException], object] | None) -> None:
+        """Take the result elsewhere: the caller does not wait for it any more."""
+
+    def leave(
+        self,
+        threads: Threads,
+        error: BaseException,
+        on_detached_result: Callable[[T | BaseException], object] | None,
+        *,
+        is_submitted: bool,
+    ) -> None:
+        """See to what becomes of it where its caller has met an error; its own is no news."""
+        if error is self.error:
+            return
+        self.is_detached = True
+        # An interrupt may have come before a thread was told of it.
+        goes_on = is_submitted and on_detached_result is not None
+        if not goes_on and threads.withdraw(self):
+            report(on_detached_result, error)
+        else:
+            self.detach(on_detached_result)
 
 
 class Threads:
@@ -83,21 +148,24 @@ class Threads:
 
     def after_fork(self) -> None:
         """Start over in a forked child: the parent's threads have stayed with it."""
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[Call[Any]] = deque()
         # Of threads that have nothing to do.
         self._waiters: deque[Latch] = deque()
         # By places, of which there are `most`: those that were not seen to end. One may have died without a word.
         self._lives: dict[int, weakref.ref[Life]] = {}
-        # Callers that are starting a thread.
-        self._starting: set[int] = set()
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Run `call`, which must not raise.
+    def are_behind(self, most: int) -> bool:
+        """Whether so many calls have not begun that no caller waits for any more."""
+        calls = self._calls
+        return len(calls) >= most and sum(call.is_detached for call in calls.copy()) >= most
+
+    def submit(self, call: Call[Any]) -> None:
+        """Run a call. After an interrupt it may be run or not, until it is withdrawn.
 
         Raises
         ------
         NoThreadError
-            If there is no thread and none can be started. The call is not run then.
+            If there is no thread and none can be started. The call was withdrawn then.
         """
         # No lock: the handler of a signal, which may come between any two steps, may submit a call and wait for its end.
         # Who finds no place free leaves the call to those who have them: each looks for calls once it has left its own.
@@ -115,13 +183,12 @@ class Threads:
             if not self._lives and self.withdraw(call):
                 raise
 
-    def withdraw(self, call: Callable[[], None]) -> bool:
-        """Take back a call, unless it has begun; whether that is so."""
-        try:
+    def withdraw(self, call: Call[Any]) -> bool:
+        """Take back a call, unless it has begun or was withdrawn; whether that is so."""
+        is_taken = call.take() is not None
+        with contextlib.suppress(ValueError):
             self._calls.remove(call)
-        except ValueError:
-            return False
-        return True
+        return is_taken
 
     def _start(self, *, starts_again: bool) -> None:
         """Start a thread, if there is a place for one; whether another one follows that dies before its first line.
@@ -131,25 +198,31 @@ class Threads:
         NoThreadError
             If none can be started.
         """
-        life, caller = Life(partial(self._died, starts_again)), _thread.get_ident()
-        # In the handler of a signal that came in here: the caller may have the last place, and goes on only afterwards.
-        is_nested = caller in self._starting
+        held = [Life(partial(self._died, starts_again))]
+        own = held[0].reference
         try:
-            self._starting.add(caller)
-            if self._enter(life) or is_nested:
-                start_thread(life, self._run)
+            if self._enter(own) or self._is_starting():
+                start_thread(held, self._run)
         except NoThreadError:
-            self._leave(life.reference)
+            self._leave(own)
             raise
         finally:
-            if not is_nested:
-                self._starting.discard(caller)
+            # A life that no thread has got ends here.
+            held.clear()
+            if (life := own()) is not None:
+                life.starter = None
 
-    def _enter(self, life: Life) -> bool:
+    def _is_starting(self) -> bool:
+        """Whether this is the handler of a signal that came in here: its caller may have the last place, and goes on only afterwards."""
+        here = _thread.get_ident()
+        lives = (own() for own in self._lives.copy().values())
+        return any(life is not None and life.starter == here for life in lives)
+
+    def _enter(self, own: weakref.ref[Life]) -> bool:
         """Take a place; whether there was one. An interrupt right afterwards ends the life, which gives it back."""
         if len(self._lives) >= self._most:
             return False
-        setdefault, own = self._lives.setdefault, life.reference
+        setdefault = self._lives.setdefault
         return any(setdefault(place, own) is own for place in range(self._most))
 
     def _leave(self, own: weakref.ref[Life]) -> bool:
@@ -165,11 +238,12 @@ class Threads:
                 self._start(starts_again=False)
 
     def _run(self, life: Life) -> None:
-        while (call := self._next(life)) is not None:
-            call()
+        life.starter = None
+        while (call := self._next(life.reference)) is not None:
+            call.run()
             del call
 
-    def _next(self, life: Life) -> Callable[[], None] | None:
+    def _next(self, own: weakref.ref[Life]) -> Call[Any] | None:
         """What is to be run next; None where the thread ends, for there was nothing for a while."""
         while True:
             with contextlib.suppress(IndexError):
@@ -182,9 +256,9 @@ class Threads:
                 continue
             with contextlib.suppress(IndexError):
                 return self._calls.popleft()
-            self._leave(life.reference)
+            self._leave(own)
             # What has just come may have found no place free.
-            if not self._calls or not self._enter(life):
+            if not self._calls or not self._enter(own):
                 return None
 
     def _dismiss(self, waiter: Latch) -> bool:
@@ -231,24 +305,9 @@ def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> 
     NoThreadError
         If no thread can be started.
     """
-    outcome: Outcome[T] = Outcome()
-    (_background if threads is None else threads).submit(_call(work, outcome))
-    return outcome
-
-
-def _call(work: Callable[[], T], outcome: Outcome[T]) -> Callable[[], None]:
-    left: list[Any] = [outcome, work]
-
-    def call() -> None:
-        try:
-            result = left.pop()()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked
-            # An error has the frames that it was raised in, and those have this one: it must not lead back to the error.
-            left.pop().fail(error)
-        else:
-            left.pop().succeed(result)
-
-    return call
+    call = _OutcomeCall(work)
+    (_background if threads is None else threads).submit(call)
+    return call.outcome
 
 
 async def in_thread(
@@ -286,17 +345,16 @@ async def in_thread(
     completions = _completions(loop)
     completions.rearm()
     call = ThreadCall(work, loop.create_future(), completions)
-    threads.submit(call.run)
+    is_submitted = False
     try:
+        threads.submit(call)
+        is_submitted = True
         if timeout is not None:
             await _within(call.future, timeout, progress)
         done: T = await call.future
     except BaseException as error:
         # A cancellation may come when the result is back already, before this coroutine has its turn.
-        if error is not call.error:
-            if on_detached_result is None:
-                threads.withdraw(call.run)
-            call.detach(on_detached_result)
+        call.leave(threads, error, on_detached_result, is_submitted=is_submitted)
         # Else the event loop complains of an error that came too late.
         if not call.future.cancel() and not call.future.cancelled():
             call.future.exception()
@@ -329,10 +387,12 @@ def in_thread_sync(
 ) -> T:
     """Run `work` in a thread for a caller that blocks; see `in_thread`."""
     threads = _computing if threads is None else threads
-    outcome: Outcome[T] = Outcome()
-    call = _call(work, outcome)
-    threads.submit(call)
+    call = _OutcomeCall(work)
+    outcome = call.outcome
+    is_submitted = False
     try:
+        threads.submit(call)
+        is_submitted = True
         seen = None if progress is None else progress()
         while progress is not None and not outcome.wait(timeout):
             now = progress()
@@ -341,13 +401,9 @@ def in_thread_sync(
             seen = now
         done = outcome.result(timeout if progress is None else 0)
     except BaseException as error:
-        # The work may have ended since the caller stopped waiting; what it raised itself is no news.
-        is_its_own = outcome.error is error
-        if on_detached_result is None:
-            threads.withdraw(call)
-        elif not is_its_own:
-            outcome.call_when_set(partial(_report, outcome, on_detached_result))
-        if isinstance(error, TimeoutError) and not is_its_own:
+        # The work may have ended since the caller stopped waiting.
+        call.leave(threads, error, on_detached_result, is_submitted=is_submitted)
+        if isinstance(error, TimeoutError) and error is not call.error:
             raise NoAnswerError(timeout) from None
         raise
     finally:
@@ -356,11 +412,46 @@ def in_thread_sync(
     return done
 
 
+class _OutcomeCall(Call[T]):
+    """A call in a thread on behalf of those who wait for its outcome."""
+
+    __slots__ = ("outcome",)
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        super().__init__(work)
+        self.outcome: Outcome[T] = Outcome()
+
+    @property
+    def error(self) -> BaseException | None:  # type: ignore[override]
+        return self.outcome.error
+
+    def run(self) -> None:
+        # docstring inherited
+        work = self.take()
+        if work is None:
+            return
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked
+            del work
+            self.outcome.fail(error)
+        else:
+            del work
+            self.outcome.succeed(result)
+        # The frames of the error have this one.
+        del self
+
+    def detach(self, on_detached_result: Callable[[T | BaseException], object] | None) -> None:
+        # docstring inherited
+        if on_detached_result is not None:
+            self.outcome.call_when_set(partial(_report, self.outcome, on_detached_result))
+
+
 def _report(outcome: Outcome[T], to: Callable[[T | BaseException], object]) -> None:
     report(to, outcome.error or outcome.result())
 
 
-class ThreadCall(Generic[T]):
+class ThreadCall(Call[T]):
     """A call in a thread on behalf of a coroutine."""
 
     __slots__ = (
@@ -368,7 +459,6 @@ class ThreadCall(Generic[T]):
         "_lock",
         "_on_detached",
         "_over",
-        "_work",
         "error",
         "future",
         "result",
@@ -377,7 +467,7 @@ class ThreadCall(Generic[T]):
     def __init__(
         self, work: Callable[[], T], future: asyncio.Future[T], completions: _LoopCompletions
     ) -> None:
-        self._work: Callable[[], T] | None = work
+        super().__init__(work)
         self._completions = completions
         # Reentrant: a signal may come in between, and its handler reads as well.
         self._lock = threading.RLock()
@@ -388,11 +478,16 @@ class ThreadCall(Generic[T]):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Do the work, in whatever thread this is."""
-        work, self._work = self._work, None
-        assert work is not None
+        # docstring inherited
+        work = self.take()
+        if work is None:
+            return
         try:
             self.result = work()
+        except StopIteration as error:
+            # No future takes it, nor does a coroutine raise it: Python makes the same of it there.
+            self.error = RuntimeError("work in a thread raised StopIteration")
+            self.error.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
             self.error = error
         # Those who get the result may expect that what it was made of is gone with the last other user.
@@ -408,7 +503,7 @@ class ThreadCall(Generic[T]):
         del self
 
     def detach(self, on_detached_result: Callable[[T | BaseException], object] | None) -> None:
-        """Take the result elsewhere: the coroutine does not wait for it any more."""
+        # docstring inherited
         if on_detached_result is None:
             return
         with self._lock:
@@ -416,6 +511,15 @@ class ThreadCall(Generic[T]):
                 self._on_detached = on_detached_result
                 return
         report(on_detached_result, self._outcome())
+
+    def deliver(self) -> None:
+        """Give its outcome to the coroutine; to be called in its event loop."""
+        if self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(self.result)
+        else:
+            self.future.set_exception(self.error)
 
     def _outcome(self) -> Any:
         return self.result if self.error is None else self.error
@@ -460,11 +564,12 @@ class _LoopCompletions:
             while self._done:
                 # It leaves the queue last: an interrupt may come between any two of these lines.
                 call = self._done[0]
-                if not call.future.done():
-                    if call.error is None:
-                        call.future.set_result(call.result)
-                    else:
-                        call.future.set_exception(call.error)
+                try:
+                    call.deliver()
+                except Exception:
+                    # It would raise again, and keep the loop busy for ever.
+                    call.future.cancel()
+                    raise
                 self._done.popleft()
         finally:
             # An interrupt came in between: the others must not wait forever.
