@@ -63,22 +63,6 @@ def test_a_policy_and_a_bound_that_come_at_once_are_both_in_force() -> None:
     assert step
 
 
-def test_deletes_that_go_on_without_two_callers_count_twice(tmp_path: Path) -> None:
-    store = CacheStore(MemoryStore(), cache_store=LocalStore(tmp_path), source_id="s")
-    backend: Any = store._cache.backend
-
-    def leave() -> None:
-        backend._unanswered(TimeoutError(), 0)
-
-    for step in itertools.count():
-        backend.counters._lock, backend.counters.owed = NoticedLock(), 0
-        inside = ("_unanswered", "count")
-        if not meet(leave, leave, backend.counters._lock, at=step, inside=inside):
-            break
-        assert backend.counters.owed == 2
-    assert step
-
-
 def test_requests_that_two_readers_leave_out_count_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

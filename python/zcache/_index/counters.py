@@ -26,8 +26,6 @@ class Counters:
     skipped : int
         Reads and writes for which the cache store was left alone, because it kept failing or another
         process kept the lock of its index; and fills that were cut off with their event loop.
-    owed : int
-        Deletes that go on without their callers now.
     """
 
     def __init__(self) -> None:
@@ -36,18 +34,14 @@ class Counters:
         self.damaged = 0
         self.skipped = 0
         self.stale = 0
-        self.owed = 0
         # `+=` alone loses some without the GIL. Reentrant: inside it the garbage collector may end a read.
         self._lock = threading.RLock()
 
-    def count(
-        self, what: Literal["bypassed", "damaged", "skipped", "stale", "owed"], by: int = 1
-    ) -> None:
+    def count(self, what: Literal["bypassed", "damaged", "skipped", "stale"], by: int = 1) -> None:
         """Count one more, or so many."""
         with self._lock:
             setattr(self, what, getattr(self, what) + by)
 
     def after_fork(self) -> None:
-        """Start with a lock of our own. What goes on does so in the parent."""
+        """Start with a lock of our own."""
         self._lock = threading.RLock()
-        self.owed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import stat
@@ -15,11 +16,13 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from directories import INDEX, closed, complete, open_store, reads, sizes_in, tree
+from interrupting import Interrupter
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import backend
 from zcache._protocol import listing
-from zcache.testing import FakeClock, StoreDouble, check_invariants_async, entries
+from zcache._runtime.coroutines import run_without_loop
+from zcache.testing import FakeClock, StoreDouble, check_invariants, check_invariants_async, entries
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -246,11 +249,39 @@ async def test_delete_that_a_cancelled_reader_leaves_is_counted_once(
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    owed = store._cache.backend.counters.owed
+    assert [entry.state for entry in entries(store)] == ["deleting"]
     go.set()
+    await until(lambda: [entry.state for entry in entries(store)] != ["deleting"])
     await drained(store)
-    await until(lambda: store._cache.backend.counters.owed == 0)
-    assert owed == 1
+
+
+def test_delete_that_is_interrupted_anywhere_gives_its_room_back(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path)
+    io, shared = store._sync_io, store._cache.shared
+    for at in itertools.count():
+        store.set_sync("a", buf(bytes(60)))
+        assert store.drain_sync(timeout=60)
+        remove = store._cache.backend.remove(io, shared.handle.index.drain_prefix("a"))
+        # Not before it has taken note of them.
+        is_interrupted = Interrupter(at + 6).run(partial(run_without_loop, remove))
+        # What was left is tried again.
+        asyncio.run(store.clear_cache())
+        asyncio.run(until(lambda: not entries(store)))
+        if not is_interrupted:
+            break
+    assert at > 50
+    check_invariants(store)
+
+
+async def test_deletes_that_nothing_answers_are_left_once_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = open_store(tmp_path)
+    await write(store, "a", bytes(60))
+    monkeypatch.setattr(backend, "MOST_BEHIND", 0)
+    await store.delete("a")
+    monkeypatch.undo()
+    assert [entry.state for entry in entries(store)] == ["delete-failed"]
 
 
 def _is_cached_again(store: CacheStore, key: str) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
 import os
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from zcache._backends.access import Access
 from zcache._backends.base import DELETE_TIMEOUT, READ_TIMEOUT, Backend, read_timeout
@@ -42,9 +40,10 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("zcache")
+T = TypeVar("T")
 
-MOST_OWED: Final = 1000
-"""Deletes that go on without their callers, of each store; more are left to later ones."""
+MOST_BEHIND: Final = 1000
+"""Deletes of a place that wait for a thread without their callers; more are left to later ones."""
 _QUIET: Final = 60.0
 """Seconds in which it is said once that others may not see a write."""
 
@@ -108,43 +107,36 @@ class DirectoryBackend(Backend):
         return None if self._page_cache is None else await self._page_cache.turn(size)
 
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
-        handle = self.shared.handle
-        if self._directory.layout.access is Access.READS:
-            # They stay, and this process serves them no more.
-            self.remove_later(victims)
-            return
-        if self.counters.owed >= MOST_OWED:
-            self.remove_later(victims)
-            return
-        work = partial(self._remove_in_thread, victims)
-        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
+        # Who takes them sees to them, and no other.
+        left = [victims]
         try:
-            outcome = await io.in_thread(work, partial(self._removed_late, victims), timeout)
+            await self._remove(io, left)
+        except BaseException:
+            # Its caller was cancelled or interrupted; what has begun goes on.
+            for one in _taken(left):
+                self.remove_later(one)
+            raise
+
+    async def _remove(self, io: IO, left: list[Sequence[Victim]]) -> None:
+        # In a directory that is only read from they stay, and this process serves them no more.
+        reads = self._directory.layout.access is Access.READS
+        if reads or self.shared.threads.are_behind(MOST_BEHIND):
+            self.remove_later(left.pop())
+            return
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
+
+        def work() -> None:
+            for victims in _taken(left):
+                self._remove_and_tell(victims)
+
+        try:
+            await io.in_thread(work, ignore, timeout)
         except NoAnswerError as error:
             # What is being deleted stays counted until that has ended.
             self._unanswered(error, timeout)
-            return
         except NoThreadError:
             # Here, then: a file that stays is one that others may be served.
-            outcome = work()
-        except Exception as error:  # noqa: BLE001 - the user did not ask for it
-            outcome = [_as_os_error(error)] * len(victims)
-        except BaseException:
-            # Its caller was cancelled, and it goes on.
-            self.counters.count("owed")
-            raise
-        dropped, failed = self.sort(victims, outcome)
-        if failed:
-            names = _names(victims, failed)
-            with contextlib.suppress(TimeoutError, NoThreadError):
-                await io.in_thread(
-                    lambda: self._add_tombstones(names),
-                    ignore,
-                    timeout=DELETE_TIMEOUT,
-                )
-        then = self._directory.note_deletes
-        with contextlib.suppress(IndexLockTimeout):  # It hears of it later.
-            then(await handle.call_shielded(io, then, Index.confirm_deletes, dropped, failed))
+            work()
 
     @property
     def tells_by_name(self) -> bool:
@@ -219,29 +211,22 @@ class DirectoryBackend(Backend):
 
     async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
         """Remove files by their names, and wait for that as long as they are removed."""
-        if self.counters.owed >= MOST_OWED:
+        if self.shared.threads.are_behind(MOST_BEHIND):
             return
         timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
         try:
-            await io.in_thread(work, self._ended_late, timeout, self._progress if timeout else None)
+            await io.in_thread(work, ignore, timeout, self._progress if timeout else None)
         except NoThreadError:
             work()
         except NoAnswerError as error:
             self._unanswered(error, timeout)
         except OSError as error:
             self.breaker.failed(error, "delete")
-        except BaseException:
-            self.counters.count("owed")
-            raise
 
     def _unanswered(self, error: Exception, timeout: float) -> None:
-        self.counters.count("owed")
         # One that was not waited for may be answered yet.
         if timeout:
             self.breaker.failed(error, "delete")
-
-    def _ended_late(self, _: object) -> None:
-        self.counters.count("owed", -1)
 
     def _tell_and_remove(
         self, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
@@ -294,6 +279,24 @@ class DirectoryBackend(Backend):
             "processes that use the cache directory %s may not see a write: %r", self._root, error
         )
 
+    def _remove_and_tell(self, victims: Sequence[Victim]) -> None:
+        """Delete the bytes of victims; the index hears of it whatever has become of the caller."""
+        try:
+            outcome = self._remove_in_thread(victims)
+        except Exception as error:  # noqa: BLE001 - the user did not ask for it
+            outcome = [_as_os_error(error)] * len(victims)
+        except BaseException:
+            # An interrupt, where there was no thread.
+            self.remove_later(victims)
+            raise
+        dropped, failed = self.sort(victims, outcome)
+        try:
+            if failed:
+                self._add_tombstones(_names(victims, failed))
+        finally:
+            then = self._directory.note_deletes
+            self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
+
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         names = [name for _, name in victims]
         with counted(self.shared.handle):
@@ -320,19 +323,6 @@ class DirectoryBackend(Backend):
     def _add_tombstones(self, names: Sequence[str]) -> None:
         with counted(self.shared.handle):
             self._directory.scanner.add_tombstones(names)
-
-    def _removed_late(
-        self, victims: Sequence[Victim], outcome: list[OSError | None] | BaseException
-    ) -> None:
-        self.counters.count("owed", -1)
-        if isinstance(outcome, BaseException):
-            self.remove_later(victims)
-            return
-        dropped, failed = self.sort(victims, outcome)
-        if failed:
-            self._add_tombstones(_names(victims, failed))
-        then = self._directory.note_deletes
-        self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
 
     async def remove_unlisted(self, io: IO, prefix: str, *, begins: bool | None = None) -> None:
         if begins is not None:
@@ -374,6 +364,14 @@ def _intact_size(path: str) -> int | None:
     except OSError:
         return None
     return size if recorded is not None and recorded[0] == size else None
+
+
+def _taken(left: list[T]) -> list[T]:
+    """What is left, unless another one has it."""
+    try:
+        return [left.pop()]
+    except IndexError:
+        return []
 
 
 def _as_os_error(error: Exception) -> OSError:
