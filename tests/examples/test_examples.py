@@ -126,7 +126,7 @@ def test_pytorch_loader_workers_fill_one_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("example", ["workers.py", "pytorch_loader.py"])
+@pytest.mark.parametrize("example", ["workers.py", "pytorch_epochs.py"])
 def test_epochs_adaptive_serves_about_what_fits(example: str, tmp_path: Path) -> None:
     # Beside zcache nothing is installed as a rule.
     (tmp_path / "pytest.py").write_text("raise ImportError('pytest is not installed')")
