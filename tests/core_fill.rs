@@ -344,6 +344,71 @@ fn fill_with_file_in_the_way_fails_and_leaves_it() {
 }
 
 #[test]
+fn fill_with_values_in_the_way_replaces_them_once_they_are_outdated() {
+    for (n, (old, new)) in [
+        // Chunks of an array that has another number of dimensions now, and an array in place of a group.
+        (vec!["a/c/0/0", "a/c/0/1"], "a/c/0"),
+        (vec!["a/c/0"], "a/c/0/0/0"),
+        (vec!["a/b/zarr.json", "a/b/c/0"], "a"),
+        (vec!["a"], "a/b/zarr.json"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let dir = Dir::new(&format!("outdated-{n}"));
+        for key in &old {
+            filled(&dir.fill(key, 10));
+        }
+        rejected(&dir.fill(new, 10), "path conflict");
+        assert_eq!(dir.size(), 10 * old.len() as u64, "what is fresh stays");
+        let fresh = Freshness {
+            now: NOW,
+            max_age: Some(0),
+        };
+        let ticket = dir.step(|index| index.join_fresh(new, fresh));
+        let report = dir.result(dir.submit(new, ticket, data(20), 0));
+        filled(&report);
+        assert_eq!(report.deleted, old.len() as u64);
+        assert_eq!(
+            dir.step(|index| index.entries()),
+            [(new.to_owned(), 20, State::Live)]
+        );
+        dir.check();
+    }
+}
+
+#[test]
+fn fill_with_values_of_others_in_the_way_removes_its_own_and_no_others() {
+    let dir = Dir::new("mixed");
+    filled(&dir.fill("a/c/0/0", 10));
+    fs::write(dir.at("a/c/0/theirs"), "theirs").unwrap();
+    let fresh = Freshness {
+        now: NOW,
+        max_age: Some(0),
+    };
+    let ticket = dir.step(|index| index.join_fresh("a/c/0", fresh));
+    let report = dir.result(dir.submit("a/c/0", ticket, data(10), 0));
+    assert!(matches!(report.ending, Ending::Failed(_)), "{report:?}");
+    assert_eq!(fs::read(dir.at("a/c/0/theirs")).unwrap(), b"theirs");
+    assert_eq!(dir.size(), 0);
+    dir.check();
+}
+
+#[test]
+fn fill_over_a_folder_with_a_value_that_is_not_listed_reports_it() {
+    let dir = Dir::new("unlisted-below");
+    filled(&dir.fill("a", 10));
+    let time = fs::metadata(dir.at("a")).unwrap().modified().unwrap();
+    fs::create_dir_all(dir.at("b/c/0")).unwrap();
+    fs::copy(dir.at("a"), dir.at("b/c/0/0")).unwrap();
+    let copy = File::options().write(true).open(dir.at("b/c/0/0")).unwrap();
+    copy.set_modified(time).unwrap();
+    let report = dir.fill("b/c/0", 10);
+    assert!(matches!(report.ending, Ending::Unlisted), "{report:?}");
+    dir.check();
+}
+
+#[test]
 fn fill_over_a_valid_value_of_ours_reports_that_it_was_unlisted() {
     let dir = Dir::new("unknown");
     filled(&dir.fill("a", 10));

@@ -45,7 +45,8 @@ pub enum RejectReason {
     Busy,
     /// Not enough bytes can be freed.
     NoSpace,
-    /// The key is a directory of other keys, or lies below a key: a file system cannot hold both.
+    /// The key is a directory of other keys, or lies below a key, and these are not outdated: a file system cannot
+    /// hold both.
     PathConflict,
     /// The index cannot grow.
     IndexFull,
@@ -132,7 +133,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 }
             };
         }
-        if self.conflicts(key, range)? {
+        if self.in_the_way(key, range, ticket, now)?.is_none() {
             return Ok(self.rejected(RejectReason::PathConflict));
         }
         let candidate = Candidate {
@@ -260,7 +261,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let crowded = reservation.cost == 0 && self.arena.header().entries >= bound;
         let missing = self.reserve_bytes(reservation, bound.saturating_sub(taken));
         if missing == 0 && !crowded && replaced.is_none() {
-            return self.grant(id, reservation);
+            return self.grant(id, reservation, now);
         }
         // The bound may have become smaller than what is taken.
         let excess = self.excess()?;
@@ -373,18 +374,25 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// Turns reserved bytes into an entry that is being written.
-    fn grant(&mut self, id: u64, reservation: &mut Reservation) -> Result<Reserve> {
+    /// Turns reserved bytes into an entry that is being written, once what is in its way is deleted.
+    fn grant(&mut self, id: u64, reservation: &mut Reservation, now: u64) -> Result<Reserve> {
         if !self.is_valid(reservation) {
             return Ok(self.reject(reservation, RejectReason::Invalidated));
         }
         let (key, range) = (Arc::clone(&reservation.key), reservation.range);
-        if self.conflicts(&key, range)? {
-            let reason = match self.arena.find(&key, range)? {
-                Some(_) => RejectReason::Busy,
-                None => RejectReason::PathConflict,
-            };
-            return Ok(self.reject(reservation, reason));
+        match self.in_the_way(&key, range, reservation.ticket, now)? {
+            Some(cells) if cells.is_empty() => {}
+            Some(cells) if reservation.failures == 0 => {
+                let victims = self.drop_all(&cells)?;
+                return Ok(Self::await_evictions(id, reservation, victims));
+            }
+            _ => {
+                let reason = match self.arena.find(&key, range)? {
+                    Some(_) => RejectReason::Busy,
+                    None => RejectReason::PathConflict,
+                };
+                return Ok(self.reject(reservation, reason));
+            }
         }
         let segment = match self.segment_for(reservation) {
             Err(error) if !error.is_fatal() => {
@@ -434,29 +442,69 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Tally::add(&self.tally.rejections, count);
     }
 
-    /// Whether a file system could not hold this key beside those that are cached.
+    /// Entries beside which a file system could not hold this key, up to a batch: the source has another value in their
+    /// place. `None` where one of them is not outdated.
+    ///
+    /// A chunk above other chunks of its array is not noticed here, for that would mean to visit the whole array; see
+    /// [`Cache::drop_below`].
     #[inline]
-    fn conflicts(&self, key: &str, range: ByteRange) -> Result<bool> {
+    fn in_the_way(
+        &self,
+        key: &str,
+        range: ByteRange,
+        ticket: Ticket,
+        now: u64,
+    ) -> Result<Option<Vec<u32>>> {
         if self.limits.flat_namespace || range != ByteRange::Full {
-            return Ok(false);
+            return Ok(Some(Vec::new()));
         }
-        self.conflicts_in_files(key)
+        let cells = self.in_the_way_of_file(key)?;
+        self.if_outdated(cells, key, ticket, now)
     }
 
-    fn conflicts_in_files(&self, key: &str) -> Result<bool> {
+    fn in_the_way_of_file(&self, key: &str) -> Result<Vec<u32>> {
+        let mut cells = Vec::new();
         if let Some(dir) = self.arena.find_dir(&format!("{key}/"))?
             && dir != ROOT
-            && !self.arena.entries_below(dir, 1, is_value)?.is_empty()
         {
-            return Ok(true);
+            cells = self.arena.entries_below(dir, BATCH, is_value)?;
         }
         for (slash, _) in key.match_indices('/') {
             let above = key.get(..slash).unwrap_or("");
-            if self.arena.find(above, ByteRange::Full)?.is_some() {
-                return Ok(true);
+            cells.extend(self.arena.find(above, ByteRange::Full)?);
+        }
+        Ok(cells)
+    }
+
+    /// The same entries if all of them are outdated for the reader of this flight.
+    fn if_outdated(
+        &self,
+        cells: Vec<u32>,
+        key: &str,
+        ticket: Ticket,
+        now: u64,
+    ) -> Result<Option<Vec<u32>>> {
+        for &i in &cells {
+            if !self.is_outdated(Some(i), key, ticket, now)? {
+                return Ok(None);
             }
         }
-        Ok(false)
+        Ok(Some(cells))
+    }
+
+    /// Drops the entries of keys below that of a reservation, in a folder where it needs a file. `None` where one of them
+    /// is not outdated: then all stay.
+    pub fn drop_below(&mut self, id: u64, below: &[&str], now: u64) -> Result<Option<Vec<Victim>>> {
+        let Some(reservation) = self.reservations.get(&id) else {
+            return Ok(None);
+        };
+        let (key, ticket) = (Arc::clone(&reservation.key), reservation.ticket);
+        let mut cells = Vec::new();
+        for below in below {
+            cells.extend(self.arena.find(below, ByteRange::Full)?);
+        }
+        let cells = self.if_outdated(cells, &key, ticket, now)?;
+        cells.map(|cells| self.drop_all(&cells)).transpose()
     }
 }
 

@@ -12,7 +12,6 @@
 //! flight is closed. Where the index is busy, that is left as deferred updates, which any thread can apply later.
 
 use std::io;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,10 +19,9 @@ use super::cache_dir::{CacheDir, Leftover};
 use super::deferred::{Deferred, POISONED, apply_all, step};
 use super::fill::{Ending, Fill, Report};
 use super::marks::has_neighbours;
-use super::value_file::{WriteError, discard};
-use super::values::{NewValue, Written};
+use super::values::Written;
 use crate::cache::{Cache, ClosedFlight, Peers, Placed, RejectReason, Reserve, Victim};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::policy::Eviction;
 use crate::shared::{Locked, StepError};
 
@@ -38,7 +36,6 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) const SINCE_EMPTIED: &str = "the index was emptied meanwhile";
 pub(super) const NEIGHBOURS: &str = "others share an index that this process does not use";
-const UNPLACED: Error = Error::Corrupt("a value of a pool without a place");
 const PANICKED: &str = "a fill has panicked";
 
 /// What the index says of one fill, and where that writes its bytes, in a pool.
@@ -245,7 +242,7 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         self.deferred.push(Deferred::Rejected(1));
     }
 
-    fn end_one(&mut self, number: usize, ending: Ending) {
+    pub(super) fn end_one(&mut self, number: usize, ending: Ending) {
         if let Some(one) = self.progress.get_mut(number) {
             one.ending = Some(ending);
         }
@@ -316,24 +313,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
         waiting
     }
 
-    /// Removes what is left of a value under its unfinished name; where that fails, its room stays taken.
-    fn discard(&mut self, number: usize, value: &NewValue<'_>) {
-        if value.placed.is_some() {
-            return;
-        }
-        if let Err(error) = discard(value.root, &value.unfinished)
-            && let Some(one) = self.progress.get_mut(number)
-            && let Some(reservation) = one.reservation.take()
-        {
-            self.delete_errors.push(error);
-            self.dir.note_left(Leftover {
-                unfinished: value.unfinished.clone(),
-                reservation,
-                gone: one.gone,
-            });
-        }
-    }
-
     /// Gives back the room of unfinished files that can be removed by now.
     fn remove_left(&mut self) {
         for Leftover {
@@ -345,53 +324,6 @@ impl<'a, T: Clone, D: AsRef<[u8]>> Batch<'a, T, D> {
             self.deferred.push(Deferred::Release { id, gone });
         }
         self.apply_deferred();
-    }
-
-    /// Writes the values; their numbers, and the names of those that are written.
-    fn write(&mut self, slot: Option<usize>) -> Vec<NewlyWritten> {
-        let mut numbers = Vec::with_capacity(self.fills.len());
-        let mut names = Vec::with_capacity(self.fills.len());
-        for (number, (one, fill)) in self.progress.iter().zip(self.fills).enumerate() {
-            if one.is_under_way() {
-                numbers.push((number, one.placed, fill));
-                names.push(fill.range.cache_key(&fill.key));
-            }
-        }
-        let values: Vec<NewValue<'_>> = (numbers.iter().zip(&names))
-            .map(|(&(_, placed, fill), name)| NewValue {
-                root: &self.dir.root,
-                name,
-                data: fill.data.as_ref(),
-                fetched: fill.fetched,
-                unfinished: match placed {
-                    Some(_) => PathBuf::new(),
-                    None => self.dir.unfinished(slot),
-                },
-                source: self.dir.source,
-                placed,
-            })
-            .collect();
-        let outcome = self.dir.values.write(&values);
-        self.count_folders();
-        let mut written = Vec::with_capacity(numbers.len());
-        for ((&(number, ..), value), made) in numbers.iter().zip(&values).zip(outcome) {
-            match made {
-                Ok(made) => written.push((number, value.name.to_owned(), made)),
-                Err(error) => {
-                    let ending = match error {
-                        WriteError::Unlisted => Ending::Unlisted,
-                        WriteError::Unplaced => Ending::Corrupt(UNPLACED),
-                        WriteError::Io(error) => Ending::Failed(error),
-                    };
-                    let cleared = self.dir.values.clear(value);
-                    self.note_removed(number, value.name, value.placed, cleared);
-                    self.discard(number, value);
-                    self.end_one(number, ending);
-                }
-            }
-        }
-        self.count_folders();
-        written
     }
 }
 

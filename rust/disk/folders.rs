@@ -8,14 +8,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, Stat, fstat, mkdirat, unlinkat};
 use rustix::io::Errno;
 
-use super::below::{At, FOLDER, Place, Root, names_in, open_in};
+use super::below::{At, FOLDER, Place, Root, names_in, open_folder, open_in};
 use crate::shared::make_folder_in;
 
 /// Time between two looks whether another thread has changed its folder: about as long as that takes.
@@ -186,6 +186,20 @@ pub(super) fn remove_empty_at(at: At<'_>) -> bool {
 #[must_use]
 pub fn remove_empty(root: &Path, name: &Path) -> bool {
     Place::find(root, name).is_ok_and(|place| remove_empty_at(place.at()))
+}
+
+/// Names of the files below the folder of this name in a cache directory, up to so many; none where there is no folder.
+pub(super) fn files_below(root: &Path, name: &Path, limit: usize) -> Vec<PathBuf> {
+    let (mut found, mut left) = (Vec::new(), vec![name.to_owned()]);
+    while let Some(path) = left.pop() {
+        match open_folder(root, &path).and_then(|folder| Ok(names_in(folder)?)) {
+            Ok(names) => left.extend(names.iter().map(|name| path.join(name))),
+            // A file, or a folder that stays as it is.
+            Err(_) if path != name && found.len() < limit => found.push(path),
+            Err(_) => break,
+        }
+    }
+    found
 }
 
 /// Removes the folders above a name that are empty.

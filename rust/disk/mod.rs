@@ -17,5 +17,6 @@ pub mod residency;
 pub mod segments;
 pub mod value_file;
 mod values;
+mod write;
 
 pub use self::cache_dir::{CacheDir, Space, space};

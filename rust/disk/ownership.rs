@@ -10,7 +10,7 @@ use rustix::fs::{
     FileType, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, fsetxattr, fstat, futimens,
 };
 
-use super::below::{At, is, open_value};
+use super::below::{At, Place, is, open_value};
 use crate::checksum::Crc32c;
 
 /// Nanoseconds below the millisecond of the modification time of each file that zcache wrote.
@@ -168,6 +168,11 @@ pub fn owner<'a>(file: impl Into<At<'a>>) -> rustix::io::Result<Owner> {
             _ => Owner::Foreign,
         },
     })
+}
+
+/// Whether there is a valid value of ours of this name in a cache directory.
+pub(super) fn is_ours(root: &Path, name: &Path) -> bool {
+    Place::find(root, name).is_ok_and(|place| owner(place.at()) == Ok(Owner::Ours))
 }
 
 /// Whether a regular file has this size and this CRC32C.

@@ -354,12 +354,8 @@ impl Model {
         got: &Reserve,
     ) {
         let mut own = false;
-        let mut flights = self.flights.iter();
-        let flight = flights.find(|f| f.ticket == ticket && f.name.0 == name.0);
-        let max_age = flight.and_then(|f| f.max_age);
-        let outdated = self.entries.get(name).is_some_and(|e| {
-            e.state == State::DeleteFailed || e.state == State::Live && is_older(e, now, max_age)
-        });
+        let max_age = self.max_age(&name.0, ticket);
+        let outdated = self.is_outdated(name, now, max_age);
         let (dirs, tail) = key::split(&name.0);
         let too_long = |part: &str| part.len() > 255;
         let cache_key = name.1.cache_key(&name.0);
@@ -378,7 +374,9 @@ impl Model {
                 Some((State::Writing | State::Deleting, _)) => Some(RejectReason::Busy),
                 held => {
                     own = held.is_some();
-                    self.conflicts(name).then_some(RejectReason::PathConflict)
+                    let mut others = self.in_the_way(name).into_iter();
+                    let blocks = |other: Name| !self.is_outdated(&other, now, max_age);
+                    (others.any(blocks)).then_some(RejectReason::PathConflict)
                 }
             }
         };
@@ -461,12 +459,16 @@ impl Model {
         }
         // As many entries as the bound has bytes.
         let crowded = size == 0 && self.entries.len() as u64 >= self.limits.max_size;
+        let out_of_room = lacking > 0 || own || crowded;
+        let in_the_way = self.in_the_way(&name);
+        let max_age = self.max_age(&name.0, ticket);
+        let all_outdated = (in_the_way.iter()).all(|other| self.is_outdated(other, now, max_age));
         let reason = match got {
             Reserve::Granted(granted) => {
                 assert_eq!((*granted, lacking, own, crowded), (id, 0, false, false));
                 assert!(self.valid(&name.0, ticket), "granted to an invalid ticket");
                 assert!(!self.entries.contains_key(&name), "two entries of one name");
-                assert!(!self.conflicts(&name));
+                assert!(in_the_way.is_empty());
                 let reservation = self.reservations.get_mut(&id).expect("open");
                 (reservation.granted, reservation.reserved) = (true, 0);
                 self.serials += 1;
@@ -480,13 +482,23 @@ impl Model {
                 self.entries.insert(name, entry);
                 return;
             }
+            Reserve::NeedsEviction(same, victims) if !out_of_room => {
+                assert_eq!(*same, id);
+                assert!(self.valid(&name.0, ticket) && all_outdated && failures == 0);
+                let victims: Vec<Name> = victims.iter().map(|v| self.name_of(v)).collect();
+                assert!(!victims.is_empty());
+                assert_eq!(in_the_way, victims.iter().cloned().collect());
+                for victim in victims {
+                    self.take(&victim);
+                }
+                return;
+            }
             Reserve::NeedsEviction(same, victims) => {
                 assert_eq!(*same, id);
                 return self.evicted(id, own, lacking, crowded, now, victims);
             }
             Reserve::Rejected(reason) => *reason,
         };
-        let out_of_room = lacking > 0 || own || crowded;
         match reason {
             RejectReason::NoSpace => {
                 let hopeless = u128::from(lacking) > self.used_bytes();
@@ -496,7 +508,10 @@ impl Model {
             }
             RejectReason::Invalidated => assert!(!out_of_room && !self.valid(&name.0, ticket)),
             RejectReason::Busy => assert!(!out_of_room && self.entries.contains_key(&name)),
-            RejectReason::PathConflict => assert!(!out_of_room && self.conflicts(&name)),
+            RejectReason::PathConflict => {
+                assert!(!out_of_room && !in_the_way.is_empty());
+                assert!(!all_outdated || failures > 0);
+            }
             RejectReason::TooLarge
             | RejectReason::KeyTooLong
             | RejectReason::AlreadyCached
@@ -664,15 +679,31 @@ impl Model {
 
     /// A file system holds no file where it holds a directory. A chunk above other chunks of its
     /// array is not noticed: that would mean visiting the whole array.
-    fn conflicts(&self, (key, range): &Name) -> bool {
+    fn in_the_way(&self, (key, range): &Name) -> BTreeSet<Name> {
         if self.limits.flat_namespace || *range != ByteRange::Full {
-            return false;
+            return BTreeSet::new();
         }
         let below = format!("{key}/");
-        self.entries.keys().any(|(other, other_span)| {
+        let is_there = |(other, other_span): &&Name| {
             *other_span == ByteRange::Full
                 && (key.starts_with(&format!("{other}/"))
                     || key::split(other).0.starts_with(&below))
+        };
+        self.entries.keys().filter(is_there).cloned().collect()
+    }
+
+    /// The age by which the reader of a flight has found nothing.
+    fn max_age(&self, key: &str, ticket: u64) -> Option<u64> {
+        let mut flights = self.flights.iter();
+        flights
+            .find(|f| f.ticket == ticket && f.name.0 == key)?
+            .max_age
+    }
+
+    /// Whether an entry exists that such a reader cannot use, and that nothing is done with.
+    fn is_outdated(&self, name: &Name, now: u64, max_age: Option<u64>) -> bool {
+        self.entries.get(name).is_some_and(|e| {
+            e.state == State::DeleteFailed || e.state == State::Live && is_older(e, now, max_age)
         })
     }
 

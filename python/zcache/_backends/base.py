@@ -104,9 +104,11 @@ class Ended:
         Whether the value is in the cache store.
     corrupt : bool
         Whether the cache store holds what the index does not know.
+    reason : str or None
+        Why the index has left the value uncached, if it has.
     """
 
-    __slots__ = ("corrupt", "failures", "job", "written")
+    __slots__ = ("corrupt", "failures", "job", "reason", "written")
 
     def __init__(
         self,
@@ -115,8 +117,10 @@ class Ended:
         written: bool = False,
         corrupt: bool = False,
         failures: Sequence[tuple[Exception, Operation]] = (),
+        reason: str | None = None,
     ) -> None:
         self.job = job
+        self.reason = reason
         self.written = written
         self.corrupt = corrupt
         self.failures = failures

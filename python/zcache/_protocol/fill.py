@@ -41,6 +41,8 @@ CLOSE_TIMEOUT: Final = 5.0
 """Seconds that `close`, the end of a `with` block and the end of the process wait at most."""
 
 
+PATH_CONFLICT: Final = "path conflict"
+"""Reason of the core for a value that a file system cannot hold beside others."""
 KEY_PAUSE: Final = 1.0
 """Seconds for which a value is not tried again that the cache store cannot hold, ..."""
 LONGEST_KEY_PAUSE: Final = 60.0
@@ -109,6 +111,7 @@ class FillQueue:
         self._submitted = 0
         # The queue was full and nothing moved: no other reader waits until something does.
         self._stalled = False
+        self._has_met_conflict = False
         # Guards the counts. Reentrant: inside it the garbage collector may end a reader.
         self._lock = threading.RLock()
 
@@ -227,6 +230,15 @@ class FillQueue:
             self.breaker.succeeded("write")
         if ended.corrupt:
             self._handle.mark_corrupt()
+        if ended.reason == PATH_CONFLICT and not self._has_met_conflict:
+            self._has_met_conflict = True
+            logger.warning(
+                "the cache store %s holds values above or below the key %r, and cannot hold both: a file system has no "
+                "file where it has a folder. This value, and others like it, stay uncached until those are older than "
+                "their max_age_seconds, or evicted. If the source has them no more, call invalidate() with their prefix.",
+                self._handle.name,
+                ended.job.key,
+            )
 
     def _forget(self, job: FillJob) -> None:
         with self._lock:

@@ -13,8 +13,8 @@ from zarr.storage import LocalStore, MemoryStore
 
 from directories import closed
 from support import buf, read
-from zcache import CacheStore
-from zcache.testing import StoreDouble, check_invariants_async, stored_sizes
+from zcache import CachePool, CacheStore
+from zcache.testing import FakeClock, StoreDouble, check_invariants_async, stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,6 +125,91 @@ async def test_overwritten_with_fewer_dimensions_is_cached_again(tmp_path: Path)
     await store.set("lat/c/0/0", buf(b"two"))
     assert store.drain_sync()
     assert stored_sizes(store) == {"lat/c/0/0": 3}
+
+
+# What was cached of an array or a group, and a key that no file system can hold beside it.
+REPLACED = [
+    (["lat/c/0/0", "lat/c/0/1"], "lat/c/0"),
+    (["lat/c/0"], "lat/c/0/1"),
+    (["lat/c/0"], "lat/c/0/1/2/3"),
+    (["a/b/zarr.json", "a/b/c/0"], "a"),
+    (["a"], "a/zarr.json"),
+]
+
+
+@pytest.mark.parametrize("is_opened_again", [False, True])
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+async def test_overwritten_by_others_is_cached_again_where_the_old_values_are_outdated(
+    old: list[str],
+    new: str,
+    is_opened_again: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner, clock = MemoryStore({key: buf(b"old") for key in old}), FakeClock()
+    source = StoreDouble(inner)
+    store = open_store(tmp_path, source, max_age_seconds=60, clock=clock)
+    for key in old:
+        await filled(store, key)
+    inner._store_dict.clear()
+    inner._store_dict[new] = buf(b"new")
+    for _ in range(2):
+        await filled(store, new)
+    assert set(stored_sizes(store)) == set(old), "what is fresh stays"
+    refused = [r.getMessage() for r in caplog.records if "cannot hold both" in r.getMessage()]
+    assert len(refused) == 1
+    assert repr(new) in refused[0]
+    if is_opened_again:
+        del store
+        await closed(tmp_path, ".")
+        store = open_store(tmp_path, source, max_age_seconds=60, clock=clock)
+    clock.advance(61)
+    await filled(store, new)
+    assert stored_sizes(store) == {new: 3}
+    before = source.calls["get"]
+    assert await read(store, new) == b"new"
+    assert source.calls["get"] == before
+    assert store.cache_stats()["cache_failures"] == 0
+    await check_invariants_async(store)
+
+
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+async def test_source_that_holds_both_keeps_the_fresh_value_cached(
+    old: list[str], new: str, tmp_path: Path
+) -> None:
+    source = MemoryStore({key: buf(b"value") for key in (*old, new)})
+    clock = FakeClock()
+    store = open_store(tmp_path, source, max_age_seconds=60, clock=clock)
+    for key in (*old, new) * 3:
+        clock.advance(1)
+        assert await read(store, key) == b"value"
+        assert store.drain_sync()
+        assert new not in stored_sizes(store)
+    assert set(stored_sizes(store)) == set(old)
+    await check_invariants_async(store)
+
+
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+async def test_pool_holds_both(old: list[str], new: str, tmp_path: Path) -> None:
+    source = MemoryStore({key: buf(b"value") for key in (*old, new)})
+    pool = CachePool(tmp_path, max_size="1MB")
+    with CacheStore(source, cache_store=pool, source_id="source") as store:
+        for key in (*old, new):
+            await filled(store, key)
+        assert all(store.is_cached(key) for key in (*old, new))
+
+
+async def test_outdated_values_in_the_way_go_and_a_file_of_others_stays(tmp_path: Path) -> None:
+    inner, clock = MemoryStore({"lat/c/0/0": buf(b"old")}), FakeClock()
+    store = open_store(tmp_path, inner, max_age_seconds=60, clock=clock)
+    await filled(store, "lat/c/0/0")
+    (tmp_path / "lat/c/0/theirs").write_text("theirs")
+    inner._store_dict["lat/c/0"] = buf(b"new")
+    clock.advance(61)
+    await filled(store, "lat/c/0")
+    assert stored_sizes(store) == {}
+    assert (tmp_path / "lat/c/0/theirs").read_text() == "theirs"
+    await check_invariants_async(store)
 
 
 async def test_folder_with_foreign_file_stays_and_disturbs_no_other_key(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ class DirectoryFiller:
             written=result.outcome == "filled",
             corrupt=result.outcome in corrupt,
             failures=failures,
+            reason=result.reason,
         )
 
     @property

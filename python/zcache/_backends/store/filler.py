@@ -262,6 +262,7 @@ class _Fill:
         self._failures: Failures = []
         self._reservation: Reservation | None = None
         self._checksum = 0
+        self._reason: str | None = None
         self.is_detached = False
         self._on_cut_off = on_cut_off
         # Whether it has lost its task, which would have ended the job.
@@ -276,7 +277,7 @@ class _Fill:
         finally:
             if not written and not self.is_detached:
                 self._close_flight()
-        return Ended(self._job, written=written, failures=self._failures)
+        return Ended(self._job, written=written, failures=self._failures, reason=self._reason)
 
     def _close_flight(self) -> None:
         job = self._job
@@ -318,6 +319,7 @@ class _Fill:
             answer = await self._step(
                 self._give_back, Index.advance, reservation, dropped, failed, now()
             )
+        self._reason = answer.reason
         await self._retry_deletes()
         return False
 
