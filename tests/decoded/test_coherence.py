@@ -349,6 +349,43 @@ def test_whole_shard_is_of_one_value_where_others_have_rewritten_it(
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize("size", [None, 0])
+def test_whole_shard_is_not_put_together_of_parts_that_were_decoded_apart(
+    clock: FakeClock, size: int | None
+) -> None:
+    source = MemoryStore()
+    others = create(source, shards=(16,))
+    others[:] = 1
+    store = CacheStore(source, max_age_seconds=60, max_size=size, clock=clock, decoded_size=100_000)
+    array = zarr.open_array(store, path="v")
+
+    def decode(part: slice) -> None:
+        # The second time its bytes are there, so it is kept.
+        for _ in range(2):
+            array[part]
+            drained_sync(store)
+
+    decode(slice(8))
+    others[:] = 2
+    clock.advance(1)
+    decode(slice(8, 16))
+    cache: Any = store._decoded
+    assert len(cache._values) == 4
+    hits = decoded(store, "hits")
+    assert array[:].tolist() == [2] * 16
+    assert decoded(store, "hits") == hits
+    # What is decoded together is served together; where some of it is gone, all of it is read at once.
+    drained_sync(store)
+    assert array[:].tolist() == [2] * 16
+    assert decoded(store, "hits") == hits + 4
+    cache._discard(*next(iter(cache._values.items())))
+    for _ in range(2):
+        assert array[:].tolist() == [2] * 16
+        drained_sync(store)
+    assert decoded(store, "hits") == hits + 8
+    check_decoded_quiet(store)
+
+
 @shards
 @pytest.mark.parametrize("age", ["infinity", 10])
 @pytest.mark.parametrize("now", [0.0, 1e-4, -5.0])
@@ -550,6 +587,100 @@ async def test_reader_of_a_whole_shard_that_expires_takes_no_part_of_it_from_ano
     gate.release()
     assert (await leader).tolist() == [0, 1, 2, 3]
     check_decoded_quiet(store)
+
+
+@pytest.fixture
+async def slow(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> Any:
+    """An array, the same for others, what begins a read of a part of its shard, and a gate at which that waits with its bytes."""
+    begun, gate = asyncio.Event(), asyncio.Event()
+    read = Together.read
+
+    async def read_slowly(self: Together, batch: Any, out: Any, drop_axes: Any = ()) -> Any:
+        batch = list(batch)
+        found = await read(self, batch, out, drop_axes)
+        if batch[0][2] != (slice(0, 16),):
+            begun.set()
+            await gate.wait()
+        return found
+
+    monkeypatch.setattr(Together, "read", read_slowly)
+    source = MemoryStore()
+    others: Any = await asyncio.to_thread(create, source, shards=(16,))
+    others = others._async_array
+    await others.setitem(slice(None), 1)
+    store = CacheStore(source, max_age_seconds=3600, clock=clock, decoded_size=100_000)
+    with zarr.config.set({"codec_pipeline.path": f"{Together.__module__}.Together"}):
+        array = await zarr.api.asynchronous.open_array(store=store, path="v")
+
+    async def begin(part: slice) -> asyncio.Task[Any]:
+        begun.clear()
+        task = asyncio.create_task(array.getitem(part))
+        await begun.wait()
+        await store.drain()
+        return task
+
+    return array, others, begin, gate
+
+
+@pytest.mark.usefixtures("patient")
+async def test_reader_of_a_whole_shard_takes_no_parts_that_are_decoded_apart(
+    slow: Any, clock: FakeClock
+) -> None:
+    array, others, begin, gate = slow
+    parts = [await begin(slice(8))]
+    await others.setitem(slice(None), 2)
+    clock.advance(1)
+    parts.append(await begin(slice(8, 16)))
+    whole = asyncio.create_task(array.getitem(slice(None)))
+    await until(lambda: decoded(array.store, "misses") == 8)
+    gate.set()
+    assert (await asyncio.wait_for(whole, 60)).tolist() == [2] * 16
+    assert [(await part).tolist() for part in parts] == [[1] * 8, [2] * 8]
+    check_decoded_quiet(array.store)
+
+
+async def test_whole_shard_has_no_part_that_was_decoded_while_it_was_fetched(
+    slow: Any, clock: FakeClock
+) -> None:
+    array, others, begin, gate = slow
+    part = await begin(slice(4))
+    await others.setitem(slice(None), 2)
+    clock.advance(1)
+    for n in range(4):
+        assert (await array.getitem(slice(None))).tolist() == [2] * 16
+        await array.store.drain()
+        clock.advance(1)
+        if n == 1:
+            gate.set()
+            assert (await part).tolist() == [1] * 4
+    check_decoded_quiet(array.store)
+
+
+def test_whole_shard_is_of_one_value_where_its_bytes_are_evicted_as_it_is_read(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they were all cached when it began does not help: what is not decoded yet would be read anew."""
+    source = MemoryStore()
+    others = create(source, shards=(16,))
+    others[:] = 1
+    store = CacheStore(source, max_age_seconds=60, clock=clock, decoded_size=100_000)
+    with zarr.config.set({"codec_pipeline.path": f"{Together.__module__}.Together"}):
+        array = zarr.open_array(store, path="v")
+    sync(store.get("v/c/0", _PROTOTYPE))
+    drained_sync(store)
+    assert array[0] == 1
+    others[:] = 2
+    clock.advance(1)
+    read = Together.read
+
+    async def read_late(self: Together, *args: Any, **more: Any) -> Any:
+        index = store._cache.shared.handle.index
+        if (entry := index.handle_of("v/c/0", None, None, 0.0)) is not None:
+            index.discard(entry)
+        return await read(self, *args, **more)
+
+    monkeypatch.setattr(Together, "read", read_late)
+    assert array[:].tolist() == [2] * 16
 
 
 async def test_reader_in_another_loop_waits_and_goes_on_if_the_leader_is_cancelled() -> None:

@@ -86,15 +86,9 @@ class Origins:
             origin.touched = now
         return is_current
 
-    def is_one_value(self, key: str, now: float) -> bool:
-        """Whether all that is read of a key now is of one value: for ever the same one, or cached as a whole."""
-        age = self._age_of(key)
-        if age is None:
-            return True
-        try:
-            return self._index.peek(key, None, now, age) is not None
-        except RETRYABLE:
-            return False
+    def expire(self, key: str) -> bool:
+        """Whether values of a key do; else it has one, for ever."""
+        return self._age_of(key) is not None
 
     def is_on_its_way(self, origin: Origin) -> bool:
         """Whether bytes are being read from the source that may come from there."""

@@ -13,7 +13,7 @@ from zcache._decoded.chunk import Decodings
 from zcache._decoded.layout import boxes_of, is_basic, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from zcache._decoded.cache import DecodedCache
     from zcache._decoded.chunk import Decoding, Kept
@@ -154,14 +154,15 @@ class ShardPart(Part):
         for n, kept in hit:
             hits.append(kept)
             found.append(n)
-            self.place(coords[n], kept.array)
-        if found and len(found) < len(names) and self._is_read_whole(len(names)):
+        if found and not self._is_one_value(hits[pinned:], len(names)):
             useless = hits[pinned:]
             del hits[pinned:]
             cache.room.unpin(*useless)
             for n, kept in zip(found, useless, strict=True):
                 cache.drop(names[n], kept)
             found = []
+        for n, kept in zip(found, hits[pinned:], strict=True):
+            self.place(coords[n], kept.array)
         if found:
             self.is_absent = False
         if len(found) == len(names):
@@ -172,14 +173,16 @@ class ShardPart(Part):
             del self._misses[coords[n]]
         return False
 
-    def _is_read_whole(self, count: int) -> bool:
-        """Whether a read of so many chunks must be one of the whole shard, as it would be if none of them were kept.
+    def _is_one_value(self, decoded: Collection[Kept | Decoding], count: int) -> bool:
+        """Whether a read of so many chunks may take these, and decode the others; one of a part of the shard always may.
 
-        To ask for the others alone would be to read them by an index that may be cached, and of an older value than they are.
+        A read of the whole shard must be of one value, as it would be if none of them were there: parts that were decoded
+        apart may be of two. So may the others, by an index that is cached, or that is read once more.
         """
-        output = self.output
-        is_all = count == self.layout.count
-        return is_all and not output.cache.origins.is_one_value(self.item[0].path, output.now)
+        if count != self.layout.count or not self.output.cache.origins.expire(self.item[0].path):
+            return True
+        # Of one decode, which read all of it.
+        return len(decoded) == count and len({id(one.origin) for one in decoded}) == 1
 
     def _coords(self) -> list[Coords]:
         if self._axes is None:
@@ -204,7 +207,7 @@ class ShardPart(Part):
         followed = output.cache.join_all(self.decodings, self.layout.size)
         if not origin.is_dated:
             output.cache.give_up_all(self.decodings)
-        if followed and len(followed) < len(names) and self._is_read_whole(len(names)):
+        if followed and not self._is_one_value(followed.values(), len(names)):
             for decoding in followed.values():
                 output.cache.leave(decoding)
         elif followed:
