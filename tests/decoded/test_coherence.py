@@ -1309,6 +1309,37 @@ def test_bound_is_kept_by_chunks_that_are_hardly_anything() -> None:
     check_decoded_quiet(store)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("i4", 1), ("f8", np.nan), (">f8", 1), ("c16", 1j), ("U5", "a"), ("S3", b"a")],
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_chunks_of_the_fill_value_take_no_memory_whatever_their_type(
+    kind: str, value: Any, order: Any
+) -> None:
+    store = CacheStore(MemoryStore(), decoded_size=2**20)
+    values = np.full((8, 6), value, kind)
+    fill = values[0, 0]
+    # One chunk has it as its first and last element, and in all bits but one.
+    values.view("u1")[2, values.itemsize] ^= 1
+    array = zarr.create_array(
+        store,
+        name="v",
+        shape=(8, 6),
+        chunks=(2, 3),
+        shards=(8, 6),
+        dtype=values.dtype,
+        fill_value=fill,
+        config={"order": order, "write_empty_chunks": True},
+    )
+    array[:] = values
+    for _ in range(2):
+        assert array[:].tobytes() == values.tobytes()
+    kept = list(store._decoded._values.values())  # type: ignore[union-attr]
+    assert [one.memory is None for one in kept].count(False) == 1
+    check_decoded_quiet(store)
+
+
 @pytest.mark.parametrize("more", [{}, {"shards": (64,)}], ids=["chunks", "shards"])
 @pytest.mark.parametrize("length", [30, 100, 1000, 3500])
 def test_kept_chunks_count_for_what_they_take_however_long_their_names_are(

@@ -118,17 +118,25 @@ class Layout:
 
     def only_fill(self, array: Array) -> Array | None:
         """The same with one element in memory, if all are the fill value, bit for bit; else None."""
-        # Most chunks are told by their first element, or their last.
+        # Most chunks are told by their first element, or their last: as arrays, for text as a scalar is as long as its value.
         n, fill = array.ndim, self._fill
-        if array[(0,) * n].tobytes() != fill or array[(-1,) * n].tobytes() != fill:
+        first: Any = (*[0] * n, ...)
+        last: Any = (*[-1] * n, ...)
+        if fill is None or array[first].tobytes() != fill or array[last].tobytes() != fill:
             return None
-        if not array.size or array.itemsize not in (1, 2, 4, 8):
+        unit = math.gcd(array.itemsize, 8)
+        words = array.itemsize // unit
+        if words == 1:
+            bits = array.view(f"u{unit}")
+            is_same = bits == bits.flat[0]
+        else:
+            # Each element is like the one before it.
+            bits = array.ravel("K").view(f"u{unit}")
+            is_same = bits[words:] == bits[:-words]
+        if not is_same.all():
             return None
-        bits = array.view(f"u{array.itemsize}")
-        if not (bits == bits.flat[0]).all():
-            return None
-        # `flat` copies.
-        return np.broadcast_to(array.flat[:1].reshape((1,) * array.ndim), array.shape)
+        # One in memory for all chunks.
+        return np.broadcast_to(np.frombuffer(fill, array.dtype).reshape(()), array.shape)
 
 
 def layout_of(codecs: Sequence[Codec], spec: ArraySpec, runs: Hashable) -> Layout | None:
