@@ -69,6 +69,21 @@ def test_option_alone_is_enough_and_other_stores_stay_as_they_are() -> None:
         assert type(pipeline_of(create(other))) is kind
 
 
+@pytest.mark.parametrize("more", [{}, {"shards": (8,)}, {"zarr_format": 2}])
+def test_array_has_one_token_of_dask_however_it_was_opened(more: dict[str, Any]) -> None:
+    tokenize = pytest.importorskip("dask.base").tokenize
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    arrays = [create(store, **more), zarr.open_array(store, mode="r+")]
+    arrays += pickle.loads(pickle.dumps(arrays))
+    for _ in range(2):
+        assert len({tokenize(pipeline_of(array)) for array in arrays}) == 1
+        assert len({tokenize(array) for array in arrays[:2]}) == 1
+        # What it keeps of its codecs makes no difference.
+        assert hits(arrays[1]) > 0
+    other = create(CacheStore(MemoryStore(), decoded_size="1MB"), compressors=None)
+    assert tokenize(pipeline_of(other)) != tokenize(pipeline_of(arrays[0]))
+
+
 class Forwarding(WrapperStore[Any]):
     """Shows what is below a prefix, and passes the attributes of what it wraps on."""
 

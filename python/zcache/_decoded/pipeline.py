@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -44,6 +45,8 @@ WRAPPED: Final = "zcache.codec_pipeline"
 _DEFAULT: Final = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 
 
+# Its field is what dask names an array by: one that was made and the same one opened have pickles that differ.
+@dataclass(init=False, repr=False, eq=False)
 class DecodedCodecPipeline(CodecPipeline):
     """A codec pipeline that keeps decoded chunks of arrays on a `CacheStore` with `decoded_size`.
 
@@ -59,6 +62,8 @@ class DecodedCodecPipeline(CodecPipeline):
     codecs : iterable of Codec
         Of the array.
     """
+
+    wrapped: CodecPipeline
 
     def __init__(self, wrapped: CodecPipeline, codecs: Iterable[Codec]) -> None:
         self.wrapped = wrapped
