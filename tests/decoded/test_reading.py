@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from zarr.registry import register_pipeline
 from zarr.storage import MemoryStore
 
 from zcache import CacheStore, DecodedCodecPipeline
-from zcache._decoded import jobs
+from zcache._decoded import jobs, turns
 from zcache._decoded.chunk import OVERHEAD
 from zcache._decoded.jobs import COALESCES
 from zcache._decoded.layout import boxes_of, coords_in
@@ -180,12 +182,19 @@ def taken_by_numpy(values: Any, how: str, what: Any, expected: Any, blocks: tupl
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("kind", ["chunks", "shards", "by elements", "in halves"])
+@pytest.mark.parametrize(
+    "kind", ["chunks", "shards", "by elements", "in halves", "in turns", "in turns without room"]
+)
 def test_read_of_any_selection_gives_what_numpy_gives_however_much_is_kept(
     pipeline: str, monkeypatch: pytest.MonkeyPatch, kind: str, order: Any
 ) -> None:
     is_sharded = kind != "chunks"
-    if kind not in ("chunks", "shards"):
+    # An inner chunk takes more than the elements of it that are wanted.
+    decoded_size = {"in turns": 8 * (OVERHEAD + 100), "in turns without room": 0}.get(kind, 10**6)
+    if kind.startswith("in turns"):
+        monkeypatch.setattr(jobs, "PER_INDEX", 0)
+        monkeypatch.setattr(turns, "limit_of", lambda *_: 100)
+    elif is_sharded and kind != "shards":
         monkeypatch.setattr(jobs, "MOST_BOXES", 1)
         monkeypatch.setattr(jobs, "FEW_ELEMENTS", 0)
         monkeypatch.setattr(jobs, "MOST_ELEMENTS", 100 if kind == "by elements" else 0)
@@ -202,7 +211,9 @@ def test_read_of_any_selection_gives_what_numpy_gives_however_much_is_kept(
         create(source, shape=shape, **sizes)[:] = values
         for _ in range(20):
             with zarr.config.set({"array.order": order}):
-                array: Any = zarr.open_array(CacheStore(source, decoded_size="1MB"), mode="r")
+                array: Any = zarr.open_array(
+                    CacheStore(source, decoded_size=decoded_size), mode="r"
+                )
             assert array.order == order
             for _ in range(int(rng.integers(0, 3))):  # cold, or warm in part
                 array[tuple(int(n) for n in rng.integers(0, shape))]
@@ -428,6 +439,94 @@ def test_missing_chunks_are_decoded_in_one_call() -> None:
     assert calls == asked
     array[:16, :20]
     assert calls == asked
+
+
+SPARSE: dict[str, tuple[dict[str, Any], Any]] = {
+    "series": (
+        {"shape": (64, 2**13), "chunks": (1, 2**13), "shards": (64, 2**13), "dtype": "f8"},
+        np.s_[:, 7],
+    ),
+    "steps": (
+        {"shape": (64, 2**13), "chunks": (1, 2**13), "shards": (16, 2**13), "dtype": "f8"},
+        np.s_[::2, 7],
+    ),
+    "grid": (
+        {"shape": (64, 64, 64), "chunks": (4, 8, 8), "shards": (64, 64, 64), "dtype": "u1"},
+        np.s_[::8, ::16, ::16],
+    ),
+}
+
+
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_read_of_a_little_of_many_chunks_takes_little_memory(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, sparse: str
+) -> None:
+    monkeypatch.setattr(turns, "LEAST", 2**17)
+    options, what = SPARSE[sparse]
+    shape = options["shape"]
+    source = MemoryStore()
+    values = np.arange(1, 1 + np.prod(shape)).reshape(shape).astype(options["dtype"])
+    create(source, **options, fill_value=0)[:] = values
+
+    def peak_of(array: Any) -> int:
+        tracemalloc.start()
+        try:
+            np.testing.assert_array_equal(array[what], values[what])
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # How much zarr decodes at once is not the matter here, only what comes to it.
+    with zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1}):
+        bare = peak_of(zarr.open_array(source, mode="r"))
+        for kept in (0, 2**18):
+            store = CacheStore(source, decoded_size=kept)
+            array = zarr.open_array(store, mode="r")
+            for _ in range(3):
+                assert peak_of(array) < bare + kept + 6 * 2**17
+                check(store)
+
+
+@pytest.mark.parametrize("expires", [False, True])
+def test_shard_that_is_read_in_turns_is_read_once(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, expires: bool
+) -> None:
+    monkeypatch.setattr(turns, "LEAST", 2**12)
+    values = np.arange(1, 1 + 64 * 512, dtype="i4").reshape(64, 512)
+    source = StoreDouble(MemoryStore())
+    create(source, shape=values.shape, chunks=(1, 512), shards=values.shape)[:] = values
+    ages = {"max_age_seconds": 60} if expires else {}
+    store = CacheStore(source, max_size=0, decoded_size=16 * (2048 + OVERHEAD), **ages)
+    array = zarr.open_array(store, mode="r")
+    before = sum("c/" in request.key for request in source.requests)
+    np.testing.assert_array_equal(array[:, 7], values[:, 7])
+    assert sum("c/" in request.key for request in source.requests) == before + 1
+    check(store)
+    hits = counts(store)[0]
+    np.testing.assert_array_equal(array[:, 7], values[:, 7])
+    assert expires or counts(store)[0] - hits == 16
+
+
+def test_readers_of_a_little_of_the_same_chunks_at_once_all_get_it(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "limit_of", lambda *_: 600)
+    values = np.arange(1, 1 + 48 * 48, dtype="i4").reshape(48, 48)
+    source = MemoryStore()
+    create(source, shape=values.shape, chunks=(6, 6), shards=(24, 24))[:] = values
+    store = CacheStore(source, decoded_size=20 * (144 + OVERHEAD))
+    array = zarr.open_array(store, mode="r")
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(30):
+            i, j = (int(n) for n in rng.integers(0, 6, 2))
+            what = np.s_[i::6, j] if rng.random() < 0.5 else np.s_[i, j::6]
+            np.testing.assert_array_equal(array[what], values[what])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
+    check(store)
 
 
 def test_boxes_hold_what_they_are_made_of_and_no_more() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
 from zarr.abc.store import Store
 
 from zcache._decoded.layout import (
     box_around,
+    boxes_of,
     chunk_in,
     coords_in,
     elements_of,
@@ -34,6 +36,8 @@ FEW_ELEMENTS: Final = 2**12
 """Elements of an inner chunk, the indices of which take less than another request."""
 MOST_ELEMENTS: Final = 2**14
 """Elements of the largest inner chunk that is asked for by elements: of more, their indices take more than many requests."""
+PER_INDEX: Final = 24
+"""Bytes that each element takes along each axis where it is asked for by itself: its index, and what zarr makes of that."""
 
 
 class Job(Protocol):
@@ -47,7 +51,12 @@ class Job(Protocol):
         Which part of the chunk or shard.
     shape : tuple of int
         Of that part.
+    cost : int
+        Bytes that it takes until it has arrived, beyond what a read without decoded chunks would.
     """
+
+    @property
+    def cost(self) -> int: ...
 
     @property
     def part(self) -> Part: ...
@@ -67,6 +76,8 @@ class Job(Protocol):
 
 class AsAsked:
     """A part of a shard that no one keeps."""
+
+    cost = 0
 
     def __init__(self, part: ShardPart) -> None:
         self.part = part
@@ -113,8 +124,21 @@ class InnerChunks:
         self.inner = inner
         self._missing = coords
         self._is_all = is_all
-        self.selection: Any = slices_of(box, inner)
-        self.shape: Coords = tuple(one.stop - one.start for one in self.selection)
+
+    @property
+    def selection(self) -> Any:
+        """See `Job`."""
+        return slices_of(self.box, self.inner)
+
+    @property
+    def shape(self) -> Coords:
+        """See `Job`."""
+        return tuple((last - n) * m for n, last, m in zip(*self.box, self.inner, strict=True))
+
+    @property
+    def cost(self) -> int:
+        """See `Job`."""
+        return size_of(self.box) * self.part.layout.size
 
     @property
     def _coords(self) -> Iterable[Coords]:
@@ -167,15 +191,28 @@ class InnerChunks:
 
 
 class ScatteredChunks(InnerChunks):
-    """All inner chunks of a shard that are missing, by their elements: no others are decoded, and zarr coalesces the reads."""
+    """Inner chunks of a shard that are missing, by their elements: no others are decoded, and zarr coalesces the reads."""
 
-    def __init__(self, part: ShardPart, coords: Sequence[Coords]) -> None:
+    def __init__(self, part: ShardPart, coords: Sequence[Coords], *, is_all: bool = False) -> None:
         # In the order of chunks, as zarr wants elements: else it sorts them.
         coords = sorted(coords)
-        super().__init__(part, box_around(coords), coords, is_all=True)
-        self.selection = elements_of(coords, self.inner)
-        self.shape = self.selection[0].shape
+        super().__init__(part, box_around(coords), coords, is_all=is_all)
         self._numbers = {at: n for n, at in enumerate(coords)}
+
+    @property
+    def selection(self) -> Any:
+        """See `Job`. The indices take much, so they are made when they are asked for."""
+        return elements_of(list(self._numbers), self.inner)
+
+    @property
+    def shape(self) -> Coords:
+        """See `Job`."""
+        return (len(self._numbers) * math.prod(self.inner),)
+
+    @property
+    def cost(self) -> int:
+        """See `Job`."""
+        return len(self._numbers) * cost_of_elements(self.part, math.prod(self.inner))
 
     def _place(self, array: Array) -> bool:  # noqa: ARG002 - they lie in many places
         return False
@@ -185,13 +222,71 @@ class ScatteredChunks(InnerChunks):
         return found
 
 
-def jobs_of(part: ShardPart) -> Sequence[Job | AsAsked]:
-    """What is to be asked of the wrapped pipeline for one shard.
+class WantedElements(ScatteredChunks):
+    """What is wanted of inner chunks that no one keeps, where others of the same part are kept."""
+
+    def __init__(self, part: ShardPart, coords: Sequence[Coords]) -> None:
+        super().__init__(part, coords)
+        self._parts = [part.selections(at)[0] for at in self._numbers]
+
+    @property
+    def selection(self) -> Any:
+        """See `Job`."""
+        found = []
+        for axis, size in enumerate(self.inner):
+            one = np.arange(size).reshape([-1 if n == axis else 1 for n in range(len(self.inner))])
+            indices = np.broadcast_to(one, self.inner)
+            of_each = zip(self._numbers, self._parts, strict=True)
+            found.append(
+                np.concatenate([indices[part].ravel() + at[axis] * size for at, part in of_each])
+            )
+        return tuple(found)
+
+    @property
+    def shape(self) -> Coords:
+        """See `Job`."""
+        return self.selection[0].shape  # type: ignore[no-any-return]
+
+    @property
+    def cost(self) -> int:
+        """See `Job`."""
+        return len(self._numbers) * cost_of_wanted(self.part)
+
+    def arrived(self, array: Array) -> None:
+        # docstring inherited
+        self.part.is_absent = False
+        indices = np.broadcast_to(np.empty((), "?"), self.inner)
+        start = 0
+        for at, part in zip(self._numbers, self._parts, strict=True):
+            shape = indices[part].shape
+            stop = start + math.prod(shape)
+            self.part.place_wanted(at, array[start:stop].reshape(shape))
+            start = stop
+
+    def was_missing(self, fill: Any) -> None:
+        # docstring inherited
+        for at in self._numbers:
+            self.part.fill(at, fill)
+
+
+def cost_of_elements(part: ShardPart, count: int) -> int:
+    """Bytes that so many elements take where they are asked for one by one."""
+    dtype, shape = part.layout.dtype, part.layout.shape
+    return count * (dtype.itemsize + PER_INDEX * len(shape))
+
+
+def cost_of_wanted(part: ShardPart) -> int:
+    """The same for what is wanted of an inner chunk, on an average."""
+    return cost_of_elements(part, -(-part.wanted_size // part.wanted_count))
+
+
+def jobs_of(part: ShardPart, some: Sequence[Coords] | None = None) -> Sequence[Job | AsAsked]:
+    """What is to be asked of the wrapped pipeline for one shard, or for some of the inner chunks that are missing.
 
     Each job reads the index of the shard and its chunks by itself. So what would take many boxes is asked for by elements,
     which zarr indexes one by one; of large inner chunks as the box around them, though up to half of it is not missing.
     """
-    wanted = part.boxes()
+    wanted = part.boxes() if some is None else (boxes_of(some), False)
     if wanted is None:
         return [AsAsked(part)]
     boxes, is_all = wanted
@@ -199,11 +294,35 @@ def jobs_of(part: ShardPart) -> Sequence[Job | AsAsked]:
     if len(boxes) > (1 if COALESCES and elements <= FEW_ELEMENTS else MOST_BOXES):
         coords = [at for box in boxes for at in coords_in(box)]
         if COALESCES and elements <= MOST_ELEMENTS:
-            return [ScatteredChunks(part, coords)]
+            return [ScatteredChunks(part, coords, is_all=some is None)]
         around = box_around(coords)
         if 2 * len(coords) >= size_of(around):
             # Halves are never all of the shard: its bytes as a new value would make void what is kept.
             halves = halves_of(around) if COALESCES else [around]
             parted = [(half, [at for at in coords if is_in(half, at)]) for half in halves]
-            return [InnerChunks(part, half, some) for half, some in parted if some]
+            return [InnerChunks(part, half, those) for half, those in parted if those]
     return [InnerChunks(part, box, is_all=is_all) for box in boxes]
+
+
+def stacks_of(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
+    """Those that can lie in one array: all of as many axes, unless they have none, or it would be more than half empty."""
+    by_axes: dict[int, list[tuple[Any, Job]]] = {}
+    for number, pair in enumerate(pairs):
+        by_axes.setdefault(len(pair[1].shape) or -number, []).append(pair)
+    stacks: list[list[tuple[Any, Job]]] = []
+    for stack in by_axes.values():
+        shapes = [job.shape for _, job in stack]
+        rows = sum(shape[0] for shape in shapes if shape)
+        if rows * math.prod(largest_of(shapes)) <= 2 * sum(map(math.prod, shapes)):
+            stacks.append(stack)
+            continue
+        alike: dict[Coords, list[tuple[Any, Job]]] = {}
+        for pair, shape in zip(stack, shapes, strict=True):
+            alike.setdefault(shape[1:], []).append(pair)
+        stacks += alike.values()
+    return stacks
+
+
+def largest_of(shapes: Sequence[Coords]) -> Coords:
+    """The least that holds each of these, but for their first axis."""
+    return tuple(max(sizes) for sizes in zip(*[shape[1:] for shape in shapes], strict=True))

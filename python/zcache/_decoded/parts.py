@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from zarr.storage import MemoryStore, StorePath
 
 from zcache._decoded.chunk import Decodings
 from zcache._decoded.layout import boxes_of, is_basic, scatter
@@ -109,6 +110,9 @@ class ShardPart(Part):
     decodings: Decodings | None = None
     scratch: Array | None = None
     is_absent = True
+    # Whether its bytes are read once, as a whole, for several calls of the pipeline.
+    is_held = False
+    _held: Any = None
     _sel_shape: Any = None
     # By the coordinates of what is missing, its names.
     _misses: dict[Coords, str]
@@ -139,6 +143,19 @@ class ShardPart(Part):
         if self.output.drop_axes:
             view = np.expand_dims(view, self.output.drop_axes)
         return view if view.shape == shape else None
+
+    async def hold(self) -> None:
+        """Read its bytes, for all calls of the pipeline until `release`: so they are of one value, and cost one request."""
+        getter, spec, *more = self.item
+        value = await getter.get(spec.prototype)
+        if value is not None:
+            self._held = self.item
+            memory = MemoryStore({getter.path: value}, read_only=True)
+            self.item = (StorePath(memory, getter.path), spec, *more)
+
+    def release(self) -> None:
+        """Do without these bytes."""
+        self.item, self._held = self._held or self.item, None
 
     def look_up(self, hits: list[Kept], *, is_missed: bool) -> bool:
         """Copy out what is kept, which is pinned in `hits` then; whether that is all. With `is_missed` nothing is."""
@@ -221,7 +238,23 @@ class ShardPart(Part):
         decodings = self.decodings
         return decodings is not None and bool(decodings.tickets or decodings.single)
 
-    def _selections(self, at: Coords) -> Any:
+    @property
+    def wanted_count(self) -> int:
+        """Inner chunks of which something is wanted."""
+        return len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
+
+    @property
+    def wanted_size(self) -> int:
+        """Elements that are wanted."""
+        assert self._out is not None
+        return self._out.size
+
+    @property
+    def missing(self) -> list[Coords]:
+        """Inner chunks that are to be decoded here."""
+        return [at for at in self._misses if at not in self.followed]
+
+    def selections(self, at: Coords) -> Any:
         """What is wanted of a chunk, and where that goes."""
         if self._axes is None:
             return self._wanted[at]
@@ -235,21 +268,24 @@ class ShardPart(Part):
 
         None where no one keeps any: of that, zarr reads as much as it wants to.
         """
-        count = len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
         misses = list(self._misses)
-        is_all = len(misses) == count and not self.followed
+        is_all = len(misses) == self.wanted_count and not self.followed
         if is_all and not self._leads:
             return None
         if is_all and self._axes is not None:
             last = tuple(n + 1 for n in misses[-1])
             return [(misses[0], last)], True
-        missing = [at for at in misses if at not in self.followed]
-        return boxes_of(missing), False
+        return boxes_of(self.missing), False
 
     def place(self, at: Coords, array: Array) -> None:
-        selection, place = self._selections(at)
+        selection, place = self.selections(at)
         assert self._out is not None
         self._out[place] = array[selection]
+
+    def place_wanted(self, at: Coords, array: Array) -> None:
+        """The same where nothing else of the chunk is there."""
+        assert self._out is not None
+        self._out[self.selections(at)[1]] = array
 
     def place_box(self, box: Box, array: Array) -> bool:
         """Copy out what is wanted of many chunks at once; False where it is not one block of them."""
@@ -287,7 +323,7 @@ class ShardPart(Part):
     def fill(self, at: Coords, value: Any) -> None:
         """The shard is not there."""
         assert self._out is not None
-        self._out[self._selections(at)[1]] = value
+        self._out[self.selections(at)[1]] = value
 
     def finish(self) -> None:
         """Say that all is there."""

@@ -1,4 +1,4 @@
-"""One read of a selection: hits are copied, what is missing is decoded in one call of the wrapped pipeline."""
+"""One read of a selection: hits are copied, what is missing is decoded by the wrapped pipeline, in one call if that takes little."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer import cpu
 
 from zcache._decoded.chunk import Decodings
-from zcache._decoded.jobs import AsAsked, jobs_of
+from zcache._decoded.jobs import AsAsked, largest_of, stacks_of
 from zcache._decoded.layout import scatter
 from zcache._decoded.parts import Output, ShardPart
+from zcache._decoded.turns import Turns
 from zcache._decoded.whole import WholeChunk, join_chunks
 
 if TYPE_CHECKING:
@@ -200,22 +201,42 @@ class Reading:
         return [one for one in self.led() if isinstance(one, Decodings)]
 
     async def _decode(self, out: Any) -> None:
-        jobs: list[Job | AsAsked] = [job for shard in self._shards for job in jobs_of(shard)]
-        jobs += [chunk for chunk in self._chunks if not chunk.followed]
-        if not jobs:
-            return
+        chunks = [chunk for chunk in self._chunks if not chunk.followed]
+        if not self._is_zarrs:
+            for chunk in chunks:
+                chunk.cost = chunk.layout.size
+        begun = time.perf_counter()
+        held: ShardPart | None = None
+        for jobs in Turns(self.cache, self.output.target.nbytes).of(self._shards, chunks):
+            part = jobs[0].part
+            if held is not None and held is not part:
+                held.release()
+                held = None
+            if held is None and isinstance(part, ShardPart) and part.is_held:
+                held = part
+                await part.hold()
+            await self._ask(jobs, out)
+        if held is not None:
+            held.release()
+        self.cache.count_seconds(time.perf_counter() - begun)
+
+    @property
+    def _is_zarrs(self) -> bool:
+        """Whether zarr's own pipeline decodes, which only assigns to its output."""
+        return type(self.pipeline).__module__ == "zarr.core.codec_pipeline"
+
+    async def _ask(self, jobs: Sequence[Job | AsAsked], out: Any) -> None:
+        """One call of the wrapped pipeline."""
         items = [
             (item[0], item[1], job.selection, number, item[4])
             for number, job in enumerate(jobs)
             for item in (job.part.item,)
         ]
-        begun = time.perf_counter()
-        if type(self.pipeline).__module__ == "zarr.core.codec_pipeline":
+        if self._is_zarrs:
             catcher: Any = _Catcher(self.output.target, jobs)
             await self.pipeline.read(items, catcher, drop_axes=())
         else:
             await self._decode_elsewhere(items, jobs, out)
-        self.cache.count_seconds(time.perf_counter() - begun)
 
     async def _decode_elsewhere(
         self, items: Sequence[Any], jobs: Sequence[Job | AsAsked], out: Any
@@ -236,7 +257,7 @@ class Reading:
             found: Any = await self.pipeline.read(asked, out, self.output.drop_axes) or ()
             for n, part in enumerate(parts):
                 part.is_absent = bool(found) and found[n]["status"] == "missing"
-        stacks = _stacks(pairs)
+        stacks = stacks_of(pairs)
         if len(stacks) == 1:
             await self._decode_stack(stacks[0])
             return
@@ -257,9 +278,8 @@ class Reading:
             rest = [slice(0, n) for n in shape[1:]]
             places.append((slice(rows, rows + shape[0]), *rest) if shape else ())
             rows += shape[0] if shape else 0
-        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
         dtype = stack[0][1].part.layout.dtype
-        buffer = cpu.NDBuffer.empty((rows, *largest[1:]) if largest else (), dtype=dtype)
+        buffer = cpu.NDBuffer.empty((rows, *largest_of(shapes)) if shapes[0] else (), dtype=dtype)
         wanted = [
             (*item[:3], place, item[4]) for (item, _), place in zip(stack, places, strict=True)
         ]
@@ -365,11 +385,3 @@ class Reading:
         """Say which of the chunks were there, if that is known."""
         for part, result in zip(parts, found, strict=False):
             self.output.results[part.number] = result
-
-
-def _stacks(pairs: list[tuple[Any, Job]]) -> list[list[tuple[Any, Job]]]:
-    """Those that can lie in one array: all of as many axes, unless they have none."""
-    stacks: dict[int, list[tuple[Any, Job]]] = {}
-    for number, pair in enumerate(pairs):
-        stacks.setdefault(len(pair[1].shape) or -number, []).append(pair)
-    return list(stacks.values())

@@ -147,7 +147,7 @@ class Room:
     def admit_late(self, decodings: Decodings, name: str, size: int) -> Decoding | None:
         """Keep a chunk that is decoded and had no room, if there is room now that no one uses."""
         size += overhead(name)
-        if name not in decodings.late or size > self._max_size - self._index.current_size:
+        if name not in decodings.late or size > self.unused:
             return None
         with self._lock:
             decoding = decodings.of(name)
@@ -189,7 +189,12 @@ class Room:
 
         A victim that is pinned would be lost for nothing: a read could evict what it has just found.
         """
-        return self._max_size - self._index.current_size + self._size - self._pinned
+        return self.unused + self._size - self._pinned
+
+    @property
+    def unused(self) -> int:
+        """Bytes of room for which nothing has to be evicted."""
+        return self._max_size - self._index.current_size
 
     def reserve(self, name: str, size: int, ticket: int) -> Any:
         """A reservation, for which others are evicted, but for those that are pinned; None if there is no room."""
@@ -199,7 +204,7 @@ class Room:
         if not names:
             return []
         index = self._index
-        if len(names) * size > self._max_size - index.current_size:
+        if len(names) * size > self.unused:
             for name in self.lapsed.find(len(names)):
                 # No one has asked for it: this counts neither a hit nor a miss.
                 self.remove(index.drop_missing(name))

@@ -22,6 +22,8 @@ class WholeChunk(Part):
     """A part of a chunk of this name, and what the wrapped pipeline is asked for: all of the chunk."""
 
     decodings: Decoding | Decodings | None = None
+    # As without decoded chunks, but for pipelines that decode into memory for one call.
+    cost = 0
 
     # Each chunk of a pass makes one of these, and what runs between two decodes runs cold: so it calls little.
     def __init__(self, output: Output, number: int, item: Any, layout: Layout, name: str) -> None:
