@@ -189,6 +189,28 @@ fn copy_on_a_file_system_without_holes_begins_empty() {
     end(pool);
 }
 
+/// Its room would be counted for ever.
+#[test]
+fn index_of_segments_with_holes_begins_anew_where_none_can_be_made() {
+    let mut pool = Pool::new("opened-elsewhere");
+    (0..4).for_each(|n| pool.fill(&format!("a/{n}"), 5000));
+    let Pool {
+        root, index, fills, ..
+    } = pool;
+    drop((index, fills));
+    let mut pool = Pool::over(root, LIMITS, false);
+    assert_eq!(pool.segments(), [0; 0]);
+    (0..40).for_each(|n| pool.fill(&format!("b/{n}"), 5000));
+    let mut keys = pool.keys();
+    assert!(keys.len() > 10, "{keys:?}");
+    // What was filled here is kept.
+    let pool = pool.reopen();
+    let mut kept = pool.keys();
+    (keys.sort(), kept.sort());
+    assert_eq!(kept, keys);
+    end(pool);
+}
+
 #[test]
 fn header_inside_a_value_is_no_header() {
     let mut pool = Pool::new("inside");

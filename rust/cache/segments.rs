@@ -101,6 +101,23 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Pages for values of a segment that is made now.
+    /// Whether it does.
+    pub(crate) fn has_one_value_a_segment(&self) -> bool {
+        self.one_value_a_segment
+    }
+
+    /// Whether a value in it cannot be deleted on this file system: segments of several were made elsewhere.
+    pub(crate) fn needs_holes(&self) -> Result<bool> {
+        if self.one_value_a_segment {
+            for i in self.arena.list_cells(List::Segments)? {
+                if self.arena.segment_cell(i)?.segment_capacity() > 1 {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
     fn segment_capacity(&self) -> u32 {
         if self.one_value_a_segment {
             return 0;

@@ -189,12 +189,10 @@ impl Index {
             patience: Duration::try_from_secs_f64(timeout).unwrap_or_default(),
             policy,
             with_places: holes.is_some(),
+            one_value_a_segment: holes == Some(false),
             ..Opening::new(limits, seed)
         };
-        let (mut directory, fresh) = py.detach(|| SharedIndex::open(&root, &opening))?;
-        if let Some(holes) = holes {
-            directory.set_one_value_a_segment(!holes);
-        }
+        let (directory, fresh) = py.detach(|| SharedIndex::open(&root, &opening))?;
         let tally = directory.tally();
         let index = Index::over(Backing::shared(directory), tally, slices_like_python);
         Ok((index, fresh))

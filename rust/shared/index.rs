@@ -55,6 +55,8 @@ pub struct Opening {
     pub uses_policy: bool,
     /// Whether the index is that of a pool, with values in segments.
     pub with_places: bool,
+    /// See [`Cache::set_one_value_a_segment`].
+    pub one_value_a_segment: bool,
 }
 
 impl Opening {
@@ -69,6 +71,7 @@ impl Opening {
             policy: Default::default(),
             uses_policy: false,
             with_places: false,
+            one_value_a_segment: false,
         }
     }
 }
@@ -118,6 +121,9 @@ impl<T: Clone> SharedIndex<T> {
             cache: Cache::over(storage, limits),
             former: Former::default(),
         };
+        index
+            .cache
+            .set_one_value_a_segment(opening.one_value_a_segment);
         let begun = index.begin_announcing(fresh, opening, writes, promised);
         // Also of one that could not be opened.
         let outcome = begun.as_ref().map(drop).map_err(|_| DIED);
@@ -182,6 +188,9 @@ impl<T: Clone> SharedIndex<T> {
         let mut dead = self.storage().dead();
         // The previous owner of this slot is dead too.
         dead.push(self.own_slot());
+        if self.storage().living().is_empty() && self.cache.needs_holes()? {
+            return Err(Error::Lost("segments: of a place where holes can be made"));
+        }
         self.cache.reclaim_dead(&dead)?;
         self.storage().register();
         Ok(())
@@ -305,11 +314,6 @@ impl<T: Clone> SharedIndex<T> {
             cache.arena.storage.complete(is_emptied);
             Ok(())
         })
-    }
-
-    /// See [`Cache::set_one_value_a_segment`].
-    pub fn set_one_value_a_segment(&mut self, is_so: bool) {
-        self.cache.set_one_value_a_segment(is_so);
     }
 
     /// The cache, to be looked at without the lock of other processes: what it shows may change meanwhile.

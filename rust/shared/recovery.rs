@@ -63,6 +63,7 @@ impl<T: Clone> SharedIndex<T> {
             policy: self.cache.wanted_policy(),
             uses_policy: self.storage().uses_policy,
             with_places: self.storage().has_places(),
+            one_value_a_segment: self.cache.has_one_value_a_segment(),
             ..Opening::new(self.cache.limits(), seed)
         };
         self.cache.reset();

@@ -57,12 +57,11 @@ pub(crate) fn open(
     holes: bool,
 ) -> SharedIndex<u32> {
     let at = root.join("index");
-    let (mut index, fresh) = SharedIndex::open(&at, &opening(limits)).unwrap();
-    let one_each = |cache: &mut Cache<Mapped, u32>| {
-        cache.set_one_value_a_segment(!holes);
-        Ok(())
+    let opening = Opening {
+        one_value_a_segment: !holes,
+        ..opening(limits)
     };
-    index.step(sleep, one_each).unwrap();
+    let (mut index, fresh) = SharedIndex::open(&at, &opening).unwrap();
     if fresh {
         rebuild(&mut index, files);
     }

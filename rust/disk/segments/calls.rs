@@ -27,7 +27,7 @@ pub fn can_punch(folder: &Path) -> io::Result<bool> {
         .and_then(|()| punch(&file, 0, PAGE));
     match tried {
         Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+        Err(error) if is_unsupported(&error) => Ok(false),
         Err(error) => Err(error),
     }
 }
@@ -60,11 +60,14 @@ pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     match fallocate(file, flags, start, length) {
         Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-        Err(error) => Err(error.into()),
+        Err(Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Err(Errno::OPNOTSUPP.into()),
+        punched => Ok(punched?),
     }
+}
+
+/// Whether an error says that no holes can be made here.
+pub(super) fn is_unsupported(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::OPNOTSUPP)
 }
 
 /// Whether an error of opening says that there is no file of ours.

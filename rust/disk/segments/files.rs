@@ -231,7 +231,7 @@ impl SegmentFiles {
             // It is all that there is in the file.
             return file.set_len(MAP_AT);
         }
-        Err(io::ErrorKind::Unsupported.into())
+        Err(Errno::OPNOTSUPP.into())
     }
 
     /// Whether a segment has a file that can be appended to.

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::calls::{is_elsewhere, punch};
+use super::calls::{is_elsewhere, is_unsupported, punch};
 use super::files::{SegmentFiles, VALUES_AT, header_of};
 use super::format::{HEADER, ValueHeader};
 use super::runs::VALID;
@@ -308,7 +308,7 @@ fn give_back(
         for (start, end) in parts {
             if start > free_from && next_data(&file, free_from)?.is_some_and(|data| data < start) {
                 match punch(&file, free_from, start - free_from) {
-                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                    Err(error) if is_unsupported(&error) => {}
                     punched => punched?,
                 }
             }
