@@ -25,18 +25,28 @@ def kind_of(path: Path) -> str:
     return done.stdout.strip()
 
 
-@contextlib.contextmanager
-def formatted(where: Path, block_size: int, size: int = 2**26) -> Iterator[Path]:
-    """An empty directory on an ext4 of its own with blocks of this size; `where` is an empty directory.
+MAKERS = {
+    "ext4": ["mkfs.ext4", "-q"],
+    "xfs": ["mkfs.xfs", "-q"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+}
+"""Commands that make a file system in an image, by its kind."""
 
-    Skips the test, with the reason, where it cannot be mounted.
+
+@contextlib.contextmanager
+def formatted(
+    where: Path, block_size: int | None = None, size: int = 2**26, kind: str = "ext4"
+) -> Iterator[Path]:
+    """An empty directory on a file system of its own; `where` is an empty directory.
+
+    Of an ext4 the blocks can have this size. Skips the test, with the reason, where it cannot be mounted.
     """
     image, target = where / "image", where / "on"
     target.mkdir()
     with image.open("wb") as file:
         file.truncate(size)
     for command in (
-        ["mkfs.ext4", "-q", "-b", str(block_size), image],
+        [*MAKERS[kind], *(["-b", str(block_size)] if block_size else []), image],
         ["mount", "-o", "loop", image, target],
     ):
         try:
@@ -44,7 +54,7 @@ def formatted(where: Path, block_size: int, size: int = 2**26) -> Iterator[Path]
         except FileNotFoundError:
             pytest.skip(f"no {command[0]} here")
         if done.returncode:
-            pytest.skip(f"no ext4 here: {done.stderr.strip()}")
+            pytest.skip(f"no {kind} here: {done.stderr.strip()}")
     try:
         yield target
     finally:

@@ -986,7 +986,7 @@ class SegmentFiles:
     def __new__(cls, root: str, /, *, holes: bool) -> SegmentFiles: ...
     @staticmethod
     def can_punch(folder: str, /) -> bool:
-        """Whether a file in this folder can have holes.
+        """Whether a file in this folder can have holes that give their blocks back to the disk.
 
         Raises
         ------

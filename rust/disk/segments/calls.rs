@@ -22,6 +22,9 @@ use crate::shared::new_generation;
 /// Where the folder takes no file.
 pub fn can_punch(folder: &Path) -> io::Result<bool> {
     let file = unnamed(folder)?;
+    if keeps_whole_extents(&file) {
+        return Ok(false);
+    }
     let tried = file
         .write_all_at(&[1; 2 * PAGE as usize], 0)
         .and_then(|()| punch(&file, 0, PAGE));
@@ -29,6 +32,23 @@ pub fn can_punch(folder: &Path) -> io::Result<bool> {
         Ok(()) => Ok(true),
         Err(error) if is_unsupported(&error) => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// Whether a hole gives nothing back before all that was written together with it has gone: so it is on btrfs, where `du`
+/// tells otherwise.
+fn keeps_whole_extents(file: &File) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        const BTRFS: u64 = 0x9123_683e;
+        // Of 32 bits, with a sign on some machines.
+        let kind = rustix::fs::fstatfs(file).map(|status| status.f_type as u64 & 0xffff_ffff);
+        kind == Ok(BTRFS)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        false
     }
 }
 

@@ -489,6 +489,31 @@ async def test_bound_holds_on_a_volume_with_blocks_smaller_than_a_page(
         await check_quiet(store)
 
 
+async def test_pool_on_btrfs_gives_the_disk_back_what_is_evicted(tmp_path: Path) -> None:
+    set_block_size(None)
+    bound = 32 * 2**20
+
+    def used() -> int:
+        os.sync()
+        status = os.statvfs(volume)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    with formatted(tmp_path, size=2**29, kind="btrfs") as volume:
+        pool = CachePool(volume / "pool", max_size=bound)
+        values = {f"k/{n}": os.urandom(60_000) for n in range(1500)}
+        store = CacheStore(source_of(**values), cache_store=pool, source_id="s")
+        before = used()
+        keys = list(values)
+        for start in range(0, len(keys), 16):
+            await asyncio.gather(*(read(store, key) for key in keys[start : start + 16]))
+            # Those behind each of them are evicted.
+            await asyncio.gather(*(read(store, key) for key in keys[:start:8][:200]))
+        assert await store.drain()
+        # What the file system notes of them, and the index, are beside it.
+        assert used() - before <= 1.25 * bound
+        await check_quiet(store)
+
+
 async def test_one_order_of_eviction_for_all_sources(where: Path | None) -> None:
     pool = CachePool(where, max_size=30)
     one, two = (
