@@ -66,6 +66,43 @@ fn bound_holds_in_blocks_while_values_come_and_go() {
 }
 
 #[test]
+fn value_that_is_written_before_one_in_front_of_it_is_not_cut_off() {
+    let place = Place::new("order");
+    let files = SegmentFiles::new(place.at("segments"), true);
+    let at = |page| Placed {
+        segment: 1,
+        page,
+        size: 5000,
+        capacity: 2000,
+    };
+    let data = contents("a", 5000);
+    for page in [1500, FIRST_PAGE, 700, FIRST_PAGE + 1999] {
+        let value = ValueToWrite {
+            placed: at(page),
+            name: "a",
+            data: &data,
+            fetched: NOW,
+        };
+        files.write(&value).unwrap();
+    }
+    for page in [1500, FIRST_PAGE, 700, FIRST_PAGE + 1999] {
+        let (got, read) = files.read_part(at(page), "a", 0, 5000, true).unwrap();
+        assert_eq!((got, &read), (Got::Bytes, &data), "{page}");
+    }
+    // What a tool that fills holes makes of it is not much more than was written.
+    let less = SegmentFiles::new(place.at("less"), true);
+    let value = ValueToWrite {
+        placed: at(FIRST_PAGE),
+        name: "a",
+        data: &data,
+        fetched: NOW,
+    };
+    less.write(&value).unwrap();
+    let len = fs::metadata(less.root().join(format!("{:016x}", 1)));
+    assert!(len.unwrap().len() <= 1 << 20);
+}
+
+#[test]
 fn bound_holds_in_blocks_under_each_policy_and_a_plan() {
     for kind in PolicyKind::ALL {
         let mut pool = Pool::new(&format!("policy-{kind:?}"));

@@ -5,7 +5,8 @@ use std::io;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dev, FileType, Mode, RenameFlags, Stat, fstat, linkat, renameat, renameat_with,
+    AtFlags, Dev, FileType, Mode, RenameFlags, Stat, fstat, ftruncate, linkat, renameat,
+    renameat_with,
 };
 use rustix::io::Errno;
 
@@ -79,6 +80,8 @@ pub fn create<'a>(
     let at = at.into();
     // Others may read a value where they may read the folder.
     let file = at.create(Mode::from_raw_mode(at.mode_of_folder()? & 0o666))?;
+    // Else XFS allocates more than is written, until the file is closed. What it refuses it tells the write.
+    let _ = ftruncate(&file, data.len() as u64);
     let mut rest = data;
     while !rest.is_empty() {
         match rustix::io::write(&file, rest) {

@@ -5,13 +5,14 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, open};
 use rustix::io::Errno;
 
 use super::files::Got;
 use super::format::{HEADER, ValueHeader};
-use crate::cache::{PAGE, Placed};
+use crate::cache::{FIRST_PAGE, PAGE, Placed};
 use crate::disk::below::is;
 use crate::shared::new_generation;
 
@@ -88,6 +89,23 @@ pub(super) fn punch(file: &File, start: u64, length: u64) -> io::Result<()> {
 /// Whether an error says that no holes can be made here.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::OPNOTSUPP)
+}
+
+/// Bytes by which a segment is lengthened at once.
+const STEP: u64 = 1 << 20;
+
+/// Lengthens a segment ahead of what is appended to it, with a hole: of a file that is written to behind its end, XFS
+/// allocates more than is written, and keeps that as long as the file is open.
+///
+/// Not to the capacity at once: a copy may fill the hole. What the file system refuses it tells the write that follows.
+pub(super) fn lengthen(file: &File, capacity: u32, end: u64, is_changing: &Mutex<()>) {
+    // What others have written meanwhile is not cut off.
+    let _one = is_changing.lock().unwrap_or_else(PoisonError::into_inner);
+    if file.metadata().is_ok_and(|status| status.len() < end) {
+        let full = (u64::from(FIRST_PAGE) + u64::from(capacity)) * PAGE;
+        // A value that is alone has one page in that.
+        let _ = file.set_len(end.next_multiple_of(STEP).min(full).max(end));
+    }
 }
 
 /// Whether an error of opening says that there is no file of ours.

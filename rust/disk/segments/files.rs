@@ -41,6 +41,8 @@ pub struct SegmentFiles {
     opened: Mutex<Opened>,
     resident: Resident,
     walked: AtomicU64,
+    /// Held while a segment is lengthened.
+    pub(super) lengthening: Mutex<()>,
 }
 
 fn name_of(number: u64) -> String {
@@ -79,6 +81,7 @@ impl SegmentFiles {
             opened: Mutex::default(),
             resident: Resident::default(),
             walked: AtomicU64::new(0),
+            lengthening: Mutex::default(),
         }
     }
 
@@ -167,6 +170,7 @@ impl SegmentFiles {
             }
             made => made?,
         };
+        file.set_len(VALUES_AT)?;
         file.write_all_at(&header.to_bytes(), 0)?;
         Ok(file)
     }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
-use super::calls::{punch, write_slices};
+use super::calls::{lengthen, punch, write_slices};
 use super::files::SegmentFiles;
 use super::format::{HEADER, ValueHeader};
 use super::opened::For;
@@ -100,7 +100,7 @@ impl SegmentFiles {
 
     /// Writes values that stand one behind the other in one segment.
     fn write_run(&self, values: &[(&ValueToWrite<'_>, &[u8; HEADER])]) -> io::Result<()> {
-        let Some((first, _)) = values.first() else {
+        let (Some((first, _)), Some((last, _))) = (values.first(), values.last()) else {
             return Ok(());
         };
         let mut slices = Vec::with_capacity(3 * values.len());
@@ -116,6 +116,8 @@ impl SegmentFiles {
             segment, capacity, ..
         } = first.placed;
         let file = self.file(segment, For::Append { capacity })?;
+        let end = last.placed.start() + last.placed.length();
+        lengthen(&file, capacity, end, &self.lengthening);
         write_slices(&file, first.placed.start(), &mut slices)
     }
 

@@ -489,6 +489,29 @@ async def test_bound_holds_on_a_volume_with_blocks_smaller_than_a_page(
         await check_quiet(store)
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+async def test_bound_holds_in_what_each_kind_of_file_system_allocates(
+    tmp_path: Path, kind: str
+) -> None:
+    set_block_size(None)
+    bound = 8 * 2**20
+    with formatted(tmp_path, size=2**29, kind=kind) as volume:
+        pool = CachePool(volume / "pool", max_size=bound)
+        values = {f"k/{n}": bytes([n % 256]) * (20_000 + n * 7919 % 60_000) for n in range(400)}
+        store = CacheStore(source_of(**values), cache_store=pool, source_id="s")
+        keys = list(values)
+        for start in range(0, len(keys), 16):
+            await asyncio.gather(*(read(store, key) for key in keys[start : start + 16]))
+            # A few that stay, between those that go.
+            await asyncio.gather(*(read(store, key) for key in keys[::40]))
+            assert usage(volume / "pool") <= bound
+        assert await store.drain()
+        os.sync()
+        assert usage(volume / "pool") <= pool.cache_info()["current_size"] <= bound
+        assert len(entries(store)) > 50
+        await check_quiet(store)
+
+
 async def test_pool_on_btrfs_gives_the_disk_back_what_is_evicted(tmp_path: Path) -> None:
     set_block_size(None)
     bound = 32 * 2**20
