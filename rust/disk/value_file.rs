@@ -22,6 +22,8 @@ use crate::shared::make_folder_in;
 
 /// Times that the directory of a new name is made again while other processes remove empty ones.
 const TRIES: u32 = 64;
+/// Bytes from which on XFS is told the size of a value before it is written.
+const LARGE: usize = 1 << 20;
 
 /// A file that is written, and pending until it is sealed. It is closed: thousands of fills may be in
 /// progress at once, and a process has few descriptors.
@@ -80,8 +82,10 @@ pub fn create<'a>(
     let at = at.into();
     // Others may read a value where they may read the folder.
     let file = at.create(Mode::from_raw_mode(at.mode_of_folder()? & 0o666))?;
-    // Else XFS allocates more than is written, until the file is closed. What it refuses it tells the write.
-    let _ = ftruncate(&file, data.len() as u64);
+    if data.len() > LARGE {
+        // Else XFS allocates more than is written, until the file is closed. What it refuses it tells the write.
+        let _ = ftruncate(&file, data.len() as u64);
+    }
     let mut rest = data;
     while !rest.is_empty() {
         match rustix::io::write(&file, rest) {
