@@ -62,7 +62,7 @@ class SharedIndex:
     source_id : SourceId
         Name of the source.
     breaker : CircuitBreaker
-        Of the cache store.
+        Of the cache store; that of a pool is of all its sources.
     fills : FillQueue or None
         Values on their way into the cache store; None where a fill takes one step.
     cache : weak reference to Store, or None

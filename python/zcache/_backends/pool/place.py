@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
+    from zcache._index.shared import SharedIndex
+    from zcache._runtime.circuit_breaker import CircuitBreaker
 
 T = TypeVar("T")
 
@@ -71,12 +73,15 @@ class Pool:
         Each that stands for it.
     names : dict
         What is noted of each source that this process has opened, by its label; see `note_of`.
+    breaker : CircuitBreaker or None
+        Of all sources, by the clock of the first one; None before that.
     """
 
     key: Hashable = None
     handle: IndexHandle
     directory: PoolDirectory | None = None
     read_only = False
+    breaker: CircuitBreaker | None = None
 
     def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
@@ -132,6 +137,14 @@ class Pool:
     def is_in_use(self) -> bool:
         """Whether there is any store or `CachePool` of it; fills of stores that were dropped may go on."""
         return len(self.handle.users) > len(self._policies) or bool(self.objects)
+
+    def share(self, shared: SharedIndex) -> None:
+        """Have a source use what is of the pool: its threads, and its circuit breaker, which the first one brings."""
+        shared.threads = self.threads
+        with self._lock:
+            if self.breaker is None:
+                self.breaker = shared.breaker
+            shared.breaker = self.breaker
 
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""
@@ -318,6 +331,8 @@ class Pool:
             return
         self._forked = os.getpid()
         self._lock = threading.RLock()
+        if self.breaker is not None:
+            self.breaker.after_fork()
         if self.directory is None:
             self.handle.after_fork(None)
             if not self.handle.index.after_fork():

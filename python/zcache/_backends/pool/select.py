@@ -133,7 +133,8 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     shared = SharedIndex(
         source.handle, opening.source, opening.source_id, source.clock, breaker_clock
     )
-    shared.place, shared.threads = source, pool.threads
+    shared.place = source
+    pool.share(shared)
     directory = pool.directory
     if directory is None:
         shared.listings = source.listings = MemoryListings()
