@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from zcache._backends.pool.place import Pool
     from zcache._cache_options import CacheOptions
     from zcache._index.changes import Version
-    from zcache._index.place import Place
     from zcache._runtime.io import IO
     from zcache._runtime.lingering import Lease
     from zcache._types import Minimised, Policy
@@ -197,14 +196,13 @@ class Cache:
             run_without_loop(self.writer.clear(io))
 
     def _make_queue(self) -> None:
-        """The queue of pending fills of this place, which its first user makes."""
+        """The queue of pending fills of this place, or of its pool, which its first user makes."""
         filler, shared = self.backend.filler, self.shared
         if filler is None:
             return
         with _lock:
             if shared.fills is None:
-                shared.fills = FillQueue(shared.handle, shared.breaker, filler)
-                _let_collect(shared.place, shared.fills)
+                shared.place.fills = FillQueue(shared.breaker, filler)
 
     @property
     def token(self) -> str:
@@ -278,18 +276,8 @@ class Cache:
         if not await self.shared.place.settle(io, self.backend, until):
             return False
         queue: FillQueue | None = self.shared.fills
-        return queue is None or await queue.drain(io, max(0.0, until - time.monotonic()))
-
-
-def _let_collect(place: Place, queue: FillQueue) -> None:
-    """Have the queue take note of what has ended while no reader comes."""
-    reference = weakref.ref(queue)
-
-    def collect() -> None:
-        if (found := reference()) is not None:
-            found.collect()
-
-    place.on_idle = collect
+        left = max(0.0, until - time.monotonic())
+        return queue is None or await queue.drain(io, left, self.shared)
 
 
 # Guards the making of tokens and queues; never held over anything that waits.
@@ -309,15 +297,17 @@ def find_or_add(cache: Cache) -> Cache:
         return _by_token.setdefault(cache.known_token or "", cache)
 
 
-def fills_of(pool: Pool, label: str) -> FillQueue | None:
-    """Values of a source of a pool that this process has not put there yet; None where there are none."""
+async def drain_source(pool: Pool, label: str, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
+    """Wait for what this process has read of a source of a pool, as `Cache.drain` does."""
+    until = time.monotonic() + timeout
     for shared in shared_indexes.live():
         place = shared.place
         if isinstance(place, PoolSource) and place.label == label and place.pool.is_same(pool):
-            found: FillQueue | None = shared.fills
-            if found is not None:
-                return found
-    return None
+            fills: FillQueue | None = shared.fills
+            left = max(0.0, until - time.monotonic())
+            if fills is not None and not await fills.drain(io, left, shared):
+                return False
+    return True
 
 
 def open_sources() -> list[tuple[str, Store]]:
@@ -330,8 +320,6 @@ def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     for shared in shared_indexes.live():
-        if shared.fills is not None:
-            shared.fills.after_fork()
         shared.breaker.after_fork()
         shared.changes.after_fork()
         shared.place.after_fork()

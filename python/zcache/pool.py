@@ -16,7 +16,7 @@ from zcache._backends.pool.options import PoolOptions
 from zcache._backends.pool.register import label_of, note_of, stand_in
 from zcache._backends.pool.select import pool_of
 from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-from zcache._cache import fills_of, open_sources
+from zcache._cache import drain_source, open_sources
 from zcache._options import (
     capacity_of,
     check_eviction,
@@ -376,8 +376,8 @@ class CachePool:
         return self._pool.while_complete(lambda: sync(write()))
 
     def _wait_for_fills(self, name: str) -> None:
-        fills = fills_of(self._pool, label_of(name))
-        if fills is None or run_without_loop(fills.drain(SyncIO(None), CLOSE_TIMEOUT)):
+        draining = drain_source(self._pool, label_of(name), SyncIO(None), CLOSE_TIMEOUT)
+        if run_without_loop(draining):
             return
         raise CacheUnreachableError(
             f"values of {name!r} that were read are not in the pool {self!r} after {CLOSE_TIMEOUT:g} s, so what is exported "

@@ -207,9 +207,9 @@ class CacheStore(Store, KeepsDecoded):
         others write to the volume in bursts.
     max_pending_size : int or str, optional
         Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that wait to be written to the cache
-        store; a single larger value is still taken. Default is None: 64 MiB. A reader that finds them
-        used up waits while the cache store makes progress. Set it lower where memory is short, higher
-        where a slow cache store has to take in bursts.
+        store, for all stores over it in this process, and all sources of a pool, together; a single larger value is still taken.
+        Default is None: 64 MiB. A reader that finds them used up waits while the cache store makes progress. Set it lower where
+        memory is short, higher where a slow cache store has to take in bursts.
     decoded_size : int or str, optional
         Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
         for this store and its copies, beside the encoded ones. Default is None: none are kept. Set it where the

@@ -90,6 +90,11 @@ class FillJob:
         self.fetched = fetched
         self.number = 0
 
+    @property
+    def name(self) -> str:
+        """The key as the index of the place has it."""
+        return self.backend.folder + self.key
+
 
 class Ended:
     """How a job ended.
@@ -127,7 +132,7 @@ class Ended:
 
 
 class Filler(Protocol):
-    """Carries out the jobs of a queue, in the background. One for each place and process.
+    """Carries out the jobs of a queue, in the background. One for each place, or pool, and process.
 
     Attributes
     ----------
@@ -194,6 +199,8 @@ class Backend(ABC):
         it by name, whether or not the index knows it.
     value_header : int
         Bytes that stand before each value, in the blocks that it takes.
+    folder : str
+        What its keys begin with in the index of the place, where that is of several sources.
     """
 
     verify: ClassVar[str | None] = None
@@ -204,6 +211,7 @@ class Backend(ABC):
     works_in_background: ClassVar[bool] = True
     removes_by_name: ClassVar[bool] = False
     value_header: ClassVar[int] = 0
+    folder = ""
 
     def __init__(self, store: Store, shared: SharedIndex) -> None:
         self.store: Any = store

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from zcache._runtime.io import IO
 
 
@@ -15,11 +13,16 @@ class Place:
 
     Attributes
     ----------
-    on_idle : callable
-        Called when fills have ended; set by the owner of the queue.
+    fills : FillQueue or None
+        Values on their way into the cache store; None where a fill takes one step.
     """
 
-    on_idle: Callable[[], object] = staticmethod(lambda: None)
+    fills: Any = None
+
+    def on_idle(self) -> None:
+        """Take note of fills that have ended, while no reader comes."""
+        if self.fills is not None:
+            self.fills.collect()
 
     def enforce_bound(self) -> None:
         """Evict what is above a bound that has become smaller."""
@@ -27,8 +30,13 @@ class Place:
     def wait_for_bound(self) -> None:
         """Wait until that is done, some seconds at most."""
 
-    def keep_free(self, size: int | None) -> None:
-        """Have so many bytes of its volume stay free, where it has one; None for the default."""
+    def limit_fills(self, max_pending_size: int | None, min_free_space: int | None) -> None:  # noqa: ARG002 - of those on a volume
+        """Have values of so many bytes be on their way at most, and so many bytes of its volume stay free, where it has one.
+
+        None stands for the default.
+        """
+        if self.fills is not None:
+            self.fills.set_bound(max_pending_size)
 
     async def settle(self, io: IO, backend: Any, until: float) -> bool:  # noqa: ARG002 - of those that list
         """Wait until it is known what is there, and all above the bound has gone.
@@ -51,3 +59,5 @@ class Place:
 
     def after_fork(self) -> None:
         """Start over in a forked child."""
+        if self.fills is not None:
+            self.fills.after_fork()

@@ -63,8 +63,6 @@ class SharedIndex:
         Name of the source.
     breaker : CircuitBreaker
         Of the cache store; that of a pool is of all its sources.
-    fills : FillQueue or None
-        Values on their way into the cache store; None where a fill takes one step.
     cache : weak reference to Store, or None
         The cache store that it was last opened for, where others may hold the same values.
     location : Location or None
@@ -90,7 +88,6 @@ class SharedIndex:
         self.handle = handle
         self.clock = clock
         self.breaker = CircuitBreaker(handle.name, breaker_clock, _show)
-        self.fills: Any = None
         self.place = Place()
         self.listings: Any = None
         self.changes = Changes()
@@ -101,6 +98,11 @@ class SharedIndex:
         self.source_id = source_id
         self._members: Registry[Member] = Registry()
         self.threads = Threads(THREADS)
+
+    @property
+    def fills(self) -> Any:
+        """The queue of values on their way into the cache store; None where a fill takes one step."""
+        return self.place.fills
 
     def join(self, member: Member) -> None:
         """Use it as well; the strictest limits are in force, so that none is exceeded.
@@ -141,9 +143,10 @@ class SharedIndex:
             size = limits["max_size"]
             before = self.handle.limits["max_size"]
             self.handle.change_limits({**limits, "max_age": age})
-            if self.fills is not None:
-                self.fills.set_bound(least(one["max_pending_size"] for one in asked))
-            self.place.keep_free(greatest(one["min_free_space"] for one in asked))
+            self.place.limit_fills(
+                least(one["max_pending_size"] for one in asked),
+                greatest(one["min_free_space"] for one in asked),
+            )
         self.handle.apply_limits()
         if size is not None and (before is None or size < before):
             self.place.enforce_bound()

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from zcache._backends.access import Access
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zcache._backends.base import Ended, Filler, FillJob
-    from zcache._index.calls import Handle
+    from zcache._index.shared import SharedIndex
     from zcache._runtime.circuit_breaker import CircuitBreaker
     from zcache._runtime.io import IO
 
 logger = logging.getLogger("zcache")
 
 MAX_PENDING_SIZE: Final = 64 * 2**20
-"""Bytes of pending fills for each cache, unless the option `max_pending_size` says otherwise."""
+"""Bytes of pending fills for each place, or pool, unless the option `max_pending_size` says otherwise."""
 STALL_TIMEOUT: Final = 1.0
 """Seconds without progress after which a reader that found the queue full goes without caching."""
 DRAIN_TIMEOUT: Final = 60.0
@@ -76,12 +77,10 @@ class _RefusedKeys:
 
 
 class FillQueue:
-    """Pending fills of one place, bounded by their bytes.
+    """Pending fills of one filler, bounded by their bytes; in a pool, those of all its sources.
 
     Parameters
     ----------
-    handle : Handle
-        The index, which hears of values that it does not know.
     breaker : CircuitBreaker
         Hears how the fills end.
     filler : Filler
@@ -95,13 +94,7 @@ class FillQueue:
         Bytes of values that are not in the cache store yet.
     """
 
-    def __init__(
-        self,
-        handle: Handle,
-        breaker: CircuitBreaker,
-        filler: Filler,
-    ) -> None:
-        self._handle = handle
+    def __init__(self, breaker: CircuitBreaker, filler: Filler) -> None:
         self.breaker = breaker
         self.filler = filler
         self.set_bound(None)
@@ -167,18 +160,18 @@ class FillQueue:
         return is_taken
 
     async def _put(self, io: IO, job: FillJob) -> bool:
-        allows = self.breaker.allows
+        allows, handle = self.breaker.allows, job.backend.shared.handle
         # Without deletes no room can be made: to try would cost entries that are still good.
-        if not (self._handle.usable and allows("write") and allows("delete")):
-            if self._handle.usable and allows("read"):
+        if not (handle.usable and allows("write") and allows("delete")):
+            if handle.usable and allows("read"):
                 # Where reads are left alone as well, this one was counted before.
                 job.backend.counters.count("skipped")
             return False
         if (access := self.filler.access) is not Access.FILLS:
             if access is Access.REMOVES:
-                self._handle.count_refusal()
+                handle.count_refusal()
             return False
-        if (job.key, job.byte_range) in self._refused:
+        if (job.name, job.byte_range) in self._refused:
             return False
         try:
             while True:
@@ -198,7 +191,7 @@ class FillQueue:
             if concerns_key(error):
                 now = self.breaker.clock()
                 with self._lock:
-                    self._refused.add((job.key, job.byte_range), now)
+                    self._refused.add((job.name, job.byte_range), now)
             self.breaker.failed(error, "write")
             return False
 
@@ -214,7 +207,7 @@ class FillQueue:
 
     def _note(self, ended: Ended) -> None:
         self._forget(ended.job)
-        value = (ended.job.key, ended.job.byte_range)
+        value = (ended.job.name, ended.job.byte_range)
         is_refused = any(what == "write" and concerns_key(e) for e, what in ended.failures)
         # A user's own clock may do anything.
         now = self.breaker.clock() if is_refused else 0.0
@@ -229,14 +222,14 @@ class FillQueue:
         if ended.written:
             self.breaker.succeeded("write")
         if ended.corrupt:
-            self._handle.mark_corrupt()
+            ended.job.backend.shared.handle.mark_corrupt()
         if ended.reason == PATH_CONFLICT and not self._has_met_conflict:
             self._has_met_conflict = True
             logger.warning(
                 "the cache store %s holds values above or below the key %r, and cannot hold both: a file system has no "
                 "file where it has a folder. This value, and others like it, stay uncached until those are older than "
                 "their max_age_seconds, or evicted. If the source has them no more, call invalidate() with their prefix.",
-                self._handle.name,
+                ended.job.backend.shared.handle.name,
                 ended.job.key,
             )
 
@@ -253,8 +246,22 @@ class FillQueue:
             if job.number <= last:
                 self._forget(job)
 
-    async def drain(self, io: IO, timeout: float) -> bool:  # noqa: ASYNC109
+    async def drain(
+        self,
+        io: IO,
+        timeout: float,  # noqa: ASYNC109
+        of: SharedIndex | None = None,
+    ) -> bool:
         """Wait until all values that were taken before have reached the cache store or were refused.
+
+        Parameters
+        ----------
+        io : IO
+            Of who waits.
+        timeout : float
+            Seconds.
+        of : SharedIndex, optional
+            Wait for those of this source only. Default is for all.
 
         Returns
         -------
@@ -263,6 +270,8 @@ class FillQueue:
         """
         until = time.monotonic() + timeout
         last = self._submitted
+        own = (job for job in self.pending() if of is None or job.backend.shared is of)
+        awaited = deque(job.number for job in own)
         while True:
             completed = self.filler.completed
             self.collect()
@@ -270,11 +279,11 @@ class FillQueue:
                 # What has ended since: it would keep its cache alive.
                 self.collect()
                 self._forget_lost(last)
-            with self._lock:
-                first = next(iter(self._pending), None)
-            # Jobs may end in another order, but are pending in the order of their numbers. A job with a reader
-            # that was interrupted as it handed it in may be under way all the same.
-            if self.filler.is_idle if first is None else first > last:
+            # Jobs may end in another order.
+            while awaited and awaited[0] not in self._pending:
+                awaited.popleft()
+            # A job with a reader that was interrupted as it handed it in is not pending, but may be under way.
+            if not awaited and (self._pending or self.filler.is_idle):
                 return True
             left = until - time.monotonic()
             if left <= 0:

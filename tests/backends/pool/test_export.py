@@ -29,7 +29,7 @@ from zcache import (
     OptionValueError,
     UsageError,
 )
-from zcache._backends.pool.filler import PoolFiller
+from zcache._backends.directory.filler import DirectoryFiller
 from zcache._backends.pool.register import label_of, stand_in
 from zcache._core import VALUE_HEADER
 from zcache.testing import FakeClock, hold_index_lock
@@ -433,18 +433,18 @@ def test_export_into_a_part_of_a_source_in_a_bucket_is_refused(
 def held_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills of a pool in a directory begin once they are waited for."""
     held: list[Any] = []
-    submit, is_idle, wait = PoolFiller.submit, PoolFiller.is_idle, PoolFiller.wait
+    submit, is_idle, wait = DirectoryFiller.submit, DirectoryFiller.is_idle, DirectoryFiller.wait
 
-    async def let_go(self: PoolFiller, *args: Any) -> bool:
+    async def let_go(self: DirectoryFiller, *args: Any) -> bool:
         while held:
             submit(self, *held.pop())
         return await wait(self, *args)
 
-    monkeypatch.setattr(PoolFiller, "submit", lambda _, *job: held.append(job))
+    monkeypatch.setattr(DirectoryFiller, "submit", lambda _, *job: held.append(job))
     monkeypatch.setattr(
-        PoolFiller, "is_idle", property(lambda self: not held and is_idle.__get__(self))
+        DirectoryFiller, "is_idle", property(lambda self: not held and is_idle.__get__(self))
     )
-    monkeypatch.setattr(PoolFiller, "wait", let_go)
+    monkeypatch.setattr(DirectoryFiller, "wait", let_go)
 
 
 @pytest.mark.usefixtures("held_fills")

@@ -1,25 +1,107 @@
-"""Fills of a pool: all of its sources share one circuit breaker."""
+"""Fills of a pool: all of its sources share one queue, its threads, its bound and its circuit breaker."""
 
 from __future__ import annotations
 
 import errno
+import gc
+import os
+import signal
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from pools import source_of
-from support import read, said
+from support import drained, drained_sync, read, said, value_sync
 from zcache import CachePool, CacheStore
 from zcache._backends.directory.filler import DirectoryFiller
+from zcache.testing import check_invariants
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
+    from zcache._backends.base import FillJob
+    from zcache._protocol.fill import FillQueue
 
 VALUE = bytes(60)
 
 
 def opened(pool: CachePool, name: str, **options: Any) -> CacheStore:
     return CacheStore(source_of(k=VALUE), cache_store=pool, source_id=name, **options)
+
+
+def queue_of(store: CacheStore) -> FillQueue:
+    queue: FillQueue = store._cache.shared.fills
+    return queue
+
+
+def threads_of_fills() -> int:
+    """Threads of this process that fill directories; those of others may end."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    return [task.read_text().strip() for task in tasks].count("zcache-fill")
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[FillJob]:
+    """Values that were handed over; none is written, and no one waits for that."""
+    jobs: list[FillJob] = []
+
+    async def wait(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(DirectoryFiller, "submit", lambda _self, _io, job: jobs.append(job))
+    monkeypatch.setattr(DirectoryFiller, "is_idle", property(lambda _: not jobs))
+    monkeypatch.setattr(DirectoryFiller, "wait", wait)
+    return jobs
+
+
+async def test_many_sources_are_filled_by_the_threads_of_one(tmp_path: Path) -> None:
+    """Each had two of its own, so a thousand sources took two thousand."""
+    pool = CachePool(tmp_path)
+    stores = [opened(pool, f"source {number}") for number in range(20)]
+    before = threads_of_fills()
+    for store in stores:
+        assert await read(store, "k") == VALUE
+    for store in stores:
+        await drained(store)
+    # They stay for some seconds.
+    assert threads_of_fills() - before <= 2
+    for store in stores:
+        assert store.is_cached("k")
+        check_invariants(store)
+    assert pool.cache_info()["entries"] == len(stores)
+
+
+@pytest.mark.usefixtures("held")
+async def test_pending_values_of_all_sources_have_one_bound(tmp_path: Path) -> None:
+    pool = CachePool(tmp_path)
+    stores = [opened(pool, name, max_pending_size=2 * len(VALUE)) for name in "abc"]
+    for store in stores:
+        assert await read(store, "k") == VALUE
+    assert queue_of(stores[0]).pending_size == 2 * len(VALUE)
+    assert stores[2].cache_stats()["cache_failures"] == 1
+
+
+def test_bound_of_pending_values_is_the_least_of_all_sources_that_are_in_use(
+    tmp_path: Path,
+) -> None:
+    pool = CachePool(tmp_path)
+    lax = opened(pool, "lax", max_pending_size=100)
+    strict = opened(pool, "strict", max_pending_size=10)
+    assert queue_of(lax).max_pending_size == 10
+    del strict
+    gc.collect()
+    assert queue_of(lax).max_pending_size == 100
+
+
+async def test_drain_waits_for_the_values_of_its_own_source(
+    tmp_path: Path, held: list[FillJob]
+) -> None:
+    pool = CachePool(tmp_path)
+    slow, other = opened(pool, "slow"), opened(pool, "other")
+    assert await read(slow, "k") == VALUE
+    assert [job.key for job in held] == ["k"]
+    assert not await slow.drain(timeout=0)
+    assert await other.drain(timeout=0)
 
 
 async def test_failure_is_logged_once_for_all_sources(
@@ -35,3 +117,59 @@ async def test_failure_is_logged_once_for_all_sources(
         assert await read(store, "k") == VALUE
     assert ["broken" in message for message in said(caplog)] == [True]
     assert [store.cache_stats()["cache_failures"] for store in stores] == [3, 3, 3]
+
+
+async def test_value_that_cannot_be_held_keeps_out_no_other_one_under_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = CachePool(tmp_path)
+    one, other = opened(pool, "one"), opened(pool, "other")
+    submit = DirectoryFiller.submit
+
+    def submit_other(self: DirectoryFiller, io: Any, job: FillJob) -> None:
+        if job.backend is one._cache.backend:
+            raise OSError(errno.ENAMETOOLONG, "too long")
+        submit(self, io, job)
+
+    monkeypatch.setattr(DirectoryFiller, "submit", submit_other)
+    for store in (one, other):
+        assert await read(store, "k") == VALUE
+        await drained(store)
+    assert (one.is_cached("k"), other.is_cached("k")) == (False, True)
+
+
+def test_child_that_was_forked_while_a_thread_had_the_queue_fills(tmp_path: Path) -> None:
+    """Also where no store was open then: the queue is the pool's."""
+    pool = CachePool(tmp_path)
+    store = opened(pool, "gone")
+    assert value_sync(store, "k") == VALUE
+    drained_sync(store)
+    lock, has_it, ends = queue_of(store)._lock, threading.Event(), threading.Event()
+    del store
+    gc.collect()
+
+    def hold() -> None:
+        with lock:
+            has_it.set()
+            ends.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has_it.wait()
+    child = os.fork()
+    if not child:
+        code = 1
+        # It ends even where it waits for a lock.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            store = opened(pool, "new")
+            assert value_sync(store, "k") == VALUE
+            assert store.drain_sync(5)
+            assert store.is_cached("k")
+            code = 0
+        finally:
+            os._exit(code)
+    ends.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -37,8 +37,6 @@ class DirectoryFiller:
     ----------
     layout : Layout
         The directory.
-    clock : callable
-        Seconds since 1970.
     on_idle : callable
         Called when fills have ended.
 
@@ -50,11 +48,8 @@ class DirectoryFiller:
         Called in the background where a fill has met a value that the index does not list.
     """
 
-    def __init__(
-        self, layout: Layout, clock: Callable[[], float], on_idle: Callable[[], object]
-    ) -> None:
+    def __init__(self, layout: Layout, on_idle: Callable[[], object]) -> None:
         self._layout = layout
-        self._clock = clock
         self._on_idle = on_idle
         self._has_met_foreign = False
         self._fills: DirectoryFills | None = None
@@ -84,6 +79,7 @@ class DirectoryFiller:
             on_idle=self._on_idle,
             source=layout.digest,
             marked=None if index.shared else layout.lock_path,
+            segments=layout.segment_files,
         )
 
     def note_marks(self) -> None:
@@ -99,10 +95,10 @@ class DirectoryFiller:
             # Another key may have the same file.
             raise ValueError(f"the volume does not tell {job.key!r} from {fold(job.key)!r}")
         # A user's own clock may do anything.
-        name, now = self._name(job.key), self._clock()
+        now = job.backend.shared.clock()
         with self._lock:
             number = fills.submit(
-                name,
+                job.name,
                 job.byte_range,
                 job.data,
                 job.ticket,
@@ -111,10 +107,6 @@ class DirectoryFiller:
                 now,
             )
             self._jobs[number] = job
-
-    def _name(self, key: str) -> str:
-        """The key as the index has it."""
-        return key
 
     def collect(self) -> Sequence[Ended]:
         fills = self._fills

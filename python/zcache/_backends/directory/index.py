@@ -127,9 +127,10 @@ class CacheDirectory(Place):
         # docstring inherited
         self._bound.wait()
 
-    def keep_free(self, size: int | None) -> None:
+    def limit_fills(self, max_pending_size: int | None, min_free_space: int | None) -> None:
         # docstring inherited
-        self.filler.min_free_space = size
+        super().limit_fills(max_pending_size, min_free_space)
+        self.filler.min_free_space = min_free_space
 
     @classmethod
     def unopened(
@@ -155,13 +156,15 @@ class CacheDirectory(Place):
         # Until it is opened.
         empty = Index(**{**limits, "max_size": 0})
         self.handle = IndexHandle(empty, f"directory {self.root}", limits)
-        self.filler = self._make_filler(clock)
+        # The core must not keep alive what keeps it alive.
+        this = weakref.ref(self)
+        self.filler = DirectoryFiller(self.layout, lambda: _became_idle(this()))
+        self.filler.on_unlisted = lambda: _remove_unlisted(this())
         self._rebuild = Rebuild(self.layout, self.handle)
         self.private_index = PrivateIndex(self.layout, self.handle)
         self.recovery = Recovery(
             self.layout, self.handle, self.filler, self._rebuild, self.private_index
         )
-        this = weakref.ref(self)
         self.recovery.on_restored = lambda: _enforce_bound(this())
         self._bound = Bound(
             self.handle,
@@ -170,13 +173,6 @@ class CacheDirectory(Place):
             lambda: _after_evictions(this()),
         )
         _directories.add(self)
-
-    def _make_filler(self, clock: Callable[[], float]) -> Any:
-        # The core must not keep alive what keeps it alive.
-        this = weakref.ref(self)
-        filler = DirectoryFiller(self.layout, clock, lambda: _became_idle(this()))
-        filler.on_unlisted = lambda: _remove_unlisted(this())
-        return filler
 
     def _remove(self, names: list[str], known: Any) -> list[Any]:
         """Delete the bytes of victims; what the file system has said of each."""
@@ -362,6 +358,7 @@ class CacheDirectory(Place):
 
     def after_fork(self) -> None:
         """Start over in a forked child, as a participant of its own, at the first use."""
+        super().after_fork()
         handle = self.handle
         self.release_locks()
         handle.lost = None

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from zcache._backends.access import Access
 from zcache._backends.directory import files
@@ -19,6 +19,9 @@ from zcache._backends.directory.temporary import TemporaryFiles
 from zcache._backends.ownership import Kind, other_source
 from zcache._core import Index, make_folder, make_way, open_own
 from zcache.exceptions import CacheOwnershipError
+
+if TYPE_CHECKING:
+    from zcache._core import SegmentFiles
 
 logger = logging.getLogger("zcache")
 
@@ -105,6 +108,11 @@ class Layout:
         self.make_folders()
         self.note_block_size()
         self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)
+
+    @property
+    def segment_files(self) -> SegmentFiles | None:
+        """Where values are appended; None where each is a file."""
+        return None
 
     def set_access(self, access: Access) -> None:
         """Have this be done with its values and no more; who looks for them removes none unless some may be added."""

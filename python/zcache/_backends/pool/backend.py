@@ -46,6 +46,7 @@ class PoolBackend(DirectoryBackend):
         self._page_cache = self._pages = PagesInMemory(self._root)
         self.try_read = self._pages
         self.filler = source.filler
+        self.folder = f"{source.label}/"
         shared.handle.watch(self)
 
     def use_index(self, _: Index) -> None:
@@ -137,7 +138,7 @@ class MemoryPoolBackend(MemoryBackend):
 
     def __init__(self, store: PoolMemoryStore, shared: SharedIndex, label: str) -> None:
         super().__init__(store, shared)
-        self._folder = folder = f"{label}/"
+        self.folder = folder = f"{label}/"
         in_dict = self.try_read
         assert in_dict is not None
 
@@ -151,7 +152,7 @@ class MemoryPoolBackend(MemoryBackend):
     async def read(
         self, io: IO, name: str, prototype: BufferPrototype, total: int, start: int, size: int
     ) -> Buffer | None:
-        read = partial(super().read, io, _in_folder(self._folder, name))
+        read = partial(super().read, io, _in_folder(self.folder, name))
         return await read(prototype, total, start, size)
 
 

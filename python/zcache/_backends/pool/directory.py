@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from zcache._backends.access import Access
 from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
 from zcache._core import Index
-from zcache._runtime.registry import Registry
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import IndexLockTimeout
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from zcache._backends.pool.filler import PoolFiller
-
 _AT_ONCE: Final = 64
 """Segments that are removed between two steps of the index."""
-
-
-class Fillers:
-    """The fillers of all sources of a pool, as `CacheDirectory` and `Recovery` see them."""
-
-    def __init__(self) -> None:
-        self._all: Registry[PoolFiller] = Registry()
-        self._index: Index | None = None
-
-    def add(self, filler: PoolFiller) -> None:
-        self._all.add(filler)
-        while (index := self._index) is not None:
-            filler.start(index)
-            # Another one may have come meanwhile, and this one have taken its place.
-            if index is self._index:
-                return
-
-    def start(self, index: Index) -> None:
-        """Begin to take jobs for this index."""
-        self._index = index
-        for filler in self._all.snapshot():
-            filler.start(index)
-
-    def abandon(self) -> None:
-        """Drop, in a forked child, the jobs of the parent."""
-        self._index = None
-        for filler in self._all.snapshot():
-            filler.abandon()
 
 
 class PoolDirectory(CacheDirectory):
     """The directory of a pool."""
 
     layout_of = PoolLayout
-
-    def _make_filler(self, clock: Callable[[], float]) -> Any:  # noqa: ARG002
-        return Fillers()
 
     def _remove(self, names: list[str], known: Any) -> list[Any]:  # noqa: ARG002
         found: list[Any] = self.layout.scanner.files.delete(names)

@@ -225,6 +225,11 @@ class PoolLayout(Layout):
         super().make_folders()
         make_folder(self.segments)
 
+    @property
+    def segment_files(self) -> SegmentFiles:
+        found: SegmentFiles = self.scanner.files
+        return found
+
     def is_empty(self) -> bool:
         return not (os.path.isdir(self.segments) and os.listdir(self.segments))
 

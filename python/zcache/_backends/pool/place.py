@@ -306,9 +306,9 @@ class Pool:
                     *(source.min_free_space for source in sources),
                 ]
             )
-            for source in sources:
-                if source.filler is not None:
-                    source.filler.min_free_space = free
+            if self.directory is not None:
+                pending = least(source.max_pending_size for source in sources)
+                self.directory.limit_fills(pending, free)
         self.handle.apply_limits()
         is_less = size is not None and (before is None or size < before)
         if is_less:

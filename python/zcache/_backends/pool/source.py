@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zcache._backends.pool.filler import PoolFiller
 from zcache._backends.pool.handle import PoolLimits, SourceHandle
 from zcache._backends.pool.register import label_of
 from zcache._index.place import Place
@@ -13,6 +11,7 @@ from zcache._index.place import Place
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zcache._backends.directory.filler import DirectoryFiller
     from zcache._backends.listings import Listings
     from zcache._backends.pool.directory import PoolDirectory
     from zcache._core import SegmentFiles
@@ -42,12 +41,10 @@ class PoolSource(Place):
     ----------
     handle : SourceHandle
         The index as the source sees it.
-    filler : PoolFiller or None
-        Carries out fills; None in memory.
     clock : callable
         Seconds; what ages are counted by.
-    min_free_space : int or None
-        Bytes of the volume that its stores ask for to stay free.
+    max_pending_size, min_free_space : int or None
+        What its stores ask for; see `limit_fills`.
     listings : Listings
         Answers of the source to `list_dir`.
     """
@@ -58,18 +55,15 @@ class PoolSource(Place):
         self, pool: SharedPool, name: str, limits: dict[str, Any], clock: Callable[[], float]
     ) -> None:
         self.pool = pool
+        self.max_pending_size: int | None = None
         self.min_free_space: int | None = None
         self.clock = clock
         self.label = label_of(name)
         self.handle = SourceHandle(pool.handle, self.label, dict(limits), pool)
-        self.filler: PoolFiller | None = None
         directory = pool.directory
         if directory is None:
             return
         self._directory = directory
-        this = weakref.ref(self)
-        self.filler = PoolFiller(directory.layout, self.label, clock, lambda: _became_idle(this()))
-        directory.filler.add(self.filler)
         self.scanner = _SourceScanner(directory, self.label)
 
     @property
@@ -97,9 +91,24 @@ class PoolSource(Place):
         # docstring inherited
         self.pool.wait_for_bound()
 
-    def keep_free(self, size: int | None) -> None:
-        # docstring inherited. The pool looks at that of all its sources when it is told of their limits.
-        self.min_free_space = size
+    @property
+    def filler(self) -> DirectoryFiller:
+        """That of the pool."""
+        return self._directory.filler
+
+    @property
+    def fills(self) -> Any:
+        """The queue of the pool; None in memory."""
+        directory = self.pool.directory
+        return None if directory is None else directory.fills
+
+    @fills.setter
+    def fills(self, queue: Any) -> None:
+        self._directory.fills = queue
+
+    def limit_fills(self, max_pending_size: int | None, min_free_space: int | None) -> None:
+        # docstring inherited. The pool looks at those of all its sources when it is told of their limits.
+        self.max_pending_size, self.min_free_space = max_pending_size, min_free_space
 
     @property
     def private_index(self) -> Any:
@@ -141,8 +150,3 @@ class _SourceScanner:
 
     def add_tombstones(self, names: Any) -> None:
         self._scanner.add_tombstones(names)
-
-
-def _became_idle(source: PoolSource | None) -> None:
-    if source is not None:
-        source.on_idle()

@@ -90,6 +90,7 @@ class StorePlace(Place):
 
     def after_fork(self) -> None:
         # docstring inherited
+        super().after_fork()
         handle = self.handle
         handle.after_fork(None)
         self.filler.after_fork()
