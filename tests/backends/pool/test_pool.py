@@ -681,7 +681,7 @@ def test_pool_that_is_opened_leaves_the_permissions_of_what_is_there(tmp_path: P
     """Who may write into a folder may have moved a private file of its owner's there."""
     path = tmp_path / "pool"
     CachePool(path, mode=0o770)
-    asyncio.run(closed(path))
+    asyncio.run(closed(tmp_path, "pool"))
     reserved = path / ".zcache"
     (reserved / "index/notes").write_bytes(b"private")
     for found in (reserved / "index/notes", reserved / "index/sources", reserved / "stamp.json"):
@@ -706,7 +706,7 @@ def test_pool_in_a_directory_that_all_may_write_is_a_members_or_refused(
     path.mkdir()
     path.chmod(mode)
     CachePool(path, mode=0o770)
-    asyncio.run(closed(path))
+    asyncio.run(closed(tmp_path, "pool"))
     os.chown(path / ".zcache", 50001, group)
     with pytest.raises(CacheOwnershipError) if is_refused else nullcontext():
         CachePool(path, mode=0o770)
