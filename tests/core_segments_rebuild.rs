@@ -206,7 +206,8 @@ fn index_of_segments_with_holes_begins_anew_where_none_can_be_made() {
     // What was filled here is kept.
     let pool = pool.reopen();
     let mut kept = pool.keys();
-    (keys.sort(), kept.sort());
+    keys.sort();
+    kept.sort();
     assert_eq!(kept, keys);
     end(pool);
 }
