@@ -470,7 +470,7 @@ def test_advice_about_a_pool_counts_the_header_of_each_value(tmp_path: Path) -> 
                 assert store.drain_sync()
     finally:
         set_block_size(before)
-    sizes = [40 * 8191, 40 * 9000]
+    sizes = [40 * 8191, 40 * 9600]
     for advice in (store.advise(sizes=sizes), replay(tmp_path / "requests.csv.gz", sizes=sizes)):
         assert advice.curves["lru"].hit_ratio == pytest.approx([0, 1 / 2])
 
