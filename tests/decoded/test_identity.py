@@ -31,7 +31,9 @@ from zarr.codecs import (
     ZstdCodec,
 )
 from zarr.codecs import numcodecs as wrapped
+from zarr.core.array_spec import ArrayConfig
 from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.core.dtype import Int16
 from zarr.registry import register_codec
 from zarr.storage import MemoryStore
 
@@ -39,6 +41,7 @@ from zcache import CacheStore, with_decoded_cache
 from zcache._decoded import cache as cache_module
 from zcache._decoded import identity
 from zcache._decoded.identity import identity_of
+from zcache.testing import StoreDouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +129,14 @@ class Called(Inherited):
     def number(self) -> int:
         found: int = self.key()  # type: ignore[operator]
         return found
+
+
+class Counting(Inherited):
+    """What it has changes as it decodes."""
+
+    def number(self) -> int:
+        object.__setattr__(self, "count", getattr(self, "count", 0) + 1)
+        return super().number()
 
 
 class Subclassed(Inherited):
@@ -318,6 +329,17 @@ class Level(enum.IntEnum):
     HIGH = 2
 
 
+class Bits(enum.IntFlag):
+    """With values that have no names."""
+
+    LOW = 1
+
+
+def spec(order: Any) -> ArrayConfig:
+    """A part of what a codec is told of its array."""
+    return ArrayConfig(order=order, write_empty_chunks=False)
+
+
 def sharded(key: int) -> ShardingCodec:
     return ShardingCodec(chunk_shape=(4,), codecs=[BytesCodec(), Compared(key)])
 
@@ -350,7 +372,9 @@ PARTS: list[Callable[[], Any]] = [
     *(lambda: np.int8(1), lambda: np.int16(1), lambda: np.dtype("i4"), lambda: np.dtype(">i4")),
     *(lambda: np.arange(3), lambda: np.arange(4), lambda: Level.LOW, lambda: Level.HIGH),
     *(lambda: Compared(1), lambda: Compared(2), lambda: NotCompared(1), numcodecs.GZip, BytesCodec),
-    *(lambda: sharded(1), lambda: sharded(2)),
+    *(lambda: sharded(1), lambda: sharded(2), lambda: Bits(16), lambda: Bits(32)),
+    *(lambda: Int16(endianness="little"), lambda: Int16(endianness="big"), lambda: spec("C")),
+    *(lambda: np.dtype(("<i4", (2,))), lambda: np.dtype(("<f4", (2,))), lambda: spec("F")),
     *(lambda: logging.getLogger("zcache"), lambda: len, lambda: Holder),
 ]
 """Makers of what is alike only if it comes from one of them."""
@@ -372,7 +396,15 @@ def test_attribute_that_could_have_been_computed_counts() -> None:
 OBJECTS: list[Callable[[], Any]] = [
     *(threading.Lock, lambda: lambda: None, lambda: (n for n in ()), lambda: date(2026, 1, 1)),
     *(lambda: _Bare({"": 1}), lambda: Holder(1), lambda: functools.partial(len)),
-    *(around, folded, twice, lambda: [0] * 2000, lambda: "1" * 200_000, lambda: np.zeros(200_000)),
+    *(
+        around,
+        folded,
+        twice,
+        lambda: [0] * 2000,
+        lambda: 1 << 20_000,
+        lambda: "1" * 200_000,
+        lambda: np.zeros(200_000),
+    ),
 ]
 
 
@@ -419,6 +451,23 @@ def test_codec_that_was_given_its_key_after_a_read_is_another_one() -> None:
     locked.metadata.codecs[-1].__init__(9)
     assert read(locked)[0] == (VALUES ^ 7 ^ 9).tolist()
     assert read(unlocked) == (VALUES.tolist(), 2)
+
+
+def test_codec_that_changes_by_itself_is_the_same_after_a_failure() -> None:
+    """It may count, or make what it needs when it decodes first."""
+    source = StoreDouble(MemoryStore())
+    store = CacheStore(source, decoded_size="1MB", max_size=0)
+    array = zarr.create_array(
+        store, shape=(8,), chunks=(4,), dtype="u1", compressors=[Counting(key=7)]
+    )
+    array[:] = VALUES
+    assert read(array)[0] == VALUES.tolist()
+    assert read(array) == (VALUES.tolist(), 2)
+    source.fail("get", OSError("down"), times=1)
+    store.invalidate_sync("c/0")
+    with pytest.raises(OSError, match="down"):
+        array[:]
+    assert read(array) == (VALUES.tolist(), 1)
 
 
 def test_pipeline_of_other_codecs_than_the_metadata_shares_no_chunks() -> None:

@@ -507,6 +507,20 @@ def test_shard_that_is_read_in_turns_is_read_once(
     assert expires or counts(store)[0] - hits == 16
 
 
+def test_shard_that_is_not_there_is_asked_for_once(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "LEAST", 2**12)
+    source = StoreDouble(MemoryStore())
+    create(source, shape=(64, 512), chunks=(1, 512), shards=(64, 512))
+    store = CacheStore(source, max_size=0, decoded_size=16 * (2048 + OVERHEAD), cache_missing=False)
+    array = zarr.open_array(store, mode="r")
+    before = sum("c/" in request.key for request in source.requests)
+    assert (array[:, 7] == -1).all()
+    assert sum("c/" in request.key for request in source.requests) == before + 1
+    check(store)
+
+
 def test_readers_of_a_little_of_the_same_chunks_at_once_all_get_it(
     pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

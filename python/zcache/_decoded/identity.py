@@ -30,6 +30,7 @@ _STOCK: Final = frozenset({"zarr", "numcodecs"})
 _NO_SLOTS: Final = frozenset({"__dict__", "__weakref__"})
 _POINTER: Final = np.dtype("P").itemsize
 _SCALARS: Final = frozenset({type(None), bool, int, float, complex, str, bytes})
+_CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset})
 _MOST_VALUES: Final = 1000
 """In one codec; of one that holds more, it counts which object it is."""
 _MOST_BYTES: Final = 2**17
@@ -81,18 +82,16 @@ def _said(part: Any, steps: Iterator[int]) -> object:
         return number, identity_of(*(part.filters or ())), identity_of(part.compressor)
     if part is None:
         return number
-    if kind.__module__.partition(".")[0] not in _STOCK:
+    is_codec = isinstance(part, (BaseCodec, numcodecs.abc.Codec))
+    if not is_codec or kind.__module__.partition(".")[0] not in _STOCK:
         return number, _attributes(part, kind, steps)
-    if isinstance(part, ZDType):
-        # The data type of numpy tells the rest.
-        return number
     about = part.to_dict() if hasattr(part, "to_dict") else part.get_config()
     return number, json.dumps(about, default=_jsonable, sort_keys=True)
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, np.dtype):
-        return value.descr if value.names else value.str
+        return repr(value)
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(f"no part of metadata: {value!r}")
@@ -110,7 +109,7 @@ def _attributes(part: Any, kind: type, steps: Iterator[int]) -> object:
         return _number_of(part)
     try:
         return [(name, _value(value, steps)) for name, value in attributes_of(part).items()]
-    except (TypeError, RuntimeError):
+    except Exception:  # noqa: BLE001 - whatever attributes may raise
         # Too many, too deep, changing meanwhile, or of a kind to which no reference can be held.
         return _number_of(part)
 
@@ -134,25 +133,30 @@ def _plain(value: Any, steps: Iterator[int]) -> object:
     if kind in (str, bytes) and len(value) > _MOST_BYTES:
         raise _NotPlainError
     if kind in _SCALARS:
-        return kind.__name__, value
-    if kind in (list, tuple):
-        return kind.__name__, [_plain(one, steps) for one in value]
-    if kind in (set, frozenset):
-        return kind.__name__, sorted(repr(_plain(one, steps)) for one in value)
-    if kind is dict:
-        return "dict", [(_plain(key, steps), _plain(one, steps)) for key, one in value.items()]
+        return kind.__name__, repr(value)
+    if kind in _CONTAINERS or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+        return _contained(value, kind, steps)
     if isinstance(value, np.dtype):
-        return "dtype", repr(value.descr if value.names else value.str)
+        return "dtype", repr(value)
     if kind is np.ndarray or isinstance(value, np.generic):
         if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
             raise _NotPlainError
         digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
         return kind.__name__, repr(value.dtype), value.shape, digest
     if isinstance(value, enum.Enum):
-        return "enum", _number_of(kind), value.name
+        return "enum", _number_of(kind), value.name, _plain(value._value_, steps)
     if is_dataclass(kind) or isinstance(value, (BaseCodec, numcodecs.abc.Codec, ZDType)):
         return _said(value, steps)
     raise _NotPlainError
+
+
+def _contained(value: Any, kind: type, steps: Iterator[int]) -> object:
+    if kind is dict:
+        return "dict", [(_plain(key, steps), _value(one, steps)) for key, one in value.items()]
+    if kind in (set, frozenset):
+        return kind.__name__, sorted(repr(_plain(one, steps)) for one in value)
+    # By its number, for there may be named tuples of one name.
+    return _number_of(kind), [_value(one, steps) for one in value]
 
 
 def _number_of(thing: object) -> int:

@@ -148,10 +148,10 @@ class ShardPart(Part):
         """Read its bytes, for all calls of the pipeline until `release`: so they are of one value, and cost one request."""
         getter, spec, *more = self.item
         value = await getter.get(spec.prototype)
-        if value is not None:
-            self._held = self.item
-            memory = MemoryStore({getter.path: value}, read_only=True)
-            self.item = (StorePath(memory, getter.path), spec, *more)
+        self._held = self.item
+        # That it is not there holds for all of them as well.
+        memory = MemoryStore({} if value is None else {getter.path: value}, read_only=True)
+        self.item = (StorePath(memory, getter.path), spec, *more)
 
     def release(self) -> None:
         """Do without these bytes."""
