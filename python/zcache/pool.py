@@ -273,7 +273,9 @@ class CachePool:
         # It is written to in any case, so its volume is waited for.
         here = location_here(store)
         # Of some sources only the label is known.
-        if label_of(identify(innermost(store)).name) == label or _overlap(here, named, opened):
+        if label_of(identify(innermost(store)).name) == label or _overlap(
+            label, here, named, opened
+        ):
             raise OptionValueError(
                 f"invalid store: {describe(store)} is the source {name!r} itself, or one of them is inside the other: what "
                 "the pool holds may be older than what is there. Give another store."
@@ -390,16 +392,15 @@ _PATIENCE: Final = 1.0
 _NAME: Final = "Give that of a source, as CachePool.sources() tells it."
 
 
-_asking: Final = Threads(1)
-_late: Final[list[Outcome[bool]]] = []
-"""What a volume has not answered in time, and perhaps not yet."""
+_late: Final[dict[str, Outcome[bool]]] = {}
+"""By the labels of sources, what their volumes have not answered in time, and perhaps not yet."""
 at_fork(_late.clear)
 
 
-def _overlap(here: Location, named: Location | None, opened: list[Store]) -> bool:
+def _overlap(label: str, here: Location, named: Location | None, opened: list[Store]) -> bool:
     """Whether a place and that of a source overlap, which is known by its name, its open stores or both.
 
-    By names alone where a volume does not answer, as it may be that of a source that has gone.
+    By names alone where its volume does not answer, as it may be that of a source that has gone.
     """
 
     def overlap(*, asks: bool) -> bool:
@@ -407,12 +408,15 @@ def _overlap(here: Location, named: Location | None, opened: list[Store]) -> boo
         places = [location_here(source, asks=asks) for source in opened]
         return any(compare(here, place) for place in (named, *places) if place is not None)
 
-    if all(late.is_set for late in _late):
+    # A source that has not answered has a thread, and says nothing about others.
+    late = _late.get(label)
+    if late is None or late.is_set:
+        _late.pop(label, None)
         with contextlib.suppress(NoThreadError):
-            asked = run_in_background(partial(overlap, asks=True), _asking)
+            asked = run_in_background(partial(overlap, asks=True), Threads(1))
             if asked.wait(_PATIENCE):
                 return asked.result()
-            _late[:] = [asked]
+            _late[label] = asked
     return overlap(asks=False)
 
 

@@ -370,6 +370,9 @@ def test_export_beside_a_source_that_does_not_answer_asks_it_once(
     assert store.get_sync("k") is not None
     assert store.drain_sync()
     (name,) = [info.name for info in pool.sources()]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    healthy = CacheStore(LocalStore(tmp_path / "link"), cache_store=pool, source_id="healthy")
     module = os.path if where_to == "realpath" else os
     answer, asked, answers = getattr(module, where_to), [], threading.Event()
 
@@ -382,7 +385,7 @@ def test_export_beside_a_source_that_does_not_answer_asks_it_once(
         return answer(path, *args, **kwargs)
 
     caller = threading.get_ident()
-    monkeypatch.setattr("zcache.pool._PATIENCE", 0.01)
+    monkeypatch.setattr("zcache.pool._PATIENCE", 0.2)
     monkeypatch.setattr(module, where_to, ask)
     try:
         for _ in range(3):
@@ -393,6 +396,9 @@ def test_export_beside_a_source_that_does_not_answer_asks_it_once(
         for target in (source, LocalStore(tmp_path)):
             with pytest.raises(OptionValueError, match="or one of them is inside the other"):
                 pool.export(name, target)
+        # It says nothing about another one.
+        with pytest.raises(OptionValueError, match="is the source 'healthy' itself"):
+            pool.export("healthy", LocalStore(tmp_path / "real"))
     finally:
         answers.set()
 
@@ -401,6 +407,7 @@ def test_export_beside_a_source_that_does_not_answer_asks_it_once(
         return pool.export(name, LocalStore(tmp_path / "target")) == 1 and bool(asked)
 
     asyncio.run(until(is_asked_again))
+    del healthy
 
 
 def test_export_into_a_part_of_a_source_in_memory_is_refused(where: Path | None) -> None:
