@@ -178,6 +178,7 @@ fn signature(path: &Path) -> i64 {
 trait Steps {
     fn join(&mut self, key: &str) -> u64;
     fn join_fresh(&mut self, key: &str, fresh: Freshness) -> u64;
+    fn set_max_age(&mut self, age: u64);
     fn begin_write(&mut self, key: &str);
     fn in_flight(&self) -> (usize, usize);
     fn rejections(&self) -> u64;
@@ -194,6 +195,9 @@ impl<S: Peers> Steps for Cache<S, u32> {
             Joined::Lead(ticket) => ticket,
             other => panic!("{other:?}"),
         }
+    }
+    fn set_max_age(&mut self, age: u64) {
+        self.set_limits(LIMITS.max_size, Some(age), LIMITS.verify);
     }
     fn begin_write(&mut self, key: &str) {
         assert!(Cache::begin_write(self, key).unwrap().is_empty());
@@ -361,12 +365,18 @@ fn fill_with_values_in_the_way_replaces_them_once_they_are_outdated() {
         }
         rejected(&dir.fill(new, 10), "path conflict");
         assert_eq!(dir.size(), 10 * old.len() as u64, "what is fresh stays");
+        // The age of the new key alone says nothing about others.
         let fresh = Freshness {
             now: NOW,
             max_age: Some(0),
         };
         let ticket = dir.step(|index| index.join_fresh(new, fresh));
-        let report = dir.result(dir.submit(new, ticket, data(20), 0));
+        rejected(
+            &dir.result(dir.submit(new, ticket, data(20), 0)),
+            "path conflict",
+        );
+        dir.step(|index| index.set_max_age(0));
+        let report = dir.fill_with(new, data(20));
         filled(&report);
         assert_eq!(report.deleted, old.len() as u64);
         assert_eq!(
@@ -382,12 +392,8 @@ fn fill_with_values_of_others_in_the_way_removes_its_own_and_no_others() {
     let dir = Dir::new("mixed");
     filled(&dir.fill("a/c/0/0", 10));
     fs::write(dir.at("a/c/0/theirs"), "theirs").unwrap();
-    let fresh = Freshness {
-        now: NOW,
-        max_age: Some(0),
-    };
-    let ticket = dir.step(|index| index.join_fresh("a/c/0", fresh));
-    let report = dir.result(dir.submit("a/c/0", ticket, data(10), 0));
+    dir.step(|index| index.set_max_age(0));
+    let report = dir.fill("a/c/0", 10);
     assert!(matches!(report.ending, Ending::Failed(_)), "{report:?}");
     assert_eq!(fs::read(dir.at("a/c/0/theirs")).unwrap(), b"theirs");
     assert_eq!(dir.size(), 0);

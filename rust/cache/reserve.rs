@@ -45,8 +45,7 @@ pub enum RejectReason {
     Busy,
     /// Not enough bytes can be freed.
     NoSpace,
-    /// The key is a directory of other keys, or lies below a key, and these are not outdated: a file system cannot
-    /// hold both.
+    /// The key is a directory of other keys, or lies below a key, and these are of use: a file system cannot hold both.
     PathConflict,
     /// The index cannot grow.
     IndexFull,
@@ -133,7 +132,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 }
             };
         }
-        if self.in_the_way(key, range, ticket, now)?.is_none() {
+        if self.in_the_way(key, range, now)?.is_none() {
             return Ok(self.rejected(RejectReason::PathConflict));
         }
         let candidate = Candidate {
@@ -380,7 +379,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(self.reject(reservation, RejectReason::Invalidated));
         }
         let (key, range) = (Arc::clone(&reservation.key), reservation.range);
-        match self.in_the_way(&key, range, reservation.ticket, now)? {
+        match self.in_the_way(&key, range, now)? {
             Some(cells) if cells.is_empty() => {}
             Some(cells) if reservation.failures == 0 => {
                 let victims = self.drop_all(&cells)?;
@@ -443,23 +442,17 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Entries beside which a file system could not hold this key, up to a batch: the source has another value in their
-    /// place. `None` where one of them is not outdated.
+    /// place. `None` where one of them is of use.
     ///
     /// A chunk above other chunks of its array is not noticed here, for that would mean to visit the whole array; see
     /// [`Cache::drop_below`].
     #[inline]
-    fn in_the_way(
-        &self,
-        key: &str,
-        range: ByteRange,
-        ticket: Ticket,
-        now: u64,
-    ) -> Result<Option<Vec<u32>>> {
+    fn in_the_way(&self, key: &str, range: ByteRange, now: u64) -> Result<Option<Vec<u32>>> {
         if self.limits.flat_namespace || range != ByteRange::Full {
             return Ok(Some(Vec::new()));
         }
         let cells = self.in_the_way_of_file(key)?;
-        self.if_outdated(cells, key, ticket, now)
+        self.if_useless(cells, now)
     }
 
     fn in_the_way_of_file(&self, key: &str) -> Result<Vec<u32>> {
@@ -476,16 +469,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(cells)
     }
 
-    /// The same entries if all of them are outdated for the reader of this flight.
-    fn if_outdated(
-        &self,
-        cells: Vec<u32>,
-        key: &str,
-        ticket: Ticket,
-        now: u64,
-    ) -> Result<Option<Vec<u32>>> {
+    /// The same entries if none of them is of use to any store, by the longest age: that of another key than theirs says
+    /// nothing about them.
+    fn if_useless(&self, cells: Vec<u32>, now: u64) -> Result<Option<Vec<u32>>> {
         for &i in &cells {
-            if !self.is_outdated(Some(i), key, ticket, now)? {
+            let cell = self.arena.get(i)?;
+            let useless = cell.state() == State::Live && self.is_useless(cell, now);
+            if !useless && cell.state() != State::DeleteFailed {
                 return Ok(None);
             }
         }
@@ -493,17 +483,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Drops the entries of keys below that of a reservation, in a folder where it needs a file. `None` where one of them
-    /// is not outdated: then all stay.
+    /// is of use: then all stay.
     pub fn drop_below(&mut self, id: u64, below: &[&str], now: u64) -> Result<Option<Vec<Victim>>> {
-        let Some(reservation) = self.reservations.get(&id) else {
+        if !self.reservations.contains_key(&id) {
             return Ok(None);
-        };
-        let (key, ticket) = (Arc::clone(&reservation.key), reservation.ticket);
+        }
         let mut cells = Vec::new();
         for below in below {
             cells.extend(self.arena.find(below, ByteRange::Full)?);
         }
-        let cells = self.if_outdated(cells, &key, ticket, now)?;
+        let cells = self.if_useless(cells, now)?;
         cells.map(|cells| self.drop_all(&cells)).transpose()
     }
 }

@@ -375,7 +375,7 @@ impl Model {
                 held => {
                     own = held.is_some();
                     let mut others = self.in_the_way(name).into_iter();
-                    let blocks = |other: Name| !self.is_outdated(&other, now, max_age);
+                    let blocks = |other: Name| !self.is_outdated(&other, now, self.limits.max_age);
                     (others.any(blocks)).then_some(RejectReason::PathConflict)
                 }
             }
@@ -461,8 +461,8 @@ impl Model {
         let crowded = size == 0 && self.entries.len() as u64 >= self.limits.max_size;
         let out_of_room = lacking > 0 || own || crowded;
         let in_the_way = self.in_the_way(&name);
-        let max_age = self.max_age(&name.0, ticket);
-        let all_outdated = (in_the_way.iter()).all(|other| self.is_outdated(other, now, max_age));
+        let longest = self.limits.max_age;
+        let all_outdated = (in_the_way.iter()).all(|other| self.is_outdated(other, now, longest));
         let reason = match got {
             Reserve::Granted(granted) => {
                 assert_eq!((*granted, lacking, own, crowded), (id, 0, false, false));

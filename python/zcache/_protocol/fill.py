@@ -228,7 +228,7 @@ class FillQueue:
             logger.warning(
                 "the cache store %s holds values above or below the key %r, and cannot hold both: a file system has no "
                 "file where it has a folder. This value, and others like it, stay uncached until those are older than "
-                "their max_age_seconds, or evicted. If the source has them no more, call invalidate() with their prefix.",
+                "any max_age_seconds, or evicted. If the source has them no more, call invalidate() with their prefix.",
                 ended.job.backend.shared.handle.name,
                 ended.job.key,
             )

@@ -190,6 +190,22 @@ async def test_source_that_holds_both_keeps_the_fresh_value_cached(
 
 
 @pytest.mark.parametrize(("old", "new"), REPLACED)
+async def test_age_of_a_key_says_nothing_about_values_in_its_way(
+    old: list[str], new: str, tmp_path: Path
+) -> None:
+    source = MemoryStore({key: buf(b"value") for key in (*old, new)})
+    clock = FakeClock()
+    ages = {new: 1, "**": "infinity"}
+    store = open_store(tmp_path, source, max_age_seconds=ages, clock=clock)
+    for key in old:
+        await filled(store, key)
+    clock.advance(1000)
+    await filled(store, new)
+    assert set(stored_sizes(store)) == set(old)
+    await check_invariants_async(store)
+
+
+@pytest.mark.parametrize(("old", "new"), REPLACED)
 async def test_pool_holds_both(old: list[str], new: str, tmp_path: Path) -> None:
     source = MemoryStore({key: buf(b"value") for key in (*old, new)})
     pool = CachePool(tmp_path, max_size="1MB")
