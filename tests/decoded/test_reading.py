@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 from zcache import CacheStore, DecodedCodecPipeline
 from zcache._decoded import jobs, turns
 from zcache._decoded.chunk import OVERHEAD
-from zcache._decoded.jobs import COALESCES
+from zcache._decoded.jobs import COALESCES, WantedElements
 from zcache._decoded.layout import boxes_of, coords_in
 from zcache.testing import StoreDouble
 
@@ -485,6 +485,47 @@ def test_read_of_a_little_of_many_chunks_takes_little_memory(
             for _ in range(3):
                 assert peak_of(array) < bare + kept + 6 * 2**17
                 check(store)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The jobs of each call of the wrapped pipeline."""
+    seen: list[list[Any]] = []
+    of = turns.Turns.of
+
+    def noted(self: turns.Turns, *parts: Any) -> Iterator[list[Any]]:
+        for call in of(self, *parts):
+            seen.append(call)
+            yield call
+
+    monkeypatch.setattr(turns.Turns, "of", noted)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["oindex", "vindex"])
+def test_read_of_more_of_one_chunk_than_of_others_takes_what_it_may(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, calls: list[list[Any]], how: str
+) -> None:
+    limit = 3 * 2**16
+    monkeypatch.setattr(turns, "limit_of", lambda *_: limit)
+    source = MemoryStore()
+    shape = (2**10, 2**10)
+    values = np.random.default_rng(0).integers(1, 256, shape, "u1")
+    options: dict[str, Any] = {"dtype": "u1", "fill_value": 0}
+    create(source, shape=shape, chunks=(2**7, 2**7), shards=shape, **options)[:] = values
+    array = zarr.open_array(CacheStore(source, decoded_size=2**15), mode="r")
+    # All of the last inner chunk; a row, a column or an element of the others.
+    at = np.concatenate([np.arange(7) * 2**7, np.arange(7 * 2**7, 2**10)])
+    what = (at, at) if how == "oindex" else (at[:, None], at)
+    np.testing.assert_array_equal(take(array, how, what), values[np.ix_(at, at)])
+    elements = [job for call in calls for job in call if isinstance(job, WantedElements)]
+    assert elements
+    for job in elements:
+        assert sum(index.nbytes for index in job.selection) < job.cost
+    assert all(sum(job.cost for job in call) <= limit for call in calls)
+    # One for what is decoded in whole, and one for the others: each of these takes little.
+    assert len(calls) == 2
+    check(array.store)
 
 
 @pytest.mark.parametrize("expires", [False, True])

@@ -17,6 +17,7 @@ from zcache._decoded.layout import (
     halves_of,
     is_in,
     scatter,
+    shape_of,
     size_of,
     slices_of,
 )
@@ -228,6 +229,7 @@ class WantedElements(ScatteredChunks):
     def __init__(self, part: ShardPart, coords: Sequence[Coords]) -> None:
         super().__init__(part, coords)
         self._parts = [part.selections(at)[0] for at in self._numbers]
+        self._shapes = [shape_of(one, self.inner) for one in self._parts]
 
     @property
     def selection(self) -> Any:
@@ -245,20 +247,18 @@ class WantedElements(ScatteredChunks):
     @property
     def shape(self) -> Coords:
         """See `Job`."""
-        return self.selection[0].shape  # type: ignore[no-any-return]
+        return (sum(map(math.prod, self._shapes)),)
 
     @property
     def cost(self) -> int:
         """See `Job`."""
-        return len(self._numbers) * cost_of_wanted(self.part)
+        return cost_of_elements(self.part, self.shape[0])
 
     def arrived(self, array: Array) -> None:
         # docstring inherited
         self.part.is_absent = False
-        indices = np.broadcast_to(np.empty((), "?"), self.inner)
         start = 0
-        for at, part in zip(self._numbers, self._parts, strict=True):
-            shape = indices[part].shape
+        for at, shape in zip(self._numbers, self._shapes, strict=True):
             stop = start + math.prod(shape)
             self.part.place_wanted(at, array[start:stop].reshape(shape))
             start = stop
@@ -275,9 +275,9 @@ def cost_of_elements(part: ShardPart, count: int) -> int:
     return count * (dtype.itemsize + PER_INDEX * len(shape))
 
 
-def cost_of_wanted(part: ShardPart) -> int:
-    """The same for what is wanted of an inner chunk, on an average."""
-    return cost_of_elements(part, -(-part.wanted_size // part.wanted_count))
+def cost_of_wanted(part: ShardPart, at: Coords) -> int:
+    """The same for what is wanted of an inner chunk."""
+    return cost_of_elements(part, math.prod(shape_of(part.selections(at)[0], part.layout.shape)))
 
 
 def jobs_of(part: ShardPart, some: Sequence[Coords] | None = None) -> Sequence[Job | AsAsked]:

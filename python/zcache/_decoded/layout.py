@@ -255,6 +255,12 @@ def slices_of(box: Box, inner: Coords) -> tuple[slice, ...]:
     )
 
 
+def shape_of(selection: Any, shape: Coords) -> Coords:
+    """The shape of what is selected of an array of this one."""
+    found: Coords = np.broadcast_to(np.empty((), "?"), shape)[selection].shape
+    return found
+
+
 def scatter(target: Array, place: Any, chunk: Array, selection: Any, drop: tuple[int, ...]) -> None:
     """Copy what is selected of a chunk into an array, as zarr does."""
     part = chunk[selection]

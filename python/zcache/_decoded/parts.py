@@ -244,12 +244,6 @@ class ShardPart(Part):
         return len(self._wanted) if self._axes is None else math.prod(map(len, self._axes))
 
     @property
-    def wanted_size(self) -> int:
-        """Elements that are wanted."""
-        assert self._out is not None
-        return self._out.size
-
-    @property
     def missing(self) -> list[Coords]:
         """Inner chunks that are to be decoded here."""
         return [at for at in self._misses if at not in self.followed]

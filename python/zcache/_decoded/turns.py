@@ -8,9 +8,10 @@ from zcache._decoded.chunk import overhead
 from zcache._decoded.jobs import AsAsked, WantedElements, cost_of_wanted, jobs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from zcache._decoded.cache import DecodedCache
+    from zcache._decoded.chunk import Decoding
     from zcache._decoded.jobs import Job
     from zcache._decoded.layout import Coords
     from zcache._decoded.parts import ShardPart
@@ -86,10 +87,9 @@ class Turns:
 
     def _of_shard(self, shard: ShardPart) -> Iterator[list[Job | AsAsked]]:
         rest = shard.missing
-        is_sparse = cost_of_wanted(shard) < shard.layout.size
         is_first = True
         while rest:
-            now, later, others = self._divide(shard, rest) if is_sparse else (rest, [], [])
+            now, later, others = self._divide(shard, rest)
             if len(others) == shard.wanted_count:
                 yield from self._add([AsAsked(shard)])
                 return
@@ -103,22 +103,34 @@ class Turns:
                 yield from self._end()
                 shard.is_held = True
             is_first = False
-            yield from self._pieces(others, lambda some: [WantedElements(shard, some)])
-            yield from self._pieces(now, lambda some: jobs_of(shard, some))
+            yield from self._by_elements(shard, others)
+            yield from self._in_whole(shard, now)
             if later or shard.is_held:
                 yield from self._end()
             rest = later
 
-    def _pieces(
-        self,
-        coords: list[Coords],
-        jobs_for: Callable[[Sequence[Coords]], Sequence[Job | AsAsked]],
+    def _by_elements(
+        self, shard: ShardPart, coords: Iterable[Coords]
     ) -> Iterator[list[Job | AsAsked]]:
+        """What is wanted of inner chunks, in as many jobs as it takes."""
+        some: list[Coords] = []
+        left = self._limit
+        for at in coords:
+            cost = cost_of_wanted(shard, at)
+            if some and cost > left:
+                yield from self._add([WantedElements(shard, some)])
+                some, left = [], self._limit
+            some.append(at)
+            left -= cost
+        if some:
+            yield from self._add([WantedElements(shard, some)])
+
+    def _in_whole(self, shard: ShardPart, coords: list[Coords]) -> Iterator[list[Job | AsAsked]]:
         """Inner chunks in as many jobs as it takes."""
         while coords:
             count = len(coords)
             while True:
-                jobs = jobs_for(coords[:count])
+                jobs = jobs_of(shard, coords[:count])
                 cost = sum(job.cost for job in jobs)
                 if cost <= self._limit or count == 1:
                     break
@@ -127,39 +139,47 @@ class Turns:
             coords = coords[count:]
 
     def _divide(
-        self, shard: ShardPart, coords: Iterable[Coords]
+        self, shard: ShardPart, coords: Sequence[Coords]
     ) -> tuple[list[Coords], list[Coords], list[Coords]]:
-        """Inner chunks to be decoded in whole, those for which there may be room after that, and those that no one needs."""
+        """Inner chunks to be decoded in whole, those for which there may be room after that, and those that no one needs.
+
+        The first ones include those that take more by their elements.
+        """
         decodings, cache = shard.decodings, self._cache
-        if decodings is None:
-            return [], [], list(coords)
+        late: Collection[str] = ()
+        single: dict[str, Decoding] = {}
+        if decodings is not None:
+            late, single = decodings.late, decodings.single
         now: list[Coords] = []
         later: list[Coords] = []
         others: list[Coords] = []
         unneeded: list[Coords] = []
         room = cache.room.unused - self._promised
         promised = 0
-        for at in coords:
-            (name,) = shard.names([at])
+        for at, name in zip(coords, shard.names(coords), strict=True):
             size = shard.layout.size + overhead(name)
-            one = decodings.single.get(name)
+            one = single.get(name)
             if one is not None and (one.is_admitted or one.waiting):
                 now.append(at)
-            elif name not in decodings.late:
-                others.append(at)
-            elif promised + size <= room:
+            elif name in late and promised + size <= room:
                 promised += size
                 now.append(at)
+            elif cost_of_wanted(shard, at) >= shard.layout.size:
+                now.append(at)
             else:
-                later.append(at)
+                (later if name in late else others).append(at)
         if later and not promised and not self._promised:
             others, later = others + later, []
         self._promised += promised
+        if decodings is None:
+            return now, later, others
         # From now on who wants one of them decodes it for himself; who waits already gets it.
         names = shard.names(others)
         cache.pass_over(decodings, names)
         for at, name in zip(others, names, strict=True):
-            one = decodings.single.get(name)
-            is_needed = one is not None and not one.is_ended and not cache.passes_over(one)
-            (now if is_needed else unneeded).append(at)
+            one = single.get(name)
+            if one is not None and not one.is_ended and not cache.passes_over(one):
+                now.append(at)
+            else:
+                unneeded.append(at)
         return now, later, unneeded
