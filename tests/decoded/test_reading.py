@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 from zcache import CacheStore, DecodedCodecPipeline
 from zcache._decoded import jobs, turns
 from zcache._decoded.chunk import OVERHEAD
-from zcache._decoded.jobs import COALESCES, WantedElements
+from zcache._decoded.jobs import COALESCES, InnerChunks, WantedElements
 from zcache._decoded.layout import boxes_of, coords_in
 from zcache.testing import StoreDouble
 
@@ -526,6 +526,27 @@ def test_read_of_more_of_one_chunk_than_of_others_takes_what_it_may(
     # One for what is decoded in whole, and one for the others: each of these takes little.
     assert len(calls) == 2
     check(array.store)
+
+
+def test_room_is_promised_until_what_it_is_for_is_there(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, calls: list[list[Any]]
+) -> None:
+    size = 2**12
+    monkeypatch.setattr(turns, "limit_of", lambda *_: 2 * size)
+    values = np.random.default_rng(0).integers(1, 256, (10, size), "u1")
+    source = MemoryStore()
+    options: dict[str, Any] = {"dtype": "u1", "fill_value": 0}
+    create(source, shape=values.shape, chunks=(1, size), shards=(5, size), **options)[:] = values
+    array = zarr.open_array(CacheStore(source, decoded_size=4 * (size + OVERHEAD)), mode="r")
+    # Of the first shard all four fit, in two calls; of the second one none does.
+    rows = [0, 1, 2, 3, 5, 6, 7, 8]
+    np.testing.assert_array_equal(array.oindex[rows, [7]], values[rows, 7:8])
+    whole = [job for call in calls for job in call if type(job) is InnerChunks]
+    assert sum(job.cost for job in whole) == 4 * size
+    check(array.store)
+    hits = counts(array.store)[0]
+    np.testing.assert_array_equal(array[:4, 7], values[:4, 7])
+    assert counts(array.store)[0] - hits == 4
 
 
 @pytest.mark.parametrize("expires", [False, True])

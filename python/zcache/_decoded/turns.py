@@ -49,7 +49,7 @@ class Turns:
     def _start(self) -> None:
         self._turn: list[Job | AsAsked] = []
         self._left = self._limit
-        # Bytes of room for what it may keep.
+        # Bytes of room for what this turn may keep: what earlier ones have kept is counted.
         self._promised = 0
 
     def of(
@@ -78,12 +78,15 @@ class Turns:
         if turn:
             yield turn
 
-    def _add(self, jobs: Sequence[Job | AsAsked]) -> Iterator[list[Job | AsAsked]]:
+    def _add(
+        self, jobs: Sequence[Job | AsAsked], promised: int = 0
+    ) -> Iterator[list[Job | AsAsked]]:
         cost = sum(job.cost for job in jobs)
         if cost > self._left:
             yield from self._end()
         self._turn += jobs
         self._left -= cost
+        self._promised += promised
 
     def _of_shard(self, shard: ShardPart) -> Iterator[list[Job | AsAsked]]:
         rest = shard.missing
@@ -96,7 +99,7 @@ class Turns:
             if is_first and len(now) == len(rest):
                 jobs = jobs_of(shard)
                 if sum(job.cost for job in jobs) <= self._limit:
-                    yield from self._add(jobs)
+                    yield from self._add(jobs, sum(now.values()))
                     return
             if is_first and len(rest) == shard.layout.count:
                 # Its bytes stay until the next one comes, so it goes by itself.
@@ -125,52 +128,54 @@ class Turns:
         if some:
             yield from self._add([WantedElements(shard, some)])
 
-    def _in_whole(self, shard: ShardPart, coords: list[Coords]) -> Iterator[list[Job | AsAsked]]:
-        """Inner chunks in as many jobs as it takes."""
+    def _in_whole(
+        self, shard: ShardPart, promised: dict[Coords, int]
+    ) -> Iterator[list[Job | AsAsked]]:
+        """Inner chunks, and the room that each has, in as many jobs as it takes."""
+        coords = list(promised)
         while coords:
             count = len(coords)
             while True:
-                jobs = jobs_of(shard, coords[:count])
+                some = coords[:count]
+                jobs = jobs_of(shard, some)
                 cost = sum(job.cost for job in jobs)
                 if cost <= self._limit or count == 1:
                     break
                 count = max(1, min(count - 1, count * self._limit // cost))
-            yield from self._add(jobs)
+            yield from self._add(jobs, sum(promised[at] for at in some))
             coords = coords[count:]
 
     def _divide(
         self, shard: ShardPart, coords: Sequence[Coords]
-    ) -> tuple[list[Coords], list[Coords], list[Coords]]:
+    ) -> tuple[dict[Coords, int], list[Coords], list[Coords]]:
         """Inner chunks to be decoded in whole, those for which there may be room after that, and those that no one needs.
 
-        The first ones include those that take more by their elements.
+        The first ones with the bytes of room that each is promised. They include those that take more by their elements.
         """
         decodings, cache = shard.decodings, self._cache
         late: Collection[str] = ()
         single: dict[str, Decoding] = {}
         if decodings is not None:
             late, single = decodings.late, decodings.single
-        now: list[Coords] = []
+        now: dict[Coords, int] = {}
         later: list[Coords] = []
         others: list[Coords] = []
         unneeded: list[Coords] = []
         room = cache.room.unused - self._promised
-        promised = 0
         for at, name in zip(coords, shard.names(coords), strict=True):
             size = shard.layout.size + overhead(name)
             one = single.get(name)
             if one is not None and (one.is_admitted or one.waiting):
-                now.append(at)
-            elif name in late and promised + size <= room:
-                promised += size
-                now.append(at)
+                now[at] = 0
+            elif name in late and size <= room:
+                now[at] = size
+                room -= size
             elif cost_of_wanted(shard, at) >= shard.layout.size:
-                now.append(at)
+                now[at] = 0
             else:
                 (later if name in late else others).append(at)
-        if later and not promised and not self._promised:
+        if later and not self._promised and not any(now.values()):
             others, later = others + later, []
-        self._promised += promised
         if decodings is None:
             return now, later, others
         # From now on who wants one of them decodes it for himself; who waits already gets it.
@@ -179,7 +184,7 @@ class Turns:
         for at, name in zip(others, names, strict=True):
             one = single.get(name)
             if one is not None and not one.is_ended and not cache.passes_over(one):
-                now.append(at)
+                now[at] = 0
             else:
                 unneeded.append(at)
         return now, later, unneeded
