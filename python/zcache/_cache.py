@@ -21,7 +21,7 @@ from zcache._decoded.pipeline import install
 from zcache._index import shared as shared_indexes
 from zcache._index.handle import ignore
 from zcache._index.shared import Member, policy_in_force
-from zcache._protocol.fill import FillQueue
+from zcache._protocol.fill import MAX_PENDING_SIZE, FillQueue
 from zcache._protocol.hits import Hits
 from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
@@ -101,12 +101,13 @@ class Cache:
             cache, source, self.source_id, adopt=options.adopt, limits=limits, clock=options.clock
         )
         self.shared = self.backend.shared
+        pending = options.max_pending_size
         # What lies in a dict of this process is damaged by no disk.
         self._member = Member(
             {
                 **limits,
                 "verify": self.backend.verify or options.verify,
-                "max_pending_size": options.max_pending_size,
+                "max_pending_size": MAX_PENDING_SIZE if pending is None else pending,
                 "min_free_space": options.min_free_space,
             }
         )

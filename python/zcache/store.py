@@ -208,7 +208,7 @@ class CacheStore(Store, KeepsDecoded):
     max_pending_size : int or str, optional
         Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that wait to be written to the cache
         store, for all stores over it in this process, and all sources of a pool, together; a single larger value is still taken.
-        Default is None: 64 MiB. A reader that finds them used up waits while the cache store makes progress. Set it lower where
+        Default is None: 64 MiB. Where several stores ask, the least is in force. A reader that finds them used up waits while the cache store makes progress. Set it lower where
         memory is short, higher where a slow cache store has to take in bursts.
     decoded_size : int or str, optional
         Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
@@ -220,8 +220,9 @@ class CacheStore(Store, KeepsDecoded):
         disk, and 1 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
         as a copy of everything; other stores over the same cache are sampled as they ask for it.
     clock : callable, optional
-        Returns seconds, by which ages and the pauses of the circuit breaker are counted. Default is None:
-        the clock of the system. Meant for tests; see `zcache.testing.FakeClock`.
+        Returns seconds, by which ages and the pauses of the circuit breaker are counted; in a pool the ages of this store
+        only, for its sources share one breaker. Default is None: the clock of the system. Meant for tests; see
+        `zcache.testing.FakeClock`.
 
     Raises
     ------

@@ -21,7 +21,7 @@ from zcache._backends.store.backend import StoreBackend
 from zcache._backends.store.place import StorePlace
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
-from zcache._index.shared import SharedIndex, find_or_make, keep_while_alive, live
+from zcache._index.shared import SharedIndex, breaker_of, find_or_make, keep_while_alive, live
 from zcache._runtime import lingering
 from zcache._runtime.buffers import own
 from zcache._source.describe import describe
@@ -162,7 +162,7 @@ class _Opening:
             self.source,
             self.source_id,
             self.clock or clock,
-            self.clock or time.monotonic,
+            breaker_of(handle, self.clock),
         )
         shared.listings = MemoryListings()
         return shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import time
 import warnings
 import weakref
 from functools import partial
@@ -54,15 +55,13 @@ class SharedIndex:
         Its name; an attribute as well.
     clock : callable
         Seconds; what ages are counted by.
-    breaker_clock : callable
-        Seconds; what the pauses of the circuit breaker are counted by.
+    breaker : CircuitBreaker
+        Of the cache store; an attribute as well. That of a pool is of all its sources.
 
     Attributes
     ----------
     source_id : SourceId
         Name of the source.
-    breaker : CircuitBreaker
-        Of the cache store; that of a pool is of all its sources.
     cache : weak reference to Store, or None
         The cache store that it was last opened for, where others may hold the same values.
     location : Location or None
@@ -83,11 +82,11 @@ class SharedIndex:
         source: Store,
         source_id: SourceId,
         clock: Callable[[], float],
-        breaker_clock: Callable[[], float],
+        breaker: CircuitBreaker,
     ) -> None:
         self.handle = handle
         self.clock = clock
-        self.breaker = CircuitBreaker(handle.name, breaker_clock, _show)
+        self.breaker = breaker
         self.place = Place()
         self.listings: Any = None
         self.changes = Changes()
@@ -272,6 +271,11 @@ def _other_policy(name: str, wanted: tuple[str, str], in_force: tuple[str, str])
         "the other stores on it first (they count as long as anything refers to them or their copies, in any "
         "process), or give this one a cache store of its own."
     )
+
+
+def breaker_of(handle: Handle, clock: Callable[[], float] | None = None) -> CircuitBreaker:
+    """The circuit breaker of a place, with its pauses by this clock. Default is that of the system."""
+    return CircuitBreaker(handle.name, clock or time.monotonic, _show)
 
 
 def _show(error: BaseException) -> str:

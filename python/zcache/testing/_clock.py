@@ -9,7 +9,7 @@ class FakeClock:
     """A clock that stands still until a test moves it.
 
     It is an option of a store, not a patch: ``CacheStore(source, clock=clock)``. Ages of values and the
-    pauses of the circuit breaker are then counted by it.
+    pauses of the circuit breaker are then counted by it; in a pool, ages only.
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pools import source_of
 from support import drained, drained_sync, read, said, value_sync
 from zcache import CachePool, CacheStore
 from zcache._backends.directory.filler import DirectoryFiller
+from zcache._protocol.fill import MAX_PENDING_SIZE
 from zcache.testing import check_invariants
 
 if TYPE_CHECKING:
@@ -93,6 +95,25 @@ def test_bound_of_pending_values_is_the_least_of_all_sources_that_are_in_use(
     assert queue_of(lax).max_pending_size == 100
 
 
+def test_bound_of_pending_values_is_the_default_beside_a_store_that_asks_for_more(
+    tmp_path: Path,
+) -> None:
+    pool = CachePool(tmp_path)
+    stores = [
+        opened(pool, "greedy", max_pending_size=2 * MAX_PENDING_SIZE),
+        opened(pool, "greedy"),
+        opened(pool, "modest"),
+    ]
+    queue = queue_of(stores[0])
+    assert queue.max_pending_size == MAX_PENDING_SIZE
+    del stores[2]
+    gc.collect()
+    assert queue.max_pending_size == MAX_PENDING_SIZE
+    del stores[1]
+    gc.collect()
+    assert queue.max_pending_size == 2 * MAX_PENDING_SIZE
+
+
 async def test_drain_waits_for_the_values_of_its_own_source(
     tmp_path: Path, held: list[FillJob]
 ) -> None:
@@ -117,6 +138,29 @@ async def test_failure_is_logged_once_for_all_sources(
         assert await read(store, "k") == VALUE
     assert ["broken" in message for message in said(caplog)] == [True]
     assert [store.cache_stats()["cache_failures"] for store in stores] == [3, 3, 3]
+
+
+async def test_clock_of_a_store_counts_no_pauses_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They went by that of the first one, also when that had gone, whatever it did."""
+
+    def submit(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    is_broken = False
+
+    def clock() -> float:
+        if is_broken:
+            raise ArithmeticError("no time")
+        return time.time()
+
+    pool = CachePool(tmp_path)
+    first, other = opened(pool, "first", clock=clock), opened(pool, "other")
+    monkeypatch.setattr(DirectoryFiller, "submit", submit)
+    is_broken = True
+    assert await read(other, "k") == VALUE
+    assert first.cache_stats()["cache_failures"] == 1
 
 
 async def test_value_that_cannot_be_held_keeps_out_no_other_one_under_its_key(

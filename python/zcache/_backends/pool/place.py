@@ -23,7 +23,7 @@ from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, SegmentReader
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
-from zcache._index.shared import Member, choose_policy
+from zcache._index.shared import Member, breaker_of, choose_policy
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import THREADS, NoThreadError, Threads, run_in_background
 from zcache._source.folders import identity
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from zcache._backends.pool.stores import PoolMemoryStore, PoolStore
-    from zcache._index.shared import SharedIndex
     from zcache._runtime.circuit_breaker import CircuitBreaker
 
 T = TypeVar("T")
@@ -73,15 +72,15 @@ class Pool:
         Each that stands for it.
     names : dict
         What is noted of each source that this process has opened, by its label; see `note_of`.
-    breaker : CircuitBreaker or None
-        Of all sources, by the clock of the first one; None before that.
+    breaker : CircuitBreaker
+        Of all sources, with its pauses by the clock of the system.
     """
 
     key: Hashable = None
     handle: IndexHandle
     directory: PoolDirectory | None = None
     read_only = False
-    breaker: CircuitBreaker | None = None
+    breaker: CircuitBreaker
 
     def __init__(self, store: PoolStore | PoolMemoryStore, clock: Callable[[], float]) -> None:
         self._lock = threading.RLock()
@@ -137,14 +136,6 @@ class Pool:
     def is_in_use(self) -> bool:
         """Whether there is any store or `CachePool` of it; fills of stores that were dropped may go on."""
         return len(self.handle.users) > len(self._policies) or bool(self.objects)
-
-    def share(self, shared: SharedIndex) -> None:
-        """Have a source use what is of the pool: its threads, and its circuit breaker, which the first one brings."""
-        shared.threads = self.threads
-        with self._lock:
-            if self.breaker is None:
-                self.breaker = shared.breaker
-            shared.breaker = self.breaker
 
     def policy(self) -> dict[str, str]:
         """The policy for a store that asks for none."""
@@ -331,8 +322,7 @@ class Pool:
             return
         self._forked = os.getpid()
         self._lock = threading.RLock()
-        if self.breaker is not None:
-            self.breaker.after_fork()
+        self.breaker.after_fork()
         if self.directory is None:
             self.handle.after_fork(None)
             if not self.handle.index.after_fork():
@@ -345,10 +335,11 @@ class Pool:
 class MemoryPool(Pool):
     """A pool in memory of this process."""
 
-    def __init__(self, store: PoolMemoryStore, clock: Callable[[], float]) -> None:
-        super().__init__(store, clock)
+    def __init__(self, store: PoolMemoryStore) -> None:
+        super().__init__(store, time.monotonic)
         limits = {**_LIMITS, "verify": "never", "max_size": store.options.max_size}
         self.handle = IndexHandle(Index(**limits), repr(store), limits)
+        self.breaker = breaker_of(self.handle)
         # The store keeps the pool alive, and not the other way round.
         self._values: Any = store._store_dict
 
@@ -387,8 +378,8 @@ class DirectoryPool(Pool):
 
     directory: PoolDirectory
 
-    def __init__(self, store: PoolStore, *, adopt: bool, clock: Callable[[], float]) -> None:
-        super().__init__(store, clock)
+    def __init__(self, store: PoolStore, *, adopt: bool) -> None:
+        super().__init__(store, time.time)
         self.read_only = store.read_only
         limits = {**_LIMITS, "max_size": store.options.max_size, "holes": True}
         self.directory = PoolDirectory(
@@ -396,11 +387,12 @@ class DirectoryPool(Pool):
             POOL_SOURCE,
             adopt=adopt,
             limits=limits,
-            clock=clock,
+            clock=self.clock,
             read_only=store.read_only,
             mode=store.options.mode,
         )
         self.handle = self.directory.handle
+        self.breaker = breaker_of(self.handle)
         this = weakref.ref(self)
         self.directory.recovery.on_restored = lambda: _restored(this())
         if self.directory.layout.access is Access.FILLS:

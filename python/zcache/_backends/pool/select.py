@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zcache._backends.access import Access
@@ -42,12 +41,7 @@ class Opening(Protocol):
 _pools: OneForEach[Pool] = OneForEach()
 
 
-def pool_of(
-    store: PoolStore | PoolMemoryStore,
-    *,
-    adopt: bool = False,
-    clock: Callable[[], float] | None = None,
-) -> Pool:
+def pool_of(store: PoolStore | PoolMemoryStore, *, adopt: bool = False) -> Pool:
     """The pool of this process that a store stands for; it is opened if it is not in use yet.
 
     A store is asked where its path leads once: after that it stands for the same pool.
@@ -71,9 +65,9 @@ def pool_of(
             is_new = pool is None
             if pool is None:
                 if isinstance(store, PoolStore):
-                    pool = DirectoryPool(store, adopt=adopt, clock=clock or time.time)
+                    pool = DirectoryPool(store, adopt=adopt)
                 else:
-                    pool = MemoryPool(store, clock or time.monotonic)
+                    pool = MemoryPool(store)
                 pool.key = own
                 pool.go_by(store)
                 _pools.add(own, pool)
@@ -117,7 +111,7 @@ def open_pool(opening: Opening) -> Backend:
         If the directory is no pool, or another user's.
     """
     store = opening.cache
-    pool = pool_of(store, adopt=opening.adopt, clock=opening.clock)
+    pool = pool_of(store, adopt=opening.adopt)
     name = opening.source_id.name
     key = ("pool", pool.key, name)
     shared = find_or_make(key, lambda: _new(pool, opening, name))
@@ -129,12 +123,11 @@ def open_pool(opening: Opening) -> Backend:
 
 def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
     source = pool.source(name, describe(opening.source), opening.limits, opening.clock)
-    breaker_clock = opening.clock or time.monotonic
     shared = SharedIndex(
-        source.handle, opening.source, opening.source_id, source.clock, breaker_clock
+        source.handle, opening.source, opening.source_id, source.clock, pool.breaker
     )
     shared.place = source
-    pool.share(shared)
+    shared.threads = pool.threads
     directory = pool.directory
     if directory is None:
         shared.listings = source.listings = MemoryListings()
