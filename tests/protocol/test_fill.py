@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from support import (
     value_sync,
 )
 from zcache import CachePool, CacheStore, UsageError
+from zcache._backends.base import Ended
 from zcache._backends.directory.filler import DirectoryFiller
 from zcache._protocol.fill import FillQueue
 from zcache.testing import (
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from zarr.core.buffer import Buffer
+
+    from zcache._backends.base import FillJob
 
 VALUE = bytes(range(100))
 HANGS = 30.0
@@ -1135,6 +1139,40 @@ async def test_value_that_the_cache_store_cannot_begin_with_takes_no_room_in_the
     assert (queue.pending(), queue.pending_size) == ([], 0)
 
 
+async def test_note_that_a_clock_raises_in_costs_no_other_one(
+    tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the pauses may be a user's own."""
+    jobs: list[FillJob] = []
+    is_broken = False
+
+    def clock() -> float:
+        if is_broken:
+            raise ArithmeticError("no time")
+        return time.time()
+
+    def collect(_: DirectoryFiller) -> Sequence[Ended]:
+        failed, written = jobs
+        return [
+            Ended(failed, failures=[(OSError(errno.EIO, "broken"), "write")]),
+            Ended(written, written=True),
+        ]
+
+    cache = LocalStore(tmp_path)
+    store = CacheStore(source, cache_store=cache, source_id="source", clock=clock)
+    queue: FillQueue = store._cache.shared.fills
+    monkeypatch.setattr(DirectoryFiller, "submit", lambda _self, _io, job: jobs.append(job))
+    monkeypatch.setattr(DirectoryFiller, "is_idle", False)
+    for key in ("k", "k1"):
+        assert await read(store, key) == VALUE
+    is_broken = True
+    with monkeypatch.context() as patched:
+        patched.setattr(DirectoryFiller, "collect", collect)
+        with pytest.raises(ArithmeticError):
+            queue.collect()
+    assert queue.pending() == []
+
+
 @pytest.mark.parametrize("lost", ["results", "notes"])
 async def test_offer_after_an_interrupt_took_what_was_collected_has_its_room(
     tmp_path: Path, source: StoreDouble, monkeypatch: pytest.MonkeyPatch, lost: str
@@ -1165,7 +1203,6 @@ async def test_offer_after_an_interrupt_took_what_was_collected_has_its_room(
             queue.collect()
             await asyncio.sleep(0.001)
     assert taken
-    assert queue.pending_size == len(VALUE)
     assert await read(store, "k1") == VALUE
     assert await store.drain()
     assert stored_sizes(store).keys() == {"k", "k1"}

@@ -69,9 +69,20 @@ class FillJob:
         Through which it was read or written.
     number : int
         Its place in the order of all jobs of a queue.
+    is_handed_over : bool
+        Whether its hand-over to the filler has ended, well or not.
     """
 
-    __slots__ = ("backend", "byte_range", "data", "fetched", "key", "number", "ticket")
+    __slots__ = (
+        "backend",
+        "byte_range",
+        "data",
+        "fetched",
+        "is_handed_over",
+        "key",
+        "number",
+        "ticket",
+    )
 
     def __init__(
         self,
@@ -89,6 +100,7 @@ class FillJob:
         self.ticket = ticket
         self.fetched = fetched
         self.number = 0
+        self.is_handed_over = False
 
     @property
     def name(self) -> str:

@@ -23,8 +23,6 @@ from zcache._runtime.circuit_breaker import concerns_key
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from zcache._backends.base import Ended, Filler, FillJob
     from zcache._index.shared import SharedIndex
     from zcache._runtime.circuit_breaker import CircuitBreaker
@@ -33,11 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zcache")
 
 MAX_PENDING_SIZE: Final = 64 * 2**20
-"""Bytes of pending fills for each place, or pool, unless the option `max_pending_size` says otherwise."""
+"""What a store asks for without the option `max_pending_size`: bytes of pending fills for its place, or pool."""
 STALL_TIMEOUT: Final = 1.0
 """Seconds without progress after which a reader that found the queue full goes without caching."""
 DRAIN_TIMEOUT: Final = 60.0
 """Seconds that `drain` waits at most by default."""
+HAND_OVER: Final = 0.005
+"""Seconds between two looks at a value that is being handed over."""
 CLOSE_TIMEOUT: Final = 5.0
 """Seconds that `close`, the end of a `with` block and the end of the process wait at most."""
 
@@ -55,14 +55,13 @@ REMEMBERED_KEYS: Final = 4096
 class _RefusedKeys:
     """Values that the cache store cannot hold: each try would evict others for nothing."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._until: dict[tuple[str, object], tuple[float, float]] = {}
 
-    def __contains__(self, value: tuple[str, object]) -> bool:
-        if not self._until or (found := self._until.get(value)) is None:
-            return False
-        return self._clock() < found[0]
+    def until(self, value: tuple[str, object]) -> float | None:
+        """When a value is tried again; None for now."""
+        found = self._until.get(value) if self._until else None
+        return None if found is None else found[0]
 
     def add(self, value: tuple[str, object], now: float) -> None:
         _, pause = self._until.pop(value, (0.0, KEY_PAUSE / 2))
@@ -100,7 +99,7 @@ class FillQueue:
         self.set_bound(None)
         self.pending_size = 0
         self._pending: dict[int, FillJob] = {}
-        self._refused = _RefusedKeys(breaker.clock)
+        self._refused = _RefusedKeys()
         self._submitted = 0
         # The queue was full and nothing moved: no other reader waits until something does.
         self._stalled = False
@@ -126,18 +125,22 @@ class FillQueue:
         try:
             with self._lock:
                 if self._is_full(size):
-                    if not self.filler.is_idle:
-                        return False
-                    self._forget_lost(self._submitted)
+                    return False
                 self._submitted += 1
                 job.number = self._submitted
+                # It may have been offered before, in vain.
+                job.is_handed_over = False
                 self.pending_size += size
                 self._pending[job.number] = job
                 _busy.add(self)
             self.filler.submit(io, job)
-        except BaseException:
-            self._forget(job)
+        except BaseException as error:
+            # What an interrupt has met may be under way.
+            if isinstance(error, Exception) or self.filler.is_idle:
+                self._forget(job)
             raise
+        finally:
+            job.is_handed_over = True
         return True
 
     def _is_full(self, size: int) -> bool:
@@ -171,7 +174,8 @@ class FillQueue:
             if access is Access.REMOVES:
                 handle.count_refusal()
             return False
-        if (job.name, job.byte_range) in self._refused:
+        until = self._refused.until((job.name, job.byte_range))
+        if until is not None and self.breaker.clock() < until:
             return False
         try:
             while True:
@@ -201,28 +205,47 @@ class FillQueue:
             return list(self._pending.values())
 
     def collect(self) -> None:
-        """Take note of what has ended."""
-        for one in self.filler.collect():
-            self._note(one)
+        """Take note of what has ended: while nothing is under way, all that was handed over.
+
+        An interrupt may have taken the note of a job, and how it ended.
+        """
+        # First, so that how those ended is among what is collected.
+        over = self._over()
+        ended = self.filler.collect()
+        if not ended and not over:
+            return
+        # A user's own clock may do anything: what one note raises costs no other one. The last one is called first.
+        with contextlib.ExitStack() as notes:
+            for job in over:
+                notes.callback(self._forget, job)
+            for one in reversed(ended):
+                notes.callback(self._note, one)
+
+    def _over(self) -> list[FillJob]:
+        """The jobs that were handed over, while none is under way."""
+        is_idle = self.filler.is_idle
+        handed_over = [job for job in self.pending() if job.is_handed_over] if is_idle else []
+        # One of them may have begun since the first look.
+        return handed_over if self.filler.is_idle else []
 
     def _note(self, ended: Ended) -> None:
         self._forget(ended.job)
         value = (ended.job.name, ended.job.byte_range)
         is_refused = any(what == "write" and concerns_key(e) for e, what in ended.failures)
-        # A user's own clock may do anything.
-        now = self.breaker.clock() if is_refused else 0.0
+        if ended.corrupt:
+            ended.job.backend.shared.handle.mark_corrupt()
         with self._lock:
             self._stalled = False
-            if is_refused:
-                self._refused.add(value, now)
-            elif ended.written:
+            if ended.written:
                 self._refused.discard(value)
+        if is_refused:
+            now = self.breaker.clock()
+            with self._lock:
+                self._refused.add(value, now)
         for error, operation in ended.failures:
             self.breaker.failed(error, operation)
         if ended.written:
             self.breaker.succeeded("write")
-        if ended.corrupt:
-            ended.job.backend.shared.handle.mark_corrupt()
         if ended.reason == PATH_CONFLICT and not self._has_met_conflict:
             self._has_met_conflict = True
             logger.warning(
@@ -239,12 +262,6 @@ class FillQueue:
                 self.pending_size -= len(job.data)
             if not self._pending:
                 _busy.discard(self)
-
-    def _forget_lost(self, last: int) -> None:
-        """Forget the jobs up to this number, where none is under way: an interrupt has taken their notes."""
-        for job in list(self._pending.values()):
-            if job.number <= last:
-                self._forget(job)
 
     async def drain(
         self,
@@ -269,26 +286,24 @@ class FillQueue:
             False if that took longer than `timeout` seconds.
         """
         until = time.monotonic() + timeout
-        last = self._submitted
         own = (job for job in self.pending() if of is None or job.backend.shared is of)
         awaited = deque(job.number for job in own)
         while True:
             completed = self.filler.completed
             self.collect()
-            if self.filler.is_idle:
-                # What has ended since: it would keep its cache alive.
-                self.collect()
-                self._forget_lost(last)
             # Jobs may end in another order.
             while awaited and awaited[0] not in self._pending:
                 awaited.popleft()
-            # A job with a reader that was interrupted as it handed it in is not pending, but may be under way.
-            if not awaited and (self._pending or self.filler.is_idle):
+            if not awaited:
                 return True
             left = until - time.monotonic()
             if left <= 0:
                 return False
-            await self.filler.wait(io, completed, left)
+            if self.filler.is_idle:
+                # What is being handed over may be refused, and then nothing ends.
+                await io.pause(min(HAND_OVER, left))
+            else:
+                await self.filler.wait(io, completed, left)
 
     def can_wait_here(self) -> bool:
         """Whether fills go on while this thread blocks."""

@@ -21,6 +21,8 @@ from zcache._protocol.fill import MAX_PENDING_SIZE
 from zcache.testing import check_invariants
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from zcache._backends.base import FillJob
     from zcache._protocol.fill import FillQueue
 
@@ -112,6 +114,91 @@ def test_bound_of_pending_values_is_the_default_beside_a_store_that_asks_for_mor
     del stores[1]
     gc.collect()
     assert queue.max_pending_size == 2 * MAX_PENDING_SIZE
+
+
+@pytest.fixture
+def handing_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[CacheStore], Callable[[], None]]]:
+    """Has a store be read in a thread, which stops where it hands the value over, until the test ends or says so."""
+    submit, here, goes_on = DirectoryFiller.submit, threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def submit_late(self: DirectoryFiller, io: Any, job: FillJob) -> None:
+        if threading.current_thread() in threads:
+            here.set()
+            goes_on.wait()
+        submit(self, io, job)
+
+    def begin(store: CacheStore) -> Callable[[], None]:
+        threads.append(threading.Thread(target=value_sync, args=(store, "k")))
+        threads[-1].start()
+        here.wait()
+        return end
+
+    def end() -> None:
+        goes_on.set()
+        for thread in threads:
+            thread.join()
+
+    monkeypatch.setattr(DirectoryFiller, "submit", submit_late)
+    yield begin
+    end()
+
+
+def test_drain_waits_for_a_value_that_is_handed_over_while_another_one_drains(
+    tmp_path: Path, handing_over: Callable[[CacheStore], Callable[[], None]]
+) -> None:
+    """The other one, or one that closed, took it for lost: nothing was under way."""
+    pool = CachePool(tmp_path)
+    slow, other = opened(pool, "slow"), opened(pool, "other")
+    end = handing_over(slow)
+    assert value_sync(other, "k") == VALUE
+    assert other.drain_sync()
+    assert [job.key for job in queue_of(slow).pending()] == ["k"]
+    assert not slow.drain_sync(timeout=0)
+    end()
+    assert slow.drain_sync()
+    assert slow.is_cached("k")
+
+
+def test_value_that_is_being_handed_over_keeps_its_room(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    handing_over: Callable[[CacheStore], Callable[[], None]],
+) -> None:
+    async def wait(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(DirectoryFiller, "wait", wait)
+    pool = CachePool(tmp_path)
+    slow, other = (opened(pool, name, max_pending_size=len(VALUE)) for name in ("slow", "other"))
+    handing_over(slow)
+    assert value_sync(other, "k") == VALUE
+    assert queue_of(slow).pending_size == len(VALUE)
+    assert other.cache_stats()["cache_failures"] == 1
+
+
+async def test_drain_waits_for_a_value_with_an_interrupted_reader_beside_those_of_others(
+    tmp_path: Path, held: list[FillJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = CachePool(tmp_path)
+    cut_off, other = opened(pool, "cut off"), opened(pool, "other")
+    submit = DirectoryFiller.submit
+
+    def interrupted(self: DirectoryFiller, io: Any, job: FillJob) -> None:
+        submit(self, io, job)
+        if job.backend is cut_off._cache.backend:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DirectoryFiller, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        value_sync(cut_off, "k")
+    assert await read(other, "k") == VALUE
+    assert not await cut_off.drain(timeout=0)
+    held.clear()
+    assert await cut_off.drain()
+    assert queue_of(cut_off).pending() == []
 
 
 async def test_drain_waits_for_the_values_of_its_own_source(

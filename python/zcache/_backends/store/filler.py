@@ -95,7 +95,9 @@ class StoreFiller:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._waiting or self._active or self._ended)
+        # Not while a job goes from one to the next.
+        with self._lock:
+            return not (self._waiting or self._active or self._ended)
 
     async def wait(self, io: IO, completed: int, timeout: float) -> bool:  # noqa: ASYNC109
         self._drop_closed()
@@ -227,10 +229,6 @@ class StoreFiller:
         with self._lock:
             if self._active.pop(ended.job, None) is None:
                 return
-        self._note(ended)
-
-    def _note(self, ended: Ended) -> None:
-        with self._lock:
             self._ended.append(ended)
             self.completed += 1
             moved, self._moved = self._moved, Latch()
