@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import zarr
+import zarr.storage
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.storage import LocalStore, MemoryStore, ObjectStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore, ZipStore
 
 from pools import POOLS, STORES, one_of
 from support import (
@@ -180,18 +182,58 @@ async def test_missing_key_among_many_is_told_as_the_source_does(tmp_path: Path)
         assert kinds[1:] == kinds[:1] * 2
 
 
-async def test_missing_key_among_many_is_told_as_a_subclass_does() -> None:
-    class Strict(MemoryStore):
-        async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
-            found = await super().get_partial_values(prototype, key_ranges)
-            if None in found:
-                raise KeyError("missing")
-            return found
+class _Same(MemoryStore):
+    pass
 
-    store = CacheStore(Strict(), cache_store=MemoryStore(), source_id="s")
+
+class _StrictInMany(MemoryStore):
+    async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+        found = await super().get_partial_values(prototype, key_ranges)
+        if None in found:
+            raise KeyError("missing")
+        return found
+
+
+class _LenientInOne(ZipStore):
+    def _get(self, *args: Any, **kwargs: Any) -> Any:
+        if (found := super()._get(*args, **kwargs)) is None:
+            raise KeyError("missing")
+        return found
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(KeyError):
+            return await super().get(*args, **kwargs)
+
+
+def _changed() -> MemoryStore:
+    """A store with a method of its own."""
+    store = MemoryStore()
+    vars(store)["get_partial_values"] = _StrictInMany().get_partial_values
+    return store
+
+
+@pytest.mark.parametrize("kind", [_StrictInMany, _LenientInOne, _changed])
+async def test_missing_key_among_many_is_told_as_a_subclass_does(kind: Any, tmp_path: Path) -> None:
+    is_file = kind is _LenientInOne
+    source = await kind.open(tmp_path / "a.zip", mode="w") if is_file else kind()
+    store = CacheStore(source, cache_store=MemoryStore(), source_id="s")
     assert await store.get("a", PROTOTYPE) is None
     with pytest.raises(KeyError, match="missing"):
         await store.get_partial_values(PROTOTYPE, [("a", None)])
+
+
+@pytest.mark.parametrize(
+    "kind", [MemoryStore, getattr(zarr.storage, "ManagedMemoryStore", MemoryStore), _Same]
+)
+async def test_missing_key_among_many_is_not_asked_for_again_of_a_store_in_memory(
+    kind: type[MemoryStore],
+) -> None:
+    source = kind()
+    store = CacheStore(source, cache_store=MemoryStore(), source_id="s")
+    assert await store.get("a", PROTOTYPE) is None
+    # Not through the cache.
+    await source.set("a", buf(b"1"))
+    assert await store.get_partial_values(PROTOTYPE, [("a", None)]) == [None]
 
 
 async def test_age_of_an_absence_is_its_own_and_never_more_than_a_value_has(

@@ -6,6 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+import zarr.storage
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
 
@@ -19,8 +20,16 @@ if TYPE_CHECKING:
 
 _OWN_WORDS: Final = (FsspecStore, ObjectStore)
 """Stores that pass on what another library says."""
-_NONE_IN_MANY: Final = (FsspecStore, MemoryStore, ZipStore)
-"""Stores that give None for a missing key among many. A subclass may do anything."""
+_NONE_IN_MANY: Final[tuple[type, ...]] = (
+    FsspecStore,
+    MemoryStore,
+    # zarr 3.1 has none.
+    getattr(zarr.storage, "ManagedMemoryStore", MemoryStore),
+    ZipStore,
+)
+"""Stores that give None for a missing key among many, ..."""
+_READS: Final = ("get", "get_partial_values", "_get")
+"""... by these methods. Another one of a subclass may do anything."""
 _GONE: Final = (404, 410)
 """Answers of HTTP that there is no such key."""
 
@@ -77,7 +86,13 @@ class MissingKeyErrors:
 
 def finds_none_in_many(source: Store) -> bool:
     """Whether it is known that `get_partial_values` gives None for a missing key, as `get` does: others raise."""
-    return type(innermost(source)) in _NONE_IN_MANY
+    kept = innermost(source)
+    kind = type(kept)
+    base: Any = next((base for base in kind.__mro__ if base in _NONE_IN_MANY), None)
+    return base is not None and not any(
+        name in vars(kept) or getattr(kind, name, None) is not getattr(base, name, None)
+        for name in _READS
+    )
 
 
 def _for_key(seen: str, error: FileNotFoundError, key: str) -> FileNotFoundError:
