@@ -394,6 +394,29 @@ async def test_call_that_has_not_begun_at_its_timeout_never_does() -> None:
     assert ran == ["delete", "last"]
 
 
+async def test_threads_are_behind_with_works_that_wait_without_a_caller() -> None:
+    some, go = Threads(1), threading.Event()
+    run_in_background(partial(go.wait, LONG), some)
+    await until(lambda: not some._calls)
+    # A call that was left is a work of another kind.
+    with pytest.raises(TimeoutError):
+        in_thread_sync(lambda: 1, lambda _: None, 0, threads=some)
+    assert not some.are_behind(1)
+    outcome = run_in_background(lambda: 2, some)
+    assert some.are_behind(1)
+    waiter = asyncio.create_task(outcome.wait_in_loop())
+    await asyncio.sleep(0)
+    assert not some.are_behind(1)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert some.are_behind(1)
+    work = some._calls[-1].take()
+    assert work is not None
+    assert not some.are_behind(1)
+    go.set()
+
+
 async def test_threads_of_one_place_that_hang_stop_no_other() -> None:
     hang, other = Threads(2), Threads(2)
     go, calls = begun(hang, 2)

@@ -34,6 +34,11 @@ class Latch:
         self._waiters: dict[Callable[[], None], None] = {}
         self._callbacks: dict[Callable[[], object], None] = {}
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anyone waits for it now."""
+        return bool(self._waiters)
+
     def set(self) -> None:
         """Say that it has happened, upon which all who wait go on."""
         self.is_set = True

@@ -85,17 +85,17 @@ class Call(ABC, Generic[T]):
     ----------
     error : BaseException or None
         What it has raised.
-    is_detached : bool
-        Whether no caller waits for it any more.
+    is_left : bool
+        Whether it is work in the background that was not taken yet, and for which no caller waits.
     """
 
-    __slots__ = ("_work", "is_detached")
+    __slots__ = ("_work",)
 
     error: BaseException | None
+    is_left = False
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = [work]
-        self.is_detached = False
 
     def take(self) -> Callable[[], T] | None:
         """Take the work, to do it or to have it not be done; None if it was taken."""
@@ -123,7 +123,6 @@ class Call(ABC, Generic[T]):
         """See to what becomes of it where its caller has met an error; its own is no news."""
         if error is self.error:
             return
-        self.is_detached = True
         # An interrupt may have come before a thread was told of it.
         goes_on = is_submitted and on_detached_result is not None
         if not goes_on and threads.withdraw(self):
@@ -155,9 +154,9 @@ class Threads:
         self._lives: dict[int, weakref.ref[Life]] = {}
 
     def are_behind(self, most: int) -> bool:
-        """Whether so many calls have not begun that no caller waits for any more."""
+        """Whether so many works of `run_in_background` have not begun, for which no caller waits."""
         calls = self._calls
-        return len(calls) >= most and sum(call.is_detached for call in calls.copy()) >= most
+        return len(calls) >= most and sum(call.is_left for call in calls.copy()) >= most
 
     def submit(self, call: Call[Any]) -> None:
         """Run a call. After an interrupt it may be run or not, until it is withdrawn.
@@ -305,7 +304,7 @@ def run_in_background(work: Callable[[], T], threads: Threads | None = None) -> 
     NoThreadError
         If no thread can be started.
     """
-    call = _OutcomeCall(work)
+    call = _BackgroundCall(work)
     (_background if threads is None else threads).submit(call)
     return call.outcome
 
@@ -445,6 +444,16 @@ class _OutcomeCall(Call[T]):
         # docstring inherited
         if on_detached_result is not None:
             self.outcome.call_when_set(partial(_report, self.outcome, on_detached_result))
+
+
+class _BackgroundCall(_OutcomeCall[T]):
+    """A call that is done whether or not anyone waits for its outcome."""
+
+    __slots__ = ()
+
+    @property
+    def is_left(self) -> bool:  # type: ignore[override]
+        return bool(self._work) and not self.outcome.is_awaited
 
 
 def _report(outcome: Outcome[T], to: Callable[[T | BaseException], object]) -> None:
