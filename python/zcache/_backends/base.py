@@ -317,7 +317,7 @@ class Backend(ABC):
     async def remove(self, io: IO, victims: Sequence[Victim]) -> None:
         """Delete the bytes of entries that the index has dropped, and tell the index what became of it.
 
-        Never raises because of the cache store. Returns after `DELETE_TIMEOUT` in any case.
+        Never raises because of the cache store. Returns in any case: after `DELETE_TIMEOUT`, and `LOCK_TIMEOUT` for the index.
         """
 
     async def remove_key(

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from interrupting import Interrupter
 from support import buf, check_quiet, drained, fill, read, read_through, until, write
 from zcache import CacheStore
 from zcache._backends.directory import backend
+from zcache._core import Index, IndexBusyError
 from zcache._protocol import listing
 from zcache._runtime.coroutines import run_without_loop
+from zcache._runtime.threads import THREADS, run_in_background
 from zcache.testing import FakeClock, StoreDouble, check_invariants, check_invariants_async, entries
 
 if TYPE_CHECKING:
@@ -253,6 +256,54 @@ async def test_delete_that_a_cancelled_reader_leaves_is_counted_once(
     go.set()
     await until(lambda: [entry.state for entry in entries(store)] != ["deleting"])
     await drained(store)
+
+
+async def test_delete_that_is_cancelled_before_a_thread_has_it_is_done(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path)
+    await write(store, "a", bytes(60))
+    some, go = store._cache.shared.threads, threading.Event()
+    for _ in range(THREADS):
+        run_in_background(partial(go.wait, 120), some)
+    delete = asyncio.create_task(store.delete("a"))
+    await until(lambda: [entry.state for entry in entries(store)] == ["deleting"])
+    delete.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await delete
+    assert sizes_in(tmp_path / "cache") == {"a": 60}
+    go.set()
+    await until(lambda: not entries(store))
+    assert sizes_in(tmp_path / "cache") == {}
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("what", ["delete", "delete_sync", "clear_cache", "set"])
+async def test_delete_has_told_the_index_when_it_returns(tmp_path: Path, what: str) -> None:
+    """Also where another process has the lock then."""
+    store, _ = open_store(tmp_path, max_size=100)
+    await write(store, "a", bytes(60))
+    handle, busy = store._cache.shared.handle, iter(range(3))
+
+    def take(step: Any, *args: Any) -> Any:
+        if step is Index.confirm_deletes and next(busy, None) is not None:
+            # For as long as who does not wait needs to be back.
+            time.sleep(0.05)
+            raise IndexBusyError("taken")
+        return step(*args)
+
+    handle.take = take  # type: ignore[method-assign]
+    if what == "delete_sync":
+        store.delete_sync("a")
+    elif what == "set":
+        await store.set("a", buf(bytes(70)))
+    else:
+        await (store.delete("a") if what == "delete" else store.clear_cache())
+    assert next(busy, None) is None
+    if what == "set":
+        await drained(store)
+        assert store.is_cached("a")
+    else:
+        assert store.cache_info()["current_size"] == 0
+    await check_quiet(store)
 
 
 def test_delete_that_is_interrupted_anywhere_gives_its_room_back(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from zcache._core import (
 )
 from zcache._index.handle import ignore
 from zcache._index.resolution import RETRYABLE
+from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime.coroutines import NoAnswerError
+from zcache._runtime.latch import Latch, Outcome
 from zcache._runtime.threads import NoThreadError, run_in_background
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
@@ -110,33 +112,59 @@ class DirectoryBackend(Backend):
         # Who takes them sees to them, and no other.
         left = [victims]
         try:
-            await self._remove(io, left)
+            told = Latch()
+
+            def work() -> None:
+                for one in _taken(left):
+                    self._remove_and_tell(one, told)
+
+            # In a directory that is only read from they stay, and this process serves them no more.
+            reads = self._directory.layout.access is Access.READS
+            if reads or self.shared.threads.are_behind(MOST_BEHIND):
+                self.remove_later(left.pop())
+                return
+            outcome = self._begin_deletes(work)
         except BaseException:
-            # Its caller was cancelled or interrupted; what has begun goes on.
+            # An interrupt. What was handed over goes on, also without this caller.
             for one in _taken(left):
                 self.remove_later(one)
             raise
+        if await self._have_ended(io, outcome):
+            # It hears of it later, where its lock is kept for longer.
+            await io.until(told, LOCK_TIMEOUT)
 
-    async def _remove(self, io: IO, left: list[Sequence[Victim]]) -> None:
-        # In a directory that is only read from they stay, and this process serves them no more.
-        reads = self._directory.layout.access is Access.READS
-        if reads or self.shared.threads.are_behind(MOST_BEHIND):
-            self.remove_later(left.pop())
-            return
-        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
-
-        def work() -> None:
-            for victims in _taken(left):
-                self._remove_and_tell(victims)
-
+    def _begin_deletes(self, work: Callable[[], object]) -> Outcome[object]:
+        """Do deletes in a thread, whether or not anyone waits for them."""
         try:
-            await io.in_thread(work, ignore, timeout)
-        except NoAnswerError as error:
-            # What is being deleted stays counted until that has ended.
-            self._unanswered(error, timeout)
+            return run_in_background(work, self.shared.threads)
         except NoThreadError:
             # Here, then: a file that stays is one that others may be served.
-            work()
+            outcome: Outcome[object] = Outcome()
+            try:
+                outcome.succeed(work())
+            except Exception as error:  # noqa: BLE001 - it is raised where the outcome is asked
+                outcome.fail(error)
+            return outcome
+
+    async def _have_ended(
+        self, io: IO, outcome: Outcome[object], progress: Callable[[], int] = lambda: 0
+    ) -> bool:
+        """Wait for deletes as long as they make progress; whether they have ended. The circuit breaker hears how it went."""
+        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
+        before = progress()
+        while not await io.until(outcome, timeout):
+            # What is being deleted stays counted until that has ended.
+            last, before = before, progress()
+            if not timeout:
+                return False  # It may be answered yet.
+            if before == last:
+                self.breaker.failed(NoAnswerError(timeout), "delete")
+                return False
+        if isinstance(outcome.error, OSError):
+            self.breaker.failed(outcome.error, "delete")
+        else:
+            outcome.result()
+        return True
 
     @property
     def tells_by_name(self) -> bool:
@@ -211,22 +239,8 @@ class DirectoryBackend(Backend):
 
     async def _remove_unasked(self, io: IO, work: Callable[[], object]) -> None:
         """Remove files by their names, and wait for that as long as they are removed."""
-        if self.shared.threads.are_behind(MOST_BEHIND):
-            return
-        timeout = self.breaker.patience("delete", DELETE_TIMEOUT)
-        try:
-            await io.in_thread(work, ignore, timeout, self._progress if timeout else None)
-        except NoThreadError:
-            work()
-        except NoAnswerError as error:
-            self._unanswered(error, timeout)
-        except OSError as error:
-            self.breaker.failed(error, "delete")
-
-    def _unanswered(self, error: Exception, timeout: float) -> None:
-        # One that was not waited for may be answered yet.
-        if timeout:
-            self.breaker.failed(error, "delete")
+        if not self.shared.threads.are_behind(MOST_BEHIND):
+            await self._have_ended(io, self._begin_deletes(work), self._progress)
 
     def _tell_and_remove(
         self, prefix: str, work: Callable[[], list[tuple[str, OSError]]], *, begins: bool
@@ -279,8 +293,8 @@ class DirectoryBackend(Backend):
             "processes that use the cache directory %s may not see a write: %r", self._root, error
         )
 
-    def _remove_and_tell(self, victims: Sequence[Victim]) -> None:
-        """Delete the bytes of victims; the index hears of it whatever has become of the caller."""
+    def _remove_and_tell(self, victims: Sequence[Victim], told: Latch) -> None:
+        """Delete the bytes of victims; the index hears of it whatever has become of the caller, and `told` is set then."""
         try:
             outcome = self._remove_in_thread(victims)
         except Exception as error:  # noqa: BLE001 - the user did not ask for it
@@ -290,12 +304,16 @@ class DirectoryBackend(Backend):
             self.remove_later(victims)
             raise
         dropped, failed = self.sort(victims, outcome)
+
+        def heard(emptied: bool) -> None:
+            told.set()
+            self._directory.note_deletes(emptied)
+
         try:
             if failed:
                 self._add_tombstones(_names(victims, failed))
         finally:
-            then = self._directory.note_deletes
-            self.shared.handle.call_later(then, Index.confirm_deletes, dropped, failed)
+            self.shared.handle.call_later(heard, Index.confirm_deletes, dropped, failed)
 
     def _remove_in_thread(self, victims: Sequence[Victim]) -> list[OSError | None]:
         names = [name for _, name in victims]
