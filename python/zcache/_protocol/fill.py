@@ -223,8 +223,9 @@ class FillQueue:
 
     def _over(self) -> list[FillJob]:
         """The jobs that were handed over, while none is under way."""
-        is_idle = self.filler.is_idle
-        handed_over = [job for job in self.pending() if job.is_handed_over] if is_idle else []
+        if not self._pending or not self.filler.is_idle:
+            return []
+        handed_over = [job for job in self.pending() if job.is_handed_over]
         # One of them may have begun since the first look.
         return handed_over if self.filler.is_idle else []
 
