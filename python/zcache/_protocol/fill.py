@@ -223,7 +223,8 @@ class FillQueue:
 
     def _over(self) -> list[FillJob]:
         """The jobs that were handed over, while none is under way."""
-        if not self._pending or not self.filler.is_idle:
+        filler = self.filler
+        if not self._pending or not filler.is_idle:
             return []
         handed_over = [job for job in self.pending() if job.is_handed_over]
         # One of them may have begun since the first look.
