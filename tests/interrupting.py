@@ -42,7 +42,7 @@ class Interrupter:
         self._left: int | None = after
         self._again = again
 
-    def trace(self, frame: FrameType, _event: str, _arg: object) -> Any:
+    def trace(self, frame: FrameType, event: str, _arg: object) -> Any:
         code = frame.f_code
         # An expression that is left before its end is closed, and that has nowhere to raise.
         if not _is_of_zcache(frame) or code.co_name == "<genexpr>":
@@ -52,7 +52,9 @@ class Interrupter:
         locks = any(
             linecache.getline(name, line).lstrip().startswith("with ") for line in (at - 1, at)
         )
-        if self._left is not None and not locks:
+        # Python 3.11 goes on with the error of an `except` block if it is interrupted as it returns from there.
+        returns = event == "return" and sys.exc_info()[0] is not None
+        if self._left is not None and not locks and not returns:
             self._left -= 1
             if self._left < 0:
                 self._left, self._again = self._again, None
