@@ -365,7 +365,7 @@ fn fill_with_values_in_the_way_replaces_them_once_they_are_outdated() {
         }
         rejected(&dir.fill(new, 10), "path conflict");
         assert_eq!(dir.size(), 10 * old.len() as u64, "what is fresh stays");
-        // The age of the new key alone says nothing about others.
+        // It is not the age of the new key that counts.
         let fresh = Freshness {
             now: NOW,
             max_age: Some(0),

@@ -408,7 +408,7 @@ def _overlap(label: str, here: Location, named: Location | None, opened: list[St
         places = [location_here(source, asks=asks) for source in opened]
         return any(compare(here, place) for place in (named, *places) if place is not None)
 
-    # A source that has not answered has a thread, and says nothing about others.
+    # Each source that has not answered keeps a thread; others are asked all the same.
     late = _late.get(label)
     if late is None or late.is_set:
         _late.pop(label, None)

@@ -469,8 +469,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(cells)
     }
 
-    /// The same entries if none of them is of use to any store, by the longest age: that of another key than theirs says
-    /// nothing about them.
+    /// The same entries if none of them is of use to any store, by the longest age: the age of the new key is not theirs.
     fn if_useless(&self, cells: Vec<u32>, now: u64) -> Result<Option<Vec<u32>>> {
         for &i in &cells {
             let cell = self.arena.get(i)?;

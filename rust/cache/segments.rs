@@ -101,7 +101,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.one_value_a_segment = is_so;
     }
 
-    /// Whether it does.
+    /// Whether each value has a segment of its own.
     pub(crate) fn has_one_value_a_segment(&self) -> bool {
         self.one_value_a_segment
     }

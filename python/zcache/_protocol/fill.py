@@ -223,12 +223,14 @@ class FillQueue:
 
     def _over(self) -> list[FillJob]:
         """The jobs that were handed over, while none is under way."""
-        filler = self.filler
-        if not self._pending or not filler.is_idle:
+        if not self._pending or not self._is_idle():
             return []
         handed_over = [job for job in self.pending() if job.is_handed_over]
         # One of them may have begun since the first look.
-        return handed_over if self.filler.is_idle else []
+        return handed_over if self._is_idle() else []
+
+    def _is_idle(self) -> bool:
+        return self.filler.is_idle
 
     def _note(self, ended: Ended) -> None:
         self._forget(ended.job)

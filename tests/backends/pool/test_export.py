@@ -396,7 +396,7 @@ def test_export_beside_a_source_that_does_not_answer_asks_it_once(
         for target in (source, LocalStore(tmp_path)):
             with pytest.raises(OptionValueError, match="or one of them is inside the other"):
                 pool.export(name, target)
-        # It says nothing about another one.
+        # Another one is asked all the same.
         with pytest.raises(OptionValueError, match="is the source 'healthy' itself"):
             pool.export("healthy", LocalStore(tmp_path / "real"))
     finally:
