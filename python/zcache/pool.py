@@ -31,7 +31,8 @@ from zcache._protocol.fill import CLOSE_TIMEOUT
 from zcache._runtime.coroutines import is_loop_of_zarr, run_without_loop
 from zcache._runtime.fork import at_fork
 from zcache._runtime.io import SyncIO
-from zcache._runtime.threads import NoThreadError, Threads, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import NoThreadError, Threads
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.describe import describe
 from zcache._source.identity import identify, location_named

@@ -15,7 +15,8 @@ from interrupting import Interrupter
 from zcache._runtime import threads
 from zcache._runtime.io import SyncIO
 from zcache._runtime.latch import Latch, Outcome
-from zcache._runtime.threads import Threads, in_thread_sync, run_in_background
+from zcache._runtime.thread_calls import in_thread_sync, run_in_background
+from zcache._runtime.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable

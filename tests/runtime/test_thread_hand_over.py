@@ -16,8 +16,9 @@ import pytest
 
 from interrupting import Interrupter
 from support import until
-from zcache._runtime import threads
-from zcache._runtime.threads import Threads, in_thread, in_thread_sync, run_in_background
+from zcache._runtime import thread_calls
+from zcache._runtime.thread_calls import in_thread, in_thread_sync, run_in_background
+from zcache._runtime.threads import Threads
 
 LONG = 20.0
 
@@ -122,12 +123,12 @@ async def test_result_that_cannot_be_delivered_holds_up_no_other() -> None:
     loop.set_exception_handler(lambda _, context: complaints.append(context["exception"]))
     assert await in_thread(lambda: 0) == 0
 
-    class Broken(threads.ThreadCall[int]):
+    class Broken(thread_calls.ThreadCall[int]):
         def deliver(self) -> None:
             if not self.future.done():
                 raise ValueError("broken")
 
-    call = Broken(lambda: 5, loop.create_future(), threads._all_completions[loop])
+    call = Broken(lambda: 5, loop.create_future(), thread_calls._all_completions[loop])
     await asyncio.to_thread(call.run)
     assert await asyncio.wait_for(in_thread(lambda: 1), LONG) == 1
     assert call.future.cancelled()
@@ -137,7 +138,7 @@ async def test_result_that_cannot_be_delivered_holds_up_no_other() -> None:
 async def test_a_wake_up_that_an_interrupt_has_lost_is_made_up_for() -> None:
     loop = asyncio.get_running_loop()
     assert await in_thread(lambda: 1) == 1
-    completions = threads._all_completions[loop]
+    completions = thread_calls._all_completions[loop]
     # The loop was woken, and interrupted before the first line of what it was woken for.
     completions._woken = True
     assert await asyncio.wait_for(in_thread(lambda: 2), LONG) == 2
@@ -146,9 +147,9 @@ async def test_a_wake_up_that_an_interrupt_has_lost_is_made_up_for() -> None:
 async def test_an_interrupt_while_results_are_handed_over_loses_none() -> None:
     loop = asyncio.get_running_loop()
     assert await in_thread(lambda: 0) == 0
-    completions = threads._all_completions[loop]
+    completions = thread_calls._all_completions[loop]
 
-    class Interrupted(threads.ThreadCall[int]):
+    class Interrupted(thread_calls.ThreadCall[int]):
         times = 1
 
         @property
@@ -175,7 +176,9 @@ def test_a_signal_handler_may_come_in_while_a_result_is_taken() -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        call = threads.ThreadCall(lambda: 1, loop.create_future(), threads._completions(loop))
+        call = thread_calls.ThreadCall(
+            lambda: 1, loop.create_future(), thread_calls._completions(loop)
+        )
         entered = threading.Event()
 
         def handler(*_: object) -> None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support import until
-from zcache._runtime import threads
-from zcache._runtime.threads import THREADS, Threads, in_thread, in_thread_sync, run_in_background
+from zcache._runtime import thread_calls, threads
+from zcache._runtime.thread_calls import in_thread, in_thread_sync, run_in_background
+from zcache._runtime.threads import THREADS, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ async def test_report_of_a_detached_outcome_that_fails_is_logged(
     is_over: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = asyncio.get_running_loop()
-    call = threads.ThreadCall(lambda: 7, loop.create_future(), threads._completions(loop))
+    call = thread_calls.ThreadCall(lambda: 7, loop.create_future(), thread_calls._completions(loop))
     if is_over:
         call.run()
         # It must not take the place of the cancellation that brings it here.
@@ -299,9 +300,11 @@ async def test_in_thread_keeps_nothing_of_what_is_done(fails: bool) -> None:
     work = Work(fails=fails)
     look, seen = gone_when_done(work)
     loop = asyncio.get_running_loop()
-    completions = threads._completions(loop)
+    completions = thread_calls._completions(loop)
     completions.add = look  # type: ignore[method-assign]
-    call: threads.ThreadCall[int] = threads.ThreadCall(work, loop.create_future(), completions)
+    call: thread_calls.ThreadCall[int] = thread_calls.ThreadCall(
+        work, loop.create_future(), completions
+    )
     del work
     thread = threading.Thread(target=call.run)
     thread.start()
@@ -567,7 +570,7 @@ def test_forked_child_has_threads_of_its_own() -> None:
 
 def test_call_that_ends_after_its_loop_was_closed_does_not_keep_it() -> None:
     loop = asyncio.new_event_loop()
-    call = threads.ThreadCall(lambda: 1, loop.create_future(), threads._completions(loop))
+    call = thread_calls.ThreadCall(lambda: 1, loop.create_future(), thread_calls._completions(loop))
     reference = weakref.ref(loop)
     loop.close()
     call.run()

@@ -27,7 +27,8 @@ from zcache._index.shared_wait import LOCK_TIMEOUT, RETRY, timed_out, wait_for
 from zcache._runtime.coroutines import report, run_without_loop
 from zcache._runtime.io import IO, SyncIO
 from zcache._runtime.registry import Registry
-from zcache._runtime.threads import Threads, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

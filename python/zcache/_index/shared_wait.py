@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._runtime.latch import Latch
-from zcache._runtime.threads import NoThreadError, Threads, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import NoThreadError, Threads
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from zarr.abc.store import SupportsSyncStore
 from zarr.storage import MemoryStore
 
 from zcache._runtime.coroutines import NoAnswerError, report, shield_to_completion, within
-from zcache._runtime.threads import NoThreadError, in_thread, in_thread_sync
+from zcache._runtime.thread_calls import in_thread, in_thread_sync
+from zcache._runtime.threads import NoThreadError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence

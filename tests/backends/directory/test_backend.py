@@ -24,7 +24,8 @@ from zcache._backends.directory import backend
 from zcache._core import Index, IndexBusyError
 from zcache._protocol import listing
 from zcache._runtime.coroutines import run_without_loop
-from zcache._runtime.threads import THREADS, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import THREADS
 from zcache.testing import FakeClock, StoreDouble, check_invariants, check_invariants_async, entries
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from zcache._index.resolution import RETRYABLE
 from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime.coroutines import NoAnswerError
 from zcache._runtime.latch import Latch, Outcome
-from zcache._runtime.threads import NoThreadError, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from zcache._backends.directory.folders import counted
 from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.latch import Latch
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:

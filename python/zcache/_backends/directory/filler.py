@@ -13,7 +13,7 @@ from zcache._backends.directory.files import fold
 from zcache._backends.directory.space import NO_SPACE
 from zcache._core import DirectoryFills
 from zcache._index.handle import ignore
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from zcache._backends.access import Access
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import Index
 from zcache._index.handle import IndexHandle
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import CacheOwnershipError, CacheUnreachableError
 
 if TYPE_CHECKING:

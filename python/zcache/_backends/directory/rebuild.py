@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from zcache._index.shared_wait import LOCK_TIMEOUT
 from zcache._runtime.latch import Outcome
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from zcache._backends.directory.layout import new_seed
 from zcache._backends.directory.rebuild import REBUILD_PATIENCE
 from zcache._core import CorruptIndexError
 from zcache._index.handle import ignore
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final
 
 from zcache._core import volume_space
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 
 NO_SPACE: Final = "no space on the volume"
 """Reason of the core for values that are left uncached."""

@@ -11,7 +11,8 @@ from zcache._backends.directory.index import CacheDirectory
 from zcache._backends.pool.layout import PoolLayout
 from zcache._backends.pool.register import Register
 from zcache._core import Index
-from zcache._runtime.threads import NoThreadError, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import NoThreadError
 from zcache.exceptions import IndexLockTimeout
 
 _AT_ONCE: Final = 64

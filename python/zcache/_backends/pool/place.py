@@ -25,7 +25,8 @@ from zcache._index.handle import IndexHandle
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.shared import Member, breaker_of, choose_policy
 from zcache._runtime.registry import Registry
-from zcache._runtime.threads import THREADS, NoThreadError, Threads, run_in_background
+from zcache._runtime.thread_calls import run_in_background
+from zcache._runtime.threads import THREADS, NoThreadError, Threads
 from zcache._source.folders import identity
 from zcache._source.identity import ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout, IndexRebuildTimeout

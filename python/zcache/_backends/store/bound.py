@@ -10,7 +10,7 @@ from zcache._core import Index
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.latch import Latch
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 from zcache.exceptions import IndexLockTimeout
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from zcache._byte_ranges import is_encodable, is_reserved
 from zcache._runtime.buffers import to_cpu_buffer
 from zcache._runtime.coroutines import NoAnswerError, within
 from zcache._runtime.latch import Latch
-from zcache._runtime.threads import run_in_background
+from zcache._runtime.thread_calls import run_in_background
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL
 from zcache._source.location import innermost
