@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass, field, make_dataclass
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numcodecs
 import numpy as np
@@ -393,7 +393,27 @@ def test_attribute_that_could_have_been_computed_counts() -> None:
     assert identity_of(one) != identity_of(other)
 
 
+class Mode(NamedTuple):
+    name: str
+
+
+class Locked(Mode):
+    """What it is, is not in its fields."""
+
+    def __new__(cls, key: int) -> Self:
+        made = super().__new__(cls, "xor")
+        made.key = key  # type: ignore[attr-defined]
+        return made
+
+
+class Measured(np.float64):
+    unit = "m"
+
+
+NOTED: Any = {"key": 7}
 OBJECTS: list[Callable[[], Any]] = [
+    *(lambda: Locked(7), lambda: Measured(1.0), lambda: np.dtype("u1", metadata=NOTED)),
+    lambda: np.zeros(1, [("a", "i4"), ("b", np.dtype("u1", metadata=NOTED))]),
     *(threading.Lock, lambda: lambda: None, lambda: (n for n in ()), lambda: date(2026, 1, 1)),
     *(lambda: _Bare({"": 1}), lambda: Holder(1), lambda: functools.partial(len)),
     *(
@@ -451,6 +471,36 @@ def test_codec_that_was_given_its_key_after_a_read_is_another_one() -> None:
     locked.metadata.codecs[-1].__init__(9)
     assert read(locked)[0] == (VALUES ^ 7 ^ 9).tolist()
     assert read(unlocked) == (VALUES.tolist(), 2)
+
+
+@pytest.mark.parametrize("shards", [None, (8,)], ids=["chunks", "shards"])
+def test_codec_that_was_given_its_key_after_a_read_of_the_fill_value_is_another_one(
+    shards: Any,
+) -> None:
+    """No chunk was there that it could have decoded, whether that is kept or not."""
+    store = CacheStore(MemoryStore(), decoded_size="1MB")
+    array = zarr.create_array(
+        store,
+        shape=(16,),
+        chunks=(4,),
+        shards=shards,
+        dtype="u1",
+        compressors=[Compared(7)],
+        fill_value=0,
+    )
+    array[12:] = VALUES[4:]
+    arrays = [opened(Inherited, None, store) for _ in range(2)]  # type: ignore[arg-type]
+    for one in arrays:
+        for part in (slice(0, 8), slice(8, 12), slice(8, 12)):
+            assert not one[part].any()
+        with pytest.raises(TypeError):
+            one[12:]
+    for one, key in zip(arrays, (7, 9), strict=True):
+        codec: Any = one.metadata.codecs[-1]
+        if shards is not None:
+            codec = codec.codecs[-1]
+        codec.__init__(key)
+        assert one[12:].tolist() == (VALUES[4:] ^ 7 ^ key).tolist()
 
 
 def test_codec_that_changes_by_itself_is_the_same_after_a_failure() -> None:

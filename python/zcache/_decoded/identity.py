@@ -134,15 +134,15 @@ def _plain(value: Any, steps: Iterator[int]) -> object:
         raise _NotPlainError
     if kind in _SCALARS:
         return kind.__name__, repr(value)
-    if kind in _CONTAINERS or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+    if kind in _CONTAINERS or _is_named_tuple(kind):
         return _contained(value, kind, steps)
     if isinstance(value, np.dtype):
-        return "dtype", repr(value)
-    if kind is np.ndarray or isinstance(value, np.generic):
+        return "dtype", _dtype(value)
+    if kind is np.ndarray or (isinstance(value, np.generic) and kind is value.dtype.type):
         if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
             raise _NotPlainError
         digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
-        return kind.__name__, repr(value.dtype), value.shape, digest
+        return kind.__name__, _dtype(value.dtype), value.shape, digest
     if isinstance(value, enum.Enum):
         return "enum", _number_of(kind), value.name, _plain(value._value_, steps)
     if is_dataclass(kind) or isinstance(value, (BaseCodec, numcodecs.abc.Codec, ZDType)):
@@ -155,8 +155,29 @@ def _contained(value: Any, kind: type, steps: Iterator[int]) -> object:
         return "dict", [(_plain(key, steps), _value(one, steps)) for key, one in value.items()]
     if kind in (set, frozenset):
         return kind.__name__, sorted(repr(_plain(one, steps)) for one in value)
+    if kind is list:
+        return "list", [_value(one, steps) for one in value]
     # By its number, for there may be named tuples of one name.
-    return _number_of(kind), [_value(one, steps) for one in value]
+    return _number_of(kind), [_value(one, steps) for one in tuple.__iter__(value)]
+
+
+def _is_named_tuple(kind: type) -> bool:
+    """Whether its fields are all that it is: one of a class without ``__slots__`` may have other attributes."""
+    return issubclass(kind, tuple) and hasattr(kind, "_fields") and not kind.__dictoffset__
+
+
+def _dtype(dtype: np.dtype[Any]) -> str:
+    if _has_metadata(dtype):
+        # It is not in the text.
+        raise _NotPlainError
+    return repr(dtype)
+
+
+def _has_metadata(dtype: np.dtype[Any]) -> bool:
+    parts = [field[0] for field in (dtype.fields or {}).values()]
+    if dtype.subdtype is not None:
+        parts.append(dtype.subdtype[0])
+    return dtype.metadata is not None or any(map(_has_metadata, parts))
 
 
 def _number_of(thing: object) -> int:

@@ -42,6 +42,8 @@ class Output:
     ----------
     results : list of dict
         Which of the chunks were there.
+    has_values : bool
+        Whether chunks other than of the fill value were kept, or had been.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Output:
         # Kept by what it has found current, so not this, which has the output.
         self.mark = object()
         self.results: list[dict[str, str]] = [PRESENT] * size
+        self.has_values = False
         self.loop = asyncio.get_running_loop()
 
     def copy(self, part: Part, at: Coords, kept: Kept) -> None:
         """Copy from a chunk that is pinned."""
+        self.has_values |= kept.memory is not None
         try:
             part.place(at, kept.array)
         finally:
@@ -98,7 +102,9 @@ class Part:
             if array.shape != layout.shape or array.nbytes != layout.size:
                 cache.give_up(decoding)
                 continue
-            landing.append((decoding, array, layout.only_fill(array)))
+            fill = layout.only_fill(array)
+            self.output.has_values |= fill is None
+            landing.append((decoding, array, fill))
         if landing:
             cache.landing.land(landing, decodings if isinstance(decodings, Decodings) else None)
 

@@ -72,7 +72,7 @@ class DecodedCodecPipeline(CodecPipeline):
         self._codecs = tuple(runs)
         self._layouts: tuple[DecodedCache | None, dict[Any, tuple[Any, Layout | None]]] = None, {}
         self._latest: tuple[DecodedCache, Any, tuple[Any, ...], Layout | None] | None = None
-        self._has_read = False
+        self._is_settled = False
         self._has_shards = any(isinstance(codec, ShardingCodec) for codec in self._codecs)
 
     @classmethod
@@ -179,21 +179,19 @@ class DecodedCodecPipeline(CodecPipeline):
                 if is_plain and layout is not None:
                     target = cache.outputs.renew(out, batch)
                     copied = None
-                    if len(batch) == 1:
+                    if len(batch) == 1 and self._is_settled:
                         copied = copy_one(cache, batch[0], layout, target, drop_axes)
                         if copied:
-                            self._has_read = True
                             return (PRESENT,)
                     reading = Reading(self.wrapped, cache, target, drop_axes, len(batch))
                     try:
                         found = await reading.run(batch, layouts, out, is_missed=copied is False)
-                    except BaseException:
+                        self._is_settled |= reading.output.has_values
+                        return found
+                    finally:
                         # A codec may get what it lacked, such as a key, and be another one then.
-                        if not self._has_read:
+                        if not self._is_settled:
                             self._forget_codecs()
-                        raise
-                    self._has_read = True
-                    return found
         return await self.wrapped.read(batch, out, drop_axes)
 
     def _forget_codecs(self) -> None:
@@ -203,7 +201,7 @@ class DecodedCodecPipeline(CodecPipeline):
 
     @functools.cached_property
     def _identity(self) -> bytes | None:
-        """Of the codecs at the first read that does not fail; None where they cannot be told from others."""
+        """Of the codecs at the first read with values that are kept; None where they cannot be told from others."""
         try:
             return identity_of(*self._codecs)
         except Exception:  # noqa: BLE001 - a codec of which it is not known what it is

@@ -143,6 +143,7 @@ class Reading:
             for shard in shards:
                 shard.join()
         finally:
+            output.has_values = any(kept.memory is not None for kept in hits)
             cache.room.unpin(*hits)
 
     def _look_up_chunks(
