@@ -386,29 +386,30 @@ _INSTEAD: Final = {
 }
 
 
-def check_store(name: str, store: object, instead: str = "") -> None:
+def check_store(name: str, store: object, instead: str = "") -> Store:
     if not isinstance(store, Store):
         text = os.fspath(store) if isinstance(store, os.PathLike) else store
         shown = repr(redact(text)) if isinstance(text, str) else type(store).__name__
         instead = instead or _INSTEAD[name]
         raise OptionTypeError(f"invalid {name}: {shown}. Give a zarr.abc.store.Store, {instead}.")
+    return store
 
 
-def check_cache_store(source: Store, cache: Store, given: str | None = None) -> None:
+def check_cache_store(source: Store, cache: object, given: str | None = None) -> Store:
     """See that a store can be the cache store of a source; `given` is the option and its value as the user knows them."""
-    check_store("cache_store", cache)
     what = f"invalid {given or f'cache_store: {describe(cache)}'}"
     # A directory that is warm can be read from all the same.
     reads_only = isinstance(cache, LocalStore) and cache.read_only
+    if not reads_only and not getattr(cache, "supports_deletes", True):
+        raise OptionValueError(
+            f"{what} does not support deletes, so it cannot make room. Give a store that can delete, "
+            "such as MemoryStore or LocalStore."
+        )
+    cache = check_store("cache_store", cache)
     if not reads_only and (cache.read_only or not cache.supports_writes):
         raise OptionValueError(
             f"{what} does not support writes. Open it with read_only=False, or give another store to "
             "keep the cache in."
-        )
-    if not reads_only and not cache.supports_deletes:
-        raise OptionValueError(
-            f"{what} does not support deletes, so it cannot make room. Give a store that can delete, "
-            "such as MemoryStore or LocalStore."
         )
     if overlaps(source, cache):
         raise OptionValueError(
@@ -420,6 +421,7 @@ def check_cache_store(source: Store, cache: Store, given: str | None = None) -> 
             f"{what} holds the cache of the source {describe(source)} already. Use that as it is, or "
             "give another store to keep a second cache in."
         )
+    return cache
 
 
 def check_export(target: object, pool: Store) -> None:

@@ -1302,9 +1302,11 @@ def _open_cache(
     elif isinstance(cache_store, CachePool):
         policy = cache_store._pool.policy()
         cache_store = cache_store._store
-    elif isinstance(cache_store, (str, os.PathLike)):
+    # A mock of a store can pretend to be a path as well.
+    is_store = hasattr(cache_store, "supports_deletes")
+    if isinstance(cache_store, (str, os.PathLike)) and not is_store:
         cache_store = LocalStore(path_of_cache_store(cache_store))
-    check_cache_store(store, cache_store)
+    cache_store = check_cache_store(store, cache_store)
     for name, choice in policy.items():
         if given[name] is None:
             given[name] = choice

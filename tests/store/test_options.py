@@ -8,7 +8,8 @@ import os
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -343,6 +344,16 @@ def refused(source: Store, cache: Store, *parts: str) -> None:
 def test_cache_store_without_deletes_is_refused(tmp_path: Path) -> None:
     refused(MemoryStore(), NoDeletes(), "does not support deletes", "MemoryStore or LocalStore")
     refused(MemoryStore(), ZipStore(tmp_path / "cache.zip", mode="w"), "does not support deletes")
+
+
+def test_mock_of_a_store_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache: Any = MagicMock()
+    cache.supports_deletes = False
+    refused(MemoryStore(), cache, "does not support deletes")
+    with pytest.raises(OptionTypeError, match="invalid cache_store: "):
+        CacheStore(MemoryStore(), cache_store=cast("Any", MagicMock()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_cache_store_without_writes_is_refused() -> None:
