@@ -192,6 +192,31 @@ def test_those_who_wait_for_one_that_is_interrupted(
         pytest.fail("it never came to its end")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handler_that_drains_waits_for_nothing_that_it_holds_up_itself(
+    tmp_path: Path, kind: str
+) -> None:
+    """Such as one that closes the store at SIGTERM."""
+    source = SyncDictStore({f"{n}": VALUE for n in range(2000)})
+    store = CacheStore(source, cache_store=KINDS[kind](tmp_path / "cache"))
+    drained: list[bool] = []
+
+    def drain() -> None:
+        drained.append(store.drain_sync(timeout=5))
+
+    for at in range(2000):
+        Interrupter(at, handler=drain).run(lambda n=at: value_sync(store, f"{n}"))
+        if len(drained) == at:
+            break
+        assert drained[at], at
+        assert store.drain_sync(timeout=5), at
+    else:
+        pytest.fail("it never came to its end")
+    assert at > 100 or kind == "memory"
+    assert store.drain_sync(timeout=5)
+    check_quiet_sync(store)
+
+
 def test_a_reservation_that_is_dropped_gives_its_room_back() -> None:
     index = Index(flat_namespace=True, max_size=100)
 

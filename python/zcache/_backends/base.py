@@ -69,8 +69,8 @@ class FillJob:
         Through which it was read or written.
     number : int
         Its place in the order of all jobs of a queue.
-    is_handed_over : bool
-        Whether its hand-over to the filler has ended, well or not.
+    handed_over_by : int or None
+        The thread that is handing it over to the filler, until that has ended, well or not.
     """
 
     __slots__ = (
@@ -78,7 +78,7 @@ class FillJob:
         "byte_range",
         "data",
         "fetched",
-        "is_handed_over",
+        "handed_over_by",
         "key",
         "number",
         "ticket",
@@ -100,7 +100,7 @@ class FillJob:
         self.ticket = ticket
         self.fetched = fetched
         self.number = 0
-        self.is_handed_over = False
+        self.handed_over_by: int | None = None
 
     @property
     def name(self) -> str:

@@ -128,8 +128,7 @@ class FillQueue:
                     return False
                 self._submitted += 1
                 job.number = self._submitted
-                # It may have been offered before, in vain.
-                job.is_handed_over = False
+                job.handed_over_by = threading.get_ident()
                 self.pending_size += size
                 self._pending[job.number] = job
                 _busy.add(self)
@@ -140,7 +139,7 @@ class FillQueue:
                 self._forget(job)
             raise
         finally:
-            job.is_handed_over = True
+            job.handed_over_by = None
         return True
 
     def _is_full(self, size: int) -> bool:
@@ -225,7 +224,7 @@ class FillQueue:
         """The jobs that were handed over, while none is under way."""
         if not self._pending or not self._is_idle():
             return []
-        handed_over = [job for job in self.pending() if job.is_handed_over]
+        handed_over = [job for job in self.pending() if job.handed_over_by is None]
         # One of them may have begun since the first look.
         return handed_over if self._is_idle() else []
 
@@ -291,7 +290,9 @@ class FillQueue:
         """
         until = time.monotonic() + timeout
         own = (job for job in self.pending() if of is None or job.backend.shared is of)
-        awaited = deque(job.number for job in own)
+        # The handler of a signal may have interrupted the hand-over of one, which goes on only after this.
+        here = threading.get_ident()
+        awaited = deque(job.number for job in own if job.handed_over_by != here)
         while True:
             completed = self.filler.completed
             self.collect()
