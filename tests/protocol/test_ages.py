@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
 from pools import BESIDE_OTHERS, one_of
-from support import PROTOTYPE, check_quiet, drained, fill, read, read_through
+from support import PROTOTYPE, buf, check_quiet, drained, fill, read, read_through
 from zcache import CachePool, CacheStore
 from zcache.exceptions import OptionTypeError, OptionValueError
 from zcache.testing import StoreDouble, stored_sizes
@@ -18,7 +19,7 @@ from zcache.testing import StoreDouble, stored_sizes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zarr.abc.store import Store
+    from zarr.abc.store import ByteRequest, Store
 
     from zcache.testing import FakeClock
 
@@ -50,6 +51,62 @@ async def asked_again(store: CacheStore, source: StoreDouble) -> list[str]:
             asked.append(key)
     await drained(store)
     return asked
+
+
+@pytest.mark.parametrize("part", [None, RangeByteRequest(0, 3)])
+@pytest.mark.parametrize("age", [0, 5, "infinity"])
+@pytest.mark.parametrize("compares", [False, True])
+async def test_read_under_way_is_joined_only_while_it_is_young_enough(
+    source: StoreDouble,
+    cache: Store | CachePool,
+    clock: FakeClock,
+    age: Any,
+    compares: bool,
+    part: ByteRequest | None,
+) -> None:
+    """Else one that the source never answers would hold up all who ask for the key, and then give them what was."""
+    await source.inner.set("a", buf(b"old"))
+    store = CacheStore(
+        source,
+        cache_store=cache,
+        max_age_seconds=age,
+        clock=clock,
+        source_id="source",
+        revalidate=compares,
+    )
+    if compares:
+        await read_through(store, "a", part)
+        clock.advance(1000)
+    source.take()
+    # It has answered, and the answer is on its way.
+    gate = source.block("validator" if compares and age != "infinity" else "get", after=True)
+    first = [asyncio.create_task(read(store, "a", part)) for _ in range(2)]
+    if compares and age == "infinity":
+        assert await asyncio.gather(*first) == [b"old", b"old"]
+        return
+    await gate.entered_async()
+    clock.advance(0.5)
+    first.append(asyncio.create_task(read(store, "a", part)))
+    await asyncio.sleep(0)
+    await source.inner.set("a", buf(b"new"))
+    clock.advance(5)
+    late = [asyncio.create_task(read(store, "a", part)) for _ in range(3)]
+    parts = [asyncio.create_task(store.get_partial_values(PROTOTYPE, [("a", part)]))]
+    if age != "infinity":
+        await gate.entered_async(2)
+    source.heal()
+    expected = b"old" if age == "infinity" else b"new"
+    assert await asyncio.gather(*late) == [expected] * 3
+    for (value,) in await asyncio.gather(*parts):
+        assert value is not None
+        assert value.to_bytes() == expected
+    found = await asyncio.gather(*first)
+    if not compares:
+        # Those who were in time have what they had asked for.
+        assert found == [b"old"] * 3
+        assert source.take()["get"] == (1 if age == "infinity" else 2)
+    assert await read_through(store, "a", part) == expected
+    await check_quiet(store)
 
 
 async def test_ages_by_pattern_the_first_that_matches_holds(

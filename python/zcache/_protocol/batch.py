@@ -344,7 +344,7 @@ class Batch:
         known = None
         if isinstance(joined, tuple):
             whole, other = joined
-            if not other.done or other.may_be_joined(now, ages[0]):
+            if other.may_be_joined(now, ages[0]):
                 known = Joined(whole, other, other.done)
         self._waits.append((number, known))
 

@@ -146,6 +146,8 @@ class Revalidator:
         flight = Flight(io.loop(), now)
         with _lock:
             other = self._checks.setdefault(key, flight)
+            if not other.may_be_joined(now, self._hits.ages.of(key)):
+                other = self._checks[key] = flight
         if other is not flight:
             if await io.wait(other) and not other.abandoned:
                 return None if other.data is None else other.data.decode(), other.fetched
@@ -157,7 +159,8 @@ class Revalidator:
             flight.deliver(None if found is None else found.encode(errors="surrogatepass"))
         finally:
             with _lock:
-                self._checks.pop(key, None)
+                if self._checks.get(key) is flight:
+                    del self._checks[key]
             flight.abandon()  # Of no effect on one that is delivered.
         return found, now
 

@@ -24,6 +24,8 @@ _lock = threading.RLock()
 
 PATIENCE: Final = 1.0
 """Seconds after which a waiter asks whether the leader can still make progress."""
+YOUNG: Final = 1.0
+"""Seconds that a source read under way may have taken already for one who joins it, however short the age."""
 PAUSE: Final = 0.05
 """Seconds between two looks at the queue of a thread pool that the leader may need."""
 LONGEST: Final = 30.0
@@ -126,7 +128,11 @@ class Flight(HasLeader):
             # That there was no such key is the index's to remember.
             is_young = max_age is None or 0 <= now - self.fetched < max_age
             return is_young and self.data is not None
-        return not self.is_cut_off
+        return not self.is_cut_off and not self._is_too_old(now, max_age)
+
+    def _is_too_old(self, now: float, max_age: float | None) -> bool:
+        """Whether what it is to bring would be older than a reader that comes now may get."""
+        return max_age is not None and now - self.fetched >= max(max_age, YOUNG)
 
     def _wake_all(self) -> None:
         waiters = self._waiters
