@@ -114,11 +114,13 @@ class Cache:
         # Before it joins, so that its limits are those of the queue as well.
         self._make_queue()
         self.shared.join(self._member)
+        # Offline the source is asked for nothing.
+        compares = options.revalidate and not options.offline
         self.reader = Reader(
             Hits(self.backend, options.ages, options.missing_age, sampling=options.sampling),
             offline=options.offline,
             revalidate=options.revalidate,
-            validators=validators_of(source) if options.revalidate else None,
+            validators=validators_of(source) if compares else None,
             stale_if_error=options.stale_if_error,
             source_name=describe(source),
             slices_like_python=slices,

@@ -42,6 +42,33 @@ def opened(source: Store, cache: Store | CachePool, **options: Any) -> CacheStor
     return CacheStore(source, cache_store=cache, source_id="source", **options)
 
 
+@pytest.mark.parametrize("mode", [True, "metadata"])
+async def test_offline_compares_nothing_with_the_source(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock, mode: Any
+) -> None:
+    keys = ["a/c/0", "a/zarr.json"]
+    options: dict[str, Any] = {"max_age_seconds": 10, "revalidate": mode, "clock": clock}
+    online = opened(source, cache, **options)
+    for key in keys:
+        await source.inner.set(key, buf(b"12345"))
+        assert await read_through(online, key) == b"12345"
+    clock.advance(100)
+    source.take()
+    store = opened(source, cache, **options, offline=True)
+    part = RangeByteRequest(1, 3)
+    for key in keys:
+        assert await read(store, key) == b"12345"
+    for key in ("a/c/1", "b/zarr.json"):
+        with pytest.raises(OfflineError):
+            await store.get_partial_values(PROTOTYPE, [(key, part), (key, None)])
+        with pytest.raises(OfflineError):
+            await read(store, key)
+        if hasattr(store, "get_ranges"):
+            with pytest.raises(OfflineError):
+                [group async for group in store.get_ranges(key, [part], prototype=PROTOTYPE)]
+    assert source.take() == {}
+
+
 async def names_in(store: Store, prefix: str) -> list[str]:
     return sorted([name async for name in store.list_dir(prefix)])
 
