@@ -96,6 +96,7 @@ async def test_counters_survive_an_index_that_is_given_up(tmp_path: Path) -> Non
         **before,
         "misses": 3,
         "total_requests": 3,
+        "cache_skips": 1,
     }
 
 

@@ -899,6 +899,7 @@ def test_default_bound_is_said_of_a_pool_that_takes_values_only(
     # Nothing can be made there, by no user.
     monkeypatch.setenv("ZCACHE_DIR", "/proc/zcache")
     store = zcache.open(source)
-    assert "cannot be used any more" in caplog.text
+    assert "cannot be used (" in caplog.text
+    assert "give another place" in caplog.text
     assert not said_of_bounds(caplog)
     del store

@@ -368,10 +368,20 @@ class IndexHandle:
             self.lacks_rights = getattr(failure, "errno", None) in _RIGHTS
             if self.index.shared:
                 self.lost = self.index
+            was_in_use = self.lost is not None
             self.index = self.empty_index()
             if not is_known:
                 self._said = now
         if is_known:
+            return
+        if not was_in_use:
+            logger.warning(
+                "the cache %s cannot be used (%s). The source serves every read until it can; what is written is removed "
+                "from it for other processes, where that is possible. See to it that this process can write there, or "
+                "give another place to keep the cache in.",
+                self.name,
+                why,
+            )
             return
         logger.warning(
             "the index of the cache %s cannot be used any more (%s). The source serves every read, until it can "
