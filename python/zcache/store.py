@@ -198,8 +198,8 @@ class CacheStore(Store, KeepsDecoded):
         Name of the source, for a cache that outlives the process. Default is None: the URL or path and
         the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`; every other store is
         another source in each process, so that its cache starts cold. Give one for a store without a
-        name (a `MemoryStore`, a class or wrapper of your own), and where the same data is reached under
-        several names.
+        name (a `MemoryStore`, an `FsspecStore` over a URL with a query or a fragment, a class or wrapper of your own), and
+        where the same data is reached under several names.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
         zcache evicts before it writes. Where all that is cached would not make room, it is kept, and nothing

@@ -519,8 +519,9 @@ def test_identify_shows_no_secret_and_knows_a_renewed_one() -> None:
     def sources(secret: str) -> dict[str, Store]:
         token = {"headers": {"Authorization": f"Bearer {secret}"}}
         made = {
-            "presigned": FsspecStore.from_url(f"https://node/a?{signed.format(secret)}"),
-            "shared access": FsspecStore.from_url(f"https://node/b?{shared.format(secret)}"),
+            "parameters": FsspecStore.from_url(
+                "https://node/a", storage_options={"params": {"token": secret}}
+            ),
             "user": FsspecStore.from_url(f"https://me:{secret}@node/c"),
             "header": FsspecStore.from_url("https://node/d", storage_options=token),
             "client header": FsspecStore.from_url(
@@ -578,10 +579,13 @@ def test_say_unnamed_of_a_cache_in_memory_is_for_information(
     assert [record.levelname for record in logged(caplog)] == ["INFO"]
 
 
-def test_say_unnamed_shows_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("query", ["?set", "?X-Amz-Signature", "?sv=1&sig", "#f"])
+def test_say_unnamed_shows_no_secret(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, query: str
+) -> None:
     pytest.importorskip("aiohttp")
     pytest.importorskip("fsspec")
-    source = FsspecStore.from_url(f"https://me:{HUSH}@node/a?set={HUSH}")
+    source = FsspecStore.from_url(f"https://me:{HUSH}@node/a{query}={HUSH}")
     assert name_of(source) is None
     say_unnamed(source, LocalStore(tmp_path))
     assert "source FsspecStore(https://node/a) has no name" in caplog.text

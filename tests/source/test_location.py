@@ -356,25 +356,58 @@ SIGNED = "X-Amz-Algorithm=AWS4&X-Amz-Credential=me&X-Amz-Signature=hush"
         ("https://node/a.zarr", {}, "node/a.zarr"),
         ("https://me:hush@Node:443/a.zarr/", {}, "node/a.zarr"),
         ("https://node/a@2.zarr", {}, "node/a@2.zarr"),
-        (f"https://node/a?{SIGNED}", {}, "node/a"),
-        ("https://node/a?sv=2024&st=x&se=y&sr=c&sp=r&sig=hush", {}, "node/a"),
+        ("https://node/", {}, "node"),
         ("https://node/a", {"headers": {"Authorization": "hush"}}, "node/a"),
         ("https://node/a", {"client_kwargs": {"headers": {"X-Token": "hush"}}}, "node/a"),
+        # They follow the whole URL.
         ("https://node/a", {"params": {"sig": "hush", "se": "x"}}, "node/a"),
         # These may say what is read.
-        ("https://node/a?set=1", {}, None),
-        ("https://node/a?st=1", {}, None),
         ("https://node/a", {"params": {"set": "1"}}, None),
         ("https://node/a", {"client_kwargs": {"connector": None}}, None),
+        # Keys are appended to these.
+        ("https://node/a?set=1", {}, None),
+        (f"https://node/a?{SIGNED}", {}, None),
+        ("https://node/a?", {}, None),
+        ("https://node/a#mode=zarr", {}, None),
+        ("https://node/a#", {}, None),
     ],
 )
 def test_location_http_is_the_url_without_secrets(
     url: str, options: dict[str, Any], place: str | None
 ) -> None:
-    found = location_of(http(url, **options))
-    assert found == (None if place is None else Location("https://", place))
-    if not options:
-        assert location_of(obstore("HTTPStore", url)) == found
+    expected = None if place is None else Location("https://", place)
+    assert location_of(http(url, **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("https://me:hush@Node:443/a.zarr", "node/a.zarr"),
+        ("https://node/", "node"),
+        # It asks for `a.zarr//zarr.json`.
+        ("https://node/a.zarr/", "node/a.zarr/"),
+        (f"https://node/a?{SIGNED}", "node/a"),
+        ("https://node/a?sv=2024&st=x&se=y&sr=c&sp=r&sig=hush", "node/a"),
+        ("https://node/a#mode=zarr", "node/a"),
+        # These may say what is read.
+        ("https://node/a?set=1", None),
+        ("https://node/a?st=1", None),
+    ],
+)
+def test_location_http_of_obstore_is_the_url_without_secrets(url: str, place: str | None) -> None:
+    expected = None if place is None else Location("https://", place)
+    assert location_of(obstore("HTTPStore", url)) == expected
+
+
+@pytest.mark.parametrize("query", ["?sig=hush", "?", "#f"])
+def test_location_with_an_endpoint_to_which_keys_are_appended_is_unknown(query: str) -> None:
+    url = f"http://node:1/a{query}"
+    assert location_of(s3(endpoint_url=url)) is None
+    assert location_of(obstore("S3Store", "b", endpoint=url)) is None
+    assert location_of(obstore("GCSStore", "b", config={"base_url": url})) is None
+    pytest.importorskip("gcsfs")
+    options = {"token": "anon", "endpoint_url": url, "skip_instance_cache": True}
+    assert location_of(FsspecStore.from_url("gs://bucket/a", storage_options=options)) is None
 
 
 # ------------------------------------------------------------------------------- what fails

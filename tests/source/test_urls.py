@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcache._source.answers import UnnamedError
-from zcache._source.urls import redact, secrets_in, server, without_user
+from zcache._source.urls import redact, secrets_in, server, without_query, without_user
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,29 @@ def test_server_is_written_in_one_way(url: str, shown: str) -> None:
     assert server(url) == shown
 
 
-@pytest.mark.parametrize(
-    "url", [None, "", "node:9000", "ftp://node", "http://", "http://node/?set=1"]
-)
-def test_server_that_is_no_url_or_says_more_is_refused(url: object) -> None:
+@pytest.mark.parametrize("query", ["?set=1", "?sig=hush", "?", "#f", "#", "?sig=hush#f"])
+def test_server_with_a_query_or_a_fragment_is_refused(query: str) -> None:
+    """What is asked for would be a part of it."""
+    for place in ("http://node", "http://node/", "http://node/a"):
+        with pytest.raises(UnnamedError):
+            server(f"{place}{query}")
+
+
+@pytest.mark.parametrize("url", [None, "", "node:9000", "ftp://node", "http://"])
+def test_server_that_is_no_url_is_refused(url: object) -> None:
     with pytest.raises(UnnamedError):
         server(url)
 
 
-def test_server_with_credentials_in_its_query_is_named_without_them() -> None:
-    assert server("https://node/?anything=hush", signed=True) == "https://node"
+@pytest.mark.parametrize("query", ["", "?", "#f", "?token=hush", "?sv=1&sig=hush#f", "#?set=1"])
+def test_query_with_credentials_and_fragment_are_left_out(query: str) -> None:
+    assert without_query(f"https://node/a/{query}") == "https://node/a/"
+
+
+@pytest.mark.parametrize("query", ["?set=1", "?sv=1", "?token=hush&set=1", "?set"])
+def test_query_that_may_say_what_is_asked_for_is_refused(query: str) -> None:
+    with pytest.raises(UnnamedError):
+        without_query(f"https://node/a{query}")
 
 
 @pytest.mark.parametrize(

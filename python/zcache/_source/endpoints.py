@@ -98,7 +98,8 @@ def of_adlfs(filesystem: Any) -> str:
 
     The account may be an option, in a connection string or in the environment: the client knows which.
     """
-    return server(filesystem.service_client.url, signed=True)
+    # All of its query is a shared access signature, which it sends after the path.
+    return server(filesystem.service_client.url.partition("?")[0])
 
 
 def settings(store: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from zcache._source import endpoints
 from zcache._source.answers import UnnamedError, ask
 from zcache._source.folders import folders_overlap
 from zcache._source.sessions import number_of
-from zcache._source.urls import check_query, web_address, without_user
+from zcache._source.urls import check_query, web_address, without_query, without_user
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -206,7 +206,7 @@ def _in_filesystem(filesystem: Any, path: str) -> Location | None:
         return _directory(filesystem._strip_protocol(path))
     if protocol == "http":
         _check_http(filesystem)
-        return _web(path)
+        return _web(path.rstrip("/"))
     if protocol == "s3":
         return Location("s3://", _key(path), endpoints.of_s3fs(filesystem))
     if protocol == "gs":
@@ -257,7 +257,8 @@ def _in_bucket(bucket: Any) -> Location | None:
     if kind == "LocalStore":
         return _directory(bucket.prefix or "/")
     if kind == "HTTPStore":
-        return _web(bucket.url)
+        # A slash at the end stays, and another one follows.
+        return _web(without_query(bucket.url))
     if kind not in ("S3Store", "GCSStore", "AzureStore"):
         return None
     made = endpoints.settings(bucket)

@@ -129,37 +129,42 @@ def secrets_in(url: str) -> Iterator[str]:
             yield from {each for each in (value, unquote(value)) if len(each) >= _SHORTEST}
 
 
-def server(url: object, *, signed: bool = False) -> str:
-    """The URL of a server, as every client would write it.
+def server(url: object) -> str:
+    """The URL of a server, as every client would write it; see `web_address`."""
+    scheme, place = web_address(url)
+    return f"{scheme}://{place}".rstrip("/")
 
-    Parameters
-    ----------
-    url : object
-        The URL as a client tells it.
-    signed : bool, optional
-        Whether the query holds credentials and nothing else. Default is False.
+
+def web_address(url: object) -> tuple[str, str]:
+    """Scheme of a URL, and host, port and path without user information.
 
     Raises
     ------
     UnnamedError
-        If it is no URL of HTTP, or has parameters that may say what is read.
+        If it is no URL of HTTP, or has a query or a fragment. Most clients append what they ask for to the URL, so that it
+        becomes a part of these, and something else is asked for.
     """
-    scheme, place = web_address(url, signed=signed)
-    return f"{scheme}://{place}"
-
-
-def web_address(url: object, *, signed: bool = False) -> tuple[str, str]:
-    """Scheme of a URL, and host, port and path without user information, query and fragment."""
-    if not isinstance(url, str):
+    if not isinstance(url, str) or _QUERY.search(url):
         raise UnnamedError
     parts = urlsplit(url)
     if parts.scheme not in _PORTS or not parts.hostname:
         raise UnnamedError
-    if not signed:
-        check_query(parts.query)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     port = "" if parts.port in (None, _PORTS[parts.scheme]) else f":{parts.port}"
-    return parts.scheme, f"{host}{port}{parts.path}".rstrip("/")
+    path = "" if parts.path == "/" else parts.path
+    return parts.scheme, f"{host}{port}{path}"
+
+
+def without_query(url: str) -> str:
+    """A URL without query and fragment, for a client that appends what it asks for to the path.
+
+    Raises
+    ------
+    UnnamedError
+        If the query may say what is asked for.
+    """
+    check_query(urlsplit(url).query)
+    return _QUERY.sub("", url)
 
 
 def check_query(query: str) -> None:

@@ -22,6 +22,7 @@ from pools import source_of
 from support import buf, files_below, read, read_through
 from zcache import CachePool, CacheStore, OptionValueError
 from zcache._backends.pool.register import Register, label_of, note_of
+from zcache._source.identity import identify
 from zcache.testing import check_invariants, set_block_size
 
 if TYPE_CHECKING:
@@ -147,10 +148,12 @@ def test_source_is_told_without_secrets(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("fsspec")
     pytest.importorskip("aiohttp")
     pool = CachePool(tmp_path / "pool" if kind == "directory" else None)
-    url = "https://user:hush@example.org/era5.zarr?token=hush"
+    url = "https://user:hush@example.org/era5.zarr"
+    signed = FsspecStore.from_url(f"{url}?token=hush")
     stores = [
         CacheStore(LocalStore(tmp_path / "here"), cache_store=pool),
         CacheStore(FsspecStore.from_url(url), cache_store=pool),
+        CacheStore(signed, cache_store=pool),
         CacheStore(MemoryStore(), cache_store=pool, source_id="mine"),
     ]
     infos = {info.name: info.source for info in pool.sources()}
@@ -158,6 +161,7 @@ def test_source_is_told_without_secrets(tmp_path: Path, kind: str) -> None:
     assert infos == {
         f"file://{tmp_path}/here": f"LocalStore(file://{tmp_path}/here)",
         "https://example.org/era5.zarr": "FsspecStore(https://example.org/era5.zarr)",
+        identify(signed).name: "FsspecStore(https://example.org/era5.zarr)",
         "mine": "MemoryStore",
     }
     del stores
