@@ -101,13 +101,10 @@ def parse_stamp(
             "the version of zcache that made it, or give another one."
         )
     if read is not kind:
-        one, other = (
-            ("is a pool", "cache_store=zcache.CachePool(path)")
-            if is_pool
-            else ("is no pool", "cache_store=path")
-        )
+        # In full: it may be met by what has no such option.
+        one, other = ("is a pool", "zcache.CachePool(path)") if is_pool else ("is no pool", "path")
         raise CacheOwnershipError(
-            f"the cache {where} {one}. Use it by {other}, or give another one."
+            f"the cache {where} {one}. Use it by zcache.CacheStore(source, cache_store={other}), or give another one."
         )
     if stamp.get("listed", False) is not listed:
         other = "a zarr.storage.LocalStore itself" if listed else "a store of another class"
