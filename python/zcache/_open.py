@@ -285,9 +285,7 @@ def _directory(cache: object) -> tuple[str, str]:
     if cache is None and (given := os.environ.get("ZCACHE_DIR")):
         cache, name = given, "$ZCACHE_DIR"
     elif cache is None:
-        from platformdirs import user_cache_dir  # noqa: PLC0415 - of use here only
-
-        cache, name = user_cache_dir("zcache"), "cache directory of the user"
+        cache, name = _directory_of_user(), "cache directory of the user"
     path = os.fspath(cache) if isinstance(cache, os.PathLike) else cache
     if not isinstance(path, str):
         raise OptionTypeError(
@@ -295,8 +293,23 @@ def _directory(cache: object) -> tuple[str, str]:
             "$ZCACHE_DIR or the user's cache directory. To keep values in another store, use "
             "zcache.CacheStore(store, cache_store=...)."
         )
-    # `..` is left to the system, which follows links before it.
-    return os.path.join(os.getcwd(), path_of_cache_store(path, name)), name
+    return path_of_cache_store(path, name), name
+
+
+def _directory_of_user() -> str:
+    from platformdirs import user_cache_dir  # noqa: PLC0415 - of use here only
+
+    try:
+        path = user_cache_dir("zcache")
+    except RuntimeError:
+        path = "~"
+    # Where the home is not known some versions raise, and others leave that in its place.
+    if not path.startswith("~"):
+        return path
+    raise OptionValueError(
+        "invalid cache: None, but your home is not known, so neither is your cache directory. Give the path of a "
+        "directory as cache=, or set $ZCACHE_DIR to one, or HOME to your home in full."
+    )
 
 
 def _say_default(place: _Place, bound: int | None) -> None:

@@ -21,7 +21,7 @@ from zcache._runtime.capacity import memory, volume
 from zcache._source.describe import describe
 from zcache._source.identity import EPHEMERAL, UNNAMED
 from zcache._source.location import innermost, outlives_process, overlaps
-from zcache._source.paths import expand_home
+from zcache._source.paths import absolute, expand_home
 from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
 
@@ -333,7 +333,7 @@ def parse_mode(value: object) -> int:
 
 
 def path_of_cache_store(path: object, name: str = "cache_store") -> str:
-    """The path of a directory to keep values in, which need not exist yet.
+    """The path from the root on of a directory to keep values in, which need not exist yet.
 
     Parameters
     ----------
@@ -356,17 +356,17 @@ def path_of_cache_store(path: object, name: str = "cache_store") -> str:
         raise OptionTypeError(f"invalid {name}: {text!r}. {advice}")
     if not text or "://" in text or "\0" in text or not _has_encoding(text):
         raise OptionValueError(f"invalid {name}: {redact(text)!r}. {advice}")
-    expanded = expand_home(text, name)
-    existing = os.path.abspath(expanded)
+    path = absolute(expand_home(text, name), name)
+    existing = os.path.abspath(path)
     while not os.path.lexists(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
     if os.path.exists(existing) and not os.path.isdir(existing):
-        where = "" if existing == os.path.abspath(expanded) else f", for {existing!r}"
+        where = "" if existing == os.path.abspath(path) else f", for {existing!r}"
         raise OptionValueError(
             f"invalid {name}: {text!r}{where} is a file. Give the path of a directory, which is made if "
             "need be."
         )
-    return expanded
+    return path
 
 
 def _has_encoding(path: str) -> bool:

@@ -247,6 +247,23 @@ def test_directory_of_the_environment_may_be_below_home_or_empty(
         assert place_of(zcache.open(source)) == str(tmp_path / "xdg/zcache")
 
 
+@pytest.mark.parametrize("leaves_it", [False, True])
+def test_home_that_is_not_known_is_named_with_the_ways_out(
+    source: Path, leaves_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platformdirs = pytest.importorskip("platformdirs")
+    for name in ("HOME", "ZCACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    if leaves_it:
+        # As other versions do.
+        monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: f"~/.cache/{name}")
+    with pytest.raises(
+        OptionValueError, match=r"home is not known, .* cache=, or set \$ZCACHE_DIR to one, or HOME"
+    ):
+        zcache.open(source)
+
+
 def test_directory_of_the_environment_that_is_none_is_named(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +360,7 @@ def test_cache_that_is_a_file_or_holds_other_things_is_refused(source: Path) -> 
     with pytest.raises(CacheOwnershipError, match="is not empty"):
         zcache.open(MemoryStore(), cache=source)
     CacheStore(MemoryStore(), cache_store=source.parent / "files", source_id="x")
-    with pytest.raises(CacheOwnershipError, match="is no pool"):
+    with pytest.raises(CacheOwnershipError, match=r"zcache.CacheStore\(source, cache_store=path\)"):
         zcache.open(source, cache=source.parent / "files")
 
 

@@ -32,6 +32,7 @@ from zcache._source.location import (
     outlives_process,
     place_in_process,
 )
+from zcache._source.paths import absolute
 from zcache.exceptions import CacheOwnershipError
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class _Opening:
         return shared
 
     def _directory(self) -> SharedIndex:
-        root = os.path.realpath(self.cache.root)
+        root = os.path.realpath(absolute(str(self.cache.root), "cache_store"))
         # Who only reads is to who writes what another process would be, and neither sets the other's rules.
         key = ("directory", root, self.cache.read_only)
         shared = find_or_make(key, self._new_directory)

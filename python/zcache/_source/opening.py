@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
 from zcache._source.location import kind_of
-from zcache._source.paths import expand_home
+from zcache._source.paths import absolute, expand_home
 from zcache._source.urls import links, redact, scheme_of, secrets_in
 from zcache.exceptions import (
     MissingClientError,
@@ -165,8 +165,7 @@ def _names(options: dict[str, Any]) -> str:
 
 
 def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
-    # It is the same wherever the process goes later. `..` is left to the system, which follows links before it.
-    path = os.path.join(os.getcwd(), expand_home(path, "url"))
+    path = absolute(expand_home(path, "url"), "url")
     # A URL that is misspelt is a path as well.
     shown = redact(path)
     try:

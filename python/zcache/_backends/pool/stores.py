@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import LocalStore, MemoryStore
@@ -19,7 +18,7 @@ class PoolStore(LocalStore):
     Parameters
     ----------
     root : path
-        The directory.
+        The directory, from the root on: the folder of the process may be another one later.
     options : PoolOptions
         What the pool was opened with.
     read_only : bool, optional
@@ -34,8 +33,7 @@ class PoolStore(LocalStore):
     """
 
     def __init__(self, root: Path | str, options: PoolOptions, *, read_only: bool = False) -> None:
-        # The folder of the process may be another one later. `..` is left to the system, which follows links before it.
-        super().__init__(os.path.join(os.getcwd(), root), read_only=read_only)
+        super().__init__(root, read_only=read_only)
         self.options = options
         self.pool: Any = None
         self.policy: object = None
