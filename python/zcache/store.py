@@ -141,9 +141,9 @@ class CacheStore(Store, KeepsDecoded):
         Compare a value that is too old with the source, by one small request, and read it again only where
         it is not the same: by ETag for `ObjectStore`, and for `FsspecStore` over S3, GCS, Azure and HTTP; by
         modification time, size and number of the file for `LocalStore`; for a class of your own by its
-        ``async def validator(self, key) -> str | None``, see `zcache._source.validators`. Weak ETags do not
-        count. "metadata" does so for metadata documents only. Default is False. Set it where large values
-        change seldom. Unless one answer of the source brings bytes and ETag (`ObjectStore`), a miss costs two
+        ``async def validator(self, key) -> str | None``, see docs/freshness.md. Weak ETags do not
+        count. "metadata" does so for metadata documents only. Default is False. Without an age nothing is ever
+        too old. Set it where large values change seldom. Unless one answer of the source brings bytes and ETag (`ObjectStore`), a miss costs two
         small requests more. A source that cannot tell is read again.
     offline : bool, optional
         Never ask the source: what is cached is served, however old it is; anything else raises
@@ -485,11 +485,11 @@ class CacheStore(Store, KeepsDecoded):
             - ``hits``: served by the cache, by its store or by a value on its way there.
             - ``misses``: all others.
             - ``total_requests``: hits and misses.
-            - ``hit_rate``: hits by requests; 0.0 where there were none.
+            - ``hit_rate``: hits divided by requests; 0.0 where there were none. Decoded hits are neither.
             - ``negative_hits``: answered because the key was known to be missing; neither hits nor misses.
             - ``missing_keys``: keys that are remembered as missing, with those that are too old to be answered so, as far
               as this process has looked.
-            - ``bypassed``: of what no cache takes; docs/freshness.md has the list.
+            - ``bypassed``: requests for keys that are never cached; docs/freshness.md has the list.
             - ``damaged``: hits with bytes that were gone, of another length or against their checksum; not in a
               directory that is only read from, where others may have evicted them.
             - ``stale_hits``: values, sizes and listings that were too old, because the source raised an error
@@ -715,7 +715,7 @@ class CacheStore(Store, KeepsDecoded):
         Raises
         ------
         OptionTypeError, OptionValueError
-            If a size or a policy is none.
+            If a size or a policy is invalid.
         IndexLockTimeout
             A `TimeoutError`: another process holds the lock of the index for more than a second.
         """
@@ -1249,7 +1249,7 @@ class CacheStore(Store, KeepsDecoded):
         await self._writer.change(self._io, prefix, lambda: self._source.delete_dir(prefix))
 
     async def clear(self) -> None:
-        # docstring inherited
+        """Delete all keys of the source, and with them what is cached; `clear_cache` empties the cache alone."""
         self._check_may_write("")
         await self._writer.change(self._io, "", self._source.clear)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from zcache._core import HeldLock
+from zcache._core import HeldLock, IndexBusyError
+from zcache.exceptions import IndexLockTimeout
 
 
 def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
@@ -17,13 +18,18 @@ def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
 
     Returns
     -------
-    HeldLock
-        A context manager that releases the lock at its end; its method `release` does so before, and says whether
+    context manager
+        It releases the lock at its end; its method `release` does so before, and says whether
         the lock was still held.
 
     Raises
     ------
-    IndexBusyError
-        If others hold it for a second.
+    IndexLockTimeout
+        A `TimeoutError`: others hold it for a second.
     """
-    return HeldLock(os.path.join(directory, ".zcache", "index"))
+    try:
+        return HeldLock(os.path.join(directory, ".zcache", "index"))
+    except IndexBusyError as error:
+        raise IndexLockTimeout(
+            f"the lock of the index of {os.fspath(directory)!r} is held"
+        ) from error
