@@ -304,6 +304,28 @@ def test_advice_band_holds_where_whole_values_of_sampled_ranges_are_not_sampled(
     assert (np.abs(said.source_bytes - exact.source_bytes) <= said.source_bytes_error).all()
 
 
+def test_advice_band_is_that_of_the_size_whatever_others_are_asked_for() -> None:
+    """It was read off the line between the sizes that were asked for, and 0 of one alone."""
+    count, rate, holds = 6000, 0.25, []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        each = np.maximum(rng.lognormal(4, 1.5, count), 1).astype(np.uint64)
+        keys = np.concatenate([rng.permutation(count) for _ in range(4)]).astype(np.uint64)
+        whole = complete(whole_values(keys, each[keys], np.zeros(len(keys), bool)), 1)
+        taken = (rng.random(count) < rate)[keys]
+        sample = replace(complete(whole.select(taken), 1), rate=rate, requests=float(len(keys)))
+        bound = int(each.sum())
+        sizes = [round(bound * part) for part in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+        exact = advise(whole, max_size=bound, sizes=sizes, policies=("lru",)).curves["lru"]
+        every = advise(sample, max_size=bound, sizes=sizes, policies=("lru",)).curves["lru"]
+        for at, size in enumerate(sizes):
+            alone = advise(sample, max_size=bound, sizes=[size], policies=("lru",)).curves["lru"]
+            assert alone.error[0] == every.error[at]
+            assert alone.source_bytes_error[0] == every.source_bytes_error[at]
+            holds.append(abs(alone.hit_ratio[0] - exact.hit_ratio[at]) <= alone.error[0] + 0.005)
+    assert np.mean(holds) > 0.9
+
+
 @pytest.mark.parametrize(("spread", "skew"), [(2.0, 0.9), (2.5, 0.7), (1.0, 0.8)])
 def test_advice_band_of_bytes_holds_where_sizes_are_uneven(spread: float, skew: float) -> None:
     """A few keys have most of the bytes, and are in the sample or are not."""
@@ -371,6 +393,18 @@ def test_advice_sizes_end_where_those_of_a_cache_do(bound: int) -> None:
     assert given.sizes.tolist() == [2**64 - 2, 2**64 - 1]
     ET.fromstring(advice._repr_html_())
     assert str(advice)
+
+
+def test_advice_where_more_was_requested_than_a_cache_can_hold() -> None:
+    """It named a present size that is none."""
+    keys = np.tile(np.arange(200, dtype=np.uint64), 3)
+    sizes = np.full(len(keys), 2**47, np.uint64)
+    whole = complete(whole_values(keys, sizes, np.zeros(len(keys), bool)), 1)
+    advice = advise(replace(whole, rate=1e-4, requests=6e6), max_size=None)
+    assert advice.max_size == int(advice.sizes[-1]) == 2**64 - 1
+    on_disk = complete(whole_values(keys, sizes, np.zeros(len(keys), bool)), 4096, 512, 2**32)
+    small = advise(replace(on_disk, rate=1e-4, requests=6e6), max_size=None, sizes=[1])
+    assert small.curves["lru"].hit_ratio[0] == 0
 
 
 async def test_advice_is_about_the_least_bound_of_all_processes(tmp_path: Path) -> None:
@@ -457,6 +491,41 @@ def test_advice_band_on_disk_holds_what_values_take_beside(
     assert (curve.error > 0).all()
 
 
+@pytest.mark.parametrize("present", ["lru", "none"])
+def test_advice_on_disk_about_another_policy_or_size_is_within_its_band(
+    tmp_path: Path, present: Any
+) -> None:
+    """A pool that evicts has holes, one of another size has other segments, and so has a directory other folders."""
+    rng = np.random.default_rng(2)
+    keys = [f"v{n // 100}/c/{n // 10 % 10}/{n % 10}" for n in range(400)]
+    values = [buf(bytes(int(size))) for size in rng.lognormal(8.5, 1, 400)]
+    source = MemoryStore(dict(zip(keys, values, strict=True)))
+    order = [keys[n] for n in rng.permutation(400)[(400 ** rng.random(1200)).astype(int)]]
+    sizes = [750_000, 1_500_000, 3_000_000]
+    found: dict[str, dict[str, list[float]]] = {kind: {"lru": [], "none": []} for kind in ON_DISK}
+    said = {}
+    before = set_block_size(4096)
+    try:
+        for kind, policy, size in itertools.product(ON_DISK, ("lru", "none"), sizes):
+            cache = CACHES[kind](tmp_path / f"{kind}-{policy}-{size}")
+            options: Any = {"max_size": size, "eviction": policy, "source_id": "here"}
+            store = CacheStore(source, cache_store=cache, **options)
+            for key in order:
+                assert value_sync(store, key) is not None
+                assert store.drain_sync()
+            found[kind][policy].append(store.cache_stats()["hit_rate"])
+            if (policy, size) == (present, sizes[1]):
+                said[kind] = store.advise(sizes=sizes)
+    finally:
+        set_block_size(before)
+    outside = []
+    for kind, policy in itertools.product(ON_DISK, ("lru", "none")):
+        curve = said[kind].curves[policy]
+        off = np.abs(curve.hit_ratio - found[kind][policy]) - curve.error
+        outside += [(kind, policy, size) for size in np.array(sizes)[off > 0.005].tolist()]
+    assert not outside
+
+
 def test_advice_about_a_pool_counts_the_header_of_each_value(tmp_path: Path) -> None:
     """Which takes another block for the large ones only."""
     source = MemoryStore({f"a/c/{n}": buf(bytes(4000 if n < 40 else 10)) for n in range(80)})
@@ -470,7 +539,7 @@ def test_advice_about_a_pool_counts_the_header_of_each_value(tmp_path: Path) -> 
                 assert store.drain_sync()
     finally:
         set_block_size(before)
-    sizes = [40 * 8191, 40 * 9600]
+    sizes = [40 * 8191, 40 * 10_500]
     for advice in (store.advise(sizes=sizes), replay(tmp_path / "requests.csv.gz", sizes=sizes)):
         assert advice.curves["lru"].hit_ratio == pytest.approx([0, 1 / 2])
 

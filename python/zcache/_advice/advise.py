@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import islice
 from math import isqrt
 from typing import TYPE_CHECKING, Any, Final
@@ -132,9 +131,8 @@ def advise(
         elif nothing and not count:
             reason = nothing
         return Advice(reason=f"{reason}.")
-    estimator = Estimator(trace)
-    used = round(estimator.footprint) if in_use is None else in_use
-    base = used if max_size is None else max_size
+    estimator = Estimator(trace, in_use if max_size is None else max_size, policy)
+    base = estimator.present
     if not base and max_size is None:
         return Advice(
             reason="too little traffic: no bytes are cached, and there is no max_size to compare with."
@@ -147,25 +145,20 @@ def advise(
     # Each may have been a hit or not.
     unsized = trace.unsized / (count + trace.unsized)
     curves: dict[str, Curve] = {}
-    now: dict[Policy, tuple[float, float]] = {}
+    now: dict[Policy, float] = {}
     # The present one is what all others are compared with, whether its curve is wanted or not.
     for name in dict.fromkeys([*policies, policy]):
         found = np.array([estimator.at(name, size) for size in at.tolist()])
-        ratios = found[:, 0]
+        ratios, missed = found[:, 0], np.round(found[:, 2], 6)
         # Without what a float makes of a whole number.
         misses = np.round((1 - ratios) * trace.requests, 6)
-        missed = np.round(found[:, 2], 6)
-        scale_error = partial(estimator.scale_error, at.astype(float))
-        known = zip(at.tolist(), ratios.tolist(), found[:, 2].tolist(), strict=True)
-        room = np.array([estimator.room_error(name, size, base, *told) for size, *told in known])
-        error = np.minimum(found[:, 1] + scale_error(ratios) + unsized + room[:, 0], 1.0)
-        missed_error = found[:, 3] + scale_error(missed) + missed * unsized / (1 - unsized)
-        missed_error += room[:, 1]
+        error = np.minimum(found[:, 1] + unsized, 1.0)
+        missed_error = found[:, 3] + missed * unsized / (1 - unsized)
         curves[name] = Curve(ratios, misses, missed, error, missed_error)
-        now[name] = estimator.at(name, base)[:2]
-    ratio = now[policy][0]
+        now[name] = estimator.hit_ratio(name, base)
+    ratio = now[policy]
     # Of two that are alike, the one that is in use.
-    best = max(now, key=lambda name: (round(now[name][0], 6), name == policy))
+    best = max(now, key=lambda name: (round(now[name], 6), name == policy))
     best_possible = estimator.best()
     return Advice(
         requests=round(trace.requests),
@@ -185,7 +178,7 @@ def advise(
             estimator, policy, at, curves[policy].hit_ratio, best_possible * GOOD
         ),
         best_policy=best,
-        best_policy_gain=now[best][0] - ratio,
+        best_policy_gain=now[best] - ratio,
         cold_share=min(1.0, estimator.cold / (1 - ratio)) if ratio < 1 else 0.0,
     )
 
@@ -202,14 +195,14 @@ def _smallest(
         return None
     # Below the smallest of them it may be enough as well.
     low, high = int(sizes[enough[0] - 1]) if enough[0] else 0, int(sizes[enough[0]])
-    if low == 0 and (high == 0 or estimator.at(policy, 0)[0] >= wanted - 1e-9):
+    if low == 0 and (high == 0 or estimator.hit_ratio(policy, 0) >= wanted - 1e-9):
         return 0
     halvings = np.log2(max(1.0, 2 * np.log2(high / max(low, 1))))
     for _ in range(_BISECTIONS + int(np.ceil(halvings))):
         if high - low <= 1:
             break
         middle = max(isqrt(max(low, 1) * high), low + 1)
-        if estimator.at(policy, middle)[0] >= wanted - 1e-9:
+        if estimator.hit_ratio(policy, middle) >= wanted - 1e-9:
             high = middle
         else:
             low = middle

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import exp, log2, pi, sqrt
-from typing import TYPE_CHECKING, Any, Final
+from math import exp, pi, sqrt
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from zcache._advice.trace import Simulator
+from zcache._options import MAX_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from zcache._advice.trace import Trace
@@ -22,7 +24,13 @@ _HOT: Final = 0.02
 deviations, which may be any. With less, bands of traces with a key of 1 or 2 % of all requests hold the truth less
 often; with more, those of loops are wider (docs/advice.md)."""
 _BESIDE_OFF: Final = 0.25
-"""Part by which the bytes beside values may be off at the present size, and as much more with each doubling or halving."""
+"""Part by which the bytes beside values may be off where size and policy are the present ones."""
+_OTHER_VALUES: Final = 2.0
+"""By how many times they may be more or less for another policy, which keeps other values."""
+_HOLES: Final = 2.0
+"""By how many times they may be more in a pool that evicts: its segments have holes."""
+_SMALLEST: Final = 64.0
+"""By how many times they are more at most in a smaller cache: a path has only so many folders."""
 _KEPT_FREE: Final = 8
 """Blocks that may be kept free for the next value: of its folders, and by which those may grow."""
 _LEARNED: Final = 2
@@ -40,9 +48,17 @@ class Estimator:
     ----------
     trace : Trace
         The requests.
+    present : int or None
+        Bytes of the present bound, or of what is cached. None if neither is known: all that was requested.
+    policy : str
+        The present policy.
 
     Attributes
     ----------
+    footprint : float
+        Bytes that all take that was requested.
+    present : int
+        Bytes of the cache that there is.
     cold : float
         Part of the requests that count of which none before has brought the bytes.
     guessed : float
@@ -50,13 +66,14 @@ class Estimator:
         that is left: of a smaller one no one knows.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, present: int | None, policy: str) -> None:
         self.trace = trace
+        self._policy = policy
+        self._is_on_disk = trace.unit > 1
         self._simulator = Simulator(trace)
         self._key = self._simulator.keys
         is_known = self._simulator.known()
         self._may_hit = is_known & ~trace.outdated
-        self._costs = trace.costs()
         self._counted = np.arange(len(trace.keys)) >= trace.former
         self._bytes = trace.sizes.astype(float)
         self._all = self._per_key(self._counted)
@@ -74,7 +91,7 @@ class Estimator:
         self.guessed = min(1.0, float(guessed.sum()) / self._total)
         self._guessed_bytes = float(trace.sizes[guessed].sum()) / trace.rate
         self._apart, self._apart_bytes = self._apart_from_wholes()
-        bytes_of_keys = self._costs[~is_known].astype(float)
+        bytes_of_keys = trace.costs()[~is_known].astype(float)
         whole = bytes_of_keys.sum()
         #: Relative standard deviation of the bytes of all sampled keys.
         self._scale = (
@@ -82,7 +99,8 @@ class Estimator:
             if whole
             else 0.0
         )
-        self.footprint = whole / trace.rate
+        self.footprint = float(whole) / trace.rate
+        self.present = min(round(self.footprint), MAX_BYTES) if present is None else present
 
     def _per_key(
         self, which: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
@@ -106,14 +124,18 @@ class Estimator:
         apart = min(float(is_range.sum()) - beside, beside * (1 / trace.rate - 1))
         return apart / self._total, apart * float(trace.sizes[is_range].mean()) / trace.rate
 
-    def at(self, policy: str, size: float) -> tuple[float, float, float, float]:
-        """What a policy would have had: its hit ratio and the bytes that it misses, each with its error by chance.
+    def hit_ratio(self, policy: str, size: int) -> float:
+        """What a policy would have had with so many bytes."""
+        return self._ratio(self._hits(policy, size, self._costs(policy, size)))[0]
+
+    def at(self, policy: str, size: int) -> tuple[float, float, float, float]:
+        """What a policy would have had: its hit ratio and the bytes that it misses, each with its error.
 
         Parameters
         ----------
         policy : str
             Its name.
-        size : float
+        size : int
             Bytes of the cache.
 
         Returns
@@ -123,55 +145,74 @@ class Estimator:
         missed, missed_error : float
             Bytes that the source sends.
         """
-        hits = self._hits(policy, size, self._costs)
+        hits = self._hits(policy, size, self._costs(policy, size))
         ratio, error = self._ratio(hits)
         missed, missed_error = self._missed_bytes(hits)
         error, missed_error = error + self._apart, missed_error + self._apart_bytes
         if size < self.footprint:
             error += self.guessed
             missed_error += self._guessed_bytes
+        off = missed_off = 0.0
+        for other in self._otherwise(policy, size):
+            off = max(off, abs(self._ratio(other)[0] - ratio))
+            missed_off = max(missed_off, abs(self._missed_bytes(other)[0] - missed))
+        times = _LEARNED if policy == "adaptive" and self._is_on_disk else 1
+        error, missed_error = error + times * off, missed_error + times * missed_off
         return ratio, error, missed, missed_error
 
     def _hits(self, policy: str, size: float, costs: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        capacity = min(round(size * self.trace.rate), 2**64 - 1)
+        capacity = min(round(size * self.trace.rate), MAX_BYTES)
         found = self._simulator.hits(policy, capacity, costs)
         return np.asarray(found & ~self.trace.outdated, bool)
 
-    def room_error(
-        self, policy: str, size: int, present: int, ratio: float, missed: float
-    ) -> tuple[float, float]:
-        """How far hit ratio and missed bytes may be off for what values take beside their own blocks.
+    def _costs(self, policy: str, size: int) -> NDArray[np.uint64]:
+        return self.trace.costs(self._beside(policy, size)[1])
 
-        That is known as a mean at the present size. It changes as values come and go, and with the size; and some
-        blocks are kept free for the folders of the next value.
+    def _otherwise(self, policy: str, size: int) -> Iterator[NDArray[np.bool_]]:
+        """Hits where values take more or less room than was said, by as much as it may be.
+
+        The sampled keys may be larger or smaller than all others, values take more or less beside their own blocks,
+        and some blocks are kept free for the folders of the next value. What these come to is simulated at this very
+        size: between others that were asked for there may be a cliff.
         """
-        trace = self.trace
-        if trace.unit <= 1 or not size:
-            return 0.0, 0.0
-        off = min(1.0, _BESIDE_OFF * (1 + abs(log2(size / max(present, 1)))))
-        ratio_error = missed_error = 0.0
-        for by, kept in ((-off, 0), (0, _KEPT_FREE // 2), (off, _KEPT_FREE)):
-            costs = replace(trace, beside=round(trace.beside * (1 + by))).costs()
-            hits = self._hits(policy, max(size - kept * trace.unit, 0), costs)
-            other, other_missed = self._ratio(hits)[0], self._missed_bytes(hits)[0]
-            ratio_error = max(ratio_error, abs(other - ratio))
-            missed_error = max(missed_error, abs(other_missed - missed))
-        times = _LEARNED if policy == "adaptive" else 1
-        return times * ratio_error, times * missed_error
+        if not size or not (self._scale or self._is_on_disk):
+            return
+        scale = 1 + _DEVIATIONS * self._scale
+        kept = _KEPT_FREE * self.trace.unit if self._is_on_disk else 0
+        least, likely, most = self._beside(policy, size)
+        rooms = [(size * scale, least), (size / scale - kept, most)]
+        if self._is_on_disk:
+            rooms.append((size - kept / 2, likely))
+        for room, beside in rooms:
+            yield self._hits(policy, max(room, 0), self.trace.costs(beside))
+
+    def _beside(self, policy: str, size: int) -> tuple[int, int, int]:
+        """Bytes that a value takes beside its own blocks: the least, what is most likely, and the most.
+
+        That is known as a mean of what is cached now. At another size it lies between as much for each value, as if
+        each had folders of its own, and as much in all, as if all shared them. It is so with segments, which are larger
+        in a larger pool. Most likely is the geometric mean of the ends.
+        """
+        held, now = min(size, self.footprint), min(self.present, self.footprint)
+        times = min(max(now, 1.0) / max(held, 1.0), _SMALLEST)
+        least, likely, most = min(times, 1.0), sqrt(times), max(times, 1.0)
+        # What evicts nothing leaves no holes.
+        had_holes = self._policy != "none" and now < self.footprint
+        has_holes = policy != "none" and held < self.footprint
+        if self.trace.header and had_holes and not has_holes:
+            least, likely = least / _HOLES, likely / sqrt(_HOLES)
+        if self.trace.header and has_holes and not had_holes:
+            most, likely = most * _HOLES, likely * sqrt(_HOLES)
+        if policy == self._policy or (self.trace.header and has_holes != had_holes):
+            least, most = least * (1 - _BESIDE_OFF), most * (1 + _BESIDE_OFF)
+        else:
+            least, most = least / _OTHER_VALUES, most * _OTHER_VALUES
+        known = self.trace.beside
+        return round(known * least), round(known * likely), round(known * most)
 
     def best(self) -> float:
         """Hit ratio of a cache without a bound."""
         return self._ratio(self._may_hit)[0]
-
-    def scale_error(self, sizes: NDArray[np.float64], ratios: NDArray[np.float64]) -> Any:
-        """How far hit ratios may be off because the sampled keys are larger or smaller than all others."""
-        if self._scale == 0 or len(sizes) < 2:
-            return np.zeros(len(sizes))
-        order = np.argsort(sizes)
-        at, known = np.log(np.maximum(sizes, 1.0)), np.log(np.maximum(sizes[order], 1.0))
-        off = np.log1p(_DEVIATIONS * self._scale)
-        beside = [np.interp(at + by, known, ratios[order]) for by in (-off, off)]
-        return np.maximum(*(np.abs(ratios - other) for other in beside))
 
     def _ratio(self, hits: NDArray[np.bool_]) -> tuple[float, float]:
         # Keys with so many requests are hits at any size.

@@ -115,15 +115,15 @@ class Trace(Requests):
     unsized: int
     slices_like_python: bool
 
-    def costs(self) -> NDArray[np.uint64]:
-        """Bytes that an entry takes in the cache store, for each request."""
+    def costs(self, beside: int | None = None) -> NDArray[np.uint64]:
+        """Bytes that an entry takes in the cache store, for each request; with other bytes beside it, if they are given."""
         if self.unit <= 1:
             return self.sizes
         unit, mib = np.uint64(self.unit), np.uint64(20)
         written = self.sizes + np.uint64(self.header)
         blocks = np.maximum((written + unit - np.uint64(1)) // unit, np.uint64(1))
         costs: NDArray[np.uint64] = (blocks + (self.sizes >> mib)) * unit
-        return costs + np.uint64(self.beside)
+        return costs + np.uint64(self.beside if beside is None else beside)
 
 
 class Simulator:
