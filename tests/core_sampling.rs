@@ -403,7 +403,7 @@ fn hits_that_could_not_be_served_are_requests_for_the_source() {
                 ask!(cache, "a/c/0", *part, fresh);
             }
             for part in group {
-                cache.miss_sampled("a/c/0", *part);
+                cache.miss_sampled("a/c/0", *part, true);
             }
         }
         // What is looked up once more is none at all.

@@ -400,8 +400,11 @@ class Index:
         It is about no value, or is looked up once more.
         """
 
-    def miss_request(self, key: str, raw: _Range, /) -> None:
-        """Say that the last such request, which was a hit, is none: the source is asked for these bytes."""
+    def miss_request(self, key: str, raw: _Range, was_hit: bool, /) -> None:
+        """Say that the source is asked for these bytes, where no lookup has sampled that.
+
+        With `was_hit` the last such request, which was a hit, is none.
+        """
 
     def sample(
         self,

@@ -1000,12 +1000,16 @@ class CacheStore(Store, KeepsDecoded):
         value, hit = self._hits.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
-        if hit is None:
-            return await self._reader.fetch(self._io, key, prototype, byte_range, parsed)
-        if hit is ABSENT:
-            self._hits.begin(self._io)
-            return None
-        return await self._reader.get(self._io, key, prototype, byte_range, parsed, hit)
+        try:
+            if hit is None:
+                return await self._reader.fetch(self._io, key, prototype, byte_range, parsed)
+            if hit is ABSENT:
+                self._hits.begin(self._io)
+                return None
+            return await self._reader.get(self._io, key, prototype, byte_range, parsed, hit)
+        except BaseException:
+            self._hits.retract_request(key, parsed)
+            raise
 
     def get_sync(
         self,
@@ -1035,7 +1039,11 @@ class CacheStore(Store, KeepsDecoded):
         value, hit = self._hits.get_nowait(key, prototype, parsed)
         if value is not None:
             return value
-        return run_without_loop(self._reader.get(io, key, prototype, byte_range, parsed, hit))
+        try:
+            return run_without_loop(self._reader.get(io, key, prototype, byte_range, parsed, hit))
+        except BaseException:
+            self._hits.retract_request(key, parsed)
+            raise
 
     async def get_partial_values(
         self,
@@ -1114,17 +1122,22 @@ class CacheStore(Store, KeepsDecoded):
                 fetch, list(range(len(requests)))
             )
         else:
-            if ready := batch.look_up():
-                await _raise_if_missing(ready, requests, prototype)
-                yield ready
-            if batch.is_over:
-                return
             bring = batch.bring
-        # Others wait for what this brings, so it goes on even while its caller does something else.
-        async with Handover(bring, CANCEL_TIMEOUT) as groups:
-            async for group in groups:
-                await _raise_if_missing(group, requests, prototype)
-                yield group
+        try:
+            if not batch.has_invalid_range:
+                if ready := batch.look_up():
+                    await _raise_if_missing(ready, requests, prototype)
+                    yield ready
+                if batch.is_over:
+                    return
+            # Others wait for what this brings, so it goes on even while its caller does something else.
+            async with Handover(bring, CANCEL_TIMEOUT) as groups:
+                async for group in groups:
+                    await _raise_if_missing(group, requests, prototype)
+                    yield group
+        finally:
+            # Its caller may leave before anything is asked for.
+            batch.end()
 
     def get_ranges_sync(
         self,

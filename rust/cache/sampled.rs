@@ -93,8 +93,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// Takes back the last request of this key and range that was no hit: the source has no such
-    /// key, or it is looked up once more.
+    /// Takes back the last request of this key and range that was no hit: it has brought nothing, or is
+    /// looked up once more.
     pub fn retract_sampled(&mut self, key: &str, range: ByteRange) {
         self.retract_last(key, range, false);
     }
@@ -123,12 +123,15 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
     }
 
-    /// The last request of this key and range that was a hit is one for the source: what was found could not be read.
-    pub fn miss_sampled(&mut self, key: &str, range: ByteRange) {
+    /// A request for the source that no lookup has sampled as one: the index did not answer it, or, where it
+    /// `was_hit`, what the last one found could not be read.
+    pub fn miss_sampled(&mut self, key: &str, range: ByteRange, was_hit: bool) {
         if !key::is_cacheable(key) {
             return;
         }
-        self.retract_last(key, range, true);
+        if was_hit {
+            self.retract_last(key, range, true);
+        }
         if let Some(part) = self.sampled_part(key, range)
             && let Some(sample) = self.sample_mut()
         {

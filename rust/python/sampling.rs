@@ -41,11 +41,11 @@ impl Index {
         })
     }
 
-    #[pyo3(signature = (key, raw, /))]
-    fn miss_request(&self, py: Python<'_>, key: &str, raw: RawSpan) -> PyResult<()> {
+    #[pyo3(signature = (key, raw, was_hit, /))]
+    fn miss_request(&self, py: Python<'_>, key: &str, raw: RawSpan, was_hit: bool) -> PyResult<()> {
         let (key, span) = (&*self.whole(key), span(raw)?);
         step!(self, py, |cache| {
-            cache.miss_sampled(key, span);
+            cache.miss_sampled(key, span, was_hit);
             Ok(())
         })
     }

@@ -124,10 +124,7 @@ def advise(
     if count < FEWEST:
         reason = f"too little traffic: {count} of at least {FEWEST} requests are known so far"
         if trace.unsized:
-            reason += (
-                f", and {trace.unsized:,} without their sizes: their values did not come, were missing, or the "
-                "cache takes none yet"
-            )
+            reason += f", and {trace.unsized:,} without their sizes: their values have not come yet, or the cache takes none yet"
         elif nothing and not count:
             reason = nothing
         return Advice(reason=f"{reason}.")

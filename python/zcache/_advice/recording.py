@@ -285,23 +285,20 @@ class RequestWriter:
         self,
         key: str,
         byte_range: ByteRange | None,
-        size: int | None,
+        size: int,
         *,
         hit: bool,
         entry: tuple[str, int] | None,
     ) -> None:
-        """What one reader missed has come, from the cache after all if it is a `hit`.
-
-        None stands for a key that the source does not have: that is no request.
-        """
+        """What one reader missed has come, from the cache after all if it is a `hit`."""
         look = self._take(key, byte_range, found=False)
-        if look is not None and size is not None:
+        if look is not None:
             self._put(
                 (look.at, key, byte_range, size, hit, *(entry or (None, None)), look.outdated)
             )
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
-        """A miss is looked up once more."""
+        """A miss is no request: it has brought nothing, or is looked up once more."""
         self._take(key, byte_range, found=False)
 
     def _give_up_pending(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._backends.base import ABSENT, FillJob
+from zcache._backends.base import ABSENT, BUSY, FillJob
 from zcache._byte_ranges import ByteRange, check_key, to_byte_range
 from zcache._core import Index, is_cacheable_key
 from zcache._protocol.read import Joined
@@ -83,7 +83,9 @@ class Batch:
         # What each request is for the index; None where the source has to answer it.
         self._asked = [self._parse(*request) for request in requests]
         self._missing: list[int] = []
-        self._slow: list[tuple[int, Any]] = []
+        self._slow: dict[int, Any] = {}
+        # Those that were looked up and have missed, until it is known what they come to.
+        self._open: set[int] = set()
         self._leads: dict[int, tuple[int, Flight]] = {}
         self._waits: list[tuple[int, Joined | None]] = []
         self._direct: list[int] = []
@@ -124,15 +126,46 @@ class Batch:
                 ready.append((number, value))
             elif hit is None:
                 self._missing.append(number)
+                self._open.add(number)
             else:
-                self._slow.append((number, hit))
+                self._slow[number] = hit
         return ready
 
     async def bring(self, put: Put) -> None:
         """Hand over what was not there at once."""
-        values = await self._io.gather([partial(self._serve, *one) for one in self._slow])
+        try:
+            await self._bring(put)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Take the requests back that have come to nothing, because the call has failed or was left."""
+        while self._slow:
+            number, hit = self._slow.popitem()
+            # What the index has not answered yet is none.
+            if hit is not BUSY:
+                self._reader.hits.request_unserved(*self._known(number))
+                self._open.add(number)
+        while self._open:
+            self._reader.hits.retract_request(*self._known(self._open.pop()))
+
+    def _known(self, number: int) -> tuple[str, ByteRange | None]:
+        asked = self._asked[number]
+        assert asked is not None
+        return asked
+
+    def _brought(self, number: int, value: Buffer | None, *, hit: bool = False) -> None:
+        """Tell what a request has come to that this call leads."""
+        if number in self._open:
+            self._open.discard(number)
+            size = None if value is None else len(value)
+            self._reader.hits.brought(*self._known(number), size, hit=hit)
+
+    async def _bring(self, put: Put) -> None:
+        slow = list(self._slow)
+        values = await self._io.gather([partial(self._serve, number) for number in slow])
         found: list[tuple[int, Buffer | None]] = []
-        for (number, _), (is_answer, value) in zip(self._slow, values, strict=True):
+        for number, (is_answer, value) in zip(slow, values, strict=True):
             if is_answer:
                 found.append((number, value))
             else:
@@ -152,14 +185,18 @@ class Batch:
             value = await self._reader.fetch(
                 self._io, key, self._prototype, request, to_byte_range(request), joined
             )
+            self._open.discard(number)
             put([(number, value)])
 
     async def run(self, put: Put) -> None:
         """Hand over all, to a caller that does nothing else meanwhile."""
-        if ready := self.look_up():
-            put(ready)
-        if not self.is_over:
-            await self.bring(put)
+        try:
+            if ready := self.look_up():
+                put(ready)
+            if not self.is_over:
+                await self.bring(put)
+        finally:
+            self.end()
 
     async def _look_offline(self, missing: list[int]) -> list[tuple[int, Buffer | None]]:
         """What is there by now of what was missing, or cannot be there at all, which is taken out."""
@@ -167,8 +204,7 @@ class Batch:
         again = await hits.wait_until_complete(self._io)
         found: list[tuple[int, Buffer | None]] = []
         for number in missing:
-            asked = self._asked[number]
-            assert asked is not None
+            asked = self._known(number)
             is_answer, value = False, None
             if again:
                 hits.retract_miss(*asked)
@@ -177,17 +213,22 @@ class Batch:
                 hits.recount_as_negative_hit(*asked)
                 is_answer = True
             if is_answer:
+                self._open.discard(number)
                 found.append((number, value))
         missing[:] = set(missing) - {number for number, _ in found}
         return found
 
-    async def _serve(self, number: int, hit: Any) -> tuple[bool, Buffer | None]:
-        asked = self._asked[number]
-        assert asked is not None
+    async def _serve(self, number: int) -> tuple[bool, Buffer | None]:
+        key, byte_range = self._known(number)
+        hit = self._slow.pop(number)
+        self._open.add(number)
         try:
-            return await self._reader.hits.serve(self._io, asked[0], self._prototype, asked[1], hit)
+            served = await self._reader.hits.serve(self._io, key, self._prototype, byte_range, hit)
         except IndexLockTimeout:
             return False, None
+        if served[0]:
+            self._open.discard(number)
+        return served
 
     async def _lead(self, missing: list[int], put: Put) -> None:
         """Ask the source, in one call, for what no other reader reads already."""
@@ -223,15 +264,14 @@ class Batch:
 
         async def check_one(key: str, numbers: list[int]) -> None:
             for number in numbers:
-                asked, (ticket, flight) = self._asked[number], self._leads[number]
-                assert asked is not None
+                asked, (ticket, flight) = self._known(number), self._leads[number]
                 value, check = await revalidator.compare(
                     self._io, key, self._prototype, asked[1], ticket, self._checks.get(key)
                 )
                 if check is not None:
                     self._checks[key] = check
                 if value is not None:
-                    self._reader.hits.brought(*asked, len(value), hit=True)
+                    self._brought(number, value, hit=True)
                     flight.deliver(freeze(value)[0])
                     self._close(number)
                     same.append((number, value))
@@ -264,9 +304,8 @@ class Batch:
         """Those of these requests that this call leads, by their keys."""
         keys: dict[str, list[int]] = {}
         for number in numbers:
-            asked = self._asked[number]
-            if asked is not None and number in self._leads:
-                keys.setdefault(asked[0], []).append(number)
+            if number in self._leads:
+                keys.setdefault(self._known(number)[0], []).append(number)
         return keys
 
     async def _read(self, wanted: list[int], put: Put) -> None:
@@ -302,12 +341,12 @@ class Batch:
         if not stale:
             return served
         for number in self._leads:
-            asked = self._asked[number]
-            assert asked is not None
+            key, byte_range = self._known(number)
             is_answer, value = await stale.instead_of(
-                error, self._io, asked[0], self._prototype, asked[1]
+                error, self._io, key, self._prototype, byte_range
             )
             if is_answer:
+                self._open.discard(number)
                 served.append((number, value))
         return served
 
@@ -318,9 +357,7 @@ class Batch:
             self._reader.hits.count_miss()
 
     async def _join(self, number: int) -> None:
-        asked = self._asked[number]
-        assert asked is not None
-        reader = self._reader
+        asked, reader = self._known(number), self._reader
         now, ages = reader.now(), reader.hits.ages_of(asked[0])
         flight = Flight(self._io.loop(), now)
         reader.hits.begin(self._io)
@@ -350,20 +387,22 @@ class Batch:
 
     async def _deliver(self, group: Group) -> Group:
         """Hand what has come to all who wait for it, and over to the cache."""
-        if self._reader.revalidator is not None:
+        reader = self._reader
+        if reader.revalidator is not None:
             numbers = [number for number, found in group if found is not None]
-            await self._note_validators(self._reader.revalidator, numbers)
+            await self._note_validators(reader.revalidator, numbers)
         for number, found in group:
             lead = self._leads.get(number)
             if lead is None:
                 if number in self._direct:
                     self._direct.remove(number)
+                    if number in self._open:
+                        self._open.discard(number)
+                        reader.hits.brought_past_cache(*self._known(number), found)
                 continue
             ticket, flight = lead
-            asked = self._asked[number]
-            assert asked is not None
-            reader = self._reader
-            reader.hits.brought(*asked, None if found is None else len(found))
+            asked = self._known(number)
+            self._brought(number, found)
             if found is None:
                 await reader.deliver_absence(self._io, asked[0], ticket, flight)
                 del self._leads[number]

@@ -16,7 +16,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zcache._ages import METADATA, NODES
 from zcache._backends.base import ABSENT, BUSY
 from zcache._byte_ranges import check_key
-from zcache._core import Index, IndexBusyError, crc32c
+from zcache._core import Index, IndexBusyError, crc32c, is_cacheable_key
 from zcache._index.calls import COMPLETE_TIMEOUT, is_complete
 from zcache._index.handle import ignore
 from zcache._index.plans import look
@@ -234,6 +234,7 @@ class Hits:
                 )
             except BaseException:
                 self._reads.count_miss()
+                self._open_request(key, byte_range, was_hit=False)
                 self.hook.found(key, byte_range, None)
                 raise
             self.hook.found(key, byte_range, hit)
@@ -242,11 +243,16 @@ class Hits:
             return True, None
         if hit is None:
             return False, None
-        value = await self.serve_found(io, key, prototype, hit)
-        if value is None and self._sampling:
-            self.handle.call_later(ignore, Index.miss_request, key, byte_range)
-        self.hook.read(key, byte_range, served=value is not None)
-        return value is not None, value
+        value = None
+        try:
+            value = await self.serve_found(io, key, prototype, hit)
+        finally:
+            if value is None:
+                self.request_unserved(key, byte_range)
+        if value is None:
+            return False, None
+        self.hook.read(key, byte_range, served=True)
+        return True, value
 
     def _look_up_in(self, index: Index, *asked: Any) -> Hit | None:
         """What `get_nowait` would have found: counted and, if so asked, sampled."""
@@ -430,8 +436,27 @@ class Hits:
     def retract_miss(self, key: str, byte_range: ByteRange | None) -> None:
         """Take a miss back, because the same read is looked up once more."""
         self._reads.retract_miss()
-        self._retract_request(key, byte_range)
+        self.retract_request(key, byte_range)
+
+    def retract_request(self, key: str, byte_range: ByteRange | None) -> None:
+        """Take a request back that was no hit, and has brought nothing; of what is counted that is still a miss.
+
+        The source has no such key, the read has failed or was cancelled, or it is looked up once more.
+        """
+        if self._sampling and is_cacheable_key(key):
+            # Each look-up of this store has sampled one.
+            self.handle.call_later(ignore, Index.retract_request, key, byte_range)
         self.hook.retract(key, byte_range)
+
+    def request_unserved(self, key: str, byte_range: ByteRange | None) -> None:
+        """Say that a request is no hit: what was found could not be read."""
+        self._open_request(key, byte_range, was_hit=True)
+        self.hook.read(key, byte_range, served=False)
+
+    def _open_request(self, key: str, byte_range: ByteRange | None, *, was_hit: bool) -> None:
+        """Sample a miss that no look-up has sampled as one."""
+        if self._sampling and is_cacheable_key(key):
+            self.handle.call_later(ignore, Index.miss_request, key, byte_range, was_hit)
 
     def recount_as_hit(self) -> None:
         """Count a miss as a hit: the cache has served it after all."""
@@ -473,13 +498,18 @@ class Hits:
         """Tell of the bytes that a miss has brought after all; None where there is no such key."""
         if size is None:
             # Reads of what the source does not have are no requests.
-            self._retract_request(key, byte_range)
-        self.hook.brought(key, byte_range, size, hit=hit)
+            self.retract_request(key, byte_range)
+        else:
+            self.hook.brought(key, byte_range, size, hit=hit)
 
-    def _retract_request(self, key: str, byte_range: ByteRange | None) -> None:
-        # Each look-up of this store has sampled one.
-        if self._sampling:
-            self.handle.call_later(ignore, Index.retract_request, key, byte_range)
+    def brought_past_cache(
+        self, key: str, byte_range: ByteRange | None, value: Buffer | None
+    ) -> None:
+        """Tell of what the source has brought for a miss, and the cache does not hear of."""
+        size = None if value is None else len(value)
+        if size is not None and self._sampling:
+            self.handle.call_later(ignore, Index.note_sizes, [(key, byte_range, size)])
+        self.brought(key, byte_range, size)
 
 
 def _say_busy(*_: Any) -> Any:

@@ -119,17 +119,24 @@ class Reader:
         try:
             is_answer, value = await self.hits.serve(io, key, prototype, byte_range, hit)
         except IndexLockTimeout:
-            return await self.skip(io, key, prototype, request)
+            return await self.skip(io, key, prototype, request, byte_range)
         if is_answer:
             return value
         return await self.fetch(io, key, prototype, request, byte_range)
 
     async def skip(
-        self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
+        self,
+        io: IO,
+        key: str,
+        prototype: BufferPrototype,
+        request: ByteRequest | None,
+        byte_range: ByteRange | None,
     ) -> Buffer | None:
         """Read the source, for the index does not answer."""
         self.counters.count("skipped")
-        return await io.read(key, prototype, request)
+        value = await io.read(key, prototype, request)
+        self.hits.brought_past_cache(key, byte_range, value)
+        return value
 
     async def bypass(
         self, io: IO, key: str, prototype: BufferPrototype, request: ByteRequest | None
@@ -262,7 +269,7 @@ class Reader:
                 # Only cacheable keys are ever held, so a hit needs no such check.
                 return await self.bypass(io, key, prototype, request)
             if joined is BUSY:
-                return await self.skip(io, key, prototype, request)
+                return await self.skip(io, key, prototype, request, byte_range)
             if isinstance(joined, int):
                 leads = self._lead(io, key, prototype, request, byte_range, joined, flight)
                 del flight
@@ -271,7 +278,7 @@ class Reader:
             if not has_heard:
                 # It may have begun before a change that the index does not know of.
                 if not await self.backend.hear_of_changes(io):
-                    return await self.skip(io, key, prototype, request)
+                    return await self.skip(io, key, prototype, request, byte_range)
                 has_heard = True
                 continue
             follows = self._follow(
@@ -318,7 +325,9 @@ class Reader:
             return True, None
         part = self._part(other.data, whole, byte_range)
         if part is None:
-            return True, await io.read(key, prototype, request)
+            value = await io.read(key, prototype, request)
+            self.hits.brought_past_cache(key, byte_range, value)
+            return True, value
         # What is on its way into the cache store is served by the cache, not by the source.
         self.hits.followed(key, byte_range, len(part), whole, len(other.data), hit=is_pending)
         return True, prototype.buffer.from_bytes(part)
@@ -386,7 +395,7 @@ class Reader:
                 flight.kind = prototype.buffer
                 flight.fail(error)
                 raise
-            self.hits.brought(key, byte_range, None if data is None else len(data), hit=is_cached)
+            size = None if data is None else len(data)
             if is_cached:
                 flight.deliver(data)
             elif data is None:
@@ -414,6 +423,8 @@ class Reader:
                     flight.abandon()  # Of no effect on one that is delivered.
                 # Its error has the frames of all who wait for it, so none of these keeps the flight.
                 del flight
+        # Last of all: until then its caller may be cut off, and takes the request back.
+        self.hits.brought(key, byte_range, size, hit=is_cached)
         return value
 
     async def _read_source(

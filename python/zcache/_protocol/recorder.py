@@ -29,18 +29,18 @@ class Recorder(Protocol):
         self,
         key: str,
         byte_range: ByteRange | None,
-        size: int | None,
+        size: int,
         *,
         hit: bool,
         entry: tuple[str, int] | None,
     ) -> None:
-        """What one reader missed has come, from the cache after all if it is a `hit`; None for no such key.
+        """What one reader missed has come, from the cache after all if it is a `hit`.
 
         `entry` are the name and the bytes of what it is a part of, where that is another entry.
         """
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
-        """A miss is looked up once more."""
+        """A miss is no request: it has brought nothing, or is looked up once more."""
 
 
 class Lookup(Protocol):
@@ -112,16 +112,16 @@ class RequestHook:
         self,
         key: str,
         byte_range: ByteRange | None,
-        size: int | None,
+        size: int,
         *,
         hit: bool = False,
         entry: tuple[str, int] | None = None,
     ) -> None:
-        """Tell of the bytes that a miss has brought after all; None where there is no such key."""
+        """Tell of the bytes that a miss has brought after all."""
         if (recorder := self.recorder) is not None:
             recorder.brought(key, byte_range, size, hit=hit, entry=entry)
 
     def retract(self, key: str, byte_range: ByteRange | None) -> None:
-        """Tell that a miss is looked up once more."""
+        """Tell that a miss is no request: it has brought nothing, or is looked up once more."""
         if (recorder := self.recorder) is not None:
             recorder.retract(key, byte_range)
