@@ -9,6 +9,7 @@ import gc
 import gzip
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -604,3 +605,26 @@ async def test_recording_goes_on_while_it_is_written(
         await until(lambda: len(rows_of(path)) == 1)
         await read(store, "a/c/0")
     assert len(rows_of(path)) == 2
+
+
+_kept: list[object] = []
+
+
+def record_in_worker(path: Path) -> None:
+    store = CacheStore(source_of(3))
+    _kept.append(store.record(path))
+    for number in range(3):
+        value_sync(store, f"a/c/{number}")
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_recording_that_is_open_when_a_worker_ends_is_written_to_its_end(
+    path: Path, method: str
+) -> None:
+    """All of it was lost: such a process ends without `atexit`."""
+    context: Any = multiprocessing.get_context(method)
+    process = context.Process(target=record_in_worker, args=(path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0", "a/c/1", "a/c/2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import csv
 import gzip
@@ -23,6 +22,7 @@ from zcache._advice.file_format import COLUMNS, HEAD, RECORDING_FORMAT, path_of_
 from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
+from zcache._runtime.exiting import at_exit
 from zcache._runtime.fork import at_fork
 from zcache._runtime.latch import Latch
 from zcache._runtime.registry import Registry
@@ -407,10 +407,11 @@ def _after_fork() -> None:
         writer.after_fork()
 
 
-def _at_exit() -> None:
-    for writer in _writers.snapshot():
-        writer.close()
+def _at_exit(is_last: bool) -> None:
+    if is_last:
+        for writer in _writers.snapshot():
+            writer.close()
 
 
 at_fork(_after_fork)
-atexit.register(_at_exit)
+at_exit(_at_exit)

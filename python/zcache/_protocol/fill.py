@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures.thread  # noqa: F401 - what it does at the end comes after what this does
 import contextlib
 import logging
 import threading
@@ -20,6 +19,7 @@ from zcache._backends.access import Access
 from zcache._core import Index, end_calls
 from zcache._index.handle import ignore
 from zcache._runtime.circuit_breaker import concerns_key
+from zcache._runtime.exiting import at_exit
 from zcache._runtime.fork import at_fork
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ _busy: set[FillQueue] = set()
 _ends_at: float | None = None
 
 
-def _drain_at_exit() -> None:
+def _drain_at_exit(_: bool) -> None:
     """Give pending fills a last chance at the end of the process, `CLOSE_TIMEOUT` seconds in all."""
     global _ends_at
     from zcache._runtime.io import IO  # noqa: PLC0415 - only here, at the end
@@ -350,13 +350,9 @@ def _drain_at_exit() -> None:
         logger.debug("pending fills were not finished: %r", error)
 
 
-# Stores that use threads of their event loop cannot write any more once `atexit` has its turn.
-with contextlib.suppress(AttributeError, RuntimeError):
-    threading._register_atexit(_drain_at_exit)  # type: ignore[attr-defined]
 # Last of all, for what is registered first is called last.
 atexit.register(end_calls, CLOSE_TIMEOUT)
-# And for what threads have read that end after the main one.
-atexit.register(_drain_at_exit)
+at_exit(_drain_at_exit)
 
 
 def _after_fork() -> None:
