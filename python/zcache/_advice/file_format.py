@@ -7,11 +7,16 @@ whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from zcache._source.paths import expand_home
+from zcache._source.urls import redact
 from zcache.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAGIC: Final = "# zcache requests, format "
 RECORDING_FORMAT: Final = "2"
@@ -20,8 +25,10 @@ HEAD: Final = f"{MAGIC}{RECORDING_FORMAT}: "
 _FIRST: Final = ("time", "key", "range", "size", "hit", "entry_range", "entry_size")
 COLUMNS: Final = {"1": _FIRST, RECORDING_FORMAT: (*_FIRST, "outdated")}
 """Of each format that can be read."""
-LONGEST_LINE: Final = 2**20
-"""Characters of a line at most: no key that is cached makes one as long."""
+LONGEST_KEY: Final = 4000
+"""Characters of a key at most, of those that are cached."""
+LONGEST_ROW: Final = 2**14
+"""Characters of a row at most, in all of its lines: a key takes twice its own, as it is quoted."""
 
 
 def path_of_recording(path: object) -> str:
@@ -37,10 +44,22 @@ def path_of_recording(path: object) -> str:
         text = os.fspath(path)  # type: ignore[call-overload]
     except TypeError:
         raise OptionTypeError(f"invalid path: {path!r}. {advice}") from None
+    shown = redact(text) if isinstance(text, str) else text
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
-        raise OptionValueError(f"invalid path: {text!r} has no encoding. {advice}") from None
+        raise OptionValueError(f"invalid path: {shown!r} has no encoding. {advice}") from None
     if b"\0" in encoded:
-        raise OptionValueError(f"invalid path: {text!r} contains a null character. {advice}")
+        raise OptionValueError(f"invalid path: {shown!r} contains a null character. {advice}")
     return expand_home(os.fsdecode(encoded), "path")
+
+
+@contextlib.contextmanager
+def errors_name(path: str) -> Iterator[None]:
+    """Have an error of the file name it, which a descriptor does not tell, without what is secret in a URL."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = redact(path)
+        raise

@@ -18,7 +18,13 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from zcache._advice.file_format import COLUMNS, HEAD, RECORDING_FORMAT, path_of_recording
+from zcache._advice.file_format import (
+    COLUMNS,
+    HEAD,
+    RECORDING_FORMAT,
+    errors_name,
+    path_of_recording,
+)
 from zcache._advice.trace import sampled
 from zcache._byte_ranges import to_text
 from zcache._core import is_cacheable_key
@@ -27,6 +33,7 @@ from zcache._runtime.fork import at_fork
 from zcache._runtime.latch import Latch
 from zcache._runtime.registry import Registry
 from zcache._runtime.threads import Life, start_thread
+from zcache._source.urls import redact
 from zcache.exceptions import IndexLockTimeout, RecordingExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +93,7 @@ class Recording:
     def __enter__(self) -> Self:
         if self._is_closed:
             raise UsageError(
-                f"the recording {self._writer.path!r} is closed. Begin another: `with store.record(path):`, with "
+                f"the recording {self._writer.shown!r} is closed. Begin another: `with store.record(path):`, with "
                 "the path of a file that does not exist."
             )
         return self
@@ -133,6 +140,8 @@ class RequestWriter:
     ----------
     left_out : int
         Requests that were not written, because they came faster than they could be.
+    shown : str
+        The path, without what is secret where that is a URL.
 
     Raises
     ------
@@ -153,7 +162,8 @@ class RequestWriter:
         about: dict[str, Any],
     ) -> None:
         self._hits = hits
-        self.path = path_of_recording(path)
+        self._path = path_of_recording(path)
+        self.shown = redact(self._path)
         self._secret = secrets.token_bytes(32) if anonymous else None
         self._waiting: deque[_Request] = deque()
         # Requests, by key and range, until it is known what they come to.
@@ -167,24 +177,24 @@ class RequestWriter:
         self._process = os.getpid()
         try:
             # Without a buffer: what could not be written is not tried again.
-            self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
+            with errors_name(self._path):
+                self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed when it ends
         except FileExistsError:
             raise RecordingExistsError(
-                f"{self.path!r} exists already, and a recording overwrites nothing. Give another path, or "
+                f"{self.shown!r} exists already, and a recording overwrites nothing. Give another path, or "
                 "remove the file."
             ) from None
         try:
             self._about = {**about, "anonymous": anonymous}
-            self._append(self._head(0))
+            with errors_name(self._path):
+                self._append(self._head(0))
             hits.hook.attach(self, hits)
             self._start()
-        except BaseException as error:
+        except BaseException:
             hits.hook.detach(self, hits)
             self._file.close()
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
-            if isinstance(error, OSError):
-                error.filename = self.path  # Which a descriptor does not tell.
+                os.unlink(self._path)
             raise
         _writers.add(self)
 
@@ -327,7 +337,7 @@ class RequestWriter:
             self._waiting.clear()
             logger.warning(
                 "the recording of requests to %s has ended before its time: %r. What was written before stays.",
-                self.path,
+                self.shown,
                 error,
             )
         finally:
@@ -336,7 +346,7 @@ class RequestWriter:
         if self.left_out:
             logger.warning(
                 "%s lacks %d requests, which came faster than they could be written.",
-                self.path,
+                self.shown,
                 self.left_out,
             )
 

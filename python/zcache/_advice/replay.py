@@ -5,21 +5,29 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import shlex
 import zlib
 from array import array
-from itertools import count
+from hashlib import blake2b
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import numpy as np
 
 from zcache._advice.advise import advise, parse_policies, parse_sizes
-from zcache._advice.file_format import COLUMNS, HEAD, LONGEST_LINE, MAGIC, path_of_recording
+from zcache._advice.file_format import (
+    COLUMNS,
+    HEAD,
+    LONGEST_KEY,
+    LONGEST_ROW,
+    MAGIC,
+    errors_name,
+    path_of_recording,
+)
 from zcache._advice.trace import UNKNOWN, Requests, Trace, complete
 from zcache._byte_ranges import from_text
 from zcache._core import POLICIES
-from zcache._options import MAX_BYTES
+from zcache._options import MAX_BYTES, check_flag
+from zcache._source.urls import redact
 from zcache.exceptions import RecordingError
 
 if TYPE_CHECKING:
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 _LARGEST_VALUE: Final = 2**47
 """Bytes of the largest value that a process has room for in its addresses."""
 _LARGEST_BLOCK: Final = 2**30
+_KEPT: Final = 64
+"""Characters of a key that is kept as it is; of a longer one a hash is, so that memory does not depend on how long they are."""
 
 
 def replay(
@@ -41,6 +51,7 @@ def replay(
     *,
     sizes: Iterable[Size] | None = None,
     policies: Iterable[str] | None = None,
+    truncated: bool = False,
 ) -> Advice:
     """Simulate recorded requests, all of them, with other sizes and policies.
 
@@ -53,6 +64,8 @@ def replay(
         recorded store or, where it had none, the bytes of all entries that were requested.
     policies : iterable of str, optional
         Any of "lru", "none" and "adaptive". Default is None: all.
+    truncated : bool, optional
+        Whether a file may be cut off at its end, of which what is whole is simulated. Default is False.
 
     Returns
     -------
@@ -67,23 +80,30 @@ def replay(
     OSError
         If it cannot be read.
     OptionTypeError, OptionValueError
-        If a path, a size or a policy is none.
+        If a path, a size or a policy is none, or `truncated` no bool.
     """
     parsed, named = parse_sizes(sizes), parse_policies(policies)
-    trace, max_size, policy = load(path)
+    check_flag("truncated", truncated)
+    trace, max_size, policy = load(path, truncated=truncated)
     return advise(trace, max_size=max_size, policy=policy, sizes=parsed, policies=named)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Trace, int | None, Policy]:
+def load(
+    path: str | os.PathLike[str], *, truncated: bool = False
+) -> tuple[Trace, int | None, Policy]:
     """The requests of a file, in the order of their times, and the bound and the policy of the store."""
     name = path_of_recording(path)
     try:
         # Lines are those of `head`, though a key may hold other ends of lines.
-        with gzip.open(name, "rt", encoding="utf-8", newline="\n") as file:
-            return _parse(file)
+        with (
+            errors_name(name),
+            gzip.open(name, "rt", encoding="utf-8", newline="\n") as file,
+        ):
+            return _parse(file, truncated=truncated)
     except _CutOffError as cut:
-        kept = f"zcat {shlex.quote(name)} | head -n {cut.lines} | gzip > whole.csv.gz"
-        way_out = f"Keep what is whole with `{kept}`, copy it again from where it was made,"
+        way_out = (
+            "Simulate what is whole with `truncated=True`, copy it again from where it was made,"
+        )
         raise _damaged(name, f"it is cut off after {cut.lines:,} lines", way_out) from cut
     except _OtherFormatError as other:
         raise _damaged(
@@ -110,24 +130,38 @@ def _damaged(
     name: str, what: str, way_out: str = "Copy it again from where it was made,"
 ) -> RecordingError:
     return RecordingError(
-        f"{name!r} is no complete recording of requests: {what}. {way_out} or record anew "
+        f"{redact(name)!r} is no complete recording of requests: {what}. {way_out} or record anew "
         "with `with store.record(path):`."
     )
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-    """The lines after the first one."""
-    for number in count(2):
-        line = file.readline(LONGEST_LINE)
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"line {number} has {LONGEST_LINE} characters or more")
-        if not line:
-            return
-        yield line
+class _Lines:
+    """The lines after the first one, of rows of which none is too long.
+
+    Attributes
+    ----------
+    row_size : int
+        Characters of the present row; to be reset before each.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._number = 1
+        self.row_size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(LONGEST_ROW):
+            self._number += 1
+            self.row_size += len(line)
+            if self.row_size >= LONGEST_ROW:
+                raise ValueError(
+                    f"line {self._number} ends a row of {LONGEST_ROW} characters or more"
+                )
+            yield line
 
 
-def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
-    head = file.readline(LONGEST_LINE)
+def _parse(file: TextIO, *, truncated: bool) -> tuple[Trace, int | None, Policy]:
+    head = file.readline(LONGEST_ROW)
     if not head.startswith(MAGIC):
         raise ValueError(f"it begins with {head[:40]!r}, not with {HEAD!r}")
     number, _, about = head.removeprefix(MAGIC).partition(": ")
@@ -139,13 +173,16 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
     described = json.loads(about)
     max_size, (block_size, header, beside), policy = _described(described, number)
     slices = _slices_like_python(described)
-    rows = csv.reader(_lines(file), strict=True)
+    lines = _Lines(file)
+    rows = csv.reader(lines, strict=True)
     if tuple(next(rows, ())) != columns:
         raise ValueError(f"its columns are not {', '.join(columns)}")
     whole = rows.line_num
     requests, times = _Rows(), array("d")
     try:
+        lines.row_size = 0
         for row in rows:
+            lines.row_size = 0
             if len(row) != len(columns):
                 raise ValueError(f"line {rows.line_num + 1} has {len(row)} columns")
             try:
@@ -156,7 +193,8 @@ def _parse(file: TextIO) -> tuple[Trace, int | None, Policy]:
                 raise ValueError(f"line {rows.line_num + 1}: {error}") from error
             whole = rows.line_num
     except EOFError as error:
-        raise _CutOffError(whole + 1) from error
+        if not truncated:
+            raise _CutOffError(whole + 1) from error
     # Misses were written when they were known, not when they were made.
     order = np.argsort(np.frombuffer(times, float), kind="stable")
     found, served_by = requests.in_order(order)
@@ -168,7 +206,7 @@ class _Rows:
     """What rows ask for, and the entries that have served them, as they are read."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[str, str], int] = {}
+        self._numbers: dict[tuple[str | bytes, str], int] = {}
         # Of each number.
         self._wholes, self._ranges = array("Q"), array("Q")
         # Of each row: the request and the entry, and the bytes of each.
@@ -190,7 +228,12 @@ class _Rows:
         if of_entry == UNKNOWN:
             entry_range, of_entry = asked, of_answer
         flags = _flag("hit", hit), _flag("outdated", outdated)
-        pair = self._number(key, asked), self._number(key, entry_range)
+        if len(key) > LONGEST_KEY:
+            raise ValueError(
+                f"key has {len(key):,} characters, and none that is cached has more than {LONGEST_KEY:,}"
+            )
+        name = key if len(key) <= _KEPT else blake2b(key.encode(), digest_size=16).digest()
+        pair = self._number(name, asked), self._number(name, entry_range)
         for column, value in zip(
             (*self._keys, *self._sizes, self._hits, self._outdated),
             (*pair, of_answer, of_entry, *flags),
@@ -198,9 +241,11 @@ class _Rows:
         ):
             column.append(value)
 
-    def _number(self, key: str, text: str) -> int:
+    def _number(self, key: str | bytes, text: str) -> int:
         number = self._numbers.get((key, text))
         if number is None:
+            if len(text) > _KEPT:
+                raise ValueError(f"range has {len(text):,} characters")
             byte_range = from_text(text)
             whole = None if byte_range is None else self._number(key, "")
             number = self._numbers[key, text] = len(self._numbers)

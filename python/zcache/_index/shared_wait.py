@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from zcache._runtime.latch import Latch
+from zcache._runtime.printable import shown_seconds
 from zcache._runtime.thread_calls import run_in_background
 from zcache._runtime.threads import NoThreadError, Threads
 from zcache.exceptions import IndexLockTimeout
@@ -128,6 +129,6 @@ async def wait_for(io: IO, done: Latch | None, seconds: float) -> bool:
 def timed_out(name: str, timeout: float) -> IndexLockTimeout:
     """The error for who has waited in vain; `name` is that of the cache store."""
     return IndexLockTimeout(
-        f"the lock of the index of the cache {name} is held by another process for more than {timeout} s. "
+        f"the lock of the index of the cache {name} is held by another process for more than {shown_seconds(timeout)}. "
         "Is a process that uses the cache stopped?"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import zarr.core.sync
 
 from zcache._runtime.fork import at_fork
+from zcache._runtime.printable import shown_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -24,7 +25,8 @@ class NoAnswerError(TimeoutError):
     """No answer came in time. What was begun goes on, unlike after a time-out of a library's own."""
 
     def __init__(self, seconds: float | None) -> None:
-        super().__init__(f"no answer within {seconds} s")
+        within = "" if seconds is None else f" within {shown_seconds(seconds)}"
+        super().__init__(f"no answer{within}")
 
 
 def run_without_loop(steps: Coroutine[Any, Any, T]) -> T:
