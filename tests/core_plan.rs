@@ -8,9 +8,13 @@ use zcache::policy::{Minimise, Plan, Policy, PolicyKind};
 type Tested = Cache<Heap, (), Policy>;
 
 fn cache(max_size: u64, kind: PolicyKind) -> Tested {
+    cache_that_minimises(Minimise::Requests, max_size, kind)
+}
+
+fn cache_that_minimises(minimise: Minimise, max_size: u64, kind: PolicyKind) -> Tested {
     let limits = Limits::bounded(max_size);
     let mut cache: Tested = Cache::new(Heap::default(), limits, 1).unwrap();
-    cache.set_policy(kind, Minimise::Requests);
+    cache.set_policy(kind, minimise);
     cache
 }
 
@@ -71,8 +75,9 @@ fn chance(state: &mut u64) -> u64 {
 
 #[test]
 fn plan_at_random_with_sizes_and_ranges_keeps_all_books() {
-    for kind in PolicyKind::ALL {
-        let mut cache = cache(500, kind);
+    let kinds = PolicyKind::ALL.into_iter();
+    for (kind, minimise) in kinds.flat_map(|kind| Minimise::ALL.map(|minimise| (kind, minimise))) {
+        let mut cache = cache_that_minimises(minimise, 500, kind);
         let mut state = kind as u64 + 1;
         for round in 0..30 {
             let order: Vec<u64> = (0..60).map(|_| chance(&mut state) % 40).collect();
@@ -92,7 +97,12 @@ fn plan_at_random_with_sizes_and_ranges_keeps_all_books() {
                         read(&mut cache, &name(key), ByteRange::Suffix(3), 3);
                     }
                     _ => {
-                        read(&mut cache, &name(key), ByteRange::Full, 1 + key % 50);
+                        read(
+                            &mut cache,
+                            &name(key),
+                            ByteRange::Full,
+                            (key % 5) * (key % 13 + 1),
+                        );
                     }
                 }
                 cache.validate().unwrap();
@@ -145,6 +155,28 @@ fn plan_lets_nothing_in_that_is_needed_later_than_all_that_is_there() {
             assert!(read(&mut cache, &name(key), ByteRange::Full, 1), "{kind:?}");
         }
         assert_eq!(cache.len(), 3);
+    }
+}
+
+#[test]
+fn plan_takes_what_needs_the_most_room_until_it_is_read() {
+    for kind in PolicyKind::ALL {
+        // Byte for byte the large one costs as little as any.
+        for (minimise, gone) in [(Minimise::Requests, 0), (Minimise::Bytes, 3)] {
+            let mut cache = cache_that_minimises(minimise, 15, kind);
+            for (key, size) in [(0, 10), (1, 2), (2, 2), (3, 1), (4, 0)] {
+                read(&mut cache, &name(key), ByteRange::Full, size);
+            }
+            follow(&mut cache, plan([5, 5, 1, 0, 2, 3, 4]));
+            read(&mut cache, &name(5), ByteRange::Full, 1);
+            let held = (0..6).filter(|key| {
+                let found = cache.peek(&name(*key), ByteRange::Full, 1).unwrap();
+                found.is_some()
+            });
+            let held: Vec<_> = held.collect();
+            let left: Vec<_> = (0..6).filter(|key| *key != gone).collect();
+            assert_eq!(held, left, "{kind:?} {minimise:?}");
+        }
     }
 }
 

@@ -97,7 +97,7 @@ class CachePool:
         What goes when it is full, whatever its stores ask for; see `CacheStore`. Default is None: as the first store over it
         asks. Where the pool is in use with another policy, a `UserWarning` says so.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" is to save; see `CacheStore`. Default is None: requests, or as the first store asks.
+        What "adaptive" and plans are to save; see `CacheStore`. Default is None: requests, or as the first store asks.
     mode : int, optional
         Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
         no other user. Each user of the group gives it, and so trusts the owner of the directory.

@@ -166,7 +166,7 @@ class CacheStore(Store, KeepsDecoded):
         others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
         goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" makes least of. Default is None: that of the pool, else "requests": a miss costs the same,
+        What "adaptive" makes least of, and plans under each policy (`will_read`). Default is None: that of the pool, else "requests": a miss costs the same,
         whatever its size, so small values are kept rather than large ones. "bytes" is for a source that is paid
         for, or limited, by the byte; "seconds" weighs both by the latency and the rate of the source, as measured.
     cache_missing : bool, optional
@@ -636,17 +636,18 @@ class CacheStore(Store, KeepsDecoded):
             self._decoded.clear()
 
     def will_read(self, keys: Iterable[str]) -> int:
-        """Say what will be read, in its order, so that the cache keeps what is needed soonest.
+        """Say what will be read, in its order, so that the cache keeps what is needed soonest for its room.
 
-        For those who know, such as a sampler at the beginning of an epoch. While the plan holds, its keys that are
-        needed last go first when there is no room, and a value that is needed later than all that is there is not
-        taken in: nearly what Belady's optimal replacement would do. When a value in no plan is needed is not known: it
+        For those who know, such as a sampler at the beginning of an epoch. While the plan holds and there is no room,
+        what is worth least for its room goes first: the most reads until it is needed, times the bytes that it takes, for
+        what a miss of it costs by `minimise`. A value that is worth less than any that would go for it is not
+        taken in. For values of one size that is nearly what Belady's optimal replacement would do. When a value in no plan is needed is not known: it
         is taken to be as far away as its last use lies back, so what is read all the time beside a plan stays. Which
         of those is compared, `eviction` says; under "none" too they make room. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
 
         The plan is one of this process and this cache, or of this source of a `CachePool`: all stores over it share the
         plan, their reads in this process move it on, and a new one takes its place. Plans of several sources of a pool hold
-        side by side; what is needed last is told by the reads that each source has until then. Other processes, forked children and copies that are unpickled
+        side by side; what is needed when is told by the reads that each source has until then. Other processes, forked children and copies that are unpickled
         elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
 
         Reads may overtake each other, and leave keys out, within a window: a sixteenth of the different keys, at least 32
@@ -656,7 +657,7 @@ class CacheStore(Store, KeepsDecoded):
         `eviction` alone decides again. So it does when all was read.
 
         It takes time in proportion to the keys and to what is cached; in an event loop use
-        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 53 bytes for each different key (67
+        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 57 bytes for each different key (75
         while it is made), 8 for each further use, 35 for each of its keys that is cached, and at most 4.5 MB for other keys.
 
         Parameters

@@ -2,8 +2,8 @@
 
 use super::cache::{BATCH, Cache, Tally, Victim};
 use super::peers::Peers;
-use super::planned::Need;
 use super::reserve::{RejectReason, Reserve};
+use super::rivals::Need;
 use crate::arena::{End, List, State};
 use crate::error::{Error, Result};
 use crate::key::ByteRange;
@@ -22,8 +22,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub fn evict(&mut self, size: u64, now: u64) -> Result<Vec<Victim>> {
         let mut victims = Vec::new();
         let mut freed = 0u64;
+        let mut need = Need::default();
         while freed < size && victims.len() < BATCH {
-            let Some(i) = self.next_victim(now, true, true, Need::UNKNOWN, None)? else {
+            need.missing = size - freed;
+            let Some(i) = self.next_victim(now, true, true, &mut need, None)? else {
                 break;
             };
             freed = freed.saturating_add(self.evict_one(i, now, &mut victims)?);
@@ -150,7 +152,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         now: u64,
         failed: bool,
         has_to_be: bool,
-        need: Need,
+        need: &mut Need,
         newcomer: Option<&mut Candidate>,
     ) -> Result<Option<u32>> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, End::First)? {
@@ -222,11 +224,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             cache_key,
             placed,
         });
-        Ok(self
-            .arena
-            .header()
-            .cost(size)
-            .saturating_add(self.folders_of_one()))
+        Ok(self.frees(self.arena.header().cost(size)))
+    }
+
+    /// Bytes that the delete of an entry is likely to free that takes so much room.
+    pub(super) fn frees(&self, room: u64) -> u64 {
+        room.saturating_add(self.folders_of_one())
     }
 
     /// Bytes of all folders by the number of entries; 0 in a pool, which has no folders of entries.

@@ -23,6 +23,7 @@ mod planned;
 mod promises;
 mod refresh;
 mod reserve;
+mod rivals;
 mod sampled;
 mod segments;
 mod verified;

@@ -1,51 +1,29 @@
-//! What will be read, and what goes before it.
+//! What will be read.
 //!
-//! When a value in no plan is needed is not known: it is taken to be as far away as its last use lies back. By this
-//! measure what is needed last goes first.
+//! When a value in no plan is needed is not known: it is taken to be as far away as its last use lies back.
 //!
 //! Plans belong to this process; each source of a pool has its own. In a shared index others bring entries in and
 //! take them out, so an entry of a plan is looked at before it is believed.
 
-use std::cmp::Ordering;
-
 use super::cache::{BATCH, Cache};
 use super::keys::Cursor;
 use super::peers::Peers;
-use crate::arena::{End, List, ROOT, State};
+use super::rivals::PASSES;
+use crate::arena::{ROOT, State};
 use crate::error::Result;
 use crate::policy::{Course, Distance, Entries, Eviction, NEVER, Plan, Recent};
 
-/// Entries of the plan that one step passes over to find one that is in no plan; half as many after a step in
-/// vain, down to the few.
-const PASSES: u32 = 256;
-const FEW_PASSES: u32 = 4;
-
 /// Where nothing tells when a value is needed: later than all others.
-const UNKNOWN: Distance = Distance::MAX;
-
-/// When a value that needs room is needed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Need {
-    reads: Distance,
-    /// Whether a plan has a use for it. All else is the business of the policy as well.
-    pub(super) is_planned: bool,
-}
-
-impl Need {
-    pub(super) const UNKNOWN: Need = Need {
-        reads: UNKNOWN,
-        is_planned: false,
-    };
-}
+pub(super) const UNKNOWN: Distance = Distance::MAX;
 
 /// The plans of all sources, what is read beside them, and how long it is looked for what is in none.
 #[derive(Debug)]
 pub(super) struct Planned {
     /// Those of an index that is no pool are one.
-    plans: Vec<Plan>,
+    pub(super) plans: Vec<Plan>,
     /// By the reads of all plans.
     recent: Recent,
-    passes: u32,
+    pub(super) passes: u32,
 }
 
 impl Planned {
@@ -61,12 +39,13 @@ impl Planned {
         Some(plan)
     }
 
-    /// Has an entry of this key, or of no key, be where it belongs; whether the key is in a plan.
-    fn enter(&mut self, i: u32, key: Option<&str>) -> bool {
+    /// Has an entry of this key, which takes so much room, or of no key, be where it belongs; whether the key is in a
+    /// plan.
+    fn enter(&mut self, i: u32, key: Option<(&str, u64)>) -> bool {
         let mut is_planned = false;
         for plan in &mut self.plans {
-            match key.filter(|key| plan.covers(key)) {
-                Some(key) => is_planned |= plan.enter(i, key),
+            match key.filter(|(key, _)| plan.covers(key)) {
+                Some((key, room)) => is_planned |= plan.enter(i, key, room),
                 None => plan.leave(i),
             }
         }
@@ -74,12 +53,17 @@ impl Planned {
     }
 
     /// A key is read; what has become of its plan, and where that is.
-    fn read(&mut self, key: &str, entry: Option<u32>, entries: u64) -> Option<(usize, Course)> {
+    fn read(
+        &mut self,
+        key: &str,
+        entry: Option<(u32, u64)>,
+        entries: u64,
+    ) -> Option<(usize, Course)> {
         let at = self.plans.iter().position(|plan| plan.covers(key));
         let plan = at.and_then(|at| self.plans.get_mut(at));
         let Some(plan) = plan else {
             self.recent.read(key, entries);
-            if let Some(entry) = entry {
+            if let Some((entry, _)) = entry {
                 self.enter(entry, None);
             }
             return None;
@@ -93,23 +77,17 @@ impl Planned {
         Some((at?, course))
     }
 
-    /// When a value is needed that was read just now.
-    fn need(&self, key: &str) -> Need {
+    /// In how many reads a value is needed that was read just now, and whether a plan has a use for it.
+    pub(super) fn need(&self, key: &str) -> (Distance, bool) {
         let plan = self.of(key);
         match plan.and_then(|plan| plan.need(key)) {
-            Some(reads) => Need {
-                reads,
-                is_planned: plan.is_some_and(|plan| plan.next_use(key) != NEVER),
-            },
-            None => Need {
-                reads: self.distance(self.recent.age_before(key)),
-                is_planned: false,
-            },
+            Some(reads) => (reads, plan.is_some_and(|plan| plan.next_use(key) != NEVER)),
+            None => (self.distance(self.recent.age_before(key)), false),
         }
     }
 
     /// In how many reads a value in no plan is needed: as many as its last use lies back.
-    fn unplanned(&self, key: &str) -> Distance {
+    pub(super) fn unplanned(&self, key: &str) -> Distance {
         self.distance(self.recent.age(key))
     }
 
@@ -119,17 +97,11 @@ impl Planned {
         age.map_or(UNKNOWN, |age| Distance::from(age) / plans)
     }
 
-    /// What is needed last of the keys of the plans: when, and its entry. Plans are compared by the reads that each
-    /// has until then.
-    fn farthest(&self) -> Option<(Distance, u32)> {
-        self.plans.iter().filter_map(Plan::farthest).max()
-    }
-
     fn has(&self, i: u32) -> bool {
         self.plans.iter().any(|plan| plan.has(i))
     }
 
-    fn entries(&self) -> usize {
+    pub(super) fn entries(&self) -> usize {
         self.plans.iter().map(Plan::entries).sum()
     }
 }
@@ -196,6 +168,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[cold]
     fn advance_plan(&mut self, key: &str, entry: Option<u32>) {
         let entries = self.arena.header().live_entries;
+        let entry = entry.and_then(|i| Some((i, self.arena.room(i).ok()?)));
         let Some(planned) = self.planned.as_deref_mut() else {
             return;
         };
@@ -242,7 +215,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     }
 
     /// Whether this is a `Live` entry of a key of a plan; it is told to the plan.
-    fn is_in_plan(&mut self, i: u32) -> Result<bool> {
+    pub(super) fn is_in_plan(&mut self, i: u32) -> Result<bool> {
         let cell = self.arena.get(i)?;
         let is_live = cell.is_entry() && cell.state() == State::Live;
         if !is_live {
@@ -252,132 +225,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if S::EXCLUSIVE && self.planned.as_deref().is_some_and(|p| p.has(i)) {
             return Ok(true);
         }
-        let key = self.arena.name(i)?.0;
+        let (key, room) = (self.arena.name(i)?.0, self.arena.room(i)?);
         let planned = self.planned.as_deref_mut();
-        Ok(planned.is_some_and(|planned| planned.enter(i, Some(&key))))
-    }
-
-    /// When a value that was read just now is needed.
-    pub(super) fn need(&self, key: &str) -> Need {
-        let planned = self.planned.as_deref();
-        planned.map_or(Need::UNKNOWN, |planned| planned.need(key))
-    }
-
-    /// The choice of the policy; with plans what is needed last, if later than this value, unless it has to go. Of
-    /// what is in no plan it is the choice of the policy that is compared.
-    pub(super) fn least_needed(&mut self, need: Need, has_to_be: bool) -> Result<Option<u32>> {
-        if self.planned.is_none() {
-            return self.choice(has_to_be);
-        }
-        let other = self.first_unplanned()?;
-        // Of both, what is in no plan, where as much is known of either.
-        let last = match (other, self.farthest()?) {
-            (Some(other), Some(farthest)) if farthest.0 > other.0 => farthest,
-            (Some(last), _) | (None, Some(last)) => last,
-            (None, None) => return self.choice(has_to_be || need.is_planned),
-        };
-        let goes = match last.0.cmp(&need.reads) {
-            _ if has_to_be => true,
-            Ordering::Less => false,
-            Ordering::Equal => !need.is_planned && self.choice(false)?.is_some(),
-            Ordering::Greater => true,
-        };
-        let victim = goes.then_some(last.1);
-        if let Some((_, i)) = other
-            && victim != Some(i)
-            && Entries::neighbour(&self.arena, i, End::Last)? == 0
-        {
-            // The policy does not order by use, so another may be needed later: that is looked at next.
-            self.pass_over(i)?;
-        }
-        Ok(victim)
-    }
-
-    /// What is needed last of the keys of the plans: when, and its entry.
-    fn farthest(&mut self) -> Result<Option<(Distance, u32)>> {
-        for _ in 0..BATCH {
-            let farthest = self.planned.as_deref().and_then(Planned::farthest);
-            let Some((_, i)) = farthest else {
-                return Ok(None);
-            };
-            // Others may have put another key there; a second look finds that.
-            if S::EXCLUSIVE || self.is_in_plan(i)? {
-                let again = self.planned.as_deref().and_then(Planned::farthest);
-                if again == farthest {
-                    return Ok(farthest);
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    fn choice(&mut self, has_to_be: bool) -> Result<Option<u32>> {
-        if has_to_be {
-            self.policy.least(&mut self.arena)
-        } else {
-            self.policy.victim(&mut self.arena)
-        }
-    }
-
-    /// Of the keys in no plan what is needed last, and when: the first one of each list is compared. Where that is as late,
-    /// it is the one of the list that the policy goes on with.
-    fn first_unplanned(&mut self) -> Result<Option<(Distance, u32)>> {
-        let live = self.arena.header().live_entries;
-        let Some(planned) = self.planned.as_deref() else {
-            return Ok(None);
-        };
-        if S::EXCLUSIVE && planned.entries() as u64 >= live {
-            return Ok(None);
-        }
-        let passes = planned.passes;
-        let Some(next) = self.choice(true)? else {
-            return Ok(None);
-        };
-        let lists = match self.arena.list_of(next)? {
-            List::Main => [List::Main, List::Recency],
-            _ => [List::Recency, List::Main],
-        };
-        let mut last: Option<(Distance, u32)> = None;
-        for list in lists {
-            let found = self.first_unplanned_of(list, passes)?;
-            if found.map(|found| found.0) > last.map(|last| last.0) {
-                last = found;
-            }
-        }
-        if let Some(planned) = self.planned.as_deref_mut() {
-            planned.passes = match last {
-                Some(_) => PASSES,
-                None => (passes / 2).max(FEW_PASSES),
-            };
-        }
-        Ok(last)
-    }
-
-    /// The first entry in a list of a key in no plan. Those of plans that come before it move to the other end, so that
-    /// they are passed over once.
-    fn first_unplanned_of(&mut self, list: List, passes: u32) -> Result<Option<(Distance, u32)>> {
-        for _ in 0..passes {
-            let Some(i) = self.policy.first_of(&mut self.arena, list)? else {
-                break;
-            };
-            if !self.is_in_plan(i)? {
-                let key = self.arena.name(i)?.0;
-                let planned = self.planned.as_deref();
-                return Ok(planned.map(|planned| (planned.unplanned(&key), i)));
-            }
-            self.pass_over(i)?;
-        }
-        Ok(None)
-    }
-
-    fn pass_over(&mut self, i: u32) -> Result<()> {
-        let list = self.arena.list_of(i)?;
-        if Entries::neighbour(&self.arena, i, End::Last)? != 0 {
-            return self.arena.move_to(i, list);
-        }
-        // The policy goes from the last one.
-        Entries::unlink(&mut self.arena, list, i)?;
-        Entries::link(&mut self.arena, list, i, End::First)
+        Ok(planned.is_some_and(|planned| planned.enter(i, Some((&key, room)))))
     }
 
     /// Whether the plan agrees with the entries; for tests.

@@ -279,7 +279,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             self.deletes_failed(&victims)?;
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
-        let need = self.need(&reservation.key);
+        let mut need = self.need(&reservation.key, reservation.size);
         // What is above the bound goes whatever the policy says.
         let room = missing.saturating_sub(freed.max(excess));
         reservation.candidate.newcomer.room = self.value_bytes(room, reservation.size);
@@ -289,7 +289,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let is_above = freed < excess;
             let failed = reservation.failures == 0;
             let candidate = Some(&mut reservation.candidate);
-            let Some(i) = self.next_victim(now, failed, is_above, need, candidate)? else {
+            need.missing = missing.saturating_sub(freed);
+            let Some(i) = self.next_victim(now, failed, is_above, &mut need, candidate)? else {
                 break;
             };
             freed = freed.saturating_add(self.evict_one(i, now, &mut victims)?);

@@ -22,6 +22,10 @@ pub trait Entries {
     }
     /// Bytes of an entry.
     fn size(&self, entry: u32) -> Result<u64>;
+    /// Bytes that an entry takes in the books.
+    fn room(&self, entry: u32) -> Result<u64> {
+        self.size(entry)
+    }
     /// Hash of the name of an entry, the same for each entry of that name.
     fn hash(&self, entry: u32) -> Result<u64>;
     /// What the policy has noted of an entry.
@@ -86,6 +90,24 @@ pub trait Entries {
         self.set_note(entry, note ^ IN_MAIN)
     }
 
+    /// To which end the way leads from an entry at one end of its list.
+    fn way_from(&self, entry: u32) -> Result<End> {
+        Ok(match self.neighbour(entry, End::Last)? {
+            0 => End::First,
+            _ => End::Last,
+        })
+    }
+
+    /// Moves an entry to one end of its list.
+    fn pass_over(&mut self, entry: u32, towards: End) -> Result<()> {
+        if self.neighbour(entry, towards)? == 0 {
+            return Ok(());
+        }
+        let list = self.list_of(entry)?;
+        self.unlink(list, entry)?;
+        self.link(list, entry, towards)
+    }
+
     /// Counts the bytes of an entry that has come into the main list, or has left it.
     fn count_main(&mut self, entry: u32, came: bool) -> Result<()> {
         let size = self.size(entry)?;
@@ -134,6 +156,9 @@ impl<S: Storage> Entries for Arena<S> {
     }
     fn size(&self, entry: u32) -> Result<u64> {
         self.get(entry)?.size()
+    }
+    fn room(&self, entry: u32) -> Result<u64> {
+        Ok(self.header().cost(self.get(entry)?.size()?))
     }
     fn hash(&self, entry: u32) -> Result<u64> {
         self.hash_of(entry)

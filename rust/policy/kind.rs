@@ -47,7 +47,7 @@ impl PolicyKind {
     }
 }
 
-/// What the adaptive policy makes least of.
+/// What the adaptive policy and plans make least of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Minimise {
     /// Requests to the source: each miss costs the same.

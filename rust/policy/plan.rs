@@ -1,14 +1,16 @@
 //! What will be read, in its order, as the program has said.
 //!
-//! What is needed last goes first, as Belady's optimal replacement has it ("A study of replacement algorithms
-//! for a virtual-storage computer", 1966). A plan is a hint of one process, in its memory.
+//! Of values of one size what is needed last goes first, as Belady's optimal replacement has it ("A study of
+//! replacement algorithms for a virtual-storage computer", 1966). Others are compared by the room that they take
+//! until then, so of each size a plan tells what is needed last. A plan is a hint of one process, in its memory.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
+use std::ops::Range;
 
 use foldhash::fast::RandomState;
 
-use super::planned_entries::PlannedEntries;
+use super::planned_entries::{CLASSES, Classes, PlannedEntries};
 use super::progress::{Course, Progress};
 
 /// Keys of a plan at most.
@@ -54,6 +56,8 @@ struct Uses {
     next: u32,
     /// Position of the last one that was read, or [`NEVER`]. While the plan is made: the last one so far.
     last: u32,
+    /// Those of its entries.
+    classes: Classes,
 }
 
 /// The keys that will be read, and those entries that they have.
@@ -103,6 +107,7 @@ impl Plan {
             None => self.uses.push(Uses {
                 next: position,
                 last: position,
+                classes: 0,
             }),
         }
         self.order.push(number);
@@ -203,6 +208,7 @@ impl Plan {
         let none = Uses {
             next: NEVER,
             last: NEVER,
+            classes: 0,
         };
         self.uses.get(number as usize).copied().unwrap_or(none)
     }
@@ -238,8 +244,8 @@ impl Plan {
         (len - at).max(at - last)
     }
 
-    /// A key is read, which this entry has served.
-    pub fn read(&mut self, key: &str, entry: Option<u32>) -> Course {
+    /// A key is read, which this entry of so much room has served.
+    pub fn read(&mut self, key: &str, entry: Option<(u32, u64)>) -> Course {
         let course = match self.number(key) {
             Some(number) if self.is_over(number) => {
                 self.disown(key, number);
@@ -249,9 +255,9 @@ impl Plan {
             None if self.covers(key) => self.read_elsewhere(),
             None => self.course(),
         };
-        if let Some(entry) = entry {
+        if let Some((entry, room)) = entry {
             // One that another process has brought in was not known.
-            self.enter(entry, key);
+            self.enter(entry, key, room);
         }
         course
     }
@@ -271,8 +277,8 @@ impl Plan {
     fn disown(&mut self, key: &str, number: u32) {
         let own = key.strip_prefix(&*self.folder).unwrap_or(key);
         self.numbers.remove(&self.hash(own));
-        let next = self.uses_of(number).next;
-        self.entries.leave_all_of(next);
+        let Uses { next, classes, .. } = self.uses_of(number);
+        self.entries.leave_all_of(next, classes);
     }
 
     fn read_planned(&mut self, number: u32) -> Course {
@@ -307,15 +313,19 @@ impl Plan {
 
     fn course(&self) -> Course {
         let most = (self.uses.len() / WRONG_PART).clamp(WRONG_FEW, WRONG_MOST);
-        let has_use = self.entries.nearest().is_some_and(is_use);
-        let is_over = !has_use || self.after > self.window() as usize;
         if self.wrong > most {
             Course::Wrong
-        } else if self.at as usize == self.len() && is_over {
+        } else if self.at as usize == self.len() && self.is_read() {
             Course::Done
         } else {
             Course::Followed
         }
+    }
+
+    /// Whether nothing of it is waited for, at its end.
+    fn is_read(&self) -> bool {
+        let has_use = self.entries.nearest().is_some_and(is_use);
+        !has_use || self.after > self.window() as usize
     }
 
     /// Does not wait for uses before this position.
@@ -336,20 +346,21 @@ impl Plan {
         let next = next.unwrap_or_else(|| over(position));
         if let Some(uses) = self.uses.get_mut(number as usize) {
             uses.next = next;
+            uses.classes = self.entries.move_all(position, next, uses.classes);
         }
-        self.entries.move_all(position, next);
     }
 
-    /// An entry of a key is there; whether the key is one of the plan.
-    pub fn enter(&mut self, entry: u32, key: &str) -> bool {
+    /// An entry of a key is there, which takes so much room; whether the key is one of the plan.
+    pub fn enter(&mut self, entry: u32, key: &str, room: u64) -> bool {
         let Some(number) = self.number(key) else {
             self.leave(entry);
             return false;
         };
-        if self.entries.number(entry) != Some(number) {
+        if !self.entries.has(entry, number, room) {
             self.leave(entry);
-            let next = self.uses_of(number).next;
-            self.entries.enter(entry, number, next);
+            if let Some(uses) = self.uses.get_mut(number as usize) {
+                uses.classes |= self.entries.enter(entry, number, room, uses.next);
+            }
         }
         true
     }
@@ -378,16 +389,26 @@ impl Plan {
         self.entries.len()
     }
 
-    /// The entry that is needed last, and in how many reads.
+    /// The classes of entries that take about as much room; with or without that of those that take none.
     #[must_use]
-    pub fn farthest(&self) -> Option<(Distance, u32)> {
-        let (next, entry) = self.entries.farthest()?;
-        Some((self.distance(next), entry))
+    pub fn classes(with_no_room: bool) -> Range<u32> {
+        u32::from(!with_no_room)..CLASSES
+    }
+
+    /// The entry of a class that is needed last, of those before this position and entry: its position, and in how many
+    /// reads that is.
+    #[must_use]
+    pub fn last_of(&self, class: u32, before: (u32, u32)) -> Option<((u32, u32), Distance)> {
+        let last = self.entries.last_of(class, before)?;
+        Some((last, self.distance(last.0)))
     }
 
     /// Whether the entries agree with their order; for tests.
     #[must_use]
     pub fn is_sound(&self) -> bool {
-        self.entries.is_sound(|number| self.uses_of(number).next)
+        self.entries.is_sound(|number| {
+            let Uses { next, classes, .. } = self.uses_of(number);
+            (next, classes)
+        })
     }
 }

@@ -1,70 +1,121 @@
-//! The entries of the keys of a plan, in the order in which they are needed.
+//! The entries of the keys of a plan: those that take about as much room, in the order in which they are needed.
 
 use std::collections::{BTreeSet, HashMap};
 
 use foldhash::fast::RandomState;
 
+use super::plan::MAX_PLANNED;
+
+/// Classes of room: none, one byte, two or three, four to seven and so on. The last one has all that take more.
+pub(super) const CLASSES: u32 = 32;
+
+/// The class of an entry is kept above the number of its key.
+const CLASS_AT: u32 = 20;
+const NUMBER: u32 = (1 << CLASS_AT) - 1;
+const _: () = assert!(MAX_PLANNED <= NUMBER as usize);
+
+/// A set of classes, a bit for each: those that entries of one key are in, and perhaps more.
+pub(super) type Classes = u32;
+
+fn class_of(room: u64) -> u32 {
+    (u64::BITS - room.leading_zeros()).min(CLASSES - 1)
+}
+
+fn each(classes: Classes) -> impl Iterator<Item = u32> {
+    (0..CLASSES).filter(move |class| classes >> class & 1 != 0)
+}
+
 /// Entries by the next uses of their keys. A position is one of one key, so those that have the same are all of one key.
 #[derive(Debug, Default)]
 pub(super) struct PlannedEntries {
-    /// The number of the key of each.
+    /// The number of the key of each, and its class.
     numbers: HashMap<u32, u32, RandomState>,
-    /// The next use of the key of each, and the entry.
-    by_use: BTreeSet<(u32, u32)>,
+    /// Of each class: the next use of the key of each, and the entry.
+    by_use: [ByUse; CLASSES as usize],
 }
 
+type ByUse = BTreeSet<(u32, u32)>;
+
 impl PlannedEntries {
-    /// The number of the key of an entry, where it is one of these.
-    pub(super) fn number(&self, entry: u32) -> Option<u32> {
-        self.numbers.get(&entry).copied()
+    fn by_use(&mut self, class: u32) -> Option<&mut ByUse> {
+        self.by_use.get_mut(class as usize)
     }
 
-    /// Adds an entry of the key with this number, which is needed next at this position.
-    pub(super) fn enter(&mut self, entry: u32, number: u32, next: u32) {
-        self.numbers.insert(entry, number);
-        self.by_use.insert((next, entry));
+    /// The number of the key of an entry, where it is one of these.
+    pub(super) fn number(&self, entry: u32) -> Option<u32> {
+        self.numbers.get(&entry).map(|known| known & NUMBER)
+    }
+
+    /// Whether this is an entry of the key with this number, and takes about so much room.
+    pub(super) fn has(&self, entry: u32, number: u32, room: u64) -> bool {
+        self.numbers.get(&entry) == Some(&(class_of(room) << CLASS_AT | number))
+    }
+
+    /// Adds an entry of the key with this number, which takes so much room and is needed next at this position.
+    /// Returns its class.
+    pub(super) fn enter(&mut self, entry: u32, number: u32, room: u64, next: u32) -> Classes {
+        let class = class_of(room);
+        self.numbers.insert(entry, class << CLASS_AT | number);
+        if let Some(by_use) = self.by_use(class) {
+            by_use.insert((next, entry));
+        }
+        1 << class
     }
 
     /// Takes out an entry of a key that is needed next at this position.
     pub(super) fn leave(&mut self, entry: u32, next: u32) {
-        self.numbers.remove(&entry);
-        self.by_use.remove(&(next, entry));
+        let known = self.numbers.remove(&entry);
+        if let Some(by_use) = known.and_then(|known| self.by_use(known >> CLASS_AT)) {
+            by_use.remove(&(next, entry));
+        }
     }
 
     /// Takes out all of them.
     pub(super) fn leave_all(&mut self) {
         self.numbers.clear();
-        self.by_use.clear();
+        self.by_use.iter_mut().for_each(ByUse::clear);
     }
 
     /// Takes out all entries of the key that is needed next at this position.
-    pub(super) fn leave_all_of(&mut self, next: u32) {
-        while let Some(entry) = self.first_of(next) {
-            self.leave(entry, next);
+    pub(super) fn leave_all_of(&mut self, next: u32, classes: Classes) {
+        for class in each(classes) {
+            while let Some(entry) = self.first_of(class, next) {
+                self.leave(entry, next);
+            }
         }
     }
 
-    /// The key that was needed next at one position is so at another one.
-    pub(super) fn move_all(&mut self, from: u32, to: u32) {
-        while let Some(entry) = self.first_of(from) {
-            self.by_use.remove(&(from, entry));
-            self.by_use.insert((to, entry));
+    /// The key that was needed next at one position is so at another one. Returns the classes that its entries are in.
+    pub(super) fn move_all(&mut self, from: u32, to: u32, classes: Classes) -> Classes {
+        let mut found = 0;
+        for class in each(classes) {
+            while let Some(entry) = self.first_of(class, from) {
+                found |= 1 << class;
+                if let Some(by_use) = self.by_use(class) {
+                    by_use.remove(&(from, entry));
+                    by_use.insert((to, entry));
+                }
+            }
         }
+        found
     }
 
-    fn first_of(&self, next: u32) -> Option<u32> {
-        let mut of_key = self.by_use.range((next, 0)..=(next, u32::MAX));
+    fn first_of(&self, class: u32, next: u32) -> Option<u32> {
+        let by_use = self.by_use.get(class as usize)?;
+        let mut of_key = by_use.range((next, 0)..=(next, u32::MAX));
         of_key.next().map(|(_, entry)| *entry)
     }
 
     /// The first position at which one is needed.
     pub(super) fn nearest(&self) -> Option<u32> {
-        self.by_use.first().map(|(next, _)| *next)
+        let first = self.by_use.iter().filter_map(ByUse::first);
+        first.map(|(next, _)| *next).min()
     }
 
-    /// The position at which the last one is needed, and that one.
-    pub(super) fn farthest(&self) -> Option<(u32, u32)> {
-        self.by_use.last().copied()
+    /// Of a class the last position before this one at which an entry is needed, and that one.
+    pub(super) fn last_of(&self, class: u32, before: (u32, u32)) -> Option<(u32, u32)> {
+        let by_use = self.by_use.get(class as usize)?;
+        by_use.range(..before).next_back().copied()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -74,13 +125,18 @@ impl PlannedEntries {
     /// Bytes of memory, about.
     pub(super) fn memory(&self) -> usize {
         self.numbers.capacity() * (size_of::<(u32, u32)>() + 1)
-            + self.by_use.len() * 2 * size_of::<(u32, u32)>()
+            + self.len() * 2 * size_of::<(u32, u32)>()
     }
 
-    /// Whether each is where the next use of its key says.
-    pub(super) fn is_sound(&self, next_of: impl Fn(u32) -> u32) -> bool {
+    /// Whether each is where the next use of its key says, in one of the classes of that.
+    pub(super) fn is_sound(&self, of_key: impl Fn(u32) -> (u32, Classes)) -> bool {
+        let count: usize = self.by_use.iter().map(ByUse::len).sum();
         let mut all = self.numbers.iter();
-        self.numbers.len() == self.by_use.len()
-            && all.all(|(entry, number)| self.by_use.contains(&(next_of(*number), *entry)))
+        count == self.numbers.len()
+            && all.all(|(entry, known)| {
+                let (class, (next, classes)) = (known >> CLASS_AT, of_key(known & NUMBER));
+                let by_use = self.by_use.get(class as usize);
+                classes >> class & 1 != 0 && by_use.is_some_and(|all| all.contains(&(next, *entry)))
+            })
     }
 }

@@ -352,7 +352,7 @@ fn is_admitted<E: Entries>(entries: &mut E, uses: u8, size: u64, missing: u64) -
 }
 
 /// What a miss of so many bytes costs, in requests or bytes.
-pub(super) fn cost_of(state: &PolicyState, size: u64) -> u64 {
+pub(crate) fn cost_of(state: &PolicyState, size: u64) -> u64 {
     const BYTES: u32 = Minimise::Bytes as u32;
     const SECONDS: u32 = Minimise::Seconds as u32;
     match state.minimise {

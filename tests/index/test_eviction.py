@@ -291,16 +291,14 @@ async def test_another_policy_is_told_while_the_index_is_in_use(
         await check_quiet(store)
 
 
-def test_what_nothing_minimises_is_no_other_policy() -> None:
-    """Only "adaptive" looks at costs."""
-    cache = MemoryStore()
-    first = CacheStore(MemoryStore(), cache_store=cache, source_id="one", eviction="none")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other = CacheStore(
-            MemoryStore(), cache_store=cache, source_id="one", eviction="none", minimise="bytes"
-        )
-    assert first.eviction == other.eviction == "none"
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_another_cost_is_told_under_each_policy(eviction: Any) -> None:
+    """Plans look at costs whatever the policy."""
+    source, cache = MemoryStore(), MemoryStore()
+    first = CacheStore(source, cache_store=cache, eviction=eviction, minimise="bytes")
+    with pytest.warns(UserWarning, match=r"minimise='bytes'.*minimise='seconds'"):
+        other = CacheStore(source, cache_store=cache, eviction=eviction, minimise="seconds")
+    assert first.minimise == other.minimise == "bytes"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from zarr.abc.store import RangeByteRequest
@@ -26,7 +26,7 @@ from zcache._core import POLICIES
 from zcache.testing import StoreDouble, check_index, entries, stored_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
     from pathlib import Path
 
     from zarr.abc.store import Store
@@ -39,7 +39,11 @@ cache = one_of(CACHES)
 
 
 def source_of(count: int = COUNT) -> StoreDouble:
-    return StoreDouble(MemoryStore({key_of(n): buf(bytes(SIZE)) for n in range(count)}))
+    return source_of_sizes([SIZE] * count)
+
+
+def source_of_sizes(sizes: Sequence[int]) -> StoreDouble:
+    return StoreDouble(MemoryStore({key_of(n): buf(bytes(s)) for n, s in enumerate(sizes)}))
 
 
 def key_of(number: int) -> str:
@@ -59,13 +63,19 @@ def shuffled(epochs: int, count: int = COUNT, seed: int = 1) -> list[int]:
     return [n for _ in range(epochs) for n in chance.sample(range(count), count)]
 
 
-def belady(order: Sequence[Hashable], capacity: int) -> int:
-    """Hits of the optimum, which may leave values out."""
+def next_uses(order: Sequence[Hashable]) -> list[int]:
+    """Where the key of each read is read next; after the last one at the end."""
     later = [len(order)] * len(order)
     seen: dict[Hashable, int] = {}
     for at in range(len(order) - 1, -1, -1):
         later[at] = seen.get(order[at], len(order))
         seen[order[at]] = at
+    return later
+
+
+def belady(order: Sequence[Hashable], capacity: int) -> int:
+    """Hits of the optimum, which may leave values out."""
+    later = next_uses(order)
     held: dict[Hashable, int] = {}
     hits = 0
     for at, key in enumerate(order):
@@ -80,12 +90,65 @@ def belady(order: Sequence[Hashable], capacity: int) -> int:
     return hits
 
 
+def greedy(order: Sequence[int], sizes: Sequence[int], bound: int, minimise: str) -> list[bool]:
+    """Which reads are hits where what takes the most room until its next use goes, for what its miss costs."""
+    never, later = len(order), next_uses(order)
+    # The next use and the last one of each.
+    held: dict[int, tuple[int, int]] = {}
+    hits = []
+
+    def burden(key: int, uses: tuple[int, int], now: int) -> float:
+        reads = uses[0] - now if uses[0] < never else max(never - now, now - uses[1])
+        return (reads + 1) * (sizes[key] / (sizes[key] if minimise == "bytes" else 1))
+
+    def chosen(now: int, missing: int) -> Iterator[tuple[float, int]]:
+        classes: dict[int, list[int]] = {}
+        for key in sorted(held, key=lambda key: (held[key][0], -held[key][1])):
+            if sizes[key]:
+                classes.setdefault(sizes[key].bit_length(), []).append(key)
+        while missing > 0:
+            last = (
+                (burden(keys[-1], held[keys[-1]], now), keys) for keys in classes.values() if keys
+            )
+            worth, keys = max(last, key=lambda one: one[0])
+            yield worth, keys[-1]
+            missing -= sizes[keys.pop()]
+
+    for now, key in enumerate(order, start=1):
+        hits.append(key in held)
+        uses = later[now - 1], now - 1
+        if key not in held and sizes[key]:
+            if sizes[key] > bound:
+                continue
+            missing = sum(sizes[other] for other in held) + sizes[key] - bound
+            gone = list(chosen(now, missing))
+            own = burden(key, uses, now)
+            # The policy is LRU: of what is alike and has no more use, the new one is let in.
+            if any(worth < own or (worth == own and uses[0] < never) for worth, _ in gone):
+                continue
+            spare = sum(sizes[other] for _, other in gone) - missing
+            for _, other in reversed(gone):
+                if sizes[other] <= spare:
+                    spare -= sizes[other]
+                else:
+                    del held[other]
+        held[key] = uses
+    return hits
+
+
 async def hits_of(store: CacheStore, order: Sequence[int]) -> int:
     """Read chunks one after the other, each when the one before is kept; how many were hits."""
-    before = store.cache_stats()["hits"]
+    return sum(await each_hit_of(store, order, [SIZE] * (max(order, default=0) + 1)))
+
+
+async def each_hit_of(store: CacheStore, order: Sequence[int], sizes: Sequence[int]) -> list[bool]:
+    hits, before = [], store.cache_stats()["hits"]
     for n in order:
-        assert await read_through(store, key_of(n)) == bytes(SIZE)
-    return int(store.cache_stats()["hits"] - before)
+        assert await read_through(store, key_of(n)) == bytes(sizes[n])
+        after = store.cache_stats()["hits"]
+        hits.append(after > before)
+        before = after
+    return hits
 
 
 def plan_of(store: CacheStore) -> str | None:
@@ -169,6 +232,93 @@ async def test_reads_that_leave_out_what_others_read_follow_the_plan(eviction: s
     hits = await hits_of(store, mine)
     assert plan_of(store) in ("followed", "done")
     assert hits > 0
+    await check_quiet(store)
+
+
+# --------------------------------------------------------------------------- varied sizes
+
+SIZES = {
+    "log-normal": lambda chance: int(chance.lognormvariate(5, 1)) + 1,
+    "few and many bytes": lambda chance: chance.choice([3, 500, 500]),
+    "none and some": lambda chance: chance.choice([0, 100, 100]),
+    "one": lambda chance: 64,
+}
+
+
+def sizes_of(kind: str) -> list[int]:
+    chance = random.Random(3)
+    return [SIZES[kind](chance) for _ in range(COUNT)]
+
+
+def favourites(epochs: int) -> list[int]:
+    chance = random.Random(2)
+    return [min(int(chance.paretovariate(0.6)), COUNT) - 1 for _ in range(epochs * COUNT)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("minimise", ["requests", "bytes"])
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("work", [loops, shuffled, favourites])
+async def test_of_varied_sizes_goes_what_is_worth_least_for_its_room(
+    cache: Store | CachePool,
+    work: Callable[[int], list[int]],
+    kind: str,
+    minimise: Any,
+    share: float,
+) -> None:
+    sizes, order = sizes_of(kind), work(4)
+    bound = int(sum(sizes) * share)
+    store = CacheStore(source_of_sizes(sizes), cache_store=cache, max_size=bound, minimise=minimise)
+    store.will_read(keys_of(order))
+    assert await each_hit_of(store, order, sizes) == greedy(order, sizes, bound, minimise)
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("work", [shuffled, favourites])
+async def test_plan_serves_as_many_requests_as_any_policy_alone(
+    work: Callable[[int], list[int]], kind: str
+) -> None:
+    sizes, order = sizes_of(kind), work(6)
+    bound = sum(sizes) // 8
+    hits = {}
+    for eviction, is_told in [*((policy, False) for policy in POLICIES), ("lru", True)]:
+        store = CacheStore(source_of_sizes(sizes), max_size=bound, eviction=eviction)
+        if is_told:
+            store.will_read(keys_of(order))
+        hits[eviction, is_told] = sum(await each_hit_of(store, order, sizes))
+    assert hits["lru", True] == max(hits.values()), hits
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+async def test_large_value_that_is_worth_less_than_any_that_would_go_takes_the_place_of_none(
+    cache: Store | CachePool, eviction: str
+) -> None:
+    sizes = [10, 10, 10, 30]
+    store = CacheStore(source_of_sizes(sizes), cache_store=cache, max_size=30, eviction=eviction)
+    # One of the small ones has no more use.
+    order = [0, 1, 2, 3, 1, 2, 3, 1, 2]
+    store.will_read(keys_of(order))
+    assert await each_hit_of(store, order, sizes) == [False] * 4 + [True, True, False, True, True]
+    assert {key_of(n) for n in range(3)} == set(stored_sizes(store))
+    await check_quiet(store)
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_values_without_bytes_stay(
+    cache: Store | CachePool, is_told: bool, eviction: str
+) -> None:
+    sizes = [0] * 10 + [SIZE] * 90
+    store = CacheStore(
+        source_of_sizes(sizes), cache_store=cache, max_size=20 * SIZE, eviction=eviction
+    )
+    order = shuffled(4)
+    if is_told:
+        store.will_read(keys_of(order))
+    hits = await each_hit_of(store, order, sizes)
+    missed = [n for n, is_hit in zip(order, hits, strict=True) if not is_hit and n < 10]
+    assert sorted(missed) == list(range(10))
     await check_quiet(store)
 
 

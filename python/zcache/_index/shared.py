@@ -11,7 +11,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from zcache._core import DEFAULT_MINIMISED, Index
+from zcache._core import Index
 from zcache._index.changes import Changes
 from zcache._index.limits import greatest, least, strictest
 from zcache._index.place import Place
@@ -195,7 +195,7 @@ def choose_policy(handle: Handle, member: Member) -> bool:
         if in_force == wanted:
             return True
     # An index that has taken the place of another one, or that another process has begun anew, may go by what is wanted.
-    in_force = _policy(*policy_in_force(handle, timeout=0.0))
+    in_force = policy_in_force(handle, timeout=0.0)
     if in_force == wanted:
         _note_policy(handle, wanted)
         return True
@@ -241,8 +241,8 @@ class _Asked:
         handle.call_later(partial(self._answered, handle), Index.set_policy, *self._wanted)
 
     def _answered(self, handle: Handle, in_force: tuple[str, str]) -> None:
-        self._answer = _policy(*in_force)
-        _note_policy(handle, self._answer)
+        self._answer = in_force
+        _note_policy(handle, in_force)
         if self._is_late and self._answer != self._wanted:
             logger.warning(_other_policy(handle.name, self._wanted, self._answer))
 
@@ -252,13 +252,8 @@ class _Asked:
         return self._answer or self._wanted
 
 
-def _policy(eviction: str, minimise: str) -> tuple[str, str]:
-    # The others do not look at costs.
-    return eviction, minimise if eviction == "adaptive" else DEFAULT_MINIMISED
-
-
 def _policy_of(limits: dict[str, Any]) -> tuple[str, str]:
-    return _policy(limits["eviction"], limits["minimise"])
+    return limits["eviction"], limits["minimise"]
 
 
 def _other_policy(name: str, wanted: tuple[str, str], in_force: tuple[str, str]) -> str:

@@ -1,0 +1,328 @@
+//! What goes before a value that needs room, by the plans and the policy.
+//!
+//! Until a value is needed it takes room, for the sake of one miss: what takes the most for what that costs goes first.
+//! Where all are of one size that is what is needed last, as Belady has it; where misses cost the same it is
+//! Belady-Size (compare Berger, Beckmann and Harchol-Balter, "Practical bounds on optimal caching with variable
+//! object sizes", 2018).
+
+use std::cmp::Ordering;
+
+use super::cache::{BATCH, Cache};
+use super::peers::Peers;
+use super::planned::{Planned, UNKNOWN};
+use crate::arena::{End, List};
+use crate::error::Result;
+use crate::policy::{Distance, Entries, Eviction, Plan, cost_of, next_with_room};
+
+/// Entries of the plan that one step passes over to find one that is in no plan; half as many after a step in
+/// vain, down to the few.
+pub(super) const PASSES: u32 = 256;
+const FEW_PASSES: u32 = 4;
+
+/// What keeping a value is worth: reads until it is needed, times the room that it takes, for each part of what a miss
+/// costs. The more, the sooner it goes.
+type Burden = f64;
+
+/// Where nothing tells when a value is needed.
+const UNKNOWN_BURDEN: Burden = Burden::INFINITY;
+
+/// What a value that needs room is worth.
+#[derive(Clone, Debug)]
+pub(super) struct Need {
+    burden: Burden,
+    /// Whether a plan has a use for it. All else is the business of the policy as well.
+    pub(super) is_planned: bool,
+    /// Bytes that have to go for it; 0 where an entry has to go, whatever its size.
+    pub(super) missing: u64,
+    /// What goes for it, by the plans; the first one is the last.
+    chosen: Vec<u32>,
+}
+
+impl Default for Need {
+    fn default() -> Self {
+        Need {
+            burden: UNKNOWN_BURDEN,
+            is_planned: false,
+            missing: 0,
+            chosen: Vec::new(),
+        }
+    }
+}
+
+/// An entry that may go.
+#[derive(Clone, Copy, Debug)]
+struct Rival {
+    burden: Burden,
+    entry: u32,
+    room: u64,
+}
+
+/// Entries of which the first one goes first.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    way: Way,
+    first: Rival,
+}
+
+/// Where the entries of a row are: from this one on.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// In a list of the policy; those in no plan.
+    List { at: u32, towards: End },
+    /// In a class of a plan, below this position and entry.
+    Class {
+        plan: usize,
+        class: u32,
+        before: (u32, u32),
+    },
+}
+
+/// Above all positions and entries.
+const TOP: (u32, u32) = (u32::MAX, u32::MAX);
+
+impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
+    /// What a value of so many bytes is worth that was read just now.
+    pub(super) fn need(&self, key: &str, size: u64) -> Need {
+        let Some(planned) = self.planned.as_deref() else {
+            return Need::default();
+        };
+        let (reads, is_planned) = planned.need(key);
+        Need {
+            burden: self.burden(reads, size),
+            is_planned,
+            ..Need::default()
+        }
+    }
+
+    /// By the room that a value takes and by what its miss costs, the read included that it waits for.
+    fn burden(&self, reads: Distance, size: u64) -> Burden {
+        if reads == UNKNOWN {
+            return UNKNOWN_BURDEN;
+        }
+        let header = self.arena.header();
+        let (room, cost) = (header.cost(size).max(1), cost_of(&header.policy, size));
+        (reads.max(0) + 1) as Burden * (room as Burden / cost as Burden)
+    }
+
+    fn rival(&self, reads: Distance, i: u32) -> Result<Rival> {
+        Ok(Rival {
+            burden: self.burden(reads, self.arena.get(i)?.size()?),
+            entry: i,
+            room: self.arena.room(i)?,
+        })
+    }
+
+    /// The choice of the policy; with plans what is worth less for its room than this value, or least if bytes have to go.
+    /// Of what is in no plan it is the choice of the policy that is compared.
+    pub(super) fn least_needed(&mut self, need: &mut Need, has_to_be: bool) -> Result<Option<u32>> {
+        if self.planned.is_none() {
+            return self.choice(need, has_to_be);
+        }
+        if need.chosen.is_empty() {
+            match self.choose(need, has_to_be)? {
+                Some(chosen) => need.chosen = chosen,
+                None => return self.choice(need, has_to_be || need.is_planned),
+            }
+        }
+        Ok(need.chosen.pop())
+    }
+
+    /// All that goes for a value, a batch at most, the first one last; nothing if any of it is worth more. One
+    /// entry if bytes have to go. `None` where nothing is found to compare.
+    fn choose(&mut self, need: &Need, has_to_be: bool) -> Result<Option<Vec<u32>>> {
+        // Of two of which nothing is known the policy decides.
+        let is_let_in = has_to_be || !need.is_planned && self.choice(need, false)?.is_some();
+        let is_one = has_to_be || need.missing == 0;
+        let mut rows = self.rows(need)?;
+        let mut chosen: Vec<Rival> = Vec::new();
+        let (mut freed, mut is_worth_it) = (0u64, true);
+        while chosen.len() < BATCH && (chosen.is_empty() || !is_one && freed < need.missing) {
+            let Some((n, rival)) = worst_of(&rows) else {
+                break;
+            };
+            is_worth_it = match rival.burden.total_cmp(&need.burden) {
+                _ if has_to_be => true,
+                Ordering::Less => false,
+                Ordering::Equal => is_let_in,
+                Ordering::Greater => true,
+            };
+            if !is_worth_it {
+                break;
+            }
+            freed = freed.saturating_add(self.frees(rival.room));
+            chosen.push(rival);
+            let way = rows.remove(n).way;
+            let way = match way {
+                Way::List { towards, .. } => Way::List {
+                    at: Entries::neighbour(&self.arena, rival.entry, towards)?,
+                    towards,
+                },
+                class => class,
+            };
+            if let Some(row) = self.row(way, PASSES, need)? {
+                rows.insert(n, row);
+            }
+        }
+        for row in &rows {
+            // The policy does not order by use, so another may be needed later: that is looked at next.
+            if let Way::List { at, towards } = row.way
+                && Entries::neighbour(&self.arena, at, End::Last)? == 0
+            {
+                self.arena.pass_over(at, towards)?;
+            }
+        }
+        if chosen.is_empty() && is_worth_it {
+            return Ok(None);
+        }
+        if !is_worth_it {
+            return Ok(Some(Vec::new()));
+        }
+        // The last ones may have made some of those before them needless.
+        let mut spare = freed.saturating_sub(need.missing);
+        let mut goes = Vec::with_capacity(chosen.len());
+        for rival in chosen.iter().rev() {
+            let frees = self.frees(rival.room);
+            if !is_one && frees <= spare {
+                spare -= frees;
+            } else {
+                goes.push(rival.entry);
+            }
+        }
+        Ok(Some(goes))
+    }
+
+    /// The entries that are compared: of what is alike, what is in no plan comes first.
+    fn rows(&mut self, need: &Need) -> Result<Vec<Row>> {
+        let mut rows = self.unplanned(need)?;
+        let plans = self.planned.as_deref().map_or(0, |p| p.plans.len());
+        for plan in 0..plans {
+            for class in Plan::classes(need.missing == 0) {
+                let way = Way::Class {
+                    plan,
+                    class,
+                    before: TOP,
+                };
+                rows.extend(self.row(way, PASSES, need)?);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// What is found on this way, after so many passes at most.
+    fn row(&mut self, way: Way, passes: u32, need: &Need) -> Result<Option<Row>> {
+        match way {
+            Way::List { at, towards } => self.next_unplanned(at, towards, passes, need),
+            Way::Class {
+                plan,
+                class,
+                before,
+            } => self.next_planned(plan, class, before),
+        }
+    }
+
+    fn next_planned(&mut self, plan: usize, class: u32, before: (u32, u32)) -> Result<Option<Row>> {
+        let last = |planned: &Planned| planned.plans.get(plan)?.last_of(class, before);
+        for _ in 0..BATCH {
+            let found = self.planned.as_deref().and_then(last);
+            let Some((at, reads)) = found else {
+                break;
+            };
+            // Others may have put another key there; a second look finds that.
+            if S::EXCLUSIVE
+                || self.is_in_plan(at.1)? && self.planned.as_deref().and_then(last) == found
+            {
+                let way = Way::Class {
+                    plan,
+                    class,
+                    before: at,
+                };
+                let first = self.rival(reads, at.1)?;
+                return Ok(Some(Row { way, first }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn choice(&mut self, need: &Need, has_to_be: bool) -> Result<Option<u32>> {
+        if need.missing != 0 {
+            next_with_room(&mut self.policy, &mut self.arena, has_to_be)
+        } else if has_to_be {
+            self.policy.least(&mut self.arena)
+        } else {
+            self.policy.victim(&mut self.arena)
+        }
+    }
+
+    /// The entries of the keys in no plan: of each list from the one on that the policy would take first. The
+    /// list that it goes on with comes first.
+    fn unplanned(&mut self, need: &Need) -> Result<Vec<Row>> {
+        let live = self.arena.header().live_entries;
+        let passes = match self.planned.as_deref() {
+            Some(planned) if S::EXCLUSIVE && planned.entries() as u64 >= live => 0,
+            planned => planned.map_or(0, |planned| planned.passes),
+        };
+        if passes == 0 {
+            return Ok(Vec::new());
+        }
+        let Some(next) = self.choice(need, true)? else {
+            return Ok(Vec::new());
+        };
+        let lists = match self.arena.list_of(next)? {
+            List::Main => [List::Main, List::Recency],
+            _ => [List::Recency, List::Main],
+        };
+        let mut rows = Vec::new();
+        for list in lists {
+            if let Some(at) = self.policy.first_of(&mut self.arena, list)? {
+                let towards = self.arena.way_from(at)?;
+                rows.extend(self.row(Way::List { at, towards }, passes, need)?);
+            }
+        }
+        if let Some(planned) = self.planned.as_deref_mut() {
+            planned.passes = match rows.is_empty() {
+                false => PASSES,
+                true => (passes / 2).max(FEW_PASSES),
+            };
+        }
+        Ok(rows)
+    }
+
+    /// The next entry of a list that is of a key in no plan. Those that come before it, of plans or without room, move
+    /// to the other end, so that they are passed over once.
+    fn next_unplanned(
+        &mut self,
+        mut at: u32,
+        towards: End,
+        passes: u32,
+        need: &Need,
+    ) -> Result<Option<Row>> {
+        for _ in 0..passes {
+            if at == 0 {
+                break;
+            }
+            let is_planned = self.is_in_plan(at)?;
+            if !is_planned && (need.missing == 0 || self.arena.room(at)? != 0) {
+                let key = self.arena.name(at)?.0;
+                let reads = self.planned.as_deref().map(|p| p.unplanned(&key));
+                let first = self.rival(reads.unwrap_or(UNKNOWN), at)?;
+                let way = Way::List { at, towards };
+                return Ok(Some(Row { way, first }));
+            }
+            let next = Entries::neighbour(&self.arena, at, towards)?;
+            self.arena.pass_over(at, towards)?;
+            at = next;
+        }
+        Ok(None)
+    }
+}
+
+/// What goes first of all rows, and of which; of what is alike, the first one.
+fn worst_of(rows: &[Row]) -> Option<(usize, Rival)> {
+    let mut worst: Option<(usize, Rival)> = None;
+    for (n, Row { first, .. }) in rows.iter().enumerate() {
+        if worst.is_none_or(|(_, worst)| first.burden > worst.burden) {
+            worst = Some((n, *first));
+        }
+    }
+    worst
+}
