@@ -164,6 +164,7 @@ async def test_of_a_read_that_is_cancelled_the_others_who_wait_are_requests(path
     check(store, path, [(KEYS[0], None)] * 2)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", READS)
 def test_read_of_a_loop_that_ends_is_no_request(
     path: Path, monkeypatch: pytest.MonkeyPatch, how: str
