@@ -12,7 +12,7 @@ use super::peers::Peers;
 use super::planned::{Planned, UNKNOWN};
 use crate::arena::{End, List};
 use crate::error::Result;
-use crate::policy::{Distance, Entries, Eviction, Plan, cost_of, next_with_room};
+use crate::policy::{Distance, Entries, Eviction, Plan, cost_of};
 
 /// Entries of the plan that one step passes over to find one that is in no plan; half as many after a step in
 /// vain, down to the few.
@@ -116,12 +116,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Of what is in no plan it is the choice of the policy that is compared.
     pub(super) fn least_needed(&mut self, need: &mut Need, has_to_be: bool) -> Result<Option<u32>> {
         if self.planned.is_none() {
-            return self.choice(need, has_to_be);
+            return self.choice(has_to_be);
         }
         if need.chosen.is_empty() {
             match self.choose(need, has_to_be)? {
                 Some(chosen) => need.chosen = chosen,
-                None => return self.choice(need, has_to_be || need.is_planned),
+                None => return self.choice(has_to_be || need.is_planned),
             }
         }
         Ok(need.chosen.pop())
@@ -131,7 +131,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// entry if bytes have to go. `None` where nothing is found to compare.
     fn choose(&mut self, need: &Need, has_to_be: bool) -> Result<Option<Vec<u32>>> {
         // Of two of which nothing is known the policy decides.
-        let is_let_in = has_to_be || !need.is_planned && self.choice(need, false)?.is_some();
+        let is_let_in = has_to_be || !need.is_planned && self.choice(false)?.is_some();
         let is_one = has_to_be || need.missing == 0;
         let mut rows = self.rows(need)?;
         let mut chosen: Vec<Rival> = Vec::new();
@@ -243,10 +243,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(None)
     }
 
-    fn choice(&mut self, need: &Need, has_to_be: bool) -> Result<Option<u32>> {
-        if need.missing != 0 {
-            next_with_room(&mut self.policy, &mut self.arena, has_to_be)
-        } else if has_to_be {
+    fn choice(&mut self, has_to_be: bool) -> Result<Option<u32>> {
+        if has_to_be {
             self.policy.least(&mut self.arena)
         } else {
             self.policy.victim(&mut self.arena)
@@ -264,7 +262,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if passes == 0 {
             return Ok(Vec::new());
         }
-        let Some(next) = self.choice(need, true)? else {
+        let Some(next) = self.choice(true)? else {
             return Ok(Vec::new());
         };
         let lists = match self.arena.list_of(next)? {

@@ -29,7 +29,6 @@ pub use self::kind::{Minimise, Policy, PolicyKind};
 pub use self::lru::Lru;
 pub use self::none::NoEviction;
 pub use self::plan::{Distance, MAX_PLANNED, NEVER, Plan};
-pub(crate) use self::policy::next_with_room;
 pub use self::policy::{Eviction, Newcomer};
 pub use self::progress::{Course, Progress};
 pub use self::recent::Recent;

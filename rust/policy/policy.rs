@@ -76,31 +76,3 @@ pub trait Eviction: Debug + Default {
     /// The index was emptied by another process.
     fn reset(&mut self);
 }
-
-/// Entries without room that one step passes over.
-const PASSES: u32 = 64;
-
-/// The entry that should go next where room is needed, or bytes have to go whatever they are. What takes no room would
-/// free nothing: it moves to the other end of its list, so that it is passed over once. After many of them one goes.
-pub(crate) fn next_with_room<P: Eviction, E: Entries>(
-    policy: &mut P,
-    entries: &mut E,
-    has_to_be: bool,
-) -> Result<Option<u32>> {
-    let mut next = None;
-    for _ in 0..PASSES {
-        next = if has_to_be {
-            policy.least(entries)?
-        } else {
-            policy.victim(entries)?
-        };
-        match next {
-            Some(i) if entries.room(i)? == 0 => {
-                let towards = entries.way_from(i)?;
-                entries.pass_over(i, towards)?;
-            }
-            _ => break,
-        }
-    }
-    Ok(next)
-}

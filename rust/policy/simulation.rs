@@ -4,7 +4,7 @@ use super::entries::Entries;
 use super::keys::{Keys, words_for};
 use super::kind::{Policy, PolicyKind};
 use super::parts::Parts;
-use super::policy::{Eviction, Newcomer, next_with_room};
+use super::policy::{Eviction, Newcomer};
 use crate::error::Result;
 use crate::key::{ByteRange, Part, is_agreed};
 
@@ -96,11 +96,7 @@ impl Simulation {
             return Ok(false);
         }
         while !has_room(&keys, size, self.capacity) {
-            let victim = match size {
-                0 => self.policy.victim(&mut keys)?,
-                _ => next_with_room(&mut self.policy, &mut keys, false)?,
-            };
-            let Some(victim) = victim else {
+            let Some(victim) = self.policy.victim(&mut keys)? else {
                 return Ok(false);
             };
             self.policy.remove(&mut keys, victim)?;

@@ -64,10 +64,10 @@ pub(super) type RawEntry = (String, RawSpan, u64, &'static str);
 
 pub(super) fn raw_entries(entries: Vec<Entry>) -> Vec<RawEntry> {
     let state = |state| match state {
-        State::Live => "present",
-        State::Writing => "writing",
-        State::Deleting => "dropping",
-        State::DeleteFailed => "orphan",
+        State::Live => "live",
+        State::Writing => "filling",
+        State::Deleting => "deleting",
+        State::DeleteFailed => "delete-failed",
     };
     let raw = |one: Entry| (one.key, raw_span(one.range), one.size, state(one.state));
     entries.into_iter().map(raw).collect()

@@ -21,8 +21,6 @@ pub(crate) type Name = (String, ByteRange);
 const SKEW: u64 = 1000;
 /// Failed deletes after which a reservation may be rejected.
 const PATIENCE: u32 = 8;
-/// Entries without room that one step passes over.
-const PASSES: u32 = 64;
 
 #[derive(Clone, Debug)]
 struct Entry {
@@ -550,7 +548,6 @@ impl Model {
         victims: &[Victim],
     ) {
         let failed = self.reservations[&id].failures == 0;
-        let needs_room = !crowded;
         let mut freed = 0u128;
         let mut victims = victims.iter().map(|v| self.name_of(v)).collect::<Vec<_>>();
         assert!(!victims.is_empty());
@@ -564,7 +561,7 @@ impl Model {
         for name in victims {
             assert!(freed < u128::from(lacking) || crowded, "a victim too many");
             crowded = false;
-            self.check_next(&name, failed, false, needs_room, now);
+            self.check_next(&name, failed, false, now);
             freed += self.evict(&name, now);
         }
         let enough = freed >= u128::from(lacking) || count >= BATCH;
@@ -580,7 +577,7 @@ impl Model {
         for victim in victims {
             assert!(freed < u128::from(size), "a victim too many");
             let name = self.name_of(victim);
-            self.check_next(&name, true, true, true, now);
+            self.check_next(&name, true, true, now);
             freed += self.evict(&name, now);
         }
         let left = self.recency.len() + self.failed.len();
@@ -598,28 +595,8 @@ impl Model {
         self.take(name)
     }
 
-    /// What takes no room is passed over where room is needed, up to so many.
-    fn least_recent(&mut self, needs_room: bool) -> Name {
-        let mut next = self.recency[0].clone();
-        for _ in 0..if needs_room { PASSES } else { 0 } {
-            next = self.recency[0].clone();
-            if self.entries[&next].size != 0 {
-                break;
-            }
-            self.recency.rotate_left(1);
-        }
-        next
-    }
-
     /// Failed deletes first, then the useless, then the least recently used.
-    fn check_next(
-        &mut self,
-        name: &Name,
-        failed: bool,
-        has_to_be: bool,
-        needs_room: bool,
-        now: u64,
-    ) {
+    fn check_next(&self, name: &Name, failed: bool, has_to_be: bool, now: u64) {
         if let Some(next) = self.failed.first().filter(|_| failed) {
             assert!(next.contains(name), "a failed delete comes first");
             return;
@@ -634,8 +611,7 @@ impl Model {
         let Some(earliest) = old.iter().map(|(_, fetched)| *fetched).min() else {
             match self.policy {
                 PolicyKind::Lru => {
-                    let next = self.least_recent(needs_room);
-                    assert_eq!(*name, next, "not the least recent");
+                    assert_eq!(Some(name), self.recency.first(), "not the least recent");
                 }
                 PolicyKind::None if !has_to_be => panic!("what is there stays"),
                 PolicyKind::None | PolicyKind::Adaptive => {

@@ -305,17 +305,13 @@ async def test_large_value_that_is_worth_less_than_any_that_would_go_takes_the_p
 
 
 @pytest.mark.parametrize("eviction", POLICIES)
-@pytest.mark.parametrize("is_told", [True, False])
-async def test_values_without_bytes_stay(
-    cache: Store | CachePool, is_told: bool, eviction: str
-) -> None:
+async def test_values_without_bytes_stay(cache: Store | CachePool, eviction: str) -> None:
     sizes = [0] * 10 + [SIZE] * 90
     store = CacheStore(
         source_of_sizes(sizes), cache_store=cache, max_size=20 * SIZE, eviction=eviction
     )
     order = shuffled(4)
-    if is_told:
-        store.will_read(keys_of(order))
+    store.will_read(keys_of(order))
     hits = await each_hit_of(store, order, sizes)
     missed = [n for n, is_hit in zip(order, hits, strict=True) if not is_hit and n < 10]
     assert sorted(missed) == list(range(10))

@@ -33,13 +33,6 @@ T = TypeVar("T")
 
 RANGES: Final = ".zcache/ranges/"
 """Where a cache store holds byte ranges of values."""
-_STATES: Final = {
-    "present": "live",
-    "writing": "filling",
-    "dropping": "deleting",
-    "orphan": "delete-failed",
-}
-"""States of an entry, from the words of the core to those of `zcache.testing.Entry`."""
 
 
 def ask(store: CacheStore, question: Callable[[Index], T]) -> T:
@@ -127,7 +120,7 @@ def raw_entries(
             to_request(span),
             size,
             key if span is None else cache_key(key, span),
-            _STATES.get(state, state),
+            state,
         )
         for key, span, size, state in found
     ]
