@@ -25,6 +25,7 @@ mod core_cache_dir;
 mod core_damage;
 mod core_deaths;
 mod core_decoded;
+mod core_expiry;
 mod core_fill;
 mod core_flips;
 mod core_growth;

@@ -311,6 +311,9 @@ class Index:
     holes : bool, optional
         Of a pool: whether its segments can have holes; where not, each value has a segment of its own.
         Default is None: each value has a file of its own.
+    sources : bool, optional
+        Whether it is that of a pool, where each folder at the root is a source with an age of its own. Default is
+        False; with `holes` it always is.
     """
 
     def __new__(
@@ -327,6 +330,7 @@ class Index:
         eviction: str = ...,
         minimise: str = ...,
         holes: bool | None = None,
+        sources: bool = False,
     ) -> Index: ...
     @staticmethod
     def open(
@@ -864,9 +868,18 @@ class Index:
         """
 
     def set_limits(
-        self, max_size: int | None, max_age: float | None, verify: str, uses_policy: bool, /
+        self,
+        max_size: int | None,
+        max_age: float | None,
+        verify: str,
+        uses_policy: bool,
+        ages: list[tuple[str, float | None]] | None = None,
+        /,
     ) -> None:
         """Change what the index was made with; a smaller size holds before new bytes are written.
+
+        Of a pool, `ages` says of each source that is open here (by its label) for how many seconds values are of
+        use, None for always. Default is None: as before.
 
         Unless this process `uses_policy`, another one may choose the policy; see `set_policy`.
         """

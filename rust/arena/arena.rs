@@ -40,8 +40,6 @@ pub enum List {
     Recency,
     /// `Live` entries that the eviction policy protects, least recently used first.
     Main,
-    /// `Live` entries, earliest fetch first.
-    FetchTime,
     /// `DeleteFailed` entries, next to retry first.
     DeleteFailed,
     /// `Writing` and `Deleting` entries.
@@ -183,7 +181,6 @@ impl<S: Storage> Arena<S> {
         match list {
             List::Recency => &mut header.recency,
             List::Main => &mut header.main,
-            List::FetchTime => &mut header.fetch_time,
             List::DeleteFailed => &mut header.delete_failed,
             List::InProgress => &mut header.in_progress,
             List::Absences => &mut header.absence_order,
@@ -197,7 +194,6 @@ impl<S: Storage> Arena<S> {
         match list {
             List::Recency => self.header().recency,
             List::Main => self.header().main,
-            List::FetchTime => self.header().fetch_time,
             List::DeleteFailed => self.header().delete_failed,
             List::InProgress => self.header().in_progress,
             List::Absences => self.header().absence_order,
@@ -220,23 +216,19 @@ impl<S: Storage> Arena<S> {
     }
 
     /// The neighbour of `i` towards the first or the last cell.
-    pub fn neighbour(&self, list: List, i: u32, towards: End) -> Result<u32> {
+    pub fn neighbour(&self, i: u32, towards: End) -> Result<u32> {
         let cell = self.get(i)?;
-        Ok(match (list, towards) {
-            (List::FetchTime, End::First) => cell.earlier,
-            (List::FetchTime, End::Last) => cell.later,
-            (_, End::First) => cell.older & LINK,
-            (_, End::Last) => cell.newer & LINK,
+        Ok(match towards {
+            End::First => cell.older & LINK,
+            End::Last => cell.newer & LINK,
         })
     }
 
-    fn set_neighbour(&mut self, list: List, i: u32, towards: End, to: u32) -> Result<()> {
+    fn set_neighbour(&mut self, i: u32, towards: End, to: u32) -> Result<()> {
         let cell = self.get_mut(i)?;
-        match (list, towards) {
-            (List::FetchTime, End::First) => cell.earlier = to,
-            (List::FetchTime, End::Last) => cell.later = to,
-            (_, End::First) => cell.older = cell.older & !LINK | to & LINK,
-            (_, End::Last) => cell.newer = cell.newer & !LINK | to & LINK,
+        match towards {
+            End::First => cell.older = cell.older & !LINK | to & LINK,
+            End::Last => cell.newer = cell.newer & !LINK | to & LINK,
         }
         Ok(())
     }
@@ -261,41 +253,41 @@ impl<S: Storage> Arena<S> {
     /// Links a cell at one end of `list`. It must not be in a list that uses the same links.
     pub fn link(&mut self, list: List, i: u32, end: End) -> Result<()> {
         let beside = std::mem::replace(end.of(self.ends(list).each_mut()), i);
-        self.set_neighbour(list, i, end, 0)?;
-        self.set_neighbour(list, i, end.other(), beside)?;
+        self.set_neighbour(i, end, 0)?;
+        self.set_neighbour(i, end.other(), beside)?;
         if beside == 0 {
             *end.other().of(self.ends(list).each_mut()) = i;
             Ok(())
         } else {
-            self.set_neighbour(list, beside, end, i)
+            self.set_neighbour(beside, end, i)
         }
     }
 
     /// Links a cell behind another one of `list`. It must not be in a list that uses the same links.
     pub fn link_behind(&mut self, list: List, i: u32, before: u32) -> Result<()> {
-        let after = self.neighbour(list, before, End::Last)?;
+        let after = self.neighbour(before, End::Last)?;
         if after == 0 {
             return self.link(list, i, End::Last);
         }
-        self.set_neighbour(list, i, End::First, before)?;
-        self.set_neighbour(list, i, End::Last, after)?;
-        self.set_neighbour(list, before, End::Last, i)?;
-        self.set_neighbour(list, after, End::First, i)
+        self.set_neighbour(i, End::First, before)?;
+        self.set_neighbour(i, End::Last, after)?;
+        self.set_neighbour(before, End::Last, i)?;
+        self.set_neighbour(after, End::First, i)
     }
 
     /// Unlinks a cell from `list`.
     pub fn unlink(&mut self, list: List, i: u32) -> Result<()> {
-        let before = self.neighbour(list, i, End::First)?;
-        let after = self.neighbour(list, i, End::Last)?;
+        let before = self.neighbour(i, End::First)?;
+        let after = self.neighbour(i, End::Last)?;
         if before == 0 {
             self.ends(list)[0] = after;
         } else {
-            self.set_neighbour(list, before, End::Last, after)?;
+            self.set_neighbour(before, End::Last, after)?;
         }
         if after == 0 {
             self.ends(list)[1] = before;
         } else {
-            self.set_neighbour(list, after, End::First, before)?;
+            self.set_neighbour(after, End::First, before)?;
         }
         Ok(())
     }
@@ -306,7 +298,7 @@ impl List {
     pub(crate) fn holds(self, cell: &Cell) -> bool {
         let state = cell.state();
         let is_in_state = match self {
-            List::Recency | List::Main | List::FetchTime => state == State::Live,
+            List::Recency | List::Main => state == State::Live,
             List::DeleteFailed => state == State::DeleteFailed,
             List::InProgress => matches!(state, State::Writing | State::Deleting),
             List::Absences => return matches!(cell.kind(), Ok(Kind::Absent)),

@@ -60,10 +60,10 @@ pub struct Cell {
     /// The same list, towards the most recent, and the other half of the note. Dir, Object: number of those
     /// children.
     pub newer: u32,
-    /// List by fetch time, towards the earliest. Entry in progress: the participant (plus one) that
+    /// Ring by fetch time, towards the earliest. Entry in progress: the participant (plus one) that
     /// writes or deletes it. Object: the child with most bytes, or 0. Dir: first absence in it.
     pub earlier: u32,
-    /// List by fetch time, towards the latest. Object: the newest child, or 0. Dir: number of
+    /// Ring by fetch time, towards the latest. Object: the newest child, or 0. Dir: number of
     /// absences in it. Absent: the epoch in which it was learned.
     pub later: u32,
     /// Previous child (or absence) of the same parent.
@@ -79,6 +79,7 @@ pub struct Cell {
     size: u64,
     /// Name below the parent, or where the string arena has it; see [`STORED`].
     pub label: [u8; 8],
+    /// Entry, absence: see [`Cell::time`]. Dir: see [`Cell::earliest`].
     time: [u8; 6],
     /// Bytes of `label` in use, or [`STORED`], in bits 0 to 3; [`Packing`] in bits 4 to 6; whether an entry
     /// has a validator in bit 7.
@@ -349,6 +350,19 @@ impl Cell {
     pub fn time(&self) -> u64 {
         let [a, b, c, d, e, f] = self.time;
         u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+    }
+
+    /// The first of the ring by fetch time of a Dir that is a source, or 0; see `by_age.rs`.
+    #[must_use]
+    pub(crate) fn earliest(&self) -> u32 {
+        let [a, b, c, d, ..] = self.time;
+        u32::from_le_bytes([a, b, c, d])
+    }
+
+    /// Sets the same.
+    pub(crate) fn set_earliest(&mut self, i: u32) {
+        let [a, b, c, d] = i.to_le_bytes();
+        self.time = [a, b, c, d, 0, 0];
     }
 
     /// Sets the fetch time; one that does not fit into 48 bits (the year 10889) is unknown.

@@ -1,6 +1,7 @@
 //! The arena: one array of cells, and the structures in it that turn a key into a cell and back.
 
 mod arena;
+mod by_age;
 mod cell;
 mod hash_table;
 mod name;

@@ -83,8 +83,6 @@ pub struct Header {
     pub recency: [u32; 2],
     /// Those that the eviction policy protects.
     pub main: [u32; 2],
-    /// `Live` entries by fetch time: earliest, latest.
-    pub fetch_time: [u32; 2],
     /// Entries that could not be deleted: next to retry, last to retry.
     pub delete_failed: [u32; 2],
     /// Entries that are being written or deleted.
@@ -172,6 +170,10 @@ pub trait Storage {
     fn has_places(&self) -> bool {
         false
     }
+    /// Whether the entries are of many sources: each folder at the root is one.
+    fn has_sources(&self) -> bool {
+        self.has_places()
+    }
     /// All places, one for each cell.
     fn places(&self) -> &[u64] {
         &[]
@@ -207,6 +209,7 @@ pub trait Storage {
 pub struct Heap {
     rebuilding: bool,
     has_places: bool,
+    has_sources: bool,
     places: Vec<u64>,
     header: Header,
     cells: Vec<Cell>,
@@ -232,6 +235,15 @@ impl Heap {
     pub fn with_places(self) -> Self {
         Heap {
             has_places: true,
+            ..self
+        }
+    }
+
+    /// The same, for entries of many sources: each folder at the root is one.
+    #[must_use]
+    pub fn with_sources(self) -> Self {
+        Heap {
+            has_sources: true,
             ..self
         }
     }
@@ -292,6 +304,9 @@ impl Storage for Heap {
     }
     fn has_places(&self) -> bool {
         self.has_places
+    }
+    fn has_sources(&self) -> bool {
+        self.has_sources
     }
     fn places(&self) -> &[u64] {
         &self.places

@@ -136,7 +136,7 @@ impl<S: Storage> Arena<S> {
                 return Err(Error::Corrupt("list: cycle"));
             }
             cells.push(at);
-            at = self.neighbour(list, at, End::Last)?;
+            at = self.neighbour(at, End::Last)?;
         }
         Ok(cells)
     }

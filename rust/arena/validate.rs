@@ -1,6 +1,7 @@
 //! Validation: every counter, list and table recomputed from the cells.
 
 use super::arena::{Arena, End, IN_MAIN, List, OVERFLOW, ROOT, WRONG_STATE};
+use super::by_age::is_live;
 use super::cell::{Kind, State};
 use super::hash_table::SEGMENT;
 use super::storage::{STRING_SIZES, Storage};
@@ -75,7 +76,8 @@ impl<S: Storage> Arena<S> {
             mut validators,
             mut validated,
             mut segments,
-        ] = [0u64; 6];
+            mut by_age,
+        ] = [0u64; 7];
         let mut words = Words::new(header.strings_used as usize);
         for i in ROOT..header.cells_used {
             let cell = self.get(i)?;
@@ -104,6 +106,9 @@ impl<S: Storage> Arena<S> {
             if i != ROOT {
                 named += 1;
                 self.validate_name(i)?;
+            }
+            if kind == Kind::Dir {
+                by_age += self.validate_ring(i)?;
             }
             if matches!(kind, Kind::Dir | Kind::Object) {
                 children += self.validate_children(i)?;
@@ -142,6 +147,7 @@ impl<S: Storage> Arena<S> {
         check(validators == validated, "validator: missing")?;
         self.validate_free(free)?;
         self.validate_lists(&totals)?;
+        check(by_age == totals.live, "rings: count")?;
         check(
             self.list_cells(List::Segments)?.len() as u64 == segments,
             "segments: count",
@@ -204,6 +210,23 @@ impl<S: Storage> Arena<S> {
         Ok(all)
     }
 
+    /// Returns the number of entries in the ring of a folder.
+    fn validate_ring(&self, source: u32) -> Result<u64> {
+        let ring = self.ring(source)?;
+        let (mut before, mut latest) = (self.latest(source)?, 0);
+        for &i in &ring {
+            let cell = self.get(i)?;
+            check(
+                is_live(cell) && self.source_of(i)? == source,
+                "ring: no entry of this source",
+            )?;
+            check(cell.earlier == before, "ring: broken back link")?;
+            check(cell.time() >= latest, "ring: fetch times out of order")?;
+            (before, latest) = (i, cell.time());
+        }
+        Ok(ring.len() as u64)
+    }
+
     fn validate_free(&self, free: u64) -> Result<()> {
         let (mut at, mut count) = (self.header().free, 0u64);
         while at != 0 && count <= free {
@@ -232,7 +255,6 @@ impl<S: Storage> Arena<S> {
         for (list, count) in [
             (List::Recency, recent.ok_or(WRONG_STATE)?),
             (List::Main, main.len() as u64),
-            (List::FetchTime, totals.live),
             (List::DeleteFailed, totals.failed),
             (
                 List::InProgress,
@@ -241,14 +263,14 @@ impl<S: Storage> Arena<S> {
             (List::Absences, totals.absences),
         ] {
             let cells = self.list_cells(list)?;
-            let (mut before, mut latest) = (0, 0);
+            let mut before = 0;
             for &i in &cells {
                 let cell = self.get(i)?;
                 if !list.holds(cell) {
                     return Err(WRONG_STATE);
                 }
                 check(
-                    self.neighbour(list, i, End::First)? == before,
+                    self.neighbour(i, End::First)? == before,
                     "list: broken back link",
                 )?;
                 if matches!(list, List::Recency | List::Main) {
@@ -257,10 +279,6 @@ impl<S: Storage> Arena<S> {
                         in_main == (list == List::Main),
                         "list: not the one of the note",
                     )?;
-                }
-                if list == List::FetchTime {
-                    check(cell.time() >= latest, "list: fetch times out of order")?;
-                    latest = cell.time();
                 }
                 before = i;
             }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use foldhash::fast::RandomState;
 
+use super::ages::{Ages, SourceAge};
 use super::decoded::Changes;
 use super::entry::SKEW;
 use super::in_flight::{Flights, Ticket};
@@ -29,8 +30,9 @@ pub const BATCH: usize = 1024;
 pub struct Limits {
     /// Bytes that the cache store may hold at most.
     pub max_size: u64,
-    /// Milliseconds after its fetch from which on an entry is of no use to any store, and the first to go
-    /// when bytes are needed; `None` for never. What a look-up may serve is its own [`Freshness`].
+    /// Milliseconds after its fetch from which on an entry is of no use to any store here, and the first to go
+    /// when bytes are needed, if so it is elsewhere; `None` for never. In a pool that is of each source:
+    /// [`Cache::set_ages`]. What a look-up may serve is its own [`Freshness`].
     pub max_age: Option<u64>,
     /// Whether the cache store can hold `a` beside `a/b`; a file system cannot.
     pub flat_namespace: bool,
@@ -214,6 +216,7 @@ pub struct Cache<S, T, P = Policy> {
     pub(crate) arena: Arena<S>,
     pub(super) policy: P,
     pub(super) limits: Limits,
+    pub(super) ages: Ages,
     pub(super) flights: Flights<T>,
     pub(super) reservations: HashMap<u64, Reservation, RandomState>,
     pub(crate) next_reservation: u64,
@@ -269,10 +272,12 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// A cache over memory that holds an index already.
     pub(crate) fn over(storage: S, limits: Limits) -> Self {
         let first = INDEXES.fetch_add(1, Ordering::Relaxed) << NUMBER_BITS | 1;
-        Cache {
+        let has_sources = storage.has_sources();
+        let mut cache = Cache {
             arena: Arena::new(storage),
             policy: P::default(),
             limits,
+            ages: Ages::default(),
             flights: Flights::new(first),
             reservations: HashMap::default(),
             next_reservation: first,
@@ -289,7 +294,11 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             one_value_a_segment: false,
             minimise: Minimise::default(),
             planned: None,
+        };
+        if !has_sources {
+            cache.note_ages(vec![SourceAge::of_place(limits.max_age)]);
         }
+        cache
     }
 
     /// Counts whole blocks of so many bytes, in an index that is empty.
@@ -365,6 +374,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.limits.max_size = max_size;
         self.arena.storage.set_bound(max_size);
         self.limits.max_age = max_age;
+        if !self.arena.storage.has_sources() {
+            self.set_ages(vec![SourceAge::of_place(max_age)]);
+        }
         self.limits.verify = verify;
     }
 
@@ -418,11 +430,6 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let sample = self.own_sample.as_ref().map_or(0, |sample| sample.memory());
         let others = self.verified.memory() + sample + self.plan_memory();
         cells + strings + (slots + others) as u64
-    }
-
-    /// Whether an entry is of no use to any store any more.
-    pub(super) fn is_useless(&self, cell: &Cell, now: u64) -> bool {
-        Freshness::from((now, self.limits.max_age)).is_stale(cell.time())
     }
 
     pub(super) fn version(&self, key: &str) -> Version {

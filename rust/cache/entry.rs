@@ -77,8 +77,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let (size, parent, kind) = (cell.size()?, cell.parent, cell.kind()?);
         let cost = self.arena.header().cost(size);
         self.change_writing(|bytes| bytes.saturating_sub(cost));
-        self.undate_future(now)?;
-        self.link_by_time(i, fetched.min(now))?;
+        let source = self.arena.source_of(i)?;
+        self.undate_future(source, now)?;
+        self.link_by_time(source, i, fetched.min(now))?;
         let header = self.arena.header_mut();
         header.live_bytes = header.live_bytes.checked_add(size).ok_or(OVERFLOW)?;
         header.live_entries = header.live_entries.checked_add(1).ok_or(OVERFLOW)?;
@@ -96,50 +97,59 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         self.enter_plan(i)
     }
 
-    /// Links an entry by its fetch time. The time of one that was fetched before more than [`SEARCH`]
+    /// Links an entry of a source by its fetch time. The time of one that was fetched before more than [`SEARCH`]
     /// others is dropped, so it counts as stale.
-    pub(super) fn link_by_time(&mut self, i: u32, fetched: u64) -> Result<()> {
+    pub(super) fn link_by_time(&mut self, source: u32, i: u32, fetched: u64) -> Result<()> {
         let fetched = fetched.max(1);
-        let mut before = self.arena.list(List::FetchTime)[1];
+        let first = self.arena.earliest(source)?;
+        let mut before = self.arena.latest(source)?;
         for _ in 0..SEARCH {
             let time = match before {
                 0 => 0,
                 _ => self.arena.get(before)?.time(),
             };
             if time > fetched {
-                before = self.arena.neighbour(List::FetchTime, before, End::First)?;
+                before = match before {
+                    passed if passed == first => 0,
+                    passed => self.arena.get(passed)?.earlier,
+                };
                 continue;
             }
             let cell = self.arena.get_mut(i)?;
             cell.set_time(fetched);
             // Unknown times are at the front, those that do not fit into a cell included.
             return match (before, cell.time()) {
-                (0, _) | (_, 0) => self.arena.link(List::FetchTime, i, End::First),
-                _ => self.arena.link_behind(List::FetchTime, i, before),
+                (0, _) | (_, 0) => self.arena.link_earliest(source, i),
+                _ => self.arena.link_later(i, before),
             };
         }
         self.arena.get_mut(i)?.set_time(0);
-        self.arena.link(List::FetchTime, i, End::First)
+        self.arena.link_earliest(source, i)
     }
 
-    /// After the clock was set back, the age of entries that were fetched "later" than now is
-    /// unknown: they move to the front of the list with time 0, which is stale under any maximum
+    /// After the clock was set back, the age of entries of a source that were fetched "later" than now is
+    /// unknown: they move to the front of its ring with time 0, which is stale under any maximum
     /// age. Each moves once, so a step costs no more than the entries that it concerns.
-    pub(super) fn undate_future(&mut self, now: u64) -> Result<()> {
+    pub(super) fn undate_future(&mut self, source: u32, now: u64) -> Result<()> {
         loop {
-            let latest = self.arena.list(List::FetchTime)[1];
+            let latest = self.arena.latest(source)?;
             if latest == 0 || self.arena.get(latest)?.time() <= now.saturating_add(SKEW) {
                 return Ok(());
             }
-            self.undate(latest)?;
+            self.undate_of(source, latest)?;
         }
     }
 
     /// Marks the fetch time of a `Live` entry as unknown.
     pub(super) fn undate(&mut self, i: u32) -> Result<()> {
-        self.arena.unlink(List::FetchTime, i)?;
+        let source = self.arena.source_of(i)?;
+        self.undate_of(source, i)
+    }
+
+    fn undate_of(&mut self, source: u32, i: u32) -> Result<()> {
+        self.arena.unlink_by_age(source, i)?;
         self.arena.get_mut(i)?.set_time(0);
-        self.arena.link(List::FetchTime, i, End::First)
+        self.arena.link_earliest(source, i)
     }
 
     /// Notes that this participant is writing or deleting the bytes of an entry.
@@ -154,7 +164,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn begin_delete(&mut self, i: u32) -> Result<u64> {
         self.policy.remove(&mut self.arena, i)?;
         self.leave_plan(i);
-        self.arena.unlink(List::FetchTime, i)?;
+        let source = self.arena.source_of(i)?;
+        self.arena.unlink_by_age(source, i)?;
         let cell = self.arena.get_mut(i)?;
         cell.set_state(State::Deleting)?;
         let (size, parent, kind) = (cell.size()?, cell.parent, cell.kind()?);

@@ -158,13 +158,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if failed && let Some(i) = self.arena.end(List::DeleteFailed, End::First)? {
             return Ok(Some(i));
         }
-        // The useless are at the ends: those too old at one, those from the future at the other.
-        for end in [End::First, End::Last] {
-            if let Some(i) = self.arena.end(List::FetchTime, end)?
-                && self.is_useless(self.arena.get(i)?, now)
-            {
-                return Ok(Some(i));
-            }
+        if let Some(i) = self.next_useless(now)? {
+            return Ok(Some(i));
         }
         if !has_to_be && let Some(candidate) = newcomer {
             let is_admitted = match candidate.is_admitted {
@@ -183,9 +178,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// Takes an entry for the sake of its bytes, and counts it: an eviction, and an expiration too where it was stale.
     /// A failed delete that is tried again was counted before.
     pub(super) fn evict_one(&mut self, i: u32, now: u64, victims: &mut Vec<Victim>) -> Result<u64> {
-        let cell = self.arena.get(i)?;
-        if cell.state() == State::Live {
-            let stale = self.is_useless(cell, now);
+        if self.arena.get(i)?.state() == State::Live {
+            let stale = self.is_useless(i, now)?;
             Tally::add(&self.tally.evictions, 1);
             Tally::add(&self.tally.expirations, u64::from(stale));
         }

@@ -7,6 +7,7 @@
 
 mod absent;
 mod adopted;
+mod ages;
 mod cache;
 mod choice;
 mod commit;
@@ -31,6 +32,7 @@ mod verified;
 pub use self::absent::{
     AbsenceAges, Answer, BESIDES, BOUND_PER_ABSENCE, FEW_ABSENCES, MAX_ABSENCES, NODES,
 };
+pub use self::ages::{SOURCES, SourceAge, ToldAges};
 pub use self::cache::{BATCH, Cache, Found, Freshness, Limits, Stats, Tally, Verify, Victim};
 pub use self::commit::Committed;
 pub use self::decoded::Decode;

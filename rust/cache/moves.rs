@@ -57,7 +57,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 found += 1;
                 last = Some(cell.segment_number());
             }
-            at = self.arena.neighbour(List::Segments, at, End::Last)?;
+            at = self.arena.neighbour(at, End::Last)?;
         }
         Ok(last.filter(|_| found > FEW))
     }

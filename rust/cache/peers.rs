@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::ages::ToldAges;
 use crate::arena::{Heap, Storage};
 use crate::error::Result;
 use crate::sampling::Sample;
@@ -34,6 +35,8 @@ pub struct Participant {
     /// read before a write ends is not kept; the write of a dead participant ends when its slot is
     /// reclaimed.
     pub writes: [u16; WRITES],
+    /// The sources that it has open.
+    pub ages: ToldAges,
 }
 
 impl Participant {
@@ -102,6 +105,8 @@ pub trait Peers: Storage {
     }
     /// Says of this participant whether it does.
     fn use_policy(&mut self, _is_used: bool) {}
+    /// Tells the others of the sources that this participant has open.
+    fn set_ages(&mut self, _ages: &ToldAges) {}
     /// Changes the bound of this participant.
     fn set_bound(&mut self, _bound: u64) {}
     /// The slot of this participant.

@@ -8,7 +8,7 @@ use super::in_flight::Ticket;
 use super::lookup::fingerprint;
 use super::peers::Peers;
 use super::reserve::Reservation;
-use crate::arena::{List, State};
+use crate::arena::State;
 use crate::error::Result;
 use crate::key::{Asked, ByteRange};
 use crate::policy::Eviction;
@@ -95,9 +95,10 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(());
         }
         let is_verified = !S::EXCLUSIVE && self.verified.get(i) == fingerprint(cell);
-        self.undate_future(now)?;
-        self.arena.unlink(List::FetchTime, i)?;
-        self.link_by_time(i, fetched.min(now))?;
+        let source = self.arena.source_of(i)?;
+        self.undate_future(source, now)?;
+        self.arena.unlink_by_age(source, i)?;
+        self.link_by_time(source, i, fetched.min(now))?;
         if is_verified {
             let seen = fingerprint(self.arena.get(i)?);
             self.verified.set(i, seen);

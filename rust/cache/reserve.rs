@@ -474,7 +474,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     fn if_useless(&self, cells: Vec<u32>, now: u64) -> Result<Option<Vec<u32>>> {
         for &i in &cells {
             let cell = self.arena.get(i)?;
-            let useless = cell.state() == State::Live && self.is_useless(cell, now);
+            let useless = cell.state() == State::Live && self.is_useless(i, now)?;
             if !useless && cell.state() != State::DeleteFailed {
                 return Ok(None);
             }

@@ -436,7 +436,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 found.push((at, cell.segment_number()));
             }
             left -= 1;
-            at = self.arena.neighbour(List::Segments, at, End::Last)?;
+            at = self.arena.neighbour(at, End::Last)?;
         }
         Ok(found)
     }

@@ -176,7 +176,7 @@ impl<S: Storage> Entries for Arena<S> {
     }
     #[inline]
     fn neighbour(&self, entry: u32, towards: End) -> Result<u32> {
-        Arena::neighbour(self, List::Recency, entry, towards)
+        Arena::neighbour(self, entry, towards)
     }
     #[inline]
     fn link(&mut self, list: List, entry: u32, end: End) -> Result<()> {

@@ -124,7 +124,7 @@ impl Index {
     #[pyo3(signature = (*, max_size=None, max_age=None, slices_like_python=false, flat_namespace=false,
                         verify="never", seed=None, complete=true, unit=1,
                         eviction=PolicyKind::default().as_str(), minimise=Minimise::default().as_str(),
-                        holes=None))]
+                        holes=None, sources=false))]
     #[allow(clippy::too_many_arguments)] // As many options as there are.
     fn new(
         max_size: Option<u64>,
@@ -138,6 +138,7 @@ impl Index {
         eviction: &str,
         minimise: &str,
         holes: Option<bool>,
+        sources: bool,
     ) -> PyResult<Self> {
         let (kind, minimise) = policy(eviction, minimise)?;
         let limits = limits(max_size, max_age, flat_namespace, verify)?;
@@ -147,7 +148,8 @@ impl Index {
             Heap::rebuilding()
         };
         let block = match holes {
-            Some(_) => block.with_places(),
+            Some(_) => block.with_places().with_sources(),
+            None if sources => block.with_sources(),
             None => block,
         };
         // One that cannot be guessed: keys could else be chosen so that they collide.

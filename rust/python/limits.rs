@@ -1,14 +1,24 @@
 //! The limits of an index, its eviction policy, and what counts against the bound.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::backing::step;
 use super::convert::{age, policy, policy_names, when_to_verify};
 use super::index::Index;
+use crate::cache::SourceAge;
+
+fn source_ages(ages: Vec<(String, Option<f64>)>) -> PyResult<Vec<SourceAge>> {
+    let one = |(label, seconds): (String, Option<f64>)| {
+        SourceAge::of(&label, seconds.map(age))
+            .ok_or_else(|| PyValueError::new_err(format!("{label:?} is no label of a source")))
+    };
+    ages.into_iter().map(one).collect()
+}
 
 #[pymethods]
 impl Index {
-    #[pyo3(signature = (max_size, max_age, verify, uses_policy, /))]
+    #[pyo3(signature = (max_size, max_age, verify, uses_policy, ages=None, /))]
     fn set_limits(
         &self,
         py: Python<'_>,
@@ -16,11 +26,16 @@ impl Index {
         max_age: Option<f64>,
         verify: &str,
         uses_policy: bool,
+        ages: Option<Vec<(String, Option<f64>)>>,
     ) -> PyResult<()> {
         let verify = when_to_verify(verify)?;
+        let ages = ages.map(source_ages).transpose()?;
         step!(self, py, |cache| {
             cache.set_limits(max_size.unwrap_or(u64::MAX), max_age.map(age), verify);
             cache.use_policy(uses_policy);
+            if let Some(ages) = &ages {
+                cache.set_ages(ages.clone());
+            }
             Ok(())
         })
     }

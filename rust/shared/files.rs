@@ -160,7 +160,7 @@ impl Files {
 
     /// Makes new ones those of an empty index that this participant rebuilds.
     pub(super) fn begin_fresh(&mut self, own_slot: usize) {
-        *self.header_mut() = FileHeader::fresh(own_slot);
+        self.header_mut().begin_fresh(own_slot);
         self.head.slice_mut(END_AT, 1).fill(END);
     }
 

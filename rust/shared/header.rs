@@ -14,7 +14,7 @@ pub(super) const VERSIONS: usize = 16 * 1024;
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"zcache\r\n");
 /// Changes with every change of the layout; an index of another format is rebuilt.
-const INDEX_FORMAT: u32 = 21;
+const INDEX_FORMAT: u32 = 22;
 /// Reads as another number where the byte order differs.
 const BYTE_ORDER: u32 = 0x0102_0304;
 
@@ -63,7 +63,7 @@ pub(super) const CHECKED: std::ops::Range<usize> =
     offset_of!(FileHeader, format)..offset_of!(FileHeader, participants);
 
 /// Bytes before the versions.
-pub(super) const HEADER_LEN: usize = 32 * 1024;
+pub(super) const HEADER_LEN: usize = 128 * 1024;
 /// Where a number stands that shows that nothing before it was cut off.
 pub(super) const END_AT: usize = HEADER_LEN + VERSIONS * size_of::<u32>();
 /// The number; no other that is written is the same.
@@ -109,21 +109,20 @@ impl FileHeader {
             && u64::from(self.header.strings_used) <= self.strings
     }
 
-    /// The header of an empty index that this participant is working on and rebuilds.
-    pub(super) fn fresh(own_slot: usize) -> FileHeader {
+    /// Becomes that of an empty index that this participant is working on and rebuilds.
+    pub(super) fn begin_fresh(&mut self, own_slot: usize) {
+        // In place: it is too large for the stack of a small thread.
+        bytemuck::bytes_of_mut(self).fill(0);
         let generation = new_generation();
-        FileHeader {
-            magic: MAGIC,
-            format: INDEX_FORMAT,
-            byte_order: BYTE_ORDER,
-            cell_size: size_of::<Cell>() as u32,
-            dirty: own_slot as u32 + 1,
-            rebuild_owner: own_slot as u32 + 1,
-            epoch: generation as u32,
-            generation,
-            boot: boot(),
-            ..FileHeader::zeroed()
-        }
+        self.magic = MAGIC;
+        self.format = INDEX_FORMAT;
+        self.byte_order = BYTE_ORDER;
+        self.cell_size = size_of::<Cell>() as u32;
+        self.dirty = own_slot as u32 + 1;
+        self.rebuild_owner = own_slot as u32 + 1;
+        self.epoch = generation as u32;
+        self.generation = generation;
+        self.boot = boot();
     }
 
     /// Participant slots that were ever taken.

@@ -17,7 +17,7 @@ use super::index_file::{FAULTED, REMOVED};
 use super::lock_files::{Locks, OpenError};
 use super::mapped::Mapped;
 use super::step::DIED;
-use crate::cache::{Cache, Limits, Peers, Tally};
+use crate::cache::{Cache, Limits, Peers, Tally, ToldAges};
 use crate::error::{Error, Result};
 use crate::policy::{Minimise, PolicyKind};
 
@@ -53,6 +53,8 @@ pub struct Opening {
     pub policy: (PolicyKind, Minimise),
     /// See [`Cache::use_policy`].
     pub uses_policy: bool,
+    /// The sources of a pool that this participant has open; `None` where that is not said yet, and where all is of one source.
+    pub ages: Option<ToldAges>,
     /// Whether the index is that of a pool, with values in segments.
     pub with_places: bool,
     /// See [`Cache::set_one_value_a_segment`].
@@ -70,6 +72,7 @@ impl Opening {
             patience: Duration::MAX,
             policy: Default::default(),
             uses_policy: false,
+            ages: None,
             with_places: false,
             one_value_a_segment: false,
         }
@@ -147,6 +150,7 @@ impl<T: Clone> SharedIndex<T> {
         let (kind, minimise) = opening.policy;
         self.cache.choose_policy(kind, minimise);
         self.storage().uses_policy = opening.uses_policy;
+        self.storage().ages = opening.ages.unwrap_or(self.cache.told_ages());
         if self.storage().outdated {
             // What is damaged is no evidence.
             self.former = Former::of(&self.cache).unwrap_or_default();

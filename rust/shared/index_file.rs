@@ -9,7 +9,6 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use super::guard::Map;
-use super::header::HEADER_LEN;
 use super::lock_files::{
     create, extend, extend_ahead, is_hollow, open, open_existing, remove, rename_over, unshare,
 };
@@ -20,6 +19,9 @@ pub(super) const REMOVED: Error = Error::Lost("index file: removed");
 /// A page that could not be had is as good as a damaged one.
 pub(super) const FAULTED: Error =
     Error::Corrupt("index file: a page that cannot be read or written");
+
+/// Bytes that a new file has beside those that it needs.
+const ROOM: usize = 32 * 1024;
 
 /// A file of the index.
 #[derive(Debug)]
@@ -58,7 +60,7 @@ impl IndexFile {
             unshare(&file, len);
         }
         // An empty file cannot be mapped.
-        let wanted = if len == 0 { HEADER_LEN } else { len as usize };
+        let wanted = if len == 0 { ROOM } else { len as usize };
         extend(&file, 0, wanted.max(least))?;
         Ok(Opened {
             file: Self::over(name, file)?,
@@ -78,7 +80,7 @@ impl IndexFile {
         // Left by a participant that has died.
         remove(&open_folder(root)?, &new_name);
         let file = create(&root.join(new_name))?;
-        extend(&file, 0, HEADER_LEN + least)?;
+        extend(&file, 0, ROOM + least)?;
         Self::over(name, file)
     }
 

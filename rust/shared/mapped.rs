@@ -25,6 +25,7 @@ use super::lock_files::{
 use super::lock_word::LockWord;
 use super::own::open_folder;
 use super::sample_file::SampleFile;
+use crate::cache::ToldAges;
 use crate::error::Result;
 
 /// The mapped files, and the lock that guards them.
@@ -40,6 +41,8 @@ pub struct Mapped {
     pub(super) bound: u64,
     /// See [`Participant::uses_policy`](crate::cache::Participant::uses_policy).
     pub(super) uses_policy: bool,
+    /// See [`Participant::ages`](crate::cache::Participant::ages).
+    pub(super) ages: ToldAges,
     pub(super) generation: u64,
     /// Whether it is sound but of an earlier boot, or of another machine: not to be believed without a
     /// look at the files.
@@ -131,6 +134,7 @@ impl Mapped {
             own_slot,
             bound,
             uses_policy: false,
+            ages: ToldAges::default(),
             generation: 0,
             outdated: false,
             alive,

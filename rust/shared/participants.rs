@@ -8,7 +8,7 @@ use super::lock_files::is_alive;
 use super::mapped::Mapped;
 use super::sample_file::SampleFile;
 use crate::arena::racing::load_u64;
-use crate::cache::{Participant, Peers, Version};
+use crate::cache::{Participant, Peers, ToldAges, Version};
 use crate::error::Result;
 use crate::sampling::Sample;
 
@@ -36,12 +36,13 @@ impl Mapped {
     /// Adds this participant to the list. The lock must be held.
     pub fn register(&mut self) {
         let (own_slot, bound) = (self.own_slot, self.bound);
-        let uses_policy = u16::from(self.uses_policy);
+        let (uses_policy, ages) = (u16::from(self.uses_policy), self.ages);
         self.generation = self.file_header().generation;
         let fresh = Participant {
             live: 1,
             bound,
             uses_policy,
+            ages,
             ..Participant::zeroed()
         };
         self.file_header_mut().add_participant(own_slot, fresh);
@@ -130,6 +131,14 @@ impl Peers for Mapped {
     }
     fn participants_mut(&mut self) -> &mut [Participant] {
         self.file_header_mut().participants_mut()
+    }
+    fn set_ages(&mut self, ages: &ToldAges) {
+        self.ages = *ages;
+        if let Some(own) = self.own_mut()
+            && own.live != 0
+        {
+            own.ages = *ages;
+        }
     }
     fn set_bound(&mut self, bound: u64) {
         self.bound = bound;

@@ -62,6 +62,7 @@ impl<T: Clone> SharedIndex<T> {
             patience: REOPEN_PATIENCE,
             policy: self.cache.wanted_policy(),
             uses_policy: self.storage().uses_policy,
+            ages: self.storage().has_sources().then(|| self.cache.told_ages()),
             with_places: self.storage().has_places(),
             one_value_a_segment: self.cache.has_one_value_a_segment(),
             ..Opening::new(self.cache.limits(), seed)

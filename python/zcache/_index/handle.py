@@ -67,6 +67,8 @@ class IndexHandle:
 
     Attributes
     ----------
+    ages : list of tuple, or None
+        Of a pool, the sources that are open in this process; see `Index.set_limits`.
     usable : bool
         False where the cache store cannot be used: then nothing is cached.
     why : str
@@ -104,6 +106,7 @@ class IndexHandle:
         self._index = index
         self.name = name
         self.limits = limits
+        self.ages: list[tuple[str, float | None]] | None = None
         self.usable = True
         self.why = ""
         self.lacks_rights = False
@@ -178,15 +181,15 @@ class IndexHandle:
             self.limits = {**self.limits, **limits}
 
     def apply_limits(self) -> None:
-        """Have the index of now keep to `limits`."""
+        """Have the index of now keep to `limits` and `ages`."""
         self.call_later(ignore, self._set_limits)
 
     def _set_limits(self, index: Index) -> None:
-        limits, is_used = None, False
+        limits, ages, is_used = None, None, False
         # Another thread may have changed them meanwhile, and have been faster.
-        while limits is not self.limits or is_used is not bool(self.users):
-            limits, is_used = self.limits, bool(self.users)
-            index.set_limits(limits["max_size"], limits["max_age"], limits["verify"], is_used)
+        while limits is not self.limits or ages is not self.ages or is_used is not bool(self.users):
+            limits, ages, is_used = self.limits, self.ages, bool(self.users)
+            index.set_limits(limits["max_size"], limits["max_age"], limits["verify"], is_used, ages)
 
     # -------------------------------------------------------------- steps
 

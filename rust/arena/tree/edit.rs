@@ -2,7 +2,7 @@
 
 use super::find::Located;
 use super::tail_slashes;
-use crate::arena::arena::{Arena, End, List, OVERFLOW, ROOT};
+use crate::arena::arena::{Arena, End, OVERFLOW, ROOT};
 use crate::arena::cell::{Cell, Kind};
 use crate::arena::storage::Storage;
 use crate::error::{Error, Result};
@@ -130,8 +130,7 @@ impl<S: Storage> Arena<S> {
     /// processor's caches all at once, where each step of the deletion would wait for its own.
     pub(crate) fn prefetch(&self, i: u32) -> Result<()> {
         let cell = self.get(i)?;
-        let [older, newer] =
-            [End::First, End::Last].map(|end| self.neighbour(List::Recency, i, end));
+        let [older, newer] = [End::First, End::Last].map(|end| self.neighbour(i, end));
         let lists = [older?, newer?, cell.earlier, cell.later];
         let mut read = 0;
         for beside in lists.into_iter().chain([cell.left, cell.right]) {

@@ -284,7 +284,7 @@ class Pool:
     def apply_limits(self) -> None:
         """Keep to the limits of all sources and stores: each is bound by the smallest size, and leaves the most space free.
 
-        Their ages are no limit: a source that is not in use now, or in use by another process, may have greater ones.
+        What is too old for the stores of its own source, in all processes, goes first.
         """
         with self._lock:
             sources = self._sources.snapshot()
@@ -292,6 +292,12 @@ class Pool:
             size = least([self.max_size, limits["max_size"]])
             before = self.handle.limits["max_size"]
             self.handle.change_limits({**limits, "max_size": size})
+            # Where they go by several clocks, the index cannot tell what is too old.
+            is_one_clock = all(one.clock is sources[0].clock for one in sources)
+            self.handle.ages = [
+                (one.label, one.handle.own_limits["max_age"] if is_one_clock else None)
+                for one in sources
+            ]
             free = greatest(
                 [
                     *(store.options.min_free_space for store in self._stores.snapshot()),
@@ -328,6 +334,7 @@ class Pool:
             self.handle.after_fork(None)
             if not self.handle.index.after_fork():
                 self.handle.index = Index(**self.handle.limits)
+                self.handle.apply_limits()
             return
         self.directory.layout.scanner.renew(holes=self.directory.layout.holes)
         self.directory.after_fork()
@@ -338,7 +345,12 @@ class MemoryPool(Pool):
 
     def __init__(self, store: PoolMemoryStore) -> None:
         super().__init__(store, time.monotonic)
-        limits = {**_LIMITS, "verify": "never", "max_size": store.options.max_size}
+        limits = {
+            **_LIMITS,
+            "verify": "never",
+            "max_size": store.options.max_size,
+            "sources": True,
+        }
         self.handle = IndexHandle(Index(**limits), repr(store), limits)
         self.breaker = breaker_of(self.handle)
         # The store keeps the pool alive, and not the other way round.
