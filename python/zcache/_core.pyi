@@ -592,6 +592,9 @@ class Index:
     def abort_flight(self, key: str, flight: object, /) -> None:
         """Close the flight with this payload, whose reader cannot go on."""
 
+    def supersede_flight(self, key: str, flight: object, /) -> None:
+        """Have later readers join another flight than this one. What it brings is cached where nothing else is."""
+
     def reserve(self, key: str, raw: _Range, size: int, ticket: int, now: float, /) -> _Reserve:
         """Ask for room for a value that was read or written under a ticket."""
 

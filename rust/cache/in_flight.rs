@@ -330,6 +330,16 @@ impl<T: Clone> Flights<T> {
         self.close(key, ticket)
     }
 
+    /// Has later readers open another flight than the one with this payload, which is returned. What that one brings is
+    /// cached where nothing else is by then, for it is older than what they read.
+    pub fn supersede(&mut self, key: &str, is: impl Fn(&T) -> bool) -> Option<T> {
+        let flights = &mut self.by_key.get_mut(key)?.flights;
+        let mut all = flights.iter_mut();
+        let flight = all.find(|f| f.payload.as_ref().is_some_and(&is))?;
+        flight.max_age = None;
+        flight.payload.take()
+    }
+
     /// Invalidates the flights of one key.
     pub fn invalidate_key(&mut self, key: &str) {
         self.invalidation_epoch += 1;

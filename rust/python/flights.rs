@@ -1,4 +1,4 @@
-//! Flights: joined, completed, and aborted.
+//! Flights: joined, completed, aborted, and superseded.
 
 use pyo3::prelude::*;
 use pyo3::types::PyString;
@@ -149,6 +149,16 @@ impl Index {
             cache.abort_flight(key, |other| other.0.is(&flight))
         ))?;
         drop(closed);
+        Ok(())
+    }
+
+    #[pyo3(signature = (key, flight, /))]
+    fn supersede_flight(&self, py: Python<'_>, key: &str, flight: Py<PyAny>) -> PyResult<()> {
+        let key = &*self.whole(key);
+        let payload = step!(self, py, |cache| Ok(
+            cache.supersede_flight(key, |other| other.0.is(&flight))
+        ))?;
+        drop(payload);
         Ok(())
     }
 }

@@ -109,6 +109,33 @@ async def test_read_under_way_is_joined_only_while_it_is_young_enough(
     await check_quiet(store)
 
 
+async def test_read_that_took_too_long_for_others_is_cached_all_the_same(
+    source: StoreDouble, cache: Store | CachePool, clock: FakeClock
+) -> None:
+    """Else a slow source that is read all the time would never be cached, for stores of any age."""
+    await source.inner.set("a", buf(b"old"))
+    brief, endless = (
+        CacheStore(source, cache_store=cache, max_age_seconds=age, clock=clock, source_id="source")
+        for age in (1, "infinity")
+    )
+    gates = []
+    reads = []
+    for number in range(3):
+        gates.append(source.block("get", times=1, after=True))
+        reads.append(asyncio.create_task(read(brief, "a")))
+        await gates[-1].entered_async()
+        await source.inner.set("a", buf(b"%d" % number))
+        clock.advance(2)
+    # The last one comes first: what was read before it does not take its place.
+    for at, value in ((0, b"old"), (2, b"1"), (1, b"0")):
+        gates[at].release()
+        assert await reads[at] == value
+        await drained(brief)
+        assert await read(endless, "a") == (b"old" if at == 0 else b"1")
+    assert endless.cache_stats()["hits"] == 3
+    await check_quiet(brief)
+
+
 async def test_ages_by_pattern_the_first_that_matches_holds(
     source: StoreDouble, cache: Store | CachePool, clock: FakeClock
 ) -> None:

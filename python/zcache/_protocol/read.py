@@ -305,13 +305,16 @@ class Reader:
         before = was_pending is not None
         counts = before or other.may_be_joined(self.now(), self.ages.of(key))
         is_pending = other.done if was_pending is None else was_pending
+        if not counts and not other.is_cut_off:
+            # It goes on for those who were in time.
+            with contextlib.suppress(IndexLockTimeout):
+                await self.handle.call(io, Index.supersede_flight, key, other)
+            return False, None
         if not counts or not await io.wait(other):
-            # Later readers do not join it.
+            # Its leader cannot go on: all who wait for it start over, and later readers do not join it.
             with contextlib.suppress(IndexLockTimeout):
                 await self.handle.call(io, Index.abort_flight, key, other)
-            if counts or other.is_cut_off:
-                # Its leader cannot go on: all who wait for it start over.
-                other.abandon()
+            other.abandon()
         if not counts or other.must_ask_again(prototype.buffer):
             return False, None
         if other.error is not None:
