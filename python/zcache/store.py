@@ -747,8 +747,8 @@ class CacheStore(Store, KeepsDecoded):
         The file is CSV in gzip, with a line for each read of a value that the source has: ``time`` (seconds since
         the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the whole value),
         ``size`` (bytes of the answer), ``hit`` (0 or 1), of the entry that has served it ``entry_range`` and
-        ``entry_size``, and ``outdated`` (1 where what is cached was too old to be served). Sizes that are not known,
-        of reads that failed, are left out. `replay` reads it.
+        ``entry_size``, and ``outdated`` (1 where what is cached was too old to be served). A size that is not
+        known yet at the end is left out. `replay` reads it.
 
         A reader does no more than put its request into a queue; a thread writes it. An error of the file
         ends the recording with a warning in the log, never a read.

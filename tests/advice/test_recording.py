@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -616,6 +617,14 @@ def record_in_worker(path: Path) -> None:
     for number in range(3):
         value_sync(store, f"a/c/{number}")
 
+    def read_on() -> None:
+        # That it has ended is known once its main thread has gone on to the end of the process.
+        while "zcache-exit" not in {thread.name for thread in threading.enumerate()}:
+            time.sleep(0.001)
+        value_sync(store, "a/c/0")
+
+    threading.Thread(target=read_on).start()
+
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_recording_that_is_open_when_a_worker_ends_is_written_to_its_end(
@@ -627,4 +636,4 @@ def test_recording_that_is_open_when_a_worker_ends_is_written_to_its_end(
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    assert [row["key"] for row in rows_of(path)] == ["a/c/0", "a/c/1", "a/c/2"]
+    assert [row["key"] for row in rows_of(path)] == ["a/c/0", "a/c/1", "a/c/2", "a/c/0"]

@@ -417,8 +417,8 @@ def _after_fork() -> None:
         writer.after_fork()
 
 
-def _at_exit(is_last: bool) -> None:
-    if is_last:
+def _at_exit(threads_have_ended: bool) -> None:
+    if threads_have_ended:
         for writer in _writers.snapshot():
             writer.close()
 

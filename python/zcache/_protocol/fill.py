@@ -165,8 +165,8 @@ class FillQueue:
         allows, handle = self.breaker.allows, job.backend.shared.handle
         # Without deletes no room can be made: to try would cost entries that are still good.
         if not (handle.usable and allows("write") and allows("delete")):
-            if not handle.usable or allows("read"):
-                # Where the breaker leaves reads alone as well, this one was counted before.
+            if allows("read"):
+                # Where reads are left alone as well, this one was counted before.
                 job.backend.counters.count("skipped")
             return False
         if (access := self.filler.access) is not Access.FILLS:

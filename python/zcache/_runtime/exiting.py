@@ -7,11 +7,12 @@ import concurrent.futures.thread  # noqa: F401 - what it does at the end comes a
 import contextlib
 import sys
 import threading
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_callbacks: list[Callable[[bool], object]] = []
 
 
 def at_exit(callback: Callable[[bool], object]) -> None:
@@ -21,14 +22,38 @@ def at_exit(callback: Callable[[bool], object]) -> None:
     ----------
     callback : callable
         Is called twice: when the main thread has ended, and when all threads have that Python waits for. It is told
-        whether nothing comes after that: a worker of multiprocessing ends without `atexit`.
+        whether that is so.
     """
-    # Event loops cannot start threads any more once `atexit` has its turn.
-    with contextlib.suppress(AttributeError, RuntimeError):
-        threading._register_atexit(partial(_call_early, callback))  # type: ignore[attr-defined]
-    atexit.register(callback, True)
+    if not _callbacks:
+        # Event loops cannot start threads any more once `atexit` has its turn.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            threading._register_atexit(_main_has_ended)  # type: ignore[attr-defined]
+        atexit.register(_call_all, True)
+    _callbacks.append(callback)
 
 
-def _call_early(callback: Callable[[bool], object]) -> None:
+def _call_all(threads_have_ended: bool) -> None:
+    # The last one is called first, and what one raises costs no other one.
+    with contextlib.ExitStack() as stack:
+        for callback in _callbacks:
+            stack.callback(callback, threads_have_ended)
+
+
+def _main_has_ended() -> None:
+    _call_all(False)
     process = sys.modules.get("multiprocessing.process")
-    callback(process is not None and process.parent_process() is not None)
+    if process is None or process.parent_process() is None:
+        return
+    # A worker of multiprocessing ends without `atexit`, once the threads have ended that are there.
+    try:
+        threading.Thread(target=_await_threads, name="zcache-exit", daemon=False).start()
+    except RuntimeError:
+        _call_all(True)
+
+
+def _await_threads() -> None:
+    own = threading.current_thread(), threading.main_thread()
+    while others := [t for t in threading.enumerate() if not t.daemon and t not in own]:
+        for other in others:
+            other.join()
+    _call_all(True)
