@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use zcache::key::{ByteRange, Part};
-use zcache::policy::{PolicyKind, Simulation};
+use zcache::policy::{Minimise, PolicyKind, Simulation};
 
 /// A hash of 64 good bits.
 fn hash(key: u64) -> u64 {
@@ -223,6 +223,60 @@ fn simulation_of_large_values_read_once_adaptive_keeps_the_small_ones() {
     let lru = misses_of(PolicyKind::Lru, 420, trace());
     assert!(adaptive < 0.1, "{adaptive}");
     assert!(lru > 0.9, "{lru}");
+}
+
+#[test]
+fn simulation_of_loops_a_cache_of_a_few_values_serves_what_fits() {
+    for room in [1, 2, 3, 4, 5, 8, 20] {
+        for keys in [room + 1, 2 * room, 10 * room] {
+            let trace = || passes(keys, 8000 / keys);
+            let none = misses(PolicyKind::None, room, trace());
+            let adaptive = misses(PolicyKind::Adaptive, room, trace());
+            assert!(adaptive < none + 0.03, "{room} {keys} {adaptive} {none}");
+        }
+    }
+}
+
+/// A key that is read again at once is served, though there is room for one value.
+#[test]
+fn simulation_of_two_reads_in_a_row_a_cache_of_one_value_serves_the_second() {
+    let trace = passes(4000, 1).flat_map(|key| [key, key]);
+    let adaptive = misses(PolicyKind::Adaptive, 1, trace);
+    assert!(adaptive < 0.51, "{adaptive}");
+}
+
+/// The same keys in another order each time.
+fn shuffled(keys: u64, epochs: u64) -> impl Iterator<Item = u64> {
+    (0..epochs).flat_map(move |epoch| {
+        let mut order: Vec<u64> = (0..keys).collect();
+        order.sort_by_key(|key| hash(key << 16 | epoch));
+        order
+    })
+}
+
+/// The part of the bytes that is served where that of bytes, or of requests, is to be large.
+fn bytes_served(what: Minimise, capacity: u64, trace: impl Iterator<Item = (u64, u64)>) -> f64 {
+    let mut simulation = Simulation::new(PolicyKind::Adaptive, capacity).minimising(what);
+    let (mut served, mut all) = (0, 0);
+    for (key, size) in trace {
+        served += u64::from(simulation.access(hash(key), size)) * size;
+        all += size;
+    }
+    served as f64 / all as f64
+}
+
+#[test]
+fn simulation_of_uneven_sizes_minimise_bytes_learns_as_requests_does() {
+    let keys = 300;
+    for first in (0..6).map(|n| n << 32) {
+        let size = |key: u64| (hash(key).count_ones() as f64 * 0.45).exp() as u64;
+        let total: u64 = (0..keys).map(|key| size(key + first)).sum();
+        let trace = || shuffled(keys, 40).map(|key| (key + first, size(key + first)));
+        let [requests, bytes] = [Minimise::Requests, Minimise::Bytes]
+            .map(|what| bytes_served(what, total / 10, trace()));
+        assert!(bytes > requests - 0.025, "{first} {bytes} {requests}");
+        assert!(bytes > 0.06, "{first} {bytes}");
+    }
 }
 
 fn requests() -> impl Strategy<Value = Vec<(u64, u64)>> {

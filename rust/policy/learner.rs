@@ -12,7 +12,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::entries::Entries;
-use super::evidence::{Evidence, FADE_LEAST};
+use super::evidence::{Evidence, FADE_LEAST, Paid};
 use super::policy::Newcomer;
 use super::rule::cost_of;
 use super::samples::{self, COUNT, Samples};
@@ -96,20 +96,24 @@ impl<'a> Learner<'a> {
         let cost = cost_of(state, request.size) as f64;
         let capacity = capacity >> self.head.shift;
         let mut counts = [0; COUNT];
-        let mut paid = [0.0; COUNT];
-        for (n, (count, paid)) in counts.iter_mut().zip(&mut paid).enumerate() {
+        let mut simulated = [0.0; COUNT];
+        for (n, (count, paid)) in counts.iter_mut().zip(&mut simulated).enumerate() {
             let (is_hit, keys) = self.simulate(n, key, state, capacity)?;
             (*count, *paid) = (keys, if is_hit { 0.0 } else { cost });
         }
         // Alike for all of them, however many keys each holds.
         let most = counts.iter().copied().max().unwrap_or(0) as f64;
         let evidence = &mut self.head.evidence;
-        let own = if request.is_hit { 0.0 } else { cost };
-        evidence.note(paid, own, most);
+        let paid = Paid {
+            simulated,
+            own: if request.is_hit { 0.0 } else { cost },
+            at_most: cost,
+        };
+        evidence.note(current, paid, most);
         self.samples.remove_unheld(key)?;
         let best = evidence.best();
-        let chosen = evidence.choose(current, best, cost, most);
-        self.restart_one(best, chosen, counts, cost)?;
+        let chosen = evidence.choose(current, best, most);
+        self.restart_one(best, chosen, counts)?;
         if counts.into_iter().any(|keys| keys > MANY) {
             self.sample_fewer()?;
         }
@@ -144,13 +148,7 @@ impl<'a> Learner<'a> {
     }
 
     /// Looks at one simulation, another one each time.
-    fn restart_one(
-        &mut self,
-        best: usize,
-        in_force: usize,
-        counts: [u64; COUNT],
-        least: f64,
-    ) -> Result<()> {
+    fn restart_one(&mut self, best: usize, in_force: usize, counts: [u64; COUNT]) -> Result<()> {
         let evidence = &mut self.head.evidence;
         let n = (evidence.requests() % COUNT as u64) as usize;
         let keys = counts.get(n).copied().unwrap_or(0);
@@ -159,9 +157,9 @@ impl<'a> Learner<'a> {
         if n == best || n == in_force || waited < PATIENCE * keys.max(FADE_LEAST as u64) {
             return Ok(());
         }
-        if evidence.is_behind(n, best, least) {
+        if evidence.is_behind(n, best) {
             self.samples.copy(best, n)?;
-            evidence.restart(n, best, least);
+            evidence.restart(n, best);
             *restarted = evidence.requests();
         }
         Ok(())

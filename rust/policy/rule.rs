@@ -55,6 +55,9 @@ pub(super) struct Rule {
     halve_after: u64,
     /// Whether the main list goes where nothing but new keys comes.
     renews: bool,
+    /// Whether a window of less than half a value has none, not one. In a cache of a few values that one is missing
+    /// from the rest, and one alone would be LRU.
+    may_be_empty: bool,
 }
 
 const WHOLE: u64 = 1000;
@@ -66,23 +69,27 @@ pub(super) const RULES: [Rule; 4] = [
         window: WHOLE,
         halve_after: 10,
         renews: false,
+        may_be_empty: false,
     },
     // Frequency, over a short time and of the data of now, or over a long time.
     Rule {
         window: 10,
         halve_after: 4,
         renews: true,
+        may_be_empty: false,
     },
     Rule {
         window: 10,
         halve_after: 20,
         renews: false,
+        may_be_empty: true,
     },
     // Both.
     Rule {
         window: 200,
         halve_after: 10,
         renews: false,
+        may_be_empty: true,
     },
 ];
 
@@ -130,7 +137,15 @@ impl Ruled {
     fn fits_window<E: Entries>(self, entries: &E, size: u64) -> bool {
         let (count, bytes) = entries.totals();
         let mean = bytes / count.max(1);
-        self.is_lru() || size <= self.window(bytes).max(mean)
+        self.is_lru() || size <= self.window(bytes).max(mean) && !self.has_no_window(entries)
+    }
+
+    /// Whether newcomers are compared at once. Until something had to go there is nothing to compare them with.
+    fn has_no_window<E: Entries>(self, entries: &E) -> bool {
+        let (count, bytes) = entries.totals();
+        let full = entries.state().full_bytes;
+        let is_small = || self.window(full).saturating_mul(2) < bytes / count.max(1);
+        self.rule.may_be_empty && full != 0 && is_small()
     }
 
     /// Whether more has to go than is in the window: a value would take the place of what is in the main list, and never
@@ -158,6 +173,15 @@ impl Ruled {
             0
         };
         note_full(entries, faded);
+        if self.has_no_window(entries) {
+            // What came before the cache was full, or under another rule.
+            for _ in 0..MOVES {
+                let Some(entry) = entries.end(List::Recency, End::First)? else {
+                    break;
+                };
+                entries.move_to(entry, List::Main)?;
+            }
+        }
         if self.fits_window(entries, size) && !self.is_window_spent(entries, newcomer)? {
             return Ok(true);
         }

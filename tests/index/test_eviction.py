@@ -138,6 +138,18 @@ async def test_epochs_in_memory_adaptive_serves_what_fits(share: float, is_shuff
     await check_quiet(store)
 
 
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("factor", [2, 10])
+async def test_cache_of_a_few_values_adaptive_serves_what_fits_of_a_loop(
+    room: int, factor: int
+) -> None:
+    keys = room * factor
+    store = CacheStore(await source_of(keys), max_size=10 * room, eviction="adaptive")
+    await hits_of(store, list(range(keys)) * (400 // keys))
+    assert await hits_of(store, list(range(keys)) * 3) >= 3 * room
+    await check_quiet(store)
+
+
 @pytest.mark.parametrize("eviction", POLICIES)
 async def test_any_policy_keeps_bound_and_books(cache: Store | CachePool, eviction: Any) -> None:
     rng = np.random.default_rng(1)
