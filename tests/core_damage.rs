@@ -30,7 +30,7 @@ enum Call {
     EndWrite,
     Forget,
     DropPrefix,
-    Orphans,
+    FailedDeletes,
     Settled,
     Fork,
     Listings,
@@ -50,7 +50,7 @@ const CALLS: [Call; 17] = [
     Call::EndWrite,
     Call::Forget,
     Call::DropPrefix,
-    Call::Orphans,
+    Call::FailedDeletes,
     Call::Settled,
     Call::Fork,
     Call::Listings,
@@ -185,7 +185,7 @@ impl Run {
                     self.note(victims);
                 }
             }
-            Call::Orphans => {
+            Call::FailedDeletes => {
                 let victims = self.cache.retry_failed(usize::MAX)?;
                 self.note(victims);
             }

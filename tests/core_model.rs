@@ -35,7 +35,7 @@ enum Step {
     BeginChange(Index, Index, usize),
     /// ... until this.
     EndChange(Index),
-    Orphans(usize),
+    FailedDeletes(usize),
     /// Make room that no reservation asks for.
     Evict(u64),
     /// Report victims that no reservation waits for.
@@ -68,7 +68,7 @@ fn steps() -> impl Strategy<Value = Step> {
         3 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| DropPrefix(k, c, n)),
         1 => (i(), i(), 0usize..3).prop_map(|(k, c, n)| BeginChange(k, c, n)),
         2 => i().prop_map(EndChange),
-        3 => (0usize..4).prop_map(Orphans),
+        3 => (0usize..4).prop_map(FailedDeletes),
         3 => size().prop_map(Evict),
         6 => (1usize..6, bits()).prop_map(|(n, b)| Settled(n, b)),
         3 => i().prop_map(Discard),
@@ -257,7 +257,7 @@ impl Run {
                     self.drop_prefix(&prefix, Some(false));
                 }
             }
-            Step::Orphans(limit) => {
+            Step::FailedDeletes(limit) => {
                 let victims = self.cache.retry_failed(*limit).unwrap();
                 self.pending.extend(self.note(&victims));
                 self.model.retried(*limit, &victims);

@@ -42,7 +42,7 @@ pub enum List {
     Main,
     /// `DeleteFailed` entries, next to retry first.
     DeleteFailed,
-    /// `Writing` and `Deleting` entries.
+    /// `Filling` and `Deleting` entries.
     InProgress,
     /// Absences, least recently used first.
     Absences,
@@ -300,7 +300,7 @@ impl List {
         let is_in_state = match self {
             List::Recency | List::Main => state == State::Live,
             List::DeleteFailed => state == State::DeleteFailed,
-            List::InProgress => matches!(state, State::Writing | State::Deleting),
+            List::InProgress => matches!(state, State::Filling | State::Deleting),
             List::Absences => return matches!(cell.kind(), Ok(Kind::Absent)),
             List::Segments => return matches!(cell.kind(), Ok(Kind::Segment)),
         };

@@ -41,7 +41,7 @@ pub enum State {
     /// Its bytes are in the cache store and may be served.
     Live = 0,
     /// Its reservation is granted and its bytes are being written. Counted, never served.
-    Writing = 1,
+    Filling = 1,
     /// It is no longer valid and its bytes are being deleted. Counted, never served.
     Deleting = 2,
     /// It is no longer valid and deleting its bytes has failed. Counted, never served, and the
@@ -100,7 +100,7 @@ pub const TOO_LARGE: u64 = 1 << SIZE_BITS;
 fn state_in(bits: u8) -> State {
     match bits >> 4 & 3 {
         0 => State::Live,
-        1 => State::Writing,
+        1 => State::Filling,
         2 => State::Deleting,
         _ => State::DeleteFailed,
     }

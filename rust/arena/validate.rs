@@ -129,7 +129,7 @@ impl<S: Storage> Arena<S> {
                     totals.live_bytes = add(totals.live_bytes)?;
                 }
                 State::DeleteFailed => totals.failed += 1,
-                State::Writing | State::Deleting => {}
+                State::Filling | State::Deleting => {}
             }
         }
         check(totals.used_bytes == header.used_bytes, "used bytes")?;

@@ -534,7 +534,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             }
         }
         for reservation in self.reservations.values().filter(|r| r.cell != 0) {
-            if self.arena.get(reservation.cell)?.state() != State::Writing {
+            if self.arena.get(reservation.cell)?.state() != State::Filling {
                 return Err(Error::Corrupt("granted reservation that is not written"));
             }
         }

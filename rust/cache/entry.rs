@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            granted            committed
-//!   (none) ───────────▶ Writing ─────────▶ Live ─────┐ evicted, expired,
+//!   (none) ───────────▶ Filling ─────────▶ Live ─────┐ evicted, expired,
 //!                          │ aborted,                │ overwritten, damaged
 //!                          ▼ invalidated             ▼
 //!   (none) ◀─────────── Deleting ◀───────────────────┘
@@ -51,7 +51,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(None);
         };
         let cell = self.arena.get_mut(i)?;
-        cell.begin(size, State::Writing);
+        cell.begin(size, State::Filling);
         self.link_in_progress(i)?;
         let header = self.arena.header_mut();
         header.used_bytes = used;
@@ -61,7 +61,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         Ok(Some(i))
     }
 
-    /// The bytes of a `Writing` entry are complete and valid. Its age counts from `fetched`, which
+    /// The bytes of a `Filling` entry are complete and valid. Its age counts from `fetched`, which
     /// may be before `now`.
     pub(super) fn make_live(
         &mut self,
@@ -194,7 +194,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     pub(super) fn delete_failed(&mut self, i: u32) -> Result<()> {
         let own = self.arena.storage.own_slot() as u32 + 1;
         let cell = self.arena.get(i)?;
-        if cell.state() == State::Writing && cell.earlier == own {
+        if cell.state() == State::Filling && cell.earlier == own {
             let cost = self.arena.header().cost(cell.size()?);
             self.change_writing(|bytes| bytes.saturating_sub(cost));
         }

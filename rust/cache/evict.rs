@@ -194,7 +194,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     /// bytes are reserved, and asked of further victims.
     pub(super) fn take(&mut self, i: u32, victims: &mut Vec<Victim>) -> Result<u64> {
         let state = self.arena.get(i)?.state();
-        if matches!(state, State::Writing | State::Deleting) {
+        if matches!(state, State::Filling | State::Deleting) {
             return Ok(0);
         }
         self.arena.prefetch(i)?;

@@ -109,7 +109,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         } = moved;
         let owner = self.arena.storage.own_slot() as u32 + 1;
         let is_own = self.arena.get(copy).is_ok_and(|cell| {
-            cell.is_entry() && cell.state() == State::Writing && cell.earlier == owner
+            cell.is_entry() && cell.state() == State::Filling && cell.earlier == owner
         });
         if !is_own {
             return Ok((Vec::new(), false));

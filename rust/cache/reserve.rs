@@ -127,7 +127,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 State::Live if self.is_stale(cell, key, ticket, now) => Some(i),
                 State::Live => return Ok(self.rejected(RejectReason::AlreadyCached)),
                 State::DeleteFailed => Some(i),
-                State::Writing | State::Deleting => {
+                State::Filling | State::Deleting => {
                     return Ok(self.rejected(RejectReason::Busy));
                 }
             };

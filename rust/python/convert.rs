@@ -65,7 +65,7 @@ pub(super) type RawEntry = (String, RawSpan, u64, &'static str);
 pub(super) fn raw_entries(entries: Vec<Entry>) -> Vec<RawEntry> {
     let state = |state| match state {
         State::Live => "live",
-        State::Writing => "filling",
+        State::Filling => "filling",
         State::Deleting => "deleting",
         State::DeleteFailed => "delete-failed",
     };

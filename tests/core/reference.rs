@@ -371,7 +371,7 @@ impl Model {
             let entry = self.entries.get(name);
             match entry.map(|e| (e.state, is_older(e, now, max_age))) {
                 Some((State::Live, false)) => Some(RejectReason::AlreadyCached),
-                Some((State::Writing | State::Deleting, _)) => Some(RejectReason::Busy),
+                Some((State::Filling | State::Deleting, _)) => Some(RejectReason::Busy),
                 held => {
                     own = held.is_some();
                     let mut others = self.in_the_way(name).into_iter();
@@ -474,7 +474,7 @@ impl Model {
                 self.serials += 1;
                 let entry = Entry {
                     size,
-                    state: State::Writing,
+                    state: State::Filling,
                     fetched: 0,
                     checksum: 0,
                     serial: self.serials,
@@ -723,7 +723,7 @@ impl Model {
                 }
                 self.failed.retain(|group| !group.is_empty());
             }
-            State::Writing | State::Deleting => panic!("{name:?} is in progress"),
+            State::Filling | State::Deleting => panic!("{name:?} is in progress"),
         }
         entry.state = State::Deleting;
         u128::from(entry.size)
@@ -873,7 +873,7 @@ impl Model {
         self.reservations.clear();
         let mut lost = BTreeSet::new();
         for (name, entry) in &mut self.entries {
-            if matches!(entry.state, State::Writing | State::Deleting) {
+            if matches!(entry.state, State::Filling | State::Deleting) {
                 entry.state = State::DeleteFailed;
                 lost.insert(name.clone());
             }
