@@ -1,7 +1,7 @@
 //! Plans of what will be read, under every policy: all books hold after each step, and the bound at each instant.
 
 use zcache::arena::Heap;
-use zcache::cache::{Cache, Joined, Limits, Reserve, Victim};
+use zcache::cache::{BATCH, Cache, Joined, Limits, Reserve, Victim};
 use zcache::key::ByteRange;
 use zcache::policy::{Minimise, Plan, Policy, PolicyKind};
 
@@ -18,13 +18,24 @@ fn cache_that_minimises(minimise: Minimise, max_size: u64, kind: PolicyKind) -> 
     cache
 }
 
-/// Reads a key, and fills it in where it was a miss; whether it was a hit.
+/// Reads a key, and fills it in where it was a miss; whether it was a hit. All books hold after each step.
 fn read(cache: &mut Tested, key: &str, range: ByteRange, size: u64) -> bool {
+    read_and(cache, key, range, size, |cache| cache.validate().unwrap())
+}
+
+/// Reads a key as [`read`] does, with this after each step.
+fn read_and(
+    cache: &mut Tested,
+    key: &str,
+    range: ByteRange,
+    size: u64,
+    check: impl Fn(&Tested),
+) -> bool {
     let is_hit = cache.lookup(key, range, 1).unwrap().is_some();
     if !is_hit && let Joined::Lead(ticket) = cache.join(key, range, (), 1, false).unwrap() {
         let mut answer = cache.reserve(key, range, size, ticket, 1).unwrap();
         while let Reserve::NeedsEviction(id, _) = answer {
-            cache.validate().unwrap();
+            check(cache);
             answer = cache.all_evicted(id, 1).unwrap();
         }
         match answer {
@@ -32,7 +43,7 @@ fn read(cache: &mut Tested, key: &str, range: ByteRange, size: u64) -> bool {
             _ => drop(cache.complete_flight(key, ticket)),
         }
     }
-    cache.validate().unwrap();
+    check(cache);
     assert!(cache.current_size() <= cache.limits().max_size);
     is_hit
 }
@@ -176,6 +187,56 @@ fn plan_takes_what_needs_the_most_room_until_it_is_read() {
             let held: Vec<_> = held.collect();
             let left: Vec<_> = (0..6).filter(|key| *key != gone).collect();
             assert_eq!(held, left, "{kind:?} {minimise:?}");
+        }
+    }
+}
+
+#[test]
+fn large_value_is_compared_with_all_that_would_go_before_anything_goes() {
+    let (small, large) = (3 * BATCH as u64, 9999);
+    for (kind, needed_soon) in PolicyKind::ALL.into_iter().flat_map(|k| [(k, 1), (k, 0)]) {
+        let mut cache = cache(small, kind);
+        for key in 0..small {
+            read_and(&mut cache, &name(key), ByteRange::Full, 1, |_| ());
+        }
+        // All but these are needed much later, and make no room without them.
+        let soon = 0..needed_soon * small / 10;
+        let far = (0..100_000).map(|key| large + 1 + key);
+        let order = [large, large + 1, large].into_iter().chain(soon.clone());
+        follow(&mut cache, plan(order.chain(far).chain(soon.end..small)));
+        read(&mut cache, &name(large), ByteRange::Full, small - 1);
+        let found = cache.peek(&name(large), ByteRange::Full, 1).unwrap();
+        assert_eq!(found.is_some(), needed_soon == 0, "{kind:?}");
+        let left = if needed_soon == 0 { 2 } else { small };
+        assert_eq!(cache.len() as u64, left, "{kind:?}");
+    }
+}
+
+#[test]
+fn many_bytes_that_have_to_go_are_what_is_needed_last() {
+    for kind in PolicyKind::ALL {
+        let small = 2 * BATCH as u64;
+        let mut cache = cache(small * 3, kind);
+        for key in 0..small {
+            read_and(&mut cache, &name(key), ByteRange::Full, key % 3, |_| ());
+        }
+        follow(&mut cache, plan(0..small));
+        let before = cache.current_size();
+        let victims = cache.evict(1000, 1).unwrap();
+        deleted(&mut cache, &victims);
+        cache.validate().unwrap();
+        assert!((1000..1002).contains(&(before - cache.current_size())));
+        let gone: Vec<u64> = (0..small)
+            .filter(|key| {
+                let found = cache.peek(&name(*key), ByteRange::Full, 1).unwrap();
+                found.is_none()
+            })
+            .collect();
+        assert!(gone.iter().all(|key| key % 3 != 0), "{kind:?}");
+        for one in [1, 2] {
+            let of_size = gone.iter().copied().filter(|key| key % 3 == one);
+            let first = of_size.clone().min().unwrap();
+            assert!(of_size.eq((first..small).step_by(3)), "{kind:?}");
         }
     }
 }

@@ -19,7 +19,9 @@ fn read(plan: &mut Plan, key: usize) -> Course {
 
 /// The entry that is needed last of all classes, and when.
 fn farthest(plan: &Plan) -> Option<(Distance, u32)> {
-    let last = Plan::classes(true).filter_map(|class| plan.last_of(class, (NEVER, NEVER)));
+    let last = plan
+        .classes(true)
+        .filter_map(|class| plan.last_of(class, (NEVER, NEVER)));
     last.map(|((_, entry), reads)| (reads, entry)).max()
 }
 
@@ -163,13 +165,13 @@ fn plan_tells_what_is_needed_last_of_each_class_of_room() {
         order
     };
     let all = |plan: &Plan| -> Vec<_> {
-        let all = Plan::classes(true).map(|class| order(plan, class));
+        let all = plan.classes(true).map(|class| order(plan, class));
         all.filter(|order| !order.is_empty()).collect()
     };
     let [nothing, few, most] = [vec![(10, 0)], vec![(30, 2), (20, 1)], vec![(21, 1)]];
     assert_eq!(all(&plan), [nothing, few.clone(), most.clone()]);
     assert_eq!(
-        Plan::classes(false)
+        plan.classes(false)
             .filter_map(|c| order(&plan, c).first().copied())
             .collect::<Vec<_>>(),
         [few[0], most[0]]

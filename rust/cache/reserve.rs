@@ -83,6 +83,8 @@ pub(super) struct Reservation {
     candidate: Candidate,
     /// The epoch of the flights when the ticket was valid.
     pub(super) invalidation_epoch: u64,
+    /// Whether the plans have let it in.
+    is_let_in: bool,
     /// Its part of `Header::reserved_bytes`.
     pub(super) reserved: u64,
     /// Rounds of deletes in which one has failed.
@@ -155,6 +157,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             ticket,
             candidate,
             invalidation_epoch: self.flights.invalidation_epoch(),
+            is_let_in: false,
             reserved: 0,
             failures: 0,
             awaited: SmallVec::new(),
@@ -280,6 +283,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(self.reject(reservation, RejectReason::NoSpace));
         }
         let mut need = self.need(&reservation.key, reservation.size);
+        need.is_let_in = reservation.is_let_in;
         // What is above the bound goes whatever the policy says.
         let room = missing.saturating_sub(freed.max(excess));
         reservation.candidate.newcomer.room = self.value_bytes(room, reservation.size);
@@ -289,12 +293,18 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             let is_above = freed < excess;
             let failed = reservation.failures == 0;
             let candidate = Some(&mut reservation.candidate);
-            need.missing = missing.saturating_sub(freed);
+            let wanted = if is_above {
+                missing.min(excess)
+            } else {
+                missing
+            };
+            need.missing = wanted.saturating_sub(freed);
             let Some(i) = self.next_victim(now, failed, is_above, &mut need, candidate)? else {
                 break;
             };
             freed = freed.saturating_add(self.evict_one(i, now, &mut victims)?);
         }
+        reservation.is_let_in = need.is_let_in;
         if victims.is_empty() {
             let newcomer = reservation.candidate.newcomer;
             self.policy.turn_away(&mut self.arena, newcomer)?;

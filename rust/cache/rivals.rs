@@ -5,19 +5,23 @@
 //! Belady-Size (compare Berger, Beckmann and Harchol-Balter, "Practical bounds on optimal caching with variable
 //! object sizes", 2018).
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
 
 use super::cache::{BATCH, Cache};
 use super::peers::Peers;
 use super::planned::{Planned, UNKNOWN};
 use crate::arena::{End, List};
 use crate::error::Result;
-use crate::policy::{Distance, Entries, Eviction, Plan, cost_of};
+use crate::policy::{Distance, Entries, Eviction, cost_of};
 
 /// Entries of the plan that one step passes over to find one that is in no plan; half as many after a step in
 /// vain, down to the few.
 pub(super) const PASSES: u32 = 256;
 const FEW_PASSES: u32 = 4;
+
+/// Entries that one value is compared with, at most. One that needs the room of more stays out.
+const MOST_COMPARED: usize = 64 * BATCH;
 
 /// What keeping a value is worth: reads until it is needed, times the room that it takes, for each part of what a miss
 /// costs. The more, the sooner it goes.
@@ -34,8 +38,13 @@ pub(super) struct Need {
     pub(super) is_planned: bool,
     /// Bytes that have to go for it; 0 where an entry has to go, whatever its size.
     pub(super) missing: u64,
+    /// Whether it is worth more than all that has to go for it. It is compared once: what goes, goes for a value that
+    /// comes in.
+    pub(super) is_let_in: bool,
     /// What goes for it, by the plans; the first one is the last.
     chosen: Vec<u32>,
+    /// Whether that has to be.
+    is_forced: bool,
 }
 
 impl Default for Need {
@@ -44,7 +53,9 @@ impl Default for Need {
             burden: UNKNOWN_BURDEN,
             is_planned: false,
             missing: 0,
+            is_let_in: false,
             chosen: Vec::new(),
+            is_forced: false,
         }
     }
 }
@@ -62,7 +73,30 @@ struct Rival {
 struct Row {
     way: Way,
     first: Rival,
+    /// Of what is alike, the first row comes first.
+    number: usize,
 }
+
+impl Ord for Row {
+    fn cmp(&self, other: &Row) -> Ordering {
+        let burdens = self.first.burden.total_cmp(&other.first.burden);
+        burdens.then(Reverse(self.number).cmp(&Reverse(other.number)))
+    }
+}
+
+impl PartialOrd for Row {
+    fn partial_cmp(&self, other: &Row) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Row {
+    fn eq(&self, other: &Row) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Row {}
 
 /// Where the entries of a row are: from this one on.
 #[derive(Clone, Copy, Debug)]
@@ -118,28 +152,43 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if self.planned.is_none() {
             return self.choice(has_to_be);
         }
+        if need.is_forced != has_to_be {
+            need.chosen.clear();
+            need.is_forced = has_to_be;
+        }
         if need.chosen.is_empty() {
+            let has_to_be = has_to_be || need.is_let_in;
             match self.choose(need, has_to_be)? {
-                Some(chosen) => need.chosen = chosen,
+                Some(chosen) => {
+                    need.is_let_in |= !has_to_be && !chosen.is_empty();
+                    need.chosen = chosen;
+                }
                 None => return self.choice(has_to_be || need.is_planned),
             }
         }
         Ok(need.chosen.pop())
     }
 
-    /// All that goes for a value, a batch at most, the first one last; nothing if any of it is worth more. One
-    /// entry if bytes have to go. `None` where nothing is found to compare.
+    /// What goes for a value, a batch at most, the first one last; nothing if any of all that would have to go is worth
+    /// more. `None` where nothing is found to compare.
     fn choose(&mut self, need: &Need, has_to_be: bool) -> Result<Option<Vec<u32>>> {
         // Of two of which nothing is known the policy decides.
         let is_let_in = has_to_be || !need.is_planned && self.choice(false)?.is_some();
-        let is_one = has_to_be || need.missing == 0;
-        let mut rows = self.rows(need)?;
+        let most = if has_to_be { BATCH } else { MOST_COMPARED };
+        let mut rows: BinaryHeap<Row> = self.rows(need)?.into();
         let mut chosen: Vec<Rival> = Vec::new();
-        let (mut freed, mut is_worth_it) = (0u64, true);
-        while chosen.len() < BATCH && (chosen.is_empty() || !is_one && freed < need.missing) {
-            let Some((n, rival)) = worst_of(&rows) else {
+        let (mut freed, mut compared, mut is_worth_it) = (0u64, 0, true);
+        while compared == 0 || freed < need.missing {
+            if compared == most {
+                is_worth_it = has_to_be;
+                break;
+            }
+            let Some(row) = rows.peek().copied() else {
+                // Of what is left the policy decides.
+                is_worth_it = compared == 0 || need.is_planned || is_let_in;
                 break;
             };
+            let rival = row.first;
             is_worth_it = match rival.burden.total_cmp(&need.burden) {
                 _ if has_to_be => true,
                 Ordering::Less => false,
@@ -150,18 +199,22 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 break;
             }
             freed = freed.saturating_add(self.frees(rival.room));
-            chosen.push(rival);
-            let way = rows.remove(n).way;
-            let way = match way {
+            compared += 1;
+            // What goes later is only compared: the step is kept short.
+            let mut passes = FEW_PASSES;
+            if chosen.len() < BATCH {
+                chosen.push(rival);
+                passes = PASSES;
+            }
+            rows.pop();
+            let way = match row.way {
                 Way::List { towards, .. } => Way::List {
                     at: Entries::neighbour(&self.arena, rival.entry, towards)?,
                     towards,
                 },
                 class => class,
             };
-            if let Some(row) = self.row(way, PASSES, need)? {
-                rows.insert(n, row);
-            }
+            rows.extend(self.row(way, row.number, passes, need)?);
         }
         for row in &rows {
             // The policy does not order by use, so another may be needed later: that is looked at next.
@@ -178,11 +231,16 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
             return Ok(Some(Vec::new()));
         }
         // The last ones may have made some of those before them needless.
-        let mut spare = freed.saturating_sub(need.missing);
+        let is_all = need.missing != 0 && compared == chosen.len();
+        let mut spare = if is_all {
+            freed.saturating_sub(need.missing)
+        } else {
+            0
+        };
         let mut goes = Vec::with_capacity(chosen.len());
         for rival in chosen.iter().rev() {
             let frees = self.frees(rival.room);
-            if !is_one && frees <= spare {
+            if is_all && frees <= spare {
                 spare -= frees;
             } else {
                 goes.push(rival.entry);
@@ -196,31 +254,41 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         let mut rows = self.unplanned(need)?;
         let plans = self.planned.as_deref().map_or(0, |p| p.plans.len());
         for plan in 0..plans {
-            for class in Plan::classes(need.missing == 0) {
+            let classes: Vec<u32> = match self.planned.as_deref().and_then(|p| p.plans.get(plan)) {
+                Some(plan) => plan.classes(need.missing == 0).collect(),
+                None => Vec::new(),
+            };
+            for class in classes {
                 let way = Way::Class {
                     plan,
                     class,
                     before: TOP,
                 };
-                rows.extend(self.row(way, PASSES, need)?);
+                rows.extend(self.row(way, rows.len(), PASSES, need)?);
             }
         }
         Ok(rows)
     }
 
     /// What is found on this way, after so many passes at most.
-    fn row(&mut self, way: Way, passes: u32, need: &Need) -> Result<Option<Row>> {
-        match way {
+    fn row(&mut self, way: Way, number: usize, passes: u32, need: &Need) -> Result<Option<Row>> {
+        let found = match way {
             Way::List { at, towards } => self.next_unplanned(at, towards, passes, need),
             Way::Class {
                 plan,
                 class,
                 before,
             } => self.next_planned(plan, class, before),
-        }
+        };
+        Ok(found?.map(|(way, first)| Row { way, first, number }))
     }
 
-    fn next_planned(&mut self, plan: usize, class: u32, before: (u32, u32)) -> Result<Option<Row>> {
+    fn next_planned(
+        &mut self,
+        plan: usize,
+        class: u32,
+        before: (u32, u32),
+    ) -> Result<Option<(Way, Rival)>> {
         let last = |planned: &Planned| planned.plans.get(plan)?.last_of(class, before);
         for _ in 0..BATCH {
             let found = self.planned.as_deref().and_then(last);
@@ -237,7 +305,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                     before: at,
                 };
                 let first = self.rival(reads, at.1)?;
-                return Ok(Some(Row { way, first }));
+                return Ok(Some((way, first)));
             }
         }
         Ok(None)
@@ -273,7 +341,8 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         for list in lists {
             if let Some(at) = self.policy.first_of(&mut self.arena, list)? {
                 let towards = self.arena.way_from(at)?;
-                rows.extend(self.row(Way::List { at, towards }, passes, need)?);
+                let way = Way::List { at, towards };
+                rows.extend(self.row(way, rows.len(), passes, need)?);
             }
         }
         if let Some(planned) = self.planned.as_deref_mut() {
@@ -293,7 +362,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         towards: End,
         passes: u32,
         need: &Need,
-    ) -> Result<Option<Row>> {
+    ) -> Result<Option<(Way, Rival)>> {
         for _ in 0..passes {
             if at == 0 {
                 break;
@@ -304,7 +373,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
                 let reads = self.planned.as_deref().map(|p| p.unplanned(&key));
                 let first = self.rival(reads.unwrap_or(UNKNOWN), at)?;
                 let way = Way::List { at, towards };
-                return Ok(Some(Row { way, first }));
+                return Ok(Some((way, first)));
             }
             let next = Entries::neighbour(&self.arena, at, towards)?;
             self.arena.pass_over(at, towards)?;
@@ -312,15 +381,4 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         }
         Ok(None)
     }
-}
-
-/// What goes first of all rows, and of which; of what is alike, the first one.
-fn worst_of(rows: &[Row]) -> Option<(usize, Rival)> {
-    let mut worst: Option<(usize, Rival)> = None;
-    for (n, Row { first, .. }) in rows.iter().enumerate() {
-        if worst.is_none_or(|(_, worst)| first.burden > worst.burden) {
-            worst = Some((n, *first));
-        }
-    }
-    worst
 }

@@ -6,11 +6,10 @@
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
-use std::ops::Range;
 
 use foldhash::fast::RandomState;
 
-use super::planned_entries::{CLASSES, Classes, PlannedEntries};
+use super::planned_entries::{Classes, PlannedEntries};
 use super::progress::{Course, Progress};
 
 /// Keys of a plan at most.
@@ -389,10 +388,10 @@ impl Plan {
         self.entries.len()
     }
 
-    /// The classes of entries that take about as much room; with or without that of those that take none.
-    #[must_use]
-    pub fn classes(with_no_room: bool) -> Range<u32> {
-        u32::from(!with_no_room)..CLASSES
+    /// The classes of entries that take about as much room, those that there are; with or without that of those that
+    /// take none.
+    pub fn classes(&self, with_no_room: bool) -> impl Iterator<Item = u32> + use<> {
+        self.entries.filled(with_no_room)
     }
 
     /// The entry of a class that is needed last, of those before this position and entry: its position, and in how many

@@ -7,7 +7,7 @@ use foldhash::fast::RandomState;
 use super::plan::MAX_PLANNED;
 
 /// Classes of room: none, one byte, two or three, four to seven and so on. The last one has all that take more.
-pub(super) const CLASSES: u32 = 32;
+const CLASSES: u32 = 32;
 
 /// The class of an entry is kept above the number of its key.
 const CLASS_AT: u32 = 20;
@@ -32,6 +32,8 @@ pub(super) struct PlannedEntries {
     numbers: HashMap<u32, u32, RandomState>,
     /// Of each class: the next use of the key of each, and the entry.
     by_use: [ByUse; CLASSES as usize],
+    /// The classes that have any.
+    filled: Classes,
 }
 
 type ByUse = BTreeSet<(u32, u32)>;
@@ -59,14 +61,21 @@ impl PlannedEntries {
         if let Some(by_use) = self.by_use(class) {
             by_use.insert((next, entry));
         }
+        self.filled |= 1 << class;
         1 << class
     }
 
     /// Takes out an entry of a key that is needed next at this position.
     pub(super) fn leave(&mut self, entry: u32, next: u32) {
-        let known = self.numbers.remove(&entry);
-        if let Some(by_use) = known.and_then(|known| self.by_use(known >> CLASS_AT)) {
+        let Some(known) = self.numbers.remove(&entry) else {
+            return;
+        };
+        let class = known >> CLASS_AT;
+        if let Some(by_use) = self.by_use(class) {
             by_use.remove(&(next, entry));
+            if by_use.is_empty() {
+                self.filled &= !(1 << class);
+            }
         }
     }
 
@@ -74,6 +83,7 @@ impl PlannedEntries {
     pub(super) fn leave_all(&mut self) {
         self.numbers.clear();
         self.by_use.iter_mut().for_each(ByUse::clear);
+        self.filled = 0;
     }
 
     /// Takes out all entries of the key that is needed next at this position.
@@ -98,6 +108,11 @@ impl PlannedEntries {
             }
         }
         found
+    }
+
+    /// The classes that have any, with or without that of those that take no room.
+    pub(super) fn filled(&self, with_no_room: bool) -> impl Iterator<Item = u32> + use<> {
+        each(self.filled & !u32::from(!with_no_room))
     }
 
     fn first_of(&self, class: u32, next: u32) -> Option<u32> {
@@ -132,7 +147,11 @@ impl PlannedEntries {
     pub(super) fn is_sound(&self, of_key: impl Fn(u32) -> (u32, Classes)) -> bool {
         let count: usize = self.by_use.iter().map(ByUse::len).sum();
         let mut all = self.numbers.iter();
+        let filled = (0..CLASSES)
+            .zip(&self.by_use)
+            .filter(|(_, all)| !all.is_empty());
         count == self.numbers.len()
+            && self.filled == filled.map(|(class, _)| 1 << class).sum::<Classes>()
             && all.all(|(entry, known)| {
                 let (class, (next, classes)) = (known >> CLASS_AT, of_key(known & NUMBER));
                 let by_use = self.by_use.get(class as usize);
