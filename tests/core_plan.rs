@@ -242,6 +242,30 @@ fn many_bytes_that_have_to_go_are_what_is_needed_last() {
 }
 
 #[test]
+fn plan_takes_what_fills_the_least_of_its_block_before_what_fills_it() {
+    for kind in PolicyKind::ALL {
+        // Four blocks are kept for folders.
+        let mut cache = cache_that_minimises(Minimise::Bytes, (20 + 4) * 512, kind);
+        cache.set_unit(512);
+        for key in 0..20 {
+            let size = if key % 2 == 0 { 5 } else { 500 };
+            read(&mut cache, &name(key), ByteRange::Full, size);
+        }
+        let small = (0..20).step_by(2);
+        follow(
+            &mut cache,
+            plan([20, 20].into_iter().chain(small).chain((1..20).step_by(2))),
+        );
+        read(&mut cache, &name(20), ByteRange::Full, 500);
+        let gone = (0..21).filter(|key| {
+            let found = cache.peek(&name(*key), ByteRange::Full, 1).unwrap();
+            found.is_none()
+        });
+        assert_eq!(gone.collect::<Vec<_>>(), [18], "{kind:?}");
+    }
+}
+
+#[test]
 fn plan_of_which_bytes_have_to_go_loses_what_is_needed_last() {
     for kind in PolicyKind::ALL {
         let mut cache = cache(4, kind);

@@ -11,7 +11,7 @@ use super::peers::Peers;
 use super::rivals::PASSES;
 use crate::arena::{ROOT, State};
 use crate::error::Result;
-use crate::policy::{Course, Distance, Entries, Eviction, NEVER, Plan, Recent};
+use crate::policy::{Course, Distance, Eviction, NEVER, Plan, Recent};
 
 /// Where nothing tells when a value is needed: later than all others.
 pub(super) const UNKNOWN: Distance = Distance::MAX;
@@ -39,13 +39,12 @@ impl Planned {
         Some(plan)
     }
 
-    /// Has an entry of this key, which takes so much room, or of no key, be where it belongs; whether the key is in a
-    /// plan.
+    /// Has an entry of this key, of this weight, or of no key, be where it belongs; whether the key is in a plan.
     fn enter(&mut self, i: u32, key: Option<(&str, u64)>) -> bool {
         let mut is_planned = false;
         for plan in &mut self.plans {
             match key.filter(|(key, _)| plan.covers(key)) {
-                Some((key, room)) => is_planned |= plan.enter(i, key, room),
+                Some((key, weight)) => is_planned |= plan.enter(i, key, weight),
                 None => plan.leave(i),
             }
         }
@@ -168,7 +167,7 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
     #[cold]
     fn advance_plan(&mut self, key: &str, entry: Option<u32>) {
         let entries = self.arena.header().live_entries;
-        let entry = entry.and_then(|i| Some((i, self.arena.room(i).ok()?)));
+        let entry = entry.and_then(|i| Some((i, self.weight(i).ok()?)));
         let Some(planned) = self.planned.as_deref_mut() else {
             return;
         };
@@ -225,9 +224,9 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         if S::EXCLUSIVE && self.planned.as_deref().is_some_and(|p| p.has(i)) {
             return Ok(true);
         }
-        let (key, room) = (self.arena.name(i)?.0, self.arena.room(i)?);
+        let (key, weight) = (self.arena.name(i)?.0, self.weight(i)?);
         let planned = self.planned.as_deref_mut();
-        Ok(planned.is_some_and(|planned| planned.enter(i, Some((&key, room)))))
+        Ok(planned.is_some_and(|planned| planned.enter(i, Some((&key, weight)))))
     }
 
     /// Whether the plan agrees with the entries; for tests.

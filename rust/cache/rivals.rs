@@ -138,6 +138,13 @@ impl<S: Peers, T: Clone, P: Eviction> Cache<S, T, P> {
         (reads.max(0) + 1) as Burden * (room as Burden / cost as Burden)
     }
 
+    /// The room that an entry takes for each part of what its miss costs; 0 where it takes none.
+    pub(super) fn weight(&self, i: u32) -> Result<u64> {
+        let (room, size) = (self.arena.room(i)?, self.arena.get(i)?.size()?);
+        let cost = cost_of(&self.arena.header().policy, size);
+        Ok((room / cost.max(1)).max(room.min(1)))
+    }
+
     fn rival(&self, reads: Distance, i: u32) -> Result<Rival> {
         Ok(Rival {
             burden: self.burden(reads, self.arena.get(i)?.size()?),

@@ -2,7 +2,7 @@
 //!
 //! Of values of one size what is needed last goes first, as Belady's optimal replacement has it ("A study of
 //! replacement algorithms for a virtual-storage computer", 1966). Others are compared by the room that they take
-//! until then, so of each size a plan tells what is needed last. A plan is a hint of one process, in its memory.
+//! until then for what they cost, so of those that are about alike in that a plan tells what is needed last. A plan is a hint of one process, in its memory.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
@@ -243,7 +243,7 @@ impl Plan {
         (len - at).max(at - last)
     }
 
-    /// A key is read, which this entry of so much room has served.
+    /// A key is read, which this entry of this weight has served.
     pub fn read(&mut self, key: &str, entry: Option<(u32, u64)>) -> Course {
         let course = match self.number(key) {
             Some(number) if self.is_over(number) => {
@@ -254,9 +254,9 @@ impl Plan {
             None if self.covers(key) => self.read_elsewhere(),
             None => self.course(),
         };
-        if let Some((entry, room)) = entry {
+        if let Some((entry, weight)) = entry {
             // One that another process has brought in was not known.
-            self.enter(entry, key, room);
+            self.enter(entry, key, weight);
         }
         course
     }
@@ -349,16 +349,16 @@ impl Plan {
         }
     }
 
-    /// An entry of a key is there, which takes so much room; whether the key is one of the plan.
-    pub fn enter(&mut self, entry: u32, key: &str, room: u64) -> bool {
+    /// An entry of a key is there, which takes so much room for what it costs; whether the key is one of the plan.
+    pub fn enter(&mut self, entry: u32, key: &str, weight: u64) -> bool {
         let Some(number) = self.number(key) else {
             self.leave(entry);
             return false;
         };
-        if !self.entries.has(entry, number, room) {
+        if !self.entries.has(entry, number, weight) {
             self.leave(entry);
             if let Some(uses) = self.uses.get_mut(number as usize) {
-                uses.classes |= self.entries.enter(entry, number, room, uses.next);
+                uses.classes |= self.entries.enter(entry, number, weight, uses.next);
             }
         }
         true
@@ -388,7 +388,7 @@ impl Plan {
         self.entries.len()
     }
 
-    /// The classes of entries that take about as much room, those that there are; with or without that of those that
+    /// The classes of entries of about the same weight, those that there are; with or without that of those that
     /// take none.
     pub fn classes(&self, with_no_room: bool) -> impl Iterator<Item = u32> + use<> {
         self.entries.filled(with_no_room)

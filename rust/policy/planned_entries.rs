@@ -1,4 +1,4 @@
-//! The entries of the keys of a plan: those that take about as much room, in the order in which they are needed.
+//! The entries of the keys of a plan: those of about the same weight, in the order in which they are needed.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -6,7 +6,8 @@ use foldhash::fast::RandomState;
 
 use super::plan::MAX_PLANNED;
 
-/// Classes of room: none, one byte, two or three, four to seven and so on. The last one has all that take more.
+/// Classes of weight, which is the room that an entry takes for each part of what its miss costs: none, one, two or
+/// three, four to seven and so on. The last one has all that is more.
 const CLASSES: u32 = 32;
 
 /// The class of an entry is kept above the number of its key.
@@ -17,8 +18,8 @@ const _: () = assert!(MAX_PLANNED <= NUMBER as usize);
 /// A set of classes, a bit for each: those that entries of one key are in, and perhaps more.
 pub(super) type Classes = u32;
 
-fn class_of(room: u64) -> u32 {
-    (u64::BITS - room.leading_zeros()).min(CLASSES - 1)
+fn class_of(weight: u64) -> u32 {
+    (u64::BITS - weight.leading_zeros()).min(CLASSES - 1)
 }
 
 fn each(classes: Classes) -> impl Iterator<Item = u32> {
@@ -48,15 +49,15 @@ impl PlannedEntries {
         self.numbers.get(&entry).map(|known| known & NUMBER)
     }
 
-    /// Whether this is an entry of the key with this number, and takes about so much room.
-    pub(super) fn has(&self, entry: u32, number: u32, room: u64) -> bool {
-        self.numbers.get(&entry) == Some(&(class_of(room) << CLASS_AT | number))
+    /// Whether this is an entry of the key with this number, and has about this weight.
+    pub(super) fn has(&self, entry: u32, number: u32, weight: u64) -> bool {
+        self.numbers.get(&entry) == Some(&(class_of(weight) << CLASS_AT | number))
     }
 
-    /// Adds an entry of the key with this number, which takes so much room and is needed next at this position.
+    /// Adds an entry of the key with this number, which has this weight and is needed next at this position.
     /// Returns its class.
-    pub(super) fn enter(&mut self, entry: u32, number: u32, room: u64, next: u32) -> Classes {
-        let class = class_of(room);
+    pub(super) fn enter(&mut self, entry: u32, number: u32, weight: u64, next: u32) -> Classes {
+        let class = class_of(weight);
         self.numbers.insert(entry, class << CLASS_AT | number);
         if let Some(by_use) = self.by_use(class) {
             by_use.insert((next, entry));

@@ -90,6 +90,11 @@ def belady(order: Sequence[Hashable], capacity: int) -> int:
     return hits
 
 
+def weight_of(size: int, minimise: str) -> int:
+    """The room of a value for what its miss costs, where room is counted in bytes."""
+    return 1 if minimise == "bytes" else size
+
+
 def greedy(order: Sequence[int], sizes: Sequence[int], bound: int, minimise: str) -> list[bool]:
     """Which reads are hits where what takes the most room until its next use goes, for what its miss costs."""
     never, later = len(order), next_uses(order)
@@ -99,13 +104,13 @@ def greedy(order: Sequence[int], sizes: Sequence[int], bound: int, minimise: str
 
     def burden(key: int, uses: tuple[int, int], now: int) -> float:
         reads = uses[0] - now if uses[0] < never else max(never - now, now - uses[1])
-        return (reads + 1) * (sizes[key] / (sizes[key] if minimise == "bytes" else 1))
+        return (reads + 1) * weight_of(sizes[key], minimise)
 
     def chosen(now: int, missing: int) -> Iterator[tuple[float, int]]:
         classes: dict[int, list[int]] = {}
         for key in sorted(held, key=lambda key: (held[key][0], -held[key][1])):
             if sizes[key]:
-                classes.setdefault(sizes[key].bit_length(), []).append(key)
+                classes.setdefault(weight_of(sizes[key], minimise).bit_length(), []).append(key)
         while missing > 0:
             last = (
                 (burden(keys[-1], held[keys[-1]], now), keys) for keys in classes.values() if keys
