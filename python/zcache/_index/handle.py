@@ -122,6 +122,8 @@ class IndexHandle:
         self._threads = Threads(2)
         self._resolution = Resolution(self.lock, self._threads)
         self.deferred: deque[Callable[[], None]] = deque()
+        # Event loops that are to take them.
+        self._retrying: Registry[asyncio.AbstractEventLoop] = Registry()
         self.follows_plan = False
         self.plan: Plan | None = None
         self._watchers: Registry[Watcher] = Registry()
@@ -279,6 +281,11 @@ class IndexHandle:
             self.take_deferred()
         self._call_later(partial(report, then), step, args, 0)
 
+    def call_if_free(self, step: Callable[..., object], *args: Any) -> None:
+        """Take a step if that needs no waiting: one that may be left out, of which there may be many meanwhile."""
+        with contextlib.suppress(*RETRYABLE):
+            self.take(step, self.index, *args)
+
     def _call_later(
         self, then: Callable[[T], object], step: Callable[..., T], args: Any, damages: int
     ) -> None:
@@ -307,7 +314,15 @@ class IndexHandle:
         """Have a step taken by the next caller, for there is no thread to wait."""
         self.deferred.append(again)
         with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().call_later(RETRY, self.take_deferred)
+            loop = asyncio.get_running_loop()
+            # One look for all of them: each that defers others would double their number.
+            if loop not in self._retrying:
+                self._retrying.add(loop)
+                loop.call_later(RETRY, self._retry, loop)
+
+    def _retry(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._retrying.discard(loop)
+        self.take_deferred()
 
     def take_deferred(self) -> None:
         """Take steps without a waiter, for which no thread could be started."""
@@ -444,6 +459,7 @@ class IndexHandle:
         self._resolution = Resolution(self.lock, self._threads)
         # The parent takes them.
         self.deferred.clear()
+        self._retrying = Registry()
         if open_first is not None:
             self._be_unopened(open_first)
         elif self.opening is not None:

@@ -234,7 +234,9 @@ class Hits:
                 )
             except BaseException:
                 self._reads.count_miss()
-                self._open_request(key, byte_range, was_hit=False)
+                if self._sampling and is_cacheable_key(key):
+                    # While the index does not answer there may be many of these.
+                    self.handle.call_if_free(Index.miss_request, key, byte_range, False)
                 self.hook.found(key, byte_range, None)
                 raise
             self.hook.found(key, byte_range, hit)
@@ -450,13 +452,9 @@ class Hits:
 
     def request_unserved(self, key: str, byte_range: ByteRange | None) -> None:
         """Say that a request is no hit: what was found could not be read."""
-        self._open_request(key, byte_range, was_hit=True)
-        self.hook.read(key, byte_range, served=False)
-
-    def _open_request(self, key: str, byte_range: ByteRange | None, *, was_hit: bool) -> None:
-        """Sample a miss that no look-up has sampled as one."""
         if self._sampling and is_cacheable_key(key):
-            self.handle.call_later(ignore, Index.miss_request, key, byte_range, was_hit)
+            self.handle.call_later(ignore, Index.miss_request, key, byte_range, True)
+        self.hook.read(key, byte_range, served=False)
 
     def recount_as_hit(self) -> None:
         """Count a miss as a hit: the cache has served it after all."""
@@ -506,10 +504,14 @@ class Hits:
         self, key: str, byte_range: ByteRange | None, value: Buffer | None
     ) -> None:
         """Tell of what the source has brought for a miss, and the cache does not hear of."""
-        size = None if value is None else len(value)
-        if size is not None and self._sampling:
-            self.handle.call_later(ignore, Index.note_sizes, [(key, byte_range, size)])
-        self.brought(key, byte_range, size)
+        # While the index does not answer there may be many of these.
+        sample = self.handle.call_if_free if self._sampling and is_cacheable_key(key) else ignore
+        if value is None:
+            sample(Index.retract_request, key, byte_range)
+            self.hook.retract(key, byte_range)
+        else:
+            sample(Index.note_sizes, [(key, byte_range, len(value))])
+            self.brought(key, byte_range, len(value))
 
 
 def _say_busy(*_: Any) -> Any:

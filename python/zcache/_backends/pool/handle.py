@@ -198,6 +198,9 @@ class SourceHandle:
     def call_later(self, then: Callable[[T], object], step: Callable[..., T], *args: Any) -> None:
         self._pool.call_later(then, self._step(step), *args)
 
+    def call_if_free(self, step: Callable[..., object], *args: Any) -> None:
+        self._pool.call_if_free(self._step(step), *args)
+
     def take_deferred(self) -> None:
         self._pool.take_deferred()
 
