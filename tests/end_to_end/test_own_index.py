@@ -98,6 +98,7 @@ async def test_what_others_do_not_know_of_is_not_cached(
         store = open_alone(tmp_path, source)
         other("set", "a/b", "1")
         other("set", "c", "1")
+        assert other("drain")
         assert other("invalidate", "") == 2
         # The first fill after a change elsewhere is void in any case.
         for _ in range(3):
