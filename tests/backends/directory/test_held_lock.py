@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from zcache._core import Index
+
 GUARD = 20.0
 """Seconds after which a test fails that should take about one."""
 VALUE = cpu.Buffer.from_bytes(b"value")
@@ -317,6 +319,42 @@ def test_a_step_that_nobody_waits_for_is_taken_later_without_a_thread(
     store.drain_sync()
     assert store.cache_info()["cached_keys"] == 1
     check_invariants(store)
+
+
+def test_steps_that_nobody_waits_for_share_one_timer_without_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_threads: Callable[[], None]
+) -> None:
+    """One for each of them took all, and had each set another one."""
+    store = open_store(tmp_path, StoreDouble(MemoryStore({"k": VALUE})))
+    assert read(store, "k") == b"value"
+    store.drain_sync()
+    handle = store._cache.shared.handle
+    looks, timers, taken = list[int](), list[float](), list[object]()
+
+    def step(index: Index) -> object:
+        looks.append(1)
+        return index.recency()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        set_timer = loop.call_later
+        monkeypatch.setattr(
+            loop, "call_later", lambda *asked: (timers.append(asked[0]), set_timer(*asked))[1]
+        )
+        with hold_index_lock(tmp_path):
+            for _ in range(4):
+                handle.call_later(taken.append, step)
+            timers.clear()
+            looks.clear()
+            while len(looks) < 40:  # noqa: ASYNC110 - by no timer of its own
+                await asyncio.sleep(0)
+            assert len(timers) <= len(looks) // 4
+            assert not taken
+        handle.take_deferred()
+        assert len(taken) == 4
+
+    without_threads()
+    asyncio.run(main())
 
 
 def test_a_first_opener_without_threads_leaves_a_directory_that_caches(
