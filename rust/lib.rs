@@ -23,7 +23,7 @@
 //!
 //! ```text
 //! bytes = 56 × (entries + directories + keys with ranges    cells
-//!               + validators)
+//!               + validators + absences)
 //!       + 4.6 to 9.2 × the same number                                 hash table
 //!       + labels of more than 8 bytes, in words of 4                   strings
 //!       + 8 × the same number, in a pool                               places

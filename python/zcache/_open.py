@@ -93,8 +93,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
         Options of the client, such as ``{"anon": True}``: those of fsspec's, or of ``obstore.store.from_url`` where obstore reads.
         Default is None: none. Neither the log nor the cache ever has their values.
     **options
-        All other options of `CacheStore`, such as ``max_age_seconds``. The policy of eviction is by default that by which
-        the pool goes. With ``read_only=False`` a path need not exist yet.
+        All other options of `CacheStore`, such as ``max_age_seconds``. The default eviction policy is that of
+        the pool. With ``read_only=False`` a path need not exist yet.
 
     Returns
     -------

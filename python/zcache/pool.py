@@ -56,8 +56,8 @@ class PoolSourceInfo(NamedTuple):
     Attributes
     ----------
     name : str
-        Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given. Where that is
-        not known any more, ``"unnamed:"`` and a number, by which they know it as well.
+        Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given. If that is
+        lost, ``"unnamed:"`` and a number, which they take as well.
     source : str or None
         What it was when it was last opened: the classes of its store and where that keeps its values, without
         secrets, such as ``"FsspecStore(s3://bucket/era5.zarr)"``; None where that is not known.

@@ -196,10 +196,10 @@ class CacheStore(Store, KeepsDecoded):
         evicted; or use another user's directory. Default is False: such a store is refused.
     source_id : str, optional
         Name of the source, for a cache that outlives the process. Default is None: the URL or path and
-        the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`; every other store is
-        another source in each process, so that its cache starts cold. Give one for a store without a
-        name (a `MemoryStore`, an `FsspecStore` over a URL with a query or a fragment, a class or wrapper of your own), and
-        where the same data is reached under several names.
+        the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`, or the repository and snapshot of a
+        read-only icechunk session without virtual chunks. Any other store is a new source in each process, so its
+        cache starts cold. Give one for a store without a name (a `MemoryStore`, an `FsspecStore` over a URL with a
+        query or a fragment, a class or wrapper of your own), and where the same data is reached under several names.
     min_free_space : int or str, optional
         Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
         zcache evicts before it writes. Where all that is cached would not make room, it is kept, and nothing
@@ -444,8 +444,9 @@ class CacheStore(Store, KeepsDecoded):
             - ``current_size``: bytes in the cache store, those with a failed delete among them; on a disk the most that its
               files may take, see `CachePool.cache_info`.
             - ``cache_set_data``: the option.
-            - ``tracked_keys``, ``cached_keys``: both the number of entries, with those that are too old to be served. A full
-              value is one entry, and so is each range that was read of a value that is not cached as a whole.
+            - ``tracked_keys``, ``cached_keys``: both the number of entries (in a pool, of all sources), including those
+              that are too old to be served. A full value is one entry, and so is each range of a value that is not
+              cached as a whole.
 
         Raises
         ------
@@ -624,7 +625,9 @@ class CacheStore(Store, KeepsDecoded):
         return run_without_loop(self._writer.invalidate(self._sync_io, prefix))
 
     async def clear_cache(self) -> None:
-        """Empty the cache. The source stays as it is, and so does what zcache did not write.
+        """Empty the cache; of a pool, what it holds of this source. The source itself is not changed.
+
+        What zcache did not write stays.
 
         Raises
         ------
@@ -636,29 +639,20 @@ class CacheStore(Store, KeepsDecoded):
             self._decoded.clear()
 
     def will_read(self, keys: Iterable[str]) -> int:
-        """Say what will be read, in its order, so that the cache keeps what is needed soonest for its room.
+        """Say what will be read, in order, so that the cache keeps the values that are needed soonest.
 
-        For those who know, such as a sampler at the beginning of an epoch. While the plan holds and there is no room,
-        what is worth least for its room goes first: the most reads until it is needed, times the bytes that it takes, for
-        what a miss of it costs by `minimise`. A value that is worth less than any that would go for it is not
-        taken in. For values of one size that is nearly what Belady's optimal replacement would do. When a value in no plan is needed is not known: it
-        is taken to be as far away as its last use lies back, so what is read all the time beside a plan stays. Which
-        of those is compared, `eviction` says; under "none" too they make room. It is a hint: what is read is right whatever the plan says, and `max_size` holds.
+        For programs that know the order, such as a sampler at the beginning of an epoch. While the plan holds, values
+        that are needed late, take much room and are cheap to read again are evicted first. For values of one size this
+        is nearly Belady's optimal replacement. Values in no plan stay if they are read often. The plan is a hint: reads
+        are right whatever it says, and `max_size` holds.
 
-        The plan is one of this process and this cache, or of this source of a `CachePool`: all stores over it share the
-        plan, their reads in this process move it on, and a new one takes its place. Plans of several sources of a pool hold
-        side by side; what is needed when is told by the reads that each source has until then. Other processes, forked children and copies that are unpickled
-        elsewhere have none; what they put into a shared directory is noticed when it is read here, or would go.
-
-        Reads may overtake each other, and leave keys out, within a window: a sixteenth of the different keys, at least 32
-        and at most 4,096; with fewer than 128 keys, a quarter of them. Several reads of a key in a row, such as of ranges,
-        count as one. Once more than about two thirds of the reads are elsewhere for a while (32 to 1,024
-        reads; docs/eviction.md counts them), the plan is dropped, with a line in the log at level DEBUG, and
-        `eviction` alone decides again. So it does when all was read.
+        All stores over this cache (in a `CachePool`: over this source of it) in this process share one plan; a new call
+        replaces it. Other processes, forked children and copies that are unpickled elsewhere have none. A plan ends when
+        all was read, or when the reads do not follow it; then `eviction` alone decides. docs/eviction.md has the rules,
+        the tolerance for reads out of order, and what a plan costs.
 
         It takes time in proportion to the keys and to what is cached; in an event loop use
-        ``await asyncio.to_thread(store.will_read, keys)``. A plan takes up to 57 bytes for each different key (75
-        while it is made), 8 for each further use, 35 for each of its keys that is cached, and at most 4.5 MB for other keys.
+        ``await asyncio.to_thread(store.will_read, keys)``.
 
         Parameters
         ----------
@@ -694,7 +688,7 @@ class CacheStore(Store, KeepsDecoded):
         """Say how large the cache should be, and which policy suits it, from the requests so far.
 
         The index keeps a sample of all requests through stores with ``sampling=True``, for a directory those of
-        all processes, over restarts; here each size and policy is simulated on it. That takes a second or two for
+        all processes, over restarts; here each size and policy is simulated on it. That takes two or three seconds for
         a full sample, without the lock of the index or of the interpreter: in an event loop use
         ``await asyncio.to_thread(store.advise)``.
 

@@ -8,7 +8,7 @@ internals of zcache change.
 - `entries`, `recency`, `missing_keys`, `in_flight`, `is_complete` and `index_slot` show what the index says; `source_of` and
   `cache_store_of` give the two stores behind a `CacheStore`.
 - `record_steps` records what a store asks its index.
-- `hold_index_lock` keeps the index of a cache directory from all others, as a process does that is stopped.
+- `hold_index_lock` holds the lock of the index of a cache directory, as a stopped process does.
 - `set_block_size`, `without_shared_index` and `patient_openings` make the volume of a cache directory what a test needs.
 - `FakeClock` is a clock that a test sets, for ``CacheStore(..., clock=clock)``.
 - `StoreDouble` stands in front of a store, counts what reaches it, and lets it fail, be slow, be held up
