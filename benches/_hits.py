@@ -73,7 +73,7 @@ def _read(store: object, keys: list[str], at_once: int = 1) -> Work:
 
 
 async def first_hit(scale: Scale) -> list[Row]:
-    """The first hit of each value in a process, which compares its bytes with their checksum."""
+    """The first hit of each value in a process; on disk it compares the bytes with their checksum."""
     rows = []
     for size, name in ((100, "100 B"), (1 << 20, "1 MiB")):
         step = 100 if size == 100 else 4
