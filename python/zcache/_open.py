@@ -68,30 +68,30 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
 ) -> CacheStore:
     """Open a URL through a cache that all datasets share.
 
-    May be called from any thread, within a running event loop or without one. It reads nothing from the source yet, but for the
-    table of contents of an archive, or the references of ``reference::``: its caller waits for them. In an event loop use
-    ``await asyncio.to_thread(zcache.open, url)`` for those.
+    May be called from any thread, within a running event loop or without one. It reads nothing from the source yet,
+    except the table of contents of an archive (``zip://a::https://...``) and the references of ``reference::``, for
+    which it blocks. In an event loop use ``await asyncio.to_thread(zcache.open, url)`` for those.
 
     Parameters
     ----------
     url : str, PathLike or Store
-        The source, as zarr can open it: a URL (``s3://``, ``gs://``, ``az://``, ``https://``, ``memory://``, a chain such as
-        ``simplecache::s3://``), a directory or a zip file on a local disk, with or without ``file://``; or a store, a `StorePath` of
-        one without a path, or a mapping of ``fsspec.get_mapper``. A URL is read by
-        fsspec's client where that is installed, and else by obstore. The source can be written to as well, but for a zip
-        file; see `read_only` of `CacheStore`.
+        The source, as zarr can open it: a URL (``s3://``, ``gs://``, ``az://``, ``https://``, ``memory://``, a chain
+        such as ``simplecache::s3://``), or a directory or a zip file on a local disk, with or without ``file://``. Also
+        a store, a `StorePath` of one without a path, or a mapping of ``fsspec.get_mapper``. A URL is read by fsspec's
+        client where that is installed, and else by obstore. The source can be written to as well, unless it is a zip
+        file or ``read_only=True`` is given.
     cache : str, PathLike, CachePool or "memory", optional
-        Where values are kept: the directory of a pool, on a local disk (``~`` is your home), which is made if need be; a pool; or "memory" for the one that
-        all who say so share in this process. All stores of a process over one directory share one pool. Default is None: the
-        directory of ``$ZCACHE_DIR`` in the environment, else the user's cache directory, such as ``~/.cache/zcache``. Set it
-        where that is small, or on a network file system.
+        Where values are kept: the directory of a pool, on a local disk (``~`` is your home), which is made if it does
+        not exist; a pool; or "memory" for a pool in memory that this process shares. All stores of a process over one
+        directory share one pool. Default is None: the directory of ``$ZCACHE_DIR`` in the environment, else the user's
+        cache directory, such as ``~/.cache/zcache``. Set it where that is small, or on a network file system.
     max_size : int or str, optional
-        Bytes that the whole pool holds at most, written as for `CacheStore`, the values of all other sources included.
-        Default is None: the bound that the pool has in this process, else 20 % of the volume of the directory, or of the memory
-        that this process may use, which is said in the log. Set it to what can be spared.
+        Bytes that the whole pool holds at most, with the values of all other sources; written as for `CacheStore`.
+        Default is None: the bound that the pool has in this process, else 20 % of the volume of the directory, or of
+        the memory that this process may use. The log gives that default. Set it to what can be spared.
     storage_options : mapping of str, optional
-        Options of the client, such as ``{"anon": True}``: those of fsspec's, or of ``obstore.store.from_url`` where obstore reads.
-        Default is None: none. Neither the log nor the cache ever has their values.
+        Options of the client, such as ``{"anon": True}``: those of fsspec, or of ``obstore.store.from_url`` where
+        obstore reads. Default is None: none. Neither the log nor the cache ever has their values.
     **options
         All other options of `CacheStore`, such as ``max_age_seconds``. The default eviction policy is that of
         the pool. With ``read_only=False`` a path need not exist yet.
@@ -106,7 +106,8 @@ def open(  # noqa: A001 - called `zcache.open`, like `zarr.open`
     OptionTypeError
         A `TypeError`: an option has the wrong type, or there is none of its name.
     OptionValueError
-        A `ValueError`: an option has no meaning, the scheme of `url` is unknown, or the pool is open with another `max_size`.
+        A `ValueError`: an option has no meaning, the scheme of `url` is unknown, or the pool is open with another
+        `max_size`.
     NoSuchSourceError
         A `FileNotFoundError`: there is nothing at the path.
     MissingClientError

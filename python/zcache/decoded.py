@@ -32,12 +32,12 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     Parameters
     ----------
     array : Array or AsyncArray
-        An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads
-        see what is written, resized and deleted through the array that is returned, through arrays and groups that are
-        opened on its `store`, and through whatever else this function has made over the same place, or over one inside it
-        or around it, in this process. They do not see what others write to the store below, not even through `array`.
-        Arrays over a `CacheStore` and arrays over its source do not see each other's writes: make all over the one, or all
-        over the other.
+        An array on any store. On a `CacheStore`, chunks are as coherent as its bytes. On another store, reads see
+        changes made through the returned array, and through arrays and groups that are opened on its `store`. They also
+        see changes through other arrays that this function has made in this process over the same place, or one inside
+        or around it. They do not see other changes of the store below, not even through `array`. Arrays over a
+        `CacheStore` and arrays over its source do not see each other's writes: make all over the one, or all over the
+        other.
     size : int or str
         Bytes of decoded chunks, from 0 on, or text such as ``"256MB"`` (10**6), ``"2 GiB"`` (2**30) or ``"25%"`` (of
         memory).
@@ -45,7 +45,8 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     Returns
     -------
     Array or AsyncArray
-        As was given: of its class, with the codec pipeline and the attributes that it has. Copies of it in one process share their chunks; in another process they start empty.
+        An array of the same class, with the same codec pipeline and attributes. Its copies in one process share their
+        chunks; in another process they start empty.
 
     Raises
     ------

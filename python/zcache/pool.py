@@ -59,12 +59,12 @@ class PoolSourceInfo(NamedTuple):
         Its name, which `forget` and `export` take: its URL or path, or the `source_id` that it was given. If that is
         lost, ``"unnamed:"`` and a number, which they take as well.
     source : str or None
-        What it was when it was last opened: the classes of its store and where that keeps its values, without
-        secrets, such as ``"FsspecStore(s3://bucket/era5.zarr)"``; None where that is not known.
+        Its store when it was last opened, by class and location, without secrets, such as
+        ``"FsspecStore(s3://bucket/era5.zarr)"``; None where that is not known.
     bytes : int
         Bytes of its values.
     entries : int
-        Its values, full ones and ranges, those among them that are too old to be served.
+        Its values, full ones and ranges, including those that are too old to be served.
     last_used : float or None
         Seconds since 1970 when a process has last opened it; None where that is not known.
     """
@@ -86,24 +86,26 @@ class CachePool:
     Parameters
     ----------
     path : str or PathLike, optional
-        Its directory, on a local disk, which belongs to zcache alone; ``~`` is your home. Default is None: in memory of this process.
+        Its directory, on a local disk, which belongs to zcache alone; ``~`` is your home. Default is None: in the
+        memory of this process.
     max_size : int or str, optional
-        Bytes that it holds at most, at every instant, written as for `CacheStore`: in a directory whole blocks,
-        as ``du`` counts them, without the index. Where another pool or store asks for less, that is in force. Default is
-        None, no bound. Set it to what the disk can spare.
+        Bytes that it holds at most, at every instant, written as for `CacheStore`. In a directory whole blocks count,
+        as in ``du``, without the index. If another pool or store asks for less, that is in force. Default is None, no
+        bound. Set it to what the disk can spare.
     min_free_space : int or str, optional
         Bytes of the volume that stay free; see `CacheStore`. Default is None: 5 %, at most 1 GiB.
     eviction : {"lru", "none", "adaptive"}, optional
-        What goes when it is full, whatever its stores ask for; see `CacheStore`. Default is None: as the first store over it
-        asks. Where the pool is in use with another policy, a `UserWarning` says so.
+        Which values are evicted when it is full, whatever its stores ask for; see `CacheStore`. Default is None: as the
+        first store over it asks. If the pool is in use with another policy, a `UserWarning` says so.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" and plans are to save; see `CacheStore`. Default is None: requests, or as the first store asks.
+        The cost that "adaptive" and plans minimise; see `CacheStore`. Default is None: requests, or as the first store
+        asks.
     mode : int, optional
-        Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for
-        no other user. Each user of the group gives it, and so trusts the owner of the directory.
+        Permissions of the directory if it is made, such as ``0o770`` for a group. Default is None: 0o700, for no other
+        user. Each user of a group has to give it, which says that they trust the owner of the directory.
     read_only : bool, optional
-        Only serve what is there, and write nothing, also where there is no pool yet. What others add later is looked for
-        at misses, once a second at most. Default is False. Set it for a pool that others fill.
+        Only serve the values that the pool has, and write nothing, even if there is no pool yet. Values that others add
+        later are looked for at misses, once a second at most. Default is False. Set it for a pool that others fill.
 
     Raises
     ------
@@ -168,7 +170,7 @@ class CachePool:
 
     @property
     def max_size(self) -> int | None:
-        """Bytes that were asked for; None for no bound. What is in force may be less: `cache_info` has it."""
+        """Bytes that were asked for; None for no bound. The bound in force, in `cache_info`, may be less."""
         return self._store.options.max_size
 
     def __repr__(self) -> str:
@@ -194,9 +196,11 @@ class CachePool:
         Returns
         -------
         dict
-            ``max_size`` (bytes or None: the bound in force, the least that any pool or store over it asks for, in this process or
-            another; of a pool that is only read from its own), ``current_size`` (bytes that count towards it: on a disk the most
-            that its files may take, in whole blocks and with room for their maps and holes, so more than ``du`` shows), ``value_size`` (bytes of the values alone), ``entries``.
+            ``max_size`` (bytes or None), ``current_size``, ``value_size`` (bytes of the values alone), ``entries``.
+            ``max_size`` is the bound in force, the least that any pool or store over it asks for, in this process or
+            another; of a pool that is only read its own. ``current_size`` is the bytes that count towards it: on a disk
+            the most that its files may take, in whole blocks and with room for their maps and holes, so more than
+            ``du`` shows.
 
         Raises
         ------
@@ -223,7 +227,7 @@ class CachePool:
         }
 
     def sources(self) -> list[PoolSourceInfo]:
-        """What it holds of each source, that of most bytes first.
+        """List what it holds of each source, the one with most bytes first.
 
         Takes time in proportion to the number of all entries, and holds up no reader; in an event loop use
         ``await asyncio.to_thread(pool.sources)``. A rebuild of the index is waited for.
@@ -286,7 +290,8 @@ class CachePool:
         """Delete all values of a source; stores over it fill it anew.
 
         `sources` leaves it out until it has values again. Takes time in proportion to its values; in an event loop use
-        ``await asyncio.to_thread(pool.forget, name)``. A rebuild of the index is waited for, so that all of them are found.
+        ``await asyncio.to_thread(pool.forget, name)``. It waits for a rebuild of the index, so that all values are
+        found.
 
         Parameters
         ----------
@@ -314,19 +319,19 @@ class CachePool:
     def export(self, name: str, store: Store) -> int:
         """Write all full values of a source to another store, where they can be read as Zarr.
 
-        What of the source is cached in part only is left out: ranges, and what was never read. How old a value is does
-        not matter, for a pool does not know the ages of its stores: what is too old for them is written as well.
+        Ranges are left out. Values that are too old for the stores are written as well, for a pool does not know their
+        ages.
 
         It needs the event loop of zarr, and blocks its caller until all is written: in an event loop use
-        ``await asyncio.to_thread(pool.export, name, store)``. A rebuild of the index is waited for first, and so are, for 5 seconds,
-        values that this process has read and that are not in the pool yet.
+        ``await asyncio.to_thread(pool.export, name, store)``. It first waits for a rebuild of the index, and up to 5
+        seconds for pending values of this process.
 
         Parameters
         ----------
         name : str
             Its name, as `sources` tells it.
         store : Store
-            Where to, outside the pool and the source; what it has under the same keys is replaced.
+            The target, outside the pool and the source. Its values under the same keys are replaced.
 
         Returns
         -------
@@ -338,8 +343,9 @@ class CachePool:
         OptionTypeError
             `name` is no text, or `store` is no store.
         OptionValueError
-            The pool has never had a source of this name; or `store` is that of the pool, or is read through it, or is the source
-            itself, or one of them is inside the other. A source that was given a `source_id` is known by its stores that are open in this process.
+            The pool has never had a source of this name. Or `store` is that of the pool, is read through it, or is the
+            source itself, or one of them is inside the other. (A source with a `source_id` is recognised only while a
+            store over it is open in this process.)
         UsageError
             A `RuntimeError`: it is called in the event loop of zarr.
         CacheUnreachableError

@@ -117,83 +117,80 @@ class CacheStore(Store, KeepsDecoded):
     store : Store
         The source: where values come from and writes go to.
     cache_store : Store, CachePool, str or PathLike, optional
-        Where values are kept. It must be able to write and to delete, and belongs to zcache alone.
-        Default is a new `MemoryStore`. Give a path on a local disk (``~`` is your home), or a `LocalStore` on it, which is
-        the same, for a cache larger than memory.
+        Where values are kept. It must be able to write and to delete, and belongs to zcache alone. Default is a new
+        `MemoryStore`. For a cache larger than memory give a path on a local disk (``~`` is your home), or a
+        `LocalStore` on it, which is the same.
     max_age_seconds : float, "infinity" or mapping of str to these, optional
-        Seconds, from 0 on and fractions allowed, after which a value is read from the source again.
-        Default is "infinity" (None is the same): values never expire. Set it where others write to
-        the source; writes through this store are seen at once in any case. A mapping gives ages by glob
-        patterns over whole keys, such as ``{"**/zarr.json": 60, "forecast/**": 3600}``: the first that
-        matches holds, and where none does, "infinity". ``**`` is any number of parts of a key, none
-        among them; ``*``, ``?`` and ``[...]`` stay within one part. Other stores over the same cache have
-        their own ages.
+        Seconds, from 0 on and fractions allowed, after which a value is read from the source again. Default is
+        "infinity" (None is the same): values never expire. Set it where others write to the source; writes through this
+        store are seen at once in any case. A mapping gives ages by glob patterns over whole keys, such as
+        ``{"**/zarr.json": 60, "forecast/**": 3600}``. The first pattern that matches holds; without a match,
+        "infinity". ``**`` is any number of parts of a key, including none; ``*``, ``?`` and ``[...]`` stay within one
+        part. Other stores over the same cache have their own ages.
     metadata_max_age_seconds : float or "infinity", optional
         The same for metadata documents (``zarr.json``, ``.zarray``, ``.zgroup``, ``.zattrs``,
         ``.zmetadata``), whatever `max_age_seconds` says of them. Default is None: as that says. Set it
         where a dataset grows while its chunks stay as they are.
     stale_if_error : float or "infinity", optional
-        Seconds, from 0 on and fractions allowed, past its age for which a value is served still where the
-        source raises an error; an answer that there is no such key is none. Default is 0: the error is
-        raised. Set it where an old value is better than none. A source that never answers is waited for:
-        give it a time-out of its own.
+        Seconds past its age, from 0 on and fractions allowed, for which a value is still served if the source raises an
+        error. An answer that there is no such key is no error. Default is 0: the error is raised. Set it where an old
+        value is better than none. A source that never answers is waited for: give it a time-out of its own.
     revalidate : bool or "metadata", optional
-        Compare a value that is too old with the source, by one small request, and read it again only where
-        it is not the same: by ETag for `ObjectStore`, and for `FsspecStore` over S3, GCS, Azure and HTTP; by
-        modification time, size and number of the file for `LocalStore`; for a class of your own by its
-        ``async def validator(self, key) -> str | None``, see docs/freshness.md. Weak ETags do not
-        count. "metadata" does so for metadata documents only. Default is False. Without an age nothing is ever
-        too old. Set it where large values change seldom. Unless one answer of the source brings bytes and ETag (`ObjectStore`), a miss costs two
-        small requests more. A source that cannot tell is read again.
+        Compare a value that is too old with the source, by one small request, and read it again only if it has changed.
+        `ObjectStore`, and `FsspecStore` over S3, GCS, Azure and HTTP, compare ETags; weak ones do not count.
+        `LocalStore` compares modification time, size and number of the file. A class of your own takes part by its
+        method ``validator``; see docs/freshness.md. Values of any other source are read again. "metadata" compares
+        metadata documents only. Default is False. Without an age nothing is ever too old. Set it where large values
+        change seldom. Unless one answer of the source brings bytes and ETag (`ObjectStore`), a miss costs two small
+        requests more.
     offline : bool, optional
-        Never ask the source: what is cached is served, however old it is; anything else raises
-        `OfflineError`, and so do writes. Of the listings only `list_dir` and `is_empty` are answered, as
-        the source has answered `list_dir` before. Default is None: whether the environment has
-        ``ZCACHE_OFFLINE`` with a value other than ``""`` and ``"0"`` now. Set it where there is no network.
+        Never ask the source. Cached values are served, however old they are; anything else raises `OfflineError`, and
+        so do writes. Of the listings only `list_dir` and `is_empty` are answered, from the last answer of the source to
+        `list_dir`. Default is None: whether the environment has ``ZCACHE_OFFLINE`` with a value other than ``""`` and
+        ``"0"`` now. Set it where there is no network.
     max_size : int or str, optional
-        Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text
-        such as ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30); or a share, such as ``"25%"``, of the whole
-        volume of a directory, and else of the memory, or of what the control group of the process may use
-        of it. A share is resolved once: `max_size`, `cache_info` and copies have the bytes. Default is
-        None, no bound. Set it to what the memory or disk behind `cache_store` can spare. A larger value is never cached. What
-        stores with a larger one have left goes at once; where `cache_store` has its own methods only, from the first operation on.
+        Bytes that the cache store holds at most, at every instant: a whole number from 0 on, or text such as
+        ``"256MB"`` (10**6) or ``"2 GiB"`` (2**30). A share, such as ``"25%"``, is one of the whole volume of a
+        directory; elsewhere of the memory, or of what the control group of the process may use. It is resolved once:
+        `max_size`, `cache_info` and copies have the bytes. Default is None, no bound. Set it to what the memory or disk
+        behind `cache_store` can spare. A value larger than this is never cached. If more is cached already, it is
+        evicted at once, in a store other than memory, a directory or a pool from the first operation on.
     eviction : {"lru", "none", "adaptive"}, optional
-        Which values go when there is no room for a new one. Default is None: that of the `CachePool`, if it was given
-        one, else "lru": those that were used least recently. "none" keeps what came first, until it expires or is dropped: for
-        data that is read in whole passes, the share of it that fits. "adaptive" goes by the one of several rules that
-        has served most of a sample of the traffic lately: set it where passes over more than `max_size` are
-        read (training, animations), or where you do not know. All stores over one cache store go by one policy: while
-        others use it, in this process or another, one with another policy is told so by a `UserWarning`, and
-        goes by theirs. It also applies to decoded chunks; see docs/eviction.md.
+        Which values are evicted for a new one. Default is None: that of the `CachePool`, if it was given one, else
+        "lru", the least recently used. "none" keeps what came first until it expires or is dropped: of data that is
+        read in whole passes, the share that fits. "adaptive" uses the one of several rules that has lately served most
+        of a sample of the traffic. Set it where passes over more than `max_size` are read (training, animations), or
+        where you do not know. All stores over one cache store use one policy: a store that asks for another one than
+        those in use, in this process or another, gets a `UserWarning` and theirs. It also applies to decoded chunks;
+        see docs/eviction.md.
     minimise : {"requests", "bytes", "seconds"}, optional
-        What "adaptive" makes least of, and plans under each policy (`will_read`). Default is None: that of the pool, else "requests": a miss costs the same,
-        whatever its size, so small values are kept rather than large ones. "bytes" is for a source that is paid
-        for, or limited, by the byte; "seconds" weighs both by the latency and the rate of the source, as measured.
+        The cost of misses that "adaptive" minimises, and plans under each policy (`will_read`). Default is None: that
+        of the pool, else "requests". There a miss costs the same, whatever its size, so small values are kept rather
+        than large ones. "bytes" is for a source that is paid for, or limited, by the byte. "seconds" weighs both by the
+        measured latency and rate of the source.
     cache_missing : bool, optional
-        Whether a key that the source does not have is remembered as missing, so that it is not asked for
-        again. Default is True. Metadata documents are, too, as long as another document of their node is
-        cached, such as ``zarr.json`` beside ``.zarray``; before that each look for them asks the source. Set
-        it to False where others add keys to the source that must be seen at once.
+        Whether a key that the source does not have is remembered as missing, so that it is not asked for again. Default
+        is True. A missing metadata document is remembered only while another document of its node is cached, such as
+        ``zarr.json`` beside ``.zarray``. Set it to False where others add keys to the source that must be seen at once.
     missing_max_age_seconds : float or "infinity", optional
-        Seconds, from 0 on and fractions allowed, for which that is remembered; not longer than the maximum
-        age of a value of that key. Default is 300, also where None is given. Set it lower where others add chunks that must be seen
-        soon, and to "infinity" for data that no one changes. One key for each 256 bytes of `max_size` is
-        remembered, at least 1,024 and at most 2**20, the most recently used; each takes about 64 bytes in
-        the index, and none of `max_size`.
+        Seconds, from 0 on and fractions allowed, for which a missing key is remembered; not longer than the maximum age
+        of a value of that key. Default is 300, also where None is given. Set it lower where others add chunks that must
+        be seen soon, and to "infinity" for data that does not change. One key for each 256 bytes of `max_size` is
+        remembered, at least 1,024 and at most 2**20, the most recently used. Each takes about 64 bytes in the index,
+        and none of `max_size`.
     cache_set_data : bool, optional
         Whether values that are written are cached as well. Default is True; set it to False where
         what is written is not read again soon.
     read_only : bool, optional
         Open the source anew with this setting. Default is None: as the source is.
     verify : {"first", "always", "never"}, optional
-        When the bytes of a hit are compared with their CRC32C. It is about bytes that have left the
-        process: what lies in a `MemoryStore` is never compared. Default is "first": at the first hit
-        of each process, which finds what a disk has damaged. "always" costs one pass over the bytes at
-        each hit; "never" is for a cache store that checks by itself, and still checks once what it finds
-        in a cache directory after a loss of power.
+        When the bytes of a hit are compared with their CRC32C. Values in a `MemoryStore` are never compared, since they
+        have not left the process. Default is "first": at the first hit of each process, which finds damage by a disk.
+        "always" costs one pass over the bytes at each hit. "never" is for a cache store that checks by itself; after a
+        loss of power, values of a cache directory are still checked once.
     adopt : bool, optional
-        Take over what a cache store holds that was not made by zcache: it may then be served, and
-        evicted; or use another user's directory. Default is False: such a store is refused.
+        Use a cache store with contents that zcache did not make, which may then be served and evicted, or another
+        user's directory. Default is False: such a store is refused.
     source_id : str, optional
         Name of the source, for a cache that outlives the process. Default is None: the URL or path and
         the endpoint of a `LocalStore`, `ZipStore`, `FsspecStore` or `ObjectStore`, or the repository and snapshot of a
@@ -201,27 +198,27 @@ class CacheStore(Store, KeepsDecoded):
         cache starts cold. Give one for a store without a name (a `MemoryStore`, an `FsspecStore` over a URL with a
         query or a fragment, a class or wrapper of your own), and where the same data is reached under several names.
     min_free_space : int or str, optional
-        Bytes of the volume of a cache directory that stay free, written as for `max_size`. Below them
-        zcache evicts before it writes. Where all that is cached would not make room, it is kept, and nothing
-        is added until there is room. Default is None: 5 % of the volume, at most 1 GiB. Set it higher where
-        others write to the volume in bursts.
+        Bytes of the volume of a cache directory that stay free, written as for `max_size`. If fewer are free, zcache
+        evicts before it writes. If evicting everything would not make room, the cache is kept, and nothing is added
+        until there is room. Default is None: 5 % of the volume, at most 1 GiB. Set it higher where others write to the
+        volume in bursts.
     max_pending_size : int or str, optional
-        Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that wait to be written to the cache
-        store, for all stores over it in this process, and all sources of a pool, together; a single larger value is still taken.
-        Default is None: 64 MiB. Where several stores ask, the least is in force. A reader that finds them used up waits while the cache store makes progress. Set it lower where
-        memory is short, higher where a slow cache store has to take in bursts.
+        Bytes in memory, from 0 on and written as for `max_size` (a share is of the memory), that may wait to be written
+        to the cache store. All stores over it in this process, and all sources of a pool, share them; the least that
+        any asks for is in force. A single larger value is still taken. Default is None: 64 MiB. If they are used up,
+        readers wait while the cache store makes progress. Set it lower where memory is short, higher where a slow cache
+        store has to take in bursts.
     decoded_size : int or str, optional
-        Bytes of decoded chunks, from 0 on and written as for `max_size` (a share is of the memory), that this process keeps in memory
-        for this store and its copies, beside the encoded ones. Default is None: none are kept. Set it where the
-        same chunks are read again and again; arrays that are opened on the store afterwards use them.
+        Bytes of decoded chunks that this process keeps in memory for this store and its copies, beside the encoded
+        ones; from 0 on and written as for `max_size` (a share is of the memory). Default is None: none are kept. Set it
+        where the same chunks are read again and again; arrays that are opened on the store afterwards use them.
     sampling : bool, optional
-        Whether the requests of this store and its copies go into the sample from which `advise` tells how large
-        the cache should be. Default is True. It takes up to 0.98 MB of memory or, for a directory, of its
-        disk, and 1 % of the time of a hit at most. Set it to False for reads that are not the usual work, such
-        as a copy of everything; other stores over the same cache are sampled as they ask for it.
+        Whether the requests of this store and its copies go into the sample that `advise` uses; docs/advice.md has what
+        it costs. Default is True. Set it to False for reads that are not the usual work, such as a copy of everything.
+        It does not affect other stores over the same cache.
     clock : callable, optional
-        Returns seconds, by which ages and the pauses of the circuit breaker are counted; in a pool the ages of this store
-        only, for its sources share one breaker. Default is None: the clock of the system. Meant for tests; see
+        Returns the seconds by which ages and the pauses of the circuit breaker are counted. In a pool only the ages,
+        since its sources share one breaker. Default is None: the clock of the system. Meant for tests; see
         `zcache.testing.FakeClock`.
 
     Raises
@@ -372,17 +369,17 @@ class CacheStore(Store, KeepsDecoded):
 
     @property
     def max_size(self) -> int | None:
-        """Bytes that this store was given as the bound; None for none. `cache_info` has the one in force, which all who use the cache store share."""
+        """Bytes that this store was given as the bound; None for none. `cache_info` has the one in force."""
         return self._options.max_size
 
     @property
     def eviction(self) -> Policy:
-        """The policy that is in force: what was asked for, or that of those who used the cache store already."""
+        """The policy in force: what was asked for, or that of the stores that used the cache store already."""
         return self._cache.policy()[0]
 
     @property
     def minimise(self) -> Minimised:
-        """What the policy in force makes least."""
+        """The cost that the policy in force minimises."""
         return self._cache.policy()[1]
 
     @property
@@ -398,12 +395,12 @@ class CacheStore(Store, KeepsDecoded):
 
     @property
     def metadata_max_age_seconds(self) -> Age | None:
-        """The same for metadata documents; None where `max_age_seconds` says it."""
+        """The same for metadata documents; None if `max_age_seconds` applies to them."""
         return self._options.metadata_max_age_seconds
 
     @property
     def revalidate(self) -> Revalidate:
-        """Whether values that are too old are compared before they are read again, or those of metadata."""
+        """Whether values that are too old are compared before they are read again; "metadata" for documents only."""
         return self._options.revalidate
 
     @property
@@ -424,7 +421,7 @@ class CacheStore(Store, KeepsDecoded):
 
     @property
     def missing_max_age_seconds(self) -> Age:
-        """Seconds for which they are at most, or "infinity"."""
+        """Seconds for which a missing key is remembered at most, or "infinity"."""
         return self._options.missing_max_age_seconds
 
     @property
@@ -440,9 +437,9 @@ class CacheStore(Store, KeepsDecoded):
         dict
             - ``cache_store_type``: name of the class.
             - ``max_age_seconds``: seconds, "infinity", or a dict of these by pattern.
-            - ``max_size``: bytes, the smallest that those who use the cache store asked for; None if none did.
-            - ``current_size``: bytes in the cache store, those with a failed delete among them; on a disk the most that its
-              files may take, see `CachePool.cache_info`.
+            - ``max_size``: bytes, the smallest bound of all stores over the cache store; None if none has one.
+            - ``current_size``: bytes in the cache store, including values with a failed delete; on a disk the most that
+              its files may take, see `CachePool.cache_info`.
             - ``cache_set_data``: the option.
             - ``tracked_keys``, ``cached_keys``: both the number of entries (in a pool, of all sources), including those
               that are too old to be served. A full value is one entry, and so is each range of a value that is not
@@ -473,10 +470,10 @@ class CacheStore(Store, KeepsDecoded):
     def cache_stats(self) -> dict[str, Any]:
         """Count what happened since the store was made. Waits for nothing.
 
-        Copies of a store (`with_read_only`, pickles that arrive in the same process) count together with it;
-        another store over the same cache counts its own reads, from its making on. The counts go on
-        where the index is rebuilt, and in a forked child, which counts on by itself; a copy in another
-        process begins at zero.
+        Copies of a store (`with_read_only`, pickles that arrive in the same process) count together with it. Another
+        store over the same cache counts its own reads. A rebuild of the index does not reset the counts. A forked child
+        continues from those of its parent; a copy in another process begins at zero. docs/troubleshooting.md says what
+        to do about each.
 
         Returns
         -------
@@ -488,15 +485,15 @@ class CacheStore(Store, KeepsDecoded):
             - ``total_requests``: hits and misses.
             - ``hit_rate``: hits divided by requests; 0.0 where there were none. Decoded hits are neither.
             - ``negative_hits``: answered because the key was known to be missing; neither hits nor misses.
-            - ``missing_keys``: keys that are remembered as missing, with those that are too old to be answered so, as far
-              as this process has looked.
+            - ``missing_keys``: keys that are remembered as missing, including those that are too old to be served, as
+              far as this process has looked.
             - ``bypassed``: requests for keys that are never cached; docs/freshness.md has the list.
-            - ``damaged``: hits with bytes that were gone, of another length or against their checksum; not in a
-              directory that is only read from, where others may have evicted them.
+            - ``damaged``: hits with bytes that were gone, of another length or with a wrong checksum; not in a
+              directory that is only read, where others may have evicted them.
             - ``stale_hits``: values, sizes and listings that were too old, because the source raised an error
               (`stale_if_error`).
-            - ``cache_skips``: reads and writes for which the cache store was left alone, because it kept failing or its
-              index was locked, and fills that were cut off with their event loop.
+            - ``cache_skips``: reads and writes that did not use the cache store, because it kept failing or its index
+              was locked, and fills that were cut off with their event loop.
 
             The cache store, for all stores of this process over it:
 
@@ -510,8 +507,8 @@ class CacheStore(Store, KeepsDecoded):
 
             - ``decoded_hits``: chunks that were kept, or were being decoded for another reader.
             - ``decoded_misses``: chunks that were not.
-            - ``decoded_size``: bytes that are kept now, or are being decoded to be kept, with 1,024 or more beside the elements
-              of each chunk.
+            - ``decoded_size``: bytes that are kept now, or are being decoded to be kept; for each chunk 1,024 or more
+              beside its elements.
             - ``decode_seconds``: time in the wrapped codec pipeline, which reads and decodes what is missing.
         """
         counts = self._cache.stats(self._decoded)
@@ -537,9 +534,9 @@ class CacheStore(Store, KeepsDecoded):
         Returns
         -------
         bool
-            False also for a value that is too old to be served, for one that is still on its way into the
-            cache store (see `drain`), and for a key that is only known to be missing. Of a cache that is only
-            read from, what others have dropped may count until a read misses it.
+            False also for a value that is too old to be served, for one that is still on its way into the cache store
+            (see `drain`), and for a key that is known to be missing. In a cache that is only read, a value that others
+            have dropped may count until a read misses it.
 
         Raises
         ------
@@ -585,7 +582,7 @@ class CacheStore(Store, KeepsDecoded):
         return CachedKeys(self._cache.shared, self._reader.ages, self._io, check_prefix(prefix))
 
     async def invalidate(self, prefix: str = "") -> int:
-        """Forget what is cached, so that it is read from the source again. The source stays as it is.
+        """Forget cached values, so that they are read from the source again. The source is not changed.
 
         Parameters
         ----------
@@ -696,8 +693,8 @@ class CacheStore(Store, KeepsDecoded):
         ----------
         sizes : iterable of int or str, optional
             Bytes, or text such as ``"2 GiB"``. Default is None: from 1/16 to 16 times the smallest `max_size` of all
-            stores over the cache or, where none has any, the bytes that are cached; where that is 0, the bytes of
-            all that was requested.
+            stores over the cache. If there is none, the cached bytes take its place; if it is 0, the bytes of all
+            values requested.
         policies : iterable of str, optional
             Any of "lru", "none" and "adaptive". Default is None: all.
 
@@ -738,11 +735,11 @@ class CacheStore(Store, KeepsDecoded):
     def record(self, path: str | os.PathLike[str], *, anonymous: bool = False) -> Recording:
         """Write the requests of this store and its copies, in this process, to a file while they are made.
 
-        The file is CSV in gzip, with a line for each read of a value that the source has: ``time`` (seconds since
-        the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the whole value),
-        ``size`` (bytes of the answer), ``hit`` (0 or 1), of the entry that has served it ``entry_range`` and
-        ``entry_size``, and ``outdated`` (1 where what is cached was too old to be served). A size that is not
-        known yet at the end is left out. `replay` reads it.
+        The file is CSV in gzip, with a line for each read of a value that the source has. Its columns are ``time``
+        (seconds since the beginning), ``key``, ``range`` (``first-end``, ``first-``, ``-count``, or nothing for the
+        whole value), ``size`` (bytes of the answer), ``hit`` (0 or 1), ``entry_range`` and ``entry_size`` of the entry
+        that has served it, and ``outdated`` (1 if the cached value was too old to be served). A size that is not known
+        at the end is left out. `replay` reads it.
 
         A reader does no more than put its request into a queue; a thread writes it. An error of the file
         ends the recording with a warning in the log, never a read.
@@ -934,9 +931,8 @@ class CacheStore(Store, KeepsDecoded):
     def close(self) -> None:
         """Close the source, once pending fills have reached the cache store (5 seconds at most).
 
-        The cache store stays open: copies of this store may share it. Fills that take longer go on after it, until the
-        process ends, and so do those that are carried out by the event loop that this is called in; `await store.drain()`
-        waits for them.
+        The cache store stays open: copies of this store may share it. Fills that take longer continue after it, until
+        the process ends. So do those that run in the event loop of the caller; `await store.drain()` waits for them.
         """
         fills = self._cache.shared.fills
         if fills is not None and fills.can_wait_here():
@@ -1013,7 +1009,7 @@ class CacheStore(Store, KeepsDecoded):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """Read without an event loop; see `get`. Needs two stores that can do so.
+        """Read without an event loop; see `get`. Needs synchronous methods of both stores.
 
         Raises
         ------
