@@ -30,11 +30,11 @@ class ZcacheError(Exception):
 
 
 class IndexLockTimeout(ZcacheError, TimeoutError):  # noqa: N818 - named like the builtin that it is
-    """Another process holds the lock of the index, and does not go on."""
+    """Another process holds the lock of the index, and does not release it."""
 
 
 class IndexRebuildTimeout(ZcacheError, TimeoutError):  # noqa: N818 - the same
-    """The index is being rebuilt, so not all that is cached is known yet."""
+    """The index is being rebuilt, so it does not know all cached values yet."""
 
 
 class OptionTypeError(ZcacheError, TypeError):
@@ -58,7 +58,7 @@ class CacheOwnershipError(ZcacheError, ValueError):
 
 
 class CacheUnreachableError(ZcacheError, OSError):
-    """The cache cannot be used, and those who can use it cannot be told that a key is written."""
+    """The cache cannot be used, and the processes that can use it cannot be told that a key is written."""
 
 
 class OfflineError(ZcacheError, OSError):
@@ -70,7 +70,7 @@ class SyncNotSupportedError(ZcacheError, TypeError):
 
 
 class RecordingError(ZcacheError, ValueError):
-    """A file of recorded requests is damaged, or is none."""
+    """A file of recorded requests is damaged, or is no recording."""
 
 
 class RecordingExistsError(ZcacheError, FileExistsError):

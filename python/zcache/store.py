@@ -756,8 +756,8 @@ class CacheStore(Store, KeepsDecoded):
         Returns
         -------
         Recording
-            A context manager; the recording ends with the block, by its `close`, where no one refers to it any
-            more, or when the process exits.
+            A context manager. The recording ends with the block, by its `close`, when nothing refers to it any more, or
+            when the process exits.
 
         Raises
         ------
@@ -784,9 +784,9 @@ class CacheStore(Store, KeepsDecoded):
         return Recording(RequestWriter(self._hits, path, anonymous=anonymous, about=about))
 
     async def drain(self, timeout: Age = DRAIN_TIMEOUT) -> bool:  # noqa: ASYNC109
-        """Wait until all that was read or written before is in the cache store, or was refused.
+        """Wait until all values that were read or written before are in the cache store, or were refused.
 
-        A cache store that has to be listed first is waited for as well.
+        It also waits for the listing of a cache store that has to be listed first.
 
         Parameters
         ----------
@@ -796,7 +796,7 @@ class CacheStore(Store, KeepsDecoded):
         Returns
         -------
         bool
-            False if it took longer. The fills go on.
+            False if it took longer. The fills continue.
 
         Raises
         ------

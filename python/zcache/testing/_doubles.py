@@ -1,4 +1,4 @@
-"""A store before another, with operations that a test counts, fails, slows down and holds up."""
+"""A store in front of another one; a test counts its operations, and makes them fail, slow or blocked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StoreDouble(WrapperStore[Store]):
-    """A store before another one, which does what a test tells it to.
+    """A store in front of another one, controlled by a test.
 
     Has every operation of the store behind it, the synchronous ones among them, and may be used by any
     number of threads and event loops at once. Operations are named "get", "get_partial_values",
@@ -64,7 +64,7 @@ class StoreDouble(WrapperStore[Store]):
 
     @property
     def inner(self) -> Store:
-        """The store behind it; what is done to that is neither counted nor held up."""
+        """The store behind it. Direct calls of that are neither counted nor blocked."""
         return self._store
 
     def fail(
@@ -101,7 +101,7 @@ class StoreDouble(WrapperStore[Store]):
         times: float = math.inf,
         key: str | None = None,
     ) -> None:
-        """Let an operation take some time more.
+        """Let an operation take more time.
 
         Parameters
         ----------
@@ -124,7 +124,7 @@ class StoreDouble(WrapperStore[Store]):
         key: str | None = None,
         after: bool = False,
     ) -> Gate:
-        """Hold an operation up until the gate is released.
+        """Block an operation until the gate is released.
 
         Parameters
         ----------
@@ -167,7 +167,7 @@ class StoreDouble(WrapperStore[Store]):
         return self.block(operation, times=times, key=key)
 
     def heal(self) -> None:
-        """Forget all that it was told, and let everything go on that was held up."""
+        """Remove all rules, and release all blocked operations."""
         plan = self._plan
         with plan.lock:
             plan.rules = []
@@ -191,11 +191,11 @@ class StoreDouble(WrapperStore[Store]):
 
     @property
     def failures(self) -> int:
-        """How many calls were told to raise."""
+        """How many calls were made to raise."""
         return self._plan.failures
 
     def take(self) -> Counter[str]:
-        """How often each operation was called since the last time that this was asked.
+        """How often each operation was called since the last call of this, or of `take_requests`.
 
         Returns
         -------
@@ -205,7 +205,7 @@ class StoreDouble(WrapperStore[Store]):
         return Counter(request.operation for request in self.take_requests())
 
     def take_requests(self) -> builtins.list[Request]:
-        """All calls since the last time that this, or `take`, was asked.
+        """All calls since the last call of this, or of `take`.
 
         Returns
         -------

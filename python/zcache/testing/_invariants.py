@@ -57,10 +57,10 @@ class _Snapshot(NamedTuple):
 def check_invariants(store: CacheStore, *, held: Mapping[str, int] | None = None) -> None:
     """Assert that the index, the bound and the cache store agree.
 
-    Works for every kind of cache store, at any time. While values are being filled in or deleted, it
-    asserts that no byte in the cache store goes uncounted; when nothing is under way, that both hold
-    the same values of the same sizes. So call ``store.drain_sync()`` first to have all of it compared.
-    Where other threads or processes use the cache meanwhile, call `check_index` instead.
+    Works for every kind of cache store, at any time. While values are being filled in or deleted, it asserts that each
+    byte in the cache store is counted. When nothing is under way, it asserts that both hold the same values of the same
+    sizes. So call ``store.drain_sync()`` first to compare everything. If other threads or processes use the cache
+    meanwhile, call `check_index` instead.
 
     Parameters
     ----------
@@ -150,21 +150,20 @@ def check_index(store: CacheStore) -> None:
 
 
 def stored_sizes(store: CacheStore, *, everything: bool = False) -> dict[str, int]:
-    """What the cache store holds of values and byte ranges, looked up without the index.
+    """List the values and byte ranges in the cache store, without the index.
 
     Parameters
     ----------
     store : CacheStore
         Any store over the cache.
     everything : bool, optional
-        Of a pool, those of all its sources; their keys begin with the label of their source then. Default is
-        False: those of the source of the store.
+        Of a pool, the values of all sources; their keys then begin with the label of their source. Default is False:
+        those of the source of the store.
 
     Returns
     -------
     dict of str to int
-        Sizes in bytes by key of the cache store. What is in a cache directory that zcache did not
-        write is left out.
+        Sizes in bytes by key of the cache store. Files in a cache directory that zcache did not write are left out.
     """
     cache = cache_store(store)
     found = _sizes_at_once(cache)

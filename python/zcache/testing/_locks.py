@@ -9,7 +9,7 @@ from zcache.exceptions import IndexLockTimeout
 
 
 def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
-    """Hold the lock of the index of a cache directory, or of a pool, as a process that is stopped in a step.
+    """Hold the lock of the index of a cache directory or pool, as a process that was stopped in a step does.
 
     Parameters
     ----------
@@ -19,8 +19,8 @@ def hold_index_lock(directory: os.PathLike[str] | str) -> HeldLock:
     Returns
     -------
     context manager
-        It releases the lock at its end; its method `release` does so before, and says whether
-        the lock was still held.
+        It releases the lock at its end. Its method `release` releases it earlier, and returns whether it was still
+        held.
 
     Raises
     ------

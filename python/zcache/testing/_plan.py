@@ -1,4 +1,4 @@
-"""What a `StoreDouble` is told to do, and the gates that hold operations up."""
+"""The rules of a `StoreDouble`, and the gates that block operations."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Request(NamedTuple):
 
 
 class Gate:
-    """Holds operations up until a test releases them, from whichever thread or event loop they come.
+    """Blocks operations of any thread or event loop until a test releases them.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ class Gate:
             await asyncio.sleep(0.001)
 
     def release(self) -> None:
-        """Let all operations go on that wait here, and all that come later."""
+        """Release all operations that wait here, and all later ones."""
         with self._changed:
             self._open.set()
             waiting, self._waiting = self._waiting, []

@@ -1,4 +1,4 @@
-"""What the index of a store says, to look at."""
+"""Views of the index of a store."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Entry(NamedTuple):
     name : str
         Key in the cache store.
     state : {"live", "filling", "deleting", "delete-failed"}
-        Whether it can be served ("live"), is being written or deleted, or could not be deleted, in
-        which case its bytes count until that succeeds.
+        Whether it can be served ("live"), is being written or deleted, or could not be deleted. In the last case its
+        bytes count until the delete succeeds.
     """
 
     key: str
@@ -48,7 +48,7 @@ class InFlight(NamedTuple):
     Attributes
     ----------
     flights : int
-        Keys and byte ranges that are being read from the source, each for all who wait for it.
+        Keys and byte ranges that are being read from the source, each counted once.
     reservations : int
         Values for which room is being made or that are being written to the cache store.
     """
@@ -83,13 +83,13 @@ def entries(store: CacheStore, *, everything: bool = False) -> list[Entry]:
     store : CacheStore
         Any store over the cache.
     everything : bool, optional
-        Of a pool, those of all its sources; their keys begin with the label of their source then. Default is
-        False: those of the source of the store.
+        Of a pool, the entries of all sources; their keys then begin with the label of their source. Default is False:
+        those of the source of the store.
 
     Returns
     -------
     list of Entry
-        Those that are served, and those that count only.
+        Entries that are served, and those that only count.
     """
     return [
         Entry(key, byte_range, size, name, cast("State", state))
@@ -126,7 +126,7 @@ def cache_store_of(store: CacheStore) -> Store:
     Returns
     -------
     Store
-        The cache store itself. What else writes to it is damage.
+        The cache store itself. Any other write to it damages the cache.
     """
     return _internals.cache_store(store)
 
@@ -148,7 +148,7 @@ def recency(store: CacheStore) -> list[tuple[str, ByteRequest | None]]:
 
 
 def missing_keys(store: CacheStore) -> list[str]:
-    """Keys that are remembered as missing, however long ago that was learned.
+    """Keys that are remembered as missing, of any age.
 
     Parameters
     ----------
@@ -180,10 +180,10 @@ def in_flight(store: CacheStore) -> InFlight:
 
 
 def is_complete(store: CacheStore) -> bool:
-    """Whether the index knows all that the cache store holds.
+    """Whether the index knows everything that the cache store holds.
 
-    It does not while a cache store is being listed or a damaged index is being rebuilt: reads go to the
-    source then, and nothing is cached.
+    It does not while a cache store is being listed or a damaged index is being rebuilt. Meanwhile reads go to the
+    source, and nothing is cached.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def is_complete(store: CacheStore) -> bool:
     Returns
     -------
     bool
-        True where nothing of that is under way.
+        True if neither is under way.
     """
     return _internals.is_complete(store)
 
@@ -243,7 +243,7 @@ def record_steps(
     store : CacheStore
         The store.
     on_step : callable, optional
-        Is told each step in the task or thread that took it, before that goes on. Default is None.
+        Called with each step, in the task or thread that took it, before that continues. Default is None.
 
     Yields
     ------

@@ -1,4 +1,4 @@
-"""Volumes that a test wants for its cache directories, and openings that wait."""
+"""Volumes that a test needs for its cache directories, and openings that wait."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def set_block_size(size: int | None) -> int | None:
-    """Count what the values of cache directories take in blocks of another size, in this process.
+    """Count the room of values in cache directories in blocks of another size, in this process.
 
-    So a test may have small values and a small bound whatever the volume is. It is about directories that are opened
-    from now on.
+    So a test may use small values and a small bound on any volume. It applies to directories that are opened from now
+    on.
 
     Parameters
     ----------
@@ -56,8 +56,8 @@ def patient_openings(seconds: float = 60.0) -> Iterator[None]:
     Parameters
     ----------
     seconds : float, optional
-        How long at most. Default is 60; without this an opening goes on after a second, and the rebuild in
-        the background.
+        How long at most. Default is 60. Without this an opening continues after a second, and the rebuild in the
+        background.
     """
     with _internals.patient_rebuilds(seconds):
         yield
