@@ -1,19 +1,17 @@
 """Another process on the same cache directory, which does what a test tells it to.
 
-python tests/agent.py DIRECTORY MAX_SIZE SHARES: one command a line in, one answer a line out, both as JSON.
+All of them are forked from one process that has imported zarr and never uses a cache: the import takes longer than most tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import multiprocessing
+import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from zarr.storage import LocalStore
 
@@ -29,7 +27,15 @@ from zcache.testing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from multiprocessing.connection import Connection
+    from pathlib import Path
+
     from zcache.testing import Gate
+
+_CONTEXT: Final = multiprocessing.get_context("forkserver")
+# Not this module: before Python 3.13.3 that process does not know our `sys.path`.
+_CONTEXT.set_forkserver_preload(["pytest", "zarr.storage", "zcache.testing"])
 
 SOURCE_ID = "source"
 """The name of the source, through whichever store it is read."""
@@ -59,36 +65,34 @@ class Agent:
     """
 
     def __init__(self, where: Path, max_size: int = 0, *, shares_index: bool = True) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(where), str(max_size), str(int(shares_index))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self._commands, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(
+            target=_serve, args=(theirs, where, max_size, shares_index, dict(os.environ)), daemon=True
         )
+        self.process.start()
+        theirs.close()
         assert self._hear() == "ready"
 
     def __call__(self, what: str, key: str = "", text: str = "") -> Any:
         """Have it do something, and wait for the answer."""
-        assert self.process.stdin
-        print(json.dumps([what, key, text]), file=self.process.stdin, flush=True)
+        self._commands.send((what, key, text))
         return self._hear()
 
     def _hear(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, f"it has died: {self.process.wait()}"
-        return json.loads(line)
+        try:
+            return self._commands.recv()
+        except EOFError:
+            self.process.join()
+            raise AssertionError(f"it has died: {self.process.exitcode}") from None
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe
-            pipe.close()
+        self.end()
 
     def end(self) -> None:
         """Let it come to its end, and wait for that."""
-        self.process.communicate()
+        self._commands.close()
+        self.process.join()
 
     def __enter__(self) -> Self:
         return self
@@ -163,18 +167,15 @@ class _Commands:
         return None
 
 
-def main() -> None:
-    with contextlib.nullcontext() if int(sys.argv[3]) else without_shared_index():
-        serve()
-
-
-def serve() -> None:
-    """Do what the lines say."""
-    commands = _Commands(Path(sys.argv[1]), int(sys.argv[2]))
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(commands.obey(*json.loads(line))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def _serve(
+    commands: Connection, where: Path, max_size: int, shares_index: bool, environment: Mapping[str, str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with contextlib.nullcontext() if shares_index else without_shared_index():
+        mine = _Commands(where, max_size)
+        commands.send("ready")
+        # Until the test closes its end.
+        with contextlib.suppress(EOFError):
+            while True:
+                commands.send(mine.obey(*commands.recv()))
