@@ -46,6 +46,7 @@ def test_pool_process_killed_at_each_system_call_stays_right(tmp_path: Path) -> 
     assert sum(deaths.values()) > 150
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_pool_process_killed_at_each_system_call_of_fills_together_stays_right(
     tmp_path: Path,
@@ -63,6 +64,7 @@ def test_pool_process_killed_at_each_system_call_of_fills_together_stays_right(
     assert met >= POOL_FILL
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", [False, True])
 def test_directory_process_killed_after_each_index_step_stays_right(
