@@ -26,6 +26,7 @@ from zcache._source.location import (
     innermost,
     location_of,
     memory_store_of,
+    naming_location,
     outlives_process,
     overlaps,
     place_in_process,
@@ -358,12 +359,6 @@ SIGNED = "X-Amz-Algorithm=AWS4&X-Amz-Credential=me&X-Amz-Signature=hush"
         ("https://node/a@2.zarr", {}, "node/a@2.zarr"),
         ("https://node/", {}, "node"),
         ("https://node/a", {"headers": {"Authorization": "hush"}}, "node/a"),
-        ("https://node/a", {"client_kwargs": {"headers": {"X-Token": "hush"}}}, "node/a"),
-        # They follow the whole URL.
-        ("https://node/a", {"params": {"sig": "hush", "se": "x"}}, "node/a"),
-        # These may say what is read.
-        ("https://node/a", {"params": {"set": "1"}}, None),
-        ("https://node/a", {"client_kwargs": {"connector": None}}, None),
         # Keys are appended to these.
         ("https://node/a?set=1", {}, None),
         (f"https://node/a?{SIGNED}", {}, None),
@@ -408,6 +403,176 @@ def test_location_with_an_endpoint_to_which_keys_are_appended_is_unknown(query: 
     pytest.importorskip("gcsfs")
     options = {"token": "anon", "endpoint_url": url, "skip_instance_cache": True}
     assert location_of(FsspecStore.from_url("gs://bucket/a", storage_options=options)) is None
+
+
+# ------------------------------------------------------------------------------- options
+
+
+def google(**options: Any) -> FsspecStore:
+    pytest.importorskip("gcsfs")
+    options = {"token": "anon", "project": "p", "skip_instance_cache": True, **options}
+    return FsspecStore.from_url("gs://bucket/a", storage_options=options)
+
+
+def header(**headers: str) -> dict[str, Any]:
+    return {"headers": {name.replace("_", "-"): value for name, value in headers.items()}}
+
+
+def client(**headers: str) -> dict[str, Any]:
+    return {"client_options": {"default_headers": header(**headers)["headers"], "timeout": "3s"}}
+
+
+def check_naming(make: Callable[[], Store], *, is_named: bool) -> None:
+    """Either its location is its name, or it is another place each time."""
+    one, other = make(), make()
+    location = location_of(one)
+    assert location is not None
+    assert naming_location(one) == (location if is_named else None)
+    assert (place_in_process(one) == place_in_process(other)) is is_named
+    # Evicting would delete what is there all the same.
+    assert overlaps(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        (header(Authorization="hush", User_Agent="me", accept_encoding="identity"), True),
+        ({"client_kwargs": header(X_Token="hush")}, True),
+        ({"block_size": 1, "proxy": "http://node", "client_kwargs": {"trust_env": True}}, True),
+        # They follow the whole URL.
+        ({"params": {"sig": "hush", "se": "x"}}, True),
+        ({"params": {"set": "1"}}, False),
+        (header(Host="one"), False),
+        (header(x_dataset="one"), False),
+        (header(Accept="text/html"), False),
+        (header(Accept_Encoding="gzip"), False),
+        ({"client_kwargs": header(Host="one")}, False),
+        ({"client_kwargs": {"cookies": {"set": "one"}}}, False),
+        ({"client_kwargs": {"connector": None}}, False),
+        ({"client_kwargs": {"auto_decompress": False}}, False),
+        ({"encoded": True}, False),
+        ({"later": 1}, False),
+    ],
+)
+def test_naming_location_http_is_none_with_options_that_may_select(
+    options: dict[str, Any], is_named: bool
+) -> None:
+    check_naming(lambda: http("https://node/a", **options), is_named=is_named)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        ({"anon": True, "key": None, "secret": None, "use_listings_cache": False}, True),
+        ({"requester_pays": True, "default_block_size": 1, "version_aware": True}, True),
+        ({"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}}, True),
+        ({"client_kwargs": {"region_name": "eu-west-1", "verify": False}}, True),
+        ({"config_kwargs": {"max_pool_connections": 3, "s3": {"addressing_style": "path"}}}, True),
+        ({"s3_additional_kwargs": {"VersionId": "one"}}, False),
+        ({"s3_additional_kwargs": {"PartNumber": 1}}, False),
+        ({"client_kwargs": {"api_version": "2006-03-01"}}, False),
+        ({"config_kwargs": {"http_session_cls": object}}, False),
+        ({"config_kwargs": {"connector_args": {"resolver": None}}}, False),
+        ({"config_kwargs": {"s3": {"later": 1}}}, False),
+    ],
+)
+def test_naming_location_s3_is_none_with_options_that_may_select(
+    options: dict[str, Any], is_named: bool
+) -> None:
+    check_naming(lambda: s3(**options), is_named=is_named)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        ({"requests_timeout": 3, "requester_pays": True, "access": "read_only"}, True),
+        ({"session_kwargs": {"trust_env": True, **header(Authorization="hush")}}, True),
+        ({"session_kwargs": header(X_Dataset="one")}, False),
+        ({"later": 1}, False),
+    ],
+)
+def test_naming_location_google_is_none_with_options_that_may_select(
+    options: dict[str, Any], is_named: bool
+) -> None:
+    check_naming(lambda: google(**options), is_named=is_named)
+
+
+def test_naming_location_google_knows_what_is_given_by_position() -> None:
+    gcsfs = pytest.importorskip("gcsfs")
+
+    def make(*args: Any) -> Store:
+        made = gcsfs.GCSFileSystem(*args, token="anon", asynchronous=True)
+        return FsspecStore(made, path="bucket/a")
+
+    check_naming(lambda: make("p", "read_only"), is_named=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        ({"sas_token": "sv=2024&sig=hush"}, True),
+        ({"account_key": "aHVzaA==", "max_concurrency": 3, "version_aware": True}, True),
+        ({"anon": True, "later": 1}, False),
+    ],
+)
+def test_naming_location_azure_is_none_with_options_that_may_select(
+    options: dict[str, Any], is_named: bool
+) -> None:
+    check_naming(lambda: azure(account_name="acc", **options), is_named=is_named)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options", "is_named"),
+    [
+        ("HTTPStore", ["https://node/a"], client(Authorization="hush", User_Agent="me"), True),
+        ("HTTPStore", ["https://node/a"], client(Host="one"), False),
+        ("HTTPStore", ["https://node/a"], client(X_Dataset="one"), False),
+        ("HTTPStore", ["https://node/a"], client(Accept_Encoding="gzip"), False),
+        ("S3Store", ["b"], client(Authorization="hush"), True),
+        ("S3Store", ["b"], {"skip_signature": True, "request_payer": True}, True),
+        ("S3Store", ["b"], {"virtual_hosted_style_request": True}, True),
+        ("S3Store", ["b"], client(Host="one"), False),
+        ("GCSStore", ["b"], client(Authorization="hush"), True),
+        ("GCSStore", ["b"], client(Host="one"), False),
+        ("AzureStore", ["c"], {"account_name": "acc", "sas_key": "sv=2024&sig=hush"}, True),
+        ("AzureStore", ["c"], {"account_name": "acc", **client(Host="one")}, False),
+        (
+            "AzureStore",
+            ["c"],
+            {"account_name": "acc", "sas_key": "snapshot=2024&sv=2024&sig=hush"},
+            False,
+        ),
+    ],
+)
+def test_naming_location_of_obstore_is_none_with_options_that_may_select(
+    kind: str, args: list[str], options: dict[str, Any], is_named: bool
+) -> None:
+    check_naming(lambda: obstore(kind, *args, **options), is_named=is_named)
+
+
+def test_naming_location_of_obstore_is_none_where_an_endpoint_has_the_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one endpoint the two styles ask two servers, or for two paths."""
+
+    def make(**options: Any) -> Store:
+        return obstore("S3Store", "b", endpoint="http://b.node", **options)
+
+    check_naming(make, is_named=True)
+    check_naming(lambda: make(virtual_hosted_style_request=False), is_named=True)
+    check_naming(lambda: make(virtual_hosted_style_request=True), is_named=False)
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    check_naming(make, is_named=False)
+
+
+def test_naming_location_of_obstore_with_unknown_settings_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a later version may have them."""
+    monkeypatch.setattr(
+        "zcache._source.endpoints._config", lambda _: {"bucket": "b", "later": "true"}
+    )
+    check_naming(lambda: obstore("S3Store", "b"), is_named=False)
 
 
 # ------------------------------------------------------------------------------- what fails
@@ -484,6 +649,16 @@ def test_location_of_obstore_that_panics_is_never_shown(
     assert place_in_process(store)[0] == "bucket"
     assert not overlaps(store, MemoryStore())
     assert "panicked" not in capfd.readouterr().err
+
+
+def test_location_of_obstore_that_panics_is_asked_for_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its options cannot be read where one of its client is among its arguments."""
+    store = obstore("S3Store", "b", allow_http=True)
+    for _ in range(3):
+        assert location_of(store) is naming_location(store) is None
+    assert capfd.readouterr().err.count("panicked") <= 1
 
 
 class Cycle(WrapperStore[Store]):

@@ -10,10 +10,11 @@ import importlib
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 from typing import Any, Final
 
-from zcache._source.answers import UnnamedError
+from zcache._source.answers import UnnamedError, ask
 from zcache._source.urls import server
 
 _AMAZON: Final = re.compile(
@@ -110,7 +111,7 @@ def settings(store: Any) -> dict[str, str]:
     UnnamedError
         If the two contradict each other.
     """
-    made = {str(name): str(value) for name, value in dict(store.config or {}).items()}
+    made = {str(name): str(value) for name, value in dict(_config(store)).items()}
     provider = store.credential_provider
     for name, value in dict(getattr(provider, "config", None) or {}).items():
         if made.setdefault(str(name).lower(), str(value)) != str(value):
@@ -118,6 +119,21 @@ def settings(store: Any) -> dict[str, str]:
     if (getattr(provider, "prefix", None) or store.prefix) != store.prefix:
         raise UnnamedError
     return made
+
+
+_silent: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
+"""Stores of obstore that have not told their configuration."""
+
+
+def _config(store: Any) -> Any:
+    # It panics where a setting of its client is among the arguments, and writes so to standard error each time.
+    if _silent.get(id(store)) is store:
+        raise UnnamedError
+    config = ask(lambda: store.config or {})
+    if config is None:
+        _silent[id(store)] = store
+        raise UnnamedError
+    return config
 
 
 def setting(made: dict[str, str], name: str, *variables: str) -> str | None:
@@ -130,18 +146,41 @@ def setting(made: dict[str, str], name: str, *variables: str) -> str | None:
     return found.pop() if found else None
 
 
+def _is_on(made: dict[str, str], name: str, *variables: str) -> bool:
+    """Whether a setting may be true."""
+    return (setting(made, name, *variables) or "false").lower() not in ("false", "0", "f", "no")
+
+
 def of_obstore_s3(made: dict[str, str]) -> str | None:
     """The server of `obstore.store.S3Store`."""
-    given = {
-        setting(made, "endpoint", "AWS_ENDPOINT", "AWS_ENDPOINT_URL"),
-        setting(made, "endpoint_url_s3", "AWS_ENDPOINT_URL_S3"),
-    } - {None}
+    given = _given_to_s3(made)
     if len(given) > 1:
         raise UnnamedError
     if given:
         return amazon(server(given.pop()))
     region = setting(made, "region", "AWS_REGION")
     return amazon_of(region or setting(made, "default_region", "AWS_DEFAULT_REGION"))
+
+
+def _given_to_s3(made: dict[str, str]) -> set[str]:
+    found = (
+        setting(made, "endpoint", "AWS_ENDPOINT", "AWS_ENDPOINT_URL"),
+        setting(made, "endpoint_url_s3", "AWS_ENDPOINT_URL_S3"),
+    )
+    return {url for url in found if url is not None}
+
+
+def check_style_of_obstore_s3(made: dict[str, str]) -> None:
+    """See that the bucket is a part of what is asked for.
+
+    Raises
+    ------
+    UnnamedError
+        If it may have to be in the endpoint that was given, or is nowhere.
+    """
+    is_by_host = _is_on(made, "virtual_hosted_style_request", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    if is_by_host and _given_to_s3(made):
+        raise UnnamedError
 
 
 def of_obstore_google(made: dict[str, str]) -> str | None:
@@ -171,7 +210,7 @@ def of_obstore_azure(made: dict[str, str]) -> str:
     """The server of `obstore.store.AzureStore`; its name or path has the account."""
     for name in ("use_emulator", "use_fabric_endpoint"):
         variables = (f"AZURE_STORAGE_{name.upper()}", f"AZURE_{name.upper()}")
-        if (setting(made, name, *variables) or "false").lower() not in ("false", "0", "f", "no"):
+        if _is_on(made, name, *variables):
             raise UnnamedError
     if url := setting(made, "endpoint", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"):
         return server(url)

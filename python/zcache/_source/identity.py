@@ -19,7 +19,7 @@ from zcache._source.location import (
     held_by,
     kind_of,
     location_held,
-    location_of,
+    naming_location,
     outlives_process,
     protocol_of,
     unwrapped,
@@ -94,7 +94,7 @@ def _name(store: Any) -> str | None:
     # Its options may matter as well, and are listed nowhere.
     if type(store) is FsspecStore and protocol_of(store.fs) == "dir":
         return None
-    location = location_of(store)
+    location = naming_location(store)
     return None if location is None else str(location)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, ZipStore
 
-from zcache._source import endpoints
+from zcache._source import client_options, endpoints
 from zcache._source.answers import UnnamedError, ask
 from zcache._source.folders import folders_overlap
 from zcache._source.sessions import number_of
-from zcache._source.urls import check_query, web_address, without_query, without_user
+from zcache._source.urls import web_address, without_query, without_user
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -40,15 +39,6 @@ _FILESYSTEMS: Final = {
 }
 _ASYNC_WRAPPER: Final = ("fsspec.implementations.asyn_wrapper", "AsyncFileSystemWrapper")
 _OBSTORE: Final = frozenset({"obstore.store", "obstore._store"})
-_HARMLESS: Final = frozenset(
-    {
-        *("auth", "auto_decompress", "cookie_jar", "cookies", "headers", "max_field_size"),
-        *("max_line_size", "proxy", "proxy_auth", "proxy_headers", "raise_for_status"),
-        *("read_bufsize", "requote_redirect_url", "skip_auto_headers", "ssl", "timeout"),
-        *("trace_configs", "trust_env", "verify_ssl"),
-    }
-)
-"""Options of an HTTP client that change how it asks, not which server or for what."""
 _WHOLE: Final = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "http", "https", "memory"}
 )
@@ -153,6 +143,20 @@ def location_of(store: Any, *, asks: bool = True) -> Location | None:
     return ask(lambda: _settled(_location(innermost(store)), asks))
 
 
+def naming_location(store: Any) -> Location | None:
+    """The location of a store, if nothing else selects which data it shows; see `client_options`."""
+    return location_of(store) if ask(lambda: _check_options(innermost(store))) else None
+
+
+def _check_options(store: Any) -> bool:
+    if isinstance(store, FsspecStore):
+        filesystem, _ = _below_folders(store.fs, store.path)
+        client_options.check_filesystem(protocol_of(filesystem), filesystem)
+    elif (bucket := bucket_of(store)) is not None:
+        client_options.check_bucket(bucket)
+    return True
+
+
 def _settled(location: Location | None, asks: bool) -> Location | None:
     if location is None or location.root != "file://":
         return location
@@ -205,7 +209,6 @@ def _in_filesystem(filesystem: Any, path: str) -> Location | None:
         # It may begin with a tilde.
         return _directory(filesystem._strip_protocol(path))
     if protocol == "http":
-        _check_http(filesystem)
         return _web(path.rstrip("/"))
     if protocol == "s3":
         return Location("s3://", _key(path), endpoints.of_s3fs(filesystem))
@@ -228,20 +231,6 @@ def _key(path: str) -> str:
 def _web(url: object) -> Location:
     scheme, place = web_address(url)
     return Location(f"{scheme}://", place)
-
-
-def _check_http(filesystem: Any) -> None:
-    """See that nothing but the URL tells what is read."""
-    # Found where its file system is.
-    usual = importlib.import_module("fsspec.implementations.http").get_client
-    if filesystem.get_client is not usual:
-        raise UnnamedError
-    for options in (filesystem.client_kwargs, filesystem.kwargs):
-        for name, value in options.items():
-            if name == "params":
-                check_query("&".join(f"{each}=" for each in value))
-            elif name not in _HARMLESS:
-                raise UnnamedError
 
 
 def bucket_of(store: Any) -> Any:
@@ -335,7 +324,7 @@ def place_in_process(store: Any) -> tuple[Hashable, ...]:
             # Its values are in the file, not below a directory of that name.
             path = zip_path(inner)
             return ("store", id(inner)) if path is None else ("zip", path)
-        if (location := location_of(inner)) is not None:
+        if (location := naming_location(inner)) is not None:
             return "location", *location
     return held_by(inner)
 
