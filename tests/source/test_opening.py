@@ -390,6 +390,27 @@ def test_secrets_of_options_are_in_no_error(monkeypatch: pytest.MonkeyPatch, fol
         assert it.value.__suppress_context__ or it.value.__context__ is None
 
 
+@pytest.mark.parametrize("secret", ["", "e", "r", "111", "ref"])
+def test_error_with_a_short_option_or_password_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    pytest.importorskip("fsspec")
+
+    def refuse_it(*_: Any, **__: Any) -> None:
+        raise ConnectionRefusedError(f"Connection refused of {secret!r}, error 2111")
+
+    monkeypatch.setattr(FsspecStore, "from_url", refuse_it)
+    shown = "Connection refused of '" + ("..." if secret else "") + "', error 2111"
+    for url, options in [
+        ("ftp://node/a", {"username": secret}),
+        (f"ftp://me:{secret}@node/a", {}),
+        (f"ftp://node/a?token={secret}", None),
+    ]:
+        with pytest.raises(ConnectionRefusedError) as it:
+            open_source(url, options)
+        assert str(it.value) == f"cannot open 'ftp://node/a': {shown}."
+
+
 def test_options_are_not_changed() -> None:
     pytest.importorskip("s3fs")
     options = {"client_kwargs": {"endpoint_url": "http://one:9000"}, "anon": True}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcache._source.answers import UnnamedError
-from zcache._source.urls import redact, secrets_in, server, without_query, without_user
+from zcache._source.urls import hide, redact, secrets_in, server, without_query, without_user
 
 
 @pytest.mark.parametrize(
@@ -140,4 +140,10 @@ def test_secrets_behind_a_query_are_found() -> None:
 def test_secrets_in_a_chain_are_found_as_they_are_written_and_read() -> None:
     found = {*secrets_in("zip://a::s3://me:hu%2Fsh@b/a?sig=hu%20sh&se=1")}
     assert {"hu%2Fsh", "hu/sh", "hu sh"} <= found
-    assert not found & {"me", "1", "b", ""}
+    assert not found & {"me", "b"}
+
+
+def test_hide_leaves_words_alone_that_hold_a_short_secret() -> None:
+    secrets = ["", "b", ".", "hush", "hush-hush"]
+    assert hide("a hush-hush of b, about hushing.", secrets) == "a ... of ..., about ...ing."
+    assert hide("b", []) == "b"

@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipSto
 
 from zcache._source.location import kind_of
 from zcache._source.paths import absolute, expand_home
-from zcache._source.urls import links, redact, scheme_of, secrets_in
+from zcache._source.urls import hide, links, redact, scheme_of, secrets_in
 from zcache.exceptions import (
     MissingClientError,
     NoSuchSourceError,
@@ -297,9 +297,7 @@ def _refusal(
 
 def _said(url: str, options: dict[str, Any], error: Exception) -> str:
     said = redact((str(error) or type(error).__name__).splitlines()[0])
-    for value in sorted({*_texts(options), *secrets_in(url)}, key=len, reverse=True):
-        said = said.replace(value, "...")
-    return said.rstrip(".")
+    return hide(said, [*_texts(options), *secrets_in(url)]).rstrip(".")
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from zcache._source.answers import UnnamedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _RUN: Final = "[a-z0-9+.-]"
 _SCHEME: Final = "[a-z][a-z0-9+.-]*"
@@ -29,7 +29,7 @@ _MOST: Final = 16_384
 """Characters of a text that are looked at; what is longer is cut off."""
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
 _SHORTEST: Final = 4
-"""Characters of a parameter that may be a secret."""
+"""Characters of a secret that is left out of words as well."""
 _PORTS: Final = {"http": 80, "https": 443}
 
 _SIGNATURE: Final = re.compile(
@@ -68,6 +68,17 @@ def redact(text: str) -> str:
         shown.append(place[:end])
         text = place[end:] + text
     return "".join([*shown, text])
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Leave secrets out of a text; short ones only where they are words of their own, as they are in many a word."""
+    found = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+    patterns = [
+        re.escape(secret) if len(secret) >= _SHORTEST else rf"(?<!\w){re.escape(secret)}(?!\w)"
+        for secret in found
+    ]
+    # All at once, so that none is found in what stands for another one.
+    return re.sub("|".join(patterns), "...", text) if patterns else text
 
 
 def links(url: str) -> list[str]:
@@ -123,10 +134,9 @@ def secrets_in(url: str) -> Iterator[str]:
     for link in dict.fromkeys([*links(url), url]):
         user, _, query = _parts(link.partition("://")[2] or link)
         for secret in (user, user.partition(":")[2]):
-            yield from {secret, unquote(secret)} - {""}
+            yield from (secret, unquote(secret))
         for value in re.split("[?&=#]", query)[2:]:
-            # A shorter one is in many a word.
-            yield from {each for each in (value, unquote(value)) if len(each) >= _SHORTEST}
+            yield from (value, unquote(value))
 
 
 def server(url: object) -> str:
