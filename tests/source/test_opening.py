@@ -437,4 +437,25 @@ def test_path_of_universal_pathlib_brings_its_options(folder: Path) -> None:
     assert identify(open_source(path)).name == "s3://bucket/a at http://one:9000"
     more = open_source(path, {"endpoint_url": "http://other:9000"})
     assert identify(more).name == "s3://bucket/a at http://other:9000"
-    assert type(open_source(UniversalPath(str(folder)))) is LocalStore
+    for url in (folder, f"{folder.parent}/x::y", f"file://{folder.parent}/x::y"):
+        assert type(open_source(UniversalPath(str(url)), must_exist=False)) is LocalStore
+
+
+@pytest.mark.parametrize("chain", ["simplecache::file://{0}/in", "zip://in::{0}.zip"])
+async def test_chained_path_of_universal_pathlib_is_what_it_shows(
+    tmp_path: Path, chain: str
+) -> None:
+    path: Any = pytest.importorskip("upath").UPath(chain.format(tmp_path / "data"))
+    (tmp_path / "data" / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "in" / "sub" / "k").write_bytes(b"value")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as file:
+        file.writestr("in/sub/k", b"value")
+    for one, key in [(path, "sub/k"), (path / "sub", "k"), (path.parent, "in/sub/k")]:
+        assert await read(open_source(one), key) == b"value"
+
+
+def test_chained_path_of_universal_pathlib_that_fails_shows_no_secret(tmp_path: Path) -> None:
+    path = pytest.importorskip("upath").UPath("zip://in::file:///none.zip", password=HUSH)
+    with pytest.raises(NoSuchSourceError, match=r"cannot open 'zip://in::file:///none.zip'") as it:
+        open_source(path)
+    assert HUSH not in repr(it.value)

@@ -24,7 +24,7 @@ from zcache.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*(://|::)", re.IGNORECASE)
 """How a URL begins, or a chain of them as fsspec writes it. Everything else is a path."""
@@ -71,8 +71,11 @@ def open_source(
         The package is not installed that reads such URLs.
     """
     if _is_universal(url):
-        storage_options = {**url.storage_options, **(storage_options or {})}  # type: ignore[attr-defined,dict-item]
-        url = str(url)
+        path: Any = url
+        options = {**path.storage_options, **_check_storage_options(storage_options)}
+        storage_options, url = options, str(path)
+        if "::" in url and _local_path(url, is_given=bool(options)) is None:
+            return _open_remote(url, options, lambda: _open_chained(path, options))
     options = _check_storage_options(storage_options)
     url = _store_in(url)
     if isinstance(url, Store):
@@ -221,9 +224,19 @@ def _open_archive(path: str) -> ZipStore:
 # ------------------------------------------------------------------------------- by a client
 
 
-def _open_remote(url: str, options: dict[str, Any]) -> Store:
+def _open_chained(path: Any, options: dict[str, Any]) -> Store:
+    """What a path of universal_pathlib stands for that is a chain, of which its options say the rest."""
+    fsspec = importlib.import_module("fsspec")
+    return FsspecStore.from_mapper(
+        fsspec.filesystem(path.protocol, **options).get_mapper(path.path)
+    )
+
+
+def _open_remote(
+    url: str, options: dict[str, Any], make: Callable[[], Store] | None = None
+) -> Store:
     try:
-        return FsspecStore.from_url(url, storage_options=options)
+        return FsspecStore.from_url(url, storage_options=options) if make is None else make()
     except ImportError as error:
         return _open_with_obstore(url, options, error)
     except Exception as error:  # noqa: BLE001 - a chain is read from here, by any library
