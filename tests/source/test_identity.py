@@ -251,6 +251,23 @@ def test_identify_file_systems_of_one_object_are_one_source() -> None:
     assert not same(one, FsspecStore.from_url("memory://identity/b"))
 
 
+def test_identify_spellings_of_one_folder_are_one_source(tmp_path: Path) -> None:
+    """They had names of their own, so one did not hear of what was written through the other."""
+    filesystem = pytest.importorskip("fsspec").filesystem
+    wrapper = pytest.importorskip("fsspec.implementations.asyn_wrapper").AsyncFileSystemWrapper
+    files = filesystem("file")
+    below = filesystem("dir", path=str(tmp_path), fs=files)
+
+    def store(path: str) -> FsspecStore:
+        return FsspecStore(wrapper(below, asynchronous=True), path=path)
+
+    one = store("a")
+    for path in ("/a", "a/", "/a/"):
+        assert same(one, store(path))
+        assert identify(one) == identify(store(path))
+    assert not same(one, store("b"))
+
+
 def test_identify_keeps_a_name_as_long_as_a_holder_lives() -> None:
     values: dict[str, Any] = {}
     one, other = MemoryStore(values), MemoryStore(values)

@@ -289,6 +289,8 @@ def _held(store: Any) -> tuple[Hashable, ...]:
             filesystem, path = _below_folders(store.fs, store.path)
             if protocol_of(filesystem) == "memory":
                 return "dict", id(filesystem.store), filesystem._strip_protocol(path).strip("/")
+            if protocol_of(filesystem) == "file":
+                path = os.path.realpath(filesystem._strip_protocol(path))
             return "filesystem", id(filesystem), path.rstrip("/")
     if (module, name) == ("icechunk.store", "IcechunkStore"):
         return "session", number_of(store)
