@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -32,10 +33,11 @@ from zcache._runtime.fork import at_fork
 from zcache._runtime.lingering import lease
 from zcache._runtime.registry import Registry
 from zcache._source.describe import describe
-from zcache._source.identity import identify, say_unnamed
+from zcache._source.identity import SourceId, identify, name_after_fork, say_unnamed
 from zcache._source.location import innermost, outlives_process
 from zcache._source.slicing import slices_like_python
 from zcache._source.validators import validators_of
+from zcache.exceptions import CacheUnreachableError, IndexLockTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,13 +192,27 @@ class Cache:
     def meet(self, version: Version, io: IO) -> None:
         """Forget what is outdated where a copy comes that was made after changes that are not known here."""
         handle = self.shared.handle
-        # Those who share an index hear of each other's changes.
-        if handle.index.shared or not self.shared.changes.meet(version):
+        # Those who share an index hear of each other's changes of a source that has one name in all processes.
+        hears = handle.index.shared and not self.source_id.is_ephemeral
+        if hears or not self.shared.changes.meet(version):
             return
         handle.call_later(ignore, Index.invalidate, "")
         self.shared.changes.tell("")
-        if self._is_in_memory and not self.backend.needs_loop:
-            run_without_loop(self.writer.clear(io))
+        if (self._is_in_memory or handle.index.shared) and not self.backend.needs_loop:
+            # Else what is not served any more stays until there is no room for it.
+            with contextlib.suppress(IndexLockTimeout, CacheUnreachableError):
+                run_without_loop(self.writer.clear(io))
+
+    def after_fork(self) -> None:
+        """Be another cache than the parent's, if its source is another one."""
+        if not self.source_id.is_ephemeral:
+            return
+        self.source_id = SourceId(name_after_fork(self.source_id.name))
+        # Copies that the parent makes have its data.
+        _by_token.pop(self.known_token or "", None)
+        self.known_token = None
+        if self.home is not None:
+            self.home = os.getpid()
 
     def _make_queue(self) -> None:
         """The queue of pending fills of this place, or of its pool, which its first user makes."""
@@ -322,11 +338,16 @@ def _after_fork() -> None:
     """Make everything usable in a forked child."""
     global _lock
     _lock = threading.RLock()
+    # All of them before a pool tells each what it holds now.
+    for shared in shared_indexes.live():
+        if shared.source_id.is_ephemeral:
+            shared_indexes.rename(shared, name_after_fork(shared.source_id.name))
     for shared in shared_indexes.live():
         shared.breaker.after_fork()
         shared.changes.after_fork()
         shared.place.after_fork()
     for cache in _caches.snapshot():
+        cache.after_fork()
         cache.backend.counters.after_fork()
         if cache.reader.revalidator is not None:
             cache.reader.revalidator.after_fork()

@@ -27,6 +27,7 @@ from zcache._advice.trace import sampled
 from zcache._ages import MISSING_MAX_AGE
 from zcache._backends.base import ABSENT
 from zcache._backends.ownership import trust, trusted_root
+from zcache._backends.source_place import SourcePlace, place_of
 from zcache._byte_ranges import check_byte_range, check_key, check_prefix, to_byte_range
 from zcache._cache import Cache
 from zcache._cache_options import CacheOptions, parse_options
@@ -57,7 +58,6 @@ from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.tracebacks import clear_frames
 from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show, show_address
-from zcache._source.identity import EPHEMERAL
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError, UsageError
@@ -877,8 +877,7 @@ class CacheStore(Store, KeepsDecoded):
         return {
             "store": self._store,
             "cache": without_contents(kept),
-            # The name also of a source that has none: copies read the same data.
-            "options": replace(self._options, source_id=cache.source_id.name, adopt=False),
+            "options": replace(self._options, adopt=False),
             "set": self.cache_set_data,
             "own_decoded": own,
             "trusted": trusted_root(kept),
@@ -898,12 +897,13 @@ class CacheStore(Store, KeepsDecoded):
             source = source_of_copy(cache, store)
             if source is None:
                 cache, token = None, uuid.uuid4().hex
-                if options.source_id.startswith(EPHEMERAL):
-                    options = replace(options, source_id=None)
             else:
                 store = source
         if cache is None:
-            cache = _cache.find_or_add(Cache(store, state["cache"], options, token=token))
+            kept = state["cache"]
+            if isinstance(kept, SourcePlace):
+                kept = place_of(store)
+            cache = _cache.find_or_add(Cache(store, kept, options, token=token))
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:

@@ -57,6 +57,9 @@ class Listings(ABC):
     def has_none_of(self, key: str) -> bool:
         """Whether `forget` would certainly change nothing, as far as that is known without waiting."""
 
+    def rename(self, source: str) -> None:  # noqa: B027 - what is in memory is this process's own
+        """Remember the answers of the same source under another name, in a forked child."""
+
     @abstractmethod
     def has_none(self) -> bool:
         """Whether nothing is remembered, as far as that is known without waiting."""
@@ -123,9 +126,16 @@ class DirectoryListings(Listings):
 
     def __init__(self, index_root: str, source: str, *, only_reads: bool = False) -> None:
         self._only_reads = only_reads
-        self._root = index_root
-        self._mark = os.path.join(index_root, _MARK)
+        self._keep_in(index_root, source)
+
+    def _keep_in(self, root: str, source: str) -> None:
+        self._root = root
+        self._mark = os.path.join(root, _MARK)
         self._source = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
+
+    def rename(self, source: str) -> None:
+        # docstring inherited
+        self._keep_in(self._root, source)
 
     def begin(self, directory: str) -> Callable[[Sequence[str]], None] | None:
         if self._only_reads:

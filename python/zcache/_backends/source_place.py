@@ -17,7 +17,7 @@ from zcache._core import Index
 from zcache._index.handle import ignore
 from zcache._runtime.fork import at_fork
 from zcache._runtime.registry import Registry
-from zcache._source.identity import identify
+from zcache._source.identity import EPHEMERAL, identify, name_after_fork
 from zcache._source.location import innermost, layers, location_here, unwrapped
 
 if TYPE_CHECKING:
@@ -31,30 +31,17 @@ if TYPE_CHECKING:
 class SourcePlace(MemoryStore):
     """Stands for a source in this process; to be a cache store of `max_size=0`. See `place_of`.
 
-    Parameters
-    ----------
-    name : str
-        Of the source.
-    is_ephemeral : bool
-        Whether that is a name in this process only: then copies that are pickled one by one are of other values.
+    What is unpickled stands for none: each process names its sources itself.
     """
 
-    def __init__(self, name: str, is_ephemeral: bool) -> None:
-        super().__init__()
-        self._name = name
-        self._is_ephemeral = is_ephemeral
-
-    def emptied(self) -> SourcePlace:
-        """Itself: see `without_contents`."""
-        return self
-
     def __reduce__(self) -> Any:
-        return SourcePlace if self._is_ephemeral else _named, (self._name, self._is_ephemeral)
+        return SourcePlace, ()
 
 
 # Reentrant: inside it the garbage collector may end a place.
 _lock = threading.RLock()
-_places: weakref.WeakValueDictionary[str, SourcePlace] = weakref.WeakValueDictionary()
+# By the name of the source, and how many places are below.
+_places: weakref.WeakValueDictionary[tuple[str, int], SourcePlace] = weakref.WeakValueDictionary()
 _backends: Registry[SourceBackend] = Registry()
 # Those that have not ended. One that is cut off may land at any time, and never ends.
 _changes: set[_Change] = set()
@@ -62,19 +49,15 @@ _changes: set[_Change] = set()
 
 def place_of(source: Store) -> SourcePlace:
     """The one place in this process of all stores that show this source, as a path that was opened twice."""
-    source_id = identify(source)
     # A store around one that has a place gets another: with one index a read would wait for itself.
     above = sum(
         isinstance(getattr(one, "_cache_store", None), SourcePlace) for one in layers(source)
     )
-    return _named(source_id.name + " above itself" * above, source_id.is_ephemeral)
-
-
-def _named(name: str, is_ephemeral: bool) -> SourcePlace:
+    name = identify(source).name
     with _lock:
-        place = _places.get(name)
+        place = _places.get((name, above))
         if place is None:
-            place = _places[name] = SourcePlace(name, is_ephemeral)
+            place = _places[name, above] = SourcePlace()
         return place
 
 
@@ -187,8 +170,12 @@ def _drain_absences(index: Index, prefix: str) -> None:
 
 def _after_fork() -> None:
     """Start with a lock of our own: the thread that held the parent's may not exist here."""
-    global _lock
+    global _lock, _places
     _lock = threading.RLock()
+    places, _places = _places, weakref.WeakValueDictionary()
+    for (name, above), place in places.items():
+        is_ephemeral = name.startswith(EPHEMERAL)
+        _places[name_after_fork(name) if is_ephemeral else name, above] = place
     # They end in the parent, and the indexes here know of none.
     _changes.clear()
 

@@ -57,6 +57,9 @@ class Place:
         """
         return True
 
+    def rename(self, name: str) -> None:
+        """Hold the values of the same source under another name, in a forked child, before `after_fork`."""
+
     def after_fork(self) -> None:
         """Start over in a forked child."""
         if self.fills is not None:

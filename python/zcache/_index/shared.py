@@ -92,7 +92,7 @@ class SharedIndex:
         self.changes = Changes()
         self.cache: weakref.ref[Store] | None = None
         self.location: Location | None = None
-        self.key: Hashable = None
+        self.key: tuple[Hashable, str] = None, ""
         self._source = source
         self.source_id = source_id
         self._members: Registry[Member] = Registry()
@@ -293,8 +293,11 @@ _held: dict[Hashable, tuple[list[weakref.ref[Any]], SharedIndex]] = {}
 _lock = threading.RLock()
 
 
-def find_or_make(key: Hashable, make: Callable[[], SharedIndex]) -> SharedIndex:
-    """The index of a place, which `make` makes if this process has none yet."""
+def find_or_make(
+    place: Hashable, make: Callable[[], SharedIndex], *, source: str = ""
+) -> SharedIndex:
+    """The index of a place, which `make` makes if this process has none yet; where there are several, that of the source of this name."""
+    key = place, source
 
     def make_one() -> SharedIndex:
         shared = make()
@@ -302,6 +305,18 @@ def find_or_make(key: Hashable, make: Callable[[], SharedIndex]) -> SharedIndex:
         return shared
 
     return _shared.find_or_make(key, make_one)
+
+
+def rename(shared: SharedIndex, name: str) -> None:
+    """Have an index be that of its source under another name, which it has in a forked child."""
+    shared.source_id = shared.source_id._replace(name=name)
+    place, source = shared.key
+    if source:
+        _shared.move(shared.key, (place, name))
+        shared.key = place, name
+    if shared.listings is not None:
+        shared.listings.rename(name)
+    shared.place.rename(name)
 
 
 def live() -> list[SharedIndex]:

@@ -58,6 +58,12 @@ class OneForEach(Generic[T]):
         with self._lock:
             self._found[key] = made
 
+    def move(self, key: Hashable, to: Hashable) -> None:
+        """Have the one with this key be found by another one."""
+        with self._lock:
+            if (found := self._found.pop(key, None)) is not None:
+                self._found[to] = found
+
     def snapshot(self) -> list[T]:
         """All that are in use."""
         with self._lock:

@@ -120,7 +120,7 @@ def same_source(one: tuple[Any, SourceId], other: tuple[Any, SourceId]) -> bool:
             return True
         my_id, their_id = identify(mine), identify(theirs)
     if my_id.is_ephemeral and their_id.is_ephemeral:
-        # Not by name: a name from before a fork is no longer known.
+        # Not by name: what knows no weak references has another one each time.
         return held_by(unwrapped(mine)) == held_by(unwrapped(theirs))
     return my_id.name == their_id.name
 
@@ -132,14 +132,20 @@ class _Ephemeral:
     """A name of this process, and the stores that hold what it names."""
 
     def __init__(self) -> None:
-        self.name = f"{EPHEMERAL}{uuid.uuid4().hex}"
+        self.name = _new_name()
         self.holders: set[int] = set()
         self.said = False
+
+
+def _new_name() -> str:
+    return f"{EPHEMERAL}{uuid.uuid4().hex}"
 
 
 # Reentrant, for inside it the garbage collector may forget a store.
 _lock = threading.RLock()
 _known: dict[tuple[Hashable, ...], _Ephemeral] = {}
+_renamed: dict[str, str] = {}
+"""In a forked child, names of its own by those of its parent."""
 
 
 def _entry(store: Any) -> _Ephemeral:
@@ -177,11 +183,22 @@ def _forget(key: tuple[Hashable, ...], entry: _Ephemeral, holder: int) -> None:
             del _known[key]
 
 
+def name_after_fork(name: str) -> str:
+    """What a source is called in a forked child that had an ephemeral name in its parent."""
+    return _renamed.setdefault(name, _new_name())
+
+
 def _start_over() -> None:
     """Start with a lock of our own, and as another process: what it does to its memory, no other sees."""
     global _lock
     _lock = threading.RLock()
-    _known.clear()
+    _renamed.clear()
+    for key, entry in list(_known.items()):
+        if not entry.holders:
+            # Another thread was forgetting it.
+            del _known[key]
+            continue
+        entry.name, entry.said = name_after_fork(entry.name), False
 
 
 at_fork(_start_over)

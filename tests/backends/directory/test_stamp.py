@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zcache._backends.directory.stamp import InUseError, Stamp
+from zcache._backends.directory.stamp import Stamp
 from zcache._core import PENDING
 from zcache._source.identity import EPHEMERAL
 from zcache.exceptions import CacheOwnershipError
@@ -92,14 +92,11 @@ def test_stamp_that_cannot_be_read_is_refused_unless_adopted(tmp_path: Path, tex
     assert path.read_bytes() == text
 
 
-def test_stamp_of_a_source_that_ended_is_taken_over_only_alone(tmp_path: Path) -> None:
+def test_stamp_of_a_source_that_ended_is_taken_over(tmp_path: Path) -> None:
     open_stamp(tmp_path, f"{EPHEMERAL}1")
     stamp = open_stamp(tmp_path, "two")
     assert stamp.is_foreign
-    with pytest.raises(InUseError, match="in use for another source"):
-        stamp.take_over(alone=False)
-    assert source_in(tmp_path) == f"{EPHEMERAL}1"
-    stamp.take_over(alone=True)
+    stamp.take_over()
     # A process that dies here leaves the values to neither of the two.
     assert source_in(tmp_path).startswith(EPHEMERAL)
     assert source_in(tmp_path) != f"{EPHEMERAL}1"

@@ -257,9 +257,16 @@ class CacheDirectory(Place):
 
     def _open_alone(self, until: float) -> None:
         layout, handle = self.layout, self.handle
-        handle.index, is_new = layout.open_index(handle.limits, until)
+        index, is_new = layout.open_index(handle.limits, until)
         # The owner of the directory was read before, and others may have taken it over or removed it since.
         layout.check()
+        if layout.stamp.is_foreign and not index.is_alone:
+            # Stores that wait to be collected do not count.
+            gc.collect()
+            if not index.is_alone:
+                raise layout.stamp.in_use()
+        # Not before: it has the values of the other source.
+        handle.index = index
         # Who had this slot before is gone.
         layout.temporary.sweep(handle.index.slot)
         layout.note_doubt()
@@ -270,7 +277,7 @@ class CacheDirectory(Place):
                 patience = None if layout.stamp.is_foreign else max(0.0, until - time.monotonic())
                 self._rebuild.wait(work, patience)
         if layout.stamp.is_foreign:
-            layout.stamp.take_over(alone=self._is_alone())
+            layout.stamp.take_over()
             self._empty()
             layout.stamp.restamp()
         elif layout.stamp.has_adopted and not is_new:
@@ -301,6 +308,8 @@ class CacheDirectory(Place):
             self.scanner.remove_below("")
 
     def _keep_to_ourselves(self, error: OSError) -> None:
+        if self.layout.is_of_parent and self.layout.stamp.is_foreign:
+            raise self.layout.stamp.in_use()
         logger.warning(
             "the index of the cache directory %s cannot be shared (%s). This process keeps one of its own "
             "in memory: other processes have bounds of their own, what it writes is cached when it is read "
@@ -349,6 +358,10 @@ class CacheDirectory(Place):
         self.private_index.open()
 
     # ---------------------------------------------------------------- forks
+
+    def rename(self, name: str) -> None:
+        # docstring inherited
+        self.layout.rename(name)
 
     def release_locks(self) -> None:
         """Close, in a forked child, the locks of its parent."""

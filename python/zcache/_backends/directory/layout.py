@@ -57,6 +57,8 @@ class Layout:
         Whether it is, by now, the cache of another source.
     access : Access
         What may be done with its values; see `set_access`.
+    is_of_parent : bool
+        Whether this is a forked child, and the directory that of its parent, of which the source is another one.
     has_own_index : bool
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
@@ -72,20 +74,34 @@ class Layout:
     def __init__(self, root: os.PathLike[str] | str, source: str | None) -> None:
         # Without links, which are not followed below it.
         self.root = os.path.realpath(root)
-        self.source = source
         self.reserved = os.path.join(self.root, ".zcache")
         self.index_root = os.path.join(self.reserved, "index")
         self.lock_path = os.path.join(self.index_root, "lock")
-        self.digest = hashlib.sha256((source or "").encode(errors="surrogatepass")).digest()[:8]
+        self._name(source)
         self.scanner = Scanner(self.root, self.reserved, self.digest)
         self.temporary = TemporaryFiles(self.reserved, self.index_root)
         self.space_log = SpaceLog(self.root)
         self.is_others = False
         self.access = Access.FILLS
         self.has_own_index = self.folds_names = False
+        self._is_claimed = self.is_of_parent = False
         self._is_silent = False
         self.mode = 0o700
         self._block_size = 1
+
+    def _name(self, source: str | None) -> None:
+        self.source = source
+        self.digest = hashlib.sha256((source or "").encode(errors="surrogatepass")).digest()[:8]
+
+    def rename(self, source: str) -> None:
+        """Be of the same source under another name, which it has in a forked child: what is there is its parent's."""
+        if self.source is None:
+            return
+        self._name(source)
+        self.scanner.source = self.digest
+        self.is_of_parent = True
+        if self._is_claimed:
+            self.stamp.source, self.stamp.is_foreign = source, True
 
     def claim(self, *, adopt: bool) -> None:
         """See which source owns the directory, make what is missing of it, and see what its volume is like.
@@ -105,6 +121,7 @@ class Layout:
             kind=self.kind,
             mode=self.mode,
         )
+        self._is_claimed = True
         self.make_folders()
         self.note_block_size()
         self.folds_names = self.scanner.folds_names = files.folds_names(self.temporary.path)

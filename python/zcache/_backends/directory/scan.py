@@ -45,6 +45,8 @@ class Scanner:
 
     Attributes
     ----------
+    source : bytes
+        As given.
     strict : bool
         Whether the next rebuild takes in only what is noted to be the source's.
     folds_names : bool
@@ -54,7 +56,7 @@ class Scanner:
     """
 
     def __init__(self, root: str, reserved: str, source: bytes = bytes(8)) -> None:
-        self._source = source
+        self.source = source
         self.strict = self.only_looks = self.folds_names = False
         # Grows while values are deleted by their names.
         self.progress = 0
@@ -97,7 +99,7 @@ class Scanner:
         OSError
             If the file system refuses.
         """
-        finder = files.Finder(self._root, self._source)
+        finder = files.Finder(self._root, self.source)
         finder.only_looks = True
         state = hash((frozenset(self._notes(DROPPED)), frozenset(self._notes(MISSING).items())))
         for value in finder.find():
@@ -109,7 +111,7 @@ class Scanner:
         self._newest += 1
 
     def _rebuild(self, handle_of_now: Callable[[], IndexHandle | None], why: str) -> None:
-        finder = files.Finder(self._root, self._source)
+        finder = files.Finder(self._root, self.source)
         finder.strict = self.strict
         finder.only_looks = self.only_looks
         finder.formerly = partial(_ask_formerly, handle_of_now)
@@ -160,7 +162,7 @@ class Scanner:
         IndexLockTimeout
             If another process holds the lock of the index.
         """
-        finder = files.Finder(self._root, self._source)
+        finder = files.Finder(self._root, self.source)
         finder.only_looks = True
         names = (name for _, _, name in finder.find())
         removed = 0
@@ -229,7 +231,7 @@ class Scanner:
 
     def names_below(self, prefix: str) -> Iterator[str]:
         """Names of all values that are stored of a key and of all keys below it."""
-        finder = files.Finder(self._root, self._source)
+        finder = files.Finder(self._root, self.source)
         finder.only_looks = self.only_looks
         if prefix:
             above, _, tail = prefix.rpartition("/")
@@ -252,7 +254,7 @@ class Scanner:
             return
         self._said = True
         if count is None:
-            finder = files.Finder(self._root, self._source)
+            finder = files.Finder(self._root, self.source)
             finder.only_looks = True
             for _ in finder.find():
                 pass

@@ -364,22 +364,18 @@ class Stamp:
                     signed = True
         return signed
 
-    def take_over(self, *, alone: bool) -> None:
-        """Begin to make the directory the current source's. To be emptied, then `restamp`ed.
-
-        Raises
-        ------
-        InUseError
-            If the source that it belongs to is still in use.
-        """
-        if not alone:
-            raise InUseError(
-                f"the cache directory {self.root} is in use for another source that has no name "
-                "outside its process (such as a MemoryStore). Give another directory, or pass the "
-                "same source_id= to both if they are the same data."
-            )
+    def take_over(self) -> None:
+        """Begin to make the directory the current source's, which no other process uses. To be emptied, then `restamp`ed."""
         # Of no source meanwhile: a process that dies half way must not leave one source's values to another.
         self._write(f"{EPHEMERAL}{uuid.uuid4().hex}", replace=True)
+
+    def in_use(self) -> InUseError:
+        """The error where the source that it belongs to may still be in use."""
+        return InUseError(
+            f"the cache directory {self.root} is in use for another source that has no name "
+            "outside its process (such as a MemoryStore). Give another directory, or pass the "
+            "same source_id= to both if they are the same data."
+        )
 
     @contextlib.contextmanager
     def one_at_a_time(self, until: float) -> Iterator[None]:

@@ -46,8 +46,12 @@ class PoolBackend(DirectoryBackend):
         self._page_cache = self._pages = PagesInMemory(self._root)
         self.try_read = self._pages
         self.filler = source.filler
-        self.folder = f"{source.label}/"
         shared.handle.watch(self)
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        # In a forked child it may be another one.
+        return f"{self._source.label}/"
 
     def use_index(self, _: Index) -> None:
         """Read what the index of now finds."""

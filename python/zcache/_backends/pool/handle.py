@@ -51,6 +51,8 @@ class SourceHandle:
 
     Attributes
     ----------
+    label : str
+        As given. Another one counts from the next index on.
     view : Index
         The index as the source sees it.
     """
@@ -64,7 +66,7 @@ class SourceHandle:
         self, pool: IndexHandle, label: str, limits: dict[str, Any], keeper: PoolLimits
     ) -> None:
         self._pool = pool
-        self._label = label
+        self.label = label
         self._slices = bool(limits["slices_like_python"])
         self._keeper = keeper
         self._watchers: Registry[Watcher] = Registry()
@@ -77,7 +79,7 @@ class SourceHandle:
     def use_index(self, index: Index) -> None:
         """See this index from now on; it knows no plan."""
         self.plan = None
-        self.view = index.within(self._label, self._slices)
+        self.view = index.within(self.label, self._slices)
         self.unopened = self.view if index is self._pool.unopened else None
         self.show(self.view)
 
@@ -168,7 +170,7 @@ class SourceHandle:
         def in_source(index: Index, *args: Any) -> T:
             own = self._index
             if index is not self._pool.index:
-                own = index.within(self._label, self._slices)
+                own = index.within(self.label, self._slices)
             return take(step, own, *args)
 
         return in_source

@@ -6,6 +6,7 @@ import os
 import shutil
 
 from zcache._backends.listings import DirectoryListings
+from zcache._backends.pool.register import label_of
 from zcache._core import make_folder
 
 
@@ -16,18 +17,18 @@ class SourceListings(DirectoryListings):
     ----------
     index_root : str
         The folder of the index.
-    label : str
-        Of the source.
     source : str
         Its name.
     only_reads : bool, optional
         Whether no answer is added. Default is False.
     """
 
-    def __init__(
-        self, index_root: str, label: str, source: str, *, only_reads: bool = False
-    ) -> None:
-        super().__init__(os.path.join(index_root, label), source, only_reads=only_reads)
+    def __init__(self, index_root: str, source: str, *, only_reads: bool = False) -> None:
+        super().__init__(os.path.join(index_root, label_of(source)), source, only_reads=only_reads)
+
+    def rename(self, source: str) -> None:
+        # docstring inherited
+        self._keep_in(os.path.join(os.path.dirname(self._root), label_of(source)), source)
 
     def _open(self, path: str) -> int:
         try:

@@ -28,7 +28,7 @@ from zcache._runtime.registry import Registry
 from zcache._runtime.thread_calls import run_in_background
 from zcache._runtime.threads import THREADS, NoThreadError, Threads
 from zcache._source.folders import identity
-from zcache._source.identity import ended
+from zcache._source.identity import EPHEMERAL, ended
 from zcache.exceptions import CacheUnreachableError, IndexLockTimeout, IndexRebuildTimeout
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ class Pool:
         self.names[source.label] = note_of(name, text, time.time())
         self._when_gone(source)
         return source
+
+    def rename(self, label: str, name: str) -> None:
+        # docstring inherited
+        if (note := self.names.pop(label, None)) is not None:
+            self.names[label_of(name)] = {**note, "name": name, "used": time.time()}
 
     @property
     def takes_values(self) -> bool:
@@ -338,6 +343,8 @@ class Pool:
             return
         self.directory.layout.scanner.renew(holes=self.directory.layout.holes)
         self.directory.after_fork()
+        if self.handle.opening is not None:
+            self.handle.when_open(partial(_note_renamed, weakref.ref(self)))
 
 
 class MemoryPool(Pool):
@@ -479,6 +486,17 @@ class DirectoryPool(Pool):
 def _apply_limits(pool: Callable[[], Pool | None]) -> None:
     if (found := pool()) is not None:
         found.apply_limits()
+
+
+def _note_renamed(pool: Callable[[], Pool | None], _: object) -> None:
+    """Note the sources that have a name of their own in a forked child."""
+    found = pool()
+    if found is None or found.directory is None or not found.takes_values:
+        return
+    for source in found._sources.snapshot():
+        note = found.names.get(source.label)
+        if note is not None and note["name"].startswith(EPHEMERAL):
+            found.directory.register.add(note)
 
 
 def _restored(pool: DirectoryPool | None) -> None:

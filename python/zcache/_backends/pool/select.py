@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zcache._backends.access import Access
@@ -113,8 +114,8 @@ def open_pool(opening: Opening) -> Backend:
     store = opening.cache
     pool = pool_of(store, adopt=opening.adopt)
     name = opening.source_id.name
-    key = ("pool", pool.key, name)
-    shared = find_or_make(key, lambda: _new(pool, opening, name))
+    make = partial(_new, pool, opening, name)
+    shared = find_or_make(("pool", pool.key), make, source=name)
     source = cast("PoolSource", shared.place)
     if pool.directory is None:
         return MemoryPoolBackend(store, shared, source.label)
@@ -134,7 +135,7 @@ def _new(pool: Pool, opening: Opening, name: str) -> SharedIndex:
         return shared
     layout = directory.layout
     shared.listings = source.listings = SourceListings(
-        layout.index_root, source.label, name, only_reads=pool.read_only
+        layout.index_root, name, only_reads=pool.read_only
     )
     if directory.layout.access is Access.FILLS and directory.handle.usable:
         directory.register.add(pool.names[source.label])

@@ -30,6 +30,9 @@ class SharedPool(PoolLimits, Protocol):
     def is_same(self, other: SharedPool) -> bool:
         """Whether another one is over the same directory."""
 
+    def rename(self, label: str, name: str) -> None:
+        """Know the source with this label by another name, which it has in a forked child."""
+
     def after_fork(self) -> None:
         """Start over in a forked child, once for all sources."""
 
@@ -123,6 +126,14 @@ class PoolSource(Place):
         """Do what is due once the index has heard of deletes; see `CacheDirectory`."""
         self._directory.note_deletes(emptied)
 
+    def rename(self, name: str) -> None:
+        # docstring inherited. In memory all of the pool is the child's own.
+        if self.pool.directory is None:
+            return
+        before, self.label = self.label, label_of(name)
+        self.pool.rename(before, name)
+        self.handle.label = self.scanner.label = self.label
+
     def after_fork(self) -> None:
         # docstring inherited
         self.pool.after_fork()
@@ -133,14 +144,14 @@ class _SourceScanner:
 
     def __init__(self, directory: PoolDirectory, label: str) -> None:
         self._scanner = directory.layout.scanner
-        self._label = label
+        self.label = label
 
     @property
     def progress(self) -> int:
         return int(self._scanner.progress)
 
     def _whole(self, prefix: str) -> str:
-        return f"{self._label}/{prefix}".rstrip("/")
+        return f"{self.label}/{prefix}".rstrip("/")
 
     def remove_below(self, prefix: str) -> None:
         self._scanner.remove_below(self._whole(prefix))

@@ -81,10 +81,17 @@ class Listing:
         self._task: asyncio.Task[None] | None = None
         self.done: Latch | None = None
         self.refusal: CacheOwnershipError | None = None
+        self._is_of_parent = False
 
     def again(self) -> Listing:
         """A new listing of the same store in a forked child, which may find values of its parent."""
-        return Listing(self._handle, self._source, adopt=True)
+        again = Listing(self._handle, self._source, adopt=True)
+        again._is_of_parent = self._is_of_parent
+        return again
+
+    def rename(self, source: str) -> None:
+        """Be for the same source under another name, which it has in a forked child: what is stored is its parent's."""
+        self._source, self._is_of_parent = source, True
 
     def has_ended(self) -> bool:
         """Whether the index knows all that is stored."""
@@ -102,7 +109,9 @@ class Listing:
         bool
             False where the store is left alone, because its listing keeps failing.
         """
-        if self._is_listed or self.refusal is not None:
+        if self._is_of_parent:
+            self._leave(cache)
+        if self._is_listed or self.refusal is not None or self._is_of_parent:
             return True
         # A user's own clock may do anything.
         is_allowed = breaker.allows("list")
@@ -125,6 +134,17 @@ class Listing:
             breaker.failed(error, "list")
             done.set()
         return True
+
+    def _leave(self, cache: Store) -> None:
+        """Do without the store of the parent; said once."""
+        was_usable, self._handle.usable = self._handle.usable, False
+        if was_usable:
+            logger.warning(
+                "the cache store %s is not used in this process: the one from which it was forked uses it for a source that "
+                "has no name outside its process (such as a MemoryStore). Give another one, or pass source_id= if both are "
+                "the same data.",
+                describe(cache),
+            )
 
     def _is_stuck(self) -> bool:
         """Whether its event loop has stopped for good."""

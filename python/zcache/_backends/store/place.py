@@ -88,6 +88,11 @@ class StorePlace(Place):
         evicting = self.bound.under_way
         return evicting is None or await io.until(evicting, max(0.0, until - time.monotonic()))
 
+    def rename(self, name: str) -> None:
+        # docstring inherited
+        if self.listing is not None:
+            self.listing.rename(name)
+
     def after_fork(self) -> None:
         # docstring inherited
         super().after_fork()
