@@ -15,6 +15,7 @@ from zcache._decoded.pipeline import rewrapped
 from zcache._options import parse_size
 from zcache._runtime.apart import OneForEach
 from zcache._runtime.capacity import memory
+from zcache._source.settled import settled
 from zcache.exceptions import OptionTypeError
 from zcache.store import CacheStore
 
@@ -70,11 +71,12 @@ def with_decoded_cache(array: AnyArray, size: Size) -> AnyArray:
     if isinstance(store, CacheStore):
         store = store._with_decoded_size(parsed)
     else:
-        shared = _over(store)
+        source = settled(store)
+        shared = _over(source)
         store = shared._with_decoded_size(parsed)
         # It is found again as long as there are chunks that depend on it.
         assert store._decoded is not None
-        store._decoded.keeps = shared
+        store._decoded.keeps = shared, source
     make: Any = AsyncArray
     made = make(inner.metadata, StorePath(store, path.path), inner.config)
     pipeline = rewrapped(inner.codec_pipeline, inner.metadata)
@@ -95,7 +97,7 @@ def _with(array: AnyArray, changed: dict[str, Any]) -> AnyArray:
     return found
 
 
-# By the address of the source, which each of them keeps alive.
+# By the address of the source, which lives as long as what is decoded.
 _stores: OneForEach[CacheStore] = OneForEach()
 
 

@@ -60,6 +60,7 @@ from zcache._source.copies import same_cache, source_of_copy, without_contents
 from zcache._source.describe import show, show_address
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
+from zcache._source.settled import settled
 from zcache.exceptions import IndexLockTimeout, SyncNotSupportedError, UsageError
 from zcache.pool import CachePool
 
@@ -889,7 +890,8 @@ class CacheStore(Store, KeepsDecoded):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        store, token, options = state["store"], state["token"], state["options"]
+        # Where its path leads in this process.
+        store, token, options = settled(state["store"]), state["token"], state["options"]
         if (trusted := state["trusted"]) is not None:
             trust(trusted)
         cache = _cache.find(token)
@@ -1299,7 +1301,7 @@ def _open_cache(
     **given: Any,
 ) -> Cache:
     """The cache of a new store, with these options; see `CacheStore`."""
-    check_store("store", store)
+    store = settled(check_store("store", store))
     policy: dict[str, str] = {"eviction": DEFAULT_POLICY, "minimise": DEFAULT_MINIMISED}
     if cache_store is None:
         cache_store = MemoryStore()

@@ -62,6 +62,12 @@ def test_source_of_copy_of_a_source_with_a_name_is_its_own(tmp_path: Path) -> No
     assert source_of_copy(Cache(LocalStore(tmp_path)), copied) is copied
 
 
+def test_source_of_copy_of_a_source_with_another_name_by_now_is_none(tmp_path: Path) -> None:
+    """An environment, or a link, may have changed since."""
+    arrived = Cache(LocalStore(tmp_path / "one"), home=None)
+    assert source_of_copy(arrived, LocalStore(tmp_path / "two")) is None
+
+
 def test_source_of_copy_keeps_whether_it_is_read_only() -> None:
     source = memory()
     found = source_of_copy(Cache(source), memory().with_read_only(True))

@@ -1,11 +1,19 @@
-"""Servers of S3 that are one, and those that are not."""
+"""Servers that are one, and those that are not."""
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import pytest
+from zarr.storage import ObjectStore
 
 from zcache._source.answers import UnnamedError
 from zcache._source.endpoints import amazon, amazon_of
+from zcache._source.identity import identify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize(
@@ -49,3 +57,39 @@ def test_amazon_of_regions_with_a_domain_of_their_own_is_unknown(region: str) ->
 )
 def test_amazon_of_any_other_server_is_that_server(url: str) -> None:
     assert amazon(url) == url
+
+
+@pytest.mark.parametrize(
+    ("make", "variable"),
+    [
+        (lambda stores: stores.S3Store("data", region="us-east-1"), "AWS_endpoint_url"),
+        (lambda stores: stores.GCSStore("data"), "GOOGLE_Base_Url"),
+        (
+            lambda stores: stores.AzureStore("data", account_name="one"),
+            "AZURE_STORAGE_endpoint",
+        ),
+    ],
+)
+def test_variables_of_obstore_are_read_whatever_the_case_of_their_names(
+    make: Callable[[Any], Any], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = pytest.importorskip("obstore.store")
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "https://node")
+    assert identify(ObjectStore(make(stores))).name.endswith("://data at https://node")
+    # Two that obstore may read, and that say two things.
+    monkeypatch.setenv(variable.upper(), "https://other")
+    assert identify(ObjectStore(make(stores))).is_ephemeral
+    monkeypatch.delenv(variable)
+    monkeypatch.delenv(variable.upper())
+    # Another prefix is none of a provider.
+    monkeypatch.setenv(variable.lower(), "https://node")
+    assert "node" not in identify(ObjectStore(make(stores))).name
+
+
+def test_server_that_obstore_asks_for_keys_without_the_bucket_has_no_name() -> None:
+    stores = pytest.importorskip("obstore.store")
+    for is_so in (False, True):
+        made = stores.S3Store("data", endpoint="https://node", virtual_hosted_style_request=is_so)
+        assert identify(ObjectStore(made)).is_ephemeral is is_so

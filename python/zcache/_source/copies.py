@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
-from zcache._source.location import innermost, place_in_process
+from zcache._source.identity import identify
+from zcache._source.location import held_by, innermost, place_in_process, unwrapped
 
 if TYPE_CHECKING:
     from zcache._source.identity import SourceId
@@ -70,7 +71,9 @@ def source_of_copy(original: Original, store: Store) -> Store | None:
     if isinstance(inner, MemoryStore):
         if not at_home and not (isinstance(mine, MemoryStore) and _same_values(mine, inner)):
             return None
-    elif not original.source_id.is_ephemeral or not at_home:
+    elif not original.source_id.is_ephemeral:
+        return store if _has_name(store, original) else None
+    elif not at_home:
         return store
     # A user's own that has no name may keep its values in memory as well.
     source = original.source
@@ -80,6 +83,15 @@ def source_of_copy(original: Original, store: Store) -> Store | None:
         return source.with_read_only(store.read_only)
     except NotImplementedError:
         return store
+
+
+def _has_name(store: Store, original: Original) -> bool:
+    """Whether a store is the source of a cache that has a name: an environment, or a link, may say otherwise by now."""
+    if original.source_id.given:
+        return True
+    if held_by(unwrapped(store)) == held_by(unwrapped(original.source)):
+        return True
+    return identify(store).name == original.source_id.name
 
 
 def _same_values(one: MemoryStore, other: MemoryStore) -> bool:

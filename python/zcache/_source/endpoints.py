@@ -140,7 +140,7 @@ def setting(made: dict[str, str], name: str, *variables: str) -> str | None:
     """One option of obstore: given, or from the environment, of which all variables have to agree."""
     if name in made:
         return made[name]
-    found = {os.environ[variable] for variable in variables if os.environ.get(variable)}
+    found = {value for name, value in os.environ.items() if value and _as_read(name) in variables}
     if len(found) > 1:
         raise UnnamedError
     return found.pop() if found else None
@@ -149,6 +149,12 @@ def setting(made: dict[str, str], name: str, *variables: str) -> str | None:
 def _is_on(made: dict[str, str], name: str, *variables: str) -> bool:
     """Whether a setting may be true."""
     return (setting(made, name, *variables) or "false").lower() not in ("false", "0", "f", "no")
+
+
+def _as_read(variable: str) -> str:
+    """A variable as obstore knows it, which takes no notice of the case of what follows the prefix of a provider."""
+    prefix, _, name = variable.partition("_")
+    return f"{prefix}_{name.upper()}" if prefix in ("AWS", "AZURE", "GOOGLE") else variable
 
 
 def of_obstore_s3(made: dict[str, str]) -> str | None:

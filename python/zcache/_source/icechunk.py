@@ -15,6 +15,7 @@ from typing import Any, Final
 from zcache._source.answers import UnnamedError
 from zcache._source.endpoints import amazon, amazon_of
 from zcache._source.location import Location
+from zcache._source.settled import real_path
 from zcache._source.urls import server
 
 REPOSITORY: Final = "icechunk:"
@@ -64,7 +65,7 @@ def place_of(told: dict[str, Any]) -> str:
         bucket = told["backend"]
         kind = bucket["object_store_provider_type"]
         if kind == "local_file_system_object_store_provider":
-            return str(Location("file://", os.path.realpath(bucket["path"])))
+            return str(Location("file://", real_path(bucket["path"])))
         if kind != "s3_object_store_provider":
             raise UnnamedError
     else:
@@ -85,7 +86,7 @@ def _default(region: object) -> str | None:
     told = [Path(file).read_bytes() for file in files if Path(file).exists()]
     if (
         not region
-        or any(name.startswith("AWS_ENDPOINT") for name in os.environ)
+        or any(name.upper().startswith("AWS_ENDPOINT") for name in os.environ)
         or any(b"endpoint_url" in text for text in told)
     ):
         raise UnnamedError

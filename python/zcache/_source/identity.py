@@ -25,6 +25,7 @@ from zcache._source.location import (
     unwrapped,
     zip_path,
 )
+from zcache._source.settled import is_settled, settled
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -78,8 +79,8 @@ def identify(store: Any, source_id: str | None = None) -> SourceId:
     """
     if source_id is not None:
         return SourceId(source_id, given=True)
-    inner = unwrapped(store)
-    name = ask(lambda: _name(inner))
+    inner = unwrapped(settled(store))
+    name = ask(lambda: _name(inner) if is_settled(inner) else None)
     return SourceId(_ephemeral_name(inner) if name is None else name)
 
 

@@ -104,7 +104,12 @@ def innermost(store: Any) -> Any:
 def unwrapped(store: Any) -> Any:
     """The store below those wrappers and caches that certainly show what they wrap."""
     found = layers(store)
-    return next((layer for layer in found if kind_of(layer) not in _TRANSPARENT), found[-1])
+    return next((layer for layer in found if not is_transparent(layer)), found[-1])
+
+
+def is_transparent(wrapper: Any) -> bool:
+    """Whether a wrapper certainly shows what it wraps."""
+    return kind_of(wrapper) in _TRANSPARENT
 
 
 def layers(store: Any) -> list[Any]:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
+from zcache._source.answers import ask
 from zcache._source.location import kind_of
 from zcache._source.paths import absolute, expand_home
+from zcache._source.settled import real_path
 from zcache._source.urls import hide, links, redact, scheme_of, secrets_in
 from zcache.exceptions import (
     MissingClientError,
@@ -171,6 +173,8 @@ def _open_path(path: str, *, read_only: bool | None, must_exist: bool) -> Store:
     path = absolute(expand_home(path, "url"), "url")
     # A URL that is misspelt is a path as well.
     shown = redact(path)
+    # Once for all: a link may lead elsewhere as soon as it is opened.
+    path = ask(lambda: real_path(path)) or path
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
