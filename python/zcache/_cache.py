@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.storage import MemoryStore
@@ -28,10 +29,12 @@ from zcache._protocol.listing import Lister
 from zcache._protocol.read import Reader
 from zcache._protocol.sizes import Sizes
 from zcache._protocol.write import Writer
+from zcache._runtime.apart import OneForEach
 from zcache._runtime.coroutines import run_without_loop
 from zcache._runtime.fork import at_fork
 from zcache._runtime.lingering import lease
 from zcache._runtime.registry import Registry
+from zcache._source.copies import source_of_copy
 from zcache._source.describe import describe
 from zcache._source.identity import SourceId, identify, name_after_fork, say_unnamed
 from zcache._source.location import innermost, outlives_process
@@ -209,7 +212,7 @@ class Cache:
             return
         self.source_id = SourceId(name_after_fork(self.source_id.name))
         # Copies that the parent makes have its data.
-        _by_token.pop(self.known_token or "", None)
+        _by_token.discard(self.known_token)
         self.known_token = None
         if self.home is not None:
             self.home = os.getpid()
@@ -230,7 +233,7 @@ class Cache:
         with _lock:
             if self.known_token is None:
                 self.known_token = new
-            _by_token[self.known_token] = self
+            _by_token.add(self.known_token, self)
             return self.known_token
 
     def stats(self, decoded: DecodedCache | None) -> dict[str, int | float]:
@@ -302,18 +305,23 @@ class Cache:
 # Guards the making of tokens and queues; never held over anything that waits.
 _lock = threading.RLock()
 _caches: Registry[Cache] = Registry()
-_by_token: weakref.WeakValueDictionary[str, Cache] = weakref.WeakValueDictionary()
+_by_token: OneForEach[Cache] = OneForEach()
 
 
-def find(token: str) -> Cache | None:
-    """The cache of this process with this token."""
-    return _by_token.get(token)
+def find_or_make(token: str, source: Store, make: Callable[[str], Cache]) -> tuple[Cache, Store]:
+    """The cache of this process for a copy that has come with this token and source, and what it reads.
 
-
-def find_or_add(cache: Cache) -> Cache:
-    """The cache of this process with the token of this one, which is this one if there is none."""
-    with _lock:
-        return _by_token.setdefault(cache.known_token or "", cache)
+    `make` makes one with a token, where there is none yet, or not one of this source.
+    """
+    cache = _by_token.find_or_make(token, partial(make, token))
+    # Another copy has made it.
+    if cache.source is not source:
+        shared = source_of_copy(cache, source)
+        if shared is not None:
+            return cache, shared
+        token = uuid.uuid4().hex
+        cache = _by_token.find_or_make(token, partial(make, token))
+    return cache, source
 
 
 async def drain_source(pool: Pool, label: str, io: IO, timeout: float) -> bool:  # noqa: ASYNC109

@@ -20,7 +20,6 @@ from zarr.core.common import concurrent_map
 from zarr.core.config import config
 from zarr.storage import LocalStore, MemoryStore
 
-from zcache import _cache
 from zcache._advice.advise import advise, parse_policies, parse_sizes
 from zcache._advice.recording import Recording, RequestWriter
 from zcache._advice.trace import sampled
@@ -29,7 +28,7 @@ from zcache._backends.base import ABSENT
 from zcache._backends.ownership import trust, trusted_root
 from zcache._backends.source_place import SourcePlace, place_of
 from zcache._byte_ranges import check_byte_range, check_key, check_prefix, to_byte_range
-from zcache._cache import Cache
+from zcache._cache import Cache, find_or_make
 from zcache._cache_options import CacheOptions, parse_options
 from zcache._core import DEFAULT_MINIMISED, DEFAULT_POLICY, Index, is_cacheable_key
 from zcache._decoded.cache import KeepsDecoded
@@ -56,7 +55,7 @@ from zcache._runtime.capacity import memory
 from zcache._runtime.coroutines import Handover, run_without_loop
 from zcache._runtime.io import IO, SyncIO, is_sync
 from zcache._runtime.tracebacks import clear_frames
-from zcache._source.copies import same_cache, source_of_copy, without_contents
+from zcache._source.copies import same_cache, without_contents
 from zcache._source.describe import show, show_address
 from zcache._source.missing import finds_none_in_many, raise_for_ranges
 from zcache._source.offline import OfflineSource, no_change
@@ -891,21 +890,17 @@ class CacheStore(Store, KeepsDecoded):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Where its path leads in this process.
-        store, token, options = settled(state["store"]), state["token"], state["options"]
+        store = settled(state["store"])
         if (trusted := state["trusted"]) is not None:
             trust(trusted)
-        cache = _cache.find(token)
-        if cache is not None:
-            source = source_of_copy(cache, store)
-            if source is None:
-                cache, token = None, uuid.uuid4().hex
-            else:
-                store = source
-        if cache is None:
+
+        def make(token: str) -> Cache:
             kept = state["cache"]
             if isinstance(kept, SourcePlace):
                 kept = place_of(store)
-            cache = _cache.find_or_add(Cache(store, kept, options, token=token))
+            return Cache(store, kept, state["options"], token=token)
+
+        cache, store = find_or_make(state["token"], store, make)
         vars(self).update(state["more"])
         self._setup(store, cache, state["set"])
         if state["own_decoded"] is not None:

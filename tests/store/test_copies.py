@@ -253,6 +253,37 @@ def test_copies_that_meet_read_each_key_once() -> None:
     assert Counted.reads == 1
 
 
+class Together(DictStore):
+    """Arrives in four threads at one instant."""
+
+    barrier = threading.Barrier(4)
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
+        self.barrier.wait(60)
+
+
+@pytest.mark.parametrize("kind", ["memory", "directory", "another"])
+def test_copies_that_arrive_at_once_are_one_cache(kind: str, tmp_path: Path) -> None:
+    """No two of them are other sources than the first one that meets them."""
+    kinds: dict[str, Callable[[], Any]] = {
+        "memory": MemoryStore,
+        "directory": lambda: LocalStore(tmp_path),
+        "another": lambda: WrapperStore(WrapperStore(LocalStore(tmp_path))),
+    }
+    store = CacheStore(Together(VALUES), cache_store=kinds[kind]())
+    packed = pickle.dumps(store)
+    del store
+    gc.collect()
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            copies = list(pool.map(lambda _: pickle.loads(packed), range(4)))
+        assert len({id(one._cache) for one in copies}) == 1
+        assert copies[0]._cache.shared.handle.usable
+        del copies
+        gc.collect()
+
+
 @pytest.mark.slow
 def test_copies_in_other_processes_have_the_options_and_no_contents(
     source: LocalStore, cache: Store

@@ -58,6 +58,11 @@ class OneForEach(Generic[T]):
         with self._lock:
             self._found[key] = made
 
+    def discard(self, key: Hashable) -> None:
+        """Have none be found by this key."""
+        with self._lock:
+            self._found.pop(key, None)
+
     def move(self, key: Hashable, to: Hashable) -> None:
         """Have the one with this key be found by another one."""
         with self._lock:

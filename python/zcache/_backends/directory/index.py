@@ -232,6 +232,7 @@ class CacheDirectory(Place):
 
     def _open(self, until: float) -> None:
         try:
+            self.layout.check_parent()
             with self.layout.stamp.one_at_a_time(until):
                 self._open_alone(until)
         except InUseError as error:
@@ -308,8 +309,6 @@ class CacheDirectory(Place):
             self.scanner.remove_below("")
 
     def _keep_to_ourselves(self, error: OSError) -> None:
-        if self.layout.is_of_parent and self.layout.stamp.is_foreign:
-            raise self.layout.stamp.in_use()
         logger.warning(
             "the index of the cache directory %s cannot be shared (%s). This process keeps one of its own "
             "in memory: other processes have bounds of their own, what it writes is cached when it is read "

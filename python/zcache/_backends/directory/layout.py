@@ -57,8 +57,6 @@ class Layout:
         Whether it is, by now, the cache of another source.
     access : Access
         What may be done with its values; see `set_access`.
-    is_of_parent : bool
-        Whether this is a forked child, and the directory that of its parent, of which the source is another one.
     has_own_index : bool
         Whether this process fills it with an index of its own, for it cannot be shared.
     folds_names : bool
@@ -84,7 +82,9 @@ class Layout:
         self.is_others = False
         self.access = Access.FILLS
         self.has_own_index = self.folds_names = False
-        self._is_claimed = self.is_of_parent = False
+        self._is_claimed = False
+        # The process from which this one was forked, where the directory is of the source that this was there.
+        self._parent: int | None = None
         self._is_silent = False
         self.mode = 0o700
         self._block_size = 1
@@ -99,9 +99,20 @@ class Layout:
             return
         self._name(source)
         self.scanner.source = self.digest
-        self.is_of_parent = True
+        self._parent = os.getppid()
         if self._is_claimed:
             self.stamp.source, self.stamp.is_foreign = source, True
+
+    def check_parent(self) -> None:
+        """See that it is not in use by the process from which this one was forked; its many children need no lock for that.
+
+        Raises
+        ------
+        InUseError
+            If it may be, for another source.
+        """
+        if self._parent == os.getppid() and self._is_claimed and self.stamp.is_foreign:
+            raise self.stamp.in_use()
 
     def claim(self, *, adopt: bool) -> None:
         """See which source owns the directory, make what is missing of it, and see what its volume is like.
