@@ -152,6 +152,7 @@ class Recovery:
         # Of what was changed where files could be removed, others were told at once.
         has_to_tell = layout.access is Access.READS
         try:
+            layout.check_parent()
             layout.claim(adopt=False)
             handle.change_limits(layout.own_limits())
             if lost is None:
